@@ -1,0 +1,1 @@
+"""What a run costs: bytes, floating-point operations, seconds and memory."""

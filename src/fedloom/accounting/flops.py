@@ -1,0 +1,101 @@
+"""Floating-point operations of a forward and a backward pass, from shapes and tokens alone.
+
+A multiply-add counts two. Only matrix products are counted, as ``torch.utils.flop_counter`` does
+(and a test compares the two); norms, activations and softmax are below 1 % at real sizes.
+
+For one token of a sequence of S (padded) tokens, with a linear layer of ``in x out``:
+
+====================  ==============================  ====================================
+part                  forward                         backward
+====================  ==============================  ====================================
+frozen linear         2 in out                        2 in out (gradient of its input only)
+trained linear        2 in out                        4 in out
+LoRA of rank r        2 r (in + out)                  4 r (in + out)
+attention of width w  4 S w (scores and values)       8 S w
+====================  ==============================  ====================================
+
+Nothing is computed below the lowest adapter, and nothing flows into the input of the layers that
+read what has no trainable part below it. Kernels that skip the masked half of causal attention
+do half of the attention's part. Source: ``specs/performance.md`` section 1e, with
+4 N_m + 6 S d L + 6 P per token for LoRA on a frozen base, made exact for the lowest block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer inside the blocks.
+
+    Attributes:
+        inputs: Width of its input.
+        outputs: Width of its output.
+        rank: Rank of the LoRA on it, 0 for none.
+        reached: Whether the backward pass reaches its output.
+        input_gradient: Whether a gradient flows on into its input.
+        trained: Whether its own weight is trained.
+    """
+
+    inputs: int
+    outputs: int
+    rank: int = 0
+    reached: bool = True
+    input_gradient: bool = True
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The matrix products of a transformer.
+
+    Attributes:
+        linears: Every linear layer in the blocks.
+        head: The output layer (LM head or classification head), applied to some positions only.
+        attention_layers: Number of attention layers.
+        attention_layers_reached: Those among them that the backward pass runs through.
+        attention_width: Query heads times head size.
+    """
+
+    linears: tuple[LinearShape, ...]
+    head: LinearShape
+    attention_layers: int
+    attention_layers_reached: int
+    attention_width: int
+
+
+def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
+    """FLOPs of one forward pass over ``(rows, length)`` tokens, padding included.
+
+    Args:
+        shape: The model.
+        rows: Sequences in the batch.
+        length: Padded length of the sequences.
+        head_positions: Positions in each sequence to which the output layer is applied.
+    """
+    tokens = rows * length
+    per_token = sum(
+        2.0 * x.inputs * x.outputs + 2.0 * x.rank * (x.inputs + x.outputs) for x in shape.linears
+    )
+    attention = 4.0 * length * shape.attention_width * shape.attention_layers
+    head = 2.0 * shape.head.inputs * shape.head.outputs * rows * head_positions
+    return tokens * (per_token + attention) + head
+
+
+def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
+    """FLOPs of the backward pass that belongs to :func:`forward_flops` of the same arguments."""
+    tokens = rows * length
+    per_token = sum(_backward_per_token(x) for x in shape.linears if x.reached)
+    attention = 8.0 * length * shape.attention_width * shape.attention_layers_reached
+    return tokens * (per_token + attention) + rows * head_positions * _backward_per_token(shape.head)
+
+
+def _backward_per_token(linear: LinearShape) -> float:
+    weight = 2.0 * linear.inputs * linear.outputs
+    frozen = weight * (int(linear.input_gradient) + int(linear.trained))
+    # B: gradients of its weight and of its input; A: of its weight, and of its input if it flows on.
+    lora = 4.0 * linear.rank * linear.outputs + linear.rank * linear.inputs * (
+        4.0 if linear.input_gradient else 2.0
+    )
+    return frozen + lora

@@ -1,0 +1,1 @@
+"""Server mathematics, pure: tensors in, tensors out."""

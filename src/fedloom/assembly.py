@@ -1,0 +1,373 @@
+"""Where the parts meet: an experiment's settings become clients with rows, a model and a method.
+
+Two steps, so that the first can be shown before the second is paid for: :func:`divide` (who holds
+what) needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedloom.accounting.ledger import Ledger
+from fedloom.data.batches import TokenShare, mismatch
+from fedloom.data.builtin import pretraining_texts
+from fedloom.data.examples import Example, Labelled, Preference, unpair
+from fedloom.data.partition import Shares, partition, shares, split_client
+from fedloom.data.sources import LoadedData, load_examples
+from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.store import ClientStore
+from fedloom.errors import DataError, ModelError
+from fedloom.evaluation.clients import ACTION, Evaluator
+from fedloom.evaluation.held_out import HeldOut
+from fedloom.experiment import Experiment
+from fedloom.messages import Tensors
+from fedloom.methods import make_method
+from fedloom.methods.base import Method
+from fedloom.models.load import TINY, context_length, fingerprint, load_backbone, load_tokenizer
+from fedloom.models.lora import AdapterModel, attach_lora, load_lora
+from fedloom.models.tiny import tiny_model
+from fedloom.objectives import make_objective
+from fedloom.objectives.base import Objective
+from fedloom.randomness import generator
+from fedloom.training.optimizers import TrainingSettings
+
+TINY_TEXTS = 4000
+"""Generated texts that the tiny model is trained on."""
+
+SMALL_MODEL = 50_000_000
+"""Parameters below which one CPU thread is faster than several (measured on 2 cores)."""
+
+
+class DataSource(Protocol):
+    """A user's own source of examples, passed to :func:`fedloom.run` as an object."""
+
+    def load(self, rng: np.random.Generator) -> LoadedData:
+        """Return training and held-out examples, all of one kind."""
+        ...
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who holds which rows, before any model is loaded.
+
+    Attributes:
+        loaded: What was read.
+        train: Training rows of each client.
+        held_out: Rows of each client kept for its own evaluation.
+        test: The global held-out set.
+        classes: Class names in the order of their ids; empty unless the data is labelled.
+        shares: What each client holds, for the table and the picture.
+    """
+
+    loaded: LoadedData
+    train: dict[int, list[Example]]
+    held_out: dict[int, list[Example]]
+    test: list[Example]
+    classes: tuple[str, ...]
+    shares: Shares
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run needs, built.
+
+    Attributes:
+        initial: The adapter as it was initialised.
+        dropped: Rows dropped while reading and tokenising, by reason.
+        prompts: Held-out examples to answer before and after.
+        model_path: Folder or Hub name that the backbone came from.
+        model_digest: Its fingerprint.
+    """
+
+    division: Division
+    model: AdapterModel
+    tokenizer: Any
+    initial: Tensors
+    method: Method
+    objective: Objective
+    engine: SimulationEngine
+    evaluator: Evaluator
+    ledger: Ledger
+    dropped: dict[str, int]
+    prompts: list[Example]
+    model_path: str
+    model_digest: str
+
+
+def cache_folder() -> Path:
+    """Return where the tiny model and tokenised data are kept: FEDLOOM_CACHE or the user's cache."""
+    chosen = os.environ.get("FEDLOOM_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(base) / "fedloom"
+
+
+def divide(experiment: Experiment, source: DataSource | None = None) -> Division:
+    """Read the data and deal it to the clients.
+
+    Raises:
+        DataError: The data cannot be read, or a client would be left without rows.
+    """
+    seed = experiment.federation.seed
+    rng = generator(seed, "data")
+    loaded = source.load(rng) if source else load_examples(experiment.data, rng)
+    count = experiment.federation.clients
+    dealt = partition(loaded.train, experiment.partition, count, generator(seed, "partition"))
+    fraction = experiment.partition.client_test_fraction
+    train: dict[int, list[Example]] = {}
+    held_out: dict[int, list[Example]] = {}
+    for client, indices in enumerate(dealt):
+        kept, own = split_client(
+            indices, fraction, generator(seed, "client test", client), loaded.train
+        )
+        train[client] = [loaded.train[i] for i in kept]
+        held_out[client] = [loaded.train[i] for i in own]
+    limit = experiment.evaluation
+    return Division(
+        loaded,
+        train,
+        {c: _few(rows, limit.client_max_examples, seed, c) for c, rows in held_out.items()},
+        _few(loaded.test, limit.max_examples, seed),
+        _classes([*loaded.train, *loaded.test]),
+        shares(loaded.train, experiment.partition, dealt),
+    )
+
+
+def assemble(
+    experiment: Experiment,
+    division: Division,
+    *,
+    objective: Objective | None = None,
+    store: ClientStore | None = None,
+    stage: Callable[[str], None] = lambda text: None,
+) -> Parts:
+    """Load the model, tokenise every client's rows and build what the server loop needs.
+
+    Args:
+        experiment: The settings.
+        division: Who holds what.
+        objective: A user's own objective instead of the one in the settings.
+        store: What clients kept in an earlier part of this run.
+        stage: Told what is being done.
+
+    Raises:
+        ModelError: The model or its adapter cannot be built.
+        DataError: A client has no row left after tokenising.
+    """
+    objective = objective or make_objective(experiment.objective)
+    method = make_method(experiment.method)
+    path, tokenizer, model = _build_model(experiment, objective, division.classes, stage)
+    stage("tokenising")
+    reader = _Reader(experiment, division, objective, tokenizer, context_length(model.model))
+    train = reader.training_shares(pooled=method.pools_data)
+    initial = model.read()
+    ledger = Ledger()
+    evaluator = Evaluator(
+        method,
+        reader.held_out(division.test),
+        reader.client_held_out() if experiment.evaluation.per_client else {},
+        experiment.evaluation.every,
+        experiment.federation.rounds,
+    )
+    engine = SimulationEngine(
+        model,
+        initial,
+        train,
+        {**method.handlers(), ACTION: evaluator.handler()},
+        objective,
+        experiment.training,
+        experiment.federation.seed,
+        store or ClientStore(),
+        ledger,
+    )
+    return Parts(
+        division,
+        model,
+        tokenizer,
+        initial,
+        method,
+        objective,
+        engine,
+        evaluator,
+        ledger,
+        {**division.loaded.dropped, **reader.dropped},
+        [] if division.classes else division.test[: experiment.evaluation.samples],
+        path,
+        fingerprint(path),
+    )
+
+
+def assemble_saved(
+    experiment: Experiment, division: Division, adapter: Path | None
+) -> tuple[AdapterModel, HeldOut]:
+    """Return the backbone with a saved adapter (or a fresh one, which is the base model), and the set.
+
+    Raises:
+        ModelError: ``adapter`` is no PEFT folder, or one for another model.
+    """
+    objective = make_objective(experiment.objective)
+    _, tokenizer, model = _build_model(
+        experiment, objective, division.classes, lambda text: None, adapter
+    )
+    reader = _Reader(experiment, division, objective, tokenizer, context_length(model.model))
+    return model, reader.held_out(division.test)
+
+
+def prepare_model(
+    experiment: Experiment, classes: tuple[str, ...], stage: Callable[[str], None]
+) -> tuple[str, Any, torch.nn.Module]:
+    """Return the backbone's path, its tokenizer and the backbone itself, on its device."""
+    path = experiment.model.path
+    if path == TINY:
+        texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
+        stage("preparing the tiny model (made once, a few seconds)")
+        path = str(tiny_model(cache_folder(), texts))
+    stage(f"loading {experiment.model.path}")
+    tokenizer = load_tokenizer(path, experiment.model.revision)
+    backbone = load_backbone(
+        path,
+        revision=experiment.model.revision,
+        classes=classes,
+        dtype=torch.bfloat16 if experiment.training.precision == "bf16" else torch.float32,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=experiment.federation.seed,
+    )
+    _set_threads(experiment.training, sum(p.numel() for p in backbone.parameters()))
+    return path, tokenizer, backbone.to(choose_device(experiment.training.device))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device a setting names; "auto" is a GPU where there is one.
+
+    Raises:
+        ModelError: There is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f'training.device {name!r}: {reason}; "auto" takes what there is') from error
+    if device.type == "cuda":  # the same bits need these two on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
+
+
+def _build_model(
+    experiment: Experiment,
+    objective: Objective,
+    classes: tuple[str, ...],
+    stage: Callable[[str], None],
+    adapter: Path | None = None,
+) -> tuple[str, Any, AdapterModel]:
+    classification = objective.head == "classification"
+    path, tokenizer, backbone = prepare_model(experiment, classes if classification else (), stage)
+    if experiment.training.gradient_checkpointing:
+        anyone: Any = backbone
+        anyone.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter is not None:
+        model = load_lora(backbone, adapter)
+    else:
+        model = attach_lora(
+            backbone,
+            experiment.adapter,
+            classification=classification,
+            seed=experiment.federation.seed,
+        )
+    autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
+    checkpointed = experiment.training.gradient_checkpointing
+    return path, tokenizer, AdapterModel(model, tokenizer.pad_token_id, autocast, checkpointed)
+
+
+class _Reader:
+    """Turns each part of a division into token rows, counting what is dropped."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        division: Division,
+        objective: Objective,
+        tokenizer: Any,
+        context: int,
+    ) -> None:
+        self.experiment, self.division, self.objective = experiment, division, objective
+        self.tokenizer = tokenizer
+        self.max_length = min(experiment.data.max_length or 1024, context)
+        self.dropped: dict[str, int] = {}
+
+    def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
+        """Return each client's training rows, or all rows as client 0's."""
+        clients = {c: self._for_training(rows) for c, rows in self.division.train.items()}
+        if pooled:
+            clients = {0: [row for rows in clients.values() for row in rows]}
+        whole = self._tokens([row for rows in clients.values() for row in rows])
+        result, start = {}, 0
+        for client, rows in clients.items():
+            positions = np.flatnonzero((whole.index >= start) & (whole.index < start + len(rows)))
+            start += len(rows)
+            if not len(positions):
+                raise DataError(
+                    f"client {client} has no row left after tokenising ({self.dropped}); raise "
+                    "data.max_length or partition.minimum, or use fewer clients"
+                )
+            result[client] = self._share(client, whole.take(positions))
+        return result
+
+    def held_out(self, rows: Sequence[Example]) -> HeldOut:
+        """Return a held-out set; pairs stay pairs whatever is trained on."""
+        size = self.experiment.evaluation.batch_size
+        tokens = self._tokens(rows)
+        return HeldOut(TokenShare(tokens), self.division.loaded.kind, self.objective.beta, size)
+
+    def client_held_out(self) -> dict[int, HeldOut]:
+        """Return each client's own held-out set, where it has one."""
+        sets = {c: self.held_out(rows) for c, rows in self.division.held_out.items() if rows}
+        return {client: held_out for client, held_out in sets.items() if len(held_out)}
+
+    def _for_training(self, rows: list[Example]) -> list[Example]:
+        if self.objective.kind != "feedback":
+            return rows
+        pairs = [row for row in rows if isinstance(row, Preference)]
+        return list(unpair(pairs)) if pairs else rows
+
+    def _share(self, client: int, tokens: TokenSet) -> TokenShare:
+        if not self.objective.needs_mismatched:
+            return TokenShare(tokens)
+        rng = generator(self.experiment.federation.seed, "mismatched", client)
+        bos = self.tokenizer.bos_token_id
+        return TokenShare(tokens, mismatch(tokens, rng, self.max_length, bos))
+
+    def _tokens(self, rows: Sequence[Example]) -> TokenSet:
+        cache = cache_folder() / "tokens"
+        classes = self.division.classes
+        tokens = tokenize(rows, self.tokenizer, self.max_length, classes, cache)
+        for reason, count in tokens.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        return tokens
+
+
+def _few(rows: list[Example], limit: int, seed: int, client: int = -1) -> list[Example]:
+    """Return at most ``limit`` of the rows, drawn from the seed, in their order."""
+    if len(rows) <= limit:
+        return rows
+    drawn = generator(seed, "held-out", client).choice(len(rows), size=limit, replace=False)
+    return [rows[i] for i in sorted(drawn.tolist())]
+
+
+def _classes(examples: Sequence[Example]) -> tuple[str, ...]:
+    return tuple(sorted({example.label for example in examples if isinstance(example, Labelled)}))
+
+
+def _set_threads(settings: TrainingSettings, parameters: int) -> None:
+    default = 1 if parameters < SMALL_MODEL else os.cpu_count() or 1
+    torch.set_num_threads(settings.threads or default)

@@ -1,0 +1,210 @@
+"""State between rounds on disk: atomic, checksummed, and enough to continue bit for bit.
+
+A checkpoint is a folder ``round-0003`` that appears all at once (written beside, synced, renamed)::
+
+    state.safetensors       the server's tensors
+    state.json              the server's numbers, the round, the experiment's fingerprint
+    client-0004.safetensors what client 4 keeps between rounds; linked, not copied, when unchanged
+    manifest.json           SHA-256 of every file above
+
+The newest two are kept, so that one stays whole if the other is damaged later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+
+from fedloom.errors import CheckpointError, OutputError
+from fedloom.messages import Tensors
+
+KEPT = 2
+"""Checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a method carries from one round to the next: plain tensors and numbers."""
+
+    tensors: Tensors
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One state between rounds.
+
+    Attributes:
+        round: Last finished round, 0 before the first.
+        state: The server's state.
+        clients: What each client keeps.
+        fingerprint: SHA-256 over everything that shapes the results of the experiment.
+    """
+
+    round: int
+    state: State
+    clients: Mapping[int, Tensors]
+    fingerprint: str
+
+
+def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) -> None:
+    """Write a checkpoint into ``folder`` and drop all but the newest two.
+
+    Args:
+        folder: The run's ``checkpoints`` folder; made if it is not there.
+        checkpoint: What to keep.
+        changed: Clients whose tensors differ from the newest checkpoint on disk; the files of the
+            others are linked. ``None`` writes all.
+
+    Raises:
+        OutputError: The disk is full or not writable. Earlier checkpoints stay whole.
+    """
+    target = folder / f"round-{checkpoint.round:04d}"
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_files(temporary, checkpoint, _newest(folder), changed)
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            f"cannot save the checkpoint {target}: {error.strerror or error}; "
+            "the checkpoints before it are whole: make room or choose another output.folder"
+        ) from error
+    for path in _listed(folder)[:-KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load(folder: Path, fingerprint: str, round: int | None = None) -> Checkpoint:
+    """Read the newest checkpoint, or that of ``round``.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        fingerprint: What the checkpoint's fingerprint must be.
+        round: A round to go back to, from 0.
+
+    Raises:
+        CheckpointError: There is none; a file does not match its checksum (the whole ones that are
+            left are offered); or it belongs to another experiment.
+    """
+    path = _chosen(folder, round)
+    damage = _damage(path)
+    if damage:
+        raise CheckpointError(f"the checkpoint {path} is damaged ({damage}); {_offer(folder, path)}")
+    facts = json.loads((path / "state.json").read_text())
+    if facts["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another experiment (fingerprint "
+            f"{facts['fingerprint'][:12]}, this one has {fingerprint[:12]}): the settings, the model's "
+            "weights or the data have changed since; start a new run"
+        )
+    clients = {
+        int(file.stem.removeprefix("client-")): safetensors.torch.load_file(file)
+        for file in sorted(path.glob("client-*.safetensors"))
+    }
+    tensors = safetensors.torch.load_file(path / "state.safetensors")
+    state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
+    return Checkpoint(facts["round"], state, clients, fingerprint)
+
+
+def _write_files(
+    folder: Path, checkpoint: Checkpoint, previous: Path | None, changed: set[int] | None
+) -> None:
+    sums = {}
+    before = json.loads((previous / "manifest.json").read_text()) if previous else {}
+    state = checkpoint.state
+    sums["state.safetensors"] = _write(
+        folder / "state.safetensors",
+        safetensors.torch.save({name: t.contiguous() for name, t in state.tensors.items()}),
+    )
+    facts = {
+        "round": checkpoint.round,
+        "fingerprint": checkpoint.fingerprint,
+        "order": list(state.tensors),
+        "numbers": dict(state.numbers),
+    }
+    sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
+    for client, tensors in checkpoint.clients.items():
+        name = f"client-{client:04d}.safetensors"
+        if previous and changed is not None and client not in changed and name in before:
+            os.link(previous / name, folder / name)
+            sums[name] = before[name]
+        else:
+            sums[name] = _write(folder / name, safetensors.torch.save(tensors))
+    _write(folder / "manifest.json", json.dumps(sums).encode())
+
+
+def _write(path: Path, data: bytes) -> str:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*") if re.fullmatch(r"round-\d+", path.name))
+
+
+def _newest(folder: Path) -> Path | None:
+    listed = _listed(folder)
+    return listed[-1] if listed and not _damage(listed[-1]) else None
+
+
+def _chosen(folder: Path, round: int | None) -> Path:
+    listed = _listed(folder)
+    if not listed:
+        raise CheckpointError(f"no checkpoint in {folder}; was the run stopped before it began?")
+    if round is None:
+        return listed[-1]
+    path = folder / f"round-{round:04d}"
+    if path not in listed:
+        names = ", ".join(str(_number(p)) for p in listed)
+        raise CheckpointError(f"no checkpoint of round {round} in {folder}; there are: {names}")
+    return path
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("round-"))
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with a checkpoint's files, or an empty string."""
+    try:
+        sums = json.loads((path / "manifest.json").read_text())
+        for name, expected in sums.items():
+            found = hashlib.sha256((path / name).read_bytes()).hexdigest()
+            if found != expected:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{error}"
+    return ""
+
+
+def _offer(folder: Path, damaged: Path) -> str:
+    whole = [path for path in _listed(folder) if path != damaged and not _damage(path)]
+    if not whole:
+        return "no other checkpoint is whole: start a new run"
+    return f"the one of round {_number(whole[-1])} is whole: add --from-round {_number(whole[-1])}"

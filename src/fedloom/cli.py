@@ -1,0 +1,169 @@
+"""The command line: parse, call, print. No logic, and nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from fedloom.errors import FedloomError
+
+app = typer.Typer(
+    help="Fine-tune and align language models across parties whose data must not leave them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in TOML.", show_default=False)]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: section.key=value. May be repeated."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Experiment in TOML.", show_default=False)
+    ] = None,
+    assignments: Assignments = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder instead.")
+    ] = None,
+    from_round: Annotated[
+        int | None, typer.Option(help="With --resume: go back to the checkpoint of this round.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment, or continue one."""
+    from fedloom.runner import resume_run, run_experiment
+
+    if resume is not None:
+        result = resume_run(
+            resume,
+            experiment,
+            assignments or [],
+            from_round=from_round,
+            observer=_observer(quiet),
+        )
+    elif experiment is None:
+        raise typer.BadParameter("give an experiment file, or --resume FOLDER")
+    else:
+        result = run_experiment(_read(experiment, assignments), observer=_observer(quiet))
+    typer.echo(result.summary_text)
+
+
+@app.command()
+def demo(
+    assignments: Assignments = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the main job on embedded defaults and write its report. Needs no network and no files."""
+    from fedloom.experiment import Experiment
+    from fedloom.report.page import write_report
+    from fedloom.runner import run_experiment, starting_file
+
+    experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
+    result = run_experiment(experiment, observer=_observer(quiet))
+    page = write_report([result.folder])
+    typer.echo(result.summary_text)
+    typer.echo(f"report: {page}  (open it in a browser)")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("experiment.toml"),
+) -> None:
+    """Write a commented starting file."""
+    from fedloom.runner import write_starting_file
+
+    write_starting_file(path)
+    typer.echo(f"wrote {path}; try: fedloom partition {path}; fedloom run {path}")
+
+
+@app.command()
+def partition(
+    experiment: ExperimentFile,
+    assignments: Assignments = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the picture goes (default: NAME-partition.svg).")
+    ] = None,
+) -> None:
+    """Show which client holds what, before anything is trained."""
+    from rich.console import Console
+
+    from fedloom.runner import show_partition
+
+    settings = _read(experiment, assignments)
+    target = picture or Path(f"{settings.name}-partition.svg")
+    Console().print(show_partition(settings, target))
+    typer.echo(f"picture: {target}")
+
+
+@app.command()
+def evaluate(
+    experiment: ExperimentFile,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT folder (default: the base model).")
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Score an adapter on the experiment's global held-out set."""
+    from fedloom.runner import evaluate_adapter
+
+    for name, value in evaluate_adapter(_read(experiment, assignments), adapter).items():
+        typer.echo(f"{name} = {value:.6f}")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    target: Annotated[Path | None, typer.Option("--to", help="File to write.")] = None,
+) -> None:
+    """Turn run folders into one self-contained page."""
+    from fedloom.report.page import write_report
+
+    typer.echo(f"report: {write_report(folders, target)}")
+
+
+def main() -> NoReturn:
+    """Run the command line; a fedloom error is one message and its exit code, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except FedloomError as error:
+        typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        _usage_error(error)
+    sys.exit(0)
+
+
+def _usage_error(error: Exception) -> NoReturn:
+    """Print a mistake in the command line as typer would; let anything else through."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    sys.exit(int(getattr(error, "exit_code", 2)))
+
+
+def _read(path: Path, assignments: list[str] | None):  # type: ignore[no-untyped-def]
+    from fedloom.experiment import Experiment
+
+    return Experiment.from_toml(path, assignments or [])
+
+
+def _observer(quiet: bool):  # type: ignore[no-untyped-def]
+    from rich.console import Console
+
+    from fedloom.terminal import make_observer
+
+    return make_observer(Console(), quiet=quiet)

@@ -1,0 +1,196 @@
+"""Token rows to padded batches: order, mismatched completions, padding.
+
+One :class:`TokenShare` is what a client trains on. Shuffling draws from the generator it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.batch import Batch, Sequences
+from fedloom.data.tokenize import TokenSet, fit
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """The rows one client holds, and what has been computed about them once.
+
+    Attributes:
+        tokens: The tokenised rows.
+        mismatched: For KTO, each row's prompt with another row's completion, in the same order;
+            ``None`` where it is not needed or the client has a single row.
+        reference_logps: ``(sequences,)`` under the reference model, once computed.
+        mismatched_reference_logps: ``(examples,)`` of ``mismatched``, once computed.
+    """
+
+    tokens: TokenSet
+    mismatched: TokenSet | None = None
+    reference_logps: Tensor | None = None
+    mismatched_reference_logps: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.tokens)
+
+
+def mismatch(
+    tokens: TokenSet, rng: np.random.Generator, max_length: int, bos: int | None
+) -> TokenSet | None:
+    """Pair every prompt with the completion of another row, for KTO's reference point.
+
+    The rows form one random cycle and each takes the completion of the next row in it that has
+    another prompt, so that the two answers to one question are not taken for mismatched ones.
+
+    Args:
+        tokens: Feedback rows of one client.
+        rng: Draws the cycle.
+        max_length: Tokens a sequence may have.
+        bos: The tokenizer's start token, kept when a prompt is cut.
+
+    Returns:
+        One mismatched sequence for each row, or ``None`` for fewer than two rows.
+    """
+    if len(tokens) < 2:
+        return None
+    cycle = rng.permutation(len(tokens))
+    prompts = [bytes(s[:p]) for s, p in (tokens.sequence(i) for i in range(len(tokens)))]
+    parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(tokens)
+    lengths = np.zeros(len(tokens), np.int64)
+    for place, own in enumerate(cycle):
+        other = _next_other(cycle, place, prompts)
+        sequence, prompt = tokens.sequence(int(own))
+        donor, donor_prompt = tokens.sequence(other)
+        opening, (completion,) = fit(
+            sequence[:prompt].tolist(), [donor[donor_prompt:].tolist()], max_length, bos
+        )
+        parts[own] = np.array(opening + completion, np.int32)
+        lengths[own] = len(opening)
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    return replace(tokens, tokens=np.concatenate(parts), starts=starts, prompts=lengths)
+
+
+def epoch_batches(
+    count: int, batch_size: int, rng: np.random.Generator, *, epochs: int | None, steps: int | None
+) -> Iterator[Indices]:
+    """Yield the rows of each optimizer step.
+
+    Args:
+        count: Rows there are, at least 1.
+        batch_size: Rows in a step; the last step of an epoch may have fewer.
+        rng: Shuffles each epoch anew.
+        epochs: Passes over the rows; or ``None``.
+        steps: Steps in all, over as many epochs as it takes; exactly one of the two is given.
+    """
+    done = 0
+    epoch = 0
+    while (epochs is not None and epoch < epochs) or (steps is not None and done < steps):
+        order = rng.permutation(count)
+        for start in range(0, count, batch_size):
+            if steps is not None and done >= steps:
+                return
+            yield order[start : start + batch_size]
+            done += 1
+        epoch += 1
+
+
+def count_steps(count: int, batch_size: int, *, epochs: int | None, steps: int | None) -> int:
+    """Return how many steps :func:`epoch_batches` yields."""
+    return steps if steps is not None else (epochs or 0) * -(-count // batch_size)
+
+
+def micro_batches(share: TokenShare, indices: Indices, size: int) -> list[Indices]:
+    """Cut an optimizer batch into micro-batches of rows alike in length, to pad little."""
+    if len(indices) <= size:
+        return [indices]
+    ordered = indices[np.argsort(-share.tokens.lengths[indices], kind="stable")]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def by_length(tokens: TokenSet, size: int) -> list[Indices]:
+    """Return all rows in batches of rows alike in length, longest first."""
+    order = np.argsort(-tokens.lengths, kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def collate(share: TokenShare, indices: Indices, pad: int, device: torch.device) -> Batch:
+    """Build the batch of the rows at ``indices``.
+
+    Args:
+        share: The client's rows.
+        indices: ``(examples,)`` positions in ``share.tokens``.
+        pad: Token id to pad with.
+        device: Where the tensors go.
+    """
+    tokens = share.tokens
+    numbers = sequence_numbers(tokens.width, indices)
+    sequences, real, completion = pad_sequences(tokens, numbers, pad, device)
+    labels = tokens.labels[indices]
+    where = torch.from_numpy(indices)
+    mismatched = None
+    if share.mismatched is not None:
+        mismatched = pad_sequences(share.mismatched, indices, pad, device)[0]
+    return Batch(
+        rows=tuple(tokens.rows[indices].tolist()),
+        sequences=sequences,
+        completion_tokens=completion,
+        tokens=real,
+        labels=_labels(labels, completion > 0, device),
+        reference_logps=_pick(share.reference_logps, torch.from_numpy(numbers), device),
+        mismatched=mismatched,
+        mismatched_reference_logps=_pick(share.mismatched_reference_logps, where, device),
+    )
+
+
+def sequence_numbers(width: int, indices: Indices) -> Indices:
+    """Return the sequences of some examples: all first ones (chosen), then all second ones."""
+    return (indices[None, :] * width + np.arange(width)[:, None]).reshape(-1)
+
+
+def pad_sequences(
+    tokens: TokenSet, numbers: Indices, pad: int, device: torch.device
+) -> tuple[Sequences, int, int]:
+    """Return sequences padded on the right, their real tokens and their completion tokens."""
+    starts, ends = tokens.starts[numbers], tokens.starts[numbers + 1]
+    lengths, prompts = ends - starts, tokens.prompts[numbers]
+    columns = np.arange(int(lengths.max()))
+    real = columns[None, :] < lengths[:, None]
+    completion = real & (columns[None, :] >= prompts[:, None])
+    ids = np.full(real.shape, pad, np.int64)
+    ids[real] = np.concatenate([tokens.tokens[a:b] for a, b in zip(starts, ends, strict=True)])
+    first = max(1, int(prompts.min()))
+    sequences = Sequences(
+        torch.from_numpy(ids),
+        torch.from_numpy(real.astype(np.int64)),
+        torch.from_numpy(completion),
+        min(first, len(columns) - 1) or 1,
+    )
+    return sequences.to(device), int(lengths.sum()), int(completion.sum())
+
+
+def _next_other(cycle: Indices, place: int, prompts: list[bytes]) -> int:
+    """Return the next row of the cycle with another prompt, or just the next one."""
+    own = int(cycle[place])
+    for step in range(1, len(cycle)):
+        other = int(cycle[(place + step) % len(cycle)])
+        if prompts[other] != prompts[own]:
+            return other
+    return int(cycle[(place + 1) % len(cycle)])
+
+
+def _labels(labels: NDArray[np.int64], feedback: bool, device: torch.device) -> Tensor | None:
+    if (labels < 0).any():
+        return None
+    tensor = torch.from_numpy(labels).to(device)
+    return tensor.bool() if feedback else tensor
+
+
+def _pick(values: Tensor | None, numbers: Tensor, device: torch.device) -> Tensor | None:
+    return None if values is None else values[numbers].to(device)

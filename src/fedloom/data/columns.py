@@ -1,0 +1,235 @@
+"""Rows to examples: the column conventions of TRL, and what is wrong with a row that has others.
+
+A row is a dictionary as it was read. ``RowError`` says why it gives no example; the caller counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fedloom.data.examples import (
+    Example,
+    Feedback,
+    Instruction,
+    Labelled,
+    Message,
+    Preference,
+    Text,
+)
+
+Row = Mapping[str, Any]
+
+TURN = "\n\nAssistant:"
+"""Where an answer begins in dialogues written as plain text (the layout of HH-RLHF)."""
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+"""Roles, with the names of the ShareGPT layout."""
+
+LONGEST_COLUMN = 200
+"""Characters; a column with more is text, not something to divide clients by."""
+
+REQUIRED = {
+    "instruction": (("completion",), ("messages",), ("conversations",), ("text",)),
+    "preference": (("chosen", "rejected"),),
+    "feedback": (("prompt", "completion", "label"), ("messages", "label")),
+    "labelled": (("text", "label"),),
+}
+"""Columns of each kind; any one of the alternatives will do."""
+
+
+class RowError(Exception):
+    """A row that gives no example, and why; ``counted`` rows are dropped without being malformed."""
+
+    def __init__(self, reason: str, *, malformed: bool = True) -> None:
+        """Keep the reason."""
+        super().__init__(reason)
+        self.malformed = malformed
+
+
+def renamed(row: Row, columns: Mapping[str, str], template: str | None) -> dict[str, Any]:
+    """Return a row under our names.
+
+    Args:
+        row: As read.
+        columns: Our name to theirs.
+        template: Makes the prompt from their columns, ``"Question: {question}"``.
+    """
+    theirs = set(columns.values())
+    result = {name: value for name, value in row.items() if name not in theirs}
+    for ours, their in columns.items():
+        if their not in row:
+            raise RowError(f"column {their!r} is missing")
+        result[ours] = row[their]
+    if template is not None:
+        result["prompt"] = fill_template(template, row)
+    return result
+
+
+def fill_template(template: str, row: Row) -> str:
+    """Replace ``{name}`` by the row's column; ``{{`` and ``}}`` are braces, nothing else is read."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[0] in ("{{", "}}"):
+            return match[0][0]
+        if match[1] not in row:
+            raise RowError(f"column {match[1]!r} of the template is missing")
+        return str(row[match[1]])
+
+    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
+
+
+def template_columns(template: str) -> list[str]:
+    """Return the columns that a template names."""
+    names = re.findall(r"\{\{|\}\}|\{([^{}]+)\}", template)
+    return [name for name in names if name]
+
+
+def make_example(kind: str, number: int, row: Row) -> Example:
+    """Return the example of a row under our names.
+
+    Args:
+        kind: instruction, preference, feedback or labelled.
+        number: Its row number, kept for messages.
+        row: Columns; those that are not part of the example are kept for partitions.
+
+    Raises:
+        RowError: The row gives none.
+    """
+    extra = {
+        name: str(value)
+        for name, value in row.items()
+        if isinstance(value, str | int | float | bool)
+        and name not in ("prompt", "completion", "text")
+        and len(str(value)) <= LONGEST_COLUMN
+    }
+    if kind == "instruction":
+        return _instruction(number, row, extra)
+    if kind == "preference":
+        return _preference(number, row, extra)
+    if kind == "feedback":
+        extra.pop("label", None)
+        return _feedback(number, row, extra)
+    label = row.get("label")
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        raise RowError(f"label must be a class name or number, got {label!r}")
+    extra.pop("label", None)
+    return Labelled(number, _string(row, "text"), str(label), extra)
+
+
+def _instruction(number: int, row: Row, extra: dict[str, str]) -> Instruction:
+    if "completion" in row:
+        return Instruction(number, _text(row, "prompt", ""), _text(row, "completion"), extra)
+    if "messages" in row or "conversations" in row:
+        prompt, completion = _last_answer(_messages(row))
+        return Instruction(number, prompt, completion, extra)
+    return Instruction(number, "", _string(row, "text"), extra)
+
+
+def _preference(number: int, row: Row, extra: dict[str, str]) -> Preference:
+    extra = {name: value for name, value in extra.items() if name not in ("chosen", "rejected")}
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    if chosen == rejected:
+        raise RowError("chosen equals rejected", malformed=False)
+    if "prompt" in row:
+        prompt = _text(row, "prompt", "")
+    elif "messages" in row or "conversations" in row:
+        prompt = _messages(row)
+    else:
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    if not chosen or not rejected:
+        raise RowError("one answer is the beginning of the other", malformed=False)
+    return Preference(number, prompt, chosen, rejected, extra)
+
+
+def _feedback(number: int, row: Row, extra: dict[str, str]) -> Feedback:
+    desirable = _truth(row.get("label"))
+    if "completion" in row:
+        return Feedback(
+            number, _text(row, "prompt", ""), _text(row, "completion"), desirable, extra
+        )
+    prompt, completion = _last_answer(_messages(row))
+    return Feedback(number, prompt, completion, desirable, extra)
+
+
+def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """Take what two answers have in common at their start for the prompt.
+
+    Conversations are cut at the first message that differs, as in TRL. Plain text is cut after the
+    last "Assistant:" turn within the common part if there is one, else at the first character that
+    differs (before the space in front of it), as in TRL.
+    """
+    common = 0
+    for left, right in zip(chosen, rejected, strict=False):
+        if left != right:
+            break
+        common += 1
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        turn = chosen.rfind(TURN, 0, common)
+        if turn >= 0:
+            common = turn + len(TURN)
+        elif common and chosen[common - 1] == " ":
+            common -= 1
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _truth(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "0", "1"):
+        return value.strip().lower() in ("true", "1")
+    raise RowError(f"label must be true or false, got {value!r}")
+
+
+def _text(row: Row, name: str, default: str | None = None) -> Text:
+    value = row.get(name, default)
+    if isinstance(value, list | tuple) or hasattr(value, "tolist"):
+        return _checked_messages(value, name)
+    if isinstance(value, dict):
+        return _checked_messages([value], name)
+    return _string({name: value}, name, empty=default is not None)
+
+
+def _string(row: Row, name: str, *, empty: bool = False) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise RowError(f"{name} must be text, got {_shown(value)}")
+    if not value.strip() and not empty:
+        raise RowError(f"{name} is empty")
+    return value
+
+
+def _messages(row: Row) -> tuple[Message, ...]:
+    name = "messages" if "messages" in row else "conversations"
+    return _checked_messages(row.get(name), name)
+
+
+def _checked_messages(value: Any, name: str) -> tuple[Message, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, list | tuple) or not value:
+        raise RowError(f"{name} must be a list of messages, got {_shown(value)}")
+    return tuple(_message(item, name) for item in value)
+
+
+def _message(item: Any, name: str) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(f"{name} must hold messages with role and content, got {_shown(item)}")
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if role not in ROLES or not isinstance(content, str):
+        raise RowError(f"{name} must hold messages with role and content, got {_shown(item)}")
+    return {"role": ROLES[role], "content": content}
+
+
+def _last_answer(messages: tuple[Message, ...]) -> tuple[Text, Text]:
+    """Cut a conversation before its last assistant message, which is the completion."""
+    if messages[-1]["role"] != "assistant":
+        raise RowError("the last message must be the assistant's")
+    return messages[:-1], messages[-1:]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

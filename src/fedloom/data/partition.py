@@ -1,0 +1,266 @@
+"""Who gets which rows: index arrays for each client, from an explicit generator.
+
+Every partition hands out every row exactly once. Rows that share a row number (the two halves of
+an unrolled pair) stay together. Source of the Dirichlet form: Hsu et al. 2019, "Measuring the
+Effects of Non-Identical Data Distribution", https://arxiv.org/abs/1909.06335.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fedloom.data.examples import Example, Feedback, Labelled
+from fedloom.errors import DataError
+from fedloom.settings import Settings
+
+Indices = NDArray[np.int64]
+
+
+class PartitionSettings(Settings):
+    """``[partition]``: who holds which rows."""
+
+    kind: Literal["iid", "dirichlet", "column", "size"] = "iid"
+    """iid: shuffled and dealt evenly. dirichlet: the values of `column` spread unevenly, by alpha.
+    column: each value goes to one client. size: shuffled, with shares that grow from client to
+    client by `sizes`."""
+    column: str | None = None
+    """What clients differ in; "label" is the class of labelled rows and the label of feedback."""
+    alpha: float = Field(default=0.5, gt=0)
+    """Of dirichlet: 0.1 gives each client few values, 100 gives all clients alike."""
+    minimum: int = Field(default=1, ge=1)
+    """Rows every client gets at least."""
+    sizes: list[float] | None = None
+    """Of size: one positive number a client, in proportion to which rows are dealt."""
+    client_test_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of each client's rows kept for its own evaluation (none where it has under 5 rows)."""
+
+    def contradictions(self, clients: int) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        if self.kind in ("dirichlet", "column") and self.column is None:
+            found.append(f"partition.kind = {self.kind!r} needs partition.column, such as \"label\"")
+        if self.kind == "size" and self.sizes is None:
+            found.append("partition.kind = 'size' needs partition.sizes, one number a client")
+        if self.sizes is not None:
+            if self.kind != "size":
+                found.append(f"partition.sizes is of kind \"size\", not of {self.kind!r}")
+            if len(self.sizes) != clients:
+                found.append(
+                    f"partition.sizes has {len(self.sizes)} numbers, federation.clients is {clients}"
+                )
+            if any(not size > 0 for size in self.sizes):
+                found.append(f"partition.sizes must all be above 0, got {self.sizes}")
+        return found
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each client holds, for a table or a picture.
+
+    Attributes:
+        column: What is counted, or ``None`` where only rows are.
+        values: The values in order; ``("all",)`` without a column.
+        counts: For each client the number of rows of each value.
+    """
+
+    column: str | None
+    values: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def partition(
+    examples: Sequence[Example],
+    settings: PartitionSettings,
+    clients: int,
+    rng: np.random.Generator,
+) -> list[Indices]:
+    """Deal all rows to the clients.
+
+    Args:
+        examples: The training rows.
+        settings: How.
+        clients: How many there are.
+        rng: Draws the deal.
+
+    Returns:
+        For each client the ascending positions of its rows. Together they hold each row once.
+
+    Raises:
+        DataError: More clients than rows, an absent column, or too few rows for the minimum.
+    """
+    groups = _groups(examples)
+    _check_enough(len(groups), settings, clients)
+    if settings.kind == "iid":
+        dealt = _cut(rng.permutation(len(groups)), np.ones(clients))
+    elif settings.kind == "size":
+        dealt = _cut(rng.permutation(len(groups)), np.array(settings.sizes))
+    else:
+        values = column_values([examples[group[0]] for group in groups], str(settings.column))
+        by_value = [np.flatnonzero(np.array(values) == value) for value in sorted(set(values))]
+        if settings.kind == "column":
+            dealt = _by_column(by_value, clients, rng)
+        else:
+            dealt = _dirichlet(by_value, settings.alpha, clients, rng)
+    dealt = _top_up(dealt, settings.minimum, rng)
+    return [np.sort(_rows(groups, numbers)) for numbers in dealt]
+
+
+def split_client(
+    indices: Indices,
+    fraction: float,
+    rng: np.random.Generator,
+    examples: Sequence[Example],
+) -> tuple[Indices, Indices]:
+    """Split a client's rows into those it trains on and those it keeps for its own evaluation.
+
+    Args:
+        indices: The client's rows, ascending positions in ``examples``.
+        fraction: Share to keep; at least one row, and none where the client has fewer than 5.
+        rng: Draws which.
+        examples: All rows; those that share a row number stay on one side.
+
+    Returns:
+        Two ascending arrays that together are ``indices``.
+    """
+    own = [examples[i] for i in indices]
+    groups = _groups(own)
+    if fraction == 0 or len(groups) < 5:
+        return indices, indices[:0]
+    order = rng.permutation(len(groups))
+    count = max(1, round(fraction * len(groups)))
+    kept = np.sort(_rows(groups, order[:count]))
+    trained = np.sort(_rows(groups, order[count:]))
+    return indices[trained], indices[kept]
+
+
+def column_values(examples: Sequence[Example], column: str) -> list[str]:
+    """Return each row's value of a column.
+
+    Raises:
+        DataError: A row has no such column; those there are, are named.
+    """
+    values = []
+    for example in examples:
+        if column == "label" and isinstance(example, Labelled):
+            values.append(example.label)
+        elif column == "label" and isinstance(example, Feedback):
+            values.append(str(example.desirable).lower())
+        elif column in example.columns:
+            values.append(example.columns[column])
+        else:
+            raise DataError(_absent(column, example))
+    return values
+
+
+def shares(examples: Sequence[Example], settings: PartitionSettings, dealt: list[Indices]) -> Shares:
+    """Count what each client holds, by the partition's column or, without one, by class label."""
+    column = settings.column
+    if column is None and examples and isinstance(examples[0], Labelled | Feedback):
+        column = "label"
+    if column is None:
+        return Shares(None, ("all",), tuple((len(indices),) for indices in dealt))
+    values = np.array(column_values(examples, column))
+    names = tuple(sorted(set(values.tolist())))
+    counts = tuple(
+        tuple(int((values[indices] == name).sum()) for name in names) for indices in dealt
+    )
+    return Shares(column, names, counts)
+
+
+def _groups(examples: Sequence[Example]) -> list[Indices]:
+    """Return the positions of each row number, in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for position, example in enumerate(examples):
+        groups.setdefault(example.row, []).append(position)
+    return [np.array(positions, np.int64) for positions in groups.values()]
+
+
+def _rows(groups: list[Indices], numbers: Indices) -> Indices:
+    return np.concatenate([groups[n] for n in numbers]) if len(numbers) else np.zeros(0, np.int64)
+
+
+def _check_enough(rows: int, settings: PartitionSettings, clients: int) -> None:
+    if clients > rows:
+        raise DataError(
+            f"federation.clients = {clients} is more than the {rows} training rows there are; use "
+            "fewer clients or more data"
+        )
+    if clients * settings.minimum > rows:
+        raise DataError(
+            f"{clients} clients with partition.minimum = {settings.minimum} need "
+            f"{clients * settings.minimum} training rows, there are {rows}"
+        )
+
+
+def _cut(order: Indices, weights: NDArray[np.float64]) -> list[Indices]:
+    """Cut ``order`` in proportion to ``weights``; equal weights differ by one row at most."""
+    bounds = np.round(np.cumsum(weights) / weights.sum() * len(order)).astype(np.int64)
+    return np.split(order, bounds[:-1])
+
+
+def _by_column(by_value: list[Indices], clients: int, rng: np.random.Generator) -> list[Indices]:
+    """Give each value to one client; with fewer values than clients, share a value's rows out."""
+    if len(by_value) < clients:
+        holders = [np.arange(v, clients, len(by_value)) for v in range(len(by_value))]
+        dealt = [np.zeros(0, np.int64)] * clients
+        for rows, who in zip(by_value, holders, strict=True):
+            for client, part in zip(who, _cut(rng.permutation(rows), np.ones(len(who))), strict=True):
+                dealt[client] = part
+        return dealt
+    piles: list[list[Indices]] = [[] for _ in range(clients)]
+    for rows in sorted(by_value, key=len, reverse=True):  # largest first, to the smallest pile
+        smallest = min(range(clients), key=lambda c: sum(len(part) for part in piles[c]))
+        piles[smallest].append(rows)
+    return [np.concatenate(pile) for pile in piles]
+
+
+def _dirichlet(
+    by_value: list[Indices], alpha: float, clients: int, rng: np.random.Generator
+) -> list[Indices]:
+    """Spread each value's rows by proportions from Dir(alpha).
+
+    A client that already holds its even share gets no more of later values (the balancing of Li et
+    al. 2021, "Federated Learning on Non-IID Data Silos", https://arxiv.org/abs/2102.02079).
+    """
+    even = sum(len(rows) for rows in by_value) / clients
+    piles: list[list[Indices]] = [[] for _ in range(clients)]
+    sizes = np.zeros(clients)
+    for rows in by_value:
+        proportions = rng.dirichlet(np.full(clients, alpha)) * (sizes < even)
+        if not proportions.sum() > 0:
+            proportions = (sizes < even).astype(float) + 1e-9
+        parts = _cut(rng.permutation(rows), proportions)
+        for client, part in enumerate(parts):
+            piles[client].append(part)
+            sizes[client] += len(part)
+    return [np.concatenate(pile) for pile in piles]
+
+
+def _top_up(dealt: list[Indices], minimum: int, rng: np.random.Generator) -> list[Indices]:
+    """Move rows from the largest clients to those below the minimum."""
+    dealt = [rng.permutation(rows) for rows in dealt]
+    for client in range(len(dealt)):
+        while len(dealt[client]) < minimum:
+            largest = max(range(len(dealt)), key=lambda c: len(dealt[c]))
+            moved, dealt[largest] = dealt[largest][-1:], dealt[largest][:-1]
+            dealt[client] = np.concatenate([dealt[client], moved])
+    return dealt
+
+
+def _absent(column: str, example: Example) -> str:
+    there = sorted(example.columns)
+    if isinstance(example, Labelled | Feedback):
+        there.append("label")
+    near = difflib.get_close_matches(column, there, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return (
+        f"partition.column {column!r} is not in the data{hint} There are: "
+        f"{', '.join(there) or 'no columns to divide by'}"
+    )

@@ -1,0 +1,361 @@
+"""Read examples from local files, the Hub, or what is built in.
+
+Rows are read one by one; what is wrong with a row is told with its number and counted, and a
+bound on the share of bad rows decides whether the run may start. Mapping columns to examples is
+``columns.py``'s business.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
+from fedloom.data.columns import REQUIRED, RowError, make_example, renamed, template_columns
+from fedloom.data.examples import Example, Kind
+from fedloom.errors import DataError
+from fedloom.settings import Settings
+
+BUILTIN_PREFIX = "builtin:"
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SHOWN_BAD_ROWS = 5
+
+
+class DataSettings(Settings):
+    """``[data]``: where examples come from and what is in them."""
+
+    source: str = "builtin:preferences"
+    """A local file, a pattern of files ("data/*.jsonl"; their names are the column "file"), a Hub
+    name, or "builtin:" and preferences, feedback, instructions or labelled."""
+    subset: str | None = None
+    """Configuration of a set on the Hub."""
+    split: str = "train"
+    """Split of a set on the Hub."""
+    test_source: str | None = None
+    """Where the global held-out set comes from (default: test_fraction of the source)."""
+    test_split: str | None = None
+    """Split on the Hub that is the global held-out set."""
+    kind: Kind | None = None
+    """instruction, preference, feedback or labelled; built-in sets know theirs."""
+    columns: dict[str, str] = {}
+    """Our column name to yours, where they differ: { prompt = "question", label = "category" }."""
+    template: str | None = None
+    """Makes the prompt from your columns: "Question: {question}\\nAnswer:"."""
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the rows kept from training for the global held-out set."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Most training rows that are used, drawn from the seed."""
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of malformed rows above which the run does not start."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and completion together (default: the model's context, at most 1024)."""
+    builtin_rows: int = Field(default=1600, ge=1)
+    """Rows that a built-in source generates."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        builtin = self.source.startswith(BUILTIN_PREFIX)
+        known = BUILTIN_KINDS.get(self.source.removeprefix(BUILTIN_PREFIX))
+        if not builtin and self.kind is None:
+            found.append(f"data.kind is missing: is {self.source!r} {', '.join(REQUIRED)}?")
+        if builtin and self.kind is not None and known is not None and self.kind != known:
+            found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
+        if self.test_source is not None and self.test_split is not None and _is_file(self.test_source):
+            found.append("data.test_split is of sets on the Hub; data.test_source is a file")
+        return found
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A malformed row: where it stands and what is wrong with it."""
+
+    source: str
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        """Return one line for a message."""
+        return f"{self.source} row {self.number}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """What was read.
+
+    Attributes:
+        train: Examples to be dealt to clients.
+        test: The global held-out set.
+        kind: Kind of all of them.
+        digest: SHA-256 over all examples, so that a resumed run notices changed data.
+        bad_rows: Malformed rows, which were left out.
+        dropped: Sound rows that were left out, by reason.
+    """
+
+    train: list[Example]
+    test: list[Example]
+    kind: str
+    digest: str
+    bad_rows: tuple[BadRow, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedData:
+    """Read all examples and set the global held-out set apart.
+
+    Args:
+        settings: Where from, and which columns.
+        rng: Draws held-out rows, ``max_rows`` and what built-in sources generate.
+
+    Raises:
+        DataError: A missing or empty file, an absent column, or too many malformed rows.
+    """
+    if settings.source.startswith(BUILTIN_PREFIX):
+        name = settings.source.removeprefix(BUILTIN_PREFIX)
+        train = builtin_examples(name, settings.builtin_rows, rng)
+        return _loaded(*_hold_out(train, settings, rng), BUILTIN_KINDS[name], (), {})
+    reader = _Reader(settings)
+    train = reader.read(settings.source, settings.split)
+    if settings.test_source is not None or settings.test_split is not None:
+        test = reader.read(settings.test_source or settings.source, settings.test_split or "test")
+    else:
+        train, test = _hold_out(train, settings, rng)
+    if settings.max_rows is not None and len(train) > settings.max_rows:
+        drawn = rng.choice(len(train), size=settings.max_rows, replace=False)
+        train = [train[i] for i in np.sort(drawn)]
+    return _loaded(train, test, str(settings.kind), tuple(reader.bad), reader.dropped)
+
+
+class _Reader:
+    """Reads sources of one kind and keeps count of what was wrong."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.settings = settings
+        self.bad: list[BadRow] = []
+        self.dropped: dict[str, int] = {}
+
+    def read(self, source: str, split: str) -> list[Example]:
+        if not _is_file(source):
+            return self._usable(source, self._part(source, read_hub(source, self.settings.subset, split)))
+        if not any(sign in source for sign in "*?["):
+            path = Path(source).expanduser()
+            return self._usable(source, self._part(path.name, read_file(path)))
+        paths = [Path(name) for name in sorted(glob.glob(str(Path(source).expanduser())))]
+        if not paths:
+            raise DataError(f"no data file matches {source}")
+        examples: list[Example] = []
+        for path in paths:
+            label = path.name.partition(".")[0]
+            examples += self._part(path.name, read_file(path), len(examples), {"file": label})
+        return self._usable(source, examples)
+
+    def _usable(self, source: str, examples: list[Example]) -> list[Example]:
+        if not examples:
+            raise DataError(f"{source} holds no usable row (dropped: {self.dropped})")
+        return examples
+
+    def _part(
+        self,
+        name: str,
+        rows: Iterator[tuple[int, Any]],
+        offset: int = 0,
+        extra: Mapping[str, str] | None = None,
+    ) -> list[Example]:
+        """Read one file; ``offset`` keeps row numbers of several files apart."""
+        examples: list[Example] = []
+        bad: list[BadRow] = []
+        seen = 0
+        for number, row in rows:
+            seen += 1
+            if seen == 1 and isinstance(row, dict):
+                _check_columns(row, self.settings, name)
+            if extra and isinstance(row, dict):
+                row = {**row, **extra}
+            example = self._example(name, number, offset, row, bad)
+            if example is not None:
+                examples.append(example)
+        if not seen:
+            raise DataError(f"{name} is empty: it holds no rows")
+        self._check_bad(name, bad, seen)
+        self.bad += bad
+        return examples
+
+    def _example(
+        self, name: str, number: int, offset: int, row: object, bad: list[BadRow]
+    ) -> Example | None:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            if not isinstance(row, dict):
+                raise RowError(f"must be an object with columns, got {type(row).__name__}")
+            own = renamed(row, self.settings.columns, self.settings.template)
+            return make_example(str(self.settings.kind), offset + number, own)
+        except RowError as error:
+            if error.malformed:
+                bad.append(BadRow(name, number, str(error)))
+            else:
+                self.dropped[str(error)] = self.dropped.get(str(error), 0) + 1
+            return None
+
+    def _check_bad(self, name: str, bad: list[BadRow], seen: int) -> None:
+        if len(bad) <= self.settings.max_bad_share * seen:
+            return
+        first = "\n".join(f"  {row}" for row in bad[:SHOWN_BAD_ROWS])
+        more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
+        raise DataError(
+            f"{len(bad)} of {seen} rows of {name} are malformed ({len(bad) / seen:.1%}), "
+            f"data.max_bad_share allows {self.settings.max_bad_share:.1%}:\n{first}{more}\n"
+            "mend these rows, or raise data.max_bad_share to leave them out"
+        )
+
+
+def read_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a local file with their numbers (lines for JSONL, else rows, from 1).
+
+    A line that is no JSON is yielded as the :class:`RowError` that says so.
+
+    Raises:
+        DataError: The file is missing, of an unknown ending, or cannot be read as what it claims.
+    """
+    _check_file(path)
+    ending = path.name.lower().removesuffix(".gz")
+    try:
+        if ending.endswith(".parquet"):
+            yield from _parquet(path)
+        elif ending.endswith(".csv"):
+            with _opened(path) as file:
+                yield from enumerate(csv.DictReader(file), 1)
+        elif ending.endswith(".json"):
+            with _opened(path) as file:
+                whole = json.load(file)
+            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+        else:
+            with _opened(path) as file:
+                yield from _json_lines(file)
+    except (OSError, UnicodeDecodeError, EOFError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a set on the Hub with their numbers from 1.
+
+    Raises:
+        DataError: It cannot be had.
+    """
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name!r} (split {split!r}) cannot be had from the Hub: {reason}\n"
+            "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
+        ) from error
+    return iter(enumerate(rows, 1))
+
+
+def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                yield number, RowError(f"not JSON ({error})")
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def _opened(path: Path) -> Any:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
+
+
+def _is_file(source: str) -> bool:
+    """A path looks like one; whatever else stands there is a Hub name."""
+    return (
+        source.lower().endswith(ENDINGS)
+        or source.startswith(("/", "./", "../", "~"))
+        or Path(source).is_file()
+    )
+
+
+def _check_file(path: Path) -> None:
+    if not path.name.lower().endswith(ENDINGS):
+        raise DataError(f"{path} has an unknown ending; there are: {', '.join(ENDINGS)}")
+    if not path.is_file():
+        folder = path.parent
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {folder / near[0]}?" if near else ""
+        hint = hint if folder.is_dir() else f"; there is no folder {folder}"
+        raise DataError(f"data file not found: {path}{hint}")
+
+
+def _check_columns(row: dict[str, Any], settings: DataSettings, name: str) -> None:
+    """Say at once, before any counting, that a column is not there."""
+    there = sorted(map(str, row))
+    wanted = [*settings.columns.values(), *template_columns(settings.template or "")]
+    absent = [column for column in wanted if column not in row]
+    if not absent:
+        ours = set(row) | set(settings.columns) | ({"prompt"} if settings.template else set())
+        choices = REQUIRED[str(settings.kind)]
+        if any(all(column in ours for column in choice) for choice in choices):
+            return
+        absent = [column for column in choices[0] if column not in ours]
+    near = difflib.get_close_matches(absent[0], there, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(
+        f"{name} has no column {' nor '.join(repr(a) for a in absent)}; {hint}it has: "
+        f"{', '.join(there)}. {str(settings.kind).capitalize()} data needs "
+        f"{' or '.join('+'.join(choice) for choice in REQUIRED[str(settings.kind)])}; map yours with "
+        'data.columns, such as { prompt = "question" }'
+    )
+
+
+def _hold_out(
+    rows: list[Example], settings: DataSettings, rng: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
+    """Draw the global held-out set from the source itself."""
+    count = max(1, round(settings.test_fraction * len(rows)))
+    if count >= len(rows):
+        raise DataError(
+            f"{settings.source} has {len(rows)} row(s), too few to hold out data.test_fraction = "
+            f"{settings.test_fraction} of them"
+        )
+    drawn = set(rng.choice(len(rows), size=count, replace=False).tolist())
+    kept = [row for i, row in enumerate(rows) if i not in drawn]
+    return kept, [row for i, row in enumerate(rows) if i in drawn]
+
+
+def _loaded(
+    train: list[Example],
+    test: list[Example],
+    kind: str,
+    bad: tuple[BadRow, ...],
+    dropped: dict[str, int],
+) -> LoadedData:
+    digest = hashlib.sha256()
+    for example in (*train, *test):
+        digest.update(repr(example).encode())
+    return LoadedData(train, test, kind, digest.hexdigest(), bad, dropped)

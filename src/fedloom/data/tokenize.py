@@ -1,0 +1,293 @@
+"""Examples to token ids, once, with the truncation rule stated; cached on disk.
+
+Every example becomes one sequence (two for a pair): the prompt's tokens, then the completion's,
+ended by the tokenizer's end token. Prompt and completion are tokenised together and cut where the
+prompt's own tokens end, as TRL does, so that merges across the border stay natural.
+
+Truncation to ``max_length`` tokens keeps the completion and drops the prompt's start (a leading
+``<s>`` stays); a completion that alone is too long loses its end; a sample without a completion
+token left is dropped and counted. Both sides of a pair keep the same prompt tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from fedloom.data.examples import Example, Feedback, Instruction, Labelled, Preference, Text
+
+FORMAT = "fedloom-tokens-1"
+"""Changes whenever this file would give other tokens for the same input."""
+
+NOTHING_LEFT = "no completion token left"
+NO_PROMPT = "no token before the completion"
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Tokenised examples of one kind, ragged rows in flat arrays.
+
+    Attributes:
+        width: Sequences an example has: 2 for pairs (chosen, rejected), else 1.
+        index: ``(examples,)`` position of each example in what was tokenised (some were dropped).
+        rows: ``(examples,)`` row number in the data.
+        tokens: ``(total,)`` int32, all sequences one after another.
+        starts: ``(examples * width + 1,)`` where each sequence begins.
+        prompts: ``(examples * width,)`` number of prompt tokens in each sequence.
+        labels: ``(examples,)`` class id, or 1 for desirable and 0 for not; -1 where there is none.
+        dropped: Number of examples dropped, by reason.
+    """
+
+    width: int
+    index: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    prompts: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    dropped: dict[str, int]
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.index)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """``(examples,)`` tokens of the longest sequence of each example."""
+        lengths = np.diff(self.starts).reshape(-1, self.width)
+        return lengths.max(axis=1) if len(lengths) else np.zeros(0, np.int64)
+
+    def sequence(self, number: int) -> tuple[NDArray[np.int32], int]:
+        """Return the tokens of sequence ``number`` and how many of them are prompt."""
+        return self.tokens[self.starts[number] : self.starts[number + 1]], int(self.prompts[number])
+
+    def take(self, positions: NDArray[np.int64]) -> TokenSet:
+        """Return the examples at ``positions`` (in this set), in that order."""
+        numbers = (positions[:, None] * self.width + np.arange(self.width)).reshape(-1)
+        parts = [self.sequence(int(number))[0] for number in numbers]
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        return replace(
+            self,
+            index=self.index[positions],
+            rows=self.rows[positions],
+            tokens=tokens,
+            starts=starts,
+            prompts=self.prompts[numbers],
+            labels=self.labels[positions],
+        )
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    classes: Sequence[str] = (),
+    cache: Path | None = None,
+) -> TokenSet:
+    """Tokenise examples of one kind.
+
+    Args:
+        examples: All of one kind.
+        tokenizer: A Hugging Face tokenizer.
+        max_length: Tokens a sequence may have, at least 2.
+        classes: Class names in the order of their ids, for labelled examples.
+        cache: Folder to keep the result in, found again by content; ``None`` keeps nothing.
+
+    Returns:
+        The examples that have a completion token, in order.
+    """
+    if cache is None:
+        return _tokenize(examples, tokenizer, max_length, classes)
+    file = cache / f"{_key(examples, tokenizer, max_length, classes)}.safetensors"
+    found = _read(file)
+    if found is None:
+        found = _tokenize(examples, tokenizer, max_length, classes)
+        _write(file, found)
+    return found
+
+
+def fit(
+    prompt: Sequence[int], completions: Sequence[Sequence[int]], max_length: int, bos: int | None
+) -> tuple[list[int], list[list[int]]]:
+    """Cut a prompt and its completions to ``max_length`` tokens; see the module's rule.
+
+    Returns:
+        The prompt's tokens that are left (at least one) and the completions' (may be empty).
+    """
+    kept = [list(completion[: max_length - 1]) for completion in completions]
+    room = max_length - max(len(completion) for completion in kept)
+    if len(prompt) <= room:
+        return list(prompt), kept
+    if bos is not None and prompt[0] == bos and room > 1:
+        return [bos, *prompt[len(prompt) - room + 1 :]], kept
+    return list(prompt[len(prompt) - room :]), kept
+
+
+def _tokenize(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]
+) -> TokenSet:
+    width = 2 if examples and isinstance(examples[0], Preference) else 1
+    ids = {name: number for number, name in enumerate(classes)}
+    encoded = _encode(examples, tokenizer)
+    index, rows, labels, parts, prompts = [], [], [], [], []
+    dropped: dict[str, int] = {}
+    for position, (example, (prompt, completions)) in enumerate(zip(examples, encoded, strict=True)):
+        if isinstance(example, Labelled):
+            prompt, completions = completions[0][:max_length], [[]]
+            reason = "" if prompt else NOTHING_LEFT
+        else:
+            reason = "" if prompt else NO_PROMPT
+            if prompt:
+                prompt, completions = fit(prompt, completions, max_length, tokenizer.bos_token_id)
+                reason = "" if all(completions) else NOTHING_LEFT
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        index.append(position)
+        rows.append(example.row)
+        labels.append(_label(example, ids))
+        for completion in completions:
+            parts.append(np.array([*prompt, *completion], np.int32))
+            prompts.append(len(prompt))
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    return TokenSet(
+        width,
+        np.array(index, np.int64),
+        np.array(rows, np.int64),
+        np.concatenate(parts) if parts else np.zeros(0, np.int32),
+        starts.astype(np.int64),
+        np.array(prompts, np.int64),
+        np.array(labels, np.int64),
+        dropped,
+    )
+
+
+def _encode(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
+    """Tokenise all prompts and all whole texts in two batched calls, then cut them apart."""
+    rendered = [_render(example, tokenizer) for example in examples]
+    prompts = _batch(tokenizer, [prompt for prompt, _ in rendered])
+    wholes = iter(_batch(tokenizer, [whole for _, wholes in rendered for whole in wholes]))
+    result = []
+    for example, prompt, (_, texts) in zip(examples, prompts, rendered, strict=True):
+        ends = isinstance(example, Labelled)
+        sequences = [list(next(wholes)) for _ in texts]
+        shared = min(_common(prompt, sequence) for sequence in sequences)
+        start, completions = list(prompt[:shared]), [sequence[shared:] for sequence in sequences]
+        if ends:
+            result.append((start, sequences))
+            continue
+        if not start:  # an empty prompt: the completion's first token needs one before it
+            opening = tokenizer.bos_token_id
+            opening = tokenizer.eos_token_id if opening is None else opening
+            start = [] if opening is None else [opening]
+        result.append((start, [_ended(completion, tokenizer) for completion in completions]))
+    return result
+
+
+def _render(example: Example, tokenizer: Any) -> tuple[str, list[str]]:
+    """Return the prompt's text and the whole text of each of the example's sequences."""
+    match example:
+        case Labelled(text=text):
+            return "", [text]
+        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
+            completions = [chosen, rejected]
+        case Instruction(prompt=prompt, completion=completion) | Feedback(
+            prompt=prompt, completion=completion
+        ):
+            completions = [completion]
+    opening = render_prompt(prompt, tokenizer)
+    return opening, [_whole(prompt, opening, completion, tokenizer) for completion in completions]
+
+
+def render_prompt(prompt: Text, tokenizer: Any) -> str:
+    """Return a prompt as the text that the model continues (chat template for messages)."""
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        return ""
+    text: str = tokenizer.apply_chat_template(
+        [dict(m) for m in prompt], tokenize=False, add_generation_prompt=True
+    )
+    return text
+
+
+def _whole(prompt: Text, opening: str, completion: Text, tokenizer: Any) -> str:
+    if isinstance(completion, str):
+        return opening + completion
+    messages = [dict(m) for m in (*(prompt if not isinstance(prompt, str) else ()), *completion)]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return text
+
+
+def _batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    return ids
+
+
+def _ended(completion: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end is None or not completion or completion[-1] == end:
+        return completion
+    return [*completion, end]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return position
+    return min(len(left), len(right))
+
+
+def _label(example: Example, ids: dict[str, int]) -> int:
+    if isinstance(example, Labelled):
+        return ids.get(example.label, -1)
+    return int(example.desirable) if isinstance(example, Feedback) else -1
+
+
+def _key(examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]) -> str:
+    digest = hashlib.sha256(f"{FORMAT}|{max_length}|{list(classes)}".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    template = getattr(tokenizer, "chat_template", None)
+    digest.update(repr((template, tokenizer.bos_token_id, tokenizer.eos_token_id)).encode())
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> TokenSet | None:
+    try:
+        arrays = safetensors.numpy.load_file(file)
+        facts: Callable[[str], NDArray[Any]] = arrays.__getitem__
+        dropped = json.loads(facts("dropped").tobytes())
+        return TokenSet(
+            int(facts("width")[0]),
+            *(facts(name) for name in ("index", "rows", "tokens", "starts", "prompts", "labels")),
+            dropped,
+        )
+    except Exception:  # a cache that is absent, torn or foreign is simply made again
+        return None
+
+
+def _write(file: Path, tokens: TokenSet) -> None:
+    arrays = {name: getattr(tokens, name) for name in ("index", "rows", "tokens", "starts")}
+    arrays |= {"prompts": tokens.prompts, "labels": tokens.labels, "width": np.array([tokens.width])}
+    arrays["dropped"] = np.frombuffer(json.dumps(tokens.dropped).encode() or b" ", np.uint8)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{id(tokens)}")
+        temporary.write_bytes(safetensors.numpy.save(arrays))
+        temporary.replace(file)
+    except OSError:
+        return  # a cache that cannot be written costs time, nothing else

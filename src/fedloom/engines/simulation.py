@@ -1,0 +1,109 @@
+"""The simulation engine: all clients in this process, one frozen backbone, adapters written in turn.
+
+Requests and replies are encoded and decoded exactly as they would be between machines, so the
+ledger's bytes are those that would travel and no client sees another one's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.data.batches import TokenShare
+from fedloom.engines.store import ClientStore
+from fedloom.errors import FedloomError
+from fedloom.messages import Answer, Exchange, Tensors, decode, encode
+from fedloom.methods.base import Client, Handler
+from fedloom.models.lora import AdapterModel
+from fedloom.objectives.base import Objective
+from fedloom.training.local import add_reference_logps
+from fedloom.training.optimizers import TrainingSettings
+
+
+@dataclass
+class SimulationEngine:
+    """Runs handlers for one client after the other over one model.
+
+    Attributes:
+        model: The backbone with the adapter, shared by all clients.
+        initial: The adapter as it was initialised.
+        shares: Training rows of each client; reference log-probs are added at first contact.
+        handlers: Client side of every action.
+        objective: What clients minimise.
+        training: How.
+        seed: The experiment's seed.
+        store: What clients keep between rounds.
+        ledger: Where costs go.
+    """
+
+    model: AdapterModel
+    initial: Tensors
+    shares: dict[int, TokenShare]
+    handlers: Mapping[str, Handler]
+    objective: Objective
+    training: TrainingSettings
+    seed: int
+    store: ClientStore
+    ledger: Ledger
+
+    def sizes(self) -> dict[int, int]:
+        """Return the number of training rows of each client."""
+        return {client: len(share) for client, share in sorted(self.shares.items())}
+
+    def exchange(self, exchange: Exchange) -> Iterator[Answer]:
+        """Carry out one action on every client asked, one after the other."""
+        for client, data in exchange.requests.items():
+            yield self._answer(exchange, client, data)
+
+    def _answer(self, exchange: Exchange, number: int, data: bytes) -> Answer:
+        if exchange.action == "train":
+            self._add_reference(exchange.round, number)
+        with self.ledger.measure(exchange.round, number, exchange.action) as cost:
+            cost.bytes_down = len(data)
+            before = self.model.flops
+            client = self._client(number, exchange.round)
+            try:
+                payload = decode(data, exchange.request_schema)
+                reply = self.handlers[exchange.action](client, payload)
+                encoded = encode(reply, exchange.reply_schema)
+            except (FedloomError, torch.OutOfMemoryError) as error:
+                return Answer(number, error=str(error))
+            finally:
+                cost.flops = self.model.flops - before
+                _count_training(cost, client)
+            cost.bytes_up = len(encoded)
+            self.store.commit(number, client.kept)
+            return Answer(number, encoded)
+
+    def _client(self, number: int, round: int) -> Client:
+        return Client(
+            id=number,
+            round=round,
+            model=self.model,
+            initial=self.initial,
+            share=self.shares[number],
+            objective=self.objective,
+            training=self.training,
+            seed=self.seed,
+            kept=self.store.slots(number),
+        )
+
+    def _add_reference(self, round: int, client: int) -> None:
+        """Score a client's rows under the reference model when it first takes part."""
+        share = self.shares[client]
+        if not self.objective.needs_reference or share.reference_logps is not None:
+            return
+        with self.ledger.measure(round, client, "reference") as cost:
+            before = self.model.flops
+            size = max(self.training.micro_batch, 16)
+            self.shares[client] = add_reference_logps(self.model, share, size)
+            cost.flops = self.model.flops - before
+            cost.tokens, cost.examples = len(share.tokens.tokens), len(share)
+
+
+def _count_training(cost: Cost, client: Client) -> None:
+    if client.last is not None:
+        cost.tokens, cost.examples = client.last.tokens, client.last.examples

@@ -1,0 +1,95 @@
+"""Every error a user can meet, as one tree.
+
+::
+
+    FedloomError
+    ├── SettingsError       the experiment file: unknown key, wrong type, contradiction (all listed)
+    ├── DataError           the data: missing file, absent column, malformed rows, empty client
+    ├── ModelError          the model folder or the adapter: no weights, no tokenizer, no such target
+    ├── MessageError        a payload that does not fit the schema of its exchange
+    ├── TrainingError       local training on one client failed; the round goes on without it
+    │   └── NonFiniteLoss   the loss became NaN or infinite: which client, step and examples
+    ├── RoundFailed         fewer clients answered than the quorum asks for
+    ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
+    ├── OutputError         the run folder cannot be written or read
+    └── Interrupted         the user stopped the run; it can be resumed
+
+A message says what was wrong, the value, and what to do. The command line prints it without a
+traceback and exits with the class's ``exit_code``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FedloomError(Exception):
+    """Base of every error that fedloom raises on purpose."""
+
+    exit_code = 1
+
+
+class SettingsError(FedloomError):
+    """The experiment file is wrong; ``problems`` lists every mistake found in it."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str], source: str = "the experiment") -> None:
+        """Keep ``problems`` (one line each) and name the ``source`` they were found in."""
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        title = f"{source} has {count} mistake{'s' if count != 1 else ''}:"
+        super().__init__("\n".join([title, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class DataError(FedloomError):
+    """The data cannot be used as the experiment asks."""
+
+    exit_code = 3
+
+
+class ModelError(FedloomError):
+    """The model or its adapter cannot be loaded as the experiment asks."""
+
+    exit_code = 3
+
+
+class MessageError(FedloomError):
+    """A payload does not fit the schema that its exchange declared."""
+
+
+class TrainingError(FedloomError):
+    """Local training failed on one client."""
+
+
+class NonFiniteLoss(TrainingError):
+    """The training loss is NaN or infinite."""
+
+    def __init__(self, client: int, step: int, example_ids: Sequence[int], value: float) -> None:
+        """Name the ``client``, its optimizer ``step`` (from 1) and the rows of that batch."""
+        self.client, self.step, self.example_ids = client, step, tuple(example_ids)
+        shown = ", ".join(map(str, self.example_ids[:16])) + (
+            ", ..." if len(self.example_ids) > 16 else ""
+        )
+        super().__init__(
+            f"client {client}: the loss is {value} at local step {step} on rows {shown}; "
+            "lower training.learning_rate, set training.max_grad_norm, or look at these rows"
+        )
+
+
+class RoundFailed(FedloomError):
+    """Too few clients gave a usable answer for the round to count."""
+
+
+class CheckpointError(FedloomError):
+    """A checkpoint is damaged, or belongs to another experiment."""
+
+
+class OutputError(FedloomError):
+    """The run folder cannot be written or read."""
+
+
+class Interrupted(FedloomError):
+    """The run was stopped by its user after its state had been saved."""
+
+    exit_code = 130

@@ -1,0 +1,125 @@
+"""Judge one state everywhere: on the server's held-out set and on every client's own.
+
+Clients are asked through an exchange like any other, so the same code serves every engine and its
+bytes are counted. A state without a global adapter is judged by its clients' adapters: the
+global figures are then means over clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedloom.accounting.ledger import SERVER, Ledger
+from fedloom.checkpoint import State
+from fedloom.evaluation.held_out import HeldOut
+from fedloom.messages import Exchange, Payload, Schema, Tensors
+from fedloom.methods.base import Client, Handler, Method
+from fedloom.models.lora import AdapterModel
+from fedloom.server import Engine, Evaluation, accept
+
+ACTION = "evaluate"
+COMMON = "common."
+"""Prefix of metrics on the global set that clients report for their own adapters."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything an evaluation needs.
+
+    Attributes:
+        method: Says what the global adapter is and what a client would use.
+        held_out: The global held-out set.
+        client_held_out: Each client's own held-out set; empty for none.
+        every: Rounds between evaluations.
+        rounds: Rounds in all; the last is always evaluated.
+    """
+
+    method: Method
+    held_out: HeldOut
+    client_held_out: Mapping[int, HeldOut]
+    every: int
+    rounds: int
+
+    def handler(self) -> Handler:
+        """Return the client side of the exchange."""
+
+        def evaluate(client: Client, payload: Payload) -> Payload:
+            self.method.load(client, payload)
+            metrics: dict[str, float] = {}
+            examples = 0
+            own = self.client_held_out.get(client.id)
+            if own is not None:
+                metrics |= own.score(client.model)
+                examples = len(own)
+            if payload.numbers["common"]:
+                common = self.held_out.score(client.model)
+                metrics |= {COMMON + name: value for name, value in common.items()}
+            return Payload(numbers={"held_out": examples}, metrics=metrics)
+
+        return evaluate
+
+    def evaluate(
+        self, state: State, round: int, engine: Engine, model: AdapterModel, ledger: Ledger
+    ) -> Evaluation | None:
+        """Judge ``state`` after ``round``, or return ``None`` in a round that does not evaluate.
+
+        Args:
+            state: The server's state.
+            round: 0 before any training.
+            engine: Where the clients are.
+            model: The server's own model.
+            ledger: Where the server's costs go.
+        """
+        if round % self.every and round != self.rounds:
+            return None
+        adapter = self.method.shared(state)
+        clients = self._ask(adapter, round, engine)
+        if adapter is None:
+            common = [_part(metrics, COMMON) for metrics in clients.values()]
+            own = {client: _without(metrics, COMMON) for client, metrics in clients.items()}
+            return Evaluation(_means(common), {c: m for c, m in own.items() if m})
+        with ledger.measure(round, SERVER, ACTION) as cost:
+            before = model.flops
+            model.write(adapter)
+            metrics = self.held_out.score(model)
+            cost.flops, cost.examples = model.flops - before, len(self.held_out)
+        return Evaluation(metrics, clients)
+
+    def _ask(
+        self, adapter: Tensors | None, round: int, engine: Engine
+    ) -> dict[int, dict[str, float]]:
+        sizes = engine.sizes()
+        asked = sizes if adapter is None else [c for c in sizes if c in self.client_held_out]
+        if not asked:
+            return {}
+        exchange = Exchange.broadcast(
+            ACTION,
+            round,
+            tuple(asked),
+            Payload(adapter or {}, {"common": float(adapter is None)}),
+            Schema.of(adapter or {}, ("common",)),
+            Schema(numbers=("held_out",), metrics=True),
+        )
+        replies, _ = accept(engine.exchange(exchange), exchange, sizes)
+        return {
+            reply.client: dict(reply.payload.metrics)
+            | ({"examples": reply.payload.numbers["held_out"]} if reply.payload.metrics else {})
+            for reply in replies
+        }
+
+
+def _part(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {n.removeprefix(prefix): v for n, v in metrics.items() if n.startswith(prefix)}
+
+
+def _without(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(prefix)}
+
+
+def _means(all_metrics: list[dict[str, float]]) -> dict[str, float]:
+    names = sorted({name for metrics in all_metrics for name in metrics})
+    return {
+        name: sum(m[name] for m in all_metrics if name in m) / sum(name in m for m in all_metrics)
+        for name in names
+    }

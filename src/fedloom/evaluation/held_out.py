@@ -1,0 +1,108 @@
+"""Score one model on one held-out set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from fedloom.batch import Batch
+from fedloom.data.batches import TokenShare, by_length, collate
+from fedloom.evaluation.metrics import (
+    feedback_metrics,
+    instruction_metrics,
+    labelled_metrics,
+    preference_metrics,
+)
+from fedloom.models.lora import AdapterModel
+from fedloom.objectives.logps import completion_logps, completion_token_logps
+from fedloom.settings import Settings
+from fedloom.training.local import add_reference_logps
+
+
+class EvaluationSettings(Settings):
+    """``[evaluation]``: when and on what states are judged."""
+
+    every: int = Field(default=1, ge=1)
+    """Rounds between evaluations; the start and the last round are always evaluated."""
+    max_examples: int = Field(default=512, ge=1)
+    """Most examples of the global held-out set that are used (drawn once from the seed)."""
+    per_client: bool = True
+    """Whether each client's own held-out rows are judged too."""
+    client_max_examples: int = Field(default=64, ge=1)
+    """Most held-out rows of a client that are used."""
+    batch_size: int = Field(default=32, ge=1)
+    samples: int = Field(default=6, ge=0)
+    """Held-out prompts answered before and after, for the report (causal models only)."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Length of those answers in tokens."""
+
+
+@dataclass
+class HeldOut:
+    """A held-out set of one kind; reference log-probs are computed once, when first needed.
+
+    Attributes:
+        share: The tokenised rows.
+        kind: Kind of example.
+        beta: Scale of rewards in the loss of pairs.
+        batch_size: Examples in one forward pass.
+    """
+
+    share: TokenShare
+    kind: str
+    beta: float
+    batch_size: int
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.share)
+
+    def score(self, model: AdapterModel) -> dict[str, float]:
+        """Return the metrics of the adapter that ``model`` holds; see ``metrics.py``."""
+        if self.kind in ("preference", "feedback") and self.share.reference_logps is None:
+            self.share = add_reference_logps(model, self.share, self.batch_size)
+        with model.evaluating():
+            if self.kind == "labelled":
+                return self._labelled(model)
+            if self.kind == "instruction":
+                return self._instruction(model)
+            return self._rewards(model)
+
+    def _batches(self, model: AdapterModel) -> list[tuple[np.ndarray, Batch]]:
+        return [
+            (indices, collate(self.share, indices, model.pad, model.device))
+            for indices in by_length(self.share.tokens, self.batch_size)
+        ]
+
+    def _labelled(self, model: AdapterModel) -> dict[str, float]:
+        logits, labels = [], []
+        for _, batch in self._batches(model):
+            sequences = batch.sequences
+            output = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask)
+            logits.append(output.logits.float().cpu())
+            assert batch.labels is not None
+            labels.append(batch.labels.cpu())
+        return labelled_metrics(torch.cat(logits), torch.cat(labels))
+
+    def _instruction(self, model: AdapterModel) -> dict[str, float]:
+        parts = [completion_token_logps(model, batch.sequences) for _, batch in self._batches(model)]
+        logps, masks, corrects = (
+            torch.cat([p[i].reshape(-1).cpu() for p in parts]) for i in range(3)
+        )
+        return instruction_metrics(logps, masks, corrects)
+
+    def _rewards(self, model: AdapterModel) -> dict[str, float]:
+        tokens = self.share.tokens
+        logps = torch.zeros(tokens.width, len(tokens))
+        for indices, batch in self._batches(model):
+            scores = completion_logps(model, batch.sequences).cpu()
+            logps[:, torch.from_numpy(indices)] = scores.view(tokens.width, -1)
+        assert self.share.reference_logps is not None
+        reference = self.share.reference_logps.view(-1, tokens.width).T
+        if self.kind == "feedback":
+            desirable = torch.from_numpy(tokens.labels).bool()
+            return feedback_metrics(logps[0], reference[0], desirable)
+        return preference_metrics(logps[0], logps[1], reference[0], reference[1], self.beta)

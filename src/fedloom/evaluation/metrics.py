@@ -1,0 +1,107 @@
+"""Held-out metrics, pure: tensors in, numbers out.
+
+The headline metric of each kind of example is in :data:`HEADLINES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The metric a kind of example is judged by.
+
+    Attributes:
+        name: Its key among the metrics.
+        higher_is_better: Its direction.
+        help: One line that says what it is.
+    """
+
+    name: str
+    higher_is_better: bool
+    help: str
+
+
+HEADLINES = {
+    "instruction": Headline(
+        "loss", False, "mean negative log-likelihood of a held-out completion token, in nats"
+    ),
+    "preference": Headline(
+        "preference_accuracy",
+        True,
+        "share of held-out pairs whose chosen answer has the higher implicit reward, that is, gained "
+        "more log-probability over the base model than the rejected one (ties count half: 0.5 at the "
+        "start by definition)",
+    ),
+    "feedback": Headline(
+        "feedback_auc",
+        True,
+        "chance that a held-out desirable answer has a higher implicit reward than an undesirable one "
+        "(ties count half: 0.5 at the start by definition)",
+    ),
+    "labelled": Headline("accuracy", True, "share of held-out texts whose class is predicted"),
+}
+
+
+def instruction_metrics(token_logps: Tensor, mask: Tensor, correct: Tensor) -> dict[str, float]:
+    """Return loss, perplexity and token accuracy, all ``(sequences, length)`` under ``mask``."""
+    tokens = mask.sum()
+    loss = float(-(token_logps * mask).double().sum() / tokens)
+    return {
+        "loss": loss,
+        "perplexity": float(torch.tensor(loss).exp()),
+        "token_accuracy": float((correct & mask).sum() / tokens),
+    }
+
+
+def preference_metrics(
+    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
+) -> dict[str, float]:
+    """Judge pairs by their summed log-probs, each ``(pairs,)``.
+
+    Returns:
+        ``preference_accuracy`` (implicit reward, ties half), ``likelihood_accuracy`` (the policy
+        itself gives the chosen answer the higher probability), ``reward_margin`` (mean difference of
+        the log-ratios in nats, not scaled by beta) and ``loss`` (the DPO loss at ``beta``).
+    """
+    margin = ((chosen - reference_chosen) - (rejected - reference_rejected)).double()
+    return {
+        "preference_accuracy": _won(margin),
+        "likelihood_accuracy": _won((chosen - rejected).double()),
+        "reward_margin": float(margin.mean()),
+        "loss": float(-F.logsigmoid(beta * margin).mean()),
+    }
+
+
+def feedback_metrics(policy: Tensor, reference: Tensor, desirable: Tensor) -> dict[str, float]:
+    """Judge single answers, each ``(rows,)``, by their implicit rewards.
+
+    Returns:
+        ``feedback_auc`` (0.5 where one class is missing) and the mean log-ratio of either class in
+        nats (0 where it is missing).
+    """
+    rewards = (policy - reference).double()
+    good, bad = rewards[desirable], rewards[~desirable]
+    auc = 0.5
+    if len(good) and len(bad):
+        auc = _won(good[:, None] - bad[None, :])
+    return {
+        "feedback_auc": auc,
+        "reward_desirable": float(good.mean()) if len(good) else 0.0,
+        "reward_undesirable": float(bad.mean()) if len(bad) else 0.0,
+    }
+
+
+def labelled_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return accuracy and cross-entropy of ``(examples, classes)`` logits."""
+    correct = (logits.argmax(-1) == labels).double().mean()
+    return {"accuracy": float(correct), "loss": float(F.cross_entropy(logits.double(), labels))}
+
+
+def _won(margins: Tensor) -> float:
+    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())

@@ -1,0 +1,207 @@
+"""An experiment: one section of settings for each part, checked together.
+
+Each part owns its section; here they meet. Nothing is loaded and nothing runs in this file
+(``assembly.py`` builds the parts, ``runner.py`` runs them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from fedloom.data.builtin import BUILTIN_KINDS
+from fedloom.data.partition import PartitionSettings
+from fedloom.data.sources import DataSettings
+from fedloom.errors import SettingsError
+from fedloom.evaluation.held_out import EvaluationSettings
+from fedloom.methods import METHODS, FedAvgSettings, MethodSettings
+from fedloom.models.load import ModelSettings
+from fedloom.models.lora import AdapterSettings
+from fedloom.objectives import OBJECTIVES, DPOSettings, ObjectiveSettings
+from fedloom.server import FederationSettings
+from fedloom.settings import Settings, Table, nearest, override, parse, read_toml, write_toml
+from fedloom.training.optimizers import TrainingSettings
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class OutputSettings(Settings):
+    """``[output]``: what a run leaves behind."""
+
+    folder: str | None = None
+    """The run folder (default: runs/NAME, with a number added while that exists)."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Rounds between checkpoints; the last two are kept."""
+    trackers: list[Tracker] = []
+    """Also send figures to "tensorboard" (files in the run folder), "wandb" or "mlflow"."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained, on what, by whom and how often; every section has usable defaults.
+
+    Attributes:
+        name: Names the run folder; the TOML file's name without its ending.
+        objective: Settings of one of ``fedloom.objectives.OBJECTIVES``.
+        method: Settings of one of ``fedloom.methods.METHODS``.
+    """
+
+    name: str = "experiment"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    objective: ObjectiveSettings = field(default_factory=DPOSettings)
+    method: MethodSettings = field(default_factory=FedAvgSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    @classmethod
+    def from_toml(
+        cls, path: str | Path, assignments: Iterable[str] = (), name: str | None = None
+    ) -> Experiment:
+        """Read an experiment file and apply ``section.key=value`` assignments.
+
+        Args:
+            path: The file.
+            assignments: As after ``--set``.
+            name: Names the run (default: the file's name without its ending).
+
+        Raises:
+            SettingsError: With every mistake found in the file.
+        """
+        path = Path(path)
+        table = override(read_toml(path), assignments)
+        return cls.from_table(table, name=name or path.stem, source=str(path))
+
+    @classmethod
+    def from_table(
+        cls, table: Mapping[str, Any], name: str = "experiment", source: str = "the experiment"
+    ) -> Experiment:
+        """Check a table of sections; see :meth:`from_toml`."""
+        table = dict(table)
+        problems: list[str] = []
+        name = str(table.pop("name", name))
+        for section in sorted(table.keys() - SECTIONS.keys()):
+            problems.append(f"[{section}]: unknown section; {nearest(section, SECTIONS)}")
+        parts: dict[str, Any] = {}
+        for section in SECTIONS:
+            settings, complaints = _parse_section(section, table.get(section, {}))
+            problems += complaints
+            if settings is not None:
+                parts[section] = settings
+        problems += _contradictions(parts)
+        if problems:
+            raise SettingsError(problems, source)
+        return cls(name=name, **parts)
+
+    def __post_init__(self) -> None:
+        """Refuse sections that contradict each other, however the experiment was made.
+
+        Raises:
+            SettingsError: With every contradiction.
+        """
+        problems = _contradictions({f.name: getattr(self, f.name) for f in fields(self)})
+        if problems:
+            raise SettingsError(problems)
+
+    def to_table(self) -> Table:
+        """Return every setting, defaults included."""
+        return {
+            "name": self.name,
+            **{section: getattr(self, section).model_dump() for section in SECTIONS},
+        }
+
+    def to_toml(self) -> str:
+        """Return the resolved experiment as TOML."""
+        return write_toml(self.to_table())
+
+    @property
+    def kind(self) -> str:
+        """Kind of example the data holds."""
+        return data_kind(self.data)
+
+
+SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "data": DataSettings,
+    "partition": PartitionSettings,
+    "objective": OBJECTIVES,
+    "method": METHODS,
+    "federation": FederationSettings,
+    "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
+    "output": OutputSettings,
+}
+"""Section to its settings, or to a choice of settings by name."""
+
+DEFAULT_NAMES = {"objective": "dpo", "method": "fedavg"}
+
+NEEDED_KINDS = {
+    "sft": ("instruction",),
+    "classification": ("labelled",),
+    "dpo": ("preference",),
+    "kto": ("feedback", "preference"),
+}
+"""Kinds of example that an objective can train on; KTO unrolls pairs into single answers."""
+
+
+def data_kind(settings: DataSettings) -> str:
+    """Return the kind of example a source holds: as set, or as built in."""
+    return settings.kind or BUILTIN_KINDS.get(settings.source.removeprefix("builtin:"), "")
+
+
+def _parse_section(section: str, table: object) -> tuple[Settings | None, list[str]]:
+    choice = SECTIONS[section]
+    if isinstance(choice, type):
+        return parse(choice, table, section)
+    if not isinstance(table, Mapping):
+        return None, [f"[{section}] must be a section, not {table!r}"]
+    name = table.get("name", DEFAULT_NAMES[section])
+    if name not in choice:
+        return None, [f"{section}.name = {name!r}: {nearest(str(name), choice)}"]
+    settings_class: type[Settings] = choice[name][0]
+    return parse(settings_class, dict(table), section)
+
+
+PartT = TypeVar("PartT")
+
+
+def _contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what cannot both be meant, among the sections that are sound by themselves."""
+    found: list[str] = []
+    if "training" in parts:
+        found += parts["training"].contradictions()
+    if "federation" in parts:
+        federation: FederationSettings = parts["federation"]
+        if federation.cohort_size > federation.clients:
+            found.append(
+                f"federation.clients_per_round = {federation.clients_per_round} is above "
+                f"federation.clients = {federation.clients}"
+            )
+        if "partition" in parts:
+            found += parts["partition"].contradictions(federation.clients)
+    if "data" in parts:
+        found += parts["data"].contradictions()
+    if "data" in parts and "objective" in parts:
+        found += _kind_contradictions(parts["data"], parts["objective"])
+    return found
+
+
+def _kind_contradictions(data: DataSettings, objective: Any) -> list[str]:
+    name = getattr(objective, "name", "")
+    kind, needed = data_kind(data), NEEDED_KINDS.get(name)
+    if needed is None or not kind or kind in needed:
+        return []
+    fitting = [other for other, kinds in NEEDED_KINDS.items() if kind in kinds]
+    return [
+        f"objective.name = {name!r} needs {' or '.join(needed)} data and data.source = "
+        f"{data.source!r} holds {kind} data; for it use objective.name = {' or '.join(fitting)}"
+    ]

@@ -1,0 +1,288 @@
+"""What travels between server and clients, and the checks on arrival.
+
+An :class:`Exchange` asks some clients for one action. Both directions have a :class:`Schema`, fixed
+before anything is sent: names, shapes, dtypes and numbers, and with them a cap on the bytes. A payload
+is encoded once, as safetensors without per-tensor names: all tensors of a dtype lie in one flat
+buffer in the order of the schema, whose digest travels in the header. So the header costs a few
+hundred bytes whatever the number of tensors, a payload of another model is refused before it is
+decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
+
+This file knows no method and no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from fedloom.errors import MessageError
+
+Tensors = dict[str, Tensor]
+"""Named tensors, in the order of their schema."""
+
+HEADER_BYTES = 8192
+"""Room for a header: schema digest, numbers and at most ``MAX_METRICS`` metrics."""
+
+MAX_METRICS = 64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor in a payload."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What one direction of an exchange carries.
+
+    Attributes:
+        tensors: The tensors, in the order in which they are packed.
+        numbers: Names of the numbers that must be there, and no others.
+        metrics: Whether free-named numbers for the record may travel beside them.
+    """
+
+    tensors: tuple[TensorSpec, ...] = ()
+    numbers: tuple[str, ...] = ()
+    metrics: bool = False
+
+    @classmethod
+    def of(cls, tensors: Tensors, numbers: tuple[str, ...] = (), metrics: bool = False) -> Schema:
+        """Return the schema that ``tensors`` fit."""
+        specs = tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items())
+        return cls(specs, numbers, metrics)
+
+    @cached_property
+    def digest(self) -> str:
+        """64 bits of SHA-256 over names, shapes, dtypes and numbers, as 16 hex digits."""
+        text = repr([(s.name, s.shape, str(s.dtype)) for s in self.tensors]) + repr(
+            (self.numbers, self.metrics)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def max_bytes(self) -> int:
+        """Upper bound of an encoded payload in bytes."""
+        return HEADER_BYTES + sum(s.elements * s.dtype.itemsize for s in self.tensors)
+
+    @cached_property
+    def groups(self) -> dict[str, list[TensorSpec]]:
+        """The specs by dtype name, each group one flat buffer on the wire."""
+        groups: dict[str, list[TensorSpec]] = {}
+        for spec in self.tensors:
+            groups.setdefault(_dtype_name(spec.dtype), []).append(spec)
+        return groups
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Decoded content of a message: tensors, the schema's numbers, and metrics for the record."""
+
+    tensors: Tensors = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question to some clients and the form of their answers.
+
+    Attributes:
+        action: Name of the client-side handler.
+        round: The round, from 1 (0 is the evaluation before any training).
+        request_schema: Schema of what goes to the clients.
+        reply_schema: Schema of what must come back.
+        requests: Encoded payload for each client; equal payloads may be the same object.
+    """
+
+    action: str
+    round: int
+    request_schema: Schema
+    reply_schema: Schema
+    requests: Mapping[int, bytes]
+
+    @classmethod
+    def broadcast(
+        cls,
+        action: str,
+        round: int,
+        clients: tuple[int, ...],
+        payload: Payload,
+        schema: Schema,
+        reply_schema: Schema,
+    ) -> Exchange:
+        """Ask every client the same; the payload is encoded once."""
+        data = encode(payload, schema)
+        return cls(action, round, schema, reply_schema, dict.fromkeys(clients, data))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine brings back from one client: encoded bytes, or why there are none."""
+
+    client: int
+    data: bytes | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that passed every check."""
+
+    client: int
+    payload: Payload
+
+
+def encode(payload: Payload, schema: Schema) -> bytes:
+    """Encode a payload as the bytes that travel.
+
+    Raises:
+        MessageError: The payload does not fit ``schema`` (a mistake in a method, not of a peer).
+    """
+    _check_names(payload, schema)
+    buffers = {}
+    for dtype, specs in schema.groups.items():
+        parts = [_checked(payload.tensors[spec.name], spec).reshape(-1).cpu() for spec in specs]
+        buffers[dtype] = torch.cat(parts)
+    metadata = {"schema": schema.digest}
+    if schema.numbers:
+        metadata["numbers"] = json.dumps([payload.numbers[name] for name in schema.numbers])
+    if payload.metrics:
+        metadata["metrics"] = json.dumps(dict(payload.metrics))
+    return save_safetensors(buffers, metadata)
+
+
+def decode(data: bytes, schema: Schema) -> Payload:
+    """Decode bytes from a peer that is not trusted.
+
+    Args:
+        data: Encoded payload.
+        schema: What it must hold. Nothing is allocated for a payload of another schema.
+
+    Returns:
+        Tensors that share memory with one buffer per dtype, finite numbers, and finite metrics.
+
+    Raises:
+        MessageError: Too large, not safetensors, another schema, or numbers that are not finite.
+    """
+    metadata = _read_metadata(data, schema)
+    try:
+        buffers = load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise MessageError(f"payload is not safetensors: {error}") from None
+    tensors: Tensors = {}
+    for dtype, specs in schema.groups.items():
+        expected = sum(spec.elements for spec in specs)
+        flat = buffers.pop(dtype, None)
+        if flat is None or flat.shape != (expected,) or _dtype_name(flat.dtype) != dtype:
+            raise MessageError(f"payload must hold {expected} elements of {dtype} in one buffer")
+        for spec, part in zip(specs, flat.split([spec.elements for spec in specs]), strict=True):
+            tensors[spec.name] = part.view(spec.shape)
+    if buffers:
+        raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")
+    ordered = {spec.name: tensors[spec.name] for spec in schema.tensors}
+    return Payload(ordered, _read_numbers(metadata, schema), _read_metrics(metadata, schema))
+
+
+def require_finite(payload: Payload) -> None:
+    """Check that every tensor is finite.
+
+    Raises:
+        MessageError: A tensor holds NaN or infinity; the first such tensor is named.
+    """
+    for name, tensor in payload.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise MessageError(f"tensor {name} holds NaN or infinity")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_names(payload: Payload, schema: Schema) -> None:
+    names = {spec.name for spec in schema.tensors}
+    if set(payload.tensors) != names or set(payload.numbers) != set(schema.numbers):
+        odd = set(payload.tensors) ^ names | set(payload.numbers) ^ set(schema.numbers)
+        raise MessageError(f"payload and schema differ in {sorted(odd)[:5]}")
+    if payload.metrics and not schema.metrics:
+        raise MessageError("payload holds metrics, which the schema does not allow")
+
+
+def _checked(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+        raise MessageError(
+            f"tensor {spec.name} is {tensor.dtype} {tuple(tensor.shape)}, "
+            f"the schema asks for {spec.dtype} {spec.shape}"
+        )
+    return tensor.detach()
+
+
+def _read_metadata(data: bytes, schema: Schema) -> dict[str, str]:
+    if len(data) > schema.max_bytes:
+        raise MessageError(f"payload has {len(data)} bytes, the schema allows {schema.max_bytes}")
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(HEADER_BYTES, len(data) - 8):
+        raise MessageError(f"payload header is damaged or longer than {HEADER_BYTES} bytes")
+    try:
+        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise MessageError("payload header is not the JSON of safetensors") from None
+    if not isinstance(metadata, dict) or metadata.get("schema") != schema.digest:
+        raise MessageError(
+            "payload was made for another schema (other tensors, shapes, dtypes or numbers)"
+        )
+    return metadata
+
+
+def _read_numbers(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
+    if not schema.numbers:
+        return {}
+    values = _json(metadata.get("numbers"))
+    if not isinstance(values, list) or len(values) != len(schema.numbers):
+        raise MessageError(f"payload must hold the numbers {', '.join(schema.numbers)}")
+    for name, value in zip(schema.numbers, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+            raise MessageError(f"number {name} is {value!r}, it must be finite")
+    return dict(zip(schema.numbers, values, strict=True))
+
+
+def _read_metrics(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
+    if not schema.metrics or "metrics" not in metadata:
+        return {}
+    values = _json(metadata["metrics"])
+    if not isinstance(values, dict) or len(values) > MAX_METRICS:
+        raise MessageError(f"metrics must be at most {MAX_METRICS} named numbers")
+    return {
+        str(name)[:64]: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
+    }
+
+
+def _finite(value: float) -> bool:
+    return abs(value) <= 1e300
+
+
+def _json(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None

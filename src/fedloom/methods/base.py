@@ -1,0 +1,146 @@
+"""What a method is: a protocol between server and clients, written once and knowing no engine.
+
+The server side of a round is a generator: it yields an :class:`Exchange`, receives the replies that
+passed every check (perhaps fewer than it asked for, sorted by client), may do so again, and returns
+the next state. The client side is a set of handlers, one for each action. Whatever must outlive
+a round is in the state or in what the client keeps; a generator is never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+
+from fedloom.checkpoint import State
+from fedloom.data.batches import TokenShare
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
+from fedloom.models.lora import AdapterModel
+from fedloom.objectives.base import Objective
+from fedloom.training.local import LocalResult, train_locally
+from fedloom.training.optimizers import TrainingSettings
+
+OPTIMIZER = "optimizer"
+"""Where a client keeps its optimizer's tensors, if it does."""
+
+TRAIN_REPLY_NUMBERS = ("examples",)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of one round.
+
+    Attributes:
+        round: From 1.
+        clients: Sampled client ids, ascending.
+        sizes: Training rows of every client of the federation, as registered with the server.
+        learning_rate: Of this round.
+    """
+
+    round: int
+    clients: tuple[int, ...]
+    sizes: Mapping[int, int]
+    learning_rate: float
+
+
+@dataclass
+class Client:
+    """What a handler sees on a client.
+
+    Attributes:
+        id: The client's id.
+        round: From 1; 0 for the evaluation before any training.
+        model: The backbone with the adapter; it holds another client's leftovers until written.
+        initial: The adapter as every party initialises it from the seed.
+        share: The client's training rows.
+        objective: What it minimises.
+        training: How.
+        seed: The experiment's seed.
+        kept: What the client keeps between rounds, by slot; never in a message. What a handler
+            changes here is stored if the handler ends well, and forgotten if it fails.
+        last: What the last training did, for the ledger.
+    """
+
+    id: int
+    round: int
+    model: AdapterModel
+    initial: Tensors
+    share: TokenShare
+    objective: Objective
+    training: TrainingSettings
+    seed: int
+    kept: dict[str, Tensors]
+    last: LocalResult | None = None
+
+    def train(self, learning_rate: float, steps: int | None = None) -> LocalResult:
+        """Train the adapter that the model holds on this client's rows, in place."""
+        self.last = train_locally(
+            self.model,
+            self.share,
+            self.objective,
+            self.training,
+            learning_rate=learning_rate,
+            seed=self.seed,
+            client=self.id,
+            round=self.round,
+            state=self.kept.get(OPTIMIZER),
+            steps=steps,
+        )
+        if self.last.optimizer_state:
+            self.kept[OPTIMIZER] = self.last.optimizer_state
+        return self.last
+
+
+Handler = Callable[[Client, Payload], Payload]
+"""Client side of one action."""
+
+Round = Generator[Exchange, list[Reply], State]
+"""Server side of one round."""
+
+
+class Method:
+    """Base of all methods.
+
+    Attributes:
+        pools_data: Whether the rows of all clients are put together in client 0 (centralised).
+    """
+
+    pools_data = False
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Return the state before the first round, given the adapter as it is initialised."""
+        return State(adapter)
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Play one round: yield exchanges, receive replies, return the next state."""
+        raise TypeError(f"{type(self).__name__} must define round(state, cohort)")
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side: a handler for each action."""
+        raise TypeError(f"{type(self).__name__} must define handlers()")
+
+    def shared(self, state: State) -> Tensors | None:
+        """Return the global adapter, or ``None`` where every client has its own."""
+        return state.tensors
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the adapter that ``client`` would use now into its model, for evaluation."""
+        client.model.write(payload.tensors)
+
+
+def train_and_upload(client: Client, payload: Payload) -> Payload:
+    """Start from the adapter received, train, send the adapter back: the client of FedAvg."""
+    client.model.write(payload.tensors)
+    result = client.train(payload.numbers["learning_rate"])
+    return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
+
+
+def training_exchange(cohort: Cohort, adapter: Tensors) -> Exchange:
+    """Ask the whole cohort to train ``adapter`` and send it back with the number of examples."""
+    return Exchange.broadcast(
+        "train",
+        cohort.round,
+        cohort.clients,
+        Payload(adapter, {"learning_rate": cohort.learning_rate}),
+        Schema.of(adapter, ("learning_rate",)),
+        Schema.of(adapter, TRAIN_REPLY_NUMBERS, metrics=True),
+    )

@@ -1,0 +1,37 @@
+"""Centralised training: all rows in one place, as an upper bound. Nothing is private here.
+
+A round goes over the pooled rows as the federation would over its clients' rows, so both see the
+same number of examples. With one client it is FedAvg, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.checkpoint import State
+from fedloom.methods.base import Cohort, Handler, Method, Round, train_and_upload, training_exchange
+from fedloom.settings import Settings
+
+
+class CentralisedSettings(Settings):
+    """``[method] name = "centralised"``."""
+
+    name: Literal["centralised"] = "centralised"
+
+
+class Centralised(Method):
+    """One client with everybody's rows."""
+
+    pools_data = True
+
+    def __init__(self, settings: CentralisedSettings) -> None:
+        """Take no settings beyond the name."""
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Train on; there is nothing to average."""
+        (reply,) = yield training_exchange(cohort, state.tensors)
+        return State(reply.payload.tensors)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": train_and_upload}

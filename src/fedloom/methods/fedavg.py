@@ -1,0 +1,42 @@
+"""FedAvg: clients train the shared adapter, the server takes the mean weighted by rows.
+
+Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+Data", https://arxiv.org/abs/1602.05629, algorithm 1; on LoRA tensors this is what the literature
+calls FedIT (Zhang et al. 2023, https://arxiv.org/abs/2305.05644).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.aggregation.means import weighted_mean
+from fedloom.checkpoint import State
+from fedloom.methods.base import Cohort, Handler, Method, Round, train_and_upload, training_exchange
+from fedloom.settings import Settings
+
+
+class FedAvgSettings(Settings):
+    """``[method] name = "fedavg"``."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class FedAvg(Method):
+    """Federated averaging of the adapter."""
+
+    def __init__(self, settings: FedAvgSettings) -> None:
+        """Take no settings beyond the name."""
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Send the adapter, average what comes back."""
+        replies = yield training_exchange(cohort, state.tensors)
+        return State(
+            weighted_mean(
+                [reply.payload.tensors for reply in replies],
+                [reply.payload.numbers["examples"] for reply in replies],
+            )
+        )
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": train_and_upload}

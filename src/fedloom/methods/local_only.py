@@ -1,0 +1,63 @@
+"""Local training only: every client by itself, as a lower bound. No parameter ever travels.
+
+A client keeps its adapter from round to round. There is no global model: global figures are means
+over the clients' models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.checkpoint import State
+from fedloom.messages import Exchange, Payload, Schema, Tensors
+from fedloom.methods.base import TRAIN_REPLY_NUMBERS, Client, Cohort, Handler, Method, Round
+from fedloom.settings import Settings
+
+ADAPTER = "adapter"
+
+
+class LocalOnlySettings(Settings):
+    """``[method] name = "local_only"``."""
+
+    name: Literal["local_only"] = "local_only"
+
+
+class LocalOnly(Method):
+    """Each client trains its own adapter."""
+
+    def __init__(self, settings: LocalOnlySettings) -> None:
+        """Take no settings beyond the name."""
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Keep nothing on the server."""
+        return State({})
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Tell the cohort to train; only numbers come back."""
+        yield Exchange.broadcast(
+            "train",
+            cohort.round,
+            cohort.clients,
+            Payload(numbers={"learning_rate": cohort.learning_rate}),
+            Schema(numbers=("learning_rate",)),
+            Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
+        )
+        return state
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train}
+
+    def shared(self, state: State) -> Tensors | None:
+        """Return ``None``: every client has its own adapter."""
+        return None
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the client's own adapter, or the initial one before its first training."""
+        client.model.write(client.kept.get(ADAPTER, client.initial))
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        self.load(client, payload)
+        result = client.train(payload.numbers["learning_rate"])
+        client.kept[ADAPTER] = client.model.read()
+        return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

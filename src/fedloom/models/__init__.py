@@ -1,0 +1,1 @@
+"""The frozen backbone and what is trained on it."""

@@ -1,0 +1,170 @@
+"""Backbone and tokenizer from a local folder or the Hub; the one file that loads weights.
+
+Weights are read from safetensors only: a pickled checkpoint could run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedloom.errors import ModelError
+from fedloom.randomness import derive_seed
+from fedloom.settings import Settings
+
+TINY = "tiny"
+"""Name of the model that the package makes itself."""
+
+SAMPLED_ABOVE = 256 * 1024**2
+"""Files above this many bytes enter a fingerprint by size, first and last mebibyte."""
+
+
+class ModelSettings(Settings):
+    """``[model]``: the backbone."""
+
+    path: str = TINY
+    """Folder, Hub name, or "tiny": a small model that is made on the spot without a network."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """Load a tokenizer that can pad.
+
+    Raises:
+        ModelError: The folder is missing or holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    _silence()
+    _check_folder(path)
+    if Path(path).is_dir() and not any(
+        (Path(path) / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+    ):
+        raise ModelError(
+            f"no tokenizer in {path}: it needs tokenizer.json (or tokenizer.model); save one there "
+            "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {path} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(
+    path: str,
+    *,
+    revision: str | None = None,
+    classes: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    pad_token_id: int,
+    seed: int = 0,
+) -> nn.Module:
+    """Load the backbone with an LM head or, when there are ``classes``, a new classification head.
+
+    Args:
+        path: Folder or Hub name.
+        revision: Branch, tag or commit on the Hub.
+        classes: Class names in the order of their ids; empty for a causal LM.
+        dtype: Of the weights.
+        pad_token_id: Stored in the configuration; a classification head pools before padding.
+        seed: Initialises the classification head.
+
+    Raises:
+        ModelError: The folder is missing, has no weights, or its architecture is not known.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    _silence()
+    _check_weights(path)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    factory: Any = AutoModelForCausalLM
+    if classes:
+        factory = AutoModelForSequenceClassification
+        options |= {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
+        options["label2id"] = {name: number for number, name in enumerate(classes)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "classification head"))
+        try:
+            model: nn.Module = factory.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"cannot load the model {path}: {_first_line(error)}") from error
+    config: Any = model.config
+    config.pad_token_id = pad_token_id
+    config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def context_length(model: nn.Module) -> int:
+    """Return how many tokens the model reads at most."""
+    config: Any = model.config
+    return int(
+        getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2048
+    )
+
+
+def fingerprint(path: str) -> str:
+    """Return SHA-256 over a folder's weights, configuration and tokenizer; of the name otherwise."""
+    digest = hashlib.sha256()
+    folder = Path(path)
+    if not folder.is_dir():
+        return hashlib.sha256(path.encode()).hexdigest()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".safetensors", ".json", ".model"}:
+            digest.update(f"{file.name}|{file.stat().st_size}|".encode())
+            _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def _silence() -> None:
+    """Keep transformers' bars and load reports off the terminal; errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _digest_file(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        if file.stat().st_size <= SAMPLED_ABOVE:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            return
+        digest.update(stream.read(1 << 20))
+        stream.seek(-(1 << 20), 2)
+        digest.update(stream.read())
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).is_dir() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def _check_folder(path: str) -> None:
+    if _is_local(path) and not (Path(path) / "config.json").is_file():
+        state = "has no config.json" if Path(path).is_dir() else "is not a folder"
+        raise ModelError(
+            f'model.path {path!r} {state}; give a folder in Hugging Face layout, a Hub name, or "tiny"'
+        )
+
+
+def _check_weights(path: str) -> None:
+    _check_folder(path)
+    folder = Path(path)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        pickled = [file.name for file in folder.glob("*.bin")]
+        hint = f"; {pickled[0]} is pickled and is not read, convert it" if pickled else ""
+        raise ModelError(f"no weights in {path}: it needs model.safetensors{hint}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,68 @@
+"""What an objective is: which examples it needs, and its loss on a batch. No federation here.
+
+The local loop (``training/local.py``) cuts an optimizer batch into micro-batches. For the result
+not to depend on the cut, an objective says how much each micro-batch weighs (:meth:`Objective.weight`),
+and computes what concerns the whole optimizer batch once beforehand (:meth:`Objective.statistics`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from fedloom.batch import Batch
+
+Metrics = dict[str, Tensor]
+"""Named scalars, detached; means over the examples (or tokens) that the loss is a mean over."""
+
+Head = Literal["causal", "classification"]
+
+
+class Model(Protocol):
+    """What an objective sees of a model: a Hugging Face forward pass."""
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Return an output with ``.logits``."""
+        ...
+
+
+class Objective:
+    """Base of all objectives; a user's own may be passed to :func:`fedloom.run` as an object.
+
+    Attributes:
+        kind: Kind of example it trains on: instruction, preference, feedback or labelled.
+        head: Which output layer the backbone gets.
+        needs_reference: Whether batches must carry the reference model's log-probs.
+        needs_mismatched: Whether batches must carry mismatched completions (KTO).
+        beta: Scale of implicit rewards, used when held-out pairs are judged.
+    """
+
+    kind: str = "instruction"
+    head: Head = "causal"
+    needs_reference: bool = False
+    needs_mismatched: bool = False
+    beta: float = 0.1
+
+    def weight(self, batch: Batch) -> float:
+        """Return what the mean in :meth:`loss` is over: the number of examples by default."""
+        return float(len(batch))
+
+    def metric_weights(self, batch: Batch) -> dict[str, float]:
+        """Return, for metrics that are means over something else than the loss, how many of it."""
+        return {}
+
+    def statistics(self, model: Model, batches: Sequence[Batch]) -> Tensor | None:
+        """Return what one optimizer step needs from all its micro-batches, without a gradient."""
+        return None
+
+    def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
+        """Return the mean loss of a micro-batch as a scalar, and metrics.
+
+        Args:
+            model: The policy, adapters on.
+            batch: One micro-batch.
+            statistics: What :meth:`statistics` returned for this optimizer step.
+        """
+        raise TypeError(f"{type(self).__name__} must define loss(model, batch, statistics)")

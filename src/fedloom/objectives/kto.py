@@ -1,0 +1,142 @@
+"""Kahneman-Tversky optimization: alignment from single answers found desirable or not.
+
+Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization",
+https://arxiv.org/abs/2402.01306, equations 7 and 8.
+
+The reference point z0 is estimated over the whole optimizer batch, not over a micro-batch, so the
+result does not depend on how the batch is cut. The mismatched completion of a row is that of
+another row of the same client, drawn once, so its reference log-prob is computed once too, and a
+batch of one row still has an estimate. Nothing about z0 leaves the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedloom.batch import Batch
+from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.logps import completion_logps
+from fedloom.settings import Settings
+
+
+class KTOSettings(Settings):
+    """``[objective] name = "kto"``."""
+
+    name: Literal["kto"] = "kto"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference model (paper: 0.1)."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of desirable rows, lambda_D (paper: 1)."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of undesirable rows, lambda_U (paper: 1)."""
+
+
+def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """Return z0, the estimate of KL(policy || reference) on mismatched completions.
+
+    Args:
+        policy_logps: ``(rows,)`` summed log-probs of mismatched completions.
+        reference_logps: ``(rows,)`` the same under the reference model.
+
+    Returns:
+        Scalar, the mean difference clamped at zero and detached; zero when there are no rows.
+    """
+    if policy_logps.numel() == 0:
+        return torch.zeros((), dtype=policy_logps.dtype, device=policy_logps.device)
+    return (policy_logps - reference_logps).mean().clamp(min=0).detach()
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Metrics]:
+    """Return the mean KTO loss and its rewards.
+
+    Args:
+        policy_logps: ``(rows,)`` summed log-probs of the completions.
+        reference_logps: ``(rows,)`` under the reference model.
+        desirable: ``(rows,)`` bool.
+        kl: Scalar reference point z0 from :func:`kl_estimate`.
+        beta: Reward scale, above 0.
+        desirable_weight: lambda_D.
+        undesirable_weight: lambda_U.
+
+    Returns:
+        The scalar loss; ``reward_desirable`` and ``reward_undesirable`` (means of beta times the
+        log-ratio over the rows of each class, zero for a class that is not there),
+        ``desirable_share`` and ``kl``.
+    """
+    log_ratios = policy_logps - reference_logps  # r_theta(x, y), equation 7
+    gain = 1 - torch.sigmoid(beta * (log_ratios - kl))
+    loss = 1 - torch.sigmoid(beta * (kl - log_ratios))
+    losses = torch.where(desirable, desirable_weight * gain, undesirable_weight * loss)  # eq. 8
+    rewards = beta * log_ratios.detach()
+    metrics = {
+        "reward_desirable": _mean_where(rewards, desirable),
+        "reward_undesirable": _mean_where(rewards, ~desirable),
+        "desirable_share": desirable.float().mean(),
+        "kl": kl.detach(),
+    }
+    return losses.mean(), metrics
+
+
+class KTO(Objective):
+    """KTO on single answers, against the frozen base model."""
+
+    kind = "feedback"
+    needs_reference = True
+    needs_mismatched = True
+
+    def __init__(self, settings: KTOSettings | None = None) -> None:
+        """Keep beta and the two weights."""
+        settings = settings or KTOSettings()
+        self.beta = settings.beta
+        self.desirable_weight = settings.desirable_weight
+        self.undesirable_weight = settings.undesirable_weight
+
+    def metric_weights(self, batch: Batch) -> dict[str, float]:
+        """Return the rows of each class, which the rewards are means over."""
+        assert batch.labels is not None
+        desirable = float(batch.labels.sum())
+        return {"reward_desirable": desirable, "reward_undesirable": len(batch) - desirable}
+
+    @torch.no_grad()
+    def statistics(self, model: Model, batches: Sequence[Batch]) -> Tensor | None:
+        """Return z0 over the mismatched completions of the whole optimizer batch."""
+        policy, reference = [], []
+        for batch in batches:
+            if batch.mismatched is None:  # a client with one row: KTO with z0 = 0
+                return torch.zeros((), device=batch.sequences.input_ids.device)
+            assert batch.mismatched_reference_logps is not None
+            policy.append(completion_logps(model, batch.mismatched))
+            reference.append(batch.mismatched_reference_logps)
+        return kl_estimate(torch.cat(policy), torch.cat(reference))
+
+    def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
+        """Return the mean loss over rows."""
+        assert batch.labels is not None and batch.reference_logps is not None
+        assert statistics is not None, "the loop passes the reference point"
+        return kto_loss(
+            completion_logps(model, batch.sequences),
+            batch.reference_logps,
+            batch.labels,
+            statistics,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)

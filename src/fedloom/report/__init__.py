@@ -1,0 +1,1 @@
+"""What a run leaves behind, and pages made from that alone."""

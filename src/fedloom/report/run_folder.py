@@ -1,0 +1,172 @@
+"""The run folder: what ``fedloom run`` leaves, written and read in one place.
+
+::
+
+    experiment.toml   the resolved experiment, defaults included
+    run.json          versions, seed, command, model, data, the metric and its meaning
+    partition.json    what each client holds
+    rounds.jsonl      one line a round; the first is the evaluation before any training
+    costs.jsonl       one line a round, client and phase
+    samples.json      held-out prompts answered before and after
+    summary.json      before, after, totals and the adapter's checksum; written at the end
+    adapter/          the global adapter as a PEFT folder
+    clients/          adapters of single clients, where there is no global one
+    checkpoints/      what a resumed run starts from
+
+Files are JSON with numbers that are not finite as null. Whole files appear at once; lines are
+synced one by one, so that a killed run loses none that it reported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError
+
+Record = dict[str, Any]
+"""One JSON object; its keys are those that the runner wrote, listed in docs/run-folder.md."""
+
+EXPERIMENT = "experiment.toml"
+RUN = "run.json"
+PARTITION = "partition.json"
+ROUNDS = "rounds.jsonl"
+COSTS = "costs.jsonl"
+SAMPLES = "samples.json"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    path: Path
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Open the folder of an earlier run.
+
+        Raises:
+            OutputError: It is not there, or is no run folder.
+        """
+        if not path.is_dir():
+            raise OutputError(f"no run folder at {path}")
+        if not (path / EXPERIMENT).is_file():
+            raise OutputError(f"{path} is no run folder: it has no {EXPERIMENT}")
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT folder of the global adapter."""
+        return self.path / "adapter"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole file at once.
+
+        Raises:
+            OutputError: The disk is full or the folder not writable.
+        """
+        target = self.path / name
+        temporary = target.with_name(f".{name}.{os.getpid()}")
+
+        def write() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+
+        _guarded(write, target)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a whole JSON file at once; see :meth:`write_text`."""
+        self.write_text(name, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to a JSONL file and sync them.
+
+        Raises:
+            OutputError: The disk is full or the folder not writable.
+        """
+        text = "".join(json.dumps(finite(dict(r)), allow_nan=False) + "\n" for r in records)
+
+        def write() -> None:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+
+        _guarded(write, self.path / name)
+
+    def truncate_after(self, round: int) -> None:
+        """Drop what was recorded after ``round``: a resumed run will record it again."""
+        for name in (ROUNDS, COSTS):
+            kept = [record for record in self.read_lines(name) if record["round"] <= round]
+            self.write_text(name, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file's content, or ``None`` where there is no such file.
+
+        Raises:
+            OutputError: It is not JSON.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} cannot be read: {error}") from error
+
+    def read_text(self, name: str) -> str:
+        """Return a file's text, empty where there is no such file."""
+        path = self.path / name
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def read_lines(self, name: str) -> list[Record]:
+        """Return the records of a JSONL file; a last line torn by a kill is left out."""
+        records: list[Record] = []
+        lines = self.read_text(name).splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise OutputError(f"{self.path / name}, line {number}: {error}") from error
+        return records
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with numbers that are not finite as ``None``, as JSON has no such numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _guarded(write: Callable[[], None], target: Path) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}; make room or choose another "
+            "output.folder"
+        ) from error

@@ -1,0 +1,684 @@
+"""Run an experiment from start to folder: the story of a run, and its continuation.
+
+A run leaves a folder (``report/run_folder.py``) from which alone reports are made and runs resumed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.table import Table
+
+from fedloom import checkpoint
+from fedloom.assembly import DataSource, Division, Parts, assemble, assemble_saved, divide
+from fedloom.checkpoint import Checkpoint, State
+from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
+from fedloom.data.tokenize import render_prompt
+from fedloom.engines.store import ClientStore
+from fedloom.errors import CheckpointError, Interrupted, OutputError, SettingsError
+from fedloom.evaluation.generate import generate_answers
+from fedloom.evaluation.metrics import HEADLINES, Headline
+from fedloom.experiment import Experiment
+from fedloom.methods.local_only import ADAPTER
+from fedloom.objectives.base import Objective
+from fedloom.report import run_folder as names
+from fedloom.report.run_folder import RunFolder
+from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
+from fedloom.server import Evaluation, Observer, RoundRecord, Server
+from fedloom.tracking import Tracker, open_trackers, round_numbers
+from fedloom.training.optimizers import round_learning_rate
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do, for whoever watches.
+
+    Attributes:
+        headline: One line: who trains what how.
+        details: One line: sizes.
+        rounds: Rounds in all.
+        metric: Name of the metric the run is judged by.
+        higher_is_better: Its direction.
+    """
+
+    headline: str
+    details: str
+    rounds: int
+    metric: str
+    higher_is_better: bool
+
+
+class RunObserver(Observer, Protocol):
+    """Who watches a whole run; a terminal, for one."""
+
+    def stage(self, text: str) -> None:
+        """Something is being prepared."""
+        ...
+
+    def begin(self, plan: Plan) -> None:
+        """Training is about to start."""
+        ...
+
+    def end(self) -> None:
+        """The run is over, well or not."""
+        ...
+
+
+class Silent:
+    """An observer that shows nothing: the default in Python."""
+
+    def stage(self, text: str) -> None:
+        """Show nothing."""
+
+    def begin(self, plan: Plan) -> None:
+        """Show nothing."""
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Show nothing."""
+
+    def round_done(self, record: RoundRecord) -> None:
+        """Show nothing."""
+
+    def warning(self, text: str) -> None:
+        """Print the warning on standard error."""
+        print(f"fedloom: warning: {text}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Show nothing."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        folder: The run folder.
+        metrics: Global held-out metrics of the last state.
+        metrics_before: The same before any training.
+        adapter_path: PEFT folder of the global adapter, or ``None`` where every client has its own.
+        costs: Totals over the run: bytes_up, bytes_down, flops, seconds, peak_memory, examples, tokens.
+        summary_text: What the command line prints at the end.
+    """
+
+    folder: Path
+    metrics: Mapping[str, float]
+    metrics_before: Mapping[str, float]
+    adapter_path: Path | None
+    costs: Mapping[str, float]
+    summary_text: str
+
+
+def run(
+    experiment: str | Path | Experiment,
+    *,
+    objective: Objective | None = None,
+    data: DataSource | None = None,
+    observer: RunObserver | None = None,
+) -> RunResult:
+    """Run an experiment to its end.
+
+    Args:
+        experiment: A TOML file, or an :class:`Experiment`.
+        objective: Your own objective instead of the one in the experiment.
+        data: Your own source of examples instead of ``[data]``.
+        observer: Watches the run; by default only warnings are shown.
+
+    Raises:
+        FedloomError: See ``fedloom.errors`` for the tree.
+    """
+    if not isinstance(experiment, Experiment):
+        experiment = Experiment.from_toml(experiment)
+    return run_experiment(experiment, objective=objective, data=data, observer=observer or Silent())
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    objective: Objective | None = None,
+    data: DataSource | None = None,
+    observer: RunObserver,
+) -> RunResult:
+    """Run an experiment in a new folder; see :func:`run`."""
+    folder = RunFolder(_new_folder(experiment))
+    try:
+        folder.write_text(names.EXPERIMENT, experiment.to_toml())
+        observer.stage("reading data")
+        division = divide(experiment, data)
+        parts = assemble(experiment, division, objective=objective, stage=observer.stage)
+        _write_start(folder, experiment, parts, objective)
+    except BaseException:
+        shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: leave nothing behind
+        raise
+    state = parts.method.initial_state(parts.initial)
+    return _Run(experiment, folder, parts, observer, objective).go(state, -1)
+
+
+def resume_run(
+    path: Path,
+    experiment_file: Path | None = None,
+    assignments: Iterable[str] = (),
+    *,
+    from_round: int | None = None,
+    observer: RunObserver | None = None,
+    objective: Objective | None = None,
+    data: DataSource | None = None,
+) -> RunResult:
+    """Continue the run in ``path`` and end with the same bits as if it had never stopped.
+
+    Args:
+        path: The run folder.
+        experiment_file: Checked against the folder's own experiment if it is given.
+        assignments: As after ``--set``, with ``experiment_file``.
+        from_round: Go back to the checkpoint of this round.
+        observer: Watches the run.
+        objective: As in :func:`run`, if the run was started with one.
+        data: As in :func:`run`, if the run was started with one.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or of another experiment.
+        OutputError: ``path`` is no run folder.
+    """
+    observer = observer or Silent()
+    folder = RunFolder.existing(path)
+    experiment = Experiment.from_toml(path / names.EXPERIMENT)
+    if experiment_file is not None:
+        given = Experiment.from_toml(experiment_file, assignments, name=experiment.name)
+        _require_same(given, experiment, path)
+    elif list(assignments):
+        raise SettingsError(["--set cannot change a run that is resumed"], "the command")
+    observer.stage("reading data")
+    division = divide(experiment, data)
+    saved = None
+    if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
+        saved = checkpoint.load(
+            folder.checkpoints, _fingerprint(experiment, division, objective), from_round
+        )
+    store = ClientStore(saved.clients if saved else None)
+    parts = assemble(experiment, division, objective=objective, store=store, stage=observer.stage)
+    _require_same_model(folder, parts)
+    done = saved.round if saved else -1
+    folder.truncate_after(done)
+    if saved is None:
+        _write_start(folder, experiment, parts, objective)
+    state = saved.state if saved else parts.method.initial_state(parts.initial)
+    observer.stage(f"continuing after round {done}" if saved else "starting again from the beginning")
+    return _Run(experiment, folder, parts, observer, objective).go(state, done)
+
+
+def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> dict[str, float]:
+    """Score a PEFT folder (or the base model) on the experiment's global held-out set.
+
+    Raises:
+        ModelError: The folder is no adapter, or one for another model.
+    """
+    model, held_out = assemble_saved(experiment, divide(experiment), adapter)
+    return held_out.score(model)
+
+
+def starting_file() -> Path:
+    """Return the commented experiment that ``fedloom init`` writes and ``fedloom demo`` runs."""
+    return Path(__file__).with_name("starting.toml")
+
+
+def write_starting_file(path: Path) -> None:
+    """Copy the starting file to ``path``.
+
+    Raises:
+        OutputError: Something is there already, or it cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path} is there already; give another name")
+    try:
+        path.write_text(starting_file().read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def show_partition(experiment: Experiment, picture: Path) -> Table:
+    """Return a table of what each client holds and write the picture of it."""
+    from fedloom.report.figures import partition_svg
+
+    record = _partition_record(experiment, divide(experiment))
+    try:
+        picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {picture}: {error.strerror}") from error
+    return _partition_table(record)
+
+
+@dataclass
+class _Run:
+    """One run under way: owns its folder, its parts and who watches."""
+
+    experiment: Experiment
+    folder: RunFolder
+    parts: Parts
+    observer: RunObserver
+    objective: Objective | None = None
+    trackers: list[Tracker] = field(default_factory=list)
+    last: tuple[int, State] | None = None
+
+    def go(self, state: State, done: int) -> RunResult:
+        """Play the rounds that are left, then write what a finished run leaves."""
+        experiment, parts = self.experiment, self.parts
+        self.trackers = open_trackers(
+            experiment.output.trackers, self.folder.path, experiment.name, experiment.to_table()
+        )
+        server = Server(
+            method=parts.method,
+            engine=parts.engine,
+            federation=experiment.federation,
+            learning_rate=lambda round: round_learning_rate(
+                experiment.training, round, experiment.federation.rounds
+            ),
+            evaluate=lambda state, round: parts.evaluator.evaluate(
+                state, round, parts.engine, parts.model, parts.ledger
+            ),
+            finish=self._finish_round,
+            ledger=parts.ledger,
+            observer=self.observer,
+        )
+        self.observer.begin(_plan(experiment, parts))
+        try:
+            state = server.run(state, done)
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        finally:
+            self.observer.end()
+            for tracker in self.trackers:
+                tracker.close()
+        return self._finish(state)
+
+    def _finish_round(self, record: RoundRecord, state: State) -> None:
+        self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
+        self.folder.append(names.ROUNDS, [round_record(record, self._headline)])
+        for tracker in self.trackers:
+            tracker.log(round_numbers(record), record.round)
+        self.last = (record.round, state)
+        every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
+        if record.round % every == 0 or record.round == rounds:
+            self._save(record.round, state)
+
+    def _save(self, round: int, state: State) -> None:
+        store = self.parts.engine.store
+        fingerprint = _fingerprint(self.experiment, self.parts.division, self.objective)
+        checkpoint.save(
+            self.folder.checkpoints,
+            Checkpoint(round, state, store.flat(), fingerprint),
+            store.changed,
+        )
+        store.changed.clear()
+
+    def _interrupted(self) -> Interrupted:
+        """Keep the last whole round and say how to go on."""
+        saved = self.folder.checkpoints
+        if self.last is not None and not (saved / f"round-{self.last[0]:04d}").is_dir():
+            self.parts.engine.store.changed.update(self.parts.engine.shares)
+            self._save(*self.last)
+        round = self.last[0] if self.last else "the start"
+        return Interrupted(
+            f"stopped; everything up to round {round} is saved. "
+            f"Go on with: fedloom run --resume {self.folder.path}"
+        )
+
+    @property
+    def _headline(self) -> Headline:
+        return HEADLINES[self.parts.division.loaded.kind]
+
+    def _finish(self, state: State) -> RunResult:
+        adapter = self._write_adapters(state)
+        if self.parts.prompts:
+            self.folder.write_json(names.SAMPLES, self._samples(state))
+        summary = self._summary(adapter)
+        self.folder.write_json(names.SUMMARY, summary)
+        return RunResult(
+            self.folder.path,
+            summary["after_metrics"],
+            summary["before_metrics"],
+            adapter,
+            summary["totals"],
+            _summary_text(summary, self._headline, self.folder.path),
+        )
+
+    def _write_adapters(self, state: State) -> Path | None:
+        """Write the global adapter, or each client's own where there is no global one."""
+        model, store = self.parts.model, self.parts.engine.store
+        shared = self.parts.method.shared(state)
+        try:
+            if shared is not None:
+                model.write(shared)
+                model.save(self.folder.adapter)
+                return self.folder.adapter
+            for client in self.parts.engine.sizes():
+                own = store.slots(client).get(ADAPTER)
+                if own is not None:
+                    model.write(own)
+                    model.save(self.folder.path / "clients" / f"{client:04d}")
+        except OSError as error:
+            raise OutputError(f"cannot write the adapter: {error}") from error
+        return None
+
+    def _samples(self, state: State) -> list[dict[str, Any]]:
+        parts, limit = self.parts, self.experiment.evaluation.max_new_tokens
+        texts = [render_prompt(_prompt(example), parts.tokenizer) for example in parts.prompts]
+        parts.model.write(parts.initial)
+        before = generate_answers(parts.model, parts.tokenizer, texts, limit)
+        shared = parts.method.shared(state)
+        if shared is None:  # every client has its own: show the first one's
+            first = parts.engine.store.slots(min(parts.engine.shares)).get(ADAPTER, parts.initial)
+            shared = first
+        parts.model.write(shared)
+        after = generate_answers(parts.model, parts.tokenizer, texts, limit)
+        return [
+            {"prompt": text, "before": old, "after": new, **_answers(example)}
+            for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)
+        ]
+
+    def _summary(self, adapter: Path | None) -> dict[str, Any]:
+        rounds = self.folder.read_lines(names.ROUNDS)
+        evaluated = [record for record in rounds if record["evaluation"]]
+        before, after = evaluated[0]["evaluation"], evaluated[-1]["evaluation"]
+        metric = self._headline.name
+        file = adapter / "adapter_model.safetensors" if adapter else None
+        return {
+            "status": "finished",
+            "rounds": self.experiment.federation.rounds,
+            "metric": metric,
+            "before": before["global"].get(metric),
+            "after": after["global"].get(metric),
+            "before_metrics": before["global"],
+            "after_metrics": after["global"],
+            "clients_before": before["clients"],
+            "clients_after": after["clients"],
+            "totals": totals(self.folder.read_lines(names.COSTS)),
+            "adapter": {
+                "path": "adapter",
+                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            }
+            if file
+            else None,
+        }
+
+
+def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
+    """Return a round as one line of ``rounds.jsonl``."""
+    costs = record.costs
+    return {
+        "round": record.round,
+        "clients": list(record.clients),
+        "rejected": [{"client": c, "reason": why} for c, why in record.rejected.items()],
+        "learning_rate": record.learning_rate,
+        "train": dict(record.train) or None,
+        "client_train": {str(c): dict(m) for c, m in record.client_train.items()},
+        "evaluation": _evaluation_record(record.evaluation, headline),
+        "bytes_down": sum(cost.bytes_down for cost in costs),
+        "bytes_up": sum(cost.bytes_up for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+        "seconds": record.seconds,
+    }
+
+
+def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Add up the lines of ``costs.jsonl``; evaluation's bytes and FLOPs are kept apart."""
+    rows = list(costs)
+    work = [row for row in rows if row["phase"] != "evaluate"]
+    judged = [row for row in rows if row["phase"] == "evaluate"]
+
+    def total(name: str, of: list[Mapping[str, Any]]) -> float:
+        return sum(row[name] or 0 for row in of)
+
+    summed = ("bytes_up", "bytes_down", "flops", "seconds", "examples", "tokens")
+    return {
+        **{name: total(name, work) for name in summed},
+        "peak_memory": max((row["peak_memory"] for row in rows), default=0),
+        "evaluation_bytes": total("bytes_up", judged) + total("bytes_down", judged),
+        "evaluation_flops": total("flops", judged),
+        "evaluation_seconds": total("seconds", judged),
+    }
+
+
+def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    each = {str(client): dict(metrics) for client, metrics in evaluation.clients.items()}
+    found = [metrics for metrics in each.values() if headline.name in metrics]
+    clients: dict[str, Any] | None = None
+    if found:
+        values = torch.tensor([metrics[headline.name] for metrics in found], dtype=torch.float64)
+        worst = values.min() if headline.higher_is_better else values.max()
+        clients = {
+            "mean": {headline.name: float(values.mean())},
+            "worst": {headline.name: float(worst)},
+            "spread": {headline.name: float(values.std(correction=0))},
+            "each": each,
+        }
+    return {"global": dict(evaluation.metrics), "clients": clients}
+
+
+def _new_folder(experiment: Experiment) -> Path:
+    """Make the run folder.
+
+    Raises:
+        OutputError: It holds something already, or cannot be made.
+    """
+    chosen = experiment.output.folder
+    path = Path(chosen) if chosen else _free(Path("runs") / experiment.name)
+    if chosen and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(
+            f"output.folder {chosen!r} is not empty: choose another, or go on with "
+            f"fedloom run --resume {chosen}"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"
+        ) from error
+    return path
+
+
+def _free(path: Path) -> Path:
+    number, candidate = 2, path
+    while candidate.exists():
+        candidate = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return candidate
+
+
+def _write_start(
+    folder: RunFolder, experiment: Experiment, parts: Parts, objective: Objective | None
+) -> None:
+    division, headline = parts.division, HEADLINES[parts.division.loaded.kind]
+    trained = sum(p.numel() for p in parts.model.parameters.values())
+    everything = sum(p.numel() for p in parts.model.model.parameters())
+    loaded = division.loaded
+    folder.write_json(names.PARTITION, _partition_record(experiment, division))
+    folder.write_json(
+        names.RUN,
+        {
+            "name": experiment.name,
+            "fedloom": importlib.metadata.version("fedloom"),
+            "versions": _versions(),
+            "seed": experiment.federation.seed,
+            "command": " ".join(["fedloom", "run", f"{folder.path}/{names.EXPERIMENT}"]),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "threads": torch.get_num_threads(),
+            "device": str(parts.model.device),
+            "model": {
+                "name": experiment.model.path,
+                "sha256": parts.model_digest,
+                "parameters": everything - trained,
+                "trainable": trained,
+            },
+            "data": {
+                "source": experiment.data.source,
+                "kind": loaded.kind,
+                "train": sum(parts.engine.sizes().values()),
+                "client_held_out": sum(len(rows) for rows in division.held_out.values()),
+                "global_held_out": len(division.test),
+                "malformed": len(loaded.bad_rows),
+                "bad_rows": [str(row) for row in loaded.bad_rows[:20]],
+                "dropped": parts.dropped,
+                "digest": loaded.digest,
+            },
+            "metric": asdict(headline),
+            "fingerprint": _fingerprint(experiment, division, objective),
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _fingerprint(experiment: Experiment, division: Division, objective: Objective | None) -> str:
+    """SHA-256 over everything that shapes the results, except the model's weights (checked apart)."""
+    table = experiment.to_table()
+    del table["output"], table["name"]
+    own = type(objective).__qualname__ if objective is not None else ""
+    text = json.dumps([table, division.loaded.digest, own], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require_same(given: Experiment, own: Experiment, path: Path) -> None:
+    """Refuse to continue a run as another experiment; name what differs."""
+    problems = []
+    left, right = given.to_table(), own.to_table()
+    for section in left:
+        if section in ("name", "output") or left[section] == right[section]:
+            continue
+        for key in sorted(left[section].keys() | right[section].keys()):
+            new, old = left[section].get(key), right[section].get(key)
+            if new != old:
+                problems.append(f"{section}.{key} is {new!r}, the run in {path} has {old!r}")
+    if problems:
+        raise CheckpointError(
+            f"{path} holds a run of another experiment:\n  " + "\n  ".join(problems)
+        )
+
+
+def _require_same_model(folder: RunFolder, parts: Parts) -> None:
+    run = folder.read_json(names.RUN)
+    if run is not None and run["model"]["sha256"] != parts.model_digest:
+        raise CheckpointError(
+            f"the model {run['model']['name']} has changed since {folder.path} was started "
+            f"(SHA-256 {run['model']['sha256'][:12]}, now {parts.model_digest[:12]}); start a new run"
+        )
+
+
+def _plan(experiment: Experiment, parts: Parts) -> Plan:
+    federation, sizes = experiment.federation, parts.engine.sizes()
+    headline = HEADLINES[parts.division.loaded.kind]
+    trained = sum(p.numel() for p in parts.model.parameters.values())
+    cohort = min(federation.cohort_size, len(sizes))
+    objective = type(parts.objective).__name__
+    return Plan(
+        f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
+        f"{cohort} of {len(sizes)} clients a round",
+        f"model {experiment.model.path}, {human_count(trained)} trained parameters, rows per client "
+        f"{min(sizes.values())} to {max(sizes.values())}, {len(parts.division.test)} held out",
+        federation.rounds,
+        headline.name,
+        headline.higher_is_better,
+    )
+
+
+def _partition_record(experiment: Experiment, division: Division) -> dict[str, Any]:
+    shares = division.shares
+    return {
+        "kind": experiment.partition.kind,
+        "column": shares.column,
+        "values": list(shares.values),
+        "clients": [
+            {
+                "client": client,
+                "train": len(division.train[client]),
+                "held_out": len(division.held_out[client]),
+                "counts": dict(zip(shares.values, counts, strict=True)),
+            }
+            for client, counts in enumerate(shares.counts)
+        ],
+    }
+
+
+def _partition_table(record: Mapping[str, Any]) -> Table:
+    """Return the shares as a table; with many values, the three commonest of each client."""
+    values, clients = record["values"], record["clients"]
+    few = len(values) <= 8
+    columns = values if few else ["values", "commonest"]
+    largest = max(client["train"] for client in clients)
+    table = Table(title=f"{record['kind']} partition by {record['column'] or 'row'}", box=None)
+    for column in ("client", "train", "held out", "", *columns):
+        table.add_column(str(column), justify="left" if column in ("", "commonest") else "right")
+    for client in clients:
+        counts = client["counts"]
+        bar = "█" * max(1, round(20 * client["train"] / largest))
+        if few:
+            cells = [str(counts[value]) if counts[value] else "·" for value in values]
+        else:
+            top = sorted(counts, key=lambda value: (-counts[value], value))[:3]
+            held = sum(1 for value in values if counts[value])
+            cells = [str(held), ", ".join(f"{value} {counts[value]}" for value in top)]
+        table.add_row(
+            str(client["client"]), str(client["train"]), str(client["held_out"]), bar, *cells
+        )
+    return table
+
+
+def _prompt(example: Example) -> Text:
+    if isinstance(example, Instruction | Preference | Feedback):
+        return example.prompt
+    return ""
+
+
+def _answers(example: Example) -> dict[str, Any]:
+    group = next(iter(example.columns.values()), None)
+    wanted: Text | None = None
+    unwanted: Text | None = None
+    if isinstance(example, Preference):
+        wanted, unwanted = example.chosen, example.rejected
+    elif isinstance(example, Instruction):
+        wanted = example.completion
+    elif isinstance(example, Feedback):
+        wanted, unwanted = (example.completion, None) if example.desirable else (None, example.completion)
+    return {"wanted": _plain(wanted), "unwanted": _plain(unwanted), "group": group}
+
+
+def _plain(text: Text | None) -> str | None:
+    if text is None or isinstance(text, str):
+        return text.strip() if text else text
+    return "\n".join(message["content"] for message in text)
+
+
+def _summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:
+    total = summary["totals"]
+    before, after = summary["before"], summary["after"]
+    lines = [
+        f"held-out {headline.name} before {before:.4f}  after {after:.4f}  ({after - before:+.4f})",
+    ]
+    if "likelihood_accuracy" in summary["after_metrics"]:
+        old, new = (
+            summary[when]["likelihood_accuracy"] for when in ("before_metrics", "after_metrics")
+        )
+        lines.append(f"held-out likelihood_accuracy before {old:.4f}  after {new:.4f}  ({new - old:+.4f})")
+    lines += [
+        f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
+        f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
+        f"run folder: {folder}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,283 @@
+"""LOOP 1: the rounds. There is no other loop of rounds.
+
+Sample a cohort, play the method's exchanges, check what comes back, evaluate, record, save. It
+knows neither the algorithm nor where clients run; evaluation and saving are passed in.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pydantic import Field
+
+from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.checkpoint import State
+from fedloom.errors import MessageError, RoundFailed
+from fedloom.messages import Answer, Exchange, Payload, Reply, decode, require_finite
+from fedloom.methods.base import Cohort, Method
+from fedloom.randomness import generator
+from fedloom.settings import Settings
+
+
+class FederationSettings(Settings):
+    """``[federation]``: who takes part, and how often."""
+
+    rounds: int = Field(default=10, ge=1)
+    clients: int = Field(default=8, ge=1)
+    """Clients there are."""
+    clients_per_round: int | None = Field(default=None, ge=1)
+    """Clients drawn for each round (default: all)."""
+    seed: int = Field(default=0, ge=0)
+    """All randomness comes from it, the purpose, the client and the round."""
+    quorum: float = Field(default=0.5, gt=0, le=1)
+    """Share of a round's clients that must give a usable answer; below it the run stops."""
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients drawn for each round."""
+        return self.clients_per_round or self.clients
+
+
+class Engine(Protocol):
+    """Where clients run. It sees messages, not algorithms.
+
+    Whatever goes wrong on a client becomes an :class:`Answer` that says so.
+    """
+
+    def sizes(self) -> dict[int, int]:
+        """Return the training rows of each client there is."""
+        ...
+
+    def exchange(self, exchange: Exchange) -> Iterable[Answer]:
+        """Carry requests to clients and yield their answers, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out metrics of one state: on the global set, and on each client's own."""
+
+    metrics: Mapping[str, float]
+    clients: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is known about one round.
+
+    Attributes:
+        round: From 1; 0 is the evaluation before any training.
+        clients: The cohort.
+        rejected: Clients left out of the round, and why.
+        learning_rate: Of the round.
+        train: Mean training metrics over the clients' examples; empty for round 0.
+        client_train: The same for each client.
+        evaluation: Held-out metrics, in rounds that evaluate.
+        costs: What the round cost, by client and phase.
+        seconds: Wall-clock time of the round, evaluation included.
+    """
+
+    round: int
+    clients: tuple[int, ...] = ()
+    rejected: Mapping[int, str] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    train: Mapping[str, float] = field(default_factory=dict)
+    client_train: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    costs: tuple[Cost, ...] = ()
+    seconds: float = 0.0
+
+
+class Observer(Protocol):
+    """Who watches a run: the terminal, an event file, a test."""
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Client ``client`` has answered, as number ``done`` of ``of`` in this exchange."""
+        ...
+
+    def round_done(self, record: RoundRecord) -> None:
+        """A round is over and its record is written."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """Something the user should know, which does not stop the run."""
+        ...
+
+
+@dataclass(frozen=True)
+class Server:
+    """Everything the loop of rounds needs.
+
+    Attributes:
+        method: The algorithm.
+        engine: Where clients run.
+        federation: Rounds, cohort size, seed and quorum.
+        learning_rate: Round to learning rate.
+        evaluate: State and round to held-out metrics, or ``None`` in rounds that do not evaluate.
+        finish: Called with each record and the state after it: writes record and checkpoint.
+        ledger: Collects the costs of everybody's work.
+        observer: Who watches.
+    """
+
+    method: Method
+    engine: Engine
+    federation: FederationSettings
+    learning_rate: Callable[[int], float]
+    evaluate: Callable[[State, int], Evaluation | None]
+    finish: Callable[[RoundRecord, State], None]
+    ledger: Ledger
+    observer: Observer
+
+    def run(self, state: State, done: int = -1) -> State:
+        """Play all rounds after round ``done`` and return the last state.
+
+        Args:
+            state: The state after round ``done``.
+            done: Last finished round; -1 evaluates the start as round 0 first.
+
+        Raises:
+            RoundFailed: Fewer clients than the quorum gave a usable answer; the state of the round
+                before has been saved.
+        """
+        if done < 0:
+            start = time.perf_counter()
+            evaluation = self.evaluate(state, 0)
+            self._finish(RoundRecord(0, evaluation=evaluation), state, start)
+        for round in range(max(done, 0) + 1, self.federation.rounds + 1):
+            start = time.perf_counter()
+            cohort = self._cohort(round)
+            play = _Play(self, cohort)
+            state = play.run(state)
+            record = RoundRecord(
+                round,
+                cohort.clients,
+                dict(sorted(play.rejected.items())),
+                cohort.learning_rate,
+                _mean(play.metrics, play.examples),
+                dict(sorted(play.metrics.items())),
+                self.evaluate(state, round),
+            )
+            self._finish(record, state, start)
+        return state
+
+    def _finish(self, record: RoundRecord, state: State, start: float) -> None:
+        costs = tuple(self.ledger.take())
+        seconds = time.perf_counter() - start
+        record = RoundRecord(**{**record.__dict__, "costs": costs, "seconds": seconds})
+        self.finish(record, state)
+        self.observer.round_done(record)
+
+    def _cohort(self, round: int) -> Cohort:
+        sizes = self.engine.sizes()
+        size = min(self.federation.cohort_size, len(sizes))
+        rng = generator(self.federation.seed, "cohort", round=round)
+        drawn = rng.choice(sorted(sizes), size=size, replace=False)
+        clients = tuple(sorted(int(client) for client in drawn))
+        return Cohort(round, clients, sizes, self.learning_rate(round))
+
+
+class _Play:
+    """One round: drives the method's generator and keeps what came of it."""
+
+    def __init__(self, server: Server, cohort: Cohort) -> None:
+        self.server, self.cohort = server, cohort
+        self.rejected: dict[int, str] = {}
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.examples: dict[int, float] = {}
+
+    def run(self, state: State) -> State:
+        steps = self.server.method.round(state, self.cohort)
+        exchange = next(steps)
+        while True:
+            replies = self._replies(exchange)
+            try:
+                exchange = steps.send(replies)
+            except StopIteration as stop:
+                next_state: State = stop.value
+                return next_state
+
+    def _replies(self, exchange: Exchange) -> list[Reply]:
+        answers = []
+        for answer in self.server.engine.exchange(exchange):
+            answers.append(answer)
+            self.server.observer.client_done(
+                exchange.round, answer.client, len(answers), len(exchange.requests)
+            )
+        replies, rejected = accept(answers, exchange, self.cohort.sizes)
+        for client, reason in rejected.items():
+            self.server.observer.warning(f"round {exchange.round}: client {client} left out: {reason}")
+        self.rejected.update(rejected)
+        self._require_quorum(len(replies), len(exchange.requests))
+        for reply in replies:
+            self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
+            self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
+        return replies
+
+    def _require_quorum(self, usable: int, asked: int) -> None:
+        needed = max(1, math.ceil(self.server.federation.quorum * asked))
+        if usable < needed:
+            reasons = "; ".join(f"client {c}: {why}" for c, why in sorted(self.rejected.items()))
+            raise RoundFailed(
+                f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
+                f"federation.quorum asks for {needed}. {reasons}"
+            )
+
+
+def accept(
+    answers: Iterable[Answer], exchange: Exchange, sizes: Mapping[int, int]
+) -> tuple[list[Reply], dict[int, str]]:
+    """Check answers from clients that are not trusted.
+
+    Args:
+        answers: In any order.
+        exchange: What was asked.
+        sizes: Rows each client registered with: the largest weight it may claim.
+
+    Returns:
+        The usable replies in client order, so that sums do not depend on who came first, and for
+        each other client the reason why it is left out.
+    """
+    replies: dict[int, Reply] = {}
+    rejected: dict[int, str] = {}
+    for answer in answers:
+        client = answer.client
+        if client in replies or client in rejected or client not in exchange.requests:
+            continue  # a second or an unasked answer counts for nothing
+        try:
+            replies[client] = Reply(client, _checked(answer, exchange, sizes))
+        except MessageError as error:
+            rejected[client] = str(error)
+    for client in exchange.requests:
+        if client not in replies and client not in rejected:
+            rejected[client] = "no answer"
+    return [replies[client] for client in sorted(replies)], rejected
+
+
+def _checked(answer: Answer, exchange: Exchange, sizes: Mapping[int, int]) -> Payload:
+    if answer.data is None:
+        raise MessageError(answer.error or "no answer")
+    payload = decode(answer.data, exchange.reply_schema)
+    require_finite(payload)
+    examples = payload.numbers.get("examples")
+    if examples is not None and not 0 < examples <= sizes[answer.client]:
+        raise MessageError(
+            f"it claims {examples} examples and registered with {sizes[answer.client]}"
+        )
+    return payload
+
+
+def _mean(
+    metrics: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]
+) -> dict[str, float]:
+    """Mean of each metric over the clients that sent it, weighted by their examples."""
+    names = sorted({name for values in metrics.values() for name in values})
+    means = {}
+    for name in names:
+        present = [client for client in sorted(metrics) if name in metrics[client]]
+        total = sum(weights[client] for client in present)
+        means[name] = sum(metrics[c][name] * weights[c] for c in present) / total
+    return means

@@ -1,0 +1,155 @@
+"""Settings: TOML to checked pydantic models and back.
+
+Each part of the package owns the settings it reads, as a subclass of :class:`Settings`; this file
+knows none of them. It knows how to read TOML, apply ``--set`` overrides, turn pydantic's
+complaints into one line each that names the nearest right key, and write TOML again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedloom.errors import SettingsError
+
+Table = dict[str, Any]
+"""A TOML table as ``tomllib`` reads it."""
+
+
+class Settings(BaseModel):
+    """Base of every part's settings: unknown keys are errors, types are strict, values frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def read_toml(path: Path) -> Table:
+    """Read a TOML file.
+
+    Raises:
+        SettingsError: The file is missing or is not TOML; the line is named.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
+        hint = f"; did you mean {near[0]!r}?" if near else "; `fedloom init` writes one"
+        raise SettingsError([f"file not found: {path}{hint}"], "the command") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError([f"not TOML: {error}"], str(path)) from None
+    except OSError as error:
+        raise SettingsError([f"cannot be read: {error.strerror}"], str(path)) from None
+
+
+def write_toml(table: Mapping[str, Any]) -> str:
+    """Return ``table`` as TOML text; keys whose value is ``None`` are left out."""
+    return tomli_w.dumps(_without_none(table))
+
+
+def override(table: Table, assignments: Iterable[str]) -> Table:
+    """Return a copy of ``table`` with ``section.key=value`` assignments applied.
+
+    A value is read as TOML (``3``, ``0.5``, ``true``, ``["a"]``, ``"text"``) and, where it is not,
+    taken as a plain string, so ``--set data.source=rows.jsonl`` needs no quotes.
+
+    Raises:
+        SettingsError: An assignment has no ``=`` or runs through something that is no table.
+    """
+    result = _copy(table)
+    problems = []
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            problems.append(f"--set {assignment!r}: write it as section.key=value")
+            continue
+        target = result
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                problems.append(f"--set {assignment!r}: {key!r} is a value, not a section")
+                break
+        else:
+            target[keys[-1]] = _toml_value(text.strip())
+    if problems:
+        raise SettingsError(problems, "the command")
+    return result
+
+
+def parse(settings_class: type[SettingsT], table: object, where: str) -> tuple[SettingsT | None, list[str]]:
+    """Check one table against its settings class.
+
+    Args:
+        settings_class: The part's settings.
+        table: What stood in the file under ``where``.
+        where: The section's name, put before each key in a complaint.
+
+    Returns:
+        The settings, or ``None`` where there are complaints; and the complaints, one line each.
+    """
+    if not isinstance(table, Mapping):
+        return None, [f"[{where}] must be a section, not {_shown(table)}"]
+    try:
+        return settings_class.model_validate(dict(table)), []
+    except ValidationError as error:
+        return None, [_complaint(settings_class, where, dict(item)) for item in error.errors()]
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return a hint such as ``did you mean 'rounds'? allowed: clients, rounds``."""
+    names = sorted(allowed)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}allowed: {', '.join(names)}"
+
+
+def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any]) -> str:
+    keys = [str(part) for part in item["loc"]]
+    path = ".".join([where, *keys])
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {nearest(keys[-1], settings_class.model_fields)}"
+    if item["type"] == "missing":
+        return f"{path}: missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if item["type"] == "literal_error":
+        expected = str(item.get("ctx", {}).get("expected", ""))
+        options = [word.strip(" '") for word in expected.replace(" or ", ", ").split(",")]
+        return f"{path} = {_shown(item['input'])}: {nearest(str(item['input']), options)}"
+    if not keys:
+        return f"[{where}]: {message}"
+    return f"{path} = {_shown(item['input'])}: {message[:1].lower()}{message[1:]}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _toml_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _copy(table: Mapping[str, Any]) -> Table:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def _without_none(table: Mapping[str, Any]) -> Table:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -1,0 +1,168 @@
+"""What a run shows on the terminal: a live table, plain lines, or nothing.
+
+It only watches (see ``server.Observer``); no result depends on it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.report.tables import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from fedloom.runner import Plan
+    from fedloom.server import RoundRecord
+
+SHOWN_ROUNDS = 12
+"""Rounds in the live table; earlier ones scroll away (all are in rounds.jsonl)."""
+
+
+def make_observer(console: Console, *, quiet: bool) -> Terminal:
+    """Return what fits the terminal: live where it can be redrawn, else plain lines."""
+    if quiet:
+        return Terminal(console, silent=True)
+    return LiveTerminal(console) if console.is_terminal else Terminal(console)
+
+
+@dataclass
+class Terminal:
+    """Plain lines: one for each round.
+
+    Attributes:
+        console: Where to print.
+        silent: Whether only warnings are printed.
+    """
+
+    console: Console
+    silent: bool = False
+    plan: Plan | None = None
+    started: float = field(default_factory=time.perf_counter)
+    first_round: int | None = None
+
+    def stage(self, text: str) -> None:
+        """Say what is being prepared."""
+        if not self.silent:
+            self.console.print(text, style="dim", highlight=False)
+
+    def begin(self, plan: Plan) -> None:
+        """Say what is about to run."""
+        self.plan, self.started = plan, time.perf_counter()
+        if not self.silent:
+            self.console.print(plan.headline, style="bold", highlight=False, soft_wrap=True)
+            self.console.print(plan.details, style="dim", highlight=False, soft_wrap=True)
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Plain lines do not show single clients."""
+
+    def round_done(self, record: RoundRecord) -> None:
+        """Print the round on one line."""
+        if self.silent or self.plan is None:
+            return
+        cells = [f"{n} {v}" for n, v in self._cells(record).items() if v]
+        self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
+
+    def warning(self, text: str) -> None:
+        """Print a warning, also when quiet."""
+        self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Nothing is left open."""
+
+    def _cells(self, record: RoundRecord) -> Mapping[str, str]:
+        assert self.plan is not None
+        if self.first_round is None:
+            self.first_round, self.started = record.round, time.perf_counter()
+        down = sum(cost.bytes_down for cost in record.costs)
+        up = sum(cost.bytes_up for cost in record.costs)
+        metric = record.evaluation.metrics.get(self.plan.metric) if record.evaluation else None
+        own = [m[self.plan.metric] for m in record.evaluation.clients.values()] if metric is not None and record.evaluation else []
+        taken = len(record.clients) - len(record.rejected)
+        return {
+            "round": f"{record.round}/{self.plan.rounds}",
+            "clients": f"{taken}/{len(record.clients)}" if record.clients else "start",
+            "loss": _number(record.train.get("loss")),
+            self.plan.metric: _number(metric),
+            "worst client": _number((min if self.plan.higher_is_better else max)(own) if own else None),
+            "sent": f"{human_bytes(down)} down {human_bytes(up)} up" if down + up else "",
+            "left": self._left(record.round),
+        }
+
+    def _left(self, round: int) -> str:
+        assert self.plan is not None and self.first_round is not None
+        if round == self.first_round or round == self.plan.rounds:
+            return ""
+        per_round = (time.perf_counter() - self.started) / (round - self.first_round)
+        return human_seconds(per_round * (self.plan.rounds - round))
+
+
+@dataclass
+class LiveTerminal(Terminal):
+    """A table that grows by a row a round, and a bar for the clients of the present one."""
+
+    rows: list[Mapping[str, str]] = field(default_factory=list)
+    live: Live | None = None
+    progress: tuple[int, int, int] = (0, 0, 1)
+
+    def begin(self, plan: Plan) -> None:
+        """Open the live table."""
+        super().begin(plan)
+        self.live = Live(self._picture(), console=self.console, refresh_per_second=8)
+        self.live.start()
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Move the bar."""
+        self.progress = (round, done, of)
+        self._redraw()
+
+    def round_done(self, record: RoundRecord) -> None:
+        """Add a row."""
+        if self.plan is not None:
+            self.rows.append(self._cells(record))
+        self._redraw()
+
+    def end(self) -> None:
+        """Leave the table as it stands."""
+        if self.live is not None:
+            self.live.update(self._table(), refresh=True)
+            self.live.stop()
+            self.live = None
+
+    def _redraw(self) -> None:
+        if self.live is not None:
+            self.live.update(self._picture())
+
+    def _picture(self) -> Group:
+        round, done, of = self.progress
+        bar = ProgressBar(total=of, completed=done, width=30)
+        label = Text(f" round {round}: {done} of {of} clients", style="dim")
+        line = Table.grid()
+        line.add_row(bar, label)
+        return Group(self._table(), line)
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        columns = list(self.rows[-1]) if self.rows else ["round"]
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.rows[-SHOWN_ROUNDS:]:
+            table.add_row(*row.values())
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def stderr_console() -> Console:
+    """Return a console on standard error, for messages that must not mix with results."""
+    return Console(file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What happens on one client between receiving and sending."""

@@ -1,0 +1,151 @@
+"""Local optimizers, and the learning rate over rounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedloom.messages import Tensors
+from fedloom.settings import Settings
+
+
+class TrainingSettings(Settings):
+    """``[training]``: what a client does in a round."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Made anew in every round, as in the papers, unless keep_optimizer_state is true."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """In the first round; constant inside a round."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How it falls over the rounds, to min_learning_rate in the last."""
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    """Where cosine and linear end (2502.14187 uses a tenth of the first)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """First moment of adam and adamw; momentum of sgd is `momentum`."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of sgd."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm; leave it out of Python calls with None."""
+    batch_size: int = Field(default=8, ge=1)
+    """Examples in an optimizer step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples in one forward pass (default: batch_size). Changes memory and speed, not results."""
+    accumulation: int | None = Field(default=None, ge=1)
+    """Forward passes in an optimizer step: another way to say micro_batch_size."""
+    local_epochs: int | None = Field(default=None, ge=1)
+    """Passes over a client's rows in a round (default 1)."""
+    local_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in a round, instead of local_epochs."""
+    keep_optimizer_state: bool = False
+    """Whether a client's optimizer goes on where it stopped in its last round."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: backbone in bfloat16 and mixed precision; the adapter stays in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one more forward pass."""
+    device: str = "auto"
+    """"auto" (GPU where there is one), "cpu", "cuda", "cuda:1", "mps"."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads (default: 1 below 50 million parameters, where more cost time; else all)."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples in one forward pass."""
+        if self.micro_batch_size is not None:
+            return min(self.micro_batch_size, self.batch_size)
+        return -(-self.batch_size // (self.accumulation or 1))
+
+    @property
+    def epochs(self) -> int | None:
+        """Local epochs, or ``None`` where local steps are given."""
+        return None if self.local_steps is not None else self.local_epochs or 1
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        if self.local_epochs is not None and self.local_steps is not None:
+            found.append("training: give local_epochs or local_steps, not both")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            found.append(
+                f"training.micro_batch_size = {self.micro_batch_size} is above "
+                f"training.batch_size = {self.batch_size}"
+            )
+        elif (
+            self.micro_batch_size is not None
+            and self.accumulation is not None
+            and self.micro_batch_size * self.accumulation != self.batch_size
+        ):
+            found.append(
+                f"training: micro_batch_size {self.micro_batch_size} x accumulation "
+                f"{self.accumulation} is not batch_size {self.batch_size}; leave one of them out"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            found.append(
+                f"training.min_learning_rate = {self.min_learning_rate} is above "
+                f"training.learning_rate = {self.learning_rate}"
+            )
+        if self.momentum and self.optimizer != "sgd":
+            found.append(f"training.momentum is of sgd; {self.optimizer} has beta1")
+        return found
+
+
+def round_learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:
+    """Return the learning rate of ``round`` (from 1) of ``rounds``.
+
+    Cosine: ``min + (first - min) (1 + cos(pi t / T)) / 2`` with t = round - 1, as in 2502.14187.
+    """
+    first, last = settings.learning_rate, settings.min_learning_rate
+    share = (round - 1) / rounds
+    if settings.schedule == "cosine":
+        return last + 0.5 * (first - last) * (1 + math.cos(math.pi * share))
+    if settings.schedule == "linear":
+        return first + (last - first) * share
+    return first
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter],
+    settings: TrainingSettings,
+    learning_rate: float,
+    state: Tensors | None = None,
+) -> torch.optim.Optimizer:
+    """Return an optimizer over ``parameters``.
+
+    Args:
+        parameters: Trained tensors by name.
+        settings: Which optimizer, and its constants.
+        learning_rate: Of this round.
+        state: What :func:`optimizer_state` returned at the end of an earlier round, or ``None``.
+    """
+    tensors = list(parameters.values())
+    decay = settings.weight_decay
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            tensors, learning_rate, momentum=settings.momentum, weight_decay=decay
+        )
+    else:
+        betas = (settings.beta1, settings.beta2)
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        # The fused kernel does one pass over each tensor; small adapters gain most from it.
+        optimizer = kind(tensors, learning_rate, betas=betas, weight_decay=decay, fused=True)
+    if state:
+        for name, parameter in parameters.items():
+            slots = [key for key in state if key.startswith(f"{name}/")]
+            optimizer.state[parameter] = {key.rpartition("/")[2]: state[key].clone() for key in slots}
+    return optimizer
+
+
+def optimizer_state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return an optimizer's tensors under ``parameter name/slot``."""
+    return {
+        f"{name}/{slot}": value.detach().cpu().clone()
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state[parameter].items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,156 @@
+"""Our DPO and KTO against TRL's, on the same tensors: loss, gradients and rewards to 1e-6."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
+
+from fedloom.objectives.dpo import dpo_loss
+from fedloom.objectives.kto import kl_estimate, kto_loss
+
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+class Accelerator:
+    """What the trainers ask of accelerate, on one process."""
+
+    device = torch.device("cpu")
+
+    def gather(self, tensor):
+        return tensor
+
+    def gather_for_metrics(self, tensor):
+        return tensor
+
+    def unwrap_model(self, model):
+        return model
+
+
+class Metrics(dict):
+    def __missing__(self, key):
+        self[key] = {} if key in ("train", "eval") else []
+        if key in ("train", "eval"):
+            self[key] = Metrics()
+        return self[key]
+
+
+def outputs(logps):
+    """A model's output whose only completion token has the given log-prob."""
+    columns = logps[:, None]
+    zeros = torch.zeros_like(columns)
+    return SimpleNamespace(
+        log_probs=columns, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+    )
+
+
+def trl_inputs(rows):
+    return {
+        "input_ids": torch.ones(rows, 2, dtype=torch.long),
+        "attention_mask": torch.ones(rows, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1]] * rows),
+    }
+
+
+def trainer(**settings):
+    return SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        _metrics=Metrics(),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo(beta, smoothing):
+    torch.manual_seed(1)
+    policy = (-30 * torch.rand(12)).requires_grad_()
+    reference = -30 * torch.rand(12)
+    self = trainer(
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        beta=beta,
+        label_smoothing=smoothing,
+        loss_types=["robust"] if smoothing else ["sigmoid"],
+        loss_weights=[1.0],
+        use_weighting=False,
+    )
+    inputs = trl_inputs(12)
+    inputs |= {"ref_chosen_logps": reference[:6], "ref_rejected_logps": reference[6:]}
+    expected = DPOTrainer._compute_loss(self, lambda **_: outputs(policy), inputs, False)
+    (expected_gradient,) = torch.autograd.grad(expected, policy, retain_graph=True)
+
+    loss, metrics = dpo_loss(
+        policy[:6], policy[6:], reference[:6], reference[6:], beta=beta, label_smoothing=smoothing
+    )
+    (gradient,) = torch.autograd.grad(loss, policy)
+    if smoothing:
+        # TRL's "robust" is (1-e) l(+) - e l(-), over 1 - 2e; conservative DPO is (1-e) l(+) + e l(-).
+        # Both are linear in l(+) and l(-), so ours follows from TRL's and plain DPO's.
+        margin = beta * ((policy[:6] - reference[:6]) - (policy[6:] - reference[6:]))
+        flipped = -torch.nn.functional.logsigmoid(-margin).mean()
+        expected = expected * (1 - 2 * smoothing) + 2 * smoothing * flipped
+        (expected_gradient,) = torch.autograd.grad(expected, policy)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    torch.testing.assert_close(gradient, expected_gradient, **TOLERANCE)
+    recorded = self._metrics["train"]
+    for ours, theirs in {
+        "reward_chosen": "rewards/chosen",
+        "reward_rejected": "rewards/rejected",
+        "reward_margin": "rewards/margins",
+        "reward_accuracy": "rewards/accuracies",
+    }.items():
+        assert metrics[ours].item() == pytest.approx(recorded[theirs][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.7)])
+@pytest.mark.parametrize("labels", ["mixed", "desirable", "undesirable"])
+def test_kto(labels, weights):
+    torch.manual_seed(2)
+    policy = (-30 * torch.rand(8)).requires_grad_()
+    reference = -30 * torch.rand(8)
+    kl_policy, kl_reference = reference + 1.5 * torch.rand(8), reference
+    label = {
+        "mixed": torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool(),
+        "desirable": torch.ones(8).bool(),
+        "undesirable": torch.zeros(8).bool(),
+    }[labels]
+    self = trainer(
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.1,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+        _compute_kl_logps=lambda model, batch: kl_policy,
+    )
+    inputs = trl_inputs(8)
+    inputs |= {"label": label, "ref_logps": reference, "ref_KL_logps": kl_reference}
+    expected = KTOTrainer._compute_loss(self, lambda **_: outputs(policy), inputs, False)
+    (expected_gradient,) = torch.autograd.grad(expected, policy)
+
+    loss, metrics = kto_loss(
+        policy,
+        reference,
+        label,
+        kl_estimate(kl_policy, kl_reference),
+        beta=0.1,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+    )
+    (gradient,) = torch.autograd.grad(loss, policy)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    torch.testing.assert_close(gradient, expected_gradient, **TOLERANCE)
+    recorded = self._metrics["train"]
+    assert metrics["kl"].item() == pytest.approx(recorded["kl"][0], abs=1e-6)
+    if label.any():
+        assert metrics["reward_desirable"].item() == pytest.approx(recorded["rewards/chosen"][0], abs=1e-6)
+    if not label.all():
+        found = metrics["reward_undesirable"].item()
+        assert found == pytest.approx(recorded["rewards/rejected"][0], abs=1e-6)

@@ -1,0 +1,137 @@
+"""Payloads: exact round trips, measured bytes, and everything a bad peer may send."""
+
+import json
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.errors import MessageError
+from fedloom.messages import (
+    HEADER_BYTES,
+    Exchange,
+    Payload,
+    Schema,
+    decode,
+    encode,
+    require_finite,
+)
+
+TENSORS = {
+    "b.A": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "a.B": torch.randn(4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
+    "c": torch.tensor([1.5], dtype=torch.float32),
+}
+SCHEMA = Schema.of(TENSORS, ("examples",), metrics=True)
+PAYLOAD = Payload(TENSORS, {"examples": 12}, {"loss": 0.1})
+
+
+def test_round_trip_is_exact_and_keeps_order_dtype_and_numbers():
+    back = decode(encode(PAYLOAD, SCHEMA), SCHEMA)
+    assert list(back.tensors) == list(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert back.tensors[name].dtype == tensor.dtype
+        assert torch.equal(back.tensors[name], tensor)
+    assert back.numbers == {"examples": 12}
+    assert back.metrics == {"loss": 0.1}
+
+
+def test_header_is_under_half_a_kilobyte_whatever_the_number_of_tensors():
+    tensors = {f"layer.{i}.lora_A.weight": torch.zeros(8, 64) for i in range(300)}
+    schema = Schema.of(tensors, ("learning_rate",))
+    size = len(encode(Payload(tensors, {"learning_rate": 1e-3}), schema))
+    assert 0 < size - 300 * 8 * 64 * 4 < 512
+
+
+def test_broadcast_encodes_once():
+    exchange = Exchange.broadcast("train", 1, (0, 3, 5), PAYLOAD, SCHEMA, SCHEMA)
+    assert len({id(data) for data in exchange.requests.values()}) == 1
+
+
+def damaged(change):
+    """The encoded payload with ``change`` applied to its parsed header."""
+    data = encode(PAYLOAD, SCHEMA)
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+def set_number(value):
+    return damaged(lambda h: h["__metadata__"].update(numbers=json.dumps([value])))
+
+
+def other_schema(**changes):
+    tensors = dict(TENSORS)
+    tensors.update(changes)
+    return encode(Payload(tensors, {"examples": 12}), Schema.of(tensors, ("examples",), True))
+
+
+BAD = {
+    "empty": b"",
+    "short": b"\x01\x02",
+    "pickle": pickle.dumps({"a": 1}),
+    "random": np.random.default_rng(0).bytes(400),
+    "truncated": encode(PAYLOAD, SCHEMA)[:-5],
+    "trailing": encode(PAYLOAD, SCHEMA) + b"x" * 7,
+    "too large": encode(PAYLOAD, SCHEMA) + b"\0" * (HEADER_BYTES + 100),
+    "header bomb": struct.pack("<Q", 2**62) + b"{}",
+    "deep JSON": struct.pack("<Q", 6000) + b"[" * 6000,
+    "wrong shape": other_schema(c=torch.zeros(2)),
+    "broadcastable shape": other_schema(**{"b.A": torch.zeros(1, 3)}),
+    "wrong dtype": other_schema(c=torch.zeros(1, dtype=torch.float16)),
+    "extra tensor": other_schema(d=torch.zeros(1)),
+    "missing number": damaged(lambda h: h["__metadata__"].pop("numbers")),
+    "number NaN": set_number(float("nan")),
+    "number infinite": set_number(float("inf")),
+    "number text": set_number("12"),
+    "number true": set_number(True),
+    "number huge": set_number(10**400),
+    "renamed buffer": damaged(lambda h: h.update(other=h.pop("float32"))),
+    "shape lies": damaged(lambda h: h["float32"].update(shape=[70000])),
+    "metrics no table": damaged(lambda h: h["__metadata__"].update(metrics="[1]")),
+}
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD.keys())
+def test_bad_payloads_are_refused_with_a_reason(data):
+    with pytest.raises(MessageError, match=r"payload|number|metrics"):
+        decode(data, SCHEMA)
+
+
+def test_every_truncation_and_bit_flip_in_the_header_is_survived():
+    data = encode(PAYLOAD, SCHEMA)
+    rng = np.random.default_rng(1)
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        for candidate in (bytes(flipped), data[:position]):
+            try:
+                back = decode(candidate, SCHEMA)
+            except MessageError:
+                continue
+            assert {n: t.shape for n, t in back.tensors.items()} == {
+                n: t.shape for n, t in TENSORS.items()
+            }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(value):
+    tensors = {**TENSORS, "c": torch.tensor([value])}
+    with pytest.raises(MessageError, match="tensor c holds NaN or infinity"):
+        require_finite(Payload(tensors))
+
+
+def test_metrics_that_are_not_finite_are_left_out():
+    data = encode(Payload(TENSORS, {"examples": 1}, {"a": float("nan"), "b": 2.0}), SCHEMA)
+    assert decode(data, SCHEMA).metrics == {"b": 2.0}
+
+
+def test_a_method_that_breaks_its_own_schema_is_told():
+    with pytest.raises(MessageError, match="differ in"):
+        encode(Payload({}, {"examples": 1}), SCHEMA)
+    with pytest.raises(MessageError, match="the schema asks for"):
+        encode(Payload({**TENSORS, "c": torch.zeros(3)}, {"examples": 1}), SCHEMA)
