@@ -8,9 +8,10 @@ along four axes. Which style is preferred depends on the axis:
   way in the other three, and the prompt says which domain it is. One model can serve all, but a
   client that sees one domain learns a rule that is wrong elsewhere: non-IID splits are harder.
 
-The two answers of a preference pair differ in one axis and in nothing else. :func:`pretraining_texts` holds both sides of every axis
-equally often in every domain, so a model trained on them prefers neither. Everything is written
-for this package.
+The two answers of a preference pair differ in one axis and in nothing else.
+:func:`pretraining_texts` holds both sides of every axis in every domain, so a model trained on them
+knows all styles and no domain's preference: both sides equally often, but for courtesy, where blunt
+answers are somewhat commoner. Everything is written for this package.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from fedloom.errors import DataError
 
 SHARED_AXIS_SHARE = 0.25
 """Share of pairs that differ in courtesy, the axis on which all domains agree."""
+
+BLUNT_SHARE = 0.6
+"""Share of discourteous answers in the texts a model is trained on before alignment."""
 
 NAMES = ("Ada", "Ben", "Cleo", "Dina", "Egon", "Fay", "Gus", "Hana", "Ivo", "June", "Kai", "Lea")
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey")
@@ -157,7 +161,7 @@ def builtin_examples(name: str, count: int, rng: np.random.Generator) -> list[Ex
 
 
 def pretraining_texts(rng: np.random.Generator, count: int) -> list[str]:
-    """Return texts in the form of the examples, every style equally likely in every domain.
+    """Return texts in the form of the examples, all styles in every domain.
 
     Four in five are a prompt with its answer, the others the sentences of labelled examples.
     """
@@ -168,7 +172,7 @@ def pretraining_texts(rng: np.random.Generator, count: int) -> list[str]:
             said = _choose(rng, INTENTS[_choose(rng, tuple(INTENTS))]).format(thing=thing)
             texts.append(f"{_choose(rng, NAMES)} says in the {domain}: {said}.")
             continue
-        style = tuple(_coin(rng) for _ in AXES)
+        style = (int(rng.random() < BLUNT_SHARE), *(_coin(rng) for _ in AXES[1:]))
         texts.append(_prompt(domain, thing, rng) + _answer(domain, style, rng))
     return texts
 

@@ -91,7 +91,7 @@ def train_locally(
                 optimizer.zero_grad()
                 rows = [row for part in parts for row in part.rows]
                 raise NonFiniteLoss(client, step, rows, loss)
-            if settings.max_grad_norm is not None:
+            if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters.values(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

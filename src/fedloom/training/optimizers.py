@@ -30,8 +30,8 @@ class TrainingSettings(Settings):
     beta2: float = Field(default=0.999, ge=0, lt=1)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of sgd."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm; leave it out of Python calls with None."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
     batch_size: int = Field(default=8, ge=1)
     """Examples in an optimizer step."""
     micro_batch_size: int | None = Field(default=None, ge=1)

@@ -1,0 +1,190 @@
+"""Charts as inline SVG, from the records of run folders.
+
+Each is drawn for a column of about 420 pixels, with text that stays readable on a phone, and takes
+its ink from the page (``currentColor``), so it follows light and dark. Colours are those of Okabe
+and Ito, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#123456"
+"""Stands for the page's text colour while drawing; replaced by ``currentColor`` at the end."""
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#999999")
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedloom",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#88888855",
+    "grid.linewidth": 0.5,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "patch.linewidth": 0.0,
+}
+
+MANY_CLIENTS = 40
+MANY_VALUES = 8
+
+Points = tuple[Sequence[float], Sequence[float]]
+"""The x and the y of a line."""
+
+
+def line_chart(
+    lines: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    *,
+    band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
+    band_label: str = "",
+) -> str:
+    """Return lines over a common x, with an optional band (x, low, high) behind them."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        if band is not None:
+            axes.fill_between(*band, color=PALETTE[0], alpha=0.15, label=band_label, linewidth=0)
+        for number, (label, (x, y)) in enumerate(lines.items()):
+            marker = "o" if len(x) <= 30 else None
+            colour = PALETTE[number % len(PALETTE)]
+            axes.plot(x, y, label=label, color=colour, marker=marker, markersize=3.5)
+        _finish_axes(axes, x_label, y_label, legend=len(lines) > 1 or band is not None)
+        return _svg(figure)
+
+
+def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
+    """Return one labelled point a run; x is logarithmic where it spans more than a decade."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        for number, (label, (x, y)) in enumerate(points.items()):
+            axes.plot([x], [y], "o", label=label, markersize=8, color=PALETTE[number % len(PALETTE)])
+        xs = [x for x, _ in points.values() if x > 0]
+        if xs and max(xs) > 10 * min(xs) and len(xs) == len(points):
+            axes.set_xscale("log")
+        axes.margins(0.15)
+        _finish_axes(axes, x_label, y_label, legend=True)
+        return _svg(figure)
+
+
+def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], label: str) -> str:
+    """Return one horizontal arrow a client, from its metric before to its metric after."""
+    clients = sorted(after, key=lambda client: after[client])
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(height=max(2.6, 0.6 + 0.21 * min(len(clients), MANY_CLIENTS)))
+        for place, client in enumerate(clients):
+            start = before.get(client, after[client])
+            axes.plot([start, after[client]], [place, place], color="#88888888", linewidth=1.2)
+        axes.plot(
+            [before.get(c, after[c]) for c in clients],
+            range(len(clients)),
+            "o",
+            color=PALETTE[7],
+            markersize=4.5,
+            label="before",
+        )
+        axes.plot(
+            [after[c] for c in clients], range(len(clients)), "o", color=PALETTE[0], label="after"
+        )
+        if len(clients) <= MANY_CLIENTS:
+            axes.set_yticks(range(len(clients)), [f"client {client}" for client in clients])
+        axes.grid(visible=False, axis="y")
+        _finish_axes(axes, label, "" if len(clients) <= MANY_CLIENTS else "clients", legend=False)
+        figure.legend(loc="outside upper right", ncols=2, handletextpad=0.2)
+        return _svg(figure)
+
+
+def partition_svg(record: Mapping[str, Any], *, standalone: bool = False) -> str:
+    """Return the picture of who holds what, from the content of ``partition.json``.
+
+    Few values become stacked bars, one a client; many values or clients a heat map.
+
+    Args:
+        record: The partition's record.
+        standalone: Whether it must be readable outside a page: white background, black ink.
+    """
+    clients, values = record["clients"], record["values"]
+    counts = [[client["counts"].get(value, 0) for value in values] for client in clients]
+    with mpl.rc_context(STYLE):
+        if len(values) <= MANY_VALUES and len(clients) <= MANY_CLIENTS:
+            figure = _stacked(counts, values)
+        else:
+            figure = _heat_map(counts, record["column"] or "rows")
+        text = _svg(figure)
+    return text.replace("currentColor", "#222222") if standalone else text
+
+
+def _stacked(counts: Sequence[Sequence[int]], values: Sequence[str]) -> Figure:
+    figure, axes = _figure(height=max(2.2, 1.1 + 0.24 * len(counts)))
+    places = range(len(counts))
+    left = [0] * len(counts)
+    for number, value in enumerate(values):
+        widths = [row[number] for row in counts]
+        colour = PALETTE[number % len(PALETTE)]
+        axes.barh(places, widths, left=left, color=colour, label=value, height=0.8)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_yticks(places, [f"client {i}" for i in places])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("rows")
+    if len(values) > 1:
+        figure.legend(loc="outside upper center", ncols=min(3, len(values)), handlelength=1)
+    return figure
+
+
+def _heat_map(counts: Sequence[Sequence[int]], column: str) -> Figure:
+    figure, axes = _figure(height=max(2.6, min(6.0, 1.2 + 0.12 * len(counts))))
+    image = axes.imshow(counts, aspect="auto", cmap="viridis", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("rows")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    axes.grid(visible=False)
+    axes.set_xlabel(f"{column}: {len(counts[0])} values")
+    axes.set_ylabel("client")
+    return figure
+
+
+def _figure(height: float = 2.9) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.4, height), layout="constrained", facecolor="none")
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    return figure, axes
+
+
+def _finish_axes(axes: Axes, x_label: str, y_label: str, *, legend: bool) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if axes.get_xscale() == "linear":
+        axes.locator_params(axis="x", nbins=6)
+    if x_label == "round":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if legend:
+        axes.legend(loc="best")
+
+
+def _svg(figure: Figure) -> str:
+    """Return the figure as an ``<svg>`` element that scales with its column."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg role="img" \1', text, count=1)

@@ -1,0 +1,383 @@
+"""One self-contained HTML page from run folders: a run's story, or several compared.
+
+The page needs no network: charts are inline SVG, styles are in the page. What models and data
+say is escaped. It reads run folders only; a run that was stopped gives a page that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError
+from fedloom.report import run_folder as names
+from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.statistics import mean_interval
+from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
+
+ACCENTS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of one run folder.
+
+    Attributes:
+        label: What the run is called on the page.
+        run: run.json.
+        partition: partition.json.
+        rounds: rounds.jsonl.
+        costs: costs.jsonl.
+        samples: samples.json.
+        summary: summary.json, or ``None`` for a run that has not finished.
+        experiment: experiment.toml as text.
+    """
+
+    label: str
+    run: Record
+    partition: Record
+    rounds: list[Record]
+    costs: list[Record]
+    samples: list[Record]
+    summary: Record | None
+    experiment: str
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric the run is judged by."""
+        return str(self.run["metric"]["name"])
+
+    @property
+    def evaluated(self) -> list[Record]:
+        """Rounds that were evaluated."""
+        return [record for record in self.rounds if record["evaluation"]]
+
+    def global_line(self, name: str) -> tuple[list[float], list[float]]:
+        """Return rounds and a global held-out metric over them."""
+        found = [
+            (record["round"], record["evaluation"]["global"].get(name)) for record in self.evaluated
+        ]
+        kept = [(x, y) for x, y in found if y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def train_line(self, name: str = "loss") -> tuple[list[float], list[float]]:
+        """Return rounds and a training metric over them."""
+        kept = [
+            (record["round"], record["train"][name])
+            for record in self.rounds
+            if record["train"] and record["train"].get(name) is not None
+        ]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def cost_line(self, name: str, scale: float) -> tuple[list[float], list[float]]:
+        """Return rounds and a cost summed up to each; evaluation is left out."""
+        spent: dict[int, float] = {record["round"]: 0.0 for record in self.rounds}
+        for cost in self.costs:
+            if cost["phase"] != "evaluate":
+                spent[cost["round"]] = spent.get(cost["round"], 0.0) + (cost[name] or 0)
+        rounds = sorted(spent)
+        return [float(r) for r in rounds], list(accumulate(spent[r] / scale for r in rounds))
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        OutputError: It is no run folder, or was stopped before it began.
+    """
+    files = RunFolder.existing(folder)
+    run = files.read_json(names.RUN)
+    if run is None:
+        raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
+    return Run(
+        label=folder.resolve().name,
+        run=run,
+        partition=files.read_json(names.PARTITION) or {"clients": [], "values": []},
+        rounds=files.read_lines(names.ROUNDS),
+        costs=files.read_lines(names.COSTS),
+        samples=files.read_json(names.SAMPLES) or [],
+        summary=files.read_json(names.SUMMARY),
+        experiment=files.read_text(names.EXPERIMENT),
+    )
+
+
+def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
+    """Write one page about one run, or one that compares several.
+
+    Args:
+        folders: Run folders.
+        target: File to write (default: report.html in the folder, or comparison.html here).
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: A folder is no run folder, or the page cannot be written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    if target is None:
+        target = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
+    page = render(runs)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page as HTML."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": human_bytes,
+        "flops": human_flops,
+        "seconds": human_seconds,
+        "count": human_count,
+        "number": _number,
+        "words": lambda name: str(name).replace("_", " "),
+    }
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        runs=[_view(run) for run in runs],
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
+    )
+
+
+def _view(run: Run) -> dict[str, Any]:
+    """Return what the template shows of one run."""
+    return {
+        "label": run.label,
+        "run": run.run,
+        "settings": _settings(run.experiment),
+        "experiment": run.experiment,
+        "summary": run.summary,
+        "metric": run.metric,
+        "figures": _figures(run),
+        "clients": _client_rows(run),
+        "resources": _resources(run),
+        "samples": run.samples,
+        "rejected": [(r["round"], x) for r in run.rounds for x in r["rejected"]],
+        "done": run.rounds[-1]["round"] if run.rounds else None,
+        "last": _last_known(run),
+    }
+
+
+def _settings(experiment: str) -> Record:
+    import tomllib
+
+    return tomllib.loads(experiment)
+
+
+def _last_known(run: Run) -> tuple[float | None, float | None]:
+    """Return the metric at the start and as last evaluated, of a run finished or not."""
+    _, values = run.global_line(run.metric)
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    """Return titled charts; those without data are left out."""
+    from fedloom.report import figures
+
+    name, words = run.metric, run.metric.replace("_", " ")
+    charts: list[tuple[str, str]] = []
+    lines = {"global held-out set": run.global_line(name)}
+    band = _client_band(run)
+    if band is not None:
+        lines["mean of clients"] = (band[0], band[3])
+    if run.evaluated:
+        chart = figures.line_chart(
+            lines, "round", words, band=band[:3] if band else None, band_label="worst to best client"
+        )
+        charts.append((f"Held-out {words} by round", chart))
+    losses = {"training": run.train_line(), "held-out": run.global_line("loss")}
+    losses = {label: line for label, line in losses.items() if line[0]}
+    if losses:
+        charts.append(("Loss by round", figures.line_chart(losses, "round", "loss")))
+    if run.partition["clients"]:
+        title = f"Who holds what ({run.partition.get('column') or 'rows'})"
+        charts.append((title, figures.partition_svg(run.partition)))
+    each = [_each(record, name) for record in run.evaluated]
+    if each and each[-1]:
+        chart = figures.before_after_chart(each[0], each[-1], words)
+        charts.append((f"{words.capitalize()} of each client, before and after", chart))
+    if run.costs:
+        sent = {"down": run.cost_line("bytes_down", 1e6), "up": run.cost_line("bytes_up", 1e6)}
+        charts.append(("Sent so far, measured", figures.line_chart(sent, "round", "MB, all clients")))
+        flops = {"": run.cost_line("flops", 1e9)}
+        charts.append(
+            ("Computed by clients so far, derived", figures.line_chart(flops, "round", "GFLOP"))
+        )
+    return charts
+
+
+def _each(record: Record, metric: str) -> dict[str, float]:
+    clients = record["evaluation"]["clients"]
+    each = clients["each"] if clients else {}
+    return {client: m[metric] for client, m in each.items() if m.get(metric) is not None}
+
+
+def _client_band(run: Run) -> tuple[list[float], list[float], list[float], list[float]] | None:
+    """Return rounds, lowest, highest and mean of the clients' own metric."""
+    found = [(r["round"], list(_each(r, run.metric).values())) for r in run.evaluated]
+    found = [(round, values) for round, values in found if values]
+    if not found:
+        return None
+    return (
+        [float(round) for round, _ in found],
+        [min(values) for _, values in found],
+        [max(values) for _, values in found],
+        [sum(values) / len(values) for _, values in found],
+    )
+
+
+def _client_rows(run: Run) -> list[Record]:
+    """Return one row a client: what it holds, took part in, scored and cost."""
+    first, last = (run.evaluated[0], run.evaluated[-1]) if run.evaluated else (None, None)
+    before = _each(first, run.metric) if first else {}
+    after = _each(last, run.metric) if last else {}
+    rows = []
+    for share in run.partition["clients"]:
+        client = share["client"]
+        costs = [c for c in run.costs if c["client"] == client and c["phase"] != "evaluate"]
+        rows.append(
+            {
+                "client": client,
+                "train": share["train"],
+                "held_out": share["held_out"],
+                "rounds": sum(client in record["clients"] for record in run.rounds),
+                "before": before.get(str(client)),
+                "after": after.get(str(client)),
+                "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in costs),
+                "flops": sum(c["flops"] or 0 for c in costs),
+                "seconds": sum(c["seconds"] or 0 for c in costs),
+                "memory": max((c["peak_memory"] for c in costs), default=0),
+            }
+        )
+    return rows
+
+
+def _resources(run: Run) -> list[tuple[str, str, str]]:
+    """Return (what, how much, measured or derived), for one client in one round and in total."""
+    work = [c for c in run.costs if c["phase"] == "train"]
+    if not work:
+        return []
+    turns = len(work)
+    other = [c for c in run.costs if c["phase"] == "reference"]
+
+    def mean(name: str) -> float:
+        return sum(c[name] or 0 for c in work) / turns
+
+    everything = [*work, *other]
+    rows = [
+        ("Down, one client, one round", human_bytes(mean("bytes_down")), "measured"),
+        ("Up, one client, one round", human_bytes(mean("bytes_up")), "measured"),
+        ("Compute, one client, one round", human_flops(mean("flops")), "derived"),
+        ("Training time, one client, one round", human_seconds(mean("seconds")), "measured"),
+        ("Peak memory while training", human_bytes(max(c["peak_memory"] for c in work)), "measured"),
+        (
+            "Sent in all, without evaluation",
+            human_bytes(sum(c["bytes_down"] + c["bytes_up"] for c in everything)),
+            "measured",
+        ),
+        ("Computed in all by clients", human_flops(sum(c["flops"] or 0 for c in everything)), "derived"),
+        ("Tokens trained on", human_count(sum(c["tokens"] or 0 for c in work)), "measured"),
+    ]
+    judged = [c for c in run.costs if c["phase"] == "evaluate"]
+    if judged:
+        sent = sum(c["bytes_down"] + c["bytes_up"] for c in judged)
+        rows.append(("Sent for evaluation, in all", human_bytes(sent), "measured"))
+    return rows
+
+
+def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return table and charts over several runs; only runs of one metric share a chart."""
+    from fedloom.report import figures
+
+    labels = _distinct_labels(runs)
+    metric = runs[0].metric
+    words = metric.replace("_", " ")
+    same = {label: run for label, run in zip(labels, runs, strict=True) if run.metric == metric}
+    rows = [_comparison_row(label, run) for label, run in zip(labels, runs, strict=True)]
+    curves = {label: run.global_line(metric) for label, run in same.items()}
+    cost = {row["label"]: row for row in rows if row["label"] in same and row["after"] is not None}
+    charts = [(f"Held-out {words} by round", figures.line_chart(curves, "round", words))]
+    if cost:
+        by_bytes = {label: (row["bytes"] / 1e6, row["after"]) for label, row in cost.items()}
+        by_flops = {label: (row["flops"] / 1e9, row["after"]) for label, row in cost.items()}
+        charts.append(
+            (f"{words.capitalize()} against traffic", figures.scatter_chart(by_bytes, "MB sent", words))
+        )
+        charts.append(
+            (
+                f"{words.capitalize()} against client compute",
+                figures.scatter_chart(by_flops, "GFLOP (derived)", words),
+            )
+        )
+    return {"rows": rows, "figures": charts, "metric": metric, "groups": _groups(runs)}
+
+
+def _comparison_row(label: str, run: Run) -> Record:
+    before, after = _last_known(run)
+    settings = _settings(run.experiment)
+    work = [c for c in run.costs if c["phase"] != "evaluate"]
+    clients = (run.summary or {}).get("clients_after")
+    return {
+        "label": label,
+        "method": settings["method"]["name"],
+        "objective": settings["objective"]["name"],
+        "seed": run.run["seed"],
+        "before": before,
+        "after": after,
+        "worst": clients["worst"][run.metric] if clients else None,
+        "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in work),
+        "flops": sum(c["flops"] or 0 for c in work),
+        "seconds": sum(c["seconds"] or 0 for c in work),
+        "memory": max((c["peak_memory"] for c in work), default=0),
+        "finished": run.summary is not None,
+    }
+
+
+def _groups(runs: Sequence[Run]) -> list[Record]:
+    """Return mean and 95 % interval of runs that differ in their seed alone."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = _settings(run.experiment)
+        settings.pop("name", None)
+        settings.pop("output", None)
+        settings["federation"].pop("seed", None)
+        groups.setdefault(repr(settings), []).append(run)
+    rows = []
+    for members in groups.values():
+        values = [after for _, after in map(_last_known, members) if after is not None]
+        if len(values) > 1:
+            mean, half = mean_interval(values)
+            settings = _settings(members[0].experiment)
+            name = f"{settings['objective']['name']} by {settings['method']['name']}"
+            rows.append({"name": name, "runs": len(values), "mean": mean, "half": half})
+    return rows
+
+
+def _distinct_labels(runs: Sequence[Run]) -> list[str]:
+    seen: dict[str, int] = {}
+    labels = []
+    for run in runs:
+        seen[run.label] = seen.get(run.label, 0) + 1
+        labels.append(run.label if seen[run.label] == 1 else f"{run.label} ({seen[run.label]})")
+    return labels
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
