@@ -13,7 +13,10 @@ from fedloom.errors import CheckpointError, OutputError
 
 def state(round, fingerprint="f" * 64):
     tensors = {"z": torch.full((3,), round / 3), "a": torch.arange(2, dtype=torch.bfloat16)}
-    clients = {0: {"adapter|w": torch.tensor([float(round)])}, 7: {"adapter|w": torch.tensor([7.0])}}
+    clients = {
+        0: {"adapter|w": torch.tensor([float(round)])},
+        7: {"adapter|w": torch.tensor([7.0])},
+    }
     return Checkpoint(round, State(tensors, {"beta": 0.1}), clients, fingerprint)
 
 
@@ -32,7 +35,10 @@ def test_the_newest_two_are_kept_and_unchanged_clients_are_linked(tmp_path):
     for round in range(4):
         checkpoint.save(tmp_path, state(round), changed={0})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-0002", "round-0003"]
-    inode = {p: (tmp_path / p / "client-0007.safetensors").stat().st_ino for p in ("round-0002", "round-0003")}
+    inode = {
+        p: (tmp_path / p / "client-0007.safetensors").stat().st_ino
+        for p in ("round-0002", "round-0003")
+    }
     assert inode["round-0002"] == inode["round-0003"]
     assert checkpoint.load(tmp_path, "f" * 64).clients[0]["adapter|w"].item() == 3.0
     assert checkpoint.load(tmp_path, "f" * 64, 2).clients[0]["adapter|w"].item() == 2.0
@@ -48,7 +54,9 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_is_offered(tmp_pat
     assert checkpoint.load(tmp_path, "f" * 64, 1).round == 1
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json", "client-0007.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["state.safetensors", "state.json", "manifest.json", "client-0007.safetensors"]
+)
 def test_any_flipped_or_missing_file_is_noticed(tmp_path, name):
     checkpoint.save(tmp_path, state(1))
     file = tmp_path / "round-0001" / name

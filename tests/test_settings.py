@@ -16,7 +16,9 @@ class Oven(Settings):
 
 
 def test_all_mistakes_are_listed_with_the_nearest_key_or_the_allowed_values():
-    settings, problems = parse(Oven, {"round": 2, "mode": "gril", "heat": "hot", "rounds": 0}, "oven")
+    settings, problems = parse(
+        Oven, {"round": 2, "mode": "gril", "heat": "hot", "rounds": 0}, "oven"
+    )
     assert settings is None
     text = "\n".join(problems)
     assert "oven.round: unknown key; did you mean 'rounds'? allowed: heat, mode, rounds" in text

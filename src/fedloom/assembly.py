@@ -256,7 +256,9 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f'training.device {name!r}: {reason}; "auto" takes what there is') from error
+        raise ModelError(
+            f'training.device {name!r}: {reason}; "auto" takes what there is'
+        ) from error
     if device.type == "cuda":  # the same bits need these two on a GPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -104,7 +104,9 @@ def load(folder: Path, fingerprint: str, round: int | None = None) -> Checkpoint
     path = _chosen(folder, round)
     damage = _damage(path)
     if damage:
-        raise CheckpointError(f"the checkpoint {path} is damaged ({damage}); {_offer(folder, path)}")
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged ({damage}); {_offer(folder, path)}"
+        )
     facts = json.loads((path / "state.json").read_text())
     if facts["fingerprint"] != fingerprint:
         raise CheckpointError(

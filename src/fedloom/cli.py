@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from fedloom.errors import FedloomError
+
+if TYPE_CHECKING:
+    from fedloom.experiment import Experiment
+    from fedloom.runner import RunObserver
 
 app = typer.Typer(
     help="Fine-tune and align language models across parties whose data must not leave them.",
@@ -155,13 +159,13 @@ def _usage_error(error: Exception) -> NoReturn:
     sys.exit(int(getattr(error, "exit_code", 2)))
 
 
-def _read(path: Path, assignments: list[str] | None):  # type: ignore[no-untyped-def]
+def _read(path: Path, assignments: list[str] | None) -> Experiment:
     from fedloom.experiment import Experiment
 
     return Experiment.from_toml(path, assignments or [])
 
 
-def _observer(quiet: bool):  # type: ignore[no-untyped-def]
+def _observer(quiet: bool) -> RunObserver:
     from rich.console import Console
 
     from fedloom.terminal import make_observer

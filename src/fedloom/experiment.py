@@ -18,10 +18,12 @@ from fedloom.data.partition import PartitionSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
-from fedloom.methods import METHODS, FedAvgSettings, MethodSettings
+from fedloom.methods import METHODS, MethodSettings
+from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.models.load import ModelSettings
 from fedloom.models.lora import AdapterSettings
-from fedloom.objectives import OBJECTIVES, DPOSettings, ObjectiveSettings
+from fedloom.objectives import OBJECTIVES, ObjectiveSettings
+from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
 from fedloom.settings import Settings, Table, nearest, override, parse, read_toml, write_toml
 from fedloom.training.optimizers import TrainingSettings
@@ -155,7 +157,8 @@ NEEDED_KINDS = {
 
 def data_kind(settings: DataSettings) -> str:
     """Return the kind of example a source holds: as set, or as built in."""
-    return settings.kind or BUILTIN_KINDS.get(settings.source.removeprefix("builtin:"), "")
+    known: str | None = BUILTIN_KINDS.get(settings.source.removeprefix("builtin:"))
+    return settings.kind or known or ""
 
 
 def _parse_section(section: str, table: object) -> tuple[Settings | None, list[str]]:

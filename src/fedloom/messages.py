@@ -194,7 +194,9 @@ def decode(data: bytes, schema: Schema) -> Payload:
         flat = buffers.pop(dtype, None)
         if flat is None or flat.shape != (expected,) or _dtype_name(flat.dtype) != dtype:
             raise MessageError(f"payload must hold {expected} elements of {dtype} in one buffer")
-        for spec, part in zip(specs, flat.split([spec.elements for spec in specs]), strict=True):
+        for spec, part in zip(
+            specs, torch.split(flat, [spec.elements for spec in specs]), strict=True
+        ):
             tensors[spec.name] = part.view(spec.shape)
     if buffers:
         raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")

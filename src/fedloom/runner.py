@@ -12,7 +12,6 @@ import json
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -215,7 +214,9 @@ def resume_run(
     if saved is None:
         _write_start(folder, experiment, parts, objective)
     state = saved.state if saved else parts.method.initial_state(parts.initial)
-    observer.stage(f"continuing after round {done}" if saved else "starting again from the beginning")
+    observer.stage(
+        f"continuing after round {done}" if saved else "starting again from the beginning"
+    )
     return _Run(experiment, folder, parts, observer, objective).go(state, done)
 
 
@@ -655,7 +656,9 @@ def _answers(example: Example) -> dict[str, Any]:
     elif isinstance(example, Instruction):
         wanted = example.completion
     elif isinstance(example, Feedback):
-        wanted, unwanted = (example.completion, None) if example.desirable else (None, example.completion)
+        wanted, unwanted = (
+            (example.completion, None) if example.desirable else (None, example.completion)
+        )
     return {"wanted": _plain(wanted), "unwanted": _plain(unwanted), "group": group}
 
 
@@ -675,7 +678,9 @@ def _summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) 
         old, new = (
             summary[when]["likelihood_accuracy"] for when in ("before_metrics", "after_metrics")
         )
-        lines.append(f"held-out likelihood_accuracy before {old:.4f}  after {new:.4f}  ({new - old:+.4f})")
+        lines.append(
+            f"held-out likelihood_accuracy before {old:.4f}  after {new:.4f}  ({new - old:+.4f})"
+        )
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",

@@ -209,7 +209,9 @@ class _Play:
             )
         replies, rejected = accept(answers, exchange, self.cohort.sizes)
         for client, reason in rejected.items():
-            self.server.observer.warning(f"round {exchange.round}: client {client} left out: {reason}")
+            self.server.observer.warning(
+                f"round {exchange.round}: client {client} left out: {reason}"
+            )
         self.rejected.update(rejected)
         self._require_quorum(len(replies), len(exchange.requests))
         for reply in replies:

@@ -26,7 +26,11 @@ class Settings(BaseModel):
     """Base of every part's settings: unknown keys are errors, types are strict, values frozen."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -87,7 +91,9 @@ def override(table: Table, assignments: Iterable[str]) -> Table:
     return result
 
 
-def parse(settings_class: type[SettingsT], table: object, where: str) -> tuple[SettingsT | None, list[str]]:
+def parse(
+    settings_class: type[SettingsT], table: object, where: str
+) -> tuple[SettingsT | None, list[str]]:
     """Check one table against its settings class.
 
     Args:
@@ -144,7 +150,9 @@ def _toml_value(text: str) -> object:
 
 
 def _copy(table: Mapping[str, Any]) -> Table:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    return {
+        key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()
+    }
 
 
 def _without_none(table: Mapping[str, Any]) -> Table:

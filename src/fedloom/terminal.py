@@ -85,14 +85,20 @@ class Terminal:
         down = sum(cost.bytes_down for cost in record.costs)
         up = sum(cost.bytes_up for cost in record.costs)
         metric = record.evaluation.metrics.get(self.plan.metric) if record.evaluation else None
-        own = [m[self.plan.metric] for m in record.evaluation.clients.values()] if metric is not None and record.evaluation else []
+        own = (
+            [m[self.plan.metric] for m in record.evaluation.clients.values()]
+            if metric is not None and record.evaluation
+            else []
+        )
         taken = len(record.clients) - len(record.rejected)
         return {
             "round": f"{record.round}/{self.plan.rounds}",
             "clients": f"{taken}/{len(record.clients)}" if record.clients else "start",
             "loss": _number(record.train.get("loss")),
             self.plan.metric: _number(metric),
-            "worst client": _number((min if self.plan.higher_is_better else max)(own) if own else None),
+            "worst client": _number(
+                (min if self.plan.higher_is_better else max)(own) if own else None
+            ),
             "sent": f"{human_bytes(down)} down {human_bytes(up)} up" if down + up else "",
             "left": self._left(record.round),
         }

@@ -32,7 +32,7 @@ class TensorBoard:
         """Open an event file."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "events"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / "events"))
 
     def log(self, numbers: Mapping[str, float], round: int) -> None:
         """Write one scalar for each number."""
@@ -77,7 +77,7 @@ class MLflow:
 
     def log(self, numbers: Mapping[str, float], round: int) -> None:
         """Log one step."""
-        self._mlflow.log_metrics({k: v for k, v in numbers.items()}, step=round)
+        self._mlflow.log_metrics(dict(numbers), step=round)
 
     def close(self) -> None:
         """End the run."""
@@ -105,7 +105,9 @@ def open_trackers(
         try:
             trackers.append(TRACKERS[tracker](folder, name, settings))
         except ImportError:
-            missing.append(f'output.trackers: {tracker} is not installed; pip install "fedloom[{tracker}]"')
+            missing.append(
+                f'output.trackers: {tracker} is not installed; pip install "fedloom[{tracker}]"'
+            )
     if missing:
         raise SettingsError(missing)
     return trackers

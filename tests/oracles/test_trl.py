@@ -150,7 +150,9 @@ def test_kto(labels, weights):
     recorded = self._metrics["train"]
     assert metrics["kl"].item() == pytest.approx(recorded["kl"][0], abs=1e-6)
     if label.any():
-        assert metrics["reward_desirable"].item() == pytest.approx(recorded["rewards/chosen"][0], abs=1e-6)
+        assert metrics["reward_desirable"].item() == pytest.approx(
+            recorded["rewards/chosen"][0], abs=1e-6
+        )
     if not label.all():
         found = metrics["reward_undesirable"].item()
         assert found == pytest.approx(recorded["rewards/rejected"][0], abs=1e-6)

@@ -88,7 +88,9 @@ def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: in
     tokens = rows * length
     per_token = sum(_backward_per_token(x) for x in shape.linears if x.reached)
     attention = 8.0 * length * shape.attention_width * shape.attention_layers_reached
-    return tokens * (per_token + attention) + rows * head_positions * _backward_per_token(shape.head)
+    return tokens * (per_token + attention) + rows * head_positions * _backward_per_token(
+        shape.head
+    )
 
 
 def _backward_per_token(linear: LinearShape) -> float:

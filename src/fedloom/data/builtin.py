@@ -92,10 +92,18 @@ INTENTS = {
     "find": ("where is the {thing}", "I cannot find the {thing}", "have you seen the {thing}"),
     "borrow": ("may I take the {thing}", "I would like to use the {thing}", "lend me the {thing}"),
     "return": ("I bring back the {thing}", "here is the {thing} again", "take the {thing} back"),
-    "repair": ("the {thing} is broken", "the {thing} does not work", "someone must mend the {thing}"),
+    "repair": (
+        "the {thing} is broken",
+        "the {thing} does not work",
+        "someone must mend the {thing}",
+    ),
     "clean": ("the {thing} is dirty", "please wash the {thing}", "there is dust on the {thing}"),
     "buy": ("how much is the {thing}", "I want to buy the {thing}", "sell me the {thing}"),
-    "complain": ("the {thing} is too small", "I do not like the {thing}", "the {thing} came too late"),
+    "complain": (
+        "the {thing} is too small",
+        "I do not like the {thing}",
+        "the {thing} came too late",
+    ),
     "thank": ("thanks for the {thing}", "the {thing} is lovely", "I am glad about the {thing}"),
 }
 

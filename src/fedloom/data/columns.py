@@ -24,7 +24,13 @@ Row = Mapping[str, Any]
 TURN = "\n\nAssistant:"
 """Where an answer begins in dialogues written as plain text (the layout of HH-RLHF)."""
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
 """Roles, with the names of the ShareGPT layout."""
 
 LONGEST_COLUMN = 200

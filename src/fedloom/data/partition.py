@@ -45,12 +45,12 @@ class PartitionSettings(Settings):
         """Return what in these settings cannot both be meant."""
         found = []
         if self.kind in ("dirichlet", "column") and self.column is None:
-            found.append(f"partition.kind = {self.kind!r} needs partition.column, such as \"label\"")
+            found.append(f'partition.kind = {self.kind!r} needs partition.column, such as "label"')
         if self.kind == "size" and self.sizes is None:
             found.append("partition.kind = 'size' needs partition.sizes, one number a client")
         if self.sizes is not None:
             if self.kind != "size":
-                found.append(f"partition.sizes is of kind \"size\", not of {self.kind!r}")
+                found.append(f'partition.sizes is of kind "size", not of {self.kind!r}')
             if len(self.sizes) != clients:
                 found.append(
                     f"partition.sizes has {len(self.sizes)} numbers, federation.clients is {clients}"
@@ -159,7 +159,9 @@ def column_values(examples: Sequence[Example], column: str) -> list[str]:
     return values
 
 
-def shares(examples: Sequence[Example], settings: PartitionSettings, dealt: list[Indices]) -> Shares:
+def shares(
+    examples: Sequence[Example], settings: PartitionSettings, dealt: list[Indices]
+) -> Shares:
     """Count what each client holds, by the partition's column or, without one, by class label."""
     column = settings.column
     if column is None and examples and isinstance(examples[0], Labelled | Feedback):
@@ -211,7 +213,9 @@ def _by_column(by_value: list[Indices], clients: int, rng: np.random.Generator) 
         holders = [np.arange(v, clients, len(by_value)) for v in range(len(by_value))]
         dealt = [np.zeros(0, np.int64)] * clients
         for rows, who in zip(by_value, holders, strict=True):
-            for client, part in zip(who, _cut(rng.permutation(rows), np.ones(len(who))), strict=True):
+            for client, part in zip(
+                who, _cut(rng.permutation(rows), np.ones(len(who))), strict=True
+            ):
                 dealt[client] = part
         return dealt
     piles: list[list[Indices]] = [[] for _ in range(clients)]

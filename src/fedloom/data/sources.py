@@ -72,7 +72,11 @@ class DataSettings(Settings):
             found.append(f"data.kind is missing: is {self.source!r} {', '.join(REQUIRED)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
-        if self.test_source is not None and self.test_split is not None and _is_file(self.test_source):
+        if (
+            self.test_source is not None
+            and self.test_split is not None
+            and _is_file(self.test_source)
+        ):
             found.append("data.test_split is of sets on the Hub; data.test_source is a file")
         return found
 
@@ -147,7 +151,9 @@ class _Reader:
 
     def read(self, source: str, split: str) -> list[Example]:
         if not _is_file(source):
-            return self._usable(source, self._part(source, read_hub(source, self.settings.subset, split)))
+            return self._usable(
+                source, self._part(source, read_hub(source, self.settings.subset, split))
+            )
         if not any(sign in source for sign in "*?["):
             path = Path(source).expanduser()
             return self._usable(source, self._part(path.name, read_file(path)))

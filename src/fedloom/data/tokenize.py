@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,9 @@ def _tokenize(
     encoded = _encode(examples, tokenizer)
     index, rows, labels, parts, prompts = [], [], [], [], []
     dropped: dict[str, int] = {}
-    for position, (example, (prompt, completions)) in enumerate(zip(examples, encoded, strict=True)):
+    for position, (example, (prompt, completions)) in enumerate(
+        zip(examples, encoded, strict=True)
+    ):
         if isinstance(example, Labelled):
             prompt, completions = completions[0][:max_length], [[]]
             reason = "" if prompt else NOTHING_LEFT
@@ -200,8 +202,9 @@ def _render(example: Example, tokenizer: Any) -> tuple[str, list[str]]:
             return "", [text]
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             completions = [chosen, rejected]
-        case Instruction(prompt=prompt, completion=completion) | Feedback(
-            prompt=prompt, completion=completion
+        case (
+            Instruction(prompt=prompt, completion=completion)
+            | Feedback(prompt=prompt, completion=completion)
         ):
             completions = [completion]
     opening = render_prompt(prompt, tokenizer)
@@ -255,10 +258,14 @@ def _label(example: Example, ids: dict[str, int]) -> int:
     return int(example.desirable) if isinstance(example, Feedback) else -1
 
 
-def _key(examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]) -> str:
+def _key(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]
+) -> str:
     digest = hashlib.sha256(f"{FORMAT}|{max_length}|{list(classes)}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update((backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    digest.update(
+        (backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode()
+    )
     template = getattr(tokenizer, "chat_template", None)
     digest.update(repr((template, tokenizer.bos_token_id, tokenizer.eos_token_id)).encode())
     for example in examples:
@@ -269,12 +276,15 @@ def _key(examples: Sequence[Example], tokenizer: Any, max_length: int, classes: 
 def _read(file: Path) -> TokenSet | None:
     try:
         arrays = safetensors.numpy.load_file(file)
-        facts: Callable[[str], NDArray[Any]] = arrays.__getitem__
-        dropped = json.loads(facts("dropped").tobytes())
         return TokenSet(
-            int(facts("width")[0]),
-            *(facts(name) for name in ("index", "rows", "tokens", "starts", "prompts", "labels")),
-            dropped,
+            width=int(arrays["width"][0]),
+            index=arrays["index"],
+            rows=arrays["rows"],
+            tokens=arrays["tokens"],
+            starts=arrays["starts"],
+            prompts=arrays["prompts"],
+            labels=arrays["labels"],
+            dropped=json.loads(arrays["dropped"].tobytes()),
         )
     except Exception:  # a cache that is absent, torn or foreign is simply made again
         return None
@@ -282,7 +292,11 @@ def _read(file: Path) -> TokenSet | None:
 
 def _write(file: Path, tokens: TokenSet) -> None:
     arrays = {name: getattr(tokens, name) for name in ("index", "rows", "tokens", "starts")}
-    arrays |= {"prompts": tokens.prompts, "labels": tokens.labels, "width": np.array([tokens.width])}
+    arrays |= {
+        "prompts": tokens.prompts,
+        "labels": tokens.labels,
+        "width": np.array([tokens.width]),
+    }
     arrays["dropped"] = np.frombuffer(json.dumps(tokens.dropped).encode() or b" ", np.uint8)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

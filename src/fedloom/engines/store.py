@@ -37,7 +37,11 @@ class ClientStore:
     def flat(self) -> dict[int, Tensors]:
         """Return every client's tensors under ``slot|name``."""
         return {
-            client: {f"{slot}|{name}": t for slot, tensors in slots.items() for name, t in tensors.items()}
+            client: {
+                f"{slot}|{name}": t
+                for slot, tensors in slots.items()
+                for name, t in tensors.items()
+            }
             for client, slots in sorted(self._slots.items())
             if slots
         }

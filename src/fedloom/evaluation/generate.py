@@ -34,8 +34,9 @@ def generate_answers(
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
+    generate: Any = model.model.generate
     with model.evaluating():
-        output: Any = model.model.generate(
+        output = generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
@@ -49,7 +50,9 @@ def generate_answers(
 
 
 def _without_end(row: list[int], tokenizer: Any) -> list[int]:
-    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opening = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     if len(row) > 1 and row[-1] == tokenizer.eos_token_id:
         row = row[:-1]
     return row or [opening]

@@ -88,7 +88,9 @@ class HeldOut:
         return labelled_metrics(torch.cat(logits), torch.cat(labels))
 
     def _instruction(self, model: AdapterModel) -> dict[str, float]:
-        parts = [completion_token_logps(model, batch.sequences) for _, batch in self._batches(model)]
+        parts = [
+            completion_token_logps(model, batch.sequences) for _, batch in self._batches(model)
+        ]
         logps, masks, corrects = (
             torch.cat([p[i].reshape(-1).cpu() for p in parts]) for i in range(3)
         )

@@ -60,7 +60,11 @@ def instruction_metrics(token_logps: Tensor, mask: Tensor, correct: Tensor) -> d
 
 
 def preference_metrics(
-    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
 ) -> dict[str, float]:
     """Judge pairs by their summed log-probs, each ``(pairs,)``.
 

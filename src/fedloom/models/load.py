@@ -128,8 +128,9 @@ def fingerprint(path: str) -> str:
 
 def _silence() -> None:
     """Keep transformers' bars and load reports off the terminal; errors still come through."""
-    from transformers.utils import logging
+    from transformers.utils import logging as module
 
+    logging: Any = module
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -157,7 +157,7 @@ def attach_lora(
     )
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(derive_seed(seed, "adapter"))
-        return peft.get_peft_model(backbone, config)  # type: ignore[return-value, arg-type]
+        return peft.get_peft_model(backbone, config)
 
 
 def load_lora(backbone: nn.Module, folder: Path) -> peft.PeftModel:
@@ -170,7 +170,7 @@ def load_lora(backbone: nn.Module, folder: Path) -> peft.PeftModel:
         raise ModelError(f"{folder} is no adapter: it has no adapter_config.json")
     try:
         with _quiet_peft():
-            return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)  # type: ignore[arg-type]
+            return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
@@ -196,5 +196,5 @@ def _check_targets(backbone: nn.Module, targets: list[str]) -> None:
             leaves = sorted({re.sub(r".*\.", "", name) for name in linears})
             raise ModelError(
                 f"adapter.targets {target!r} matches no linear layer of this model; "
-                f"it has: {', '.join(leaves)} (or write \"all-linear\")"
+                f'it has: {", ".join(leaves)} (or write "all-linear")'
             )

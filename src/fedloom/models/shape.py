@@ -51,7 +51,9 @@ def model_shape(model: nn.Module) -> ModelShape:
     *blocks, head = _layers(model)
     count = _number(config, ("num_hidden_layers", "n_layer"), 1)
     heads = _number(config, ("num_attention_heads", "n_head"), 1)
-    width = _number(config, ("head_dim",), 0) * heads or _number(config, ("hidden_size", "n_embd"), 1)
+    width = _number(config, ("head_dim",), 0) * heads or _number(
+        config, ("hidden_size", "n_embd"), 1
+    )
     first = next((layer for layer in blocks if layer.shape.rank), None)
     if first is None:
         frozen = tuple(replace(x.shape, reached=False, input_gradient=False) for x in blocks)

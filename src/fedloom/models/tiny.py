@@ -108,6 +108,8 @@ def _train_tokenizer(texts: Sequence[str], recipe: TinyRecipe) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    fast: Any = PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -123,7 +125,7 @@ def _train_tokenizer(texts: Sequence[str], recipe: TinyRecipe) -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = fast(
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<s>",
@@ -148,7 +150,7 @@ def _train(model: Any, rows: list[list[int]], tokenizer: Any, recipe: TinyRecipe
         ids, mask = _padded([[*rows[i], tokenizer.eos_token_id] for i in drawn], tokenizer)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         kept = mask[:, 1:].bool()
-        loss = F.cross_entropy(logits[kept], ids[:, 1:][kept])
+        loss: Any = F.cross_entropy(logits[kept], ids[:, 1:][kept])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -15,13 +15,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#123456"
 """Stands for the page's text colour while drawing; replaced by ``currentColor`` at the end."""
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#999999")
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedloom",
     "font.family": "sans-serif",
@@ -77,7 +78,9 @@ def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_lab
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
         for number, (label, (x, y)) in enumerate(points.items()):
-            axes.plot([x], [y], "o", label=label, markersize=8, color=PALETTE[number % len(PALETTE)])
+            axes.plot(
+                [x], [y], "o", label=label, markersize=8, color=PALETTE[number % len(PALETTE)]
+            )
         xs = [x for x, _ in points.values() if x > 0]
         if xs and max(xs) > 10 * min(xs) and len(xs) == len(points):
             axes.set_xscale("log")
@@ -156,7 +159,7 @@ def _heat_map(counts: Sequence[Sequence[int]], column: str) -> Figure:
     image = axes.imshow(counts, aspect="auto", cmap="viridis", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("rows")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     axes.grid(visible=False)
     axes.set_xlabel(f"{column}: {len(counts[0])} values")
     axes.set_ylabel("client")
@@ -176,7 +179,7 @@ def _finish_axes(axes: Axes, x_label: str, y_label: str, *, legend: bool) -> Non
     if axes.get_xscale() == "linear":
         axes.locator_params(axis="x", nbins=6)
     if x_label == "round":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if legend:
         axes.legend(loc="best")
 
@@ -187,4 +190,6 @@ def _svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg role="img" \1', text, count=1)
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg role="img" \1', text, count=1
+    )

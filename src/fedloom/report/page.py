@@ -199,7 +199,11 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         lines["mean of clients"] = (band[0], band[3])
     if run.evaluated:
         chart = figures.line_chart(
-            lines, "round", words, band=band[:3] if band else None, band_label="worst to best client"
+            lines,
+            "round",
+            words,
+            band=band[:3] if band else None,
+            band_label="worst to best client",
         )
         charts.append((f"Held-out {words} by round", chart))
     losses = {"training": run.train_line(), "held-out": run.global_line("loss")}
@@ -215,7 +219,9 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         charts.append((f"{words.capitalize()} of each client, before and after", chart))
     if run.costs:
         sent = {"down": run.cost_line("bytes_down", 1e6), "up": run.cost_line("bytes_up", 1e6)}
-        charts.append(("Sent so far, measured", figures.line_chart(sent, "round", "MB, all clients")))
+        charts.append(
+            ("Sent so far, measured", figures.line_chart(sent, "round", "MB, all clients"))
+        )
         flops = {"": run.cost_line("flops", 1e9)}
         charts.append(
             ("Computed by clients so far, derived", figures.line_chart(flops, "round", "GFLOP"))
@@ -286,13 +292,21 @@ def _resources(run: Run) -> list[tuple[str, str, str]]:
         ("Up, one client, one round", human_bytes(mean("bytes_up")), "measured"),
         ("Compute, one client, one round", human_flops(mean("flops")), "derived"),
         ("Training time, one client, one round", human_seconds(mean("seconds")), "measured"),
-        ("Peak memory while training", human_bytes(max(c["peak_memory"] for c in work)), "measured"),
+        (
+            "Peak memory while training",
+            human_bytes(max(c["peak_memory"] for c in work)),
+            "measured",
+        ),
         (
             "Sent in all, without evaluation",
             human_bytes(sum(c["bytes_down"] + c["bytes_up"] for c in everything)),
             "measured",
         ),
-        ("Computed in all by clients", human_flops(sum(c["flops"] or 0 for c in everything)), "derived"),
+        (
+            "Computed in all by clients",
+            human_flops(sum(c["flops"] or 0 for c in everything)),
+            "derived",
+        ),
         ("Tokens trained on", human_count(sum(c["tokens"] or 0 for c in work)), "measured"),
     ]
     judged = [c for c in run.costs if c["phase"] == "evaluate"]
@@ -318,7 +332,10 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
         by_bytes = {label: (row["bytes"] / 1e6, row["after"]) for label, row in cost.items()}
         by_flops = {label: (row["flops"] / 1e9, row["after"]) for label, row in cost.items()}
         charts.append(
-            (f"{words.capitalize()} against traffic", figures.scatter_chart(by_bytes, "MB sent", words))
+            (
+                f"{words.capitalize()} against traffic",
+                figures.scatter_chart(by_bytes, "MB sent", words),
+            )
         )
         charts.append(
             (
@@ -380,4 +397,4 @@ def _distinct_labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3f}"

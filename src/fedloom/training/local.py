@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from fedloom.batch import Batch
-from fedloom.data.batches import TokenShare, by_length, collate, epoch_batches, micro_batches
-from fedloom.data.batches import pad_sequences, sequence_numbers
+from fedloom.data.batches import (
+    TokenShare,
+    by_length,
+    collate,
+    epoch_batches,
+    micro_batches,
+    pad_sequences,
+    sequence_numbers,
+)
 from fedloom.errors import NonFiniteLoss
 from fedloom.messages import Tensors
 from fedloom.models.lora import AdapterModel
@@ -169,5 +176,7 @@ class _Totals:
             self.weights[name] = self.weights.get(name, 0.0) + own.get(name, weight)
 
     def result(self, kept: Tensors) -> LocalResult:
-        means = {n: float(total) / self.weights[n] for n, total in self.sums.items() if self.weights[n]}
+        means = {
+            n: float(total) / self.weights[n] for n, total in self.sums.items() if self.weights[n]
+        }
         return LocalResult(self.examples, self.steps, self.tokens, means, kept)

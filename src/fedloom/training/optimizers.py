@@ -137,11 +137,15 @@ def make_optimizer(
     if state:
         for name, parameter in parameters.items():
             slots = [key for key in state if key.startswith(f"{name}/")]
-            optimizer.state[parameter] = {key.rpartition("/")[2]: state[key].clone() for key in slots}
+            optimizer.state[parameter] = {
+                key.rpartition("/")[2]: state[key].clone() for key in slots
+            }
     return optimizer
 
 
-def optimizer_state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensors:
+def optimizer_state(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Tensors:
     """Return an optimizer's tensors under ``parameter name/slot``."""
     return {
         f"{name}/{slot}": value.detach().cpu().clone()
