@@ -276,7 +276,7 @@ def _build_model(
     path, tokenizer, backbone = prepare_model(experiment, classes if classification else (), stage)
     if experiment.training.gradient_checkpointing:
         anyone: Any = backbone
-        anyone.gradient_checkpointing_enable({"use_reentrant": False})
+        anyone.activation_checkpointing_enable()
     if adapter is not None:
         model = load_lora(backbone, adapter)
     else:

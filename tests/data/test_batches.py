@@ -1,0 +1,94 @@
+"""Batches: order, padding, and the mismatched completions of KTO."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.data.batches import (
+    TokenShare,
+    collate,
+    count_steps,
+    epoch_batches,
+    micro_batches,
+    mismatch,
+)
+from fedloom.data.examples import Feedback, Preference, unpair
+from fedloom.data.tokenize import tokenize
+from fedloom.models.load import load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tokenizer(model_folder):
+    return load_tokenizer(str(model_folder))
+
+
+def feedback(tokenizer, count):
+    rows = [Feedback(i, f"Q{i}:", f" answer {i}" * (i % 3 + 1), i % 2 == 0) for i in range(count)]
+    return tokenize(rows, tokenizer, 100)
+
+
+def test_every_epoch_sees_every_row_once_in_another_order():
+    batches = list(epoch_batches(10, 4, np.random.default_rng(0), epochs=2, steps=None))
+    assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
+    first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
+    assert sorted(first) == sorted(second) == list(range(10)) and list(first) != list(second)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, None), (None, 5), (None, 1)])
+def test_steps_are_counted_beforehand(epochs, steps):
+    batches = list(epoch_batches(10, 4, np.random.default_rng(0), epochs=epochs, steps=steps))
+    assert len(batches) == count_steps(10, 4, epochs=epochs, steps=steps)
+
+
+def test_micro_batches_hold_rows_alike_in_length(tokenizer):
+    share = TokenShare(feedback(tokenizer, 9))
+    parts = micro_batches(share, np.arange(9), 3)
+    lengths = [share.tokens.lengths[part].tolist() for part in parts]
+    assert sorted(np.concatenate(parts)) == list(range(9))
+    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+
+
+def test_collate_pads_right_and_marks_the_completion(tokenizer):
+    pairs = [Preference(7, "Q:", " yes yes yes", " no"), Preference(9, "A long one:", " a", " b c")]
+    share = TokenShare(tokenize(pairs, tokenizer, 100))
+    batch = collate(share, np.array([0, 1]), 0, CPU)
+    assert batch.rows == (7, 9) and len(batch) == 2
+    sequences = batch.sequences
+    assert sequences.input_ids.shape[0] == 4  # chosen, chosen, rejected, rejected
+    for row, number in enumerate((0, 2, 1, 3)):
+        tokens, prompt = share.tokens.sequence(number)
+        assert sequences.input_ids[row, : len(tokens)].tolist() == tokens.tolist()
+        assert sequences.attention_mask[row].sum() == len(tokens)
+        assert sequences.completion_mask[row].sum() == len(tokens) - prompt
+        assert not sequences.completion_mask[row, :prompt].any()
+    assert sequences.first_completion == share.tokens.prompts.min()
+    assert batch.tokens == len(share.tokens.tokens)
+
+
+def test_mismatched_rows_keep_their_prompt_and_take_each_completion_once(tokenizer):
+    tokens = feedback(tokenizer, 12)
+    mixed = mismatch(tokens, np.random.default_rng(0), 100, 1)
+    own = [tokens.sequence(i) for i in range(12)]
+    completions = [bytes(s[p:]) for s, p in own]
+    taken = []
+    for i in range(12):
+        sequence, prompt = mixed.sequence(i)
+        assert sequence[:prompt].tolist() == own[i][0][: own[i][1]].tolist()
+        taken.append(completions.index(bytes(sequence[prompt:])))
+        assert taken[-1] != i
+    assert sorted(taken) == list(range(12))
+
+
+def test_the_other_answer_to_the_same_prompt_is_no_mismatch(tokenizer):
+    pairs = [Preference(i, f"Q{i}:", f" good {i}", f" bad {i}") for i in range(6)]
+    tokens = tokenize(unpair(pairs), tokenizer, 100)
+    mixed = mismatch(tokens, np.random.default_rng(0), 100, 1)
+    for i in range(12):
+        sequence, prompt = mixed.sequence(i)
+        assert str(i // 2) not in tokenizer.decode(sequence[prompt:])
+
+
+def test_one_row_has_no_mismatch(tokenizer):
+    assert mismatch(feedback(tokenizer, 1), np.random.default_rng(0), 100, 1) is None

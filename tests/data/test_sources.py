@@ -1,0 +1,178 @@
+"""Reading files: every format, every kind of damage, one clear error each."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from fedloom.data.sources import DataSettings, load_examples
+from fedloom.errors import DataError
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "site": "AB"[i % 2]} for i in range(10)]
+
+
+def load(source, **settings):
+    settings = {"kind": "instruction", **settings}
+    return load_examples(DataSettings(source=str(source), **settings), np.random.default_rng(0))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_gz(path, rows):
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_json(path, rows):
+    path.write_text(json.dumps(rows))
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS = {
+    "x.jsonl": write_jsonl,
+    "x.jsonl.gz": write_gz,
+    "x.json": write_json,
+    "x.csv": write_csv,
+    "x.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_examples(tmp_path, name):
+    WRITERS[name](tmp_path / name, ROWS)
+    data = load(tmp_path / name)
+    assert len(data.train) == 8 and len(data.test) == 2
+    rows = sorted((e.row, e.prompt, e.completion, e.columns["site"]) for e in data.train + data.test)
+    assert rows == [(i + 1, f"p{i}", f"c{i}", "AB"[i % 2]) for i in range(10)]
+
+
+def test_nested_parquet_messages_are_read(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write_parquet(tmp_path / "x.parquet", [{"messages": messages}] * 4)
+    assert load(tmp_path / "x.parquet").train[0].completion == (messages[1],)
+
+
+def test_the_same_seed_holds_out_the_same_rows(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    assert load(tmp_path / "x.jsonl") == load(tmp_path / "x.jsonl")
+
+
+def test_a_test_source_leaves_all_rows_for_training(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    write_jsonl(tmp_path / "y.jsonl", ROWS[:3])
+    data = load(tmp_path / "x.jsonl", test_source=str(tmp_path / "y.jsonl"), max_rows=6)
+    assert len(data.train) == 6 and len(data.test) == 3
+
+
+def test_several_files_become_one_set_with_the_file_as_a_column(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS[:5])
+    write_jsonl(tmp_path / "b.jsonl", ROWS[5:])
+    data = load(tmp_path / "*.jsonl")
+    rows = data.train + data.test
+    assert sorted(e.columns["file"] for e in rows) == ["a"] * 5 + ["b"] * 5
+    assert len({e.row for e in rows}) == 10
+    with pytest.raises(DataError, match="no data file matches"):
+        load(tmp_path / "*.csv")
+
+
+def test_few_bad_rows_are_left_out_and_told_with_their_numbers(tmp_path):
+    lines = [json.dumps(row) for row in ROWS * 10]
+    lines[4] = "{not json"
+    lines[7] = json.dumps({"prompt": "p", "completion": 3})
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    data = load(tmp_path / "x.jsonl")
+    assert [(b.number, b.reason) for b in data.bad_rows][1] == (8, "completion must be text, got 3")
+    assert data.bad_rows[0].number == 5 and "not JSON" in data.bad_rows[0].reason
+    assert len(data.train) + len(data.test) == 98
+
+
+def test_too_many_bad_rows_stop_the_run_before_it_starts(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ROWS + [{"prompt": "p", "completion": None}] * 7)
+    with pytest.raises(DataError, match=r"7 of 17 rows of x\.jsonl are malformed \(41\.2%\)") as caught:
+        load(tmp_path / "x.jsonl")
+    assert "row 11: completion must be text, got None" in str(caught.value)
+    assert "and 2 more" in str(caught.value)
+
+
+def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
+    rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": "a0"} for i in range(10)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    data = load(tmp_path / "x.jsonl", kind="preference")
+    assert data.dropped == {"chosen equals rejected": 1} and not data.bad_rows
+
+
+@pytest.mark.parametrize(
+    ("prepare", "name", "message"),
+    [
+        (lambda p: write_jsonl(p / "rows.jsonl", ROWS), "row.jsonl", r"not found: .*did you mean .*rows\.jsonl"),
+        (lambda p: None, "nowhere/x.jsonl", "there is no folder"),
+        (lambda p: (p / "x.jsonl").write_text(""), "x.jsonl", "is empty"),
+        (lambda p: (p / "x.jsonl").write_text("\n\n"), "x.jsonl", "is empty"),
+        (lambda p: (p / "x.csv").write_text("prompt,completion\n"), "x.csv", "is empty"),
+        (lambda p: (p / "x.json").write_text("[1,"), "x.json", "cannot be read"),
+        (lambda p: (p / "x.jsonl.gz").write_bytes(b"no gzip"), "x.jsonl.gz", "cannot be read"),
+        (lambda p: (p / "x.parquet").write_bytes(b"no parquet"), "x.parquet", "cannot be read"),
+        (lambda p: (p / "x.jsonl").write_bytes(b'{"prompt": "\xff"}'), "x.jsonl", "cannot be read"),
+        (lambda p: None, "./x.txt", "unknown ending"),
+        (lambda p: write_jsonl(p / "x.jsonl", [{"promt": "a", "completion": "b"}] * 9), "x.jsonl", None),
+    ],
+)
+def test_bad_files(tmp_path, monkeypatch, prepare, name, message):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    if message is None:  # a prompt is optional: with a completion alone the row is a text to learn
+        assert load(tmp_path / name).train[0].prompt == ""
+        return
+    source = name if name.startswith(".") else tmp_path / name
+    with pytest.raises(DataError, match=message):
+        load(source)
+
+
+def test_an_absent_column_names_those_there_are_and_how_to_map(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answers": "b"}] * 5)
+    with pytest.raises(DataError, match=r"no column 'answer'; did you mean 'answers'\? it has: answers, question"):
+        load(tmp_path / "x.jsonl", columns={"completion": "answer"})
+    with pytest.raises(DataError, match=r"needs prompt\+completion\+label or messages\+label; map yours"):
+        load(tmp_path / "x.jsonl", kind="feedback")
+
+
+def test_one_row_cannot_be_split(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ROWS[:1])
+    with pytest.raises(DataError, match="too few to hold out"):
+        load(tmp_path / "x.jsonl")
+
+
+def test_a_hub_name_without_a_network_points_to_a_local_copy():
+    with pytest.raises(DataError, match=r"cannot be had from the Hub(.|\n)*--set data.source=FILE"):
+        load("nobody/nothing")
+
+
+def test_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, subset, split):
+        calls.append((name, subset, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load("someone/something", subset="en", test_split="validation")
+    assert calls == [("someone/something", "en", "train"), ("someone/something", "en", "validation")]
+    assert len(data.train) == len(data.test) == 10

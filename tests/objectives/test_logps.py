@@ -1,0 +1,47 @@
+"""Completion log-probs against the textbook way: all logits, shifted labels, summed."""
+
+from types import SimpleNamespace
+
+import torch
+
+from fedloom.batch import Sequences
+from fedloom.objectives.logps import completion_logps, completion_token_logps
+
+VOCABULARY = 11
+
+
+class Toy:
+    """Logits that depend on every token read so far."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.table = torch.randn(VOCABULARY, VOCABULARY)
+        self.kept = None
+
+    def __call__(self, *, input_ids, attention_mask, logits_to_keep):
+        self.kept = logits_to_keep
+        logits = self.table[input_ids].cumsum(1)
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def sequences():
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    completion = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]]).bool()
+    return Sequences(ids, mask, completion, first_completion=2)
+
+
+def test_sum_over_completion_tokens_only():
+    model, batch = Toy(), sequences()
+    scores = torch.log_softmax(model.table[batch.input_ids].cumsum(1), -1)
+    first = sum(scores[0, t - 1, batch.input_ids[0, t]] for t in (3, 4, 5))
+    second = sum(scores[1, t - 1, batch.input_ids[1, t]] for t in (2, 3))
+    torch.testing.assert_close(completion_logps(model, batch), torch.stack([first, second]))
+    assert model.kept == 5  # the head is not applied to columns before the one that predicts a token
+
+
+def test_correct_marks_the_likeliest_token():
+    model, batch = Toy(), sequences()
+    _, mask, correct = completion_token_logps(model, batch)
+    best = model.table[batch.input_ids].cumsum(1).argmax(-1)[:, :-1] == batch.input_ids[:, 1:]
+    assert torch.equal(correct, best[:, 1:] & mask)

@@ -1,0 +1,205 @@
+"""The local loop: what must not change the result, what must stop it, what it keeps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.data.batches import TokenShare, mismatch
+from fedloom.data.builtin import builtin_examples
+from fedloom.data.tokenize import tokenize
+from fedloom.errors import NonFiniteLoss
+from fedloom.models.load import load_backbone, load_tokenizer
+from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora
+from fedloom.objectives import DPO, KTO, SFT, Classification
+from fedloom.objectives.base import Objective
+from fedloom.training.local import add_reference_logps, train_locally
+from fedloom.training.optimizers import TrainingSettings, round_learning_rate
+
+SETS = {"sft": "instructions", "dpo": "preferences", "kto": "feedback", "classification": "labelled"}
+OBJECTIVES = {"sft": SFT, "dpo": DPO, "kto": KTO, "classification": Classification}
+
+
+@pytest.fixture
+def parts(model_folder):
+    """Build objective, model and one client's rows."""
+
+    def build(name, rows=20, seed=0):
+        objective = OBJECTIVES[name]()
+        examples = builtin_examples(SETS[name], rows, np.random.default_rng(seed))
+        classes = tuple(sorted({e.label for e in examples})) if name == "classification" else ()
+        tokenizer = load_tokenizer(str(model_folder))
+        backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
+        adapter = attach_lora(backbone, AdapterSettings(rank=2), classification=bool(classes))
+        model = AdapterModel(adapter, 0)
+        tokens = tokenize(examples, tokenizer, 128, classes)
+        mixed = mismatch(tokens, np.random.default_rng(1), 128, 1) if name == "kto" else None
+        share = TokenShare(tokens, mixed)
+        if objective.needs_reference:
+            share = add_reference_logps(model, share, 8)
+        return objective, model, share
+
+    return build
+
+
+def train(objective, model, share, start, round=1, **settings):
+    model.write(start)
+    settings = TrainingSettings(**{"batch_size": 8, **settings})
+    result = train_locally(
+        model, share, objective, settings, learning_rate=1e-2, seed=3, client=1, round=round
+    )
+    return result, model.read()
+
+
+def distance(left, right):
+    return max((left[n].double() - right[n].double()).abs().max().item() for n in left)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_micro_batches_change_nothing_beyond_rounding(parts, name):
+    # SGD is linear in the gradients, so rounding stays rounding; Adam's first steps divide by it.
+    objective, model, share = parts(name)
+    start = model.read()
+    whole, expected = train(objective, model, share, start, optimizer="sgd")
+    assert distance(expected, start) > 1e-4  # it did learn something
+    for micro in (1, 2, 4):
+        part, found = train(objective, model, share, start, optimizer="sgd", micro_batch_size=micro)
+        assert distance(found, expected) < 2e-6
+        assert part.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+        assert (part.steps, part.examples, part.tokens) == (whole.steps, whole.examples, whole.tokens)
+
+
+def test_accumulation_is_another_way_to_say_it():
+    assert TrainingSettings(batch_size=10, accumulation=4).micro_batch == 3
+    assert TrainingSettings(batch_size=8, micro_batch_size=2, accumulation=4).contradictions() == []
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_same_seed_same_bits_and_other_rounds_other_bits(parts, name):
+    objective, model, share = parts(name)
+    start = model.read()
+    _, first = train(objective, model, share, start)
+    torch.rand(5)  # what others draw does not matter
+    np.random.rand(5)
+    _, again = train(objective, model, share, start)
+    _, other = train(objective, model, share, start, round=2)
+    assert distance(first, again) == 0.0
+    assert distance(first, other) > 0.0
+
+
+def test_dropout_draws_from_the_seed_too(parts, model_folder):
+    objective, _, share = parts("sft")
+    backbone = load_backbone(str(model_folder), pad_token_id=0)
+    model = AdapterModel(attach_lora(backbone, AdapterSettings(rank=2, dropout=0.5)), 0)
+    start = model.read()
+    _, first = train(objective, model, share, start)
+    torch.rand(3)
+    _, again = train(objective, model, share, start)
+    assert distance(first, again) == 0.0
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_objective_learns(parts, name):
+    objective, model, share = parts(name)
+    whole = {"batch_size": 20, "local_steps": 1}  # its loss is that of the start, on all rows
+    before, _ = train(objective, model, share, model.read(), **whole)
+    _, trained = train(objective, model, share, model.read(), local_epochs=15)
+    after, _ = train(objective, model, share, trained, **whole)
+    assert after.metrics["loss"] < 0.98 * before.metrics["loss"]
+
+
+def test_steps_run_over_as_many_epochs_as_they_take(parts):
+    objective, model, share = parts("sft")
+    result, _ = train(objective, model, share, model.read(), local_steps=7)
+    assert result.steps == 7 and result.examples == 8 + 8 + 4 + 8 + 8 + 4 + 8
+
+
+class Poisoned(Objective):
+    """SFT whose loss is NaN once row 13 is seen."""
+
+    def loss(self, model, batch, statistics):
+        loss, metrics = SFT().loss(model, batch, statistics)
+        return (loss * float("nan") if 13 in batch.rows else loss), metrics
+
+
+def test_a_loss_that_is_not_finite_names_client_step_and_rows(parts):
+    _, model, share = parts("sft")
+    with pytest.raises(NonFiniteLoss, match=r"client 1: the loss is nan at local step \d on rows") as caught:
+        train(Poisoned(), model, share, model.read())
+    assert 13 in caught.value.example_ids and len(caught.value.example_ids) <= 8
+
+
+def test_kto_with_a_single_row_takes_zero_for_the_reference_point(parts):
+    objective, model, share = parts("kto", rows=1)
+    assert share.mismatched is None
+    result, _ = train(objective, model, share, model.read(), local_steps=2)
+    assert result.metrics["kl"] == 0.0 and np.isfinite(result.metrics["loss"])
+
+
+def test_kto_with_one_class_is_defined(parts):
+    objective, model, share = parts("kto")
+    share = replace(share, tokens=replace(share.tokens, labels=np.ones(len(share), np.int64)))
+    result, _ = train(objective, model, share, model.read())
+    assert result.metrics["desirable_share"] == 1.0
+    assert "reward_undesirable" not in result.metrics
+
+
+def test_optimizer_state_is_kept_when_asked_and_makes_a_difference(parts):
+    objective, model, share = parts("sft")
+    start = model.read()
+    kept, after = train(objective, model, share, start, keep_optimizer_state=True)
+    assert len(kept.optimizer_state) == 3 * len(after)  # step and two moments a tensor
+    settings = TrainingSettings(batch_size=8, keep_optimizer_state=True)
+
+    def go_on(state):
+        model.write(after)
+        train_locally(
+            model, share, objective, settings, learning_rate=1e-2, seed=3, client=1, round=2, state=state
+        )
+        return model.read()
+
+    assert distance(go_on(kept.optimizer_state), go_on(None)) > 0
+    assert distance(go_on(kept.optimizer_state), go_on(kept.optimizer_state)) == 0
+    assert train(objective, model, share, start)[0].optimizer_state == {}
+
+
+def test_reference_logps_do_not_change_while_the_adapter_trains(parts):
+    objective, model, share = parts("dpo")
+    train(objective, model, share, model.read())
+    again = add_reference_logps(model, replace(share, reference_logps=None), 8)
+    assert torch.equal(again.reference_logps, share.reference_logps)
+
+
+def test_bf16_trains_an_adapter_that_stays_in_fp32(model_folder, parts):
+    objective, _, share = parts("sft")
+    backbone = load_backbone(str(model_folder), pad_token_id=0, dtype=torch.bfloat16)
+    model = AdapterModel(attach_lora(backbone, AdapterSettings(rank=2)), 0, torch.bfloat16)
+    start = model.read()
+    assert {t.dtype for t in start.values()} == {torch.float32}
+    _, after = train(objective, model, share, start)
+    assert distance(after, start) > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1e-4, 1e-4, 1e-4, 1e-4]),
+        ("linear", [1e-4, 7.75e-5, 5.5e-5, 3.25e-5]),
+        # 1e-5 + 4.5e-5 * (1 + cos(pi t / 4)) for t = 0..3
+        ("cosine", [1e-4, 8.68198e-5, 5.5e-5, 2.31802e-5]),
+    ],
+)
+def test_learning_rate_over_rounds(schedule, rates):
+    settings = TrainingSettings(learning_rate=1e-4, min_learning_rate=1e-5, schedule=schedule)
+    found = [round_learning_rate(settings, round, 4) for round in (1, 2, 3, 4)]
+    assert found == pytest.approx(rates, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_beyond_rounding(parts):
+    objective, model, share = parts("sft")
+    start = model.read()
+    _, plain = train(objective, model, share, start, optimizer="sgd")
+    model.model.base_model.model.activation_checkpointing_enable()
+    _, checkpointed = train(objective, model, share, start, optimizer="sgd")
+    assert distance(plain, checkpointed) < 1e-6
