@@ -305,6 +305,7 @@ class _Run:
         return self._finish(state)
 
     def _finish_round(self, record: RoundRecord, state: State) -> None:
+        self.parts.engine.store.finish_round()
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
         self.folder.append(names.ROUNDS, [round_record(record, self._headline)])
         for tracker in self.trackers:
@@ -328,7 +329,6 @@ class _Run:
         """Keep the last whole round and say how to go on."""
         saved = self.folder.checkpoints
         if self.last is not None and not (saved / f"round-{self.last[0]:04d}").is_dir():
-            self.parts.engine.store.changed.update(self.parts.engine.shares)
             self._save(*self.last)
         round = self.last[0] if self.last else "the start"
         return Interrupted(

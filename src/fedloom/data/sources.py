@@ -45,7 +45,7 @@ class DataSettings(Settings):
     test_source: str | None = None
     """Where the global held-out set comes from (default: test_fraction of the source)."""
     test_split: str | None = None
-    """Split on the Hub that is the global held-out set."""
+    """Split on the Hub that is the global held-out set (a file has no splits)."""
     kind: Kind | None = None
     """instruction, preference, feedback or labelled; built-in sets know theirs."""
     columns: dict[str, str] = {}
@@ -72,12 +72,6 @@ class DataSettings(Settings):
             found.append(f"data.kind is missing: is {self.source!r} {', '.join(REQUIRED)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
-        if (
-            self.test_source is not None
-            and self.test_split is not None
-            and _is_file(self.test_source)
-        ):
-            found.append("data.test_split is of sets on the Hub; data.test_source is a file")
         return found
 
 

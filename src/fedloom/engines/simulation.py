@@ -75,7 +75,7 @@ class SimulationEngine:
                 cost.flops = self.model.flops - before
                 _count_training(cost, client)
             cost.bytes_up = len(encoded)
-            self.store.commit(number, client.kept)
+            self.store.put(number, client.kept)
             return Answer(number, encoded)
 
     def _client(self, number: int, round: int) -> Client:

@@ -1,4 +1,8 @@
-"""What each client keeps between rounds, in memory; a checkpoint writes it to disk."""
+"""What each client keeps between rounds, in memory; a checkpoint writes it to disk.
+
+What clients store in a round counts once the round is over. Until then it is pending, so a run that
+is stopped in the middle of a round is saved as it was before that round.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,17 @@ Slots = dict[str, Tensors]
 
 
 class ClientStore:
-    """Slots of every client, and which clients changed since the last checkpoint."""
+    """Slots of every client.
+
+    Attributes:
+        changed: Clients whose slots differ from the last checkpoint; the saver clears it.
+    """
 
     def __init__(self, flat: Mapping[int, Tensors] | None = None) -> None:
         """Start empty, or from what :meth:`flat` returned earlier."""
         self.changed: set[int] = set()
         self._slots: dict[int, Slots] = {}
+        self._pending: dict[int, Slots] = {}
         for client, tensors in (flat or {}).items():
             slots = self._slots.setdefault(client, {})
             for key, tensor in tensors.items():
@@ -25,22 +34,27 @@ class ClientStore:
 
     def slots(self, client: int) -> Slots:
         """Return a copy of a client's slots; the tensors in it are not to be written to."""
-        return dict(self._slots.get(client, {}))
+        return dict(self._pending.get(client, self._slots.get(client, {})))
 
-    def commit(self, client: int, slots: Slots) -> None:
-        """Replace a client's slots, if they differ from what it had."""
-        previous = self._slots.get(client, {})
+    def put(self, client: int, slots: Slots) -> None:
+        """Replace a client's slots, if they differ from what it had; pending until the round ends."""
+        previous = self.slots(client)
         if slots.keys() != previous.keys() or any(slots[k] is not previous[k] for k in slots):
-            self._slots[client] = dict(slots)
-            self.changed.add(client)
+            self._pending[client] = dict(slots)
+
+    def finish_round(self) -> None:
+        """Let everything that is pending count."""
+        self._slots.update(self._pending)
+        self.changed.update(self._pending)
+        self._pending.clear()
 
     def flat(self) -> dict[int, Tensors]:
-        """Return every client's tensors under ``slot|name``."""
+        """Return every client's tensors as of the last finished round under ``slot|name``."""
         return {
             client: {
-                f"{slot}|{name}": t
+                f"{slot}|{name}": tensor
                 for slot, tensors in slots.items()
-                for name, t in tensors.items()
+                for name, tensor in tensors.items()
             }
             for client, slots in sorted(self._slots.items())
             if slots

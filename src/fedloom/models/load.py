@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fedloom.errors import ModelError
@@ -97,7 +98,7 @@ def load_backbone(
         torch.manual_seed(derive_seed(seed, "classification head"))
         try:
             model: nn.Module = factory.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load the model {path}: {_first_line(error)}") from error
     config: Any = model.config
     config.pad_token_id = pad_token_id

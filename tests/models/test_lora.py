@@ -1,0 +1,90 @@
+"""LoRA: our tensors are PEFT's, the start is the base model, wrong targets are told the right ones."""
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedloom.errors import ModelError
+from fedloom.models.load import load_backbone
+from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora, load_lora
+
+IDS = torch.arange(3, 15)[None]
+
+
+def build(folder, seed=0, classes=(), **settings):
+    backbone = load_backbone(str(folder), pad_token_id=0, classes=classes)
+    adapter = attach_lora(
+        backbone, AdapterSettings(**settings), classification=bool(classes), seed=seed
+    )
+    return AdapterModel(adapter, 0)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def perturbed(model):
+    generator = torch.Generator().manual_seed(1)
+    return {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.read().items()}
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")])
+def test_names_and_values_are_those_of_peft(model_folder, tmp_path, classes):
+    model = build(model_folder, classes=classes)
+    model.write(perturbed(model))
+    model.save(tmp_path)
+    saved, ours = load_file(tmp_path / "adapter_model.safetensors"), model.read()
+    assert saved.keys() == ours.keys()
+    assert all(torch.equal(saved[name], ours[name]) for name in ours)
+    backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
+    again = peft.PeftModel.from_pretrained(backbone, str(tmp_path))
+    with torch.no_grad():
+        found = again(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    assert torch.equal(found, logits(model))
+
+
+def test_saving_twice_gives_the_same_bytes(model_folder, tmp_path):
+    for name in ("a", "b"):
+        build(model_folder).save(tmp_path / name)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_the_start_is_the_base_model_and_comes_from_the_seed(model_folder):
+    model = build(model_folder)
+    with model.reference():
+        base = logits(model)
+    assert torch.equal(logits(model), base)
+    model.write(perturbed(model))
+    assert not torch.equal(logits(model), base)
+    with model.reference():
+        assert torch.equal(logits(model), base)
+    first, again, other = (build(model_folder, seed).read() for seed in (0, 0, 1))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert any(not torch.equal(first[n], other[n]) for n in first)
+
+
+def test_what_is_read_is_a_copy(model_folder):
+    model = build(model_folder)
+    before = model.read()
+    kept = {n: t.clone() for n, t in before.items()}
+    model.write(perturbed(model))
+    assert all(torch.equal(before[n], kept[n]) for n in before)
+
+
+def test_targets_that_match_nothing_are_told_what_would(model_folder):
+    with pytest.raises(ModelError, match=r"'query' matches no linear layer .*q_proj.*v_proj.*all-linear"):
+        build(model_folder, targets=["q_proj", "query"])
+
+
+def test_a_folder_that_is_no_adapter_or_another_models(model_folder, tmp_path):
+    backbone = load_backbone(str(model_folder), pad_token_id=0)
+    with pytest.raises(ModelError, match="no adapter_config"):
+        load_lora(backbone, tmp_path)
+    build(model_folder, rank=4).save(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 2'))
+    with pytest.raises(ModelError, match="does not fit this model"):
+        load_lora(backbone, tmp_path)

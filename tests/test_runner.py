@@ -1,0 +1,499 @@
+"""Whole runs: what they leave, what they must equal, and what stops them before they start."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import fedloom
+from fedloom import checkpoint
+from fedloom.data.examples import Preference
+from fedloom.data.sources import LoadedData
+from fedloom.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    ModelError,
+    OutputError,
+    RoundFailed,
+    SettingsError,
+)
+from fedloom.experiment import Experiment
+from fedloom.models.lora import AdapterModel
+from fedloom.objectives import DPO
+from fedloom.runner import Silent, evaluate_adapter, resume_run, run_experiment
+
+
+def sha(folder):
+    return hashlib.sha256((Path(folder) / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+SETS = {
+    "dpo": "builtin:preferences",
+    "kto": "builtin:feedback",
+    "sft": "builtin:instructions",
+    "classification": "builtin:labelled",
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("method", ["fedavg", "local_only", "centralised"])
+def test_every_objective_runs_under_every_method(experiment, name, method):
+    result = fedloom.run(
+        experiment(objective={"name": name}, data={"source": SETS[name]}, method={"name": method})
+    )
+    assert set(result.metrics) == set(result.metrics_before)
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    assert (result.adapter_path is None) == (method == "local_only")
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["rounds"] == 2
+    assert [record["round"] for record in lines(result.folder, "rounds.jsonl")] == [0, 1, 2]
+
+
+def test_a_run_leaves_its_folder_and_can_be_repeated_from_it(experiment, tmp_path):
+    result = fedloom.run(experiment())
+    names = {path.name for path in result.folder.iterdir()}
+    assert names == {
+        "adapter", "checkpoints", "costs.jsonl", "experiment.toml", "partition.json", "rounds.jsonl",
+        "run.json", "samples.json", "summary.json",
+    }  # fmt: skip
+    again = Experiment.from_toml(
+        result.folder / "experiment.toml", [f"output.folder={tmp_path / 'again'}"]
+    )
+    assert sha(fedloom.run(again).folder) == sha(result.folder)
+    run = json.loads((result.folder / "run.json").read_text())
+    assert run["versions"]["torch"] == torch.__version__ and run["seed"] == 0
+    assert len(json.loads((result.folder / "samples.json").read_text())) == 2
+
+
+def test_another_seed_gives_another_adapter(experiment, tmp_path):
+    first = fedloom.run(experiment())
+    other = fedloom.run(experiment(federation={"seed": 1}, output={"folder": str(tmp_path / "b")}))
+    assert sha(first.folder) != sha(other.folder)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_one_client_equals_centralised_bit_for_bit(experiment, tmp_path, name):
+    def final(method, folder):
+        built = experiment(
+            objective={"name": name},
+            data={"source": SETS[name]},
+            federation={"clients": 1},
+            adapter={"dropout": 0.1},
+            method={"name": method},
+            output={"folder": str(tmp_path / folder)},
+        )
+        return sha(fedloom.run(built).folder)
+
+    assert final("fedavg", "a") == final("centralised", "b")
+
+
+def test_the_adapter_loads_with_peft_and_scores_the_same(experiment):
+    built = experiment(federation={"rounds": 1})
+    result = fedloom.run(built)
+    assert evaluate_adapter(built, result.adapter_path) == dict(result.metrics)
+    assert evaluate_adapter(built, None) == dict(result.metrics_before)
+    base = AutoModelForCausalLM.from_pretrained(built.model.path)
+    assert peft.PeftModel.from_pretrained(base, str(result.adapter_path)).peft_config["default"].r == 2
+
+
+def test_a_classifier_loads_with_peft_and_scores_the_same(experiment):
+    built = experiment(objective={"name": "classification"}, data={"source": "builtin:labelled"})
+    result = fedloom.run(built)
+    assert evaluate_adapter(built, result.adapter_path) == dict(result.metrics)
+    base = AutoModelForSequenceClassification.from_pretrained(built.model.path, num_labels=8)
+    peft.PeftModel.from_pretrained(base, str(result.adapter_path))
+
+
+def test_measured_bytes_equal_the_formula(experiment):
+    """FedLLM: P (b_u + b_d) for each client and round (specs/performance.md), to 0.1 % + 1 KB."""
+    result = fedloom.run(experiment(adapter={"rank": 8}))
+    hidden, ff, layers, rank = 32, 64, 2, 8
+    shapes = [(hidden, hidden)] * 4 + [(hidden, ff)] * 2 + [(ff, hidden)]
+    parameters = layers * sum(rank * (i + o) for i, o in shapes)
+    for cost in lines(result.folder, "costs.jsonl"):
+        if cost["phase"] == "train":
+            formula = parameters * (4 + 4)
+            assert abs(cost["bytes_down"] + cost["bytes_up"] - formula) <= 0.001 * formula + 1024
+
+
+def test_local_only_sends_numbers_and_no_tensors(experiment):
+    result = fedloom.run(experiment(method={"name": "local_only"}))
+    for cost in lines(result.folder, "costs.jsonl"):
+        assert cost["bytes_down"] < 400 and cost["bytes_up"] < 1000
+    assert sorted(p.name for p in (result.folder / "clients").iterdir()) == ["0000", "0001", "0002"]
+
+
+def test_partial_participation_and_evaluation_every_n_rounds(experiment):
+    result = fedloom.run(
+        experiment(federation={"rounds": 5, "clients_per_round": 2}, evaluation={"every": 2})
+    )
+    records = lines(result.folder, "rounds.jsonl")
+    assert [bool(r["evaluation"]) for r in records] == [True, False, True, False, True, True]
+    assert all(len(r["clients"]) == 2 for r in records[1:])
+    assert records[-1]["evaluation"]["clients"]["worst"]["preference_accuracy"] <= 1
+
+
+def test_pairs_are_unrolled_for_kto_and_judged_as_pairs(experiment):
+    result = fedloom.run(experiment(objective={"name": "kto"}))
+    assert "preference_accuracy" in result.metrics
+    run = json.loads((result.folder / "run.json").read_text())
+    partition = json.loads((result.folder / "partition.json").read_text())
+    assert run["data"]["train"] == 2 * sum(client["train"] for client in partition["clients"])
+
+
+class Poisoned(DPO):
+    """DPO whose loss is NaN on one row."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.row = row
+
+    def loss(self, model, batch, statistics):
+        loss, metrics = super().loss(model, batch, statistics)
+        return (loss * float("nan") if self.row in batch.rows else loss), metrics
+
+
+class Watcher(Silent):
+    def __init__(self):
+        self.warnings, self.rounds = [], []
+
+    def warning(self, text):
+        self.warnings.append(text)
+
+    def round_done(self, record):
+        self.rounds.append(record.round)
+
+
+def test_a_client_with_a_nan_loss_is_named_and_the_round_goes_on(experiment):
+    built = experiment()
+    row = 17
+    watcher = Watcher()
+    result = fedloom.run(built, objective=Poisoned(row), observer=watcher)
+    records = lines(result.folder, "rounds.jsonl")
+    rejected = [item for record in records for item in record["rejected"]]
+    if not rejected:  # the row fell into a held-out set: poison the next one instead
+        pytest.fail("row 17 is not trained on with this seed; choose another")
+    assert len({item["client"] for item in rejected}) == 1 and len(rejected) == 2
+    assert "the loss is nan at local step" in rejected[0]["reason"] and "17" in rejected[0]["reason"]
+    assert watcher.warnings and all(np.isfinite(v) for v in result.metrics.values())
+
+
+def test_when_every_client_fails_the_run_stops_and_keeps_what_it_had(experiment):
+    class Broken(DPO):
+        def loss(self, model, batch, statistics):
+            loss, metrics = super().loss(model, batch, statistics)
+            return loss * float("inf"), metrics
+
+    with pytest.raises(RoundFailed, match="0 of 3 clients gave a usable answer"):
+        fedloom.run(experiment(), objective=Broken(), observer=Watcher())
+    folder = Path(experiment().output.folder)
+    assert (folder / "checkpoints" / "round-0000").is_dir()
+
+
+class OwnSource:
+    """A user's data, passed as an object."""
+
+    def load(self, rng):
+        rows = [Preference(i, f"q{i}", f" good {rng.integers(9)}", f" bad {i}") for i in range(40)]
+        return LoadedData(rows[:30], rows[30:], "preference", "own")
+
+
+def test_own_data_and_own_objective_need_no_change_to_the_package(experiment):
+    result = fedloom.run(experiment(), data=OwnSource(), objective=DPO())
+    partition = json.loads((result.folder / "partition.json").read_text())
+    assert sum(c["train"] + c["held_out"] for c in partition["clients"]) == 30
+
+
+def test_a_tensorboard_file_is_written_when_asked(experiment):
+    result = fedloom.run(experiment(output={"trackers": ["tensorboard"]}))
+    assert list((result.folder / "events").iterdir())
+
+
+# --- resuming ---------------------------------------------------------------------------------
+
+
+class Stop(Silent):
+    """Presses Ctrl-C after a number of answers."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def client_done(self, round, client, done, of):
+        self.after -= 1
+        if self.after == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local_only"])
+@pytest.mark.parametrize("after", [1, 3, 4, 6])
+def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, method, after):
+    settings = {
+        "method": {"name": method},
+        "federation": {"rounds": 3, "clients_per_round": 2},
+        "training": {"keep_optimizer_state": True},
+    }
+    whole = fedloom.run(experiment(**settings))
+    broken = tmp_path / "broken"
+    built = experiment(**settings, output={"folder": str(broken), "checkpoint_every": 2})
+    with pytest.raises(Interrupted, match=f"fedloom run --resume {broken}"):
+        fedloom.run(built, observer=Stop(after))
+    result = resume_run(broken)
+    if method == "fedavg":
+        assert sha(result.folder) == sha(whole.folder)
+    assert result.metrics == whole.metrics
+    for left, right in zip(lines(whole.folder, "rounds.jsonl"), lines(broken, "rounds.jsonl"), strict=True):
+        # Time differs, and a resumed run scores the reference model once more.
+        assert {**left, "seconds": 0, "flops": 0} == {**right, "seconds": 0, "flops": 0}
+
+
+def test_resuming_a_finished_run_changes_nothing(experiment):
+    result = fedloom.run(experiment())
+    before = sha(result.folder)
+    assert sha(resume_run(result.folder).folder) == before
+
+
+def test_resuming_as_another_experiment_names_the_difference(experiment, tmp_path):
+    built = experiment()
+    result = fedloom.run(built)
+    other = tmp_path / "other.toml"
+    other.write_text(experiment(training={"learning_rate": 5e-3}).to_toml())
+    with pytest.raises(CheckpointError, match=r"training\.learning_rate is 0\.005, the run in .* has 0\.001"):
+        resume_run(result.folder, other)
+    same = tmp_path / "same.toml"
+    same.write_text(built.to_toml())
+    assert resume_run(result.folder, same).metrics == result.metrics
+
+
+def test_an_edited_folder_is_refused_by_the_fingerprint(experiment):
+    result = fedloom.run(experiment())
+    file = result.folder / "experiment.toml"
+    file.write_text(file.read_text().replace("seed = 0", "seed = 9"))
+    with pytest.raises(CheckpointError, match="belongs to another experiment"):
+        resume_run(result.folder)
+
+
+def test_a_changed_model_is_refused(experiment, tmp_path, model_folder):
+    import shutil
+
+    copy = shutil.copytree(model_folder, tmp_path / "model")
+    result = fedloom.run(experiment(model={"path": str(copy)}))
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="has changed since"):
+        resume_run(result.folder)
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_one_before_continues(experiment):
+    result = fedloom.run(experiment())
+    before = sha(result.folder)
+    file = result.folder / "checkpoints/round-0002/state.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="--from-round 1"):
+        resume_run(result.folder)
+    assert sha(resume_run(result.folder, from_round=1).folder) == before
+
+
+def test_what_is_no_run_folder(tmp_path):
+    with pytest.raises(OutputError, match="no run folder at"):
+        resume_run(tmp_path / "nothing")
+    with pytest.raises(OutputError, match="has no experiment.toml"):
+        resume_run(tmp_path)
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_can_go_on(experiment, monkeypatch):
+    built = experiment(federation={"rounds": 3})
+    save = checkpoint.save
+
+    def full(folder, state, changed=None):
+        if state.round == 2:
+            raise OutputError(f"cannot save the checkpoint {folder}: {os.strerror(errno.ENOSPC)}")
+        save(folder, state, changed)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        fedloom.run(built)
+    monkeypatch.undo()
+    assert resume_run(Path(built.output.folder)).metrics
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def test_an_unwritable_output_is_said_before_anything_is_loaded(experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot make the run folder"):
+        fedloom.run(experiment(output={"folder": str(tmp_path / "file" / "run")}))
+
+
+def test_a_folder_that_holds_something_is_not_touched(experiment, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="is not empty"):
+        fedloom.run(experiment())
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"federation": {"clients": 100}}, DataError, "more than the 48 training rows"),
+        ({"data": {"source": "builtin:preference"}}, DataError, "did you mean 'builtin:preferences'"),
+        ({"data": {"source": "gone.jsonl", "kind": "preference"}}, DataError, "not found"),
+        ({"model": {"path": "./gone"}}, ModelError, "is not a folder"),
+        ({"adapter": {"targets": ["query"]}}, ModelError, "it has: .*q_proj"),
+        ({"training": {"device": "warp"}}, ModelError, "training.device 'warp'"),
+        ({"partition": {"kind": "column", "column": "planet"}}, DataError, "There are: axis, domain"),
+    ],
+)
+def test_bad_input_is_one_error_and_leaves_nothing(experiment, sections, error, message):
+    built = experiment(**sections)
+    with pytest.raises(error, match=message):
+        fedloom.run(built)
+    assert not Path(built.output.folder).exists()
+
+
+def test_a_client_without_a_row_left_is_named(experiment, rows_file):
+    rows = [{"prompt": "p", "completion": f"c {i}", "site": str(i % 3)} for i in range(30)]
+    source = rows_file(rows)
+    built = experiment(
+        data={"source": source, "kind": "instruction"},
+        objective={"name": "sft"},
+        partition={"kind": "column", "column": "site"},
+    )
+
+    from fedloom import assembly
+
+    tokenize = assembly.tokenize
+
+    def lose_one_client(rows, *rest):
+        tokens = tokenize(rows, *rest)
+        return tokens.take(np.array([i for i in range(len(tokens)) if rows[i].columns["site"] != "1"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "tokenize", lose_one_client)
+        with pytest.raises(DataError, match="client 1 has no row left"):
+            fedloom.run(built)
+
+
+def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text(
+        """
+        [federaton]
+        rounds = 3
+        [federation]
+        rouns = 3
+        clients = "four"
+        [objective]
+        name = "dop"
+        [training]
+        optimizer = "adamx"
+        [adapter]
+        rank = 0
+        """
+    )
+    with pytest.raises(SettingsError) as caught:
+        Experiment.from_toml(file)
+    text = str(caught.value)
+    assert "has 6 mistakes" in text
+    for part in (
+        "[federaton]: unknown section; did you mean 'federation'?",
+        "federation.rouns: unknown key; did you mean 'rounds'?",
+        "federation.clients = 'four'",
+        "objective.name = 'dop': did you mean 'dpo'? allowed: classification, dpo, kto, sft",
+        "training.optimizer = 'adamx': did you mean 'adam'? allowed: adam, adamw, sgd",
+        "adapter.rank = 0",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"federation": {"clients_per_round": 9}}, "clients_per_round = 9 is above federation.clients = 3"),
+        ({"training": {"local_steps": 3, "local_epochs": 1}}, "give local_epochs or local_steps, not both"),
+        ({"training": {"micro_batch_size": 16}}, "is above training.batch_size = 8"),
+        ({"training": {"micro_batch_size": 3, "accumulation": 3}}, "is not batch_size 8"),
+        ({"training": {"min_learning_rate": 1.0}}, "min_learning_rate = 1.0 is above"),
+        ({"training": {"momentum": 0.5}}, "momentum is of sgd; adamw has beta1"),
+        ({"objective": {"name": "sft"}}, "for it use objective.name = dpo or kto"),
+        ({"data": {"source": "x.jsonl"}}, "data.kind is missing"),
+        ({"data": {"kind": "labelled"}}, "holds preference examples"),
+        ({"partition": {"kind": "dirichlet"}}, "needs partition.column"),
+        ({"objective": {"name": "dpo", "desirable_weight": 1.0}}, "objective.desirable_weight: unknown key"),
+    ],
+)
+def test_contradictions(experiment, sections, message):
+    with pytest.raises(SettingsError) as caught:
+        experiment(**sections)
+    assert message in str(caught.value)
+
+
+def test_an_experiment_survives_toml(experiment):
+    built = experiment(training={"max_grad_norm": 0.0, "local_steps": 4}, adapter={"targets": ["q_proj"]})
+    import tomllib
+
+    assert Experiment.from_table(tomllib.loads(built.to_toml())) == built
+
+
+# --- real processes ---------------------------------------------------------------------------
+
+
+def start(arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedloom", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_kill_minus_9_at_ten_random_moments(experiment, tmp_path):
+    """Killed and resumed until it ends, ten kills in all, the bytes are those of one quiet run."""
+    settings = {"federation": {"rounds": 6}, "training": {"local_epochs": 4}}
+    file = tmp_path / "x.toml"
+    file.write_text(experiment(**settings).to_toml())
+    begun = time.perf_counter()
+    assert start(["run", file, "--set", f"output.folder={tmp_path / 'quiet'}"]).wait() == 0
+    whole = time.perf_counter() - begun
+    expected = sha(tmp_path / "quiet")
+    rng = np.random.default_rng()
+    kills = 0
+    for attempt in range(40):
+        folder = tmp_path / f"run-{attempt}"
+        process = start(["run", file, "--set", f"output.folder={folder}"])
+        while True:
+            try:
+                process.wait(timeout=whole * (0.5 + 0.5 * rng.random()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            if (folder / "summary.json").exists():
+                break
+            if not (folder / "experiment.toml").exists():
+                process = start(["run", file, "--set", f"output.folder={folder}"])
+            else:
+                process = start(["run", "--resume", folder])
+        assert sha(folder) == expected
+        if kills >= 10:
+            return
+    pytest.fail(f"only {kills} kills in 40 runs")

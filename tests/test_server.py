@@ -1,0 +1,136 @@
+"""What the server lets in, whom it asks, and when it stops."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedloom.accounting.ledger import Ledger
+from fedloom.checkpoint import State
+from fedloom.errors import RoundFailed
+from fedloom.messages import Answer, Exchange, Payload, Schema, encode
+from fedloom.methods.fedavg import FedAvg, FedAvgSettings
+from fedloom.server import Evaluation, FederationSettings, Server, accept
+
+START = {"w": torch.zeros(2, 3)}
+REQUEST = Schema.of(START, ("learning_rate",))
+REPLY = Schema.of(START, ("examples",), metrics=True)
+SIZES = {0: 10, 1: 10, 2: 10}
+
+
+def answer(client, value=1.0, examples=10, tensors=None, schema=REPLY):
+    tensors = {"w": torch.full((2, 3), float(value))} if tensors is None else tensors
+    return Answer(client, encode(Payload(tensors, {"examples": examples}), schema))
+
+
+def exchange(clients=(0, 1, 2)):
+    payload = Payload(START, {"learning_rate": 0.1})
+    return Exchange.broadcast("train", 1, clients, payload, REQUEST, REPLY)
+
+
+def of_shape(*shape, dtype=torch.float32):
+    tensors = {"w": torch.ones(shape, dtype=dtype)}
+    return answer(1, tensors=tensors, schema=Schema.of(tensors, ("examples",), metrics=True))
+
+
+BAD = {
+    "NaN": answer(1, float("nan")),
+    "infinity": answer(1, float("inf")),
+    "wrong shape": of_shape(3, 3),
+    "broadcastable shape": of_shape(1, 3),
+    "fp16": of_shape(2, 3, dtype=torch.float16),
+    "int8": of_shape(2, 3, dtype=torch.int8),
+    "complex": Answer(1, b"\0" * 60),
+    "weight negative": answer(1, examples=-9),
+    "weight zero": answer(1, examples=0),
+    "weight inflated": answer(1, examples=1e18),
+    "weight above its rows": answer(1, examples=11),
+    "no bytes": Answer(1, b""),
+    "an error": Answer(1, error="it fell over"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_a_bad_answer_is_left_out_with_a_reason_and_the_others_count(bad):
+    replies, rejected = accept([answer(0), bad, answer(2)], exchange(), SIZES)
+    assert [reply.client for reply in replies] == [0, 2]
+    assert list(rejected) == [1] and rejected[1]
+
+
+def test_replies_come_in_client_order_and_count_once():
+    answers = [answer(2), answer(0, 1.0), answer(0, 5.0), answer(7), answer(1)]
+    replies, rejected = accept(answers, exchange(), SIZES)
+    assert [reply.client for reply in replies] == [0, 1, 2] and not rejected
+    assert replies[0].payload.tensors["w"][0, 0] == 1.0
+
+
+def test_a_client_that_says_nothing_is_named():
+    assert accept([answer(0)], exchange(), SIZES)[1] == {1: "no answer", 2: "no answer"}
+
+
+class Engine:
+    """Clients that add their number to what they receive; some are broken."""
+
+    def __init__(self, clients=3, broken=()):
+        self.clients, self.broken, self.asked = clients, broken, []
+
+    def sizes(self):
+        return {client: 10 for client in range(self.clients)}
+
+    def exchange(self, exchange):
+        self.asked.append(tuple(exchange.requests))
+        for client in reversed(exchange.requests):
+            yield Answer(client, error="broken") if client in self.broken else answer(client, client)
+
+
+def server(engine, **settings):
+    records = []
+    observer = SimpleNamespace(
+        client_done=lambda *a: None, round_done=lambda r: None, warning=lambda t: None
+    )
+    built = Server(
+        FedAvg(FedAvgSettings()),
+        engine,
+        FederationSettings(**{"rounds": 2, "clients": 3, **settings}),
+        lambda round: 0.1,
+        lambda state, round: Evaluation({"m": float(state.tensors["w"][0, 0])}),
+        lambda record, state: records.append(record),
+        Ledger(),
+        observer,
+    )
+    return built, records
+
+
+def test_rounds_are_recorded_from_the_start_on():
+    built, records = server(Engine())
+    state = built.run(State(START))
+    assert state.tensors["w"][0, 0] == 1.0  # the mean of 0, 1 and 2
+    assert [record.round for record in records] == [0, 1, 2]
+    assert [record.evaluation.metrics["m"] for record in records] == [0.0, 1.0, 1.0]
+
+
+def test_a_broken_client_is_left_out_while_the_quorum_stands():
+    built, records = server(Engine(broken={0}))
+    assert built.run(State(START)).tensors["w"][0, 0] == 1.5
+    assert records[1].rejected == {0: "broken"}
+
+
+def test_below_the_quorum_the_run_stops_and_says_why():
+    built, records = server(Engine(broken={0, 1}))
+    with pytest.raises(RoundFailed, match=r"round 1: 1 of 3 clients .* asks for 2\. client 0: broken"):
+        built.run(State(START))
+    assert [record.round for record in records] == [0]
+
+
+def test_cohorts_are_drawn_from_seed_and_round_alone():
+    def asked(done=-1, **settings):
+        engine = Engine(10)
+        built, _ = server(engine, rounds=6, clients=10, clients_per_round=3, **settings)
+        built.run(State(START), done)
+        return engine.asked
+
+    first = asked()
+    assert len(set(first)) > 1 and all(len(set(cohort)) == 3 for cohort in first)
+    assert asked() == first
+    assert asked(done=3) == first[3:]
+    assert asked(seed=1) != first
