@@ -30,13 +30,14 @@ from fedloom.errors import (
     SettingsError,
 )
 from fedloom.experiment import Experiment
-from fedloom.models.lora import AdapterModel
 from fedloom.objectives import DPO
-from fedloom.runner import Silent, evaluate_adapter, resume_run, run_experiment
+from fedloom.runner import Silent, evaluate_adapter, resume_run
 
 
 def sha(folder):
-    return hashlib.sha256((Path(folder) / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (Path(folder) / "adapter/adapter_model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def lines(folder, name):
@@ -109,7 +110,9 @@ def test_the_adapter_loads_with_peft_and_scores_the_same(experiment):
     assert evaluate_adapter(built, result.adapter_path) == dict(result.metrics)
     assert evaluate_adapter(built, None) == dict(result.metrics_before)
     base = AutoModelForCausalLM.from_pretrained(built.model.path)
-    assert peft.PeftModel.from_pretrained(base, str(result.adapter_path)).peft_config["default"].r == 2
+    assert (
+        peft.PeftModel.from_pretrained(base, str(result.adapter_path)).peft_config["default"].r == 2
+    )
 
 
 def test_a_classifier_loads_with_peft_and_scores_the_same(experiment):
@@ -190,7 +193,9 @@ def test_a_client_with_a_nan_loss_is_named_and_the_round_goes_on(experiment):
     if not rejected:  # the row fell into a held-out set: poison the next one instead
         pytest.fail("row 17 is not trained on with this seed; choose another")
     assert len({item["client"] for item in rejected}) == 1 and len(rejected) == 2
-    assert "the loss is nan at local step" in rejected[0]["reason"] and "17" in rejected[0]["reason"]
+    assert (
+        "the loss is nan at local step" in rejected[0]["reason"] and "17" in rejected[0]["reason"]
+    )
     assert watcher.warnings and all(np.isfinite(v) for v in result.metrics.values())
 
 
@@ -257,7 +262,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
     if method == "fedavg":
         assert sha(result.folder) == sha(whole.folder)
     assert result.metrics == whole.metrics
-    for left, right in zip(lines(whole.folder, "rounds.jsonl"), lines(broken, "rounds.jsonl"), strict=True):
+    for left, right in zip(
+        lines(whole.folder, "rounds.jsonl"), lines(broken, "rounds.jsonl"), strict=True
+    ):
         # Time differs, and a resumed run scores the reference model once more.
         assert {**left, "seconds": 0, "flops": 0} == {**right, "seconds": 0, "flops": 0}
 
@@ -273,7 +280,9 @@ def test_resuming_as_another_experiment_names_the_difference(experiment, tmp_pat
     result = fedloom.run(built)
     other = tmp_path / "other.toml"
     other.write_text(experiment(training={"learning_rate": 5e-3}).to_toml())
-    with pytest.raises(CheckpointError, match=r"training\.learning_rate is 0\.005, the run in .* has 0\.001"):
+    with pytest.raises(
+        CheckpointError, match=r"training\.learning_rate is 0\.005, the run in .* has 0\.001"
+    ):
         resume_run(result.folder, other)
     same = tmp_path / "same.toml"
     same.write_text(built.to_toml())
@@ -354,12 +363,20 @@ def test_a_folder_that_holds_something_is_not_touched(experiment, tmp_path):
     ("sections", "error", "message"),
     [
         ({"federation": {"clients": 100}}, DataError, "more than the 48 training rows"),
-        ({"data": {"source": "builtin:preference"}}, DataError, "did you mean 'builtin:preferences'"),
+        (
+            {"data": {"source": "builtin:preference"}},
+            DataError,
+            "did you mean 'builtin:preferences'",
+        ),
         ({"data": {"source": "gone.jsonl", "kind": "preference"}}, DataError, "not found"),
         ({"model": {"path": "./gone"}}, ModelError, "is not a folder"),
         ({"adapter": {"targets": ["query"]}}, ModelError, "it has: .*q_proj"),
         ({"training": {"device": "warp"}}, ModelError, "training.device 'warp'"),
-        ({"partition": {"kind": "column", "column": "planet"}}, DataError, "There are: axis, domain"),
+        (
+            {"partition": {"kind": "column", "column": "planet"}},
+            DataError,
+            "There are: axis, domain",
+        ),
     ],
 )
 def test_bad_input_is_one_error_and_leaves_nothing(experiment, sections, error, message):
@@ -384,7 +401,9 @@ def test_a_client_without_a_row_left_is_named(experiment, rows_file):
 
     def lose_one_client(rows, *rest):
         tokens = tokenize(rows, *rest)
-        return tokens.take(np.array([i for i in range(len(tokens)) if rows[i].columns["site"] != "1"]))
+        return tokens.take(
+            np.array([i for i in range(len(tokens)) if rows[i].columns["site"] != "1"])
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "tokenize", lose_one_client)
@@ -427,8 +446,14 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"federation": {"clients_per_round": 9}}, "clients_per_round = 9 is above federation.clients = 3"),
-        ({"training": {"local_steps": 3, "local_epochs": 1}}, "give local_epochs or local_steps, not both"),
+        (
+            {"federation": {"clients_per_round": 9}},
+            "clients_per_round = 9 is above federation.clients = 3",
+        ),
+        (
+            {"training": {"local_steps": 3, "local_epochs": 1}},
+            "give local_epochs or local_steps, not both",
+        ),
         ({"training": {"micro_batch_size": 16}}, "is above training.batch_size = 8"),
         ({"training": {"micro_batch_size": 3, "accumulation": 3}}, "is not batch_size 8"),
         ({"training": {"min_learning_rate": 1.0}}, "min_learning_rate = 1.0 is above"),
@@ -437,7 +462,10 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ({"data": {"source": "x.jsonl"}}, "data.kind is missing"),
         ({"data": {"kind": "labelled"}}, "holds preference examples"),
         ({"partition": {"kind": "dirichlet"}}, "needs partition.column"),
-        ({"objective": {"name": "dpo", "desirable_weight": 1.0}}, "objective.desirable_weight: unknown key"),
+        (
+            {"objective": {"name": "dpo", "desirable_weight": 1.0}},
+            "objective.desirable_weight: unknown key",
+        ),
     ],
 )
 def test_contradictions(experiment, sections, message):
@@ -447,7 +475,9 @@ def test_contradictions(experiment, sections, message):
 
 
 def test_an_experiment_survives_toml(experiment):
-    built = experiment(training={"max_grad_norm": 0.0, "local_steps": 4}, adapter={"targets": ["q_proj"]})
+    built = experiment(
+        training={"max_grad_norm": 0.0, "local_steps": 4}, adapter={"targets": ["q_proj"]}
+    )
     import tomllib
 
     assert Experiment.from_table(tomllib.loads(built.to_toml())) == built

@@ -75,12 +75,14 @@ class Engine:
         self.clients, self.broken, self.asked = clients, broken, []
 
     def sizes(self):
-        return {client: 10 for client in range(self.clients)}
+        return dict.fromkeys(range(self.clients), 10)
 
     def exchange(self, exchange):
         self.asked.append(tuple(exchange.requests))
         for client in reversed(exchange.requests):
-            yield Answer(client, error="broken") if client in self.broken else answer(client, client)
+            yield (
+                Answer(client, error="broken") if client in self.broken else answer(client, client)
+            )
 
 
 def server(engine, **settings):
@@ -117,7 +119,9 @@ def test_a_broken_client_is_left_out_while_the_quorum_stands():
 
 def test_below_the_quorum_the_run_stops_and_says_why():
     built, records = server(Engine(broken={0, 1}))
-    with pytest.raises(RoundFailed, match=r"round 1: 1 of 3 clients .* asks for 2\. client 0: broken"):
+    with pytest.raises(
+        RoundFailed, match=r"round 1: 1 of 3 clients .* asks for 2\. client 0: broken"
+    ):
         built.run(State(START))
     assert [record.round for record in records] == [0]
 

@@ -624,11 +624,13 @@ def _partition_table(record: Mapping[str, Any]) -> Table:
     columns = values if few else ["values", "commonest"]
     largest = max(client["train"] for client in clients)
     table = Table(title=f"{record['kind']} partition by {record['column'] or 'row'}", box=None)
-    for column in ("client", "train", "held out", "", *columns):
-        table.add_column(str(column), justify="left" if column in ("", "commonest") else "right")
+    table.padding = (0, 1, 0, 0)
+    for column in ("client", "train", "test", "", *columns):
+        left = column in ("", "commonest")
+        table.add_column(str(column), justify="left" if left else "right", no_wrap=column == "")
     for client in clients:
         counts = client["counts"]
-        bar = "█" * max(1, round(20 * client["train"] / largest))
+        bar = "█" * max(1, round(10 * client["train"] / largest))
         if few:
             cells = [str(counts[value]) if counts[value] else "·" for value in values]
         else:

@@ -30,7 +30,9 @@ def test_inputs_are_left_alone_and_dtype_is_kept():
     assert mean["x"].dtype == torch.bfloat16 and low["x"].item() == 1.0
 
 
-@pytest.mark.parametrize(("updates", "weights"), [([], []), ([A], [1, 2]), ([A, B], [0, 0]), ([A, B], [-1, 2])])
+@pytest.mark.parametrize(
+    ("updates", "weights"), [([], []), ([A], [1, 2]), ([A, B], [0, 0]), ([A, B], [-1, 2])]
+)
 def test_what_has_no_mean_is_refused(updates, weights):
     with pytest.raises(ValueError, match="weights"):
         weighted_mean(updates, weights)

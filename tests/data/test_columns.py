@@ -36,17 +36,37 @@ def assistant(text):
             {"prompt": [user("a")], "completion": [assistant("b")]},
             Instruction(1, (user("a"),), (assistant("b"),)),
         ),
-        ("preference", {"prompt": "p", "chosen": "a", "rejected": "b"}, Preference(1, "p", "a", "b")),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+            Preference(1, "p", "a", "b"),
+        ),
         (
             "preference",
             {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
             Preference(1, (user("a"),), (assistant("b"),), (assistant("c"),)),
         ),
-        ("feedback", {"prompt": "p", "completion": "c", "label": True}, Feedback(1, "p", "c", True)),
-        ("feedback", {"prompt": "p", "completion": "c", "label": "0"}, Feedback(1, "p", "c", False)),
-        ("feedback", {"messages": [user("a"), assistant("b")], "label": 1}, Feedback(1, (user("a"),), (assistant("b"),), True)),
+        (
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": True},
+            Feedback(1, "p", "c", True),
+        ),
+        (
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": "0"},
+            Feedback(1, "p", "c", False),
+        ),
+        (
+            "feedback",
+            {"messages": [user("a"), assistant("b")], "label": 1},
+            Feedback(1, (user("a"),), (assistant("b"),), True),
+        ),
         ("labelled", {"text": "t", "label": 3}, Labelled(1, "t", "3")),
-        ("labelled", {"text": "t", "label": "x", "site": "A"}, Labelled(1, "t", "x", {"site": "A"})),
+        (
+            "labelled",
+            {"text": "t", "label": "x", "site": "A"},
+            Labelled(1, "t", "x", {"site": "A"}),
+        ),
     ],
 )
 def test_conventions(kind, row, expected):
@@ -58,15 +78,27 @@ def test_conventions(kind, row, expected):
     [
         ("instruction", {"prompt": "p", "completion": None}, "completion must be text, got None"),
         ("instruction", {"prompt": "p", "completion": "  "}, "completion is empty"),
-        ("instruction", {"messages": [assistant("a"), user("b")]}, "last message must be the assistant"),
+        (
+            "instruction",
+            {"messages": [assistant("a"), user("b")]},
+            "last message must be the assistant",
+        ),
         ("instruction", {"messages": ["a"]}, "role and content"),
         ("instruction", {"messages": [{"role": "wizard", "content": "x"}]}, "role and content"),
         ("instruction", {"text": 3}, "text must be text, got 3"),
         ("preference", {"chosen": "a"}, "rejected must be text"),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ("preference", {"chosen": "abc", "rejected": "abcd"}, "beginning of the other"),
-        ("feedback", {"prompt": "p", "completion": "c", "label": "maybe"}, "label must be true or false, got 'maybe'"),
-        ("feedback", {"prompt": "p", "completion": "c", "label": None}, "label must be true or false"),
+        (
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": "maybe"},
+            "label must be true or false, got 'maybe'",
+        ),
+        (
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": None},
+            "label must be true or false",
+        ),
         ("feedback", {"prompt": "p", "completion": "c", "label": 2}, "label must be true or false"),
         ("labelled", {"text": "t", "label": None}, "label must be a class name"),
         ("labelled", {"text": "t", "label": 1.5}, "label must be a class name"),
@@ -81,7 +113,10 @@ def test_malformed_rows_say_why(kind, row, reason):
     ("chosen", "rejected"),
     [
         ([user("a"), assistant("b")], [user("a"), assistant("c")]),
-        ([user("a"), assistant("b"), user("c"), assistant("d")], [user("a"), assistant("b"), user("c"), assistant("e")]),
+        (
+            [user("a"), assistant("b"), user("c"), assistant("d")],
+            [user("a"), assistant("b"), user("c"), assistant("e")],
+        ),
         ("The sky is blue.", "The sky is green."),
         ("The sky is bluish.", "The sky is blue."),
     ],
@@ -131,5 +166,7 @@ def test_a_template_reads_columns_and_nothing_else():
 
 
 def test_long_texts_are_no_partition_columns():
-    example = make_example("labelled", 1, {"text": "t", "label": "x", "site": "A", "note": "n" * 500})
+    example = make_example(
+        "labelled", 1, {"text": "t", "label": "x", "site": "A", "note": "n" * 500}
+    )
     assert example.columns == {"site": "A"}

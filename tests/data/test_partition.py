@@ -50,7 +50,12 @@ def test_iid_shares_differ_by_one_row_at_most():
 
 
 def test_sizes_are_in_proportion():
-    assert [len(p) for p in deal(labelled(100), 4, kind="size", sizes=[1, 2, 3, 4])] == [10, 20, 30, 40]
+    assert [len(p) for p in deal(labelled(100), 4, kind="size", sizes=[1, 2, 3, 4])] == [
+        10,
+        20,
+        30,
+        40,
+    ]
 
 
 def test_small_alpha_gives_few_values_and_large_alpha_all():
@@ -102,7 +107,12 @@ def test_a_client_keeps_a_share_for_its_own_evaluation(count, kept):
     [
         (3, 4, {}, "federation.clients = 4 is more than the 3 training rows"),
         (30, 4, {"minimum": 10}, "need 40 training rows, there are 30"),
-        (30, 4, {"kind": "column", "column": "sight"}, "'sight' is not in the data; did you mean 'site'"),
+        (
+            30,
+            4,
+            {"kind": "column", "column": "sight"},
+            "'sight' is not in the data; did you mean 'site'",
+        ),
         (30, 4, {"kind": "dirichlet", "column": "zzz"}, "There are: site, label"),
     ],
 )
@@ -117,7 +127,7 @@ def test_what_cannot_be_dealt_is_refused(rows, clients, settings, message):
         ({"kind": "dirichlet"}, "needs partition.column"),
         ({"kind": "size"}, "needs partition.sizes"),
         ({"kind": "size", "sizes": [1.0]}, "has 1 numbers, federation.clients is 3"),
-        ({"kind": "iid", "sizes": [1.0, 1.0, 1.0]}, "is of kind \"size\""),
+        ({"kind": "iid", "sizes": [1.0, 1.0, 1.0]}, 'is of kind "size"'),
         ({"kind": "size", "sizes": [1.0, 0.0, 1.0]}, "must all be above 0"),
     ],
 )

@@ -58,7 +58,9 @@ def test_every_format_gives_the_same_examples(tmp_path, name):
     WRITERS[name](tmp_path / name, ROWS)
     data = load(tmp_path / name)
     assert len(data.train) == 8 and len(data.test) == 2
-    rows = sorted((e.row, e.prompt, e.completion, e.columns["site"]) for e in data.train + data.test)
+    rows = sorted(
+        (e.row, e.prompt, e.completion, e.columns["site"]) for e in data.train + data.test
+    )
     assert rows == [(i + 1, f"p{i}", f"c{i}", "AB"[i % 2]) for i in range(10)]
 
 
@@ -104,7 +106,9 @@ def test_few_bad_rows_are_left_out_and_told_with_their_numbers(tmp_path):
 
 def test_too_many_bad_rows_stop_the_run_before_it_starts(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", ROWS + [{"prompt": "p", "completion": None}] * 7)
-    with pytest.raises(DataError, match=r"7 of 17 rows of x\.jsonl are malformed \(41\.2%\)") as caught:
+    with pytest.raises(
+        DataError, match=r"7 of 17 rows of x\.jsonl are malformed \(41\.2%\)"
+    ) as caught:
         load(tmp_path / "x.jsonl")
     assert "row 11: completion must be text, got None" in str(caught.value)
     assert "and 2 more" in str(caught.value)
@@ -120,7 +124,11 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "name", "message"),
     [
-        (lambda p: write_jsonl(p / "rows.jsonl", ROWS), "row.jsonl", r"not found: .*did you mean .*rows\.jsonl"),
+        (
+            lambda p: write_jsonl(p / "rows.jsonl", ROWS),
+            "row.jsonl",
+            r"not found: .*did you mean .*rows\.jsonl",
+        ),
         (lambda p: None, "nowhere/x.jsonl", "there is no folder"),
         (lambda p: (p / "x.jsonl").write_text(""), "x.jsonl", "is empty"),
         (lambda p: (p / "x.jsonl").write_text("\n\n"), "x.jsonl", "is empty"),
@@ -130,7 +138,11 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
         (lambda p: (p / "x.parquet").write_bytes(b"no parquet"), "x.parquet", "cannot be read"),
         (lambda p: (p / "x.jsonl").write_bytes(b'{"prompt": "\xff"}'), "x.jsonl", "cannot be read"),
         (lambda p: None, "./x.txt", "unknown ending"),
-        (lambda p: write_jsonl(p / "x.jsonl", [{"promt": "a", "completion": "b"}] * 9), "x.jsonl", None),
+        (
+            lambda p: write_jsonl(p / "x.jsonl", [{"promt": "a", "completion": "b"}] * 9),
+            "x.jsonl",
+            None,
+        ),
     ],
 )
 def test_bad_files(tmp_path, monkeypatch, prepare, name, message):
@@ -146,9 +158,13 @@ def test_bad_files(tmp_path, monkeypatch, prepare, name, message):
 
 def test_an_absent_column_names_those_there_are_and_how_to_map(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answers": "b"}] * 5)
-    with pytest.raises(DataError, match=r"no column 'answer'; did you mean 'answers'\? it has: answers, question"):
+    with pytest.raises(
+        DataError, match=r"no column 'answer'; did you mean 'answers'\? it has: answers, question"
+    ):
         load(tmp_path / "x.jsonl", columns={"completion": "answer"})
-    with pytest.raises(DataError, match=r"needs prompt\+completion\+label or messages\+label; map yours"):
+    with pytest.raises(
+        DataError, match=r"needs prompt\+completion\+label or messages\+label; map yours"
+    ):
         load(tmp_path / "x.jsonl", kind="feedback")
 
 
@@ -168,11 +184,14 @@ def test_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
 
     calls = []
 
-    def load_dataset(name, subset, split):
-        calls.append((name, subset, split))
+    def load_dataset(name, subset, data_dir, split):
+        calls.append((name, subset, data_dir, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load("someone/something", subset="en", test_split="validation")
-    assert calls == [("someone/something", "en", "train"), ("someone/something", "en", "validation")]
+    assert calls == [
+        ("someone/something", "en", None, "train"),
+        ("someone/something", "en", None, "validation"),
+    ]
     assert len(data.train) == len(data.test) == 10

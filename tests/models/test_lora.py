@@ -75,7 +75,9 @@ def test_what_is_read_is_a_copy(model_folder):
 
 
 def test_targets_that_match_nothing_are_told_what_would(model_folder):
-    with pytest.raises(ModelError, match=r"'query' matches no linear layer .*q_proj.*v_proj.*all-linear"):
+    with pytest.raises(
+        ModelError, match=r"'query' matches no linear layer .*q_proj.*v_proj.*all-linear"
+    ):
         build(model_folder, targets=["q_proj", "query"])
 
 

@@ -37,7 +37,9 @@ def test_sum_over_completion_tokens_only():
     first = sum(scores[0, t - 1, batch.input_ids[0, t]] for t in (3, 4, 5))
     second = sum(scores[1, t - 1, batch.input_ids[1, t]] for t in (2, 3))
     torch.testing.assert_close(completion_logps(model, batch), torch.stack([first, second]))
-    assert model.kept == 5  # the head is not applied to columns before the one that predicts a token
+    assert (
+        model.kept == 5
+    )  # the head is not applied to columns before the one that predicts a token
 
 
 def test_correct_marks_the_likeliest_token():

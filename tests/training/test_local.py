@@ -17,7 +17,12 @@ from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps, train_locally
 from fedloom.training.optimizers import TrainingSettings, round_learning_rate
 
-SETS = {"sft": "instructions", "dpo": "preferences", "kto": "feedback", "classification": "labelled"}
+SETS = {
+    "sft": "instructions",
+    "dpo": "preferences",
+    "kto": "feedback",
+    "classification": "labelled",
+}
 OBJECTIVES = {"sft": SFT, "dpo": DPO, "kto": KTO, "classification": Classification}
 
 
@@ -67,7 +72,11 @@ def test_micro_batches_change_nothing_beyond_rounding(parts, name):
         part, found = train(objective, model, share, start, optimizer="sgd", micro_batch_size=micro)
         assert distance(found, expected) < 2e-6
         assert part.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
-        assert (part.steps, part.examples, part.tokens) == (whole.steps, whole.examples, whole.tokens)
+        assert (part.steps, part.examples, part.tokens) == (
+            whole.steps,
+            whole.examples,
+            whole.tokens,
+        )
 
 
 def test_accumulation_is_another_way_to_say_it():
@@ -125,7 +134,9 @@ class Poisoned(Objective):
 
 def test_a_loss_that_is_not_finite_names_client_step_and_rows(parts):
     _, model, share = parts("sft")
-    with pytest.raises(NonFiniteLoss, match=r"client 1: the loss is nan at local step \d on rows") as caught:
+    with pytest.raises(
+        NonFiniteLoss, match=r"client 1: the loss is nan at local step \d on rows"
+    ) as caught:
         train(Poisoned(), model, share, model.read())
     assert 13 in caught.value.example_ids and len(caught.value.example_ids) <= 8
 
@@ -155,7 +166,15 @@ def test_optimizer_state_is_kept_when_asked_and_makes_a_difference(parts):
     def go_on(state):
         model.write(after)
         train_locally(
-            model, share, objective, settings, learning_rate=1e-2, seed=3, client=1, round=2, state=state
+            model,
+            share,
+            objective,
+            settings,
+            learning_rate=1e-2,
+            seed=3,
+            client=1,
+            round=2,
+            state=state,
         )
         return model.read()
 

@@ -40,6 +40,8 @@ class DataSettings(Settings):
     name, or "builtin:" and preferences, feedback, instructions or labelled."""
     subset: str | None = None
     """Configuration of a set on the Hub."""
+    data_dir: str | None = None
+    """Folder of a set on the Hub that keeps its parts in folders."""
     split: str = "train"
     """Split of a set on the Hub."""
     test_source: str | None = None
@@ -146,7 +148,10 @@ class _Reader:
     def read(self, source: str, split: str) -> list[Example]:
         if not _is_file(source):
             return self._usable(
-                source, self._part(source, read_hub(source, self.settings.subset, split))
+                source,
+                self._part(
+                    source, read_hub(source, split, self.settings.subset, self.settings.data_dir)
+                ),
             )
         if not any(sign in source for sign in "*?["):
             path = Path(source).expanduser()
@@ -247,7 +252,9 @@ def read_file(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+def read_hub(
+    name: str, split: str, subset: str | None = None, data_dir: str | None = None
+) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a set on the Hub with their numbers from 1.
 
     Raises:
@@ -256,7 +263,7 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[int, A
     import datasets
 
     try:
-        rows: Iterable[Any] = datasets.load_dataset(name, subset, split=split)
+        rows: Iterable[Any] = datasets.load_dataset(name, subset, data_dir=data_dir, split=split)
     except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -1,0 +1,125 @@
+"""Pages from run folders: self-contained, escaped, and honest about what is missing."""
+
+import json
+import re
+
+import pytest
+
+import fedloom
+from fedloom.errors import OutputError
+from fedloom.report.page import write_report
+from fedloom.report.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(experiment):
+    built = experiment(partition={"kind": "dirichlet", "column": "domain"})
+    return fedloom.run(built).folder
+
+
+def test_one_run(folder):
+    page = write_report([folder]).read_text()
+    assert page.count("<svg") == 6 and "</html>" in page
+    assert "measured" in page and "derived" in page
+    assert f"fedloom run {folder}/experiment.toml" in page
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{summary['after']:.3f}" in page and summary["adapter"]["sha256"][:16] in page
+
+
+def test_the_page_needs_no_network(folder):
+    page = write_report([folder]).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+    assert "@import" not in page and "<script" not in page and "url(http" not in page
+
+
+def test_what_models_and_data_say_is_escaped(folder):
+    evil = "<script>alert(1)</script>"
+    samples = [
+        {
+            "prompt": evil,
+            "before": evil,
+            "after": evil,
+            "wanted": evil,
+            "unwanted": None,
+            "group": evil,
+        }
+    ]
+    RunFolder(folder).write_json("samples.json", samples)
+    partition = json.loads((folder / "partition.json").read_text())
+    partition["values"].append("<img src=x onerror=alert(1)>")
+    RunFolder(folder).write_json("partition.json", partition)
+    rounds = (
+        (folder / "rounds.jsonl")
+        .read_text()
+        .replace('"rejected": []', json.dumps({"rejected": [{"client": 1, "reason": evil}]})[1:-1])
+    )
+    (folder / "rounds.jsonl").write_text(rounds)
+    page = write_report([folder]).read_text()
+    assert "<script" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;") >= 5
+
+
+def test_a_run_that_was_stopped_says_so(folder):
+    (folder / "summary.json").unlink()
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "cli')  # torn by a kill
+    page = write_report([folder]).read_text()
+    assert "This run has not finished" in page and "round 2 of 2" in page
+
+
+def test_a_run_without_any_round_still_gives_a_page(folder):
+    for name in ("summary.json", "rounds.jsonl", "costs.jsonl", "samples.json"):
+        (folder / name).unlink()
+    assert "Nothing has been evaluated yet" in write_report([folder]).read_text()
+
+
+def test_rejected_clients_and_dropped_rows_are_shown(folder):
+    run = json.loads((folder / "run.json").read_text())
+    run["data"] |= {
+        "malformed": 2,
+        "bad_rows": ["x.jsonl row 7: label"],
+        "dropped": {"no completion": 3},
+    }
+    RunFolder(folder).write_json("run.json", run)
+    page = write_report([folder]).read_text()
+    assert (
+        "2 malformed rows" in page
+        and "x.jsonl row 7" in page
+        and "3 rows dropped: no completion" in page
+    )
+
+
+def test_several_runs_are_compared(experiment, tmp_path):
+    folders = []
+    for seed in (0, 1):
+        for method in ("fedavg", "local_only"):
+            output = {"folder": str(tmp_path / f"{method}-{seed}")}
+            built = experiment(method={"name": method}, federation={"seed": seed}, output=output)
+            folders.append(fedloom.run(built).folder)
+    page = write_report(folders, tmp_path / "all.html").read_text()
+    assert "4 runs compared" in page and "Over seeds" in page and "±" in page
+    for folder in folders:
+        assert folder.name in page
+
+
+def test_many_clients_and_values_become_a_heat_map(experiment):
+    built = experiment(
+        objective={"name": "classification"},
+        data={"source": "builtin:labelled", "builtin_rows": 300},
+        partition={"kind": "dirichlet", "column": "label"},
+        federation={"clients": 45, "rounds": 1},
+        evaluation={"per_client": False},
+    )
+    page = write_report([fedloom.run(built).folder]).read_text()
+    assert "<image" in page or "pcolormesh" in page or "label: 8 values" in page
+
+
+def test_bad_folders(tmp_path, folder):
+    with pytest.raises(OutputError, match="no run folder at"):
+        write_report([tmp_path / "gone"])
+    (folder / "run.json").unlink()
+    with pytest.raises(OutputError, match="stopped before it began"):
+        write_report([folder])
+    (folder / "run.json").write_text("{")
+    with pytest.raises(OutputError, match="cannot be read"):
+        write_report([folder])

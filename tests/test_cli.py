@@ -1,0 +1,173 @@
+"""The command line: few options, no tracebacks, clean ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from fedloom import cli
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run the command in this process; return exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def file(experiment, tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(experiment().to_toml())
+    return path
+
+
+def test_the_commands_and_options_are_these_and_no_others():
+    command = typer.main.get_command(cli.app)
+    found = {
+        name: sorted(option for p in sub.params for option in p.opts if option.startswith("-"))
+        for name, sub in command.commands.items()
+    }
+    assert found == {
+        "run": ["--from-round", "--quiet", "--resume", "--set", "-q"],
+        "demo": ["--quiet", "--set", "-q"],
+        "init": [],
+        "partition": ["--picture", "--set"],
+        "evaluate": ["--adapter", "--set"],
+        "report": ["--to"],
+    }
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['fedloom', '--help']\n"
+        "from fedloom.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_run_prints_rounds_and_result(call, file):
+    code, out = call("run", file)
+    assert code == 0
+    assert re.search(r"round 0/2 .* preference_accuracy 0\.5000", out)
+    assert re.search(r"round 2/2 .* loss 0\.\d+ .* sent [\d.]+ kB down [\d.]+ kB up", out)
+    assert "held-out preference_accuracy before 0.5000  after" in out and "run folder:" in out
+
+
+def test_quiet_prints_the_result_alone(call, file):
+    code, out = call("run", file, "--quiet")
+    assert code == 0 and "round 1" not in out and out.startswith("held-out preference_accuracy")
+
+
+def test_settings_can_be_changed(call, file):
+    code, out = call("run", file, "--set", "federation.rounds=1")
+    assert code == 0 and "round 1/1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "gone.toml"], 2, "file not found: gone.toml"),
+        (["run", "{file}", "--set", "federation.round=3"], 2, "did you mean 'rounds'"),
+        (["run", "{file}", "--set", "model.path=./gone"], 3, "is not a folder"),
+        (
+            ["run", "{file}", "--set", "data.source=./gone.csv", "--set", "data.kind=preference"],
+            3,
+            "data file not found",
+        ),
+        (["run", "--resume", "gone"], 1, "no run folder at gone"),
+        (["run", "--resume", "gone", "--set", "a.b=1"], 1, "no run folder"),
+        (["run"], 2, "give an experiment file, or --resume FOLDER"),
+        (["run", "{file}", "--rounds", "3"], 2, "No such option"),
+        (["report", "gone"], 1, "no run folder at gone"),
+        (["evaluate", "{file}", "--adapter", "gone"], 3, "gone is no adapter"),
+        (["dance"], 2, "No such command"),
+    ],
+)
+def test_mistakes_are_one_message_and_a_code(call, file, arguments, code, message):
+    found, out = call(*[argument.format(file=file) for argument in arguments])
+    assert found == code and message in out and "Traceback" not in out
+
+
+def test_init_writes_a_file_that_runs_and_never_over_another(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("init", "mine.toml")[0] == 0
+    assert tomllib.loads(Path("mine.toml").read_text())["model"]["path"] == "tiny"
+    code, out = call("init", "mine.toml")
+    assert code == 1 and "is there already" in out
+
+
+def test_partition_shows_table_and_picture_without_a_model(call, file, tmp_path):
+    picture = tmp_path / "p.svg"
+    options = [
+        "--set",
+        "partition.kind=dirichlet",
+        "--set",
+        "partition.column=domain",
+        "--picture",
+        picture,
+    ]
+    code, out = call("partition", file, "--set", "model.path=./gone", *options)
+    assert code == 0 and "dirichlet partition by domain" in out and "workshop" in out and "█" in out
+    assert picture.read_text().startswith("<svg") and "currentColor" not in picture.read_text()
+
+
+def test_evaluate_and_report(call, file, tmp_path):
+    assert call("run", file, "--quiet")[0] == 0
+    code, out = call("evaluate", file, "--adapter", tmp_path / "run" / "adapter")
+    assert code == 0 and "preference_accuracy = 0." in out
+    code, out = call("report", tmp_path / "run", "--to", tmp_path / "page.html")
+    assert code == 0 and (tmp_path / "page.html").is_file()
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(file, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedloom", "run", str(file), "--set", "federation.rounds=500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("round 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"fedloom run --resume {tmp_path / 'run'}" in err and "Traceback" not in err
+    assert list((tmp_path / "run" / "checkpoints").glob("round-*"))
+
+
+def test_the_live_table_draws(experiment):
+    """A terminal gets a table that grows; what it shows is checked through rich's own recording."""
+    import io
+
+    from rich.console import Console
+
+    import fedloom
+    from fedloom.terminal import LiveTerminal, make_observer
+
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    observer = make_observer(screen, quiet=False)
+    assert isinstance(observer, LiveTerminal)
+    fedloom.run(experiment(), observer=observer)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+    last = text[text.rindex("worst client") :]
+    assert [row for row in ("0/2", "1/2", "2/2") if row in last] == ["0/2", "1/2", "2/2"]

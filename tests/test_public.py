@@ -1,0 +1,90 @@
+"""The public names are complete, sorted and loaded late; methods and README keep their promises."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedloom
+from fedloom.methods import METHODS
+from fedloom.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_public_names():
+    assert sorted(fedloom.__all__, key=str.lower) == sorted(fedloom.__all__, key=str.lower)
+    assert set(dir(fedloom)) == set(fedloom.__all__) == set(fedloom._HOMES) | {"__version__"}
+    for name in fedloom.__all__:
+        assert getattr(fedloom, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Experimnt'"):
+        _ = fedloom.Experimnt
+
+
+def test_import_is_light():
+    code = "import fedloom, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_names_its_source_and_is_tested(name):
+    settings, method = METHODS[name]
+    module = sys.modules[method.__module__]
+    assert module.__name__ == f"fedloom.methods.{name}" and settings().name == name
+    assert "https://" in module.__doc__ or name in ("local_only", "centralised")
+    assert f'"{name}"' in (ROOT / "tests/test_runner.py").read_text()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_test_of_its_name(name):
+    assert (ROOT / f"tests/objectives/test_{name}.py").is_file()
+
+
+def test_files_named_in_the_readme_exist():
+    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(
+        r"`((?:recipes|examples|docs|benchmarks|src)/[^` ]+)`", README
+    )
+    assert named
+    for name in named:
+        if not name.startswith("http"):
+            assert (ROOT / name).exists(), name
+
+
+def test_commands_in_the_readme_are_commands(monkeypatch, tmp_path):
+    """Every `make` target exists; every `fedloom` command is one, with options it knows."""
+    import typer
+
+    from fedloom import cli
+
+    known = typer.main.get_command(cli.app).commands
+    makefile = (ROOT / "Makefile").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    found = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.strip()]
+    assert [f for f in found if f[0] == "make"] == [["make", "demo"], ["make", "test"]]
+    for command in found:
+        if command[0] == "make":
+            assert f"\n{command[1]}:" in makefile
+        elif command[0] == "fedloom":
+            options = {o for p in known[command[1]].params for o in p.opts}
+            assert {word for word in command[2:] if word.startswith("-")} <= options
+
+
+def test_python_in_the_readme_runs(experiment, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.toml").write_text(experiment().to_toml())
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readme_shows_the_starting_file_as_it_is():
+    """The settings in the README's TOML are settings of the file that `fedloom init` writes."""
+    import tomllib
+
+    from fedloom.experiment import Experiment
+
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
+    Experiment.from_table(tomllib.loads(text))
