@@ -1,7 +1,7 @@
 """FedAvg of a LoRA adapter with nothing but torch, transformers and peft, on one page.
 
-What `fedloom run` does for `[objective] name = "sft"` and `[method] name = "fedavg"`, without its classes:
-a test checks that both give the same adapter. Read it beside McMahan et al. 2017, algorithm 1.
+What `fedloom run` does for SFT under FedAvg, without its classes: a test checks that both give the same
+adapter. Read it beside McMahan et al. 2017, algorithm 1.
 
     python examples/fedavg_by_hand.py MODEL_FOLDER
 """
