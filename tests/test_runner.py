@@ -322,7 +322,7 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_continues(experime
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(OutputError, match="no run folder at"):
         resume_run(tmp_path / "nothing")
-    with pytest.raises(OutputError, match="has no experiment.toml"):
+    with pytest.raises(OutputError, match=r"has no experiment\.toml"):
         resume_run(tmp_path)
 
 

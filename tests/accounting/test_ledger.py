@@ -25,7 +25,12 @@ def test_seconds_and_peak_memory():
 
 def test_a_failure_is_counted_too():
     ledger = Ledger()
-    with pytest.raises(RuntimeError), ledger.measure(1, 0, "train") as cost:
-        cost.bytes_down = 5
-        raise RuntimeError
+
+    def fail():
+        with ledger.measure(1, 0, "train") as cost:
+            cost.bytes_down = 5
+            raise RuntimeError("it fell over")
+
+    with pytest.raises(RuntimeError, match="it fell over"):
+        fail()
     assert ledger.take()[0].bytes_down == 5

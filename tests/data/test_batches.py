@@ -47,7 +47,8 @@ def test_micro_batches_hold_rows_alike_in_length(tokenizer):
     parts = micro_batches(share, np.arange(9), 3)
     lengths = [share.tokens.lengths[part].tolist() for part in parts]
     assert sorted(np.concatenate(parts)) == list(range(9))
-    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+    in_order = [length for part in lengths for length in part]
+    assert in_order == sorted(in_order, reverse=True)
 
 
 def test_collate_pads_right_and_marks_the_completion(tokenizer):

@@ -15,7 +15,7 @@ def copy(model_folder, tmp_path):
 
 
 def test_a_missing_folder():
-    with pytest.raises(ModelError, match="'./nowhere' is not a folder"):
+    with pytest.raises(ModelError, match=r"'\./nowhere' is not a folder"):
         load_backbone("./nowhere", pad_token_id=0)
 
 
