@@ -146,14 +146,6 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
 
 DEFAULT_NAMES = {"objective": "dpo", "method": "fedavg"}
 
-NEEDED_KINDS = {
-    "sft": ("instruction",),
-    "classification": ("labelled",),
-    "dpo": ("preference",),
-    "kto": ("feedback", "preference"),
-}
-"""Kinds of example that an objective can train on; KTO unrolls pairs into single answers."""
-
 
 def data_kind(settings: DataSettings) -> str:
     """Return the kind of example a source holds: as set, or as built in."""
@@ -198,13 +190,12 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _kind_contradictions(data: DataSettings, objective: Any) -> list[str]:
-    name = getattr(objective, "name", "")
-    kind, needed = data_kind(data), NEEDED_KINDS.get(name)
-    if needed is None or not kind or kind in needed:
+def _kind_contradictions(data: DataSettings, objective: ObjectiveSettings) -> list[str]:
+    kind, needed = data_kind(data), OBJECTIVES[objective.name][1].accepts
+    if not kind or kind in needed:
         return []
-    fitting = [other for other, kinds in NEEDED_KINDS.items() if kind in kinds]
+    fitting = [name for name, (_, other) in OBJECTIVES.items() if kind in other.accepts]
     return [
-        f"objective.name = {name!r} needs {' or '.join(needed)} data and data.source = "
+        f"objective.name = {objective.name!r} needs {' or '.join(needed)} data and data.source = "
         f"{data.source!r} holds {kind} data; for it use objective.name = {' or '.join(fitting)}"
     ]

@@ -5,11 +5,6 @@ A run leaves a folder (``report/run_folder.py``) from which alone reports are ma
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import importlib.metadata
-import json
-import platform
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,13 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.table import Table
 
 from fedloom import checkpoint
-from fedloom.assembly import DataSource, Division, Parts, assemble, assemble_saved, divide
+from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide
 from fedloom.checkpoint import Checkpoint, State
-from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
 from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
 from fedloom.errors import CheckpointError, Interrupted, OutputError, SettingsError
@@ -32,14 +25,23 @@ from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.methods.local_only import ADAPTER
 from fedloom.objectives.base import Objective
+from fedloom.records import (
+    answers_of,
+    fingerprint,
+    partition_record,
+    partition_table,
+    prompt_of,
+    round_record,
+    run_record,
+    summary_record,
+    summary_text,
+)
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
-from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
-from fedloom.server import Evaluation, Observer, RoundRecord, Server
+from fedloom.report.tables import human_count
+from fedloom.server import Observer, RoundRecord, Server
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.optimizers import round_learning_rate
-
-PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def resume_run(
     saved = None
     if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
         saved = checkpoint.load(
-            folder.checkpoints, _fingerprint(experiment, division, objective), from_round
+            folder.checkpoints, fingerprint(experiment, division, objective), from_round
         )
     store = ClientStore(saved.clients if saved else None)
     parts = assemble(experiment, division, objective=objective, store=store, stage=observer.stage)
@@ -253,12 +255,12 @@ def show_partition(experiment: Experiment, picture: Path) -> Table:
     """Return a table of what each client holds and write the picture of it."""
     from fedloom.report.figures import partition_svg
 
-    record = _partition_record(experiment, divide(experiment))
+    record = partition_record(experiment, divide(experiment))
     try:
         picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {picture}: {error.strerror}") from error
-    return _partition_table(record)
+    return partition_table(record)
 
 
 @dataclass
@@ -317,10 +319,10 @@ class _Run:
 
     def _save(self, round: int, state: State) -> None:
         store = self.parts.engine.store
-        fingerprint = _fingerprint(self.experiment, self.parts.division, self.objective)
+        digest = fingerprint(self.experiment, self.parts.division, self.objective)
         checkpoint.save(
             self.folder.checkpoints,
-            Checkpoint(round, state, store.flat(), fingerprint),
+            Checkpoint(round, state, store.flat(), digest),
             store.changed,
         )
         store.changed.clear()
@@ -344,7 +346,12 @@ class _Run:
         adapter = self._write_adapters(state)
         if self.parts.prompts:
             self.folder.write_json(names.SAMPLES, self._samples(state))
-        summary = self._summary(adapter)
+        summary = summary_record(
+            self.folder.read_lines(names.ROUNDS),
+            self.folder.read_lines(names.COSTS),
+            self._headline.name,
+            adapter / "adapter_model.safetensors" if adapter else None,
+        )
         self.folder.write_json(names.SUMMARY, summary)
         return RunResult(
             self.folder.path,
@@ -352,7 +359,7 @@ class _Run:
             summary["before_metrics"],
             adapter,
             summary["totals"],
-            _summary_text(summary, self._headline, self.folder.path),
+            summary_text(summary, self._headline, self.folder.path),
         )
 
     def _write_adapters(self, state: State) -> Path | None:
@@ -375,7 +382,7 @@ class _Run:
 
     def _samples(self, state: State) -> list[dict[str, Any]]:
         parts, limit = self.parts, self.experiment.evaluation.max_new_tokens
-        texts = [render_prompt(_prompt(example), parts.tokenizer) for example in parts.prompts]
+        texts = [render_prompt(prompt_of(example), parts.tokenizer) for example in parts.prompts]
         parts.model.write(parts.initial)
         before = generate_answers(parts.model, parts.tokenizer, texts, limit)
         shared = parts.method.shared(state)
@@ -385,89 +392,9 @@ class _Run:
         parts.model.write(shared)
         after = generate_answers(parts.model, parts.tokenizer, texts, limit)
         return [
-            {"prompt": text, "before": old, "after": new, **_answers(example)}
+            {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)
         ]
-
-    def _summary(self, adapter: Path | None) -> dict[str, Any]:
-        rounds = self.folder.read_lines(names.ROUNDS)
-        evaluated = [record for record in rounds if record["evaluation"]]
-        before, after = evaluated[0]["evaluation"], evaluated[-1]["evaluation"]
-        metric = self._headline.name
-        file = adapter / "adapter_model.safetensors" if adapter else None
-        return {
-            "status": "finished",
-            "rounds": self.experiment.federation.rounds,
-            "metric": metric,
-            "before": before["global"].get(metric),
-            "after": after["global"].get(metric),
-            "before_metrics": before["global"],
-            "after_metrics": after["global"],
-            "clients_before": before["clients"],
-            "clients_after": after["clients"],
-            "totals": totals(self.folder.read_lines(names.COSTS)),
-            "adapter": {
-                "path": "adapter",
-                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            }
-            if file
-            else None,
-        }
-
-
-def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
-    """Return a round as one line of ``rounds.jsonl``."""
-    costs = record.costs
-    return {
-        "round": record.round,
-        "clients": list(record.clients),
-        "rejected": [{"client": c, "reason": why} for c, why in record.rejected.items()],
-        "learning_rate": record.learning_rate,
-        "train": dict(record.train) or None,
-        "client_train": {str(c): dict(m) for c, m in record.client_train.items()},
-        "evaluation": _evaluation_record(record.evaluation, headline),
-        "bytes_down": sum(cost.bytes_down for cost in costs),
-        "bytes_up": sum(cost.bytes_up for cost in costs),
-        "flops": sum(cost.flops for cost in costs),
-        "seconds": record.seconds,
-    }
-
-
-def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Add up the lines of ``costs.jsonl``; evaluation's bytes and FLOPs are kept apart."""
-    rows = list(costs)
-    work = [row for row in rows if row["phase"] != "evaluate"]
-    judged = [row for row in rows if row["phase"] == "evaluate"]
-
-    def total(name: str, of: list[Mapping[str, Any]]) -> float:
-        return sum(row[name] or 0 for row in of)
-
-    summed = ("bytes_up", "bytes_down", "flops", "seconds", "examples", "tokens")
-    return {
-        **{name: total(name, work) for name in summed},
-        "peak_memory": max((row["peak_memory"] for row in rows), default=0),
-        "evaluation_bytes": total("bytes_up", judged) + total("bytes_down", judged),
-        "evaluation_flops": total("flops", judged),
-        "evaluation_seconds": total("seconds", judged),
-    }
-
-
-def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dict[str, Any] | None:
-    if evaluation is None:
-        return None
-    each = {str(client): dict(metrics) for client, metrics in evaluation.clients.items()}
-    found = [metrics for metrics in each.values() if headline.name in metrics]
-    clients: dict[str, Any] | None = None
-    if found:
-        values = torch.tensor([metrics[headline.name] for metrics in found], dtype=torch.float64)
-        worst = values.min() if headline.higher_is_better else values.max()
-        clients = {
-            "mean": {headline.name: float(values.mean())},
-            "worst": {headline.name: float(worst)},
-            "spread": {headline.name: float(values.std(correction=0))},
-            "each": each,
-        }
-    return {"global": dict(evaluation.metrics), "clients": clients}
 
 
 def _new_folder(experiment: Experiment) -> Path:
@@ -500,62 +427,6 @@ def _free(path: Path) -> Path:
     return candidate
 
 
-def _write_start(
-    folder: RunFolder, experiment: Experiment, parts: Parts, objective: Objective | None
-) -> None:
-    division, headline = parts.division, HEADLINES[parts.division.loaded.kind]
-    trained = sum(p.numel() for p in parts.model.parameters.values())
-    everything = sum(p.numel() for p in parts.model.model.parameters())
-    loaded = division.loaded
-    folder.write_json(names.PARTITION, _partition_record(experiment, division))
-    folder.write_json(
-        names.RUN,
-        {
-            "name": experiment.name,
-            "fedloom": importlib.metadata.version("fedloom"),
-            "versions": _versions(),
-            "seed": experiment.federation.seed,
-            "command": " ".join(["fedloom", "run", f"{folder.path}/{names.EXPERIMENT}"]),
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "threads": torch.get_num_threads(),
-            "device": str(parts.model.device),
-            "model": {
-                "name": experiment.model.path,
-                "sha256": parts.model_digest,
-                "parameters": everything - trained,
-                "trainable": trained,
-            },
-            "data": {
-                "source": experiment.data.source,
-                "kind": loaded.kind,
-                "train": sum(parts.engine.sizes().values()),
-                "client_held_out": sum(len(rows) for rows in division.held_out.values()),
-                "global_held_out": len(division.test),
-                "malformed": len(loaded.bad_rows),
-                "bad_rows": [str(row) for row in loaded.bad_rows[:20]],
-                "dropped": parts.dropped,
-                "digest": loaded.digest,
-            },
-            "metric": asdict(headline),
-            "fingerprint": _fingerprint(experiment, division, objective),
-        },
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _fingerprint(experiment: Experiment, division: Division, objective: Objective | None) -> str:
-    """SHA-256 over everything that shapes the results, except the model's weights (checked apart)."""
-    table = experiment.to_table()
-    del table["output"], table["name"]
-    own = type(objective).__qualname__ if objective is not None else ""
-    text = json.dumps([table, division.loaded.digest, own], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _require_same(given: Experiment, own: Experiment, path: Path) -> None:
     """Refuse to continue a run as another experiment; name what differs."""
     problems = []
@@ -582,6 +453,13 @@ def _require_same_model(folder: RunFolder, parts: Parts) -> None:
         )
 
 
+def _write_start(
+    folder: RunFolder, experiment: Experiment, parts: Parts, objective: Objective | None
+) -> None:
+    folder.write_json(names.PARTITION, partition_record(experiment, parts.division))
+    folder.write_json(names.RUN, run_record(folder.path, experiment, parts, objective))
+
+
 def _plan(experiment: Experiment, parts: Parts) -> Plan:
     federation, sizes = experiment.federation, parts.engine.sizes()
     headline = HEADLINES[parts.division.loaded.kind]
@@ -597,95 +475,3 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
         headline.name,
         headline.higher_is_better,
     )
-
-
-def _partition_record(experiment: Experiment, division: Division) -> dict[str, Any]:
-    shares = division.shares
-    return {
-        "kind": experiment.partition.kind,
-        "column": shares.column,
-        "values": list(shares.values),
-        "clients": [
-            {
-                "client": client,
-                "train": len(division.train[client]),
-                "held_out": len(division.held_out[client]),
-                "counts": dict(zip(shares.values, counts, strict=True)),
-            }
-            for client, counts in enumerate(shares.counts)
-        ],
-    }
-
-
-def _partition_table(record: Mapping[str, Any]) -> Table:
-    """Return the shares as a table; with many values, the three commonest of each client."""
-    values, clients = record["values"], record["clients"]
-    few = len(values) <= 8
-    columns = values if few else ["values", "commonest"]
-    largest = max(client["train"] for client in clients)
-    table = Table(title=f"{record['kind']} partition by {record['column'] or 'row'}", box=None)
-    table.padding = (0, 1, 0, 0)
-    for column in ("client", "train", "test", "", *columns):
-        left = column in ("", "commonest")
-        table.add_column(str(column), justify="left" if left else "right", no_wrap=column == "")
-    for client in clients:
-        counts = client["counts"]
-        bar = "█" * max(1, round(10 * client["train"] / largest))
-        if few:
-            cells = [str(counts[value]) if counts[value] else "·" for value in values]
-        else:
-            top = sorted(counts, key=lambda value: (-counts[value], value))[:3]
-            held = sum(1 for value in values if counts[value])
-            cells = [str(held), ", ".join(f"{value} {counts[value]}" for value in top)]
-        table.add_row(
-            str(client["client"]), str(client["train"]), str(client["held_out"]), bar, *cells
-        )
-    return table
-
-
-def _prompt(example: Example) -> Text:
-    if isinstance(example, Instruction | Preference | Feedback):
-        return example.prompt
-    return ""
-
-
-def _answers(example: Example) -> dict[str, Any]:
-    group = next(iter(example.columns.values()), None)
-    wanted: Text | None = None
-    unwanted: Text | None = None
-    if isinstance(example, Preference):
-        wanted, unwanted = example.chosen, example.rejected
-    elif isinstance(example, Instruction):
-        wanted = example.completion
-    elif isinstance(example, Feedback):
-        wanted, unwanted = (
-            (example.completion, None) if example.desirable else (None, example.completion)
-        )
-    return {"wanted": _plain(wanted), "unwanted": _plain(unwanted), "group": group}
-
-
-def _plain(text: Text | None) -> str | None:
-    if text is None or isinstance(text, str):
-        return text.strip() if text else text
-    return "\n".join(message["content"] for message in text)
-
-
-def _summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:
-    total = summary["totals"]
-    before, after = summary["before"], summary["after"]
-    lines = [
-        f"held-out {headline.name} before {before:.4f}  after {after:.4f}  ({after - before:+.4f})",
-    ]
-    if "likelihood_accuracy" in summary["after_metrics"]:
-        old, new = (
-            summary[when]["likelihood_accuracy"] for when in ("before_metrics", "after_metrics")
-        )
-        lines.append(
-            f"held-out likelihood_accuracy before {old:.4f}  after {new:.4f}  ({new - old:+.4f})"
-        )
-    lines += [
-        f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
-        f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
-        f"run folder: {folder}",
-    ]
-    return "\n".join(lines)

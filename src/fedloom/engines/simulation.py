@@ -6,10 +6,9 @@ ledger's bytes are those that would travel and no client sees another one's tens
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.data.batches import TokenShare
@@ -21,6 +20,8 @@ from fedloom.models.lora import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps
 from fedloom.training.optimizers import TrainingSettings
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,8 +70,11 @@ class SimulationEngine:
                 payload = decode(data, exchange.request_schema)
                 reply = self.handlers[exchange.action](client, payload)
                 encoded = encode(reply, exchange.reply_schema)
-            except (FedloomError, torch.OutOfMemoryError) as error:
+            except FedloomError as error:
                 return Answer(number, error=str(error))
+            except Exception as error:  # whatever breaks on a client is that client's affair
+                LOG.debug("client %d failed", number, exc_info=True)
+                return Answer(number, error=f"{type(error).__name__}: {error}")
             finally:
                 cost.flops = self.model.flops - before
                 _count_training(cost, client)

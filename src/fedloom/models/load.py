@@ -20,6 +20,13 @@ from fedloom.settings import Settings
 TINY = "tiny"
 """Name of the model that the package makes itself."""
 
+PLAIN_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""For tokenizers without a chat template of their own: one line a message, after its role."""
+
 SAMPLED_ABOVE = 256 * 1024**2
 """Files above this many bytes enter a fingerprint by size, first and last mebibyte."""
 
@@ -55,6 +62,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {path} has neither a padding nor an end token")

@@ -18,11 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+from fedloom.models.load import PLAIN_CHAT
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 
@@ -52,7 +48,7 @@ def tiny_model(cache: Path, texts: Sequence[str], recipe: TinyRecipe | None = No
         recipe: Shape and training.
     """
     recipe = recipe or TinyRecipe()
-    key = hashlib.sha256(repr((recipe, torch.__version__, CHAT_TEMPLATE, list(texts))).encode())
+    key = hashlib.sha256(repr((recipe, torch.__version__, PLAIN_CHAT, list(texts))).encode())
     folder = cache / f"tiny-{key.hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -133,7 +129,7 @@ def _train_tokenizer(texts: Sequence[str], recipe: TinyRecipe) -> Any:
         model_max_length=recipe.context,
         padding_side="right",
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = PLAIN_CHAT
     return tokenizer
 
 

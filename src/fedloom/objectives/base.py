@@ -33,6 +33,7 @@ class Objective:
 
     Attributes:
         kind: Kind of example it trains on: instruction, preference, feedback or labelled.
+        accepts: Kinds of data it can be given; KTO unrolls pairs into single answers.
         head: Which output layer the backbone gets.
         needs_reference: Whether batches must carry the reference model's log-probs.
         needs_mismatched: Whether batches must carry mismatched completions (KTO).
@@ -40,6 +41,7 @@ class Objective:
     """
 
     kind: str = "instruction"
+    accepts: tuple[str, ...] = ("instruction",)
     head: Head = "causal"
     needs_reference: bool = False
     needs_mismatched: bool = False

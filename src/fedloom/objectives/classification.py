@@ -33,6 +33,7 @@ class Classification(Objective):
     """Cross-entropy over the classes; the head is trained and shared with the adapter."""
 
     kind = "labelled"
+    accepts = ("labelled",)
     head: Head = "classification"
 
     def __init__(self, settings: ClassificationSettings | None = None) -> None:

@@ -75,6 +75,7 @@ class DPO(Objective):
     """DPO on preference pairs, against the frozen base model."""
 
     kind = "preference"
+    accepts = ("preference",)
     needs_reference = True
 
     def __init__(self, settings: DPOSettings | None = None) -> None:

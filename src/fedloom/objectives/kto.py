@@ -95,6 +95,7 @@ class KTO(Objective):
     """KTO on single answers, against the frozen base model."""
 
     kind = "feedback"
+    accepts = ("feedback", "preference")
     needs_reference = True
     needs_mismatched = True
 

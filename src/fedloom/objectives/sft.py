@@ -31,6 +31,7 @@ class SFT(Objective):
     """Supervised fine-tuning on instruction examples."""
 
     kind = "instruction"
+    accepts = ("instruction",)
 
     def __init__(self, settings: SFTSettings | None = None) -> None:
         """Take no settings beyond the name."""

@@ -206,7 +206,9 @@ def _figures(run: Run) -> list[tuple[str, str]]:
             band_label="worst to best client",
         )
         charts.append((f"Held-out {words} by round", chart))
-    losses = {"training": run.train_line(), "held-out": run.global_line("loss")}
+    pairs = run.run["data"]["kind"] == "preference"
+    judged = "held-out pairs (DPO loss)" if pairs else "held-out"
+    losses = {"training (objective)": run.train_line(), judged: run.global_line("loss")}
     losses = {label: line for label, line in losses.items() if line[0]}
     if losses:
         charts.append(("Loss by round", figures.line_chart(losses, "round", "loss")))

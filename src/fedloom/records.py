@@ -1,0 +1,275 @@
+"""What is written down about a run: the content of the files in its folder, as plain JSON.
+
+Compute only; ``runner.py`` decides when and writes. What each file holds stands in docs/run-folder.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fedloom.assembly import Division, Parts
+from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
+from fedloom.evaluation.metrics import HEADLINES, Headline
+from fedloom.experiment import Experiment
+from fedloom.objectives.base import Objective
+from fedloom.report import run_folder as names
+from fedloom.report.tables import human_bytes, human_flops, human_seconds
+from fedloom.server import Evaluation, RoundRecord
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
+
+
+def run_record(
+    folder: Path, experiment: Experiment, parts: Parts, objective: Objective | None
+) -> dict[str, Any]:
+    """Return the content of ``run.json``: all that is known before the first round."""
+    division = parts.division
+    loaded = division.loaded
+    trained = sum(p.numel() for p in parts.model.parameters.values())
+    everything = sum(p.numel() for p in parts.model.model.parameters())
+    again = [
+        "fedloom",
+        "run",
+        f"{folder}/{names.EXPERIMENT}",
+        "--set",
+        f"output.folder={folder}-again",
+    ]
+    return {
+        "name": experiment.name,
+        "fedloom": importlib.metadata.version("fedloom"),
+        "versions": _versions(),
+        "seed": experiment.federation.seed,
+        "command": shlex.join(again),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "device": str(parts.model.device),
+        "model": {
+            "name": experiment.model.path,
+            "sha256": parts.model_digest,
+            "parameters": everything - trained,
+            "trainable": trained,
+        },
+        "data": {
+            "source": experiment.data.source,
+            "kind": loaded.kind,
+            "train": sum(parts.engine.sizes().values()),
+            "client_held_out": sum(len(rows) for rows in division.held_out.values()),
+            "global_held_out": len(division.test),
+            "malformed": len(loaded.bad_rows),
+            "bad_rows": [str(row) for row in loaded.bad_rows[:20]],
+            "dropped": parts.dropped,
+            "digest": loaded.digest,
+        },
+        "metric": asdict(HEADLINES[loaded.kind]),
+        "fingerprint": fingerprint(experiment, division, objective),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def fingerprint(experiment: Experiment, division: Division, objective: Objective | None) -> str:
+    """SHA-256 over everything that shapes the results, except the model's weights (checked apart)."""
+    table = experiment.to_table()
+    del table["output"], table["name"]
+    own = type(objective).__qualname__ if objective is not None else ""
+    text = json.dumps([table, division.loaded.digest, own], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def partition_record(experiment: Experiment, division: Division) -> dict[str, Any]:
+    """Return the content of ``partition.json``."""
+    shares = division.shares
+    return {
+        "kind": experiment.partition.kind,
+        "column": shares.column,
+        "values": list(shares.values),
+        "clients": [
+            {
+                "client": client,
+                "train": len(division.train[client]),
+                "held_out": len(division.held_out[client]),
+                "counts": dict(zip(shares.values, counts, strict=True)),
+            }
+            for client, counts in enumerate(shares.counts)
+        ],
+    }
+
+
+def partition_table(record: Mapping[str, Any]) -> Table:
+    """Return the shares as a table; with many values, the three commonest of each client."""
+    values, clients = record["values"], record["clients"]
+    few = len(values) <= 8
+    columns = values if few else ["values", "commonest"]
+    largest = max(client["train"] for client in clients)
+    table = Table(title=f"{record['kind']} partition by {record['column'] or 'row'}", box=None)
+    table.padding = (0, 1, 0, 0)
+    for column in ("client", "train", "test", "", *columns):
+        left = column in ("", "commonest")
+        table.add_column(str(column), justify="left" if left else "right", no_wrap=column == "")
+    for client in clients:
+        counts = client["counts"]
+        bar = "█" * max(1, round(10 * client["train"] / largest))
+        if few:
+            cells = [str(counts[value]) if counts[value] else "·" for value in values]
+        else:
+            top = sorted(counts, key=lambda value: (-counts[value], value))[:3]
+            held = sum(1 for value in values if counts[value])
+            cells = [str(held), ", ".join(f"{value} {counts[value]}" for value in top)]
+        table.add_row(
+            str(client["client"]), str(client["train"]), str(client["held_out"]), bar, *cells
+        )
+    return table
+
+
+def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
+    """Return a round as one line of ``rounds.jsonl``."""
+    costs = record.costs
+    return {
+        "round": record.round,
+        "clients": list(record.clients),
+        "rejected": [{"client": c, "reason": why} for c, why in record.rejected.items()],
+        "learning_rate": record.learning_rate,
+        "train": dict(record.train) or None,
+        "client_train": {str(c): dict(m) for c, m in record.client_train.items()},
+        "evaluation": _evaluation_record(record.evaluation, headline),
+        "bytes_down": sum(cost.bytes_down for cost in costs),
+        "bytes_up": sum(cost.bytes_up for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+        "seconds": record.seconds,
+    }
+
+
+def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Add up the lines of ``costs.jsonl``; evaluation's bytes and FLOPs are kept apart."""
+    rows = list(costs)
+    work = [row for row in rows if row["phase"] != "evaluate"]
+    judged = [row for row in rows if row["phase"] == "evaluate"]
+
+    def total(name: str, of: list[Mapping[str, Any]]) -> float:
+        return sum(row[name] or 0 for row in of)
+
+    summed = ("bytes_up", "bytes_down", "flops", "seconds", "examples", "tokens")
+    return {
+        **{name: total(name, work) for name in summed},
+        "peak_memory": max((row["peak_memory"] for row in rows), default=0),
+        "evaluation_bytes": total("bytes_up", judged) + total("bytes_down", judged),
+        "evaluation_flops": total("flops", judged),
+        "evaluation_seconds": total("seconds", judged),
+    }
+
+
+def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    each = {str(client): dict(metrics) for client, metrics in evaluation.clients.items()}
+    found = [metrics for metrics in each.values() if headline.name in metrics]
+    clients: dict[str, Any] | None = None
+    if found:
+        values = torch.tensor([metrics[headline.name] for metrics in found], dtype=torch.float64)
+        worst = values.min() if headline.higher_is_better else values.max()
+        clients = {
+            "mean": {headline.name: float(values.mean())},
+            "worst": {headline.name: float(worst)},
+            "spread": {headline.name: float(values.std(correction=0))},
+            "each": each,
+        }
+    return {"global": dict(evaluation.metrics), "clients": clients}
+
+
+def summary_record(
+    rounds: Iterable[Mapping[str, Any]],
+    costs: Iterable[Mapping[str, Any]],
+    metric: str,
+    adapter: Path | None,
+) -> dict[str, Any]:
+    """Return the content of ``summary.json``.
+
+    Args:
+        rounds: All records of the run's rounds.
+        costs: All records of its costs.
+        metric: The metric it is judged by.
+        adapter: The global adapter's weights, or ``None`` where there is none.
+    """
+    rounds = list(rounds)
+    evaluated = [record["evaluation"] for record in rounds if record["evaluation"]]
+    before, after = evaluated[0], evaluated[-1]
+    digest = hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None
+    return {
+        "status": "finished",
+        "rounds": rounds[-1]["round"],
+        "metric": metric,
+        "before": before["global"].get(metric),
+        "after": after["global"].get(metric),
+        "before_metrics": before["global"],
+        "after_metrics": after["global"],
+        "clients_before": before["clients"],
+        "clients_after": after["clients"],
+        "totals": totals(costs),
+        "adapter": {"path": "adapter", "sha256": digest} if adapter else None,
+    }
+
+
+def prompt_of(example: Example) -> Text:
+    """Return what a model is asked, empty for labelled text."""
+    if isinstance(example, Instruction | Preference | Feedback):
+        return example.prompt
+    return ""
+
+
+def answers_of(example: Example) -> dict[str, Any]:
+    """Return the answers that the data itself holds, beside which a model's are shown."""
+    group = next(iter(example.columns.values()), None)
+    wanted: Text | None = None
+    unwanted: Text | None = None
+    if isinstance(example, Preference):
+        wanted, unwanted = example.chosen, example.rejected
+    elif isinstance(example, Instruction):
+        wanted = example.completion
+    elif isinstance(example, Feedback):
+        wanted, unwanted = (
+            (example.completion, None) if example.desirable else (None, example.completion)
+        )
+    return {"wanted": _plain(wanted), "unwanted": _plain(unwanted), "group": group}
+
+
+def _plain(text: Text | None) -> str | None:
+    if text is None or isinstance(text, str):
+        return text.strip() if text else text
+    return "\n".join(message["content"] for message in text)
+
+
+def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:
+    """Return what the command line prints at the end."""
+    total = summary["totals"]
+    before, after = summary["before"], summary["after"]
+    lines = [
+        f"held-out {headline.name} before {before:.4f}  after {after:.4f}  ({after - before:+.4f})",
+    ]
+    if "likelihood_accuracy" in summary["after_metrics"]:
+        old, new = (
+            summary[when]["likelihood_accuracy"] for when in ("before_metrics", "after_metrics")
+        )
+        lines.append(
+            f"held-out likelihood_accuracy before {old:.4f}  after {new:.4f}  ({new - old:+.4f})"
+        )
+    lines += [
+        f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
+        f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
+        f"run folder: {folder}",
+    ]
+    return "\n".join(lines)
