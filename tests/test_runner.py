@@ -351,6 +351,13 @@ def test_an_unwritable_output_is_said_before_anything_is_loaded(experiment, tmp_
         fedloom.run(experiment(output={"folder": str(tmp_path / "file" / "run")}))
 
 
+def test_an_unwritable_cache_names_the_variable_that_moves_it(experiment, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match="set the variable FEDLOOM_CACHE"):
+        fedloom.run(experiment(model={"path": "tiny"}))
+
+
 def test_a_folder_that_holds_something_is_not_touched(experiment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
@@ -375,7 +382,7 @@ def test_a_folder_that_holds_something_is_not_touched(experiment, tmp_path):
         (
             {"partition": {"kind": "column", "column": "planet"}},
             DataError,
-            "There are: axis, domain",
+            "there are: axis, domain",
         ),
     ],
 )
@@ -457,6 +464,8 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ({"training": {"micro_batch_size": 16}}, "is above training.batch_size = 8"),
         ({"training": {"micro_batch_size": 3, "accumulation": 3}}, "is not batch_size 8"),
         ({"training": {"min_learning_rate": 1.0}}, "min_learning_rate = 1.0 is above"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate = nan"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf"),
         ({"training": {"momentum": 0.5}}, "momentum is of sgd; adamw has beta1"),
         ({"objective": {"name": "sft"}}, "for it use objective.name = dpo or kto"),
         ({"data": {"source": "x.jsonl"}}, "data.kind is missing"),

@@ -24,7 +24,7 @@ from fedloom.data.sources import LoadedData, load_examples
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.engines.store import ClientStore
-from fedloom.errors import DataError, ModelError
+from fedloom.errors import DataError, ModelError, OutputError
 from fedloom.evaluation.clients import ACTION, Evaluator
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.experiment import Experiment
@@ -228,7 +228,13 @@ def prepare_model(
     if path == TINY:
         texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
         stage("preparing the tiny model (made once, a few seconds)")
-        path = str(tiny_model(cache_folder(), texts))
+        try:
+            path = str(tiny_model(cache_folder(), texts))
+        except OSError as error:
+            raise OutputError(
+                f"cannot keep the tiny model in {cache_folder()}: {error.strerror}; set the variable "
+                "FEDLOOM_CACHE to a folder that can be written"
+            ) from error
     stage(f"loading {experiment.model.path}")
     tokenizer = load_tokenizer(path, experiment.model.revision)
     backbone = load_backbone(

@@ -31,6 +31,7 @@ class Settings(BaseModel):
         strict=True,
         validate_default=True,
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 

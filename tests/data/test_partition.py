@@ -113,7 +113,7 @@ def test_a_client_keeps_a_share_for_its_own_evaluation(count, kept):
             {"kind": "column", "column": "sight"},
             "'sight' is not in the data; did you mean 'site'",
         ),
-        (30, 4, {"kind": "dirichlet", "column": "zzz"}, "There are: site, label"),
+        (30, 4, {"kind": "dirichlet", "column": "zzz"}, "there are: site, label"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused(rows, clients, settings, message):

@@ -64,6 +64,14 @@ def test_every_format_gives_the_same_examples(tmp_path, name):
     assert rows == [(i + 1, f"p{i}", f"c{i}", "AB"[i % 2]) for i in range(10)]
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, name):
+    WRITERS[name](tmp_path / name, ROWS)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert len(load(tmp_path / name).train) == 8
+
+
 def test_nested_parquet_messages_are_read(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     write_parquet(tmp_path / "x.parquet", [{"messages": messages}] * 4)

@@ -263,8 +263,8 @@ def _absent(column: str, example: Example) -> str:
     if isinstance(example, Labelled | Feedback):
         there.append("label")
     near = difflib.get_close_matches(column, there, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"did you mean {near[0]!r}? " if near else ""
     return (
-        f"partition.column {column!r} is not in the data{hint} There are: "
-        f"{', '.join(there) or 'no columns to divide by'}"
+        f"partition.column {column!r} is not in the data; {hint}there are: "
+        f"{', '.join(there) or 'none to divide by'}"
     )

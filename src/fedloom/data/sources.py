@@ -294,8 +294,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _opened(path: Path) -> Any:
     if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _is_file(source: str) -> bool:
