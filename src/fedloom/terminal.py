@@ -5,7 +5,6 @@ It only watches (see ``server.Observer``); no result depends on it.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from fedloom.report.tables import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from fedloom.runner import Plan
-    from fedloom.server import RoundRecord
+    from fedloom.server import Evaluation, RoundRecord
 
 SHOWN_ROUNDS = 12
 """Rounds in the live table; earlier ones scroll away (all are in rounds.jsonl)."""
@@ -84,24 +83,27 @@ class Terminal:
             self.first_round, self.started = record.round, time.perf_counter()
         down = sum(cost.bytes_down for cost in record.costs)
         up = sum(cost.bytes_up for cost in record.costs)
-        metric = record.evaluation.metrics.get(self.plan.metric) if record.evaluation else None
-        own = (
-            [m[self.plan.metric] for m in record.evaluation.clients.values()]
-            if metric is not None and record.evaluation
-            else []
-        )
+        metric, worst = self._judged(record.evaluation)
         taken = len(record.clients) - len(record.rejected)
         return {
             "round": f"{record.round}/{self.plan.rounds}",
             "clients": f"{taken}/{len(record.clients)}" if record.clients else "start",
             "loss": _number(record.train.get("loss")),
             self.plan.metric: _number(metric),
-            "worst client": _number(
-                (min if self.plan.higher_is_better else max)(own) if own else None
-            ),
+            "worst client": _number(worst),
             "sent": f"{human_bytes(down)} down {human_bytes(up)} up" if down + up else "",
             "left": self._left(record.round),
         }
+
+    def _judged(self, evaluation: Evaluation | None) -> tuple[float | None, float | None]:
+        """Return the metric on the global held-out set and that of the worst client."""
+        assert self.plan is not None
+        if evaluation is None:
+            return None, None
+        name = self.plan.metric
+        own = [metrics[name] for metrics in evaluation.clients.values() if name in metrics]
+        worst = min if self.plan.higher_is_better else max
+        return evaluation.metrics.get(name), worst(own) if own else None
 
     def _left(self, round: int) -> str:
         assert self.plan is not None and self.first_round is not None
@@ -167,8 +169,3 @@ class LiveTerminal(Terminal):
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def stderr_console() -> Console:
-    """Return a console on standard error, for messages that must not mix with results."""
-    return Console(file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK = "#123456"
 """Stands for the page's text colour while drawing; replaced by ``currentColor`` at the end."""
@@ -84,6 +84,9 @@ def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_lab
         xs = [x for x, _ in points.values() if x > 0]
         if xs and max(xs) > 10 * min(xs) and len(xs) == len(points):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(0.15)
         _finish_axes(axes, x_label, y_label, legend=True)
         return _svg(figure)
