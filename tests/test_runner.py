@@ -152,6 +152,19 @@ def test_partial_participation_and_evaluation_every_n_rounds(experiment):
     assert records[-1]["evaluation"]["clients"]["worst"]["preference_accuracy"] <= 1
 
 
+@pytest.mark.parametrize("method", ["fedavg", "local_only", "centralised"])
+def test_every_method_is_judged_on_every_clients_own_rows(experiment, method):
+    result = fedloom.run(experiment(method={"name": method}))
+    for record in lines(result.folder, "rounds.jsonl"):
+        each = record["evaluation"]["clients"]["each"]
+        assert list(each) == ["0", "1", "2"] and all(m["examples"] >= 1 for m in each.values())
+        accuracies = [metrics["preference_accuracy"] for metrics in each.values()]
+        clients = record["evaluation"]["clients"]
+        assert clients["worst"]["preference_accuracy"] == min(accuracies)
+        assert clients["mean"]["preference_accuracy"] == pytest.approx(np.mean(accuracies))
+        assert clients["spread"]["preference_accuracy"] == pytest.approx(np.std(accuracies))
+
+
 def test_pairs_are_unrolled_for_kto_and_judged_as_pairs(experiment):
     result = fedloom.run(experiment(objective={"name": "kto"}))
     assert "preference_accuracy" in result.metrics

@@ -180,11 +180,10 @@ def _encode(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int]
     wholes = iter(_batch(tokenizer, [whole for _, wholes in rendered for whole in wholes]))
     result = []
     for example, prompt, (_, texts) in zip(examples, prompts, rendered, strict=True):
-        ends = isinstance(example, Labelled)
         sequences = [list(next(wholes)) for _ in texts]
         shared = min(_common(prompt, sequence) for sequence in sequences)
         start, completions = list(prompt[:shared]), [sequence[shared:] for sequence in sequences]
-        if ends:
+        if isinstance(example, Labelled):
             result.append((start, sequences))
             continue
         if not start:  # an empty prompt: the completion's first token needs one before it

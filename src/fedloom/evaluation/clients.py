@@ -74,7 +74,7 @@ class Evaluator:
         if round % self.every and round != self.rounds:
             return None
         adapter = self.method.shared(state)
-        clients = self._ask(adapter, round, engine)
+        clients = {} if self.method.pools_data else self._ask(adapter, round, engine)
         if adapter is None:
             common = [_part(metrics, COMMON) for metrics in clients.values()]
             own = {client: _without(metrics, COMMON) for client, metrics in clients.items()}
@@ -83,6 +83,9 @@ class Evaluator:
             before = model.flops
             model.write(adapter)
             metrics = self.held_out.score(model)
+            if self.method.pools_data:  # all rows are here, the clients' held-out ones too
+                own = self.client_held_out.items()
+                clients = {c: {**rows.score(model), "examples": len(rows)} for c, rows in own}
             cost.flops, cost.examples = model.flops - before, len(self.held_out)
         return Evaluation(metrics, clients)
 
