@@ -84,8 +84,8 @@ class Evaluator:
             model.write(adapter)
             metrics = self.held_out.score(model)
             if self.method.pools_data:  # all rows are here, the clients' held-out ones too
-                own = self.client_held_out.items()
-                clients = {c: {**rows.score(model), "examples": len(rows)} for c, rows in own}
+                for client, rows in self.client_held_out.items():
+                    clients[client] = {**rows.score(model), "examples": len(rows)}
             cost.flops, cost.examples = model.flops - before, len(self.held_out)
         return Evaluation(metrics, clients)
 
