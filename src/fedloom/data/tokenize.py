@@ -298,7 +298,7 @@ def _write(file: Path, tokens: TokenSet) -> None:
     }
     arrays["dropped"] = np.frombuffer(json.dumps(tokens.dropped).encode() or b" ", np.uint8)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # tokens are the rows themselves
         temporary = file.with_name(f".{file.name}.{id(tokens)}")
         temporary.write_bytes(safetensors.numpy.save(arrays))
         temporary.replace(file)
