@@ -89,7 +89,7 @@ def bare_loop(parts, batches) -> tuple[float, dict]:
 def main() -> None:
     parts = assemble(EXPERIMENT, divide(EXPERIMENT))
     for client in parts.engine.sizes():
-        parts.engine._add_reference(0, client)
+        parts.engine.add_reference(0, client)
     cpu = torch.device("cpu")
     batches = {
         (round, client): [

@@ -59,9 +59,19 @@ class SimulationEngine:
         for client, data in exchange.requests.items():
             yield self._answer(exchange, client, data)
 
-    def _answer(self, exchange: Exchange, number: int, data: bytes) -> Answer:
-        if exchange.action == "train":
-            self._add_reference(exchange.round, number)
+    def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
+        try:
+            if exchange.action == "train":
+                self.add_reference(exchange.round, client)
+            return Answer(client, self._handle(exchange, client, data))
+        except FedloomError as error:
+            return Answer(client, error=str(error))
+        except Exception as error:  # whatever breaks on a client is that client's affair
+            LOG.debug("client %d failed", client, exc_info=True)
+            return Answer(client, error=f"{type(error).__name__}: {error}")
+
+    def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
+        """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
             cost.bytes_down = len(data)
             before = self.model.flops
@@ -69,18 +79,13 @@ class SimulationEngine:
             try:
                 payload = decode(data, exchange.request_schema)
                 reply = self.handlers[exchange.action](client, payload)
-                encoded = encode(reply, exchange.reply_schema)
-            except FedloomError as error:
-                return Answer(number, error=str(error))
-            except Exception as error:  # whatever breaks on a client is that client's affair
-                LOG.debug("client %d failed", number, exc_info=True)
-                return Answer(number, error=f"{type(error).__name__}: {error}")
             finally:
                 cost.flops = self.model.flops - before
                 _count_training(cost, client)
+            encoded = encode(reply, exchange.reply_schema)
             cost.bytes_up = len(encoded)
-            self.store.put(number, client.kept)
-            return Answer(number, encoded)
+        self.store.put(number, client.kept)
+        return encoded
 
     def _client(self, number: int, round: int) -> Client:
         return Client(
@@ -95,7 +100,7 @@ class SimulationEngine:
             kept=self.store.slots(number),
         )
 
-    def _add_reference(self, round: int, client: int) -> None:
+    def add_reference(self, round: int, client: int) -> None:
         """Score a client's rows under the reference model when it first takes part."""
         share = self.shares[client]
         if not self.objective.needs_reference or share.reference_logps is not None:
