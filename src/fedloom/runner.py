@@ -157,6 +157,7 @@ def run_experiment(
     folder = RunFolder(_new_folder(experiment))
     try:
         folder.write_text(names.EXPERIMENT, experiment.to_toml())
+        trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
         division = divide(experiment, data)
         parts = assemble(experiment, division, objective=objective, stage=observer.stage)
@@ -165,7 +166,7 @@ def run_experiment(
         shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: leave nothing behind
         raise
     state = parts.method.initial_state(parts.initial)
-    return _Run(experiment, folder, parts, observer, objective).go(state, -1)
+    return _Run(experiment, folder, parts, observer, objective, trackers).go(state, -1)
 
 
 def resume_run(
@@ -201,6 +202,7 @@ def resume_run(
         _require_same(given, experiment, path)
     elif list(assignments):
         raise SettingsError(["--set cannot change a run that is resumed"], "the command")
+    trackers = _open_trackers(experiment, folder)
     observer.stage("reading data")
     division = divide(experiment, data)
     saved = None
@@ -219,7 +221,7 @@ def resume_run(
     observer.stage(
         f"continuing after round {done}" if saved else "starting again from the beginning"
     )
-    return _Run(experiment, folder, parts, observer, objective).go(state, done)
+    return _Run(experiment, folder, parts, observer, objective, trackers).go(state, done)
 
 
 def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> dict[str, float]:
@@ -278,9 +280,6 @@ class _Run:
     def go(self, state: State, done: int) -> RunResult:
         """Play the rounds that are left, then write what a finished run leaves."""
         experiment, parts = self.experiment, self.parts
-        self.trackers = open_trackers(
-            experiment.output.trackers, self.folder.path, experiment.name, experiment.to_table()
-        )
         server = Server(
             method=parts.method,
             engine=parts.engine,
@@ -395,6 +394,12 @@ class _Run:
             {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)
         ]
+
+
+def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:
+    return open_trackers(
+        experiment.output.trackers, folder.path, experiment.name, experiment.to_table()
+    )
 
 
 def _new_folder(experiment: Experiment) -> Path:
