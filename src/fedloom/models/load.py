@@ -48,7 +48,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _silence()
+    silence_transformers()
     _check_folder(path)
     if Path(path).is_dir() and not any(
         (Path(path) / name).is_file()
@@ -95,7 +95,7 @@ def load_backbone(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    _silence()
+    silence_transformers()
     _check_weights(path)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
     factory: Any = AutoModelForCausalLM
@@ -136,7 +136,7 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-def _silence() -> None:
+def silence_transformers() -> None:
     """Keep transformers' bars and load reports off the terminal; errors still come through."""
     from transformers.utils import logging as module
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.models.load import PLAIN_CHAT
+from fedloom.models.load import PLAIN_CHAT, silence_transformers
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 
@@ -71,6 +71,7 @@ def make_tiny_model(folder: Path, texts: Sequence[str], recipe: TinyRecipe) -> N
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    silence_transformers()
     tokenizer = _train_tokenizer(texts, recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
