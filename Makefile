@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check slow docs clean
+.PHONY: demo test check slow clean
 
 demo: $(VENV)/.installed  ## the main job on embedded defaults: no network, no files
 	@$(BIN)/fedloom demo
@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "fedloom needs Python 3.11 or newer; none was found"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fedloom needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half a one would pass for done next time
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing fedloom into $(VENV) (once, about two minutes and 2 GB)"

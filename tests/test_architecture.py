@@ -1,0 +1,88 @@
+"""Who imports the heavy libraries. The layers of the package itself are import-linter's: `make check`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fedloom
+
+PACKAGE = Path(fedloom.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A name that ends in a slash stands for all files below that folder.
+IMPORTERS = {
+    "transformers": ("models/load.py", "models/tiny.py", "data/tokenize.py"),
+    "peft": ("models/",),
+    "trl": (),
+}
+# `fedloom --help`, a mistyped setting and a report must not wait seconds for torch.
+LIGHT = ("settings.py", "errors.py", "cli.py", "report/")
+
+
+def stands_in(path, places):
+    name = path.relative_to(PACKAGE).as_posix()
+    return any(name.startswith(p) if p.endswith("/") else name == p for p in places)
+
+
+def imported(tree, when_loaded=False):
+    """The outermost packages that a file imports; ``when_loaded``: only those its own import costs."""
+    found, nodes = set(), [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition(".")[0])
+        elif when_loaded and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        elif when_loaded and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+            continue
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def importers(package, files=FILES, when_loaded=False):
+    return [f for f in files if package in imported(ast.parse(f.read_text("utf-8")), when_loaded)]
+
+
+SOURCE = """
+import a.b as c
+from . import near
+if TYPE_CHECKING:
+    from d.e import f
+else:
+    import g
+try:
+    import h
+except ImportError:
+    pass
+class C:
+    import i
+    def method(self):
+        from j import k
+"""
+
+
+@pytest.mark.parametrize(("when_loaded", "expected"), [(False, "adghij"), (True, "aghi")])
+def test_imports_are_found_wherever_they_stand(when_loaded, expected):
+    assert imported(ast.parse(SOURCE), when_loaded) == set(expected)
+
+
+@pytest.mark.parametrize("package", IMPORTERS)
+def test_a_heavy_library_is_imported_in_its_own_place_only(package):
+    strangers = [f for f in importers(package) if not stands_in(f, IMPORTERS[package])]
+    assert strangers == []
+
+
+@pytest.mark.parametrize("package", ["transformers", "peft"])
+def test_the_places_of_a_heavy_library_do_import_it(package):
+    assert any(stands_in(f, IMPORTERS[package]) for f in importers(package))
+
+
+@pytest.mark.parametrize("place", LIGHT)
+def test_a_light_part_loads_no_torch(place):
+    light = [f for f in FILES if stands_in(f, (place,))]
+    assert light, f"{place} is gone: name the part that took its place"
+    assert importers("torch", light, when_loaded=True) == []
