@@ -24,7 +24,7 @@ slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "fedloom needs Python 3.11 or newer; none was found"; exit 1; }
