@@ -30,6 +30,7 @@ from fedloom.errors import (
     SettingsError,
 )
 from fedloom.experiment import Experiment
+from fedloom.methods import METHODS
 from fedloom.objectives import DPO
 from fedloom.runner import Silent, evaluate_adapter, resume_run
 
@@ -53,7 +54,7 @@ SETS = {
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("method", ["fedavg", "local_only", "centralised"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_objective_runs_under_every_method(experiment, name, method):
     result = fedloom.run(
         experiment(objective={"name": name}, data={"source": SETS[name]}, method={"name": method})
@@ -152,7 +153,7 @@ def test_partial_participation_and_evaluation_every_n_rounds(experiment):
     assert records[-1]["evaluation"]["clients"]["worst"]["preference_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("method", ["fedavg", "local_only", "centralised"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_judged_on_every_clients_own_rows(experiment, method):
     result = fedloom.run(experiment(method={"name": method}))
     for record in lines(result.folder, "rounds.jsonl"):
@@ -270,7 +271,7 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["fedavg", "local_only"])
+@pytest.mark.parametrize("method", ["fedavg", "local_only", "scaffold", "fedyogi"])
 @pytest.mark.parametrize("after", [1, 3, 4, 6])
 def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, method, after):
     settings = {
@@ -284,7 +285,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
     with pytest.raises(Interrupted, match=f"fedloom run --resume {broken}"):
         fedloom.run(built, observer=Stop(after))
     result = resume_run(broken)
-    if method == "fedavg":
+    if method != "local_only":
         assert sha(result.folder) == sha(whole.folder)
     assert result.metrics == whole.metrics
     for left, right in zip(
@@ -498,7 +499,20 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ({"partition": {"kind": "dirichlet"}}, "needs partition.column"),
         (
             {"objective": {"name": "dpo", "desirable_weight": 1.0}},
-            "objective.desirable_weight: unknown key",
+            "objective.desirable_weight is a setting of kto; objective.name is 'dpo'",
+        ),
+        (
+            {"method": {"name": "fedavg", "mu": 0.1}},
+            "method.mu is a setting of fedprox; method.name is 'fedavg'",
+        ),
+        (
+            {"method": {"name": "scaffold", "beta2": 0.9}},
+            "method.beta2 is a setting of fedadam and fedyogi; method.name is 'scaffold'",
+        ),
+        ({"method": {"name": "fedprox", "muu": 0.1}}, "did you mean 'mu'?"),
+        (
+            {"training": {"local_tokens": 5, "total_epochs": 3.0}},
+            "training: give local_tokens or total_epochs, not both",
         ),
     ],
 )

@@ -184,6 +184,9 @@ def assemble(
         objective,
         experiment.training,
         experiment.federation.seed,
+        experiment.federation.rounds
+        * min(experiment.federation.cohort_size, len(train))
+        / len(train),
         store or ClientStore(),
         ledger,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -163,10 +163,24 @@ def _parse_section(section: str, table: object) -> tuple[Settings | None, list[s
     if name not in choice:
         return None, [f"{section}.name = {name!r}: {nearest(str(name), choice)}"]
     settings_class: type[Settings] = choice[name][0]
-    return parse(settings_class, dict(table), section)
+    foreign = _foreign(section, choice, name, table)
+    own = {key: value for key, value in table.items() if key not in foreign}
+    settings, problems = parse(settings_class, own, section)
+    return (None if foreign else settings), [*foreign.values(), *problems]
 
 
-PartT = TypeVar("PartT")
+def _foreign(
+    section: str, choice: Mapping[str, Any], name: str, table: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return, for each key that another choice owns and this one does not, what to say about it."""
+    found = {}
+    for key in table.keys() - choice[name][0].model_fields.keys():
+        owners = [other for other, (settings, _) in choice.items() if key in settings.model_fields]
+        if owners:
+            found[key] = (
+                f"{section}.{key} is a setting of {' and '.join(owners)}; {section}.name is {name!r}"
+            )
+    return dict(sorted(found.items()))
 
 
 def _contradictions(parts: Mapping[str, Any]) -> list[str]:

@@ -163,7 +163,7 @@ def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     def total(name: str, of: list[Mapping[str, Any]]) -> float:
         return sum(row[name] or 0 for row in of)
 
-    summed = ("bytes_up", "bytes_down", "flops", "seconds", "examples", "tokens")
+    summed = ("bytes_up", "bytes_down", "flops", "seconds", "examples", "tokens", "steps")
     return {
         **{name: total(name, work) for name in summed},
         "peak_memory": max((row["peak_memory"] for row in rows), default=0),

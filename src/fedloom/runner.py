@@ -23,7 +23,7 @@ from fedloom.errors import CheckpointError, Interrupted, OutputError, SettingsEr
 from fedloom.evaluation.generate import generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
-from fedloom.methods.local_only import ADAPTER
+from fedloom.methods.base import ADAPTER
 from fedloom.objectives.base import Objective
 from fedloom.records import (
     answers_of,

@@ -15,7 +15,7 @@ from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps, train_locally
-from fedloom.training.optimizers import TrainingSettings, round_learning_rate
+from fedloom.training.optimizers import TrainingSettings, Work, round_learning_rate
 
 SETS = {
     "sft": "instructions",
@@ -52,7 +52,15 @@ def train(objective, model, share, start, round=1, **settings):
     model.write(start)
     settings = TrainingSettings(**{"batch_size": 8, **settings})
     result = train_locally(
-        model, share, objective, settings, learning_rate=1e-2, seed=3, client=1, round=round
+        model,
+        share,
+        objective,
+        settings,
+        learning_rate=1e-2,
+        seed=3,
+        client=1,
+        round=round,
+        work=settings.work(len(share), 1.0),
     )
     return result, model.read()
 
@@ -175,6 +183,7 @@ def test_optimizer_state_is_kept_when_asked_and_makes_a_difference(parts):
             client=1,
             round=2,
             state=state,
+            work=settings.work(len(share), 1.0),
         )
         return model.read()
 
@@ -222,3 +231,60 @@ def test_gradient_checkpointing_changes_nothing_beyond_rounding(parts):
     model.model.base_model.model.activation_checkpointing_enable()
     _, checkpointed = train(objective, model, share, start, optimizer="sgd")
     assert distance(plain, checkpointed) < 1e-6
+
+
+def work_of(rows=20, participations=2.0, **settings):
+    return TrainingSettings(batch_size=8, **settings).work(rows, participations)
+
+
+def test_how_much_a_client_does():
+    assert work_of() == Work(epochs=1)
+    assert work_of(local_steps=7) == Work(steps=7)
+    assert work_of(local_examples=40) == Work(examples=40)
+    # 3 passes over 20 rows in 2 participations: 30 rows a round, 3.75 batches of 8
+    assert work_of(total_epochs=3.0) == Work(steps=4)
+    assert work_of(total_epochs=3.0, rows=1, participations=200.0) == Work(steps=1)
+    assert work_of(total_epochs=1.6, rows=10, participations=1.0) == Work(
+        steps=2
+    )  # 16 rows exactly
+
+
+def test_the_budget_of_the_published_study():
+    """747 clients, 10 a round, 200 rounds, batch 8: a client of 12.7 rows makes 2 steps a round."""
+    settings = TrainingSettings(batch_size=8, total_epochs=3.0)
+    assert settings.work(13, 200 * 10 / 747) == Work(steps=2)  # 3 * 13 / 2.677 / 8 = 1.82
+
+
+def test_a_pair_counts_as_the_two_answers_it_holds(parts):
+    objective, model, share = parts("dpo")
+    result, _ = train(objective, model, share, model.read(), local_examples=33)
+    assert (result.steps, result.examples) == (3, 20)  # 16, 32, then the epoch's last 4 pairs: 40
+    objective, model, share = parts("kto")
+    result, _ = train(objective, model, share, model.read(), local_examples=33)
+    assert (result.steps, result.examples) == (5, 36)  # 8, 16, 20 | 28, 36
+
+
+def test_tokens_end_a_round_at_the_step_that_reaches_them(parts):
+    objective, model, share = parts("sft")
+    everything, _ = train(objective, model, share, model.read())
+    result, _ = train(objective, model, share, model.read(), local_tokens=everything.tokens + 1)
+    assert result.steps == everything.steps + 1 and result.tokens > everything.tokens
+
+
+def test_hooks_run_around_every_step_and_see_gradients(parts):
+    objective, model, share = parts("sft")
+    seen = []
+    train_locally(
+        model,
+        share,
+        objective,
+        TrainingSettings(batch_size=8),
+        learning_rate=1e-2,
+        seed=3,
+        client=1,
+        round=1,
+        work=Work(steps=2),
+        before_step=lambda p: seen.append(all(x.grad is not None for x in p.values())),
+        after_step=lambda p: seen.append(all(x.grad is None for x in p.values())),
+    )
+    assert seen == [True] * 4

@@ -34,6 +34,7 @@ class Cost:
             allocated memory of the GPU where there is one.
         tokens: Tokens trained or evaluated on, padding not counted.
         examples: Examples trained or evaluated on, repetitions counted.
+        steps: Optimizer steps.
     """
 
     round: int
@@ -46,6 +47,7 @@ class Cost:
     peak_memory: int = 0
     tokens: int = 0
     examples: int = 0
+    steps: int = 0
 
 
 @dataclass

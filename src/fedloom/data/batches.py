@@ -78,7 +78,12 @@ def mismatch(
 
 
 def epoch_batches(
-    count: int, batch_size: int, rng: np.random.Generator, *, epochs: int | None, steps: int | None
+    count: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
 ) -> Iterator[Indices]:
     """Yield the rows of each optimizer step.
 
@@ -86,12 +91,12 @@ def epoch_batches(
         count: Rows there are, at least 1.
         batch_size: Rows in a step; the last step of an epoch may have fewer.
         rng: Shuffles each epoch anew.
-        epochs: Passes over the rows; or ``None``.
-        steps: Steps in all, over as many epochs as it takes; exactly one of the two is given.
+        epochs: Passes over the rows; ``None`` goes on without end.
+        steps: Most steps in all, over as many epochs as it takes; ``None`` for no bound.
     """
     done = 0
     epoch = 0
-    while (epochs is not None and epoch < epochs) or (steps is not None and done < steps):
+    while epochs is None or epoch < epochs:
         order = rng.permutation(count)
         for start in range(0, count, batch_size):
             if steps is not None and done >= steps:
@@ -99,11 +104,6 @@ def epoch_batches(
             yield order[start : start + batch_size]
             done += 1
         epoch += 1
-
-
-def count_steps(count: int, batch_size: int, *, epochs: int | None, steps: int | None) -> int:
-    """Return how many steps :func:`epoch_batches` yields."""
-    return steps if steps is not None else (epochs or 0) * -(-count // batch_size)
 
 
 def micro_batches(share: TokenShare, indices: Indices, size: int) -> list[Indices]:

@@ -36,6 +36,7 @@ class SimulationEngine:
         objective: What clients minimise.
         training: How.
         seed: The experiment's seed.
+        participations: Rounds that a client takes part in on average.
         store: What clients keep between rounds.
         ledger: Where costs go.
     """
@@ -47,6 +48,7 @@ class SimulationEngine:
     objective: Objective
     training: TrainingSettings
     seed: int
+    participations: float
     store: ClientStore
     ledger: Ledger
 
@@ -97,6 +99,7 @@ class SimulationEngine:
             objective=self.objective,
             training=self.training,
             seed=self.seed,
+            participations=self.participations,
             kept=self.store.slots(number),
         )
 
@@ -116,3 +119,4 @@ class SimulationEngine:
 def _count_training(cost: Cost, client: Client) -> None:
     if client.last is not None:
         cost.tokens, cost.examples = client.last.tokens, client.last.examples
+        cost.steps = client.last.steps

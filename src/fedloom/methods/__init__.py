@@ -7,12 +7,39 @@ from typing import Any
 from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
+from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
+from fedloom.methods.fedopt import (
+    FedAdagrad,
+    FedAdagradSettings,
+    FedAdam,
+    FedAdamSettings,
+    FedYogi,
+    FedYogiSettings,
+)
+from fedloom.methods.fedprox import FedProx, FedProxSettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
+from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 
-MethodSettings = FedAvgSettings | CentralisedSettings | LocalOnlySettings
+MethodSettings = (
+    FedAvgSettings
+    | FedProxSettings
+    | ScaffoldSettings
+    | FedAvgMSettings
+    | FedAdagradSettings
+    | FedAdamSettings
+    | FedYogiSettings
+    | CentralisedSettings
+    | LocalOnlySettings
+)
 
 METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "fedavg": (FedAvgSettings, FedAvg),
+    "fedprox": (FedProxSettings, FedProx),
+    "scaffold": (ScaffoldSettings, Scaffold),
+    "fedavgm": (FedAvgMSettings, FedAvgM),
+    "fedadagrad": (FedAdagradSettings, FedAdagrad),
+    "fedadam": (FedAdamSettings, FedAdam),
+    "fedyogi": (FedYogiSettings, FedYogi),
     "centralised": (CentralisedSettings, Centralised),
     "local_only": (LocalOnlySettings, LocalOnly),
 }

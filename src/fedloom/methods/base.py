@@ -8,21 +8,36 @@ a round is in the state or in what the client keeps; a generator is never saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
 from fedloom.models.lora import AdapterModel
 from fedloom.objectives.base import Objective
-from fedloom.training.local import LocalResult, train_locally
+from fedloom.training.local import LocalResult, StepHook, train_locally
 from fedloom.training.optimizers import TrainingSettings
 
 OPTIMIZER = "optimizer"
 """Where a client keeps its optimizer's tensors, if it does."""
 
 TRAIN_REPLY_NUMBERS = ("examples",)
+
+ADAPTER = "adapter"
+"""Where the adapter is, among the parts of a state, a payload or what a client keeps."""
+
+
+def join_parts(**parts: Tensors) -> Tensors:
+    """Return several sets of tensors as one, each name after its part: ``control/NAME``."""
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def part_of(tensors: Tensors, part: str) -> Tensors:
+    """Return the tensors of one part of what :func:`join_parts` made; empty if it is not there."""
+    opening = f"{part}/"
+    return {n.removeprefix(opening): t for n, t in tensors.items() if n.startswith(opening)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Client:
         objective: What it minimises.
         training: How.
         seed: The experiment's seed.
+        participations: Rounds that a client takes part in on average, T |S| / N.
         kept: What the client keeps between rounds, by slot; never in a message. What a handler
             changes here is stored if the handler ends well, and forgotten if it fails.
         last: What the last training did, for the ledger.
@@ -68,11 +84,23 @@ class Client:
     objective: Objective
     training: TrainingSettings
     seed: int
+    participations: float
     kept: dict[str, Tensors]
     last: LocalResult | None = None
 
-    def train(self, learning_rate: float, steps: int | None = None) -> LocalResult:
-        """Train the adapter that the model holds on this client's rows, in place."""
+    def train(
+        self,
+        learning_rate: float,
+        before_step: StepHook | None = None,
+        after_step: StepHook | None = None,
+    ) -> LocalResult:
+        """Train the adapter that the model holds on this client's rows, in place.
+
+        Args:
+            learning_rate: Of this round.
+            before_step: Called before each optimizer step; see :func:`train_locally`.
+            after_step: Called after each optimizer step.
+        """
         self.last = train_locally(
             self.model,
             self.share,
@@ -82,8 +110,10 @@ class Client:
             seed=self.seed,
             client=self.id,
             round=self.round,
+            work=self.training.work(len(self.share), self.participations),
             state=self.kept.get(OPTIMIZER),
-            steps=steps,
+            before_step=before_step,
+            after_step=after_step,
         )
         if self.last.optimizer_state:
             self.kept[OPTIMIZER] = self.last.optimizer_state
@@ -132,6 +162,14 @@ def train_and_upload(client: Client, payload: Payload) -> Payload:
     client.model.write(payload.tensors)
     result = client.train(payload.numbers["learning_rate"])
     return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
+
+
+def mean_adapter(replies: Sequence[Reply]) -> Tensors:
+    """Return the mean of the adapters that clients sent back, weighted by their rows."""
+    return weighted_mean(
+        [reply.payload.tensors for reply in replies],
+        [reply.payload.numbers["examples"] for reply in replies],
+    )
 
 
 def training_exchange(cohort: Cohort, adapter: Tensors) -> Exchange:

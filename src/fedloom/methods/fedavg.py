@@ -9,9 +9,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
-from fedloom.methods.base import Cohort, Handler, Method, Round, train_and_upload, training_exchange
+from fedloom.methods.base import (
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    mean_adapter,
+    train_and_upload,
+    training_exchange,
+)
 from fedloom.settings import Settings
 
 
@@ -30,12 +37,7 @@ class FedAvg(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""
         replies = yield training_exchange(cohort, state.tensors)
-        return State(
-            weighted_mean(
-                [reply.payload.tensors for reply in replies],
-                [reply.payload.numbers["examples"] for reply in replies],
-            )
-        )
+        return State(mean_adapter(replies))
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

@@ -10,10 +10,16 @@ from typing import Literal
 
 from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Schema, Tensors
-from fedloom.methods.base import TRAIN_REPLY_NUMBERS, Client, Cohort, Handler, Method, Round
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+)
 from fedloom.settings import Settings
-
-ADAPTER = "adapter"
 
 
 class LocalOnlySettings(Settings):

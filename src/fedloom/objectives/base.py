@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.batch import Batch
@@ -46,6 +48,10 @@ class Objective:
     needs_reference: bool = False
     needs_mismatched: bool = False
     beta: float = 0.1
+
+    def for_client(self, labels: NDArray[np.int64]) -> Objective:
+        """Return the objective for a client whose rows have these labels (-1 for none); itself here."""
+        return self
 
     def weight(self, batch: Batch) -> float:
         """Return what the mean in :meth:`loss` is over: the number of examples by default."""

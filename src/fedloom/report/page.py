@@ -18,8 +18,6 @@ from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 
-ACCENTS = 8
-
 
 @dataclass(frozen=True)
 class Run:

@@ -6,10 +6,11 @@ It knows a model, rows and an objective; it knows no federation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedloom.batch import Batch
 from fedloom.data.batches import (
@@ -27,7 +28,15 @@ from fedloom.models.lora import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.randomness import derive_seed, generator
-from fedloom.training.optimizers import TrainingSettings, make_optimizer, optimizer_state
+from fedloom.training.optimizers import (
+    TrainingSettings,
+    Work,
+    make_optimizer,
+    optimizer_state,
+)
+
+StepHook = Callable[[Mapping[str, nn.Parameter]], None]
+"""What a method does around an optimizer step, to the trained parameters by name."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,10 @@ def train_locally(
     seed: int,
     client: int,
     round: int,
+    work: Work,
     state: Tensors | None = None,
-    steps: int | None = None,
+    before_step: StepHook | None = None,
+    after_step: StepHook | None = None,
 ) -> LocalResult:
     """Train the adapter that ``model`` holds on one client's rows, in place.
 
@@ -73,22 +84,28 @@ def train_locally(
         seed: The experiment's seed; order and dropout come from it, the client and the round.
         client: Its id.
         round: From 1.
+        work: How much is done.
         state: The optimizer's tensors from this client's last round.
-        steps: Optimizer steps instead of those in the settings.
+        before_step: Called with the parameters before each optimizer step, gradients ready and not
+            yet clipped: a method adds its own term here.
+        after_step: Called with the parameters after each optimizer step.
 
     Raises:
         NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
     """
     order = generator(seed, "batches", client, round)
-    epochs = None if steps is not None else settings.epochs
-    wanted = steps if steps is not None else settings.local_steps
+    objective = objective.for_client(share.tokens.labels)
     optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
     totals = _Totals()
     model.model.train()
     with torch.random.fork_rng(devices=_devices(model)):
         torch.manual_seed(derive_seed(seed, "dropout", client, round))
-        batches = epoch_batches(len(share), settings.batch_size, order, epochs=epochs, steps=wanted)
+        batches = epoch_batches(
+            len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
+        )
         for step, indices in enumerate(batches, 1):
+            if totals.reach(work):
+                break
             parts = [
                 collate(share, part, model.pad, model.device)
                 for part in micro_batches(share, indices, settings.micro_batch)
@@ -98,10 +115,14 @@ def train_locally(
                 optimizer.zero_grad()
                 rows = [row for part in parts for row in part.rows]
                 raise NonFiniteLoss(client, step, rows, loss)
+            if before_step is not None:
+                before_step(model.parameters)
             if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters.values(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+            if after_step is not None:
+                after_step(model.parameters)
             totals.steps += 1
     kept = optimizer_state(model.parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
@@ -161,6 +182,7 @@ class _Totals:
 
     steps: int = 0
     examples: int = 0
+    answers: int = 0
     tokens: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
@@ -169,11 +191,18 @@ class _Totals:
         self, batch: Batch, metrics: dict[str, Tensor], weight: float, own: dict[str, float]
     ) -> None:
         self.examples += len(batch)
+        self.answers += len(batch.sequences.input_ids)
         self.tokens += batch.tokens
         for name, value in metrics.items():
             term = value.double() * own.get(name, weight)
             self.sums[name] = self.sums[name] + term if name in self.sums else term
             self.weights[name] = self.weights.get(name, 0.0) + own.get(name, weight)
+
+    def reach(self, work: Work) -> bool:
+        """Return whether the examples or tokens of ``work`` are done."""
+        return (work.examples is not None and self.answers >= work.examples) or (
+            work.tokens is not None and self.tokens >= work.tokens
+        )
 
     def result(self, kept: Tensors) -> LocalResult:
         means = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +12,26 @@ from torch import nn
 
 from fedloom.messages import Tensors
 from fedloom.settings import Settings
+
+AMOUNTS = ("local_epochs", "local_steps", "local_examples", "local_tokens", "total_epochs")
+"""Settings that say how much a client does in a round; one of them at most is given."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a client does in a round: it stops at the first bound it reaches.
+
+    Attributes:
+        epochs: Passes over its rows.
+        steps: Optimizer steps.
+        examples: Answers trained on; the step that reaches them is the last.
+        tokens: Tokens trained on; the step that reaches them is the last.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    examples: int | None = None
+    tokens: int | None = None
 
 
 class TrainingSettings(Settings):
@@ -42,6 +63,14 @@ class TrainingSettings(Settings):
     """Passes over a client's rows in a round (default 1)."""
     local_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps in a round, instead of local_epochs."""
+    local_examples: int | None = Field(default=None, ge=1)
+    """Examples in a round, instead of local_epochs; a pair counts as the two answers it holds."""
+    local_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in a round, padding not counted, instead of local_epochs."""
+    total_epochs: float | None = Field(default=None, gt=0)
+    """Passes over a client's rows in the whole run, instead of local_epochs: every round makes
+    ceil(total_epochs n_k / (rounds x clients_per_round / clients) / batch_size) steps (the "dynamic
+    local steps" of 2502.14187, which sets 3)."""
     keep_optimizer_state: bool = False
     """Whether a client's optimizer goes on where it stopped in its last round."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -60,16 +89,26 @@ class TrainingSettings(Settings):
             return min(self.micro_batch_size, self.batch_size)
         return -(-self.batch_size // (self.accumulation or 1))
 
-    @property
-    def epochs(self) -> int | None:
-        """Local epochs, or ``None`` where local steps are given."""
-        return None if self.local_steps is not None else self.local_epochs or 1
+    def work(self, rows: int, participations: float) -> Work:
+        """Return how much a client does in a round.
+
+        Args:
+            rows: Its training rows, n_k.
+            participations: Rounds that a client takes part in on average, T |S| / N.
+        """
+        if self.total_epochs is not None:
+            wanted = self.total_epochs * rows / participations
+            return Work(steps=max(1, math.ceil(wanted / self.batch_size - 1e-9)))
+        if (self.local_steps, self.local_examples, self.local_tokens) == (None, None, None):
+            return Work(epochs=self.local_epochs or 1)
+        return Work(steps=self.local_steps, examples=self.local_examples, tokens=self.local_tokens)
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
         found = []
-        if self.local_epochs is not None and self.local_steps is not None:
-            found.append("training: give local_epochs or local_steps, not both")
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            found.append(f"training: give {' or '.join(given)}, not both")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             found.append(
                 f"training.micro_batch_size = {self.micro_batch_size} is above "

@@ -1,0 +1,71 @@
+"""FedProx: FedAvg whose clients are held near the shared adapter by a quadratic term.
+
+Source: Li et al. 2020, "Federated Optimization in Heterogeneous Networks",
+https://arxiv.org/abs/1812.06127, algorithm 2: a client minimises F_k(w) + mu/2 ||w - w_t||^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from fedloom.checkpoint import State
+from fedloom.messages import Payload, Tensors
+from fedloom.methods.base import (
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    mean_adapter,
+    training_exchange,
+)
+from fedloom.settings import Settings
+from fedloom.training.local import StepHook
+
+
+class FedProxSettings(Settings):
+    """``[method] name = "fedprox"``."""
+
+    name: Literal["fedprox"] = "fedprox"
+    mu: float = Field(default=0.01, ge=0)
+    """Strength of the pull towards the shared adapter (2502.14187: 0.01); 0 is FedAvg."""
+
+
+class FedProx(Method):
+    """FedAvg with a proximal term on the clients."""
+
+    def __init__(self, settings: FedProxSettings) -> None:
+        """Keep mu."""
+        self.mu = settings.mu
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Send the adapter, average what comes back."""
+        replies = yield training_exchange(cohort, state.tensors)
+        return State(mean_adapter(replies))
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train}
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        client.model.write(payload.tensors)
+        start = {n: t.to(client.model.device) for n, t in payload.tensors.items()}
+        result = client.train(
+            payload.numbers["learning_rate"], before_step=proximal_gradient(start, self.mu)
+        )
+        return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
+
+
+def proximal_gradient(start: Tensors, mu: float) -> StepHook:
+    """Return a hook that adds mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients."""
+
+    def add(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
+
+    return add

@@ -1,0 +1,92 @@
+"""Two clients with two parameters, each with a quadratic loss, under the real handlers."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedloom.messages import Reply, decode, encode, require_finite
+from fedloom.methods.base import Client, Cohort
+from fedloom.training.local import LocalResult
+
+TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
+ROWS = {0: 1, 1: 3}
+START = (0.0, 1.0)
+RATE = 0.1
+
+
+class Model:
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.parameters = {"w": torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))}
+
+    def write(self, tensors):
+        with torch.no_grad():
+            self.parameters["w"].copy_(tensors["w"])
+
+    def read(self):
+        return {"w": self.parameters["w"].detach().clone()}
+
+
+@dataclass
+class QuadraticClient(Client):
+    """Minimises ||w - target||^2 / 2 by plain SGD, two steps a round."""
+
+    steps: int = 2
+
+    def train(self, learning_rate, before_step=None, after_step=None):
+        w = self.model.parameters["w"]
+        target = torch.tensor(TARGETS[self.id], dtype=torch.float64)
+        for _ in range(self.steps):
+            w.grad = w.detach() - target
+            if before_step:
+                before_step(self.model.parameters)
+            with torch.no_grad():
+                w -= learning_rate * w.grad
+            if after_step:
+                after_step(self.model.parameters)
+        return LocalResult(2, self.steps, 0, {"loss": 1.0})
+
+
+@pytest.fixture
+def play():
+    """Play rounds of a method through encoded messages; return its state after each."""
+
+    def run(method, rounds=3, cohort=(0, 1), steps=2):
+        model = Model()
+        kept = {0: {}, 1: {}}
+        state = method.initial_state({"w": torch.tensor(START, dtype=torch.float64)})
+        states = []
+        for number in range(1, rounds + 1):
+            generator = method.round(state, Cohort(number, cohort, ROWS, RATE))
+            exchange = next(generator)
+            try:
+                while True:
+                    replies = [
+                        _answer(method, exchange, k, model, kept, steps) for k in exchange.requests
+                    ]
+                    exchange = generator.send(replies)
+            except StopIteration as stop:
+                state = stop.value
+            states.append(state)
+        return SimpleNamespace(
+            adapters=[method.shared(s)["w"].tolist() for s in states], states=states, kept=kept
+        )
+
+    return run
+
+
+def _answer(method, exchange, number, model, kept, steps):
+    client = QuadraticClient(
+        id=number, round=exchange.round, model=model, initial={}, share=range(ROWS[number]),
+        objective=None, training=None, seed=0, participations=1.0, kept=dict(kept[number]),
+        steps=steps,
+    )  # fmt: skip
+    request = decode(exchange.requests[number], exchange.request_schema)
+    reply = method.handlers()[exchange.action](client, request)
+    kept[number] = client.kept
+    payload = decode(encode(reply, exchange.reply_schema), exchange.reply_schema)
+    require_finite(payload)
+    return Reply(number, payload)
