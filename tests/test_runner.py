@@ -48,6 +48,10 @@ def lines(folder, name):
 SETS = {
     "dpo": "builtin:preferences",
     "kto": "builtin:feedback",
+    "ipo": "builtin:preferences",
+    "simpo": "builtin:preferences",
+    "orpo": "builtin:preferences",
+    "bco": "builtin:feedback",
     "sft": "builtin:instructions",
     "classification": "builtin:labelled",
 }
@@ -171,7 +175,98 @@ def test_pairs_are_unrolled_for_kto_and_judged_as_pairs(experiment):
     assert "preference_accuracy" in result.metrics
     run = json.loads((result.folder / "run.json").read_text())
     partition = json.loads((result.folder / "partition.json").read_text())
-    assert run["data"]["train"] == 2 * sum(client["train"] for client in partition["clients"])
+    pairs = run["data"]["feedback"]["pairs"]
+    assert run["data"]["train"] == sum(c["train"] for c in partition["clients"]) == 2 * pairs
+    assert run["data"]["feedback"]["intact_share"] == 1.0
+
+
+def test_answers_spread_over_clients_break_pairs_and_keep_sizes(experiment, tmp_path):
+    def deal(feedback):
+        folder = tmp_path / feedback
+        partition = {"feedback": feedback, "kind": "size", "sizes": [1.0, 2.0, 3.0]}
+        result = fedloom.run(
+            experiment(
+                objective={"name": "kto", "weights": "balanced"},
+                partition=partition,
+                output={"folder": str(folder)},
+            )
+        )
+        run = json.loads((folder / "run.json").read_text())["data"]["feedback"]
+        shares = json.loads((folder / "partition.json").read_text())["clients"]
+        return run, [client["train"] for client in shares], result
+
+    together, sizes, ktoo = deal("together")
+    spread, spread_sizes, ktor = deal("spread")
+    assert spread_sizes == sizes and spread["rows"] == together["rows"]
+    assert spread["desirable"] == together["desirable"] == spread["pairs"]
+    assert together["intact_share"] == 1.0
+    assert abs(spread["intact_share"] - spread["expected_intact_share_if_spread"]) < 0.25
+    assert spread["expected_intact_share_if_spread"] == pytest.approx(0.38, abs=0.05)  # (1+4+9)/36
+    assert dict(ktoo.metrics).keys() == dict(ktor.metrics).keys() and ktoo.metrics != ktor.metrics
+
+
+class Watching(Silent):
+    def __init__(self):
+        self.warnings = []
+
+    def warning(self, text):
+        self.warnings.append(text)
+
+
+def test_a_round_of_one_class_and_a_client_of_one_row_are_flagged(experiment, rows_file, tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": f" a{i}", "label": False} for i in range(12)]
+    pairs = [{"prompt": f"p{i}", "chosen": f" yes{i}", "rejected": f" no{i}"} for i in range(9)]
+    watching = Watching()
+    result = fedloom.run(
+        experiment(
+            objective={"name": "kto", "weights": "balanced"},
+            data={
+                "source": rows_file(rows),
+                "kind": "feedback",
+                "test_source": rows_file(pairs, "pairs.jsonl"),
+                "test_kind": "preference",
+            },
+            partition={"kind": "size", "sizes": [1.0, 5.0, 6.0], "client_test_fraction": 0.0},
+        ),
+        observer=watching,
+    )
+    assert "preference_accuracy" in result.metrics  # pairs judge what single answers taught
+    record = lines(result.folder, "rounds.jsonl")[1]
+    assert record["train"]["single_class"] == 1.0 and record["train"]["desirable_share"] == 0.0
+    assert record["client_train"]["0"]["without_kl"] == 1.0  # one row has no mismatched completion
+    assert record["client_train"]["1"]["without_kl"] == 0.0
+    assert all(np.isfinite(v) for v in record["train"].values())
+    assert watching.warnings == [
+        f"round {n}: every row trained on was undesirable; KTO sees one side only" for n in (1, 2)
+    ]
+
+
+def test_incomplete_pairs_are_dropped_and_counted_or_become_feedback(
+    experiment, rows_file, tmp_path
+):
+    rows = [{"prompt": f"p{i}", "chosen": f" yes{i}", "rejected": f" no{i}"} for i in range(40)]
+    rows += [{"prompt": "x", "chosen": " same", "rejected": " same"}] * 2
+    rows += [{"prompt": "y", "chosen": None, "rejected": " bad"}] * 3
+    rows += [{"prompt": "z", "chosen": " good"}] * 4
+    data = {"source": rows_file(rows), "kind": "preference"}
+    fedloom.run(experiment(data=data, output={"folder": str(tmp_path / "dropped")}))
+    run = json.loads((tmp_path / "dropped/run.json").read_text())["data"]
+    assert run["dropped"] == {
+        "chosen equals rejected": 2,
+        "chosen missing": 3,
+        "rejected missing": 4,
+    }
+    fedloom.run(
+        experiment(
+            objective={"name": "kto"},
+            data={**data, "incomplete_pairs": "feedback"},
+            output={"folder": str(tmp_path / "used")},
+        )
+    )
+    used = json.loads((tmp_path / "used/run.json").read_text())["data"]
+    assert used["dropped"] == {}
+    held = used["client_held_out"] + used["global_held_out"]
+    assert used["train"] == 2 * (40 - held) + 2 * 2 + 3 + 4  # whatever is held out is a whole pair
 
 
 class Poisoned(DPO):
@@ -469,7 +564,7 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         "[federaton]: unknown section; did you mean 'federation'?",
         "federation.rouns: unknown key; did you mean 'rounds'?",
         "federation.clients = 'four'",
-        "objective.name = 'dop': did you mean 'dpo'? allowed: classification, dpo, kto, sft",
+        "objective.name = 'dop': did you mean 'dpo'? allowed: bco, classification, dpo, ipo, kto, orpo, sft, simpo",
         "training.optimizer = 'adamx': did you mean 'adam'? allowed: adam, adamw, sgd",
         "adapter.rank = 0",
     ):
@@ -493,7 +588,7 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate = nan"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf"),
         ({"training": {"momentum": 0.5}}, "momentum is of sgd; adamw has beta1"),
-        ({"objective": {"name": "sft"}}, "for it use objective.name = dpo or kto"),
+        ({"objective": {"name": "sft"}}, "for it use objective.name = dpo or ipo"),
         ({"data": {"source": "x.jsonl"}}, "data.kind is missing"),
         ({"data": {"kind": "labelled"}}, "holds preference examples"),
         ({"partition": {"kind": "dirichlet"}}, "needs partition.column"),
@@ -509,6 +604,33 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
             {"method": {"name": "scaffold", "beta2": 0.9}},
             "method.beta2 is a setting of fedadam and fedyogi; method.name is 'scaffold'",
         ),
+        (
+            {"objective": {"name": "kto", "weights": "balanced", "desirable_weight": 2.0}},
+            'weights = "balanced" sets both weights by itself; leave out desirable_weight',
+        ),
+        (
+            {"objective": {"name": "dpo"}, "partition": {"feedback": "spread"}},
+            "needs them together; use kto or bco",
+        ),
+        (
+            {
+                "objective": {"name": "kto"},
+                "partition": {"feedback": "spread"},
+                "federation": {"clients": 1},
+            },
+            "deals answers over clients, federation.clients is 1",
+        ),
+        (
+            {
+                "objective": {"name": "kto"},
+                "partition": {"feedback": "spread"},
+                "data": {"source": "builtin:feedback"},
+            },
+            "is for pairs; the data holds single answers",
+        ),
+        ({"data": {"incomplete_pairs": "feedback"}}, "cannot train on"),
+        ({"data": {"source": []}}, "data.source is an empty list"),
+        ({"data": {"test_kind": "feedback"}}, "data.test_kind needs data.test_source"),
         ({"method": {"name": "fedprox", "muu": 0.1}}, "did you mean 'mu'?"),
         (
             {"training": {"local_tokens": 5, "total_epochs": 3.0}},

@@ -18,7 +18,8 @@ import torch
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import pretraining_texts
-from fedloom.data.examples import Example, Labelled, Preference, unpair
+from fedloom.data.examples import Example, Feedback, Labelled, Preference
+from fedloom.data.feedback import FeedbackDeal, deal_feedback
 from fedloom.data.partition import Shares, partition, shares, split_client
 from fedloom.data.sources import LoadedData, load_examples
 from fedloom.data.tokenize import TokenSet, tokenize
@@ -64,7 +65,8 @@ class Division:
         held_out: Rows of each client kept for its own evaluation.
         test: The global held-out set.
         classes: Class names in the order of their ids; empty unless the data is labelled.
-        shares: What each client holds, for the table and the picture.
+        shares: What each client trains on, for the table and the picture.
+        feedback: What became of pairs where single answers are trained on, else ``None``.
     """
 
     loaded: LoadedData
@@ -73,6 +75,7 @@ class Division:
     test: list[Example]
     classes: tuple[str, ...]
     shares: Shares
+    feedback: FeedbackDeal | None = None
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,15 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(base) / "fedloom"
 
 
-def divide(experiment: Experiment, source: DataSource | None = None) -> Division:
+def divide(
+    experiment: Experiment, source: DataSource | None = None, objective: Objective | None = None
+) -> Division:
     """Read the data and deal it to the clients.
+
+    Args:
+        experiment: The settings.
+        source: A user's own source of examples instead of the one in the settings.
+        objective: A user's own objective: pairs are unrolled where it trains on feedback.
 
     Raises:
         DataError: The data cannot be read, or a client would be left without rows.
@@ -129,6 +139,14 @@ def divide(experiment: Experiment, source: DataSource | None = None) -> Division
         )
         train[client] = [loaded.train[i] for i in kept]
         held_out[client] = [loaded.train[i] for i in own]
+        if loaded.kind == "preference":  # single answers made of incomplete pairs are not judged
+            train[client] += [row for row in held_out[client] if isinstance(row, Feedback)]
+            held_out[client] = [row for row in held_out[client] if isinstance(row, Preference)]
+    feedback = None
+    if (objective or make_objective(experiment.objective)).kind == "feedback":
+        together = experiment.partition.feedback == "together"
+        feedback = deal_feedback(train, None if together else generator(seed, "feedback"))
+        train = {client: list(rows) for client, rows in feedback.rows.items()}
     limit = experiment.evaluation
     return Division(
         loaded,
@@ -136,7 +154,8 @@ def divide(experiment: Experiment, source: DataSource | None = None) -> Division
         {c: _few(rows, limit.client_max_examples, seed, c) for c, rows in held_out.items()},
         _few(loaded.test, limit.max_examples, seed),
         _classes([*loaded.train, *loaded.test]),
-        shares(loaded.train, experiment.partition, dealt),
+        shares(list(train.values()), experiment.partition),
+        feedback,
     )
 
 
@@ -318,7 +337,7 @@ class _Reader:
 
     def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
         """Return each client's training rows, or all rows as client 0's."""
-        clients = {c: self._for_training(rows) for c, rows in self.division.train.items()}
+        clients = self.division.train
         if pooled:
             clients = {0: [row for rows in clients.values() for row in rows]}
         whole = self._tokens([row for rows in clients.values() for row in rows])
@@ -334,22 +353,18 @@ class _Reader:
             result[client] = self._share(client, whole.take(positions))
         return result
 
-    def held_out(self, rows: Sequence[Example]) -> HeldOut:
-        """Return a held-out set; pairs stay pairs whatever is trained on."""
+    def held_out(self, rows: Sequence[Example], kind: str | None = None) -> HeldOut:
+        """Return a held-out set (the global one, or of ``kind``); pairs stay pairs."""
         size = self.experiment.evaluation.batch_size
         tokens = self._tokens(rows)
-        return HeldOut(TokenShare(tokens), self.division.loaded.kind, self.objective.beta, size)
+        kind = kind or self.division.loaded.held_out_kind
+        return HeldOut(TokenShare(tokens), kind, self.objective.beta, size)
 
     def client_held_out(self) -> dict[int, HeldOut]:
         """Return each client's own held-out set, where it has one."""
-        sets = {c: self.held_out(rows) for c, rows in self.division.held_out.items() if rows}
+        kind = self.division.loaded.kind
+        sets = {c: self.held_out(rows, kind) for c, rows in self.division.held_out.items() if rows}
         return {client: held_out for client, held_out in sets.items() if len(held_out)}
-
-    def _for_training(self, rows: list[Example]) -> list[Example]:
-        if self.objective.kind != "feedback":
-            return rows
-        pairs = [row for row in rows if isinstance(row, Preference)]
-        return list(unpair(pairs)) if pairs else rows
 
     def _share(self, client: int, tokens: TokenSet) -> TokenShare:
         if not self.objective.needs_mismatched:

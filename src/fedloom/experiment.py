@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedloom.data.builtin import BUILTIN_KINDS
 from fedloom.data.partition import PartitionSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
@@ -149,8 +148,7 @@ DEFAULT_NAMES = {"objective": "dpo", "method": "fedavg"}
 
 def data_kind(settings: DataSettings) -> str:
     """Return the kind of example a source holds: as set, or as built in."""
-    known: str | None = BUILTIN_KINDS.get(settings.source.removeprefix("builtin:"))
-    return settings.kind or known or ""
+    return settings.kind or settings.builtin_kind or ""
 
 
 def _parse_section(section: str, table: object) -> tuple[Settings | None, list[str]]:
@@ -201,6 +199,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["data"].contradictions()
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
+        found += _feedback_contradictions(parts)
     return found
 
 
@@ -213,3 +212,30 @@ def _kind_contradictions(data: DataSettings, objective: ObjectiveSettings) -> li
         f"objective.name = {objective.name!r} needs {' or '.join(needed)} data and data.source = "
         f"{data.source!r} holds {kind} data; for it use objective.name = {' or '.join(fitting)}"
     ]
+
+
+def _feedback_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what the settings about single answers ask of an objective or of data without them."""
+    found = []
+    data: DataSettings = parts["data"]
+    single = OBJECTIVES[parts["objective"].name][1].kind == "feedback"
+    if data.incomplete_pairs == "feedback" and not single:
+        found.append(
+            'data.incomplete_pairs = "feedback" makes single answers of pairs, which '
+            f"objective.name = {parts['objective'].name!r} cannot train on"
+        )
+    if "partition" in parts and parts["partition"].feedback == "spread":
+        if not single:
+            found.append(
+                f'partition.feedback = "spread" parts the answers of a pair, and objective.name = '
+                f"{parts['objective'].name!r} needs them together; use {' or '.join(_single())}"
+            )
+        elif data_kind(data) == "feedback":
+            found.append(
+                'partition.feedback = "spread" is for pairs; the data holds single answers'
+            )
+    return found
+
+
+def _single() -> list[str]:
+    return [name for name, (_, objective) in OBJECTIVES.items() if objective.kind == "feedback"]

@@ -62,7 +62,7 @@ def run_record(
             "trainable": trained,
         },
         "data": {
-            "source": experiment.data.source,
+            "source": ", ".join(experiment.data.sources),
             "kind": loaded.kind,
             "train": sum(parts.engine.sizes().values()),
             "client_held_out": sum(len(rows) for rows in division.held_out.values()),
@@ -71,9 +71,29 @@ def run_record(
             "bad_rows": [str(row) for row in loaded.bad_rows[:20]],
             "dropped": parts.dropped,
             "digest": loaded.digest,
+            "feedback": _feedback_record(experiment, division),
         },
-        "metric": asdict(HEADLINES[loaded.kind]),
+        "metric": asdict(HEADLINES[loaded.held_out_kind]),
         "fingerprint": fingerprint(experiment, division, objective),
+    }
+
+
+def _feedback_record(experiment: Experiment, division: Division) -> dict[str, Any] | None:
+    """Return what became of pairs; the counts are of the rows as they were dealt, not as planned."""
+    deal = division.feedback
+    if deal is None:
+        return None
+    rows = [row for own in deal.rows.values() for row in own]
+    return {
+        "arrangement": experiment.partition.feedback,
+        "pairs": deal.pairs,
+        "rows": len(rows),
+        "desirable": sum(row.desirable for row in rows),
+        "intact_share": deal.intact_share,
+        "expected_intact_share_if_spread": deal.expected_intact_share,
+        "single_class_clients": sum(
+            len({row.desirable for row in own}) == 1 for own in deal.rows.values()
+        ),
     }
 
 

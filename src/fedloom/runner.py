@@ -159,7 +159,7 @@ def run_experiment(
         folder.write_text(names.EXPERIMENT, experiment.to_toml())
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
-        division = divide(experiment, data)
+        division = divide(experiment, data, objective)
         parts = assemble(experiment, division, objective=objective, stage=observer.stage)
         _write_start(folder, experiment, parts, objective)
     except BaseException:
@@ -204,7 +204,7 @@ def resume_run(
         raise SettingsError(["--set cannot change a run that is resumed"], "the command")
     trackers = _open_trackers(experiment, folder)
     observer.stage("reading data")
-    division = divide(experiment, data)
+    division = divide(experiment, data, objective)
     saved = None
     if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
         saved = checkpoint.load(
@@ -311,6 +311,11 @@ class _Run:
         self.folder.append(names.ROUNDS, [round_record(record, self._headline)])
         for tracker in self.trackers:
             tracker.log(round_numbers(record), record.round)
+        if record.train.get("desirable_share") in (0.0, 1.0):
+            which = "desirable" if record.train["desirable_share"] else "undesirable"
+            self.observer.warning(
+                f"round {record.round}: every row trained on was {which}; KTO sees one side only"
+            )
         self.last = (record.round, state)
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
@@ -339,7 +344,7 @@ class _Run:
 
     @property
     def _headline(self) -> Headline:
-        return HEADLINES[self.parts.division.loaded.kind]
+        return HEADLINES[self.parts.division.loaded.held_out_kind]
 
     def _finish(self, state: State) -> RunResult:
         adapter = self._write_adapters(state)
@@ -467,7 +472,7 @@ def _write_start(
 
 def _plan(experiment: Experiment, parts: Parts) -> Plan:
     federation, sizes = experiment.federation, parts.engine.sizes()
-    headline = HEADLINES[parts.division.loaded.kind]
+    headline = HEADLINES[parts.division.loaded.held_out_kind]
     trained = sum(p.numel() for p in parts.model.parameters.values())
     cohort = min(federation.cohort_size, len(sizes))
     objective = type(parts.objective).__name__

@@ -4,7 +4,14 @@ import pytest
 from trl import extract_prompt as trl_extract_prompt
 from trl import unpair_preference_dataset
 
-from fedloom.data.columns import RowError, extract_prompt, fill_template, make_example, renamed
+from fedloom.data.columns import (
+    RowError,
+    extract_prompt,
+    fill_template,
+    make_example,
+    pair_or_feedback,
+    renamed,
+)
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference, unpair
 
 
@@ -86,7 +93,13 @@ def test_conventions(kind, row, expected):
         ("instruction", {"messages": ["a"]}, "role and content"),
         ("instruction", {"messages": [{"role": "wizard", "content": "x"}]}, "role and content"),
         ("instruction", {"text": 3}, "text must be text, got 3"),
-        ("preference", {"chosen": "a"}, "rejected must be text"),
+        ("preference", {"chosen": "a", "rejected": 3}, "rejected must be text"),
+        ("preference", {"chosen": None, "rejected": ""}, "chosen and rejected missing"),
+        (
+            "preference",
+            {"output_1": "a", "output_2": "b", "label": 0},
+            "which output is better, 1 or 2",
+        ),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ("preference", {"chosen": "abc", "rejected": "abcd"}, "beginning of the other"),
         (
@@ -170,3 +183,36 @@ def test_long_texts_are_no_partition_columns():
         "labelled", 1, {"text": "t", "label": "x", "site": "A", "note": "n" * 500}
     )
     assert example.columns == {"site": "A"}
+
+
+def test_two_outputs_and_which_is_better_are_a_pair():
+    row = {"input": "Which?", "output_1": "this", "output_2": "that", "label": 2}
+    pair = make_example("preference", 3, row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("Which?\n", "that", "this")
+    row = {"instruction": "Do.", "input": "x", "output_1": "a", "output_2": "b", "label": 1}
+    assert make_example("preference", 3, row).prompt == "Do.\n\nx\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": None}, [("p", "a", True)]),
+        ({"prompt": "p", "rejected": "b"}, [("p", "b", False)]),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, [("p", "a", True), ("p", "a", False)]),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: yes"},
+            [("\n\nHuman: q\n\nAssistant:", " yes", True)],
+        ),
+    ],
+)
+def test_what_is_no_pair_becomes_single_answers(row, expected):
+    found = pair_or_feedback(4, row)
+    assert [(r.prompt, r.completion, r.desirable) for r in found] == expected
+    assert all(r.row == 4 for r in found)
+
+
+def test_a_single_answer_needs_a_prompt():
+    with pytest.raises(RowError, match="no prompt"):
+        pair_or_feedback(1, {"chosen": "just text"})
+    with pytest.raises(RowError, match="chosen and rejected missing"):
+        pair_or_feedback(1, {"prompt": "p"})

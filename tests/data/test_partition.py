@@ -63,7 +63,8 @@ def test_small_alpha_gives_few_values_and_large_alpha_all():
 
     def evenness(alpha):
         dealt = deal(rows, 5, kind="dirichlet", column="label", alpha=alpha)
-        counts = np.array(shares(rows, PartitionSettings(column="label"), dealt).counts, float)
+        held = [[rows[i] for i in own] for own in dealt]
+        counts = np.array(shares(held, PartitionSettings(column="label")).counts, float)
         return (counts / counts.sum(1, keepdims=True)).max(1).mean()
 
     assert evenness(0.05) > 0.6 > 0.3 > evenness(1000)

@@ -203,3 +203,26 @@ def test_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
         ("someone/something", "en", None, "validation"),
     ]
     assert len(data.train) == len(data.test) == 10
+
+
+def test_several_sources_and_row_numbers_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        rows = [*ROWS[:5], {"prompt": "x", "completion": None}, *ROWS[5:]]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    data = load_examples(
+        DataSettings(
+            source=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+            kind="instruction",
+            max_bad_share=0.2,
+        ),
+        np.random.default_rng(0),
+    )
+    numbers = [example.row for example in data.train + data.test]
+    assert len(numbers) == len(set(numbers)) == 20  # a bad row shifts nothing onto another's number
+
+
+def test_json_by_client_gives_a_column_of_clients(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"ann": ROWS[:4], "bob": ROWS[4:]}))
+    data = load(tmp_path / "x.json")
+    clients = [example.columns["client"] for example in data.train + data.test]
+    assert (clients.count("ann"), clients.count("bob")) == (4, 6)

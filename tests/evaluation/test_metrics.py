@@ -19,8 +19,17 @@ def t(*values):
 
 def test_preference():
     # margins: (3 - -1) = 4 won, (0 - 0) = 0 tie, (-2 - 0) = -2 lost
-    found = preference_metrics(t(-1, -5, -9), t(-6, -4, -1), t(-4, -5, -7), t(-5, -4, -1), beta=0.5)
+    found = preference_metrics(
+        t(-1, -5, -9),
+        t(-6, -4, -1),
+        t(-4, -5, -7),
+        t(-5, -4, -1),
+        (t(1, 5, 3), t(2, 5, 1)),
+        beta=0.5,
+    )
     assert found["preference_accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)
+    # -1/1 > -6/2, -5/5 < -4/5, -9/3 < -1/1
+    assert found["normalised_accuracy"] == pytest.approx(1 / 3)
     assert found["likelihood_accuracy"] == pytest.approx(1 / 3)
     assert found["reward_margin"] == pytest.approx(2 / 3)
     losses = [math.log(1 + math.exp(-m)) for m in (2.0, 0.0, -1.0)]

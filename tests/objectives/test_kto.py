@@ -5,10 +5,11 @@ undesirable: 1 - sigmoid(0.5 * (1 - 2)) = 1 - 0.37754067 = 0.62245933
 mean with weights 1 and 1: 0.44570038; with 2 and 0.5: (0.53788284 + 0.31122967) / 2 = 0.42455625
 """
 
+import numpy as np
 import pytest
 import torch
 
-from fedloom.objectives.kto import kl_estimate, kto_loss
+from fedloom.objectives.kto import KTO, KTOSettings, balanced_weights, kl_estimate, kto_loss
 
 POLICY = torch.tensor([-2.0, -6.0])
 REFERENCE = torch.tensor([-5.0, -8.0])
@@ -56,3 +57,22 @@ def test_one_class_alone_has_finite_loss_and_gradient(label):
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(policy.grad).all()
     assert metrics["reward_undesirable" if label else "reward_desirable"].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((2, 6), (3.0, 1.0)), ((6, 2), (1 / 3, 1.0)), ((0, 5), (1.0, 1.0)), ((5, 0), (1.0, 1.0)), ((1, 0), (1.0, 1.0))]
+)  # fmt: skip
+def test_balanced_weights_make_both_classes_count_alike(counts, expected):
+    found = balanced_weights(*counts)
+    assert found == pytest.approx(expected)
+    if all(counts):
+        assert found[0] * counts[0] == pytest.approx(found[1] * counts[1])
+
+
+def test_a_client_gets_weights_of_its_own_and_leaves_the_objective_as_it_was():
+    objective = KTO(KTOSettings(weights="balanced"))
+    own = objective.for_client(np.array([1, 0, 0, 0]))
+    assert (own.desirable_weight, own.undesirable_weight, own.single_class) == (3.0, 1.0, False)
+    assert objective.desirable_weight == 1.0
+    assert objective.for_client(np.array([0, 0])).single_class
+    assert KTO(KTOSettings(desirable_weight=2.0)).for_client(np.array([1])).desirable_weight == 2.0

@@ -36,9 +36,14 @@ ROLES = {
 LONGEST_COLUMN = 200
 """Characters; a column with more is text, not something to divide clients by."""
 
+MISSING = (None, "")
+"""What stands where an answer of a pair is not there."""
+
+SIDES = ("chosen", "rejected", "output_1", "output_2")
+
 REQUIRED = {
     "instruction": (("completion",), ("messages",), ("conversations",), ("text",)),
-    "preference": (("chosen", "rejected"),),
+    "preference": (("chosen", "rejected"), ("output_1", "output_2", "label")),
     "feedback": (("prompt", "completion", "label"), ("messages", "label")),
     "labelled": (("text", "label"),),
 }
@@ -134,7 +139,11 @@ def _instruction(number: int, row: Row, extra: dict[str, str]) -> Instruction:
 
 
 def _preference(number: int, row: Row, extra: dict[str, str]) -> Preference:
-    extra = {name: value for name, value in extra.items() if name not in ("chosen", "rejected")}
+    row = _judged_outputs(row) if "output_1" in row and "chosen" not in row else row
+    extra = {name: value for name, value in extra.items() if name not in SIDES}
+    missing = [name for name in ("chosen", "rejected") if row.get(name) in MISSING]
+    if missing:
+        raise RowError(f"{' and '.join(missing)} missing", malformed=len(missing) == 2)
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if chosen == rejected:
         raise RowError("chosen equals rejected", malformed=False)
@@ -147,6 +156,57 @@ def _preference(number: int, row: Row, extra: dict[str, str]) -> Preference:
     if not chosen or not rejected:
         raise RowError("one answer is the beginning of the other", malformed=False)
     return Preference(number, prompt, chosen, rejected, extra)
+
+
+def _judged_outputs(row: Row) -> dict[str, Any]:
+    """Return a row of two outputs and which is better (LLMBar, AlpacaEval) as chosen and rejected."""
+    label = row.get("label")
+    if label not in (1, 2) or isinstance(label, bool):
+        raise RowError(f"label must say which output is better, 1 or 2, got {_shown(label)}")
+    result = {name: value for name, value in row.items() if name not in ("output_1", "output_2")}
+    if "prompt" not in row:
+        parts = [row[name] for name in ("instruction", "input") if row.get(name)]
+        result["prompt"] = "\n\n".join(map(str, parts)) + "\n"
+    return result | {"chosen": row[f"output_{label}"], "rejected": row.get(f"output_{3 - label}")}
+
+
+def pair_or_feedback(number: int, row: Row) -> list[Example]:
+    """Return a pair or, where it is none, the single answers that are in it.
+
+    A pair with one answer missing becomes the other answer; one whose answers are alike becomes two
+    rows, desirable and undesirable.
+
+    Raises:
+        RowError: There is no answer, or no prompt to be found before the only one.
+    """
+    given = [name for name in ("chosen", "rejected") if row.get(name) not in MISSING]
+    if len(given) == 2 and row["chosen"] != row["rejected"]:
+        return [make_example("preference", number, row)]
+    rows: list[Example] = []
+    for name in given:
+        answer = _text(row, name)
+        prompt: Text = _text(row, "prompt", "") if "prompt" in row else ""
+        if "prompt" not in row:
+            prompt, answer = _cut_last_answer(answer)
+        single = {**row, "prompt": prompt, "completion": answer, "label": name == "chosen"}
+        rows.append(make_example("feedback", number, _without_sides(single)))
+    if not rows:
+        raise RowError("chosen and rejected missing")
+    return rows
+
+
+def _cut_last_answer(text: Text) -> tuple[Text, Text]:
+    """Cut a dialogue before its last answer."""
+    if not isinstance(text, str):
+        return _last_answer(text)
+    turn = text.rfind(TURN)
+    if turn < 0:
+        raise RowError("no prompt: it cannot be told from a single answer", malformed=False)
+    return text[: turn + len(TURN)], text[turn + len(TURN) :]
+
+
+def _without_sides(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in SIDES}
 
 
 def _feedback(number: int, row: Row, extra: dict[str, str]) -> Feedback:

@@ -8,6 +8,7 @@ Effects of Non-Identical Data Distribution", https://arxiv.org/abs/1909.06335.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,9 @@ class PartitionSettings(Settings):
     """Rows every client gets at least."""
     sizes: list[float] | None = None
     """Of size: one positive number a client, in proportion to which rows are dealt."""
+    feedback: Literal["together", "spread"] = "together"
+    """Where the two answers of a pair go when single answers are trained on: both stay with their
+    client (KTOO), or all are dealt over the clients, whose numbers of rows stay as they are (KTOR)."""
     client_test_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of each client's rows kept for its own evaluation (none where it has under 5 rows)."""
 
@@ -48,6 +52,10 @@ class PartitionSettings(Settings):
             found.append(f'partition.kind = {self.kind!r} needs partition.column, such as "label"')
         if self.kind == "size" and self.sizes is None:
             found.append("partition.kind = 'size' needs partition.sizes, one number a client")
+        if self.feedback == "spread" and clients == 1:
+            found.append(
+                'partition.feedback = "spread" deals answers over clients, federation.clients is 1'
+            )
         if self.sizes is not None:
             if self.kind != "size":
                 found.append(f'partition.sizes is of kind "size", not of {self.kind!r}')
@@ -159,21 +167,16 @@ def column_values(examples: Sequence[Example], column: str) -> list[str]:
     return values
 
 
-def shares(
-    examples: Sequence[Example], settings: PartitionSettings, dealt: list[Indices]
-) -> Shares:
+def shares(held: Sequence[Sequence[Example]], settings: PartitionSettings) -> Shares:
     """Count what each client holds, by the partition's column or, without one, by class label."""
     column = settings.column
-    if column is None and examples and isinstance(examples[0], Labelled | Feedback):
+    if column is None and all(isinstance(x, Labelled | Feedback) for rows in held for x in rows):
         column = "label"
     if column is None:
-        return Shares(None, ("all",), tuple((len(indices),) for indices in dealt))
-    values = np.array(column_values(examples, column))
-    names = tuple(sorted(set(values.tolist())))
-    counts = tuple(
-        tuple(int((values[indices] == name).sum()) for name in names) for indices in dealt
-    )
-    return Shares(column, names, counts)
+        return Shares(None, ("all",), tuple((len(rows),) for rows in held))
+    counts = [Counter(column_values(rows, column)) for rows in held]
+    names = tuple(sorted({name for count in counts for name in count}))
+    return Shares(column, names, tuple(tuple(count[name] for name in names) for count in counts))
 
 
 def _groups(examples: Sequence[Example]) -> list[Indices]:

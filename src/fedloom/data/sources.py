@@ -13,17 +13,25 @@ import glob
 import gzip
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
-from fedloom.data.columns import REQUIRED, RowError, make_example, renamed, template_columns
-from fedloom.data.examples import Example, Kind
+from fedloom.data.columns import (
+    REQUIRED,
+    RowError,
+    make_example,
+    pair_or_feedback,
+    renamed,
+    template_columns,
+)
+from fedloom.data.examples import Example, Kind, Preference
 from fedloom.errors import DataError
 from fedloom.settings import Settings
 
@@ -35,9 +43,9 @@ SHOWN_BAD_ROWS = 5
 class DataSettings(Settings):
     """``[data]``: where examples come from and what is in them."""
 
-    source: str = "builtin:preferences"
+    source: str | list[str] = "builtin:preferences"
     """A local file, a pattern of files ("data/*.jsonl"; their names are the column "file"), a Hub
-    name, or "builtin:" and preferences, feedback, instructions or labelled."""
+    name, a list of these, or "builtin:" and preferences, feedback, instructions or labelled."""
     subset: str | None = None
     """Configuration of a set on the Hub."""
     data_dir: str | None = None
@@ -48,6 +56,9 @@ class DataSettings(Settings):
     """Where the global held-out set comes from (default: test_fraction of the source)."""
     test_split: str | None = None
     """Split on the Hub that is the global held-out set (a file has no splits)."""
+    test_kind: Kind | None = None
+    """Kind of the test_source, where it is another one: single answers may be trained on and pairs
+    judged (default: kind)."""
     kind: Kind | None = None
     """instruction, preference, feedback or labelled; built-in sets know theirs."""
     columns: dict[str, str] = {}
@@ -58,6 +69,9 @@ class DataSettings(Settings):
     """Share of the rows kept from training for the global held-out set."""
     max_rows: int | None = Field(default=None, ge=1)
     """Most training rows that are used, drawn from the seed."""
+    incomplete_pairs: Literal["drop", "feedback"] = "drop"
+    """What becomes of a pair with one answer missing or both alike: dropped and counted, or turned into
+    single answers for objectives that train on them (two that are alike pull against each other)."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of malformed rows above which the run does not start."""
     max_length: int | None = Field(default=None, ge=2)
@@ -65,11 +79,34 @@ class DataSettings(Settings):
     builtin_rows: int = Field(default=1600, ge=1)
     """Rows that a built-in source generates."""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source there is."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @property
+    def builtin_kind(self) -> str | None:
+        """Kind of a built-in source, ``None`` for others and for one that is not there."""
+        return (
+            BUILTIN_KINDS.get(self.sources[0].removeprefix(BUILTIN_PREFIX))
+            if self.sources
+            else None
+        )
+
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
         found = []
-        builtin = self.source.startswith(BUILTIN_PREFIX)
-        known = BUILTIN_KINDS.get(self.source.removeprefix(BUILTIN_PREFIX))
+        if not self.sources:
+            found.append("data.source is an empty list")
+        builtin = any(source.startswith(BUILTIN_PREFIX) for source in self.sources)
+        if builtin and len(self.sources) > 1:
+            found.append("data.source: a built-in source cannot stand in a list with others")
+        known = self.builtin_kind
+        if self.test_kind not in (None, self.kind or known):
+            if self.test_source is None and self.test_split is None:
+                found.append("data.test_kind needs data.test_source or data.test_split")
+            if "labelled" in (self.test_kind, self.kind or known):
+                found.append("data.test_kind: labelled texts are judged by labelled texts alone")
         if not builtin and self.kind is None:
             found.append(f"data.kind is missing: is {self.source!r} {', '.join(REQUIRED)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
@@ -97,7 +134,7 @@ class LoadedData:
     Attributes:
         train: Examples to be dealt to clients.
         test: The global held-out set.
-        kind: Kind of all of them.
+        kind: Kind of the training examples.
         digest: SHA-256 over all examples, so that a resumed run notices changed data.
         bad_rows: Malformed rows, which were left out.
         dropped: Sound rows that were left out, by reason.
@@ -109,6 +146,13 @@ class LoadedData:
     digest: str
     bad_rows: tuple[BadRow, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
+    test_kind: str | None = None
+    """Kind of the held-out examples, where it is another one."""
+
+    @property
+    def held_out_kind(self) -> str:
+        """Kind of the global held-out set."""
+        return self.test_kind or self.kind
 
 
 def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedData:
@@ -121,29 +165,39 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
     Raises:
         DataError: A missing or empty file, an absent column, or too many malformed rows.
     """
-    if settings.source.startswith(BUILTIN_PREFIX):
-        name = settings.source.removeprefix(BUILTIN_PREFIX)
+    if settings.sources[0].startswith(BUILTIN_PREFIX):
+        name = settings.sources[0].removeprefix(BUILTIN_PREFIX)
         train = builtin_examples(name, settings.builtin_rows, rng)
         return _loaded(*_hold_out(train, settings, rng), BUILTIN_KINDS[name], (), {})
-    reader = _Reader(settings)
-    train = reader.read(settings.source, settings.split)
+    reader = _Reader(settings, str(settings.kind), settings.incomplete_pairs == "feedback")
+    train = reader.read_all(settings.sources, settings.split)
+    test_kind = settings.test_kind or str(settings.kind)
     if settings.test_source is not None or settings.test_split is not None:
-        test = reader.read(settings.test_source or settings.source, settings.test_split or "test")
+        tests = (settings.test_source,) if settings.test_source else settings.sources
+        judged = _Reader(settings, test_kind)
+        test = judged.read_all(tests, settings.test_split or "test")
+        reader.bad += judged.bad
+        reader.dropped = dict(Counter(reader.dropped) + Counter(judged.dropped))
     else:
         train, test = _hold_out(train, settings, rng)
     if settings.max_rows is not None and len(train) > settings.max_rows:
         drawn = rng.choice(len(train), size=settings.max_rows, replace=False)
         train = [train[i] for i in np.sort(drawn)]
-    return _loaded(train, test, str(settings.kind), tuple(reader.bad), reader.dropped)
+    return _loaded(train, test, str(settings.kind), tuple(reader.bad), reader.dropped, test_kind)
 
 
 class _Reader:
     """Reads sources of one kind and keeps count of what was wrong."""
 
-    def __init__(self, settings: DataSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DataSettings, kind: str, incomplete: bool = False) -> None:
+        self.settings, self.kind, self.incomplete = settings, kind, incomplete
+        self.rows = 0
         self.bad: list[BadRow] = []
         self.dropped: dict[str, int] = {}
+
+    def read_all(self, sources: Iterable[str], split: str) -> list[Example]:
+        """Read every source; rows of all of them have numbers of their own."""
+        return [example for source in sources for example in self.read(source, split)]
 
     def read(self, source: str, split: str) -> list[Example]:
         if not _is_file(source):
@@ -162,7 +216,7 @@ class _Reader:
         examples: list[Example] = []
         for path in paths:
             label = path.name.partition(".")[0]
-            examples += self._part(path.name, read_file(path), len(examples), {"file": label})
+            examples += self._part(path.name, read_file(path), {"file": label})
         return self._usable(source, examples)
 
     def _usable(self, source: str, examples: list[Example]) -> list[Example]:
@@ -174,44 +228,46 @@ class _Reader:
         self,
         name: str,
         rows: Iterator[tuple[int, Any]],
-        offset: int = 0,
         extra: Mapping[str, str] | None = None,
     ) -> list[Example]:
-        """Read one file; ``offset`` keeps row numbers of several files apart."""
+        """Read one file; its row numbers begin after those of the files before it."""
         examples: list[Example] = []
         bad: list[BadRow] = []
-        seen = 0
+        seen = last = 0
+        offset = self.rows
         for number, row in rows:
             seen += 1
             if seen == 1 and isinstance(row, dict):
-                _check_columns(row, self.settings, name)
+                _check_columns(row, self.settings, self.kind, name)
             if extra and isinstance(row, dict):
                 row = {**row, **extra}
-            example = self._example(name, number, offset, row, bad)
-            if example is not None:
-                examples.append(example)
+            examples += self._examples(name, number, offset, row, bad)
+            last = max(last, number)
+        self.rows += last
         if not seen:
             raise DataError(f"{name} is empty: it holds no rows")
         self._check_bad(name, bad, seen)
         self.bad += bad
         return examples
 
-    def _example(
+    def _examples(
         self, name: str, number: int, offset: int, row: object, bad: list[BadRow]
-    ) -> Example | None:
+    ) -> list[Example]:
         try:
             if isinstance(row, RowError):
                 raise row
             if not isinstance(row, dict):
                 raise RowError(f"must be an object with columns, got {type(row).__name__}")
             own = renamed(row, self.settings.columns, self.settings.template)
-            return make_example(str(self.settings.kind), offset + number, own)
+            if self.incomplete and self.kind == "preference":
+                return pair_or_feedback(offset + number, own)
+            return [make_example(self.kind, offset + number, own)]
         except RowError as error:
             if error.malformed:
                 bad.append(BadRow(name, number, str(error)))
             else:
                 self.dropped[str(error)] = self.dropped.get(str(error), 0) + 1
-            return None
+            return []
 
     def _check_bad(self, name: str, bad: list[BadRow], seen: int) -> None:
         if len(bad) <= self.settings.max_bad_share * seen:
@@ -244,7 +300,7 @@ def read_file(path: Path) -> Iterator[tuple[int, Any]]:
         elif ending.endswith(".json"):
             with _opened(path) as file:
                 whole = json.load(file)
-            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+            yield from enumerate(_flattened(whole), 1)
         else:
             with _opened(path) as file:
                 yield from _json_lines(file)
@@ -271,6 +327,17 @@ def read_hub(
             "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
         ) from error
     return iter(enumerate(rows, 1))
+
+
+def _flattened(whole: Any) -> list[Any]:
+    """Return the rows of a JSON file: a list, one object, or lists by client (column "client")."""
+    if isinstance(whole, dict) and whole and all(isinstance(rows, list) for rows in whole.values()):
+        return [
+            {"client": client, **row} if isinstance(row, dict) else row
+            for client, rows in whole.items()
+            for row in rows
+        ]
+    return whole if isinstance(whole, list) else [whole]
 
 
 def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -319,14 +386,14 @@ def _check_file(path: Path) -> None:
         raise DataError(f"data file not found: {path}{hint}")
 
 
-def _check_columns(row: dict[str, Any], settings: DataSettings, name: str) -> None:
+def _check_columns(row: dict[str, Any], settings: DataSettings, kind: str, name: str) -> None:
     """Say at once, before any counting, that a column is not there."""
     there = sorted(map(str, row))
     wanted = [*settings.columns.values(), *template_columns(settings.template or "")]
     absent = [column for column in wanted if column not in row]
     if not absent:
         ours = set(row) | set(settings.columns) | ({"prompt"} if settings.template else set())
-        choices = REQUIRED[str(settings.kind)]
+        choices = REQUIRED[kind]
         if any(all(column in ours for column in choice) for choice in choices):
             return
         absent = [column for column in choices[0] if column not in ours]
@@ -334,8 +401,8 @@ def _check_columns(row: dict[str, Any], settings: DataSettings, name: str) -> No
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise DataError(
         f"{name} has no column {' nor '.join(repr(a) for a in absent)}; {hint}it has: "
-        f"{', '.join(there)}. {str(settings.kind).capitalize()} data needs "
-        f"{' or '.join('+'.join(choice) for choice in REQUIRED[str(settings.kind)])}; map yours with "
+        f"{', '.join(there)}. {kind.capitalize()} data needs "
+        f"{' or '.join('+'.join(choice) for choice in REQUIRED[kind])}; map yours with "
         'data.columns, such as { prompt = "question" }'
     )
 
@@ -351,6 +418,8 @@ def _hold_out(
             f"{settings.test_fraction} of them"
         )
     drawn = set(rng.choice(len(rows), size=count, replace=False).tolist())
+    if settings.kind == "preference":  # single answers made of incomplete pairs are not judged
+        drawn = {i for i in drawn if isinstance(rows[i], Preference)}
     kept = [row for i, row in enumerate(rows) if i not in drawn]
     return kept, [row for i, row in enumerate(rows) if i in drawn]
 
@@ -361,8 +430,9 @@ def _loaded(
     kind: str,
     bad: tuple[BadRow, ...],
     dropped: dict[str, int],
+    test_kind: str | None = None,
 ) -> LoadedData:
     digest = hashlib.sha256()
     for example in (*train, *test):
         digest.update(repr(example).encode())
-    return LoadedData(train, test, kind, digest.hexdigest(), bad, dropped)
+    return LoadedData(train, test, kind, digest.hexdigest(), bad, dropped, test_kind)

@@ -65,6 +65,11 @@ class TokenSet:
         lengths = np.diff(self.starts).reshape(-1, self.width)
         return lengths.max(axis=1) if len(lengths) else np.zeros(0, np.int64)
 
+    @property
+    def completion_lengths(self) -> NDArray[np.int64]:
+        """``(sequences,)`` completion tokens of each sequence."""
+        return np.diff(self.starts) - self.prompts
+
     def sequence(self, number: int) -> tuple[NDArray[np.int32], int]:
         """Return the tokens of sequence ``number`` and how many of them are prompt."""
         return self.tokens[self.starts[number] : self.starts[number + 1]], int(self.prompts[number])

@@ -107,4 +107,12 @@ class HeldOut:
         if self.kind == "feedback":
             desirable = torch.from_numpy(tokens.labels).bool()
             return feedback_metrics(logps[0], reference[0], desirable)
-        return preference_metrics(logps[0], logps[1], reference[0], reference[1], self.beta)
+        completions = torch.from_numpy(tokens.completion_lengths).view(-1, 2).T
+        return preference_metrics(
+            logps[0],
+            logps[1],
+            reference[0],
+            reference[1],
+            (completions[0], completions[1]),
+            self.beta,
+        )

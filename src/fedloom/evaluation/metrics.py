@@ -64,19 +64,23 @@ def preference_metrics(
     rejected: Tensor,
     reference_chosen: Tensor,
     reference_rejected: Tensor,
+    lengths: tuple[Tensor, Tensor],
     beta: float,
 ) -> dict[str, float]:
-    """Judge pairs by their summed log-probs, each ``(pairs,)``.
+    """Judge pairs by their summed log-probs and completion lengths in tokens, each ``(pairs,)``.
 
     Returns:
         ``preference_accuracy`` (implicit reward, ties half), ``likelihood_accuracy`` (the policy
-        itself gives the chosen answer the higher probability), ``reward_margin`` (mean difference of
-        the log-ratios in nats, not scaled by beta) and ``loss`` (the DPO loss at ``beta``).
+        itself gives the chosen answer the higher probability), ``normalised_accuracy`` (the same of
+        mean log-probs a token, as SimPO and ORPO reward them: length does not count),
+        ``reward_margin`` (mean difference of the log-ratios in nats, not scaled by beta) and ``loss``
+        (the DPO loss at ``beta``).
     """
     margin = ((chosen - reference_chosen) - (rejected - reference_rejected)).double()
     return {
         "preference_accuracy": _won(margin),
         "likelihood_accuracy": _won((chosen - rejected).double()),
+        "normalised_accuracy": _won((chosen / lengths[0] - rejected / lengths[1]).double()),
         "reward_margin": float(margin.mean()),
         "loss": float(-F.logsigmoid(beta * margin).mean()),
     }

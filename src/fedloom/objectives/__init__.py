@@ -1,20 +1,37 @@
-"""What a client minimises: SFT, classification, DPO, KTO. Pure losses and thin classes, one file each."""
+"""What a client minimises. Pure losses and thin classes, one file each."""
 
 from __future__ import annotations
 
 from fedloom.objectives.base import Objective
+from fedloom.objectives.bco import BCO, BCOSettings
 from fedloom.objectives.classification import Classification, ClassificationSettings
 from fedloom.objectives.dpo import DPO, DPOSettings
+from fedloom.objectives.ipo import IPO, IPOSettings
 from fedloom.objectives.kto import KTO, KTOSettings
+from fedloom.objectives.orpo import ORPO, ORPOSettings
 from fedloom.objectives.sft import SFT, SFTSettings
+from fedloom.objectives.simpo import SimPO, SimPOSettings
 
-ObjectiveSettings = SFTSettings | ClassificationSettings | DPOSettings | KTOSettings
+ObjectiveSettings = (
+    SFTSettings
+    | ClassificationSettings
+    | DPOSettings
+    | IPOSettings
+    | SimPOSettings
+    | ORPOSettings
+    | KTOSettings
+    | BCOSettings
+)
 
 OBJECTIVES: dict[str, tuple[type[ObjectiveSettings], type[Objective]]] = {
     "sft": (SFTSettings, SFT),
     "classification": (ClassificationSettings, Classification),
     "dpo": (DPOSettings, DPO),
+    "ipo": (IPOSettings, IPO),
+    "simpo": (SimPOSettings, SimPO),
+    "orpo": (ORPOSettings, ORPO),
     "kto": (KTOSettings, KTO),
+    "bco": (BCOSettings, BCO),
 }
 """Name in ``[objective]`` to its settings and its class."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedloom.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
+from fedloom.objectives.rewards import completion_lengths, pair_metrics
 from fedloom.settings import Settings
 
 
@@ -53,8 +54,7 @@ def dpo_loss(
         label_smoothing: In [0, 0.5).
 
     Returns:
-        The scalar loss, and ``reward_chosen``, ``reward_rejected``, ``reward_margin`` (means of
-        beta times the log-ratio) and ``reward_accuracy`` (share of pairs with a positive margin).
+        The scalar loss, and :func:`pair_metrics` of beta times the log-ratios.
     """
     chosen = policy_chosen_logps - reference_chosen_logps  # rho(x, y_w)
     rejected = policy_rejected_logps - reference_rejected_logps  # rho(x, y_l)
@@ -62,13 +62,7 @@ def dpo_loss(
     losses = -F.logsigmoid(margin) * (1 - label_smoothing)  # equation 7
     if label_smoothing:
         losses = losses - F.logsigmoid(-margin) * label_smoothing
-    metrics = {
-        "reward_chosen": beta * chosen.detach().mean(),
-        "reward_rejected": beta * rejected.detach().mean(),
-        "reward_margin": margin.detach().mean(),
-        "reward_accuracy": (margin.detach() > 0).float().mean(),
-    }
-    return losses.mean(), metrics
+    return losses.mean(), pair_metrics(beta * chosen, beta * rejected)
 
 
 class DPO(Objective):
@@ -98,7 +92,7 @@ class DPO(Objective):
             label_smoothing=self.label_smoothing,
         )
         if self.sft_weight:
-            lengths = batch.sequences.completion_mask.sum(-1).chunk(2)[0]
+            lengths = completion_lengths(batch.sequences).chunk(2)[0]
             cross_entropy = -(chosen / lengths).mean()
             loss = loss + self.sft_weight * cross_entropy
             metrics["chosen_cross_entropy"] = cross_entropy.detach()

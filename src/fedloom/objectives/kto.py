@@ -6,16 +6,21 @@ https://arxiv.org/abs/2402.01306, equations 7 and 8.
 The reference point z0 is estimated over the whole optimizer batch, not over a micro-batch, so the
 result does not depend on how the batch is cut. The mismatched completion of a row is that of
 another row of the same client, drawn once, so its reference log-prob is computed once too, and a
-batch of one row still has an estimate. Nothing about z0 leaves the client.
+batch of one row still has an estimate. A client with a single row trains with z0 = 0, and the metric
+``without_kl`` says so; ``single_class`` is 1 for a client whose rows are all desirable or all not.
+Nothing about z0 leaves the client.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
-from pydantic import Field
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedloom.batch import Batch
@@ -30,10 +35,40 @@ class KTOSettings(Settings):
     name: Literal["kto"] = "kto"
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference model (paper: 0.1)."""
+    weights: Literal["fixed", "balanced"] = "fixed"
+    """fixed: the two weights below. balanced: each client weighs its desirable rows by n_U / n_D, so
+    that both classes count alike (2502.14187); 1 and 1 where it has rows of one class only."""
     desirable_weight: float = Field(default=1.0, ge=0)
     """Weight of desirable rows, lambda_D (paper: 1)."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of undesirable rows, lambda_U (paper: 1)."""
+
+    @model_validator(mode="after")
+    def _one_way_to_weigh(self) -> KTOSettings:
+        given = self.model_fields_set & {"desirable_weight", "undesirable_weight"}
+        if self.weights == "balanced" and (self.desirable_weight, self.undesirable_weight) != (
+            1,
+            1,
+        ):
+            raise ValueError(
+                f'weights = "balanced" sets both weights by itself; leave out {", ".join(sorted(given))}'
+            )
+        return self
+
+
+def balanced_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    """Return lambda_D and lambda_U such that lambda_D n_D = lambda_U n_U, with lambda_U = 1.
+
+    The published code divides by zero for a client without desirable rows and drops the desirable
+    ones of a client without undesirable rows; both get weights of 1 here.
+
+    Args:
+        desirable: n_D, rows of the client that are desirable.
+        undesirable: n_U, the others.
+    """
+    if desirable and undesirable:
+        return undesirable / desirable, 1.0
+    return 1.0, 1.0
 
 
 def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -100,11 +135,23 @@ class KTO(Objective):
     needs_mismatched = True
 
     def __init__(self, settings: KTOSettings | None = None) -> None:
-        """Keep beta and the two weights."""
+        """Keep beta and how rows are weighed."""
         settings = settings or KTOSettings()
         self.beta = settings.beta
         self.desirable_weight = settings.desirable_weight
         self.undesirable_weight = settings.undesirable_weight
+        self.balanced = settings.weights == "balanced"
+        self.single_class = False
+
+    def for_client(self, labels: NDArray[np.int64]) -> KTO:
+        """Return the objective with a client's own weights; a client of one class is flagged."""
+        desirable, own = int((labels == 1).sum()), copy.copy(self)
+        own.single_class = desirable in (0, len(labels))
+        if self.balanced:
+            own.desirable_weight, own.undesirable_weight = balanced_weights(
+                desirable, len(labels) - desirable
+            )
+        return own
 
     def metric_weights(self, batch: Batch) -> dict[str, float]:
         """Return the rows of each class, which the rewards are means over."""
@@ -128,7 +175,7 @@ class KTO(Objective):
         """Return the mean loss over rows."""
         assert batch.labels is not None and batch.reference_logps is not None
         assert statistics is not None, "the loop passes the reference point"
-        return kto_loss(
+        loss, metrics = kto_loss(
             completion_logps(model, batch.sequences),
             batch.reference_logps,
             batch.labels,
@@ -137,6 +184,9 @@ class KTO(Objective):
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
+        metrics["single_class"] = statistics.new_tensor(self.single_class)
+        metrics["without_kl"] = statistics.new_tensor(batch.mismatched is None)
+        return loss, metrics
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Binary classifier optimization: alignment from single answers as a classifier of their rewards.
+
+Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment",
+https://arxiv.org/abs/2404.04656, equation 12. The reward shift delta is a running mean in the paper;
+here it is that of the optimizer batch (a reconstruction: clients keep no running state, and the
+result does not depend on how the batch is cut).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from fedloom.batch import Batch
+from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.logps import completion_logps
+from fedloom.settings import Settings
+
+
+class BCOSettings(Settings):
+    """``[objective] name = "bco"``."""
+
+    name: Literal["bco"] = "bco"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference model."""
+
+
+def reward_shift(rewards: Tensor, desirable: Tensor) -> Tensor:
+    """Return delta, half the sum of the two classes' mean rewards; a class not there counts 0.
+
+    Args:
+        rewards: ``(rows,)``.
+        desirable: ``(rows,)`` bool.
+    """
+    means = [rewards[mask].sum() / mask.sum().clamp(min=1) for mask in (desirable, ~desirable)]
+    return ((means[0] + means[1]) / 2).detach()
+
+
+def bco_loss(rewards: Tensor, desirable: Tensor, shift: Tensor) -> tuple[Tensor, Metrics]:
+    """Return the mean cross-entropy of sigmoid(reward - shift) against desirable.
+
+    Args:
+        rewards: ``(rows,)`` beta times the log-ratio.
+        desirable: ``(rows,)`` bool.
+        shift: Scalar delta.
+    """
+    margins = torch.where(desirable, rewards - shift, shift - rewards)
+    metrics = {"reward_accuracy": (margins.detach() > 0).float().mean(), "reward_shift": shift}
+    return -F.logsigmoid(margins).mean(), metrics  # equation 12
+
+
+class BCO(Objective):
+    """BCO on single answers, against the frozen base model."""
+
+    kind = "feedback"
+    accepts = ("feedback", "preference")
+    needs_reference = True
+
+    def __init__(self, settings: BCOSettings | None = None) -> None:
+        """Keep beta."""
+        self.beta = (settings or BCOSettings()).beta
+
+    @torch.no_grad()
+    def statistics(self, model: Model, batches: Sequence[Batch]) -> Tensor | None:
+        """Return delta over the whole optimizer batch."""
+        rewards = torch.cat([self._rewards(model, batch) for batch in batches])
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return reward_shift(rewards, torch.cat(labels))
+
+    def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
+        """Return the mean loss over rows."""
+        assert batch.labels is not None and statistics is not None
+        return bco_loss(self._rewards(model, batch), batch.labels, statistics)
+
+    def _rewards(self, model: Model, batch: Batch) -> Tensor:
+        assert batch.reference_logps is not None, "the loop adds the reference log-probs"
+        return self.beta * (completion_logps(model, batch.sequences) - batch.reference_logps)
