@@ -333,6 +333,7 @@ class _Reader:
         self.experiment, self.division, self.objective = experiment, division, objective
         self.tokenizer = tokenizer
         self.max_length = min(experiment.data.max_length or 1024, context)
+        self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
         self.dropped: dict[str, int] = {}
 
     def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
@@ -340,7 +341,7 @@ class _Reader:
         clients = self.division.train
         if pooled:
             clients = {0: [row for rows in clients.values() for row in rows]}
-        whole = self._tokens([row for rows in clients.values() for row in rows])
+        whole = self._tokens([row for rows in clients.values() for row in rows], self.max_length)
         result, start = {}, 0
         for client, rows in clients.items():
             positions = np.flatnonzero((whole.index >= start) & (whole.index < start + len(rows)))
@@ -356,7 +357,7 @@ class _Reader:
     def held_out(self, rows: Sequence[Example], kind: str | None = None) -> HeldOut:
         """Return a held-out set (the global one, or of ``kind``); pairs stay pairs."""
         size = self.experiment.evaluation.batch_size
-        tokens = self._tokens(rows)
+        tokens = self._tokens(rows, self.held_out_length)
         kind = kind or self.division.loaded.held_out_kind
         return HeldOut(TokenShare(tokens), kind, self.objective.beta, size)
 
@@ -373,10 +374,10 @@ class _Reader:
         bos = self.tokenizer.bos_token_id
         return TokenShare(tokens, mismatch(tokens, rng, self.max_length, bos))
 
-    def _tokens(self, rows: Sequence[Example]) -> TokenSet:
+    def _tokens(self, rows: Sequence[Example], max_length: int) -> TokenSet:
         cache = cache_folder() / "tokens"
         classes = self.division.classes
-        tokens = tokenize(rows, self.tokenizer, self.max_length, classes, cache)
+        tokens = tokenize(rows, self.tokenizer, max_length, classes, cache)
         for reason, count in tokens.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         return tokens

@@ -124,14 +124,50 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    comparison: Annotated[
+        Path,
+        typer.Argument(help="Experiment in TOML with a section [compare].", show_default=False),
+    ],
+    assignments: Assignments = None,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="Folder (default: comparisons/NAME).")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs side by side (default: one a core).", min=1)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of objectives, methods and seeds at one budget; goes on where it was stopped."""
+    from rich.console import Console
+
+    from fedloom import comparison as grid
+    from fedloom.report.comparison_page import write_comparison
+    from fedloom.terminal import ComparisonTerminal, comparison_table
+
+    plan = grid.read_comparison(comparison, assignments or [])
+    console = Console()
+    observer = ComparisonTerminal(console, silent=quiet)
+    folder = grid.compare(plan, target, workers=workers, observer=observer)
+    page = write_comparison(folder)
+    console.print(comparison_table(folder))
+    typer.echo(f"report: {page}  (open it in a browser)")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     target: Annotated[Path | None, typer.Option("--to", help="File to write.")] = None,
 ) -> None:
-    """Turn run folders into one self-contained page."""
+    """Turn run folders, or a comparison's folder, into one self-contained page."""
+    from fedloom.report.comparison_page import is_comparison, write_comparison
     from fedloom.report.page import write_report
 
-    typer.echo(f"report: {write_report(folders, target)}")
+    if len(folders) == 1 and is_comparison(folders[0]):
+        page = write_comparison(folders[0], target)
+    else:
+        page = write_report(folders, target)
+    typer.echo(f"report: {page}")
 
 
 def main() -> NoReturn:

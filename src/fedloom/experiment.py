@@ -27,6 +27,9 @@ from fedloom.server import FederationSettings
 from fedloom.settings import Settings, Table, nearest, override, parse, read_toml, write_toml
 from fedloom.training.optimizers import TrainingSettings
 
+COMPARE = "compare"
+"""Section that makes an experiment file a comparison (``comparison.py``)."""
+
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -89,6 +92,9 @@ class Experiment:
         table = dict(table)
         problems: list[str] = []
         name = str(table.pop("name", name))
+        if COMPARE in table:
+            del table[COMPARE]
+            problems.append(f"[{COMPARE}]: this is a comparison; run it with fedloom compare")
         for section in sorted(table.keys() - SECTIONS.keys()):
             problems.append(f"[{section}]: unknown section; {nearest(section, SECTIONS)}")
         parts: dict[str, Any] = {}

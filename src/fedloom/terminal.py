@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,9 @@ from rich.text import Text
 from fedloom.report.tables import human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fedloom.comparison import Comparison
     from fedloom.runner import Plan
     from fedloom.server import Evaluation, RoundRecord
 
@@ -165,6 +169,92 @@ class LiveTerminal(Terminal):
         for row in self.rows[-SHOWN_ROUNDS:]:
             table.add_row(*row.values())
         return table
+
+
+@dataclass
+class ComparisonTerminal:
+    """A bar over the runs of a comparison, and a line for each that has ended.
+
+    Attributes:
+        console: Where to print.
+        silent: Whether only warnings are printed.
+    """
+
+    console: Console
+    silent: bool = False
+    progress: Progress | None = None
+    task: TaskID | None = None
+
+    def begin(self, comparison: Comparison, waiting: int, workers: int) -> None:
+        """Say what is about to run and open the bar."""
+        if self.silent:
+            return
+        settings, cells = comparison.settings, comparison.cells
+        work = f"{settings.amount} {settings.budget} per client and round"
+        self.console.print(
+            f"{comparison.name}: {len(settings.objectives)} objectives x {len(settings.method_arms)} "
+            f"methods x {len(settings.seeds)} seeds, "
+            f"{'each as it is set' if settings.budget == 'as_set' else work}",
+            style="bold",
+            highlight=False,
+            soft_wrap=True,
+        )
+        done = len(cells) - waiting
+        note = f"{done} done before, " if done else ""
+        self.console.print(
+            f"{note}{waiting} runs to do, {workers} at a time", style="dim", highlight=False
+        )
+        if waiting:
+            self.progress = Progress(
+                TextColumn("{task.completed} of {task.total} runs"),
+                BarColumn(30),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self.task = self.progress.add_task("runs", total=waiting)
+            self.progress.start()
+
+    def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+        """Print the run's result on one line and move the bar."""
+        if self.silent:
+            return
+        self.console.print(f"{done}/{of}  {name}  {metric} {value:.4f}", highlight=False)
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=done)
+
+    def warning(self, text: str) -> None:
+        """Print a warning, also when quiet."""
+        self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Close the bar."""
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def comparison_table(folder: Path) -> Table:
+    """Return a comparison's metric as methods by objectives, with intervals over seeds."""
+    from fedloom.report.comparison_page import read_cells, results
+
+    found = results(*read_cells(folder))
+    objectives = list(dict.fromkeys(row["objective"] for row in found["arms"]))
+    table = Table(
+        title=f"{found['metric']}, mean ± 95 % over seeds", box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column("method")
+    for objective in objectives:
+        table.add_column(objective, justify="right", no_wrap=True)
+    for method in dict.fromkeys(row["method"] for row in found["arms"]):
+        cells = {r["objective"]: r for r in found["arms"] if r["method"] == method}
+        table.add_row(method, *(_mean_cell(cells.get(name)) for name in objectives))
+    return table
+
+
+def _mean_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['mean']:.4f}" + (f" ± {row['half']:.4f}" if row["half"] is not None else "")
 
 
 def _number(value: float | None) -> str:

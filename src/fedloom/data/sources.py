@@ -209,7 +209,9 @@ class _Reader:
             )
         if not any(sign in source for sign in "*?["):
             path = Path(source).expanduser()
-            return self._usable(source, self._part(path.name, read_file(path)))
+            several = len(self.settings.sources) > 1
+            extra = {"file": path.name.partition(".")[0]} if several else None
+            return self._usable(source, self._part(path.name, read_file(path), extra))
         paths = [Path(name) for name in sorted(glob.glob(str(Path(source).expanduser())))]
         if not paths:
             raise DataError(f"no data file matches {source}")

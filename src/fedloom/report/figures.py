@@ -48,6 +48,11 @@ STYLE: Any = {
 MANY_CLIENTS = 40
 MANY_VALUES = 8
 
+SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
+"""The x, the lower and the upper edge of a band."""
+
 Points = tuple[Sequence[float], Sequence[float]]
 """The x and the y of a line."""
 
@@ -57,18 +62,34 @@ def line_chart(
     x_label: str,
     y_label: str,
     *,
-    band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
+    band: Band | None = None,
     band_label: str = "",
+    bands: Mapping[str, Band] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> str:
-    """Return lines over a common x, with an optional band (x, low, high) behind them."""
+    """Return lines over a common x, with an optional band (x, low, high) behind them.
+
+    Args:
+        lines: Label to x and y.
+        x_label: Of the x axis.
+        y_label: Of the y axis.
+        band: One band of its own, with ``band_label`` in the legend.
+        band_label: What the band shows.
+        bands: A band behind a line, by the line's label and in its colour.
+        limits: Of the y axis, so that charts side by side can be compared.
+    """
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
+        if limits is not None:
+            axes.set_ylim(*limits)
         if band is not None:
             axes.fill_between(*band, color=PALETTE[0], alpha=0.15, label=band_label, linewidth=0)
         for number, (label, (x, y)) in enumerate(lines.items()):
             marker = "o" if len(x) <= 30 else None
             colour = PALETTE[number % len(PALETTE)]
             axes.plot(x, y, label=label, color=colour, marker=marker, markersize=3.5)
+            if bands is not None and label in bands:
+                axes.fill_between(*bands[label], color=colour, alpha=0.13, linewidth=0)
         _finish_axes(axes, x_label, y_label, legend=len(lines) > 1 or band is not None)
         return _svg(figure)
 
@@ -90,6 +111,44 @@ def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_lab
         axes.margins(0.15)
         _finish_axes(axes, x_label, y_label, legend=True)
         return _svg(figure)
+
+
+def grid_scatter(
+    points: Sequence[tuple[str, str, float, float]], x_label: str, y_label: str
+) -> str:
+    """Return points that say two things beside where they are: by colour and by shape.
+
+    Args:
+        points: What the colour means, what the shape means, x and y.
+        x_label: Of the x axis, logarithmic where it spans more than a decade.
+        y_label: Of the y axis.
+    """
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(_first_seen(points, 0))}
+    shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(_first_seen(points, 1))}
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(height=3.6)
+        for colour, shape, x, y in points:
+            axes.plot(
+                [x], [y], shapes[shape], color=colours[colour], markersize=7, alpha=0.85, mew=0
+            )
+        xs = [x for _, _, x, _ in points]
+        if min(xs) > 0 and max(xs) > 10 * min(xs):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(0.1)
+        for name, colour in colours.items():
+            axes.plot([], [], "o", color=colour, label=name)
+        for name, shape in shapes.items():
+            axes.plot([], [], shape, color="#888888", label=name, mew=0)
+        _finish_axes(axes, x_label, y_label, legend=False)
+        figure.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=0.8)
+        return _svg(figure)
+
+
+def _first_seen(points: Sequence[tuple[str, str, float, float]], place: int) -> list[str]:
+    return list(dict.fromkeys(str(point[place]) for point in points))
 
 
 def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], label: str) -> str:

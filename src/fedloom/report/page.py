@@ -17,6 +17,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
+from fedloom.report.template import fill, write_page
 
 
 @dataclass(frozen=True)
@@ -115,39 +116,15 @@ def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
     Raises:
         OutputError: A folder is no run folder, or the page cannot be written.
     """
-    runs = [read_run(folder) for folder in folders]
     if target is None:
         target = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
-    page = render(runs)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    return target
+    return write_page(render([read_run(folder) for folder in folders]), target)
 
 
 def render(runs: Sequence[Run]) -> str:
     """Return the page as HTML."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "bytes": human_bytes,
-        "flops": human_flops,
-        "seconds": human_seconds,
-        "count": human_count,
-        "number": _number,
-        "words": lambda name: str(name).replace("_", " "),
-    }
-    template = environment.get_template("page.html.j2")
-    return template.render(
+    return fill(
+        "page.html.j2",
         runs=[_view(run) for run in runs],
         comparison=_comparison(runs) if len(runs) > 1 else None,
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -394,7 +371,3 @@ def _distinct_labels(runs: Sequence[Run]) -> list[str]:
         seen[run.label] = seen.get(run.label, 0) + 1
         labels.append(run.label if seen[run.label] == 1 else f"{run.label} ({seen[run.label]})")
     return labels
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

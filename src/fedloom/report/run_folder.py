@@ -39,6 +39,10 @@ ROUNDS = "rounds.jsonl"
 COSTS = "costs.jsonl"
 SAMPLES = "samples.json"
 SUMMARY = "summary.json"
+COMPARISON = "comparison.json"
+"""In the folder of a comparison: its axes and the names of its run folders (``runs/NAME``)."""
+RUNS = "runs"
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)

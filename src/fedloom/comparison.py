@@ -1,0 +1,357 @@
+"""A fair comparison: one base experiment, a grid of objectives, methods and seeds, one budget for all.
+
+The published study this package starts from gave its arms different numbers of optimizer steps,
+different lengths and different checkpoints. Here every cell of the grid is a run of the same
+experiment with the same work per client and round, judged at the same round; what each cell really did
+is read from its ledger and shown. Cells are whole run folders: a comparison that was stopped goes on
+with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from fedloom.errors import CheckpointError, FedloomError, OutputError, SettingsError
+from fedloom.experiment import COMPARE, Experiment
+from fedloom.methods import METHODS
+from fedloom.report import run_folder as names
+from fedloom.report.run_folder import RunFolder
+from fedloom.runner import Silent, resume_run, run_experiment
+from fedloom.settings import Settings, nearest, override, parse, read_toml, write_toml
+from fedloom.training.optimizers import AMOUNTS
+
+Overrides = dict[str, dict[str, Any]]
+"""Sections of an experiment, with the settings in which an arm differs from the base."""
+
+
+class CompareSettings(Settings):
+    """``[compare]``: the axes, and what is held equal."""
+
+    budget: Literal["steps", "examples", "tokens", "as_set"] = "steps"
+    """What every client does equally much of in every round, in every arm: optimizer steps, examples (a
+    pair counts as the two answers it holds) or tokens. as_set: what each arm's own settings say."""
+    amount: int | None = Field(default=None, ge=1)
+    """How many of them, per client and round; not with as_set."""
+    objectives: dict[str, Overrides]
+    """Arms by name, each with the sections in which it differs from the base experiment."""
+    methods: list[str] | dict[str, Overrides] = ["fedavg"]
+    """Names of methods with their defaults, or arms by name with their sections."""
+    seeds: list[int] = [0, 1, 2]
+    """Each repeats the whole grid with other data orders, partitions and adapters."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        if (self.amount is None) != (self.budget == "as_set"):
+            needs = "takes no" if self.budget == "as_set" else "needs a"
+            found.append(f"compare.budget = {self.budget!r} {needs} compare.amount")
+        if not self.objectives or not self.methods or not self.seeds:
+            found.append("compare.objectives, compare.methods and compare.seeds must not be empty")
+        if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            found.append(f"compare.seeds must be different and at least 0, got {self.seeds}")
+        for name in self.methods if isinstance(self.methods, list) else ():
+            if name not in METHODS:
+                found.append(f"compare.methods {name!r}: {nearest(name, METHODS)}")
+        for name in (*self.objectives, *self.methods):
+            if not name.replace("_", "").isalnum():
+                found.append(f"compare: arm {name!r} names a folder; use letters, digits and _")
+        return found
+
+    @property
+    def method_arms(self) -> dict[str, Overrides]:
+        """Every method arm with its sections."""
+        if isinstance(self.methods, dict):
+            return self.methods
+        return {name: {"method": {"name": name}} for name in self.methods}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        objective: Name of its objective arm.
+        method: Name of its method arm.
+        seed: Its seed.
+        experiment: All of its settings.
+    """
+
+    objective: str
+    method: str
+    seed: int
+    experiment: Experiment
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        return f"{self.objective}-{self.method}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grid of runs that is ready to go.
+
+    Attributes:
+        name: The file's name without its ending.
+        settings: The axes and the budget.
+        cells: Every run, in the order objective, method, seed.
+        table: The file as it was read, for the record.
+    """
+
+    name: str
+    settings: CompareSettings
+    cells: tuple[Cell, ...]
+    table: Mapping[str, Any]
+
+
+class CompareObserver(Protocol):
+    """Who watches a comparison."""
+
+    def begin(self, comparison: Comparison, waiting: int, workers: int) -> None:
+        """The runs are about to start; ``waiting`` of them are still to be done."""
+        ...
+
+    def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+        """A run has ended well."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+    def end(self) -> None:
+        """All runs are over, well or not."""
+        ...
+
+
+def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
+    """Read a comparison and check every cell of it before anything runs.
+
+    Args:
+        path: An experiment file with a section ``[compare]``.
+        assignments: As after ``--set``.
+
+    Raises:
+        SettingsError: With every mistake, each said once.
+    """
+    table = override(read_toml(path), assignments)
+    if COMPARE not in table:
+        raise SettingsError([f"[{COMPARE}] is missing: which objectives and seeds?"], str(path))
+    base = {section: value for section, value in table.items() if section != COMPARE}
+    settings, problems = parse(CompareSettings, table[COMPARE], COMPARE)
+    problems += settings.contradictions() if settings else []
+    if settings is None or problems:
+        raise SettingsError(problems, str(path))
+    cells = []
+    for objective, sections in settings.objectives.items():
+        for method, more in settings.method_arms.items():
+            for seed in settings.seeds:
+                merged = _merged(base, sections, more, {"federation": {"seed": seed}})
+                try:
+                    experiment = Experiment.from_table(_budgeted(merged, settings))
+                except SettingsError as error:
+                    problems += [f"arm {objective}-{method}: {text}" for text in error.problems]
+                    break
+                cells.append(Cell(objective, method, seed, experiment))
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)), str(path))
+    return Comparison(path.stem, settings, tuple(cells), table)
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path | None = None,
+    *,
+    workers: int | None = None,
+    observer: CompareObserver | None = None,
+) -> Path:
+    """Run what is missing of the grid and leave a folder that a report is made from.
+
+    Args:
+        comparison: From :func:`read_comparison`.
+        folder: Where to (default: comparisons/NAME); runs that are done there are not repeated.
+        workers: Processes side by side (default: one a core on a CPU, one with a GPU). The results
+            do not depend on it.
+        observer: Watches.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: The folder holds another comparison.
+        FedloomError: Some runs failed; the others are done and kept.
+    """
+    folder = folder or Path("comparisons") / comparison.name
+    waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+    _write_record(folder, comparison)
+    workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
+    if observer is not None:
+        observer.begin(comparison, len(waiting), workers)
+    failed: dict[str, str] = {}
+    try:
+        for count, outcome in enumerate(_outcomes(waiting, folder, workers), 1):
+            if outcome.error is not None:
+                failed[outcome.name] = outcome.error
+            elif observer is not None:
+                observer.cell_done(outcome.name, outcome.metric, outcome.value, count, len(waiting))
+            if observer is not None:
+                for text in outcome.warnings:
+                    observer.warning(f"{outcome.name}: {text}")
+    finally:
+        if observer is not None:
+            observer.end()
+    if failed:
+        first = next(iter(failed))
+        raise FedloomError(
+            f"{len(failed)} of {len(waiting)} runs failed ({', '.join(failed)}); the first: "
+            f"{failed[first]}\nthe others are kept in {folder}: the same command goes on with the rest"
+        )
+    return folder
+
+
+@dataclass
+class _Outcome:
+    """How a cell's run ended; plain, as it comes from another process."""
+
+    name: str
+    metric: str = ""
+    value: float = 0.0
+    error: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Collecting(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        """Keep the warning for the parent process."""
+        self.warnings.append(text)
+
+
+def _outcomes(cells: list[Cell], folder: Path, workers: int) -> Iterator[_Outcome]:
+    jobs = [
+        (cell.name, cell.experiment.to_table(), str(folder / names.RUNS / cell.name))
+        for cell in cells
+    ]
+    if workers == 1:
+        yield from (_run_cell(*job) for job in jobs)
+        return
+    # spawn: a forked child of a process that has used torch's threads may hang.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running: set[Future[_Outcome]] = {pool.submit(_run_cell, *job) for job in jobs}
+        try:
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in ended)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:
+    """Run or continue one cell; whatever goes wrong in it is told, not raised."""
+    observer = _Collecting()
+    table = {**table, "output": {**table["output"], "folder": path}, "name": name}
+    try:
+        if (Path(path) / names.RUN).is_file():
+            result = resume_run(Path(path), observer=observer)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            result = run_experiment(Experiment.from_table(table), observer=observer)
+    except FedloomError as error:
+        return _Outcome(name, error=str(error), warnings=observer.warnings)
+    except Exception as error:  # one cell's crash must not take the others' results along
+        return _Outcome(name, error=f"{type(error).__name__}: {error}", warnings=observer.warnings)
+    summary = json.loads((result.folder / names.SUMMARY).read_text(encoding="utf-8"))
+    return _Outcome(name, summary["metric"], summary["after"], warnings=observer.warnings)
+
+
+def _is_done(folder: Path, cell: Cell) -> bool:
+    """Return whether a cell's run is finished.
+
+    Raises:
+        OutputError: Its folder holds a run of other settings.
+    """
+    path = folder / names.RUNS / cell.name
+    if not (path / names.EXPERIMENT).is_file():
+        return False
+    left, right = (e.to_table() for e in (_saved(path), cell.experiment))
+    different = [s for s in left if s not in ("name", "output") and left[s] != right[s]]
+    if different:
+        raise OutputError(
+            f"{path} holds a run with other settings in [{'], ['.join(different)}]; give another "
+            "folder with --to, or delete that one"
+        )
+    return (path / names.SUMMARY).is_file()
+
+
+def _saved(path: Path) -> Experiment:
+    try:
+        return Experiment.from_toml(path / names.EXPERIMENT)
+    except SettingsError as error:
+        raise CheckpointError(f"{path} holds a run of another version: {error}") from error
+
+
+def _write_record(folder: Path, comparison: Comparison) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror}; choose another --to") from error
+    files = RunFolder(folder)
+    files.write_text("compare.toml", write_toml(comparison.table))
+    files.write_json(
+        names.COMPARISON,
+        {
+            "name": comparison.name,
+            "budget": comparison.settings.budget,
+            "amount": comparison.settings.amount,
+            "seeds": comparison.settings.seeds,
+            "objectives": list(comparison.settings.objectives),
+            "methods": list(comparison.settings.method_arms),
+            "cells": [
+                {"name": c.name, "objective": c.objective, "method": c.method, "seed": c.seed}
+                for c in comparison.cells
+            ],
+        },
+    )
+
+
+def _merged(base: Mapping[str, Any], *changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return ``base`` with sections changed; a change of ``name`` starts its section anew."""
+    table = {s: dict(v) if isinstance(v, Mapping) else v for s, v in base.items()}
+    for change in changes:
+        for section, values in change.items():
+            own = table.get(section, {})
+            fresh = "name" in values and values["name"] != own.get("name")
+            table[section] = dict(values) if fresh else {**own, **values}
+    return table
+
+
+def _budgeted(table: dict[str, Any], settings: CompareSettings) -> dict[str, Any]:
+    """Return ``table`` with the work per client and round that the comparison prescribes."""
+    if settings.budget == "as_set":
+        return table
+    training = {k: v for k, v in table.get("training", {}).items() if k not in AMOUNTS}
+    return {**table, "training": {**training, f"local_{settings.budget}": settings.amount}}
+
+
+def _default_workers(comparison: Comparison) -> int:
+    """One process a core where each uses one thread; a GPU is not shared."""
+    import torch
+
+    training = comparison.cells[0].experiment.training
+    on_cpu = training.device == "cpu" or (
+        training.device == "auto" and not torch.cuda.is_available()
+    )
+    return max(1, (os.cpu_count() or 1) // (training.threads or 1)) if on_cpu else 1

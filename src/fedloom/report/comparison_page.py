@@ -1,0 +1,350 @@
+"""The page of a comparison: what each arm reached at the same budget, how sure that is, what it cost.
+
+It reads the comparison's record and its run folders only; a comparison that was stopped gives a page
+of what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom.errors import OutputError
+from fedloom.report import run_folder as names
+from fedloom.report.page import Run, read_run
+from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.statistics import holm, mean_interval, paired_test
+from fedloom.report.template import fill, write_page
+
+RESOURCES = ("steps", "examples", "tokens", "flops", "seconds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A finished run of the grid.
+
+    Attributes:
+        objective: Its objective arm.
+        method: Its method arm.
+        seed: Its seed.
+        run: Its folder's content.
+    """
+
+    objective: str
+    method: str
+    seed: int
+    run: Run
+
+    @property
+    def summary(self) -> Record:
+        """summary.json."""
+        assert self.run.summary is not None, "unfinished runs are left out"
+        return self.run.summary
+
+    @property
+    def value(self) -> float:
+        """The metric the run is judged by, after its last round."""
+        return float(self.summary["after"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All held-out metrics after the last round."""
+        return {name: float(value) for name, value in self.summary["after_metrics"].items()}
+
+    @property
+    def sent(self) -> float:
+        """Bytes in both directions, without evaluation."""
+        return float(self.summary["totals"]["bytes_up"] + self.summary["totals"]["bytes_down"])
+
+
+def is_comparison(folder: Path) -> bool:
+    """Return whether ``folder`` is that of a comparison."""
+    return (folder / names.COMPARISON).is_file()
+
+
+def write_comparison(folder: Path, target: Path | None = None) -> Path:
+    """Write the page of a comparison and ``results.json``, all its figures.
+
+    Args:
+        folder: Left by ``fedloom compare``.
+        target: File to write (default: report.html in the folder).
+
+    Raises:
+        OutputError: No run in it has finished, or the page cannot be written.
+    """
+    record, cells = read_cells(folder)
+    RunFolder(folder).write_json(names.RESULTS, results(record, cells))
+    return write_page(render(record, cells), target or folder / "report.html")
+
+
+def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
+    """Return the comparison's record and its finished runs.
+
+    Raises:
+        OutputError: It is no comparison, or no run in it has finished.
+    """
+    record = RunFolder(folder).read_json(names.COMPARISON)
+    if record is None:
+        raise OutputError(f"{folder} is no comparison: it has no {names.COMPARISON}")
+    cells = []
+    for cell in record["cells"]:
+        path = folder / names.RUNS / cell["name"]
+        if (path / names.SUMMARY).is_file():
+            cells.append(Cell(cell["objective"], cell["method"], cell["seed"], read_run(path)))
+    if not cells:
+        raise OutputError(f"no run of the comparison in {folder} has finished")
+    return record, cells
+
+
+def results(record: Record, cells: Sequence[Cell]) -> Record:
+    """Return everything a comparison says, as plain numbers."""
+    return {
+        "name": record["name"],
+        "metric": cells[0].run.metric,
+        "budget": record["budget"],
+        "amount": record["amount"],
+        "finished": len(cells),
+        "planned": len(record["cells"]),
+        "arms": _arm_rows(record, cells),
+        "paired": paired_rows(record, cells),
+        "did": _did(record, cells),
+    }
+
+
+def render(record: Record, cells: Sequence[Cell]) -> str:
+    """Return the page as HTML."""
+    lengths = sorted({_setting(cell, "data", "max_length") or 0 for cell in cells})
+    return fill(
+        "comparison.html.j2",
+        title=record["name"],
+        record=record,
+        metric=cells[0].run.run["metric"],
+        finished=len(cells),
+        model=cells[0].run.run["model"],
+        data=cells[0].run.run["data"],
+        rounds=cells[0].summary["rounds"],
+        clients=len(cells[0].run.partition["clients"]),
+        lengths=lengths,
+        did=_did(record, cells),
+        feedback=_feedback_rows(record, cells),
+        arms=_arm_rows(record, cells),
+        means=_means_by_objective(record, cells),
+        paired=paired_rows(record, cells),
+        curves=_curves(record, cells),
+        scatters=_scatters(record, cells),
+    )
+
+
+def paired_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
+    """Return, for every two objective arms, how they differ over the same seeds.
+
+    The units of the first test are seeds: a seed's value is the mean over the methods that both arms
+    finished, since runs that share a seed share data and start and are no independent evidence. Each
+    method by itself follows. p values of one column are adjusted for their number (Holm).
+    """
+    rows: list[Record] = []
+    for left, right in combinations(record["objectives"], 2):
+        blocks = _blocks(cells, left, right)
+        if blocks:
+            rows.append({"left": left, "right": right, "method": None, **_overall(blocks)})
+    for method in record["methods"]:
+        for left, right in combinations(record["objectives"], 2):
+            blocks = [b for b in _blocks(cells, left, right) if b[0] == method]
+            if blocks:
+                test = paired_test([b[2] for b in blocks], [b[3] for b in blocks])
+                wins = _wins(blocks)
+                rows.append(
+                    {"left": left, "right": right, "method": method, **asdict(test), **wins}
+                )
+    for overall in (True, False):
+        some = [r for r in rows if (r["method"] is None) == overall and r["p"] is not None]
+        for row, adjusted in zip(some, holm([r["p"] for r in some]), strict=True):
+            row["p_adjusted"] = adjusted
+    return [{"p_adjusted": None, **row} for row in rows]
+
+
+Block = tuple[str, int, float, float]
+"""Method, seed, and the value of either arm."""
+
+
+def _blocks(cells: Sequence[Cell], left: str, right: str) -> list[Block]:
+    values = {(c.objective, c.method, c.seed): c.value for c in cells}
+    return [
+        (method, seed, value, values[right, method, seed])
+        for (objective, method, seed), value in values.items()
+        if objective == left and (right, method, seed) in values
+    ]
+
+
+def _overall(blocks: Sequence[Block]) -> Record:
+    seeds = sorted({block[1] for block in blocks})
+    sides = [
+        [fmean(block[side] for block in blocks if block[1] == seed) for seed in seeds]
+        for side in (2, 3)
+    ]
+    return {**asdict(paired_test(*sides)), **_wins(blocks)}
+
+
+def _wins(blocks: Sequence[Block]) -> Record:
+    return {
+        "runs": len(blocks),
+        "right_wins": sum(b[3] > b[2] for b in blocks),
+        "ties": sum(b[3] == b[2] for b in blocks),
+    }
+
+
+def _of(
+    cells: Iterable[Cell], objective: str | None = None, method: str | None = None
+) -> list[Cell]:
+    return [
+        cell
+        for cell in cells
+        if objective in (None, cell.objective) and method in (None, cell.method)
+    ]
+
+
+def _arm_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
+    """Return one row an arm: its metric over seeds and its mean costs."""
+    rows = []
+    for method in record["methods"]:
+        for objective in record["objectives"]:
+            some = _of(cells, objective, method)
+            if some:
+                rows.append({"objective": objective, "method": method, **_arm(some)})
+    return rows
+
+
+def _arm(some: Sequence[Cell]) -> Record:
+    values = [cell.value for cell in some]
+    half = mean_interval(values)[1] if len(values) > 1 else None
+    totals = [cell.summary["totals"] for cell in some]
+    return {
+        "runs": len(values),
+        "before": fmean(float(cell.summary["before"]) for cell in some),
+        "mean": fmean(values),
+        "half": half,
+        "lowest": min(values),
+        "highest": max(values),
+        "metrics": {n: fmean(cell.metrics[n] for cell in some) for n in some[0].metrics},
+        "sent": fmean(cell.sent for cell in some),
+        **{name: fmean(float(total[name]) for total in totals) for name in RESOURCES},
+        "peak_memory": max(float(total["peak_memory"]) for total in totals),
+    }
+
+
+def _means_by_objective(record: Record, cells: Sequence[Cell]) -> list[Record]:
+    """Return one row an objective: the mean over methods of each seed, over seeds."""
+    rows = []
+    for objective in record["objectives"]:
+        some = _of(cells, objective)
+        seeds = sorted({cell.seed for cell in some})
+        values = [fmean(c.value for c in some if c.seed == seed) for seed in seeds]
+        if values:
+            half = mean_interval(values)[1] if len(values) > 1 else None
+            row = {"objective": objective, **_arm(some), "mean": fmean(values), "half": half}
+            rows.append({**row, "runs": len(some)})
+    return rows
+
+
+def _did(record: Record, cells: Sequence[Cell]) -> list[Record]:
+    """Return what each objective arm really did per client and round, from its ledger."""
+    rows = []
+    for objective in record["objectives"]:
+        turns = [
+            cost
+            for cell in _of(cells, objective)
+            for cost in cell.run.costs
+            if cost["phase"] == "train"
+        ]
+        if turns:
+            width = 2 if _needs_pairs(cells, objective) else 1
+            rows.append(
+                {
+                    "objective": objective,
+                    "steps": _range(c["steps"] for c in turns),
+                    "examples": _range(c["examples"] * width for c in turns),
+                    "tokens": _range(c["tokens"] for c in turns),
+                }
+            )
+    return rows
+
+
+def _needs_pairs(cells: Sequence[Cell], objective: str) -> bool:
+    data = _of(cells, objective)[0].run.run["data"]
+    return data["kind"] == "preference" and data.get("feedback") is None
+
+
+def _range(values: Iterable[float]) -> Record:
+    found = list(values)
+    return {"lowest": min(found), "mean": fmean(found), "highest": max(found)}
+
+
+def _feedback_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
+    rows = []
+    for objective in record["objectives"]:
+        found = [cell.run.run["data"].get("feedback") for cell in _of(cells, objective)]
+        deals = [deal for deal in found if deal]
+        if deals:
+            rows.append(
+                {
+                    "objective": objective,
+                    **deals[0],
+                    "intact_share": fmean(deal["intact_share"] for deal in deals),
+                }
+            )
+    return rows
+
+
+def _setting(cell: Cell, section: str, key: str) -> Any:
+    import tomllib
+
+    return tomllib.loads(cell.run.experiment).get(section, {}).get(key)
+
+
+def _curves(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Return one chart a method: the metric by round of every objective, mean and range over seeds."""
+    from fedloom.report import figures
+
+    metric = cells[0].run.metric
+    values = [v for cell in cells for v in cell.run.global_line(metric)[1]]
+    margin = 0.05 * (max(values) - min(values)) or 0.01
+    limits = (min(values) - margin, max(values) + margin)
+    charts = []
+    for method in record["methods"]:
+        lines, bands = {}, {}
+        for objective in record["objectives"]:
+            found = [cell.run.global_line(metric) for cell in _of(cells, objective, method)]
+            if found and found[0][0]:
+                rounds = found[0][0]
+                by_round = list(zip(*(y for _, y in found), strict=True))
+                lines[objective] = (rounds, [fmean(ys) for ys in by_round])
+                bands[objective] = (rounds, list(map(min, by_round)), list(map(max, by_round)))
+        if lines:
+            words = metric.replace("_", " ")
+            chart = figures.line_chart(lines, "round", words, bands=bands, limits=limits)
+            charts.append((method, chart))
+    return charts
+
+
+def _scatters(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Return quality against traffic and against compute, a point an arm."""
+    from fedloom.report import figures
+
+    words = cells[0].run.metric.replace("_", " ")
+    rows: Sequence[Mapping[str, Any]] = _arm_rows(record, cells)
+    by_bytes = [(r["objective"], r["method"], r["sent"] / 1e6, r["mean"]) for r in rows]
+    by_flops = [(r["objective"], r["method"], r["flops"] / 1e9, r["mean"]) for r in rows]
+    return [
+        (
+            f"{words.capitalize()} against bytes sent (measured)",
+            figures.grid_scatter(by_bytes, "MB sent in a run", words),
+        ),
+        (
+            f"{words.capitalize()} against client compute (derived)",
+            figures.grid_scatter(by_flops, "GFLOP computed by clients in a run", words),
+        ),
+    ]

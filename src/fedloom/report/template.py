@@ -1,0 +1,50 @@
+"""Templates filled and pages written: what every kind of page shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError
+from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
+
+
+def fill(template: str, **content: Any) -> str:
+    """Return a template of ``templates/`` as HTML; whatever is filled in is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": human_bytes,
+        "flops": human_flops,
+        "seconds": human_seconds,
+        "count": human_count,
+        "number": _number,
+        "signed": lambda value: "-" if value is None else f"{value:+.3f}",
+        "words": lambda name: str(name).replace("_", " "),
+    }
+    return environment.get_template(template).render(**content)
+
+
+def write_page(page: str, target: Path) -> Path:
+    """Write a page and return where it is.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
