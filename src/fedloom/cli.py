@@ -110,17 +110,64 @@ def partition(
 
 @app.command()
 def evaluate(
-    experiment: ExperimentFile,
+    what: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help='An experiment in TOML, or adapters: PEFT folders, run folders, "base".',
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="A PEFT folder (default: the base model).")
+        Path | None,
+        typer.Option(help="With an experiment: a PEFT folder (default: the base model)."),
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="mt-bench-1, vicuna, advbench, or a file of questions.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Where a named benchmark's questions lie.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="refusal, reference, longest, a model's folder, or http://HOST/v1."),
+    ] = None,
+    judge_audit: Annotated[
+        Path | None, typer.Option(help="Measure the judges on pairs that people judged, instead.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by name or YAML file: mmlu,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First questions only.", min=1)] = None,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="Folder (default: evaluations/NAME).")
     ] = None,
     assignments: Assignments = None,
 ) -> None:
-    """Score an adapter on the experiment's global held-out set."""
-    from fedloom.runner import evaluate_adapter
+    """Score adapters: on held-out rows, on a benchmark with judges, or with lm-eval.
 
-    for name, value in evaluate_adapter(_read(experiment, assignments), adapter).items():
-        typer.echo(f"{name} = {value:.6f}")
+    An experiment is scored on its global held-out set. A judge's key is read from the environment
+    variable FEDLOOM_JUDGE_KEY.
+    """
+    from fedloom import evaluating
+
+    given = what or []
+    chosen = sum(option is not None for option in (benchmark, judge_audit, lm_eval))
+    if chosen > 1:
+        raise typer.BadParameter("give one of --benchmark, --judge-audit and --lm-eval")
+    if judge_audit is not None:
+        evaluating.show_audit(judge_audit, judge or [], assignments or [], limit)
+    elif benchmark is not None:
+        evaluating.show_benchmark(
+            given, benchmark, questions, judge or [], assignments or [], limit, target
+        )
+    elif lm_eval is not None:
+        evaluating.show_harness(given, lm_eval.split(","), assignments or [], limit)
+    elif len(given) == 1 and given[0].suffix == ".toml":
+        evaluating.show_held_out(_read(given[0], assignments), adapter)
+    else:
+        raise typer.BadParameter(
+            "give an experiment in TOML, or adapters with --benchmark or --lm-eval, or --judge-audit"
+        )
 
 
 @app.command()
@@ -159,12 +206,15 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     target: Annotated[Path | None, typer.Option("--to", help="File to write.")] = None,
 ) -> None:
-    """Turn run folders, or a comparison's folder, into one self-contained page."""
+    """Turn run folders, or the folder of a comparison or evaluation, into one self-contained page."""
     from fedloom.report.comparison_page import is_comparison, write_comparison
+    from fedloom.report.evaluation_page import is_evaluation, write_evaluation
     from fedloom.report.page import write_report
 
     if len(folders) == 1 and is_comparison(folders[0]):
         page = write_comparison(folders[0], target)
+    elif len(folders) == 1 and is_evaluation(folders[0]):
+        page = write_evaluation(folders[0], target)
     else:
         page = write_report(folders, target)
     typer.echo(f"report: {page}")

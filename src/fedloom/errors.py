@@ -9,6 +9,7 @@
     ├── MessageError        a payload that does not fit the schema of its exchange
     ├── TrainingError       local training on one client failed; the round goes on without it
     │   └── NonFiniteLoss   the loss became NaN or infinite: which client, step and examples
+    ├── JudgeError          a judge that cannot work at all: a refused key, no server, a wrong address
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
     ├── OutputError         the run folder cannot be written or read
@@ -75,6 +76,10 @@ class NonFiniteLoss(TrainingError):
             f"client {client}: the loss is {value} at local step {step} on rows {shown}; "
             "lower training.learning_rate, set training.max_grad_norm, or look at these rows"
         )
+
+
+class JudgeError(FedloomError):
+    """A judge cannot work at all; a single verdict that is missing or unreadable is counted instead."""
 
 
 class RoundFailed(FedloomError):

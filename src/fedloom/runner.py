@@ -20,7 +20,7 @@ from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
 from fedloom.errors import CheckpointError, Interrupted, OutputError, SettingsError
-from fedloom.evaluation.generate import generate_answers
+from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.methods.base import ADAPTER
@@ -388,13 +388,14 @@ class _Run:
         parts, limit = self.parts, self.experiment.evaluation.max_new_tokens
         texts = [render_prompt(prompt_of(example), parts.tokenizer) for example in parts.prompts]
         parts.model.write(parts.initial)
-        before = generate_answers(parts.model, parts.tokenizer, texts, limit)
+        asks = [Ask(text) for text in texts]
+        before = generate_answers(parts.model, parts.tokenizer, asks, limit)
         shared = parts.method.shared(state)
         if shared is None:  # every client has its own: show the first one's
             first = parts.engine.store.slots(min(parts.engine.shares)).get(ADAPTER, parts.initial)
             shared = first
         parts.model.write(shared)
-        after = generate_answers(parts.model, parts.tokenizer, texts, limit)
+        after = generate_answers(parts.model, parts.tokenizer, asks, limit)
         return [
             {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)

@@ -1,55 +1,125 @@
-"""Answers to prompts, batched and greedy, for the before-and-after table."""
+"""Answers to prompts, batched; greedy, or sampled from a seed that belongs to the prompt.
+
+Sampling adds Gumbel noise to the scores and takes the largest, which is a draw from their softmax
+(Gumbel 1954). Each row's noise comes from its own seed, so an answer does not depend on what it was
+batched with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fedloom.models.lora import AdapterModel
 
 
+@dataclass(frozen=True)
+class Ask:
+    """A prompt and how it is to be answered.
+
+    Attributes:
+        prompt: Rendered text that the model continues.
+        temperature: At least 0; 0 is greedy.
+        seed: Of the draws, above a temperature of 0.
+    """
+
+    prompt: str
+    temperature: float = 0.0
+    seed: int = 0
+
+
 def generate_answers(
-    model: AdapterModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+    model: AdapterModel,
+    tokenizer: Any,
+    asks: Sequence[Ask],
+    max_new_tokens: int,
+    batch_size: int = 32,
 ) -> list[str]:
-    """Return one greedy answer to each prompt, without the prompt.
+    """Return one answer to each prompt, without the prompt.
 
     Args:
         model: A causal LM with the adapter to use.
         tokenizer: Its tokenizer.
-        prompts: Rendered prompts; a prompt too long for the context loses its start.
+        asks: Prompts; one too long for the context loses its start.
         max_new_tokens: Most tokens of an answer, above 0.
+        batch_size: Prompts answered together.
     """
-    if not prompts:
-        return []
-    config: Any = model.model.config
+    with model.evaluating():
+        return generate(model.model, tokenizer, asks, max_new_tokens, batch_size)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, tokenizer: Any, asks: Sequence[Ask], max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """Return one answer to each prompt; see :func:`generate_answers`."""
+    config: Any = model.config
     context = int(getattr(config, "max_position_embeddings", 2048))
-    room = max(1, context - max_new_tokens)
-    rows = [tokenizer(prompt, verbose=False)["input_ids"][-room:] for prompt in prompts]
-    rows = [_without_end(row, tokenizer) for row in rows]
+    length = min(max_new_tokens, max(1, context // 2))
+    rows = [_tokens(ask.prompt, tokenizer, context - length) for ask in asks]
+    answers = [""] * len(asks)
+    order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        texts = _batch(
+            model, tokenizer, [rows[i] for i in chosen], [asks[i] for i in chosen], length
+        )
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def _batch(
+    model: nn.Module, tokenizer: Any, rows: list[list[int]], asks: list[Ask], length: int
+) -> list[str]:
     longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), model.pad, dtype=torch.long)
+    device = next(model.parameters()).device
+    ids = torch.full((len(rows), longest), int(tokenizer.pad_token_id), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
-    generate: Any = model.model.generate
-    with model.evaluating():
-        output = generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=model.pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    run: Any = model.generate
+    output = run(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=length,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
+    )
     answers = output[:, longest:].cpu()
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def _without_end(row: list[int], tokenizer: Any) -> list[int]:
+class _Sampler:
+    """Makes the greedy choice of a row a draw at the row's temperature, from the row's seed."""
+
+    def __init__(self, asks: Sequence[Ask]) -> None:
+        self.temperatures = [ask.temperature for ask in asks]
+        self.generators = [torch.Generator().manual_seed(ask.seed) for ask in asks]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for row, (temperature, rng) in enumerate(
+            zip(self.temperatures, self.generators, strict=True)
+        ):
+            if temperature:
+                uniform = torch.rand(scores.shape[-1], generator=rng, dtype=torch.float64)
+                gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+                scores[row] = scores[row] / temperature + gumbel.to(scores)
+        return scores
+
+
+def _tokens(prompt: str, tokenizer: Any, room: int) -> list[int]:
+    """Return a prompt's last tokens without an end token; never none at all."""
+    row: list[int] = tokenizer(prompt, verbose=False)["input_ids"][-max(1, room) :]
     opening = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )

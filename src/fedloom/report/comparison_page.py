@@ -182,11 +182,9 @@ def _blocks(cells: Sequence[Cell], left: str, right: str) -> list[Block]:
 
 def _overall(blocks: Sequence[Block]) -> Record:
     seeds = sorted({block[1] for block in blocks})
-    sides = [
-        [fmean(block[side] for block in blocks if block[1] == seed) for seed in seeds]
-        for side in (2, 3)
-    ]
-    return {**asdict(paired_test(*sides)), **_wins(blocks)}
+    lefts = [fmean(left for _, own, left, _ in blocks if own == seed) for seed in seeds]
+    rights = [fmean(right for _, own, _, right in blocks if own == seed) for seed in seeds]
+    return {**asdict(paired_test(lefts, rights)), **_wins(blocks)}
 
 
 def _wins(blocks: Sequence[Block]) -> Record:

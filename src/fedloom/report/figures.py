@@ -151,6 +151,20 @@ def _first_seen(points: Sequence[tuple[str, str, float, float]], place: int) -> 
     return list(dict.fromkeys(str(point[place]) for point in points))
 
 
+def interval_chart(estimates: Mapping[str, tuple[float, float, float]], label: str) -> str:
+    """Return one horizontal interval a row, from (middle, low, high)."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(height=1.1 + 0.3 * len(estimates))
+        for place, (middle, low, high) in enumerate(estimates.values()):
+            axes.plot([low, high], [place, place], color=PALETTE[0], linewidth=2)
+            axes.plot([middle], [place], "o", color=PALETTE[0], markersize=7)
+        axes.set_yticks(range(len(estimates)), list(estimates))
+        axes.set_ylim(len(estimates) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        _finish_axes(axes, label, "", legend=False)
+        return _svg(figure)
+
+
 def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], label: str) -> str:
     """Return one horizontal arrow a client, from its metric before to its metric after."""
     clients = sorted(after, key=lambda client: after[client])

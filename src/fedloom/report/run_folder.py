@@ -43,6 +43,10 @@ COMPARISON = "comparison.json"
 """In the folder of a comparison: its axes and the names of its run folders (``runs/NAME``)."""
 RUNS = "runs"
 RESULTS = "results.json"
+EVALUATION = "evaluation.json"
+"""In the folder of an evaluation with judges: everything its page shows but the answers."""
+ANSWERS = "answers.jsonl"
+JUDGEMENTS = "judgements.jsonl"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,203 @@
+"""What verdicts are worth: position, length, ties, agreement, and intervals over questions. Pure.
+
+A *rating* is one answer's score in one showing of a question: which model wrote it, at which place it
+was shown, how long it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+"""Of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One answer's score in one showing.
+
+    Attributes:
+        question: Id of the question.
+        showing: Number of the order in which its answers were shown.
+        model: Who wrote the answer.
+        place: Where it was shown, from 0.
+        score: What the judge gave.
+        length: Of the answer, in characters.
+    """
+
+    question: str
+    showing: int
+    model: str
+    place: int
+    score: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions with its 95 % bootstrap interval.
+
+    Attributes:
+        mean: The estimate.
+        low: Lower end.
+        high: Upper end.
+        count: Questions it rests on.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def orders(count: int, limit: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Return the orders in which ``count`` answers are shown.
+
+    Args:
+        count: Answers, at least 1.
+        limit: Orders that are drawn where there are more than three answers.
+        rng: Draws them.
+
+    Returns:
+        Every order of up to three answers. Of more, rotations of random orders, so that each answer
+        stands equally often at each place if ``limit`` is a multiple of ``count``.
+    """
+    if count <= 3:
+        return list(permutations(range(count)))
+    drawn: list[tuple[int, ...]] = []
+    while len(drawn) < limit:
+        base = rng.permutation(count).tolist()
+        drawn += [tuple(base[i:] + base[:i]) for i in range(count)]
+    return drawn[:limit]
+
+
+def bootstrap(values: Sequence[float], rng: np.random.Generator) -> Estimate:
+    """Return the mean of one value a question, with its interval by resampling questions."""
+    if not values:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    array = np.asarray(values, dtype=np.float64)
+    drawn = rng.integers(0, len(array), size=(RESAMPLES, len(array)))
+    means = array[drawn].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(array.mean()), float(low), float(high), len(array))
+
+
+def model_scores(ratings: Iterable[Rating]) -> dict[str, dict[str, float]]:
+    """Return, for each model, its mean score over the showings of each question."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for rating in ratings:
+        found[rating.model][rating.question].append(rating.score)
+    return {
+        model: {question: float(np.mean(scores)) for question, scores in by_question.items()}
+        for model, by_question in found.items()
+    }
+
+
+def by_showing(ratings: Iterable[Rating]) -> dict[tuple[str, int], list[Rating]]:
+    """Return the ratings that were given together."""
+    found: dict[tuple[str, int], list[Rating]] = defaultdict(list)
+    for rating in ratings:
+        found[rating.question, rating.showing].append(rating)
+    return dict(found)
+
+
+def position_bias(ratings: Sequence[Rating], rng: np.random.Generator) -> list[Estimate]:
+    """Return, for each place, how much more an answer gets there than on average.
+
+    Only questions all of whose showings have a verdict count: in them every answer stands equally
+    often at every place, so a fair judge gives zero everywhere.
+    """
+    showings = by_showing(ratings)
+    counts: dict[str, int] = defaultdict(int)
+    for question, _ in showings:
+        counts[question] += 1
+    full = max(counts.values(), default=0)
+    excess: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (question, _), together in showings.items():
+        if counts[question] == full:
+            middle = float(np.mean([rating.score for rating in together]))
+            for rating in together:
+                excess[question][rating.place].append(rating.score - middle)
+    places = sorted({rating.place for rating in ratings})
+    return [
+        bootstrap([float(np.mean(own[place])) for own in excess.values() if place in own], rng)
+        for place in places
+    ]
+
+
+def length_preference(ratings: Sequence[Rating], rng: np.random.Generator) -> Estimate:
+    """Return how often the longer of two answers gets the higher score, ties of either kind aside.
+
+    Of a judge for whom length is neither merit nor fault it is about one half, unless the better model
+    also writes more: read it beside the audit.
+    """
+    return _share(ratings, lambda a, b: (a.length - b.length) * (a.score - b.score), rng)
+
+
+def first_preference(ratings: Sequence[Rating], rng: np.random.Generator) -> Estimate:
+    """Return how often the answer shown earlier gets the higher of two scores, ties aside."""
+    return _share(ratings, lambda a, b: (b.place - a.place) * (a.score - b.score), rng)
+
+
+def _share(
+    ratings: Sequence[Rating],
+    sign: Callable[[Rating, Rating], float],
+    rng: np.random.Generator,
+) -> Estimate:
+    """Return the share of pairs with a positive sign among those whose sign is not zero."""
+    wins: dict[str, list[float]] = defaultdict(list)
+    for (question, _), together in by_showing(ratings).items():
+        for left, right in combinations(together, 2):
+            value = sign(left, right)
+            if value:
+                wins[question].append(float(value > 0))
+    return bootstrap([float(np.mean(own)) for own in wins.values()], rng)
+
+
+def consistency(ratings: Sequence[Rating]) -> float:
+    """Return the share of questions whose best answer is the same in every showing (ties are not)."""
+    winners: dict[str, set[str]] = defaultdict(set)
+    for (question, _), together in by_showing(ratings).items():
+        best = max(rating.score for rating in together)
+        at_top = [rating.model for rating in together if rating.score == best]
+        winners[question].add(at_top[0] if len(at_top) == 1 else "")
+    if not winners:
+        return float("nan")
+    return float(np.mean([len(own) == 1 and own != {""} for own in winners.values()]))
+
+
+def tied_share(ratings: Sequence[Rating]) -> float:
+    """Return the share of showings in which all answers get the same score."""
+    showings = by_showing(ratings).values()
+    tied = [len({rating.score for rating in together}) == 1 for together in showings]
+    return float(np.mean(tied)) if tied else float("nan")
+
+
+def agreement(judges: Sequence[dict[str, dict[str, float]]]) -> float | None:
+    """Return Krippendorff's alpha (interval) of several judges over the same answers.
+
+    Args:
+        judges: For each judge, model to question to score.
+
+    Returns:
+        1 for perfect agreement, 0 for what chance gives; ``None`` with fewer than two judges, or where
+        no answer was scored by two of them, or where all scores are one and the same.
+    """
+    import krippendorff
+
+    units = sorted({(m, q) for scores in judges for m, own in scores.items() for q in own})
+    table: NDArray[Any] = np.array(
+        [[scores.get(m, {}).get(q, np.nan) for m, q in units] for scores in judges], dtype=float
+    )
+    if len(judges) < 2 or not units or not ((~np.isnan(table)).sum(axis=0) > 1).any():
+        return None
+    if np.nanmin(table) == np.nanmax(table):
+        return None
+    return float(krippendorff.alpha(reliability_data=table, level_of_measurement="interval"))

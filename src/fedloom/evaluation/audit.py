@@ -1,0 +1,191 @@
+"""Judges are measured before they are believed: their accuracy on pairs that people have judged.
+
+Layouts that are read: LLMBar (Zeng et al. 2023, https://arxiv.org/abs/2310.07641: ``input, output_1,
+output_2, label``) and PandaLM (Wang et al. 2023, https://arxiv.org/abs/2306.05087: ``instruction, input,
+response1, response2, annotator1..3``). Every pair is shown in both orders.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.data.sources import read_file
+from fedloom.errors import DataError
+from fedloom.evaluation.agreement import Estimate, bootstrap
+from fedloom.evaluation.judges.base import Case, Judge
+from fedloom.evaluation.questions import Question
+from fedloom.randomness import derive_seed
+
+
+@dataclass(frozen=True)
+class JudgedPair:
+    """A pair of answers and which of them people found better.
+
+    Attributes:
+        question: What was asked.
+        first: One answer.
+        second: The other.
+        better: 1 or 2.
+    """
+
+    question: Question
+    first: str
+    second: str
+    better: int
+
+
+@dataclass(frozen=True)
+class AuditSet:
+    """Pairs of one file.
+
+    Attributes:
+        name: Of the file.
+        pairs: Those on which people agree that one is better.
+        undecided: Pairs on which they do not, left out.
+        malformed: Rows that could not be read, left out.
+    """
+
+    name: str
+    pairs: tuple[JudgedPair, ...]
+    undecided: int = 0
+    malformed: int = 0
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """How a judge does on one set.
+
+    Attributes:
+        name: The set's name.
+        pairs: Pairs that it was asked about.
+        scored: Pairs with a usable verdict in both orders; the others are counted, never scored.
+        accuracy: Over the scored ones, by the mean of both orders; a tie counts half.
+        consistent: Share of the scored ones with the same winner in both orders.
+        tied: Share of the scored ones with equal means.
+        longer_wins: Accuracy of "the longer answer is better" on all pairs.
+        reasons: Verdicts without scores, by reason.
+    """
+
+    name: str
+    pairs: int
+    scored: int
+    accuracy: Estimate
+    consistent: float
+    tied: float
+    longer_wins: float
+    reasons: dict[str, int]
+
+
+def read_audit_sets(path: Path, limit: int | None = None) -> list[AuditSet]:
+    """Read labelled pairs from a file, or from all files of a known layout below a folder.
+
+    Args:
+        path: File or folder.
+        limit: Most pairs of each set, drawn evenly over the file.
+
+    Raises:
+        DataError: Nothing of a known layout is there.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.jsonl*") if p.is_file())
+    sets = [found for found in (_read_set(file) for file in files) if found is not None]
+    if not sets:
+        raise DataError(
+            f"{path} holds no judged pairs: they need output_1, output_2 and label (LLMBar) or "
+            "response1, response2 and annotator1 (PandaLM)"
+        )
+    return [_limited(one, limit) for one in sets]
+
+
+def audit(judge: Judge, one: AuditSet, seed: int) -> AuditResult:
+    """Show every pair of a set in both orders to a judge and compare it with people."""
+    cases = [
+        Case(pair.question, answers, derive_seed(seed, "judge", i, order))
+        for i, pair in enumerate(one.pairs)
+        for order, answers in enumerate([(pair.first, pair.second), (pair.second, pair.first)])
+    ]
+    verdicts = judge.rate(cases)
+    reasons = Counter(verdict.reason for verdict in verdicts if verdict.scores is None)
+    right, same, tied = [], [], []
+    for i, pair in enumerate(one.pairs):
+        ahead, behind = verdicts[2 * i].scores, verdicts[2 * i + 1].scores
+        if ahead is None or behind is None:
+            continue
+        margins = (ahead[0] - ahead[1], behind[1] - behind[0])
+        mean = sum(margins) / 2 if all(np.isfinite(margins)) else 0.0
+        right.append(0.5 if mean == 0 else float((mean > 0) == (pair.better == 1)))
+        same.append(margins[0] * margins[1] > 0)
+        tied.append(mean == 0)
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
+    return AuditResult(
+        one.name,
+        len(one.pairs),
+        len(right),
+        bootstrap(right, rng),
+        float(np.mean(same)) if same else float("nan"),
+        float(np.mean(tied)) if tied else float("nan"),
+        longer_wins(one.pairs),
+        dict(sorted(reasons.items())),
+    )
+
+
+def longer_wins(pairs: Sequence[JudgedPair]) -> float:
+    """Return the accuracy of "the longer answer is better"; equal lengths count half."""
+    right = []
+    for pair in pairs:
+        margin = len(pair.first) - len(pair.second)
+        right.append(0.5 if margin == 0 else float((margin > 0) == (pair.better == 1)))
+    return float(np.mean(right)) if right else float("nan")
+
+
+def _read_set(file: Path) -> AuditSet | None:
+    """Return a file's pairs, or ``None`` where its first row has another layout."""
+    pairs: list[JudgedPair] = []
+    undecided = malformed = 0
+    for place, (number, row) in enumerate(read_file(file)):
+        layout = _layout(row)
+        if layout is None:
+            if not place:
+                return None
+            malformed += 1
+            continue
+        question, first, second, better = layout
+        if not isinstance(first, str) or not isinstance(second, str):
+            malformed += 1
+        elif better not in (1, 2):
+            undecided += 1
+        else:
+            pairs.append(JudgedPair(Question(str(number), question), first, second, better))
+    name = f"{file.parent.name}/{file.name.partition('.')[0]}"
+    return AuditSet(name, tuple(pairs), undecided, malformed) if pairs else None
+
+
+def _layout(row: Any) -> tuple[str, Any, Any, int] | None:
+    if not isinstance(row, dict):
+        return None
+    if {"output_1", "output_2", "label"} <= row.keys():
+        better = row["label"] if isinstance(row["label"], int) else 0
+        return _asked(row), row["output_1"], row["output_2"], better
+    if {"response1", "response2", "annotator1"} <= row.keys():
+        votes = Counter(row.get(f"annotator{i}") for i in (1, 2, 3))
+        winner, count = votes.most_common(1)[0]
+        better = winner if count >= 2 and isinstance(winner, int) else 0
+        return _asked(row), row["response1"], row["response2"], better
+    return None
+
+
+def _asked(row: dict[str, Any]) -> str:
+    parts = [row.get("instruction"), row.get("input")]
+    return "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())
+
+
+def _limited(one: AuditSet, limit: int | None) -> AuditSet:
+    if limit is None or len(one.pairs) <= limit:
+        return one
+    places = np.linspace(0, len(one.pairs) - 1, limit).round().astype(int)
+    return AuditSet(one.name, tuple(one.pairs[i] for i in places), one.undecided, one.malformed)

@@ -1,0 +1,131 @@
+"""Standard benchmarks (MMLU, ARC, ...) through EleutherAI's lm-eval, an optional extra.
+
+It is asked about the base model with our PEFT folder on it, so what it reports belongs to the very
+files that a run leaves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import DataError, ModelError
+
+EXTRA = 'pip install "fedloom[harness]"'
+
+
+def run_harness(
+    adapter: Path | None,
+    model: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Return lm-eval's metrics of an adapter, by task.
+
+    Args:
+        adapter: PEFT folder, ``None`` for the base model.
+        model: Folder or Hub name of the base model.
+        tasks: Names that lm-eval knows, or YAML files of tasks.
+        limit: First rows of each task only.
+        batch_size: Rows in one forward pass.
+        device: Where the model runs.
+        seed: Of everything that lm-eval draws.
+
+    Raises:
+        ModelError: lm-eval is not installed.
+        DataError: A task is not known, or its data cannot be had.
+    """
+    lm_eval = _import()
+    names, folders = _names(tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations within lm-eval and the data sets it loads
+        manager = lm_eval.tasks.TaskManager(include_path=folders or None)
+        _check_known(names, manager.all_tasks)
+        backbone = lm_eval.models.huggingface.HFLM(
+            pretrained=model,
+            peft=str(adapter) if adapter is not None else None,
+            device=device,
+            batch_size=batch_size,
+        )
+        try:
+            found = lm_eval.simple_evaluate(
+                model=backbone,
+                tasks=names,
+                limit=limit,
+                task_manager=manager,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+        except (OSError, ConnectionError, ValueError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
+    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+
+
+def _import() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise ModelError(f"--lm-eval needs lm-eval, which is not installed: {EXTRA}") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval
+
+
+def _names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return task names, and the folders of those that are given as files."""
+    names: list[str] = []
+    folders: list[str] = []
+    for task in tasks:
+        path = Path(task)
+        if path.suffix not in (".yaml", ".yml"):
+            names.append(task)
+            continue
+        names.append(_task_name(path))
+        folders.append(str(path.resolve().parent))
+    return names, folders
+
+
+def _task_name(path: Path) -> str:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"the task file {path} cannot be read: {error}") from error
+    name = content.get("task") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise DataError(f"the task file {path} names no task; it needs a line `task: NAME`")
+    return name
+
+
+def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = (
+                f"; did you mean {', '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
+            )
+            raise DataError(f"lm-eval has no task {name!r}{hint}")
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers among a task's results, the filter's name left out where it is none."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,1 @@
+"""Who scores answers: rules, a local model, an HTTP endpoint."""

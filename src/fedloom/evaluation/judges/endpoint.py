@@ -1,0 +1,290 @@
+"""A judge behind HTTP: any endpoint that speaks OpenAI's chat completions.
+
+The key comes from an environment variable and goes into a header, nowhere else: not into files, logs,
+messages or the cache. Replies are cached by content, so repeating an evaluation costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tenacity
+from pydantic import Field
+
+from fedloom.errors import JudgeError
+from fedloom.evaluation.judges.base import Case, Verdict
+from fedloom.evaluation.judges.prompts import marked_prompt, parse_marked
+from fedloom.settings import Settings
+
+KEY = "FEDLOOM_JUDGE_KEY"
+"""Environment variable that holds the endpoint's key."""
+
+REFUSED = (401, 403)
+PASSING = (408, 409, 429)
+"""Statuses below 500 that may be gone on the next try."""
+
+HOPELESS = 5
+"""Requests in a row without any answer, the first among them, after which the endpoint is given up."""
+
+
+class EndpointSettings(Settings):
+    """How an endpoint is asked; part of ``[judging]``."""
+
+    model: str = "judge"
+    """Model name that is sent to the endpoint."""
+    temperature: float = Field(default=0.2, ge=0)
+    """Of the judge's answers (2502.14187: 0.2)."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds for one request."""
+    retries: int = Field(default=4, ge=0)
+    """Tries after the first when the endpoint is busy, broken or silent."""
+    backoff: float = Field(default=1.0, ge=0)
+    """Seconds before the first of them; doubled each time, at most 60. Retry-After is obeyed."""
+    reparse: int = Field(default=2, ge=0, le=2)
+    """Times a verdict that cannot be read is asked for again, before it counts as unparsable."""
+    concurrency: int = Field(default=4, ge=1)
+    """Requests under way at once."""
+    price_in: float = Field(default=0.0, ge=0)
+    """Money for a million prompt tokens, for the cost in the report."""
+    price_out: float = Field(default=0.0, ge=0)
+    """Money for a million answer tokens."""
+
+
+class _Passing(Exception):
+    """A failure that another try may mend."""
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+@dataclass
+class _Usage:
+    requests: int = 0
+    cached: int = 0
+    tries: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    answered: int = 0
+    silent: int = 0
+    last: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class EndpointJudge:
+    """Asks over HTTP, several cases at once; verdicts come back in the order of the cases."""
+
+    compares = True
+    scale = (1.0, 10.0)
+
+    def __init__(
+        self,
+        url: str,
+        settings: EndpointSettings,
+        key: str | None = None,
+        cache: Path | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """Prepare the client; nothing is sent yet.
+
+        Args:
+            url: Base of the API, such as ``http://localhost:8000/v1``.
+            settings: How it is asked.
+            key: Sent as a bearer token.
+            cache: Folder of replies; ``None`` for no cache.
+            transport: Instead of the network.
+
+        Raises:
+            JudgeError: The URL is none, or holds a password.
+        """
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise JudgeError(f"{url!r} is no http or https address")
+        if parsed.userinfo:
+            raise JudgeError(f"give the judge's key in {KEY}, not within its address")
+        self.name = f"{settings.model}@{parsed.host}"
+        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.settings, self.cache = settings, cache
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(timeout=settings.timeout, headers=headers, transport=transport)
+        self.usage = _Usage()
+
+    def rate(self, cases: Sequence[Case]) -> list[Verdict]:
+        """Return one verdict a case, whatever the order in which replies arrive.
+
+        Raises:
+            JudgeError: The key is refused, the request is wrong, or nothing ever answers.
+        """
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            futures = [pool.submit(self._rate, case) for case in cases]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def costs(self) -> dict[str, float]:
+        """Return requests, replies from the cache, tries, tokens and money."""
+        used, settings = self.usage, self.settings
+        money = (used.tokens_in * settings.price_in + used.tokens_out * settings.price_out) / 1e6
+        return {
+            "requests": used.requests,
+            "from_cache": used.cached,
+            "tries": used.tries,
+            "tokens_in": used.tokens_in,
+            "tokens_out": used.tokens_out,
+            "money": money,
+        }
+
+    def _rate(self, case: Case) -> Verdict:
+        """Ask until there is a verdict or the tries are used up."""
+        verdict = Verdict(None, "unparsable")
+        for attempt in range(self.settings.reparse + 1):
+            body = {
+                "model": self.settings.model,
+                "messages": marked_prompt(case),
+                "temperature": self.settings.temperature,
+                "max_tokens": self.settings.max_new_tokens,
+                "seed": (case.seed + attempt) % 2**31,
+            }
+            try:
+                text = self._text(body)
+            except _Passing as error:
+                return self._silence(str(error))
+            verdict = parse_marked(text, case, self.scale)
+            if verdict.scores is not None:
+                return verdict
+        return verdict
+
+    def _silence(self, reason: str) -> Verdict:
+        """Count a case without an answer; give up on an endpoint that has never answered."""
+        with self.usage.lock:
+            self.usage.silent += 1
+            self.usage.last = reason
+            hopeless = not self.usage.answered and self.usage.silent >= HOPELESS
+        if hopeless:
+            raise JudgeError(f"the judge at {self.url} gives no answer: {reason}")
+        return Verdict(None, f"no answer: {reason}")
+
+    def _text(self, body: dict[str, Any]) -> str:
+        """Return the reply to a request, from the cache where it is there."""
+        place = self._place(body)
+        cached = _read(place) if place else None
+        with self.usage.lock:
+            self.usage.requests += 1
+            self.usage.cached += cached is not None
+        if cached is not None:
+            return cached
+        reply = self._retrying(lambda: self._post(body))
+        text = _content(reply)
+        usage = reply.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        with self.usage.lock:
+            self.usage.answered += 1
+            self.usage.tokens_in += _count(usage.get("prompt_tokens"))
+            self.usage.tokens_out += _count(usage.get("completion_tokens"))
+        if place is not None:
+            _write(place, text)
+        return text
+
+    def _retrying(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        settings = self.settings
+        doubled = tenacity.wait_exponential(settings.backoff, max=60)
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            after = error.after if isinstance(error, _Passing) else None
+            return min(after, 60.0) if after is not None else doubled(state)
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Passing),
+            stop=tenacity.stop_after_attempt(settings.retries + 1),
+            wait=pause,
+            reraise=True,
+        )(call)
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Send one request.
+
+        Raises:
+            _Passing: It may go better next time.
+            JudgeError: It will not.
+        """
+        with self.usage.lock:
+            self.usage.tries += 1
+        try:
+            response = self.client.post(self.url, json=body)
+        except httpx.TimeoutException:
+            raise _Passing(f"no reply within {self.settings.timeout:g} s") from None
+        except httpx.TransportError as error:
+            raise _Passing(f"{type(error).__name__}: {error}") from None
+        status = response.status_code
+        if status in REFUSED:
+            raise JudgeError(f"the judge at {self.url} refuses the key (HTTP {status}); set {KEY}")
+        if status in PASSING or status >= 500:
+            raise _Passing(f"HTTP {status}", _seconds(response.headers.get("retry-after")))
+        if status >= 300:
+            raise JudgeError(
+                f"the judge at {self.url} does not take the request (HTTP {status}): "
+                f"{response.text.strip()[:200]}"
+            )
+        try:
+            reply = response.json()
+        except ValueError:
+            raise _Passing("a reply that is not JSON") from None
+        if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
+            raise _Passing("a reply without choices")
+        return reply
+
+    def _place(self, body: dict[str, Any]) -> Path | None:
+        if self.cache is None:
+            return None
+        text = json.dumps([self.url, body], sort_keys=True)
+        return self.cache / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _content(reply: dict[str, Any]) -> str:
+    """Return what the judge said; empty where it said nothing."""
+    try:
+        text = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return max(0.0, float(text)) if text is not None else None
+    except ValueError:
+        return None  # a date: the ordinary pause will do
+
+
+def _read(place: Path) -> str | None:
+    try:
+        text = json.loads(place.read_text(encoding="utf-8"))["text"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def _write(place: Path, text: str) -> None:
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = place.with_suffix(f".{threading.get_ident()}")
+        temporary.write_text(json.dumps({"text": text}), encoding="utf-8")
+        temporary.replace(place)
+    except OSError:
+        return  # a cache that cannot be written costs money, nothing else

@@ -1,0 +1,79 @@
+"""A judge that is a language model in a local folder or on the Hub, asked in JudgeLM's form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fedloom.evaluation.generate import Ask, generate
+from fedloom.evaluation.judges.base import Case, Verdict
+from fedloom.evaluation.judges.prompts import judgelm_prompt, parse_judgelm
+from fedloom.models.load import context_length, load_backbone, load_tokenizer
+
+SCALE = (1.0, 10.0)
+
+
+class ModelJudge:
+    """Asks a causal LM for a line of scores; what it cannot read or say is counted, not scored."""
+
+    compares = True
+    scale = SCALE
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        temperature: float = 0.2,
+        max_new_tokens: int = 64,
+        batch_size: int = 8,
+        device: torch.device | None = None,
+    ) -> None:
+        """Load the judge.
+
+        Args:
+            path: Folder or Hub name of a causal LM such as JudgeLM.
+            temperature: Of its answers (2502.14187: 0.2).
+            max_new_tokens: Only the first line is read, so little is needed.
+            batch_size: Cases asked together.
+            device: Where it runs (default: CPU).
+
+        Raises:
+            ModelError: There is no such model.
+        """
+        self.name = path.rstrip("/").rpartition("/")[2]
+        self.tokenizer: Any = load_tokenizer(path)
+        backbone = load_backbone(path, pad_token_id=self.tokenizer.pad_token_id)
+        self.model = backbone.eval().to(device or torch.device("cpu"))
+        self.room = context_length(self.model) - max_new_tokens
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.batch_size = batch_size
+        self.asked = 0
+
+    def rate(self, cases: Sequence[Case]) -> list[Verdict]:
+        """Return one verdict a case; a prompt longer than the context is not asked at all."""
+        prompts = [judgelm_prompt(case) for case in cases]
+        fits = [self._length(prompt) <= self.room for prompt in prompts]
+        asks = [
+            Ask(prompt, self.temperature, case.seed)
+            for prompt, case, fit in zip(prompts, cases, fits, strict=True)
+            if fit
+        ]
+        self.asked += len(asks)
+        texts = iter(
+            generate(self.model, self.tokenizer, asks, self.max_new_tokens, self.batch_size)
+        )
+        return [
+            parse_judgelm(next(texts), len(case.answers), self.scale)
+            if fit
+            else Verdict(None, "longer than the judge's context")
+            for case, fit in zip(cases, fits, strict=True)
+        ]
+
+    def costs(self) -> dict[str, float]:
+        """Return how often it was asked."""
+        return {"requests": float(self.asked)}
+
+    def _length(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, verbose=False)["input_ids"])

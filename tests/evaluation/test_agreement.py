@@ -1,0 +1,105 @@
+"""Orders, intervals and biases on ratings whose answer is known."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fedloom.evaluation.agreement import (
+    Rating,
+    agreement,
+    bootstrap,
+    consistency,
+    first_preference,
+    length_preference,
+    model_scores,
+    orders,
+    position_bias,
+    tied_share,
+)
+
+LENGTHS = {"a": 10, "b": 20, "c": 30}
+
+
+def rate(score, questions=30, models=("a", "b", "c")):
+    """Ratings of a judge that gives ``score(model, place)`` in every order."""
+    rng = np.random.default_rng(0)
+    return [
+        Rating(f"q{q}", showing, models[m], place, score(models[m], place, q), LENGTHS[models[m]])
+        for q in range(questions)
+        for showing, order in enumerate(orders(len(models), 8, rng))
+        for place, m in enumerate(order)
+    ]
+
+
+def rng():
+    return np.random.default_rng(1)
+
+
+def test_every_order_of_up_to_three_and_balanced_ones_above():
+    assert len(orders(1, 8, rng())) == 1
+    assert len(set(orders(3, 2, rng()))) == 6
+    drawn = orders(5, 10, rng())
+    assert len(drawn) == 10 and all(sorted(order) == list(range(5)) for order in drawn)
+    places = Counter((place, who) for order in drawn for place, who in enumerate(order))
+    assert set(places.values()) == {2}  # each answer twice at each place
+    assert orders(5, 10, rng()) == drawn and orders(5, 10, np.random.default_rng(2)) != drawn
+
+
+def test_the_bootstrap_holds_the_mean_and_narrows():
+    found = bootstrap([0.0, 1.0] * 50, rng())
+    assert found.mean == 0.5 and found.count == 100
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / 10, abs=0.03)
+    assert np.isnan(bootstrap([], rng()).mean)
+
+
+def test_a_fair_judge_has_no_bias():
+    ratings = rate(lambda model, place, q: {"a": 3, "b": 8, "c": 5}[model])
+    assert all(e.mean == pytest.approx(0) for e in position_bias(ratings, rng()))
+    assert first_preference(ratings, rng()).mean == pytest.approx(0.5)
+    assert consistency(ratings) == 1.0 and tied_share(ratings) == 0.0
+    assert model_scores(ratings)["b"]["q0"] == 8
+    assert length_preference(ratings, rng()).mean == pytest.approx(2 / 3)  # b>a, c>a, not c>b
+
+
+def test_a_judge_that_likes_the_first_place():
+    ratings = rate(lambda model, place, q: 9 if place == 0 else 5)
+    first, second, third = position_bias(ratings, rng())
+    assert first.low == pytest.approx(8 / 3) and second.high < 0 and third.high < 0
+    assert first_preference(ratings, rng()).mean == 1.0
+    assert consistency(ratings) == 0.0
+    assert length_preference(ratings, rng()).mean == pytest.approx(0.5)
+
+
+def test_questions_with_lost_showings_do_not_unbalance_the_places():
+    ratings = rate(lambda model, place, q: {"a": 3, "b": 8, "c": 5}[model])
+    lost = [r for r in ratings if not (r.question == "q0" and r.showing in (0, 1))]
+    assert all(e.mean == pytest.approx(0) and e.count == 29 for e in position_bias(lost, rng()))
+
+
+def test_a_judge_that_likes_length():
+    ratings = rate(lambda model, place, q: LENGTHS[model] / 5)
+    found = length_preference(ratings, rng())
+    assert (found.mean, found.low) == (1.0, 1.0)
+
+
+def test_ties():
+    ratings = rate(lambda model, place, q: 10 if q < 15 else place)
+    assert tied_share(ratings) == 0.5
+    assert consistency(ratings) == 0.0  # an eternal tie has no winner
+
+
+def test_nothing_was_rated():
+    assert position_bias([], rng()) == [] and np.isnan(consistency([]))
+    assert np.isnan(tied_share([])) and length_preference([], rng()).count == 0
+
+
+def test_agreement_is_krippendorffs_alpha():
+    one = {"a": {"1": 1.0, "2": 2.0, "3": 3.0}, "b": {"1": 4.0}}
+    assert agreement([one, one]) == pytest.approx(1.0)
+    assert agreement([one]) is None and agreement([one, {"z": {"9": 1.0}}]) is None
+    same = {"a": {"1": 5.0, "2": 5.0}}
+    assert agreement([same, same]) is None  # nothing varies: alpha has no meaning
+    # Two judges, units (1, 2), (2, 1): observed disagreement 1, expected (2/3): alpha = 1 - 3/2.
+    left, right = {"a": {"1": 1.0, "2": 2.0}}, {"a": {"1": 2.0, "2": 1.0}}
+    assert agreement([left, right]) == pytest.approx(-0.5)

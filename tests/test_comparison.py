@@ -1,0 +1,171 @@
+"""Comparisons: one budget for all, nothing done twice, the same bits whatever the workers."""
+
+import hashlib
+import json
+import re
+import tomllib
+
+import pytest
+import tomli_w
+
+from fedloom.comparison import compare, read_comparison
+from fedloom.errors import FedloomError, OutputError, SettingsError
+from fedloom.report.comparison_page import read_cells, results, write_comparison
+
+ARMS = {
+    "dpo": {"objective": {"name": "dpo"}},
+    "ktoo": {"objective": {"name": "kto", "weights": "balanced"}},
+    "ktor": {
+        "objective": {"name": "kto", "weights": "balanced"},
+        "partition": {"feedback": "spread"},
+    },
+}
+
+
+@pytest.fixture
+def file(table, tmp_path):
+    """Write a small comparison; sections of the base and of [compare] may be changed."""
+
+    def write(base=None, **settings):
+        del table["output"]
+        table["evaluation"] = {"samples": 0}
+        for section, values in (base or {}).items():
+            table[section] = {**table.get(section, {}), **values}
+        own = {"budget": "steps", "amount": 2, "seeds": [0, 1], "objectives": ARMS}
+        table["compare"] = {k: v for k, v in {**own, **settings}.items() if v is not None}
+        path = tmp_path / "small.toml"
+        path.write_text(tomli_w.dumps(table))
+        table["output"] = {}
+        return path
+
+    return write
+
+
+def shas(folder):
+    return {
+        path.parent.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("runs/*/adapter/adapter_model.safetensors"))
+    }
+
+
+def test_a_grid_is_run_once_and_reported(file, tmp_path):
+    comparison = read_comparison(file(methods=["fedavg", "scaffold"]))
+    assert len(comparison.cells) == 3 * 2 * 2
+    folder = compare(comparison, tmp_path / "out", workers=1)
+    first = shas(folder)
+    assert len(first) == 12
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+    compare(comparison, folder, workers=1)
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing is done twice
+
+    record, cells = read_cells(folder)
+    found = results(record, cells)
+    assert {(row["objective"], row["method"]) for row in found["arms"]} == {
+        (o, m) for o in ARMS for m in ("fedavg", "scaffold")
+    }
+    for row in found["did"]:
+        assert row["steps"] == {"lowest": 2, "mean": 2, "highest": 2}  # the budget, as it was done
+    by_arm = {(r["objective"], r["method"]): r for r in found["arms"]}
+    assert by_arm["dpo", "scaffold"]["sent"] == pytest.approx(
+        2 * by_arm["dpo", "fedavg"]["sent"], rel=0.2  # control variates travel and are counted
+    )  # fmt: skip
+    overall = [row for row in found["paired"] if row["method"] is None]
+    assert [(r["left"], r["right"], r["units"], r["runs"]) for r in overall] == [
+        ("dpo", "ktoo", 2, 4), ("dpo", "ktor", 2, 4), ("ktoo", "ktor", 2, 4)
+    ]  # fmt: skip
+    assert all(row["p"] <= row["p_adjusted"] <= 1 for row in found["paired"])
+    page = write_comparison(folder).read_text()
+    assert page.count("<figure>") == 2 + 2  # two scatters and a curve a method
+    assert "against bytes sent (measured)" in page and "against client compute (derived)" in page
+    assert re.search(r"<td>ktor</td><td>spread</td><td>\d+</td><td>\d+</td>", page)
+    assert json.loads((folder / "results.json").read_text())["finished"] == 12
+    again = tomllib.loads((folder / "compare.toml").read_text())
+    assert again["compare"]["objectives"] == ARMS
+
+
+def test_workers_change_nothing_and_a_stopped_grid_goes_on(file, tmp_path):
+    comparison = read_comparison(file(seeds=[3]))
+    one = compare(comparison, tmp_path / "one", workers=1)
+    two = compare(comparison, tmp_path / "two", workers=2)
+    assert shas(one) == shas(two) and len(shas(one)) == 3
+    run = one / "runs/dpo-fedavg-s3"  # as if it had been killed after round 1
+    (run / "summary.json").unlink()
+    for path in sorted(run.glob("checkpoints/round-0002*/*")):
+        path.unlink()
+    for path in run.glob("checkpoints/round-0002*"):
+        path.rmdir()
+    compare(comparison, one, workers=1)
+    assert shas(one) == shas(two)
+
+
+@pytest.mark.parametrize(("budget", "amount"), [("examples", 16), ("tokens", 300)])
+def test_other_budgets_hold_for_pairs_and_single_answers_alike(file, tmp_path, budget, amount):
+    base = {"training": {"batch_size": 4}}
+    folder = compare(read_comparison(file(base, budget=budget, amount=amount, seeds=[0])), tmp_path / "out", workers=1)  # fmt: skip
+    for row in results(*read_cells(folder))["did"]:
+        assert amount <= row[budget]["lowest"]
+        assert row[budget]["highest"] <= amount + 8 * (1 if budget == "examples" else 80)
+    steps = {r["objective"]: r["steps"]["mean"] for r in results(*read_cells(folder))["did"]}
+    assert steps["dpo"] < steps["ktoo"]  # a pair is two answers
+
+
+def test_as_set_leaves_the_arms_their_own_work_and_says_so(file, tmp_path):
+    folder = compare(
+        read_comparison(file({"training": {"total_epochs": 3.0}}, budget="as_set", amount=None, seeds=[0])),
+        tmp_path / "out", workers=1,
+    )  # fmt: skip
+    steps = {r["objective"]: r["steps"]["mean"] for r in results(*read_cells(folder))["did"]}
+    assert steps["ktoo"] == pytest.approx(2 * steps["dpo"], rel=0.2)  # the published confound
+    assert "the budget is not equal" in write_comparison(folder).read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(file, tmp_path):
+    arms = {**ARMS, "broken": {"objective": {"name": "dpo"}, "data": {"source": "builtin:nothing"}}}
+    comparison = read_comparison(file(objectives=arms, seeds=[0]))
+    with pytest.raises(FedloomError, match=r"1 of 4 runs failed \(broken-fedavg-s0\)"):
+        compare(comparison, tmp_path / "out", workers=1)
+    assert len(shas(tmp_path / "out")) == 3
+
+
+def test_a_folder_of_other_runs_is_not_touched(file, tmp_path):
+    compare(read_comparison(file(seeds=[0])), tmp_path / "out", workers=1)
+    other = read_comparison(file({"training": {"learning_rate": 0.5}}, seeds=[0]))
+    with pytest.raises(OutputError, match=r"other settings in \[training\]; give another folder"):
+        compare(other, tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"amount": None}, "compare.budget = 'steps' needs a compare.amount"),
+        ({"budget": "as_set"}, "compare.budget = 'as_set' takes no compare.amount"),
+        ({"budget": "step"}, "did you mean 'steps'?"),
+        ({"seeds": [1, 1]}, "compare.seeds must be different"),
+        ({"methods": ["fedavgg"]}, "compare.methods 'fedavgg': did you mean 'fedavg'?"),
+        ({"objectives": {}}, "must not be empty"),
+        ({"objectives": {"a/b": {}}}, "arm 'a/b' names a folder"),
+        (
+            {
+                "objectives": {
+                    "x": {"objective": {"name": "dpo"}, "partition": {"feedback": "spread"}}
+                }
+            },
+            "arm x-fedavg: partition.feedback",
+        ),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(file, settings, message):
+    with pytest.raises(SettingsError) as caught:
+        read_comparison(file(**settings))
+    assert message in str(caught.value)
+
+
+def test_a_comparison_is_no_experiment_and_the_other_way_round(file, tmp_path):
+    from fedloom.experiment import Experiment
+
+    path = file()
+    with pytest.raises(SettingsError, match="run it with fedloom compare"):
+        Experiment.from_toml(path)
+    (tmp_path / "x.toml").write_text("[federation]\nrounds = 1\n")
+    with pytest.raises(SettingsError, match=r"\[compare\] is missing"):
+        read_comparison(tmp_path / "x.toml")
