@@ -38,7 +38,7 @@ def answers(monkeypatch):
     """Let candidates answer what a test wants, so that only the judging is at stake."""
 
     def plant(by_label):
-        def answer(candidate, benchmark, settings):
+        def answer(candidate, benchmark, settings, quantization):
             return [by_label(candidate.label, i) for i in range(len(benchmark.questions))]
 
         monkeypatch.setattr(judging, "answer", answer)

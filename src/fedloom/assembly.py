@@ -266,9 +266,11 @@ def prepare_model(
         dtype=torch.bfloat16 if experiment.training.precision == "bf16" else torch.float32,
         pad_token_id=tokenizer.pad_token_id,
         seed=experiment.federation.seed,
+        quantization=experiment.model.quantization,
+        device=choose_device(experiment.training.device),
     )
     _set_threads(experiment.training, sum(p.numel() for p in backbone.parameters()))
-    return path, tokenizer, backbone.to(choose_device(experiment.training.device))
+    return path, tokenizer, backbone
 
 
 def choose_device(name: str) -> torch.device:

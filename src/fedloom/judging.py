@@ -43,6 +43,7 @@ from fedloom.evaluation.judges.rules import RULES
 from fedloom.evaluation.questions import Benchmark, Question
 from fedloom.models.load import TINY, ModelSettings, load_backbone, load_tokenizer
 from fedloom.models.lora import load_lora
+from fedloom.models.quantize import Quantization
 from fedloom.models.tiny import tiny_model
 from fedloom.randomness import derive_seed, generator
 from fedloom.report import run_folder as names
@@ -201,7 +202,9 @@ def evaluate_benchmark(
     answers: dict[str, list[str]] = {}
     for candidate in candidates:
         stage(f"{candidate.label}: answering {len(benchmark.questions)} questions")
-        answers[candidate.label] = answer(candidate, benchmark, settings.generation)
+        answers[candidate.label] = answer(
+            candidate, benchmark, settings.generation, settings.model.quantization
+        )
     _write_answers(target, benchmark, answers)
     outcomes = []
     for judge in judges:
@@ -230,7 +233,12 @@ def evaluate_benchmark(
     return target.path
 
 
-def answer(candidate: Candidate, benchmark: Benchmark, settings: GenerationSettings) -> list[str]:
+def answer(
+    candidate: Candidate,
+    benchmark: Benchmark,
+    settings: GenerationSettings,
+    quantization: Quantization = "none",
+) -> list[str]:
     """Return one answer to each question, seeded by the question's id."""
     path = model_path(candidate.model)
     tokenizer = load_tokenizer(path)

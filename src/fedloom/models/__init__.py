@@ -1,1 +1,8 @@
-"""The frozen backbone and what is trained on it."""
+"""Backbones and what is trained on them."""
+
+import logging
+
+# Optional libraries that peft imports where they are installed; what they could not load and we do not
+# use is no news to a user.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

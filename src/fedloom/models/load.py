@@ -14,6 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedloom.errors import ModelError
+from fedloom.models.quantize import (
+    Quantization,
+    check_quantization,
+    loading_options,
+    quantize_loaded,
+)
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
 
@@ -38,6 +44,9 @@ class ModelSettings(Settings):
     """Folder, Hub name, or "tiny": a small model that is made on the spot without a network."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    quantization: Quantization = "none"
+    """"int8" or "int4": the frozen backbone in 8 bits (GPU or CPU) or 4 bits (GPU); the adapter is
+    trained in full precision on it."""
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
@@ -79,6 +88,8 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     pad_token_id: int,
     seed: int = 0,
+    quantization: Quantization = "none",
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Load the backbone with an LM head or, when there are ``classes``, a new classification head.
 
@@ -89,15 +100,21 @@ def load_backbone(
         dtype: Of the weights.
         pad_token_id: Stored in the configuration; a classification head pools before padding.
         seed: Initialises the classification head.
+        quantization: Of its linear layers.
+        device: Where it goes (default: CPU).
 
     Raises:
-        ModelError: The folder is missing, has no weights, or its architecture is not known.
+        ModelError: The folder is missing, has no weights, its architecture is not known, or it cannot
+            be quantised on this device.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     silence_transformers()
+    device = device or torch.device("cpu")
+    check_quantization(quantization, device)
     _check_weights(path)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    options |= loading_options(quantization, device)
     factory: Any = AutoModelForCausalLM
     if classes:
         factory = AutoModelForSequenceClassification
@@ -112,7 +129,8 @@ def load_backbone(
     config: Any = model.config
     config.pad_token_id = pad_token_id
     config.use_cache = False
-    return model.requires_grad_(False)
+    model = quantize_loaded(model.requires_grad_(False), quantization, device)
+    return model if "device_map" in options else model.to(device)
 
 
 def context_length(model: nn.Module) -> int:

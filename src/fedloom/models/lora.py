@@ -181,6 +181,8 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated", UserWarning)
         yield
 
 
