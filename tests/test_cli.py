@@ -1,5 +1,6 @@
 """The command line: few options, no tracebacks, clean ends."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 import typer
 
 from fedloom import cli
+from fedloom.experiment import Experiment
 
 
 @pytest.fixture
@@ -46,7 +48,18 @@ def test_the_commands_and_options_are_these_and_no_others():
         "demo": ["--quiet", "--set", "-q"],
         "init": [],
         "partition": ["--picture", "--set"],
-        "evaluate": ["--adapter", "--set"],
+        "evaluate": [
+            "--adapter",
+            "--benchmark",
+            "--judge",
+            "--judge-audit",
+            "--limit",
+            "--lm-eval",
+            "--questions",
+            "--set",
+            "--to",
+        ],
+        "compare": ["--quiet", "--set", "--to", "--workers", "-q"],
         "report": ["--to"],
     }
 
@@ -171,3 +184,80 @@ def test_the_live_table_draws(experiment):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
     last = text[text.rindex("worst client") :]
     assert [row for row in ("0/2", "1/2", "2/2") if row in last] == ["0/2", "1/2", "2/2"]
+
+
+@pytest.fixture
+def comparison(experiment, tmp_path):
+    import tomli_w
+
+    table = experiment(evaluation={"samples": 0}).to_table()
+    table = tomllib.loads(Experiment.from_table(table).to_toml())
+    del table["name"], table["output"]
+    arms = {"dpo": {"objective": {"name": "dpo"}}, "kto": {"objective": {"name": "kto"}}}
+    table["compare"] = {"budget": "steps", "amount": 1, "seeds": [0, 1], "objectives": arms}
+    path = tmp_path / "grid.toml"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def test_compare_prints_a_table_and_goes_on_where_it_stopped(call, comparison, tmp_path):
+    code, out = call("compare", comparison, "--to", tmp_path / "out", "--workers", 1)
+    assert code == 0
+    assert "2 objectives x 1 methods x 2 seeds, 1 steps per client and round" in out
+    assert "4 runs to do, 1 at a time" in out and re.search(
+        r"4/4 +kto-fedavg-s1 +preference_acc", out
+    )
+    assert re.search(r"fedavg +0\.\d{4} ± \d\.\d{4} +0\.\d{4} ± \d\.\d{4}", out)
+    code, again = call("compare", comparison, "--to", tmp_path / "out", "--workers", 1)
+    assert code == 0 and "4 done before, 0 runs to do" in again
+    code, page = call("report", tmp_path / "out")
+    assert code == 0 and "report.html" in page
+    code, out = call("compare", comparison, "--to", tmp_path / "out", "--quiet")
+    assert code == 0 and "runs to do" not in out
+
+
+def test_a_benchmark_from_adapters_to_page(call, file, tmp_path, model_folder):
+    assert call("run", file, "--quiet")[0] == 0
+    questions = tmp_path / "mine.jsonl"
+    questions.write_text(
+        '{"question": "Two and two?", "answer": "4"}\n{"bad": 1}\n{"question": "Sky?"}\n'
+    )
+    folder = tmp_path / "judged"
+    code, out = call(
+        "evaluate", tmp_path / "run", "base", "--benchmark", questions, "--to", folder,
+        "--judge", "reference", "--judge", "longest", "--set", "generation.max_new_tokens=5",
+        "--set", "generation.template=plain", "--set", f"model.path={model_folder}",
+    )  # fmt: skip
+    assert code == 0
+    assert "left out: mine.jsonl row 2: has none of the columns" in out
+    assert re.search(r"reference +run +0\.000 +0\.000 to 0\.000 +1 of 2", out)
+    assert "reference: 2 of 4 verdicts unusable: 2 abstained" in out
+    (folder / "report.html").unlink()
+    assert call("report", folder)[0] == 0 and (folder / "report.html").is_file()
+
+
+def test_a_judge_is_audited(call, tmp_path):
+    rows = [
+        {"input": "q", "output_1": "a long good answer", "output_2": "bad", "label": 1},
+        {"input": "q", "output_1": "a long bad answer", "output_2": "good", "label": 2},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out = call("evaluate", "--judge-audit", tmp_path, "--judge", "longest")
+    assert code == 0 and re.search(r"2/2 +0\.500 .* 0\.500 +0\.500", out)
+    code, out = call("evaluate", "--judge-audit", tmp_path)
+    assert code == 1 and "--judge-audit needs a judge" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give an experiment in TOML"),
+        (("a", "b"), "give an experiment in TOML"),
+        (("a", "--benchmark", "x.jsonl", "--lm-eval", "mmlu"), "give one of --benchmark"),
+        (("a", "--benchmark", "mtbench"), "no benchmark 'mtbench'"),
+        (("no-such-folder", "--lm-eval", "arc_easy"), "is no adapter"),
+    ],
+)
+def test_evaluate_says_what_it_needs(call, arguments, message):
+    code, out = call("evaluate", *arguments)
+    assert code != 0 and message in " ".join(out.replace("│", " ").split())

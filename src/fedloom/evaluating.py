@@ -70,8 +70,8 @@ def show_audit(
     results = judging.audit_judges(path, chosen, settings.seed, limit)
     Console().print(_audit_table(results))
     print(
-        "accuracy is over pairs with usable verdicts in both orders, ties count half; chance is 0.500; "
-        "in brackets the 95 % interval over pairs"
+        "accuracy: over pairs with usable verdicts in both orders, ties count half; longer: accuracy of "
+        "'the longer answer is better'; steady: same winner in both orders"
     )
 
 
@@ -138,25 +138,38 @@ def _doubts(record: Record) -> list[str]:
 
 
 def _audit_table(results: Sequence[tuple[str, AuditResult]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    left = ("judge", "pairs judged by people", "unusable")
-    columns = ("judge", "pairs judged by people", "scored", "accuracy", "chance", "longer wins")
-    for column in (*columns, "same in both orders", "ties", "unusable"):
-        table.add_column(column, justify="left" if column in left else "right")
+    judges = " and ".join(dict.fromkeys(name for name, _ in results))
+    table = Table(title=f"{judges}, on pairs judged by people", box=None, padding=(0, 2, 0, 0))
+    left = ("set", "unusable")
+    for column in (
+        "set",
+        "scored",
+        "accuracy",
+        "95 %",
+        "chance",
+        "longer",
+        "steady",
+        "ties",
+        "unusable",
+    ):
+        table.add_column(
+            column,
+            justify="left" if column in left else "right",
+            no_wrap=column != "unusable",
+            header_style="dim",
+        )
+    several = len({name for name, _ in results}) > 1
     for name, found in results:
-        accuracy = "-"
-        if found.scored:
-            own = found.accuracy
-            accuracy = f"{own.mean:.3f} ({own.low:.3f} to {own.high:.3f})"
+        own, scored = found.accuracy, found.scored > 0
         table.add_row(
-            name,
-            found.name,
-            f"{found.scored} of {found.pairs}",
-            accuracy,
+            f"{name}: {found.name}" if several else found.name,
+            f"{found.scored}/{found.pairs}",
+            f"{own.mean:.3f}" if scored else "-",
+            f"{own.low:.2f}-{own.high:.2f}" if scored else "-",
             "0.500",
             f"{found.longer_wins:.3f}",
-            f"{found.consistent:.3f}" if found.scored else "-",
-            f"{found.tied:.3f}" if found.scored else "-",
+            f"{found.consistent:.3f}" if scored else "-",
+            f"{found.tied:.3f}" if scored else "-",
             ", ".join(f"{count} {reason}" for reason, count in found.reasons.items()) or "-",
         )
     return table

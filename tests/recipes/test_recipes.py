@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 import fedloom
+from fedloom.comparison import compare, read_comparison
 from fedloom.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(ROOT.glob("recipes/**/*.toml"))
+FILES = sorted(ROOT.glob("recipes/**/*.toml"))
+COMPARISONS = [path for path in FILES if "[compare]" in path.read_text()]
+RECIPES = [path for path in FILES if path not in COMPARISONS]
 
 FILLERS = {
     "labelled": ("text", "label"),
@@ -18,7 +21,21 @@ FILLERS = {
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) >= 4
+    assert len(RECIPES) >= 4 and len(COMPARISONS) >= 3
+
+
+def filler(recipe):
+    """Rows in the layout that a recipe's data has."""
+    names = {ours: recipe.data.columns.get(ours, ours) for ours in FILLERS[recipe.kind]}
+    return [
+        {
+            **{theirs: f"{ours} {i % 8}" for ours, theirs in names.items()},
+            **dict.fromkeys(("instruction", "context"), f"do {i}"),
+            "category": f"kind {i % 8}",
+            "client": f"user {i % 20}",
+        }
+        for i in range(400)
+    ]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -26,15 +43,7 @@ def test_recipe(path, rows_file, model_folder, tmp_path):
     command = path.read_text().splitlines()[0]
     assert command == f"# fedloom run {path.relative_to(ROOT)}"
     recipe = Experiment.from_toml(path)
-    names = {ours: recipe.data.columns.get(ours, ours) for ours in FILLERS[recipe.kind]}
-    rows = [
-        {
-            **{theirs: f"{ours} {i % 8}" for ours, theirs in names.items()},
-            **dict.fromkeys(("instruction", "context"), f"do {i}"),
-            "category": f"kind {i % 8}",
-        }
-        for i in range(400)
-    ]
+    rows = filler(recipe)
     changes = {
         "model.path": model_folder,
         "data.source": rows_file(rows),
@@ -46,3 +55,25 @@ def test_recipe(path, rows_file, model_folder, tmp_path):
     experiment = Experiment.from_toml(path, [f"{key}={value}" for key, value in changes.items()])
     result = fedloom.run(experiment)
     assert result.metrics and result.adapter_path.is_dir()
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_comparison(path, rows_file, model_folder, tmp_path):
+    """Every cell of the grid is sound; one run of every objective is done, at the recipe's own work."""
+    assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
+    whole = read_comparison(path)
+    recipe = whole.cells[0].experiment
+    changes = {
+        "model.path": model_folder,
+        "data.source": rows_file(filler(recipe)),
+        "data.max_rows": 200,
+        "federation.rounds": 1,
+        "federation.clients": 12,
+        "federation.clients_per_round": 2,
+        "compare.seeds": [0],
+        "compare.methods": f'["{whole.cells[0].method}"]',
+        "evaluation.max_examples": 10,
+    }
+    comparison = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
+    folder = compare(comparison, tmp_path / "out", workers=1)
+    assert len(list(folder.glob("runs/*/summary.json"))) == len(whole.settings.objectives)

@@ -47,7 +47,10 @@ def run_harness(
     names, folders = _names(tasks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within lm-eval and the data sets it loads
-        manager = lm_eval.tasks.TaskManager(include_path=folders or None)
+        # Indexing the thousands of tasks that lm-eval knows takes ten seconds: only where one is named.
+        manager = lm_eval.tasks.TaskManager(
+            include_path=folders or None, include_defaults=len(folders) < len(names)
+        )
         _check_known(names, manager.all_tasks)
         backbone = lm_eval.models.huggingface.HFLM(
             pretrained=model,
