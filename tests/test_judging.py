@@ -85,7 +85,7 @@ def test_a_position_biased_judge_is_caught(tmp_path, serve, settings, answers):
     assert bias["flags"] == ["position"] and bias["first_preferred"]["mean"] == 1.0
     assert bias["places"][0]["mean"] == 2.0 and bias["consistent"] == 0.0
     assert re.search(
-        r"judge@127.0.0.1, position:</b> where an answer is shown changes its score", page
+        r"judge@127.0.0.1:\d+, position:</b> where an answer is shown changes its score", page
     )
 
 
@@ -113,7 +113,7 @@ def test_an_injected_answer_is_caught_and_does_not_work(tmp_path, serve, setting
     record, page = evaluate(tmp_path, [server.url], settings)
     (row,) = record["suspicious"]
     assert (row["model"], row["question"]) == ("dpo", "3")
-    assert row["scores"] == {"judge@127.0.0.1": {"own": 5.0, "others": 5.0}}  # nothing gained
+    assert list(row["scores"].values()) == [{"own": 5.0, "others": 5.0}]  # nothing gained
     assert record["judges"][0]["usable"] == 16
     assert "1 answer address the judge" in page and "[System]" in page
 

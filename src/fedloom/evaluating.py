@@ -67,8 +67,8 @@ def show_audit(
         raise JudgeError("--judge-audit needs a judge: --judge http://HOST/v1 or a model's folder")
     settings = judging.EvaluateSettings.read(assignments).judging
     chosen = judging.make_judges(judges, settings)
-    results = judging.audit_judges(path, chosen, settings.seed, limit)
-    Console().print(_audit_table(results))
+    for judge, results in judging.audit_judges(path, chosen, settings.seed, limit):
+        Console().print(_audit_table(judge.name, results))
     print(
         "accuracy: over pairs with usable verdicts in both orders, ties count half; longer: accuracy of "
         "'the longer answer is better'; steady: same winner in both orders"
@@ -137,9 +137,8 @@ def _doubts(record: Record) -> list[str]:
     return lines
 
 
-def _audit_table(results: Sequence[tuple[str, AuditResult]]) -> Table:
-    judges = " and ".join(dict.fromkeys(name for name, _ in results))
-    table = Table(title=f"{judges}, on pairs judged by people", box=None, padding=(0, 2, 0, 0))
+def _audit_table(judge: str, results: Sequence[AuditResult]) -> Table:
+    table = Table(title=f"{judge}, on pairs judged by people", box=None, padding=(0, 2, 0, 0))
     left = ("set", "unusable")
     for column in (
         "set",
@@ -158,11 +157,10 @@ def _audit_table(results: Sequence[tuple[str, AuditResult]]) -> Table:
             no_wrap=column != "unusable",
             header_style="dim",
         )
-    several = len({name for name, _ in results}) > 1
-    for name, found in results:
+    for found in results:
         own, scored = found.accuracy, found.scored > 0
         table.add_row(
-            f"{name}: {found.name}" if several else found.name,
+            found.name,
             f"{found.scored}/{found.pairs}",
             f"{own.mean:.3f}" if scored else "-",
             f"{own.low:.2f}-{own.high:.2f}" if scored else "-",

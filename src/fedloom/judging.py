@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -267,10 +267,11 @@ def model_path(model: str) -> str:
 
 def audit_judges(
     path: Path, judges: Sequence[Judge], seed: int, limit: int | None = None
-) -> list[tuple[str, AuditResult]]:
-    """Measure judges on pairs that people have judged; see ``evaluation/audit.py``."""
+) -> Iterator[tuple[Judge, list[AuditResult]]]:
+    """Measure judges one by one on pairs that people have judged; see ``evaluation/audit.py``."""
     sets = read_audit_sets(path, limit)
-    return [(judge.name, audit(judge, one, seed)) for judge in judges for one in sets]
+    for judge in judges:
+        yield judge, [audit(judge, one, seed) for one in sets]
 
 
 def default_judges(benchmark: Benchmark) -> list[str]:

@@ -111,7 +111,8 @@ class EndpointJudge:
             raise JudgeError(f"{url!r} is no http or https address")
         if parsed.userinfo:
             raise JudgeError(f"give the judge's key in {KEY}, not within its address")
-        self.name = f"{settings.model}@{parsed.host}"
+        port = f":{parsed.port}" if parsed.port else ""
+        self.name = f"{settings.model}@{parsed.host}{port}"
         self.url = f"{url.rstrip('/')}/chat/completions"
         self.settings, self.cache = settings, cache
         headers = {"Authorization": f"Bearer {key}"} if key else {}
