@@ -66,14 +66,15 @@ def by_words(label, i):
 def test_a_fair_judge(tmp_path, serve, settings, answers):
     answers(by_words)
     server = serve(
-        lambda body: verdict(body, [7 if "middling" in a else 4 for a in shown(body)[1]])
+        lambda body: verdict(body, [7.1 if "middling" in a else 4.3 for a in shown(body)[1]])
     )
     record, page = evaluate(tmp_path, [server.url], settings, ("dpo", "ktoo", "ktor"))
     (judge,) = record["judges"]
     assert len(server.bodies) == 8 * 6 == judge["asked"] == judge["usable"]  # every order of three
-    assert {m: e["mean"] for m, e in judge["models"].items()} == {"dpo": 4, "ktoo": 4, "ktor": 7}
+    assert {m: e["mean"] for m, e in judge["models"].items()} == pytest.approx({"dpo": 4.3, "ktoo": 4.3, "ktor": 7.1})
     assert judge["bias"]["flags"] == [] and judge["bias"]["first_preferred"]["mean"] == 0.5
-    assert judge["categories"] == {c: {"dpo": 4, "ktoo": 4, "ktor": 7} for c in ("math", "writing")}
+    assert judge["categories"].keys() == {"math", "writing"}
+    assert judge["categories"]["math"] == pytest.approx({"dpo": 4.3, "ktoo": 4.3, "ktor": 7.1})
     assert "Answers that talk to the judge</h2>\n<p>None.</p>" in page
 
 

@@ -444,7 +444,8 @@ def _bias_record(ratings: list[Rating], rng: Callable[[], Any]) -> dict[str, Any
 
 
 def _excludes(estimate: Estimate, value: float) -> bool:
-    return estimate.count > 0 and not estimate.low <= value <= estimate.high
+    """Return whether an interval lies beside ``value``, rounding aside."""
+    return estimate.count > 0 and not estimate.low - 1e-9 <= value <= estimate.high + 1e-9
 
 
 def _suspicious(

@@ -1,5 +1,6 @@
-"""Our DPO and KTO against TRL's, on the same tensors: loss, gradients and rewards to 1e-6."""
+"""Our objectives against TRL's, on the same tensors: loss, gradients and rewards to 1e-6."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,15 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
 from fedloom.objectives.dpo import dpo_loss
+from fedloom.objectives.ipo import ipo_loss
 from fedloom.objectives.kto import kl_estimate, kto_loss
+from fedloom.objectives.orpo import orpo_loss
+from fedloom.objectives.simpo import simpo_loss
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # TRL says at each import that these may change
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -156,3 +165,48 @@ def test_kto(labels, weights):
     if not label.all():
         found = metrics["reward_undesirable"].item()
         assert found == pytest.approx(recorded["rewards/rejected"][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_ipo(beta):
+    torch.manual_seed(3)
+    policy = (-3 * torch.rand(12)).requires_grad_()
+    reference = -3 * torch.rand(12)
+    self = trainer(
+        ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", beta=beta,
+        label_smoothing=0.0, loss_types=["ipo"], loss_weights=[1.0], use_weighting=False,
+    )  # fmt: skip
+    inputs = trl_inputs(12)
+    inputs |= {"ref_chosen_logps": reference[:6], "ref_rejected_logps": reference[6:]}
+    expected = DPOTrainer._compute_loss(self, lambda **_: outputs(policy), inputs, False)
+    ratios = policy - reference  # one completion token each: sums are means
+    loss, _ = ipo_loss(ratios[:6], ratios[6:], beta=beta)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, policy, retain_graph=True)[0] for value in (loss, expected)),
+        **TOLERANCE,
+    )
+
+
+def test_orpo():
+    torch.manual_seed(4)
+    means = -3 * torch.rand(12) - 0.01
+    self = SimpleNamespace(beta=0.2, accelerator=Accelerator())
+    ratio_loss, *_ = ORPOTrainer.odds_ratio_loss(self, means[:6], means[6:])
+    loss, _ = orpo_loss(means[:6], means[6:], beta=0.2)
+    torch.testing.assert_close(loss, (-means[:6] - ratio_loss).mean(), **TOLERANCE)
+
+
+def test_simpo():
+    torch.manual_seed(5)
+    means = -3 * torch.rand(12)
+    self = SimpleNamespace(
+        beta=2.0, simpo_gamma=1.0, loss_type="simpo", label_smoothing=0.0, alpha=0.0,
+        accelerator=Accelerator(),
+    )  # fmt: skip
+    losses, *_ = CPOTrainer.cpo_loss(self, means[:6], means[6:])
+    loss, metrics = simpo_loss(means[:6], means[6:], beta=2.0, gamma=1.0)
+    torch.testing.assert_close(loss, losses.mean(), **TOLERANCE)
+    assert metrics["reward_margin"].item() == pytest.approx(
+        2.0 * (means[:6] - means[6:]).mean().item()
+    )
