@@ -38,7 +38,7 @@ def answers(monkeypatch):
     """Let candidates answer what a test wants, so that only the judging is at stake."""
 
     def plant(by_label):
-        def answer(candidate, benchmark, settings, quantization):
+        def answer(candidate, benchmark, settings, quantization, advance):
             return [by_label(candidate.label, i) for i in range(len(benchmark.questions))]
 
         monkeypatch.setattr(judging, "answer", answer)
@@ -71,7 +71,9 @@ def test_a_fair_judge(tmp_path, serve, settings, answers):
     record, page = evaluate(tmp_path, [server.url], settings, ("dpo", "ktoo", "ktor"))
     (judge,) = record["judges"]
     assert len(server.bodies) == 8 * 6 == judge["asked"] == judge["usable"]  # every order of three
-    assert {m: e["mean"] for m, e in judge["models"].items()} == pytest.approx({"dpo": 4.3, "ktoo": 4.3, "ktor": 7.1})
+    assert {m: e["mean"] for m, e in judge["models"].items()} == pytest.approx(
+        {"dpo": 4.3, "ktoo": 4.3, "ktor": 7.1}
+    )
     assert judge["bias"]["flags"] == [] and judge["bias"]["first_preferred"]["mean"] == 0.5
     assert judge["categories"].keys() == {"math", "writing"}
     assert judge["categories"]["math"] == pytest.approx({"dpo": 4.3, "ktoo": 4.3, "ktor": 7.1})
@@ -218,3 +220,12 @@ def test_what_cannot_be_judged(tmp_path, settings, answers):
         EvaluateSettings.read(["judging.temperatur=1"])
     with pytest.raises(SettingsError, match="unknown section; did you mean 'judging'"):
         EvaluateSettings.read(["judgin.temperature=1"])
+
+
+def test_answers_may_be_judged_one_by_one(tmp_path, serve, answers):
+    answers(by_words)
+    server = serve(lambda body: verdict(body, [len(a) % 10 + 1 for a in shown(body)[1]]))
+    alone = EvaluateSettings.read(["judging.one_by_one=true"])
+    record, _ = evaluate(tmp_path, [server.url], alone)
+    assert len(server.bodies) == 16 and all(len(shown(body)[1]) == 1 for body in server.bodies)
+    assert record["judges"][0]["bias"] is None and record["judges"][0]["usable"] == 16

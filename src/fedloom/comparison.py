@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
-from fedloom.errors import CheckpointError, FedloomError, OutputError, SettingsError
+from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS
 from fedloom.report import run_folder as names
@@ -207,6 +207,10 @@ def compare(
             if observer is not None:
                 for text in outcome.warnings:
                     observer.warning(f"{outcome.name}: {text}")
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(
+            f"stopped; what is done is kept in {folder}, the same command goes on with the rest"
+        ) from None
     finally:
         if observer is not None:
             observer.end()
@@ -269,6 +273,8 @@ def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:
         else:
             shutil.rmtree(path, ignore_errors=True)
             result = run_experiment(Experiment.from_table(table), observer=observer)
+    except Interrupted:
+        raise  # the user stopped everything, not this run alone
     except FedloomError as error:
         return _Outcome(name, error=str(error), warnings=observer.warnings)
     except Exception as error:  # one cell's crash must not take the others' results along

@@ -18,6 +18,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.evaluation_page import WARNINGS, write_evaluation
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.runner import evaluate_adapter
+from fedloom.terminal import Bars
 
 
 def show_held_out(experiment: Experiment, adapter: Path | None) -> None:
@@ -43,14 +44,8 @@ def show_benchmark(
         console.print(f"warning: left out: {row}", style="yellow", highlight=False)
     candidates = judging.find_candidates(given, settings.model, _names_model(assignments))
     chosen = judging.make_judges(judges or judging.default_judges(benchmark), settings.judging)
-    folder = judging.evaluate_benchmark(
-        candidates,
-        benchmark,
-        chosen,
-        settings,
-        target,
-        lambda text: console.print(text, style="dim", highlight=False),
-    )
+    with Bars(console) as bars:
+        folder = judging.evaluate_benchmark(candidates, benchmark, chosen, settings, target, bars)
     page = write_evaluation(folder)
     record = RunFolder(folder).read_json(names.EVALUATION)
     console.print(_score_table(record))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -54,6 +54,10 @@ BASE = "base"
 """Stands for the base model itself among the adapters."""
 
 
+CHUNK = 64
+"""Cases given to a judge at once, so that progress can be shown."""
+
+
 class GenerationSettings(Settings):
     """``generation``: how the models answer."""
 
@@ -74,7 +78,10 @@ class JudgingSettings(EndpointSettings):
     """``judging``: how answers are shown to judges."""
 
     orders: int = Field(default=8, ge=1)
-    """Orders in which more than three answers are shown (of up to three, every order is)."""
+    """Orders in which more than three answers are shown, in whole rotations; of up to three, every
+    order is."""
+    one_by_one: bool = False
+    """Whether judges see one answer at a time: no order to be biased by, and nothing to compare with."""
     seed: int = Field(default=0, ge=0)
 
 
@@ -117,6 +124,14 @@ class EvaluateSettings:
         return cls(**parts)
 
 
+class Progress(Protocol):
+    """Who watches an evaluation."""
+
+    def begin(self, text: str, total: int) -> Callable[[int], None]:
+        """Some work of ``total`` parts begins; return what is to be called with the parts done."""
+        ...
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A model whose answers are judged.
@@ -130,6 +145,10 @@ class Candidate:
     label: str
     adapter: Path | None
     model: str
+
+
+def _begin(progress: Progress | None, text: str, total: int) -> Callable[[int], None]:
+    return progress.begin(text, total) if progress is not None else lambda count: None
 
 
 def find_candidates(
@@ -189,7 +208,7 @@ def evaluate_benchmark(
     judges: Sequence[Judge],
     settings: EvaluateSettings,
     folder: Path | None = None,
-    stage: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
 ) -> Path:
     """Let every candidate answer and every judge score; return the folder with all of it.
 
@@ -201,15 +220,14 @@ def evaluate_benchmark(
     target = _new_folder(folder, benchmark.name)
     answers: dict[str, list[str]] = {}
     for candidate in candidates:
-        stage(f"{candidate.label}: answering {len(benchmark.questions)} questions")
+        advance = _begin(progress, f"{candidate.label} answers", len(benchmark.questions))
         answers[candidate.label] = answer(
-            candidate, benchmark, settings.generation, settings.model.quantization
+            candidate, benchmark, settings.generation, settings.model.quantization, advance
         )
     _write_answers(target, benchmark, answers)
     outcomes = []
     for judge in judges:
-        stage(f"{judge.name}: judging {len(answers)} x {len(benchmark.questions)} answers")
-        outcomes.append(_judge(judge, benchmark, answers, settings.judging))
+        outcomes.append(_judge(judge, benchmark, answers, settings.judging, progress))
     for outcome in outcomes:
         target.append(names.JUDGEMENTS, outcome.records)
     target.write_json(
@@ -238,6 +256,7 @@ def answer(
     benchmark: Benchmark,
     settings: GenerationSettings,
     quantization: Quantization = "none",
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """Return one answer to each question, seeded by the question's id."""
     path = model_path(candidate.model)
@@ -255,7 +274,9 @@ def answer(
         )
         for question in benchmark.questions
     ]
-    return generate(model, tokenizer, asks, _length(benchmark, settings), settings.batch_size)
+    return generate(
+        model, tokenizer, asks, _length(benchmark, settings), settings.batch_size, advance
+    )
 
 
 def model_path(model: str) -> str:
@@ -306,6 +327,7 @@ def _judge(
     benchmark: Benchmark,
     answers: Mapping[str, list[str]],
     settings: JudgingSettings,
+    progress: Progress | None,
 ) -> _Outcome:
     shown = _showings(judge, benchmark, list(answers), settings)
     cases = [
@@ -316,7 +338,12 @@ def _judge(
         )
         for place, question, showing, models in shown
     ]
-    verdicts = judge.rate(cases)
+    advance = _begin(progress, f"{judge.name} judges", len(cases))
+    verdicts: list[Verdict] = []
+    for start in range(0, len(cases), CHUNK):
+        chunk = cases[start : start + CHUNK]
+        verdicts += judge.rate(chunk)
+        advance(len(chunk))
     ratings: list[Rating] = []
     records: list[dict[str, Any]] = []
     for (_, question, showing, models), case, verdict in zip(shown, cases, verdicts, strict=True):
@@ -337,7 +364,7 @@ def _showings(
 ) -> list[Showing]:
     found: list[Showing] = []
     for place, question in enumerate(benchmark.questions):
-        if not judge.compares:
+        if not judge.compares or settings.one_by_one:
             found += [(place, question, i, (model,)) for i, model in enumerate(models)]
             continue
         rng = generator(settings.seed, f"orders {question.id}")
@@ -368,7 +395,7 @@ def _judge_record(
         return generator(settings.seed, "bootstrap")
 
     scores = model_scores(outcome.ratings)
-    comparing = outcome.judge.compares and len(models) > 1
+    comparing = outcome.judge.compares and len(models) > 1 and not settings.one_by_one
     categories = {question.id: question.category for question in benchmark.questions}
     return {
         "name": outcome.judge.name,

@@ -6,7 +6,7 @@ It only watches (see ``server.Observer``); no result depends on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +231,42 @@ class ComparisonTerminal:
         """Close the bar."""
         if self.progress is not None:
             self.progress.stop()
+
+
+class Bars:
+    """A bar for each piece of work of an evaluation; plain lines where nothing can be redrawn."""
+
+    def __init__(self, console: Console) -> None:
+        """Open nothing yet."""
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(30),
+            TextColumn("{task.completed} of {task.total}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Bars:
+        """Open the bars."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bars as they stand."""
+        self.progress.stop()
+
+    def begin(self, text: str, total: int) -> Callable[[int], None]:
+        """Open a bar; what is returned moves it."""
+        if not self.console.is_terminal:
+            self.console.print(f"{text}: {total}", style="dim", highlight=False)
+        task = self.progress.add_task(text, total=total)
+
+        def advance(count: int) -> None:
+            self.progress.update(task, advance=count)
+
+        return advance
 
 
 def comparison_table(folder: Path) -> Table:

@@ -103,3 +103,16 @@ def test_agreement_is_krippendorffs_alpha():
     # Two judges, units (1, 2), (2, 1): observed disagreement 1, expected (2/3): alpha = 1 - 3/2.
     left, right = {"a": {"1": 1.0, "2": 2.0}}, {"a": {"1": 2.0, "2": 1.0}}
     assert agreement([left, right]) == pytest.approx(-0.5)
+
+
+def test_lost_verdicts_do_not_let_the_place_leak_into_the_scores():
+    """A judge that only likes the first place, and loses one verdict in three: no model gains."""
+    ratings = rate(lambda model, place, q: 9 if place == 0 else 5)
+    drawn = np.random.default_rng(3).random((30, 6)) < 1 / 3
+    kept = [r for r in ratings if not drawn[int(r.question[1:]), r.showing]]
+    scores = model_scores(kept)
+    assert 5 < len(scores["a"]) < 30  # a question counts where the answer was seen at every place
+    for own in scores.values():
+        assert list(own.values()) == pytest.approx([19 / 3] * len(own))
+    naive = {m: np.mean([r.score for r in kept if r.model == m]) for m in scores}
+    assert max(naive.values()) - min(naive.values()) > 0.05

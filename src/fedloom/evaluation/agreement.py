@@ -66,16 +66,13 @@ def orders(count: int, limit: int, rng: np.random.Generator) -> list[tuple[int, 
         rng: Draws them.
 
     Returns:
-        Every order of up to three answers. Of more, rotations of random orders, so that each answer
-        stands equally often at each place if ``limit`` is a multiple of ``count``.
+        Every order of up to three answers. Of more, all rotations of as many random orders as ``limit``
+        holds, at least one, so that each answer stands equally often at each place.
     """
     if count <= 3:
         return list(permutations(range(count)))
-    drawn: list[tuple[int, ...]] = []
-    while len(drawn) < limit:
-        base = rng.permutation(count).tolist()
-        drawn += [tuple(base[i:] + base[:i]) for i in range(count)]
-    return drawn[:limit]
+    bases = [rng.permutation(count).tolist() for _ in range(max(1, limit // count))]
+    return [tuple(base[i:] + base[:i]) for base in bases for i in range(count)]
 
 
 def bootstrap(values: Sequence[float], rng: np.random.Generator) -> Estimate:
@@ -90,14 +87,22 @@ def bootstrap(values: Sequence[float], rng: np.random.Generator) -> Estimate:
 
 
 def model_scores(ratings: Iterable[Rating]) -> dict[str, dict[str, float]]:
-    """Return, for each model, its mean score over the showings of each question."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return, for each model, its mean score on each question, every place counting alike.
+
+    Verdicts that were lost leave some orders out, and with them a judge's liking for a place would
+    leak into the scores. So an answer's score is the mean over places of its mean at each place, and
+    a question counts for a model that has a score at every place.
+    """
+    found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[str, int] = defaultdict(int)
     for rating in ratings:
-        found[rating.model][rating.question].append(rating.score)
-    return {
-        model: {question: float(np.mean(scores)) for question, scores in by_question.items()}
-        for model, by_question in found.items()
-    }
+        found[rating.model, rating.question][rating.place].append(rating.score)
+        places[rating.question] = max(places[rating.question], rating.place + 1)
+    scores: dict[str, dict[str, float]] = defaultdict(dict)
+    for (model, question), by_place in found.items():
+        if len(by_place) == places[question]:
+            scores[model][question] = float(np.mean([np.mean(own) for own in by_place.values()]))
+    return dict(scores)
 
 
 def by_showing(ratings: Iterable[Rating]) -> dict[tuple[str, int], list[Rating]]:

@@ -7,7 +7,7 @@ batched with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,18 @@ def generate_answers(
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: Any, asks: Sequence[Ask], max_new_tokens: int, batch_size: int = 32
+    model: nn.Module,
+    tokenizer: Any,
+    asks: Sequence[Ask],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Return one answer to each prompt; see :func:`generate_answers`."""
+    """Return one answer to each prompt; see :func:`generate_answers`.
+
+    An answer has at most half the context, so that a prompt keeps the other half. ``advance`` is
+    called with the number of prompts answered, batch by batch.
+    """
     config: Any = model.config
     context = int(getattr(config, "max_position_embeddings", 2048))
     length = min(max_new_tokens, max(1, context // 2))
@@ -70,6 +79,7 @@ def generate(
         )
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text
+        advance(len(chosen))
     return answers
 
 
