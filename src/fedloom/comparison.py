@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -251,16 +254,26 @@ def _outcomes(cells: list[Cell], folder: Path, workers: int) -> Iterator[_Outcom
     if workers == 1:
         yield from (_run_cell(*job) for job in jobs)
         return
-    # spawn: a forked child of a process that has used torch's threads may hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running: set[Future[_Outcome]] = {pool.submit(_run_cell, *job) for job in jobs}
-        try:
-            while running:
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in ended)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    # spawn: a forked child of a process that has used torch's threads may hang. Jobs are handed out one
+    # by one: what a pool has queued cannot be taken back when the user stops.
+    waiting = iter(jobs)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _die_with, (os.getpid(),)) as pool:
+        running = {pool.submit(_run_cell, *job) for job in islice(waiting, workers)}
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(_run_cell, *job) for job in islice(waiting, len(ended))}
+            yield from (future.result() for future in ended)
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when its parent is gone, so that nobody else writes into its run folder."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:

@@ -24,6 +24,7 @@ def test_what_has_no_spread():
     assert paired_test([1.0], [2.0]).p is None
     assert paired_test([1.0, 2.0], [1.0, 2.0]).p == 1.0
     assert paired_test([1.0, 2.0], [2.0, 3.0]).p == 0.0
+    assert paired_test([0.1, 0.2], [0.4, 0.5]).half == 0.0  # alike up to rounding
     with pytest.raises(ValueError, match="at least one"):
         paired_test([], [])
     with pytest.raises(ValueError, match="zip"):

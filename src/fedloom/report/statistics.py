@@ -58,10 +58,12 @@ def paired_test(left: Sequence[float], right: Sequence[float]) -> PairedTest:
         raise ValueError("a paired test needs at least one unit")
     if len(differences) == 1:
         return PairedTest(1, differences[0], None, None)
+    freedom = len(differences) - 1
     mean, half = mean_interval(differences)
-    if half == 0:  # every unit differs by the same amount: t is infinite, or 0 / 0
+    if half <= 1e-9 * abs(mean):  # every unit differs by the same amount: t is infinite, or 0 / 0
         return PairedTest(len(differences), mean, 0.0, 1.0 if mean == 0 else 0.0)
-    return PairedTest(len(differences), mean, half, float(stats.ttest_1samp(differences, 0).pvalue))
+    t = mean / (half / stats.t.ppf(0.975, freedom))
+    return PairedTest(len(differences), mean, half, float(2 * stats.t.sf(abs(t), freedom)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
