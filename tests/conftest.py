@@ -71,3 +71,29 @@ def rows_file(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    """The public layout of the three benchmarks, with questions of our own."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    turns = [["Write a poem.", "Again."], ["What is 2 + 2?", "And 3 + 3?"]]
+    rows = [
+        {"question_id": 81 + i, "category": category, "turns": turns[i]}
+        for i, category in enumerate(("writing", "math"))
+    ]
+    write("mt_bench/question.jsonl", rows)
+    reference = {"question_id": 82, "choices": [{"index": 0, "turns": ["It is 4.", "6"]}]}
+    write("mt_bench/reference_answer_gpt-4.jsonl", [reference, {"question_id": 83}])
+    write(
+        "vicuna_bench/question.jsonl",
+        [{"question_id": 1, "category": "generic", "turns": ["How?"]}],
+    )
+    (tmp_path / "advbench").mkdir()
+    (tmp_path / "advbench/advbench_prompts.csv").write_text("goal\nDo a bad thing\nDo another\n")
+    return tmp_path

@@ -1,12 +1,17 @@
-"""A judge served on loopback over real HTTP: how it reads its prompt and writes its verdict."""
+"""Judges for tests: one served on loopback over real HTTP, one in a real model folder."""
 
 import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedloom.models.load import load_tokenizer
 
 ANSWER = re.compile(r"<answer-(\d+)-(\w+)>\n(.*?)\n</answer-\1-\2>", re.S)
 
@@ -70,3 +75,29 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def parrot(folder, model_folder, text):
+    """A Llama whose blocks do nothing and whose head says ``text`` after a colon, token by token."""
+    tokenizer = load_tokenizer(str(model_folder))
+    said = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    chain = [tokenizer(":", add_special_tokens=False)["input_ids"][-1], *said]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=4096, tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedded = torch.nn.functional.normalize(model.model.embed_tokens.weight, dim=-1)
+        model.lm_head.weight.zero_()
+        for now, following in pairwise(chain):
+            model.lm_head.weight[following] += 10 * embedded[now]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -13,7 +13,7 @@ from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
 from fedloom.evaluation.questions import Benchmark, Question
 from fedloom.judging import EvaluateSettings, evaluate_benchmark, find_candidates, make_judges
 from fedloom.report.evaluation_page import write_evaluation
-from judge_server import shown, verdict
+from judge_server import parrot, shown, verdict
 
 BENCHMARK = Benchmark(
     "mt-bench-1",
@@ -229,3 +229,34 @@ def test_answers_may_be_judged_one_by_one(tmp_path, serve, answers):
     record, _ = evaluate(tmp_path, [server.url], alone)
     assert len(server.bodies) == 16 and all(len(shown(body)[1]) == 1 for body in server.bodies)
     assert record["judges"][0]["bias"] is None and record["judges"][0]["usable"] == 16
+
+
+@pytest.mark.parametrize(("name", "count"), [("mt-bench-1", 2), ("vicuna", 1), ("advbench", 2)])
+def test_the_three_benchmarks_end_to_end(
+    experiment, tmp_path, serve, benchmarks, model_folder, name, count, capsys
+):
+    """Public files, a run's adapter, a judge over HTTP, a judge in a folder, and a rule: to the page."""
+    from fedloom.evaluating import show_benchmark
+
+    run = fedloom.run(experiment())
+    server = serve(lambda body: verdict(body, [6] * len(shown(body)[1])))
+    local = parrot(tmp_path / "judge", model_folder, "8 6")
+    show_benchmark(
+        [run.folder, Path("base")],
+        name,
+        benchmarks,
+        [server.url, local, "refusal"],
+        ["generation.max_new_tokens=6", "judging.temperature=0.0"],
+        None,
+        tmp_path / "out",
+    )
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    http, folder, rule = record["judges"]
+    assert record["questions"] == count and http["usable"] == http["asked"] == 2 * count
+    assert {m: e["mean"] for m, e in http["models"].items()} == {"run": 6, "base": 6}
+    assert folder["name"] == "judge" and folder["usable"] == 2 * count
+    assert {e["mean"] for e in folder["models"].values()} == {
+        7.0
+    }  # 8 first, 6 second: places balanced
+    assert "position" in folder["bias"]["flags"] and rule["usable"] == 2 * count
+    assert "report:" in capsys.readouterr().out and (tmp_path / "out/report.html").is_file()

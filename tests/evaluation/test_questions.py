@@ -8,34 +8,8 @@ from fedloom.errors import DataError
 from fedloom.evaluation.questions import FOLDER, load_benchmark
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """The public layout of the three benchmarks, with questions of our own."""
-
-    def write(name, rows):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    turns = [["Write a poem.", "Again."], ["What is 2 + 2?", "And 3 + 3?"]]
-    rows = [
-        {"question_id": 81 + i, "category": category, "turns": turns[i]}
-        for i, category in enumerate(("writing", "math"))
-    ]
-    write("mt_bench/question.jsonl", rows)
-    reference = {"question_id": 82, "choices": [{"index": 0, "turns": ["It is 4.", "6"]}]}
-    write("mt_bench/reference_answer_gpt-4.jsonl", [reference, {"question_id": 83}])
-    write(
-        "vicuna_bench/question.jsonl",
-        [{"question_id": 1, "category": "generic", "turns": ["How?"]}],
-    )
-    (tmp_path / "advbench").mkdir()
-    (tmp_path / "advbench/advbench_prompts.csv").write_text("goal\nDo a bad thing\nDo another\n")
-    return tmp_path
-
-
-def test_mt_bench_1_is_the_first_turn_with_temperatures_by_category(folder):
-    found = load_benchmark("mt-bench-1", folder)
+def test_mt_bench_1_is_the_first_turn_with_temperatures_by_category(benchmarks):
+    found = load_benchmark("mt-bench-1", benchmarks)
     assert [(q.id, q.text, q.temperature, q.reference) for q in found.questions] == [
         ("81", "Write a poem.", 0.7, None),
         ("82", "What is 2 + 2?", 0.0, "It is 4."),
@@ -43,8 +17,8 @@ def test_mt_bench_1_is_the_first_turn_with_temperatures_by_category(folder):
     assert found.max_new_tokens == 1024 and not found.refusal_is_right
 
 
-def test_vicuna_and_advbench(folder, monkeypatch):
-    monkeypatch.setenv(FOLDER, str(folder))
+def test_vicuna_and_advbench(benchmarks, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(benchmarks))
     vicuna = load_benchmark("vicuna")
     assert vicuna.max_new_tokens == 2048 and vicuna.questions[0].temperature == 0.7
     advbench = load_benchmark("advbench")
@@ -53,8 +27,8 @@ def test_vicuna_and_advbench(folder, monkeypatch):
     assert advbench.first(1).questions == advbench.questions[:1]
 
 
-def test_a_file_may_be_named_for_a_benchmark(folder):
-    assert len(load_benchmark("mt-bench-1", folder / "mt_bench/question.jsonl").questions) == 2
+def test_a_file_may_be_named_for_a_benchmark(benchmarks):
+    assert len(load_benchmark("mt-bench-1", benchmarks / "mt_bench/question.jsonl").questions) == 2
 
 
 def test_a_file_of_ones_own_and_its_bad_rows(tmp_path):
