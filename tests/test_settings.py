@@ -74,3 +74,12 @@ def test_written_toml_reads_back(tmp_path):
 
 def test_nearest_without_a_near_one():
     assert nearest("zzz", ["alpha"]) == "allowed: alpha"
+
+
+def test_a_new_name_starts_its_section_anew_and_other_assignments_stay():
+    table = {"objective": {"name": "dpo", "sft_weight": 0.5}, "name": "x"}
+    changed = override(table, ["objective.beta=0.3", "objective.name=kto"])
+    assert changed["objective"] == {"name": "kto", "beta": 0.3}
+    assert override(table, ["objective.name=dpo"])["objective"]["sft_weight"] == 0.5
+    assert override(table, ["name=y"]) == {**table, "name": "y"}
+    assert table["objective"]["sft_weight"] == 0.5

@@ -477,11 +477,19 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
     trained = sum(p.numel() for p in parts.model.parameters.values())
     cohort = min(federation.cohort_size, len(sizes))
     objective = type(parts.objective).__name__
+    deal = parts.division.feedback
+    pairs = ""
+    if deal is not None and deal.pairs:
+        pairs = (
+            f"; {human_count(deal.pairs)} pairs as single answers, {experiment.partition.feedback}: "
+            f"{deal.intact_share:.2f} of the pairs whole at one client"
+        )
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
         f"{cohort} of {len(sizes)} clients a round",
         f"model {experiment.model.path}, {human_count(trained)} trained parameters, rows per client "
-        f"{min(sizes.values())} to {max(sizes.values())}, {len(parts.division.test)} held out",
+        f"{min(sizes.values())} to {max(sizes.values())}, {len(parts.division.test)} held out"
+        f"{pairs}",
         federation.rounds,
         headline.name,
         headline.higher_is_better,

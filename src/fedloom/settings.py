@@ -66,14 +66,15 @@ def override(table: Table, assignments: Iterable[str]) -> Table:
     """Return a copy of ``table`` with ``section.key=value`` assignments applied.
 
     A value is read as TOML (``3``, ``0.5``, ``true``, ``["a"]``, ``"text"``) and, where it is not,
-    taken as a plain string, so ``--set data.source=rows.jsonl`` needs no quotes.
+    taken as a plain string, so ``--set data.source=rows.jsonl`` needs no quotes. A new
+    ``section.name`` starts its section anew: what was set for one objective is not of another.
 
     Raises:
         SettingsError: An assignment has no ``=`` or runs through something that is no table.
     """
     result = _copy(table)
     problems = []
-    for assignment in assignments:
+    for assignment in sorted(assignments, key=lambda text: ".name=" not in text.replace(" ", "")):
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
@@ -86,7 +87,10 @@ def override(table: Table, assignments: Iterable[str]) -> Table:
                 problems.append(f"--set {assignment!r}: {key!r} is a value, not a section")
                 break
         else:
-            target[keys[-1]] = _toml_value(text.strip())
+            value = _toml_value(text.strip())
+            if keys[1:] == ["name"] and target.get("name", value) != value:
+                target.clear()
+            target[keys[-1]] = value
     if problems:
         raise SettingsError(problems, "the command")
     return result

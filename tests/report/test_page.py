@@ -7,7 +7,7 @@ import pytest
 
 import fedloom
 from fedloom.errors import OutputError
-from fedloom.report.page import write_report
+from fedloom.report.page import read_run, render, write_report
 from fedloom.report.run_folder import RunFolder
 
 
@@ -24,6 +24,12 @@ def test_one_run(folder):
     assert f"fedloom run {folder}/experiment.toml" in page
     summary = json.loads((folder / "summary.json").read_text())
     assert f"{summary['after']:.3f}" in page and summary["adapter"]["sha256"][:16] in page
+
+
+def test_a_page_says_what_became_of_pairs(experiment):
+    result = fedloom.run(experiment(objective={"name": "kto"}, partition={"feedback": "spread"}))
+    page = render([read_run(result.folder)])
+    assert "dealt over all clients (KTOR)" in page and "expected by chance" in page
 
 
 def test_the_page_needs_no_network(folder):
