@@ -53,6 +53,10 @@ def serve():
                 }
                 return self.send(status, json.dumps(reply).encode(), more[0] if more else {})
 
+            def do_GET(self):
+                refused = key is not None and self.headers.get("authorization") != f"Bearer {key}"
+                self.send(401 if refused else 404, b"", {})
+
             def send(self, status, data, headers):
                 self.send_response(status)
                 for name, value in headers.items():

@@ -260,3 +260,22 @@ def test_the_three_benchmarks_end_to_end(
     }  # 8 first, 6 second: places balanced
     assert "position" in folder["bias"]["flags"] and rule["usable"] == 2 * count
     assert "report:" in capsys.readouterr().out and (tmp_path / "out/report.html").is_file()
+
+
+def test_answers_are_kept_when_a_judge_fails_and_used_again(experiment, tmp_path, serve, settings):
+    run = fedloom.run(experiment())
+    found = find_candidates([run.folder], settings.model, assigned=False)
+    broken = make_judges([serve(lambda body: (404, b"no such model")).url], settings.judging)
+    with pytest.raises(JudgeError, match="no such model"):
+        evaluate_benchmark(found, BENCHMARK, broken, settings, tmp_path / "out")
+    written = (tmp_path / "out/answers.jsonl").stat().st_mtime_ns
+    good = make_judges(["reference"], settings.judging)
+    evaluate_benchmark(found, BENCHMARK, good, settings, tmp_path / "out")
+    assert (tmp_path / "out/answers.jsonl").stat().st_mtime_ns == written
+    longer = EvaluateSettings.read(["generation.max_new_tokens=9"])
+    with pytest.raises(OutputError, match="is not empty"):
+        evaluate_benchmark(found, BENCHMARK, good, longer, tmp_path / "out")
+    missing = make_judges(["http://127.0.0.1:9/v1"], settings.judging)
+    with pytest.raises(JudgeError, match="no judge answers"):
+        evaluate_benchmark(found, BENCHMARK, missing, settings, tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # nothing was answered for a judge that is not there

@@ -5,6 +5,7 @@ The folder that is left (answers, every single verdict, and a summary) is what t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -41,7 +42,13 @@ from fedloom.evaluation.judges.model import ModelJudge
 from fedloom.evaluation.judges.prompts import talks_to_judge
 from fedloom.evaluation.judges.rules import RULES
 from fedloom.evaluation.questions import Benchmark, Question
-from fedloom.models.load import TINY, ModelSettings, load_backbone, load_tokenizer
+from fedloom.models.load import (
+    TINY,
+    ModelSettings,
+    fingerprint,
+    load_backbone,
+    load_tokenizer,
+)
 from fedloom.models.lora import load_lora
 from fedloom.models.quantize import Quantization
 from fedloom.models.tiny import tiny_model
@@ -217,19 +224,17 @@ def evaluate_benchmark(
         JudgeError: A judge cannot work at all.
         OutputError: The folder holds something already, or cannot be written.
     """
-    target = _new_folder(folder, benchmark.name)
-    answers: dict[str, list[str]] = {}
-    for candidate in candidates:
-        advance = _begin(progress, f"{candidate.label} answers", len(benchmark.questions))
-        answers[candidate.label] = answer(
-            candidate, benchmark, settings.generation, settings.model.quantization, advance
-        )
-    _write_answers(target, benchmark, answers)
-    outcomes = []
     for judge in judges:
-        outcomes.append(_judge(judge, benchmark, answers, settings.judging, progress))
-    for outcome in outcomes:
-        target.append(names.JUDGEMENTS, outcome.records)
+        judge.check()
+    digest = _digest(candidates, benchmark, settings)
+    target = _folder(folder, benchmark.name, digest)
+    answers = _kept_answers(target, digest)
+    if answers is None:
+        answers = _answers(candidates, benchmark, settings, progress)
+        _write_answers(target, benchmark, answers, digest)
+    outcomes = [_judge(judge, benchmark, answers, settings.judging, progress) for judge in judges]
+    lines = [json.dumps(record) for outcome in outcomes for record in outcome.records]
+    target.write_text(names.JUDGEMENTS, "".join(f"{line}\n" for line in lines))
     target.write_json(
         names.EVALUATION,
         {
@@ -251,6 +256,21 @@ def evaluate_benchmark(
     return target.path
 
 
+def _answers(
+    candidates: Sequence[Candidate],
+    benchmark: Benchmark,
+    settings: EvaluateSettings,
+    progress: Progress | None,
+) -> dict[str, list[str]]:
+    found = {}
+    for candidate in candidates:
+        advance = _begin(progress, f"{candidate.label} answers", len(benchmark.questions))
+        found[candidate.label] = answer(
+            candidate, benchmark, settings.generation, settings.model.quantization, advance
+        )
+    return found
+
+
 def answer(
     candidate: Candidate,
     benchmark: Benchmark,
@@ -261,10 +281,15 @@ def answer(
     """Return one answer to each question, seeded by the question's id."""
     path = model_path(candidate.model)
     tokenizer = load_tokenizer(path)
-    model: torch.nn.Module = load_backbone(path, pad_token_id=tokenizer.pad_token_id)
+    model: torch.nn.Module = load_backbone(
+        path,
+        pad_token_id=tokenizer.pad_token_id,
+        quantization=quantization,
+        device=choose_device(settings.device),
+    )
     if candidate.adapter is not None:
         model = load_lora(model, candidate.adapter)
-    model = model.eval().to(choose_device(settings.device))
+    model.eval()
     template = TEMPLATES[settings.template]
     asks = [
         Ask(
@@ -520,34 +545,69 @@ def _length(benchmark: Benchmark, settings: GenerationSettings) -> int:
 
 
 def _write_answers(
-    target: RunFolder, benchmark: Benchmark, answers: Mapping[str, list[str]]
+    target: RunFolder, benchmark: Benchmark, answers: Mapping[str, list[str]], digest: str
 ) -> None:
-    target.append(
-        names.ANSWERS,
-        (
-            {
-                "question": question.id,
-                "category": question.category,
-                "text": question.text,
-                "answers": {model: own[place] for model, own in answers.items()},
-            }
-            for place, question in enumerate(benchmark.questions)
-        ),
+    """Write the answers, and last what they are answers to: without it they are not used again."""
+    records = (
+        {
+            "question": question.id,
+            "category": question.category,
+            "text": question.text,
+            "answers": {model: own[place] for model, own in answers.items()},
+        }
+        for place, question in enumerate(benchmark.questions)
     )
+    target.write_text(names.ANSWERS, "".join(f"{json.dumps(record)}\n" for record in records))
+    target.write_json(names.ANSWERED, {"digest": digest})
 
 
-def _new_folder(chosen: Path | None, name: str) -> RunFolder:
+def _kept_answers(target: RunFolder, digest: str) -> dict[str, list[str]] | None:
+    """Return the answers of an evaluation that was stopped after them, or had other judges."""
+    record = target.read_json(names.ANSWERED)
+    if record is None or record.get("digest") != digest:
+        return None
+    lines = target.read_lines(names.ANSWERS)
+    return {model: [line["answers"][model] for line in lines] for model in lines[0]["answers"]}
+
+
+def _digest(
+    candidates: Sequence[Candidate], benchmark: Benchmark, settings: EvaluateSettings
+) -> str:
+    """SHA-256 over everything that the answers depend on."""
+    models = [
+        (c.label, fingerprint(c.model), fingerprint(str(c.adapter)) if c.adapter else "")
+        for c in candidates
+    ]
+    asked = [(q.id, q.text, q.temperature) for q in benchmark.questions]
+    generation = settings.generation.model_dump(exclude={"batch_size"})
+    parts = [models, asked, generation, benchmark.max_new_tokens, settings.model.quantization]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _folder(chosen: Path | None, name: str, digest: str) -> RunFolder:
+    """Return a new folder, or one that holds these very answers.
+
+    Raises:
+        OutputError: The chosen one holds something else, or cannot be made.
+    """
     path = chosen or Path("evaluations") / name
     number = 2
-    while chosen is None and path.exists():
+    while chosen is None and path.exists() and not _holds(path, digest):
         path, number = Path("evaluations") / f"{name}-{number}", number + 1
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not _holds(path, digest):
         raise OutputError(f"{path} is not empty: choose another folder with --to")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {path}: {error.strerror}; choose another --to") from error
     return RunFolder(path)
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Return whether a folder is empty or holds the answers with this digest."""
+    if not path.is_dir():
+        return False
+    return not any(path.iterdir()) or _kept_answers(RunFolder(path), digest) is not None
 
 
 def _base_of(folder: Path) -> str:

@@ -46,6 +46,8 @@ RESULTS = "results.json"
 EVALUATION = "evaluation.json"
 """In the folder of an evaluation with judges: everything its page shows but the answers."""
 ANSWERS = "answers.jsonl"
+ANSWERED = "answered.json"
+"""What the answers depend on: as long as it is the same, they are not made again."""
 JUDGEMENTS = "judgements.jsonl"
 
 

@@ -201,3 +201,13 @@ def test_no_more_requests_at_once_than_allowed(serve):
     cases = [Case(Question(str(i), "q"), (f"a{i}", "b")) for i in range(9)]
     judge(server.url, concurrency=3).rate(cases)
     assert most[0] == 3
+
+
+def test_a_judge_is_met_before_it_is_needed(serve):
+    server = serve(by_length, key="right-key")
+    judge(server.url, key="right-key").check()
+    with pytest.raises(JudgeError, match="refuses the key"):
+        judge(server.url).check()
+    with pytest.raises(JudgeError, match=r"no judge answers at http://127.0.0.1:9/v1"):
+        judge("http://127.0.0.1:9/v1").check()
+    assert server.bodies == []

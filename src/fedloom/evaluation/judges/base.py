@@ -62,6 +62,14 @@ class Judge(Protocol):
         """Lowest and highest score it may give."""
         ...
 
+    def check(self) -> None:
+        """Make sure before anything is answered that the judge can be asked.
+
+        Raises:
+            JudgeError: It cannot.
+        """
+        ...
+
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case, in order.
 

@@ -119,6 +119,19 @@ class EndpointJudge:
         self.client = httpx.Client(timeout=settings.timeout, headers=headers, transport=transport)
         self.usage = _Usage()
 
+    def check(self) -> None:
+        """Ask for the list of models: free, and enough to meet a server and to show the key.
+
+        Raises:
+            JudgeError: Nobody answers, or the key is refused.
+        """
+        try:
+            status = self.client.get(self.url.replace("/chat/completions", "/models")).status_code
+        except httpx.TransportError as error:
+            raise JudgeError(f"no judge answers at {self.url}: {type(error).__name__}") from None
+        if status in REFUSED:
+            raise self._refused(status)
+
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case, whatever the order in which replies arrive.
 
@@ -230,7 +243,7 @@ class EndpointJudge:
             raise _Passing(f"{type(error).__name__}: {error}") from None
         status = response.status_code
         if status in REFUSED:
-            raise JudgeError(f"the judge at {self.url} refuses the key (HTTP {status}); set {KEY}")
+            raise self._refused(status)
         if status in PASSING or status >= 500:
             raise _Passing(f"HTTP {status}", _seconds(response.headers.get("retry-after")))
         if status >= 300:
@@ -245,6 +258,9 @@ class EndpointJudge:
         if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
             raise _Passing("a reply without choices")
         return reply
+
+    def _refused(self, status: int) -> JudgeError:
+        return JudgeError(f"the judge at {self.url} refuses the key (HTTP {status}); set {KEY}")
 
     def _place(self, body: dict[str, Any]) -> Path | None:
         if self.cache is None:

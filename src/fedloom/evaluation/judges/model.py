@@ -51,6 +51,9 @@ class ModelJudge:
         self.batch_size = batch_size
         self.asked = 0
 
+    def check(self) -> None:
+        """It was loaded when it was made."""
+
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case; a prompt longer than the context is not asked at all."""
         prompts = [judgelm_prompt(case) for case in cases]

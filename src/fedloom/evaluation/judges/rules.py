@@ -70,6 +70,9 @@ class RuleJudge:
     scale: tuple[float, float] = (0.0, 1.0)
     compares: bool = False
 
+    def check(self) -> None:
+        """Rules are always there."""
+
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case; a case with an answer that cannot be scored is abstained from."""
         return [self._rate(case) for case in cases]
