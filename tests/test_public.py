@@ -44,6 +44,14 @@ def test_every_method_names_its_source_and_is_tested(name):
     )  # tests/test_runner.py runs all
 
 
+def test_every_federated_method_has_a_recipe():
+    recipes = "".join(path.read_text() for path in ROOT.glob("recipes/*.toml"))
+    for name in METHODS.keys() - {
+        "centralised"
+    }:  # an upper bound to compare with, not a federation
+        assert f'"{name}"' in recipes, name
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_a_test_of_its_name(name):
     assert (ROOT / f"tests/objectives/test_{name}.py").is_file()

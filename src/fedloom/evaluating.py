@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedloom import judging
+from fedloom.assembly import choose_device
 from fedloom.errors import JudgeError
 from fedloom.evaluation.audit import AuditResult
 from fedloom.evaluation.harness import run_harness
@@ -86,6 +87,7 @@ def show_harness(
             tasks,
             limit=limit,
             batch_size=settings.generation.batch_size,
+            device=str(choose_device(settings.generation.device)),
             seed=settings.generation.seed,
         )
         for task, metrics in found.items():

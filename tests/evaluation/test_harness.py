@@ -74,6 +74,8 @@ def test_what_is_no_task(task, model_folder, tmp_path, monkeypatch):
         run_harness(None, str(model_folder), ["arc_eesy"])
     with pytest.raises(DataError, match="cannot be read"):
         run_harness(None, str(model_folder), [str(tmp_path / "no.yaml")])
+    with pytest.raises(DataError, match=r"cannot run fedloom_colours on .*nowhere"):
+        run_harness(None, str(tmp_path / "nowhere"), [task])
     (tmp_path / "bad.yaml").write_text("dataset_path: json\n")
     with pytest.raises(DataError, match="names no task"):
         run_harness(None, str(model_folder), [str(tmp_path / "bad.yaml")])

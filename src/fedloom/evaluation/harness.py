@@ -41,7 +41,7 @@ def run_harness(
 
     Raises:
         ModelError: lm-eval is not installed.
-        DataError: A task is not known, or its data cannot be had.
+        DataError: A task is not known, or its data or the model cannot be had.
     """
     lm_eval = _import()
     names, folders = _names(tasks)
@@ -52,13 +52,13 @@ def run_harness(
             include_path=folders or None, include_defaults=len(folders) < len(names)
         )
         _check_known(names, manager.all_tasks)
-        backbone = lm_eval.models.huggingface.HFLM(
-            pretrained=model,
-            peft=str(adapter) if adapter is not None else None,
-            device=device,
-            batch_size=batch_size,
-        )
         try:
+            backbone = lm_eval.models.huggingface.HFLM(
+                pretrained=model,
+                peft=str(adapter) if adapter is not None else None,
+                device=device,
+                batch_size=batch_size,
+            )
             found = lm_eval.simple_evaluate(
                 model=backbone,
                 tasks=names,
@@ -71,9 +71,11 @@ def run_harness(
                 log_samples=False,
                 bootstrap_iters=1000,
             )
-        except (OSError, ConnectionError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
+            raise DataError(
+                f"lm-eval cannot run {', '.join(names)} on {adapter or model}: {reason}"
+            ) from error
     return {task: _numbers(metrics) for task, metrics in found["results"].items()}
 
 
