@@ -20,14 +20,14 @@ class Model:
     device = torch.device("cpu")
 
     def __init__(self):
-        self.parameters = {"w": torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))}
+        self.parameters = {"lora_w": torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))}
 
     def write(self, tensors):
         with torch.no_grad():
-            self.parameters["w"].copy_(tensors["w"])
+            self.parameters["lora_w"].copy_(tensors["lora_w"])
 
     def read(self):
-        return {"w": self.parameters["w"].detach().clone()}
+        return {"lora_w": self.parameters["lora_w"].detach().clone()}
 
 
 @dataclass
@@ -37,7 +37,7 @@ class QuadraticClient(Client):
     steps: int = 2
 
     def train(self, learning_rate, before_step=None, after_step=None):
-        w = self.model.parameters["w"]
+        w = self.model.parameters["lora_w"]
         target = torch.tensor(TARGETS[self.id], dtype=torch.float64)
         for _ in range(self.steps):
             w.grad = w.detach() - target
@@ -57,7 +57,7 @@ def play():
     def run(method, rounds=3, cohort=(0, 1), steps=2):
         model = Model()
         kept = {0: {}, 1: {}}
-        state = method.initial_state({"w": torch.tensor(START, dtype=torch.float64)})
+        state = method.initial_state({"lora_w": torch.tensor(START, dtype=torch.float64)})
         states = []
         for number in range(1, rounds + 1):
             generator = method.round(state, Cohort(number, cohort, ROWS, RATE))
@@ -72,7 +72,7 @@ def play():
                 state = stop.value
             states.append(state)
         return SimpleNamespace(
-            adapters=[method.shared(s)["w"].tolist() for s in states], states=states, kept=kept
+            adapters=[method.shared(s)["lora_w"].tolist() for s in states], states=states, kept=kept
         )
 
     return run

@@ -9,9 +9,11 @@ the first momentum is the first change.
 """
 
 import pytest
+import torch
 
+from fedloom.messages import Payload, Reply
 from fedloom.methods import METHODS
-from fedloom.methods.base import part_of
+from fedloom.methods.base import Cohort, part_of
 
 EXPECTED = {
     ("fedadagrad", None): [[0.09740304, 0.90997383], [0.1650258, 0.85151971], [0.21951302, 0.80705035]],
@@ -45,6 +47,21 @@ def test_the_defaults_are_the_papers(name):
 def test_nothing_that_comes_in_is_written_to(play):
     settings, method = METHODS["fedyogi"]
     states = play(method(settings())).states
-    first = part_of(states[0].tensors, "second_moment")["w"].clone()
-    assert not first.equal(part_of(states[1].tensors, "second_moment")["w"])
-    assert first.equal(part_of(states[0].tensors, "second_moment")["w"])
+    first = part_of(states[0].tensors, "second_moment")["lora_w"].clone()
+    assert not first.equal(part_of(states[1].tensors, "second_moment")["lora_w"])
+    assert first.equal(part_of(states[0].tensors, "second_moment")["lora_w"])
+
+
+def test_a_head_that_is_shared_takes_the_plain_mean():
+    settings, method = METHODS["fedadam"]
+    fedadam = method(settings())
+    start = {"lora_w": torch.zeros(2), "head": torch.zeros(2)}
+    generator = fedadam.round(fedadam.initial_state(start), Cohort(1, (0, 1), {0: 1, 1: 3}, 0.1))
+    next(generator)
+    sent = [{n: torch.full((2,), v) for n in start} for v in (1.0, 3.0)]
+    replies = [Reply(i, Payload(t, {"examples": 1})) for i, t in enumerate(sent)]
+    with pytest.raises(StopIteration) as stop:
+        generator.send(replies)
+    shared = fedadam.shared(stop.value.value)
+    assert list(shared) == ["lora_w", "head"] and shared["head"].tolist() == [2.0, 2.0]
+    assert 0 < shared["lora_w"][0] < 0.1

@@ -46,5 +46,5 @@ def test_the_gradient_gains_exactly_the_proximal_term():
 
 def test_a_tensor_without_a_gradient_is_left_alone():
     parameter = torch.nn.Parameter(torch.ones(2))
-    proximal_gradient({"w": torch.zeros(2)}, 1.0)({"w": parameter})
+    proximal_gradient({"lora_w": torch.zeros(2)}, 1.0)({"lora_w": parameter})
     assert parameter.grad is None

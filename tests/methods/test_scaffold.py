@@ -27,9 +27,11 @@ def test_three_rounds(play):
     for found, expected in zip(played.adapters, ADAPTERS, strict=True):
         assert found == pytest.approx(expected, abs=1e-8)
     for state, expected in zip(played.states, CONTROLS, strict=True):
-        assert part_of(state.tensors, "control")["w"].tolist() == pytest.approx(expected, abs=1e-8)
+        assert part_of(state.tensors, "control")["lora_w"].tolist() == pytest.approx(
+            expected, abs=1e-8
+        )
     for client, expected in enumerate(OWN):
-        found = played.kept[client]["control"]["w"].tolist()
+        found = played.kept[client]["control"]["lora_w"].tolist()
         assert found == pytest.approx(expected, abs=1e-8)
 
 
@@ -41,6 +43,6 @@ def test_the_first_round_is_fedavg_bit_for_bit(play):
 def test_c_stays_the_mean_of_all_c_k_when_few_take_part(play):
     """One client of two: c moves by half of its change, (1/N) sum of dc_k."""
     played = play(Scaffold(ScaffoldSettings()), rounds=1, cohort=(0,))
-    assert part_of(played.states[0].tensors, "control")["w"].tolist() == pytest.approx(
+    assert part_of(played.states[0].tensors, "control")["lora_w"].tolist() == pytest.approx(
         [-0.475, 0.95], abs=1e-12
     )

@@ -1,10 +1,11 @@
 """FedAdagrad, FedAdam and FedYogi: FedAvg with an adaptive optimizer on the server.
 
 Source: Reddi et al. 2021, "Adaptive Federated Optimization", https://arxiv.org/abs/2003.00295,
-algorithm 2, on the shared LoRA tensors. Clients weigh alike in the mean change, as in the paper and
-in 2502.14187. That study's code puts the square of the momentum into the second moment of FedAdam
-and FedYogi where the FedOpt paper puts the square of the change: ``second_moment`` chooses. In it, and
-here, FedAdagrad moves by the change itself, not by a momentum.
+algorithm 2, on the shared LoRA tensors; what else is shared (a classification head) takes the plain
+mean. Clients weigh alike in it, as in the paper and in 2502.14187. That study's code puts the square of
+the momentum into the second moment of FedAdam and FedYogi where the FedOpt paper puts the square of
+the change: ``second_moment`` chooses. In it, and here, FedAdagrad moves by the change itself, not by
+a momentum.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class _FedOpt(Method):
 
     def initial_state(self, adapter: Tensors) -> State:
         """Start with v = tau^2."""
-        second = {name: torch.full_like(t, self.tau**2) for name, t in adapter.items()}
+        second = {name: torch.full_like(t, self.tau**2) for name, t in _lora(adapter).items()}
         return State(join_parts(adapter=adapter, second_moment=second))
 
     def round(self, state: State, cohort: Cohort) -> Round:
@@ -96,9 +97,10 @@ class _FedOpt(Method):
         first, second = self.moments(
             part_of(state.tensors, FIRST),
             part_of(state.tensors, SECOND),
-            difference(mean, adapter),
+            difference(_lora(mean), adapter),
         )
-        adapter = adaptive_step(adapter, first, second, self.eta, self.tau)
+        moved = adaptive_step(_lora(adapter), first, second, self.eta, self.tau)
+        adapter = {name: moved.get(name, tensor) for name, tensor in mean.items()}
         return State(join_parts(adapter=adapter, first_moment=first, second_moment=second))
 
     def handlers(self) -> dict[str, Handler]:
@@ -112,6 +114,11 @@ class _FedOpt(Method):
     def moments(self, first: Tensors, second: Tensors, change: Tensors) -> tuple[Tensors, Tensors]:
         """Return both moments after the clients' mean ``change``; ``first`` is empty at the start."""
         raise NotImplementedError
+
+
+def _lora(tensors: Tensors) -> Tensors:
+    """Return the factors of LoRA among the shared tensors."""
+    return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
 
 
 class FedAdagrad(_FedOpt):
