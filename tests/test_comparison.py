@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from fedloom.comparison import compare, read_comparison
-from fedloom.errors import FedloomError, OutputError, SettingsError
+from fedloom.errors import DataError, FedloomError, ModelError, OutputError, SettingsError
 from fedloom.report.comparison_page import read_cells, results, write_comparison
 
 ARMS = {
@@ -120,11 +120,27 @@ def test_as_set_leaves_the_arms_their_own_work_and_says_so(file, tmp_path):
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(file, tmp_path):
-    arms = {**ARMS, "broken": {"objective": {"name": "dpo"}, "data": {"source": "builtin:nothing"}}}
+    rates = {
+        "learning_rate": 1e30,
+        "max_grad_norm": 0.0,
+        "optimizer": "sgd",
+    }  # NaN at the second step
+    arms = {**ARMS, "broken": {"objective": {"name": "dpo"}, "training": rates}}
     comparison = read_comparison(file(objectives=arms, seeds=[0]))
     with pytest.raises(FedloomError, match=r"1 of 4 runs failed \(broken-fedavg-s0\)"):
         compare(comparison, tmp_path / "out", workers=1)
     assert len(shas(tmp_path / "out")) == 3
+
+
+def test_data_and_model_are_looked_at_before_anything_runs(file, tmp_path):
+    arms = {**ARMS, "broken": {"objective": {"name": "dpo"}, "data": {"source": "builtin:nothing"}}}
+    with pytest.raises(DataError, match="builtin:nothing"):
+        compare(read_comparison(file(objectives=arms)), tmp_path / "out", workers=1)
+    with pytest.raises(ModelError, match="is not a folder"):
+        compare(
+            read_comparison(file({"model": {"path": "./nowhere"}})), tmp_path / "out", workers=1
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_other_runs_is_not_touched(file, tmp_path):

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,9 +24,11 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from fedloom.assembly import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS
+from fedloom.models.load import TINY, load_tokenizer
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.runner import Silent, resume_run, run_experiment
@@ -192,10 +194,13 @@ def compare(
 
     Raises:
         OutputError: The folder holds another comparison.
+        DataError: The data cannot be read.
+        ModelError: The model is not there.
         FedloomError: Some runs failed; the others are done and kept.
     """
     folder = folder or Path("comparisons") / comparison.name
     waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+    _check_reachable(waiting)
     _write_record(folder, comparison)
     workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
     if observer is not None:
@@ -294,6 +299,21 @@ def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:
         return _Outcome(name, error=f"{type(error).__name__}: {error}", warnings=observer.warnings)
     summary = json.loads((result.folder / names.SUMMARY).read_text(encoding="utf-8"))
     return _Outcome(name, summary["metric"], summary["after"], warnings=observer.warnings)
+
+
+def _check_reachable(cells: Sequence[Cell]) -> None:
+    """Read the data of each objective arm and the tokenizer of each model once, before anything runs.
+
+    Raises:
+        DataError: The data cannot be read or divided as an arm asks.
+        ModelError: A model is not there.
+    """
+    arms = {cell.objective: cell.experiment for cell in reversed(cells)}
+    for path, revision in {(e.model.path, e.model.revision) for e in arms.values()}:
+        if path != TINY:
+            load_tokenizer(path, revision)
+    for experiment in arms.values():
+        divide(experiment)
 
 
 def _is_done(folder: Path, cell: Cell) -> bool:
