@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import re
+import threading
+import time
 import tomllib
 
 import pytest
@@ -185,3 +188,19 @@ def test_a_comparison_is_no_experiment_and_the_other_way_round(file, tmp_path):
     (tmp_path / "x.toml").write_text("[federation]\nrounds = 1\n")
     with pytest.raises(SettingsError, match=r"\[compare\] is missing"):
         read_comparison(tmp_path / "x.toml")
+
+
+def test_a_worker_that_is_killed_is_said_and_the_grid_goes_on(file, tmp_path):
+    comparison = read_comparison(file({"federation": {"rounds": 15, "clients": 3}}, seeds=[0]))
+
+    def kill_one():
+        while not list((tmp_path / "out").glob("runs/*/rounds.jsonl")):
+            time.sleep(0.1)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(FedloomError, match="a worker was killed"):
+        compare(comparison, tmp_path / "out", workers=2)
+    killer.join()
+    assert len(shas(compare(comparison, tmp_path / "out", workers=1))) == 3

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -218,6 +219,11 @@ def compare(
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(
             f"stopped; what is done is kept in {folder}, the same command goes on with the rest"
+        ) from None
+    except BrokenProcessPool:
+        raise FedloomError(
+            "a worker was killed, perhaps for lack of memory; try --workers 1. What is done is kept in "
+            f"{folder}, the same command goes on with the rest"
         ) from None
     finally:
         if observer is not None:
