@@ -90,6 +90,8 @@ class JudgingSettings(EndpointSettings):
     one_by_one: bool = False
     """Whether judges see one answer at a time: no order to be biased by, and nothing to compare with."""
     seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    """Of a local judge."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,14 @@ def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]
             cache = cache_folder() / "judge"
             judges.append(EndpointJudge(name, settings, os.environ.get(KEY), cache))
         elif Path(name).is_dir():
-            judges.append(ModelJudge(name, temperature=settings.temperature))
+            judges.append(
+                ModelJudge(
+                    name,
+                    temperature=settings.temperature,
+                    reparse=settings.reparse,
+                    device=choose_device(settings.device),
+                )
+            )
         else:
             raise JudgeError(
                 f"no judge {name!r}: give {', '.join(RULES)}, a model's folder, or an http address"

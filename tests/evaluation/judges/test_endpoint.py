@@ -169,6 +169,15 @@ def test_addresses(url, message):
     assert "pw" not in str(caught.value)
 
 
+def test_the_whole_address_will_do_as_well():
+    whole = judge("http://localhost:8000/v1/chat/completions/")
+    assert (
+        whole.url
+        == judge("http://localhost:8000/v1").url
+        == "http://localhost:8000/v1/chat/completions"
+    )
+
+
 def test_replies_are_cached_by_content(serve, tmp_path):
     server = serve(by_length)
     settings = {"price_in": 2.0, "price_out": 10.0}

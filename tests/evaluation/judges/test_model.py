@@ -36,3 +36,20 @@ def test_a_prompt_that_does_not_fit_is_counted_and_not_asked(tmp_path, model_fol
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json"):
         ModelJudge(str(tmp_path))
+
+
+def test_an_unreadable_verdict_is_asked_for_again_with_another_seed(
+    tmp_path, model_folder, monkeypatch
+):
+    judge = ModelJudge(parrot(tmp_path / "judge", model_folder, "8 6"), temperature=0.5)
+    seeds = []
+
+    def moody(model, tokenizer, asks, *_):
+        seeds.append([ask.seed for ask in asks])
+        return ["8 6" if ask.seed >= 1 and "Sky" in ask.prompt else "hm" for ask in asks]
+
+    monkeypatch.setattr("fedloom.evaluation.judges.model.generate", moody)
+    found = judge.rate(CASES)
+    assert seeds == [[0, 0], [1, 1], [2]]
+    assert [v.scores for v in found] == [None, (8, 6)] and found[0].reason == "unparsable"
+    assert judge.costs() == {"requests": 5.0}

@@ -113,7 +113,7 @@ class EndpointJudge:
             raise JudgeError(f"give the judge's key in {KEY}, not within its address")
         port = f":{parsed.port}" if parsed.port else ""
         self.name = f"{settings.model}@{parsed.host}{port}"
-        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.url = f"{url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
         self.settings, self.cache = settings, cache
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(timeout=settings.timeout, headers=headers, transport=transport)

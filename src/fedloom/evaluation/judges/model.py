@@ -27,6 +27,7 @@ class ModelJudge:
         *,
         temperature: float = 0.2,
         max_new_tokens: int = 64,
+        reparse: int = 2,
         batch_size: int = 8,
         device: torch.device | None = None,
     ) -> None:
@@ -36,19 +37,23 @@ class ModelJudge:
             path: Folder or Hub name of a causal LM such as JudgeLM.
             temperature: Of its answers (2502.14187: 0.2).
             max_new_tokens: Only the first line is read, so little is needed.
+            reparse: Times a verdict that cannot be read is asked for again, with another seed.
             batch_size: Cases asked together.
-            device: Where it runs (default: CPU).
+            device: Where it runs (default: CPU); on a GPU in bfloat16.
 
         Raises:
             ModelError: There is no such model.
         """
         self.name = path.rstrip("/").rpartition("/")[2]
         self.tokenizer: Any = load_tokenizer(path)
-        backbone = load_backbone(path, pad_token_id=self.tokenizer.pad_token_id)
-        self.model = backbone.eval().to(device or torch.device("cpu"))
+        device = device or torch.device("cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        pad = self.tokenizer.pad_token_id
+        self.model = load_backbone(path, pad_token_id=pad, dtype=dtype, device=device).eval()
         self.room = context_length(self.model) - max_new_tokens
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.batch_size = batch_size
+        self.reparse = reparse if temperature else 0
         self.asked = 0
 
     def check(self) -> None:
@@ -57,22 +62,16 @@ class ModelJudge:
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case; a prompt longer than the context is not asked at all."""
         prompts = [judgelm_prompt(case) for case in cases]
-        fits = [self._length(prompt) <= self.room for prompt in prompts]
-        asks = [
-            Ask(prompt, self.temperature, case.seed)
-            for prompt, case, fit in zip(prompts, cases, fits, strict=True)
-            if fit
-        ]
-        self.asked += len(asks)
-        texts = iter(
-            generate(self.model, self.tokenizer, asks, self.max_new_tokens, self.batch_size)
-        )
-        return [
-            parse_judgelm(next(texts), len(case.answers), self.scale)
-            if fit
-            else Verdict(None, "longer than the judge's context")
-            for case, fit in zip(cases, fits, strict=True)
-        ]
+        verdicts = [Verdict(None, "longer than the judge's context")] * len(cases)
+        open_cases = [i for i, prompt in enumerate(prompts) if self._length(prompt) <= self.room]
+        for attempt in range(self.reparse + 1):
+            asks = [Ask(prompts[i], self.temperature, cases[i].seed + attempt) for i in open_cases]
+            self.asked += len(asks)
+            texts = generate(self.model, self.tokenizer, asks, self.max_new_tokens, self.batch_size)
+            for i, text in zip(open_cases, texts, strict=True):
+                verdicts[i] = parse_judgelm(text, len(cases[i].answers), self.scale)
+            open_cases = [i for i in open_cases if verdicts[i].scores is None]
+        return verdicts
 
     def costs(self) -> dict[str, float]:
         """Return how often it was asked."""
