@@ -90,3 +90,10 @@ def test_a_folder_that_is_no_adapter_or_another_models(model_folder, tmp_path):
     config.write_text(config.read_text().replace('"r": 4', '"r": 2'))
     with pytest.raises(ModelError, match="does not fit this model"):
         load_lora(backbone, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ModelError, match="does not fit this model: Error while deserializing"):
+        load_lora(load_backbone(str(model_folder), pad_token_id=0), tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickled weights are not read"):
+        load_lora(backbone, tmp_path)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import peft
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedloom.accounting.flops import backward_flops, forward_flops
@@ -168,10 +169,12 @@ def load_lora(backbone: nn.Module, folder: Path) -> peft.PeftModel:
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is no adapter: it has no adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors; pickled weights are not read")
     try:
         with _quiet_peft():
             return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
 
