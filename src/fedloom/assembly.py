@@ -88,6 +88,7 @@ class Parts:
         prompts: Held-out examples to answer before and after.
         model_path: Folder or Hub name that the backbone came from.
         model_digest: Its fingerprint.
+        max_length: Tokens of a training sequence at most.
     """
 
     division: Division
@@ -103,6 +104,7 @@ class Parts:
     prompts: list[Example]
     model_path: str
     model_digest: str
+    max_length: int
 
 
 def cache_folder() -> Path:
@@ -223,6 +225,7 @@ def assemble(
         [] if division.classes else division.test[: experiment.evaluation.samples],
         path,
         fingerprint(path),
+        reader.max_length,
     )
 
 

@@ -64,6 +64,7 @@ def run_record(
         "data": {
             "source": ", ".join(experiment.data.sources),
             "kind": loaded.kind,
+            "max_length": parts.max_length,
             "train": sum(parts.engine.sizes().values()),
             "client_held_out": sum(len(rows) for rows in division.held_out.values()),
             "global_held_out": len(division.test),

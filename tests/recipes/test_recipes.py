@@ -31,7 +31,7 @@ def filler(recipe):
         {
             **{theirs: f"{ours} {i % 8}" for ours, theirs in names.items()},
             **dict.fromkeys(("instruction", "context"), f"do {i}"),
-            "category": f"kind {i % 8}",
+            **dict.fromkeys(("category", "domain"), f"kind {i % 8}"),
             "client": f"user {i % 20}",
         }
         for i in range(400)
@@ -67,6 +67,7 @@ def test_comparison(path, rows_file, model_folder, tmp_path):
         "model.path": model_folder,
         "data.source": rows_file(filler(recipe)),
         "data.max_rows": 200,
+        "partition.minimum": 1,
         "federation.rounds": 1,
         "federation.clients": 12,
         "federation.clients_per_round": 2,

@@ -117,7 +117,7 @@ def results(record: Record, cells: Sequence[Cell]) -> Record:
 
 def render(record: Record, cells: Sequence[Cell]) -> str:
     """Return the page as HTML."""
-    lengths = sorted({_setting(cell, "data", "max_length") or 0 for cell in cells})
+    lengths = sorted({cell.run.run["data"]["max_length"] for cell in cells})
     return fill(
         "comparison.html.j2",
         title=record["name"],
@@ -295,12 +295,6 @@ def _feedback_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
                 }
             )
     return rows
-
-
-def _setting(cell: Cell, section: str, key: str) -> Any:
-    import tomllib
-
-    return tomllib.loads(cell.run.experiment).get(section, {}).get(key)
 
 
 def _curves(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:

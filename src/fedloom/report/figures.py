@@ -138,6 +138,8 @@ def grid_scatter(
             axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(0.1)
+        if max(xs) - min(xs) < 0.05 * max(xs):  # alike but for headers: do not blow that up
+            axes.set_xlim(0.9 * min(xs), 1.1 * max(xs))
         for name, colour in colours.items():
             axes.plot([], [], "o", color=colour, label=name)
         for name, shape in shapes.items():
