@@ -117,7 +117,8 @@ def results(record: Record, cells: Sequence[Cell]) -> Record:
 
 def render(record: Record, cells: Sequence[Cell]) -> str:
     """Return the page as HTML."""
-    lengths = sorted({cell.run.run["data"]["max_length"] for cell in cells})
+    found = {cell.run.run["data"].get("max_length") for cell in cells}
+    lengths = sorted(length for length in found if length)  # runs of an early version do not say
     return fill(
         "comparison.html.j2",
         title=record["name"],
