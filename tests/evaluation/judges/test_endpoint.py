@@ -116,11 +116,11 @@ def test_a_timeout_is_a_passing_failure(serve):
 
     def behave(body):
         if next(first, False):
-            released.wait(2)
+            released.wait(5)
         return by_length(body)
 
     server = serve(behave)
-    endpoint = judge(server.url, timeout=0.2)
+    endpoint = judge(server.url, timeout=1.0)
     assert endpoint.rate([CASE])[0].scores == (4, 4)
     released.set()
     never = serve(lambda body: released.clear() or released.wait(1) or "late")
@@ -201,7 +201,7 @@ def test_no_more_requests_at_once_than_allowed(serve):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.05)
+        time.sleep(0.1)
         with lock:
             now[0] -= 1
         return by_length(body)
@@ -209,7 +209,7 @@ def test_no_more_requests_at_once_than_allowed(serve):
     server = serve(behave)
     cases = [Case(Question(str(i), "q"), (f"a{i}", "b")) for i in range(9)]
     judge(server.url, concurrency=3).rate(cases)
-    assert most[0] == 3
+    assert 1 < most[0] <= 3 and len(server.bodies) == 9
 
 
 def test_a_judge_is_met_before_it_is_needed(serve):
