@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,27 +21,21 @@ from fedloom.assembly import TINY_TEXTS, cache_folder, choose_device
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.templates import TEMPLATES, Template
 from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
-from fedloom.evaluation.agreement import (
-    Estimate,
-    Rating,
-    agreement,
-    bootstrap,
-    consistency,
-    first_preference,
-    length_preference,
-    model_scores,
-    orders,
-    position_bias,
-    tied_share,
-)
+from fedloom.evaluation.agreement import agreement, model_scores
 from fedloom.evaluation.audit import AuditResult, audit, read_audit_sets
 from fedloom.evaluation.generate import Ask, generate
-from fedloom.evaluation.judges.base import Case, Judge, Verdict
-from fedloom.evaluation.judges.endpoint import KEY, EndpointJudge, EndpointSettings
+from fedloom.evaluation.judges.base import Judge
+from fedloom.evaluation.judges.endpoint import KEY, EndpointJudge
 from fedloom.evaluation.judges.model import ModelJudge
-from fedloom.evaluation.judges.prompts import talks_to_judge
 from fedloom.evaluation.judges.rules import RULES
-from fedloom.evaluation.questions import Benchmark, Question
+from fedloom.evaluation.questions import Benchmark
+from fedloom.evaluation.verdicts import (
+    JudgingSettings,
+    Outcome,
+    ask_judge,
+    judge_record,
+    suspicious_answers,
+)
 from fedloom.models.load import (
     TINY,
     ModelSettings,
@@ -61,10 +55,6 @@ BASE = "base"
 """Stands for the base model itself among the adapters."""
 
 
-CHUNK = 64
-"""Cases given to a judge at once, so that progress can be shown."""
-
-
 class GenerationSettings(Settings):
     """``generation``: how the models answer."""
 
@@ -79,19 +69,6 @@ class GenerationSettings(Settings):
     seed: int = Field(default=0, ge=0)
     """Every question draws from it and its own id."""
     device: str = "auto"
-
-
-class JudgingSettings(EndpointSettings):
-    """``judging``: how answers are shown to judges."""
-
-    orders: int = Field(default=8, ge=1)
-    """Orders in which more than three answers are shown, in whole rotations; of up to three, every
-    order is."""
-    one_by_one: bool = False
-    """Whether judges see one answer at a time: no order to be biased by, and nothing to compare with."""
-    seed: int = Field(default=0, ge=0)
-    device: str = "auto"
-    """Of a local judge."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +218,10 @@ def evaluate_benchmark(
     if answers is None:
         answers = _answers(candidates, benchmark, settings, progress)
         _write_answers(target, benchmark, answers, digest)
-    outcomes = [_judge(judge, benchmark, answers, settings.judging, progress) for judge in judges]
+    outcomes: list[Outcome] = []
+    for judge in judges:
+        begin = partial(_begin, progress, f"{judge.name} judges")
+        outcomes.append(ask_judge(judge, benchmark, answers, settings.judging, begin))
     lines = [json.dumps(record) for outcome in outcomes for record in outcome.records]
     target.write_text(names.JUDGEMENTS, "".join(f"{line}\n" for line in lines))
     target.write_json(
@@ -256,10 +236,10 @@ def evaluate_benchmark(
             "judging": settings.judging.model_dump(),
             "answers": _answer_records(answers),
             "judges": [
-                _judge_record(o, list(answers), benchmark, settings.judging) for o in outcomes
+                judge_record(o, list(answers), benchmark, settings.judging) for o in outcomes
             ],
             "agreement": agreement([model_scores(o.ratings) for o in outcomes if o.judge.compares]),
-            "suspicious": _suspicious(benchmark, answers, outcomes),
+            "suspicious": suspicious_answers(benchmark, answers, outcomes),
         },
     )
     return target.path
@@ -343,199 +323,6 @@ def default_judges(benchmark: Benchmark) -> list[str]:
         f"benchmark {benchmark.name} needs a judge: --judge http://HOST/v1, --judge MODEL_FOLDER, or "
         f"a rule ({', '.join(RULES)})"
     )
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """Everything one judge said."""
-
-    judge: Judge
-    ratings: list[Rating]
-    records: list[dict[str, Any]]
-    reasons: Counter[str]
-    asked: int
-
-
-def _judge(
-    judge: Judge,
-    benchmark: Benchmark,
-    answers: Mapping[str, list[str]],
-    settings: JudgingSettings,
-    progress: Progress | None,
-) -> _Outcome:
-    shown = _showings(judge, benchmark, list(answers), settings)
-    cases = [
-        Case(
-            question,
-            tuple(answers[model][place] for model in models),
-            derive_seed(settings.seed, f"judge {question.id}", showing),
-        )
-        for place, question, showing, models in shown
-    ]
-    advance = _begin(progress, f"{judge.name} judges", len(cases))
-    verdicts: list[Verdict] = []
-    for start in range(0, len(cases), CHUNK):
-        chunk = cases[start : start + CHUNK]
-        verdicts += judge.rate(chunk)
-        advance(len(chunk))
-    ratings: list[Rating] = []
-    records: list[dict[str, Any]] = []
-    for (_, question, showing, models), case, verdict in zip(shown, cases, verdicts, strict=True):
-        records.append(_verdict_record(judge, question, models, verdict))
-        for place, score in enumerate(verdict.scores or ()):
-            written = len(case.answers[place])
-            ratings.append(Rating(question.id, showing, models[place], place, score, written))
-    reasons = Counter(verdict.reason for verdict in verdicts if verdict.scores is None)
-    return _Outcome(judge, ratings, records, reasons, len(cases))
-
-
-Showing = tuple[int, Question, int, tuple[str, ...]]
-"""Place of the question, the question, number of the showing, and the models in the order shown."""
-
-
-def _showings(
-    judge: Judge, benchmark: Benchmark, models: list[str], settings: JudgingSettings
-) -> list[Showing]:
-    found: list[Showing] = []
-    for place, question in enumerate(benchmark.questions):
-        if not judge.compares or settings.one_by_one:
-            found += [(place, question, i, (model,)) for i, model in enumerate(models)]
-            continue
-        rng = generator(settings.seed, f"orders {question.id}")
-        for showing, order in enumerate(orders(len(models), settings.orders, rng)):
-            found.append((place, question, showing, tuple(models[i] for i in order)))
-    return found
-
-
-def _verdict_record(
-    judge: Judge, question: Question, models: tuple[str, ...], verdict: Verdict
-) -> dict[str, Any]:
-    return {
-        "judge": judge.name,
-        "question": question.id,
-        "shown": list(models),
-        "scores": list(verdict.scores) if verdict.scores is not None else None,
-        "reason": verdict.reason,
-        "raw": verdict.raw,
-    }
-
-
-def _judge_record(
-    outcome: _Outcome, models: list[str], benchmark: Benchmark, settings: JudgingSettings
-) -> dict[str, Any]:
-    """Return what one judge found, and what there is to say about the judge itself."""
-
-    def rng() -> Any:
-        return generator(settings.seed, "bootstrap")
-
-    scores = model_scores(outcome.ratings)
-    comparing = outcome.judge.compares and len(models) > 1 and not settings.one_by_one
-    categories = {question.id: question.category for question in benchmark.questions}
-    return {
-        "name": outcome.judge.name,
-        "scale": list(outcome.judge.scale),
-        "asked": outcome.asked,
-        "usable": outcome.asked - outcome.reasons.total(),
-        "reasons": dict(sorted(outcome.reasons.items())),
-        "costs": outcome.judge.costs(),
-        "models": {
-            model: asdict(bootstrap(list(scores.get(model, {}).values()), rng()))
-            for model in models
-        },
-        "categories": _by_category(scores, categories),
-        "differences": _differences(scores, models, rng),
-        "bias": _bias_record(outcome.ratings, rng) if comparing and outcome.ratings else None,
-    }
-
-
-def _by_category(
-    scores: Mapping[str, Mapping[str, float]], categories: Mapping[str, str]
-) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for category in sorted({c for c in categories.values() if c}):
-        found[category] = {}
-        for model, own in scores.items():
-            values = [score for question, score in own.items() if categories[question] == category]
-            if values:
-                found[category][model] = sum(values) / len(values)
-    return found
-
-
-def _differences(
-    scores: Mapping[str, Mapping[str, float]], models: list[str], rng: Callable[[], Any]
-) -> list[dict[str, Any]]:
-    """Return how each two models differ on the questions that both have scores for."""
-    rows = []
-    for i, left in enumerate(models):
-        for right in models[i + 1 :]:
-            both = scores.get(left, {}).keys() & scores.get(right, {}).keys()
-            gaps = [scores[right][question] - scores[left][question] for question in sorted(both)]
-            if gaps:
-                rows.append(
-                    {
-                        "left": left,
-                        "right": right,
-                        **asdict(bootstrap(gaps, rng())),
-                        "right_wins": sum(gap > 0 for gap in gaps),
-                        "ties": sum(gap == 0 for gap in gaps),
-                    }
-                )
-    return rows
-
-
-def _bias_record(ratings: list[Rating], rng: Callable[[], Any]) -> dict[str, Any]:
-    places = position_bias(ratings, rng())
-    longer, first = length_preference(ratings, rng()), first_preference(ratings, rng())
-    tied = tied_share(ratings)
-    flags = []
-    if any(_excludes(place, 0.0) for place in places) or _excludes(first, 0.5):
-        flags.append("position")
-    if longer.count and longer.low > 0.5 and longer.mean >= 0.7:
-        flags.append("length")
-    if tied > 0.5:
-        flags.append("saturated")
-    return {
-        "places": [asdict(place) for place in places],
-        "first_preferred": asdict(first),
-        "longer_preferred": asdict(longer),
-        "consistent": consistency(ratings),
-        "tied": tied,
-        "flags": flags,
-    }
-
-
-def _excludes(estimate: Estimate, value: float) -> bool:
-    """Return whether an interval lies beside ``value``, rounding aside."""
-    return estimate.count > 0 and not estimate.low - 1e-9 <= value <= estimate.high + 1e-9
-
-
-def _suspicious(
-    benchmark: Benchmark, answers: Mapping[str, list[str]], outcomes: Sequence[_Outcome]
-) -> list[dict[str, Any]]:
-    """Return the answers that talk to the judge, with what the judges gave them and the others."""
-    rows = []
-    for model, own in answers.items():
-        for question, text in zip(benchmark.questions, own, strict=True):
-            if talks_to_judge(text):
-                rows.append(
-                    {
-                        "model": model,
-                        "question": question.id,
-                        "excerpt": text[:300],
-                        "scores": {o.judge.name: _got(o, question.id, model) for o in outcomes},
-                    }
-                )
-    return rows
-
-
-def _got(outcome: _Outcome, question: str, model: str) -> dict[str, float | None]:
-    """Return the mean score of a model on a question and that of the other models on it."""
-    scores = model_scores(r for r in outcome.ratings if r.question == question)
-    others = [own[question] for other, own in scores.items() if other != model]
-    return {
-        "own": scores.get(model, {}).get(question),
-        "others": sum(others) / len(others) if others else None,
-    }
 
 
 def _answer_records(answers: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
