@@ -169,6 +169,13 @@ def test_addresses(url, message):
     assert "pw" not in str(caught.value)
 
 
+def test_a_judgelm_that_is_served_is_asked_in_its_own_form(serve):
+    server = serve(lambda body: "7 9\nThe second is better.")
+    assert judge(server.url, form="judgelm").rate([CASE])[0].scores == (7, 9)
+    (message,) = server.bodies[0]["messages"]
+    assert message["role"] == "user" and message["content"].endswith("### Response:")
+
+
 def test_the_whole_address_will_do_as_well():
     whole = judge("http://localhost:8000/v1/chat/completions/")
     assert (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import tenacity
@@ -21,7 +21,12 @@ from pydantic import Field
 
 from fedloom.errors import JudgeError
 from fedloom.evaluation.judges.base import Case, Verdict
-from fedloom.evaluation.judges.prompts import marked_prompt, parse_marked
+from fedloom.evaluation.judges.prompts import (
+    judgelm_prompt,
+    marked_prompt,
+    parse_judgelm,
+    parse_marked,
+)
 from fedloom.settings import Settings
 
 KEY = "FEDLOOM_JUDGE_KEY"
@@ -40,6 +45,8 @@ class EndpointSettings(Settings):
 
     model: str = "judge"
     """Model name that is sent to the endpoint."""
+    form: Literal["marked", "judgelm"] = "marked"
+    """How it is asked: "marked" for general models, "judgelm" for a JudgeLM that is served."""
     temperature: float = Field(default=0.2, ge=0)
     """Of the judge's answers (2502.14187: 0.2)."""
     max_new_tokens: int = Field(default=512, ge=1)
@@ -165,7 +172,7 @@ class EndpointJudge:
         for attempt in range(self.settings.reparse + 1):
             body = {
                 "model": self.settings.model,
-                "messages": marked_prompt(case),
+                "messages": self._messages(case),
                 "temperature": self.settings.temperature,
                 "max_tokens": self.settings.max_new_tokens,
                 "seed": (case.seed + attempt) % 2**31,
@@ -174,10 +181,20 @@ class EndpointJudge:
                 text = self._text(body)
             except _Passing as error:
                 return self._silence(str(error))
-            verdict = parse_marked(text, case, self.scale)
+            verdict = self._parse(text, case)
             if verdict.scores is not None:
                 return verdict
         return verdict
+
+    def _messages(self, case: Case) -> list[dict[str, str]]:
+        if self.settings.form == "judgelm":
+            return [{"role": "user", "content": judgelm_prompt(case)}]
+        return marked_prompt(case)
+
+    def _parse(self, text: str, case: Case) -> Verdict:
+        if self.settings.form == "judgelm":
+            return parse_judgelm(text, len(case.answers), self.scale)
+        return parse_marked(text, case, self.scale)
 
     def _silence(self, reason: str) -> Verdict:
         """Count a case without an answer; give up on an endpoint that has never answered."""
