@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,19 +22,23 @@ from fedloom.data.builtin import pretraining_texts
 from fedloom.data.examples import Example, Feedback, Labelled, Preference
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
 from fedloom.data.partition import Shares, partition, shares, split_client
+from fedloom.data.public import PublicRows, as_task, read_public, take_public
 from fedloom.data.sources import LoadedData, load_examples
 from fedloom.data.tokenize import TokenSet, tokenize
-from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
 from fedloom.errors import DataError, ModelError, OutputError
 from fedloom.evaluation.clients import ACTION, Evaluator
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.experiment import Experiment
 from fedloom.messages import Tensors
-from fedloom.methods import make_method
-from fedloom.methods.base import Method
+from fedloom.methods import METHODS, make_method
+from fedloom.methods.base import Method, ServerSide
+from fedloom.methods.distillation import DistillationSettings
+from fedloom.methods.split import SplitSettings
 from fedloom.models.load import TINY, context_length, fingerprint, load_backbone, load_tokenizer
-from fedloom.models.lora import AdapterModel, attach_lora, load_lora
+from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
+from fedloom.models.cut import FrontHalf, check_cut
 from fedloom.models.tiny import tiny_model
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
@@ -67,6 +72,7 @@ class Division:
         classes: Class names in the order of their ids; empty unless the data is labelled.
         shares: What each client trains on, for the table and the picture.
         feedback: What became of pairs where single answers are trained on, else ``None``.
+        public: Rows that every party has; empty where no method needs them.
     """
 
     loaded: LoadedData
@@ -76,6 +82,7 @@ class Division:
     classes: tuple[str, ...]
     shares: Shares
     feedback: FeedbackDeal | None = None
+    public: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ class Parts:
     """Everything a run needs, built.
 
     Attributes:
-        initial: The adapter as it was initialised.
+        model: The server's model.
+        initial: Its adapter as it was initialised.
         dropped: Rows dropped while reading and tokenising, by reason.
         prompts: Held-out examples to answer before and after.
         model_path: Folder or Hub name that the backbone came from.
@@ -130,6 +138,7 @@ def divide(
     seed = experiment.federation.seed
     rng = generator(seed, "data")
     loaded = source.load(rng) if source else load_examples(experiment.data, rng)
+    loaded, public = _with_public(experiment, loaded)
     count = experiment.federation.clients
     dealt = partition(loaded.train, experiment.partition, count, generator(seed, "partition"))
     fraction = experiment.partition.client_test_fraction
@@ -158,7 +167,27 @@ def divide(
         _classes([*loaded.train, *loaded.test]),
         shares(list(train.values()), experiment.partition),
         feedback,
+        tuple(public),
     )
+
+
+def _with_public(
+    experiment: Experiment, loaded: LoadedData
+) -> tuple[LoadedData, list[Example]]:
+    """Return public rows where the method needs them, and the data without those taken from it."""
+    if not METHODS[experiment.method.name][1].needs_public:
+        return loaded, []
+    settings, seed = experiment.public, experiment.federation.seed
+    if settings.source is None:
+        public, train = take_public(
+            loaded.train, loaded.test, settings, generator(seed, "public rows")
+        )
+        loaded = replace(loaded, train=train)
+    else:
+        rng = generator(seed, "public rows")
+        public = read_public(settings, experiment.data, loaded.test, rng)
+    classes = _classes([*loaded.train, *loaded.test])
+    return loaded, as_task(public, classes, labelled=settings.labelled)
 
 
 def assemble(
@@ -184,22 +213,38 @@ def assemble(
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
-    path, tokenizer, model = _build_model(experiment, objective, division.classes, stage)
+    kits = _Kits(experiment, division, objective, stage)
+    own = kits.of_server
+    reader = own.reader
     stage("tokenising")
-    reader = _Reader(experiment, division, objective, tokenizer, context_length(model.model))
-    train = reader.training_shares(pooled=method.pools_data)
-    initial = model.read()
+    train = kits.training_shares(pooled=method.pools_data)
+    public = kits.public_rows()
     ledger = Ledger()
+    equipment = {client: kits.equipment(client, public) for client in train}
+    initial = own.model.read()
+    method.equip(
+        ServerSide(
+            own.model,
+            objective,
+            experiment.training,
+            experiment.federation.seed,
+            reader.max_length,
+            own.width,
+            public.get(own.key),
+            ledger,
+        )
+    )
+    judged = experiment.evaluation.per_client and not isinstance(experiment.method, SplitSettings)
     evaluator = Evaluator(
         method,
         reader.held_out(division.test),
-        reader.client_held_out() if experiment.evaluation.per_client else {},
+        {c: kits.of_client(c).held_out for c in train} if method.own_models else {},
+        kits.client_held_out() if judged else {},
         experiment.evaluation.every,
         experiment.federation.rounds,
     )
     engine = SimulationEngine(
-        model,
-        initial,
+        equipment,
         train,
         {**method.handlers(), ACTION: evaluator.handler()},
         objective,
@@ -213,8 +258,8 @@ def assemble(
     )
     return Parts(
         division,
-        model,
-        tokenizer,
+        own.model,
+        own.tokenizer,
         initial,
         method,
         objective,
@@ -223,10 +268,192 @@ def assemble(
         ledger,
         {**division.loaded.dropped, **reader.dropped},
         [] if division.classes else division.test[: experiment.evaluation.samples],
-        path,
-        fingerprint(path),
+        own.path,
+        fingerprint(own.path),
         reader.max_length,
     )
+
+
+@dataclass(frozen=True)
+class _Kit:
+    """A backbone with an adapter, and how it reads the data.
+
+    Attributes:
+        key: What tells it from others: model and rank.
+    """
+
+    key: tuple[str, int]
+    path: str
+    tokenizer: Any
+    model: AdapterModel
+    reader: _Reader
+    width: int
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The global held-out set."""
+        return self.reader.held_out(self.reader.division.test)
+
+
+class _Kits:
+    """Every kind of model in a federation, each loaded once."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        division: Division,
+        objective: Objective,
+        stage: Callable[[str], None],
+    ) -> None:
+        self.experiment, self.division, self.objective = experiment, division, objective
+        base = (experiment.model.path, experiment.adapter.rank)
+        self.clients = dict.fromkeys(division.train, base)
+        for group in experiment.clients.groups.values():
+            own = (group.model or base[0], group.rank or base[1])
+            self.clients |= dict.fromkeys(group.clients, own)
+        server = base
+        if isinstance(experiment.method, DistillationSettings):
+            method = experiment.method
+            server = (method.server_model or base[0], method.server_rank or base[1])
+        built = {
+            key: self._built(key, stage) for key in dict.fromkeys([server, *self.clients.values()])
+        }
+        contexts = {key: context_length(model.model) for key, (_, _, model) in built.items()}
+        if not division.classes:  # positions are tokens: all must cut their texts alike
+            _require_same_vocabulary({key[0]: tokenizer for key, (_, tokenizer, _) in built.items()})
+            contexts = dict.fromkeys(contexts, min(contexts.values()))
+        self.kits = {
+            key: _Kit(
+                key,
+                path,
+                tokenizer,
+                model,
+                _Reader(experiment, division, objective, tokenizer, contexts[key]),
+                len(division.classes) or len(tokenizer),
+            )
+            for key, (path, tokenizer, model) in built.items()
+        }
+        self.of_server = self.kits[server]
+        self._front: FrontHalf | None = None
+
+    def of_client(self, client: int) -> _Kit:
+        return self.kits[self.clients[client]]
+
+    def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
+        """Return each client's training rows as its model reads them, or all rows as client 0's."""
+        clients = [0] if pooled else list(self.division.train)
+        read = {
+            key: self.kits[key].reader.training_shares(pooled=pooled)
+            for key in dict.fromkeys(self.clients[client] for client in clients)
+        }
+        return {client: read[self.clients[client]][client] for client in clients}
+
+    def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> Equipment:
+        kit = self.of_client(client)
+        model = kit.model
+        if isinstance(self.experiment.method, SplitSettings):
+            self._front = self._front or _front_half(self.experiment, self.division, kit)
+            model = self._front
+        return Equipment(
+            model, model.read(), kit.reader.max_length, kit.width, public.get(kit.key)
+        )
+
+    def client_held_out(self) -> dict[int, HeldOut]:
+        """Return each client's own held-out set, where it has one, as its model reads it."""
+        kind = self.division.loaded.kind
+        sets = {
+            client: self.of_client(client).reader.held_out(rows, kind)
+            for client, rows in self.division.held_out.items()
+            if rows
+        }
+        return {client: held_out for client, held_out in sets.items() if len(held_out)}
+
+    def public_rows(self) -> dict[tuple[str, int], PublicRows]:
+        """Return the public rows under each kit's tokenizer; a row that one of them drops, all drop."""
+        rows = self.division.public
+        if not rows:
+            return {}
+        sets = {key: kit.reader.tokens(rows) for key, kit in self.kits.items()}
+        common = reduce(np.intersect1d, [tokens.index for tokens in sets.values()])
+        if not len(common):
+            raise DataError("no public row is left after tokenising; the public set is empty")
+        return {
+            key: PublicRows(
+                TokenShare(tokens.take(np.flatnonzero(np.isin(tokens.index, common)))),
+                self.experiment.public.labelled,
+                self.kits[key].width,
+            )
+            for key, tokens in sets.items()
+        }
+
+    def _built(
+        self, key: tuple[str, int], stage: Callable[[str], None]
+    ) -> tuple[str, Any, AdapterModel]:
+        path, rank = key
+        experiment = replace(
+            self.experiment,
+            model=self.experiment.model.model_copy(update={"path": path}),
+            adapter=self.experiment.adapter.model_copy(update={"rank": rank}),
+        )
+        return _build_model(experiment, self.objective, self.division.classes, stage)
+
+
+def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontHalf:
+    """Load what a client of a split model holds: its own blocks alone.
+
+    Raises:
+        ModelError: The model cannot be cut there, or the adapter has nothing in the client's blocks.
+    """
+    method = experiment.method
+    assert isinstance(method, SplitSettings), "only a split model has halves"
+    config: Any = kit.model.model.config
+    check_cut(config, method.cut)
+    classification = bool(division.classes)
+    backbone = load_backbone(
+        kit.path,
+        revision=experiment.model.revision,
+        classes=division.classes,
+        dtype=torch.bfloat16 if experiment.training.precision == "bf16" else torch.float32,
+        pad_token_id=kit.model.pad,
+        seed=experiment.federation.seed,
+        quantization=experiment.model.quantization,
+        device=kit.model.device,
+        blocks=method.cut,
+    )
+    adapter = experiment.adapter
+    blocks = blocks_of(config, adapter)
+    front = [block for block in blocks if block < method.cut]
+    if not front:
+        raise ModelError(
+            f"method.cut = {method.cut} leaves the client no block with an adapter: adapter.layers names "
+            f"{blocks}"
+        )
+    if len(front) < method.cut:
+        adapter = adapter.model_copy(update={"layers": front})
+    else:
+        adapter = adapter.model_copy(update={"layers": None})
+    model = attach_adapter(
+        backbone, adapter, classification=classification, seed=experiment.federation.seed
+    )
+    tail = method.labels == "client"
+    return FrontHalf(model, kit.model.pad, tail=tail, autocast=kit.model.autocast)
+
+
+def _require_same_vocabulary(tokenizers: dict[str, Any]) -> None:
+    """Check that all models number the same tokens alike.
+
+    Raises:
+        ModelError: Two differ; both are named, with their sizes and a token they number differently.
+    """
+    (first, known), *others = ((path, t.get_vocab()) for path, t in tokenizers.items())
+    for path, vocabulary in others:
+        if vocabulary != known:
+            odd = min(dict(known.items() ^ vocabulary.items()))
+            raise ModelError(
+                f"{first} and {path} have different vocabularies ({len(known)} and {len(vocabulary)} "
+                f"tokens; {odd!r} is one they number differently): logits over tokens can be shared "
+                "between models of one tokenizer only"
+            )
 
 
 def assemble_saved(
@@ -311,9 +538,9 @@ def _build_model(
         anyone: Any = backbone
         anyone.activation_checkpointing_enable()
     if adapter is not None:
-        model = load_lora(backbone, adapter)
+        model = load_adapter(backbone, adapter)
     else:
-        model = attach_lora(
+        model = attach_adapter(
             backbone,
             experiment.adapter,
             classification=classification,
@@ -346,7 +573,7 @@ class _Reader:
         clients = self.division.train
         if pooled:
             clients = {0: [row for rows in clients.values() for row in rows]}
-        whole = self._tokens([row for rows in clients.values() for row in rows], self.max_length)
+        whole = self.tokens([row for rows in clients.values() for row in rows], self.max_length)
         result, start = {}, 0
         for client, rows in clients.items():
             positions = np.flatnonzero((whole.index >= start) & (whole.index < start + len(rows)))
@@ -362,15 +589,9 @@ class _Reader:
     def held_out(self, rows: Sequence[Example], kind: str | None = None) -> HeldOut:
         """Return a held-out set (the global one, or of ``kind``); pairs stay pairs."""
         size = self.experiment.evaluation.batch_size
-        tokens = self._tokens(rows, self.held_out_length)
+        tokens = self.tokens(rows, self.held_out_length)
         kind = kind or self.division.loaded.held_out_kind
         return HeldOut(TokenShare(tokens), kind, self.objective.beta, size)
-
-    def client_held_out(self) -> dict[int, HeldOut]:
-        """Return each client's own held-out set, where it has one."""
-        kind = self.division.loaded.kind
-        sets = {c: self.held_out(rows, kind) for c, rows in self.division.held_out.items() if rows}
-        return {client: held_out for client, held_out in sets.items() if len(held_out)}
 
     def _share(self, client: int, tokens: TokenSet) -> TokenShare:
         if not self.objective.needs_mismatched:
@@ -379,7 +600,9 @@ class _Reader:
         bos = self.tokenizer.bos_token_id
         return TokenShare(tokens, mismatch(tokens, rng, self.max_length, bos))
 
-    def _tokens(self, rows: Sequence[Example], max_length: int) -> TokenSet:
+    def tokens(self, rows: Sequence[Example], max_length: int | None = None) -> TokenSet:
+        """Tokenise rows, counting those that are dropped."""
+        max_length = max_length or self.max_length
         cache = cache_folder() / "tokens"
         classes = self.division.classes
         tokens = tokenize(rows, self.tokenizer, max_length, classes, cache)

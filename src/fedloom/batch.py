@@ -51,6 +51,8 @@ class Batch:
         reference_logps: ``(sequences,)`` log-probs of the completions under the reference model.
         mismatched: Each example's prompt with another example's completion (KTO), or ``None``.
         mismatched_reference_logps: ``(examples,)`` their reference log-probs.
+        teacher: ``(positions, width)`` log-probabilities to distil from: a position is an example with
+            a class, or a completion token, row by row.
     """
 
     rows: tuple[int, ...]
@@ -61,6 +63,7 @@ class Batch:
     reference_logps: Tensor | None = None
     mismatched: Sequences | None = None
     mismatched_reference_logps: Tensor | None = None
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of examples."""

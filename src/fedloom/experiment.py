@@ -14,13 +14,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fedloom.data.partition import PartitionSettings
+from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.methods import METHODS, MethodSettings
+from fedloom.methods.base import TASKS
+from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.fedavg import FedAvgSettings
+from fedloom.methods.split import SplitSettings
 from fedloom.models.load import ModelSettings
-from fedloom.models.lora import AdapterSettings
+from fedloom.models.adapters import AdapterSettings
 from fedloom.objectives import OBJECTIVES, ObjectiveSettings
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
@@ -44,6 +48,37 @@ class OutputSettings(Settings):
     """Also send figures to "tensorboard" (files in the run folder), "wandb" or "mlflow"."""
 
 
+class ClientGroup(Settings):
+    """``[clients.groups.NAME]``: clients that compute with something else than the others."""
+
+    clients: list[int] = Field(min_length=1)
+    """Their ids."""
+    model: str | None = None
+    """Their backbone (default: model.path)."""
+    rank: int | None = Field(default=None, ge=1)
+    """Their LoRA rank (default: adapter.rank)."""
+
+
+class ClientsSettings(Settings):
+    """``[clients]``: what clients differ in beside their data."""
+
+    groups: dict[str, ClientGroup] = {}
+    """Groups by name; clients in none have what [model] and [adapter] say."""
+
+    def contradictions(self, clients: int) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        homes: dict[int, str] = {}
+        for name, group in self.groups.items():
+            for client in group.clients:
+                if not 0 <= client < clients:
+                    found.append(f"clients.groups.{name}: there is no client {client} (0 to {clients - 1})")
+                if client in homes:
+                    found.append(f"clients.groups: client {client} is in {homes[client]} and in {name}")
+                homes[client] = name
+        return found
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What is trained, on what, by whom and how often; every section has usable defaults.
@@ -58,6 +93,8 @@ class Experiment:
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    public: PublicSettings = field(default_factory=PublicSettings)
+    clients: ClientsSettings = field(default_factory=ClientsSettings)
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     objective: ObjectiveSettings = field(default_factory=DPOSettings)
     method: MethodSettings = field(default_factory=FedAvgSettings)
@@ -139,6 +176,8 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
     "model": ModelSettings,
     "adapter": AdapterSettings,
     "data": DataSettings,
+    "public": PublicSettings,
+    "clients": ClientsSettings,
     "partition": PartitionSettings,
     "objective": OBJECTIVES,
     "method": METHODS,
@@ -201,11 +240,56 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             )
         if "partition" in parts:
             found += parts["partition"].contradictions(federation.clients)
+        if "clients" in parts:
+            found += parts["clients"].contradictions(federation.clients)
+    for section in ("adapter", "public"):
+        if section in parts:
+            found += parts[section].contradictions()
+    if "method" in parts and "objective" in parts:
+        found += _framework_contradictions(parts)
     if "data" in parts:
         found += parts["data"].contradictions()
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
         found += _feedback_contradictions(parts)
+    return found
+
+
+def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what the frameworks beyond parameter exchange cannot do, or need."""
+    found = []
+    method: Any = parts["method"]
+    if method.name in ("distillation", "split") and parts["objective"].name not in TASKS:
+        found.append(
+            f"method.name = {method.name!r} works with objective.name = {' or '.join(TASKS)}, not with "
+            f"{parts['objective'].name!r}"
+        )
+    groups = "clients" in parts and parts["clients"].groups
+    if groups and not METHODS[method.name][1].own_models:
+        found.append(
+            f"clients.groups: method.name = {method.name!r} averages parameters, so all clients need the "
+            "same model and rank; distillation and local_only do not"
+        )
+    if isinstance(method, DistillationSettings):
+        labelled = "public" in parts and parts["public"].labelled
+        if method.rule == "lowest_loss" and not labelled:
+            found.append('method.rule = "lowest_loss" needs public.labelled = true')
+    if isinstance(method, SplitSettings):
+        training = parts.get("training")
+        if training and (training.micro_batch_size or training.accumulation):
+            found.append(
+                "method split sends an optimizer batch at a time: leave training.micro_batch_size and "
+                "training.accumulation out"
+            )
+        if training and training.keep_optimizer_state:
+            found.append("method split makes its optimizers anew in every round: leave "
+                         "training.keep_optimizer_state out")
+        if training and training.gradient_checkpointing:
+            found.append("method split keeps activations on both sides: leave "
+                         "training.gradient_checkpointing out")
+        if "adapter" in parts and parts["adapter"].kind == "prompt":
+            found.append('adapter.kind = "prompt" puts its tokens before the first block; method split '
+                         'needs "lora", "ia3" or "full"')
     return found
 
 

@@ -43,7 +43,7 @@ from fedloom.models.load import (
     load_backbone,
     load_tokenizer,
 )
-from fedloom.models.lora import load_lora
+from fedloom.models.adapters import load_adapter
 from fedloom.models.quantize import Quantization
 from fedloom.models.tiny import tiny_model
 from fedloom.randomness import derive_seed, generator
@@ -277,7 +277,7 @@ def answer(
         device=choose_device(settings.device),
     )
     if candidate.adapter is not None:
-        model = load_lora(model, candidate.adapter)
+        model = load_adapter(model, candidate.adapter)
     model.eval()
     template = TEMPLATES[settings.template]
     asks = [

@@ -7,6 +7,9 @@ buffer in the order of the schema, whose digest travels in the header. So the he
 hundred bytes whatever the number of tensors, a payload of another model is refused before it is
 decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
 
+Where a method cannot know how many rows will come (the tokens of a batch, the entries of a sparse
+table), a tensor is *ragged*: its schema gives the most rows there may be, and it has a buffer of its own.
+
 This file knows no method and no engine.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,11 +41,16 @@ MAX_METRICS = 64
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of one tensor in a payload."""
+    """Name, shape and dtype of one tensor in a payload.
+
+    Attributes:
+        ragged: Whether the first dimension is the most there may be, not what there must be.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    ragged: bool = False
 
     @property
     def elements(self) -> int:
@@ -73,9 +81,8 @@ class Schema:
     @cached_property
     def digest(self) -> str:
         """64 bits of SHA-256 over names, shapes, dtypes and numbers, as 16 hex digits."""
-        text = repr([(s.name, s.shape, str(s.dtype)) for s in self.tensors]) + repr(
-            (self.numbers, self.metrics)
-        )
+        specs = [(s.name, s.shape, str(s.dtype)) + (("ragged",) * s.ragged) for s in self.tensors]
+        text = repr(specs) + repr((self.numbers, self.metrics))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
@@ -85,11 +92,17 @@ class Schema:
 
     @cached_property
     def groups(self) -> dict[str, list[TensorSpec]]:
-        """The specs by dtype name, each group one flat buffer on the wire."""
+        """The specs of fixed shape by dtype name, each group one flat buffer on the wire."""
         groups: dict[str, list[TensorSpec]] = {}
         for spec in self.tensors:
-            groups.setdefault(_dtype_name(spec.dtype), []).append(spec)
+            if not spec.ragged:
+                groups.setdefault(_dtype_name(spec.dtype), []).append(spec)
         return groups
+
+    @cached_property
+    def ragged(self) -> dict[str, TensorSpec]:
+        """The ragged specs by the name of their buffer on the wire."""
+        return {str(i): spec for i, spec in enumerate(self.tensors) if spec.ragged}
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,8 @@ class Exchange:
         request_schema: Schema of what goes to the clients.
         reply_schema: Schema of what must come back.
         requests: Encoded payload for each client; equal payloads may be the same object.
+        check: What a reply must fulfil beyond its schema; raises :class:`MessageError` where it does
+            not, given the client and its payload. That client is left out of the round.
     """
 
     action: str
@@ -118,6 +133,7 @@ class Exchange:
     request_schema: Schema
     reply_schema: Schema
     requests: Mapping[int, bytes]
+    check: Callable[[int, Payload], None] | None = None
 
     @classmethod
     def broadcast(
@@ -128,10 +144,11 @@ class Exchange:
         payload: Payload,
         schema: Schema,
         reply_schema: Schema,
+        check: Callable[[int, Payload], None] | None = None,
     ) -> Exchange:
         """Ask every client the same; the payload is encoded once."""
         data = encode(payload, schema)
-        return cls(action, round, schema, reply_schema, dict.fromkeys(clients, data))
+        return cls(action, round, schema, reply_schema, dict.fromkeys(clients, data), check)
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,8 @@ def encode(payload: Payload, schema: Schema) -> bytes:
     for dtype, specs in schema.groups.items():
         parts = [_checked(payload.tensors[spec.name], spec).reshape(-1).cpu() for spec in specs]
         buffers[dtype] = torch.cat(parts)
+    for key, spec in schema.ragged.items():
+        buffers[key] = _checked(payload.tensors[spec.name], spec).contiguous().cpu()
     metadata = {"schema": schema.digest}
     if schema.numbers:
         metadata["numbers"] = json.dumps([payload.numbers[name] for name in schema.numbers])
@@ -198,6 +217,8 @@ def decode(data: bytes, schema: Schema) -> Payload:
             specs, torch.split(flat, [spec.elements for spec in specs]), strict=True
         ):
             tensors[spec.name] = part.view(spec.shape)
+    for key, spec in schema.ragged.items():
+        tensors[spec.name] = _ragged(buffers.pop(key, None), spec)
     if buffers:
         raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")
     ordered = {spec.name: tensors[spec.name] for spec in schema.tensors}
@@ -228,8 +249,28 @@ def _check_names(payload: Payload, schema: Schema) -> None:
         raise MessageError("payload holds metrics, which the schema does not allow")
 
 
+def _ragged(tensor: Tensor | None, spec: TensorSpec) -> Tensor:
+    if tensor is None or not _fits(tensor, spec):
+        found = "absent" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise MessageError(
+            f"tensor {spec.name} is {found}, it must be {spec.dtype} with at most {spec.shape[0]} rows "
+            f"of {spec.shape[1:]}"
+        )
+    return tensor
+
+
+def _fits(tensor: Tensor, spec: TensorSpec) -> bool:
+    shape = tuple(tensor.shape)
+    if spec.ragged:
+        shape_fits = len(shape) == len(spec.shape) and shape[1:] == spec.shape[1:]
+        shape_fits = shape_fits and shape[0] <= spec.shape[0]
+    else:
+        shape_fits = shape == spec.shape
+    return shape_fits and tensor.dtype == spec.dtype
+
+
 def _checked(tensor: Tensor, spec: TensorSpec) -> Tensor:
-    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+    if not _fits(tensor, spec):
         raise MessageError(
             f"tensor {spec.name} is {tensor.dtype} {tuple(tensor.shape)}, "
             f"the schema asks for {spec.dtype} {spec.shape}"

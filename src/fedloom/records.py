@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from fedloom.accounting.ledger import SERVER, SUMMED
 from fedloom.assembly import Division, Parts
 from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
+from fedloom.evaluation.clients import ACTION as EVALUATION
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.objectives.base import Objective
@@ -108,7 +110,8 @@ def fingerprint(experiment: Experiment, division: Division, objective: Objective
     table = experiment.to_table()
     del table["output"], table["name"]
     own = type(objective).__qualname__ if objective is not None else ""
-    text = json.dumps([table, division.loaded.digest, own], sort_keys=True, default=str)
+    public = hashlib.sha256(repr(division.public).encode()).hexdigest()
+    text = json.dumps([table, division.loaded.digest, own, public], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -176,18 +179,21 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
 
 
 def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Add up the lines of ``costs.jsonl``; evaluation's bytes and FLOPs are kept apart."""
+    """Add up the lines of ``costs.jsonl``: the clients' work, and apart from it the server's and
+    evaluation's."""
     rows = list(costs)
-    work = [row for row in rows if row["phase"] != "evaluate"]
-    judged = [row for row in rows if row["phase"] == "evaluate"]
+    judged = [row for row in rows if row["phase"] == EVALUATION]
+    work = [row for row in rows if row["phase"] != EVALUATION and row["client"] != SERVER]
+    server = [row for row in rows if row["phase"] != EVALUATION and row["client"] == SERVER]
 
     def total(name: str, of: list[Mapping[str, Any]]) -> float:
         return sum(row[name] or 0 for row in of)
 
-    summed = ("bytes_up", "bytes_down", "flops", "seconds", "examples", "tokens", "steps")
     return {
-        **{name: total(name, work) for name in summed},
+        **{name: total(name, work) for name in SUMMED},
         "peak_memory": max((row["peak_memory"] for row in rows), default=0),
+        "server_flops": total("flops", server),
+        "server_seconds": total("seconds", server),
         "evaluation_bytes": total("bytes_up", judged) + total("bytes_down", judged),
         "evaluation_flops": total("flops", judged),
         "evaluation_seconds": total("seconds", judged),

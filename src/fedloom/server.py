@@ -213,13 +213,17 @@ class _Play:
                 f"round {exchange.round}: client {client} left out: {reason}"
             )
         self.rejected.update(rejected)
-        self._require_quorum(len(replies), len(exchange.requests))
+        self._require_quorum()
         for reply in replies:
             self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
-            self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
+            if "examples" in reply.payload.numbers or reply.client not in self.examples:
+                self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return replies
 
-    def _require_quorum(self, usable: int, asked: int) -> None:
+    def _require_quorum(self) -> None:
+        """Count who has not been left out so far, whether this exchange asked all of them or one."""
+        asked = len(self.cohort.clients)
+        usable = asked - len(self.rejected)
         needed = max(1, math.ceil(self.server.federation.quorum * asked))
         if usable < needed:
             reasons = "; ".join(f"client {c}: {why}" for c, why in sorted(self.rejected.items()))
@@ -264,6 +268,8 @@ def _checked(answer: Answer, exchange: Exchange, sizes: Mapping[int, int]) -> Pa
         raise MessageError(answer.error or "no answer")
     payload = decode(answer.data, exchange.reply_schema)
     require_finite(payload)
+    if exchange.check is not None:
+        exchange.check(answer.client, payload)
     examples = payload.numbers.get("examples")
     if examples is not None and not 0 < examples <= sizes[answer.client]:
         raise MessageError(

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.models.load import load_backbone
-from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
@@ -23,7 +23,7 @@ def test_against_torch(model_folder, targets, tolerance, classes):
     backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
     backbone.set_attn_implementation("eager")  # the counter sees its two products apart
     settings = AdapterSettings(rank=4, targets=targets)
-    model = AdapterModel(attach_lora(backbone, settings, classification=bool(classes)), pad=0)
+    model = AdapterModel(attach_adapter(backbone, settings, classification=bool(classes)), pad=0)
     ids = torch.randint(3, 100, (3, 40))
     options = {} if classes else {"logits_to_keep": 9}
     with FlopCounterMode(display=False) as counter:
@@ -40,7 +40,7 @@ def test_against_torch(model_folder, targets, tolerance, classes):
 def test_checkpointing_adds_a_forward_pass(model_folder):
     def count(checkpointed):
         backbone = load_backbone(str(model_folder), pad_token_id=0)
-        model = AdapterModel(attach_lora(backbone, AdapterSettings()), 0, checkpointed=checkpointed)
+        model = AdapterModel(attach_adapter(backbone, AdapterSettings()), 0, checkpointed=checkpointed)
         ids = torch.ones(1, 8, dtype=torch.long)
         model(input_ids=ids, attention_mask=ids)
         plain = model.flops

@@ -10,7 +10,7 @@ import torch
 import fedloom
 from fedloom.errors import ModelError
 from fedloom.models.load import load_backbone
-from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.quantize import check_quantization, loading_options
 from fedloom.models.shape import model_shape
 from fedloom.runner import evaluate_adapter
@@ -24,7 +24,7 @@ IDS = torch.randint(3, 300, (4, 20), generator=torch.Generator().manual_seed(0))
 def build(model_folder):
     def load(quantization):
         backbone = load_backbone(str(model_folder), pad_token_id=0, quantization=quantization)
-        return attach_lora(backbone, AdapterSettings(rank=2))
+        return attach_adapter(backbone, AdapterSettings(rank=2))
 
     return load
 

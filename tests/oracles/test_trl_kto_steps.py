@@ -17,7 +17,7 @@ from fedloom.data.batches import TokenShare
 from fedloom.data.builtin import builtin_examples
 from fedloom.data.tokenize import tokenize
 from fedloom.models.load import load_backbone, load_tokenizer
-from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.training import local
 from fedloom.training.local import add_reference_logps, train_locally
@@ -45,7 +45,7 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     rows = builtin_examples("feedback", BATCH * STEPS, np.random.default_rng(5))
     assert 0.3 < np.mean([row.desirable for row in rows]) < 0.7
     backbone = load_backbone(str(model_folder), pad_token_id=tokenizer.pad_token_id)
-    model = attach_lora(backbone, AdapterSettings(rank=4))
+    model = attach_adapter(backbone, AdapterSettings(rank=4))
     theirs = copy.deepcopy(model)
 
     settings = KTOConfig(

@@ -11,7 +11,7 @@ from fedloom.data.builtin import builtin_examples
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import NonFiniteLoss
 from fedloom.models.load import load_backbone, load_tokenizer
-from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps, train_locally
@@ -36,7 +36,7 @@ def parts(model_folder):
         classes = tuple(sorted({e.label for e in examples})) if name == "classification" else ()
         tokenizer = load_tokenizer(str(model_folder))
         backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
-        adapter = attach_lora(backbone, AdapterSettings(rank=2), classification=bool(classes))
+        adapter = attach_adapter(backbone, AdapterSettings(rank=2), classification=bool(classes))
         model = AdapterModel(adapter, 0)
         tokens = tokenize(examples, tokenizer, 128, classes)
         mixed = mismatch(tokens, np.random.default_rng(1), 128, 1) if name == "kto" else None
@@ -108,7 +108,7 @@ def test_same_seed_same_bits_and_other_rounds_other_bits(parts, name):
 def test_dropout_draws_from_the_seed_too(parts, model_folder):
     objective, _, share = parts("sft")
     backbone = load_backbone(str(model_folder), pad_token_id=0)
-    model = AdapterModel(attach_lora(backbone, AdapterSettings(rank=2, dropout=0.5)), 0)
+    model = AdapterModel(attach_adapter(backbone, AdapterSettings(rank=2, dropout=0.5)), 0)
     start = model.read()
     _, first = train(objective, model, share, start)
     torch.rand(3)
@@ -202,7 +202,7 @@ def test_reference_logps_do_not_change_while_the_adapter_trains(parts):
 def test_bf16_trains_an_adapter_that_stays_in_fp32(model_folder, parts):
     objective, _, share = parts("sft")
     backbone = load_backbone(str(model_folder), pad_token_id=0, dtype=torch.bfloat16)
-    model = AdapterModel(attach_lora(backbone, AdapterSettings(rank=2)), 0, torch.bfloat16)
+    model = AdapterModel(attach_adapter(backbone, AdapterSettings(rank=2)), 0, torch.bfloat16)
     start = model.read()
     assert {t.dtype for t in start.values()} == {torch.float32}
     _, after = train(objective, model, share, start)

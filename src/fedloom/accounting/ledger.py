@@ -35,6 +35,7 @@ class Cost:
         tokens: Tokens trained or evaluated on, padding not counted.
         examples: Examples trained or evaluated on, repetitions counted.
         steps: Optimizer steps.
+        exchanges: Messages there and back.
     """
 
     round: int
@@ -48,6 +49,17 @@ class Cost:
     tokens: int = 0
     examples: int = 0
     steps: int = 0
+    exchanges: int = 0
+
+    def add(self, other: Cost) -> None:
+        """Add what the same client cost in the same phase and round once more."""
+        for name in SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.peak_memory = max(self.peak_memory, other.peak_memory)
+
+
+SUMMED = ("bytes_down", "bytes_up", "flops", "seconds", "tokens", "examples", "steps", "exchanges")
+"""Costs that add up."""
 
 
 @dataclass
@@ -70,9 +82,16 @@ class Ledger:
             self.costs.append(cost)
 
     def take(self) -> list[Cost]:
-        """Return all costs since the last call and forget them."""
+        """Return all costs since the last call, one for each client, phase and round; forget them."""
         costs, self.costs = self.costs, []
-        return costs
+        merged: dict[tuple[int, int, str], Cost] = {}
+        for cost in costs:
+            key = (cost.round, cost.client, cost.phase)
+            if key in merged:
+                merged[key].add(cost)
+            else:
+                merged[key] = cost
+        return list(merged.values())
 
 
 def reset_peak_memory() -> None:

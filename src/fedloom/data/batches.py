@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from fedloom.data.tokenize import TokenSet, fit
 Indices = NDArray[np.int64]
 
 
+class Teacher(Protocol):
+    """Knows answers about the positions of a share; see ``aggregation/knowledge.py``."""
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Return ``(n, width)`` log-probabilities of some positions."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenShare:
     """The rows one client holds, and what has been computed about them once.
@@ -29,16 +38,28 @@ class TokenShare:
             ``None`` where it is not needed or the client has a single row.
         reference_logps: ``(sequences,)`` under the reference model, once computed.
         mismatched_reference_logps: ``(examples,)`` of ``mismatched``, once computed.
+        teacher: What is distilled from, about these rows' positions in their order.
     """
 
     tokens: TokenSet
     mismatched: TokenSet | None = None
     reference_logps: Tensor | None = None
     mismatched_reference_logps: Tensor | None = None
+    teacher: Teacher | None = None
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.tokens)
+
+    @property
+    def positions(self) -> Indices:
+        """``(examples + 1,)`` where the positions of each begin: one a text, or one a completion token."""
+        lengths = self.tokens.completion_lengths
+        return np.concatenate([[0], np.cumsum(np.maximum(lengths, 1))]).astype(np.int64)
+
+    def take(self, rows: Indices) -> TokenShare:
+        """Return the examples at ``rows`` with nothing computed about them."""
+        return TokenShare(self.tokens.take(rows))
 
 
 def mismatch(
@@ -146,6 +167,7 @@ def collate(share: TokenShare, indices: Indices, pad: int, device: torch.device)
         reference_logps=_pick(share.reference_logps, torch.from_numpy(numbers), device),
         mismatched=mismatched,
         mismatched_reference_logps=_pick(share.mismatched_reference_logps, where, device),
+        teacher=_answers(share, indices, device),
     )
 
 
@@ -190,6 +212,14 @@ def _labels(labels: NDArray[np.int64], feedback: bool, device: torch.device) -> 
         return None
     tensor = torch.from_numpy(labels).to(device)
     return tensor.bool() if feedback else tensor
+
+
+def _answers(share: TokenShare, indices: Indices, device: torch.device) -> Tensor | None:
+    if share.teacher is None:
+        return None
+    starts = share.positions
+    places = [np.arange(starts[i], starts[i + 1]) for i in indices]
+    return share.teacher.at(torch.from_numpy(np.concatenate(places))).to(device)
 
 
 def _pick(values: Tensor | None, numbers: Tensor, device: torch.device) -> Tensor | None:

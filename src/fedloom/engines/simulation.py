@@ -1,4 +1,4 @@
-"""The simulation engine: all clients in this process, one frozen backbone, adapters written in turn.
+"""The simulation engine: all clients in this process, over as few frozen backbones as their kinds.
 
 Requests and replies are encoded and decoded exactly as they would be between machines, so the
 ledger's bytes are those that would travel and no client sees another one's tensors.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.data.batches import TokenShare
+from fedloom.data.public import PublicRows
 from fedloom.engines.store import ClientStore
 from fedloom.errors import FedloomError
 from fedloom.messages import Answer, Exchange, Tensors, decode, encode
 from fedloom.methods.base import Client, Handler
-from fedloom.models.lora import AdapterModel
+from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps
 from fedloom.training.optimizers import TrainingSettings
@@ -24,13 +26,31 @@ from fedloom.training.optimizers import TrainingSettings
 LOG = logging.getLogger(__name__)
 
 
-@dataclass
-class SimulationEngine:
-    """Runs handlers for one client after the other over one model.
+@dataclass(frozen=True)
+class Equipment:
+    """What a client computes with; clients of one kind share it and write their adapters in turn.
 
     Attributes:
-        model: The backbone with the adapter, shared by all clients.
+        model: The backbone, or the part of it that clients have, with the adapter.
         initial: The adapter as it was initialised.
+        max_length: Tokens a training sequence has at most.
+        width: Classes, or tokens of the vocabulary.
+        public: The public rows under this model's tokenizer.
+    """
+
+    model: AdapterModel
+    initial: Tensors
+    max_length: int
+    width: int
+    public: PublicRows | None = None
+
+
+@dataclass
+class SimulationEngine:
+    """Runs handlers for one client after the other.
+
+    Attributes:
+        equipment: What each client computes with.
         shares: Training rows of each client; reference log-probs are added at first contact.
         handlers: Client side of every action.
         objective: What clients minimise.
@@ -41,8 +61,7 @@ class SimulationEngine:
         ledger: Where costs go.
     """
 
-    model: AdapterModel
-    initial: Tensors
+    equipment: Mapping[int, Equipment]
     shares: dict[int, TokenShare]
     handlers: Mapping[str, Handler]
     objective: Objective
@@ -51,6 +70,8 @@ class SimulationEngine:
     participations: float
     store: ClientStore
     ledger: Ledger
+    _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _round: int = -1
 
     def sizes(self) -> dict[int, int]:
         """Return the number of training rows of each client."""
@@ -58,6 +79,8 @@ class SimulationEngine:
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, one after the other."""
+        if exchange.round != self._round:
+            self._sessions, self._round = {}, exchange.round
         for client, data in exchange.requests.items():
             yield self._answer(exchange, client, data)
 
@@ -75,14 +98,14 @@ class SimulationEngine:
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
         """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
-            cost.bytes_down = len(data)
-            before = self.model.flops
+            cost.bytes_down, cost.exchanges = len(data), 1
             client = self._client(number, exchange.round)
+            before = client.model.flops
             try:
                 payload = decode(data, exchange.request_schema)
                 reply = self.handlers[exchange.action](client, payload)
             finally:
-                cost.flops = self.model.flops - before
+                cost.flops = client.model.flops - before
                 _count_training(cost, client)
             encoded = encode(reply, exchange.reply_schema)
             cost.bytes_up = len(encoded)
@@ -90,17 +113,22 @@ class SimulationEngine:
         return encoded
 
     def _client(self, number: int, round: int) -> Client:
+        own = self.equipment[number]
         return Client(
             id=number,
             round=round,
-            model=self.model,
-            initial=self.initial,
+            model=own.model,
+            initial=own.initial,
             share=self.shares[number],
             objective=self.objective,
             training=self.training,
             seed=self.seed,
             participations=self.participations,
             kept=self.store.slots(number),
+            max_length=own.max_length,
+            width=own.width,
+            public=own.public,
+            session=self._sessions.setdefault(number, {}),
         )
 
     def add_reference(self, round: int, client: int) -> None:
@@ -109,10 +137,11 @@ class SimulationEngine:
         if not self.objective.needs_reference or share.reference_logps is not None:
             return
         with self.ledger.measure(round, client, "reference") as cost:
-            before = self.model.flops
+            model = self.equipment[client].model
+            before = model.flops
             size = max(self.training.micro_batch, 16)
-            self.shares[client] = add_reference_logps(self.model, share, size)
-            cost.flops = self.model.flops - before
+            self.shares[client] = add_reference_logps(model, share, size)
+            cost.flops = model.flops - before
             cost.tokens, cost.examples = len(share.tokens.tokens), len(share)
 
 

@@ -1,8 +1,8 @@
 """Judge one state everywhere: on the server's held-out set and on every client's own.
 
 Clients are asked through an exchange like any other, so the same code serves every engine and its
-bytes are counted. A state without a global adapter is judged by its clients' adapters: the
-global figures are then means over clients.
+bytes are counted. Where clients keep models of their own they are judged by these, on the global set
+too: means over clients stand beside the server's figures, or in their place where it has no model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import Client, Handler, Method
-from fedloom.models.lora import AdapterModel
+from fedloom.models.adapters import AdapterModel
 from fedloom.server import Engine, Evaluation, accept
 
 ACTION = "evaluate"
 COMMON = "common."
 """Prefix of metrics on the global set that clients report for their own adapters."""
+
+CLIENTS = "clients_"
+"""Prefix of the means of these over clients, where the server has figures of its own."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Evaluator:
 
     Attributes:
         method: Says what the global adapter is and what a client would use.
-        held_out: The global held-out set.
+        held_out: The global held-out set, as the server's model reads it.
+        common: The same as each client's model reads it.
         client_held_out: Each client's own held-out set; empty for none.
         every: Rounds between evaluations.
         rounds: Rounds in all; the last is always evaluated.
@@ -37,6 +41,7 @@ class Evaluator:
 
     method: Method
     held_out: HeldOut
+    common: Mapping[int, HeldOut]
     client_held_out: Mapping[int, HeldOut]
     every: int
     rounds: int
@@ -53,7 +58,7 @@ class Evaluator:
                 metrics |= own.score(client.model)
                 examples = len(own)
             if payload.numbers["common"]:
-                common = self.held_out.score(client.model)
+                common = self.common[client.id].score(client.model)
                 metrics |= {COMMON + name: value for name, value in common.items()}
             return Payload(numbers={"held_out": examples}, metrics=metrics)
 
@@ -74,11 +79,12 @@ class Evaluator:
         if round % self.every and round != self.rounds:
             return None
         adapter = self.method.shared(state)
-        clients = {} if self.method.pools_data else self._ask(adapter, round, engine)
+        own = self.method.own_models
+        clients = {} if self.method.pools_data else self._ask(None if own else adapter, round, engine)
+        common = _means([_part(metrics, COMMON) for metrics in clients.values()])
+        clients = {c: m for c, m in ((c, _without(m, COMMON)) for c, m in clients.items()) if m}
         if adapter is None:
-            common = [_part(metrics, COMMON) for metrics in clients.values()]
-            own = {client: _without(metrics, COMMON) for client, metrics in clients.items()}
-            return Evaluation(_means(common), {c: m for c, m in own.items() if m})
+            return Evaluation(common, clients)
         with ledger.measure(round, SERVER, ACTION) as cost:
             before = model.flops
             model.write(adapter)
@@ -87,11 +93,12 @@ class Evaluator:
                 for client, rows in self.client_held_out.items():
                     clients[client] = {**rows.score(model), "examples": len(rows)}
             cost.flops, cost.examples = model.flops - before, len(self.held_out)
-        return Evaluation(metrics, clients)
+        return Evaluation({**metrics, **{CLIENTS + n: v for n, v in common.items()}}, clients)
 
     def _ask(
         self, adapter: Tensors | None, round: int, engine: Engine
     ) -> dict[int, dict[str, float]]:
+        """Ask clients to judge ``adapter``, or ``None``: their own, on the global set too."""
         sizes = engine.sizes()
         asked = sizes if adapter is None else [c for c in sizes if c in self.client_held_out]
         if not asked:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedloom.models.lora import AdapterModel
+from fedloom.models.adapters import AdapterModel
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedloom.evaluation.metrics import (
     labelled_metrics,
     preference_metrics,
 )
-from fedloom.models.lora import AdapterModel
+from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.logps import completion_logps, completion_token_logps
 from fedloom.settings import Settings
 from fedloom.training.local import add_reference_logps

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
+from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.fedopt import (
@@ -19,6 +20,7 @@ from fedloom.methods.fedopt import (
 from fedloom.methods.fedprox import FedProx, FedProxSettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
+from fedloom.methods.split import Split, SplitSettings
 
 MethodSettings = (
     FedAvgSettings
@@ -28,6 +30,8 @@ MethodSettings = (
     | FedAdagradSettings
     | FedAdamSettings
     | FedYogiSettings
+    | DistillationSettings
+    | SplitSettings
     | CentralisedSettings
     | LocalOnlySettings
 )
@@ -40,6 +44,8 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "fedadagrad": (FedAdagradSettings, FedAdagrad),
     "fedadam": (FedAdamSettings, FedAdam),
     "fedyogi": (FedYogiSettings, FedYogi),
+    "distillation": (DistillationSettings, DistillationMethod),
+    "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),
     "local_only": (LocalOnlySettings, LocalOnly),
 }

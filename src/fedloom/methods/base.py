@@ -9,21 +9,27 @@ a round is in the state or in what the client keeps; a generator is never saved.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from fedloom.accounting.ledger import Ledger
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
+from fedloom.data.public import PublicRows
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
-from fedloom.models.lora import AdapterModel
+from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.training.local import LocalResult, StepHook, train_locally
-from fedloom.training.optimizers import TrainingSettings
+from fedloom.training.optimizers import TrainingSettings, Work
 
 OPTIMIZER = "optimizer"
 """Where a client keeps its optimizer's tensors, if it does."""
 
 TRAIN_REPLY_NUMBERS = ("examples",)
+
+TASKS = ("sft", "classification")
+"""Objectives whose loss is a mean over positions (texts or tokens) that several parties can share."""
 
 ADAPTER = "adapter"
 """Where the adapter is, among the parts of a state, a payload or what a client keeps."""
@@ -73,6 +79,10 @@ class Client:
         participations: Rounds that a client takes part in on average, T |S| / N.
         kept: What the client keeps between rounds, by slot; never in a message. What a handler
             changes here is stored if the handler ends well, and forgotten if it fails.
+        max_length: Tokens a training sequence has at most.
+        width: Classes, or tokens of the vocabulary.
+        public: The public rows that every party has, where the experiment has some.
+        session: What lives from one exchange to the next and ends with the round; never saved.
         last: What the last training did, for the ledger.
     """
 
@@ -86,7 +96,16 @@ class Client:
     seed: int
     participations: float
     kept: dict[str, Tensors]
+    max_length: int = 0
+    width: int = 0
+    public: PublicRows | None = None
+    session: dict[str, Any] = field(default_factory=dict)
     last: LocalResult | None = None
+
+    @property
+    def work(self) -> Work:
+        """How much the client does on its own rows in a round."""
+        return self.training.work(len(self.share), self.participations)
 
     def train(
         self,
@@ -110,7 +129,7 @@ class Client:
             seed=self.seed,
             client=self.id,
             round=self.round,
-            work=self.training.work(len(self.share), self.participations),
+            work=self.work,
             state=self.kept.get(OPTIMIZER),
             before_step=before_step,
             after_step=after_step,
@@ -118,6 +137,31 @@ class Client:
         if self.last.optimizer_state:
             self.kept[OPTIMIZER] = self.last.optimizer_state
         return self.last
+
+
+@dataclass
+class ServerSide:
+    """What a method has on the server beside its state.
+
+    Attributes:
+        model: The server's own model.
+        objective: What the federation minimises.
+        training: How.
+        seed: The experiment's seed.
+        max_length: Tokens a training sequence of a client has at most.
+        width: Classes, or tokens of the vocabulary.
+        public: The public rows that every party has, where the experiment has some.
+        ledger: Where the server's costs go.
+    """
+
+    model: AdapterModel
+    objective: Objective
+    training: TrainingSettings
+    seed: int
+    max_length: int
+    width: int
+    public: PublicRows | None
+    ledger: Ledger
 
 
 Handler = Callable[[Client, Payload], Payload]
@@ -132,9 +176,19 @@ class Method:
 
     Attributes:
         pools_data: Whether the rows of all clients are put together in client 0 (centralised).
+        own_models: Whether each client keeps an adapter of its own and is judged by it.
+        needs_public: Whether all parties must have public rows.
+        server: What it has on the server, from :meth:`equip` on.
     """
 
     pools_data = False
+    own_models = False
+    needs_public = False
+    server: ServerSide
+
+    def equip(self, server: ServerSide) -> None:
+        """Take what there is on the server, once, before the first round."""
+        self.server = server
 
     def initial_state(self, adapter: Tensors) -> State:
         """Return the state before the first round, given the adapter as it is initialised."""

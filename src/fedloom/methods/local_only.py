@@ -31,6 +31,8 @@ class LocalOnlySettings(Settings):
 class LocalOnly(Method):
     """Each client trains its own adapter."""
 
+    own_models = True
+
     def __init__(self, settings: LocalOnlySettings) -> None:
         """Take no settings beyond the name."""
 

@@ -90,6 +90,7 @@ def load_backbone(
     seed: int = 0,
     quantization: Quantization = "none",
     device: torch.device | None = None,
+    blocks: int | None = None,
 ) -> nn.Module:
     """Load the backbone with an LM head or, when there are ``classes``, a new classification head.
 
@@ -102,28 +103,33 @@ def load_backbone(
         seed: Initialises the classification head.
         quantization: Of its linear layers.
         device: Where it goes (default: CPU).
+        blocks: Load so many first blocks only, and none of the weights of the others (default: all).
 
     Raises:
         ModelError: The folder is missing, has no weights, its architecture is not known, or it cannot
             be quantised on this device.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
     silence_transformers()
     device = device or torch.device("cpu")
     check_quantization(quantization, device)
     _check_weights(path)
+    factory: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
     options |= loading_options(quantization, device)
-    factory: Any = AutoModelForCausalLM
-    if classes:
-        factory = AutoModelForSequenceClassification
-        options |= {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
-        options["label2id"] = {name: number for number, name in enumerate(classes)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classification head"))
         try:
-            model: nn.Module = factory.from_pretrained(path, **options)
+            shape: Any = AutoConfig.from_pretrained(path, revision=revision)
+            _set_classes(shape, classes)
+            if blocks is not None:
+                keep_blocks(shape, range(blocks))
+            model: nn.Module = factory.from_pretrained(path, config=shape, **options)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load the model {path}: {_first_line(error)}") from error
     config: Any = model.config
@@ -131,6 +137,47 @@ def load_backbone(
     config.use_cache = False
     model = quantize_loaded(model.requires_grad_(False), quantization, device)
     return model if "device_map" in options else model.to(device)
+
+
+def keep_blocks(config: Any, blocks: range) -> None:
+    """Change a configuration to that of a model that has only these of its blocks."""
+    config.num_hidden_layers = len(blocks)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[block] for block in blocks]
+
+
+def _set_classes(config: Any, classes: tuple[str, ...]) -> None:
+    if classes:
+        config.num_labels = len(classes)
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: number for number, name in enumerate(classes)}
+
+
+def empty_backbone(
+    path: str, *, revision: str | None = None, classes: tuple[str, ...] = ()
+) -> nn.Module:
+    """Return the backbone's structure without any weights (on the device ``meta``), to count by.
+
+    Raises:
+        ModelError: There is no configuration, or its architecture is not known.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    silence_transformers()
+    _check_folder(path)
+    factory: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    try:
+        config: Any = AutoConfig.from_pretrained(path, revision=revision)
+        _set_classes(config, classes)
+        with torch.device("meta"):
+            model: nn.Module = factory.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
+    return model.requires_grad_(False)
 
 
 def context_length(model: nn.Module) -> int:

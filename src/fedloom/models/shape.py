@@ -21,11 +21,11 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_k
 class _Layer:
     name: str
     shape: LinearShape
+    adapted: bool = False
 
     @property
     def block(self) -> int:
-        found = re.search(r"\.(\d+)\.", self.name)
-        return int(found[1]) if found else 0
+        return block_of(self.name) or 0
 
     @property
     def leaf(self) -> str:
@@ -38,7 +38,9 @@ class _Layer:
         return self.block, group
 
 
-def model_shape(model: nn.Module) -> ModelShape:
+def model_shape(
+    model: nn.Module, blocks: range | None = None, *, gradient_enters: bool = False
+) -> ModelShape:
     """Return the shapes of all matrix products, and which of them the backward pass reaches.
 
     Modules are taken to run in the order in which they are registered, as they do in the
@@ -46,28 +48,43 @@ def model_shape(model: nn.Module) -> ModelShape:
 
     Args:
         model: A PEFT model over a Hugging Face backbone.
+        blocks: Only these of its blocks (default: all).
+        gradient_enters: Whether what the first block reads wants a gradient (virtual tokens, the
+            activations of another party).
     """
     config: Any = model.config
-    *blocks, head = _layers(model)
+    *linears, head = _layers(model)
     count = _number(config, ("num_hidden_layers", "n_layer"), 1)
     heads = _number(config, ("num_attention_heads", "n_head"), 1)
     width = _number(config, ("head_dim",), 0) * heads or _number(
         config, ("hidden_size", "n_embd"), 1
     )
-    first = next((layer for layer in blocks if layer.shape.rank), None)
+    if blocks is not None:
+        linears = [layer for layer in linears if layer.block in blocks]
+        count = len(blocks)
+    if gradient_enters:
+        reached = tuple(replace(x.shape, reached=True, input_gradient=True) for x in linears)
+        return ModelShape(reached, head.shape, count, count, width)
+    first = next((layer for layer in linears if layer.adapted), None)
     if first is None:
-        frozen = tuple(replace(x.shape, reached=False, input_gradient=False) for x in blocks)
+        frozen = tuple(replace(x.shape, reached=False, input_gradient=False) for x in linears)
         return ModelShape(frozen, replace(head.shape, input_gradient=False), count, 0, width)
-    position = blocks.index(first)
-    linears = tuple(_reached(layer, i, first, position) for i, layer in enumerate(blocks))
+    position = linears.index(first)
+    shapes = tuple(_reached(layer, i, first, position) for i, layer in enumerate(linears))
     crossed = count - first.block - (0 if first.leaf in ATTENTION_INPUTS else 1)
-    return ModelShape(linears, head.shape, count, crossed, width)
+    return ModelShape(shapes, head.shape, count, crossed, width)
+
+
+def block_of(name: str) -> int | None:
+    """Return the index of the block a module's name lies in, ``None`` outside the blocks."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def _reached(layer: _Layer, index: int, first: _Layer, position: int) -> LinearShape:
     """Mark how far the backward pass goes; ``first`` is the lowest layer with an adapter."""
     if layer.source == first.source:
-        return replace(layer.shape, reached=bool(layer.shape.rank), input_gradient=False)
+        return replace(layer.shape, reached=layer.adapted, input_gradient=False)
     beyond = index > position
     return replace(layer.shape, reached=beyond, input_gradient=beyond)
 
@@ -79,13 +96,15 @@ def _layers(model: nn.Module) -> list[_Layer]:
     for name, module in modules.items():
         if not is_linear(module) or "lora_" in name or "original_module" in name:
             continue
-        clean = name.removesuffix(".base_layer").removesuffix(".modules_to_save.default")
+        if name.endswith(".base_layer") and f"{name[:-11]}.ln_tuning_layers" in modules:
+            continue  # a layer that is trained whole: its copy computes, not itself
+        clean = re.sub(r"\.(base_layer|(modules_to_save|ln_tuning_layers)\.default)$", "", name)
         weight: Any = module.weight
         inputs, outputs = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
         owner: Any = modules[clean]
         rank = int(getattr(owner, "r", {}).get("default", 0)) if hasattr(owner, "lora_A") else 0
         shape = LinearShape(int(inputs), int(outputs), rank, trained=bool(weight.requires_grad))
-        layers.append(_Layer(clean, shape))
+        layers.append(_Layer(clean, shape, rank > 0 or shape.trained or hasattr(owner, "ia3_l")))
     return layers
 
 

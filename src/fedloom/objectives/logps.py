@@ -14,19 +14,18 @@ from fedloom.batch import Sequences
 from fedloom.objectives.base import Model
 
 
-def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-    """Score the completion tokens of each sequence.
+def completion_logits(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """Predict the completion tokens of each sequence.
 
-    The LM head is applied from the position before the first completion token of the batch on, and
-    log-probs are computed on completion tokens only, in float32.
+    The LM head is applied from the position before the first completion token of the batch on.
 
     Args:
         model: A causal LM.
         sequences: ``(sequences, length)``.
 
     Returns:
-        ``(sequences, kept)`` log-probs, zero where there is no completion token; the mask of the
-        same shape; and whether each token was the most likely one (false off the mask).
+        ``(completion tokens, vocabulary)`` float32 logits, row by row; the tokens themselves; and
+        ``(sequences, kept)``: which of the last columns are completion tokens.
     """
     start = sequences.first_completion - 1
     length = sequences.input_ids.shape[1]
@@ -36,8 +35,21 @@ def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, 
         logits_to_keep=length - start,
     )
     mask = sequences.completion_mask[:, start + 1 :]
-    targets = sequences.input_ids[:, start + 1 :][mask]
-    logits = output.logits[:, :-1][mask].float()
+    return output.logits[:, :-1][mask].float(), sequences.input_ids[:, start + 1 :][mask], mask
+
+
+def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """Score the completion tokens of each sequence, in float32.
+
+    Args:
+        model: A causal LM.
+        sequences: ``(sequences, length)``.
+
+    Returns:
+        ``(sequences, kept)`` log-probs, zero where there is no completion token; the mask of the
+        same shape; and whether each token was the most likely one (false off the mask).
+    """
+    logits, targets, mask = completion_logits(model, sequences)
     scores = -F.cross_entropy(logits, targets, reduction="none")
     logps = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     logps = logps.masked_scatter(mask, scores)

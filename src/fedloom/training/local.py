@@ -6,8 +6,10 @@ It knows a model, rows and an objective; it knows no federation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from fedloom.data.batches import (
 )
 from fedloom.errors import NonFiniteLoss
 from fedloom.messages import Tensors
-from fedloom.models.lora import AdapterModel
+from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.randomness import derive_seed, generator
@@ -37,6 +39,11 @@ from fedloom.training.optimizers import (
 
 StepHook = Callable[[Mapping[str, nn.Parameter]], None]
 """What a method does around an optimizer step, to the trained parameters by name."""
+
+
+Elsewhere = Generator[Any, Any, float]
+"""Gradients that are worked out with another party: yields what to send, is sent what came back, and
+returns the loss of the optimizer batch."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +76,24 @@ def train_locally(
     client: int,
     round: int,
     work: Work,
+    purpose: str = "",
     state: Tensors | None = None,
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
 ) -> LocalResult:
-    """Train the adapter that ``model`` holds on one client's rows, in place.
+    """Train the adapter that ``model`` holds on one party's rows, in place.
 
     Args:
-        model: Holds the round's starting point; holds the client's result afterwards.
-        share: The client's rows, with reference log-probs where the objective needs them.
+        model: Holds the round's starting point; holds the result afterwards.
+        share: The rows, with reference log-probs where the objective needs them.
         objective: What is minimised.
         settings: Optimizer, batch size, steps or epochs.
         learning_rate: Of this round.
-        seed: The experiment's seed; order and dropout come from it, the client and the round.
+        seed: The experiment's seed; order and dropout come from it, the client, the round and purpose.
         client: Its id.
         round: From 1.
         work: How much is done.
+        purpose: Tells several trainings of one client in one round apart.
         state: The optimizer's tensors from this client's last round.
         before_step: Called with the parameters before each optimizer step, gradients ready and not
             yet clipped: a method adds its own term here.
@@ -93,39 +102,138 @@ def train_locally(
     Raises:
         NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
     """
-    order = generator(seed, "batches", client, round)
     objective = objective.for_client(share.tokens.labels)
+
+    def own_gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
+        return _accumulate_gradients(model, objective, parts, totals)
+        yield  # nobody else is needed
+
+    steps = local_steps(
+        model,
+        share,
+        own_gradients,
+        settings,
+        learning_rate=learning_rate,
+        seed=seed,
+        client=client,
+        round=round,
+        work=work,
+        purpose=purpose,
+        state=state,
+        before_step=before_step,
+        after_step=after_step,
+    )
+    try:
+        next(steps)
+    except StopIteration as stop:
+        result: LocalResult = stop.value
+        return result
+    raise RuntimeError("own gradients need nobody else")
+
+
+def local_steps(
+    model: AdapterModel,
+    share: TokenShare,
+    gradients: Callable[[list[Batch], Totals], Elsewhere],
+    settings: TrainingSettings,
+    *,
+    learning_rate: float,
+    seed: int,
+    client: int,
+    round: int,
+    work: Work,
+    purpose: str = "",
+    state: Tensors | None = None,
+    before_step: StepHook | None = None,
+    after_step: StepHook | None = None,
+) -> Generator[Any, Any, LocalResult]:
+    """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
+
+    Args are those of :func:`train_locally`, but for:
+        gradients: Leaves the gradients of an optimizer batch (given as micro-batches) in the
+            parameters and returns its loss. What it yields is yielded, what is sent it receives.
+    """
+    order = generator(seed, f"{purpose}batches", client, round)
     optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
-    totals = _Totals()
-    model.model.train()
-    with torch.random.fork_rng(devices=_devices(model)):
-        torch.manual_seed(derive_seed(seed, "dropout", client, round))
-        batches = epoch_batches(
-            len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
-        )
-        for step, indices in enumerate(batches, 1):
-            if totals.reach(work):
-                break
-            parts = [
-                collate(share, part, model.pad, model.device)
-                for part in micro_batches(share, indices, settings.micro_batch)
-            ]
-            loss = _accumulate_gradients(model, objective, parts, totals)
-            if not math.isfinite(loss):
-                optimizer.zero_grad()
-                rows = [row for part in parts for row in part.rows]
-                raise NonFiniteLoss(client, step, rows, loss)
-            if before_step is not None:
-                before_step(model.parameters)
-            if settings.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters.values(), settings.max_grad_norm)
-            optimizer.step()
+    totals = Totals()
+    noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
+    batches = epoch_batches(
+        len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
+    )
+    for step, indices in enumerate(batches, 1):
+        if totals.reach(work):
+            break
+        parts = [
+            collate(share, part, model.pad, model.device)
+            for part in micro_batches(share, indices, settings.micro_batch)
+        ]
+        loss = yield from noise.over(gradients(parts, totals))
+        if not math.isfinite(loss):
             optimizer.zero_grad()
-            if after_step is not None:
-                after_step(model.parameters)
-            totals.steps += 1
+            rows = [row for part in parts for row in part.rows]
+            raise NonFiniteLoss(client, step, rows, loss)
+        update(model.parameters, optimizer, settings, before_step, after_step)
+        totals.steps += 1
     kept = optimizer_state(model.parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
+
+
+def update(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    before_step: StepHook | None = None,
+    after_step: StepHook | None = None,
+) -> None:
+    """Make one optimizer step with the gradients that are in ``parameters``, and clear them."""
+    if before_step is not None:
+        before_step(parameters)
+    if settings.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if after_step is not None:
+        after_step(parameters)
+
+
+class DropoutStream:
+    """One party's random numbers for dropout, apart from everybody else's in this process."""
+
+    def __init__(self, seed: int, model: AdapterModel) -> None:
+        """Start at ``seed``; nothing is drawn from it but inside :meth:`drawing`."""
+        self.model = model
+        self.devices = [model.device] if model.device.type == "cuda" else []
+        self.seed: int | None = seed
+        self.states: list[Tensor] = []
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw from this stream and train; afterwards the process's own generators stand as before."""
+        with torch.random.fork_rng(devices=self.devices):
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+                self.seed = None
+            else:
+                torch.set_rng_state(self.states[0])
+                for device, state in zip(self.devices, self.states[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            if not self.model.model.training:
+                self.model.model.train()
+            yield
+            self.states = [torch.get_rng_state()]
+            self.states += [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    def over(self, steps: Elsewhere) -> Elsewhere:
+        """Run a generator with this stream, giving the process's own back wherever it waits."""
+        sent: Any = None
+        while True:
+            with self.drawing():
+                try:
+                    given = steps.send(sent)
+                except StopIteration as stop:
+                    loss: float = stop.value
+                    return loss
+            sent = yield given
 
 
 def add_reference_logps(model: AdapterModel, share: TokenShare, batch_size: int) -> TokenShare:
@@ -153,7 +261,7 @@ def _all_logps(model: AdapterModel, share: TokenShare, batch_size: int) -> Tenso
 
 
 def _accumulate_gradients(
-    model: AdapterModel, objective: Objective, parts: list[Batch], totals: _Totals
+    model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals
 ) -> float:
     """Add up the gradients of one optimizer batch; return its loss.
 
@@ -172,12 +280,8 @@ def _accumulate_gradients(
     return float(step_loss)
 
 
-def _devices(model: AdapterModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []
-
-
 @dataclass
-class _Totals:
+class Totals:
     """Sums over a round; tensors stay on the device until the end."""
 
     steps: int = 0
@@ -190,6 +294,7 @@ class _Totals:
     def add(
         self, batch: Batch, metrics: dict[str, Tensor], weight: float, own: dict[str, float]
     ) -> None:
+        """Count a micro-batch, and its metrics by ``weight`` or by the weight they have of their own."""
         self.examples += len(batch)
         self.answers += len(batch.sequences.input_ids)
         self.tokens += batch.tokens
@@ -205,6 +310,7 @@ class _Totals:
         )
 
     def result(self, kept: Tensors) -> LocalResult:
+        """Return the sums as means."""
         means = {
             n: float(total) / self.weights[n] for n, total in self.sums.items() if self.weights[n]
         }

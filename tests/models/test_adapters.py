@@ -7,14 +7,14 @@ from safetensors.torch import load_file
 
 from fedloom.errors import ModelError
 from fedloom.models.load import load_backbone
-from fedloom.models.lora import AdapterModel, AdapterSettings, attach_lora, load_lora
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
 
 IDS = torch.arange(3, 15)[None]
 
 
 def build(folder, seed=0, classes=(), **settings):
     backbone = load_backbone(str(folder), pad_token_id=0, classes=classes)
-    adapter = attach_lora(
+    adapter = attach_adapter(
         backbone, AdapterSettings(**settings), classification=bool(classes), seed=seed
     )
     return AdapterModel(adapter, 0)
@@ -84,16 +84,16 @@ def test_targets_that_match_nothing_are_told_what_would(model_folder):
 def test_a_folder_that_is_no_adapter_or_another_models(model_folder, tmp_path):
     backbone = load_backbone(str(model_folder), pad_token_id=0)
     with pytest.raises(ModelError, match="no adapter_config"):
-        load_lora(backbone, tmp_path)
+        load_adapter(backbone, tmp_path)
     build(model_folder, rank=4).save(tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 2'))
     with pytest.raises(ModelError, match="does not fit this model"):
-        load_lora(backbone, tmp_path)
+        load_adapter(backbone, tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ModelError, match="does not fit this model: Error while deserializing"):
-        load_lora(load_backbone(str(model_folder), pad_token_id=0), tmp_path)
+        load_adapter(load_backbone(str(model_folder), pad_token_id=0), tmp_path)
     weights.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled weights are not read"):
-        load_lora(backbone, tmp_path)
+        load_adapter(backbone, tmp_path)

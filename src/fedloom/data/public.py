@@ -1,0 +1,180 @@
+"""Public rows: a set that every party of a federation has, beside its private ones.
+
+They come from a source of their own, labelled or not, of this domain or another; or a part of the
+training rows is given away before the rest is dealt to clients. They never share a text with the
+held-out set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field
+
+from fedloom.data.batches import TokenShare
+from fedloom.data.examples import Example, Feedback, Instruction, Kind, Labelled, Preference, Text
+from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, load_examples
+from fedloom.errors import DataError
+from fedloom.settings import Settings
+
+NO_LABEL = ""
+"""Label of a text whose class nobody knows."""
+
+
+class PublicSettings(Settings):
+    """``[public]``: rows that every party has, for methods that need them."""
+
+    source: str | list[str] | None = None
+    """Like data.source (default: rows are taken out of the training rows before these are dealt)."""
+    rows: int = Field(default=256, ge=1)
+    """How many there are, drawn from the seed."""
+    labelled: bool = False
+    """Whether their labels (for causal models: their completions as the truth) may be learnt from."""
+    kind: Kind | None = None
+    """Kind of the source, where it is not data.kind: plain texts are "instruction"."""
+    columns: dict[str, str] = {}
+    """As data.columns, for this source."""
+    template: str | None = None
+    """As data.template, for this source."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        if self.source is not None:
+            return []
+        return [
+            f"public.{name} is of public.source, which is not given"
+            for name in ("kind", "columns", "template")
+            if getattr(self, name)
+        ]
+
+
+@dataclass(frozen=True)
+class PublicRows:
+    """Public rows under one tokenizer.
+
+    Attributes:
+        share: The rows.
+        labelled: Whether what is true of them may be learnt from.
+        width: Classes or vocabulary that knowledge about them is over.
+    """
+
+    share: TokenShare
+    labelled: bool
+    width: int
+
+
+def take_public(
+    train: Sequence[Example], test: Sequence[Example], settings: PublicSettings, rng: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
+    """Take public rows out of the training rows; none of them is in the held-out set.
+
+    Returns:
+        The public rows and the training rows that are left.
+
+    Raises:
+        DataError: Too few rows.
+    """
+    held_out = {text_of(example) for example in test}
+    candidates = [i for i, row in enumerate(train) if text_of(row) not in held_out]
+    if settings.rows >= len(candidates):
+        raise DataError(
+            f"public.rows = {settings.rows}: there are {len(candidates)} training rows to take them from, "
+            "and clients need some; take fewer or name a public.source"
+        )
+    drawn = sorted(rng.choice(candidates, size=settings.rows, replace=False).tolist())
+    taken = set(drawn)
+    return [train[i] for i in drawn], [row for i, row in enumerate(train) if i not in taken]
+
+
+def read_public(
+    settings: PublicSettings, data: DataSettings, test: Sequence[Example], rng: np.random.Generator
+) -> list[Example]:
+    """Read public rows from their own source.
+
+    Raises:
+        DataError: It cannot be read, is empty, or holds texts of the held-out set.
+    """
+    assert settings.source is not None, "read_public is for a source of its own"
+    first = settings.source if isinstance(settings.source, str) else settings.source[0]
+    kind = settings.kind or (None if first.startswith(BUILTIN_PREFIX) else data.kind)
+    own = DataSettings(
+        source=settings.source,
+        kind=kind,
+        columns=settings.columns or data.columns,
+        template=settings.template,
+        builtin_rows=data.builtin_rows,
+    )
+    loaded = load_examples(own, rng)
+    rows = [*loaded.train, *loaded.test]
+    if not rows:
+        raise DataError(f"public.source {settings.source!r} holds no row; the public set is empty")
+    held_out = {text_of(example) for example in test}
+    shared = [row for row in rows if text_of(row) in held_out]
+    if shared:
+        numbers = ", ".join(str(row.row) for row in shared[:5])
+        raise DataError(
+            f"public.source {settings.source!r} shares {len(shared)} of its {len(rows)} rows with the "
+            f"held-out set (rows {numbers}{', ...' if len(shared) > 5 else ''}): what is judged would be "
+            "learnt from; take them out of either"
+        )
+    drawn = rng.permutation(len(rows))[: settings.rows]
+    return [rows[i] for i in sorted(drawn.tolist())]
+
+
+def as_task(rows: Sequence[Example], classes: Sequence[str], *, labelled: bool) -> list[Example]:
+    """Return public rows as the task needs them: texts with a class or without, or completions.
+
+    Args:
+        rows: Of any kind.
+        classes: The class names of a classification task; empty for a causal model.
+        labelled: Whether labels are kept.
+
+    Raises:
+        DataError: A label is none of the classes.
+    """
+    if not classes:
+        return [_continued(row) for row in rows]
+    texts = []
+    for row in rows:
+        label = row.label if labelled and isinstance(row, Labelled) else NO_LABEL
+        if labelled and label not in classes:
+            raise DataError(
+                f"public row {row.row} has the class {label!r}, which is none of the {len(classes)} that "
+                "clients have; give rows of the same classes, or public.labelled = false"
+            )
+        texts.append(Labelled(row.row, text_of(row), label, row.columns))
+    return list(texts)
+
+
+def text_of(example: Example) -> str:
+    """Return everything an example says as one text."""
+    match example:
+        case Labelled(text=text):
+            return text
+        case Preference(prompt=prompt, chosen=chosen):
+            return _plain(prompt) + _plain(chosen)
+        case (
+            Instruction(prompt=prompt, completion=completion)
+            | Feedback(prompt=prompt, completion=completion)
+        ):
+            return _plain(prompt) + _plain(completion)
+
+
+def _continued(row: Example) -> Example:
+    """Return a row with one completion: a text is all completion."""
+    match row:
+        case Labelled(text=text):
+            return Instruction(row.row, "", text, row.columns)
+        case Preference(prompt=prompt, chosen=chosen):
+            return Instruction(row.row, prompt, chosen, row.columns)
+        case Feedback(prompt=prompt, completion=completion):
+            return Instruction(row.row, prompt, completion, row.columns)
+    return row
+
+
+def _plain(text: Text) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(message["content"] for message in text)

@@ -1,0 +1,345 @@
+"""KD-FedLLM: clients and server teach each other by their logits on public data; no parameter travels.
+
+Source: arXiv 2501.04436 (second framework), with the rules of FedMKT (Fan et al. 2024,
+https://arxiv.org/abs/2406.02224) and the treatment of missing entries of arXiv 2509.01750. The order of
+a round is a reconstruction after the former's description:
+
+1. each client trains its own adapter on its own rows, and sends what it says about the round's public rows;
+2. the server puts the answers together and distils them into its own model, which may be larger or of
+   another architecture;
+3. the server sends back what its model says now (or the clients' consensus), and each client distils that.
+
+Public rows are drawn from (seed, "public", round), which every party knows, so no ids travel. A client
+keeps its adapter from round to round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedloom.accounting.ledger import SERVER
+from fedloom.aggregation.knowledge import Knowledge, Rule, combine, joined, likeliest, shortened
+from fedloom.checkpoint import State
+from fedloom.data.batches import TokenShare, collate
+from fedloom.data.public import PublicRows
+from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.errors import MessageError
+from fedloom.messages import Exchange, Payload, Schema, Tensors, TensorSpec
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+)
+from fedloom.models.adapters import AdapterModel
+from fedloom.objectives.base import Head
+from fedloom.objectives.distillation import Distillation, scored_logits
+from fedloom.randomness import generator
+from fedloom.settings import Settings
+from fedloom.training.local import train_locally
+from fedloom.training.optimizers import Work
+
+VALUES, INDICES, COUNTS = "values", "indices", "counts"
+"""Names in the payloads: log-probabilities, which entries they are of, and how many a position has."""
+
+SCORING_BATCH = 32
+"""Public rows in one forward pass without gradients."""
+
+
+class DistillationSettings(Settings):
+    """``[method] name = "distillation"``."""
+
+    name: Literal["distillation"] = "distillation"
+    rule: Rule = "mean"
+    """How the server puts answers together: mean of logits or of probabilities (mean_prob), weighted by
+    rows; by each answer's entropy or confidence; or the answer with the lowest loss, text by text, which
+    needs public.labelled."""
+    temperature: float = Field(default=2.0, gt=0)
+    """T of the distillation loss."""
+    teacher_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the teacher in the loss on labelled public rows, the labels having the rest; on unlabelled
+    ones the teacher is alone."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Logits kept of each position (default: all)."""
+    top_mass: float | None = Field(default=None, gt=0, lt=1)
+    """Of each position only as many logits (top_k at most) as reach this probability."""
+    encoding: Encoding = "fp16"
+    """Of a logit on the wire: fp32, bf16, fp16, or int8 with a scale a position."""
+    down: Literal["server", "consensus"] = "server"
+    """What clients learn from: the server's model after it has learnt, or the clients' answers combined."""
+    rows_per_round: int | None = Field(default=None, ge=1)
+    """Public rows of a round, drawn anew (default: all of them)."""
+    server_epochs: int = Field(default=1, ge=1)
+    """Passes of the server over the round's public rows."""
+    client_epochs: int = Field(default=1, ge=1)
+    """Passes of a client over them."""
+    server_model: str | None = None
+    """Backbone of the server (default: model.path)."""
+    server_rank: int | None = Field(default=None, ge=1)
+    """LoRA rank of the server (default: adapter.rank)."""
+
+
+class DistillationMethod(Method):
+    """Logits travel: up what clients say, down what the server's model has learnt from it."""
+
+    own_models = True
+    needs_public = True
+
+    def __init__(self, settings: DistillationSettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Collect answers, learn from them, send back what is known then."""
+        server, settings = self.server, self.settings
+        assert server.public is not None, "assembly gives public rows to methods that need them"
+        public = self._rows(server.public, server.seed, cohort.round)
+        head = server.objective.head
+        wire = KnowledgeWire(settings, public)
+        replies = yield Exchange.broadcast(
+            "train",
+            cohort.round,
+            cohort.clients,
+            Payload(numbers={"learning_rate": cohort.learning_rate}),
+            Schema(numbers=("learning_rate",)),
+            Schema(wire.specs, TRAIN_REPLY_NUMBERS, metrics=True),
+            lambda client, payload: wire.check(payload.tensors),
+        )
+        with server.ledger.measure(cohort.round, SERVER, "train") as cost:
+            before = server.model.flops
+            consensus = combine(
+                [wire.unpack(reply.payload.tensors) for reply in replies],
+                [reply.payload.numbers["examples"] for reply in replies],
+                settings.rule,
+                labels=true_entries(public, head),
+                groups=_groups(public.share),
+            )
+            server.model.write(state.tensors)
+            result = train_locally(
+                server.model,
+                replace(public.share, teacher=consensus),
+                self._objective(public, head),
+                server.training,
+                learning_rate=cohort.learning_rate,
+                seed=server.seed,
+                client=SERVER,
+                round=cohort.round,
+                work=Work(epochs=settings.server_epochs),
+                purpose="distil ",
+            )
+            if settings.down == "server":
+                known = answers(server.model, public, head, settings)
+            else:
+                known = shortened(consensus, settings.top_k, settings.top_mass)
+            tensors = server.model.read()
+            cost.flops = server.model.flops - before
+            cost.tokens, cost.examples, cost.steps = result.tokens, result.examples, result.steps
+        yield Exchange.broadcast(
+            "distil",
+            cohort.round,
+            tuple(reply.client for reply in replies),
+            Payload(wire.pack(known), {"learning_rate": cohort.learning_rate}),
+            Schema(wire.specs, ("learning_rate",)),
+            Schema(metrics=True),
+        )
+        return State(tensors)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train, "distil": self._distil}
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the client's own adapter, or the initial one before its first training."""
+        client.model.write(client.kept.get(ADAPTER, client.initial))
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        self.load(client, payload)
+        result = client.train(payload.numbers["learning_rate"])
+        client.kept[ADAPTER] = client.model.read()
+        public, wire = self._client_rows(client)
+        said = answers(client.model, public, client.objective.head, self.settings)
+        numbers = {"examples": len(client.share)}
+        return Payload(wire.pack(said), numbers, result.metrics)
+
+    def _distil(self, client: Client, payload: Payload) -> Payload:
+        public, wire = self._client_rows(client)
+        wire.check(payload.tensors)
+        self.load(client, payload)
+        client.last = train_locally(
+            client.model,
+            replace(public.share, teacher=wire.unpack(payload.tensors)),
+            self._objective(public, client.objective.head),
+            client.training,
+            learning_rate=payload.numbers["learning_rate"],
+            seed=client.seed,
+            client=client.id,
+            round=client.round,
+            work=Work(epochs=self.settings.client_epochs),
+            purpose="distil ",
+        )
+        client.kept[ADAPTER] = client.model.read()
+        metrics = client.last.metrics
+        return Payload(metrics={f"distil_{name}": value for name, value in metrics.items()})
+
+    def _client_rows(self, client: Client) -> tuple[PublicRows, KnowledgeWire]:
+        assert client.public is not None, "the engine gives clients the public rows"
+        public = self._rows(client.public, client.seed, client.round)
+        return public, KnowledgeWire(self.settings, public)
+
+    def _rows(self, public: PublicRows, seed: int, round: int) -> PublicRows:
+        """Return the public rows of a round, the same for every party."""
+        total = len(public.share)
+        count = self.settings.rows_per_round or total
+        if count >= total:
+            return public
+        drawn = generator(seed, "public", round=round).choice(total, count, replace=False)
+        return replace(public, share=public.share.take(np.sort(drawn)))
+
+    def _objective(self, public: PublicRows, head: Head) -> Distillation:
+        settings = self.settings
+        return Distillation(
+            head, settings.temperature, settings.teacher_share, labelled=public.labelled
+        )
+
+
+class KnowledgeWire:
+    """The form in which knowledge about N positions travels.
+
+    Whole: N rows of values. The k likeliest: the same with their indices, in the smallest integers that
+    hold the width. Different numbers of them: one list of values and indices, and a count a position.
+    """
+
+    def __init__(self, settings: DistillationSettings, public: PublicRows) -> None:
+        """Fix the schema for knowledge about these rows."""
+        width = public.width
+        self.encoding: Encoding = settings.encoding
+        self.positions, self.width = int(public.share.positions[-1]), width
+        self.k = min(settings.top_k or width, width)
+        self.adaptive = settings.top_mass is not None
+        self.sparse = self.adaptive or self.k < width
+        self.index = index_dtype(width)
+        self.specs = self._specs()
+
+    def pack(self, knowledge: Knowledge) -> Tensors:
+        """Return what travels."""
+        if not self.sparse:
+            return pack_rows(VALUES, knowledge.values, self.encoding)
+        assert knowledge.indices is not None, "knowledge of a part has indices"
+        if not self.adaptive:
+            values = pack_rows(VALUES, knowledge.values, self.encoding)
+            return {**values, INDICES: knowledge.indices.to(self.index)}
+        assert knowledge.present is not None, "rows of different lengths say which entries count"
+        present = knowledge.present
+        packed = pack_rows(VALUES, knowledge.values.masked_fill(~present, 0.0), self.encoding)
+        counts = present.sum(-1).to(torch.int32)
+        indices = knowledge.indices[present].to(self.index)
+        return {**packed, VALUES: packed[VALUES][present], INDICES: indices, COUNTS: counts}
+
+    def unpack(self, tensors: Tensors) -> Knowledge:
+        """Return what :meth:`pack` packed; tensors that passed :meth:`check`."""
+        if not self.sparse:
+            values = unpack_rows(VALUES, tensors, self.encoding)
+            return Knowledge(self.width, values.log_softmax(-1))
+        if not self.adaptive:
+            values = unpack_rows(VALUES, tensors, self.encoding)
+            return Knowledge(self.width, values, tensors[INDICES].to(torch.int64))
+        counts = tensors[COUNTS].long()
+        present = torch.arange(self.k).unsqueeze(0) < counts.unsqueeze(1)
+        values = torch.zeros(self.positions, self.k, dtype=tensors[VALUES].dtype)
+        indices = torch.zeros(self.positions, self.k, dtype=torch.int64)
+        values[present] = tensors[VALUES]
+        indices[present] = tensors[INDICES].to(torch.int64)
+        whole = unpack_rows(VALUES, {**tensors, VALUES: values}, self.encoding)
+        return Knowledge(self.width, whole, indices, present)
+
+    def check(self, tensors: Tensors) -> None:
+        """Check what a schema cannot say.
+
+        Raises:
+            MessageError: Counts that do not add up, entries out of order, twice or beyond the width.
+        """
+        if not self.sparse:
+            return
+        if self.adaptive:
+            counts = tensors[COUNTS].long()
+            entries = len(tensors[VALUES])
+            if int(counts.min()) < 1 or int(counts.max()) > self.k or int(counts.sum()) != entries:
+                raise MessageError(
+                    f"logits: the counts must be 1 to {self.k} and add up to the {entries} values sent"
+                )
+            if len(tensors[INDICES]) != entries:
+                raise MessageError(f"logits: {len(tensors[INDICES])} indices for {entries} values")
+        knowledge = self.unpack(tensors)
+        assert knowledge.indices is not None, "knowledge of a part has indices"
+        present = knowledge.present
+        indices = knowledge.indices
+        if int(indices.min()) < 0 or int(indices.max()) >= self.width:
+            raise MessageError(
+                f"logits: index {int(indices.max())} is not below the width of {self.width}"
+            )
+        rising = indices[:, 1:] > indices[:, :-1]
+        if present is not None:
+            rising = rising | ~present[:, 1:]
+        if not bool(rising.all()):
+            raise MessageError("logits: the indices of a position must rise and occur once")
+
+    def _specs(self) -> tuple[TensorSpec, ...]:
+        n, k = self.positions, self.k
+        if not self.adaptive:
+            values = row_specs(VALUES, n, k, self.encoding)
+            return (*values, TensorSpec(INDICES, (n, k), self.index)) if self.sparse else values
+        flat = row_specs(VALUES, n, k, self.encoding)
+        values = (TensorSpec(VALUES, (n * k,), flat[0].dtype, ragged=True), *flat[1:])
+        return (
+            *values,
+            TensorSpec(INDICES, (n * k,), self.index, ragged=True),
+            TensorSpec(COUNTS, (n,), torch.int32),
+        )
+
+
+def index_dtype(width: int) -> torch.dtype:
+    """Return the smallest unsigned integers that number ``width`` entries (int32 above 65536)."""
+    if width <= 1 << 8:
+        return torch.uint8
+    return torch.uint16 if width <= 1 << 16 else torch.int32
+
+
+def answers(
+    model: AdapterModel, public: PublicRows, head: Head, settings: DistillationSettings
+) -> Knowledge:
+    """Return what the adapter that ``model`` holds says about public rows, no more than is kept."""
+    parts = []
+    with model.evaluating():
+        for start in range(0, len(public.share), SCORING_BATCH):
+            rows = np.arange(start, min(start + SCORING_BATCH, len(public.share)))
+            batch = collate(public.share, rows, model.pad, model.device)
+            logits, _ = scored_logits(model, batch, head)
+            logps = logits[:, : public.width].float().log_softmax(-1).cpu()
+            parts.append(likeliest(logps, settings.top_k, settings.top_mass))
+    return joined(parts)
+
+
+def true_entries(public: PublicRows, head: Head) -> Tensor | None:
+    """Return ``(positions,)`` the class or token that is true at each, ``None`` where that is not said."""
+    tokens = public.share.tokens
+    if not public.labelled:
+        return None
+    if head == "classification":
+        return torch.from_numpy(tokens.labels)
+    sequences = (tokens.sequence(number) for number in range(len(tokens)))
+    return torch.from_numpy(np.concatenate([s[p:] for s, p in sequences]).astype(np.int64))
+
+
+def _groups(public: TokenShare) -> Tensor:
+    """Return ``(positions,)``: which row each lies in."""
+    lengths = np.diff(public.positions)
+    return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))

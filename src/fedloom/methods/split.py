@@ -1,0 +1,644 @@
+"""Split-FedLLM: first blocks on the clients, the rest on the server; activations and gradients travel.
+
+Source: arXiv 2501.04436 (third framework); its steps are those of SplitFed (Thapa et al. 2022,
+https://arxiv.org/abs/2004.12088) on LoRA, as in SplitLoRA (Lin et al. 2024,
+https://arxiv.org/abs/2407.00952), whose code cuts GPT-2 after block 3 and averages every 100 steps.
+
+A step: the client sends the activations of its last block; the server goes on, takes the loss, makes its
+own optimizer step and sends back the gradient of what it got; the client goes on with that and makes its
+step. With ``labels = "server"`` the client sends what is true too. With ``labels = "client"`` (U-shape) norm
+and head are the client's: the server sends the activations of its last block, and gets their gradient.
+
+All clients take a step at a time. ``server = "sequential"`` (SplitFedV2): one back half, which steps after
+every client's batch, in client order. ``"parallel"`` (V1): a copy for every client, averaged with the front
+halves. Either party clips its own gradient; padding does not travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedloom.accounting.ledger import SERVER
+from fedloom.aggregation.means import weighted_mean
+from fedloom.batch import Batch, Sequences
+from fedloom.checkpoint import State
+from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.errors import MessageError, NonFiniteLoss
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
+from fedloom.methods.base import (
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    ServerSide,
+    join_parts,
+    part_of,
+)
+from fedloom.models.cut import BackHalf, FrontHalf, last_tokens
+from fedloom.objectives.base import Objective
+from fedloom.randomness import derive_seed
+from fedloom.settings import Settings
+from fedloom.training.local import DropoutStream, Elsewhere, LocalResult, Totals, local_steps, update
+from fedloom.training.optimizers import make_optimizer
+
+FRONT, BACK = "front", "back"
+"""Parts of the state: the clients' half of the adapter and the server's."""
+
+ROWS, TARGETS = "rows", "targets"
+"""Names in the payloads: a line of integers for each sequence, and the completions' tokens."""
+
+STEP_NUMBERS = ("loss", "exponent", "pause")
+"""Beside a gradient: the loss of the batch, the power of two it was divided by, whether to stop there."""
+
+
+class SplitSettings(Settings):
+    """``[method] name = "split"``."""
+
+    name: Literal["split"] = "split"
+    cut: int = Field(default=1, ge=1)
+    """Blocks on the client, counted from the embeddings; the model must have more."""
+    labels: Literal["server", "client"] = "server"
+    """Where labels are: at the server, with the head; or at the client, which then has norm and head too
+    (U-shape)."""
+    server: Literal["sequential", "parallel"] = "sequential"
+    """One back half that learns from client after client, or one a client, averaged."""
+    average_every: int | None = Field(default=None, ge=1)
+    """Steps of a client after which front halves (and parallel back halves) are averaged and handed out
+    again (default: once a round)."""
+    activations: Encoding = "fp32"
+    """Of activations on the wire: fp32, bf16, fp16, or int8 with a scale a token."""
+    gradients: Encoding = "fp32"
+    """Of gradients on the wire."""
+    activation_noise: float = Field(default=0.0, ge=0)
+    """Normal noise on the client's activations, as a share of their root mean square; 0 is none."""
+
+
+class Split(Method):
+    """A model cut in two, or in three with both ends at the client."""
+
+    def __init__(self, settings: SplitSettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+        self.u_shape = settings.labels == "client"
+
+    def equip(self, server: ServerSide) -> None:
+        """View the server's blocks of its model."""
+        super().equip(server)
+        self.back = BackHalf(server.model, self.settings.cut, tail=self.u_shape)
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Part the adapter in the clients' half and the server's."""
+        back = {name: tensor for name, tensor in adapter.items() if name in self.back.parameters}
+        front = {name: tensor for name, tensor in adapter.items() if name not in back}
+        return State(join_parts(front=front, back=back))
+
+    def shared(self, state: State) -> Tensors:
+        """Return both halves as the adapter of the whole model."""
+        both = {**part_of(state.tensors, FRONT), **part_of(state.tensors, BACK)}
+        return dict(sorted(both.items()))
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Let all clients take their steps; average in the end, and before it every few steps."""
+        front = part_of(state.tensors, FRONT)
+        desk = _Desk(self, cohort, part_of(state.tensors, BACK))
+        training, finished = cohort.clients, 0.0
+        while training:
+            collected, paused = yield from self._leg(cohort, training, front, desk)
+            weights = [reply.payload.numbers["examples"] for reply in collected]
+            halves = [reply.payload.tensors for reply in collected]
+            # Who finished earlier in this round stands by what was averaged then.
+            front = weighted_mean([*halves, front], [*weights, finished]) if finished else (
+                weighted_mean(halves, weights)
+            )
+            desk.average({r.client: w for r, w in zip(collected, weights, strict=True)}, finished)
+            own = {reply.client for reply in collected}
+            training = tuple(client for client in paused if client in own)
+            finished += sum(
+                reply.payload.numbers["examples"]
+                for reply in collected
+                if reply.client not in training
+            )
+        self.server.model.hold(self.server.model.parameters)
+        return State(join_parts(front=front, back=desk.back))
+
+    def _leg(
+        self, cohort: Cohort, training: tuple[int, ...], front: Tensors, desk: _Desk
+    ) -> Generator[Exchange, list[Reply], tuple[list[Reply], tuple[int, ...]]]:
+        """Hand out front halves, take steps until an average is due, and collect them.
+
+        Returns:
+            The front halves that came back, and who has more steps to take.
+        """
+        wire, last = desk.wire, self.settings.average_every or math.inf
+        replies = yield wire.start(cohort, training, front)
+        trained = {reply.client for reply in replies}
+        paused: tuple[int, ...] = ()
+        step = 0
+        while replies:
+            step += 1
+            going: list[Reply] = []
+            for turn in self._turns(replies):
+                asked = {reply.client for reply in turn}
+                if self.u_shape:
+                    turn = yield wire.ask_for_loss(cohort, desk.continue_with(turn))
+                learnt = desk.learn_from_loss(turn) if self.u_shape else desk.learn(turn)
+                answers: list[Reply] = []
+                if learnt:
+                    answers = yield wire.answer(cohort, learnt, pause=step >= last)
+                trained -= asked - {reply.client for reply in answers}
+                going += [r for r in answers if r.payload.numbers["waiting"]]
+            paused = tuple(reply.client for reply in going)
+            replies = going if step < last else []
+        collected = yield wire.collect(cohort, tuple(sorted(trained)), front)
+        return collected, paused if step >= last else ()
+
+    def _turns(self, replies: list[Reply]) -> list[list[Reply]]:
+        """Return who is answered together: one back half cannot wait for two clients' losses at once."""
+        alone = self.u_shape and self.settings.server == "sequential"
+        return [[reply] for reply in replies] if alone else [replies]
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {
+            "start": self._start,
+            "loss": self._loss,
+            "step": self._step,
+            "collect": self._collect,
+        }
+
+    def _start(self, client: Client, payload: Payload) -> Payload:
+        """Take over a front half; go forward with the first or the next batch."""
+        session, model = client.session, _front(client)
+        if "steps" not in session:
+            session["parameters"] = model.parameters_of(payload.tensors)
+            model.hold(session["parameters"])
+            session["steps"] = self._client_steps(client, payload.numbers["learning_rate"])
+            next(session["steps"])
+        else:
+            model.hold(session["parameters"])
+            model.write(payload.tensors)
+        return self._forward(client)
+
+    def _step(self, client: Client, payload: Payload) -> Payload:
+        """Go back with the server's gradient, make a step, go forward with the next batch."""
+        session = client.session
+        _front(client).hold(session["parameters"])
+        gradient = unpack_rows("gradient", payload.tensors, self.settings.gradients)
+        _check_gradient(gradient, session["tokens"])
+        gradient = gradient * 2.0 ** payload.numbers["exponent"]
+        try:
+            session["steps"].send((gradient, payload.numbers["loss"]))
+        except StopIteration as stop:
+            client.last = session["result"] = stop.value
+            return _wire(client, self.settings).nothing(waiting=False)
+        if payload.numbers["pause"]:
+            return _wire(client, self.settings).nothing(waiting=True)
+        return self._forward(client)
+
+    def _loss(self, client: Client, payload: Payload) -> Payload:
+        """U-shape: from the server's activations to the loss; send back their gradient."""
+        session = client.session
+        _front(client).hold(session["parameters"])
+        hidden = unpack_rows("hidden", payload.tensors, self.settings.activations)
+        _check_gradient(hidden, session["tokens"])
+        gradient, loss = session["steps"].send(hidden)
+        packed, exponent = pack_gradient(gradient, self.settings.gradients)
+        return Payload(packed, {"loss": loss, "exponent": exponent})
+
+    def _collect(self, client: Client, payload: Payload) -> Payload:
+        """Send the front half, and what was seen in the round once it is done."""
+        result: LocalResult | None = client.session.get("result")
+        tensors = {n: p.detach().cpu().clone() for n, p in client.session["parameters"].items()}
+        metrics = result.metrics if result else {}
+        return Payload(tensors, {"examples": len(client.share)}, metrics)
+
+    def _forward(self, client: Client) -> Payload:
+        tokens, batch = client.session["steps"].send(None)
+        client.session["tokens"] = len(tokens)
+        return _wire(client, self.settings).step(tokens, batch, client.model.pad)
+
+    def _client_steps(
+        self, client: Client, learning_rate: float
+    ) -> Generator[Any, Any, LocalResult]:
+        """Return the client's steps; they wait before each batch, and for the server inside it."""
+        model, objective = _front(client), client.objective
+        noise = torch.Generator().manual_seed(
+            derive_seed(client.seed, "activation noise", client.id, client.round)
+        )
+
+        def gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
+            (batch,) = parts
+            yield None
+            mask = batch.sequences.attention_mask.bool()
+            hidden = model(input_ids=batch.sequences.input_ids, attention_mask=mask.long())
+            tokens = hidden[mask]
+            answer = yield self._noisy(tokens.detach(), noise), batch
+            if self.u_shape:
+                answer = yield _own_loss(model, objective, batch, answer)
+            gradient, loss = answer
+            tokens.backward(gradient.to(tokens.device))
+            totals.add(batch, {"loss": torch.tensor(loss)}, objective.weight(batch), {})
+            return float(loss)
+
+        return local_steps(
+            model,
+            client.share,
+            gradients,
+            client.training,
+            learning_rate=learning_rate,
+            seed=client.seed,
+            client=client.id,
+            round=client.round,
+            work=client.work,
+        )
+
+    def _noisy(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.settings.activation_noise:
+            return tokens
+        size = self.settings.activation_noise * tokens.square().mean().sqrt()
+        return tokens + size * torch.randn(tokens.shape, generator=generator).to(tokens.device)
+
+
+class SplitWire:
+    """The forms in which a split model's halves speak to each other."""
+
+    def __init__(
+        self,
+        settings: SplitSettings,
+        objective: Objective,
+        *,
+        rows: int,
+        max_length: int,
+        hidden: int,
+        width: int,
+    ) -> None:
+        """Fix the schemas.
+
+        Args:
+            settings: Encodings, and where labels are.
+            objective: Classification or SFT.
+            rows: Sequences in a batch at most.
+            max_length: Tokens of one at most.
+            hidden: Numbers an activation has.
+            width: Classes or vocabulary.
+        """
+        self.settings, self.max_length, self.width = settings, max_length, width
+        self.hidden = hidden
+        self.told = settings.labels == "server"
+        self.classifies = objective.head == "classification"
+        tokens = rows * max_length
+        self.activations = row_specs("activations", tokens, hidden, settings.activations, ragged=True)
+        self.gradient = row_specs("gradient", tokens, hidden, settings.gradients, ragged=True)
+        self.entered = row_specs("hidden", tokens, hidden, settings.activations, ragged=True)
+        self.fields = (3 if self.classifies else 2) if self.told else 1
+        facts = [TensorSpec(ROWS, (rows, self.fields), torch.int32, ragged=True)]
+        if self.told and not self.classifies:
+            facts.append(TensorSpec(TARGETS, (tokens,), torch.int32, ragged=True))
+        self.step_schema = Schema((*self.activations, *facts), ("waiting",))
+
+    def step(self, tokens: Tensor, batch: Batch, pad: int) -> Payload:
+        """Return what a client sends: activations of all tokens, and what the server must know of them."""
+        sequences = batch.sequences
+        lengths = sequences.attention_mask.sum(-1)
+        fields = [lengths]
+        if self.told and self.classifies:
+            assert batch.labels is not None, "labelled examples carry labels"
+            fields += [last_tokens(sequences.input_ids, pad), batch.labels]
+        elif self.told:
+            fields += [lengths - sequences.completion_mask.sum(-1)]
+        tensors = pack_rows("activations", tokens, self.settings.activations)
+        tensors[ROWS] = torch.stack(fields, -1).to(torch.int32).cpu()
+        if self.told and not self.classifies:
+            tensors[TARGETS] = sequences.input_ids[sequences.completion_mask].to(torch.int32).cpu()
+        return Payload(tensors, {"waiting": 1.0})
+
+    def nothing(self, *, waiting: bool) -> Payload:
+        """Return what a client sends that has no batch under way: whether it has more to do."""
+        tensors = pack_rows("activations", torch.zeros(0, self.hidden), self.settings.activations)
+        tensors[ROWS] = torch.zeros(0, self.fields, dtype=torch.int32)
+        if self.told and not self.classifies:
+            tensors[TARGETS] = torch.zeros(0, dtype=torch.int32)
+        return Payload(tensors, {"waiting": float(waiting)})
+
+    def batch(self, tensors: Tensors) -> tuple[Tensor, Batch, Tensor | None]:
+        """Return padded activations, the batch they are of as far as it is known, and the last columns."""
+        tokens = unpack_rows("activations", tensors, self.settings.activations)
+        facts = tensors[ROWS].long()
+        lengths = facts[:, 0]
+        columns = torch.arange(int(lengths.max()))
+        mask = columns < lengths.unsqueeze(1)
+        activations = torch.zeros(*mask.shape, self.hidden)
+        activations[mask] = tokens
+        ids = torch.zeros(mask.shape, dtype=torch.int64)
+        completion = torch.zeros_like(mask)
+        labels, last, first = None, None, 1
+        if self.told and self.classifies:
+            last, labels = facts[:, 1], facts[:, 2]
+        elif self.told:
+            completion = mask & (columns >= facts[:, 1].unsqueeze(1))
+            ids[completion] = tensors[TARGETS].long()
+            first = max(1, min(int(facts[:, 1].min()), len(columns) - 1))
+        sequences = Sequences(ids, mask.long(), completion, first)
+        count = int(completion.sum())
+        rows = tuple(range(len(facts)))
+        return activations, Batch(rows, sequences, count, int(lengths.sum()), labels), last
+
+    def check(self, payload: Payload, *, pause: bool = False) -> None:
+        """Check what a schema cannot say of a client's step.
+
+        Raises:
+            MessageError: Lengths, labels or targets that do not belong together or are out of range.
+        """
+        facts, tokens = payload.tensors[ROWS].long(), len(payload.tensors["activations"])
+        if not len(facts):
+            if tokens or (payload.numbers["waiting"] and not pause):
+                raise MessageError("activations without their lengths, or none where a step is due")
+            return
+        lengths = facts[:, 0]
+        if int(lengths.min()) < 1 or int(lengths.max()) > self.max_length:
+            raise MessageError(f"a sequence must have 1 to {self.max_length} tokens")
+        if int(lengths.sum()) != tokens or any(
+            len(payload.tensors[spec.name]) != tokens for spec in self.activations
+        ):
+            raise MessageError(f"{tokens} activations for sequences of {int(lengths.sum())} tokens")
+        if self.told and self.classifies:
+            last, labels = facts[:, 1], facts[:, 2]
+            if bool((last < 0).any() or (last >= lengths).any()):
+                raise MessageError("the token to classify by lies outside its sequence")
+            if bool((labels < 0).any() or (labels >= self.width).any()):
+                raise MessageError(f"a label is not among the {self.width} classes")
+        elif self.told:
+            targets = payload.tensors[TARGETS]
+            left = lengths - facts[:, 1]
+            if bool((facts[:, 1] < 1).any() or (left < 1).any()) or int(left.sum()) != len(targets):
+                raise MessageError("prompts, completions and targets do not add up")
+            if int(targets.min()) < 0 or int(targets.max()) >= self.width:
+                raise MessageError(f"a target is not among the {self.width} tokens")
+
+    def start(self, cohort: Cohort, clients: tuple[int, ...], front: Tensors) -> Exchange:
+        """Hand out a front half and ask for the first activations."""
+        return Exchange.broadcast(
+            "start",
+            cohort.round,
+            clients,
+            Payload(front, {"learning_rate": cohort.learning_rate}),
+            Schema.of(front, ("learning_rate",)),
+            self.step_schema,
+            lambda client, payload: self.check(payload),
+        )
+
+    def answer(self, cohort: Cohort, learnt: Sequence[_Learnt], *, pause: bool) -> Exchange:
+        """Send every client its gradient and ask for the next activations, or for a pause."""
+        schema = Schema(self.gradient, STEP_NUMBERS)
+        requests = {}
+        for one in learnt:
+            packed, exponent = pack_gradient(one.gradient, self.settings.gradients)
+            numbers = {"loss": one.loss, "exponent": exponent, "pause": float(pause)}
+            requests[one.client] = encode(Payload(packed, numbers), schema)
+        return Exchange(
+            "step",
+            cohort.round,
+            schema,
+            self.step_schema,
+            requests,
+            lambda client, payload: self.check(payload, pause=pause),
+        )
+
+    def ask_for_loss(self, cohort: Cohort, hidden: dict[int, Tensor]) -> Exchange:
+        """U-shape: send every client the activations of the last block and ask for their gradient."""
+        schema, encoding = Schema(self.entered), self.settings.activations
+
+        def check(client: int, payload: Payload) -> None:
+            _check_gradient(payload.tensors["gradient"], len(hidden[client]))
+
+        return Exchange(
+            "loss",
+            cohort.round,
+            schema,
+            Schema(self.gradient, ("loss", "exponent")),
+            {c: encode(Payload(pack_rows("hidden", t, encoding)), schema) for c, t in hidden.items()},
+            check,
+        )
+
+    def collect(self, cohort: Cohort, clients: tuple[int, ...], front: Tensors) -> Exchange:
+        """Ask for front halves."""
+        return Exchange.broadcast(
+            "collect",
+            cohort.round,
+            clients,
+            Payload(),
+            Schema(),
+            Schema.of(front, TRAIN_REPLY_NUMBERS, metrics=True),
+        )
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """What the server has for a client after a batch: gradient of its activations, and the loss."""
+
+    client: int
+    gradient: Tensor
+    loss: float
+
+
+@dataclass
+class _Copy:
+    """A back half in training: shared by all clients, or of one."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    stream: DropoutStream
+
+
+class _Desk:
+    """The server's side of a round: back halves, their optimizers, and graphs that wait for a loss."""
+
+    def __init__(self, method: Split, cohort: Cohort, back: Tensors) -> None:
+        self.method, self.cohort, self.back = method, cohort, back
+        self.model, self.server = method.back, method.server
+        self.wire = _wire(self.server, method.settings)
+        self.parallel = method.settings.server == "parallel"
+        clients = cohort.clients
+        if self.parallel:
+            self.copies = {client: self._copy(client) for client in clients}
+        else:
+            self.copies = dict.fromkeys(clients, self._copy(SERVER))
+        self.waiting: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _copy(self, client: int) -> _Copy:
+        parameters = self.model.parameters_of(self.back)
+        optimizer = make_optimizer(
+            parameters, self.server.training, self.cohort.learning_rate
+        )
+        seed = derive_seed(self.server.seed, "server dropout", client, self.cohort.round)
+        return _Copy(parameters, optimizer, DropoutStream(seed, self.model))
+
+    def learn(self, replies: Sequence[Reply]) -> list[_Learnt]:
+        """Go forward to the loss and back with every client's batch, in client order."""
+        learnt = []
+        with self._measured():
+            for reply in replies:
+                activations, batch, last = self.wire.batch(reply.payload.tensors)
+                batch = _on(batch, self.model.device)
+                entered, mask, hidden = self._forward(reply.client, activations, batch)
+                ending = self.model.ending
+                assert ending is not None, "the head is here where labels are"
+                ending.hidden, ending.last = hidden, last
+                with self.copies[reply.client].stream.drawing():
+                    loss, _ = self.server.objective.loss(ending, batch, None)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                learnt.append(self._step(reply.client, entered, mask, float(loss.detach())))
+        return learnt
+
+    def continue_with(self, replies: Sequence[Reply]) -> dict[int, Tensor]:
+        """U-shape: go forward through the server's blocks; return ``(tokens, hidden)`` a client."""
+        result = {}
+        with self._measured():
+            for reply in replies:
+                activations, batch, _ = self.wire.batch(reply.payload.tensors)
+                batch = _on(batch, self.model.device)
+                entered, mask, hidden = self._forward(reply.client, activations, batch)
+                self.waiting[reply.client] = (entered, mask, hidden)
+                result[reply.client] = hidden.detach()[mask]
+        return result
+
+    def learn_from_loss(self, replies: Sequence[Reply]) -> list[_Learnt]:
+        """U-shape: go back through the server's blocks with the clients' gradients."""
+        learnt = []
+        encoding = self.method.settings.gradients
+        with self._measured():
+            for reply in replies:
+                entered, mask, hidden = self.waiting.pop(reply.client)
+                gradient = unpack_rows("gradient", reply.payload.tensors, encoding)
+                gradient = gradient * 2.0 ** reply.payload.numbers["exponent"]
+                self.model.hold(self.copies[reply.client].parameters)
+                hidden[mask].backward(gradient.to(hidden.device))
+                loss = reply.payload.numbers["loss"]
+                learnt.append(self._step(reply.client, entered, mask, loss))
+        self.waiting.clear()  # of clients that were lost on the way
+        return learnt
+
+    def average(self, weights: dict[int, float], finished: float) -> None:
+        """Take the mean of the copies of those who came back; all go on with it."""
+        own = [_values(self.copies[client]) for client in weights]
+        if not self.parallel:
+            self.back = own[0]
+            return
+        if finished:
+            self.back = weighted_mean([*own, self.back], [*weights.values(), finished])
+        else:
+            self.back = weighted_mean(own, list(weights.values()))
+        with torch.no_grad():
+            for copy in self.copies.values():
+                for name, parameter in copy.parameters.items():
+                    parameter.copy_(self.back[name])
+
+    def _forward(
+        self, client: int, activations: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        copy = self.copies[client]
+        self.model.hold(copy.parameters)
+        entered = activations.to(self.model.device).requires_grad_()
+        mask = batch.sequences.attention_mask
+        with copy.stream.drawing():
+            hidden = self.model(input_ids=entered, attention_mask=mask)
+        return entered, mask.bool(), hidden
+
+    def _step(self, client: int, entered: Tensor, mask: Tensor, loss: float) -> _Learnt:
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(client, 0, [], loss)
+        copy = self.copies[client]
+        update(copy.parameters, copy.optimizer, self.server.training)
+        assert entered.grad is not None, "the loss depends on the activations"
+        return _Learnt(client, entered.grad[mask], loss)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        with self.server.ledger.measure(self.cohort.round, SERVER, "train") as cost:
+            before = self._flops()
+            yield
+            cost.flops = self._flops() - before
+
+    def _flops(self) -> float:
+        return self.model.flops
+
+
+def pack_gradient(gradient: Tensor, encoding: Encoding) -> tuple[Tensors, float]:
+    """Return a gradient as it travels, divided by a power of two that brings it into any encoding's range.
+
+    Returns:
+        The tensors, and the exponent. Of fp32 and bf16 no bit is lost.
+    """
+    largest = float(gradient.abs().max()) if gradient.numel() else 0.0
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else 0
+    return pack_rows("gradient", gradient * 2.0**-exponent, encoding), float(exponent)
+
+
+def _own_loss(
+    model: FrontHalf, objective: Objective, batch: Batch, hidden: Tensor
+) -> tuple[Tensor, float]:
+    """U-shape: norm, head and loss at the client; return the gradient of ``hidden`` and the loss."""
+    mask = batch.sequences.attention_mask.bool()
+    table = torch.zeros(*mask.shape, hidden.shape[-1], device=model.device)
+    table[mask] = hidden.to(model.device)
+    table.requires_grad_()
+    ending = model.ending
+    assert ending is not None, "in U-shape the head is the client's"
+    ending.hidden = table
+    if objective.head == "classification":
+        ending.last = last_tokens(batch.sequences.input_ids, model.pad)
+    loss, _ = objective.loss(ending, batch, None)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert table.grad is not None, "the loss depends on the activations"
+    return table.grad[mask], float(loss.detach())
+
+
+def _check_gradient(rows: Tensor, tokens: int) -> None:
+    """Check that there is a finite row for each token that was sent.
+
+    Raises:
+        MessageError: The number differs, or a number is not finite.
+    """
+    if len(rows) != tokens:
+        raise MessageError(f"gradient or activations of {len(rows)} tokens came back for {tokens}")
+    if not bool(torch.isfinite(rows.float()).all()):
+        raise MessageError("gradient or activations that came back hold NaN or infinity")
+
+
+def _wire(party: Client | ServerSide, settings: SplitSettings) -> SplitWire:
+    model = party.model
+    config: Any = model.model.config
+    return SplitWire(
+        settings,
+        party.objective,
+        rows=party.training.batch_size,
+        max_length=party.max_length,
+        hidden=int(config.hidden_size),
+        width=party.width,
+    )
+
+
+def _front(client: Client) -> FrontHalf:
+    assert isinstance(client.model, FrontHalf), "assembly gives clients of this method a front half"
+    return client.model
+
+
+def _values(copy: _Copy) -> Tensors:
+    return {name: p.detach().cpu().clone() for name, p in copy.parameters.items()}
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    labels = None if batch.labels is None else batch.labels.to(device)
+    return Batch(
+        batch.rows, batch.sequences.to(device), batch.completion_tokens, batch.tokens, labels
+    )

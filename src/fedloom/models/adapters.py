@@ -1,0 +1,362 @@
+"""What is trained on a frozen backbone, through PEFT, and its tensors by name.
+
+====================  ==================================================================================
+``lora``              two factors of rank r beside linear layers (Hu et al. 2021,
+                      https://arxiv.org/abs/2106.09685)
+``full``              the linear layers themselves, in the blocks that ``layers`` names; saved by PEFT in
+                      its format for layers that are trained whole ("LN_TUNING", which takes any layer)
+``ia3``               one factor a channel of keys, values and the MLP's input (Liu et al. 2022,
+                      https://arxiv.org/abs/2205.05638)
+``prompt``            embeddings of virtual tokens before the text (Lester et al. 2021,
+                      https://arxiv.org/abs/2104.08691); causal models only
+====================  ==================================================================================
+
+The tensors are read and written in place: PEFT's own state-dict functions take milliseconds each
+time, a copy into the parameter microseconds.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedloom.accounting.flops import backward_flops, forward_flops
+from fedloom.errors import ModelError
+from fedloom.messages import Tensors
+from fedloom.models.shape import block_of, is_linear, model_shape
+from fedloom.randomness import derive_seed
+from fedloom.settings import Settings
+
+
+class AdapterSettings(Settings):
+    """``[adapter]``: what is trained on the frozen backbone."""
+
+    kind: Literal["lora", "full", "ia3", "prompt"] = "lora"
+    """LoRA, the chosen layers themselves, (IA)3, or prompt tuning."""
+    rank: int = Field(default=8, ge=1)
+    """Of lora: rank r of the two factors."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Of lora: the update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of lora: share of the adapter's inputs set to zero while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: "all-linear", or names such as ["q_proj", "v_proj"]. (IA)3 chooses its
+    own by default, prompt tuning has none."""
+    layers: int | list[int] | None = None
+    """Blocks that get an adapter: a number for so many last ones, or their indices from 0 (default: all)."""
+    virtual_tokens: int = Field(default=8, ge=1)
+    """Of prompt: length of the learnt prompt in tokens."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        owners = {"rank": "lora", "alpha": "lora", "dropout": "lora", "virtual_tokens": "prompt"}
+        for name, owner in owners.items():
+            if self.kind != owner and getattr(self, name) != type(self).model_fields[name].default:
+                found.append(f"adapter.{name} is a setting of {owner}; adapter.kind is {self.kind!r}")
+        if self.kind == "prompt":
+            for name in ("targets", "layers"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    found.append(f"adapter.{name}: prompt tuning adapts no layer")
+        if isinstance(self.layers, int) and self.layers < 1:
+            found.append(f"adapter.layers = {self.layers}: give the number of last blocks, from 1")
+        if isinstance(self.layers, list) and (not self.layers or min(self.layers) < 0):
+            found.append(f"adapter.layers = {self.layers}: give indices of blocks, from 0")
+        return found
+
+
+IA3_TARGETS = {
+    "llama": (["k_proj", "v_proj"], ["down_proj"]),
+    "mistral": (["k_proj", "v_proj"], ["down_proj"]),
+    "qwen2": (["k_proj", "v_proj"], ["down_proj"]),
+    "qwen3": (["k_proj", "v_proj"], ["down_proj"]),
+    "gpt2": (["c_attn"], ["mlp.c_proj"]),
+}
+"""Layers whose output, and whose input, (IA)3 scales, by architecture: keys, values and the MLP's inside."""
+
+
+class AdapterModel:
+    """One frozen backbone with one adapter whose tensors are written in and read out.
+
+    Several parties may train in turns on one backbone without copying tensors: each makes parameters of
+    its own (:meth:`parameters_of`) and has them held (:meth:`hold`) while it computes.
+
+    Calling it is the backbone's forward pass under the chosen precision. Every pass adds its
+    derived FLOPs to :attr:`flops`, so nobody has to count who calls it.
+
+    Attributes:
+        model: The PEFT model.
+        parameters: The trained tensors by their name in a PEFT folder, sorted by name.
+        device: Where the model is.
+        pad: Token id for padding.
+        shape: Its matrix products.
+        flops: FLOPs of all passes so far, derived from shapes.
+    """
+
+    def __init__(
+        self,
+        model: peft.PeftModel,
+        pad: int,
+        autocast: torch.dtype | None = None,
+        checkpointed: bool = False,
+    ) -> None:
+        """Wrap a PEFT model.
+
+        Args:
+            model: With one adapter.
+            pad: Token id for padding.
+            autocast: Dtype of mixed precision, ``None`` for none.
+            checkpointed: Whether gradient checkpointing repeats the forward pass.
+        """
+        self.model = model
+        self.pad = pad
+        self.autocast = autocast
+        self.checkpointed = checkpointed
+        self.device = next(model.parameters()).device
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        owners = {_peft_name(n): _owner(model, n) for n in trained}
+        self.parameters = dict(sorted((_peft_name(n), p) for n, p in trained.items()))
+        self._owners = {name: owners[name] for name in self.parameters}
+        prompt = getattr(model.peft_config["default"], "num_virtual_tokens", 0)
+        self.virtual_tokens = int(prompt or 0)
+        self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
+        self.flops = 0.0
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Run the model; ``logits_to_keep`` limits the LM head to the last columns."""
+        rows, length = input_ids.shape
+        positions = int(options.get("logits_to_keep", 0)) or length
+        self.count(rows, length + self.virtual_tokens, positions)
+        with self._precision():
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def count(self, rows: int, length: int, positions: int) -> None:
+        """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if there is one."""
+        forward = forward_flops(self.shape, rows, length, positions)
+        self.flops += forward
+        if torch.is_grad_enabled():
+            self.flops += backward_flops(self.shape, rows, length, positions)
+            self.flops += forward if self.checkpointed else 0.0
+
+    def parameters_of(self, tensors: Tensors) -> dict[str, nn.Parameter]:
+        """Return new parameters with the values of ``tensors``, for :meth:`hold`."""
+        return {
+            name: nn.Parameter(tensors[name].detach().to(self.device, copy=True))
+            for name in self.parameters
+        }
+
+    def hold(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Compute with these parameter objects from now on; graphs made with others stay valid."""
+        for name, parameter in parameters.items():
+            module, leaf = self._owners[name]
+            module._parameters[leaf] = parameter
+        self.parameters = dict(parameters)
+
+    def read(self) -> Tensors:
+        """Return copies of the trained tensors on the CPU."""
+        return {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
+
+    def write(self, tensors: Tensors) -> None:
+        """Copy ``tensors`` (all of them, same names and shapes) into the trained parameters."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Switch the adapter off: inside, the model is the frozen base model."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.model.disable_adapter():
+            yield
+        self.model.train(was_training)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch dropout and gradients off."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train(was_training)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``PeftModel.from_pretrained`` loads."""
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def _precision(self) -> Any:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+
+def attach_adapter(
+    backbone: nn.Module, settings: AdapterSettings, *, classification: bool = False, seed: int = 0
+) -> peft.PeftModel:
+    """Put an adapter on the backbone that changes nothing yet, from ``seed``; the backbone is frozen.
+
+    Prompt tuning alone changes the model at once: its virtual tokens are random words' embeddings.
+
+    Args:
+        backbone: A Hugging Face model with frozen weights.
+        settings: Kind, size and targets.
+        classification: Whether the output layer is a classification head, which is then trained too.
+        seed: The experiment's seed.
+
+    Raises:
+        ModelError: No layer matches the targets (those that could are listed), there is no such block,
+            or the kind cannot be used with this model.
+    """
+    config = _peft_config(backbone, settings, "SEQ_CLS" if classification else "CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), _quiet_peft():
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        return peft.get_peft_model(backbone, config)
+
+
+def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> peft.PeftConfig:
+    if settings.kind == "prompt":
+        if task == "SEQ_CLS":
+            raise ModelError(
+                'adapter.kind = "prompt" needs a causal objective: with a classification head, '
+                'transformers takes the last column of a batch, padding or not; use "lora" or "ia3"'
+            )
+        return peft.PromptTuningConfig(
+            task_type=task, num_virtual_tokens=settings.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+        )
+    if settings.kind == "ia3":
+        return _ia3_config(backbone, settings, task)
+    targets = _targets(backbone, settings)
+    if settings.kind == "full":
+        names = _all_linear(backbone) if targets == "all-linear" else targets
+        return peft.LNTuningConfig(task_type=task, target_modules=names)
+    return peft.LoraConfig(
+        task_type=task,
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, any number will do
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+    )
+
+
+def _ia3_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> peft.PeftConfig:
+    config: Any = backbone.config
+    if config.model_type not in IA3_TARGETS:
+        raise ModelError(
+            f'adapter.kind = "ia3" knows the layers of {", ".join(IA3_TARGETS)}; this model is '
+            f"{config.model_type!r}"
+        )
+    if settings.targets != "all-linear":
+        raise ModelError('adapter.kind = "ia3" chooses its own layers: leave adapter.targets out')
+    outputs, inputs = IA3_TARGETS[config.model_type]
+    targets = [*outputs, *inputs]
+    if settings.layers is not None:
+        blocks = blocks_of(backbone.config, settings)
+        targets = _named(backbone, targets, blocks)
+        inputs = _named(backbone, inputs, blocks)
+    return peft.IA3Config(task_type=task, target_modules=targets, feedforward_modules=inputs)
+
+
+def _targets(backbone: nn.Module, settings: AdapterSettings) -> str | list[str]:
+    """Return what PEFT is told: "all-linear", names, or the full names of layers in chosen blocks."""
+    targets = settings.targets
+    if targets != "all-linear":
+        targets = [targets] if isinstance(targets, str) else targets
+        _check_targets(backbone, targets)
+    if settings.layers is None:
+        return targets
+    names = _all_linear(backbone) if targets == "all-linear" else list(targets)
+    return _named(backbone, names, blocks_of(backbone.config, settings))
+
+
+def blocks_of(config: Any, settings: AdapterSettings) -> list[int]:
+    """Return the blocks of a model that get an adapter.
+
+    Raises:
+        ModelError: It has no such block.
+    """
+    count, layers = int(config.num_hidden_layers), settings.layers
+    if layers is None:
+        return list(range(count))
+    blocks = list(range(max(0, count - layers), count)) if isinstance(layers, int) else layers
+    beyond = [block for block in blocks if block >= count]
+    if beyond or (isinstance(layers, int) and layers > count):
+        raise ModelError(
+            f"adapter.layers = {layers}: this model has {count} blocks, 0 to {count - 1}"
+        )
+    return blocks
+
+
+def _all_linear(backbone: nn.Module) -> list[str]:
+    """Return the full names of the linear layers inside blocks."""
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if is_linear(module) and block_of(name) is not None
+    ]
+
+
+def _named(backbone: nn.Module, targets: list[str], blocks: list[int]) -> list[str]:
+    return [
+        name
+        for name in _all_linear(backbone)
+        if block_of(name) in blocks and any(name == t or name.endswith(f".{t}") for t in targets)
+    ]
+
+
+def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
+    """Put a saved adapter of any kind on a backbone.
+
+    Raises:
+        ModelError: ``folder`` is no PEFT folder, or one for another model.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} is no adapter: it has no adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors; pickled weights are not read")
+    try:
+        with _quiet_peft():
+            return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated", UserWarning)
+        yield
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _peft_name(name: str) -> str:
+    """Return a parameter's name as it stands in ``adapter_model.safetensors``."""
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def _check_targets(backbone: nn.Module, targets: list[str]) -> None:
+    linears = [name for name, module in backbone.named_modules() if is_linear(module)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            leaves = sorted({re.sub(r".*\.", "", name) for name in linears})
+            raise ModelError(
+                f"adapter.targets {target!r} matches no linear layer of this model; "
+                f'it has: {", ".join(leaves)} (or write "all-linear")'
+            )
