@@ -185,19 +185,24 @@ def compare(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a grid of objectives, methods and seeds at one budget; goes on where it was stopped."""
+    """Run a grid of objectives or scenarios, methods and seeds; goes on where it was stopped."""
     from rich.console import Console
 
     from fedloom import comparison as grid
     from fedloom.report.comparison_page import write_comparison
-    from fedloom.terminal import ComparisonTerminal, comparison_table
+    from fedloom.report.frameworks_page import is_frameworks, write_frameworks
+    from fedloom.terminal import ComparisonTerminal, comparison_table, frameworks_table
 
     plan = grid.read_comparison(comparison, assignments or [])
     console = Console()
     observer = ComparisonTerminal(console, silent=quiet)
     folder = grid.compare(plan, target, workers=workers, observer=observer)
-    page = write_comparison(folder)
-    console.print(comparison_table(folder))
+    if is_frameworks(folder):
+        page = write_frameworks(folder)
+        console.print(frameworks_table(folder))
+    else:
+        page = write_comparison(folder)
+        console.print(comparison_table(folder))
     typer.echo(f"report: {page}  (open it in a browser)")
 
 
@@ -209,9 +214,12 @@ def report(
     """Turn run folders, or the folder of a comparison or evaluation, into one self-contained page."""
     from fedloom.report.comparison_page import is_comparison, write_comparison
     from fedloom.report.evaluation_page import is_evaluation, write_evaluation
+    from fedloom.report.frameworks_page import is_frameworks, write_frameworks
     from fedloom.report.page import write_report
 
-    if len(folders) == 1 and is_comparison(folders[0]):
+    if len(folders) == 1 and is_frameworks(folders[0]):
+        page = write_frameworks(folders[0], target)
+    elif len(folders) == 1 and is_comparison(folders[0]):
         page = write_comparison(folders[0], target)
     elif len(folders) == 1 and is_evaluation(folders[0]):
         page = write_evaluation(folders[0], target)

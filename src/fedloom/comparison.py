@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from fedloom.accounting.network import Link, parse_quantity
 from fedloom.assembly import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
@@ -40,6 +41,37 @@ Overrides = dict[str, dict[str, Any]]
 """Sections of an experiment, with the settings in which an arm differs from the base."""
 
 
+class LinkSettings(Settings):
+    """``[compare.links.NAME]``: what clients of a class have."""
+
+    uplink: str = "20Mbit"
+    """Bits a second from the client."""
+    downlink: str = "100Mbit"
+    """Bits a second to it."""
+    latency: str = "30ms"
+    """Of a message there and back."""
+    speed: str = "1TFLOP"
+    """Floating-point operations a second that its device really does."""
+
+    def contradictions(self) -> list[str]:
+        """Return what is no quantity."""
+        found = []
+        for name, unit in LINK_UNITS.items():
+            try:
+                parse_quantity(getattr(self, name), unit)
+            except ValueError as error:
+                found.append(f"{name}: {error}")
+        return found
+
+    def link(self) -> Link:
+        """Return the numbers."""
+        numbers = {name: parse_quantity(getattr(self, name), u) for name, u in LINK_UNITS.items()}
+        return Link(**numbers)
+
+
+LINK_UNITS = {"uplink": "bit", "downlink": "bit", "latency": "s", "speed": "FLOP"}
+
+
 class CompareSettings(Settings):
     """``[compare]``: the axes, and what is held equal."""
 
@@ -48,12 +80,17 @@ class CompareSettings(Settings):
     pair counts as the two answers it holds) or tokens. as_set: what each arm's own settings say."""
     amount: int | None = Field(default=None, ge=1)
     """How many of them, per client and round; not with as_set."""
-    objectives: dict[str, Overrides]
+    objectives: dict[str, Overrides] = {}
     """Arms by name, each with the sections in which it differs from the base experiment."""
+    scenarios: dict[str, Overrides] = {}
+    """Instead of objectives: situations by name (clients, partition, model, ...), in each of which all
+    methods are weighed against each other: quality, traffic, client compute, memory, time."""
     methods: list[str] | dict[str, Overrides] = ["fedavg"]
     """Names of methods with their defaults, or arms by name with their sections."""
     seeds: list[int] = [0, 1, 2]
     """Each repeats the whole grid with other data orders, partitions and adapters."""
+    links: dict[str, LinkSettings] = {}
+    """With scenarios: classes of clients by name, for how long a round would take them."""
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
@@ -61,17 +98,28 @@ class CompareSettings(Settings):
         if (self.amount is None) != (self.budget == "as_set"):
             needs = "takes no" if self.budget == "as_set" else "needs a"
             found.append(f"compare.budget = {self.budget!r} {needs} compare.amount")
-        if not self.objectives or not self.methods or not self.seeds:
-            found.append("compare.objectives, compare.methods and compare.seeds must not be empty")
+        if bool(self.objectives) == bool(self.scenarios):
+            found.append("compare needs objectives or scenarios, one of the two")
+        if not self.methods or not self.seeds:
+            found.append("compare.methods and compare.seeds must not be empty")
+        if self.links and not self.scenarios:
+            found.append("compare.links go with compare.scenarios")
+        for name, link in self.links.items():
+            found += [f"compare.links.{name}.{problem}" for problem in link.contradictions()]
         if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
             found.append(f"compare.seeds must be different and at least 0, got {self.seeds}")
         for name in self.methods if isinstance(self.methods, list) else ():
             if name not in METHODS:
                 found.append(f"compare.methods {name!r}: {nearest(name, METHODS)}")
-        for name in (*self.objectives, *self.methods):
+        for name in (*self.rows, *self.methods):
             if not name.replace("_", "").isalnum():
                 found.append(f"compare: arm {name!r} names a folder; use letters, digits and _")
         return found
+
+    @property
+    def rows(self) -> dict[str, Overrides]:
+        """The objectives or the scenarios, whichever are compared."""
+        return self.objectives or self.scenarios
 
     @property
     def method_arms(self) -> dict[str, Overrides]:
@@ -86,7 +134,7 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        objective: Name of its objective arm.
+        objective: Name of its objective arm, or of its scenario.
         method: Name of its method arm.
         seed: Its seed.
         experiment: All of its settings.
@@ -152,14 +200,14 @@ def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
     """
     table = override(read_toml(path), assignments)
     if COMPARE not in table:
-        raise SettingsError([f"[{COMPARE}] is missing: which objectives and seeds?"], str(path))
+        raise SettingsError([f"[{COMPARE}] is missing: which arms and seeds?"], str(path))
     base = {section: value for section, value in table.items() if section != COMPARE}
     settings, problems = parse(CompareSettings, table[COMPARE], COMPARE)
     problems += settings.contradictions() if settings else []
     if settings is None or problems:
         raise SettingsError(problems, str(path))
     cells = []
-    for objective, sections in settings.objectives.items():
+    for objective, sections in settings.rows.items():
         for method, more in settings.method_arms.items():
             for seed in settings.seeds:
                 merged = _merged(base, sections, more, {"federation": {"seed": seed}})
@@ -314,12 +362,18 @@ def _check_reachable(cells: Sequence[Cell]) -> None:
         DataError: The data cannot be read or divided as an arm asks.
         ModelError: A model is not there.
     """
-    arms = {cell.objective: cell.experiment for cell in reversed(cells)}
+    arms = {_reads(cell): cell.experiment for cell in reversed(cells)}
     for path, revision in {(e.model.path, e.model.revision) for e in arms.values()}:
         if path != TINY:
             load_tokenizer(path, revision)
     for experiment in arms.values():
         divide(experiment)
+
+
+def _reads(cell: Cell) -> tuple[str, str]:
+    """Return what tells cells apart that read other data: public rows are the method's."""
+    needs_public = METHODS[cell.experiment.method.name][1].needs_public
+    return cell.objective, cell.method if needs_public else ""
 
 
 def _is_done(folder: Path, cell: Cell) -> bool:
@@ -362,7 +416,9 @@ def _write_record(folder: Path, comparison: Comparison) -> None:
             "budget": comparison.settings.budget,
             "amount": comparison.settings.amount,
             "seeds": comparison.settings.seeds,
-            "objectives": list(comparison.settings.objectives),
+            "kind": "scenarios" if comparison.settings.scenarios else "objectives",
+            "links": {name: asdict(own.link()) for name, own in comparison.settings.links.items()},
+            "objectives": list(comparison.settings.rows),
             "methods": list(comparison.settings.method_arms),
             "cells": [
                 {"name": c.name, "objective": c.objective, "method": c.method, "seed": c.seed}

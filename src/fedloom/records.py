@@ -20,11 +20,14 @@ import torch
 from rich.table import Table
 
 from fedloom.accounting.ledger import SERVER, SUMMED
+from fedloom.accounting.memory import training_memory
+from fedloom.accounting.traffic import to_record
 from fedloom.assembly import Division, Parts
 from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
 from fedloom.evaluation.clients import ACTION as EVALUATION
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
+from fedloom.models.cut import FrontHalf
 from fedloom.objectives.base import Objective
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
@@ -76,9 +79,36 @@ def run_record(
             "digest": loaded.digest,
             "feedback": _feedback_record(experiment, division),
         },
+        "method": experiment.method.name,
+        "client_memory": client_memory(experiment, parts),
+        "traffic": to_record(parts.method.traffic(parts.initial)),
         "metric": asdict(HEADLINES[loaded.held_out_kind]),
         "fingerprint": fingerprint(experiment, division, objective),
     }
+
+
+def client_memory(experiment: Experiment, parts: Parts) -> float:
+    """Return bytes that training takes on a client at most, derived; see ``accounting/memory.py``."""
+    training = experiment.training
+    needed = 0.0
+    for client, share in parts.engine.shares.items():
+        model = parts.engine.equipment[client].model
+        tokens = min(training.micro_batch, len(share)) * int(share.tokens.lengths.max())
+        headless = isinstance(model, FrontHalf) and model.ending is None
+        trained = {id(p) for p in model.parameters.values()}
+        weights = [p for p in model.model.parameters() if id(p) not in trained]
+        needed = max(
+            needed,
+            training_memory(
+                model.shape,
+                weights=sum(p.numel() * p.element_size() for p in weights),
+                trained=sum(p.numel() for p in model.parameters.values()),
+                optimizer=training.optimizer,
+                tokens=tokens,
+                head_positions=0 if headless else tokens,
+            ),
+        )
+    return needed
 
 
 def _feedback_record(experiment: Experiment, division: Division) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.report.tables import human_bytes, human_seconds
+from fedloom.report.tables import human_bytes, human_flops, human_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,8 +192,8 @@ class ComparisonTerminal:
         settings, cells = comparison.settings, comparison.cells
         work = f"{settings.amount} {settings.budget} per client and round"
         self.console.print(
-            f"{comparison.name}: {len(settings.objectives)} objectives x {len(settings.method_arms)} "
-            f"methods x {len(settings.seeds)} seeds, "
+            f"{comparison.name}: {len(settings.rows)} {'objectives' if settings.objectives else 'scenarios'}"
+            f" x {len(settings.method_arms)} methods x {len(settings.seeds)} seeds, "
             f"{'each as it is set' if settings.budget == 'as_set' else work}",
             style="bold",
             highlight=False,
@@ -284,6 +284,37 @@ def comparison_table(folder: Path) -> Table:
     for method in dict.fromkeys(row["method"] for row in found["arms"]):
         cells = {r["objective"]: r for r in found["arms"] if r["method"] == method}
         table.add_row(method, *(_mean_cell(cells.get(name)) for name in objectives))
+    return table
+
+
+def frameworks_table(folder: Path) -> Table:
+    """Return every arm of every scenario with what it reached and what it cost a client and round."""
+    from fedloom.report.comparison_page import read_cells
+    from fedloom.report.frameworks_page import arms, results
+
+    record, cells = read_cells(folder)
+    found = results(record, cells, arms(record, cells))
+    table = Table(
+        title=f"{found['metric']}, and costs of a client in a round", box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column("scenario")
+    table.add_column("arm")
+    for column in (found["metric"], "sent", "closed form", "compute", "memory", *record["links"]):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("front")
+    for row in found["arms"]:
+        fronts = [w for w in ("bytes", "flops") if row[f"front_{w}"]]
+        table.add_row(
+            row["scenario"],
+            row["name"],
+            _mean_cell(row),
+            human_bytes(row["down"] + row["up"]),
+            human_bytes(row["expected"]),
+            human_flops(row["flops"]),
+            human_bytes(row["memory"]),
+            *(human_seconds(row["seconds"][link]) for link in record["links"]),
+            ", ".join(fronts),
+        )
     return table
 
 

@@ -47,7 +47,7 @@ class QuadraticClient(Client):
                 w -= learning_rate * w.grad
             if after_step:
                 after_step(self.model.parameters)
-        return LocalResult(2, self.steps, 0, {"loss": 1.0})
+        return LocalResult(2, self.steps, 0, 0, {"loss": 1.0})
 
 
 @pytest.fixture

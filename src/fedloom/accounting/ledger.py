@@ -33,6 +33,7 @@ class Cost:
         peak_memory: Highest memory during the phase in bytes: resident memory of the process, or
             allocated memory of the GPU where there is one.
         tokens: Tokens trained or evaluated on, padding not counted.
+        targets: Completion tokens, or classified texts, trained on.
         examples: Examples trained or evaluated on, repetitions counted.
         steps: Optimizer steps.
         exchanges: Messages there and back.
@@ -47,6 +48,7 @@ class Cost:
     seconds: float = 0.0
     peak_memory: int = 0
     tokens: int = 0
+    targets: int = 0
     examples: int = 0
     steps: int = 0
     exchanges: int = 0
@@ -58,7 +60,17 @@ class Cost:
         self.peak_memory = max(self.peak_memory, other.peak_memory)
 
 
-SUMMED = ("bytes_down", "bytes_up", "flops", "seconds", "tokens", "examples", "steps", "exchanges")
+SUMMED = (
+    "bytes_down",
+    "bytes_up",
+    "flops",
+    "seconds",
+    "tokens",
+    "targets",
+    "examples",
+    "steps",
+    "exchanges",
+)
 """Costs that add up."""
 
 

@@ -148,4 +148,4 @@ class SimulationEngine:
 def _count_training(cost: Cost, client: Client) -> None:
     if client.last is not None:
         cost.tokens, cost.examples = client.last.tokens, client.last.examples
-        cost.steps = client.last.steps
+        cost.steps, cost.targets = client.last.steps, client.last.targets

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedloom.accounting.ledger import Ledger
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
@@ -206,9 +207,19 @@ class Method:
         """Return the global adapter, or ``None`` where every client has its own."""
         return state.tensors
 
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Return the closed form of a client's bytes in a round; here the adapter down and up."""
+        size = tensor_bytes(adapter)
+        return ParameterTraffic(size, size)
+
     def load(self, client: Client, payload: Payload) -> None:
         """Write the adapter that ``client`` would use now into its model, for evaluation."""
         client.model.write(payload.tensors)
+
+
+def tensor_bytes(tensors: Tensors) -> int:
+    """Return the bytes of tensors without a header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def train_and_upload(client: Client, payload: Payload) -> Payload:

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.accounting.ledger import SERVER
+from fedloom.accounting.traffic import LogitTraffic, Traffic
 from fedloom.aggregation.knowledge import Knowledge, Rule, combine, joined, likeliest, shortened
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare, collate
@@ -156,6 +157,14 @@ class DistillationMethod(Method):
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": self._train, "distil": self._distil}
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Return the closed form for the public rows of a round."""
+        server, settings = self.server, self.settings
+        assert server.public is not None, "assembly gives public rows to methods that need them"
+        wire = KnowledgeWire(settings, self._rows(server.public, server.seed, 1))
+        index = wire.index.itemsize if wire.sparse else 0
+        return LogitTraffic(wire.positions, wire.k, settings.encoding, index, wire.adaptive)
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the client's own adapter, or the initial one before its first training."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import (
@@ -59,6 +60,10 @@ class LocalOnly(Method):
     def shared(self, state: State) -> Tensors | None:
         """Return ``None``: every client has its own adapter."""
         return None
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Nothing but numbers travels."""
+        return ParameterTraffic(0, 0)
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the client's own adapter, or the initial one before its first training."""

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Schema, Tensors
@@ -30,6 +31,7 @@ from fedloom.methods.base import (
     Round,
     join_parts,
     part_of,
+    tensor_bytes,
 )
 from fedloom.settings import Settings
 from fedloom.training.local import StepHook
@@ -81,6 +83,11 @@ class Scaffold(Method):
     def shared(self, state: State) -> Tensors:
         """Return the adapter without the control variate."""
         return part_of(state.tensors, ADAPTER)
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Count the control variates, which are as large as the adapter."""
+        size = 2 * tensor_bytes(adapter)
+        return ParameterTraffic(size, size)
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         start, control = part_of(payload.tensors, ADAPTER), part_of(payload.tensors, CONTROL)

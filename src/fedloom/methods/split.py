@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedloom.accounting.ledger import SERVER
+from fedloom.accounting.traffic import ActivationTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.batch import Batch, Sequences
 from fedloom.checkpoint import State
@@ -43,6 +44,7 @@ from fedloom.methods.base import (
     ServerSide,
     join_parts,
     part_of,
+    tensor_bytes,
 )
 from fedloom.models.cut import BackHalf, FrontHalf, last_tokens
 from fedloom.objectives.base import Objective
@@ -106,6 +108,21 @@ class Split(Method):
         """Return both halves as the adapter of the whole model."""
         both = {**part_of(state.tensors, FRONT), **part_of(state.tensors, BACK)}
         return dict(sorted(both.items()))
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Return the closed form for the steps a client takes."""
+        settings, wire = self.settings, _wire(self.server, self.settings)
+        front = {name: t for name, t in adapter.items() if name not in self.back.parameters}
+        return ActivationTraffic(
+            tensor_bytes(front),
+            wire.hidden,
+            settings.activations,
+            settings.gradients,
+            4 * wire.fields,
+            wire.told and not wire.classifies,
+            self.u_shape,
+            settings.average_every or 0,
+        )
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Let all clients take their steps; average in the end, and before it every few steps."""

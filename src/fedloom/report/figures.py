@@ -102,12 +102,7 @@ def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_lab
             axes.plot(
                 [x], [y], "o", label=label, markersize=8, color=PALETTE[number % len(PALETTE)]
             )
-        xs = [x for x, _ in points.values() if x > 0]
-        if xs and max(xs) > 10 * min(xs) and len(xs) == len(points):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_if_wide(axes, [x for x, _ in points.values()])
         axes.margins(0.15)
         _finish_axes(axes, x_label, y_label, legend=True)
         return _svg(figure)
@@ -132,11 +127,7 @@ def grid_scatter(
                 [x], [y], shapes[shape], color=colours[colour], markersize=7, alpha=0.85, mew=0
             )
         xs = [x for _, _, x, _ in points]
-        if min(xs) > 0 and max(xs) > 10 * min(xs):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_if_wide(axes, xs)
         axes.margins(0.1)
         if max(xs) - min(xs) < 0.05 * max(xs):  # alike but for headers: do not blow that up
             axes.set_xlim(0.9 * min(xs), 1.1 * max(xs))
@@ -147,6 +138,55 @@ def grid_scatter(
         _finish_axes(axes, x_label, y_label, legend=False)
         figure.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=0.8)
         return _svg(figure)
+
+
+def pareto_scatter(
+    points: Sequence[tuple[str, str, float, float, bool]], x_label: str, y_label: str
+) -> str:
+    """Return arms by cost and quality, a line through those that no other beats in both.
+
+    Args:
+        points: What the colour means, the arm's name, x, y, and whether it is on the front.
+        x_label: Of the x axis (less is better), logarithmic where it spans more than a decade.
+        y_label: Of the y axis (more is better).
+    """
+    groups = list(dict.fromkeys(point[0] for point in points))
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(groups)}
+    front = sorted((x, y, name) for _, name, x, y, chosen in points if chosen)
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(height=3.4)
+        axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="#888888", lw=1, zorder=1)
+        for group, _, x, y, chosen in points:
+            face = colours[group] if chosen else "none"
+            axes.plot([x], [y], "o", mec=colours[group], mfc=face, mew=1.4, markersize=7)
+        for place, (x, y, name) in enumerate(front):
+            above = place % 2 == 0
+            axes.annotate(
+                name,
+                (x, y),
+                textcoords="offset points",
+                xytext=(0, 8 if above else -8),
+                ha="center",
+                va="bottom" if above else "top",
+                fontsize=8,
+            )
+        _log_if_wide(axes, [x for _, _, x, _, _ in points])
+        axes.margins(0.16)
+        for name, colour in colours.items():
+            axes.plot([], [], "o", color=colour, label=name)
+        _finish_axes(axes, x_label, y_label, legend=False)
+        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1, columnspacing=0.8)
+        return _svg(figure)
+
+
+def _log_if_wide(axes: Axes, xs: Sequence[float]) -> None:
+    """Make x logarithmic where its values span more than a decade."""
+    if min(xs) > 0 and max(xs) > 10 * min(xs):
+        axes.set_xscale("log")
+        subs = (1, 3) if max(xs) < 1000 * min(xs) else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _first_seen(points: Sequence[tuple[str, str, float, float]], place: int) -> list[str]:

@@ -6,7 +6,7 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 from fedloom.report.template import fill, write_page
+from fedloom.report.turns import client_costs, server_costs, turns
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,8 @@ class Run:
     def cost_line(self, name: str, scale: float) -> tuple[list[float], list[float]]:
         """Return rounds and a cost summed up to each; evaluation is left out."""
         spent: dict[int, float] = {record["round"]: 0.0 for record in self.rounds}
-        for cost in self.costs:
-            if cost["phase"] != "evaluate":
-                spent[cost["round"]] = spent.get(cost["round"], 0.0) + (cost[name] or 0)
+        for cost in client_costs(self.costs):
+            spent[cost["round"]] = spent.get(cost["round"], 0.0) + (cost[name] or 0)
         rounds = sorted(spent)
         return [float(r) for r in rounds], list(accumulate(spent[r] / scale for r in rounds))
 
@@ -254,38 +254,37 @@ def _client_rows(run: Run) -> list[Record]:
 
 def _resources(run: Run) -> list[tuple[str, str, str]]:
     """Return (what, how much, measured or derived), for one client in one round and in total."""
-    work = [c for c in run.costs if c["phase"] == "train"]
-    if not work:
+    found = turns(run.run, run.costs)
+    if not found:
         return []
-    turns = len(work)
-    other = [c for c in run.costs if c["phase"] == "reference"]
 
-    def mean(name: str) -> float:
-        return sum(c[name] or 0 for c in work) / turns
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(found)
 
-    everything = [*work, *other]
+    work = client_costs(run.costs)
     rows = [
-        ("Down, one client, one round", human_bytes(mean("bytes_down")), "measured"),
-        ("Up, one client, one round", human_bytes(mean("bytes_up")), "measured"),
-        ("Compute, one client, one round", human_flops(mean("flops")), "derived"),
-        ("Training time, one client, one round", human_seconds(mean("seconds")), "measured"),
-        (
-            "Peak memory while training",
-            human_bytes(max(c["peak_memory"] for c in work)),
-            "measured",
-        ),
+        ("Down, one client, one round", human_bytes(mean(t.sent.down for t in found)), "measured"),
+        ("Up, one client, one round", human_bytes(mean(t.sent.up for t in found)), "measured"),
+    ]
+    expected = [turn.expected for turn in found if turn.expected]
+    if expected:
+        both = human_bytes(mean(sent.down + sent.up for sent in expected))
+        rows.append(("Both by the closed form", both, "derived"))
+    rows += [
+        ("Compute, one client, one round", human_flops(mean(t.flops for t in found)), "derived"),
+        ("Time, one client, one round", human_seconds(mean(t.seconds for t in found)), "measured"),
+        ("Peak memory while training", human_bytes(max(t.peak_memory for t in found)), "measured"),
         (
             "Sent in all, without evaluation",
-            human_bytes(sum(c["bytes_down"] + c["bytes_up"] for c in everything)),
+            human_bytes(sum(c["bytes_down"] + c["bytes_up"] for c in work)),
             "measured",
         ),
-        (
-            "Computed in all by clients",
-            human_flops(sum(c["flops"] or 0 for c in everything)),
-            "derived",
-        ),
-        ("Tokens trained on", human_count(sum(c["tokens"] or 0 for c in work)), "measured"),
+        ("Computed in all by clients", human_flops(sum(c["flops"] or 0 for c in work)), "derived"),
+        ("Tokens trained on", human_count(sum(t.tokens for t in found)), "measured"),
     ]
+    server = sum(c["flops"] or 0 for c in server_costs(run.costs))
+    if server:
+        rows.append(("Computed in all by the server", human_flops(server), "derived"))
     judged = [c for c in run.costs if c["phase"] == "evaluate"]
     if judged:
         sent = sum(c["bytes_down"] + c["bytes_up"] for c in judged)
@@ -326,7 +325,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
 def _comparison_row(label: str, run: Run) -> Record:
     before, after = _last_known(run)
     settings = _settings(run.experiment)
-    work = [c for c in run.costs if c["phase"] != "evaluate"]
+    work = client_costs(run.costs)
     clients = (run.summary or {}).get("clients_after")
     return {
         "label": label,

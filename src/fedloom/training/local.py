@@ -54,6 +54,7 @@ class LocalResult:
         examples: Examples trained on, repetitions counted.
         steps: Optimizer steps.
         tokens: Tokens trained on, padding not counted.
+        targets: Completion tokens, or classified texts, trained on.
         metrics: ``loss`` and the objective's metrics, means over all examples of the round.
         optimizer_state: The optimizer's tensors, when they are to be kept.
     """
@@ -61,6 +62,7 @@ class LocalResult:
     examples: int
     steps: int
     tokens: int
+    targets: int
     metrics: dict[str, float]
     optimizer_state: Tensors = field(default_factory=dict)
 
@@ -288,6 +290,7 @@ class Totals:
     examples: int = 0
     answers: int = 0
     tokens: int = 0
+    targets: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
@@ -298,6 +301,7 @@ class Totals:
         self.examples += len(batch)
         self.answers += len(batch.sequences.input_ids)
         self.tokens += batch.tokens
+        self.targets += batch.completion_tokens or len(batch)
         for name, value in metrics.items():
             term = value.double() * own.get(name, weight)
             self.sums[name] = self.sums[name] + term if name in self.sums else term
@@ -314,4 +318,4 @@ class Totals:
         means = {
             n: float(total) / self.weights[n] for n, total in self.sums.items() if self.weights[n]
         }
-        return LocalResult(self.examples, self.steps, self.tokens, means, kept)
+        return LocalResult(self.examples, self.steps, self.tokens, self.targets, means, kept)

@@ -1,0 +1,45 @@
+"""Memory that training takes on a client, estimated from shapes.
+
+Weights, then for every trained number itself, its gradient and what the optimizer keeps, then what the
+forward pass leaves for the backward one. The last is an estimate: what every linear layer that the
+backward pass reaches reads and writes, and for the output layer its logits three times (themselves, their
+log-probabilities, their gradient). A test compares it with a measured process.
+"""
+
+from __future__ import annotations
+
+from fedloom.accounting.flops import ModelShape
+
+OPTIMIZER_SLOTS = {"adamw": 2, "adam": 2, "sgd": 0}
+"""Numbers kept for a trained number; sgd has one with momentum."""
+
+
+def training_memory(
+    shape: ModelShape,
+    *,
+    weights: int,
+    trained: int,
+    optimizer: str,
+    tokens: int,
+    head_positions: int,
+    element: int = 4,
+) -> float:
+    """Return bytes.
+
+    Args:
+        shape: The model's part that is on the client.
+        weights: Bytes of its frozen weights.
+        trained: Trained numbers, in float32.
+        optimizer: Its name.
+        tokens: Tokens of a batch, padding included.
+        head_positions: Positions of a batch that the output layer is applied to.
+        element: Bytes of an activation.
+    """
+    reached = [linear for linear in shape.linears if linear.reached]
+    activations = tokens * sum(linear.inputs + linear.outputs for linear in reached)
+    head = 3 * head_positions * shape.head.outputs
+    return (
+        weights
+        + trained * 4 * (2 + OPTIMIZER_SLOTS[optimizer])
+        + element * (activations + head)
+    )

@@ -1,0 +1,322 @@
+"""The page of a comparison of frameworks: in each scenario, what quality costs in bytes, compute, memory, time.
+
+It reads the comparison's record and its run folders only. Every byte is measured on encoded payloads and
+stands beside its closed form; compute, memory and the time on a link are derived, and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom.accounting.network import Link
+from fedloom.report import run_folder as names
+from fedloom.report.comparison_page import Cell, read_cells
+from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.statistics import mean_interval
+from fedloom.report.template import fill, write_page
+from fedloom.report.turns import Turn, server_costs, turns
+
+BASELINES = {"local_only": "Local only", "centralised": "Centralised"}
+"""Methods that are no framework, but what every table needs."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method as it was set, in one scenario, over its seeds.
+
+    Attributes:
+        scenario: Its name.
+        name: The arm's.
+        framework: FedLLM, KD-FedLLM, Split-FedLLM, or a baseline.
+        values: The metric of each seed after the last round.
+        clients: The mean of the clients' own models on the same set, where they keep their own.
+        down: Bytes to a client in a round, measured, mean.
+        up: Bytes from it.
+        expected: Both by the closed form.
+        deviation: Largest share by which a turn's measured bytes miss the closed form.
+        flops: Of a client in a round, derived, mean.
+        server_flops: Of the server in a round, derived, mean.
+        memory: Of a client's training, derived.
+        process: Peak memory of the whole simulation's process, measured.
+        seconds: Of a round by link, derived: its slowest client's.
+    """
+
+    scenario: str
+    name: str
+    framework: str
+    values: tuple[float, ...]
+    clients: float | None
+    down: float
+    up: float
+    expected: float
+    deviation: float
+    flops: float
+    server_flops: float
+    memory: float
+    process: float
+    seconds: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The metric over seeds."""
+        return fmean(self.values)
+
+    @property
+    def half(self) -> float | None:
+        """Half-width of its 95 % interval; ``None`` for one seed."""
+        return mean_interval(self.values)[1] if len(self.values) > 1 else None
+
+    @property
+    def sent(self) -> float:
+        """Bytes of a client in a round, both ways."""
+        return self.down + self.up
+
+    @property
+    def is_framework(self) -> bool:
+        """Whether it is no baseline."""
+        return self.framework not in BASELINES.values()
+
+
+def is_frameworks(folder: Path) -> bool:
+    """Return whether ``folder`` is that of a comparison over scenarios."""
+    record = RunFolder(folder).read_json(names.COMPARISON)
+    return bool(record) and record.get("kind") == "scenarios"
+
+
+def write_frameworks(folder: Path, target: Path | None = None) -> Path:
+    """Write the page and ``results.json``, all its figures.
+
+    Args:
+        folder: Left by ``fedloom compare``.
+        target: File to write (default: report.html in the folder).
+
+    Raises:
+        OutputError: No run in it has finished, or the page cannot be written.
+    """
+    record, cells = read_cells(folder)
+    found = arms(record, cells)
+    RunFolder(folder).write_json(names.RESULTS, results(record, cells, found))
+    return write_page(render(record, cells, found), target or folder / "report.html")
+
+
+def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Record:
+    """Return everything the comparison says, as plain numbers."""
+    return {
+        "name": record["name"],
+        "metric": cells[0].run.metric,
+        "finished": len(cells),
+        "planned": len(record["cells"]),
+        "arms": [
+            {**arm.__dict__, "mean": arm.mean, "half": arm.half, **_marks(arm, found)}
+            for arm in found
+        ],
+        "frameworks": verdicts(found),
+    }
+
+
+def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
+    """Return every arm of every scenario that has finished runs."""
+    links = {name: Link(**numbers) for name, numbers in record.get("links", {}).items()}
+    found = []
+    for scenario in record["objectives"]:
+        for method in record["methods"]:
+            some = [c for c in cells if (c.objective, c.method) == (scenario, method)]
+            if some:
+                found.append(_arm(scenario, method, some, links))
+    return found
+
+
+def _arm(scenario: str, name: str, cells: Sequence[Cell], links: dict[str, Link]) -> Arm:
+    run = cells[0].run
+    by_cell = [turns(cell.run.run, cell.run.costs) for cell in cells]
+    every = [turn for found in by_cell for turn in found]
+    rounds = sum(int(cell.summary["rounds"]) for cell in cells)
+    own = "clients_" + run.metric
+    method = str(run.run["method"])
+    return Arm(
+        scenario,
+        name,
+        BASELINES.get(method, str(run.run["traffic"]["framework"])),
+        tuple(cell.value for cell in cells),
+        fmean(cell.metrics[own] for cell in cells) if own in cells[0].metrics else None,
+        fmean(turn.sent.down for turn in every),
+        fmean(turn.sent.up for turn in every),
+        fmean(_both(turn.expected) for turn in every),
+        max(_deviation(turn) for turn in every),
+        fmean(turn.flops for turn in every),
+        sum(c["flops"] or 0 for cell in cells for c in server_costs(cell.run.costs)) / rounds,
+        max(float(cell.run.run["client_memory"]) for cell in cells),
+        max(float(cell.summary["totals"]["peak_memory"]) for cell in cells),
+        {
+            label: fmean(second for found in by_cell for second in _round_seconds(found, link))
+            for label, link in links.items()
+        },
+    )
+
+
+def _both(sent: Any) -> float:
+    return float(sent.down + sent.up)
+
+
+def _deviation(turn: Turn) -> float:
+    return abs(_both(turn.sent) - _both(turn.expected)) / max(1.0, _both(turn.expected))
+
+
+def _round_seconds(found: Sequence[Turn], link: Link) -> list[float]:
+    """Return how long each round would take on a link: as long as its slowest client."""
+    rounds: dict[int, float] = {}
+    for turn in found:
+        needed = link.seconds(turn.sent, turn.flops)
+        rounds[turn.round] = max(rounds.get(turn.round, 0.0), needed)
+    return list(rounds.values())
+
+
+def on_front(arm: Arm, others: Sequence[Arm], cost: Callable[[Arm], float]) -> bool:
+    """Return whether no other arm of the scenario is as good at a lower cost, or better at no higher one."""
+    return not any(
+        (cost(o) <= cost(arm) and o.mean > arm.mean) or (cost(o) < cost(arm) and o.mean >= arm.mean)
+        for o in others
+        if o.scenario == arm.scenario and o.is_framework
+    )
+
+
+def _marks(arm: Arm, found: Sequence[Arm]) -> Record:
+    return {
+        "front_bytes": arm.is_framework and on_front(arm, found, lambda a: a.sent),
+        "front_flops": arm.is_framework and on_front(arm, found, lambda a: a.flops),
+    }
+
+
+def verdicts(found: Sequence[Arm]) -> list[Record]:
+    """Say for each framework where it wins in these measurements, as counts and as a sentence.
+
+    Frameworks meet at their most accurate arm in each scenario.
+    """
+    frameworks = list(dict.fromkeys(arm.framework for arm in found if arm.is_framework))
+    best: dict[tuple[str, str], Arm] = {}
+    for arm in found:
+        key = (arm.scenario, arm.framework)
+        if arm.is_framework and (key not in best or arm.mean > best[key].mean):
+            best[key] = arm
+    scenarios = [
+        s
+        for s in dict.fromkeys(arm.scenario for arm in found)
+        if all((s, framework) in best for framework in frameworks)
+    ]
+    return [
+        _verdict(framework, {(s, f): best[s, f] for s in scenarios for f in frameworks}, found)
+        for framework in frameworks
+    ]
+
+
+def _verdict(framework: str, best: dict[tuple[str, str], Arm], found: Sequence[Arm]) -> Record:
+    scenarios = list(dict.fromkeys(scenario for scenario, _ in best))
+    rivals = {f for _, f in best}
+    mine = [best[scenario, framework] for scenario in scenarios]
+    criteria: dict[str, Callable[[Arm], float]] = {
+        "is the most accurate": lambda arm: -arm.mean,
+        "sends the least": lambda arm: arm.sent,
+        "computes the least on clients": lambda arm: arm.flops,
+        "needs the least client memory": lambda arm: arm.memory,
+    }
+    for link in mine[0].seconds if mine else ():
+        criteria[f"has the shortest round on {link}"] = lambda arm, link=link: arm.seconds[link]  # type: ignore[misc]
+    wins = {
+        text: sum(
+            min(rivals, key=lambda f: (cost(best[scenario, f]), f)) == framework
+            for scenario in scenarios
+        )
+        for text, cost in criteria.items()
+    }
+    fronts = [_marks(arm, found) for arm in found if arm.framework == framework]
+    won = [f"{text} in {count} of {len(scenarios)}" for text, count in wins.items() if count]
+    total = len(scenarios)
+    text = (
+        f"At its most accurate it reaches {fmean(a.mean for a in mine):.3f} on average, sends "
+        f"{_bytes(fmean(a.sent for a in mine))} a client and round and lets a client compute "
+        f"{_flops(fmean(a.flops for a in mine))}. "
+        if mine
+        else ""
+    )
+    if won:
+        text += f"Of {total} scenario{'s' if total != 1 else ''} it " + "; ".join(won) + ". "
+    else:
+        text += "Its most accurate arm wins nothing here. "
+    text += (
+        f"{sum(f['front_bytes'] for f in fronts)} of its {len(fronts)} arms are on a scenario's front of "
+        f"accuracy against bytes, {sum(f['front_flops'] for f in fronts)} against client compute."
+    )
+    return {"framework": framework, "text": text, "wins": wins, "scenarios": total}
+
+
+def _bytes(count: float) -> str:
+    from fedloom.report.tables import human_bytes
+
+    return human_bytes(count)
+
+
+def _flops(count: float) -> str:
+    from fedloom.report.tables import human_flops
+
+    return human_flops(count)
+
+
+def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
+    """Return the page as HTML."""
+    return fill(
+        "frameworks.html.j2",
+        title=record["name"],
+        record=record,
+        metric=cells[0].run.run["metric"],
+        finished=len(cells),
+        models=list(dict.fromkeys(cell.run.run["model"]["name"] for cell in cells)),
+        data=cells[0].run.run["data"],
+        rounds=cells[0].summary["rounds"],
+        verdicts=verdicts(found),
+        scenarios=[_scenario(name, found, cells) for name in record["objectives"]],
+        links=record.get("links", {}),
+    )
+
+
+def _scenario(name: str, found: Sequence[Arm], cells: Sequence[Cell]) -> Record:
+    from fedloom.report import figures
+
+    own = [arm for arm in found if arm.scenario == name]
+    metric = cells[0].run.metric.replace("_", " ")
+    compared = [arm for arm in own if arm.is_framework]
+    by_bytes = [
+        (a.framework, a.name, a.sent / 1e6, a.mean, on_front(a, found, lambda x: x.sent))
+        for a in compared
+    ]
+    by_flops = [
+        (a.framework, a.name, a.flops / 1e9, a.mean, on_front(a, found, lambda x: x.flops))
+        for a in compared
+    ]
+    charts = []
+    if compared:
+        charts = [
+            (
+                f"{metric.capitalize()} against bytes (measured)",
+                figures.pareto_scatter(by_bytes, "MB of a client in a round", metric),
+            ),
+            (
+                f"{metric.capitalize()} against client compute (derived)",
+                figures.pareto_scatter(by_flops, "GFLOP of a client in a round", metric),
+            ),
+        ]
+    clients = next(
+        (len(c.run.partition["clients"]) for c in cells if c.objective == name), 0
+    )
+    return {
+        "name": name,
+        "clients": clients,
+        "arms": [
+            {"arm": arm, "mean": arm.mean, "half": arm.half, "sent": arm.sent, **_marks(arm, found)}
+            for arm in own
+        ],
+        "charts": charts,
+    }
