@@ -79,9 +79,9 @@ class DistillationSettings(Settings):
     """What clients learn from: the server's model after it has learnt, or the clients' answers combined."""
     rows_per_round: int | None = Field(default=None, ge=1)
     """Public rows of a round, drawn anew (default: all of them)."""
-    server_epochs: int = Field(default=1, ge=1)
+    server_epochs: int = Field(default=5, ge=1)
     """Passes of the server over the round's public rows."""
-    client_epochs: int = Field(default=1, ge=1)
+    client_epochs: int = Field(default=5, ge=1)
     """Passes of a client over them."""
     server_model: str | None = None
     """Backbone of the server (default: model.path)."""
