@@ -36,9 +36,16 @@ from fedloom.methods import METHODS, make_method
 from fedloom.methods.base import Method, ServerSide
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.split import SplitSettings
-from fedloom.models.load import TINY, context_length, fingerprint, load_backbone, load_tokenizer
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
 from fedloom.models.cut import FrontHalf, check_cut
+from fedloom.models.load import (
+    TINY,
+    context_length,
+    empty_backbone,
+    fingerprint,
+    load_backbone,
+    load_tokenizer,
+)
 from fedloom.models.tiny import tiny_model
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
@@ -171,9 +178,7 @@ def divide(
     )
 
 
-def _with_public(
-    experiment: Experiment, loaded: LoadedData
-) -> tuple[LoadedData, list[Example]]:
+def _with_public(experiment: Experiment, loaded: LoadedData) -> tuple[LoadedData, list[Example]]:
     """Return public rows where the method needs them, and the data without those taken from it."""
     if not METHODS[experiment.method.name][1].needs_public:
         return loaded, []
@@ -197,6 +202,7 @@ def assemble(
     objective: Objective | None = None,
     store: ClientStore | None = None,
     stage: Callable[[str], None] = lambda text: None,
+    empty: bool = False,
 ) -> Parts:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -206,6 +212,7 @@ def assemble(
         objective: A user's own objective instead of the one in the settings.
         store: What clients kept in an earlier part of this run.
         stage: Told what is being done.
+        empty: Build models without weights, to count by; nothing can be run then.
 
     Raises:
         ModelError: The model or its adapter cannot be built.
@@ -213,7 +220,7 @@ def assemble(
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
-    kits = _Kits(experiment, division, objective, stage)
+    kits = _Kits(experiment, division, objective, stage, empty=empty)
     own = kits.of_server
     reader = own.reader
     stage("tokenising")
@@ -304,8 +311,11 @@ class _Kits:
         division: Division,
         objective: Objective,
         stage: Callable[[str], None],
+        *,
+        empty: bool = False,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
+        self.empty = empty
         base = (experiment.model.path, experiment.adapter.rank)
         self.clients = dict.fromkeys(division.train, base)
         for group in experiment.clients.groups.values():
@@ -320,7 +330,9 @@ class _Kits:
         }
         contexts = {key: context_length(model.model) for key, (_, _, model) in built.items()}
         if not division.classes:  # positions are tokens: all must cut their texts alike
-            _require_same_vocabulary({key[0]: tokenizer for key, (_, tokenizer, _) in built.items()})
+            _require_same_vocabulary(
+                {key[0]: tokenizer for key, (_, tokenizer, _) in built.items()}
+            )
             contexts = dict.fromkeys(contexts, min(contexts.values()))
         self.kits = {
             key: _Kit(
@@ -354,9 +366,7 @@ class _Kits:
         if isinstance(self.experiment.method, SplitSettings):
             self._front = self._front or _front_half(self.experiment, self.division, kit)
             model = self._front
-        return Equipment(
-            model, model.read(), kit.reader.max_length, kit.width, public.get(kit.key)
-        )
+        return Equipment(model, model.read(), kit.reader.max_length, kit.width, public.get(kit.key))
 
     def client_held_out(self) -> dict[int, HeldOut]:
         """Return each client's own held-out set, where it has one, as its model reads it."""
@@ -395,7 +405,9 @@ class _Kits:
             model=self.experiment.model.model_copy(update={"path": path}),
             adapter=self.experiment.adapter.model_copy(update={"rank": rank}),
         )
-        return _build_model(experiment, self.objective, self.division.classes, stage)
+        return _build_model(
+            experiment, self.objective, self.division.classes, stage, empty=self.empty
+        )
 
 
 def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontHalf:
@@ -409,16 +421,13 @@ def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontH
     config: Any = kit.model.model.config
     check_cut(config, method.cut)
     classification = bool(division.classes)
-    backbone = load_backbone(
+    backbone = _backbone(
+        experiment,
         kit.path,
-        revision=experiment.model.revision,
-        classes=division.classes,
-        dtype=torch.bfloat16 if experiment.training.precision == "bf16" else torch.float32,
-        pad_token_id=kit.model.pad,
-        seed=experiment.federation.seed,
-        quantization=experiment.model.quantization,
-        device=kit.model.device,
+        division.classes,
+        kit.model.pad,
         blocks=method.cut,
+        empty=kit.model.device.type == "meta",
     )
     adapter = experiment.adapter
     blocks = blocks_of(config, adapter)
@@ -428,10 +437,8 @@ def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontH
             f"method.cut = {method.cut} leaves the client no block with an adapter: adapter.layers names "
             f"{blocks}"
         )
-    if len(front) < method.cut:
-        adapter = adapter.model_copy(update={"layers": front})
-    else:
-        adapter = adapter.model_copy(update={"layers": None})
+    layers = front if len(front) < method.cut else None
+    adapter = adapter.model_copy(update={"layers": layers})
     model = attach_adapter(
         backbone, adapter, classification=classification, seed=experiment.federation.seed
     )
@@ -473,7 +480,11 @@ def assemble_saved(
 
 
 def prepare_model(
-    experiment: Experiment, classes: tuple[str, ...], stage: Callable[[str], None]
+    experiment: Experiment,
+    classes: tuple[str, ...],
+    stage: Callable[[str], None],
+    *,
+    empty: bool = False,
 ) -> tuple[str, Any, torch.nn.Module]:
     """Return the backbone's path, its tokenizer and the backbone itself, on its device."""
     path = experiment.model.path
@@ -489,18 +500,38 @@ def prepare_model(
             ) from error
     stage(f"loading {experiment.model.path}")
     tokenizer = load_tokenizer(path, experiment.model.revision)
-    backbone = load_backbone(
+    backbone = _backbone(experiment, path, classes, tokenizer.pad_token_id, empty=empty)
+    _set_threads(experiment.training, sum(p.numel() for p in backbone.parameters()))
+    return path, tokenizer, backbone
+
+
+def _backbone(
+    experiment: Experiment,
+    path: str,
+    classes: tuple[str, ...],
+    pad: int,
+    *,
+    blocks: int | None = None,
+    empty: bool = False,
+) -> torch.nn.Module:
+    """Load a backbone, or its first blocks, as the experiment says; or build it without weights."""
+    dtype = torch.bfloat16 if experiment.training.precision == "bf16" else torch.float32
+    revision = experiment.model.revision
+    if empty:
+        return empty_backbone(
+            path, revision=revision, classes=classes, dtype=dtype, pad_token_id=pad, blocks=blocks
+        )
+    return load_backbone(
         path,
-        revision=experiment.model.revision,
+        revision=revision,
         classes=classes,
-        dtype=torch.bfloat16 if experiment.training.precision == "bf16" else torch.float32,
-        pad_token_id=tokenizer.pad_token_id,
+        dtype=dtype,
+        pad_token_id=pad,
         seed=experiment.federation.seed,
         quantization=experiment.model.quantization,
         device=choose_device(experiment.training.device),
+        blocks=blocks,
     )
-    _set_threads(experiment.training, sum(p.numel() for p in backbone.parameters()))
-    return path, tokenizer, backbone
 
 
 def choose_device(name: str) -> torch.device:
@@ -531,9 +562,12 @@ def _build_model(
     classes: tuple[str, ...],
     stage: Callable[[str], None],
     adapter: Path | None = None,
+    *,
+    empty: bool = False,
 ) -> tuple[str, Any, AdapterModel]:
     classification = objective.head == "classification"
-    path, tokenizer, backbone = prepare_model(experiment, classes if classification else (), stage)
+    classes = classes if classification else ()
+    path, tokenizer, backbone = prepare_model(experiment, classes, stage, empty=empty)
     if experiment.training.gradient_checkpointing:
         anyone: Any = backbone
         anyone.activation_checkpointing_enable()

@@ -207,6 +207,43 @@ def compare(
 
 
 @app.command()
+def advise(
+    experiment: ExperimentFile,
+    uplink: Annotated[str, typer.Option(help="From a client, a second.")] = "20Mbit",
+    downlink: Annotated[str, typer.Option(help="To a client, a second.")] = "100Mbit",
+    latency: Annotated[str, typer.Option(help="Of a message there and back.")] = "30ms",
+    client_memory: Annotated[str, typer.Option(help="That a client has for training.")] = "8GB",
+    speed: Annotated[
+        str, typer.Option(help="That a client's device really does a second.")
+    ] = "1TFLOP",
+    assignments: Assignments = None,
+) -> None:
+    """Say what each framework would cost a client in a round, which fit, which to try; trains nothing."""
+    from rich.console import Console
+
+    from fedloom.accounting.network import Link, parse_quantity
+    from fedloom.advice import advise as count
+    from fedloom.advice import recommend
+    from fedloom.terminal import advice_table
+
+    try:
+        link = Link(
+            parse_quantity(uplink, "bit"),
+            parse_quantity(downlink, "bit"),
+            parse_quantity(latency, "s"),
+            parse_quantity(speed, "FLOP"),
+        )
+        memory = parse_quantity(client_memory, "B")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console = Console()
+    with console.status("reading") as status:
+        options = count(_read(experiment, assignments), link, memory, stage=status.update)
+    console.print(advice_table(options))
+    console.print(recommend(options), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     target: Annotated[Path | None, typer.Option("--to", help="File to write.")] = None,

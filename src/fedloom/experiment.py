@@ -23,8 +23,8 @@ from fedloom.methods.base import TASKS
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.methods.split import SplitSettings
-from fedloom.models.load import ModelSettings
 from fedloom.models.adapters import AdapterSettings
+from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES, ObjectiveSettings
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
@@ -72,9 +72,13 @@ class ClientsSettings(Settings):
         for name, group in self.groups.items():
             for client in group.clients:
                 if not 0 <= client < clients:
-                    found.append(f"clients.groups.{name}: there is no client {client} (0 to {clients - 1})")
+                    found.append(
+                        f"clients.groups.{name}: there is no client {client} (0 to {clients - 1})"
+                    )
                 if client in homes:
-                    found.append(f"clients.groups: client {client} is in {homes[client]} and in {name}")
+                    found.append(
+                        f"clients.groups: client {client} is in {homes[client]} and in {name}"
+                    )
                 homes[client] = name
         return found
 
@@ -282,14 +286,20 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
                 "training.accumulation out"
             )
         if training and training.keep_optimizer_state:
-            found.append("method split makes its optimizers anew in every round: leave "
-                         "training.keep_optimizer_state out")
+            found.append(
+                "method split makes its optimizers anew in every round: leave "
+                "training.keep_optimizer_state out"
+            )
         if training and training.gradient_checkpointing:
-            found.append("method split keeps activations on both sides: leave "
-                         "training.gradient_checkpointing out")
+            found.append(
+                "method split keeps activations on both sides: leave "
+                "training.gradient_checkpointing out"
+            )
         if "adapter" in parts and parts["adapter"].kind == "prompt":
-            found.append('adapter.kind = "prompt" puts its tokens before the first block; method split '
-                         'needs "lora", "ia3" or "full"')
+            found.append(
+                'adapter.kind = "prompt" puts its tokens before the first block; method split '
+                'needs "lora", "ia3" or "full"'
+            )
     return found
 
 

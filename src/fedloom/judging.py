@@ -36,6 +36,7 @@ from fedloom.evaluation.verdicts import (
     judge_record,
     suspicious_answers,
 )
+from fedloom.models.adapters import load_adapter
 from fedloom.models.load import (
     TINY,
     ModelSettings,
@@ -43,7 +44,6 @@ from fedloom.models.load import (
     load_backbone,
     load_tokenizer,
 )
-from fedloom.models.adapters import load_adapter
 from fedloom.models.quantize import Quantization
 from fedloom.models.tiny import tiny_model
 from fedloom.randomness import derive_seed, generator

@@ -20,18 +20,17 @@ import torch
 from rich.table import Table
 
 from fedloom.accounting.ledger import SERVER, SUMMED
-from fedloom.accounting.memory import training_memory
 from fedloom.accounting.traffic import to_record
 from fedloom.assembly import Division, Parts
 from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
 from fedloom.evaluation.clients import ACTION as EVALUATION
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
-from fedloom.models.cut import FrontHalf
 from fedloom.objectives.base import Objective
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
 from fedloom.server import Evaluation, RoundRecord
+from fedloom.training.memory import client_memory
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
 
@@ -80,35 +79,20 @@ def run_record(
             "feedback": _feedback_record(experiment, division),
         },
         "method": experiment.method.name,
-        "client_memory": client_memory(experiment, parts),
+        "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
         "metric": asdict(HEADLINES[loaded.held_out_kind]),
         "fingerprint": fingerprint(experiment, division, objective),
     }
 
 
-def client_memory(experiment: Experiment, parts: Parts) -> float:
-    """Return bytes that training takes on a client at most, derived; see ``accounting/memory.py``."""
-    training = experiment.training
-    needed = 0.0
-    for client, share in parts.engine.shares.items():
-        model = parts.engine.equipment[client].model
-        tokens = min(training.micro_batch, len(share)) * int(share.tokens.lengths.max())
-        headless = isinstance(model, FrontHalf) and model.ending is None
-        trained = {id(p) for p in model.parameters.values()}
-        weights = [p for p in model.model.parameters() if id(p) not in trained]
-        needed = max(
-            needed,
-            training_memory(
-                model.shape,
-                weights=sum(p.numel() * p.element_size() for p in weights),
-                trained=sum(p.numel() for p in model.parameters.values()),
-                optimizer=training.optimizer,
-                tokens=tokens,
-                head_positions=0 if headless else tokens,
-            ),
-        )
-    return needed
+def _client_memory(experiment: Experiment, parts: Parts) -> float:
+    """Return bytes that training takes on the client that needs most, derived."""
+    engine, quantization = parts.engine, experiment.model.quantization
+    return max(
+        client_memory(engine.equipment[client].model, share, experiment.training, quantization)
+        for client, share in engine.shares.items()
+    )
 
 
 def _feedback_record(experiment: Experiment, division: Division) -> dict[str, Any] | None:
@@ -209,8 +193,7 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
 
 
 def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Add up the lines of ``costs.jsonl``: the clients' work, and apart from it the server's and
-    evaluation's."""
+    """Add up the lines of ``costs.jsonl``: clients' work, and apart the server's and evaluation's."""
     rows = list(costs)
     judged = [row for row in rows if row["phase"] == EVALUATION]
     work = [row for row in rows if row["phase"] != EVALUATION and row["client"] != SERVER]

@@ -6,7 +6,7 @@ It only watches (see ``server.Observer``); no result depends on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from fedloom.report.tables import human_bytes, human_flops, human_seconds
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fedloom.advice import Option
     from fedloom.comparison import Comparison
     from fedloom.runner import Plan
     from fedloom.server import Evaluation, RoundRecord
@@ -191,9 +192,10 @@ class ComparisonTerminal:
             return
         settings, cells = comparison.settings, comparison.cells
         work = f"{settings.amount} {settings.budget} per client and round"
+        what = "objectives" if settings.objectives else "scenarios"
         self.console.print(
-            f"{comparison.name}: {len(settings.rows)} {'objectives' if settings.objectives else 'scenarios'}"
-            f" x {len(settings.method_arms)} methods x {len(settings.seeds)} seeds, "
+            f"{comparison.name}: {len(settings.rows)} {what} x {len(settings.method_arms)} "
+            f"methods x {len(settings.seeds)} seeds, "
             f"{'each as it is set' if settings.budget == 'as_set' else work}",
             style="bold",
             highlight=False,
@@ -314,6 +316,32 @@ def frameworks_table(folder: Path) -> Table:
             human_bytes(row["memory"]),
             *(human_seconds(row["seconds"][link]) for link in record["links"]),
             ", ".join(fronts),
+        )
+    return table
+
+
+def advice_table(options: Sequence[Option]) -> Table:
+    """Return what each way to train costs the client with the most to do, in a round; all derived."""
+    table = Table(
+        title="a round of the client with the most to do, derived", box=None, padding=(0, 1, 0, 0)
+    )
+    table.add_column("framework", no_wrap=True)
+    for column in ("down", "up", "exchanges", "compute", "memory", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("fits")
+    for option in options:
+        if option.problem:
+            table.add_row(option.name, *[""] * 6, f"no: {option.problem}")
+            continue
+        table.add_row(
+            option.name,
+            human_bytes(option.sent.down),
+            human_bytes(option.sent.up),
+            str(option.sent.exchanges),
+            human_flops(option.flops),
+            human_bytes(option.memory),
+            human_seconds(option.seconds),
+            "yes" if option.fits else "no",
         )
     return table
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.models.load import load_backbone
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.load import load_backbone
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
@@ -40,7 +40,9 @@ def test_against_torch(model_folder, targets, tolerance, classes):
 def test_checkpointing_adds_a_forward_pass(model_folder):
     def count(checkpointed):
         backbone = load_backbone(str(model_folder), pad_token_id=0)
-        model = AdapterModel(attach_adapter(backbone, AdapterSettings()), 0, checkpointed=checkpointed)
+        model = AdapterModel(
+            attach_adapter(backbone, AdapterSettings()), 0, checkpointed=checkpointed
+        )
         ids = torch.ones(1, 8, dtype=torch.long)
         model(input_ids=ids, attention_mask=ids)
         plain = model.flops

@@ -9,8 +9,8 @@ import fedloom
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation import harness
 from fedloom.evaluation.harness import run_harness
-from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.models.adapters import load_adapter
+from fedloom.models.load import load_backbone, load_tokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -62,7 +62,9 @@ def test_a_local_task_gives_the_accuracy_computed_by_hand(experiment, task, mode
     result = fedloom.run(experiment(federation={"rounds": 1}))
     found = run_harness(result.adapter_path, str(model_folder), [task])
     tokenizer = load_tokenizer(str(model_folder))
-    model = load_adapter(load_backbone(str(model_folder), pad_token_id=0), result.adapter_path).eval()
+    model = load_adapter(
+        load_backbone(str(model_folder), pad_token_id=0), result.adapter_path
+    ).eval()
     assert found["fedloom_colours"]["acc"] == pytest.approx(by_hand(model, tokenizer))
     assert "acc_stderr" in found["fedloom_colours"]
     limited = run_harness(None, str(model_folder), [task], limit=2)

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from fedloom.errors import ModelError
-from fedloom.models.load import load_backbone
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
+from fedloom.models.load import load_backbone
 
 IDS = torch.arange(3, 15)[None]
 

@@ -9,8 +9,8 @@ import torch
 
 import fedloom
 from fedloom.errors import ModelError
-from fedloom.models.load import load_backbone
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.load import load_backbone
 from fedloom.models.quantize import check_quantization, loading_options
 from fedloom.models.shape import model_shape
 from fedloom.runner import evaluate_adapter

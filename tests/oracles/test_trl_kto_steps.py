@@ -16,8 +16,8 @@ from trl import KTOConfig, KTOTrainer
 from fedloom.data.batches import TokenShare
 from fedloom.data.builtin import builtin_examples
 from fedloom.data.tokenize import tokenize
-from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.training import local
 from fedloom.training.local import add_reference_logps, train_locally

@@ -10,8 +10,8 @@ from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import builtin_examples
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import NonFiniteLoss
-from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps, train_locally

@@ -38,8 +38,4 @@ def training_memory(
     reached = [linear for linear in shape.linears if linear.reached]
     activations = tokens * sum(linear.inputs + linear.outputs for linear in reached)
     head = 3 * head_positions * shape.head.outputs
-    return (
-        weights
-        + trained * 4 * (2 + OPTIMIZER_SLOTS[optimizer])
-        + element * (activations + head)
-    )
+    return weights + trained * 4 * (2 + OPTIMIZER_SLOTS[optimizer]) + element * (activations + head)

@@ -59,7 +59,9 @@ def parse_quantity(text: str, unit: str) -> float:
     except ValueError:
         number = 0.0
     if not found or not number > 0:
-        raise ValueError(f"{text!r} is no quantity above 0 in {unit}; write it like {EXAMPLES[unit]}")
+        raise ValueError(
+            f"{text!r} is no quantity above 0 in {unit}; write it like {EXAMPLES[unit]}"
+        )
     if unit == "s":
         return number * {None: 1.0, "m": 1e-3, "u": 1e-6}[found[2]]
     power = list(PREFIXES).index(found[2] or "")

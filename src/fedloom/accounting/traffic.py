@@ -2,10 +2,10 @@
 
 ====================  ==================================================================================
 FedLLM                adapter down and up: ``2 P b``
-KD-FedLLM             knowledge up and down: ``2 N (k b + k i + s)`` for N public positions, k entries of b
-                      bytes, their indices of i bytes (0 where all are sent) and a scale of s
-Split-FedLLM          for T tokens trained on: ``T (d b_a + s) up + T (d b_g + s) down``, doubled in U-shape;
-                      what the server must know of the rows, and the front half down and up
+KD-FedLLM             knowledge up and down: ``2 N (k b + k i + s)`` for N public positions, k entries
+                      of b bytes, their indices of i bytes (0 where all are sent) and a scale of s
+Split-FedLLM          for T tokens trained on: ``T (d b_a + s) up + T (d b_g + s) down``, twice that in
+                      U-shape; what the server must know of the rows; the front half down and up
 ====================  ==================================================================================
 
 and for each message a header (``header``), whose length was read off real ones. A count of 4 bytes an

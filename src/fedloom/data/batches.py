@@ -53,7 +53,7 @@ class TokenShare:
 
     @property
     def positions(self) -> Indices:
-        """``(examples + 1,)`` where the positions of each begin: one a text, or one a completion token."""
+        """``(examples + 1,)`` where each one's positions begin: one a text, or one a completion token."""
         lengths = self.tokens.completion_lengths
         return np.concatenate([[0], np.cumsum(np.maximum(lengths, 1))]).astype(np.int64)
 

@@ -66,7 +66,10 @@ class PublicRows:
 
 
 def take_public(
-    train: Sequence[Example], test: Sequence[Example], settings: PublicSettings, rng: np.random.Generator
+    train: Sequence[Example],
+    test: Sequence[Example],
+    settings: PublicSettings,
+    rng: np.random.Generator,
 ) -> tuple[list[Example], list[Example]]:
     """Take public rows out of the training rows; none of them is in the held-out set.
 
@@ -80,8 +83,8 @@ def take_public(
     candidates = [i for i, row in enumerate(train) if text_of(row) not in held_out]
     if settings.rows >= len(candidates):
         raise DataError(
-            f"public.rows = {settings.rows}: there are {len(candidates)} training rows to take them from, "
-            "and clients need some; take fewer or name a public.source"
+            f"public.rows = {settings.rows}: there are {len(candidates)} training rows to take them "
+            "from, and clients need some; take fewer or name a public.source"
         )
     drawn = sorted(rng.choice(candidates, size=settings.rows, replace=False).tolist())
     taken = set(drawn)

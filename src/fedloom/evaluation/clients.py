@@ -80,7 +80,9 @@ class Evaluator:
             return None
         adapter = self.method.shared(state)
         own = self.method.own_models
-        clients = {} if self.method.pools_data else self._ask(None if own else adapter, round, engine)
+        clients = (
+            {} if self.method.pools_data else self._ask(None if own else adapter, round, engine)
+        )
         common = _means([_part(metrics, COMMON) for metrics in clients.values()])
         clients = {c: m for c, m in ((c, _without(m, COMMON)) for c, m in clients.items()) if m}
         if adapter is None:

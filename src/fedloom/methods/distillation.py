@@ -4,10 +4,10 @@ Source: arXiv 2501.04436 (second framework), with the rules of FedMKT (Fan et al
 https://arxiv.org/abs/2406.02224) and the treatment of missing entries of arXiv 2509.01750. The order of
 a round is a reconstruction after the former's description:
 
-1. each client trains its own adapter on its own rows, and sends what it says about the round's public rows;
+1. each client trains its own adapter on its own rows, and sends what it says about public rows;
 2. the server puts the answers together and distils them into its own model, which may be larger or of
    another architecture;
-3. the server sends back what its model says now (or the clients' consensus), and each client distils that.
+3. the server sends back what its model says now (or the clients' consensus), and clients distil that.
 
 Public rows are drawn from (seed, "public", round), which every party knows, so no ids travel. A client
 keeps its adapter from round to round.
@@ -76,7 +76,7 @@ class DistillationSettings(Settings):
     encoding: Encoding = "fp16"
     """Of a logit on the wire: fp32, bf16, fp16, or int8 with a scale a position."""
     down: Literal["server", "consensus"] = "server"
-    """What clients learn from: the server's model after it has learnt, or the clients' answers combined."""
+    """What clients learn from: the server's model as it is then, or the clients' answers combined."""
     rows_per_round: int | None = Field(default=None, ge=1)
     """Public rows of a round, drawn anew (default: all of them)."""
     server_epochs: int = Field(default=5, ge=1)
@@ -338,7 +338,7 @@ def answers(
 
 
 def true_entries(public: PublicRows, head: Head) -> Tensor | None:
-    """Return ``(positions,)`` the class or token that is true at each, ``None`` where that is not said."""
+    """Return ``(positions,)``: the class or token that is true at each; ``None`` where nobody says."""
     tokens = public.share.tokens
     if not public.labelled:
         return None

@@ -6,12 +6,12 @@ https://arxiv.org/abs/2407.00952), whose code cuts GPT-2 after block 3 and avera
 
 A step: the client sends the activations of its last block; the server goes on, takes the loss, makes its
 own optimizer step and sends back the gradient of what it got; the client goes on with that and makes its
-step. With ``labels = "server"`` the client sends what is true too. With ``labels = "client"`` (U-shape) norm
-and head are the client's: the server sends the activations of its last block, and gets their gradient.
+step. With ``labels = "server"`` the client sends what is true too. With ``labels = "client"`` (U-shape)
+norm and head are the client's: the server sends its last block's activations, and gets their gradient.
 
-All clients take a step at a time. ``server = "sequential"`` (SplitFedV2): one back half, which steps after
-every client's batch, in client order. ``"parallel"`` (V1): a copy for every client, averaged with the front
-halves. Either party clips its own gradient; padding does not travel.
+All clients take a step at a time. ``server = "sequential"`` (SplitFedV2): one back half, which steps
+after every client's batch, in client order. ``"parallel"`` (V1): a copy for every client, averaged with
+the front halves. Either party clips its own gradient; padding does not travel.
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ from fedloom.models.cut import BackHalf, FrontHalf, last_tokens
 from fedloom.objectives.base import Objective
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
-from fedloom.training.local import DropoutStream, Elsewhere, LocalResult, Totals, local_steps, update
+from fedloom.training.local import (
+    DropoutStream,
+    Elsewhere,
+    LocalResult,
+    Totals,
+    local_steps,
+    update,
+)
 from fedloom.training.optimizers import make_optimizer
 
 FRONT, BACK = "front", "back"
@@ -134,8 +141,10 @@ class Split(Method):
             weights = [reply.payload.numbers["examples"] for reply in collected]
             halves = [reply.payload.tensors for reply in collected]
             # Who finished earlier in this round stands by what was averaged then.
-            front = weighted_mean([*halves, front], [*weights, finished]) if finished else (
-                weighted_mean(halves, weights)
+            front = (
+                weighted_mean([*halves, front], [*weights, finished])
+                if finished
+                else (weighted_mean(halves, weights))
             )
             desk.average({r.client: w for r, w in zip(collected, weights, strict=True)}, finished)
             own = {reply.client for reply in collected}
@@ -263,7 +272,7 @@ class Split(Method):
             if self.u_shape:
                 answer = yield _own_loss(model, objective, batch, answer)
             gradient, loss = answer
-            tokens.backward(gradient.to(tokens.device))
+            torch.autograd.backward(tokens, gradient.to(tokens.device))
             totals.add(batch, {"loss": torch.tensor(loss)}, objective.weight(batch), {})
             return float(loss)
 
@@ -314,7 +323,9 @@ class SplitWire:
         self.told = settings.labels == "server"
         self.classifies = objective.head == "classification"
         tokens = rows * max_length
-        self.activations = row_specs("activations", tokens, hidden, settings.activations, ragged=True)
+        self.activations = row_specs(
+            "activations", tokens, hidden, settings.activations, ragged=True
+        )
         self.gradient = row_specs("gradient", tokens, hidden, settings.gradients, ragged=True)
         self.entered = row_specs("hidden", tokens, hidden, settings.activations, ragged=True)
         self.fields = (3 if self.classifies else 2) if self.told else 1
@@ -324,7 +335,7 @@ class SplitWire:
         self.step_schema = Schema((*self.activations, *facts), ("waiting",))
 
     def step(self, tokens: Tensor, batch: Batch, pad: int) -> Payload:
-        """Return what a client sends: activations of all tokens, and what the server must know of them."""
+        """Return what a client sends: activations of all tokens, and what the server must know."""
         sequences = batch.sequences
         lengths = sequences.attention_mask.sum(-1)
         fields = [lengths]
@@ -348,7 +359,7 @@ class SplitWire:
         return Payload(tensors, {"waiting": float(waiting)})
 
     def batch(self, tensors: Tensors) -> tuple[Tensor, Batch, Tensor | None]:
-        """Return padded activations, the batch they are of as far as it is known, and the last columns."""
+        """Return padded activations, their batch as far as it is known, and its rows' last columns."""
         tokens = unpack_rows("activations", tensors, self.settings.activations)
         facts = tensors[ROWS].long()
         lengths = facts[:, 0]
@@ -443,7 +454,10 @@ class SplitWire:
             cohort.round,
             schema,
             Schema(self.gradient, ("loss", "exponent")),
-            {c: encode(Payload(pack_rows("hidden", t, encoding)), schema) for c, t in hidden.items()},
+            {
+                c: encode(Payload(pack_rows("hidden", t, encoding)), schema)
+                for c, t in hidden.items()
+            },
             check,
         )
 
@@ -494,9 +508,7 @@ class _Desk:
 
     def _copy(self, client: int) -> _Copy:
         parameters = self.model.parameters_of(self.back)
-        optimizer = make_optimizer(
-            parameters, self.server.training, self.cohort.learning_rate
-        )
+        optimizer = make_optimizer(parameters, self.server.training, self.cohort.learning_rate)
         seed = derive_seed(self.server.seed, "server dropout", client, self.cohort.round)
         return _Copy(parameters, optimizer, DropoutStream(seed, self.model))
 
@@ -539,7 +551,7 @@ class _Desk:
                 gradient = unpack_rows("gradient", reply.payload.tensors, encoding)
                 gradient = gradient * 2.0 ** reply.payload.numbers["exponent"]
                 self.model.hold(self.copies[reply.client].parameters)
-                hidden[mask].backward(gradient.to(hidden.device))
+                torch.autograd.backward(hidden[mask], gradient.to(hidden.device))
                 loss = reply.payload.numbers["loss"]
                 learnt.append(self._step(reply.client, entered, mask, loss))
         self.waiting.clear()  # of clients that were lost on the way
@@ -591,7 +603,7 @@ class _Desk:
 
 
 def pack_gradient(gradient: Tensor, encoding: Encoding) -> tuple[Tensors, float]:
-    """Return a gradient as it travels, divided by a power of two that brings it into any encoding's range.
+    """Return a gradient as it travels, divided by a power of two so that it fits any encoding.
 
     Returns:
         The tensors, and the exponent. Of fp32 and bf16 no bit is lost.

@@ -53,7 +53,7 @@ class AdapterSettings(Settings):
     """Layers that get an adapter: "all-linear", or names such as ["q_proj", "v_proj"]. (IA)3 chooses its
     own by default, prompt tuning has none."""
     layers: int | list[int] | None = None
-    """Blocks that get an adapter: a number for so many last ones, or their indices from 0 (default: all)."""
+    """Blocks that get an adapter: so many last ones, or a list of indices from 0 (default: all)."""
     virtual_tokens: int = Field(default=8, ge=1)
     """Of prompt: length of the learnt prompt in tokens."""
 
@@ -63,7 +63,9 @@ class AdapterSettings(Settings):
         owners = {"rank": "lora", "alpha": "lora", "dropout": "lora", "virtual_tokens": "prompt"}
         for name, owner in owners.items():
             if self.kind != owner and getattr(self, name) != type(self).model_fields[name].default:
-                found.append(f"adapter.{name} is a setting of {owner}; adapter.kind is {self.kind!r}")
+                found.append(
+                    f"adapter.{name} is a setting of {owner}; adapter.kind is {self.kind!r}"
+                )
         if self.kind == "prompt":
             for name in ("targets", "layers"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -82,7 +84,7 @@ IA3_TARGETS = {
     "qwen3": (["k_proj", "v_proj"], ["down_proj"]),
     "gpt2": (["c_attn"], ["mlp.c_proj"]),
 }
-"""Layers whose output, and whose input, (IA)3 scales, by architecture: keys, values and the MLP's inside."""
+"""Layers whose output, and whose input, (IA)3 scales: keys, values and the MLP's inside."""
 
 
 class AdapterModel:
@@ -141,7 +143,7 @@ class AdapterModel:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def count(self, rows: int, length: int, positions: int) -> None:
-        """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if there is one."""
+        """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any."""
         forward = forward_flops(self.shape, rows, length, positions)
         self.flops += forward
         if torch.is_grad_enabled():
@@ -163,7 +165,9 @@ class AdapterModel:
         self.parameters = dict(parameters)
 
     def read(self) -> Tensors:
-        """Return copies of the trained tensors on the CPU."""
+        """Return copies of the trained tensors on the CPU; of an empty model, what stands for them."""
+        if self.device.type == "meta":
+            return {n: p.detach() for n, p in self.parameters.items()}
         return {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
 
     def write(self, tensors: Tensors) -> None:
@@ -231,7 +235,9 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
                 'transformers takes the last column of a batch, padding or not; use "lora" or "ia3"'
             )
         return peft.PromptTuningConfig(
-            task_type=task, num_virtual_tokens=settings.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+            task_type=task,
+            num_virtual_tokens=settings.virtual_tokens,
+            prompt_tuning_init="SAMPLE_VOCAB",
         )
     if settings.kind == "ia3":
         return _ia3_config(backbone, settings, task)

@@ -101,7 +101,7 @@ class FrontHalf(AdapterModel):
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         """Return ``(rows, length, hidden)`` activations after the client's last block."""
-        self.count(*input_ids.shape, 0)
+        self.count(input_ids.shape[0], input_ids.shape[1], 0)
         with self._precision():
             return self.blocks(
                 input_ids=input_ids, attention_mask=attention_mask
@@ -146,7 +146,7 @@ class BackHalf(AdapterModel):
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         """Return ``(rows, length, hidden)``: ``input_ids`` are the activations of a front half."""
-        self.count(*input_ids.shape[:2], 0)
+        self.count(input_ids.shape[0], input_ids.shape[1], 0)
         with self._precision():
             return self.blocks(
                 inputs_embeds=input_ids, attention_mask=attention_mask
@@ -174,16 +174,21 @@ class Ending:
         hidden = self.hidden
         if kept := int(options.get("logits_to_keep", 0)):
             hidden = hidden[:, -kept:]
-        positions = hidden.shape[:-1].numel()
+        self.count(hidden.shape[:-1].numel())
+        with self.half._precision():
+            logits = self.head(self.norm(hidden))
+        if (
+            self.last is not None
+        ):  # all positions, then one of each row: as transformers does, bit for bit
+            logits = logits[torch.arange(len(logits), device=logits.device), self.last]
+        return SimpleNamespace(logits=logits)
+
+    def count(self, positions: int) -> None:
+        """Add the FLOPs of the head at so many positions, and of its backward pass if there is one."""
         shape = self.half.shape
         self.half.flops += forward_flops(shape, 1, 0, positions)
         if torch.is_grad_enabled():
             self.half.flops += backward_flops(shape, 1, 0, positions)
-        with self.half._precision():
-            logits = self.head(self.norm(hidden))
-        if self.last is not None:  # all positions, then one of each row: as transformers does, bit for bit
-            logits = logits[torch.arange(len(logits), device=logits.device), self.last]
-        return SimpleNamespace(logits=logits)
 
 
 def last_tokens(input_ids: Tensor, pad: int) -> Tensor:
@@ -204,7 +209,7 @@ _NOTHING: dict[str, nn.Module] = {"wpe": _Zero(), "drop": nn.Identity()}
 
 
 def _is_behind(name: str, cut: int, *, tail: bool) -> bool:
-    """Return whether a trained tensor is the server's: of a later block, or of the head if it is there."""
+    """Return whether a trained tensor is the server's: of a later block, or of its head."""
     block = block_of(name)
     return not tail if block is None else block >= cut
 

@@ -154,9 +154,17 @@ def _set_classes(config: Any, classes: tuple[str, ...]) -> None:
 
 
 def empty_backbone(
-    path: str, *, revision: str | None = None, classes: tuple[str, ...] = ()
+    path: str,
+    *,
+    revision: str | None = None,
+    classes: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    pad_token_id: int,
+    blocks: int | None = None,
 ) -> nn.Module:
     """Return the backbone's structure without any weights (on the device ``meta``), to count by.
+
+    Args are those of :func:`load_backbone`.
 
     Raises:
         ModelError: There is no configuration, or its architecture is not known.
@@ -173,8 +181,11 @@ def empty_backbone(
     try:
         config: Any = AutoConfig.from_pretrained(path, revision=revision)
         _set_classes(config, classes)
+        config.pad_token_id = pad_token_id
+        if blocks is not None:
+            keep_blocks(config, range(blocks))
         with torch.device("meta"):
-            model: nn.Module = factory.from_config(config)
+            model: nn.Module = factory.from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
     return model.requires_grad_(False)

@@ -77,6 +77,27 @@ def quantize_loaded(model: nn.Module, kind: Quantization, device: torch.device) 
     return model
 
 
+def quantized_bytes(model: nn.Module, kind: Quantization) -> int:
+    """Return the bytes of a model's frozen weights under a quantisation, from their shapes."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        inside = parameter.dim() == 2 and ".weight" in name and not _is_kept(name)
+        size = (
+            {"int8": 1.0, "int4": 0.5}.get(kind, parameter.element_size())
+            if inside
+            else (parameter.element_size())
+        )
+        total += int(parameter.numel() * size)
+    return total
+
+
+def _is_kept(name: str) -> bool:
+    """Return whether a weight keeps its precision: embeddings and output layers."""
+    return any(part in KEPT or part.startswith(("embed", "wte", "wpe")) for part in name.split("."))
+
+
 def _import(module: str, kind: Quantization) -> Any:
     import importlib
 

@@ -155,7 +155,9 @@ def pareto_scatter(
     front = sorted((x, y, name) for _, name, x, y, chosen in points if chosen)
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=3.4)
-        axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="#888888", lw=1, zorder=1)
+        axes.plot(
+            [x for x, _, _ in front], [y for _, y, _ in front], color="#888888", lw=1, zorder=1
+        )
         for group, _, x, y, chosen in points:
             face = colours[group] if chosen else "none"
             axes.plot([x], [y], "o", mec=colours[group], mfc=face, mew=1.4, markersize=7)

@@ -1,4 +1,4 @@
-"""The page of a comparison of frameworks: in each scenario, what quality costs in bytes, compute, memory, time.
+"""The page of a comparison of frameworks: what quality costs in bytes, compute, memory and time.
 
 It reads the comparison's record and its run folders only. Every byte is measured on encoded payloads and
 stands beside its closed form; compute, memory and the time on a link are derived, and say so.
@@ -176,7 +176,7 @@ def _round_seconds(found: Sequence[Turn], link: Link) -> list[float]:
 
 
 def on_front(arm: Arm, others: Sequence[Arm], cost: Callable[[Arm], float]) -> bool:
-    """Return whether no other arm of the scenario is as good at a lower cost, or better at no higher one."""
+    """Return whether no other arm of the scenario is as good for less, or better for no more."""
     return not any(
         (cost(o) <= cost(arm) and o.mean > arm.mean) or (cost(o) < cost(arm) and o.mean >= arm.mean)
         for o in others
@@ -308,9 +308,7 @@ def _scenario(name: str, found: Sequence[Arm], cells: Sequence[Cell]) -> Record:
                 figures.pareto_scatter(by_flops, "GFLOP of a client in a round", metric),
             ),
         ]
-    clients = next(
-        (len(c.run.partition["clients"]) for c in cells if c.objective == name), 0
-    )
+    clients = next((len(c.run.partition["clients"]) for c in cells if c.objective == name), 0)
     return {
         "name": name,
         "clients": clients,

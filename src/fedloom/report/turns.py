@@ -81,6 +81,8 @@ def _sent(rows: list[Record]) -> Sent:
 
 
 def _done(rows: list[Record]) -> Done:
-    """Return what was done on the client's own rows; public ones cost nothing on the wire by themselves."""
+    """Return what was done on the client's own rows; public ones by themselves cost no bytes."""
     own = [row for row in rows if row["phase"] in ("train", "step")]
-    return Done(*(sum(row[name] for row in own) for name in ("steps", "examples", "tokens", "targets")))
+    return Done(
+        *(sum(row[name] for row in own) for name in ("steps", "examples", "tokens", "targets"))
+    )

@@ -1,0 +1,254 @@
+"""What each framework would cost a client in a round, for a model and data as they are; trains nothing.
+
+The model is built without weights, the data is read, divided and tokenised as for a run, and the batches
+of the first round are drawn from the seed: bytes, exchanges and compute are then closed forms of what a
+round would really do. Time on a link and memory are derived from them. How accurate a framework gets can
+only be measured: ``fedloom compare`` with ``[compare.scenarios]`` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedloom.accounting.network import Link
+from fedloom.accounting.traffic import Done, Sent
+from fedloom.assembly import Parts, assemble, divide
+from fedloom.data.batches import TokenShare, collate, epoch_batches
+from fedloom.errors import FedloomError
+from fedloom.experiment import Experiment
+from fedloom.methods.base import TASKS
+from fedloom.methods.distillation import SCORING_BATCH, DistillationSettings
+from fedloom.methods.fedavg import FedAvgSettings
+from fedloom.methods.split import SplitSettings
+from fedloom.models.adapters import AdapterModel
+from fedloom.models.cut import FrontHalf
+from fedloom.randomness import generator
+from fedloom.training.memory import client_memory
+
+CLOSE = 1.5
+"""A round of FedLLM that lasts at most so many times the shortest is short enough to try it first."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train, and what it costs the client with the most to do.
+
+    Attributes:
+        name: Framework and configuration.
+        framework: FedLLM, KD-FedLLM or Split-FedLLM.
+        sent: Bytes and exchanges of a round.
+        flops: Floating-point operations of the client in a round.
+        memory: Bytes that training takes on the client.
+        seconds: Of a round on the link.
+        fits: Whether the memory is there.
+        problem: Why this cannot be used here; everything else is zero then.
+    """
+
+    name: str
+    framework: str
+    sent: Sent
+    flops: float
+    memory: float
+    seconds: float
+    fits: bool
+    problem: str = ""
+
+
+def advise(
+    experiment: Experiment,
+    link: Link,
+    memory: float,
+    *,
+    stage: Callable[[str], None] = lambda text: None,
+) -> list[Option]:
+    """Return what could be tried.
+
+    Args:
+        experiment: Model, data, partition and training as for a run; its method is one of the options.
+        link: What clients have.
+        memory: Bytes a client has.
+        stage: Told what is being done.
+
+    Raises:
+        FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
+    """
+    options = []
+    for name, framework, variant in _variants(experiment):
+        stage(f"counting {name}")
+        try:
+            parts = assemble(variant, divide(variant), empty=True)
+        except FedloomError as error:
+            if framework == "FedLLM":
+                raise
+            nothing = Sent(0, 0, 0)
+            options.append(
+                Option(name, framework, nothing, 0, 0, 0, fits=False, problem=str(error))
+            )
+            continue
+        options.append(_option(name, framework, variant, parts, link, memory))
+    return options
+
+
+def recommend(options: list[Option]) -> str:
+    """Say which option to try first, and why, from costs alone."""
+    fitting = [option for option in options if option.fits]
+    if not fitting:
+        return (
+            "Nothing fits this memory: take a smaller model, model.quantization, a smaller batch or "
+            "shorter sequences."
+        )
+    fastest = min(fitting, key=lambda option: option.seconds)
+    whole = [option for option in fitting if option.framework == "FedLLM"]
+    quick = [option for option in whole if option.seconds <= CLOSE * fastest.seconds]
+    chosen = quick[0] if quick else fastest
+    if quick:
+        why = (
+            "it fits, no other round is much shorter, and it trains one model on everybody's rows "
+            "without public data"
+        )
+    elif whole:
+        slower = min(option.seconds for option in whole) / fastest.seconds
+        why = f"its round is the shortest; FedLLM's takes {slower:.1f} times as long"
+    else:
+        why = "the whole model does not fit on a client, and of what fits its round is the shortest"
+    text = f"Try {chosen.name} first: {why}."
+    if chosen.framework == "KD-FedLLM":
+        text += " It needs public rows, and learns no more than these can show."
+    if chosen.framework == "Split-FedLLM":
+        text += (
+            " Clients must be online for every step, and activations tell the server much about the "
+            "texts: see method.labels and method.activation_noise."
+        )
+    return text + " Costs say nothing about accuracy: measure it with fedloom compare."
+
+
+def _variants(experiment: Experiment) -> list[tuple[str, str, Experiment]]:
+    """Return the experiment under each framework, each once as it is set or by default."""
+    method = experiment.method
+    adapter = experiment.adapter
+    own = adapter.kind == "lora"
+    label = f"lora r={adapter.rank}" if own else adapter.kind
+    fedllm = (
+        method if not isinstance(method, DistillationSettings | SplitSettings) else FedAvgSettings()
+    )
+    found = [(f"FedLLM, {label}", "FedLLM", replace(experiment, method=fedllm))]
+    if own and adapter.rank > 2:
+        small = adapter.model_copy(update={"rank": 2})
+        found.append(
+            ("FedLLM, lora r=2", "FedLLM", replace(experiment, method=fedllm, adapter=small))
+        )
+    if experiment.objective.name not in TASKS:
+        return found
+    logits = (
+        method
+        if isinstance(method, DistillationSettings)
+        else DistillationSettings(
+            top_k=None if experiment.objective.name == "classification" else 32
+        )
+    )
+    kept = f"top {logits.top_k} logits" if logits.top_k else "all logits"
+    name = f"KD-FedLLM, {kept}, {logits.encoding}"
+    found.append((name, "KD-FedLLM", replace(experiment, method=logits)))
+    split = method if isinstance(method, SplitSettings) else SplitSettings()
+    for encoding in dict.fromkeys([split.activations, "int8"]):
+        changed = {"activations": encoding, "gradients": encoding}
+        name = f"Split-FedLLM, cut {split.cut}, {encoding}"
+        plain = experiment.training.model_copy(
+            update={
+                "micro_batch_size": None,
+                "accumulation": None,
+                "keep_optimizer_state": False,
+                "gradient_checkpointing": False,
+            }
+        )
+        variant = replace(experiment, method=split.model_copy(update=changed), training=plain)
+        found.append((name, "Split-FedLLM", variant))
+    return found
+
+
+def _option(
+    name: str, framework: str, experiment: Experiment, parts: Parts, link: Link, memory: float
+) -> Option:
+    traffic = parts.method.traffic(parts.initial)
+    worst: Option | None = None
+    for client, share in parts.engine.shares.items():
+        model = parts.engine.equipment[client].model
+        done, flops = _own_rows(experiment, client, share, model, parts)
+        if isinstance(experiment.method, DistillationSettings):
+            flops += _public_rows(experiment.method, client, parts)
+        sent = traffic.of_round(done)
+        needed = client_memory(model, share, experiment.training, experiment.model.quantization)
+        option = Option(
+            name, framework, sent, flops, needed, link.seconds(sent, flops), fits=needed <= memory
+        )
+        if worst is None or option.seconds > worst.seconds:
+            worst = option
+    assert worst is not None, "a federation has clients"
+    return worst
+
+
+def _own_rows(
+    experiment: Experiment, client: int, share: TokenShare, model: AdapterModel, parts: Parts
+) -> tuple[Done, float]:
+    """Return what a client's first round does on its own rows, and its compute."""
+    training = experiment.training
+    work = training.work(len(share), parts.engine.participations)
+    order = generator(experiment.federation.seed, "batches", client, 1)
+    steps = rows = answers = tokens = targets = 0
+    flops = 0.0
+    for indices in epoch_batches(
+        len(share), training.batch_size, order, epochs=work.epochs, steps=work.steps
+    ):
+        if (work.examples is not None and answers >= work.examples) or (
+            work.tokens is not None and tokens >= work.tokens
+        ):
+            break
+        flops += _pass(share, indices, model, training.micro_batch)
+        part = share.take(indices).tokens
+        steps, rows = steps + 1, rows + len(indices)
+        answers += len(part.prompts)
+        tokens += len(part.tokens)
+        targets += int(part.completion_lengths.sum()) or len(indices)
+    return Done(steps, rows, tokens, targets), flops
+
+
+def _public_rows(settings: DistillationSettings, client: int, parts: Parts) -> float:
+    """Return a client's compute on public rows: scoring them once, then learning from them."""
+    own = parts.engine.equipment[client]
+    assert own.public is not None, "the method's rows have been read"
+    share, size = own.public.share, parts.engine.training.batch_size
+    count = min(settings.rows_per_round or len(share), len(share))
+    rows = np.arange(count)
+    with torch.no_grad():
+        scoring = sum(
+            _pass(share, rows[start : start + SCORING_BATCH], own.model, SCORING_BATCH)
+            for start in range(0, count, SCORING_BATCH)
+        )
+    learning = sum(
+        _pass(share, rows[start : start + size], own.model, size) for start in range(0, count, size)
+    )
+    return scoring + settings.client_epochs * learning
+
+
+def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, size: int) -> float:
+    """Return the compute of a batch, forward and (where gradients are on) backward."""
+    before = model.flops
+    for start in range(0, len(indices), size):
+        sequences = collate(
+            TokenShare(share.tokens), indices[start : start + size], model.pad, torch.device("cpu")
+        ).sequences
+        count, length = sequences.input_ids.shape
+        positions = length
+        if sequences.completion_mask.any():
+            positions = length - sequences.first_completion + 1
+        if isinstance(model, FrontHalf):
+            model.count(count, length, 0)
+            if model.ending is not None:
+                model.ending.count(count * positions)
+        else:
+            model.count(count, length + model.virtual_tokens, positions)
+    return model.flops - before
