@@ -344,6 +344,8 @@ def _quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated", UserWarning)
+        # Of GPT-2's Conv1D, whose weights lie the other way round: PEFT sets it right by itself.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
 
 

@@ -1,0 +1,299 @@
+"""Split-FedLLM: a whole run equals training the whole model; what travels; what a bad peer can do."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fedloom.errors import ModelError, RoundFailed, SettingsError
+from fedloom.messages import Payload, decode, encode
+from fedloom.methods.split import SplitSettings, pack_gradient
+from fedloom.models.cut import FrontHalf
+
+KINDS = {
+    "sft": {"data": {"source": "builtin:instructions", "builtin_rows": 40}, "objective": {"name": "sft"}},
+    "classification": {
+        "data": {"source": "builtin:labelled", "builtin_rows": 60},
+        "objective": {"name": "classification"},
+    },
+}
+TRAINING = {"learning_rate": 1e-2, "batch_size": 8, "local_steps": 3, "max_grad_norm": 0.0}
+
+
+@pytest.fixture
+def split(experiment):
+    def make(kind="classification", clients=1, training=None, **method):
+        return experiment(
+            **KINDS[kind],
+            training={**TRAINING, **(training or {})},
+            federation={"rounds": 2, "clients": clients},
+            method={"name": "split", **method} if "name" not in method else method,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"server": "parallel"},
+        {"labels": "client"},
+        {"labels": "client", "server": "parallel"},
+        {"average_every": 2},
+        {"average_every": 1, "server": "parallel", "labels": "client"},
+    ],
+    ids=str,
+)
+def test_one_client_is_centralised_training_bit_for_bit(federate, split, kind, method):
+    whole = federate(split(kind, name="centralised"))
+    found = federate(split(kind, **method))
+    assert whole.adapter.keys() == found.adapter.keys()
+    assert all(torch.equal(found.adapter[n], whole.adapter[n]) for n in whole.adapter)
+    loss = found.records[-1].train["loss"]
+    assert loss == pytest.approx(whole.records[-1].train["loss"], rel=1e-5)
+
+
+def test_the_server_in_turn_learns_from_every_client(federate, split):
+    """Sequential: one back half makes all clients' steps; parallel: each copy its own, then the mean."""
+    moved = {}
+    for server in ("sequential", "parallel"):
+        found = federate(split(clients=3, server=server))
+        start = found.parts.initial
+        back = [n for n in start if n in found.parts.method.back.parameters]
+        moved[server] = sum(float((found.adapter[n] - start[n]).norm()) for n in back)
+    assert moved["sequential"] > 1.2 * moved["parallel"] > 0
+
+
+def test_the_parallel_mean_is_the_mean_of_training_alone(federate, split):
+    """With plain SGD and one step, averaged halves are the step along the mean gradient of the clients."""
+    training = {"optimizer": "sgd", "local_steps": 1, "learning_rate": 0.5}
+    found = federate(split(clients=3, training=training, server="parallel"))
+    wanted = federate(split(clients=3, training=training, name="fedavg"))
+    for name, tensor in wanted.adapter.items():
+        assert torch.allclose(found.adapter[name], tensor, atol=1e-6), name
+
+
+def test_the_same_bits_again(federate, split):
+    twice = [federate(split(clients=2, training={"local_steps": 2})).adapter for _ in range(2)]
+    assert all(torch.equal(twice[0][n], twice[1][n]) for n in twice[0])
+    noisy = [federate(split(clients=2, activation_noise=0.1)).adapter for _ in range(2)]
+    assert all(torch.equal(noisy[0][n], noisy[1][n]) for n in noisy[0])
+    assert any(not torch.equal(noisy[0][n], twice[0][n]) for n in twice[0])
+
+
+def test_dropout_is_each_partys_own_and_repeatable(federate, experiment):
+    def run():
+        return federate(
+            experiment(
+                **KINDS["sft"], adapter={"rank": 2, "dropout": 0.3}, training=TRAINING,
+                federation={"rounds": 1, "clients": 3}, method={"name": "split", "server": "parallel"},
+            )
+        ).adapter  # fmt: skip
+
+    before = torch.get_rng_state()
+    first, second = run(), run()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's random numbers were touched
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp16", "int8"])
+def test_every_encoding_learns_nearly_the_same(federate, split, encoding):
+    training = {"optimizer": "sgd", "learning_rate": 0.1}
+    plain = federate(split(training=training)).adapter
+    found = federate(split(training=training, activations=encoding, gradients=encoding)).adapter
+    start = federate(split(training={**training, "learning_rate": 1e-12})).adapter
+    way = sum(float((plain[n] - start[n]).norm()) ** 2 for n in plain) ** 0.5
+    error = sum(float((plain[n] - found[n]).norm()) ** 2 for n in plain) ** 0.5
+    assert 0 < error < 0.05 * way
+
+
+def test_a_gradient_fits_any_encoding_and_fp32_loses_no_bit():
+    gradient = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 1e-9
+    packed, exponent = pack_gradient(gradient, "fp32")
+    assert torch.equal(packed["gradient"] * 2.0**exponent, gradient)
+    packed, exponent = pack_gradient(gradient, "fp16")
+    assert packed["gradient"].abs().max() >= 0.5  # plain fp16 would round all of this to zero
+    assert torch.allclose(packed["gradient"].float() * 2.0**exponent, gradient, rtol=1e-3)
+    assert pack_gradient(torch.zeros(0, 8), "int8")[1] == 0
+    assert pack_gradient(torch.zeros(2, 8), "int8")[1] == 0
+
+
+def test_labels_stay_home_in_u_shape(federate, split):
+    """What goes up: activations, lengths, gradients, a loss. No label, and no token's id."""
+    seen = []
+
+    def watch(parts):
+        exchange = parts.engine.exchange
+
+        def watched(question):
+            seen.append(question)
+            return exchange(question)
+
+        parts.engine.exchange = watched
+
+    federate(split("sft", labels="client"), watch)
+    up = {spec.name for question in seen for spec in question.reply_schema.tensors}
+    assert {name for name in up if "lora" not in name} == {"activations", "rows", "gradient"}
+    assert {spec.shape[1:] for q in seen for spec in q.reply_schema.tensors if spec.name == "rows"} == {(1,)}
+    seen.clear()
+    federate(split("sft"), watch)
+    assert "targets" in {spec.name for question in seen for spec in question.reply_schema.tensors}
+
+
+def test_clients_hold_front_halves_and_the_adapter_is_whole_in_the_end(federate, split):
+    found = federate(split(clients=2))
+    front = found.parts.engine.equipment[0].model
+    assert isinstance(front, FrontHalf)
+    assert not any("layers.1." in name for name, _ in front.model.named_parameters())
+    assert found.adapter.keys() == found.parts.model.parameters.keys()
+
+
+def failing(client, action, times, answer):
+    """Break one client's answers to ``action`` from the ``times``-th on."""
+
+    def break_(parts):
+        exchange, count = parts.engine.exchange, {"n": 0}
+
+        def broken(question):
+            for one in exchange(question):
+                if one.client == client and question.action == action:
+                    count["n"] += 1
+                    if count["n"] >= times:
+                        yield answer(one, question)
+                        continue
+                yield one
+
+        parts.engine.exchange = broken
+
+    return break_
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("server", ["sequential", "parallel"])
+def test_a_client_lost_in_the_middle_of_a_round(federate, split, labels, server):
+    lost = failing(1, "step", 2, lambda one, question: dataclasses.replace(one, data=None, error="gone"))
+    experiment = split(clients=3, labels=labels, server=server)
+    found = federate(experiment, lost)
+    for record in found.records:
+        assert record.rejected == {1: "gone"}
+    assert all(torch.isfinite(t).all() for t in found.adapter.values())
+    moved = [n for n in found.adapter if not torch.equal(found.adapter[n], found.parts.initial[n])]
+    assert moved
+
+
+def test_too_many_lost_clients_end_the_run_with_their_reasons(federate, split):
+    lost = failing(1, "step", 2, lambda one, question: dataclasses.replace(one, data=None, error="gone"))
+    with pytest.raises(RoundFailed, match="1 of 2 clients gave a usable answer.*client 1: gone"):
+        experiment = split(clients=2)
+        federate(
+            dataclasses.replace(
+                experiment, federation=experiment.federation.model_copy(update={"quorum": 1.0})
+            ),
+            lost,
+        )
+
+
+def changed(change):
+    """An answer whose payload was changed and encoded again."""
+
+    def answer(one, question):
+        payload = decode(one.data, question.reply_schema)
+        tensors, numbers = dict(payload.tensors), dict(payload.numbers)
+        change(tensors, numbers)
+        return dataclasses.replace(one, data=encode(Payload(tensors, numbers), question.reply_schema))
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("classification", lambda t, n: t["activations"].fill_(float("nan")), "NaN or infinity"),
+        ("classification", lambda t, n: t["rows"][:, 0].add_(1), "activations for sequences of"),
+        ("classification", lambda t, n: t["rows"][:, 1].fill_(-1), "lies outside its sequence"),
+        ("classification", lambda t, n: t["rows"][:, 2].fill_(99), "not among the 8 classes"),
+        ("classification", lambda t, n: t.update(rows=t["rows"][:0]), "without their lengths"),
+        ("sft", lambda t, n: t["targets"].fill_(10**6), "not among the"),
+        ("sft", lambda t, n: t["rows"][:, 1].fill_(0), "do not add up"),
+        ("sft", lambda t, n: t.update(targets=t["targets"][1:]), "do not add up"),
+    ],
+)
+def test_a_bad_step_leaves_its_client_out(federate, split, kind, change, reason):
+    found = federate(split(kind, clients=3), failing(2, "start", 1, changed(change)))
+    assert all(reason in record.rejected[2] for record in found.records)
+    assert all(record.rejected.keys() == {2} for record in found.records)
+
+
+@pytest.mark.parametrize("bad", ["shape", "nan"])
+def test_a_client_refuses_a_bad_gradient_and_keeps_its_last_good_adapter(federate, split, bad):
+    """The server's second gradient for client 0 is spoilt on the way: the first step stands."""
+    kept = {}
+
+    def spoil(parts):
+        exchange, count = parts.engine.exchange, {"n": 0}
+
+        def spoilt(question):
+            if question.action == "step" and 0 in question.requests:
+                count["n"] += 1
+                if count["n"] == 1:
+                    yield from exchange(question)
+                    session = parts.engine._sessions[0]["parameters"]
+                    kept.update({n: p.detach().clone() for n, p in session.items()})
+                    return
+                if count["n"] == 2:
+                    payload = decode(question.requests[0], question.request_schema)
+                    gradient = payload.tensors["gradient"]
+                    gradient = gradient[:-1] if bad == "shape" else gradient * float("nan")
+                    data = encode(
+                        Payload({"gradient": gradient}, payload.numbers), question.request_schema
+                    )
+                    question = dataclasses.replace(question, requests={**question.requests, 0: data})
+            yield from exchange(question)
+            if count["n"] == 2:
+                session = parts.engine._sessions[0]["parameters"]
+                assert all(torch.equal(kept[n], p) for n, p in session.items())
+                kept["seen"] = True
+
+        parts.engine.exchange = spoilt
+
+    experiment = split(clients=3)
+    once = experiment.federation.model_copy(update={"rounds": 1})
+    found = federate(dataclasses.replace(experiment, federation=once), spoil)
+    (record,) = found.records
+    words = "came back for" if bad == "shape" else "NaN or infinity"
+    assert words in record.rejected[0] and kept["seen"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"objective": {"name": "dpo"}, "data": {"source": "builtin:preferences"}}, "sft or classification"),
+        ({"training": {"micro_batch_size": 4}}, "an optimizer batch at a time"),
+        ({"training": {"keep_optimizer_state": True}}, "optimizers anew"),
+        ({"training": {"gradient_checkpointing": True}}, "activations on both sides"),
+        ({"adapter": {"kind": "prompt", "rank": 8}}, "before the first block"),
+        ({"method": {"name": "split", "cut": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_split_is_said_before_anything_is_loaded(experiment, sections, words):
+    with pytest.raises(SettingsError, match=words):
+        experiment(**{**KINDS["sft"], "method": {"name": "split"}, **sections})
+
+
+def test_a_cut_beyond_the_model(federate, split):
+    with pytest.raises(ModelError, match="method.cut = 2: this model has 2 blocks.*after 1 to 1"):
+        federate(split(cut=2))
+
+
+def test_a_client_without_an_adapter_in_its_blocks(federate, experiment):
+    with pytest.raises(ModelError, match="leaves the client no block with an adapter"):
+        federate(
+            experiment(**KINDS["sft"], method={"name": "split"}, adapter={"rank": 2, "layers": [1]})
+        )
+
+
+def test_settings_name_the_papers_defaults():
+    settings = SplitSettings()
+    assert (settings.cut, settings.labels, settings.server) == (1, "server", "sequential")
