@@ -1,0 +1,84 @@
+"""Public rows: taken or read, never shared with what is judged, and as the task needs them."""
+
+import numpy as np
+import pytest
+
+from fedloom.assembly import divide
+from fedloom.data.examples import Instruction, Labelled, Preference
+from fedloom.data.public import PublicSettings, as_task, take_public, text_of
+from fedloom.errors import DataError
+
+CLASSES = ("loss", "theft")
+METHOD = {"method": {"name": "distillation"}, "objective": {"name": "classification"}}
+
+
+def labelled(count, start=0, label="loss"):
+    return [Labelled(i, f"text {i + start}", label) for i in range(count)]
+
+
+def test_rows_that_are_taken_leave_the_clients_and_are_not_judged():
+    train, test = labelled(20), labelled(5, start=15)
+    public, left = take_public(train, test, PublicSettings(rows=8), np.random.default_rng(0))
+    assert len(public) == 8 and len(left) == 12
+    assert sorted(row.row for row in [*public, *left]) == list(range(20))
+    assert not {text_of(row) for row in public} & {text_of(row) for row in test}
+    with pytest.raises(DataError, match="there are 15 training rows to take them from"):
+        take_public(train, test, PublicSettings(rows=16), np.random.default_rng(0))
+
+
+def test_labels_are_kept_only_where_they_may_be_learnt_from():
+    assert [row.label for row in as_task(labelled(2), CLASSES, labelled=True)] == ["loss"] * 2
+    assert [row.label for row in as_task(labelled(2), CLASSES, labelled=False)] == [""] * 2
+    story = Instruction(3, "Once ", "upon a time")
+    (row,) = as_task([story], CLASSES, labelled=False)
+    assert row == Labelled(3, "Once upon a time", "")
+    with pytest.raises(DataError, match="public row 0 has the class 'fire', which is none of the 2"):
+        as_task(labelled(1, label="fire"), CLASSES, labelled=True)
+    with pytest.raises(DataError, match="has the class ''"):
+        as_task([story], CLASSES, labelled=True)
+
+
+def test_for_a_causal_model_a_text_is_all_completion():
+    (row,) = as_task(labelled(1), (), labelled=False)
+    assert (row.prompt, row.completion) == ("", "text 0")
+    (row,) = as_task([Preference(1, "Q", "good", "bad")], (), labelled=False)
+    assert (row.prompt, row.completion) == ("Q", "good")
+
+
+@pytest.fixture
+def files(rows_file):
+    rows = [{"text": f"question {i}", "label": CLASSES[i % 2]} for i in range(40)]
+    test = [{"text": f"asked {i}", "label": CLASSES[i % 2]} for i in range(10)]
+    return rows_file(rows, "train.jsonl"), rows_file(test, "test.jsonl")
+
+
+def sections(files, **public):
+    data = {"source": files[0], "test_source": files[1], "kind": "labelled"}
+    return {**METHOD, "data": data, "public": {"rows": 6, **public}}
+
+
+def test_a_source_of_another_domain_without_labels(experiment, files, rows_file):
+    stories = rows_file([{"body": f"a story {i}"} for i in range(30)], "stories.jsonl")
+    more = {"source": stories, "kind": "instruction", "columns": {"text": "body"}}
+    division = divide(experiment(**sections(files, **more)))
+    assert len(division.public) == 6
+    assert all(row.text.startswith("a story") and row.label == "" for row in division.public)
+    assert sum(len(rows) for rows in division.train.values()) > 30  # nothing was taken from clients
+
+
+def test_a_source_that_shares_rows_with_the_held_out_set(experiment, files, rows_file):
+    rows = [{"text": f"asked {i}", "label": "loss"} for i in (3, 4)]
+    rows += [{"text": f"new {i}", "label": "loss"} for i in range(20)]
+    source = rows_file(rows, "public.jsonl")
+    with pytest.raises(DataError, match="shares 2 of its 22 rows with the held-out set"):
+        divide(experiment(**sections(files, source=source, kind="labelled")))
+
+
+def test_an_empty_source(experiment, files, rows_file):
+    with pytest.raises(DataError):
+        divide(experiment(**sections(files, source=rows_file([], "none.jsonl"), kind="labelled")))
+
+
+def test_methods_without_need_have_no_public_rows(experiment, files):
+    division = divide(experiment(**{**sections(files), "method": {"name": "fedavg"}}))
+    assert division.public == ()

@@ -1,0 +1,298 @@
+"""KD-FedLLM: what travels, what each setting changes, who learns from whom, and what a bad client can do."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import fedloom
+from fedloom.aggregation.knowledge import likeliest
+from fedloom.data.public import PublicRows
+from fedloom.errors import DataError, MessageError, ModelError, SettingsError
+from fedloom.messages import Payload, decode, encode
+from fedloom.methods.distillation import DistillationSettings, KnowledgeWire, index_dtype
+from fedloom.runner import resume_run
+
+KINDS = {
+    "sft": {"data": {"source": "builtin:instructions", "builtin_rows": 60}, "objective": {"name": "sft"}},
+    "classification": {
+        "data": {"source": "builtin:labelled", "builtin_rows": 200},
+        "objective": {"name": "classification"},
+    },
+}
+
+
+@pytest.fixture
+def distil(experiment):
+    def make(kind="classification", public=None, clients=3, groups=None, rounds=2, **method):
+        return experiment(
+            **KINDS[kind],
+            public={"rows": 12, **(public or {})},
+            clients={"groups": groups or {}},
+            training={"learning_rate": 3e-3, "batch_size": 8},
+            federation={"rounds": rounds, "clients": clients},
+            method={"name": "distillation", "server_epochs": 1, "client_epochs": 1, **method},
+        )
+
+    return make
+
+
+def watching(seen):
+    def watch(parts):
+        exchange = parts.engine.exchange
+
+        def watched(question):
+            seen.append(question)
+            return exchange(question)
+
+        parts.engine.exchange = watched
+
+    return watch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"top_k": 3}, {"top_mass": 0.8}, {"top_k": 4, "top_mass": 0.9, "encoding": "int8"}],
+    ids=str,
+)
+def test_no_parameter_travels(federate, distil, kind, method):
+    seen = []
+    found = federate(distil(kind, **method), watching(seen))
+    assert {question.action for question in seen} == {"train", "distil"}
+    names = {
+        spec.name
+        for question in seen
+        for schema in (question.request_schema, question.reply_schema)
+        for spec in schema.tensors
+    }
+    assert names <= {"values", "values_scale", "indices", "counts"}
+    assert not names & set(found.parts.initial)
+    assert any(not torch.equal(t, found.parts.initial[n]) for n, t in found.adapter.items())
+
+
+def test_all_logits_equal_the_k_likeliest_of_all(federate, distil):
+    whole = federate(distil(encoding="fp32"))
+    kept = federate(distil(encoding="fp32", top_k=8))
+    assert all(torch.equal(whole.adapter[n], kept.adapter[n]) for n in whole.adapter)
+
+
+RULES = ["mean", "mean_prob", "entropy", "confidence", "lowest_loss"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_server_and_clients(federate, distil, rule):
+    method = {"rule": rule, "top_k": 5, "server_epochs": 4, "client_epochs": 2}
+    found = federate(distil("sft", public={"labelled": True}, rounds=3, **method), evaluate=True)
+    first, last = (record.evaluation.metrics for record in (found.records[0], found.records[-1]))
+    assert last["loss"] < first["loss"]
+    assert last["clients_loss"] < first["clients_loss"]
+
+
+def test_every_rule_is_another(federate, distil):
+    public = {"labelled": True}
+    adapters = [federate(distil(rule=rule, public=public)).adapter for rule in RULES]
+    heads = {tuple(a["base_model.model.score.weight"].flatten().tolist()) for a in adapters}
+    assert len(heads) == len(RULES)
+
+
+def test_the_same_bits_again_and_after_a_resume(distil, tmp_path):
+    experiment = distil(rounds=3, rows_per_round=5, top_k=3)
+
+    def at(name, rounds):
+        return dataclasses.replace(
+            experiment,
+            federation=experiment.federation.model_copy(update={"rounds": rounds}),
+            output=experiment.output.model_copy(update={"folder": str(tmp_path / name)}),
+        )
+
+    once = fedloom.run(at("once", 3))
+    again = fedloom.run(at("again", 3))
+    resumed = resume_run(tmp_path / "again", from_round=2)
+    files = [r.adapter_path / "adapter_model.safetensors" for r in (once, again, resumed)]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_clients_keep_their_adapters_and_differ(federate, distil):
+    found = federate(distil())
+    own = [found.parts.engine.store.slots(client)["adapter"] for client in range(3)]
+    name = next(iter(own[0]))
+    assert not torch.equal(own[0][name], own[1][name])
+
+
+def test_rows_of_a_round_are_drawn_anew_and_known_to_all(distil, federate):
+    experiment = distil(rows_per_round=4)
+    found = federate(experiment)
+    method, public = found.parts.method, found.parts.engine.equipment[0].public
+    drawn = [method._rows(public, 0, round).share.tokens.rows.tolist() for round in (1, 2)]
+    assert drawn[0] != drawn[1] and all(len(rows) == 4 for rows in drawn)
+    server = method._rows(method.server.public, 0, 1).share.tokens.rows.tolist()
+    assert server == drawn[0]
+
+
+def test_clients_of_other_ranks_and_backbones_take_part(federate, distil, tmp_path):
+    import numpy as np
+
+    from fedloom.data.builtin import pretraining_texts
+    from fedloom.models.tiny import TinyRecipe, make_tiny_model
+
+    other = tmp_path / "other"
+    recipe = TinyRecipe(vocabulary=290, hidden=48, intermediate=64, layers=3, heads=2, steps=2)
+    make_tiny_model(other, pretraining_texts(np.random.default_rng(5), 200), recipe)
+    groups = {"wide": {"clients": [1], "rank": 6}, "deep": {"clients": [2], "model": str(other)}}
+    found = federate(distil(groups=groups, server_rank=4), evaluate=True)
+    models = [found.parts.engine.equipment[client].model for client in range(3)]
+    assert len({id(model) for model in models}) == 3
+    assert models[2].model.config.num_hidden_layers == 3
+    ranks = {tensor.shape[0] for name, tensor in found.adapter.items() if "lora_A" in name}
+    assert ranks == {4}
+    assert not any(record.rejected for record in found.records)
+
+
+def test_over_tokens_all_models_need_one_vocabulary(federate, distil, tmp_path):
+    import numpy as np
+
+    from fedloom.data.builtin import pretraining_texts
+    from fedloom.models.tiny import TinyRecipe, make_tiny_model
+
+    recipe = TinyRecipe(vocabulary=290, hidden=32, intermediate=64, layers=2, heads=2, steps=2)
+    make_tiny_model(tmp_path / "other", pretraining_texts(np.random.default_rng(5), 200), recipe)
+    with pytest.raises(ModelError, match=r"different vocabularies \(320 and 290 tokens"):
+        federate(distil("sft", groups={"odd": {"clients": [1], "model": str(tmp_path / "other")}}))
+
+
+def changed(change):
+    def break_(parts):
+        exchange = parts.engine.exchange
+
+        def broken(question):
+            for one in exchange(question):
+                if one.client == 1 and question.action == "train":
+                    payload = decode(one.data, question.reply_schema)
+                    tensors = {name: t.clone() for name, t in payload.tensors.items()}
+                    change(tensors)
+                    data = encode(
+                        Payload(tensors, payload.numbers, payload.metrics), question.reply_schema
+                    )
+                    one = dataclasses.replace(one, data=data)
+                yield one
+
+        parts.engine.exchange = broken
+
+    return break_
+
+
+def swap(tensors):
+    tensors["indices"] = tensors["indices"].flip(-1)
+
+
+def beyond(tensors):
+    tensors["indices"][0, -1] = 200
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t["values"].fill_(float("nan")), "NaN or infinity"),
+        (swap, "must rise and occur once"),
+        (beyond, "index 200 is not below the width of 8"),
+    ],
+)
+def test_bad_logits_leave_their_client_out_and_the_round_goes_on(federate, distil, change, reason):
+    found = federate(distil(top_k=3), changed(change))
+    for record in found.records:
+        assert list(record.rejected) == [1] and reason in record.rejected[1]
+    assert all(torch.isfinite(t).all() for t in found.adapter.values())
+
+
+def counts_lie(tensors):
+    tensors["counts"][0] += 1
+
+
+def too_few_indices(tensors):
+    tensors["indices"] = tensors["indices"][1:]
+
+
+@pytest.mark.parametrize("change", [counts_lie, too_few_indices])
+def test_counts_that_do_not_add_up_leave_their_client_out(federate, distil, change):
+    found = federate(distil(top_mass=0.9), changed(change))
+    assert all(list(record.rejected) == [1] for record in found.records)
+
+
+def test_the_wire_gives_back_what_it_was_given():
+    logps = torch.randn(30, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+
+    class Rows:
+        positions = [30]
+
+    for settings in ({}, {"top_k": 4}, {"top_mass": 0.7}, {"top_k": 5, "top_mass": 0.8}):
+        for encoding, tolerance in (("fp32", 1e-6), ("fp16", 3e-3), ("bf16", 3e-2), ("int8", 6e-2)):
+            chosen = DistillationSettings(encoding=encoding, **settings)
+            wire = KnowledgeWire(chosen, PublicRows(Rows(), labelled=False, width=9))
+            known = likeliest(logps, chosen.top_k, chosen.top_mass)
+            packed = wire.pack(known)
+            wire.check(packed)
+            found = wire.unpack(packed)
+            assert torch.allclose(found.dense(), known.dense(), atol=tolerance), (settings, encoding)
+
+
+def test_the_smallest_integers_that_hold_an_index():
+    assert [index_dtype(width).itemsize for width in (2, 256, 257, 65536, 65537)] == [1, 1, 2, 2, 4]
+
+
+def test_a_client_that_gets_bad_knowledge_keeps_what_it_has(federate, distil):
+    """The server's answer is spoilt on the way to client 0: it stays with its private adapter."""
+
+    def break_(parts):
+        exchange = parts.engine.exchange
+
+        def broken(question):
+            if question.action == "distil":
+                payload = decode(question.requests[0], question.request_schema)
+                tensors = {**payload.tensors, "indices": payload.tensors["indices"].flip(-1)}
+                data = encode(Payload(tensors, payload.numbers), question.request_schema)
+                question = dataclasses.replace(question, requests={**question.requests, 0: data})
+            yield from exchange(question)
+
+        parts.engine.exchange = broken
+
+    found = federate(distil(top_k=3, rounds=1), break_)
+    alone = federate(distil(top_k=3, rounds=1))
+    assert "must rise" in found.records[0].rejected[0]
+    own, distilled = (f.parts.engine.store.slots(0)["adapter"] for f in (found, alone))
+    assert any(not torch.equal(own[name], distilled[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"objective": {"name": "kto"}, "data": {"source": "builtin:feedback"}}, "sft or classification"),
+        ({"method": {"name": "distillation", "rule": "lowest_loss"}}, "needs public.labelled = true"),
+        ({"clients": {"groups": {"a": {"clients": [0]}, "b": {"clients": [0]}}}}, "client 0 is in a and in b"),
+        ({"clients": {"groups": {"a": {"clients": [7]}}}}, "there is no client 7"),
+        (
+            {"method": {"name": "fedavg"}, "clients": {"groups": {"a": {"clients": [0], "rank": 2}}}},
+            "averages parameters",
+        ),
+        ({"public": {"columns": {"text": "body"}}}, "public.columns is of public.source"),
+        ({"public": {"rows": 0}}, "public.rows = 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(experiment, sections, words):
+    with pytest.raises(SettingsError, match=words):
+        experiment(**{**KINDS["classification"], "method": {"name": "distillation"}, **sections})
+
+
+def test_a_public_set_that_takes_all_rows(federate, distil):
+    with pytest.raises(DataError, match=r"public.rows = 160: there are \d+ training rows"):
+        federate(distil(public={"rows": 160}))
+
+
+def test_numbers_are_refused_by_name():
+    wire = KnowledgeWire(
+        DistillationSettings(top_k=2),
+        PublicRows(type("Rows", (), {"positions": [1]})(), labelled=False, width=9),
+    )
+    tensors = {"values": torch.zeros(1, 2), "indices": torch.tensor([[3, 3]], dtype=torch.uint8)}
+    with pytest.raises(MessageError, match="rise and occur once"):
+        wire.check(tensors)
