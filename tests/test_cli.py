@@ -60,6 +60,7 @@ def test_the_commands_and_options_are_these_and_no_others():
             "--to",
         ],
         "compare": ["--quiet", "--set", "--to", "--workers", "-q"],
+        "advise": ["--client-memory", "--downlink", "--latency", "--set", "--speed", "--uplink"],
         "report": ["--to"],
     }
 
@@ -266,3 +267,18 @@ def test_a_judge_is_audited(call, tmp_path):
 def test_evaluate_says_what_it_needs(call, arguments, message):
     code, out = call("evaluate", *arguments)
     assert code != 0 and message in " ".join(out.replace("│", " ").split())
+
+
+def test_advise_prints_what_each_framework_costs_and_trains_nothing(call, experiment, tmp_path):
+    path = tmp_path / "x.toml"
+    own = experiment(
+        data={"source": "builtin:labelled"}, objective={"name": "classification"}, public={"rows": 12}
+    )
+    path.write_text(own.to_toml())
+    code, text = call("advise", path, "--uplink", "10Mbit", "--client-memory", "8GB")
+    assert code == 0
+    for word in ("FedLLM, lora r=2", "KD-FedLLM, all logits", "Split-FedLLM, cut 1, int8", "Try FedLLM"):
+        assert word in text
+    assert not (tmp_path / "run").exists()
+    code, text = call("advise", path, "--uplink", "quick")
+    assert code == 2 and "'quick' is no quantity above 0 in bit; write it like 10Mbit" in text

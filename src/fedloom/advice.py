@@ -17,11 +17,11 @@ import torch
 from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import Done, Sent
 from fedloom.assembly import Parts, assemble, divide
-from fedloom.data.batches import TokenShare, collate, epoch_batches
+from fedloom.data.batches import TokenShare, collate, epoch_batches, micro_batches
 from fedloom.errors import FedloomError
 from fedloom.experiment import Experiment
 from fedloom.methods.base import TASKS
-from fedloom.methods.distillation import SCORING_BATCH, DistillationSettings
+from fedloom.methods.distillation import SCORING_BATCH, DistillationMethod, DistillationSettings
 from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel
@@ -178,8 +178,8 @@ def _option(
     for client, share in parts.engine.shares.items():
         model = parts.engine.equipment[client].model
         done, flops = _own_rows(experiment, client, share, model, parts)
-        if isinstance(experiment.method, DistillationSettings):
-            flops += _public_rows(experiment.method, client, parts)
+        if isinstance(parts.method, DistillationMethod):
+            flops += _public_rows(parts.method, client, parts)
         sent = traffic.of_round(done)
         needed = client_memory(model, share, experiment.training, experiment.model.quantization)
         option = Option(
@@ -216,31 +216,30 @@ def _own_rows(
     return Done(steps, rows, tokens, targets), flops
 
 
-def _public_rows(settings: DistillationSettings, client: int, parts: Parts) -> float:
+def _public_rows(method: DistillationMethod, client: int, parts: Parts) -> float:
     """Return a client's compute on public rows: scoring them once, then learning from them."""
     own = parts.engine.equipment[client]
     assert own.public is not None, "the method's rows have been read"
-    share, size = own.public.share, parts.engine.training.batch_size
-    count = min(settings.rows_per_round or len(share), len(share))
-    rows = np.arange(count)
+    engine, epochs = parts.engine, method.settings.client_epochs
+    share = method.rows_of_round(own.public, engine.seed, 1).share
+    rows = np.arange(len(share))
     with torch.no_grad():
         scoring = sum(
             _pass(share, rows[start : start + SCORING_BATCH], own.model, SCORING_BATCH)
-            for start in range(0, count, SCORING_BATCH)
+            for start in range(0, len(share), SCORING_BATCH)
         )
-    learning = sum(
-        _pass(share, rows[start : start + size], own.model, size) for start in range(0, count, size)
-    )
-    return scoring + settings.client_epochs * learning
+    order = generator(engine.seed, "distil batches", client, 1)
+    batches = epoch_batches(len(share), engine.training.batch_size, order, epochs=epochs)
+    micro = engine.training.micro_batch
+    return scoring + sum(_pass(share, indices, own.model, micro) for indices in batches)
 
 
 def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, size: int) -> float:
     """Return the compute of a batch, forward and (where gradients are on) backward."""
     before = model.flops
-    for start in range(0, len(indices), size):
-        sequences = collate(
-            TokenShare(share.tokens), indices[start : start + size], model.pad, torch.device("cpu")
-        ).sequences
+    plain = TokenShare(share.tokens)
+    for part in micro_batches(plain, indices, size):
+        sequences = collate(plain, part, model.pad, torch.device("cpu")).sequences
         count, length = sequences.input_ids.shape
         positions = length
         if sequences.completion_mask.any():

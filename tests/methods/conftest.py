@@ -6,13 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedloom.assembly import assemble, divide
 from fedloom.messages import Reply, decode, encode, require_finite
 from fedloom.methods.base import Client, Cohort
-from fedloom.runner import Silent
-from fedloom.server import Server
 from fedloom.training.local import LocalResult
-from fedloom.training.optimizers import round_learning_rate
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
 ROWS = {0: 1, 1: 3}
@@ -94,51 +90,3 @@ def _answer(method, exchange, number, model, kept, steps):
     payload = decode(encode(reply, exchange.reply_schema), exchange.reply_schema)
     require_finite(payload)
     return Reply(number, payload)
-
-
-@dataclass
-class Federation:
-    """What came of rounds that were played without a run folder."""
-
-    parts: object
-    state: object
-    records: list
-
-    @property
-    def adapter(self):
-        return self.parts.method.shared(self.state)
-
-    def costs(self, client, round=-1):
-        return [c for c in self.records[round].costs if c.client == client]
-
-
-@pytest.fixture
-def federate():
-    """Play an experiment's rounds over the real engine; ``break_`` may change it before they start."""
-
-    def play(experiment, break_=lambda parts: None, evaluate=False):
-        parts = assemble(experiment, divide(experiment))
-        break_(parts)
-        records = []
-
-        def finish(record, state):
-            parts.engine.store.finish_round()
-            records.append(record)
-
-        rounds = experiment.federation.rounds
-        server = Server(
-            parts.method,
-            parts.engine,
-            experiment.federation,
-            lambda round: round_learning_rate(experiment.training, round, rounds),
-            lambda state, round: evaluate
-            and parts.evaluator.evaluate(state, round, parts.engine, parts.model, parts.ledger)
-            or None,
-            finish,
-            parts.ledger,
-            Silent(),
-        )
-        state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
-        return Federation(parts, state, records)
-
-    return play

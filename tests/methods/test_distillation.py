@@ -124,9 +124,9 @@ def test_rows_of_a_round_are_drawn_anew_and_known_to_all(distil, federate):
     experiment = distil(rows_per_round=4)
     found = federate(experiment)
     method, public = found.parts.method, found.parts.engine.equipment[0].public
-    drawn = [method._rows(public, 0, round).share.tokens.rows.tolist() for round in (1, 2)]
+    drawn = [method.rows_of_round(public, 0, round).share.tokens.rows.tolist() for round in (1, 2)]
     assert drawn[0] != drawn[1] and all(len(rows) == 4 for rows in drawn)
-    server = method._rows(method.server.public, 0, 1).share.tokens.rows.tolist()
+    server = method.rows_of_round(method.server.public, 0, 1).share.tokens.rows.tolist()
     assert server == drawn[0]
 
 

@@ -1,9 +1,10 @@
 """Memory that training takes on a client, estimated from shapes.
 
 Weights, then for every trained number itself, its gradient and what the optimizer keeps, then what the
-forward pass leaves for the backward one. The last is an estimate: what every linear layer that the
-backward pass reaches reads and writes, and for the output layer its logits three times (themselves, their
-log-probabilities, their gradient). A test compares it with a measured process.
+forward pass leaves for the backward one. The last is an estimate: twice what every linear layer that the
+backward pass reaches reads and writes (norms, rotations and products between them keep about as much
+again), and for the output layer its logits three times (themselves, their log-probabilities, their
+gradient). A test compares it with a process that trains.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from fedloom.accounting.flops import ModelShape
 
 OPTIMIZER_SLOTS = {"adamw": 2, "adam": 2, "sgd": 0}
 """Numbers kept for a trained number; sgd has one with momentum."""
+
+
+KEPT_BETWEEN = 2
+"""All activations that are kept, over those that linear layers read and write; read off a process."""
 
 
 def training_memory(
@@ -36,6 +41,6 @@ def training_memory(
         element: Bytes of an activation.
     """
     reached = [linear for linear in shape.linears if linear.reached]
-    activations = tokens * sum(linear.inputs + linear.outputs for linear in reached)
+    activations = KEPT_BETWEEN * tokens * sum(x.inputs + x.outputs for x in reached)
     head = 3 * head_positions * shape.head.outputs
     return weights + trained * 4 * (2 + OPTIMIZER_SLOTS[optimizer]) + element * (activations + head)

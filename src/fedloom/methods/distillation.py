@@ -103,7 +103,7 @@ class DistillationMethod(Method):
         """Collect answers, learn from them, send back what is known then."""
         server, settings = self.server, self.settings
         assert server.public is not None, "assembly gives public rows to methods that need them"
-        public = self._rows(server.public, server.seed, cohort.round)
+        public = self.rows_of_round(server.public, server.seed, cohort.round)
         head = server.objective.head
         wire = KnowledgeWire(settings, public)
         replies = yield Exchange.broadcast(
@@ -162,7 +162,7 @@ class DistillationMethod(Method):
         """Return the closed form for the public rows of a round."""
         server, settings = self.server, self.settings
         assert server.public is not None, "assembly gives public rows to methods that need them"
-        wire = KnowledgeWire(settings, self._rows(server.public, server.seed, 1))
+        wire = KnowledgeWire(settings, self.rows_of_round(server.public, server.seed, 1))
         index = wire.index.itemsize if wire.sparse else 0
         return LogitTraffic(wire.positions, wire.k, settings.encoding, index, wire.adaptive)
 
@@ -201,10 +201,10 @@ class DistillationMethod(Method):
 
     def _client_rows(self, client: Client) -> tuple[PublicRows, KnowledgeWire]:
         assert client.public is not None, "the engine gives clients the public rows"
-        public = self._rows(client.public, client.seed, client.round)
+        public = self.rows_of_round(client.public, client.seed, client.round)
         return public, KnowledgeWire(self.settings, public)
 
-    def _rows(self, public: PublicRows, seed: int, round: int) -> PublicRows:
+    def rows_of_round(self, public: PublicRows, seed: int, round: int) -> PublicRows:
         """Return the public rows of a round, the same for every party."""
         total = len(public.share)
         count = self.settings.rows_per_round or total

@@ -1,0 +1,80 @@
+"""Measured bytes against the closed form: three frameworks, every encoding, to 0.1 % and a kilobyte."""
+
+import pytest
+
+from fedloom.accounting.traffic import (
+    ActivationTraffic,
+    Done,
+    LogitTraffic,
+    ParameterTraffic,
+    from_record,
+    row_bytes,
+    to_record,
+)
+from fedloom.report.turns import turns
+
+KINDS = {
+    "sft": {"data": {"source": "builtin:instructions", "builtin_rows": 60}, "objective": {"name": "sft"}},
+    "classification": {
+        "data": {"source": "builtin:labelled", "builtin_rows": 90},
+        "objective": {"name": "classification"},
+    },
+}
+METHODS = [
+    {"name": "fedavg"},
+    {"name": "scaffold"},
+    {"name": "fedadam"},
+    {"name": "local_only"},
+    *({"name": "distillation", "encoding": e} for e in ("fp32", "bf16", "fp16", "int8")),
+    *({"name": "distillation", "encoding": e, "top_k": 3} for e in ("fp32", "fp16", "int8")),
+    *({"name": "split", "activations": e, "gradients": e} for e in ("fp32", "bf16", "fp16", "int8")),
+    *({"name": "split", "labels": "client", "activations": e, "gradients": e} for e in ("fp32", "int8")),
+    {"name": "split", "activations": "int8", "gradients": "fp16", "average_every": 2},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values())))
+def test_measured_is_the_closed_form(federate, experiment, kind, method):
+    found = federate(
+        experiment(
+            **KINDS[kind], method=method, public={"rows": 12},
+            training={"batch_size": 8, "local_steps": 5}, federation={"rounds": 1, "clients": 2},
+        )
+    )  # fmt: skip
+    traffic = found.parts.method.traffic(found.parts.initial)
+    assert from_record(to_record(traffic)) == traffic
+    costs = [cost.__dict__ for cost in found.records[-1].costs]
+    seen = turns({"traffic": to_record(traffic)}, costs)
+    assert len(seen) == 2
+    for turn in seen:
+        assert turn.sent.exchanges == turn.expected.exchanges
+        for way in ("down", "up"):
+            measured, closed = getattr(turn.sent, way), getattr(turn.expected, way)
+            assert abs(measured - closed) <= 0.001 * measured + 1024, (way, measured, closed)
+            assert abs(measured - closed) < 1000  # all of it headers
+
+
+def test_an_adaptive_number_of_logits_is_bounded_by_the_form(federate, experiment):
+    found = federate(
+        experiment(
+            **KINDS["classification"], public={"rows": 30},
+            method={"name": "distillation", "top_mass": 0.5}, federation={"rounds": 1, "clients": 2},
+        )
+    )  # fmt: skip
+    expected = found.parts.method.traffic(found.parts.initial).of_round(Done(0, 0, 0, 0))
+    up = sum(cost.bytes_up for cost in found.costs(0))
+    assert up < expected.up + 200
+
+
+def test_the_examples_of_the_specification():
+    """GPT-2 small: LoRA r=8 on c_attn; 1,000 public samples of 77 classes; 1,000 samples of 32 tokens."""
+    assert ParameterTraffic(4 * 294_912, 4 * 294_912).of_round(Done(0, 0, 0, 0)).up == pytest.approx(1.18e6, rel=0.002)
+    logits = LogitTraffic(1000, 77, "fp32", 0, adaptive=False).of_round(Done(0, 0, 0, 0))
+    assert logits.up == pytest.approx(0.308e6, rel=0.002)
+    top = LogitTraffic(1000, 10, "fp16", 1, adaptive=False).of_round(Done(0, 0, 0, 0))
+    assert top.up == pytest.approx(30_000, rel=0.02)
+    done = Done(63, 1000, 32_000, 1000)
+    split = ActivationTraffic(0, 768, "fp32", "fp32", 12, False, False, 0).of_round(done)
+    assert split.up + split.down == pytest.approx(197e6, rel=0.002)
+    assert row_bytes(768, "int8") == 772

@@ -1,0 +1,58 @@
+"""A plugin: play an experiment's rounds over the real engine, without a run folder."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from fedloom.assembly import assemble, divide
+from fedloom.runner import Silent
+from fedloom.server import Server
+from fedloom.training.optimizers import round_learning_rate
+
+
+@dataclass
+class Federation:
+    """What came of rounds that were played without a run folder."""
+
+    parts: object
+    state: object
+    records: list
+
+    @property
+    def adapter(self):
+        return self.parts.method.shared(self.state)
+
+    def costs(self, client, round=-1):
+        return [c for c in self.records[round].costs if c.client == client]
+
+
+@pytest.fixture
+def federate():
+    """Play an experiment's rounds over the real engine; ``break_`` may change it before they start."""
+
+    def play(experiment, break_=lambda parts: None, evaluate=False):
+        parts = assemble(experiment, divide(experiment))
+        break_(parts)
+        records = []
+
+        def finish(record, state):
+            parts.engine.store.finish_round()
+            records.append(record)
+
+        rounds = experiment.federation.rounds
+        server = Server(
+            parts.method,
+            parts.engine,
+            experiment.federation,
+            lambda round: round_learning_rate(experiment.training, round, rounds),
+            lambda state, round: evaluate
+            and parts.evaluator.evaluate(state, round, parts.engine, parts.model, parts.ledger)
+            or None,
+            finish,
+            parts.ledger,
+            Silent(),
+        )
+        state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
+        return Federation(parts, state, records)
+
+    return play

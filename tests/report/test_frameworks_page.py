@@ -1,0 +1,110 @@
+"""The page of a comparison of frameworks: fronts and wins by hand, and a real small grid to its page."""
+
+import json
+
+import pytest
+
+from fedloom.comparison import compare, read_comparison
+from fedloom.errors import SettingsError
+from fedloom.report.frameworks_page import Arm, on_front, verdicts, write_frameworks
+from fedloom.settings import write_toml
+
+
+def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0):
+    return Arm(
+        scenario, name, framework, (accuracy,), None, sent, 0.0, sent, 0.0, flops, 0.0, memory, 0.0,
+        {"slow": sent},
+    )  # fmt: skip
+
+
+ARMS = [
+    arm("lora", "FedLLM", 0.8, 100, 50),
+    arm("lora small", "FedLLM", 0.7, 40, 45),
+    arm("logits", "KD-FedLLM", 0.6, 10, 90),
+    arm("split", "Split-FedLLM", 0.75, 900, 10),
+    arm("split costly", "Split-FedLLM", 0.74, 950, 11),
+    arm("alone", "Local only", 0.9, 0, 1),
+]
+
+
+def test_the_front_is_what_nobody_beats_in_both():
+    by_bytes = [a.name for a in ARMS[:5] if on_front(a, ARMS, lambda x: x.sent)]
+    assert by_bytes == ["lora", "lora small", "logits"]
+    by_flops = [a.name for a in ARMS[:5] if on_front(a, ARMS, lambda x: x.flops)]
+    assert by_flops == ["lora", "split"]  # the baseline is better and cheaper, and is no rival
+
+
+def test_wins_are_counted_at_the_most_accurate_arm():
+    rows = {row["framework"]: row for row in verdicts(ARMS)}
+    assert rows.keys() == {"FedLLM", "KD-FedLLM", "Split-FedLLM"}
+    assert rows["FedLLM"]["wins"]["is the most accurate"] == 1
+    assert rows["KD-FedLLM"]["wins"]["sends the least"] == 1
+    assert rows["KD-FedLLM"]["wins"]["has the shortest round on slow"] == 1
+    assert rows["Split-FedLLM"]["wins"]["computes the least on clients"] == 1
+    assert "Of 1 scenario it is the most accurate in 1 of 1" in rows["FedLLM"]["text"]
+
+
+@pytest.fixture
+def comparison_file(table, tmp_path):
+    def write(compare=None, **sections):
+        own = {k: v for k, v in table.items() if k != "output"}
+        own |= {
+            "data": {"source": "builtin:labelled", "builtin_rows": 90},
+            "objective": {"name": "classification"},
+            "public": {"rows": 12},
+            "evaluation": {"per_client": False},
+            "compare": {
+                "budget": "as_set",
+                "seeds": [0, 1],
+                "scenarios": {"few": {"federation": {"clients": 2}}, "more": {"federation": {"clients": 3}}},
+                "methods": {
+                    "lora": {"method": {"name": "fedavg"}},
+                    "logits": {"method": {"name": "distillation"}},
+                    "split": {"method": {"name": "split"}},
+                    "alone": {"method": {"name": "local_only"}},
+                },
+                "links": {"slow": {"uplink": "1Mbit"}},
+                **(compare or {}),
+            },
+            **sections,
+        }
+        path = tmp_path / "frameworks.toml"
+        path.write_text(write_toml(own))
+        return path
+
+    return write
+
+
+def test_a_grid_to_its_page(comparison_file, tmp_path):
+    comparison = read_comparison(comparison_file())
+    assert len(comparison.cells) == 16
+    folder = compare(comparison, tmp_path / "out", workers=1)
+    page = write_frameworks(folder).read_text()
+    found = json.loads((folder / "results.json").read_text())
+    assert len(found["arms"]) == 8 and found["metric"] == "accuracy"
+    for row in found["arms"]:
+        assert len(row["values"]) == 2
+        assert abs(row["down"] + row["up"] - row["expected"]) <= 0.001 * row["expected"] + 1024
+        assert row["seconds"]["slow"] > 0 and row["memory"] > 0 and row["process"] > row["memory"]
+        frameworks = {"lora": "FedLLM", "logits": "KD-FedLLM", "split": "Split-FedLLM", "alone": "Local only"}
+        assert row["framework"] == frameworks[row["name"]]
+        assert (row["clients"] is not None) == (row["name"] == "logits")
+    split, lora = (next(r for r in found["arms"] if r["name"] == n) for n in ("split", "lora"))
+    assert split["flops"] < lora["flops"] and split["memory"] < lora["memory"]
+    assert split["server_flops"] > 0 and lora["server_flops"] == 0
+    for text in ("KD-FedLLM", "Where each framework wins", "closed form", "1 Mbit/s", "<svg"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scenarios": {}}, "needs objectives or scenarios"),
+        ({"objectives": {"a": {}}}, "one of the two"),
+        ({"links": {"x": {"uplink": "quick"}}}, "compare.links.x.uplink: 'quick' is no quantity"),
+        ({"links": {"x": {"speed": "3MB"}}}, "compare.links.x.speed"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(comparison_file, change, words):
+    with pytest.raises(SettingsError, match=words):
+        read_comparison(comparison_file(change))

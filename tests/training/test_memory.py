@@ -1,0 +1,54 @@
+"""Derived memory of a client's training against a process that trains."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+SCRIPT = """
+    import re, sys
+    from pathlib import Path
+    import numpy as np, torch
+    from fedloom.data.batches import TokenShare
+    from fedloom.data.tokenize import TokenSet
+    from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+    from fedloom.models.load import load_backbone
+    from fedloom.objectives import SFT
+    from fedloom.training.local import train_locally
+    from fedloom.training.memory import client_memory
+    from fedloom.training.optimizers import TrainingSettings, Work
+
+    def peak():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def train(folder, rows, length):
+        tokens = TokenSet(
+            1, np.arange(rows), np.arange(rows), np.ones(rows * length, np.int32),
+            np.arange(0, rows * length + 1, length), np.full(rows, 1), np.full(rows, -1), {},
+        )
+        share, settings = TokenShare(tokens), TrainingSettings(batch_size=rows)
+        model = AdapterModel(attach_adapter(load_backbone(folder, pad_token_id=0), AdapterSettings()), 0)
+        train_locally(
+            model, share, SFT(), settings, learning_rate=1e-3, seed=0, client=0, round=1, work=Work(steps=2)
+        )
+        return client_memory(model, share, settings, "none")
+
+    torch.set_num_threads(1)
+    train(sys.argv[2], 2, 8)  # what any training needs once
+    before = peak()
+    derived = train(sys.argv[1], 8, 128)
+    print(derived, peak() - before)
+"""
+
+
+def test_the_estimate_is_of_the_right_size(model_folder, tmp_path):
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), str(model_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    derived, measured = map(float, done.stdout.split()[-2:])
+    assert derived == pytest.approx(measured, rel=0.4), (derived, measured)
