@@ -45,9 +45,15 @@ def federate():
             parts.engine,
             experiment.federation,
             lambda round: round_learning_rate(experiment.training, round, rounds),
-            lambda state, round: evaluate
-            and parts.evaluator.evaluate(state, round, parts.engine, parts.model, parts.ledger)
-            or None,
+            lambda state, round: (
+                (
+                    evaluate
+                    and parts.evaluator.evaluate(
+                        state, round, parts.engine, parts.model, parts.ledger
+                    )
+                )
+                or None
+            ),
             finish,
             parts.ledger,
             Silent(),

@@ -15,13 +15,22 @@ CLASSIFICATION = {
     "objective": {"name": "classification"},
     "public": {"rows": 12},
 }
-SFT = {**CLASSIFICATION, "data": {"source": "builtin:instructions", "builtin_rows": 60}, "objective": {"name": "sft"}}
+SFT = {
+    **CLASSIFICATION,
+    "data": {"source": "builtin:instructions", "builtin_rows": 60},
+    "objective": {"name": "sft"},
+}
 
 
 @pytest.mark.parametrize("sections", [CLASSIFICATION, SFT], ids=["classification", "sft"])
 @pytest.mark.parametrize(
     "method",
-    [{"name": "fedavg"}, {"name": "distillation"}, {"name": "split"}, {"name": "split", "labels": "client"}],
+    [
+        {"name": "fedavg"},
+        {"name": "distillation"},
+        {"name": "split"},
+        {"name": "split", "labels": "client"},
+    ],
     ids=str,
 )
 def test_what_is_advised_is_what_a_run_does(experiment, sections, method):

@@ -272,12 +272,19 @@ def test_evaluate_says_what_it_needs(call, arguments, message):
 def test_advise_prints_what_each_framework_costs_and_trains_nothing(call, experiment, tmp_path):
     path = tmp_path / "x.toml"
     own = experiment(
-        data={"source": "builtin:labelled"}, objective={"name": "classification"}, public={"rows": 12}
+        data={"source": "builtin:labelled"},
+        objective={"name": "classification"},
+        public={"rows": 12},
     )
     path.write_text(own.to_toml())
     code, text = call("advise", path, "--uplink", "10Mbit", "--client-memory", "8GB")
     assert code == 0
-    for word in ("FedLLM, lora r=2", "KD-FedLLM, all logits", "Split-FedLLM, cut 1, int8", "Try FedLLM"):
+    for word in (
+        "FedLLM, lora r=2",
+        "KD-FedLLM, all logits",
+        "Split-FedLLM, cut 1, int8",
+        "Try FedLLM",
+    ):
         assert word in text
     assert not (tmp_path / "run").exists()
     code, text = call("advise", path, "--uplink", "quick")

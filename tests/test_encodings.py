@@ -7,10 +7,15 @@ from fedloom.accounting.traffic import row_bytes
 from fedloom.encodings import pack_rows, row_specs, unpack_rows
 from fedloom.messages import Payload, Schema, decode, encode
 
-ROWS = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3] + [1.0] * 5 + [1e3])[:, None]
+ROWS = (
+    torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
+    * torch.tensor([1e-3] + [1.0] * 5 + [1e3])[:, None]
+)
 
 
-@pytest.mark.parametrize(("encoding", "error"), [("fp32", 0), ("bf16", 2**-8), ("fp16", 2**-11), ("int8", 1 / 254)])
+@pytest.mark.parametrize(
+    ("encoding", "error"), [("fp32", 0), ("bf16", 2**-8), ("fp16", 2**-11), ("int8", 1 / 254)]
+)
 def test_a_row_comes_back_within_its_rounding(encoding, error):
     specs = row_specs("x", 7, 33, encoding)
     data = encode(Payload(pack_rows("x", ROWS, encoding)), Schema(specs))

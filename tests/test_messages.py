@@ -14,6 +14,7 @@ from fedloom.messages import (
     Exchange,
     Payload,
     Schema,
+    TensorSpec,
     decode,
     encode,
     require_finite,
@@ -135,3 +136,45 @@ def test_a_method_that_breaks_its_own_schema_is_told():
         encode(Payload({}, {"examples": 1}), SCHEMA)
     with pytest.raises(MessageError, match="the schema asks for"):
         encode(Payload({**TENSORS, "c": torch.zeros(3)}, {"examples": 1}), SCHEMA)
+
+
+RAGGED = Schema(
+    (
+        TensorSpec("rows", (5, 3), torch.float16, ragged=True),
+        TensorSpec("ids", (4,), torch.uint16, ragged=True),
+        TensorSpec("fixed", (2,), torch.float32),
+    )
+)
+
+
+@pytest.mark.parametrize(("rows", "ids"), [(0, 0), (1, 4), (5, 2)])
+def test_ragged_tensors_have_as_many_rows_as_were_sent(rows, ids):
+    tensors = {
+        "rows": torch.arange(rows * 3).view(rows, 3).half(),
+        "ids": torch.arange(ids).to(torch.uint16),
+        "fixed": torch.ones(2),
+    }
+    found = decode(encode(Payload(tensors), RAGGED), RAGGED).tensors
+    assert list(found) == ["rows", "ids", "fixed"]
+    assert all(torch.equal(found[name].float(), tensors[name].float()) for name in tensors)
+    assert found["rows"].shape == (rows, 3)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [torch.zeros(6, 3).half(), torch.zeros(2, 4).half(), torch.zeros(2, 3), torch.zeros(6).half()],
+)
+def test_a_ragged_tensor_beyond_its_schema_is_refused_at_both_ends(rows):
+    tensors = {"rows": rows, "ids": torch.zeros(1).to(torch.uint16), "fixed": torch.ones(2)}
+    with pytest.raises(MessageError, match="tensor rows is"):
+        encode(Payload(tensors), RAGGED)
+    loose = Schema(
+        (
+            TensorSpec("rows", (9, *rows.shape[1:]), rows.dtype, ragged=True),
+            TensorSpec("ids", (4,), torch.uint16, ragged=True),
+            TensorSpec("fixed", (2,), torch.float32),
+        )
+    )
+    data = encode(Payload(tensors), loose).replace(loose.digest.encode(), RAGGED.digest.encode())
+    with pytest.raises(MessageError, match=r"must be torch.float16 with at most 5 rows"):
+        decode(data, RAGGED)

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.cut import BackHalf, FrontHalf
 from fedloom.models.load import load_backbone
 
 
@@ -52,3 +53,68 @@ def test_checkpointing_adds_a_forward_pass(model_folder):
 
     (plain, forward), (repeated, _) = count(False), count(True)
     assert repeated == plain + forward
+
+
+KINDS = {
+    "lora in the last block": {"rank": 4, "layers": 1},
+    "full": {"kind": "full", "layers": [1]},
+    "full everywhere": {"kind": "full"},
+    "ia3": {"kind": "ia3"},
+    "prompt": {"kind": "prompt", "virtual_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_against_torch(model_folder, kind, classes):
+    if classes and kind == "prompt":
+        pytest.skip("prompt tuning is for causal models")
+    backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
+    backbone.set_attn_implementation("eager")
+    settings = AdapterSettings(**KINDS[kind])
+    model = AdapterModel(attach_adapter(backbone, settings, classification=bool(classes)), pad=0)
+    ids = torch.randint(3, 100, (3, 40))
+    options = {} if classes else {"logits_to_keep": 9}
+    with FlopCounterMode(display=False) as counter:
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        output.logits.sum().backward()
+    # As above: without a gradient into the queries of the lowest block, autograd skips their share.
+    tolerance = 0.03 if kind == "ia3" else 0.0
+    assert model.flops == pytest.approx(counter.get_total_flops(), rel=tolerance)
+
+
+@pytest.mark.parametrize("tail", [False, True], ids=["labels at the server", "U-shape"])
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
+def test_halves_against_torch(model_folder, classes, tail):
+    """Either half counts what it computes, and both together what the whole model would."""
+
+    def whole(blocks=None):
+        backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes, blocks=blocks)
+        backbone.set_attn_implementation("eager")
+        return attach_adapter(backbone, AdapterSettings(rank=4), classification=bool(classes))
+
+    front = FrontHalf(whole(1), 0, tail=tail)
+    back = BackHalf(AdapterModel(whole(), 0), 1, tail=tail)
+    back.blocks.config._attn_implementation = "eager"
+    ids = torch.randint(3, 100, (3, 40))
+    mask = torch.ones_like(ids)
+    ending = front.ending if tail else back.ending
+    with FlopCounterMode(display=False) as counter:
+        sent = front(input_ids=ids, attention_mask=mask)
+        client = counter.get_total_flops()
+        entered = sent.detach().requires_grad_()
+        hidden = back(input_ids=entered, attention_mask=mask)
+        left = hidden.detach().requires_grad_() if tail else hidden
+        ending.hidden, ending.last = left, torch.full((3,), 39) if classes else None
+        before = counter.get_total_flops()
+        options = {} if classes else {"logits_to_keep": 9}
+        ending(input_ids=ids, attention_mask=mask, **options).logits.sum().backward()
+        own_loss = counter.get_total_flops() - before
+        if tail:
+            hidden.backward(left.grad)
+        before = counter.get_total_flops()
+        sent.backward(entered.grad)
+        client += counter.get_total_flops() - before + (own_loss if tail else 0)
+        everything = counter.get_total_flops()
+    assert front.flops == pytest.approx(client, rel=1e-6)
+    assert back.flops == pytest.approx(everything - client, rel=1e-6)

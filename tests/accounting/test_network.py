@@ -26,7 +26,16 @@ def test_quantities(text, unit, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "unit"), [("fast", "bit"), ("10", "bit"), ("10MB", "bit"), ("-1s", "s"), ("0ms", "s"), ("1.2.3GB", "B"), ("", "B")]
+    ("text", "unit"),
+    [
+        ("fast", "bit"),
+        ("10", "bit"),
+        ("10MB", "bit"),
+        ("-1s", "s"),
+        ("0ms", "s"),
+        ("1.2.3GB", "B"),
+        ("", "B"),
+    ],
 )
 def test_what_is_none_is_said_with_an_example(text, unit):
     with pytest.raises(ValueError, match=r"is no quantity above 0 in .*; write it like \d"):

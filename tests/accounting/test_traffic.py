@@ -14,7 +14,10 @@ from fedloom.accounting.traffic import (
 from fedloom.report.turns import turns
 
 KINDS = {
-    "sft": {"data": {"source": "builtin:instructions", "builtin_rows": 60}, "objective": {"name": "sft"}},
+    "sft": {
+        "data": {"source": "builtin:instructions", "builtin_rows": 60},
+        "objective": {"name": "sft"},
+    },
     "classification": {
         "data": {"source": "builtin:labelled", "builtin_rows": 90},
         "objective": {"name": "classification"},
@@ -27,8 +30,14 @@ METHODS = [
     {"name": "local_only"},
     *({"name": "distillation", "encoding": e} for e in ("fp32", "bf16", "fp16", "int8")),
     *({"name": "distillation", "encoding": e, "top_k": 3} for e in ("fp32", "fp16", "int8")),
-    *({"name": "split", "activations": e, "gradients": e} for e in ("fp32", "bf16", "fp16", "int8")),
-    *({"name": "split", "labels": "client", "activations": e, "gradients": e} for e in ("fp32", "int8")),
+    *(
+        {"name": "split", "activations": e, "gradients": e}
+        for e in ("fp32", "bf16", "fp16", "int8")
+    ),
+    *(
+        {"name": "split", "labels": "client", "activations": e, "gradients": e}
+        for e in ("fp32", "int8")
+    ),
     {"name": "split", "activations": "int8", "gradients": "fp16", "average_every": 2},
 ]
 
@@ -69,7 +78,9 @@ def test_an_adaptive_number_of_logits_is_bounded_by_the_form(federate, experimen
 
 def test_the_examples_of_the_specification():
     """GPT-2 small: LoRA r=8 on c_attn; 1,000 public samples of 77 classes; 1,000 samples of 32 tokens."""
-    assert ParameterTraffic(4 * 294_912, 4 * 294_912).of_round(Done(0, 0, 0, 0)).up == pytest.approx(1.18e6, rel=0.002)
+    assert ParameterTraffic(4 * 294_912, 4 * 294_912).of_round(
+        Done(0, 0, 0, 0)
+    ).up == pytest.approx(1.18e6, rel=0.002)
     logits = LogitTraffic(1000, 77, "fp32", 0, adaptive=False).of_round(Done(0, 0, 0, 0))
     assert logits.up == pytest.approx(0.308e6, rel=0.002)
     top = LogitTraffic(1000, 10, "fp16", 1, adaptive=False).of_round(Done(0, 0, 0, 0))

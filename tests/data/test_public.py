@@ -32,7 +32,9 @@ def test_labels_are_kept_only_where_they_may_be_learnt_from():
     story = Instruction(3, "Once ", "upon a time")
     (row,) = as_task([story], CLASSES, labelled=False)
     assert row == Labelled(3, "Once upon a time", "")
-    with pytest.raises(DataError, match="public row 0 has the class 'fire', which is none of the 2"):
+    with pytest.raises(
+        DataError, match="public row 0 has the class 'fire', which is none of the 2"
+    ):
         as_task(labelled(1, label="fire"), CLASSES, labelled=True)
     with pytest.raises(DataError, match="has the class ''"):
         as_task([story], CLASSES, labelled=True)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fedloom.evaluation.generate import Ask, _Sampler, generate
+from fedloom.models.adapters import AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone, load_tokenizer
 
 
@@ -47,3 +48,12 @@ def test_a_prompt_longer_than_the_context_keeps_its_end(model):
 
 def test_nothing_to_answer(model):
     assert generate(*model, [], 5) == []
+
+
+def test_virtual_tokens_stand_next_to_the_text_whatever_the_batch(model_folder):
+    tokenizer = load_tokenizer(str(model_folder))
+    settings = AdapterSettings(kind="prompt", virtual_tokens=4)
+    tuned = attach_adapter(load_backbone(str(model_folder), pad_token_id=0), settings).eval()
+    asks = [Ask(f"Question {'long ' * i}?") for i in range(3)]
+    alone = [generate(tuned, tokenizer, [ask], 8)[0] for ask in asks]
+    assert generate(tuned, tokenizer, asks, 8) == alone

@@ -14,7 +14,10 @@ from fedloom.methods.distillation import DistillationSettings, KnowledgeWire, in
 from fedloom.runner import resume_run
 
 KINDS = {
-    "sft": {"data": {"source": "builtin:instructions", "builtin_rows": 60}, "objective": {"name": "sft"}},
+    "sft": {
+        "data": {"source": "builtin:instructions", "builtin_rows": 60},
+        "objective": {"name": "sft"},
+    },
     "classification": {
         "data": {"source": "builtin:labelled", "builtin_rows": 200},
         "objective": {"name": "classification"},
@@ -233,7 +236,10 @@ def test_the_wire_gives_back_what_it_was_given():
             packed = wire.pack(known)
             wire.check(packed)
             found = wire.unpack(packed)
-            assert torch.allclose(found.dense(), known.dense(), atol=tolerance), (settings, encoding)
+            assert torch.allclose(found.dense(), known.dense(), atol=tolerance), (
+                settings,
+                encoding,
+            )
 
 
 def test_the_smallest_integers_that_hold_an_index():
@@ -266,12 +272,24 @@ def test_a_client_that_gets_bad_knowledge_keeps_what_it_has(federate, distil):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"objective": {"name": "kto"}, "data": {"source": "builtin:feedback"}}, "sft or classification"),
-        ({"method": {"name": "distillation", "rule": "lowest_loss"}}, "needs public.labelled = true"),
-        ({"clients": {"groups": {"a": {"clients": [0]}, "b": {"clients": [0]}}}}, "client 0 is in a and in b"),
+        (
+            {"objective": {"name": "kto"}, "data": {"source": "builtin:feedback"}},
+            "sft or classification",
+        ),
+        (
+            {"method": {"name": "distillation", "rule": "lowest_loss"}},
+            "needs public.labelled = true",
+        ),
+        (
+            {"clients": {"groups": {"a": {"clients": [0]}, "b": {"clients": [0]}}}},
+            "client 0 is in a and in b",
+        ),
         ({"clients": {"groups": {"a": {"clients": [7]}}}}, "there is no client 7"),
         (
-            {"method": {"name": "fedavg"}, "clients": {"groups": {"a": {"clients": [0], "rank": 2}}}},
+            {
+                "method": {"name": "fedavg"},
+                "clients": {"groups": {"a": {"clients": [0], "rank": 2}}},
+            },
             "averages parameters",
         ),
         ({"public": {"columns": {"text": "body"}}}, "public.columns is of public.source"),

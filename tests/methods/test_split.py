@@ -11,7 +11,10 @@ from fedloom.methods.split import SplitSettings, pack_gradient
 from fedloom.models.cut import FrontHalf
 
 KINDS = {
-    "sft": {"data": {"source": "builtin:instructions", "builtin_rows": 40}, "objective": {"name": "sft"}},
+    "sft": {
+        "data": {"source": "builtin:instructions", "builtin_rows": 40},
+        "objective": {"name": "sft"},
+    },
     "classification": {
         "data": {"source": "builtin:labelled", "builtin_rows": 60},
         "objective": {"name": "classification"},
@@ -136,7 +139,9 @@ def test_labels_stay_home_in_u_shape(federate, split):
     federate(split("sft", labels="client"), watch)
     up = {spec.name for question in seen for spec in question.reply_schema.tensors}
     assert {name for name in up if "lora" not in name} == {"activations", "rows", "gradient"}
-    assert {spec.shape[1:] for q in seen for spec in q.reply_schema.tensors if spec.name == "rows"} == {(1,)}
+    assert {
+        spec.shape[1:] for q in seen for spec in q.reply_schema.tensors if spec.name == "rows"
+    } == {(1,)}
     seen.clear()
     federate(split("sft"), watch)
     assert "targets" in {spec.name for question in seen for spec in question.reply_schema.tensors}
@@ -173,7 +178,9 @@ def failing(client, action, times, answer):
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("server", ["sequential", "parallel"])
 def test_a_client_lost_in_the_middle_of_a_round(federate, split, labels, server):
-    lost = failing(1, "step", 2, lambda one, question: dataclasses.replace(one, data=None, error="gone"))
+    lost = failing(
+        1, "step", 2, lambda one, question: dataclasses.replace(one, data=None, error="gone")
+    )
     experiment = split(clients=3, labels=labels, server=server)
     found = federate(experiment, lost)
     for record in found.records:
@@ -184,15 +191,13 @@ def test_a_client_lost_in_the_middle_of_a_round(federate, split, labels, server)
 
 
 def test_too_many_lost_clients_end_the_run_with_their_reasons(federate, split):
-    lost = failing(1, "step", 2, lambda one, question: dataclasses.replace(one, data=None, error="gone"))
-    with pytest.raises(RoundFailed, match="1 of 2 clients gave a usable answer.*client 1: gone"):
-        experiment = split(clients=2)
-        federate(
-            dataclasses.replace(
-                experiment, federation=experiment.federation.model_copy(update={"quorum": 1.0})
-            ),
-            lost,
-        )
+    lost = failing(
+        1, "step", 2, lambda one, question: dataclasses.replace(one, data=None, error="gone")
+    )
+    experiment = split(clients=2)
+    strict = experiment.federation.model_copy(update={"quorum": 1.0})
+    with pytest.raises(RoundFailed, match=r"1 of 2 clients gave a usable answer.*client 1: gone"):
+        federate(dataclasses.replace(experiment, federation=strict), lost)
 
 
 def changed(change):
@@ -202,7 +207,9 @@ def changed(change):
         payload = decode(one.data, question.reply_schema)
         tensors, numbers = dict(payload.tensors), dict(payload.numbers)
         change(tensors, numbers)
-        return dataclasses.replace(one, data=encode(Payload(tensors, numbers), question.reply_schema))
+        return dataclasses.replace(
+            one, data=encode(Payload(tensors, numbers), question.reply_schema)
+        )
 
     return answer
 
@@ -249,7 +256,9 @@ def test_a_client_refuses_a_bad_gradient_and_keeps_its_last_good_adapter(federat
                     data = encode(
                         Payload({"gradient": gradient}, payload.numbers), question.request_schema
                     )
-                    question = dataclasses.replace(question, requests={**question.requests, 0: data})
+                    question = dataclasses.replace(
+                        question, requests={**question.requests, 0: data}
+                    )
             yield from exchange(question)
             if count["n"] == 2:
                 session = parts.engine._sessions[0]["parameters"]
@@ -269,7 +278,10 @@ def test_a_client_refuses_a_bad_gradient_and_keeps_its_last_good_adapter(federat
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"objective": {"name": "dpo"}, "data": {"source": "builtin:preferences"}}, "sft or classification"),
+        (
+            {"objective": {"name": "dpo"}, "data": {"source": "builtin:preferences"}},
+            "sft or classification",
+        ),
         ({"training": {"micro_batch_size": 4}}, "an optimizer batch at a time"),
         ({"training": {"keep_optimizer_state": True}}, "optimizers anew"),
         ({"training": {"gradient_checkpointing": True}}, "activations on both sides"),
@@ -283,7 +295,7 @@ def test_what_cannot_be_split_is_said_before_anything_is_loaded(experiment, sect
 
 
 def test_a_cut_beyond_the_model(federate, split):
-    with pytest.raises(ModelError, match="method.cut = 2: this model has 2 blocks.*after 1 to 1"):
+    with pytest.raises(ModelError, match=r"method.cut = 2: this model has 2 blocks.*after 1 to 1"):
         federate(split(cut=2))
 
 

@@ -97,3 +97,101 @@ def test_a_folder_that_is_no_adapter_or_another_models(model_folder, tmp_path):
     weights.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled weights are not read"):
         load_adapter(backbone, tmp_path)
+
+
+KINDS = {
+    "lora in the last block": {"layers": 1},
+    "lora in the first": {"layers": [0], "targets": ["q_proj", "v_proj"]},
+    "full": {"kind": "full", "layers": [1]},
+    "ia3": {"kind": "ia3"},
+    "ia3 in the last block": {"kind": "ia3", "layers": 1},
+    "prompt": {"kind": "prompt", "virtual_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_saved_loaded_and_trained_by_peft(model_folder, tmp_path, kind, classes):
+    if classes and kind == "prompt":
+        with pytest.raises(ModelError, match="needs a causal objective"):
+            build(model_folder, classes=classes, **KINDS[kind])
+        return
+    model = build(model_folder, classes=classes, **KINDS[kind])
+    start = logits(model)
+    with model.reference():
+        base = logits(model)
+    if kind != "prompt":
+        assert torch.allclose(start, base, atol=1e-6)
+    model.write(perturbed(model))
+    assert not torch.allclose(logits(model), start)
+    model.save(tmp_path)
+    again = load_adapter(
+        load_backbone(str(model_folder), pad_token_id=0, classes=classes), tmp_path
+    )
+    with torch.no_grad():
+        found = again(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    assert torch.equal(found, logits(model))
+
+
+def test_only_the_chosen_blocks_are_adapted(model_folder):
+    blocks = {
+        kind: {name.split("layers.")[1][0] for name in build(model_folder, **settings).parameters}
+        for kind, settings in KINDS.items()
+        if kind not in ("ia3", "prompt")
+    }
+    assert blocks == {
+        "lora in the last block": {"1"},
+        "lora in the first": {"0"},
+        "full": {"1"},
+        "ia3 in the last block": {"1"},
+    }
+    whole = build(model_folder, kind="full", layers=[1], targets=["q_proj"])
+    assert [tuple(p.shape) for p in whole.parameters.values()] == [(32, 32)]
+
+
+@pytest.mark.parametrize("layers", [3, [2], [0, 7]])
+def test_blocks_that_are_not_there_are_named(model_folder, layers):
+    with pytest.raises(ModelError, match="this model has 2 blocks, 0 to 1"):
+        build(model_folder, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "ia3", "rank": 4}, "adapter.rank is a setting of lora"),
+        ({"kind": "lora", "virtual_tokens": 3}, "adapter.virtual_tokens is a setting of prompt"),
+        ({"kind": "prompt", "layers": 1}, "prompt tuning adapts no layer"),
+        ({"layers": 0}, "from 1"),
+        ({"layers": []}, "from 0"),
+        ({"layers": [-1]}, "from 0"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, words):
+    (complaint,) = AdapterSettings(**settings).contradictions()
+    assert words in complaint
+
+
+def test_ia3_chooses_its_own_layers_of_architectures_it_knows(model_folder):
+    with pytest.raises(ModelError, match="chooses its own layers"):
+        build(model_folder, kind="ia3", targets=["q_proj"])
+    backbone = load_backbone(str(model_folder), pad_token_id=0)
+    backbone.config.model_type = "unheard-of"
+    with pytest.raises(ModelError, match="knows the layers of llama, mistral"):
+        attach_adapter(backbone, AdapterSettings(kind="ia3"))
+
+
+def test_parties_in_turn_hold_parameters_of_their_own(model_folder):
+    """A graph made with one party's parameters is still right after another's have been held."""
+    model = build(model_folder)
+    own, other = (model.parameters_of(t) for t in (perturbed(model), model.read()))
+    model.hold(own)
+    loss = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.square().sum()
+    model.hold(other)
+    loss.backward()
+    assert all(p.grad is None for p in other.values())
+    again = {n: p.grad.clone() for n, p in own.items()}
+    for parameter in own.values():
+        parameter.grad = None
+    model.hold(own)
+    model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.square().sum().backward()
+    assert all(torch.equal(again[n], p.grad) for n, p in own.items())

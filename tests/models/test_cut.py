@@ -26,8 +26,19 @@ SIZE = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 4, "num_attent
 LLAMA_LIKE = {**SIZE, "intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 6}
 CONFIGS = {
     "llama": LlamaConfig(**LLAMA_LIKE),
-    "gpt2": GPT2Config(vocab_size=64, n_embd=24, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-    "qwen2": Qwen2Config(**LLAMA_LIKE, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "gpt2": GPT2Config(
+        vocab_size=64,
+        n_embd=24,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    ),
+    "qwen2": Qwen2Config(
+        **LLAMA_LIKE, use_sliding_window=True, sliding_window=4, max_window_layers=2
+    ),
     "qwen3": Qwen3Config(**LLAMA_LIKE),
 }
 PAD = 0

@@ -56,7 +56,10 @@ def comparison_file(table, tmp_path):
             "compare": {
                 "budget": "as_set",
                 "seeds": [0, 1],
-                "scenarios": {"few": {"federation": {"clients": 2}}, "more": {"federation": {"clients": 3}}},
+                "scenarios": {
+                    "few": {"federation": {"clients": 2}},
+                    "more": {"federation": {"clients": 3}},
+                },
                 "methods": {
                     "lora": {"method": {"name": "fedavg"}},
                     "logits": {"method": {"name": "distillation"}},
@@ -86,7 +89,12 @@ def test_a_grid_to_its_page(comparison_file, tmp_path):
         assert len(row["values"]) == 2
         assert abs(row["down"] + row["up"] - row["expected"]) <= 0.001 * row["expected"] + 1024
         assert row["seconds"]["slow"] > 0 and row["memory"] > 0 and row["process"] > row["memory"]
-        frameworks = {"lora": "FedLLM", "logits": "KD-FedLLM", "split": "Split-FedLLM", "alone": "Local only"}
+        frameworks = {
+            "lora": "FedLLM",
+            "logits": "KD-FedLLM",
+            "split": "Split-FedLLM",
+            "alone": "Local only",
+        }
         assert row["framework"] == frameworks[row["name"]]
         assert (row["clients"] is not None) == (row["name"] == "logits")
     split, lora = (next(r for r in found["arms"] if r["name"] == n) for n in ("split", "lora"))

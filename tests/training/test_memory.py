@@ -45,7 +45,11 @@ SCRIPT = """
 
 def test_the_estimate_is_of_the_right_size(model_folder, tmp_path):
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), str(model_folder)]

@@ -7,6 +7,7 @@ batched with.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,8 @@ def generate(
     length = min(max_new_tokens, max(1, context // 2))
     rows = [_tokens(ask.prompt, tokenizer, context - length) for ask in asks]
     answers = [""] * len(asks)
+    if _has_virtual_tokens(model):  # PEFT counts padding between them and the text as positions
+        batch_size = 1
     order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -94,18 +97,25 @@ def _batch(
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
     run: Any = model.generate
-    output = run(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=length,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
+        output = run(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=length,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
+        )
     answers = output[:, longest:].cpu()
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    config = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
 
 
 class _Sampler:

@@ -331,7 +331,9 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
         raise ModelError(f"{folder} has no adapter_model.safetensors; pickled weights are not read")
     try:
         with _quiet_peft():
-            return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
+            kind = peft.PeftConfig.from_pretrained(str(folder)).peft_type
+            trainable = kind != peft.PeftType.PROMPT_TUNING  # which PEFT loads for inference alone
+            return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
