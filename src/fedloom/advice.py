@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,15 @@ from fedloom.training.memory import client_memory
 
 CLOSE = 1.5
 """A round of FedLLM that lasts at most so many times the shortest is short enough to try it first."""
+
+
+PLAIN = {
+    "micro_batch_size": None,
+    "accumulation": None,
+    "keep_optimizer_state": False,
+    "gradient_checkpointing": False,
+}
+"""Training as Split-FedLLM can do it."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,17 @@ def advise(
         FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
     """
     options = []
-    for name, framework, variant in _variants(experiment):
+    for name, framework, changes in _variants(experiment):
         stage(f"counting {name}")
         try:
+            variant = replace(experiment, **changes)
             parts = assemble(variant, divide(variant), empty=True)
         except FedloomError as error:
             if framework == "FedLLM":
                 raise
+            why = "; ".join(getattr(error, "problems", ())) or str(error)
             nothing = Sent(0, 0, 0)
-            options.append(
-                Option(name, framework, nothing, 0, 0, 0, fits=False, problem=str(error))
-            )
+            options.append(Option(name, framework, nothing, 0, 0, 0, fits=False, problem=why))
             continue
         options.append(_option(name, framework, variant, parts, link, memory))
     return options
@@ -126,47 +136,32 @@ def recommend(options: list[Option]) -> str:
     return text + " Costs say nothing about accuracy: measure it with fedloom compare."
 
 
-def _variants(experiment: Experiment) -> list[tuple[str, str, Experiment]]:
-    """Return the experiment under each framework, each once as it is set or by default."""
-    method = experiment.method
-    adapter = experiment.adapter
+def _variants(experiment: Experiment) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return each framework's name, kind and changes to the experiment: as it is set, or by default."""
+    method, adapter = experiment.method, experiment.adapter
+    frameworks = (DistillationSettings, SplitSettings)
+    fedllm = FedAvgSettings() if isinstance(method, frameworks) else method
     own = adapter.kind == "lora"
     label = f"lora r={adapter.rank}" if own else adapter.kind
-    fedllm = (
-        method if not isinstance(method, DistillationSettings | SplitSettings) else FedAvgSettings()
-    )
-    found = [(f"FedLLM, {label}", "FedLLM", replace(experiment, method=fedllm))]
+    found: list[tuple[str, str, dict[str, Any]]] = [
+        (f"FedLLM, {label}", "FedLLM", {"method": fedllm})
+    ]
     if own and adapter.rank > 2:
         small = adapter.model_copy(update={"rank": 2})
-        found.append(
-            ("FedLLM, lora r=2", "FedLLM", replace(experiment, method=fedllm, adapter=small))
-        )
+        found.append(("FedLLM, lora r=2", "FedLLM", {"method": fedllm, "adapter": small}))
     if experiment.objective.name not in TASKS:
         return found
-    logits = (
-        method
-        if isinstance(method, DistillationSettings)
-        else DistillationSettings(
-            top_k=None if experiment.objective.name == "classification" else 32
-        )
-    )
+    classifies = experiment.objective.name == "classification"
+    logits = DistillationSettings(top_k=None if classifies else 32)
+    logits = method if isinstance(method, DistillationSettings) else logits
     kept = f"top {logits.top_k} logits" if logits.top_k else "all logits"
-    name = f"KD-FedLLM, {kept}, {logits.encoding}"
-    found.append((name, "KD-FedLLM", replace(experiment, method=logits)))
+    found.append((f"KD-FedLLM, {kept}, {logits.encoding}", "KD-FedLLM", {"method": logits}))
     split = method if isinstance(method, SplitSettings) else SplitSettings()
+    training = experiment.training.model_copy(update=PLAIN)
     for encoding in dict.fromkeys([split.activations, "int8"]):
-        changed = {"activations": encoding, "gradients": encoding}
+        changed = split.model_copy(update={"activations": encoding, "gradients": encoding})
         name = f"Split-FedLLM, cut {split.cut}, {encoding}"
-        plain = experiment.training.model_copy(
-            update={
-                "micro_batch_size": None,
-                "accumulation": None,
-                "keep_optimizer_state": False,
-                "gradient_checkpointing": False,
-            }
-        )
-        variant = replace(experiment, method=split.model_copy(update=changed), training=plain)
-        found.append((name, "Split-FedLLM", variant))
+        found.append((name, "Split-FedLLM", {"method": changed, "training": training}))
     return found
 
 

@@ -240,6 +240,10 @@ def advise(
     with console.status("reading") as status:
         options = count(_read(experiment, assignments), link, memory, stage=status.update)
     console.print(advice_table(options))
+    for framework, problem in dict.fromkeys((o.framework, o.problem) for o in options if o.problem):
+        console.print(
+            f"{framework} cannot be used here: {problem}", style="yellow", highlight=False
+        )
     console.print(recommend(options), highlight=False, soft_wrap=True)
 
 

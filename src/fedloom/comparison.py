@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from fedloom.accounting.network import Link, parse_quantity
-from fedloom.assembly import divide
+from fedloom.assembly import assemble, divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS
@@ -356,11 +356,11 @@ def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:
 
 
 def _check_reachable(cells: Sequence[Cell]) -> None:
-    """Read the data of each objective arm and the tokenizer of each model once, before anything runs.
+    """Read each arm's data and build its models without weights once, before anything runs.
 
     Raises:
         DataError: The data cannot be read or divided as an arm asks.
-        ModelError: A model is not there.
+        ModelError: A model is not there, or cannot be used as an arm asks.
     """
     arms = {_reads(cell): cell.experiment for cell in reversed(cells)}
     for path, revision in {(e.model.path, e.model.revision) for e in arms.values()}:
@@ -368,6 +368,8 @@ def _check_reachable(cells: Sequence[Cell]) -> None:
             load_tokenizer(path, revision)
     for experiment in arms.values():
         divide(experiment)
+    for experiment in {cell.method: cell.experiment for cell in reversed(cells)}.values():
+        assemble(experiment, divide(experiment), empty=True)
 
 
 def _reads(cell: Cell) -> tuple[str, str]:

@@ -367,22 +367,21 @@ class _Run:
         )
 
     def _write_adapters(self, state: State) -> Path | None:
-        """Write the global adapter, or each client's own where there is no global one."""
-        model, store = self.parts.model, self.parts.engine.store
-        shared = self.parts.method.shared(state)
+        """Write the global adapter, and each client's own where they keep one; return the former."""
+        engine, shared = self.parts.engine, self.parts.method.shared(state)
         try:
             if shared is not None:
-                model.write(shared)
-                model.save(self.folder.adapter)
-                return self.folder.adapter
-            for client in self.parts.engine.sizes():
-                own = store.slots(client).get(ADAPTER)
+                self.parts.model.write(shared)
+                self.parts.model.save(self.folder.adapter)
+            for client in engine.sizes() if self.parts.method.own_models else ():
+                own = engine.store.slots(client).get(ADAPTER)
                 if own is not None:
+                    model = engine.equipment[client].model
                     model.write(own)
                     model.save(self.folder.path / "clients" / f"{client:04d}")
         except OSError as error:
             raise OutputError(f"cannot write the adapter: {error}") from error
-        return None
+        return self.folder.adapter if shared is not None else None
 
     def _samples(self, state: State) -> list[dict[str, Any]]:
         parts, limit = self.parts, self.experiment.evaluation.max_new_tokens

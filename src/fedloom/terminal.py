@@ -290,33 +290,33 @@ def comparison_table(folder: Path) -> Table:
 
 
 def frameworks_table(folder: Path) -> Table:
-    """Return every arm of every scenario with what it reached and what it cost a client and round."""
+    """Return every arm of every scenario: what it reached, and what it cost a client in a round."""
     from fedloom.report.comparison_page import read_cells
     from fedloom.report.frameworks_page import arms, results
 
     record, cells = read_cells(folder)
     found = results(record, cells, arms(record, cells))
     table = Table(
-        title=f"{found['metric']}, and costs of a client in a round", box=None, padding=(0, 2, 0, 0)
+        title=f"{found['metric']}, and costs of a client in a round", box=None, padding=(0, 1, 0, 0)
     )
-    table.add_column("scenario")
-    table.add_column("arm")
-    for column in (found["metric"], "sent", "closed form", "compute", "memory", *record["links"]):
+    table.add_column("arm", no_wrap=True)
+    for column in (found["metric"], "sent", "compute", "memory", *record["links"]):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("front")
-    for row in found["arms"]:
-        fronts = [w for w in ("bytes", "flops") if row[f"front_{w}"]]
-        table.add_row(
-            row["scenario"],
-            row["name"],
-            _mean_cell(row),
-            human_bytes(row["down"] + row["up"]),
-            human_bytes(row["expected"]),
-            human_flops(row["flops"]),
-            human_bytes(row["memory"]),
-            *(human_seconds(row["seconds"][link]) for link in record["links"]),
-            ", ".join(fronts),
-        )
+    for scenario in dict.fromkeys(row["scenario"] for row in found["arms"]):
+        table.add_row(Text(scenario, style="bold"))
+        for row in (row for row in found["arms"] if row["scenario"] == scenario):
+            half = f" ± {row['half']:.3f}" if row["half"] is not None else ""
+            fronts = [word for word in ("bytes", "flops") if row[f"front_{word}"]]
+            table.add_row(
+                f" {row['name']}",
+                f"{row['mean']:.3f}{half}",
+                human_bytes(row["down"] + row["up"]),
+                human_flops(row["flops"]),
+                human_bytes(row["memory"]),
+                *(human_seconds(row["seconds"][link]) for link in record["links"]),
+                "both" if len(fronts) == 2 else "".join(fronts),
+            )
     return table
 
 
@@ -325,13 +325,13 @@ def advice_table(options: Sequence[Option]) -> Table:
     table = Table(
         title="a round of the client with the most to do, derived", box=None, padding=(0, 1, 0, 0)
     )
-    table.add_column("framework", no_wrap=True)
+    table.add_column("framework")
     for column in ("down", "up", "exchanges", "compute", "memory", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("fits")
     for option in options:
         if option.problem:
-            table.add_row(option.name, *[""] * 6, f"no: {option.problem}")
+            table.add_row(option.name, *["-"] * 6, "no")
             continue
         table.add_row(
             option.name,

@@ -112,8 +112,9 @@ def test_the_same_bits_again_and_after_a_resume(distil, tmp_path):
     once = fedloom.run(at("once", 3))
     again = fedloom.run(at("again", 3))
     resumed = resume_run(tmp_path / "again", from_round=2)
-    files = [r.adapter_path / "adapter_model.safetensors" for r in (once, again, resumed)]
-    assert len({file.read_bytes() for file in files}) == 1
+    for name in ("adapter", "clients/0000", "clients/0002"):
+        files = [r.folder / name / "adapter_model.safetensors" for r in (once, again, resumed)]
+        assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_clients_keep_their_adapters_and_differ(federate, distil):

@@ -1,5 +1,6 @@
 """Every recipe loads, says its command, and runs a round on a random model and data of its layout."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import fedloom
 from fedloom.comparison import compare, read_comparison
 from fedloom.experiment import Experiment
+from fedloom.report.frameworks_page import write_frameworks
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("recipes/**/*.toml"))
@@ -29,7 +31,9 @@ def filler(recipe):
     names = {ours: recipe.data.columns.get(ours, ours) for ours in FILLERS[recipe.kind]}
     return [
         {
-            **{theirs: f"{ours} {i % 8}" for ours, theirs in names.items()},
+            **{
+                theirs: f"{ours} {i if ours == 'text' else i % 8}" for ours, theirs in names.items()
+            },
             **dict.fromkeys(("instruction", "context"), f"do {i}"),
             **dict.fromkeys(("category", "domain"), f"kind {i % 8}"),
             "client": f"user {i % 20}",
@@ -57,7 +61,53 @@ def test_recipe(path, rows_file, model_folder, tmp_path):
     assert result.metrics and result.adapter_path.is_dir()
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+FRAMEWORKS = [path for path in COMPARISONS if "[compare.scenarios" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", FRAMEWORKS, ids=lambda path: path.stem)
+def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
+    """Every cell is sound; every arm is run once, in the first scenario, to the page."""
+    assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
+    recipe = read_comparison(path).cells[0].experiment
+    changes = {
+        "model.path": model_folder,
+        "data.source": rows_file(filler(recipe)),
+        "data.test_source": rows_file(
+            [
+                {
+                    name: f"held out {value}" if name == "text" else value
+                    for name, value in row.items()
+                }
+                for row in filler(recipe)
+            ],
+            "test.jsonl",
+        ),
+        "data.kind": "labelled",
+        "public.rows": 20,
+        "partition.minimum": 1,
+        "federation.rounds": 1,
+        "evaluation.every": 1,
+        "evaluation.max_examples": 10,
+        "compare.methods.split_deep.method.cut": 1,  # the model has two blocks
+    }
+    if "split_deep" not in path.read_text():
+        del changes["compare.methods.split_deep.method.cut"]
+    whole = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
+    first = {cell.method: cell for cell in reversed(whole.cells)}
+    assert {cell.experiment.method.name for cell in first.values()} >= {
+        "fedavg",
+        "distillation",
+        "split",
+    }
+    folder = compare(
+        dataclasses.replace(whole, cells=tuple(first.values())), tmp_path / "out", workers=1
+    )
+    assert "Where each framework wins" in write_frameworks(folder).read_text()
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in COMPARISONS if p not in FRAMEWORKS], ids=lambda path: path.stem
+)
 def test_comparison(path, rows_file, model_folder, tmp_path):
     """Every cell of the grid is sound; one run of every objective is done, at the recipe's own work."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
