@@ -227,6 +227,8 @@ def assemble(
     train = kits.training_shares(pooled=method.pools_data)
     public = kits.public_rows()
     ledger = Ledger()
+    federation = experiment.federation
+    participations = federation.rounds * min(federation.cohort_size, len(train)) / len(train)
     equipment = {client: kits.equipment(client, public) for client in train}
     initial = own.model.read()
     method.equip(
@@ -234,7 +236,8 @@ def assemble(
             own.model,
             objective,
             experiment.training,
-            experiment.federation.seed,
+            federation.seed,
+            participations,
             reader.max_length,
             own.width,
             public.get(own.key),
@@ -256,10 +259,8 @@ def assemble(
         {**method.handlers(), ACTION: evaluator.handler()},
         objective,
         experiment.training,
-        experiment.federation.seed,
-        experiment.federation.rounds
-        * min(experiment.federation.cohort_size, len(train))
-        / len(train),
+        federation.seed,
+        participations,
         store or ClientStore(),
         ledger,
     )

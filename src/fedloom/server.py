@@ -185,7 +185,8 @@ class _Play:
 
     def __init__(self, server: Server, cohort: Cohort) -> None:
         self.server, self.cohort = server, cohort
-        self.rejected: dict[int, str] = {}
+        self.rejected = cohort.rejected
+        self.told: set[int] = set()
         self.metrics: dict[int, dict[str, float]] = {}
         self.examples: dict[int, float] = {}
 
@@ -197,6 +198,8 @@ class _Play:
             try:
                 exchange = steps.send(replies)
             except StopIteration as stop:
+                self._tell()
+                self._require_quorum()
                 next_state: State = stop.value
                 return next_state
 
@@ -208,17 +211,22 @@ class _Play:
                 exchange.round, answer.client, len(answers), len(exchange.requests)
             )
         replies, rejected = accept(answers, exchange, self.cohort.sizes)
-        for client, reason in rejected.items():
-            self.server.observer.warning(
-                f"round {exchange.round}: client {client} left out: {reason}"
-            )
         self.rejected.update(rejected)
+        self._tell()
         self._require_quorum()
         for reply in replies:
             self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
             if "examples" in reply.payload.numbers or reply.client not in self.examples:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return replies
+
+    def _tell(self) -> None:
+        """Warn of each client that was left out, once."""
+        for client in sorted(self.rejected.keys() - self.told):
+            self.server.observer.warning(
+                f"round {self.cohort.round}: client {client} left out: {self.rejected[client]}"
+            )
+        self.told |= self.rejected.keys()
 
     def _require_quorum(self) -> None:
         """Count who has not been left out so far, whether this exchange asked all of them or one."""

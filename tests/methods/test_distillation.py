@@ -198,6 +198,8 @@ def beyond(tensors):
     ("change", "reason"),
     [
         (lambda t: t["values"].fill_(float("nan")), "NaN or infinity"),
+        (lambda t: t["values"].fill_(-6e4), "is not between -10000 and 0"),
+        (lambda t: t["values"].fill_(2.0), "is not between -10000 and 0"),
         (swap, "must rise and occur once"),
         (beyond, "index 200 is not below the width of 8"),
     ],

@@ -1,6 +1,7 @@
 """Split-FedLLM: a whole run equals training the whole model; what travels; what a bad peer can do."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -231,6 +232,50 @@ def test_a_bad_step_leaves_its_client_out(federate, split, kind, change, reason)
     found = federate(split(kind, clients=3), failing(2, "start", 1, changed(change)))
     assert all(reason in record.rejected[2] for record in found.records)
     assert all(record.rejected.keys() == {2} for record in found.records)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("server", ["sequential", "parallel"])
+def test_activations_that_blow_the_server_up_leave_their_client_out(
+    federate, split, labels, server
+):
+    """Finite on arrival, not in the loss: the back half must not take any of it."""
+
+    def blow(tensors, numbers):
+        tensors["activations"].fill_(3e38)
+
+    experiment = split(clients=3, labels=labels, server=server)
+    found = federate(experiment, failing(1, "start", 1, changed(blow)))
+    assert all(list(record.rejected) == [1] for record in found.records)
+    assert all(torch.isfinite(t).all() for t in found.adapter.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t, n: n.update(exponent=1e300), "a gradient's exponent is 1e\\+300"),
+        (lambda t, n: (t["gradient"].fill_(3e38), n.update(exponent=126.0)), "NaN or infinity"),
+        (lambda t, n: t["gradient"].fill_(3e38), "no finite gradient"),
+        (lambda t, n: n.update(loss=1e299), None),
+        (lambda t, n: t.update(gradient=t["gradient"][1:]), "came back for"),
+    ],
+)
+def test_gradients_that_blow_the_server_up_leave_their_client_out(federate, split, change, reason):
+    found = federate(split(clients=3, labels="client"), failing(1, "loss", 1, changed(change)))
+    if reason is not None:
+        assert all(re.search(reason, record.rejected[1]) for record in found.records)
+    assert all(torch.isfinite(t).all() for t in found.adapter.values())
+
+
+def test_a_client_that_never_ends_its_round_is_left_out(federate, split):
+    def on(tensors, numbers):
+        if not numbers["waiting"]:
+            numbers["waiting"] = 1.0
+            tensors["rows"] = torch.tensor([[1, 0, 0]], dtype=torch.int32)
+            tensors["activations"] = torch.zeros(1, 32)
+
+    found = federate(split(clients=3), failing(2, "step", 1, changed(on)))
+    assert all("all the steps its rows make" in record.rejected[2] for record in found.records)
 
 
 @pytest.mark.parametrize("bad", ["shape", "nan"])

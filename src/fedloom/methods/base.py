@@ -56,12 +56,15 @@ class Cohort:
         clients: Sampled client ids, ascending.
         sizes: Training rows of every client of the federation, as registered with the server.
         learning_rate: Of this round.
+        rejected: Clients left out so far, and why. A method adds those whose answers passed every check
+            and turned out to be of no use.
     """
 
     round: int
     clients: tuple[int, ...]
     sizes: Mapping[int, int]
     learning_rate: float
+    rejected: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,6 +152,7 @@ class ServerSide:
         objective: What the federation minimises.
         training: How.
         seed: The experiment's seed.
+        participations: Rounds that a client takes part in on average.
         max_length: Tokens a training sequence of a client has at most.
         width: Classes, or tokens of the vocabulary.
         public: The public rows that every party has, where the experiment has some.
@@ -159,6 +163,7 @@ class ServerSide:
     objective: Objective
     training: TrainingSettings
     seed: int
+    participations: float
     max_length: int
     width: int
     public: PublicRows | None

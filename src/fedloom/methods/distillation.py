@@ -52,6 +52,9 @@ from fedloom.training.optimizers import Work
 VALUES, INDICES, COUNTS = "values", "indices", "counts"
 """Names in the payloads: log-probabilities, which entries they are of, and how many a position has."""
 
+LEAST, LEAST_SURE = -1e4, 1e-3
+"""Bounds of an honest log-probability, rounding included."""
+
 SCORING_BATCH = 32
 """Public rows in one forward pass without gradients."""
 
@@ -274,23 +277,27 @@ class KnowledgeWire:
         """Check what a schema cannot say.
 
         Raises:
-            MessageError: Counts that do not add up, entries out of order, twice or beyond the width.
+            MessageError: Values that are no log-probabilities, counts that do not add up, entries out of
+                order, twice or beyond the width.
         """
-        if not self.sparse:
-            return
         if self.adaptive:
-            counts = tensors[COUNTS].long()
-            entries = len(tensors[VALUES])
-            if int(counts.min()) < 1 or int(counts.max()) > self.k or int(counts.sum()) != entries:
-                raise MessageError(
-                    f"logits: the counts must be 1 to {self.k} and add up to the {entries} values sent"
-                )
-            if len(tensors[INDICES]) != entries:
-                raise MessageError(f"logits: {len(tensors[INDICES])} indices for {entries} values")
-        knowledge = self.unpack(tensors)
-        assert knowledge.indices is not None, "knowledge of a part has indices"
-        present = knowledge.present
-        indices = knowledge.indices
+            self._check_counts(tensors)
+        known = self.unpack(tensors)
+        if float(known.values.max()) > LEAST_SURE or float(known.values.min()) < LEAST:
+            raise MessageError(f"logits: a log-probability is not between {LEAST:g} and 0")
+        if known.indices is not None:
+            self._check_indices(known.indices, known.present)
+
+    def _check_counts(self, tensors: Tensors) -> None:
+        counts, entries = tensors[COUNTS].long(), len(tensors[VALUES])
+        if int(counts.min()) < 1 or int(counts.max()) > self.k or int(counts.sum()) != entries:
+            raise MessageError(
+                f"logits: the counts must be 1 to {self.k} and add up to the {entries} values sent"
+            )
+        if len(tensors[INDICES]) != entries:
+            raise MessageError(f"logits: {len(tensors[INDICES])} indices for {entries} values")
+
+    def _check_indices(self, indices: Tensor, present: Tensor | None) -> None:
         if int(indices.min()) < 0 or int(indices.max()) >= self.width:
             raise MessageError(
                 f"logits: index {int(indices.max())} is not below the width of {self.width}"

@@ -32,7 +32,7 @@ from fedloom.aggregation.means import weighted_mean
 from fedloom.batch import Batch, Sequences
 from fedloom.checkpoint import State
 from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
-from fedloom.errors import MessageError, NonFiniteLoss
+from fedloom.errors import MessageError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
     TRAIN_REPLY_NUMBERS,
@@ -65,6 +65,9 @@ FRONT, BACK = "front", "back"
 
 ROWS, TARGETS = "rows", "targets"
 """Names in the payloads: a line of integers for each sequence, and the completions' tokens."""
+
+LARGEST_EXPONENT = 126
+"""Of the power of two that a gradient is divided by, either way."""
 
 STEP_NUMBERS = ("loss", "exponent", "pause")
 """Beside a gradient: the loss of the batch, the power of two it was divided by, whether to stop there."""
@@ -141,11 +144,7 @@ class Split(Method):
             weights = [reply.payload.numbers["examples"] for reply in collected]
             halves = [reply.payload.tensors for reply in collected]
             # Who finished earlier in this round stands by what was averaged then.
-            front = (
-                weighted_mean([*halves, front], [*weights, finished])
-                if finished
-                else (weighted_mean(halves, weights))
-            )
+            front = _mean_with(halves, weights, front, finished)
             desk.average({r.client: w for r, w in zip(collected, weights, strict=True)}, finished)
             own = {reply.client for reply in collected}
             training = tuple(client for client in paused if client in own)
@@ -180,7 +179,7 @@ class Split(Method):
                 learnt = desk.learn_from_loss(turn) if self.u_shape else desk.learn(turn)
                 answers: list[Reply] = []
                 if learnt:
-                    answers = yield wire.answer(cohort, learnt, pause=step >= last)
+                    answers = yield wire.answer(cohort, learnt, desk.bounds, pause=step >= last)
                 trained -= asked - {reply.client for reply in answers}
                 going += [r for r in answers if r.payload.numbers["waiting"]]
             paused = tuple(reply.client for reply in going)
@@ -219,9 +218,8 @@ class Split(Method):
         """Go back with the server's gradient, make a step, go forward with the next batch."""
         session = client.session
         _front(client).hold(session["parameters"])
-        gradient = unpack_rows("gradient", payload.tensors, self.settings.gradients)
+        gradient = unpack_gradient(payload, self.settings.gradients)
         _check_gradient(gradient, session["tokens"])
-        gradient = gradient * 2.0 ** payload.numbers["exponent"]
         try:
             session["steps"].send((gradient, payload.numbers["loss"]))
         except StopIteration as stop:
@@ -425,29 +423,38 @@ class SplitWire:
             lambda client, payload: self.check(payload),
         )
 
-    def answer(self, cohort: Cohort, learnt: Sequence[_Learnt], *, pause: bool) -> Exchange:
-        """Send every client its gradient and ask for the next activations, or for a pause."""
+    def answer(
+        self, cohort: Cohort, learnt: Sequence[_Learnt], left: dict[int, int], *, pause: bool
+    ) -> Exchange:
+        """Send every client its gradient and ask for the next activations, or for a pause.
+
+        Args:
+            cohort: Of the round.
+            learnt: What there is for each client.
+            left: Steps that each client's rows still make at most.
+            pause: Whether to stop there, for an average.
+        """
         schema = Schema(self.gradient, STEP_NUMBERS)
         requests = {}
         for one in learnt:
             packed, exponent = pack_gradient(one.gradient, self.settings.gradients)
             numbers = {"loss": one.loss, "exponent": exponent, "pause": float(pause)}
             requests[one.client] = encode(Payload(packed, numbers), schema)
-        return Exchange(
-            "step",
-            cohort.round,
-            schema,
-            self.step_schema,
-            requests,
-            lambda client, payload: self.check(payload, pause=pause),
-        )
+
+        def check(client: int, payload: Payload) -> None:
+            if payload.numbers["waiting"] and left[client] <= 0:
+                raise MessageError("it wants to go on and has taken all the steps its rows make")
+            self.check(payload, pause=pause)
+
+        return Exchange("step", cohort.round, schema, self.step_schema, requests, check)
 
     def ask_for_loss(self, cohort: Cohort, hidden: dict[int, Tensor]) -> Exchange:
         """U-shape: send every client the activations of the last block and ask for their gradient."""
         schema, encoding = Schema(self.entered), self.settings.activations
 
         def check(client: int, payload: Payload) -> None:
-            _check_gradient(payload.tensors["gradient"], len(hidden[client]))
+            gradient = unpack_gradient(payload, self.settings.gradients)
+            _check_gradient(gradient, len(hidden[client]))
 
         return Exchange(
             "loss",
@@ -505,6 +512,13 @@ class _Desk:
         else:
             self.copies = dict.fromkeys(clients, self._copy(SERVER))
         self.waiting: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        training = self.server.training
+        self.bounds = {
+            client: training.work(rows, self.server.participations).most_steps(
+                rows, training.batch_size
+            )
+            for client, rows in cohort.sizes.items()
+        }
 
     def _copy(self, client: int) -> _Copy:
         parameters = self.model.parameters_of(self.back)
@@ -526,7 +540,7 @@ class _Desk:
                 with self.copies[reply.client].stream.drawing():
                     loss, _ = self.server.objective.loss(ending, batch, None)
                     loss.backward()  # type: ignore[no-untyped-call]
-                learnt.append(self._step(reply.client, entered, mask, float(loss.detach())))
+                learnt += self._step(reply.client, entered, mask, float(loss.detach()))
         return learnt
 
     def continue_with(self, replies: Sequence[Reply]) -> dict[int, Tensor]:
@@ -548,12 +562,11 @@ class _Desk:
         with self._measured():
             for reply in replies:
                 entered, mask, hidden = self.waiting.pop(reply.client)
-                gradient = unpack_rows("gradient", reply.payload.tensors, encoding)
-                gradient = gradient * 2.0 ** reply.payload.numbers["exponent"]
+                gradient = unpack_gradient(reply.payload, encoding)
                 self.model.hold(self.copies[reply.client].parameters)
                 torch.autograd.backward(hidden[mask], gradient.to(hidden.device))
                 loss = reply.payload.numbers["loss"]
-                learnt.append(self._step(reply.client, entered, mask, loss))
+                learnt += self._step(reply.client, entered, mask, loss)
         self.waiting.clear()  # of clients that were lost on the way
         return learnt
 
@@ -563,10 +576,7 @@ class _Desk:
         if not self.parallel:
             self.back = own[0]
             return
-        if finished:
-            self.back = weighted_mean([*own, self.back], [*weights.values(), finished])
-        else:
-            self.back = weighted_mean(own, list(weights.values()))
+        self.back = _mean_with(own, list(weights.values()), self.back, finished)
         with torch.no_grad():
             for copy in self.copies.values():
                 for name, parameter in copy.parameters.items():
@@ -583,13 +593,23 @@ class _Desk:
             hidden = self.model(input_ids=entered, attention_mask=mask)
         return entered, mask.bool(), hidden
 
-    def _step(self, client: int, entered: Tensor, mask: Tensor, loss: float) -> _Learnt:
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(client, 0, [], loss)
+    def _step(self, client: int, entered: Tensor, mask: Tensor, loss: float) -> list[_Learnt]:
+        """Make a step and return what the client gets; nothing of both if its batch was of no use."""
         copy = self.copies[client]
-        update(copy.parameters, copy.optimizer, self.server.training)
         assert entered.grad is not None, "the loss depends on the activations"
-        return _Learnt(client, entered.grad[mask], loss)
+        gradients = [
+            entered.grad,
+            *(p.grad for p in copy.parameters.values() if p.grad is not None),
+        ]
+        if not (math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients)):
+            copy.optimizer.zero_grad()
+            self.cohort.rejected[client] = (
+                f"the loss of its batch is {loss}, or has no finite gradient"
+            )
+            return []
+        update(copy.parameters, copy.optimizer, self.server.training)
+        self.bounds[client] -= 1
+        return [_Learnt(client, entered.grad[mask], loss)]
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
@@ -611,6 +631,19 @@ def pack_gradient(gradient: Tensor, encoding: Encoding) -> tuple[Tensors, float]
     largest = float(gradient.abs().max()) if gradient.numel() else 0.0
     exponent = math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else 0
     return pack_rows("gradient", gradient * 2.0**-exponent, encoding), float(exponent)
+
+
+def unpack_gradient(payload: Payload, encoding: Encoding) -> Tensor:
+    """Return what :func:`pack_gradient` packed, from a peer that is not trusted.
+
+    Raises:
+        MessageError: The exponent is out of the range of float32.
+    """
+    exponent = payload.numbers["exponent"]
+    if abs(exponent) > LARGEST_EXPONENT:
+        raise MessageError(f"a gradient's exponent is {exponent:g}, beyond {LARGEST_EXPONENT}")
+    scale: float = 2.0**exponent
+    return unpack_rows("gradient", payload.tensors, encoding) * scale
 
 
 def _own_loss(
@@ -642,6 +675,15 @@ def _check_gradient(rows: Tensor, tokens: int) -> None:
         raise MessageError(f"gradient or activations of {len(rows)} tokens came back for {tokens}")
     if not bool(torch.isfinite(rows.float()).all()):
         raise MessageError("gradient or activations that came back hold NaN or infinity")
+
+
+def _mean_with(
+    tensors: list[Tensors], weights: list[float], before: Tensors, weight: float
+) -> Tensors:
+    """Return the weighted mean, in which what was before counts by ``weight``, if that is above 0."""
+    if not weight:
+        return weighted_mean(tensors, weights)
+    return weighted_mean([*tensors, before], [*weights, weight])
 
 
 def _wire(party: Client | ServerSide, settings: SplitSettings) -> SplitWire:

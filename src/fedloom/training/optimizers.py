@@ -33,6 +33,13 @@ class Work:
     examples: int | None = None
     tokens: int | None = None
 
+    def most_steps(self, rows: int, batch_size: int) -> int:
+        """Return how many optimizer steps this can take at most on ``rows`` rows."""
+        bounds = [bound for bound in (self.steps, self.examples, self.tokens) if bound is not None]
+        if self.epochs is not None:
+            bounds.append(self.epochs * -(-rows // batch_size))
+        return min(bounds)
+
 
 class TrainingSettings(Settings):
     """``[training]``: what a client does in a round."""
