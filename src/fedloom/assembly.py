@@ -322,10 +322,8 @@ class _Kits:
         for group in experiment.clients.groups.values():
             own = (group.model or base[0], group.rank or base[1])
             self.clients |= dict.fromkeys(group.clients, own)
-        server = base
-        if isinstance(experiment.method, DistillationSettings):
-            method = experiment.method
-            server = (method.server_model or base[0], method.server_rank or base[1])
+        owned = of_server(experiment)
+        server = (owned.model.path, owned.adapter.rank)
         built = {
             key: self._built(key, stage) for key in dict.fromkeys([server, *self.clients.values()])
         }
@@ -400,12 +398,7 @@ class _Kits:
     def _built(
         self, key: tuple[str, int], stage: Callable[[str], None]
     ) -> tuple[str, Any, AdapterModel]:
-        path, rank = key
-        experiment = replace(
-            self.experiment,
-            model=self.experiment.model.model_copy(update={"path": path}),
-            adapter=self.experiment.adapter.model_copy(update={"rank": rank}),
-        )
+        experiment = _with_model(self.experiment, *key)
         return _build_model(
             experiment, self.objective, self.division.classes, stage, empty=self.empty
         )
@@ -472,12 +465,33 @@ def assemble_saved(
     Raises:
         ModelError: ``adapter`` is no PEFT folder, or one for another model.
     """
+    experiment = of_server(experiment)
     objective = make_objective(experiment.objective)
     _, tokenizer, model = _build_model(
         experiment, objective, division.classes, lambda text: None, adapter
     )
     reader = _Reader(experiment, division, objective, tokenizer, context_length(model.model))
     return model, reader.held_out(division.test)
+
+
+def of_server(experiment: Experiment) -> Experiment:
+    """Return the experiment with the model and rank of the server, where a method gives it its own."""
+    method = experiment.method
+    if not isinstance(method, DistillationSettings):
+        return experiment
+    return _with_model(
+        experiment,
+        method.server_model or experiment.model.path,
+        method.server_rank or experiment.adapter.rank,
+    )
+
+
+def _with_model(experiment: Experiment, path: str, rank: int) -> Experiment:
+    return replace(
+        experiment,
+        model=experiment.model.model_copy(update={"path": path}),
+        adapter=experiment.adapter.model_copy(update={"rank": rank}),
+    )
 
 
 def prepare_model(

@@ -278,6 +278,11 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
         labelled = "public" in parts and parts["public"].labelled
         if method.rule == "lowest_loss" and not labelled:
             found.append('method.rule = "lowest_loss" needs public.labelled = true')
+        if "adapter" in parts and parts["adapter"].kind != "lora":
+            ranks = [name for name, group in (groups or {}).items() if group.rank]
+            found += [f"clients.groups.{name}.rank is a setting of lora" for name in ranks]
+            if method.server_rank:
+                found.append("method.server_rank is a setting of lora")
     if isinstance(method, SplitSettings):
         training = parts.get("training")
         if training and (training.micro_batch_size or training.accumulation):

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fedloom.accounting.ledger import SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
-from fedloom.assembly import Division, Parts
+from fedloom.assembly import Division, Parts, of_server
 from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
 from fedloom.evaluation.clients import ACTION as EVALUATION
 from fedloom.evaluation.metrics import HEADLINES, Headline
@@ -60,7 +60,7 @@ def run_record(
         "threads": torch.get_num_threads(),
         "device": str(parts.model.device),
         "model": {
-            "name": experiment.model.path,
+            "name": of_server(experiment).model.path,
             "sha256": parts.model_digest,
             "parameters": everything - trained,
             "trainable": trained,

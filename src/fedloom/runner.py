@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from fedloom import checkpoint
-from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide
+from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide, of_server
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
@@ -486,8 +486,8 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
         f"{cohort} of {len(sizes)} clients a round",
-        f"model {experiment.model.path}, {human_count(trained)} trained parameters, rows per client "
-        f"{min(sizes.values())} to {max(sizes.values())}, {len(parts.division.test)} held out"
+        f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
+        f"rows per client {min(sizes.values())} to {max(sizes.values())}, {len(parts.division.test)} held out"
         f"{pairs}",
         federation.rounds,
         headline.name,

@@ -11,7 +11,7 @@ from fedloom.data.public import PublicRows
 from fedloom.errors import DataError, MessageError, ModelError, SettingsError
 from fedloom.messages import Payload, decode, encode
 from fedloom.methods.distillation import DistillationSettings, KnowledgeWire, index_dtype
-from fedloom.runner import resume_run
+from fedloom.runner import evaluate_adapter, resume_run
 
 KINDS = {
     "sft": {
@@ -144,6 +144,9 @@ def test_clients_of_other_ranks_and_backbones_take_part(federate, distil, tmp_pa
     recipe = TinyRecipe(vocabulary=290, hidden=48, intermediate=64, layers=3, heads=2, steps=2)
     make_tiny_model(other, pretraining_texts(np.random.default_rng(5), 200), recipe)
     groups = {"wide": {"clients": [1], "rank": 6}, "deep": {"clients": [2], "model": str(other)}}
+    own = distil(groups=groups, server_rank=4, server_model=str(other))
+    scored = evaluate_adapter(own, fedloom.run(own).adapter_path)
+    assert 0 <= scored["accuracy"] <= 1  # the adapter is of the server's model, and loads there
     found = federate(distil(groups=groups, server_rank=4), evaluate=True)
     models = [found.parts.engine.equipment[client].model for client in range(3)]
     assert len({id(model) for model in models}) == 3

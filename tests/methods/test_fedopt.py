@@ -52,10 +52,12 @@ def test_nothing_that_comes_in_is_written_to(play):
     assert first.equal(part_of(states[0].tensors, "second_moment")["lora_w"])
 
 
-def test_a_head_that_is_shared_takes_the_plain_mean():
+@pytest.mark.parametrize("adapter", ["q.lora_A.weight", "q.ia3_l", "q.ln_tuning_layers.weight"])
+def test_a_head_that_is_shared_takes_the_plain_mean(adapter):
     settings, method = METHODS["fedadam"]
     fedadam = method(settings())
-    start = {"lora_w": torch.zeros(2), "head": torch.zeros(2)}
+    head = "model.score.weight"
+    start = {adapter: torch.zeros(2), head: torch.zeros(2)}
     generator = fedadam.round(fedadam.initial_state(start), Cohort(1, (0, 1), {0: 1, 1: 3}, 0.1))
     next(generator)
     sent = [{n: torch.full((2,), v) for n in start} for v in (1.0, 3.0)]
@@ -63,5 +65,5 @@ def test_a_head_that_is_shared_takes_the_plain_mean():
     with pytest.raises(StopIteration) as stop:
         generator.send(replies)
     shared = fedadam.shared(stop.value.value)
-    assert list(shared) == ["lora_w", "head"] and shared["head"].tolist() == [2.0, 2.0]
-    assert 0 < shared["lora_w"][0] < 0.1
+    assert list(shared) == [adapter, head] and shared[head].tolist() == [2.0, 2.0]
+    assert 0 < shared[adapter][0] < 0.1

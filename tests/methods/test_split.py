@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 
+import fedloom
 from fedloom.errors import ModelError, RoundFailed, SettingsError
 from fedloom.messages import Payload, decode, encode
 from fedloom.methods.split import SplitSettings, pack_gradient
 from fedloom.models.cut import FrontHalf
+from fedloom.runner import resume_run
 
 KINDS = {
     "sft": {
@@ -85,6 +87,19 @@ def test_the_same_bits_again(federate, split):
     noisy = [federate(split(clients=2, activation_noise=0.1)).adapter for _ in range(2)]
     assert all(torch.equal(noisy[0][n], noisy[1][n]) for n in noisy[0])
     assert any(not torch.equal(noisy[0][n], twice[0][n]) for n in twice[0])
+
+
+def test_a_run_that_is_resumed_ends_with_the_same_bits(split, tmp_path):
+    def at(name):
+        experiment = split(clients=3, server="parallel", labels="client")
+        output = experiment.output.model_copy(update={"folder": str(tmp_path / name)})
+        federation = experiment.federation.model_copy(update={"rounds": 3})
+        return dataclasses.replace(experiment, output=output, federation=federation)
+
+    runs = [fedloom.run(at("once")), fedloom.run(at("again"))]
+    runs.append(resume_run(tmp_path / "again", from_round=2))
+    files = {(r.adapter_path / "adapter_model.safetensors").read_bytes() for r in runs}
+    assert len(files) == 1
 
 
 def test_dropout_is_each_partys_own_and_repeatable(federate, experiment):

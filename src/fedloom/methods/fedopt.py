@@ -1,11 +1,11 @@
 """FedAdagrad, FedAdam and FedYogi: FedAvg with an adaptive optimizer on the server.
 
 Source: Reddi et al. 2021, "Adaptive Federated Optimization", https://arxiv.org/abs/2003.00295,
-algorithm 2, on the shared LoRA tensors; what else is shared (a classification head) takes the plain
-mean. Clients weigh alike in it, as in the paper and in 2502.14187. That study's code puts the square of
-the momentum into the second moment of FedAdam and FedYogi where the FedOpt paper puts the square of
-the change: ``second_moment`` chooses. In it, and here, FedAdagrad moves by the change itself, not by
-a momentum.
+algorithm 2, on the tensors of the shared adapter; what else is shared (a classification head) takes
+the plain mean. Clients weigh alike in it, as in the paper and in 2502.14187. That study's code puts the
+square of the momentum into the second moment of FedAdam and FedYogi where the FedOpt paper puts the
+square of the change: ``second_moment`` chooses. In it, and here, FedAdagrad moves by the change itself,
+not by a momentum.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _FedOpt(Method):
 
     def initial_state(self, adapter: Tensors) -> State:
         """Start with v = tau^2."""
-        second = {name: torch.full_like(t, self.tau**2) for name, t in _lora(adapter).items()}
+        second = {name: torch.full_like(t, self.tau**2) for name, t in _adapted(adapter).items()}
         return State(join_parts(adapter=adapter, second_moment=second))
 
     def round(self, state: State, cohort: Cohort) -> Round:
@@ -97,9 +97,9 @@ class _FedOpt(Method):
         first, second = self.moments(
             part_of(state.tensors, FIRST),
             part_of(state.tensors, SECOND),
-            difference(_lora(mean), adapter),
+            difference(_adapted(mean), adapter),
         )
-        moved = adaptive_step(_lora(adapter), first, second, self.eta, self.tau)
+        moved = adaptive_step(_adapted(adapter), first, second, self.eta, self.tau)
         adapter = {name: moved.get(name, tensor) for name, tensor in mean.items()}
         return State(join_parts(adapter=adapter, first_moment=first, second_moment=second))
 
@@ -116,9 +116,10 @@ class _FedOpt(Method):
         raise NotImplementedError
 
 
-def _lora(tensors: Tensors) -> Tensors:
-    """Return the factors of LoRA among the shared tensors."""
-    return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+def _adapted(tensors: Tensors) -> Tensors:
+    """Return the factors of LoRA among the shared tensors; of another adapter, all but a head."""
+    factors = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+    return factors or {name: t for name, t in tensors.items() if ".score." not in name}
 
 
 class FedAdagrad(_FedOpt):

@@ -17,6 +17,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.comparison_page import Cell, read_cells
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
+from fedloom.report.tables import human_bytes, human_flops
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import Turn, server_costs, turns
 
@@ -233,36 +234,22 @@ def _verdict(framework: str, best: dict[tuple[str, str], Arm], found: Sequence[A
         for text, cost in criteria.items()
     }
     fronts = [_marks(arm, found) for arm in found if arm.framework == framework]
-    won = [f"{text} in {count} of {len(scenarios)}" for text, count in wins.items() if count]
     total = len(scenarios)
+    won = [f"{text} in {count}" for text, count in wins.items() if count]
     text = (
         f"At its most accurate it reaches {fmean(a.mean for a in mine):.3f} on average, sends "
-        f"{_bytes(fmean(a.sent for a in mine))} a client and round and lets a client compute "
-        f"{_flops(fmean(a.flops for a in mine))}. "
+        f"{human_bytes(fmean(a.sent for a in mine))} a client and round and lets a client compute "
+        f"{human_flops(fmean(a.flops for a in mine))}. "
         if mine
         else ""
     )
-    if won:
-        text += f"Of {total} scenario{'s' if total != 1 else ''} it " + "; ".join(won) + ". "
-    else:
-        text += "Its most accurate arm wins nothing here. "
+    text += f"Of {total} scenario{'s' if total != 1 else ''}, it "
+    text += ("; ".join(won) if won else "wins none") + ". "
     text += (
         f"{sum(f['front_bytes'] for f in fronts)} of its {len(fronts)} arms are on a scenario's front of "
         f"accuracy against bytes, {sum(f['front_flops'] for f in fronts)} against client compute."
     )
     return {"framework": framework, "text": text, "wins": wins, "scenarios": total}
-
-
-def _bytes(count: float) -> str:
-    from fedloom.report.tables import human_bytes
-
-    return human_bytes(count)
-
-
-def _flops(count: float) -> str:
-    from fedloom.report.tables import human_flops
-
-    return human_flops(count)
 
 
 def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:

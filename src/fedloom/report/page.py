@@ -169,6 +169,9 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     name, words = run.metric, run.metric.replace("_", " ")
     charts: list[tuple[str, str]] = []
     lines = {"global held-out set": run.global_line(name)}
+    own = run.global_line(f"clients_{name}")
+    if own[0]:
+        lines["clients' models on it"] = own
     band = _client_band(run)
     if band is not None:
         lines["mean of clients"] = (band[0], band[3])
