@@ -487,7 +487,8 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
         f"{cohort} of {len(sizes)} clients a round",
         f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
-        f"rows per client {min(sizes.values())} to {max(sizes.values())}, {len(parts.division.test)} held out"
+        f"rows per client {min(sizes.values())} to {max(sizes.values())}, "
+        f"{len(parts.division.test)} held out"
         f"{pairs}",
         federation.rounds,
         headline.name,
