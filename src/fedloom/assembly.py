@@ -230,7 +230,7 @@ def assemble(
     federation = experiment.federation
     participations = federation.rounds * min(federation.cohort_size, len(train)) / len(train)
     equipment = {client: kits.equipment(client, public) for client in train}
-    initial = own.model.read()
+    initial = own.initial
     method.equip(
         ServerSide(
             own.model,
@@ -296,6 +296,11 @@ class _Kit:
     model: AdapterModel
     reader: _Reader
     width: int
+
+    @cached_property
+    def initial(self) -> Tensors:
+        """The adapter as it was initialised; first read before anything is trained."""
+        return self.model.read()
 
     @cached_property
     def held_out(self) -> HeldOut:
