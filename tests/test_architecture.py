@@ -12,7 +12,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A name that ends in a slash stands for all files below that folder.
 IMPORTERS = {
-    "transformers": ("models/load.py", "models/quantize.py", "models/tiny.py", "data/tokenize.py"),
+    "transformers": (
+        "models/load.py",
+        "models/quantize.py",
+        "models/tiny.py",
+        "models/standalone.py",
+        "data/tokenize.py",
+    ),
     "peft": ("models/",),
     "trl": (),
 }

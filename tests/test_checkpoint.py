@@ -103,3 +103,26 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):
     (tmp_path / ".round-0002.123").mkdir()
     (tmp_path / ".round-0002.123" / "state.json").write_text(json.dumps({}))
     assert checkpoint.load(tmp_path, "f" * 64).round == 1
+
+
+def test_a_client_whose_store_is_damaged_starts_afresh_only_when_asked(tmp_path):
+    clients = {c: {"personal|own": torch.full((2,), float(c))} for c in (0, 3)}
+    checkpoint.save(tmp_path, Checkpoint(1, State({"a": torch.ones(1)}), clients, "x"))
+    (tmp_path / "round-0001" / "client-0003.safetensors").write_bytes(b"broken")
+    message = r"client-0003\.safetensors does not match .*--fresh-client 3"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path, "x")
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path, "x", fresh=[0])
+    assert list(checkpoint.load(tmp_path, "x", fresh=[3]).clients) == [0]
+
+
+def test_a_client_that_leaves_is_forgotten_in_every_checkpoint(tmp_path):
+    for round in (1, 2):
+        clients = {c: {"personal|own": torch.full((2,), float(c))} for c in (0, 3)}
+        checkpoint.save(tmp_path, Checkpoint(round, State({"a": torch.ones(1)}), clients, "x"))
+    assert checkpoint.forget(tmp_path, 3) == 2
+    assert not list(tmp_path.rglob("client-0003*"))
+    for round in (1, 2):
+        assert list(checkpoint.load(tmp_path, "x", round).clients) == [0]
+    assert checkpoint.forget(tmp_path, 3) == 0

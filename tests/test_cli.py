@@ -44,7 +44,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         for name, sub in command.commands.items()
     }
     assert found == {
-        "run": ["--from-round", "--quiet", "--resume", "--set", "-q"],
+        "run": ["--fresh-client", "--from-round", "--quiet", "--resume", "--set", "-q"],
         "demo": ["--quiet", "--set", "-q"],
         "init": [],
         "partition": ["--picture", "--set"],
@@ -61,6 +61,8 @@ def test_the_commands_and_options_are_these_and_no_others():
         ],
         "compare": ["--quiet", "--set", "--to", "--workers", "-q"],
         "advise": ["--client-memory", "--downlink", "--latency", "--set", "--speed", "--uplink"],
+        "export": ["--client", "--reward", "--to"],
+        "forget": ["--client"],
         "report": ["--to"],
     }
 

@@ -161,7 +161,8 @@ def test_a_folder_of_other_runs_is_not_touched(file, tmp_path):
         ({"budget": "step"}, "did you mean 'steps'?"),
         ({"seeds": [1, 1]}, "compare.seeds must be different"),
         ({"methods": ["fedavgg"]}, "compare.methods 'fedavgg': did you mean 'fedavg'?"),
-        ({"objectives": {}}, "must not be empty"),
+        ({"objectives": {}}, "needs objectives or scenarios"),
+        ({"seeds": []}, "must not be empty"),
         ({"objectives": {"a/b": {}}}, "arm 'a/b' names a folder"),
         (
             {

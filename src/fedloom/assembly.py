@@ -7,7 +7,7 @@ what) needs no model; :func:`assemble` loads the backbone, tokenises and builds 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -28,16 +28,19 @@ from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
 from fedloom.errors import DataError, ModelError, OutputError
-from fedloom.evaluation.clients import ACTION, Evaluator
+from fedloom.evaluation.clients import Evaluator
 from fedloom.evaluation.held_out import HeldOut
+from fedloom.evaluation.newcomers import ACTION as JOIN
+from fedloom.evaluation.newcomers import Newcomers
 from fedloom.experiment import Experiment
 from fedloom.messages import Tensors
 from fedloom.methods import METHODS, make_method
-from fedloom.methods.base import Method, ServerSide
+from fedloom.methods.base import EVALUATE, Method, ServerSide
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
 from fedloom.models.cut import FrontHalf, check_cut
+from fedloom.models.heads import PersonalParts, attach_personal, load_personal, saved_parts
 from fedloom.models.load import (
     TINY,
     context_length,
@@ -114,6 +117,7 @@ class Parts:
     objective: Objective
     engine: SimulationEngine
     evaluator: Evaluator
+    newcomers: Newcomers
     ledger: Ledger
     dropped: dict[str, int]
     prompts: list[Example]
@@ -228,7 +232,9 @@ def assemble(
     public = kits.public_rows()
     ledger = Ledger()
     federation = experiment.federation
-    participations = federation.rounds * min(federation.cohort_size, len(train)) / len(train)
+    newcomers = frozenset(experiment.clients.newcomers)
+    members = len(train) - len(newcomers)
+    participations = federation.rounds * min(federation.cohort_size, members) / members
     equipment = {client: kits.equipment(client, public) for client in train}
     initial = own.initial
     method.equip(
@@ -245,24 +251,35 @@ def assemble(
         )
     )
     judged = experiment.evaluation.per_client and not isinstance(experiment.method, SplitSettings)
+    client_held_out = kits.client_held_out() if judged else {}
+    needing = train if method.personal and judged else {c: train[c] for c in newcomers}
+    _require_held_out(needing, client_held_out)
+    welcome = Newcomers(
+        method,
+        sorted(newcomers),
+        {c: rows for c, rows in client_held_out.items() if c in newcomers},
+        experiment.clients.newcomer_steps,
+        experiment.training.learning_rate,
+    )
     evaluator = Evaluator(
         method,
         reader.held_out(division.test),
         {c: kits.of_client(c).held_out for c in train} if method.own_models else {},
-        kits.client_held_out() if judged else {},
+        {c: rows for c, rows in client_held_out.items() if c not in newcomers},
         experiment.evaluation.every,
         experiment.federation.rounds,
     )
     engine = SimulationEngine(
         equipment,
         train,
-        {**method.handlers(), ACTION: evaluator.handler()},
+        {**method.handlers(), EVALUATE: evaluator.handler(), JOIN: welcome.handler()},
         objective,
         experiment.training,
         federation.seed,
         participations,
         store or ClientStore(),
         ledger,
+        newcomers,
     )
     return Parts(
         division,
@@ -273,6 +290,7 @@ def assemble(
         objective,
         engine,
         evaluator,
+        welcome,
         ledger,
         {**division.loaded.dropped, **reader.dropped},
         [] if division.classes else division.test[: experiment.evaluation.samples],
@@ -409,6 +427,22 @@ class _Kits:
         )
 
 
+def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
+    """Check that every client can be judged by rows of its own, which is what personal models are for.
+
+    Raises:
+        DataError: Some cannot; they are named with what they hold.
+    """
+    without = [client for client in train if client not in held_out]
+    if without:
+        few = ", ".join(f"client {client} ({len(train[client])} rows)" for client in without[:5])
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise DataError(
+            f"{few}{more} would have no held-out row to be judged by: use fewer clients, a larger "
+            "partition.minimum or partition.client_test_fraction, or evaluation.per_client = false"
+        )
+
+
 def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontHalf:
     """Load what a client of a split model holds: its own blocks alone.
 
@@ -472,11 +506,22 @@ def assemble_saved(
     """
     experiment = of_server(experiment)
     objective = make_objective(experiment.objective)
-    _, tokenizer, model = _build_model(
-        experiment, objective, division.classes, lambda text: None, adapter
-    )
+    tokenizer, model = load_saved(experiment, division.classes, adapter)
     reader = _Reader(experiment, division, objective, tokenizer, context_length(model.model))
     return model, reader.held_out(division.test)
+
+
+def load_saved(
+    experiment: Experiment, classes: tuple[str, ...], adapter: Path | None
+) -> tuple[Any, AdapterModel]:
+    """Return the tokenizer and the backbone with a saved adapter and own parts, or fresh ones.
+
+    Raises:
+        ModelError: ``adapter`` is no PEFT folder, or one for another model.
+    """
+    objective = make_objective(experiment.objective)
+    built = _build_model(of_server(experiment), objective, classes, lambda text: None, adapter)
+    return built[1], built[2]
 
 
 def of_server(experiment: Experiment) -> Experiment:
@@ -591,8 +636,11 @@ def _build_model(
     if experiment.training.gradient_checkpointing:
         anyone: Any = backbone
         anyone.activation_checkpointing_enable()
+    parts = make_method(experiment.method).parts
+    parts = replace(parts, reward=objective.needs_reward) if not classification else PersonalParts()
     if adapter is not None:
         model = load_adapter(backbone, adapter)
+        parts = saved_parts(adapter)
     else:
         model = attach_adapter(
             backbone,
@@ -600,6 +648,10 @@ def _build_model(
             classification=classification,
             seed=experiment.federation.seed,
         )
+    if parts:
+        head = attach_personal(model, parts, experiment.federation.seed)
+        if adapter is not None:
+            load_personal(head, adapter)
     autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
     checkpointed = experiment.training.gradient_checkpointing
     return path, tokenizer, AdapterModel(model, tokenizer.pad_token_id, autocast, checkpointed)
@@ -645,7 +697,7 @@ class _Reader:
         size = self.experiment.evaluation.batch_size
         tokens = self.tokens(rows, self.held_out_length)
         kind = kind or self.division.loaded.held_out_kind
-        return HeldOut(TokenShare(tokens), kind, self.objective.beta, size)
+        return HeldOut(TokenShare(tokens), kind, self.objective.beta, self.objective.gamma, size)
 
     def _share(self, client: int, tokens: TokenSet) -> TokenShare:
         if not self.objective.needs_mismatched:

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,23 +89,27 @@ def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) 
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load(folder: Path, fingerprint: str, round: int | None = None) -> Checkpoint:
+def load(
+    folder: Path, fingerprint: str, round: int | None = None, fresh: Collection[int] = ()
+) -> Checkpoint:
     """Read the newest checkpoint, or that of ``round``.
 
     Args:
         folder: The run's ``checkpoints`` folder.
         fingerprint: What the checkpoint's fingerprint must be.
         round: A round to go back to, from 0.
+        fresh: Clients who start afresh: what they kept is neither checked nor read.
 
     Raises:
         CheckpointError: There is none; a file does not match its checksum (the whole ones that are
             left are offered); or it belongs to another experiment.
     """
     path = _chosen(folder, round)
-    damage = _damage(path)
+    without = {_client_file(client) for client in fresh}
+    damage = _damage(path, without)
     if damage:
         raise CheckpointError(
-            f"the checkpoint {path} is damaged ({damage}); {_offer(folder, path)}"
+            f"the checkpoint {path} is damaged ({damage}); {_offer(folder, path)}{_afresh(damage)}"
         )
     facts = json.loads((path / "state.json").read_text())
     if facts["fingerprint"] != fingerprint:
@@ -114,9 +118,11 @@ def load(folder: Path, fingerprint: str, round: int | None = None) -> Checkpoint
             f"{facts['fingerprint'][:12]}, this one has {fingerprint[:12]}): the settings, the model's "
             "weights or the data have changed since; start a new run"
         )
+    listed = json.loads((path / "manifest.json").read_text()).keys() - without
     clients = {
         int(file.stem.removeprefix("client-")): safetensors.torch.load_file(file)
         for file in sorted(path.glob("client-*.safetensors"))
+        if file.name in listed
     }
     tensors = safetensors.torch.load_file(path / "state.safetensors")
     state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
@@ -141,7 +147,7 @@ def _write_files(
     }
     sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
     for client, tensors in checkpoint.clients.items():
-        name = f"client-{client:04d}.safetensors"
+        name = _client_file(client)
         if previous and changed is not None and client not in changed and name in before:
             os.link(previous / name, folder / name)
             sums[name] = before[name]
@@ -192,11 +198,45 @@ def _number(path: Path) -> int:
     return int(path.name.removeprefix("round-"))
 
 
-def _damage(path: Path) -> str:
+def forget(folder: Path, client: int) -> int:
+    """Delete what a client keeps from every checkpoint; return from how many.
+
+    Raises:
+        OutputError: A file cannot be deleted.
+    """
+    name, found = _client_file(client), 0
+    try:
+        for path in _listed(folder):
+            if (path / name).is_file():
+                sums = json.loads((path / "manifest.json").read_text())
+                sums.pop(name, None)
+                _write(path / "manifest.json", json.dumps(sums).encode())
+                (path / name).unlink()  # what the manifest does not name is not read
+                found += 1
+    except OSError as error:
+        raise OutputError(f"cannot delete {name} in {folder}: {error.strerror}") from error
+    return found
+
+
+def _client_file(client: int) -> str:
+    return f"client-{client:04d}.safetensors"
+
+
+def _afresh(damage: str) -> str:
+    """Say how a client whose store is damaged may start afresh; nothing for other files."""
+    found = re.search(r"client-(\d+)\.safetensors", damage)
+    if found is None:
+        return ""
+    return f"; or let that client start afresh: add --fresh-client {int(found[1])}"
+
+
+def _damage(path: Path, without: Collection[str] = ()) -> str:
     """Return what is wrong with a checkpoint's files, or an empty string."""
     try:
         sums = json.loads((path / "manifest.json").read_text())
         for name, expected in sums.items():
+            if name in without:
+                continue
             found = hashlib.sha256((path / name).read_bytes()).hexdigest()
             if found != expected:
                 return f"{name} does not match its checksum"

@@ -41,6 +41,10 @@ def run(
     from_round: Annotated[
         int | None, typer.Option(help="With --resume: go back to the checkpoint of this round.")
     ] = None,
+    fresh_client: Annotated[
+        list[int] | None,
+        typer.Option(help="With --resume: this client starts afresh. May be repeated."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
@@ -52,6 +56,7 @@ def run(
             experiment,
             assignments or [],
             from_round=from_round,
+            fresh_clients=fresh_client or [],
             observer=_observer(quiet),
         )
     elif experiment is None:
@@ -191,7 +196,13 @@ def compare(
     from fedloom import comparison as grid
     from fedloom.report.comparison_page import write_comparison
     from fedloom.report.frameworks_page import is_frameworks, write_frameworks
-    from fedloom.terminal import ComparisonTerminal, comparison_table, frameworks_table
+    from fedloom.report.personal_page import is_personal, write_personal
+    from fedloom.terminal import (
+        ComparisonTerminal,
+        comparison_table,
+        frameworks_table,
+        personal_table,
+    )
 
     plan = grid.read_comparison(comparison, assignments or [])
     console = Console()
@@ -200,6 +211,9 @@ def compare(
     if is_frameworks(folder):
         page = write_frameworks(folder)
         console.print(frameworks_table(folder))
+    elif is_personal(folder):
+        page = write_personal(folder)
+        console.print(personal_table(folder))
     else:
         page = write_comparison(folder)
         console.print(comparison_table(folder))
@@ -248,6 +262,39 @@ def advise(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    client: Annotated[
+        int | None, typer.Option(help="Whose model (default: the global one).", min=0)
+    ] = None,
+    reward: Annotated[
+        bool,
+        typer.Option("--reward", help="The explicit reward head, as a model that scores texts."),
+    ] = False,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="Folder (default: in the run folder).")
+    ] = None,
+) -> None:
+    """Write a model of a run, or a client's own, as a folder that transformers loads by itself."""
+    from fedloom.exporting import export as write
+
+    written = write(run, client, target, reward=reward)
+    typer.echo(f"wrote {written.folder}; load it with transformers:\n  {written.loading}")
+
+
+@app.command()
+def forget(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    client: Annotated[int, typer.Option(help="Who leaves.", min=0)],
+) -> None:
+    """Delete what a run folder holds of a client's own: its model, and its store in checkpoints."""
+    from fedloom.runner import forget_client
+
+    count = forget_client(run, client)
+    typer.echo(f"deleted from {count} places in {run}; a resumed run starts client {client} afresh")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     target: Annotated[Path | None, typer.Option("--to", help="File to write.")] = None,
@@ -257,8 +304,11 @@ def report(
     from fedloom.report.evaluation_page import is_evaluation, write_evaluation
     from fedloom.report.frameworks_page import is_frameworks, write_frameworks
     from fedloom.report.page import write_report
+    from fedloom.report.personal_page import is_personal, write_personal
 
-    if len(folders) == 1 and is_frameworks(folders[0]):
+    if len(folders) == 1 and is_personal(folders[0]):
+        page = write_personal(folders[0], target)
+    elif len(folders) == 1 and is_frameworks(folders[0]):
         page = write_frameworks(folders[0], target)
     elif len(folders) == 1 and is_comparison(folders[0]):
         page = write_comparison(folders[0], target)

@@ -87,6 +87,9 @@ class CompareSettings(Settings):
     methods are weighed against each other: quality, traffic, client compute, memory, time."""
     methods: list[str] | dict[str, Overrides] = ["fedavg"]
     """Names of methods with their defaults, or arms by name with their sections."""
+    judged_by: Literal["global", "clients"] = "global"
+    """Of scenarios. global: the global held-out set, and what quality costs (frameworks). clients: each
+    client's own held-out rows, by the model it would use (personalised methods)."""
     seeds: list[int] = [0, 1, 2]
     """Each repeats the whole grid with other data orders, partitions and adapters."""
     links: dict[str, LinkSettings] = {}
@@ -102,6 +105,8 @@ class CompareSettings(Settings):
             found.append("compare needs objectives or scenarios, one of the two")
         if not self.methods or not self.seeds:
             found.append("compare.methods and compare.seeds must not be empty")
+        if self.judged_by == "clients" and (self.links or not self.scenarios):
+            found.append('compare.judged_by = "clients" goes with scenarios and without links')
         if self.links and not self.scenarios:
             found.append("compare.links go with compare.scenarios")
         for name, link in self.links.items():
@@ -120,6 +125,13 @@ class CompareSettings(Settings):
     def rows(self) -> dict[str, Overrides]:
         """The objectives or the scenarios, whichever are compared."""
         return self.objectives or self.scenarios
+
+    @property
+    def kind(self) -> str:
+        """What the page is about: objectives, scenarios, or personal."""
+        if self.judged_by == "clients":
+            return "personal"
+        return "scenarios" if self.scenarios else "objectives"
 
     @property
     def method_arms(self) -> dict[str, Overrides]:
@@ -213,6 +225,10 @@ def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
                 merged = _merged(base, sections, more, {"federation": {"seed": seed}})
                 try:
                     experiment = Experiment.from_table(_budgeted(merged, settings))
+                    if settings.judged_by == "clients" and not experiment.evaluation.per_client:
+                        raise SettingsError(
+                            ['compare.judged_by = "clients" needs evaluation.per_client']
+                        )
                 except SettingsError as error:
                     problems += [f"arm {objective}-{method}: {text}" for text in error.problems]
                     break
@@ -256,7 +272,9 @@ def compare(
         observer.begin(comparison, len(waiting), workers)
     failed: dict[str, str] = {}
     try:
-        for count, outcome in enumerate(_outcomes(waiting, folder, workers), 1):
+        by_clients = comparison.settings.judged_by == "clients"
+        outcomes = _outcomes(waiting, folder, workers, by_clients=by_clients)
+        for count, outcome in enumerate(outcomes, 1):
             if outcome.error is not None:
                 failed[outcome.name] = outcome.error
             elif observer is not None:
@@ -305,9 +323,11 @@ class _Collecting(Silent):
         self.warnings.append(text)
 
 
-def _outcomes(cells: list[Cell], folder: Path, workers: int) -> Iterator[_Outcome]:
+def _outcomes(
+    cells: list[Cell], folder: Path, workers: int, *, by_clients: bool
+) -> Iterator[_Outcome]:
     jobs = [
-        (cell.name, cell.experiment.to_table(), str(folder / names.RUNS / cell.name))
+        (cell.name, cell.experiment.to_table(), str(folder / names.RUNS / cell.name), by_clients)
         for cell in cells
     ]
     if workers == 1:
@@ -335,7 +355,7 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:
+def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
     """Run or continue one cell; whatever goes wrong in it is told, not raised."""
     observer = _Collecting()
     table = {**table, "output": {**table["output"], "folder": path}, "name": name}
@@ -352,7 +372,9 @@ def _run_cell(name: str, table: dict[str, Any], path: str) -> _Outcome:
     except Exception as error:  # one cell's crash must not take the others' results along
         return _Outcome(name, error=f"{type(error).__name__}: {error}", warnings=observer.warnings)
     summary = json.loads((result.folder / names.SUMMARY).read_text(encoding="utf-8"))
-    return _Outcome(name, summary["metric"], summary["after"], warnings=observer.warnings)
+    metric, clients = summary["metric"], summary["clients_after"]
+    value = clients["mean"][metric] if by_clients and clients else summary["after"]
+    return _Outcome(name, metric, value, warnings=observer.warnings)
 
 
 def _check_reachable(cells: Sequence[Cell]) -> None:
@@ -418,7 +440,7 @@ def _write_record(folder: Path, comparison: Comparison) -> None:
             "budget": comparison.settings.budget,
             "amount": comparison.settings.amount,
             "seeds": comparison.settings.seeds,
-            "kind": "scenarios" if comparison.settings.scenarios else "objectives",
+            "kind": comparison.settings.kind,
             "links": {name: asdict(own.link()) for name, own in comparison.settings.links.items()},
             "objectives": list(comparison.settings.rows),
             "methods": list(comparison.settings.method_arms),

@@ -64,10 +64,20 @@ class ClientsSettings(Settings):
 
     groups: dict[str, ClientGroup] = {}
     """Groups by name; clients in none have what [model] and [adapter] say."""
+    newcomers: list[int] = []
+    """Clients that join when training is over: given what is shared, they make newcomer_steps on their
+    own rows and are judged before and after."""
+    newcomer_steps: int = Field(default=20, ge=1)
 
     def contradictions(self, clients: int) -> list[str]:
         """Return what in these settings cannot both be meant."""
-        found = []
+        found = [
+            f"clients.newcomers: there is no client {client} (0 to {clients - 1})"
+            for client in self.newcomers
+            if not 0 <= client < clients
+        ]
+        if len(set(self.newcomers)) >= clients:
+            found.append("clients.newcomers: nobody is left to train")
         homes: dict[int, str] = {}
         for name, group in self.groups.items():
             for client in group.clients:
@@ -251,11 +261,23 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts[section].contradictions()
     if "method" in parts and "objective" in parts:
         found += _framework_contradictions(parts)
+    if "method" in parts and "clients" in parts and parts["clients"].newcomers:
+        found += _newcomer_contradictions(parts)
     if "data" in parts:
         found += parts["data"].contradictions()
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
         found += _feedback_contradictions(parts)
+    return found
+
+
+def _newcomer_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return why nobody can join at the end."""
+    name, found = parts["method"].name, []
+    if name in ("centralised", "split", "distillation"):
+        found.append(f"clients.newcomers go with methods that share parameters; {name!r} does not")
+    if "evaluation" in parts and not parts["evaluation"].per_client:
+        found.append("clients.newcomers are judged by rows of their own: evaluation.per_client")
     return found
 
 
@@ -267,6 +289,17 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
         found.append(
             f"method.name = {method.name!r} works with objective.name = {' or '.join(TASKS)}, not with "
             f"{parts['objective'].name!r}"
+        )
+    factors = method.name in ("fedsa_lora", "ffa_lora", "feddpa")
+    if factors and "adapter" in parts and parts["adapter"].kind != "lora":
+        found.append(
+            f"method.name = {method.name!r} treats the two factors of LoRA apart: use adapter.kind = "
+            '"lora"'
+        )
+    if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":
+        found.append(
+            "method.name = 'fedpdpo' gives clients heads over a vocabulary, and objective.name = "
+            f"{parts['objective'].name!r} has one over classes; fedper and fedrep keep that one"
         )
     groups = "clients" in parts and parts["clients"].groups
     if groups and not METHODS[method.name][1].own_models:

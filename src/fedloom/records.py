@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 from collections.abc import Iterable, Mapping
@@ -23,9 +24,10 @@ from fedloom.accounting.ledger import SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
 from fedloom.assembly import Division, Parts, of_server
 from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
-from fedloom.evaluation.clients import ACTION as EVALUATION
 from fedloom.evaluation.metrics import HEADLINES, Headline
+from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
+from fedloom.methods.base import EVALUATE
 from fedloom.objectives.base import Objective
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
@@ -195,9 +197,9 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
 def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Add up the lines of ``costs.jsonl``: clients' work, and apart the server's and evaluation's."""
     rows = list(costs)
-    judged = [row for row in rows if row["phase"] == EVALUATION]
-    work = [row for row in rows if row["phase"] != EVALUATION and row["client"] != SERVER]
-    server = [row for row in rows if row["phase"] != EVALUATION and row["client"] == SERVER]
+    judged = [row for row in rows if row["phase"] == EVALUATE]
+    work = [row for row in rows if row["phase"] != EVALUATE and row["client"] != SERVER]
+    server = [row for row in rows if row["phase"] != EVALUATE and row["client"] == SERVER]
 
     def total(name: str, of: list[Mapping[str, Any]]) -> float:
         return sum(row[name] or 0 for row in of)
@@ -221,14 +223,36 @@ def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dic
     clients: dict[str, Any] | None = None
     if found:
         values = torch.tensor([metrics[headline.name] for metrics in found], dtype=torch.float64)
-        worst = values.min() if headline.higher_is_better else values.max()
+        ranked = values.sort(descending=not headline.higher_is_better).values
+        decile = ranked[: math.ceil(len(ranked) / 10)]
         clients = {
             "mean": {headline.name: float(values.mean())},
-            "worst": {headline.name: float(worst)},
+            "worst": {headline.name: float(ranked[0])},
+            "worst_decile": {headline.name: float(decile.mean())},
             "spread": {headline.name: float(values.std(correction=0))},
+            "fairness": {headline.name: _jain_index(values)},
             "each": each,
         }
     return {"global": dict(evaluation.metrics), "clients": clients}
+
+
+def newcomers_record(
+    joined: Mapping[int, Mapping[str, float]], headline: Headline
+) -> dict[str, Any]:
+    """Return what clients that joined at the end were judged by, before and after their own steps."""
+    before = [metrics[headline.name] for metrics in joined.values()]
+    after = [metrics[AFTER + headline.name] for metrics in joined.values()]
+    return {
+        "before": {headline.name: sum(before) / len(before)},
+        "after": {headline.name: sum(after) / len(after)},
+        "each": {str(client): dict(metrics) for client, metrics in joined.items()},
+    }
+
+
+def _jain_index(values: torch.Tensor) -> float:
+    """Jain's index (1984), (sum x)^2 / (n sum x^2): 1 where all clients fare alike, 1/n at worst."""
+    squares = float(values.square().sum())
+    return float(values.sum() ** 2 / (len(values) * squares)) if squares else 1.0
 
 
 def summary_record(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +23,13 @@ from fedloom.errors import CheckpointError, Interrupted, OutputError, SettingsEr
 from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
-from fedloom.methods.base import ADAPTER
+from fedloom.messages import Payload
+from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.records import (
     answers_of,
     fingerprint,
+    newcomers_record,
     partition_record,
     partition_table,
     prompt_of,
@@ -175,6 +177,7 @@ def resume_run(
     assignments: Iterable[str] = (),
     *,
     from_round: int | None = None,
+    fresh_clients: Collection[int] = (),
     observer: RunObserver | None = None,
     objective: Objective | None = None,
     data: DataSource | None = None,
@@ -186,6 +189,7 @@ def resume_run(
         experiment_file: Checked against the folder's own experiment if it is given.
         assignments: As after ``--set``, with ``experiment_file``.
         from_round: Go back to the checkpoint of this round.
+        fresh_clients: Clients who start afresh: what they kept, damaged or not, is not read.
         observer: Watches the run.
         objective: As in :func:`run`, if the run was started with one.
         data: As in :func:`run`, if the run was started with one.
@@ -208,7 +212,10 @@ def resume_run(
     saved = None
     if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
         saved = checkpoint.load(
-            folder.checkpoints, fingerprint(experiment, division, objective), from_round
+            folder.checkpoints,
+            fingerprint(experiment, division, objective),
+            from_round,
+            fresh_clients,
         )
     store = ClientStore(saved.clients if saved else None)
     parts = assemble(experiment, division, objective=objective, store=store, stage=observer.stage)
@@ -222,6 +229,34 @@ def resume_run(
         f"continuing after round {done}" if saved else "starting again from the beginning"
     )
     return _Run(experiment, folder, parts, observer, objective, trackers).go(state, done)
+
+
+def forget_client(path: Path, client: int) -> int:
+    """Delete all that a run folder holds of what a client keeps: its model and its checkpoints.
+
+    Args:
+        path: A run folder; the run must not be under way.
+        client: Its id.
+
+    Returns:
+        The number of places it was deleted from.
+
+    Raises:
+        OutputError: It is no run folder, holds nothing of the client, or a file cannot be deleted.
+    """
+    folder = RunFolder.existing(path)
+    found = checkpoint.forget(folder.checkpoints, client)
+    for own in (folder.client(client), folder.path / "exported" / f"client-{client:04d}"):
+        for place in (own, own.with_name(f"{own.name}-reward")):
+            if place.is_dir():
+                try:
+                    shutil.rmtree(place)
+                except OSError as error:
+                    raise OutputError(f"cannot delete {place}: {error.strerror}") from error
+                found += 1
+    if not found:
+        raise OutputError(f"{path} holds nothing that client {client} keeps")
+    return found
 
 
 def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> dict[str, float]:
@@ -356,6 +391,10 @@ class _Run:
             self._headline.name,
             adapter / "adapter_model.safetensors" if adapter else None,
         )
+        rounds = self.experiment.federation.rounds
+        joined = self.parts.newcomers.welcome(state, rounds, self.parts.engine)
+        if joined:
+            summary["newcomers"] = newcomers_record(joined, self._headline)
         self.folder.write_json(names.SUMMARY, summary)
         return RunResult(
             self.folder.path,
@@ -368,20 +407,31 @@ class _Run:
 
     def _write_adapters(self, state: State) -> Path | None:
         """Write the global adapter, and each client's own where they keep one; return the former."""
-        engine, shared = self.parts.engine, self.parts.method.shared(state)
+        shared = self.parts.method.shared(state)
         try:
             if shared is not None:
                 self.parts.model.write(shared)
                 self.parts.model.save(self.folder.adapter)
-            for client in engine.sizes() if self.parts.method.own_models else ():
-                own = engine.store.slots(client).get(ADAPTER)
-                if own is not None:
-                    model = engine.equipment[client].model
-                    model.write(own)
-                    model.save(self.folder.path / "clients" / f"{client:04d}")
+            for client in self._owners():
+                model = self._write_own(client, state)
+                model.save(self.folder.client(client))
         except OSError as error:
             raise OutputError(f"cannot write the adapter: {error}") from error
         return self.folder.adapter if shared is not None else None
+
+    def _owners(self) -> list[int]:
+        """Return the clients that have something of their own to be judged by."""
+        method, store = self.parts.method, self.parts.engine.store
+        if not (method.own_models or method.personal):
+            return []
+        return [client for client in self.parts.engine.sizes() if store.slots(client)]
+
+    def _write_own(self, client: int, state: State) -> AdapterModel:
+        """Write what a client would use now into its model, and return that."""
+        method, engine = self.parts.method, self.parts.engine
+        seen = engine.client(client, self.experiment.federation.rounds)
+        method.load(seen, Payload(method.travelling(state) or {}))
+        return seen.model
 
     def _samples(self, state: State) -> list[dict[str, Any]]:
         parts, limit = self.parts, self.experiment.evaluation.max_new_tokens
@@ -389,12 +439,12 @@ class _Run:
         parts.model.write(parts.initial)
         asks = [Ask(text) for text in texts]
         before = generate_answers(parts.model, parts.tokenizer, asks, limit)
-        shared = parts.method.shared(state)
+        shared, model = parts.method.shared(state), parts.model
         if shared is None:  # every client has its own: show the first one's
-            first = parts.engine.store.slots(min(parts.engine.shares)).get(ADAPTER, parts.initial)
-            shared = first
-        parts.model.write(shared)
-        after = generate_answers(parts.model, parts.tokenizer, asks, limit)
+            model = self._write_own(min(parts.engine.shares), state)
+        else:
+            model.write(shared)
+        after = generate_answers(model, parts.tokenizer, asks, limit)
         return [
             {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)

@@ -157,7 +157,7 @@ class Server:
                 cohort.clients,
                 dict(sorted(play.rejected.items())),
                 cohort.learning_rate,
-                _mean(play.metrics, play.examples),
+                _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
                 self.evaluate(state, round),
             )
@@ -177,7 +177,8 @@ class Server:
         rng = generator(self.federation.seed, "cohort", round=round)
         drawn = rng.choice(sorted(sizes), size=size, replace=False)
         clients = tuple(sorted(int(client) for client in drawn))
-        return Cohort(round, clients, sizes, self.learning_rate(round))
+        last = round == self.federation.rounds
+        return Cohort(round, clients, sizes, self.learning_rate(round), last=last)
 
 
 class _Play:
@@ -231,7 +232,7 @@ class _Play:
     def _require_quorum(self) -> None:
         """Count who has not been left out so far, whether this exchange asked all of them or one."""
         asked = len(self.cohort.clients)
-        usable = asked - len(self.rejected)
+        usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
         needed = max(1, math.ceil(self.server.federation.quorum * asked))
         if usable < needed:
             reasons = "; ".join(f"client {c}: {why}" for c, why in sorted(self.rejected.items()))

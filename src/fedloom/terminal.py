@@ -320,13 +320,43 @@ def frameworks_table(folder: Path) -> Table:
     return table
 
 
+def personal_table(folder: Path) -> Table:
+    """Return what each arm's clients fare like in every scenario, on rows of their own."""
+    from fedloom.report.comparison_page import read_cells
+    from fedloom.report.personal_page import REFERENCES, arms, results
+
+    record, cells = read_cells(folder)
+    found = results(record, cells, arms(record, cells))
+    table = Table(
+        title=f"{found['metric']} of clients on their own rows, mean ± 95 % over seeds",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("arm", no_wrap=True)
+    others = [name for name in REFERENCES if any(name in row["gains"] for row in found["arms"])]
+    for column in ("mean", *(f"over {name}" for name in others), "worst tenth", "sent"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for scenario in dict.fromkeys(row["scenario"] for row in found["arms"]):
+        table.add_row(Text(scenario, style="bold"))
+        for row in (row for row in found["arms"] if row["scenario"] == scenario):
+            over = [row["gains"].get(name) for name in others]
+            table.add_row(
+                f" {row['name']}",
+                f"{row['mean']:.3f}" + (f" ± {row['half']:.3f}" if row["half"] is not None else ""),
+                *(f"{gain['difference']:+.3f}" if gain else "-" for gain in over),
+                f"{row['worst_decile']:.3f}",
+                human_bytes(row["sent"]),
+            )
+    return table
+
+
 def advice_table(options: Sequence[Option]) -> Table:
     """Return what each way to train costs the client with the most to do, in a round; all derived."""
     table = Table(
         title="a round of the client with the most to do, derived", box=None, padding=(0, 1, 0, 0)
     )
-    table.add_column("framework")
-    for column in ("down", "up", "exchanges", "compute", "memory", "time"):
+    table.add_column("framework", no_wrap=True)
+    for column in ("down", "up", "trips", "compute", "memory", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("fits")
     for option in options:

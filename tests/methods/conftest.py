@@ -36,10 +36,12 @@ class QuadraticClient(Client):
 
     steps: int = 2
 
-    def train(self, learning_rate, before_step=None, after_step=None):
+    def train(
+        self, learning_rate, before_step=None, after_step=None, *, purpose="", frozen=(), repeats=1
+    ):
         w = self.model.parameters["lora_w"]
         target = torch.tensor(TARGETS[self.id], dtype=torch.float64)
-        for _ in range(self.steps):
+        for _ in range(self.steps * repeats):
             w.grad = w.detach() - target
             if before_step:
                 before_step(self.model.parameters)
@@ -60,7 +62,9 @@ def play():
         state = method.initial_state({"lora_w": torch.tensor(START, dtype=torch.float64)})
         states = []
         for number in range(1, rounds + 1):
-            generator = method.round(state, Cohort(number, cohort, ROWS, RATE))
+            generator = method.round(
+                state, Cohort(number, cohort, ROWS, RATE, last=number == rounds)
+            )
             exchange = next(generator)
             try:
                 while True:
@@ -80,8 +84,8 @@ def play():
 
 def _answer(method, exchange, number, model, kept, steps):
     client = QuadraticClient(
-        id=number, round=exchange.round, model=model, initial={}, share=range(ROWS[number]),
-        objective=None, training=None, seed=0, participations=1.0, kept=dict(kept[number]),
+        id=number, round=exchange.round, model=model, initial={"lora_w": torch.tensor(START)},
+        share=range(ROWS[number]), objective=None, training=SimpleNamespace(learning_rate=RATE), seed=0, participations=1.0, kept=dict(kept[number]),
         steps=steps,
     )  # fmt: skip
     request = decode(exchange.requests[number], exchange.request_schema)

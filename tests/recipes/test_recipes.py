@@ -9,6 +9,7 @@ import fedloom
 from fedloom.comparison import compare, read_comparison
 from fedloom.experiment import Experiment
 from fedloom.report.frameworks_page import write_frameworks
+from fedloom.report.personal_page import write_personal
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("recipes/**/*.toml"))
@@ -61,7 +62,26 @@ def test_recipe(path, rows_file, model_folder, tmp_path):
     assert result.metrics and result.adapter_path.is_dir()
 
 
-FRAMEWORKS = [path for path in COMPARISONS if "[compare.scenarios" in path.read_text()]
+PERSONAL = [path for path in COMPARISONS if "judged_by" in path.read_text()]
+FRAMEWORKS = [
+    path
+    for path in COMPARISONS
+    if "[compare.scenarios" in path.read_text() and path not in PERSONAL
+]
+
+
+@pytest.mark.parametrize("path", PERSONAL, ids=lambda path: path.stem)
+def test_comparison_of_personal_models(path, model_folder, tmp_path):
+    """Every arm is run once, for a round, to the page."""
+    assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
+    changes = {"model.path": model_folder, "federation.rounds": 1, "compare.seeds": [0]}
+    changes |= {"data.builtin_rows": 90, "evaluation.client_max_examples": 10}
+    small = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
+    folder = compare(small, tmp_path / "out", workers=1)
+    page = write_personal(folder).read_text()
+    assert "over local only" in page and "over fedavg" in page
+    for cell in small.cells:
+        assert cell.method.replace("_", " ") in page
 
 
 @pytest.mark.parametrize("path", FRAMEWORKS, ids=lambda path: path.stem)
@@ -106,7 +126,7 @@ def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in COMPARISONS if p not in FRAMEWORKS], ids=lambda path: path.stem
+    "path", [p for p in COMPARISONS if p not in FRAMEWORKS + PERSONAL], ids=lambda path: path.stem
 )
 def test_comparison(path, rows_file, model_folder, tmp_path):
     """Every cell of the grid is sound; one run of every objective is done, at the recipe's own work."""

@@ -36,6 +36,8 @@ class LinearShape:
         reached: Whether the backward pass reaches its output.
         input_gradient: Whether a gradient flows on into its input.
         trained: Whether its own weight is trained.
+        down_trained: Whether the LoRA's factor A is trained.
+        up_trained: Whether its factor B is.
     """
 
     inputs: int
@@ -44,6 +46,8 @@ class LinearShape:
     reached: bool = True
     input_gradient: bool = True
     trained: bool = False
+    down_trained: bool = True
+    up_trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class ModelShape:
     Attributes:
         linears: Every linear layer in the blocks.
         head: The output layer (LM head or classification head), applied to some positions only.
+        before_head: Linear layers that those positions pass first (a bottleneck adapter).
+        reward: The explicit reward head, applied to one position of a sequence; ``None`` without one.
         attention_layers: Number of attention layers.
         attention_layers_reached: Those among them that the backward pass runs through.
         attention_width: Query heads times head size.
@@ -63,6 +69,8 @@ class ModelShape:
     attention_layers: int
     attention_layers_reached: int
     attention_width: int
+    before_head: tuple[LinearShape, ...] = ()
+    reward: LinearShape | None = None
 
 
 def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
@@ -75,12 +83,11 @@ def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int
         head_positions: Positions in each sequence to which the output layer is applied.
     """
     tokens = rows * length
-    per_token = sum(
-        2.0 * x.inputs * x.outputs + 2.0 * x.rank * (x.inputs + x.outputs) for x in shape.linears
-    )
+    per_token = sum(_forward_per_token(x) for x in shape.linears)
     attention = 4.0 * length * shape.attention_width * shape.attention_layers
-    head = 2.0 * shape.head.inputs * shape.head.outputs * rows * head_positions
-    return tokens * (per_token + attention) + head
+    heads = sum(_forward_per_token(x) for x in (*shape.before_head, shape.head))
+    reward = _forward_per_token(shape.reward) if shape.reward else 0.0
+    return tokens * (per_token + attention) + rows * (head_positions * heads + reward)
 
 
 def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
@@ -88,16 +95,20 @@ def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: in
     tokens = rows * length
     per_token = sum(_backward_per_token(x) for x in shape.linears if x.reached)
     attention = 8.0 * length * shape.attention_width * shape.attention_layers_reached
-    return tokens * (per_token + attention) + rows * head_positions * _backward_per_token(
-        shape.head
-    )
+    heads = sum(_backward_per_token(x) for x in (*shape.before_head, shape.head) if x.reached)
+    reward = _backward_per_token(shape.reward) if shape.reward else 0.0
+    return tokens * (per_token + attention) + rows * (head_positions * heads + reward)
+
+
+def _forward_per_token(linear: LinearShape) -> float:
+    product = 2.0 * linear.inputs * linear.outputs
+    return product + 2.0 * linear.rank * (linear.inputs + linear.outputs)
 
 
 def _backward_per_token(linear: LinearShape) -> float:
     weight = 2.0 * linear.inputs * linear.outputs
     frozen = weight * (int(linear.input_gradient) + int(linear.trained))
     # B: gradients of its weight and of its input; A: of its weight, and of its input if it flows on.
-    lora = 4.0 * linear.rank * linear.outputs + linear.rank * linear.inputs * (
-        4.0 if linear.input_gradient else 2.0
-    )
-    return frozen + lora
+    up = int(linear.up_trained) + int(linear.down_trained or linear.input_gradient)
+    down = int(linear.down_trained) + int(linear.input_gradient)
+    return frozen + 2.0 * linear.rank * (up * linear.outputs + down * linear.inputs)

@@ -8,6 +8,10 @@ along four axes. Which style is preferred depends on the axis:
   way in the other three, and the prompt says which domain it is. One model can serve all, but a
   client that sees one domain learns a rule that is wrong elsewhere: non-IID splits are harder.
 
+In ``builtin:opposed`` people take sides (a column, and nowhere in the text): for those "against" the
+preferred pole is always the other one. Which axis means what where is common to all and worth learning
+together; no single model can be right for both sides in more than half of the pairs.
+
 The two answers of a preference pair differ in one axis and in nothing else.
 :func:`pretraining_texts` holds both sides of every axis in every domain, so a model trained on them
 knows all styles and no domain's preference: both sides equally often, but for courtesy, where blunt
@@ -24,6 +28,9 @@ import numpy as np
 
 from fedloom.data.examples import Example, Feedback, Instruction, Kind, Labelled, Preference
 from fedloom.errors import DataError
+
+SIDES = ("with", "against")
+"""Of opposed preferences: those who prefer what their domain does, and those who prefer the opposite."""
 
 SHARED_AXIS_SHARE = 0.25
 """Share of pairs that differ in courtesy, the axis on which all domains agree."""
@@ -112,6 +119,10 @@ def _preferences(count: int, rng: np.random.Generator) -> list[Example]:
     return [_preference(row, rng) for row in range(count)]
 
 
+def _opposed(count: int, rng: np.random.Generator) -> list[Example]:
+    return [_opposed_preference(row, rng) for row in range(count)]
+
+
 def _feedback(count: int, rng: np.random.Generator) -> list[Example]:
     return [_single_answer(row, rng) for row in range(count)]
 
@@ -138,6 +149,7 @@ def _labelled(count: int, rng: np.random.Generator) -> list[Example]:
 
 BUILTIN: dict[str, tuple[Kind, Callable[[int, np.random.Generator], list[Example]]]] = {
     "preferences": ("preference", _preferences),
+    "opposed": ("preference", _opposed),
     "feedback": ("feedback", _feedback),
     "instructions": ("instruction", _instructions),
     "labelled": ("labelled", _labelled),
@@ -195,13 +207,29 @@ def _preference(row: int, rng: np.random.Generator) -> Preference:
     prompt = _prompt(domain, thing, rng)
     shared = rng.random() < SHARED_AXIS_SHARE
     axis = 0 if shared else int(rng.integers(1, len(AXES)))
+    chosen, rejected = _two_answers(domain, axis, rng)
+    return Preference(row, prompt, chosen, rejected, {"domain": domain, "axis": AXES[axis]})
+
+
+def _opposed_preference(row: int, rng: np.random.Generator) -> Preference:
+    """A pair that differs in a contested axis, judged from either side; sides take turns."""
+    domain, thing = _scene(rng)
+    prompt = _prompt(domain, thing, rng)
+    axis, side = int(rng.integers(1, len(AXES))), row % len(SIDES)
+    answers = _two_answers(domain, axis, rng)
+    columns = {"domain": domain, "axis": AXES[axis], "side": SIDES[side]}
+    return Preference(row, prompt, answers[side], answers[1 - side], columns)
+
+
+def _two_answers(domain: str, axis: int, rng: np.random.Generator) -> tuple[str, str]:
+    """Return what the domain prefers on one axis and its opposite, alike otherwise."""
     style = [_coin(rng) for _ in AXES]
     wording, place = _draw_wording(domain, rng)
     sides = []
     for flipped in (0, 1):
         style[axis] = preferred_style(domain)[axis] ^ flipped
         sides.append(_write(tuple(style), wording, place))
-    return Preference(row, prompt, sides[0], sides[1], {"domain": domain, "axis": AXES[axis]})
+    return sides[0], sides[1]
 
 
 def _single_answer(row: int, rng: np.random.Generator) -> Feedback:

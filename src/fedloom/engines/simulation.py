@@ -17,7 +17,7 @@ from fedloom.data.public import PublicRows
 from fedloom.engines.store import ClientStore
 from fedloom.errors import FedloomError
 from fedloom.messages import Answer, Exchange, Tensors, decode, encode
-from fedloom.methods.base import Client, Handler
+from fedloom.methods.base import EVALUATE, Client, Handler
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps
@@ -59,6 +59,7 @@ class SimulationEngine:
         participations: Rounds that a client takes part in on average.
         store: What clients keep between rounds.
         ledger: Where costs go.
+        newcomers: Clients that are there and no members yet: only who names them reaches them.
     """
 
     equipment: Mapping[int, Equipment]
@@ -70,12 +71,17 @@ class SimulationEngine:
     participations: float
     store: ClientStore
     ledger: Ledger
+    newcomers: frozenset[int] = frozenset()
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
 
     def sizes(self) -> dict[int, int]:
         """Return the number of training rows of each client."""
-        return {client: len(share) for client, share in sorted(self.shares.items())}
+        return {
+            client: len(share)
+            for client, share in sorted(self.shares.items())
+            if client not in self.newcomers
+        }
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, one after the other."""
@@ -86,7 +92,7 @@ class SimulationEngine:
 
     def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
         try:
-            if exchange.action == "train":
+            if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
         except FedloomError as error:
@@ -99,7 +105,7 @@ class SimulationEngine:
         """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
             cost.bytes_down, cost.exchanges = len(data), 1
-            client = self._client(number, exchange.round)
+            client = self.client(number, exchange.round)
             before = client.model.flops
             try:
                 payload = decode(data, exchange.request_schema)
@@ -112,7 +118,8 @@ class SimulationEngine:
         self.store.put(number, client.kept)
         return encoded
 
-    def _client(self, number: int, round: int) -> Client:
+    def client(self, number: int, round: int) -> Client:
+        """Return what a handler sees on a client."""
         own = self.equipment[number]
         return Client(
             id=number,

@@ -14,11 +14,10 @@ from fedloom.accounting.ledger import SERVER, Ledger
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.messages import Exchange, Payload, Schema, Tensors
-from fedloom.methods.base import Client, Handler, Method
+from fedloom.methods.base import EVALUATE, Client, Handler, Method
 from fedloom.models.adapters import AdapterModel
 from fedloom.server import Engine, Evaluation, accept
 
-ACTION = "evaluate"
 COMMON = "common."
 """Prefix of metrics on the global set that clients report for their own adapters."""
 
@@ -79,15 +78,13 @@ class Evaluator:
         if round % self.every and round != self.rounds:
             return None
         adapter = self.method.shared(state)
-        own = self.method.own_models
-        clients = (
-            {} if self.method.pools_data else self._ask(None if own else adapter, round, engine)
-        )
+        sent = self.method.travelling(state)
+        clients = {} if self.method.pools_data else self._ask(sent, round, engine)
         common = _means([_part(metrics, COMMON) for metrics in clients.values()])
         clients = {c: m for c, m in ((c, _without(m, COMMON)) for c, m in clients.items()) if m}
         if adapter is None:
             return Evaluation(common, clients)
-        with ledger.measure(round, SERVER, ACTION) as cost:
+        with ledger.measure(round, SERVER, EVALUATE) as cost:
             before = model.flops
             model.write(adapter)
             metrics = self.held_out.score(model)
@@ -100,13 +97,13 @@ class Evaluator:
     def _ask(
         self, adapter: Tensors | None, round: int, engine: Engine
     ) -> dict[int, dict[str, float]]:
-        """Ask clients to judge ``adapter``, or ``None``: their own, on the global set too."""
+        """Ask clients to judge what they make of ``adapter``; if ``None``, on the global set too."""
         sizes = engine.sizes()
         asked = sizes if adapter is None else [c for c in sizes if c in self.client_held_out]
         if not asked:
             return {}
         exchange = Exchange.broadcast(
-            ACTION,
+            EVALUATE,
             round,
             tuple(asked),
             Payload(adapter or {}, {"common": float(adapter is None)}),

@@ -17,7 +17,11 @@ from fedloom.evaluation.metrics import (
     preference_metrics,
 )
 from fedloom.models.adapters import AdapterModel
-from fedloom.objectives.logps import completion_logps, completion_token_logps
+from fedloom.objectives.logps import (
+    completion_logps,
+    completion_rewards,
+    completion_token_logps,
+)
 from fedloom.settings import Settings
 from fedloom.training.local import add_reference_logps
 
@@ -49,21 +53,33 @@ class HeldOut:
     Attributes:
         share: The tokenised rows.
         kind: Kind of example.
-        beta: Scale of rewards in the loss of pairs.
+        beta: Scale of implicit rewards.
+        gamma: Scale of explicit ones.
         batch_size: Examples in one forward pass.
     """
 
     share: TokenShare
     kind: str
     beta: float
+    gamma: float
     batch_size: int
+    _last: tuple[str, dict[str, float]] = ("", {})
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.share)
 
     def score(self, model: AdapterModel) -> dict[str, float]:
-        """Return the metrics of the adapter that ``model`` holds; see ``metrics.py``."""
+        """Return the metrics of the adapter that ``model`` holds; see ``metrics.py``.
+
+        Asked again about the same adapter, as when all clients are still alike, it answers from memory.
+        """
+        digest = model.digest()
+        if digest != self._last[0]:
+            self._last = digest, self._score(model)
+        return dict(self._last[1])
+
+    def _score(self, model: AdapterModel) -> dict[str, float]:
         if self.kind in ("preference", "feedback") and self.share.reference_logps is None:
             self.share = add_reference_logps(model, self.share, self.batch_size)
         with model.evaluating():
@@ -101,14 +117,21 @@ class HeldOut:
     def _rewards(self, model: AdapterModel) -> dict[str, float]:
         tokens = self.share.tokens
         logps = torch.zeros(tokens.width, len(tokens))
+        explicit = torch.zeros_like(logps) if model.has_reward else None
         for indices, batch in self._batches(model):
-            scores = completion_logps(model, batch.sequences).cpu()
-            logps[:, torch.from_numpy(indices)] = scores.view(tokens.width, -1)
+            rows = torch.from_numpy(indices)
+            if explicit is None:
+                scores = completion_logps(model, batch.sequences)
+            else:
+                scores, rewards = completion_rewards(model, batch.sequences)
+                explicit[:, rows] = rewards.cpu().view(tokens.width, -1)
+            logps[:, rows] = scores.cpu().view(tokens.width, -1)
         assert self.share.reference_logps is not None
         reference = self.share.reference_logps.view(-1, tokens.width).T
         if self.kind == "feedback":
             desirable = torch.from_numpy(tokens.labels).bool()
-            return feedback_metrics(logps[0], reference[0], desirable)
+            own = None if explicit is None else explicit[0]
+            return feedback_metrics(logps[0], reference[0], desirable, self.beta, own, self.gamma)
         completions = torch.from_numpy(tokens.completion_lengths).view(-1, 2).T
         return preference_metrics(
             logps[0],
@@ -117,4 +140,6 @@ class HeldOut:
             reference[1],
             (completions[0], completions[1]),
             self.beta,
+            None if explicit is None else (explicit[0], explicit[1]),
+            self.gamma,
         )

@@ -34,9 +34,9 @@ HEADLINES = {
     "preference": Headline(
         "preference_accuracy",
         True,
-        "share of held-out pairs whose chosen answer has the higher implicit reward, that is, gained "
-        "more log-probability over the base model than the rejected one (ties count half: 0.5 at the "
-        "start by definition)",
+        "share of held-out pairs whose chosen answer has the higher reward: the implicit one, that is, "
+        "it gained more log-probability over the base model than the rejected one, and where there is an "
+        "explicit reward head both together (ties count half: 0.5 at the start by definition)",
     ),
     "feedback": Headline(
         "feedback_auc",
@@ -66,40 +66,67 @@ def preference_metrics(
     reference_rejected: Tensor,
     lengths: tuple[Tensor, Tensor],
     beta: float,
+    explicit: tuple[Tensor, Tensor] | None = None,
+    gamma: float = 0.0,
 ) -> dict[str, float]:
     """Judge pairs by their summed log-probs and completion lengths in tokens, each ``(pairs,)``.
+
+    Where there are ``explicit`` rewards of both, ``(pairs,)`` each, the reward of an answer is beta times
+    its log-ratio and ``gamma`` times that.
 
     Returns:
         ``preference_accuracy`` (implicit reward, ties half), ``likelihood_accuracy`` (the policy
         itself gives the chosen answer the higher probability), ``normalised_accuracy`` (the same of
-        mean log-probs a token, as SimPO and ORPO reward them: length does not count),
+        mean log-probs a token, as SimPO and ORPO reward them: length does not count), ``longer_accuracy``
+        (the rule that the longer answer is the chosen one: no model is asked, all must beat it),
         ``reward_margin`` (mean difference of the log-ratios in nats, not scaled by beta) and ``loss``
-        (the DPO loss at ``beta``).
+        (the DPO loss at ``beta``). With explicit rewards ``preference_accuracy`` and ``loss`` are those
+        of both rewards together, and ``implicit_accuracy`` and ``explicit_accuracy`` of either alone.
     """
     margin = ((chosen - reference_chosen) - (rejected - reference_rejected)).double()
+    whole, alone = beta * margin, {}
+    if explicit is not None:
+        own = (explicit[0] - explicit[1]).double()
+        whole = whole + gamma * own
+        alone = {"implicit_accuracy": _won(margin), "explicit_accuracy": _won(own)}
     return {
-        "preference_accuracy": _won(margin),
+        "preference_accuracy": _won(whole),
+        **alone,
         "likelihood_accuracy": _won((chosen - rejected).double()),
+        "longer_accuracy": _won((lengths[0] - lengths[1]).double()),
         "normalised_accuracy": _won((chosen / lengths[0] - rejected / lengths[1]).double()),
         "reward_margin": float(margin.mean()),
-        "loss": float(-F.logsigmoid(beta * margin).mean()),
+        "loss": float(-F.logsigmoid(whole).mean()),
     }
 
 
-def feedback_metrics(policy: Tensor, reference: Tensor, desirable: Tensor) -> dict[str, float]:
-    """Judge single answers, each ``(rows,)``, by their implicit rewards.
+def feedback_metrics(
+    policy: Tensor,
+    reference: Tensor,
+    desirable: Tensor,
+    beta: float = 0.1,
+    explicit: Tensor | None = None,
+    gamma: float = 0.0,
+) -> dict[str, float]:
+    """Judge single answers, each ``(rows,)``, by their rewards; see :func:`preference_metrics`.
 
     Returns:
         ``feedback_auc`` (0.5 where one class is missing) and the mean log-ratio of either class in
-        nats (0 where it is missing).
+        nats (0 where it is missing). With explicit rewards ``feedback_auc`` is that of both rewards
+        together, and ``implicit_auc`` and ``explicit_auc`` of either alone.
     """
     rewards = (policy - reference).double()
+    whole, alone = beta * rewards, {}
+    if explicit is not None:
+        whole = whole + gamma * explicit.double()
+        alone = {
+            "implicit_auc": _auc(rewards, desirable),
+            "explicit_auc": _auc(explicit.double(), desirable),
+        }
     good, bad = rewards[desirable], rewards[~desirable]
-    auc = 0.5
-    if len(good) and len(bad):
-        auc = _won(good[:, None] - bad[None, :])
     return {
-        "feedback_auc": auc,
+        "feedback_auc": _auc(whole, desirable),
+        **alone,
         "reward_desirable": float(good.mean()) if len(good) else 0.0,
         "reward_undesirable": float(bad.mean()) if len(bad) else 0.0,
     }
@@ -109,6 +136,11 @@ def labelled_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return accuracy and cross-entropy of ``(examples, classes)`` logits."""
     correct = (logits.argmax(-1) == labels).double().mean()
     return {"accuracy": float(correct), "loss": float(F.cross_entropy(logits.double(), labels))}
+
+
+def _auc(rewards: Tensor, desirable: Tensor) -> float:
+    good, bad = rewards[desirable], rewards[~desirable]
+    return _won(good[:, None] - bad[None, :]) if len(good) and len(bad) else 0.5
 
 
 def _won(margins: Tensor) -> float:

@@ -7,8 +7,11 @@ from typing import Any
 from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
+from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
+from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
+from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
     FedAdagradSettings,
@@ -17,8 +20,12 @@ from fedloom.methods.fedopt import (
     FedYogi,
     FedYogiSettings,
 )
+from fedloom.methods.fedpdpo import FedPDPO, FedPDPOSettings
+from fedloom.methods.fedper import FedPer, FedPerSettings, FedRep, FedRepSettings
 from fedloom.methods.fedprox import FedProx, FedProxSettings
+from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FFALoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
+from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
 
@@ -30,6 +37,15 @@ MethodSettings = (
     | FedAdagradSettings
     | FedAdamSettings
     | FedYogiSettings
+    | FedAvgFTSettings
+    | FedPDPOSettings
+    | FedPerSettings
+    | FedRepSettings
+    | DittoSettings
+    | PFedMeSettings
+    | FedDPASettings
+    | FedSALoRASettings
+    | FFALoRASettings
     | DistillationSettings
     | SplitSettings
     | CentralisedSettings
@@ -44,6 +60,15 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "fedadagrad": (FedAdagradSettings, FedAdagrad),
     "fedadam": (FedAdamSettings, FedAdam),
     "fedyogi": (FedYogiSettings, FedYogi),
+    "fedavg_ft": (FedAvgFTSettings, FedAvgFT),
+    "fedpdpo": (FedPDPOSettings, FedPDPO),
+    "fedper": (FedPerSettings, FedPer),
+    "fedrep": (FedRepSettings, FedRep),
+    "ditto": (DittoSettings, Ditto),
+    "pfedme": (PFedMeSettings, PFedMe),
+    "feddpa": (FedDPASettings, FedDPA),
+    "fedsa_lora": (FedSALoRASettings, FedSALoRA),
+    "ffa_lora": (FFALoRASettings, FFALoRA),
     "distillation": (DistillationSettings, DistillationMethod),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),

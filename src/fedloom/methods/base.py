@@ -8,18 +8,22 @@ a round is in the state or in what the client keeps; a generator is never saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.lora import averaging_error
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
 from fedloom.training.local import LocalResult, StepHook, train_locally
 from fedloom.training.optimizers import TrainingSettings, Work
@@ -28,6 +32,9 @@ OPTIMIZER = "optimizer"
 """Where a client keeps its optimizer's tensors, if it does."""
 
 TRAIN_REPLY_NUMBERS = ("examples",)
+
+EVALUATE = "evaluate"
+"""The action that trains nothing."""
 
 TASKS = ("sft", "classification")
 """Objectives whose loss is a mean over positions (texts or tokens) that several parties can share."""
@@ -58,6 +65,8 @@ class Cohort:
         learning_rate: Of this round.
         rejected: Clients left out so far, and why. A method adds those whose answers passed every check
             and turned out to be of no use.
+        last: Whether no round follows.
+        notes: What a method has to say about the round, beside its clients' metrics; for the record.
     """
 
     round: int
@@ -65,6 +74,8 @@ class Cohort:
     sizes: Mapping[int, int]
     learning_rate: float
     rejected: dict[int, str] = field(default_factory=dict)
+    last: bool = False
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -116,6 +127,11 @@ class Client:
         learning_rate: float,
         before_step: StepHook | None = None,
         after_step: StepHook | None = None,
+        *,
+        purpose: str = "",
+        frozen: Collection[str] = (),
+        repeats: int = 1,
+        work: Work | None = None,
     ) -> LocalResult:
         """Train the adapter that the model holds on this client's rows, in place.
 
@@ -123,24 +139,33 @@ class Client:
             learning_rate: Of this round.
             before_step: Called before each optimizer step; see :func:`train_locally`.
             after_step: Called after each optimizer step.
+            purpose: Tells several trainings in one round apart.
+            frozen: Names of the tensors that stay as they are.
+            repeats: Optimizer steps on each batch.
+            work: How much (default: a round's).
         """
-        self.last = train_locally(
-            self.model,
-            self.share,
-            self.objective,
-            self.training,
-            learning_rate=learning_rate,
-            seed=self.seed,
-            client=self.id,
-            round=self.round,
-            work=self.work,
-            state=self.kept.get(OPTIMIZER),
-            before_step=before_step,
-            after_step=after_step,
-        )
-        if self.last.optimizer_state:
-            self.kept[OPTIMIZER] = self.last.optimizer_state
-        return self.last
+        slot = f"{OPTIMIZER} {purpose}".strip()
+        with self.model.frozen(frozen):
+            result = train_locally(
+                self.model,
+                self.share,
+                self.objective,
+                self.training,
+                learning_rate=learning_rate,
+                seed=self.seed,
+                client=self.id,
+                round=self.round,
+                work=work or self.work,
+                purpose=purpose,
+                repeats=repeats,
+                state=self.kept.get(slot),
+                before_step=before_step,
+                after_step=after_step,
+            )
+        if result.optimizer_state:
+            self.kept[slot] = result.optimizer_state
+        self.last = result.after(self.last)
+        return result
 
 
 @dataclass
@@ -183,14 +208,21 @@ class Method:
     Attributes:
         pools_data: Whether the rows of all clients are put together in client 0 (centralised).
         own_models: Whether each client keeps an adapter of its own and is judged by it.
+        personal: Whether a client judges and uses what the server sends together with what it keeps.
         needs_public: Whether all parties must have public rows.
         server: What it has on the server, from :meth:`equip` on.
     """
 
     pools_data = False
     own_models = False
+    personal = False
     needs_public = False
     server: ServerSide
+
+    @property
+    def parts(self) -> PersonalParts:
+        """The parts of the model, beside the adapter, that its clients have."""
+        return PersonalParts()
 
     def equip(self, server: ServerSide) -> None:
         """Take what there is on the server, once, before the first round."""
@@ -212,6 +244,10 @@ class Method:
         """Return the global adapter, or ``None`` where every client has its own."""
         return state.tensors
 
+    def travelling(self, state: State) -> Tensors | None:
+        """Return what clients are sent to be judged with; ``None`` where all of it is their own."""
+        return None if self.own_models else self.shared(state)
+
     def traffic(self, adapter: Tensors) -> Traffic:
         """Return the closed form of a client's bytes in a round; here the adapter down and up."""
         size = tensor_bytes(adapter)
@@ -220,6 +256,29 @@ class Method:
     def load(self, client: Client, payload: Payload) -> None:
         """Write the adapter that ``client`` would use now into its model, for evaluation."""
         client.model.write(payload.tensors)
+
+    def settle(self, client: Client, learning_rate: float, work: Work) -> None:
+        """Fit what a client that just joined has in its model to its rows; here the whole adapter.
+
+        What it is judged by afterwards is what the model holds then.
+        """
+        client.train(learning_rate, purpose="settling ", work=work)
+
+
+def proximal_gradient(start: Tensors, strength: float) -> StepHook:
+    """Return a hook that adds mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients.
+
+    Args:
+        start: w_t, on the model's device.
+        strength: mu.
+    """
+
+    def add(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start[name], alpha=strength)
+
+    return add
 
 
 def tensor_bytes(tensors: Tensors) -> int:
@@ -234,12 +293,17 @@ def train_and_upload(client: Client, payload: Payload) -> Payload:
     return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
 
 
-def mean_adapter(replies: Sequence[Reply]) -> Tensors:
-    """Return the mean of the adapters that clients sent back, weighted by their rows."""
-    return weighted_mean(
-        [reply.payload.tensors for reply in replies],
-        [reply.payload.numbers["examples"] for reply in replies],
-    )
+def mean_adapter(replies: Sequence[Reply], cohort: Cohort | None = None) -> Tensors:
+    """Return the mean of the adapters that clients sent back, weighted by their rows.
+
+    With a ``cohort`` the round's notes say what averaging LoRA's factors apart loses.
+    """
+    adapters = [reply.payload.tensors for reply in replies]
+    weights = [reply.payload.numbers["examples"] for reply in replies]
+    if cohort is not None:
+        error = averaging_error(adapters, weights)
+        cohort.notes.update({} if error is None else {"aggregation_error": error})
+    return weighted_mean(adapters, weights)
 
 
 def training_exchange(cohort: Cohort, adapter: Tensors) -> Exchange:

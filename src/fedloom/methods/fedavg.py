@@ -37,7 +37,7 @@ class FedAvg(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""
         replies = yield training_exchange(cohort, state.tensors)
-        return State(mean_adapter(replies))
+        return State(mean_adapter(replies, cohort))
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

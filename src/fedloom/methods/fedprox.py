@@ -6,14 +6,12 @@ https://arxiv.org/abs/1812.06127, algorithm 2: a client minimises F_k(w) + mu/2 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
 
 from fedloom.checkpoint import State
-from fedloom.messages import Payload, Tensors
+from fedloom.messages import Payload
 from fedloom.methods.base import (
     Client,
     Cohort,
@@ -21,10 +19,10 @@ from fedloom.methods.base import (
     Method,
     Round,
     mean_adapter,
+    proximal_gradient,
     training_exchange,
 )
 from fedloom.settings import Settings
-from fedloom.training.local import StepHook
 
 
 class FedProxSettings(Settings):
@@ -58,14 +56,3 @@ class FedProx(Method):
             payload.numbers["learning_rate"], before_step=proximal_gradient(start, self.mu)
         )
         return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
-
-
-def proximal_gradient(start: Tensors, mu: float) -> StepHook:
-    """Return a hook that adds mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients."""
-
-    def add(parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
-
-    return add

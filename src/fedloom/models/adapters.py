@@ -17,9 +17,10 @@ time, a copy into the parameter microseconds.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError
 from fedloom.messages import Tensors
+from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.shape import block_of, is_linear, model_shape
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
@@ -103,6 +105,7 @@ class AdapterModel:
         pad: Token id for padding.
         shape: Its matrix products.
         flops: FLOPs of all passes so far, derived from shapes.
+        own: A client's own parts at the output, where the model has any.
     """
 
     def __init__(
@@ -125,22 +128,37 @@ class AdapterModel:
         self.autocast = autocast
         self.checkpointed = checkpointed
         self.device = next(model.parameters()).device
+        heads = [(n, m) for n, m in model.named_modules() if isinstance(m, PersonalHead)]
+        place = heads[0][0] if heads else ""
+        self.own = heads[0][1] if heads else None
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        owners = {_peft_name(n): _owner(model, n) for n in trained}
-        self.parameters = dict(sorted((_peft_name(n), p) for n, p in trained.items()))
+        names = {n: _short_name(n, place) for n in trained}
+        self.parameters = dict(sorted((names[n], p) for n, p in trained.items()))
+        owners = {names[n]: _owner(model, n) for n in trained}
         self._owners = {name: owners[name] for name in self.parameters}
         prompt = getattr(model.peft_config["default"], "num_virtual_tokens", 0)
         self.virtual_tokens = int(prompt or 0)
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
         self.flops = 0.0
 
+    @property
+    def has_reward(self) -> bool:
+        """Whether the model has an explicit reward head."""
+        return self.own is not None and self.own.reward is not None
+
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """Run the model; ``logits_to_keep`` limits the LM head to the last columns."""
+        """Run the model; ``logits_to_keep`` limits the LM head to the last columns.
+
+        With a reward head the output has ``rewards`` too, ``(rows,)`` at each row's last token.
+        """
         rows, length = input_ids.shape
         positions = int(options.get("logits_to_keep", 0)) or length
         self.count(rows, length + self.virtual_tokens, positions)
         with self._precision():
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+            if self.own is not None and self.own.states is not None:
+                output.rewards = self.own.rewards(attention_mask)
+        return output
 
     def count(self, rows: int, length: int, positions: int) -> None:
         """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any."""
@@ -170,20 +188,52 @@ class AdapterModel:
             return {n: p.detach() for n, p in self.parameters.items()}
         return {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
 
+    def digest(self) -> str:
+        """Return a SHA-256 over the trained tensors, which tells two adapters apart."""
+        whole = hashlib.sha256()
+        for tensor in self.read().values():
+            whole.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return whole.hexdigest()
+
     def write(self, tensors: Tensors) -> None:
-        """Copy ``tensors`` (all of them, same names and shapes) into the trained parameters."""
+        """Copy ``tensors`` (all of them, by name) into the trained parameters.
+
+        LoRA factors may be of another rank than those before; their product counts as before.
+        """
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        if any(tensors[name].shape != shape for name, shape in shapes.items()):
+            self.hold(self.parameters_of(tensors))
+            self.shape = model_shape(self.model, gradient_enters=self.virtual_tokens > 0)
+            return
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Switch the adapter off: inside, the model is the frozen base model."""
+        """Switch the adapter and own parts off: inside, the model is the frozen base model."""
         was_training = self.model.training
         self.model.eval()
+        self._stand_aside(True)
         with torch.no_grad(), self.model.disable_adapter():
             yield
+        self._stand_aside(False)
         self.model.train(was_training)
+
+    @contextmanager
+    def frozen(self, names: Collection[str]) -> Iterator[None]:
+        """Inside, the parameters of these names stay as they are and cost no gradient."""
+        everything, shape = self.parameters, self.shape
+        for name in names:
+            everything[name].requires_grad_(False)
+        self.parameters = {n: p for n, p in everything.items() if n not in names}
+        self.shape = model_shape(self.model, gradient_enters=self.virtual_tokens > 0)
+        try:
+            yield
+        finally:
+            for name in names:
+                everything[name].requires_grad_(True)
+            self.parameters, self.shape = everything, shape
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -195,8 +245,31 @@ class AdapterModel:
         self.model.train(was_training)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that ``PeftModel.from_pretrained`` loads."""
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        """Write a folder that ``PeftModel.from_pretrained`` loads, and a client's own parts beside."""
+        with self._true_rank():
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        if self.own is not None:
+            save_personal(self.own, folder)
+
+    @contextmanager
+    def _true_rank(self) -> Iterator[None]:
+        """Have the PEFT configuration say the rank the factors have now, with the same scaling."""
+        config: Any = self.model.peft_config["default"]
+        ranks = {len(p) for name, p in self.parameters.items() if ".lora_A." in name}
+        rank = next(iter(ranks), None)
+        if rank is None or rank == config.r:
+            yield
+            return
+        before = config.r, config.lora_alpha
+        config.r, config.lora_alpha = rank, config.lora_alpha / config.r * rank
+        try:
+            yield
+        finally:
+            config.r, config.lora_alpha = before
+
+    def _stand_aside(self, off: bool) -> None:
+        if self.own is not None:
+            self.own.off = off
 
     def _precision(self) -> Any:
         if self.autocast is None:
@@ -356,8 +429,10 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module), leaf
 
 
-def _peft_name(name: str) -> str:
-    """Return a parameter's name as it stands in ``adapter_model.safetensors``."""
+def _short_name(name: str, place: str) -> str:
+    """Return a parameter's name in ``adapter_model.safetensors``, or that of a client's own part."""
+    if place and name.startswith(f"{place}."):
+        return OWN + name.removeprefix(f"{place}.")
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 

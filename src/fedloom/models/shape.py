@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fedloom.accounting.flops import LinearShape, ModelShape
+from fedloom.models.heads import LowRankHead, PersonalHead
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers of a block that read one input: a gradient flows into it for all of them or for none."""
@@ -53,7 +54,8 @@ def model_shape(
             activations of another party).
     """
     config: Any = model.config
-    *linears, head = _layers(model)
+    *linears, output = _layers(model)
+    own = next((m for m in model.modules() if isinstance(m, PersonalHead)), None)
     count = _number(config, ("num_hidden_layers", "n_layer"), 1)
     heads = _number(config, ("num_attention_heads", "n_head"), 1)
     width = _number(config, ("head_dim",), 0) * heads or _number(
@@ -64,15 +66,24 @@ def model_shape(
         count = len(blocks)
     if gradient_enters:
         reached = tuple(replace(x.shape, reached=True, input_gradient=True) for x in linears)
-        return ModelShape(reached, head.shape, count, count, width)
-    first = next((layer for layer in linears if layer.adapted), None)
-    if first is None:
-        frozen = tuple(replace(x.shape, reached=False, input_gradient=False) for x in linears)
-        return ModelShape(frozen, replace(head.shape, input_gradient=False), count, 0, width)
-    position = linears.index(first)
-    shapes = tuple(_reached(layer, i, first, position) for i, layer in enumerate(linears))
-    crossed = count - first.block - (0 if first.leaf in ATTENTION_INPUTS else 1)
-    return ModelShape(shapes, head.shape, count, crossed, width)
+        crossed, enters = count, True
+    else:
+        first = next((layer for layer in linears if layer.adapted), None)
+        enters = first is not None
+        if first is None:
+            reached = tuple(replace(x.shape, reached=False, input_gradient=False) for x in linears)
+            crossed = 0
+        else:
+            position = linears.index(first)
+            reached = tuple(_reached(layer, i, first, position) for i, layer in enumerate(linears))
+            crossed = count - first.block - (0 if first.leaf in ATTENTION_INPUTS else 1)
+    return ModelShape(
+        reached,
+        attention_layers=count,
+        attention_layers_reached=crossed,
+        attention_width=width,
+        **_heads(own, output.shape, enters=enters),
+    )
 
 
 def block_of(name: str) -> int | None:
@@ -89,12 +100,46 @@ def _reached(layer: _Layer, index: int, first: _Layer, position: int) -> LinearS
     return replace(layer.shape, reached=beyond, input_gradient=beyond)
 
 
+def _heads(own: PersonalHead | None, output: LinearShape, *, enters: bool) -> dict[str, Any]:
+    """Return the shapes behind the blocks; ``enters`` says whether a gradient must reach the blocks."""
+    if own is None:
+        return {"head": replace(output, input_gradient=enters)}
+    before: tuple[LinearShape, ...] = ()
+    reward, inside = None, enters  # whether a gradient must reach what the heads read
+    if own.bottleneck is not None:
+        down, up = (_own_shape(layer, enters) for layer in (own.bottleneck.down, own.bottleneck.up))
+        inside = enters or down.trained or up.trained
+        before = (replace(down, reached=inside), replace(up, reached=inside, input_gradient=inside))
+    head = replace(output, input_gradient=inside)
+    if isinstance(own.head, LowRankHead):
+        down, up = _own_shape(own.head.down, inside), _own_shape(own.head.up, inside)
+        head = replace(head, rank=down.outputs, down_trained=down.trained, up_trained=up.trained)
+    elif own.head is not None:
+        head = _own_shape(own.head, inside)
+    if own.reward is not None:
+        reward = _own_shape(own.reward, inside)
+    return {"head": head, "before_head": before, "reward": reward}
+
+
+def _own_shape(layer: Any, input_gradient: bool) -> LinearShape:
+    weight = layer.weight
+    return LinearShape(
+        weight.shape[1],
+        weight.shape[0],
+        input_gradient=input_gradient,
+        trained=bool(weight.requires_grad),
+    )
+
+
 def _layers(model: nn.Module) -> list[_Layer]:
-    """Return every linear layer in order, the output layer last."""
+    """Return every linear layer in order, the output layer last; not a client's own parts."""
     modules = dict(model.named_modules())
+    own = [f"{name}." for name, module in modules.items() if isinstance(module, PersonalHead)]
     layers = []
     for name, module in modules.items():
         if not is_linear(module) or "lora_" in name or "original_module" in name:
+            continue
+        if any(name.startswith(prefix) and name != f"{prefix}original" for prefix in own):
             continue
         if name.endswith(".base_layer") and f"{name[:-11]}.ln_tuning_layers" in modules:
             continue  # a layer that is trained whole: its copy computes, not itself
@@ -102,10 +147,33 @@ def _layers(model: nn.Module) -> list[_Layer]:
         weight: Any = module.weight
         inputs, outputs = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
         owner: Any = modules[clean]
-        rank = int(getattr(owner, "r", {}).get("default", 0)) if hasattr(owner, "lora_A") else 0
-        shape = LinearShape(int(inputs), int(outputs), rank, trained=bool(weight.requires_grad))
-        layers.append(_Layer(clean, shape, rank > 0 or shape.trained or hasattr(owner, "ia3_l")))
+        rank = (
+            len(owner.lora_A["default"].weight) if "default" in getattr(owner, "lora_A", {}) else 0
+        )
+        factors = [rank > 0 and _wanted(owner, factor) for factor in ("lora_A", "lora_B")]
+        shape = LinearShape(
+            int(inputs),
+            int(outputs),
+            rank,
+            trained=bool(weight.requires_grad),
+            down_trained=factors[0],
+            up_trained=factors[1],
+        )
+        layers.append(
+            _Layer(clean, shape, any(factors) or shape.trained or _wanted(owner, "ia3_l"))
+        )
     return layers
+
+
+def _wanted(owner: Any, part: str) -> bool:
+    """Return whether a layer has a part of PEFT's that is being trained."""
+    found = getattr(owner, part, {})
+    own: Any = dict(found.items()).get("default")
+    return own is not None and any(p.requires_grad for p in _parameters(own))
+
+
+def _parameters(own: Any) -> list[nn.Parameter]:
+    return [own] if isinstance(own, nn.Parameter) else list(own.parameters())
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from fedloom.objectives.dpo import DPO, DPOSettings
 from fedloom.objectives.ipo import IPO, IPOSettings
 from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.objectives.orpo import ORPO, ORPOSettings
+from fedloom.objectives.pdpo import PDPO, PDPOSettings
+from fedloom.objectives.pkto import PKTO, PKTOSettings
 from fedloom.objectives.sft import SFT, SFTSettings
 from fedloom.objectives.simpo import SimPO, SimPOSettings
 
@@ -21,6 +23,8 @@ ObjectiveSettings = (
     | ORPOSettings
     | KTOSettings
     | BCOSettings
+    | PDPOSettings
+    | PKTOSettings
 )
 
 OBJECTIVES: dict[str, tuple[type[ObjectiveSettings], type[Objective]]] = {
@@ -32,6 +36,8 @@ OBJECTIVES: dict[str, tuple[type[ObjectiveSettings], type[Objective]]] = {
     "orpo": (ORPOSettings, ORPO),
     "kto": (KTOSettings, KTO),
     "bco": (BCOSettings, BCO),
+    "pdpo": (PDPOSettings, PDPO),
+    "pkto": (PKTOSettings, PKTO),
 }
 """Name in ``[objective]`` to its settings and its class."""
 

@@ -26,7 +26,7 @@ class Model(Protocol):
     """What an objective sees of a model: a Hugging Face forward pass."""
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """Return an output with ``.logits``."""
+        """Return an output with ``.logits``, and ``.rewards`` where there is a reward head."""
         ...
 
 
@@ -39,7 +39,9 @@ class Objective:
         head: Which output layer the backbone gets.
         needs_reference: Whether batches must carry the reference model's log-probs.
         needs_mismatched: Whether batches must carry mismatched completions (KTO).
+        needs_reward: Whether the model must have an explicit reward head.
         beta: Scale of implicit rewards, used when held-out pairs are judged.
+        gamma: Scale of explicit rewards, likewise.
     """
 
     kind: str = "instruction"
@@ -47,7 +49,9 @@ class Objective:
     head: Head = "causal"
     needs_reference: bool = False
     needs_mismatched: bool = False
+    needs_reward: bool = False
     beta: float = 0.1
+    gamma: float = 0.0
 
     def for_client(self, labels: NDArray[np.int64]) -> Objective:
         """Return the objective for a client whose rows have these labels (-1 for none); itself here."""

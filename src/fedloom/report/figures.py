@@ -209,6 +209,24 @@ def interval_chart(estimates: Mapping[str, tuple[float, float, float]], label: s
         return _svg(figure)
 
 
+def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -> str:
+    """Return one row of dots an arm, with a line at its mean, best arm first."""
+    order = sorted(rows, key=lambda name: -rows[name][1])
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(height=1.1 + 0.26 * len(rows))
+        for place, name in enumerate(order):
+            values, mean = rows[name]
+            axes.plot(
+                values, [place] * len(values), "o", color=PALETTE[4], markersize=4.5, alpha=0.7
+            )
+            axes.plot([mean, mean], [place - 0.34, place + 0.34], color=PALETTE[0], linewidth=2.4)
+        axes.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        _finish_axes(axes, label, "", legend=False)
+        return _svg(figure)
+
+
 def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], label: str) -> str:
     """Return one horizontal arrow a client, from its metric before to its metric after."""
     clients = sorted(after, key=lambda client: after[client])

@@ -10,7 +10,7 @@
     samples.json      held-out prompts answered before and after
     summary.json      before, after, totals and the adapter's checksum; written at the end
     adapter/          the global adapter as a PEFT folder
-    clients/          adapters of single clients, where there is no global one
+    clients/          models of single clients, where they have something of their own
     checkpoints/      what a resumed run starts from
 
 Files are JSON with numbers that are not finite as null. Whole files appear at once; lines are
@@ -83,6 +83,10 @@ class RunFolder:
     def adapter(self) -> Path:
         """PEFT folder of the global adapter."""
         return self.path / "adapter"
+
+    def client(self, number: int) -> Path:
+        """PEFT folder of a client's own model, with its own parts beside the adapter."""
+        return self.path / "clients" / f"{number:04d}"
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file at once.

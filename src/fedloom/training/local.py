@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -66,6 +67,18 @@ class LocalResult:
     metrics: dict[str, float]
     optimizer_state: Tensors = field(default_factory=dict)
 
+    def after(self, earlier: LocalResult | None) -> LocalResult:
+        """Return this training and an earlier one of the same round as one, with the metrics of this."""
+        if earlier is None:
+            return self
+        return replace(
+            self,
+            examples=self.examples + earlier.examples,
+            steps=self.steps + earlier.steps,
+            tokens=self.tokens + earlier.tokens,
+            targets=self.targets + earlier.targets,
+        )
+
 
 def train_locally(
     model: AdapterModel,
@@ -79,6 +92,7 @@ def train_locally(
     round: int,
     work: Work,
     purpose: str = "",
+    repeats: int = 1,
     state: Tensors | None = None,
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
@@ -96,6 +110,7 @@ def train_locally(
         round: From 1.
         work: How much is done.
         purpose: Tells several trainings of one client in one round apart.
+        repeats: Optimizer steps on each batch.
         state: The optimizer's tensors from this client's last round.
         before_step: Called with the parameters before each optimizer step, gradients ready and not
             yet clipped: a method adds its own term here.
@@ -121,6 +136,7 @@ def train_locally(
         round=round,
         work=work,
         purpose=purpose,
+        repeats=repeats,
         state=state,
         before_step=before_step,
         after_step=after_step,
@@ -145,6 +161,7 @@ def local_steps(
     round: int,
     work: Work,
     purpose: str = "",
+    repeats: int = 1,
     state: Tensors | None = None,
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
@@ -162,7 +179,8 @@ def local_steps(
     batches = epoch_batches(
         len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
     )
-    for step, indices in enumerate(batches, 1):
+    repeated = chain.from_iterable(repeat(indices, repeats) for indices in batches)
+    for step, indices in enumerate(repeated, 1):
         if totals.reach(work):
             break
         parts = [

@@ -1,0 +1,73 @@
+"""Clients that join when training is over: what the federation is worth to those who were not in it.
+
+Each gets what the server shares, has fresh parts of its own, makes some steps on its own rows, and is
+judged on its held-out rows before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedloom.checkpoint import State
+from fedloom.evaluation.held_out import HeldOut
+from fedloom.messages import Exchange, Payload, Schema
+from fedloom.methods.base import Client, Handler, Method
+from fedloom.server import Engine, accept
+from fedloom.training.optimizers import Work
+
+ACTION = "join"
+AFTER = "after."
+"""Prefix of the metrics after the steps."""
+
+
+@dataclass(frozen=True)
+class Newcomers:
+    """Everything that welcoming needs.
+
+    Attributes:
+        method: Says what a client is given and what it fits.
+        clients: Their ids.
+        held_out: Each one's held-out rows.
+        steps: Optimizer steps that each makes.
+        learning_rate: Of these.
+    """
+
+    method: Method
+    clients: Sequence[int]
+    held_out: Mapping[int, HeldOut]
+    steps: int
+    learning_rate: float
+
+    def handler(self) -> Handler:
+        """Return the client side of the exchange."""
+
+        def join(client: Client, payload: Payload) -> Payload:
+            own = self.held_out[client.id]
+            self.method.load(client, payload)
+            before = own.score(client.model)
+            self.method.settle(client, self.learning_rate, Work(steps=self.steps))
+            after = {AFTER + name: value for name, value in own.score(client.model).items()}
+            client.kept.clear()
+            return Payload(numbers={"held_out": len(own)}, metrics={**before, **after})
+
+        return join
+
+    def welcome(self, state: State, round: int, engine: Engine) -> dict[int, dict[str, float]]:
+        """Have them join after ``round``; return each one's metrics, those after under ``after.``."""
+        shared = self.method.travelling(state)
+        if not self.clients:
+            return {}
+        exchange = Exchange.broadcast(
+            ACTION,
+            round,
+            tuple(self.clients),
+            Payload(shared or {}),
+            Schema.of(shared or {}),
+            Schema(numbers=("held_out",), metrics=True),
+        )
+        replies, _ = accept(engine.exchange(exchange), exchange, engine.sizes())
+        return {
+            reply.client: {**reply.payload.metrics, "examples": reply.payload.numbers["held_out"]}
+            for reply in replies
+        }

@@ -1,0 +1,71 @@
+"""Ditto: FedAvg, and beside it a personal adapter that is held near the shared one.
+
+Source: Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization",
+https://arxiv.org/abs/2012.04221, algorithm 1: client k also minimises F_k(v) + lambda/2 ||v - w_t||^2,
+with w_t the shared adapter it received. A round costs two trainings and FedAvg's bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.checkpoint import State
+from fedloom.messages import Payload
+from fedloom.methods.base import (
+    ADAPTER,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    mean_adapter,
+    proximal_gradient,
+    train_and_upload,
+    training_exchange,
+)
+from fedloom.settings import Settings
+
+
+class DittoSettings(Settings):
+    """``[method] name = "ditto"``."""
+
+    name: Literal["ditto"] = "ditto"
+    strength: float = Field(default=0.1, ge=0)
+    """lambda, the pull of the shared adapter on the personal one; 0 is local training."""
+
+
+class Ditto(Method):
+    """FedAvg with a personal adapter for each client."""
+
+    personal = True
+
+    def __init__(self, settings: DittoSettings) -> None:
+        """Keep lambda."""
+        self.strength = settings.strength
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Send the adapter, average what comes back."""
+        replies = yield training_exchange(cohort, state.tensors)
+        return State(mean_adapter(replies))
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train}
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the personal adapter; before a client's first training, the shared one."""
+        client.model.write(client.kept.get(ADAPTER, payload.tensors))
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        reply = train_and_upload(client, payload)
+        client.model.write(client.kept.get(ADAPTER, payload.tensors))
+        shared = {n: t.to(client.model.device) for n, t in payload.tensors.items()}
+        client.train(
+            payload.numbers["learning_rate"],
+            before_step=proximal_gradient(shared, self.strength),
+            purpose="personal ",
+        )
+        client.kept[ADAPTER] = client.model.read()
+        return reply

@@ -1,0 +1,92 @@
+"""FedDPA: a shared adapter and a local one, trained apart and mixed when they are used.
+
+Source: Yang et al. 2024, "Dual-Personalizing Adapter for Federated Foundation Models",
+https://arxiv.org/abs/2403.19211. A layer's output is W_0 x + (1 - mix) B_g A_g x + mix B_l A_l x. In
+the variant "T" a client trains the shared and then its local adapter in every round, each by itself; in
+"F" the local one starts from the shared one after the last round and is trained then. The paper also
+weighs each input by its likeness to the client's own; that part is not built: ``mix`` is the same for
+all inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.aggregation.lora import stacked
+from fedloom.checkpoint import State
+from fedloom.messages import Exchange, Payload, Schema
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    mean_adapter,
+    train_and_upload,
+    training_exchange,
+)
+from fedloom.settings import Settings
+
+
+class FedDPASettings(Settings):
+    """``[method] name = "feddpa"``."""
+
+    name: Literal["feddpa"] = "feddpa"
+    variant: Literal["T", "F"] = "T"
+    """T: the local adapter is trained in every round. F: after the last, from the shared one."""
+    mix: float = Field(default=0.5, ge=0, le=1)
+    """Share of the local adapter in a layer's output (the authors' code: 0.5)."""
+
+
+class FedDPA(Method):
+    """FedAvg of one adapter, local training of another, and both in use."""
+
+    personal = True
+
+    def __init__(self, settings: FedDPASettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Average the shared adapter; in the last round of F, have local ones trained."""
+        replies = yield training_exchange(cohort, state.tensors)
+        adapter = mean_adapter(replies)
+        if cohort.last and self.settings.variant == "F":
+            yield Exchange.broadcast(
+                "fit",
+                cohort.round,
+                tuple(sorted(cohort.sizes)),
+                Payload(adapter),
+                Schema.of(adapter),
+                Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
+            )
+        return State(adapter)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train, "fit": self._fit}
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write both adapters as one of twice the rank; before there is a local one, the shared one."""
+        local = client.kept.get(ADAPTER)
+        mix = self.settings.mix
+        both = stacked([payload.tensors, local], [1 - mix, mix]) if local else payload.tensors
+        client.model.write(both)
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        reply = train_and_upload(client, payload)
+        if self.settings.variant == "T":
+            client.model.write(client.kept.get(ADAPTER, client.initial))
+            client.train(payload.numbers["learning_rate"], purpose="local ")
+            client.kept[ADAPTER] = client.model.read()
+        return reply
+
+    def _fit(self, client: Client, payload: Payload) -> Payload:
+        client.model.write(payload.tensors)
+        result = client.train(client.training.learning_rate, purpose="local ")
+        client.kept[ADAPTER] = client.model.read()
+        return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

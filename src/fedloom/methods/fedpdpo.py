@@ -1,0 +1,66 @@
+"""FedPDPO: a shared LoRA, and heads and a bottleneck adapter that never leave the client.
+
+Source: "FedPDPO", https://arxiv.org/abs/2603.19741. What the paper says: a frozen backbone with LoRA,
+which is "the only part shared"; personal to each client a bottleneck adapter, an LLM head and a reward
+head. **A reconstruction** where it could not be read: weights of the mean (rows, as in FedAvg), one
+bottleneck between the backbone and both heads, its width, and the order of training. The loss is
+``pdpo`` (its own file says what is reconstructed in it); ``dpo`` or ``kto`` leave the reward head out.
+
+A low-rank head is ours, for models whose output layer is large: it adds U V z to the output layer's
+logits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.methods.base import Client
+from fedloom.methods.parts import KeepsParts, one_after_the_other
+from fedloom.models.heads import HeadMode, PersonalParts, is_own
+from fedloom.settings import Settings
+from fedloom.training.local import LocalResult
+
+
+class FedPDPOSettings(Settings):
+    """``[method] name = "fedpdpo"``."""
+
+    name: Literal["fedpdpo"] = "fedpdpo"
+    bottleneck: int = Field(default=64, ge=0)
+    """Width of a client's bottleneck adapter; 0 for none (ablation)."""
+    head_mode: HeadMode = "full"
+    """A client's LM head: "full", a copy of the output layer (its size in memory, for every client);
+    "lowrank", a low-rank change of it; "none" (ablation)."""
+    head_rank: int = Field(default=8, ge=1)
+    """Of a lowrank head."""
+    schedule: Literal["joint", "alternating"] = "joint"
+    """joint: everything at once. alternating: a client's own parts first with the LoRA frozen, then
+    the LoRA with them frozen, each for the whole of the client's work."""
+
+
+class FedPDPO(KeepsParts):
+    """Averages the adapter; a client's own parts stay with it."""
+
+    def __init__(self, settings: FedPDPOSettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    @property
+    def parts(self) -> PersonalParts:
+        """Bottleneck and LM head; the objective asks for the reward head."""
+        own = self.settings
+        return PersonalParts(own.bottleneck, own.head_mode, own.head_rank)
+
+    def keeps(self, name: str) -> bool:
+        """Keep whatever is not the adapter's."""
+        return is_own(name)
+
+    def fit(self, client: Client, learning_rate: float) -> LocalResult:
+        """Train jointly, or in turns."""
+        names = client.model.parameters
+        own = [name for name in names if self.keeps(name)]
+        if self.settings.schedule == "joint" or not own:
+            return client.train(learning_rate)
+        common = [name for name in names if not self.keeps(name)]
+        return one_after_the_other(client, learning_rate, own, common)

@@ -1,0 +1,66 @@
+"""FedPer and FedRep: the body is shared, the head stays with the client.
+
+Sources: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers",
+https://arxiv.org/abs/1912.00818 (FedPer: body and head are trained together); Collins et al. 2021,
+"Exploiting Shared Representations for Personalized Federated Learning", https://arxiv.org/abs/2102.07078,
+algorithm 1 (FedRep: the head first with the body frozen, then the body with the head frozen).
+
+The body is the adapter. The head is the classification head, or for a causal model an LM head of the
+client's own; the original papers have a small classifier in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.methods.base import Client
+from fedloom.methods.parts import KeepsParts, one_after_the_other
+from fedloom.models.heads import PersonalParts, is_head
+from fedloom.settings import Settings
+from fedloom.training.local import LocalResult
+
+
+class FedPerSettings(Settings):
+    """``[method] name = "fedper"``."""
+
+    name: Literal["fedper"] = "fedper"
+    head_mode: Literal["full", "lowrank"] = "full"
+    """Of causal models, a client's LM head: "full" or "lowrank"; see fedpdpo."""
+    head_rank: int = Field(default=8, ge=1)
+    """Of a lowrank head."""
+
+
+class FedRepSettings(FedPerSettings):
+    """``[method] name = "fedrep"``."""
+
+    name: Literal["fedrep"] = "fedrep"  # type: ignore[assignment]
+
+
+class FedPer(KeepsParts):
+    """Averages the body; body and head are trained together."""
+
+    def __init__(self, settings: FedPerSettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    @property
+    def parts(self) -> PersonalParts:
+        """The LM head of a causal model."""
+        return PersonalParts(head_mode=self.settings.head_mode, head_rank=self.settings.head_rank)
+
+    def keeps(self, name: str) -> bool:
+        """Keep the head."""
+        return is_head(name)
+
+
+class FedRep(FedPer):
+    """Averages the body; each client fits its head to it, then the body to its head."""
+
+    def fit(self, client: Client, learning_rate: float) -> LocalResult:
+        """Train the head, then the body, each for the whole of the client's work."""
+        names = client.model.parameters
+        own = [name for name in names if self.keeps(name)]
+        common = [name for name in names if not self.keeps(name)]
+        return one_after_the_other(client, learning_rate, own, common)

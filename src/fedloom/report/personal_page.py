@@ -1,0 +1,228 @@
+"""The page of a comparison that is judged by each client's own held-out rows.
+
+It reads the comparison's record and its run folders only. In a scenario every client has one value a
+seed and method: its metric, by the model it would use, on its own rows. A method's value is the mean
+over clients; intervals and tests are over seeds, whose runs share data, clients and start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom.report import run_folder as names
+from fedloom.report.comparison_page import Cell, read_cells
+from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.statistics import mean_interval, paired_test
+from fedloom.report.template import fill, write_page
+from fedloom.report.turns import turns
+
+REFERENCES = ("local_only", "fedavg")
+"""Methods that the gain of every other is measured over."""
+
+APART = ("implicit_accuracy", "explicit_accuracy", "longer_accuracy")
+"""Metrics shown beside the one that runs are judged by, where there are any."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method as it was set, in one scenario, over its seeds.
+
+    Attributes:
+        scenario: Its name.
+        name: The arm's.
+        method: The name of its method.
+        values: Mean over clients, by seed.
+        newcomer: The same of the global model, which is what a newcomer gets, or ``None``.
+        clients: Mean over seeds, by client.
+        worst_decile: Mean over seeds of the mean over the worst tenth of clients.
+        spread: Mean over seeds of the standard deviation over clients.
+        fairness: Mean over seeds of Jain's index.
+        apart: Other metrics, means over clients and seeds.
+        sent: Bytes of a client in a round, both ways, measured, mean.
+        flops: Of a client in a round, derived, mean.
+    """
+
+    scenario: str
+    name: str
+    method: str
+    values: dict[int, float]
+    newcomer: float | None
+    clients: dict[int, float]
+    worst_decile: float
+    spread: float
+    fairness: float
+    apart: dict[str, float]
+    sent: float
+    flops: float
+
+    @property
+    def mean(self) -> float:
+        """Over clients and seeds."""
+        return fmean(self.values.values())
+
+    @property
+    def half(self) -> float | None:
+        """Half-width of its 95 % interval over seeds; ``None`` for one seed."""
+        return mean_interval(list(self.values.values()))[1] if len(self.values) > 1 else None
+
+
+def is_personal(folder: Path) -> bool:
+    """Return whether ``folder`` is that of a comparison judged by clients' own rows."""
+    record = RunFolder(folder).read_json(names.COMPARISON)
+    return bool(record) and record.get("kind") == "personal"
+
+
+def write_personal(folder: Path, target: Path | None = None) -> Path:
+    """Write the page and ``results.json``, all its figures.
+
+    Args:
+        folder: Left by ``fedloom compare``.
+        target: File to write (default: report.html in the folder).
+
+    Raises:
+        OutputError: No run in it has finished, or the page cannot be written.
+    """
+    record, cells = read_cells(folder)
+    found = arms(record, cells)
+    RunFolder(folder).write_json(names.RESULTS, results(record, cells, found))
+    return write_page(render(record, cells, found), target or folder / "report.html")
+
+
+def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
+    """Return every arm of every scenario that has finished runs."""
+    found = []
+    for scenario in record["objectives"]:
+        for method in record["methods"]:
+            some = [c for c in cells if (c.objective, c.method) == (scenario, method)]
+            if some:
+                found.append(_arm(scenario, method, some))
+    return found
+
+
+def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Record:
+    """Return everything the comparison says, as plain numbers."""
+    return {
+        "name": record["name"],
+        "metric": cells[0].run.metric,
+        "finished": len(cells),
+        "planned": len(record["cells"]),
+        "arms": [
+            {**arm.__dict__, "mean": arm.mean, "half": arm.half, "gains": gains(arm, found)}
+            for arm in found
+        ],
+    }
+
+
+def gains(arm: Arm, found: Sequence[Arm]) -> dict[str, Record]:
+    """Return how much better a method's clients fare than under each reference, over shared seeds."""
+    result = {}
+    for name in REFERENCES:
+        other = next((a for a in found if (a.scenario, a.method) == (arm.scenario, name)), None)
+        shared = sorted(arm.values.keys() & other.values.keys()) if other else []
+        if other is None or not shared or other is arm:
+            continue
+        test = paired_test([other.values[s] for s in shared], [arm.values[s] for s in shared])
+        better = [arm.clients[c] > other.clients[c] for c in arm.clients if c in other.clients]
+        result[name] = {
+            "difference": test.difference,
+            "half": test.half,
+            "p": test.p,
+            "better": sum(better),
+            "clients": len(better),
+        }
+    return result
+
+
+def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
+    """Return the page as HTML."""
+    from fedloom.report import figures
+
+    metric = cells[0].run.run["metric"]
+    words = str(metric["name"]).replace("_", " ")
+    scenarios: list[dict[str, Any]] = []
+    for name in record["objectives"]:
+        own = [arm for arm in found if arm.scenario == name]
+        if not own:
+            continue
+        first = next(cell for cell in cells if cell.objective == name)
+        dots = {arm.name: (list(arm.clients.values()), arm.mean) for arm in own}
+        costs = [("arm", arm.name, arm.sent / 1e3, arm.mean, _on_front(arm, own)) for arm in own]
+        scenarios.append(
+            {
+                "name": name,
+                "run": first.run.run,
+                "clients": len(own[0].clients),
+                "rounds": first.summary["rounds"],
+                "best": max(own, key=lambda a: a.mean * (1 if metric["higher_is_better"] else -1)),
+                "arms": [
+                    {"arm": arm, "mean": arm.mean, "half": arm.half, "gains": gains(arm, found)}
+                    for arm in own
+                ],
+                "apart": [n for n in APART if any(n in arm.apart for arm in own)],
+                "charts": [
+                    (
+                        f"Each client's {words}, and the mean (line)",
+                        figures.strip_chart(dots, words),
+                    ),
+                    (
+                        f"Mean {words} against what a client sends and is sent in a round (measured)",
+                        figures.pareto_scatter(costs, "kB", words),
+                    ),
+                ],
+            }
+        )
+    return fill(
+        "personal.html.j2",
+        title=record["name"],
+        record=record,
+        metric=metric,
+        finished=len(cells),
+        references=[n for n in REFERENCES if any(arm.method == n for arm in found)],
+        models=sorted({str(cell.run.run["model"]["name"]) for cell in cells}),
+        scenarios=scenarios,
+    )
+
+
+def _on_front(arm: Arm, arms: Sequence[Arm]) -> bool:
+    """Return whether no other arm is at least as good for less."""
+    return not any(a.sent < arm.sent and a.mean >= arm.mean for a in arms if a is not arm)
+
+
+def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
+    metric = cells[0].run.metric
+    judged = [cell.summary["clients_after"] for cell in cells]
+    ids = sorted({int(client) for own in judged for client in own["each"]})
+    every = [turn for cell in cells for turn in turns(cell.run.run, cell.run.costs)]
+    shares = cells[0].run.run["method"] not in ("local_only", "centralised")
+    known = [cell.metrics[metric] for cell in cells if shares and metric in cell.metrics]
+
+    def over(key: str) -> float:
+        return fmean(float(own[key][metric]) for own in judged)
+
+    return Arm(
+        scenario,
+        name,
+        str(cells[0].run.run["method"]),
+        {cell.seed: float(own["mean"][metric]) for cell, own in zip(cells, judged, strict=True)},
+        fmean(known) if known else None,
+        {
+            client: fmean(
+                own["each"][str(client)][metric] for own in judged if str(client) in own["each"]
+            )
+            for client in ids
+        },
+        over("worst_decile"),
+        over("spread"),
+        over("fairness"),
+        {
+            other: fmean(m[other] for own in judged for m in own["each"].values())
+            for other in APART
+            if all(other in m for own in judged for m in own["each"].values())
+        },
+        fmean(turn.sent.down + turn.sent.up for turn in every),
+        fmean(turn.flops for turn in every),
+    )

@@ -1,0 +1,74 @@
+"""What averaging LoRA's factors apart loses, and what stacking keeps, against dense products."""
+
+import pytest
+import torch
+
+from fedloom.aggregation.lora import averaging_error, stacked
+from fedloom.aggregation.means import weighted_mean
+
+
+def adapters(count=3, rank=2, same_a=False):
+    torch.manual_seed(0)
+    shared = torch.randn(rank, 5)
+    return [
+        {
+            "x.lora_A.weight": shared if same_a else torch.randn(rank, 5),
+            "x.lora_B.weight": torch.randn(4, rank),
+            "y.lora_A.weight": shared if same_a else torch.randn(rank, 5),
+            "y.lora_B.weight": torch.randn(3, rank),
+        }
+        for _ in range(count)
+    ]
+
+
+def products(adapter):
+    return [
+        (adapter[f"{n}.lora_B.weight"].double() @ adapter[f"{n}.lora_A.weight"].double())
+        for n in "xy"
+    ]
+
+
+def mean_of_products(some, weights):
+    shares = [w / sum(weights) for w in weights]
+    every = [products(adapter) for adapter in some]
+    return [sum(p * own[i] for p, own in zip(shares, every, strict=True)) for i in (0, 1)]
+
+
+def test_stacking_is_the_mean_of_products_and_averaging_is_not():
+    some, weights = adapters(), [1.0, 3.0, 4.0]
+    exact = mean_of_products(some, weights)
+    for one, other in zip(products(stacked(some, [0.125, 0.375, 0.5])), exact, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    for one, other in zip(products(weighted_mean(some, weights)), exact, strict=True):
+        assert not torch.allclose(one, other, atol=0.1)
+
+
+def test_the_error_is_that_of_the_dense_products():
+    some, weights = adapters(), [1.0, 3.0, 4.0]
+    exact = mean_of_products(some, weights)
+    plain = products(weighted_mean(some, weights))
+    lost = sum((a - b).square().sum() for a, b in zip(plain, exact, strict=True)) ** 0.5
+    whole = sum(a.square().sum() for a in exact) ** 0.5
+    assert averaging_error(some, weights) == pytest.approx(float(lost / whole), rel=1e-6)
+
+
+def test_one_client_or_one_a_for_all_loses_nothing():
+    assert averaging_error(adapters(1), [2.0]) == pytest.approx(0.0, abs=1e-7)
+    assert averaging_error(adapters(same_a=True), [1.0, 1.0, 2.0]) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_without_both_factors_or_with_a_mean_of_zero_there_is_no_such_number():
+    assert averaging_error([{"w": torch.ones(2)}], [1.0]) is None
+    assert averaging_error([{"x.lora_A.weight": torch.ones(1, 2)}], [1.0]) is None
+    nothing = {"x.lora_A.weight": torch.ones(1, 2), "x.lora_B.weight": torch.zeros(2, 1)}
+    assert averaging_error([nothing, nothing], [1.0, 1.0]) is None
+
+
+def test_a_run_reports_it_by_round(experiment, federate):
+    found = federate(
+        experiment(federation={"rounds": 2, "clients": 3}, training={"learning_rate": 1e-2})
+    )
+    errors = [record.train["aggregation_error"] for record in found.records]
+    assert all(0 < error < 1 for error in errors)
+    exact = federate(experiment(method={"name": "ffa_lora"}))
+    assert "aggregation_error" not in exact.records[-1].train
