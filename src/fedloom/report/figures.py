@@ -177,7 +177,8 @@ def pareto_scatter(
         for name, colour in colours.items():
             axes.plot([], [], "o", color=colour, label=name)
         _finish_axes(axes, x_label, y_label, legend=False)
-        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1, columnspacing=0.8)
+        if len(groups) > 1:
+            figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1, columnspacing=0.8)
         return _svg(figure)
 
 
