@@ -18,13 +18,13 @@ from fedloom.methods.base import (
     Client,
     Cohort,
     Handler,
-    Method,
     Round,
     mean_adapter,
     proximal_gradient,
     train_and_upload,
     training_exchange,
 )
+from fedloom.methods.parts import KeepsAdapter
 from fedloom.settings import Settings
 
 
@@ -36,10 +36,8 @@ class DittoSettings(Settings):
     """lambda, the pull of the shared adapter on the personal one; 0 is local training."""
 
 
-class Ditto(Method):
+class Ditto(KeepsAdapter):
     """FedAvg with a personal adapter for each client."""
-
-    personal = True
 
     def __init__(self, settings: DittoSettings) -> None:
         """Keep lambda."""
@@ -54,13 +52,9 @@ class Ditto(Method):
         """Return the client side."""
         return {"train": self._train}
 
-    def load(self, client: Client, payload: Payload) -> None:
-        """Write the personal adapter; before a client's first training, the shared one."""
-        client.model.write(client.kept.get(ADAPTER, payload.tensors))
-
     def _train(self, client: Client, payload: Payload) -> Payload:
         reply = train_and_upload(client, payload)
-        client.model.write(client.kept.get(ADAPTER, payload.tensors))
+        self.load(client, payload)
         shared = {n: t.to(client.model.device) for n, t in payload.tensors.items()}
         client.train(
             payload.numbers["learning_rate"],

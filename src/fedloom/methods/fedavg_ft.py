@@ -13,19 +13,18 @@ from typing import Literal
 from pydantic import Field
 
 from fedloom.checkpoint import State
-from fedloom.messages import Exchange, Payload, Schema
+from fedloom.messages import Payload
 from fedloom.methods.base import (
     ADAPTER,
-    TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
     Handler,
-    Method,
     Round,
     mean_adapter,
     train_and_upload,
     training_exchange,
 )
+from fedloom.methods.parts import KeepsAdapter, ask_everybody
 from fedloom.settings import Settings
 
 
@@ -39,10 +38,8 @@ class FedAvgFTSettings(Settings):
     """Of that training (default: that of the first round)."""
 
 
-class FedAvgFT(Method):
+class FedAvgFT(KeepsAdapter):
     """FedAvg, then every client by itself."""
-
-    personal = True
 
     def __init__(self, settings: FedAvgFTSettings) -> None:
         """Keep the settings."""
@@ -53,23 +50,12 @@ class FedAvgFT(Method):
         replies = yield training_exchange(cohort, state.tensors)
         adapter = mean_adapter(replies)
         if cohort.last:
-            yield Exchange.broadcast(
-                "tune",
-                cohort.round,
-                tuple(sorted(cohort.sizes)),
-                Payload(adapter),
-                Schema.of(adapter),
-                Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
-            )
+            yield ask_everybody("tune", cohort, adapter)
         return State(adapter)
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": train_and_upload, "tune": self._tune}
-
-    def load(self, client: Client, payload: Payload) -> None:
-        """Write the client's own adapter once there is one, the shared one before."""
-        client.model.write(client.kept.get(ADAPTER, payload.tensors))
 
     def _tune(self, client: Client, payload: Payload) -> Payload:
         client.model.write(payload.tensors)

@@ -16,19 +16,18 @@ from pydantic import Field
 
 from fedloom.aggregation.lora import stacked
 from fedloom.checkpoint import State
-from fedloom.messages import Exchange, Payload, Schema
+from fedloom.messages import Payload
 from fedloom.methods.base import (
     ADAPTER,
-    TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
     Handler,
-    Method,
     Round,
     mean_adapter,
     train_and_upload,
     training_exchange,
 )
+from fedloom.methods.parts import KeepsAdapter, ask_everybody
 from fedloom.settings import Settings
 
 
@@ -42,10 +41,8 @@ class FedDPASettings(Settings):
     """Share of the local adapter in a layer's output (the authors' code: 0.5)."""
 
 
-class FedDPA(Method):
+class FedDPA(KeepsAdapter):
     """FedAvg of one adapter, local training of another, and both in use."""
-
-    personal = True
 
     def __init__(self, settings: FedDPASettings) -> None:
         """Keep the settings."""
@@ -56,14 +53,7 @@ class FedDPA(Method):
         replies = yield training_exchange(cohort, state.tensors)
         adapter = mean_adapter(replies)
         if cohort.last and self.settings.variant == "F":
-            yield Exchange.broadcast(
-                "fit",
-                cohort.round,
-                tuple(sorted(cohort.sizes)),
-                Payload(adapter),
-                Schema.of(adapter),
-                Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
-            )
+            yield ask_everybody("fit", cohort, adapter)
         return State(adapter)
 
     def handlers(self) -> dict[str, Handler]:

@@ -1,7 +1,8 @@
-"""What methods have in common whose clients keep some of the trained tensors to themselves.
+"""What methods have in common whose clients keep some of what is trained to themselves.
 
-The shared tensors are averaged as in FedAvg; the others are trained with them, kept between rounds in the
-client's store, and are in no message: the schema of every exchange has no place for them.
+Of :class:`KeepsParts` the shared tensors are averaged as in FedAvg; the others are trained with them,
+kept between rounds in the client's store, and are in no message: the schema of every exchange has no
+place for them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Collection
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.checkpoint import State
-from fedloom.messages import Payload, Tensors
+from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
     Handler,
@@ -107,6 +110,28 @@ class KeepsParts(Method):
         if self.personal:
             client.kept[PERSONAL] = self.own(trained)
         return Payload(self.common(trained), {"examples": len(client.share)}, result.metrics)
+
+
+class KeepsAdapter(Method):
+    """A method whose clients keep a whole adapter of their own beside the shared one."""
+
+    personal = True
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the client's own adapter once there is one, the shared one before."""
+        client.model.write(client.kept.get(ADAPTER, payload.tensors))
+
+
+def ask_everybody(action: str, cohort: Cohort, adapter: Tensors) -> Exchange:
+    """Send ``adapter`` to every client there is, in the cohort or not; only numbers come back."""
+    return Exchange.broadcast(
+        action,
+        cohort.round,
+        tuple(sorted(cohort.sizes)),
+        Payload(adapter),
+        Schema.of(adapter),
+        Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
+    )
 
 
 def one_after_the_other(

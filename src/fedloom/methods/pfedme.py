@@ -25,12 +25,12 @@ from fedloom.methods.base import (
     Client,
     Cohort,
     Handler,
-    Method,
     Round,
     mean_adapter,
     proximal_gradient,
     training_exchange,
 )
+from fedloom.methods.parts import KeepsAdapter
 from fedloom.settings import Settings
 from fedloom.training.local import StepHook
 
@@ -49,10 +49,8 @@ class PFedMeSettings(Settings):
     """beta of the server (the authors' experiments: 1 to 2)."""
 
 
-class PFedMe(Method):
+class PFedMe(KeepsAdapter):
     """Averages w; a client's own model is theta."""
-
-    personal = True
 
     def __init__(self, settings: PFedMeSettings) -> None:
         """Keep the settings."""
@@ -69,10 +67,6 @@ class PFedMe(Method):
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": self._train}
-
-    def load(self, client: Client, payload: Payload) -> None:
-        """Write theta; before a client's first training, w."""
-        client.model.write(client.kept.get(ADAPTER, payload.tensors))
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         own = self.settings
