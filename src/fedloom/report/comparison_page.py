@@ -66,6 +66,12 @@ def is_comparison(folder: Path) -> bool:
     return (folder / names.COMPARISON).is_file()
 
 
+def is_of_kind(folder: Path, kind: str) -> bool:
+    """Return whether ``folder`` is that of a comparison of this kind."""
+    record = RunFolder(folder).read_json(names.COMPARISON)
+    return bool(record) and record.get("kind") == kind
+
+
 def write_comparison(folder: Path, target: Path | None = None) -> Path:
     """Write the page of a comparison and ``results.json``, all its figures.
 
@@ -196,9 +202,10 @@ def _wins(blocks: Sequence[Block]) -> Record:
     }
 
 
-def _of(
+def cells_of(
     cells: Iterable[Cell], objective: str | None = None, method: str | None = None
 ) -> list[Cell]:
+    """Return the runs of an objective arm (or scenario), of a method arm, or of both."""
     return [
         cell
         for cell in cells
@@ -211,7 +218,7 @@ def _arm_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
     rows = []
     for method in record["methods"]:
         for objective in record["objectives"]:
-            some = _of(cells, objective, method)
+            some = cells_of(cells, objective, method)
             if some:
                 rows.append({"objective": objective, "method": method, **_arm(some)})
     return rows
@@ -239,7 +246,7 @@ def _means_by_objective(record: Record, cells: Sequence[Cell]) -> list[Record]:
     """Return one row an objective: the mean over methods of each seed, over seeds."""
     rows = []
     for objective in record["objectives"]:
-        some = _of(cells, objective)
+        some = cells_of(cells, objective)
         seeds = sorted({cell.seed for cell in some})
         values = [fmean(c.value for c in some if c.seed == seed) for seed in seeds]
         if values:
@@ -255,7 +262,7 @@ def _did(record: Record, cells: Sequence[Cell]) -> list[Record]:
     for objective in record["objectives"]:
         turns = [
             cost
-            for cell in _of(cells, objective)
+            for cell in cells_of(cells, objective)
             for cost in cell.run.costs
             if cost["phase"] == "train"
         ]
@@ -273,7 +280,7 @@ def _did(record: Record, cells: Sequence[Cell]) -> list[Record]:
 
 
 def _needs_pairs(cells: Sequence[Cell], objective: str) -> bool:
-    data = _of(cells, objective)[0].run.run["data"]
+    data = cells_of(cells, objective)[0].run.run["data"]
     return data["kind"] == "preference" and data.get("feedback") is None
 
 
@@ -285,7 +292,7 @@ def _range(values: Iterable[float]) -> Record:
 def _feedback_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
     rows = []
     for objective in record["objectives"]:
-        found = [cell.run.run["data"].get("feedback") for cell in _of(cells, objective)]
+        found = [cell.run.run["data"].get("feedback") for cell in cells_of(cells, objective)]
         deals = [deal for deal in found if deal]
         if deals:
             rows.append(
@@ -310,7 +317,7 @@ def _curves(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     for method in record["methods"]:
         lines, bands = {}, {}
         for objective in record["objectives"]:
-            found = [cell.run.global_line(metric) for cell in _of(cells, objective, method)]
+            found = [cell.run.global_line(metric) for cell in cells_of(cells, objective, method)]
             if found and found[0][0]:
                 rounds = found[0][0]
                 by_round = list(zip(*(y for _, y in found), strict=True))

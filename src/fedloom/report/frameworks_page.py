@@ -14,7 +14,7 @@ from typing import Any
 
 from fedloom.accounting.network import Link
 from fedloom.report import run_folder as names
-from fedloom.report.comparison_page import Cell, read_cells
+from fedloom.report.comparison_page import Cell, cells_of, is_of_kind, read_cells
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_flops
@@ -84,8 +84,7 @@ class Arm:
 
 def is_frameworks(folder: Path) -> bool:
     """Return whether ``folder`` is that of a comparison over scenarios."""
-    record = RunFolder(folder).read_json(names.COMPARISON)
-    return bool(record) and record.get("kind") == "scenarios"
+    return is_of_kind(folder, "scenarios")
 
 
 def write_frameworks(folder: Path, target: Path | None = None) -> Path:
@@ -125,7 +124,7 @@ def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
     found = []
     for scenario in record["objectives"]:
         for method in record["methods"]:
-            some = [c for c in cells if (c.objective, c.method) == (scenario, method)]
+            some = cells_of(cells, scenario, method)
             if some:
                 found.append(_arm(scenario, method, some, links))
     return found

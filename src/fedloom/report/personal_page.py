@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.report import run_folder as names
-from fedloom.report.comparison_page import Cell, read_cells
+from fedloom.report.comparison_page import Cell, cells_of, is_of_kind, read_cells
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval, paired_test
 from fedloom.report.template import fill, write_page
@@ -72,8 +72,7 @@ class Arm:
 
 def is_personal(folder: Path) -> bool:
     """Return whether ``folder`` is that of a comparison judged by clients' own rows."""
-    record = RunFolder(folder).read_json(names.COMPARISON)
-    return bool(record) and record.get("kind") == "personal"
+    return is_of_kind(folder, "personal")
 
 
 def write_personal(folder: Path, target: Path | None = None) -> Path:
@@ -97,7 +96,7 @@ def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
     found = []
     for scenario in record["objectives"]:
         for method in record["methods"]:
-            some = [c for c in cells if (c.objective, c.method) == (scenario, method)]
+            some = cells_of(cells, scenario, method)
             if some:
                 found.append(_arm(scenario, method, some))
     return found
