@@ -9,6 +9,7 @@ from fedloom.aggregation.server_optimizers import (
     adaptive_step,
     difference,
     momentum,
+    nesterov_momentum,
     yogi_moment,
 )
 
@@ -30,3 +31,16 @@ def test_yogi_falls_by_no_more_than_the_square():
     """v above s^2: falls by (1 - beta2) s^2; below: rises by as much; equal: stays."""
     found = yogi_moment(of(10.0, 1.0, 4.0), of(2.0, 2.0, 2.0), 0.75)["w"].tolist()
     assert found == pytest.approx([9.0, 2.0, 4.0])
+
+
+def test_nesterovs_momentum_is_that_of_torch():
+    changes = [(1.0, -2.0), (0.5, 0.5), (-3.0, 1.0)]
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    theirs = torch.optim.SGD([weight], lr=1.0, momentum=0.5, nesterov=True)
+    ours, moved = of(0.0, 0.0)["w"], {}
+    for change in changes:
+        weight.grad = -of(*change)["w"]
+        theirs.step()
+        moved, step = nesterov_momentum(moved, of(*change), 0.5)
+        ours = ours + step["w"]
+        assert ours.tolist() == pytest.approx(weight.tolist(), abs=1e-12)

@@ -51,6 +51,10 @@ class QuadraticClient(Client):
                 after_step(self.model.parameters)
         return LocalResult(2, self.steps, 0, 0, {"loss": 1.0})
 
+    def loss(self, batches):
+        w = self.model.parameters["lora_w"].detach()
+        return float((w - torch.tensor(TARGETS[self.id], dtype=torch.float64)).square().sum() / 2)
+
 
 @pytest.fixture
 def play():

@@ -11,6 +11,7 @@ from fedloom.aggregation.lora import stacked
 from fedloom.errors import SettingsError
 from fedloom.methods.base import ADAPTER
 from fedloom.methods.ditto import Ditto, DittoSettings
+from fedloom.methods.fdlora import PRIVATE, FDLoRA, FDLoRASettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.parts import PERSONAL
@@ -92,6 +93,40 @@ def test_feddpa_trains_its_adapters_apart(play):
     assert own(after, 0) == pytest.approx(fitted, abs=1e-12)
 
 
+def test_fdlora_starts_from_local_training_and_moves_by_nesterov(play):
+    """The first change is counted one and a half times, the second with three quarters of it beside."""
+    found = play(FDLoRA(FDLoRASettings(private_every=2)), rounds=2)
+    for axis in (0, 1):
+
+        def mean(w, axis=axis):
+            ends = [descend(w, TARGETS[client][axis]) for client in (0, 1)]
+            return (ends[0] + 3 * ends[1]) / 4
+
+        start = FEDAVG[0][axis]  # the mean of what clients made of the start by themselves
+        first = mean(start) - start
+        one = start + 1.5 * first
+        second = mean(one) - one
+        two = one + second + 0.5 * (0.5 * first + second)
+        assert found.adapters[0][axis] == pytest.approx(one, abs=1e-7)
+        assert found.adapters[1][axis] == pytest.approx(two, abs=1e-7)
+        for client in (0, 1):  # of round 2, as trained from what was received
+            private = found.kept[client][PRIVATE]["lora_w"][axis].item()
+            assert private == pytest.approx(descend(one, TARGETS[client][axis]), abs=1e-7)
+
+
+def test_fdlora_uses_the_best_mixture_that_it_tried(play):
+    found = play(FDLoRA(FDLoRASettings(budget=100, penalty=0.0)), rounds=1)
+    shared = torch.tensor(found.adapters[-1], dtype=torch.float64)
+    grid = torch.cartesian_prod(*[torch.linspace(-1.5, 1.5, 121, dtype=torch.float64)] * 2)
+    for client, target in TARGETS.items():
+        private = found.kept[client][PRIVATE]["lora_w"]
+        aim = torch.tensor(target, dtype=torch.float64)
+        costs = (grid @ torch.stack([shared, private]) - aim).square().sum(1)
+        cost = float((torch.tensor(own(found, client)) - aim).square().sum())
+        assert cost == pytest.approx(float(costs.min()), rel=0.02)
+        assert cost < min(float((w - aim).square().sum()) for w in (shared, private))
+
+
 def test_stacked_adapters_have_the_weighted_sum_of_products():
     torch.manual_seed(0)
     adapters = [
@@ -169,12 +204,20 @@ def test_factors_are_of_lora(experiment, method):
         experiment(method={"name": method}, adapter={"kind": "ia3", "rank": 8}, **OPPOSED)
 
 
-@pytest.mark.parametrize("method", ["ditto", "pfedme", "fedavg_ft", "feddpa"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "ditto"},
+        {"name": "pfedme", "steps": 2},
+        {"name": "fedavg_ft"},
+        {"name": "feddpa"},
+        {"name": "fdlora", "penalty": 0},
+    ],
+    ids=lambda method: method["name"],
+)
 @pytest.mark.parametrize("task", [OPPOSED, CLASSES], ids=["pairs", "classes"])
 def test_clients_are_judged_by_what_they_would_use(experiment, federate, method, task):
-    own = experiment(
-        method={"name": method, **({"steps": 2} if method == "pfedme" else {})}, **task
-    )
+    own = experiment(method=method, **task)
     found = federate(own, evaluate=True)
     losses = [m["loss"] for m in found.records[-1].evaluation.clients.values()]
     assert len(set(losses)) == len(losses)

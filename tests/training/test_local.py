@@ -14,7 +14,7 @@ from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapte
 from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
-from fedloom.training.local import add_reference_logps, train_locally
+from fedloom.training.local import add_reference_logps, local_loss, train_locally
 from fedloom.training.optimizers import TrainingSettings, Work, round_learning_rate
 
 SETS = {
@@ -124,6 +124,20 @@ def test_every_objective_learns(parts, name):
     _, trained = train(objective, model, share, model.read(), local_epochs=15)
     after, _ = train(objective, model, share, trained, **whole)
     assert after.metrics["loss"] < 0.98 * before.metrics["loss"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_loss_without_training_is_that_of_the_first_step(parts, name):
+    objective, model, share = parts(name)
+    start = model.read()
+    trained, _ = train(objective, model, share, start, batch_size=20, local_steps=1)
+    model.write(start)
+    settings = TrainingSettings(batch_size=20, micro_batch_size=8)
+    whole = {"seed": 3, "client": 1, "round": 1}
+    loss = local_loss(model, share, objective, settings, batches=1, **whole)
+    assert loss == pytest.approx(trained.metrics["loss"], abs=1e-6)
+    assert loss == local_loss(model, share, objective, settings, batches=1, **whole)
+    assert distance(model.read(), start) == 0.0
 
 
 def test_steps_run_over_as_many_epochs_as_they_take(parts):

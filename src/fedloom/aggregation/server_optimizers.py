@@ -35,6 +35,20 @@ def momentum(previous: Tensors, change: Tensors, beta1: float) -> Tensors:
     return {n: beta1 * previous[n] + (1 - beta1) * d for n, d in change.items()}
 
 
+def nesterov_momentum(previous: Tensors, change: Tensors, beta: float) -> tuple[Tensors, Tensors]:
+    """Return m = beta m + d (d where there is no m yet), and the step d + beta m.
+
+    Nesterov's momentum in the form of ``torch.optim.SGD``; d is a change, the negative of a gradient.
+
+    Args:
+        previous: m of the round before; empty in the first.
+        change: d, the clients' mean change.
+        beta: At least 0.
+    """
+    moved = {n: beta * previous[n] + d for n, d in change.items()} if previous else dict(change)
+    return moved, {n: d + beta * moved[n] for n, d in change.items()}
+
+
 def adagrad_moment(previous: Tensors, signal: Tensors) -> Tensors:
     """Return v = v + s^2."""
     return {name: previous[name] + s.square() for name, s in signal.items()}

@@ -8,6 +8,7 @@ from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.ditto import Ditto, DittoSettings
+from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
@@ -44,6 +45,7 @@ MethodSettings = (
     | DittoSettings
     | PFedMeSettings
     | FedDPASettings
+    | FDLoRASettings
     | FedSALoRASettings
     | FFALoRASettings
     | DistillationSettings
@@ -67,6 +69,7 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "ditto": (DittoSettings, Ditto),
     "pfedme": (PFedMeSettings, PFedMe),
     "feddpa": (FedDPASettings, FedDPA),
+    "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),
     "ffa_lora": (FFALoRASettings, FFALoRA),
     "distillation": (DistillationSettings, DistillationMethod),

@@ -25,7 +25,7 @@ from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
-from fedloom.training.local import LocalResult, StepHook, train_locally
+from fedloom.training.local import LocalResult, StepHook, local_loss, train_locally
 from fedloom.training.optimizers import TrainingSettings, Work
 
 OPTIMIZER = "optimizer"
@@ -166,6 +166,22 @@ class Client:
             self.kept[slot] = result.optimizer_state
         self.last = result.after(self.last)
         return result
+
+    def loss(self, batches: int) -> float:
+        """Return the mean loss of what the model holds over some batches of this client's rows.
+
+        They are the same batches whenever it is asked for in a round.
+        """
+        return local_loss(
+            self.model,
+            self.share,
+            self.objective,
+            self.training,
+            seed=self.seed,
+            client=self.id,
+            round=self.round,
+            batches=batches,
+        )
 
 
 @dataclass

@@ -280,6 +280,50 @@ def _all_logps(model: AdapterModel, share: TokenShare, batch_size: int) -> Tenso
     return result
 
 
+def local_loss(
+    model: AdapterModel,
+    share: TokenShare,
+    objective: Objective,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    client: int,
+    round: int,
+    batches: int,
+) -> float:
+    """Return the mean loss of the adapter that ``model`` holds on some of one party's rows.
+
+    Args are those of :func:`train_locally`, but for:
+        batches: How many optimizer batches it is over; the same ones whenever it is asked for in a
+            round.
+    """
+    objective = objective.for_client(share.tokens.labels)
+    order = generator(seed, "loss batches", client, round)
+    totals = Totals()
+    with model.evaluating():
+        for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
+            parts = [
+                collate(share, part, model.pad, model.device)
+                for part in micro_batches(share, indices, settings.micro_batch)
+            ]
+            for part, loss, _, metrics in _losses(model, objective, parts):
+                own = objective.metric_weights(part)
+                totals.add(part, {"loss": loss, **metrics}, objective.weight(part), own)
+    return totals.result({}).metrics["loss"]
+
+
+def _losses(
+    model: AdapterModel, objective: Objective, parts: list[Batch]
+) -> Iterator[tuple[Batch, Tensor, float, dict[str, Tensor]]]:
+    """Yield each micro-batch with its loss, its share of the optimizer batch, and its metrics."""
+    statistics = objective.statistics(model, parts)
+    weights = [objective.weight(part) for part in parts]
+    whole = sum(weights)
+    for part, weight in zip(parts, weights, strict=True):
+        loss, metrics = objective.loss(model, part, statistics)
+        yield part, loss, weight / whole, metrics
+
+
 def _accumulate_gradients(
     model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals
 ) -> float:
@@ -288,15 +332,12 @@ def _accumulate_gradients(
     Each micro-batch's mean counts by its share of what the mean is over, so the sum is the mean
     over the optimizer batch however it was cut (the mistake of torchtune issue 2307).
     """
-    statistics = objective.statistics(model, parts)
-    weights = [objective.weight(part) for part in parts]
-    whole = sum(weights)
     step_loss = torch.zeros((), device=model.device)
-    for part, weight in zip(parts, weights, strict=True):
-        loss, metrics = objective.loss(model, part, statistics)
-        (loss * (weight / whole)).backward()  # type: ignore[no-untyped-call]
-        step_loss += loss.detach() * (weight / whole)
-        totals.add(part, {"loss": loss.detach(), **metrics}, weight, objective.metric_weights(part))
+    for part, loss, share, metrics in _losses(model, objective, parts):
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+        step_loss += loss.detach() * share
+        own = objective.metric_weights(part)
+        totals.add(part, {"loss": loss.detach(), **metrics}, objective.weight(part), own)
     return float(step_loss)
 
 

@@ -1,0 +1,156 @@
+"""FDLoRA: a shared LoRA moved by an outer optimizer, a private one, and a mixture of both that fits.
+
+Source: Qi et al. 2024, "FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA
+Tuning", https://arxiv.org/abs/2406.07925, as FedAMoLE's authors ran it (``specs/methods.md`` 5.7).
+Before the first round every client trains by itself; that is its private adapter, and the mean of all
+is the shared one's start. Then clients train the shared adapter, which the server moves by their mean
+change with Nesterov's momentum, and every few rounds a client's private adapter becomes the shared one
+as it has just trained it. After the last round a client looks for a and b, so that a times the shared
+and b times the private adapter (each factor so mixed) has a small loss on some of its batches, and
+uses that. Before, it is judged by the shared adapter.
+
+The published search is nevergrad's; ours is Nelder-Mead's simplex (scipy), which begins with the shared
+adapter alone, the private one alone, and the sum of both.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.optimize import minimize
+
+from fedloom.aggregation.server_optimizers import difference, nesterov_momentum
+from fedloom.checkpoint import State
+from fedloom.messages import Exchange, Payload, Schema, Tensors
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Round,
+    join_parts,
+    mean_adapter,
+    part_of,
+    train_and_upload,
+    training_exchange,
+)
+from fedloom.methods.parts import KeepsAdapter, ask_everybody
+from fedloom.settings import Settings
+
+MOMENTUM = "momentum"
+
+PRIVATE = "private"
+"""Where a client keeps its private adapter; what it uses in the end is in ``ADAPTER``."""
+
+SIMPLEX = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+"""Mixtures that the search begins with: shared alone, private alone, both; not all on one line."""
+
+
+class FDLoRASettings(Settings):
+    """``[method] name = "fdlora"``; defaults are those of FedAMoLE's authors."""
+
+    name: Literal["fdlora"] = "fdlora"
+    server_rate: float = Field(default=1.0, gt=0)
+    """Of the outer optimizer."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Nesterov's, of the outer optimizer."""
+    private_every: int = Field(default=5, ge=1)
+    """Rounds after which a client's private adapter becomes the shared one as it trained it."""
+    bound: float = Field(default=1.5, ge=1)
+    """Largest size of a and b."""
+    budget: int = Field(default=5, ge=3)
+    """Mixtures that a client tries."""
+    batches: int = Field(default=5, ge=1)
+    """Batches of its own rows that each is tried on."""
+    penalty: float = Field(default=0.05, ge=0)
+    """Added to the loss: so many times the mean of |a| and |b|. Made for losses of texts; against that of
+    pairs, which begins at ln 2 and falls little, it can be the larger part, and 0 serves better."""
+
+
+class FDLoRA(KeepsAdapter):
+    """An outer optimizer on the shared adapter, and a fitted mixture at the end."""
+
+    def __init__(self, settings: FDLoRASettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Start without momentum."""
+        return State(join_parts(adapter=adapter))
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Move the shared adapter; before the first round start it, after the last have all mix."""
+        adapter, before = self.shared(state), part_of(state.tensors, MOMENTUM)
+        if not before:
+            adapter = mean_adapter((yield self._start(cohort, adapter)))
+        replies = yield training_exchange(cohort, adapter)
+        change = difference(mean_adapter(replies), adapter)
+        moved, step = nesterov_momentum(before, change, self.settings.momentum)
+        rate = self.settings.server_rate
+        adapter = {name: tensor + rate * step[name] for name, tensor in adapter.items()}
+        if cohort.last:
+            yield ask_everybody("mix", cohort, adapter)
+        return State(join_parts(adapter=adapter, momentum=moved))
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"start": self._begin, "train": self._train, "mix": self._mix}
+
+    def shared(self, state: State) -> Tensors:
+        """Return the shared adapter without the momentum."""
+        return part_of(state.tensors, ADAPTER)
+
+    def _start(self, cohort: Cohort, adapter: Tensors) -> Exchange:
+        """Ask every client there is to train by itself from the adapter all have, and send it."""
+        return Exchange.broadcast(
+            "start",
+            cohort.round,
+            tuple(sorted(cohort.sizes)),
+            Payload(numbers={"learning_rate": cohort.learning_rate}),
+            Schema(numbers=("learning_rate",)),
+            Schema.of(adapter, TRAIN_REPLY_NUMBERS, metrics=True),
+        )
+
+    def _begin(self, client: Client, payload: Payload) -> Payload:
+        client.model.write(client.initial)
+        result = client.train(payload.numbers["learning_rate"], purpose="private ")
+        client.kept[PRIVATE] = client.model.read()
+        return Payload(client.kept[PRIVATE], {"examples": len(client.share)}, result.metrics)
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        reply = train_and_upload(client, payload)
+        if client.round % self.settings.private_every == 0:
+            client.kept[PRIVATE] = reply.tensors
+        return reply
+
+    def _mix(self, client: Client, payload: Payload) -> Payload:
+        private = client.kept.get(PRIVATE, payload.tensors)
+
+        def write(weights: NDArray[np.float64]) -> None:
+            client.model.write(mixture(payload.tensors, private, *map(float, weights)))
+
+        def cost(weights: NDArray[np.float64]) -> float:
+            write(weights)
+            return client.loss(own.batches) + own.penalty * float(np.abs(weights).mean())
+
+        own = self.settings
+        found = minimize(
+            cost,
+            SIMPLEX[0],
+            method="Nelder-Mead",
+            bounds=[(-own.bound, own.bound)] * 2,
+            options={"maxfev": own.budget, "initial_simplex": SIMPLEX},
+        )
+        write(found.x)
+        client.kept[ADAPTER] = client.model.read()
+        chosen = {"shared_weight": float(found.x[0]), "private_weight": float(found.x[1])}
+        return Payload(numbers={"examples": len(client.share)}, metrics=chosen)
+
+
+def mixture(shared: Tensors, private: Tensors, a: float, b: float) -> Tensors:
+    """Return a times the shared and b times the private adapter, tensor by tensor."""
+    return {name: a * tensor + b * private[name] for name, tensor in shared.items()}
