@@ -68,7 +68,7 @@ def run_record(
             "trainable": trained,
         },
         "data": {
-            "source": ", ".join(experiment.data.sources),
+            "source": ", ".join(dict.fromkeys(experiment.data.all_sources)),
             "kind": loaded.kind,
             "max_length": parts.max_length,
             "train": sum(parts.engine.sizes().values()),

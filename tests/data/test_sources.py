@@ -11,6 +11,7 @@ import pytest
 
 from fedloom.data.sources import DataSettings, load_examples
 from fedloom.errors import DataError
+from fedloom.experiment import Experiment
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "site": "AB"[i % 2]} for i in range(10)]
 
@@ -226,3 +227,112 @@ def test_json_by_client_gives_a_column_of_clients(tmp_path):
     data = load(tmp_path / "x.json")
     clients = [example.columns["client"] for example in data.train + data.test]
     assert (clients.count("ann"), clients.count("bob")) == (4, 6)
+
+
+# --- parts of sets, several answers, domains ----------------------------------------------------
+
+
+def pairs_file(path, rows=20, **columns):
+    write_jsonl(
+        path,
+        [
+            {
+                "q": f"why {i}",
+                "good": f"so {i}; or {i}",
+                "bad": [f"no {i}", f"never {i}"],
+                **columns,
+            }
+            for i in range(rows)
+        ],
+    )
+    return str(path)
+
+
+PAIRS = {
+    "columns": {"chosen": "good", "rejected": "bad"},
+    "template": "Q: {q}\nA: ",
+    "answers_between": "; ",
+}
+
+
+def test_of_several_answers_the_first_is_taken(tmp_path):
+    data = load(pairs_file(tmp_path / "x.jsonl"), kind="preference", **PAIRS)
+    first = min(data.train, key=lambda row: row.row)
+    i = first.row - 1
+    assert (first.prompt, first.chosen, first.rejected) == (
+        f"Q: why {i}\nA: ",
+        f"so {i}",
+        f"no {i}",
+    )
+
+
+def test_only_some_values_of_a_column(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    data = load(tmp_path / "x.jsonl", only={"site": ["B"]})
+    assert {row.columns["site"] for row in [*data.train, *data.test]} == {"B"}
+    assert data.dropped == {"not among data.only": 5}
+    with pytest.raises(DataError, match=r"has no column 'sight'; did you mean 'site'\?"):
+        load(tmp_path / "x.jsonl", only={"sight": ["B"]})
+    with pytest.raises(DataError, match="holds no usable row"):
+        load(tmp_path / "x.jsonl", only={"site": ["C"]})
+
+
+def domains(tmp_path, **more):
+    reviews = [
+        {"text": " ".join(f"{label}{i}w{w}" for w in range(40)), "label": label}
+        for i in range(12)
+        for label in ("pos", "neg")
+    ]
+    write_jsonl(tmp_path / "films.jsonl", reviews)
+    return {
+        "why": {"source": pairs_file(tmp_path / "why.jsonl"), **PAIRS, "max_rows": 15},
+        "films": {
+            "source": str(tmp_path / "films.jsonl"),
+            "continuations": {"chosen": "pos", "rejected": "neg", "words": 5},
+        },
+        **more,
+    }
+
+
+def read(**settings):
+    return load_examples(
+        DataSettings(**{"kind": "preference", **settings}), np.random.default_rng(0)
+    )
+
+
+def test_each_domain_is_read_in_its_own_way(tmp_path):
+    data = read(domains=domains(tmp_path))
+    rows = [*data.train, *data.test]
+    counts = {name: sum(r.columns["domain"] == name for r in rows) for name in ("why", "films")}
+    assert counts == {"why": 15, "films": 12}
+    assert len({row.row for row in rows}) == 27  # row numbers tell all of them apart
+    film = next(row for row in rows if row.columns["domain"] == "films")
+    assert film.columns["prefers"] == "pos" and len(film.chosen.split()) == 5
+    assert read(domains=domains(tmp_path)).digest == data.digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "x {q}"}, "data.template is said by each of data.domains"),
+        ({"test_split": "test"}, "the held-out set is drawn from them"),
+        ({"kind": None}, "data.kind is missing: is what the domains hold"),
+        ({"kind": "instruction"}, "data.domains.films.continuations makes pairs"),
+    ],
+)
+def test_settings_that_do_not_go_with_domains(tmp_path, settings, message):
+    own = DataSettings(**{"kind": "preference", "domains": domains(tmp_path), **settings})
+    assert any(message in text for text in own.contradictions())
+
+
+def test_a_domain_without_a_file_of_its_own(tmp_path):
+    own = DataSettings(kind="preference", domains=domains(tmp_path, third={"max_rows": 3}))
+    (problem,) = own.contradictions()
+    assert problem == "data.domains.third.source: a domain's rows come from files or the Hub"
+
+
+def test_a_written_experiment_with_domains_is_read_again(tmp_path):
+    own = Experiment.from_table({"data": {"kind": "preference", "domains": domains(tmp_path)}})
+    path = tmp_path / "again.toml"
+    path.write_text(own.to_toml())
+    assert Experiment.from_toml(path).data == own.data

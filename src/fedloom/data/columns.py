@@ -78,6 +78,18 @@ def renamed(row: Row, columns: Mapping[str, str], template: str | None) -> dict[
     return result
 
 
+def first_answers(row: dict[str, Any], between: str | None) -> dict[str, Any]:
+    """Return a row with one answer on either side: the first of a list or of a text cut there."""
+    found: dict[str, Any] = {name: row[name] for name in ("chosen", "rejected") if name in row}
+    for name, answer in found.items():
+        answer = answer.tolist() if hasattr(answer, "tolist") else answer
+        if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
+            found[name] = answer[0]
+        elif isinstance(answer, str) and between:
+            found[name] = answer.split(between, 1)[0]
+    return {**row, **found}
+
+
 def fill_template(template: str, row: Row) -> str:
     """Replace ``{name}`` by the row's column; ``{{`` and ``}}`` are braces, nothing else is read."""
 

@@ -13,9 +13,8 @@ import glob
 import gzip
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +25,13 @@ from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
 from fedloom.data.columns import (
     REQUIRED,
     RowError,
+    first_answers,
     make_example,
     pair_or_feedback,
     renamed,
     template_columns,
 )
+from fedloom.data.continuations import ContinuationSettings, continuations
 from fedloom.data.examples import Example, Kind, Preference
 from fedloom.errors import DataError
 from fedloom.settings import Settings
@@ -40,8 +41,8 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parq
 SHOWN_BAD_ROWS = 5
 
 
-class DataSettings(Settings):
-    """``[data]``: where examples come from and what is in them."""
+class SourceSettings(Settings):
+    """``[data.domains.NAME]``: where rows come from and how they are read."""
 
     source: str | list[str] = "builtin:preferences"
     """A local file, a pattern of files ("data/*.jsonl"; their names are the column "file"), a Hub
@@ -52,6 +53,34 @@ class DataSettings(Settings):
     """Folder of a set on the Hub that keeps its parts in folders."""
     split: str = "train"
     """Split of a set on the Hub."""
+    columns: dict[str, str] = {}
+    """Our column name to yours, where they differ: { prompt = "question", label = "category" }."""
+    template: str | None = None
+    """Makes the prompt from your columns: "Question: {question}\\nAnswer:"."""
+    only: dict[str, list[str]] = {}
+    """Your column to the values it may have; other rows are left out."""
+    answers_between: str | None = None
+    """What stands between the answers where chosen or rejected holds several ("; "): the first is
+    taken. Of a list of texts it is taken in any case."""
+    continuations: ContinuationSettings | None = None
+    """Of preferences: the source holds labelled texts, of which pairs are made."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Most training rows that are used, drawn from the seed."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source there is."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether a source is generated."""
+        return any(source.startswith(BUILTIN_PREFIX) for source in self.sources)
+
+
+class DataSettings(SourceSettings):
+    """``[data]``: where examples come from and what is in them."""
+
     test_source: str | None = None
     """Where the global held-out set comes from (default: test_fraction of the source)."""
     test_split: str | None = None
@@ -61,14 +90,8 @@ class DataSettings(Settings):
     judged (default: kind)."""
     kind: Kind | None = None
     """instruction, preference, feedback or labelled; built-in sets know theirs."""
-    columns: dict[str, str] = {}
-    """Our column name to yours, where they differ: { prompt = "question", label = "category" }."""
-    template: str | None = None
-    """Makes the prompt from your columns: "Question: {question}\\nAnswer:"."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of the rows kept from training for the global held-out set."""
-    max_rows: int | None = Field(default=None, ge=1)
-    """Most training rows that are used, drawn from the seed."""
     incomplete_pairs: Literal["drop", "feedback"] = "drop"
     """What becomes of a pair with one answer missing or both alike: dropped and counted, or turned into
     single answers for objectives that train on them (two that are alike pull against each other)."""
@@ -78,29 +101,53 @@ class DataSettings(Settings):
     """Tokens of prompt and completion together (default: the model's context, at most 1024)."""
     builtin_rows: int = Field(default=1600, ge=1)
     """Rows that a built-in source generates."""
+    domains: dict[str, SourceSettings] = {}
+    """Several sources, each read in its own way, in place of one; a row's domain is its column
+    "domain"."""
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """Every source there is."""
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+    def parts(self) -> dict[str, SourceSettings]:
+        """Sources by domain; where there are no domains, the only one without a name."""
+        return dict(self.domains) or {"": self}
+
+    @property
+    def all_sources(self) -> tuple[str, ...]:
+        """Every source of every domain."""
+        return tuple(source for part in self.parts.values() for source in part.sources)
 
     @property
     def builtin_kind(self) -> str | None:
         """Kind of a built-in source, ``None`` for others and for one that is not there."""
         return (
             BUILTIN_KINDS.get(self.sources[0].removeprefix(BUILTIN_PREFIX))
-            if self.sources
+            if self.sources and not self.domains
             else None
         )
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
         found = []
-        if not self.sources:
-            found.append("data.source is an empty list")
-        builtin = any(source.startswith(BUILTIN_PREFIX) for source in self.sources)
-        if builtin and len(self.sources) > 1:
-            found.append("data.source: a built-in source cannot stand in a list with others")
+        for name, part in self.parts.items():
+            section = f"data.domains.{name}" if name else "data"
+            if not part.sources:
+                found.append(f"{section}.source is an empty list")
+            if part.is_builtin and len(part.sources) > 1:
+                found.append(
+                    f"{section}.source: a built-in source cannot stand in a list with others"
+                )
+            if part.is_builtin and name:
+                found.append(f"{section}.source: a domain's rows come from files or the Hub")
+            if part.continuations and self.kind != "preference":
+                found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
+        elsewhere = self.test_source is not None or self.test_split is not None
+        if elsewhere and (self.domains or self.continuations):
+            name = "domains" if self.domains else "continuations"
+            found.append(f"data.{name}: the held-out set is drawn from them (test_fraction)")
+        if self.domains:
+            fields = SourceSettings.model_fields
+            beside = [name for name in fields if getattr(self, name) != fields[name].default]
+            found += [f"data.{name} is said by each of data.domains for itself" for name in beside]
+        builtin = self.is_builtin and not self.domains
         known = self.builtin_kind
         if self.test_kind not in (None, self.kind or known):
             if self.test_source is None and self.test_split is None:
@@ -108,7 +155,8 @@ class DataSettings(Settings):
             if "labelled" in (self.test_kind, self.kind or known):
                 found.append("data.test_kind: labelled texts are judged by labelled texts alone")
         if not builtin and self.kind is None:
-            found.append(f"data.kind is missing: is {self.source!r} {', '.join(REQUIRED)}?")
+            what = "what the domains hold" if self.domains else repr(self.source)
+            found.append(f"data.kind is missing: is {what} {', '.join(REQUIRED)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
         return found
@@ -165,35 +213,80 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
     Raises:
         DataError: A missing or empty file, an absent column, or too many malformed rows.
     """
-    if settings.sources[0].startswith(BUILTIN_PREFIX):
+    if settings.is_builtin and not settings.domains:
         name = settings.sources[0].removeprefix(BUILTIN_PREFIX)
         train = builtin_examples(name, settings.builtin_rows, rng)
         return _loaded(*_hold_out(train, settings, rng), BUILTIN_KINDS[name], (), {})
-    reader = _Reader(settings, str(settings.kind), settings.incomplete_pairs == "feedback")
-    train = reader.read_all(settings.sources, settings.split)
+    read = _Read()
+    train = []
+    for domain, part in settings.parts.items():
+        rows = _read_part(settings, part, domain, read, rng)
+        train += _few(rows, part.max_rows, rng) if domain else rows
     test_kind = settings.test_kind or str(settings.kind)
     if settings.test_source is not None or settings.test_split is not None:
         tests = (settings.test_source,) if settings.test_source else settings.sources
-        judged = _Reader(settings, test_kind)
+        judged = _Reader(settings, settings, test_kind, _Read(bad=read.bad, dropped=read.dropped))
         test = judged.read_all(tests, settings.test_split or "test")
-        reader.bad += judged.bad
-        reader.dropped = dict(Counter(reader.dropped) + Counter(judged.dropped))
     else:
         train, test = _hold_out(train, settings, rng)
-    if settings.max_rows is not None and len(train) > settings.max_rows:
-        drawn = rng.choice(len(train), size=settings.max_rows, replace=False)
-        train = [train[i] for i in np.sort(drawn)]
-    return _loaded(train, test, str(settings.kind), tuple(reader.bad), reader.dropped, test_kind)
+    train = _few(train, settings.max_rows, rng)
+    return _loaded(train, test, str(settings.kind), tuple(read.bad), read.dropped, test_kind)
+
+
+def _few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> list[Example]:
+    """Return at most ``limit`` of the rows, drawn, in their order."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[i] for i in np.sort(rng.choice(len(rows), size=limit, replace=False))]
+
+
+def _read_part(
+    settings: DataSettings,
+    part: SourceSettings,
+    domain: str,
+    read: _Read,
+    rng: np.random.Generator,
+) -> list[Example]:
+    """Read what one domain holds, or all there is where there are no domains."""
+    kind = "labelled" if part.continuations else str(settings.kind)
+    first = read.rows
+    rows = _Reader(settings, part, kind, read, domain).read_all(part.sources, part.split)
+    if part.continuations is None:
+        return rows
+    extra = {"domain": domain} if domain else {}
+    pairs = [
+        replace(pair, row=first + pair.row, columns={**pair.columns, **extra})
+        for pair in continuations(rows, part.continuations, rng)
+    ]
+    read.rows = max(read.rows, first + len(pairs))
+    return list(pairs)
+
+
+@dataclass
+class _Read:
+    """What reading has met so far: rows, and what was wrong with some."""
+
+    rows: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 class _Reader:
     """Reads sources of one kind and keeps count of what was wrong."""
 
-    def __init__(self, settings: DataSettings, kind: str, incomplete: bool = False) -> None:
-        self.settings, self.kind, self.incomplete = settings, kind, incomplete
-        self.rows = 0
-        self.bad: list[BadRow] = []
-        self.dropped: dict[str, int] = {}
+    def __init__(
+        self,
+        data: DataSettings,
+        settings: SourceSettings,
+        kind: str,
+        read: _Read,
+        domain: str = "",
+    ) -> None:
+        """Read as ``settings`` say; what goes wrong is counted in ``read``."""
+        self.settings, self.kind, self.so_far = settings, kind, read
+        self.max_bad_share = data.max_bad_share
+        self.incomplete = data.incomplete_pairs == "feedback" and kind == data.kind
+        self.own = {"domain": domain} if domain else {}
 
     def read_all(self, sources: Iterable[str], split: str) -> list[Example]:
         """Read every source; rows of all of them have numbers of their own."""
@@ -223,7 +316,7 @@ class _Reader:
 
     def _usable(self, source: str, examples: list[Example]) -> list[Example]:
         if not examples:
-            raise DataError(f"{source} holds no usable row (dropped: {self.dropped})")
+            raise DataError(f"{source} holds no usable row (dropped: {self.so_far.dropped})")
         return examples
 
     def _part(
@@ -236,20 +329,20 @@ class _Reader:
         examples: list[Example] = []
         bad: list[BadRow] = []
         seen = last = 0
-        offset = self.rows
+        offset = self.so_far.rows
         for number, row in rows:
             seen += 1
             if seen == 1 and isinstance(row, dict):
                 _check_columns(row, self.settings, self.kind, name)
-            if extra and isinstance(row, dict):
-                row = {**row, **extra}
+            if isinstance(row, dict):
+                row = {**row, **(extra or {}), **self.own}
             examples += self._examples(name, number, offset, row, bad)
             last = max(last, number)
-        self.rows += last
+        self.so_far.rows += last
         if not seen:
             raise DataError(f"{name} is empty: it holds no rows")
         self._check_bad(name, bad, seen)
-        self.bad += bad
+        self.so_far.bad += bad
         return examples
 
     def _examples(
@@ -260,7 +353,10 @@ class _Reader:
                 raise row
             if not isinstance(row, dict):
                 raise RowError(f"must be an object with columns, got {type(row).__name__}")
+            if any(str(row.get(name)) not in kept for name, kept in self.settings.only.items()):
+                raise RowError("not among data.only", malformed=False)
             own = renamed(row, self.settings.columns, self.settings.template)
+            own = first_answers(own, self.settings.answers_between)
             if self.incomplete and self.kind == "preference":
                 return pair_or_feedback(offset + number, own)
             return [make_example(self.kind, offset + number, own)]
@@ -268,17 +364,18 @@ class _Reader:
             if error.malformed:
                 bad.append(BadRow(name, number, str(error)))
             else:
-                self.dropped[str(error)] = self.dropped.get(str(error), 0) + 1
+                dropped = self.so_far.dropped
+                dropped[str(error)] = dropped.get(str(error), 0) + 1
             return []
 
     def _check_bad(self, name: str, bad: list[BadRow], seen: int) -> None:
-        if len(bad) <= self.settings.max_bad_share * seen:
+        if len(bad) <= self.max_bad_share * seen:
             return
         first = "\n".join(f"  {row}" for row in bad[:SHOWN_BAD_ROWS])
         more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
         raise DataError(
             f"{len(bad)} of {seen} rows of {name} are malformed ({len(bad) / seen:.1%}), "
-            f"data.max_bad_share allows {self.settings.max_bad_share:.1%}:\n{first}{more}\n"
+            f"data.max_bad_share allows {self.max_bad_share:.1%}:\n{first}{more}\n"
             "mend these rows, or raise data.max_bad_share to leave them out"
         )
 
@@ -388,10 +485,14 @@ def _check_file(path: Path) -> None:
         raise DataError(f"data file not found: {path}{hint}")
 
 
-def _check_columns(row: dict[str, Any], settings: DataSettings, kind: str, name: str) -> None:
+def _check_columns(row: dict[str, Any], settings: SourceSettings, kind: str, name: str) -> None:
     """Say at once, before any counting, that a column is not there."""
     there = sorted(map(str, row))
-    wanted = [*settings.columns.values(), *template_columns(settings.template or "")]
+    wanted = [
+        *settings.columns.values(),
+        *template_columns(settings.template or ""),
+        *settings.only,
+    ]
     absent = [column for column in wanted if column not in row]
     if not absent:
         ours = set(row) | set(settings.columns) | ({"prompt"} if settings.template else set())
