@@ -11,11 +11,12 @@ from fedloom.data.builtin import builtin_examples
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import NonFiniteLoss
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.heads import PersonalParts, attach_personal
 from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps, local_loss, train_locally
-from fedloom.training.optimizers import TrainingSettings, Work, round_learning_rate
+from fedloom.training.optimizers import TrainingSettings, Work, make_optimizer, round_learning_rate
 
 SETS = {
     "sft": "instructions",
@@ -302,3 +303,26 @@ def test_hooks_run_around_every_step_and_see_gradients(parts):
         after_step=lambda p: seen.append(all(x.grad is None for x in p.values())),
     )
     assert seen == [True] * 4
+
+
+def test_heads_may_have_a_learning_rate_of_their_own(model_folder):
+    """With SGD a step is the rate times the gradient, so steps differ by the rates' ratio and no more."""
+    backbone = load_backbone(str(model_folder), pad_token_id=0)
+    attached = attach_adapter(backbone, AdapterSettings(rank=2))
+    attach_personal(attached, PersonalParts(bottleneck=4, head_mode="full"), 0)
+    model = AdapterModel(attached, 0)
+    before = model.read()
+    moved = []
+    for rates in ({}, {"head_learning_rate": 0.002}):
+        model.write(before)
+        own = TrainingSettings(optimizer="sgd", learning_rate=0.02, **rates)
+        optimizer = make_optimizer(model.parameters, own, 0.01)  # of a later round: half of both
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters.values():
+            parameter.grad = torch.rand(parameter.shape, generator=generator)
+        optimizer.step()
+        moved.append({name: t - before[name] for name, t in model.read().items()})
+    for name, step in moved[0].items():
+        share = 0.1 if name.startswith("own.") else 1.0
+        assert torch.allclose(moved[1][name], share * step, atol=1e-7)
+    assert any(name.startswith("own.") for name in before)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from fedloom.messages import Tensors
+from fedloom.models.heads import is_head
 from fedloom.settings import Settings
 
 AMOUNTS = ("local_epochs", "local_steps", "local_examples", "local_tokens", "total_epochs")
@@ -50,6 +51,9 @@ class TrainingSettings(Settings):
     """In the first round; constant inside a round."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How it falls over the rounds, to min_learning_rate in the last."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Of heads and a client's other own parts, at the first round (default: learning_rate). They are
+    as they were pretrained or small: a rate that suits LoRA's factors is often too high for them."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Where cosine and linear end (2502.14187 uses a tenth of the first)."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -168,7 +172,7 @@ def make_optimizer(
         learning_rate: Of this round.
         state: What :func:`optimizer_state` returned at the end of an earlier round, or ``None``.
     """
-    tensors = list(parameters.values())
+    tensors = _groups(parameters, settings, learning_rate)
     decay = settings.weight_decay
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
@@ -187,6 +191,19 @@ def make_optimizer(
                 key.rpartition("/")[2]: state[key].clone() for key in slots
             }
     return optimizer
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter], settings: TrainingSettings, learning_rate: float
+) -> Any:
+    """Return the parameters for an optimizer: all alike, or heads with a learning rate of their own."""
+    if settings.head_learning_rate is None:
+        return list(parameters.values())
+    rate = learning_rate * settings.head_learning_rate / settings.learning_rate
+    heads = [p for name, p in parameters.items() if is_head(name)]
+    others = [p for name, p in parameters.items() if not is_head(name)]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": heads, "lr": rate}]
+    return [group for group in groups if group["params"]]
 
 
 def optimizer_state(
