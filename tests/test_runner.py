@@ -381,7 +381,7 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["fedavg", "local_only", "scaffold", "fedyogi"])
+@pytest.mark.parametrize("method", ["fedavg", "local_only", "scaffold", "fedyogi", "fedex_lora"])
 @pytest.mark.parametrize("after", [1, 3, 4, 6])
 def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, method, after):
     settings = {

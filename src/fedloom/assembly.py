@@ -32,7 +32,7 @@ from fedloom.evaluation.clients import Evaluator
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.evaluation.newcomers import ACTION as JOIN
 from fedloom.evaluation.newcomers import Newcomers
-from fedloom.experiment import Experiment
+from fedloom.experiment import ClientsSettings, Experiment
 from fedloom.messages import Tensors
 from fedloom.methods import METHODS, make_method
 from fedloom.methods.base import EVALUATE, Method, ServerSide
@@ -248,6 +248,8 @@ def assemble(
             own.width,
             public.get(own.key),
             ledger,
+            min(federation.cohort_size, members),
+            {client: kits.of_client(client).key[1] for client in train},
         )
     )
     judged = experiment.evaluation.per_client and not isinstance(experiment.method, SplitSettings)
@@ -537,10 +539,16 @@ def of_server(experiment: Experiment) -> Experiment:
 
 
 def _with_model(experiment: Experiment, path: str, rank: int) -> Experiment:
+    """Return the experiment of a party that has this model and rank; it knows of no other groups."""
+    adapter = experiment.adapter
+    changed: dict[str, float] = {"rank": rank}
+    if METHODS[experiment.method.name][1].mixed_ranks:  # who shares factors scales them alike
+        changed["alpha"] = adapter.alpha / adapter.rank * rank
     return replace(
         experiment,
         model=experiment.model.model_copy(update={"path": path}),
-        adapter=experiment.adapter.model_copy(update={"rank": rank}),
+        adapter=adapter.model_copy(update=changed),
+        clients=ClientsSettings(),
     )
 
 

@@ -261,6 +261,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts[section].contradictions()
     if "method" in parts and "objective" in parts:
         found += _framework_contradictions(parts)
+        found += _parameter_contradictions(parts)
     if "method" in parts and "clients" in parts and parts["clients"].newcomers:
         found += _newcomer_contradictions(parts)
     if "data" in parts:
@@ -290,23 +291,7 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
             f"method.name = {method.name!r} works with objective.name = {' or '.join(TASKS)}, not with "
             f"{parts['objective'].name!r}"
         )
-    factors = method.name in ("fedsa_lora", "ffa_lora", "feddpa")
-    if factors and "adapter" in parts and parts["adapter"].kind != "lora":
-        found.append(
-            f"method.name = {method.name!r} treats the two factors of LoRA apart: use adapter.kind = "
-            '"lora"'
-        )
-    if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":
-        found.append(
-            "method.name = 'fedpdpo' gives clients heads over a vocabulary, and objective.name = "
-            f"{parts['objective'].name!r} has one over classes; fedper and fedrep keep that one"
-        )
     groups = "clients" in parts and parts["clients"].groups
-    if groups and not METHODS[method.name][1].own_models:
-        found.append(
-            f"clients.groups: method.name = {method.name!r} averages parameters, so all clients need the "
-            "same model and rank; distillation and local_only do not"
-        )
     if isinstance(method, DistillationSettings):
         labelled = "public" in parts and parts["public"].labelled
         if method.rule == "lowest_loss" and not labelled:
@@ -337,6 +322,66 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
             found.append(
                 'adapter.kind = "prompt" puts its tokens before the first block; method split '
                 'needs "lora", "ia3" or "full"'
+            )
+    return found
+
+
+def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what methods that share parameters cannot do with these adapters, heads and clients."""
+    found = []
+    method: Any = parts["method"]
+    kind = METHODS[method.name][1]
+    factors = method.name in ("fedsa_lora", "ffa_lora", "feddpa") or kind.mixed_ranks
+    factors = factors or kind.moves_backbone
+    if factors and "adapter" in parts and parts["adapter"].kind != "lora":
+        found.append(
+            f"method.name = {method.name!r} treats the two factors of LoRA apart: use adapter.kind = "
+            '"lora"'
+        )
+    if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":
+        found.append(
+            "method.name = 'fedpdpo' gives clients heads over a vocabulary, and objective.name = "
+            f"{parts['objective'].name!r} has one over classes; fedper and fedrep keep that one"
+        )
+    if method.name == "scaffold" and "training" in parts and parts["training"].head_learning_rate:
+        found.append(
+            "training.head_learning_rate: method.name = 'scaffold' divides by one learning rate for all "
+            "tensors"
+        )
+    if method.name == "flora" and "training" in parts and parts["training"].keep_optimizer_state:
+        found.append(
+            "training.keep_optimizer_state: method.name = 'flora' begins every round with fresh factors, "
+            "of which an optimizer knows nothing"
+        )
+    if kind.moves_backbone and "model" in parts and parts["model"].quantization != "none":
+        found.append(
+            f"model.quantization: method.name = {method.name!r} adds to the backbone's weights, which "
+            "a quantised one cannot take up"
+        )
+    groups = "clients" in parts and parts["clients"].groups
+    if groups and kind.mixed_ranks and "adapter" in parts:
+        found += _rank_contradictions(groups, parts["adapter"].rank, method.name)
+    elif groups and not kind.own_models:
+        found.append(
+            f"clients.groups: method.name = {method.name!r} averages parameters, so all clients need the "
+            "same model and rank; flora, flexlora and hetlora allow different ranks, distillation and "
+            "local_only both"
+        )
+    return found
+
+
+def _rank_contradictions(groups: Mapping[str, ClientGroup], largest: int, name: str) -> list[str]:
+    """Return what clients of different ranks that share parameters cannot differ in."""
+    found = []
+    for group, own in groups.items():
+        if own.model is not None:
+            found.append(
+                f"clients.groups.{group}.model: method.name = {name!r} allows other ranks of one model"
+            )
+        if own.rank is not None and own.rank > largest:
+            found.append(
+                f"clients.groups.{group}.rank = {own.rank} is above adapter.rank = {largest}, which the "
+                f"server's adapter has under method.name = {name!r}: raise adapter.rank"
             )
     return found
 

@@ -28,6 +28,10 @@ METHODS = [
     {"name": "scaffold"},
     {"name": "fedadam"},
     {"name": "local_only"},
+    {"name": "fedsa_lora"},
+    {"name": "flora"},
+    {"name": "fedex_lora"},
+    {"name": "flexlora"},
     *({"name": "distillation", "encoding": e} for e in ("fp32", "bf16", "fp16", "int8")),
     *({"name": "distillation", "encoding": e, "top_k": 3} for e in ("fp32", "fp16", "int8")),
     *(

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from fedloom.aggregation.lora import averaging_error, stacked
+from fedloom.aggregation.lora import (
+    averaging_error,
+    norm,
+    product_error,
+    rank_of,
+    residual,
+    resized,
+    stacked,
+    truncated,
+)
 from fedloom.aggregation.means import weighted_mean
 
 
@@ -72,3 +81,45 @@ def test_a_run_reports_it_by_round(experiment, federate):
     assert all(0 < error < 1 for error in errors)
     exact = federate(experiment(method={"name": "ffa_lora"}))
     assert "aggregation_error" not in exact.records[-1].train
+
+
+def test_the_residual_is_what_averaging_loses():
+    some, weights = adapters(), [1.0, 3.0, 4.0]
+    rest = residual(some, weights)
+    assert rank_of(rest) == 4 * 2
+    exact = mean_of_products(some, weights)
+    plain = products(weighted_mean(some, weights))
+    for one, two, three in zip(plain, products(rest), exact, strict=True):
+        assert torch.allclose(one + two, three, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_truncation_is_the_nearest_of_its_rank_and_holds_all_smaller_ones(rank):
+    """The distance to the dense mean is what its singular values beyond the rank make (Eckart, Young)."""
+    some = [*adapters(2, rank=2), *adapters(1, rank=3)]
+    weights = [1.0, 3.0, 4.0]
+    whole = truncated(some, weights, 4)
+    found = products(resized(whole, rank))
+    lost = total = 0.0
+    for one, dense in zip(found, mean_of_products(some, weights), strict=True):
+        beyond = torch.linalg.svdvals(dense)[rank:].square().sum()
+        assert float((one - dense).square().sum()) == pytest.approx(float(beyond), abs=1e-6)
+        lost, total = lost + float(beyond), total + float(dense.square().sum())
+    error = product_error(resized(whole, rank), some, weights)
+    assert error == pytest.approx((lost / total) ** 0.5, abs=1e-5)
+
+
+def test_other_ranks_by_zeros_or_the_first_rows():
+    (one,) = adapters(1)
+    wider = resized(one, 5)
+    assert rank_of(wider) == 5 and wider["x.lora_B.weight"].shape == (4, 5)
+    for left, right in zip(products(wider), products(one), strict=True):
+        assert torch.equal(left, right)
+    assert all(torch.equal(t, one[name]) for name, t in resized(wider, 2).items())
+    assert resized({**one, "head": torch.ones(3)}, 1)["head"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_norms_are_those_of_products():
+    (one,) = adapters(1)
+    dense = sum(float(product.square().sum()) for product in products(one)) ** 0.5
+    assert norm(one) == pytest.approx(dense, rel=1e-9)

@@ -17,7 +17,8 @@ PEOPLE = {
 
 
 @pytest.mark.parametrize(
-    "method", ["fedpdpo", "fedavg", "ditto", "ffa_lora", "fedavg_ft", "local_only"]
+    "method",
+    ["fedpdpo", "fedavg", "ditto", "ffa_lora", "fedavg_ft", "local_only", "flora", "fedex_lora"],
 )
 def test_they_are_in_no_round_and_judged_twice(experiment, method):
     result = fedloom.run(experiment(method={"name": method}, **PEOPLE))

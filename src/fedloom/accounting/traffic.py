@@ -78,17 +78,21 @@ class ParameterTraffic:
     Attributes:
         down: Bytes of the tensors sent to a client.
         up: Bytes of the tensors it sends.
+        also_down: Bytes of the tensors sent to it in a second message, after the round's training.
     """
 
     down: int
     up: int
     framework: str = "FedLLM"
+    also_down: int = 0
 
     def of_round(self, done: Done) -> Sent:
         """Return the bytes of a round; they do not depend on what was done in it."""
         down = self.down + header(1 if self.down else 0, 1)
         up = self.up + header(1 if self.up else 0, 1, 2)
-        return Sent(down, up, 1)
+        if not self.also_down:
+            return Sent(down, up, 1)
+        return Sent(down + self.also_down + header(1, 1), up + header(0, 1), 2)
 
 
 @dataclass(frozen=True)

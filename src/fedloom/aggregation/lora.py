@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fedloom.aggregation.means import weighted_mean
 from fedloom.messages import Tensors
 
 A, B = ".lora_A.", ".lora_B."
@@ -43,6 +45,84 @@ def stacked(adapters: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     return result
 
 
+def rank_of(adapter: Tensors) -> int:
+    """Return the rank of its factors."""
+    return next(len(adapter[a]) for a, _ in factor_pairs(adapter).values())
+
+
+def residual(adapters: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+    """Return factors whose products are what averaging A and B apart loses, exactly.
+
+    sum_k p_k B_k A_k - mean(B) mean(A), as stacked factors of rank (K + 1) r. Source: Singhal et al.
+    2024, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language
+    Models", https://arxiv.org/abs/2410.09432.
+
+    Args:
+        adapters: One a client, of one rank.
+        weights: One a client, at least 0, not all 0.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    pairs = [only_factors(adapter) for adapter in adapters]
+    return stacked([*pairs, weighted_mean(pairs, weights)], [*shares, -1.0])
+
+
+def truncated(adapters: Sequence[Tensors], weights: Sequence[float], rank: int) -> Tensors:
+    """Return the adapter of a rank whose products are nearest to sum_k p_k B_k A_k (Frobenius norm).
+
+    The singular values' roots go to either factor, largest first, so its first rows and columns are the
+    nearest of every smaller rank. The product is never formed: with QR decompositions of the stacked
+    factors, the singular values of a small matrix are those of the product. Source: Bai et al. 2024,
+    "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
+    (FlexLoRA), https://arxiv.org/abs/2402.11505, algorithm 1.
+
+    Args:
+        adapters: Of any ranks; what is no factor is averaged.
+        weights: One a client, at least 0, not all 0.
+        rank: Of the result; where the product has a smaller one, the rest is zero.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    result = stacked(adapters, shares)
+    for a, b in factor_pairs(result).values():
+        left, small_left = torch.linalg.qr(result[b].double())
+        right, small_right = torch.linalg.qr(result[a].double().T)
+        u, values, v = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+        roots = values[:rank].sqrt()
+        up, down = left @ u[:, :rank] * roots, (right @ v[:rank].T * roots).T
+        result[b], result[a] = up.to(result[b].dtype), down.to(result[a].dtype)
+    return resized(result, rank)
+
+
+def resized(adapter: Tensors, rank: int) -> Tensors:
+    """Return an adapter of another rank: its first rows of A and columns of B, or zeros beside them.
+
+    Zeros leave the products as they are.
+    """
+    result = dict(adapter)
+    for a, b in factor_pairs(adapter).values():
+        more = max(0, rank - len(adapter[a]))
+        result[a] = torch.nn.functional.pad(adapter[a][:rank], (0, 0, 0, more)).contiguous()
+        result[b] = torch.nn.functional.pad(adapter[b][:, :rank], (0, more)).contiguous()
+    return result
+
+
+def norm(adapter: Tensors) -> float:
+    """Return ||B A||_F over all layers together."""
+    pairs = factor_pairs(adapter).values()
+    return math.sqrt(
+        sum(_squared_norm([adapter[b].double()], [adapter[a].double()]) for a, b in pairs)
+    )
+
+
+def only_factors(adapter: Tensors) -> Tensors:
+    """Return LoRA's factors without what else is trained, such as a classification head."""
+    return {name: t for name, t in adapter.items() if A in name or B in name}
+
+
+def without_factors(adapter: Tensors) -> Tensors:
+    """Return what is trained beside LoRA's factors."""
+    return {name: t for name, t in adapter.items() if A not in name and B not in name}
+
+
 def averaging_error(adapters: Sequence[Tensors], weights: Sequence[float]) -> float | None:
     """Return how far the product of mean factors is from the mean of products.
 
@@ -56,20 +136,32 @@ def averaging_error(adapters: Sequence[Tensors], weights: Sequence[float]) -> fl
     Returns:
         The ratio, 0 where nothing is lost; ``None`` without pairs of factors or where the mean is zero.
     """
+    if not all(b in adapters[0] for _, b in factor_pairs(adapters[0]).values()):
+        return None
+    return product_error(_mean(adapters, weights), adapters, weights)
+
+
+def product_error(
+    found: Mapping[str, Tensor], adapters: Sequence[Tensors], weights: Sequence[float]
+) -> float | None:
+    """Return ||B A - sum_k p_k B_k A_k||_F / ||sum_k p_k B_k A_k||_F for the factors of ``found``.
+
+    Over all layers together, and no product is formed. ``None`` as in :func:`averaging_error`.
+    """
     shares = [weight / sum(weights) for weight in weights]
     lost = whole = 0.0
     for a, b in factor_pairs(adapters[0]).values():
-        if b in adapters[0]:
-            downs = [adapter[a].double() for adapter in adapters]
-            ups = [p * adapter[b].double() for p, adapter in zip(shares, adapters, strict=True)]
-            means = [torch.stack(ups).sum(0), _mean(downs, shares)]
-            whole += _squared_norm(ups, downs)
-            lost += _squared_norm([*ups, -means[0]], [*downs, means[1]])
+        downs = [adapter[a].double() for adapter in adapters]
+        ups = [p * adapter[b].double() for p, adapter in zip(shares, adapters, strict=True)]
+        whole += _squared_norm(ups, downs)
+        lost += _squared_norm([*ups, -found[b].double()], [*downs, found[a].double()])
     return max(lost, 0.0) ** 0.5 / whole**0.5 if whole > 0 else None
 
 
-def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return torch.stack([p * t for p, t in zip(shares, tensors, strict=True)]).sum(0)
+def _mean(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the mean of factors in float64, as it is before it is rounded to be sent."""
+    exact = [{n: t.double() for n, t in only_factors(adapter).items()} for adapter in adapters]
+    return weighted_mean(exact, weights)
 
 
 def _squared_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:

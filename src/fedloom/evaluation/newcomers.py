@@ -55,7 +55,7 @@ class Newcomers:
 
     def welcome(self, state: State, round: int, engine: Engine) -> dict[int, dict[str, float]]:
         """Have them join after ``round``; return each one's metrics, those after under ``after.``."""
-        shared = self.method.travelling(state)
+        shared = self.method.welcome(state)
         if not self.clients:
             return {}
         exchange = Exchange.broadcast(

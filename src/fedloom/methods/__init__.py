@@ -13,6 +13,7 @@ from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
+from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
     FedAdagradSettings,
@@ -25,6 +26,8 @@ from fedloom.methods.fedpdpo import FedPDPO, FedPDPOSettings
 from fedloom.methods.fedper import FedPer, FedPerSettings, FedRep, FedRepSettings
 from fedloom.methods.fedprox import FedProx, FedProxSettings
 from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FFALoRASettings
+from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
+from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
@@ -48,6 +51,10 @@ MethodSettings = (
     | FDLoRASettings
     | FedSALoRASettings
     | FFALoRASettings
+    | FLoRASettings
+    | FedExLoRASettings
+    | FlexLoRASettings
+    | HetLoRASettings
     | DistillationSettings
     | SplitSettings
     | CentralisedSettings
@@ -72,6 +79,10 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),
     "ffa_lora": (FFALoRASettings, FFALoRA),
+    "flora": (FLoRASettings, FLoRA),
+    "fedex_lora": (FedExLoRASettings, FedExLoRA),
+    "flexlora": (FlexLoRASettings, FlexLoRA),
+    "hetlora": (HetLoRASettings, HetLoRA),
     "distillation": (DistillationSettings, DistillationMethod),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),

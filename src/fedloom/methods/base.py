@@ -198,6 +198,8 @@ class ServerSide:
         width: Classes, or tokens of the vocabulary.
         public: The public rows that every party has, where the experiment has some.
         ledger: Where the server's costs go.
+        cohort: Clients of a round.
+        ranks: LoRA rank of each client.
     """
 
     model: AdapterModel
@@ -209,6 +211,8 @@ class ServerSide:
     width: int
     public: PublicRows | None
     ledger: Ledger
+    cohort: int
+    ranks: Mapping[int, int]
 
 
 Handler = Callable[[Client, Payload], Payload]
@@ -226,6 +230,8 @@ class Method:
         own_models: Whether each client keeps an adapter of its own and is judged by it.
         personal: Whether a client judges and uses what the server sends together with what it keeps.
         needs_public: Whether all parties must have public rows.
+        mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
+        moves_backbone: Whether weights that are frozen while training change between rounds.
         server: What it has on the server, from :meth:`equip` on.
     """
 
@@ -233,6 +239,8 @@ class Method:
     own_models = False
     personal = False
     needs_public = False
+    mixed_ranks = False
+    moves_backbone = False
     server: ServerSide
 
     @property
@@ -263,6 +271,10 @@ class Method:
     def travelling(self, state: State) -> Tensors | None:
         """Return what clients are sent to be judged with; ``None`` where all of it is their own."""
         return None if self.own_models else self.shared(state)
+
+    def welcome(self, state: State) -> Tensors | None:
+        """Return what a client is sent that has just joined; here what every other is sent."""
+        return self.travelling(state)
 
     def traffic(self, adapter: Tensors) -> Traffic:
         """Return the closed form of a client's bytes in a round; here the adapter down and up."""
@@ -322,13 +334,17 @@ def mean_adapter(replies: Sequence[Reply], cohort: Cohort | None = None) -> Tens
     return weighted_mean(adapters, weights)
 
 
-def training_exchange(cohort: Cohort, adapter: Tensors) -> Exchange:
-    """Ask the whole cohort to train ``adapter`` and send it back with the number of examples."""
+def training_exchange(cohort: Cohort, adapter: Tensors, **more: float) -> Exchange:
+    """Ask the whole cohort to train ``adapter`` and send it back with the number of examples.
+
+    Numbers in ``more`` travel with the learning rate.
+    """
+    numbers = {"learning_rate": cohort.learning_rate, **more}
     return Exchange.broadcast(
         "train",
         cohort.round,
         cohort.clients,
-        Payload(adapter, {"learning_rate": cohort.learning_rate}),
-        Schema.of(adapter, ("learning_rate",)),
+        Payload(adapter, numbers),
+        Schema.of(adapter, tuple(numbers)),
         Schema.of(adapter, TRAIN_REPLY_NUMBERS, metrics=True),
     )

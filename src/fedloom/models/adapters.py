@@ -35,6 +35,7 @@ from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError
 from fedloom.messages import Tensors
 from fedloom.models.heads import OWN, PersonalHead, save_personal
+from fedloom.models.moved import MOVED, FrozenWeights
 from fedloom.models.shape import block_of, is_linear, model_shape
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
@@ -106,6 +107,7 @@ class AdapterModel:
         shape: Its matrix products.
         flops: FLOPs of all passes so far, derived from shapes.
         own: A client's own parts at the output, where the model has any.
+        base: The frozen weights under LoRA's factors.
     """
 
     def __init__(
@@ -140,6 +142,13 @@ class AdapterModel:
         self.virtual_tokens = int(prompt or 0)
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
         self.flops = 0.0
+        self.base = FrozenWeights(model)
+
+    @property
+    def scaling(self) -> float:
+        """Of LoRA: what the product of its factors is multiplied by, alpha / rank."""
+        config: Any = self.model.peft_config["default"]
+        return float(config.lora_alpha) / float(config.r)
 
     @property
     def has_reward(self) -> bool:
@@ -189,17 +198,19 @@ class AdapterModel:
         return {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
 
     def digest(self) -> str:
-        """Return a SHA-256 over the trained tensors, which tells two adapters apart."""
+        """Return a SHA-256 over the trained tensors and what the others are moved by."""
         whole = hashlib.sha256()
-        for tensor in self.read().values():
+        for tensor in (*self.read().values(), *self.base.changes.values()):
             whole.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return whole.hexdigest()
 
     def write(self, tensors: Tensors) -> None:
         """Copy ``tensors`` (all of them, by name) into the trained parameters.
 
-        LoRA factors may be of another rank than those before; their product counts as before.
+        LoRA factors may be of another rank than those before; their product counts as before. Beside
+        them there may be changes of the frozen weights; where there are none, these are as loaded.
         """
+        self.base.move({name: t for name, t in tensors.items() if name.startswith(MOVED)})
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         if any(tensors[name].shape != shape for name, shape in shapes.items()):
             self.hold(self.parameters_of(tensors))
@@ -211,11 +222,11 @@ class AdapterModel:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Switch the adapter and own parts off: inside, the model is the frozen base model."""
+        """Switch the adapter and own parts off: inside, the model is the base model as it was loaded."""
         was_training = self.model.training
         self.model.eval()
         self._stand_aside(True)
-        with torch.no_grad(), self.model.disable_adapter():
+        with torch.no_grad(), self.model.disable_adapter(), self.base.as_loaded():
             yield
         self._stand_aside(False)
         self.model.train(was_training)
@@ -246,10 +257,16 @@ class AdapterModel:
 
     def save(self, folder: Path) -> None:
         """Write a folder that ``PeftModel.from_pretrained`` loads, and a client's own parts beside."""
-        with self._true_rank():
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        if self.base.changes:
+            self.base.save(self.model, folder)
+        else:
+            self._save_adapter(folder)
         if self.own is not None:
             save_personal(self.own, folder)
+
+    def _save_adapter(self, folder: Path) -> None:
+        with self._true_rank():
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
 
     @contextmanager
     def _true_rank(self) -> Iterator[None]:

@@ -1,0 +1,44 @@
+"""FedEx-LoRA: A and B are averaged, and what that loses is added to the backbone.
+
+Source: Singhal et al. 2024, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+Large Language Models", https://arxiv.org/abs/2410.09432. What is lost is mean(B A) - mean(B) mean(A),
+exactly, as factors of rank (K + 1) r for K clients of rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fedloom.aggregation.lora import residual
+from fedloom.messages import Exchange, Reply, Tensors
+from fedloom.methods.base import Cohort, mean_adapter, training_exchange
+from fedloom.methods.merging import MERGES, MergesFactors
+from fedloom.settings import Settings
+
+
+class FedExLoRASettings(Settings):
+    """``[method] name = "fedex_lora"``."""
+
+    name: Literal["fedex_lora"] = "fedex_lora"
+
+
+class FedExLoRA(MergesFactors):
+    """Averages the factors; the backbone takes what that loses."""
+
+    def __init__(self, settings: FedExLoRASettings) -> None:
+        """Take no settings beyond the name."""
+
+    def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
+        """Have clients train the shared adapter."""
+        return training_exchange(cohort, adapter, **{MERGES: float(merges)})
+
+    def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
+        """Average, and say what that loses: in the record, and as factors."""
+        weights = [reply.payload.numbers["examples"] for reply in replies]
+        adapters = [reply.payload.tensors for reply in replies]
+        return mean_adapter(replies, cohort), residual(adapters, weights)
+
+    def stacked(self) -> int:
+        """Return the cohort's, and the mean's."""
+        return self.server.cohort + 1

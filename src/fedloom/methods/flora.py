@@ -1,0 +1,85 @@
+"""FLoRA: clients' factors are stacked, so that their product is the mean of products at any ranks.
+
+Source: Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
+Low-Rank Adaptations", https://arxiv.org/abs/2409.05976. Every round begins with fresh factors, drawn by
+each client; the server stacks what comes back and everybody adds the product to its backbone.
+Clients may have different ranks (``clients.groups``), each with the scaling of ``[adapter]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from fedloom.aggregation.lora import (
+    A,
+    only_factors,
+    stacked,
+    without_factors,
+)
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
+from fedloom.methods.base import TRAIN_REPLY_NUMBERS, Client, Cohort
+from fedloom.methods.merging import MERGES, MergesFactors
+from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
+from fedloom.randomness import derive_seed
+from fedloom.settings import Settings
+
+
+class FLoRASettings(Settings):
+    """``[method] name = "flora"``."""
+
+    name: Literal["flora"] = "flora"
+
+
+class FLoRA(MergesFactors):
+    """Stacks the factors of all clients; begins every round with fresh ones."""
+
+    mixed_ranks = True
+
+    def __init__(self, settings: FLoRASettings) -> None:
+        """Take no settings beyond the name."""
+
+    def kept(self, adapter: Tensors) -> Tensors:
+        """Return what is no factor, such as a classification head."""
+        return without_factors(adapter)
+
+    def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
+        """Have clients train factors of their own ranks."""
+        numbers = {"learning_rate": cohort.learning_rate, MERGES: float(merges)}
+        return Exchange.broadcast(
+            "train",
+            cohort.round,
+            cohort.clients,
+            Payload(adapter, numbers),
+            Schema.of(adapter, tuple(numbers)),
+            Schema(ragged_specs(self.fresh), TRAIN_REPLY_NUMBERS, metrics=True),
+            check_ranks(self.server.ranks),
+        )
+
+    def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
+        """Stack, weighted by rows."""
+        weights = [reply.payload.numbers["examples"] for reply in replies]
+        whole = stacked(
+            [unpack(reply.payload.tensors, self.fresh) for reply in replies],
+            [weight / sum(weights) for weight in weights],
+        )
+        return without_factors(whole), only_factors(whole)
+
+    def start(self, client: Client, payload: Payload) -> Tensors:
+        """Return fresh factors, from the seed, the client and the round: A as PEFT draws it, B zero."""
+        drawn = torch.Generator().manual_seed(
+            derive_seed(client.seed, "fresh factors", client.id, client.round)
+        )
+        fresh = {}
+        for name, tensor in only_factors(client.initial).items():
+            fresh[name] = torch.zeros_like(tensor)
+            if A in name:
+                torch.nn.init.kaiming_uniform_(fresh[name], a=math.sqrt(5), generator=drawn)
+        return {**fresh, **payload.tensors}
+
+    def upload(self, trained: Tensors) -> Tensors:
+        """Return the factors with one row a rank, as their schema has them."""
+        return pack(trained)

@@ -1,0 +1,196 @@
+"""What methods have in common that add what clients learnt to the backbone itself.
+
+Averaging LoRA's A and B apart is not averaging their products. These methods keep the sum exact: what the
+factors of one low rank cannot hold is sent to every client as stacked factors after each round, and
+server and clients add the product to the frozen weights. A client keeps the sum of these products, as
+large as the layers that LoRA is beside, and the weights as they were loaded stay the reference model's.
+
+Each addition has a number. A client that missed one would train another model, so it says so and is
+left out; the server then sends it the whole sum before the next round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.lora import only_factors
+from fedloom.checkpoint import State
+from fedloom.errors import TrainingError
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    ServerSide,
+    join_parts,
+    part_of,
+    tensor_bytes,
+)
+from fedloom.methods.ranks import FACTORS, pack, unpack
+from fedloom.models.moved import MOVED, products
+
+BASE = "base"
+"""Where the sum of all products is, in the state and at a client."""
+
+MERGES = "merges"
+"""How many rounds' products are in it."""
+
+BEHIND = "behind "
+"""Before the id of a client that did not confirm the last of them."""
+
+
+class MergesFactors(Method):
+    """A method whose rounds end with factors that everybody adds to the backbone.
+
+    A subclass says how a round trains (:meth:`training`), what of it goes on as an adapter and what is
+    added (:meth:`combined`), and what a client trains from (:meth:`start`).
+
+    Attributes:
+        fresh: The server's adapter as it was initialised.
+        scaling: Of LoRA's products.
+    """
+
+    moves_backbone = True
+    fresh: Tensors
+    scaling: float
+
+    def equip(self, server: ServerSide) -> None:
+        """Note the adapter's shapes and scaling."""
+        super().equip(server)
+        self.fresh, self.scaling = server.model.read(), server.model.scaling
+
+    def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
+        """Return what the cohort is asked to do; its request has the number ``merges``."""
+        raise TypeError(f"{type(self).__name__} must define training(cohort, adapter, merges)")
+
+    def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
+        """Return the next round's adapter, and the factors whose products are added to the backbone."""
+        raise TypeError(f"{type(self).__name__} must define combined(replies, cohort)")
+
+    def kept(self, adapter: Tensors) -> Tensors:
+        """Return what of an adapter the state keeps; here all of it."""
+        return adapter
+
+    def start(self, client: Client, payload: Payload) -> Tensors:
+        """Return the adapter that a client trains from; here the one it received."""
+        return payload.tensors
+
+    def upload(self, trained: Tensors) -> Tensors:
+        """Return what a client sends of what it trained; here all of it."""
+        return trained
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Keep the adapter; nothing has been added yet."""
+        return State(join_parts(adapter=self.kept(adapter)), {MERGES: 0.0})
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Bring those up to date who are behind; train; have everybody add what is to be added."""
+        adapter, base = part_of(state.tensors, ADAPTER), part_of(state.tensors, BASE)
+        merges = int(state.numbers[MERGES])
+        behind = [c for c in sorted(cohort.sizes) if f"{BEHIND}{c}" in state.numbers]
+        if behind:
+            yield self._send("catch_up", cohort, behind, base, merges)
+        replies = yield self.training(cohort, adapter, merges)
+        adapter, factors = self.combined(replies, cohort)
+        confirmed = yield self._send("merge", cohort, cohort.sizes, pack(factors), merges + 1)
+        missing = cohort.sizes.keys() - {reply.client for reply in confirmed}
+        numbers = {MERGES: merges + 1.0, **{f"{BEHIND}{c}": 1.0 for c in sorted(missing)}}
+        return State(join_parts(adapter=adapter, base=self._moved(base, factors)), numbers)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train, "merge": self._merge, "catch_up": self._catch_up}
+
+    def shared(self, state: State) -> Tensors:
+        """Return the adapter and the changes of the backbone."""
+        return {
+            **self.fresh,
+            **part_of(state.tensors, ADAPTER),
+            **part_of(state.tensors, BASE),
+        }
+
+    def travelling(self, state: State) -> Tensors:
+        """Return the adapter alone, with the number of additions that it goes with."""
+        merges = torch.tensor([int(state.numbers[MERGES])])
+        return {**part_of(state.tensors, ADAPTER), MERGES: merges}
+
+    def welcome(self, state: State) -> Tensors:
+        """Return the changes of the backbone too."""
+        return {**self.travelling(state), **part_of(state.tensors, BASE)}
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the backbone's changes, received or kept, and the adapter received."""
+        adapter = {n: t for n, t in payload.tensors.items() if n != MERGES}
+        received = any(name.startswith(MOVED) for name in adapter)
+        base = {} if received else self._base(client, int(payload.tensors[MERGES]))
+        client.model.write({**client.initial, **adapter, **base})
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Count the adapter down and up, and then as many clients' factors as are stacked."""
+        factors = tensor_bytes(only_factors(adapter))
+        down = tensor_bytes(self.kept(adapter))
+        return ParameterTraffic(down, tensor_bytes(adapter), also_down=self.stacked() * factors)
+
+    def stacked(self) -> int:
+        """Return how many clients' factors are sent to everybody after a round; here a cohort's."""
+        return self.server.cohort
+
+    def _send(
+        self, action: str, cohort: Cohort, clients: Collection[int], tensors: Tensors, merges: int
+    ) -> Exchange:
+        return Exchange.broadcast(
+            action,
+            cohort.round,
+            tuple(sorted(clients)),
+            Payload(tensors, {MERGES: float(merges)}),
+            Schema.of(tensors, (MERGES,)),
+            Schema(numbers=TRAIN_REPLY_NUMBERS),
+        )
+
+    def _moved(self, base: Tensors, factors: Tensors) -> Tensors:
+        changes = products(factors, self.scaling)
+        return {name: base[name] + t if name in base else t for name, t in changes.items()}
+
+    def _base(self, client: Client, merges: int) -> Tensors:
+        """Return a client's changes of the backbone.
+
+        Raises:
+            TrainingError: It has not made all additions that the server has.
+        """
+        kept = client.kept.get(BASE, {})
+        own = int(kept[MERGES]) if kept else 0
+        if own != merges:
+            raise TrainingError(
+                f"it has added {own} of {merges} rounds to its backbone; the server sends it the whole "
+                "before the next round"
+            )
+        return {name: tensor for name, tensor in kept.items() if name != MERGES}
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        base = self._base(client, int(payload.numbers[MERGES]))
+        client.model.write({**self.start(client, payload), **base})
+        result = client.train(payload.numbers["learning_rate"])
+        sent = self.upload(client.model.read())
+        return Payload(sent, {"examples": len(client.share)}, result.metrics)
+
+    def _merge(self, client: Client, payload: Payload) -> Payload:
+        merges = int(payload.numbers[MERGES])
+        factors = unpack(payload.tensors, client.initial)
+        base = self._moved(self._base(client, merges - 1), factors)
+        rank = len(payload.tensors[FACTORS])
+        client.model.flops += sum(2.0 * rank * change.numel() for change in base.values())
+        return self._keep(client, base, merges)
+
+    def _catch_up(self, client: Client, payload: Payload) -> Payload:
+        return self._keep(client, payload.tensors, int(payload.numbers[MERGES]))
+
+    def _keep(self, client: Client, base: Tensors, merges: int) -> Payload:
+        client.kept[BASE] = {**base, MERGES: torch.tensor([merges])}
+        return Payload(numbers={"examples": len(client.share)})
