@@ -334,7 +334,7 @@ def personal_table(folder: Path) -> Table:
     )
     table.add_column("arm", no_wrap=True)
     others = [name for name in REFERENCES if any(name in row["gains"] for row in found["arms"])]
-    for column in ("mean", *(f"over {name}" for name in others), "worst tenth", "sent"):
+    for column in ("mean", *(f"over\n{name}" for name in others), "worst\ntenth", "sent"):
         table.add_column(column, justify="right", no_wrap=True)
     for scenario in dict.fromkeys(row["scenario"] for row in found["arms"]):
         table.add_row(Text(scenario, style="bold"))

@@ -19,7 +19,7 @@ def folder(experiment):
 
 def test_one_run(folder):
     page = write_report([folder]).read_text()
-    assert page.count("<svg") == 6 and "</html>" in page
+    assert page.count("<svg") == 7 and "</html>" in page
     assert "measured" in page and "derived" in page
     assert f"fedloom run {folder}/experiment.toml" in page
     summary = json.loads((folder / "summary.json").read_text())

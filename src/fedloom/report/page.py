@@ -206,6 +206,10 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         charts.append(
             ("Computed by clients so far, derived", figures.line_chart(flops, "round", "GFLOP"))
         )
+    lost = run.train_line("aggregation_error")
+    if lost[0]:
+        title = "Lost by putting LoRA together: distance to the mean of products, relative"
+        charts.append((title, figures.line_chart({"": lost}, "round", "relative error")))
     return charts
 
 
