@@ -1,6 +1,7 @@
 """Every recipe loads, says its command, and runs a round on a random model and data of its layout."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,46 @@ FRAMEWORKS = [
 ]
 
 
+def layout(source, kind):
+    """Rows with the columns that a source is read by and its scenario divides by."""
+    rows = []
+    for i in range(120):
+        row = dict.fromkeys(("Category", "vul_type"), "abcd"[i % 4])
+        row |= {name: allowed[i % len(allowed)] for name, allowed in source.only.items()}
+        row |= {"statement": f"say {i}", "Question": f"why {i}"}
+        if source.continuations:
+            row |= {"text": f"word{i} " * 100, "label": ("pos", "neg")[i % 2]}
+        else:
+            names = {ours: source.columns.get(ours, ours) for ours in ("chosen", "rejected")}
+            start = "" if source.template else f"\n\nHuman: {i}\n\nAssistant:"
+            row |= {theirs: f"{start} {ours} {i % 8}; {i}" for ours, theirs in names.items()}
+        rows.append(row)
+    return rows
+
+
 @pytest.mark.parametrize("path", PERSONAL, ids=lambda path: path.stem)
-def test_comparison_of_personal_models(path, model_folder, tmp_path):
-    """Every arm is run once, for a round, to the page."""
+def test_comparison_of_personal_models(path, model_folder, rows_file, tmp_path):
+    """Every arm is run once, for a round, and every scenario by one arm, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
     changes = {"model.path": model_folder, "federation.rounds": 1, "compare.seeds": [0]}
     changes |= {"data.builtin_rows": 90, "evaluation.client_max_examples": 10}
-    small = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
+    changes |= {"training.local_steps": 1, "adapter.layers": 1}
+    for cell in {c.objective: c for c in read_comparison(path).cells}.values():
+        data = cell.experiment.data
+        for domain, source in data.parts.items():
+            if not source.is_builtin:
+                place = f"compare.scenarios.{cell.objective}.data"
+                place += f".domains.{domain}" if domain else ""
+                files = [
+                    rows_file(layout(source, data.kind), f"{cell.objective}{domain}{i}.jsonl")
+                    for i, _ in enumerate(source.sources)
+                ]
+                changes[f"{place}.source"] = json.dumps(files)
+                changes[f"compare.scenarios.{cell.objective}.partition.minimum"] = 8
+    whole = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
+    first, once = whole.cells[0].objective, {c.objective: c for c in whole.cells}
+    cells = [c for c in whole.cells if c.objective == first or c is once[c.objective]]
+    small = dataclasses.replace(whole, cells=tuple(cells))
     folder = compare(small, tmp_path / "out", workers=1)
     page = write_personal(folder).read_text()
     assert "over local only" in page and "over fedavg" in page
