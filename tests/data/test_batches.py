@@ -92,3 +92,19 @@ def test_the_other_answer_to_the_same_prompt_is_no_mismatch(tokenizer):
 
 def test_one_row_has_no_mismatch(tokenizer):
     assert mismatch(feedback(tokenizer, 1), np.random.default_rng(0), 100, 1) is None
+
+
+def test_taken_rows_keep_what_was_computed_about_them(tokenizer):
+    pairs = [Preference(i, f"Q{i}:", f" yes {i}", f" no {i}") for i in range(5)]
+    tokens = tokenize(pairs, tokenizer, 100)
+    logps = torch.arange(10.0)  # of the chosen and the rejected answer of each row in turn
+    share = TokenShare(tokens, reference_logps=logps).take(np.array([3, 1]))
+    assert share.reference_logps.tolist() == [6.0, 7.0, 2.0, 3.0]
+    assert share.tokens.rows.tolist() == [3, 1]
+    single = feedback(tokenizer, 4)
+    mismatched = mismatch(single, np.random.default_rng(0), 100, None)
+    own = TokenShare(single, mismatched, torch.arange(4.0), 10 + torch.arange(4.0))
+    taken = own.take(np.array([2, 0]))
+    assert taken.reference_logps.tolist() == [2.0, 0.0]
+    assert taken.mismatched_reference_logps.tolist() == [12.0, 10.0]
+    assert taken.mismatched.sequence(0)[0].tolist() == mismatched.sequence(2)[0].tolist()

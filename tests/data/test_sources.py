@@ -277,6 +277,17 @@ def test_only_some_values_of_a_column(tmp_path):
         load(tmp_path / "x.jsonl", only={"site": ["C"]})
 
 
+def test_only_some_of_what_is_built_in():
+    settings = DataSettings(builtin_rows=60, only={"domain": ["kitchen", "garden"]})
+    data = load_examples(settings, np.random.default_rng(0))
+    rows = [*data.train, *data.test]
+    assert {row.columns["domain"] for row in rows} == {"kitchen", "garden"} and len(rows) < 60
+    with pytest.raises(DataError, match=r"data\.only leaves no row of 'builtin:preferences'"):
+        load_examples(
+            DataSettings(builtin_rows=60, only={"domain": ["moon"]}), np.random.default_rng(0)
+        )
+
+
 def domains(tmp_path, **more):
     reviews = [
         {"text": " ".join(f"{label}{i}w{w}" for w in range(40)), "label": label}

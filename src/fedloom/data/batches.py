@@ -58,8 +58,16 @@ class TokenShare:
         return np.concatenate([[0], np.cumsum(np.maximum(lengths, 1))]).astype(np.int64)
 
     def take(self, rows: Indices) -> TokenShare:
-        """Return the examples at ``rows`` with nothing computed about them."""
-        return TokenShare(self.tokens.take(rows))
+        """Return the examples at ``rows`` with what was computed about them; without a teacher."""
+        width = self.tokens.width
+        sequences = torch.from_numpy((rows[:, None] * width + np.arange(width)).reshape(-1))
+        logps, mismatched = self.reference_logps, self.mismatched_reference_logps
+        return TokenShare(
+            self.tokens.take(rows),
+            None if self.mismatched is None else self.mismatched.take(rows),
+            None if logps is None else logps[sequences],
+            None if mismatched is None else mismatched[torch.from_numpy(rows)],
+        )
 
 
 def mismatch(

@@ -215,7 +215,13 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
     """
     if settings.is_builtin and not settings.domains:
         name = settings.sources[0].removeprefix(BUILTIN_PREFIX)
-        train = builtin_examples(name, settings.builtin_rows, rng)
+        train = [
+            row
+            for row in builtin_examples(name, settings.builtin_rows, rng)
+            if all(row.columns.get(column) in kept for column, kept in settings.only.items())
+        ]
+        if not train:
+            raise DataError(f"data.only leaves no row of {settings.source!r}: {settings.only}")
         return _loaded(*_hold_out(train, settings, rng), BUILTIN_KINDS[name], (), {})
     read = _Read()
     train = []
