@@ -1,0 +1,100 @@
+"""Experts choose clients: which client holds which expert, by relevance under limits on both sides.
+
+Source: Zhang et al. 2024, FedAMoLE, https://arxiv.org/abs/2411.19128, "reverse selection-based expert
+assignment", as in the authors' code: every expert goes to the same number of clients, every client
+holds between a least and a largest number of experts, and the sum of relevances is the largest there is.
+
+The best assignment is found by linear programming. Its constraints are those of a bipartite
+b-matching with bounds on the sums of rows and columns: each variable is in one row and in one column, so
+the matrix is that of a bipartite graph, which is totally unimodular (Hoffman and Kruskal 1956), and with
+whole numbers on the right every vertex of the polytope has whole coordinates. The simplex method ends
+in a vertex, so no integer programming is needed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import eye_array, kron, vstack
+
+
+def infeasible(
+    experts: int,
+    clients: int,
+    clients_per_expert: int,
+    max_experts_per_client: int,
+    min_experts_per_client: int = 2,
+) -> list[str]:
+    """Return the inequalities that an assignment would have to violate; empty where there is one.
+
+    All of these together are sufficient: with equal rows, an assignment exists if and only if the number
+    of placements lies between the least and the largest number that the clients can take.
+    """
+    least, most = min_experts_per_client, min(max_experts_per_client, experts)
+    placed = experts * clients_per_expert
+    found = []
+    if clients_per_expert > clients:
+        found.append(f"clients_per_expert <= clients: {clients_per_expert} > {clients}")
+    if least > max_experts_per_client:
+        found.append(
+            f"min_experts_per_client <= max_experts_per_client: {least} > {max_experts_per_client}"
+        )
+    if least > experts:
+        found.append(f"min_experts_per_client <= experts: {least} > {experts}")
+    if least * clients > placed:
+        found.append(
+            "min_experts_per_client * clients <= experts * clients_per_expert: "
+            f"{least} * {clients} > {experts} * {clients_per_expert}"
+        )
+    if placed > most * clients:
+        found.append(
+            "experts * clients_per_expert <= max_experts_per_client * clients: "
+            f"{experts} * {clients_per_expert} > {most} * {clients}"
+        )
+    return found
+
+
+def assign_experts(
+    relevance: NDArray[np.float64],
+    clients_per_expert: int,
+    max_experts_per_client: int,
+    min_experts_per_client: int = 2,
+) -> NDArray[np.bool_]:
+    """Return who holds which expert, with the largest sum of relevances.
+
+    Args:
+        relevance: ``(experts, clients)``, finite.
+        clients_per_expert: k_c, holders of each expert.
+        max_experts_per_client: b_max.
+        min_experts_per_client: Of each client.
+
+    Returns:
+        ``(experts, clients)``, true where the client holds the expert. The same relevances give the same
+        assignment; among several best ones, which is left to the solver.
+
+    Raises:
+        ValueError: Relevances that are not finite, or limits that cannot be kept; each violated
+            inequality is named.
+    """
+    experts, clients = relevance.shape
+    limits = (clients_per_expert, max_experts_per_client, min_experts_per_client)
+    if not np.isfinite(relevance).all():
+        raise ValueError(f"{(~np.isfinite(relevance)).sum()} relevances are not finite")
+    violated = infeasible(experts, clients, *limits)
+    if violated:
+        raise ValueError("no assignment keeps " + " and ".join(violated))
+    held = kron(np.ones((1, experts)), eye_array(clients))  # sums over experts, for each client
+    placed = kron(eye_array(experts), np.ones((1, clients)))  # sums over clients, for each expert
+    found = linprog(
+        -relevance.ravel(),
+        A_ub=vstack([held, -held], format="csr"),
+        b_ub=np.repeat([float(max_experts_per_client), -float(min_experts_per_client)], clients),
+        A_eq=placed.tocsr(),
+        b_eq=np.full(experts, float(clients_per_expert)),
+        bounds=(0, 1),
+        method="highs-ds",
+    )
+    if not found.success:
+        raise ValueError(f"the solver gave up: {found.message}")
+    return np.asarray(found.x > 0.5).reshape(experts, clients)

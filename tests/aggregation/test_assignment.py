@@ -1,0 +1,108 @@
+"""Experts choose clients: the optimum, against brute force and an integer solver; limits; speed."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from fedloom.aggregation.assignment import assign_experts, infeasible
+
+
+def best_by_force(relevance, k, most, least):
+    """Try every way in which each of 4 experts has k of 4 clients."""
+    rows = [np.isin(range(4), chosen) for chosen in itertools.combinations(range(4), k)]
+    best = -np.inf
+    for choice in itertools.product(rows, repeat=4):
+        held = np.array(choice)
+        counts = held.sum(0)
+        if counts.min() >= least and counts.max() <= most:
+            best = max(best, float((relevance * held).sum()))
+    return best
+
+
+@pytest.mark.parametrize(
+    ("k", "most", "least"), [(2, 2, 2), (2, 3, 1), (2, 4, 2), (3, 4, 2), (1, 2, 0)]
+)
+def test_every_small_case_is_solved_exactly(k, most, least):
+    for seed in range(40):  # 200 cases in all
+        relevance = np.random.default_rng(seed).random((4, 4))
+        held = assign_experts(relevance, k, most, least)
+        assert (held.sum(1) == k).all() and held.sum(0).min() >= least and held.sum(0).max() <= most
+        expected = best_by_force(relevance, k, most, least)
+        assert (relevance * held).sum() == pytest.approx(expected, abs=1e-9)
+
+
+def best_by_integers(relevance, k, most, least):
+    experts, clients = relevance.shape
+    placed = np.kron(np.eye(experts), np.ones((1, clients)))
+    held = np.kron(np.ones((1, experts)), np.eye(clients))
+    found = milp(
+        -relevance.ravel(),
+        constraints=[LinearConstraint(placed, k, k), LinearConstraint(held, least, most)],
+        integrality=np.ones(relevance.size),
+        bounds=Bounds(0, 1),
+    )
+    return -found.fun
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_thirty_experts_and_fifty_clients_as_an_integer_solver_has_it(seed):
+    relevance = np.random.default_rng(seed).random((30, 50))
+    held = assign_experts(relevance, 4, 8)
+    expected = best_by_integers(relevance, 4, 8, 2)
+    assert (relevance * held).sum() == pytest.approx(expected, abs=1e-7)
+    assert (held.sum(1) == 4).all() and held.sum(0).min() >= 2 and held.sum(0).max() <= 8
+
+
+def test_thirty_experts_and_fifty_clients_in_fifty_milliseconds():
+    relevance = np.random.default_rng(0).random((30, 50))
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        assign_experts(relevance, 4, 8)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
+
+
+def test_equal_relevances_still_give_whole_numbers():
+    held = assign_experts(np.ones((6, 5)), 2, 4)
+    assert (held.sum(1) == 2).all() and held.sum(0).min() >= 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limits", "violated"),
+    [
+        ((4, 3), (4, 8, 2), "clients_per_expert <= clients: 4 > 3"),
+        ((6, 3), (2, 1, 2), "min_experts_per_client <= max_experts_per_client: 2 > 1"),
+        ((1, 1), (1, 8, 2), "min_experts_per_client <= experts: 2 > 1"),
+        ((30, 50), (2, 8, 2), "min_experts_per_client * clients <= experts * clients_per_expert"),
+        ((30, 4), (3, 8, 2), "experts * clients_per_expert <= max_experts_per_client * clients"),
+    ],
+)
+def test_each_inequality_is_named(sizes, limits, violated):
+    assert any(violated in text for text in infeasible(*sizes, *limits))
+    with pytest.raises(ValueError, match="no assignment keeps"):
+        assign_experts(np.ones(sizes), *limits)
+
+
+def test_whatever_the_inequalities_allow_has_an_assignment():
+    rng = np.random.default_rng(0)
+    allowed = 0
+    for _ in range(300):
+        experts, clients, k, most, least = (int(rng.integers(1, top)) for top in (9, 9, 6, 9, 4))
+        possible = not infeasible(experts, clients, k, most, least)
+        allowed += possible
+        if possible:
+            held = assign_experts(rng.random((experts, clients)), k, most, least)
+            assert (held.sum(1) == k).all()
+            assert held.sum(0).min() >= least and held.sum(0).max() <= most
+    assert 30 < allowed < 270
+
+
+def test_relevances_that_are_not_finite():
+    relevance = np.ones((4, 4))
+    relevance[1, 2] = np.nan
+    with pytest.raises(ValueError, match="1 relevances are not finite"):
+        assign_experts(relevance, 2, 4)
