@@ -38,6 +38,7 @@ class LinearShape:
         trained: Whether its own weight is trained.
         down_trained: Whether the LoRA's factor A is trained.
         up_trained: Whether its factor B is.
+        router: Rows of a down-projection that no up-projection reads (a mixture of experts).
     """
 
     inputs: int
@@ -48,6 +49,7 @@ class LinearShape:
     trained: bool = False
     down_trained: bool = True
     up_trained: bool = True
+    router: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: in
 
 def _forward_per_token(linear: LinearShape) -> float:
     product = 2.0 * linear.inputs * linear.outputs
-    return product + 2.0 * linear.rank * (linear.inputs + linear.outputs)
+    beside = 2.0 * linear.rank * (linear.inputs + linear.outputs)
+    return product + beside + 2.0 * linear.router * linear.inputs
 
 
 def _backward_per_token(linear: LinearShape) -> float:
@@ -111,4 +114,5 @@ def _backward_per_token(linear: LinearShape) -> float:
     # B: gradients of its weight and of its input; A: of its weight, and of its input if it flows on.
     up = int(linear.up_trained) + int(linear.down_trained or linear.input_gradient)
     down = int(linear.down_trained) + int(linear.input_gradient)
-    return frozen + 2.0 * linear.rank * (up * linear.outputs + down * linear.inputs)
+    beside = 2.0 * linear.rank * (up * linear.outputs + down * linear.inputs)
+    return frozen + beside + 2.0 * linear.router * linear.inputs * (1 + linear.input_gradient)

@@ -7,6 +7,7 @@
                       its format for layers that are trained whole ("LN_TUNING", which takes any layer)
 ``ia3``               one factor a channel of keys, values and the MLP's input (Liu et al. 2022,
                       https://arxiv.org/abs/2205.05638)
+``experts``           mixtures of LoRA experts, ``experts.py``
 ``prompt``            embeddings of virtual tokens before the text (Lester et al. 2021,
                       https://arxiv.org/abs/2104.08691); causal models only
 ====================  ==================================================================================
@@ -21,7 +22,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,14 +45,14 @@ from fedloom.settings import Settings
 class AdapterSettings(Settings):
     """``[adapter]``: what is trained on the frozen backbone."""
 
-    kind: Literal["lora", "full", "ia3", "prompt"] = "lora"
-    """LoRA, the chosen layers themselves, (IA)3, or prompt tuning."""
+    kind: Literal["lora", "full", "ia3", "prompt", "experts"] = "lora"
+    """LoRA, the chosen layers themselves, (IA)3, prompt tuning, or mixtures of LoRA experts."""
     rank: int = Field(default=8, ge=1)
-    """Of lora: rank r of the two factors."""
+    """Of lora and experts: rank r of the two factors."""
     alpha: float = Field(default=16.0, gt=0)
-    """Of lora: the update is scaled by alpha / rank."""
+    """Of lora and experts: the update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of lora: share of the adapter's inputs set to zero while training."""
+    """Of lora and experts: share of the adapter's inputs set to zero while training."""
     targets: str | list[str] = "all-linear"
     """Layers that get an adapter: "all-linear", or names such as ["q_proj", "v_proj"]. (IA)3 chooses its
     own by default, prompt tuning has none."""
@@ -59,15 +60,24 @@ class AdapterSettings(Settings):
     """Blocks that get an adapter: so many last ones, or a list of indices from 0 (default: all)."""
     virtual_tokens: int = Field(default=8, ge=1)
     """Of prompt: length of the learnt prompt in tokens."""
+    experts: int = Field(default=8, ge=1)
+    """Of experts: domain experts of each layer, over the whole federation."""
+    top_k: int = Field(default=2, ge=1)
+    """Of experts: domain experts that a token passes, beside the shared one."""
+    balance: float = Field(default=0.001, ge=0)
+    """Of experts: weight of the term that asks for an even use of experts."""
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
         found = []
-        owners = {"rank": "lora", "alpha": "lora", "dropout": "lora", "virtual_tokens": "prompt"}
-        for name, owner in owners.items():
-            if self.kind != owner and getattr(self, name) != type(self).model_fields[name].default:
+        both, experts = ("lora", "experts"), ("experts",)
+        owners = {"rank": both, "alpha": both, "dropout": both, "virtual_tokens": ("prompt",)}
+        owners |= dict.fromkeys(("experts", "top_k", "balance"), experts)
+        for name, kinds in owners.items():
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if self.kind not in kinds and given:
                 found.append(
-                    f"adapter.{name} is a setting of {owner}; adapter.kind is {self.kind!r}"
+                    f"adapter.{name} is a setting of {' and '.join(kinds)}; adapter.kind is {self.kind!r}"
                 )
         if self.kind == "prompt":
             for name in ("targets", "layers"):
@@ -138,11 +148,15 @@ class AdapterModel:
         self.parameters = dict(sorted((names[n], p) for n, p in trained.items()))
         owners = {names[n]: _owner(model, n) for n in trained}
         self._owners = {name: owners[name] for name in self.parameters}
-        prompt = getattr(model.peft_config["default"], "num_virtual_tokens", 0)
+        config = getattr(model, "peft_config", {}).get("default")
+        prompt = getattr(config, "num_virtual_tokens", 0)
         self.virtual_tokens = int(prompt or 0)
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
         self.flops = 0.0
         self.base = FrozenWeights(model)
+
+    unmergeable = ""
+    """Why the adapter cannot be merged into its backbone, if it cannot."""
 
     @property
     def scaling(self) -> float:
@@ -168,6 +182,10 @@ class AdapterModel:
             if self.own is not None and self.own.states is not None:
                 output.rewards = self.own.rewards(attention_mask)
         return output
+
+    def penalty(self) -> Tensor | None:
+        """Return what the adapter adds to the loss of the passes since the last time; here nothing."""
+        return None
 
     def count(self, rows: int, length: int, positions: int) -> None:
         """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any."""
@@ -226,7 +244,7 @@ class AdapterModel:
         was_training = self.model.training
         self.model.eval()
         self._stand_aside(True)
-        with torch.no_grad(), self.model.disable_adapter(), self.base.as_loaded():
+        with torch.no_grad(), self._without_adapter(), self.base.as_loaded():
             yield
         self._stand_aside(False)
         self.model.train(was_training)
@@ -283,6 +301,11 @@ class AdapterModel:
             yield
         finally:
             config.r, config.lora_alpha = before
+
+    def _without_adapter(self) -> AbstractContextManager[None]:
+        """Return a context in which the adapter does nothing."""
+        switched_off: AbstractContextManager[None] = self.model.disable_adapter()
+        return switched_off
 
     def _stand_aside(self, off: bool) -> None:
         if self.own is not None:
@@ -370,6 +393,17 @@ def _targets(backbone: nn.Module, settings: AdapterSettings) -> str | list[str]:
         _check_targets(backbone, targets)
     if settings.layers is None:
         return targets
+    names = _all_linear(backbone) if targets == "all-linear" else list(targets)
+    return _named(backbone, names, blocks_of(backbone.config, settings))
+
+
+def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
+    """Return the full names of the layers that get an adapter.
+
+    Raises:
+        ModelError: No layer matches the targets.
+    """
+    targets = _targets(backbone, settings)
     names = _all_linear(backbone) if targets == "all-linear" else list(targets)
     return _named(backbone, names, blocks_of(backbone.config, settings))
 

@@ -73,7 +73,8 @@ def export_reward(model: AdapterModel, tokenizer: Any, folder: Path) -> None:
 def _merged(model: AdapterModel) -> Any:
     peft_model: Any = model.model
     if not hasattr(peft_model, "merge_and_unload"):
-        raise ModelError("this kind of adapter cannot be merged into its model")
+        why = f": {model.unmergeable}" if model.unmergeable else ""
+        raise ModelError(f"this kind of adapter cannot be merged into its model{why}")
     try:
         return peft_model.merge_and_unload()
     except (AttributeError, ValueError, NotImplementedError) as error:

@@ -147,10 +147,9 @@ def _layers(model: nn.Module) -> list[_Layer]:
         weight: Any = module.weight
         inputs, outputs = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
         owner: Any = modules[clean]
-        rank = (
-            len(owner.lora_A["default"].weight) if "default" in getattr(owner, "lora_A", {}) else 0
-        )
-        factors = [rank > 0 and _wanted(owner, factor) for factor in ("lora_A", "lora_B")]
+        rank, router = _ranks(owner)
+        experts = router > 0 and bool(owner.down.requires_grad)
+        factors = [rank > 0 and (experts or _wanted(owner, f)) for f in ("lora_A", "lora_B")]
         shape = LinearShape(
             int(inputs),
             int(outputs),
@@ -158,11 +157,23 @@ def _layers(model: nn.Module) -> list[_Layer]:
             trained=bool(weight.requires_grad),
             down_trained=factors[0],
             up_trained=factors[1],
+            router=router,
         )
         layers.append(
             _Layer(clean, shape, any(factors) or shape.trained or _wanted(owner, "ia3_l"))
         )
     return layers
+
+
+def _ranks(owner: Any) -> tuple[int, int]:
+    """Return the rank of the factors beside a layer, and the rows of A that route tokens only."""
+    if "default" in getattr(owner, "lora_A", {}):
+        return len(owner.lora_A["default"].weight), 0
+    if not hasattr(owner, "down"):
+        return 0, 0
+    rank = owner.up.shape[1]
+    # Dropout makes the values another product than the tokens' embeddings.
+    return rank, len(owner.down) if owner.dropout else len(owner.down) - rank
 
 
 def _wanted(owner: Any, part: str) -> bool:

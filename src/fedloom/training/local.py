@@ -321,6 +321,9 @@ def _losses(
     whole = sum(weights)
     for part, weight in zip(parts, weights, strict=True):
         loss, metrics = objective.loss(model, part, statistics)
+        penalty = model.penalty()
+        if penalty is not None:
+            loss, metrics = loss + penalty, {**metrics, "balance": penalty.detach()}
         yield part, loss, weight / whole, metrics
 
 
