@@ -40,6 +40,12 @@ from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
 from fedloom.models.cut import FrontHalf, check_cut
+from fedloom.models.experts import (
+    ExpertModel,
+    attach_experts,
+    is_expert_folder,
+    load_experts,
+)
 from fedloom.models.heads import PersonalParts, attach_personal, load_personal, saved_parts
 from fedloom.models.load import (
     TINY,
@@ -646,6 +652,20 @@ def _build_model(
         anyone.activation_checkpointing_enable()
     parts = make_method(experiment.method).parts
     parts = replace(parts, reward=objective.needs_reward) if not classification else PersonalParts()
+    autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
+    checkpointed = experiment.training.gradient_checkpointing
+    if experiment.adapter.kind == "experts" or (adapter and is_expert_folder(adapter)):
+        settings = experiment.adapter
+        if classification or parts:
+            raise ModelError(
+                'adapter.kind = "experts" goes with causal objectives, and without own heads of clients'
+            )
+        if adapter is not None:
+            backbone, settings = load_experts(backbone, adapter)
+        else:
+            backbone = attach_experts(backbone, settings, seed=experiment.federation.seed)
+        experts = ExpertModel(backbone, settings, tokenizer.pad_token_id, autocast, checkpointed)
+        return path, tokenizer, experts
     if adapter is not None:
         model = load_adapter(backbone, adapter)
         parts = saved_parts(adapter)
@@ -660,8 +680,6 @@ def _build_model(
         head = attach_personal(model, parts, experiment.federation.seed)
         if adapter is not None:
             load_personal(head, adapter)
-    autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
-    checkpointed = experiment.training.gradient_checkpointing
     return path, tokenizer, AdapterModel(model, tokenizer.pad_token_id, autocast, checkpointed)
 
 

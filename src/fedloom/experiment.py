@@ -21,6 +21,7 @@ from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.methods import METHODS, MethodSettings
 from fedloom.methods.base import TASKS
 from fedloom.methods.distillation import DistillationSettings
+from fedloom.methods.fedamole import FedAMoLESettings
 from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterSettings
@@ -338,6 +339,11 @@ def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
             f"method.name = {method.name!r} treats the two factors of LoRA apart: use adapter.kind = "
             '"lora"'
         )
+    if (
+        isinstance(method, FedAMoLESettings)
+        and {"adapter", "clients", "federation"} <= parts.keys()
+    ):
+        found += _expert_contradictions(parts, method)
     if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":
         found.append(
             "method.name = 'fedpdpo' gives clients heads over a vocabulary, and objective.name = "
@@ -366,6 +372,24 @@ def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
             f"clients.groups: method.name = {method.name!r} averages parameters, so all clients need the "
             "same model and rank; flora, flexlora and hetlora allow different ranks, distillation and "
             "local_only both"
+        )
+    return found
+
+
+def _expert_contradictions(parts: Mapping[str, Any], method: FedAMoLESettings) -> list[str]:
+    """Return what a mixture of experts for each client does not go with."""
+    found = []
+    if parts["adapter"].kind != "experts":
+        found.append(
+            "method.name = 'fedamole' assigns experts: use adapter.kind = \"experts\", not "
+            f"{parts['adapter'].kind!r}"
+        )
+    training = parts["federation"].clients - len(parts["clients"].newcomers)
+    found += method.contradictions(parts["adapter"].experts, training)
+    if "training" in parts and parts["training"].keep_optimizer_state:
+        found.append(
+            "training.keep_optimizer_state: a client of method.name = 'fedamole' may hold other experts "
+            "in the next round"
         )
     return found
 

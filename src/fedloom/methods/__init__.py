@@ -9,6 +9,7 @@ from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
+from fedloom.methods.fedamole import FedAMoLE, FedAMoLESettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
@@ -55,6 +56,7 @@ MethodSettings = (
     | FedExLoRASettings
     | FlexLoRASettings
     | HetLoRASettings
+    | FedAMoLESettings
     | DistillationSettings
     | SplitSettings
     | CentralisedSettings
@@ -83,6 +85,7 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "fedex_lora": (FedExLoRASettings, FedExLoRA),
     "flexlora": (FlexLoRASettings, FlexLoRA),
     "hetlora": (HetLoRASettings, HetLoRA),
+    "fedamole": (FedAMoLESettings, FedAMoLE),
     "distillation": (DistillationSettings, DistillationMethod),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),

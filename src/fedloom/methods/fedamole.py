@@ -1,0 +1,367 @@
+"""FedAMoLE: every client its own mixture of LoRA experts, and experts choose their clients.
+
+Source: Zhang et al. 2024, FedAMoLE, https://arxiv.org/abs/2411.19128, as in the authors' code
+(``specs/methods.md`` 5). A client holds some of the experts of each layer; it trains them with the shared
+expert and the token projection, and is judged by what it has then. With it come embeddings of some
+rows it does not train on: the mean of P x over tokens, and of A_e x for each expert it holds. The server
+takes unweighted means, of an expert over its holders, and then each expert goes to the
+clients whose tokens are nearest to what it projects on, under limits on both sides
+(``aggregation/assignment.py``). The first assignment is drawn.
+
+Ours: clients may be absent in a round; then present holders are averaged, an expert without any keeps
+its value, and an absent client is assigned by its last embeddings, or by drawn ones before its first
+round. A newcomer gets all experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.assignment import assign_experts, infeasible
+from fedloom.aggregation.means import weighted_mean
+from fedloom.checkpoint import State
+from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
+from fedloom.errors import DataError, MessageError
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    ServerSide,
+    join_parts,
+    part_of,
+)
+from fedloom.models.experts import ExpertModel, Seen, split_name
+from fedloom.randomness import generator
+from fedloom.settings import Settings
+
+HELD = "held"
+"""``(layers, experts, clients)`` uint8: who holds which expert now."""
+
+TOKENS, KNOWN = "tokens", "known"
+"""``(layers, clients, r)`` mean token embeddings, and ``(clients,)`` whether a client has sent any."""
+
+PROJECTED = "projected"
+"""``(layers, experts, r)`` mean embeddings of experts."""
+
+
+class FedAMoLESettings(Settings):
+    """``[method] name = "fedamole"``; defaults are the authors'. Experts are counted in ``[adapter]``."""
+
+    name: Literal["fedamole"] = "fedamole"
+    clients_per_expert: int = Field(default=2, ge=1)
+    """k_c, clients that hold an expert."""
+    max_experts_per_client: int = Field(default=8, ge=1)
+    """b_max, experts of a layer that a client holds at most."""
+    min_experts_per_client: int = Field(default=2, ge=1)
+    """And at least (the authors: 2, the top-k)."""
+    assignment: Literal["relevance", "random", "static"] = "relevance"
+    """relevance: experts choose in every round. Ablations: drawn in every round; drawn once and kept."""
+    homogeneous: bool = False
+    """Ablation: every client holds equally many experts, to within one."""
+    embedding_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of a client's rows that embeddings are computed on and that it does not train on."""
+    embedding_rows: int = Field(default=200, ge=1)
+    """Most of these."""
+
+    def limits(self, experts: int, clients: int) -> tuple[int, int, int]:
+        """Return clients per expert, and most and least experts per client."""
+        if not self.homogeneous:
+            return self.clients_per_expert, self.max_experts_per_client, self.min_experts_per_client
+        share = experts * self.clients_per_expert / clients
+        return self.clients_per_expert, math.ceil(share), math.floor(share)
+
+    def contradictions(self, experts: int, clients: int) -> list[str]:
+        """Return the inequalities that no assignment can keep."""
+        found = infeasible(experts, clients, *self.limits(experts, clients))
+        return [
+            f"method.name = 'fedamole' needs {text} (experts: adapter.experts; clients: that train)"
+            for text in found
+        ]
+
+
+class FedAMoLE(Method):
+    """Experts averaged over their holders, and assigned anew."""
+
+    own_models = True
+    layers: tuple[str, ...]
+    experts: int
+    rank: int
+
+    def __init__(self, settings: FedAMoLESettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    def equip(self, server: ServerSide) -> None:
+        """Note what layers and experts there are."""
+        super().equip(server)
+        assert isinstance(server.model, ExpertModel), "the experiment asks for experts"
+        self.layers = tuple(server.model.layers)
+        self.experts, self.rank = server.model.settings.experts, server.model.settings.rank
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Keep all experts; nobody holds any yet."""
+        return State(join_parts(adapter=adapter))
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Send everyone its experts, take means, let experts choose."""
+        clients = sorted(cohort.sizes)
+        adapter = part_of(state.tensors, ADAPTER)
+        known = self._known(state, len(clients))
+        if HELD not in known:
+            known[HELD] = self._drawn(len(clients), cohort.round - 1)
+        columns = {client: place for place, client in enumerate(clients)}
+        held = {c: known[HELD][:, :, columns[c]] for c in cohort.clients}
+        replies = yield self._exchange(cohort, adapter, held)
+        adapter = self._means(adapter, replies, held)
+        self._learn(known, replies, held, columns)
+        if not cohort.last and self.settings.assignment != "static":
+            known[HELD] = self._assigned(known, cohort.round)
+        return State({**join_parts(adapter=adapter), **known})
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train}
+
+    def shared(self, state: State) -> Tensors | None:
+        """Return ``None``: every client has its own mixture."""
+        return None
+
+    def welcome(self, state: State) -> Tensors:
+        """Return all experts."""
+        return part_of(state.tensors, ADAPTER)
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write what was received, or the client's own mixture, or before its first round the initial."""
+        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Count a client with the mean number of experts, E k_c / C; each one's own is known by round."""
+        share = self.settings.clients_per_expert / len(self.server.ranks)
+        size = sum(
+            tensor.numel() * tensor.element_size() * (share if is_domain(name) else 1.0)
+            for name, tensor in adapter.items()
+        )
+        embeddings = 4 * self.rank * len(self.layers) * (1 + self.experts * share)
+        return ParameterTraffic(int(size) + len(self.layers) * self.experts, int(size + embeddings))
+
+    def _known(self, state: State, clients: int) -> Tensors:
+        """Return who holds what and the embeddings so far."""
+        names = (HELD, TOKENS, KNOWN, PROJECTED)
+        found = {name: state.tensors[name] for name in names if name in state.tensors}
+        layers = len(self.layers)
+        found.setdefault(TOKENS, torch.zeros(layers, clients, self.rank))
+        found.setdefault(KNOWN, torch.zeros(clients, dtype=torch.uint8))
+        found.setdefault(PROJECTED, torch.zeros(layers, self.experts, self.rank))
+        return found
+
+    def _exchange(self, cohort: Cohort, adapter: Tensors, held: Mapping[int, Tensor]) -> Exchange:
+        most = pack(adapter, self.layers, torch.ones(len(self.layers), self.experts))
+        specs = {
+            name: TensorSpec(name, tuple(t.shape), t.dtype, ragged=name.startswith(EXPERTS))
+            for name, t in most.items()
+        }
+        request = Schema(tuple(specs.values()), ("learning_rate",))
+        learnt = [spec for name, spec in specs.items() if name != HELD]
+        size = (len(self.layers), self.rank)
+        learnt.append(TensorSpec(TOKENS, size, torch.float32))
+        everything = (len(self.layers) * self.experts, self.rank)
+        learnt.append(TensorSpec(PROJECTED, everything, torch.float32, ragged=True))
+        numbers = {"learning_rate": cohort.learning_rate}
+        requests = {
+            client: encode(Payload(pack(adapter, self.layers, own), numbers), request)
+            for client, own in held.items()
+        }
+        counts = {
+            client: {name: len(t) for name, t in pack(adapter, self.layers, own).items()}
+            for client, own in held.items()
+        }
+
+        def check(client: int, payload: Payload) -> None:
+            wanted = {**counts[client], PROJECTED: int(held[client].sum())}
+            for name, tensor in payload.tensors.items():
+                if name in wanted and len(tensor) != wanted[name]:
+                    raise MessageError(
+                        f"tensor {name} has {len(tensor)} rows, this client's experts make {wanted[name]}"
+                    )
+
+        reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, metrics=True)
+        return Exchange("train", cohort.round, request, reply, requests, check)
+
+    def _means(
+        self, adapter: Tensors, replies: Sequence[Reply], held: Mapping[int, Tensor]
+    ) -> Tensors:
+        """Return unweighted means over those who sent a tensor; what nobody sent stays."""
+        sent = [
+            unpack({**reply.payload.tensors, HELD: held[reply.client]}, self.layers, adapter)
+            for reply in replies
+        ]
+        result = dict(adapter)
+        for name in adapter:
+            having = [{name: tensors[name]} for tensors in sent if name in tensors]
+            if having:
+                result |= weighted_mean(having, [1.0] * len(having))
+        return result
+
+    def _learn(
+        self,
+        known: Tensors,
+        replies: Sequence[Reply],
+        held: Mapping[int, Tensor],
+        columns: Mapping[int, int],
+    ) -> None:
+        """Put the replies' embeddings into what is known, an expert's as the mean over its holders."""
+        tokens, there = known[TOKENS].clone(), known[KNOWN].clone()
+        sums = torch.zeros_like(known[PROJECTED], dtype=torch.float64)
+        counts = torch.zeros(*sums.shape[:2], 1, dtype=torch.float64)
+        for reply in replies:
+            own = held[reply.client].bool()
+            tokens[:, columns[reply.client]] = reply.payload.tensors[TOKENS]
+            there[columns[reply.client]] = 1
+            sums[own] += reply.payload.tensors[PROJECTED].double()
+            counts[own] += 1
+        means = (sums / counts.clamp(min=1)).float()
+        known[PROJECTED] = torch.where(counts > 0, means, known[PROJECTED])
+        known[TOKENS], known[KNOWN] = tokens, there
+
+    def _assigned(self, known: Tensors, round: int) -> Tensor:
+        """Return the next assignment."""
+        drawn = self._noise(known[KNOWN].numel(), round)
+        layers = []
+        for layer in range(len(self.layers)):
+            relevance = drawn[layer]
+            if self.settings.assignment == "relevance":
+                own = relevance_of(known[PROJECTED][layer], known[TOKENS][layer])
+                relevance = np.where(known[KNOWN].numpy().astype(bool)[None], own, relevance)
+            layers.append(self._solved(relevance))
+        return torch.stack(layers)
+
+    def _drawn(self, clients: int, round: int) -> Tensor:
+        return torch.stack([self._solved(r) for r in self._noise(clients, round)])
+
+    def _noise(self, clients: int, round: int) -> NDArray[np.float64]:
+        """Return ``(layers, experts, clients)`` drawn relevances, before the softmax."""
+        rng = generator(self.server.seed, "assignment", round=round)
+        return rng.random((len(self.layers), self.experts, clients))
+
+    def _solved(self, relevance: NDArray[np.float64]) -> Tensor:
+        limits = self.settings.limits(*relevance.shape)
+        return torch.from_numpy(assign_experts(softmax(relevance), *limits)).to(torch.uint8)
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        model = client.model
+        assert isinstance(model, ExpertModel), "the experiment asks for experts"
+        rows = self._embedding_rows(client)
+        whole = client.share
+        client.share = whole.take(np.setdiff1d(np.arange(len(whole)), rows))
+        model.write(unpack(payload.tensors, self.layers, client.initial))
+        result = client.train(payload.numbers["learning_rate"])
+        client.kept[ADAPTER] = model.read()
+        client.share = whole
+        seen = _watched(client, rows)
+        means = [seen[name] for name in self.layers]
+        sent = pack(client.kept[ADAPTER], self.layers, payload.tensors[HELD])
+        del sent[HELD]
+        sent[TOKENS] = torch.stack([own.token / own.tokens for own in means]).float().cpu()
+        sent[PROJECTED] = torch.cat([own.experts / own.tokens for own in means]).float().cpu()
+        return Payload(sent, {"examples": len(whole) - len(rows)}, result.metrics)
+
+    def _embedding_rows(self, client: Client) -> NDArray[np.int64]:
+        """Draw the rows of a client's embedding set, the same in every round.
+
+        Raises:
+            DataError: It has a single row.
+        """
+        count = len(client.share)
+        if count < 2:
+            raise DataError(
+                f"client {client.id} has {count} training row: its embedding set would be empty, or all "
+                "it has; give it more rows (partition.minimum)"
+            )
+        wanted = min(round(self.settings.embedding_fraction * count), self.settings.embedding_rows)
+        rng = generator(client.seed, "embedding set", client.id)
+        return np.sort(rng.choice(count, size=max(1, wanted), replace=False)).astype(np.int64)
+
+
+EXPERTS = "experts "
+"""Before the sizes of the layers whose experts lie in one tensor."""
+
+
+def is_domain(name: str) -> bool:
+    """Return whether a tensor is of a domain expert, which some clients do not hold."""
+    return ".experts." in name
+
+
+def pack(tensors: Tensors, layers: Sequence[str], held: Tensor) -> Tensors:
+    """Return what travels: what all have by name, and held experts in one tensor for each size of layer.
+
+    Args:
+        tensors: All experts, or at least those held.
+        layers: Their order.
+        held: ``(layers, experts)``, not 0 where an expert goes along.
+    """
+    packed = {name: tensor for name, tensor in tensors.items() if not is_domain(name)}
+    rows: dict[str, list[Tensor]] = {}
+    for number, layer in enumerate(layers):
+        for expert in torch.nonzero(held[number])[:, 0].tolist():
+            a, b = (tensors[f"{layer}.experts.{expert}.{factor}"] for factor in "AB")
+            key = f"{EXPERTS}{a.shape[1]} {b.shape[0]}"
+            rows.setdefault(key, []).append(torch.cat([a.reshape(-1), b.reshape(-1)]))
+    packed |= {key: torch.stack(some) for key, some in sorted(rows.items())}
+    return {**packed, HELD: held.to(torch.uint8)}
+
+
+def unpack(packed: Tensors, layers: Sequence[str], like: Tensors) -> Tensors:
+    """Return experts by name from what :func:`pack` made; ``like`` has the sizes of every layer."""
+    found = {name: t for name, t in packed.items() if not name.startswith(EXPERTS) and name in like}
+    taken: dict[str, int] = {}
+    sizes = {split_name(name)[0]: t.shape for name, t in like.items() if name.endswith("shared.A")}
+    widths = {split_name(name)[0]: t.shape for name, t in like.items() if name.endswith("shared.B")}
+    for number, layer in enumerate(layers):
+        (rank, inputs), (outputs, _) = sizes[layer], widths[layer]
+        key = f"{EXPERTS}{inputs} {outputs}"
+        for expert in torch.nonzero(packed[HELD][number])[:, 0].tolist():
+            row = packed[key][taken.get(key, 0)]
+            taken[key] = taken.get(key, 0) + 1
+            found[f"{layer}.experts.{expert}.A"] = row[: rank * inputs].reshape(rank, inputs)
+            found[f"{layer}.experts.{expert}.B"] = row[rank * inputs :].reshape(outputs, rank)
+    return found
+
+
+def relevance_of(experts: Tensor, tokens: Tensor) -> NDArray[np.float64]:
+    """Return ``(experts, clients)`` <u_e, t_c> / sqrt(r)."""
+    scores = experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])
+    return scores.numpy()
+
+
+def softmax(relevance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the softmax over clients of each expert's relevances."""
+    shifted = np.exp(relevance - relevance.max(axis=1, keepdims=True))
+    whole: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return whole
+
+
+def _watched(client: Client, rows: NDArray[np.int64]) -> Mapping[str, Seen]:
+    """Run some rows of a client and return the sums over their tokens, by layer."""
+    model = client.model
+    assert isinstance(model, ExpertModel), "the experiment asks for experts"
+    tokens = client.share.tokens.take(rows)
+    with model.evaluating(), model.watching() as seen:
+        for indices in by_length(tokens, max(client.training.micro_batch, 16)):
+            numbers = sequence_numbers(tokens.width, indices)
+            batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
+    return seen

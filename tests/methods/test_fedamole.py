@@ -1,0 +1,349 @@
+"""FedAMoLE: who holds what, means over holders, bytes by assignment, absent and failing clients."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import fedloom
+from fedloom.engines.simulation import SimulationEngine
+from fedloom.errors import Interrupted, ModelError, SettingsError
+from fedloom.exporting import export
+from fedloom.messages import Answer, decode, encode
+from fedloom.methods.base import ADAPTER, part_of
+from fedloom.methods.fedamole import (
+    HELD,
+    KNOWN,
+    PROJECTED,
+    TOKENS,
+    is_domain,
+    pack,
+    relevance_of,
+    softmax,
+    unpack,
+)
+from fedloom.runner import Silent, resume_run
+
+MIXTURE = {
+    "data": {"source": "builtin:preferences", "builtin_rows": 100},
+    "partition": {"kind": "column", "column": "domain", "client_test_fraction": 0.2},
+    "federation": {"clients": 4, "rounds": 3},
+    "adapter": {"kind": "experts", "rank": 2, "alpha": 4.0, "experts": 6},
+    "training": {"learning_rate": 1e-2},
+}
+METHOD = {"name": "fedamole", "clients_per_expert": 2, "max_experts_per_client": 4}
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """Every request and answer of training, decoded: (round, client, request, reply)."""
+    seen = []
+    plain = SimulationEngine._answer
+
+    def answer(self, exchange, client, data):
+        found = plain(self, exchange, client, data)
+        if exchange.action == "train":
+            assert found.error is None, found.error
+            request = decode(data, exchange.request_schema)
+            seen.append(
+                (exchange.round, client, request, decode(found.data, exchange.reply_schema))
+            )
+        return found
+
+    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    return seen
+
+
+def of_round(messages, round):
+    return {c: (request, reply) for r, c, request, reply in messages if r == round}
+
+
+def test_every_round_keeps_the_limits_and_everyone_is_judged_by_its_own(
+    experiment, federate, messages
+):
+    found = federate(experiment(method=METHOD, **MIXTURE), evaluate=True)
+    layers = found.parts.method.layers
+    for round in (1, 2, 3):
+        own = of_round(messages, round)
+        held = torch.stack([own[c][0].tensors[HELD] for c in range(4)], -1)
+        assert held.shape == (len(layers), 6, 4)
+        assert (held.sum(2) == 2).all()
+        assert held.sum(1).min() >= 2 and held.sum(1).max() <= 4
+    changed = [
+        (
+            of_round(messages, 1)[c][0].tensors[HELD] != of_round(messages, 2)[c][0].tensors[HELD]
+        ).any()
+        for c in range(4)
+    ]
+    assert any(changed)
+    losses = {m["loss"] for m in found.records[-1].evaluation.clients.values()}
+    assert len(losses) == 4
+    for client in range(4):
+        kept = found.parts.engine.store.slots(client)[ADAPTER]
+        counts = of_round(messages, 3)[client][0].tensors[HELD].sum(1).tolist()
+        for layer, count in zip(layers, counts, strict=True):
+            assert sum(is_domain(n) and n.startswith(f"{layer}.") for n in kept) == 2 * count
+
+
+def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(
+    experiment, federate, messages
+):
+    found = federate(experiment(method=METHOD, **MIXTURE))
+    layers, like = found.parts.method.layers, found.parts.initial
+    own = of_round(messages, 3)
+    sent = {
+        c: unpack({**reply.tensors, HELD: request.tensors[HELD]}, layers, like)
+        for c, (request, reply) in own.items()
+    }
+    final = part_of(found.state.tensors, ADAPTER)
+    assert final.keys() == like.keys()
+    for name, tensor in final.items():
+        some = [tensors[name] for tensors in sent.values() if name in tensors]
+        assert len(some) == (2 if is_domain(name) else 4)
+        assert torch.allclose(tensor, torch.stack(some).mean(0), atol=1e-6)
+    projected = found.state.tensors[PROJECTED]
+    layer, expert = 0, 3
+    rows = []
+    for request, reply in own.values():
+        held = request.tensors[HELD]
+        if held[layer, expert]:
+            rows.append(reply.tensors[PROJECTED][int(held[layer, :expert].sum())])
+    assert torch.allclose(projected[layer, expert], torch.stack(rows).mean(0), atol=1e-6)
+    for c, (_, reply) in own.items():
+        assert torch.equal(found.state.tensors[TOKENS][:, c], reply.tensors[TOKENS])
+
+
+def test_bytes_are_the_closed_form_of_each_clients_assignment(experiment, federate, messages):
+    found = federate(experiment(method=METHOD, **MIXTURE))
+    shapes = found.parts.model.layers
+    rank, sizes = 2, set()
+    for round in (1, 2, 3):
+        for client, (request, _) in of_round(messages, round).items():
+            held = request.tensors[HELD].sum(1).tolist()
+            down, up = len(shapes) * 6, 4 * rank * len(shapes)
+            for (_, layer), count in zip(shapes.items(), held, strict=True):
+                own = rank * (layer.inputs + layer.outputs)
+                both = 4 * (own * (1 + count) + rank * layer.inputs)
+                down, up = down + both, up + both + 4 * rank * count
+            cost = next(c for c in found.costs(client, round - 1) if c.phase == "train")
+            assert 0 <= cost.bytes_down - down < 1000
+            assert 0 <= cost.bytes_up - up < 1000
+            sizes.add(down)
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "moves"),
+    [({"assignment": "random"}, True), ({"assignment": "static"}, False)],
+)
+def test_ablations_draw_in_every_round_or_once(experiment, federate, messages, change, moves):
+    federate(experiment(method={**METHOD, **change}, **MIXTURE))
+    held = [
+        torch.stack([of_round(messages, r)[c][0].tensors[HELD] for c in range(4)]) for r in (1, 2)
+    ]
+    assert torch.equal(*held) is not moves
+
+
+def test_homogeneous_clients_hold_equally_many(experiment, federate, messages):
+    federate(experiment(method={**METHOD, "homogeneous": True}, **MIXTURE))
+    for _, _, request, _ in messages:
+        assert set(request.tensors[HELD].sum(1).tolist()) == {3}
+
+
+def test_absent_clients_are_assigned_by_what_they_last_sent(experiment, federate, messages):
+    some = {**MIXTURE, "federation": {"clients": 4, "rounds": 3, "clients_per_round": 2}}
+    found = federate(experiment(method=METHOD, **some))
+    there = {client for _, client, _, _ in messages}
+    known = found.state.tensors[KNOWN]
+    assert {c for c in range(4) if known[c]} == there
+    last = {client: reply.tensors[TOKENS] for _, client, _, reply in messages}
+    for client, tokens in last.items():
+        assert torch.equal(found.state.tensors[TOKENS][:, client], tokens)
+
+
+def failing(monkeypatch, round, clients, spoil=None):
+    plain = SimulationEngine._answer
+
+    def answer(self, exchange, client, data):
+        found = plain(self, exchange, client, data)
+        if (exchange.action, exchange.round) != ("train", round) or client not in clients:
+            return found
+        if spoil is None:
+            return Answer(client, error="the line went dead")
+        payload = decode(found.data, exchange.reply_schema)
+        spoil(payload.tensors)
+        return Answer(client, encode(payload, exchange.reply_schema))
+
+    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+
+
+def test_an_expert_whose_holders_all_fail_keeps_its_value(experiment, federate, monkeypatch):
+    one = {**MIXTURE, "federation": {"clients": 4, "rounds": 1}}
+    failing(monkeypatch, 1, {0, 1})
+    found = federate(experiment(method=METHOD, **one))
+    held = found.state.tensors[HELD].bool()
+    lost = held[:, :, 0] & held[:, :, 1]
+    assert lost.any()
+    adapter, initial = part_of(found.state.tensors, ADAPTER), found.parts.initial
+    for number, layer in enumerate(found.parts.method.layers):
+        for expert in range(6):
+            name = f"{layer}.experts.{expert}.B"
+            assert torch.equal(adapter[name], initial[name]) == bool(lost[number, expert])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda t: t[TOKENS].fill_(math.nan), "tensor tokens holds NaN"),
+        (lambda t: t[PROJECTED].fill_(math.inf), "tensor projected holds NaN or infinity"),
+        (
+            lambda t: t.update({PROJECTED: t[PROJECTED][:-1]}),
+            "tensor projected has .* rows, this client's experts make",
+        ),
+        (
+            lambda t: t.update({n: x[:-1] for n, x in t.items() if n.startswith("experts ")}),
+            "tensor experts .* rows, this client's experts make",
+        ),
+    ],
+    ids=["tokens", "experts", "few embeddings", "few experts"],
+)
+def test_a_reply_that_does_not_fit_leaves_its_client_out(
+    experiment, federate, monkeypatch, spoil, reason
+):
+    failing(monkeypatch, 2, {2}, spoil)
+    found = federate(experiment(method=METHOD, **MIXTURE))
+    (told,) = found.records[1].rejected.values()
+    assert re.search(reason, told)
+    assert all(torch.isfinite(t).all() for t in found.state.tensors.values())
+    assert not found.records[2].rejected
+
+
+def test_a_client_without_rows_for_an_embedding_set(experiment, federate, monkeypatch):
+    def single(parts):
+        parts.engine.shares[3] = parts.engine.shares[3].take(np.array([0]))
+
+    found = federate(experiment(method=METHOD, **MIXTURE), single)
+    assert (
+        "client 3 has 1 training row: its embedding set would be empty"
+        in (found.records[0].rejected[3])
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "clients", "message"),
+    [
+        ({"clients_per_expert": 5}, {}, 4, "clients_per_expert <= clients: 5 > 4"),
+        ({"max_experts_per_client": 1}, {}, 4, "min_experts_per_client <= max_experts_per_client"),
+        ({}, {"experts": 1}, 1, "min_experts_per_client <= experts: 2 > 1"),
+        ({}, {"experts": 6}, 20, r"min_experts_per_client \* clients <= experts"),
+        ({"max_experts_per_client": 2}, {}, 4, r"experts \* clients_per_expert <= max_experts"),
+    ],
+)
+def test_each_budget_that_nobody_can_keep_is_named(experiment, method, adapter, clients, message):
+    changed = {
+        **MIXTURE,
+        "adapter": {**MIXTURE["adapter"], **adapter},
+        "federation": {"clients": clients, "rounds": 1},
+    }
+    with pytest.raises(SettingsError, match=message):
+        experiment(method={**METHOD, **method}, **changed)
+
+
+def test_what_it_does_not_go_with(experiment):
+    with pytest.raises(SettingsError, match=r"use adapter\.kind = .experts., not 'lora'"):
+        experiment(method=METHOD, **{**MIXTURE, "adapter": {"rank": 2}})
+    with pytest.raises(SettingsError, match="may hold other experts in the next round"):
+        experiment(method=METHOD, **{**MIXTURE, "training": {"keep_optimizer_state": True}})
+    with pytest.raises(SettingsError, match=r"adapter\.top_k is a setting of experts"):
+        experiment(**{**MIXTURE, "adapter": {"kind": "lora", "rank": 2, "top_k": 3}})
+
+
+def test_newcomers_get_all_experts(experiment):
+    more = {**MIXTURE, "federation": {"clients": 5, "rounds": 2}}
+    result = fedloom.run(
+        experiment(method=METHOD, clients={"newcomers": [4], "newcomer_steps": 2}, **more)
+    )
+    assert result.metrics
+
+
+class Stop(Silent):
+    """Presses Ctrl-C after a number of answers."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def client_done(self, round, client, done, of):
+        self.after -= 1
+        if self.after == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_with_the_same_bits_and_its_folders_load(experiment, tmp_path):
+    whole = fedloom.run(experiment(method=METHOD, **MIXTURE))
+    broken = tmp_path / "broken"
+    built = experiment(method=METHOD, **MIXTURE, output={"folder": str(broken)})
+    with pytest.raises(Interrupted):
+        fedloom.run(built, observer=Stop(7))
+    resume_run(broken)
+    for client in range(4):
+        files = [
+            folder / "clients" / f"{client:04d}" / "expert_model.safetensors"
+            for folder in (whole.folder, broken)
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(ModelError, match=r"cannot be merged .*: which experts a token passes"):
+        export(whole.folder, 1, tmp_path / "out")
+
+
+def test_one_client_holding_everything_is_shared_by_any_method(experiment, federate):
+    """Experts are an adapter as any other: FedAvg averages all of them."""
+    plain = {**MIXTURE, "federation": {"clients": 2, "rounds": 2}}
+    found = federate(experiment(method={"name": "fedavg"}, **plain), evaluate=True)
+    losses = [record.train["loss"] for record in found.records[1:]]
+    assert losses[1] < losses[0]
+    assert all(record.train["balance"] > 0 for record in found.records[1:])
+
+
+def test_packing_keeps_ids_and_numbers():
+    layers = ("a.q_proj", "a.v_proj", "b.q_proj")
+    sizes = {"a.q_proj": (6, 6), "a.v_proj": (6, 3), "b.q_proj": (6, 6)}
+    torch.manual_seed(0)
+    tensors = {}
+    for layer, (inputs, outputs) in sizes.items():
+        for part, a, b in (
+            ("projection", 2, inputs),
+            ("shared.A", 2, inputs),
+            ("shared.B", outputs, 2),
+        ):
+            tensors[f"{layer}.{part}"] = torch.randn(a, b)
+        for expert in range(4):
+            tensors[f"{layer}.experts.{expert}.A"] = torch.randn(2, inputs)
+            tensors[f"{layer}.experts.{expert}.B"] = torch.randn(outputs, 2)
+    held = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 1, 0]])
+    packed = pack(tensors, layers, held)
+    assert {n: len(t) for n, t in packed.items() if n.startswith("experts ")} == {
+        "experts 6 3": 2,
+        "experts 6 6": 5,
+    }
+    again = unpack(packed, layers, tensors)
+    domain = {n for n in again if is_domain(n)}
+    assert domain == {
+        f"{layer}.experts.{e}.{factor}"
+        for number, layer in enumerate(layers)
+        for e in torch.nonzero(held[number])[:, 0].tolist()
+        for factor in "AB"
+    }
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.items())
+
+
+def test_relevance_and_its_softmax_over_clients_by_hand():
+    experts = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 4.0, 0.0, 0.0]])
+    tokens = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    scores = relevance_of(experts, tokens)
+    assert scores.tolist() == [[1.0, 0.0, 1.0], [0.0, 2.0, 2.0]]
+    chances = softmax(scores)
+    e = math.e
+    assert chances[0] == pytest.approx([e / (2 * e + 1), 1 / (2 * e + 1), e / (2 * e + 1)])
+    assert chances.sum(1) == pytest.approx([1.0, 1.0])
