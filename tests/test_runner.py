@@ -69,18 +69,26 @@ TURNS = [(method, name) for method in CLASSIC for name in SETS] + [
     (method, name)
     for method in OTHERS
     for name in ("dpo", "kto", "sft", "classification")
-    if (method, name) != ("fedpdpo", "classification")
+    if name != "classification" or method not in ("fedpdpo", "fedamole")
 ]
+
+ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
+"""What a method needs that does not do with LoRA."""
 
 
 @pytest.mark.parametrize(("method", "name"), TURNS)
 def test_every_objective_runs_under_every_method(experiment, name, method):
     result = fedloom.run(
-        experiment(objective={"name": name}, data={"source": SETS[name]}, method={"name": method})
+        experiment(
+            objective={"name": name},
+            data={"source": SETS[name]},
+            method={"name": method},
+            adapter=ADAPTERS.get(method, {}),
+        )
     )
     assert set(result.metrics) == set(result.metrics_before)
     assert all(np.isfinite(value) for value in result.metrics.values())
-    assert (result.adapter_path is None) == (method == "local_only")
+    assert (result.adapter_path is None) == (method in ("local_only", "fedamole"))
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["rounds"] == 2
     assert [record["round"] for record in lines(result.folder, "rounds.jsonl")] == [0, 1, 2]
@@ -174,7 +182,7 @@ def test_partial_participation_and_evaluation_every_n_rounds(experiment):
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - SHARED_LOSS))
 def test_every_method_is_judged_on_every_clients_own_rows(experiment, method):
-    result = fedloom.run(experiment(method={"name": method}))
+    result = fedloom.run(experiment(method={"name": method}, adapter=ADAPTERS.get(method, {})))
     for record in lines(result.folder, "rounds.jsonl"):
         each = record["evaluation"]["clients"]["each"]
         assert list(each) == ["0", "1", "2"] and all(m["examples"] >= 1 for m in each.values())

@@ -260,6 +260,16 @@ def test_what_it_does_not_go_with(experiment):
         experiment(**{**MIXTURE, "adapter": {"kind": "lora", "rank": 2, "top_k": 3}})
 
 
+def test_classes_need_an_adapter_of_another_kind(experiment, federate):
+    classes = {
+        **MIXTURE,
+        "data": {"source": "builtin:labelled", "builtin_rows": 100},
+        "objective": {"name": "classification"},
+    }
+    with pytest.raises(ModelError, match="goes with causal objectives"):
+        federate(experiment(method=METHOD, **classes))
+
+
 def test_newcomers_get_all_experts(experiment):
     more = {**MIXTURE, "federation": {"clients": 5, "rounds": 2}}
     result = fedloom.run(
