@@ -122,7 +122,7 @@ class FedAMoLE(Method):
         adapter = part_of(state.tensors, ADAPTER)
         known = self._known(state, len(clients))
         if HELD not in known:
-            known[HELD] = self._drawn(len(clients), cohort.round - 1)
+            known[HELD] = self._assigned(known, cohort.round - 1)
         columns = {client: place for place, client in enumerate(clients)}
         held = {c: known[HELD][:, :, columns[c]] for c in cohort.clients}
         replies = yield self._exchange(cohort, adapter, held)
@@ -181,17 +181,16 @@ class FedAMoLE(Method):
         everything = (len(self.layers) * self.experts, self.rank)
         learnt.append(TensorSpec(PROJECTED, everything, torch.float32, ragged=True))
         numbers = {"learning_rate": cohort.learning_rate}
-        requests = {
-            client: encode(Payload(pack(adapter, self.layers, own), numbers), request)
-            for client, own in held.items()
-        }
-        counts = {
-            client: {name: len(t) for name, t in pack(adapter, self.layers, own).items()}
-            for client, own in held.items()
-        }
+        requests: dict[int, bytes] = {}
+        counts: dict[int, dict[str, int]] = {}
+        for client, own in held.items():
+            packed = pack(adapter, self.layers, own)
+            requests[client] = encode(Payload(packed, numbers), request)
+            counts[client] = {name: len(t) for name, t in packed.items()}
+            counts[client][PROJECTED] = int(own.sum())
 
         def check(client: int, payload: Payload) -> None:
-            wanted = {**counts[client], PROJECTED: int(held[client].sum())}
+            wanted = counts[client]
             for name, tensor in payload.tensors.items():
                 if name in wanted and len(tensor) != wanted[name]:
                     raise MessageError(
@@ -238,24 +237,16 @@ class FedAMoLE(Method):
         known[TOKENS], known[KNOWN] = tokens, there
 
     def _assigned(self, known: Tensors, round: int) -> Tensor:
-        """Return the next assignment."""
-        drawn = self._noise(known[KNOWN].numel(), round)
+        """Return the next assignment; clients that are not known yet have drawn relevances."""
+        rng = generator(self.server.seed, "assignment", round=round)
+        drawn = rng.random((len(self.layers), self.experts, known[KNOWN].numel()))
         layers = []
-        for layer in range(len(self.layers)):
-            relevance = drawn[layer]
+        for layer, relevance in enumerate(drawn):
             if self.settings.assignment == "relevance":
                 own = relevance_of(known[PROJECTED][layer], known[TOKENS][layer])
                 relevance = np.where(known[KNOWN].numpy().astype(bool)[None], own, relevance)
             layers.append(self._solved(relevance))
         return torch.stack(layers)
-
-    def _drawn(self, clients: int, round: int) -> Tensor:
-        return torch.stack([self._solved(r) for r in self._noise(clients, round)])
-
-    def _noise(self, clients: int, round: int) -> NDArray[np.float64]:
-        """Return ``(layers, experts, clients)`` drawn relevances, before the softmax."""
-        rng = generator(self.server.seed, "assignment", round=round)
-        return rng.random((len(self.layers), self.experts, clients))
 
     def _solved(self, relevance: NDArray[np.float64]) -> Tensor:
         limits = self.settings.limits(*relevance.shape)
