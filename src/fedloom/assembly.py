@@ -23,7 +23,7 @@ from fedloom.data.examples import Example, Feedback, Labelled, Preference
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
 from fedloom.data.partition import Shares, partition, shares, split_client
 from fedloom.data.public import PublicRows, as_task, read_public, take_public
-from fedloom.data.sources import LoadedData, load_examples
+from fedloom.data.sources import LoadedData, few, load_examples
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
@@ -179,8 +179,8 @@ def divide(
     return Division(
         loaded,
         train,
-        {c: _few(rows, limit.client_max_examples, seed, c) for c, rows in held_out.items()},
-        _few(loaded.test, limit.max_examples, seed),
+        {c: _judged(rows, limit.client_max_examples, seed, c) for c, rows in held_out.items()},
+        _judged(loaded.test, limit.max_examples, seed),
         _classes([*loaded.train, *loaded.test]),
         shares(list(train.values()), experiment.partition),
         feedback,
@@ -743,12 +743,9 @@ class _Reader:
         return tokens
 
 
-def _few(rows: list[Example], limit: int, seed: int, client: int = -1) -> list[Example]:
-    """Return at most ``limit`` of the rows, drawn from the seed, in their order."""
-    if len(rows) <= limit:
-        return rows
-    drawn = generator(seed, "held-out", client).choice(len(rows), size=limit, replace=False)
-    return [rows[i] for i in sorted(drawn.tolist())]
+def _judged(rows: list[Example], limit: int, seed: int, client: int = -1) -> list[Example]:
+    """Return at most ``limit`` held-out rows, of a client or the global ones, drawn from the seed."""
+    return few(rows, limit, generator(seed, "held-out", client))
 
 
 def _classes(examples: Sequence[Example]) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
     train = []
     for domain, part in settings.parts.items():
         rows = _read_part(settings, part, domain, read, rng)
-        train += _few(rows, part.max_rows, rng) if domain else rows
+        train += few(rows, part.max_rows, rng) if domain else rows
     test_kind = settings.test_kind or str(settings.kind)
     if settings.test_source is not None or settings.test_split is not None:
         tests = (settings.test_source,) if settings.test_source else settings.sources
@@ -235,11 +235,11 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
         test = judged.read_all(tests, settings.test_split or "test")
     else:
         train, test = _hold_out(train, settings, rng)
-    train = _few(train, settings.max_rows, rng)
+    train = few(train, settings.max_rows, rng)
     return _loaded(train, test, str(settings.kind), tuple(read.bad), read.dropped, test_kind)
 
 
-def _few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> list[Example]:
+def few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> list[Example]:
     """Return at most ``limit`` of the rows, drawn, in their order."""
     if limit is None or len(rows) <= limit:
         return rows

@@ -120,6 +120,9 @@ class AdapterModel:
         base: The frozen weights under LoRA's factors.
     """
 
+    unmergeable = ""
+    """Why the adapter cannot be merged into its backbone, if it cannot."""
+
     def __init__(
         self,
         model: peft.PeftModel,
@@ -154,9 +157,6 @@ class AdapterModel:
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
         self.flops = 0.0
         self.base = FrozenWeights(model)
-
-    unmergeable = ""
-    """Why the adapter cannot be merged into its backbone, if it cannot."""
 
     @property
     def scaling(self) -> float:
@@ -387,14 +387,9 @@ def _ia3_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> pe
 
 def _targets(backbone: nn.Module, settings: AdapterSettings) -> str | list[str]:
     """Return what PEFT is told: "all-linear", names, or the full names of layers in chosen blocks."""
-    targets = settings.targets
-    if targets != "all-linear":
-        targets = [targets] if isinstance(targets, str) else targets
-        _check_targets(backbone, targets)
-    if settings.layers is None:
-        return targets
-    names = _all_linear(backbone) if targets == "all-linear" else list(targets)
-    return _named(backbone, names, blocks_of(backbone.config, settings))
+    if settings.layers is not None:
+        return target_layers(backbone, settings)
+    return settings.targets if settings.targets == "all-linear" else _names(backbone, settings)
 
 
 def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
@@ -403,9 +398,18 @@ def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
     Raises:
         ModelError: No layer matches the targets.
     """
-    targets = _targets(backbone, settings)
-    names = _all_linear(backbone) if targets == "all-linear" else list(targets)
+    names = _names(backbone, settings)
     return _named(backbone, names, blocks_of(backbone.config, settings))
+
+
+def _names(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
+    """Return the targets as names, which some layers have."""
+    targets = settings.targets
+    if targets == "all-linear":
+        return _all_linear(backbone)
+    targets = [targets] if isinstance(targets, str) else targets
+    _check_targets(backbone, targets)
+    return targets
 
 
 def blocks_of(config: Any, settings: AdapterSettings) -> list[int]:

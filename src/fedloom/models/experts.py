@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from fedloom.errors import ModelError
 from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel, AdapterSettings, target_layers
-from fedloom.models.shape import model_shape
+from fedloom.models.shape import linear_widths, model_shape
 from fedloom.randomness import derive_seed
 
 CONFIG = "expert_config.json"
@@ -177,13 +177,8 @@ class ExpertLinear(nn.Module):
 
     def stacked(self, parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """Return the ids, ``down`` and ``up`` that are made of parts by name."""
-        ids = tuple(
-            sorted(
-                int(name.split(".")[1])
-                for name in parts
-                if name.endswith(".A") and name != SHARED_A
-            )
-        )
+        numbers = {int(name.split(".")[1]) for name in parts if name.startswith("experts.")}
+        ids = tuple(sorted(numbers))
         down = [parts[PROJECTION], parts[SHARED_A], *(parts[f"experts.{i}.A"] for i in ids)]
         up = [parts[SHARED_B], *(parts[f"experts.{i}.B"] for i in ids)]
         return ids, torch.cat(down), torch.cat(up, 1)
@@ -227,10 +222,8 @@ class Gated(torch.autograd.Function):
             most, chosen = chances.topk(top_k, 0)
             whole = most.sum(0, keepdim=True)
             gates = torch.zeros_like(chances).scatter_(0, chosen, most / whole)
-        share = mask.to(chances.dtype)
-        share = (
-            share / share.sum(-1, keepdim=True)
-        ).flatten()  # of a token in its sequence's means
+        real = mask.to(chances.dtype)
+        share = (real / real.sum(-1, keepdim=True)).flatten()  # a token's, in its sequence's means
         hits = (gates > 0).to(chances.dtype)
         sequences = (count, *mask.shape)
         shares = (hits * share).view(sequences).sum(-1)
@@ -411,9 +404,7 @@ def attach_experts(backbone: nn.Module, settings: AdapterSettings, *, seed: int 
     for name in target_layers(backbone, settings):
         parent, _, leaf = name.rpartition(".")
         base: Any = backbone.get_submodule(name)
-        shape = base.weight.shape
-        widths = tuple(shape if type(base).__name__ == "Conv1D" else shape[::-1])
-        layer = ExpertLinear(name, base, (widths[0], widths[1]), settings, routing)
+        layer = ExpertLinear(name, base, linear_widths(base), settings, routing)
         parts = fresh_parts(layer, settings.experts, drawn)
         layer.ids, down, up = layer.stacked(parts)
         layer.down = nn.Parameter(down.to(layer.down.device))

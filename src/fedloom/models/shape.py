@@ -145,14 +145,14 @@ def _layers(model: nn.Module) -> list[_Layer]:
             continue  # a layer that is trained whole: its copy computes, not itself
         clean = re.sub(r"\.(base_layer|(modules_to_save|ln_tuning_layers)\.default)$", "", name)
         weight: Any = module.weight
-        inputs, outputs = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
+        inputs, outputs = linear_widths(module)
         owner: Any = modules[clean]
         rank, router = _ranks(owner)
         experts = router > 0 and bool(owner.down.requires_grad)
         factors = [rank > 0 and (experts or _wanted(owner, f)) for f in ("lora_A", "lora_B")]
         shape = LinearShape(
-            int(inputs),
-            int(outputs),
+            inputs,
+            outputs,
             rank,
             trained=bool(weight.requires_grad),
             down_trained=factors[0],
@@ -190,6 +190,12 @@ def _parameters(own: Any) -> list[nn.Parameter]:
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear layer (``Conv1D`` is GPT-2's, with its weight transposed)."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_widths(module: Any) -> tuple[int, int]:
+    """Return the inputs and outputs of a linear layer."""
+    inputs, outputs = module.weight.shape[:: 1 if type(module).__name__ == "Conv1D" else -1]
+    return int(inputs), int(outputs)
 
 
 def _number(config: Any, names: tuple[str, ...], default: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedloom.batch import Batch
 from fedloom.data.batches import (
+    Indices,
     TokenShare,
     by_length,
     collate,
@@ -183,10 +184,7 @@ def local_steps(
     for step, indices in enumerate(repeated, 1):
         if totals.reach(work):
             break
-        parts = [
-            collate(share, part, model.pad, model.device)
-            for part in micro_batches(share, indices, settings.micro_batch)
-        ]
+        parts = _parts(model, share, indices, settings)
         loss = yield from noise.over(gradients(parts, totals))
         if not math.isfinite(loss):
             optimizer.zero_grad()
@@ -302,14 +300,21 @@ def local_loss(
     totals = Totals()
     with model.evaluating():
         for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
-            parts = [
-                collate(share, part, model.pad, model.device)
-                for part in micro_batches(share, indices, settings.micro_batch)
-            ]
+            parts = _parts(model, share, indices, settings)
             for part, loss, _, metrics in _losses(model, objective, parts):
                 own = objective.metric_weights(part)
                 totals.add(part, {"loss": loss, **metrics}, objective.weight(part), own)
     return totals.result({}).metrics["loss"]
+
+
+def _parts(
+    model: AdapterModel, share: TokenShare, indices: Indices, settings: TrainingSettings
+) -> list[Batch]:
+    """Return an optimizer batch as padded micro-batches."""
+    return [
+        collate(share, part, model.pad, model.device)
+        for part in micro_batches(share, indices, settings.micro_batch)
+    ]
 
 
 def _losses(
