@@ -24,7 +24,7 @@ from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.fedamole import FedAMoLESettings
 from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.methods.split import SplitSettings
-from fedloom.models.adapters import AdapterSettings
+from fedloom.models.adapters import PROMPTS, AdapterSettings
 from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES, ObjectiveSettings
 from fedloom.objectives.dpo import DPOSettings
@@ -319,10 +319,10 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
                 "method split keeps activations on both sides: leave "
                 "training.gradient_checkpointing out"
             )
-        if "adapter" in parts and parts["adapter"].kind == "prompt":
+        if "adapter" in parts and parts["adapter"].kind in PROMPTS:
             found.append(
-                'adapter.kind = "prompt" puts its tokens before the first block; method split '
-                'needs "lora", "ia3" or "full"'
+                f'adapter.kind = "{parts["adapter"].kind}" puts its tokens before the first block; '
+                'method split needs "lora", "ia3" or "full"'
             )
     return found
 

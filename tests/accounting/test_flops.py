@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.adapters import PROMPTS, AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.cut import BackHalf, FrontHalf
 from fedloom.models.load import load_backbone
 
@@ -61,14 +61,15 @@ KINDS = {
     "full everywhere": {"kind": "full"},
     "ia3": {"kind": "ia3"},
     "prompt": {"kind": "prompt", "virtual_tokens": 5},
+    "ptuning": {"kind": "ptuning", "virtual_tokens": 5, "encoder_width": 24},
 }
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_against_torch(model_folder, kind, classes):
-    if classes and kind == "prompt":
-        pytest.skip("prompt tuning is for causal models")
+    if classes and kind in PROMPTS:
+        pytest.skip("virtual tokens are for causal models")
     backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
     backbone.set_attn_implementation("eager")
     settings = AdapterSettings(**KINDS[kind])

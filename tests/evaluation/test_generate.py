@@ -50,9 +50,10 @@ def test_nothing_to_answer(model):
     assert generate(*model, [], 5) == []
 
 
-def test_virtual_tokens_stand_next_to_the_text_whatever_the_batch(model_folder):
+@pytest.mark.parametrize("kind", ["prompt", "ptuning"])
+def test_virtual_tokens_stand_next_to_the_text_whatever_the_batch(model_folder, kind):
     tokenizer = load_tokenizer(str(model_folder))
-    settings = AdapterSettings(kind="prompt", virtual_tokens=4)
+    settings = AdapterSettings(kind=kind, virtual_tokens=4)
     tuned = attach_adapter(load_backbone(str(model_folder), pad_token_id=0), settings).eval()
     asks = [Ask(f"Question {'long ' * i}?") for i in range(3)]
     alone = [generate(tuned, tokenizer, [ask], 8)[0] for ask in asks]

@@ -106,13 +106,16 @@ KINDS = {
     "ia3": {"kind": "ia3"},
     "ia3 in the last block": {"kind": "ia3", "layers": 1},
     "prompt": {"kind": "prompt", "virtual_tokens": 5},
+    "prompt from text": {"kind": "prompt", "virtual_tokens": 5, "initial_text": "Answer:"},
+    "ptuning": {"kind": "ptuning", "virtual_tokens": 5, "encoder_width": 24},
 }
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_saved_loaded_and_trained_by_peft(model_folder, tmp_path, kind, classes):
-    if classes and kind == "prompt":
+    prompts = kind.startswith("p")
+    if classes and prompts:
         with pytest.raises(ModelError, match="needs a causal objective"):
             build(model_folder, classes=classes, **KINDS[kind])
         return
@@ -120,7 +123,7 @@ def test_every_kind_is_saved_loaded_and_trained_by_peft(model_folder, tmp_path, 
     start = logits(model)
     with model.reference():
         base = logits(model)
-    if kind != "prompt":
+    if not prompts:
         assert torch.allclose(start, base, atol=1e-6)
     model.write(perturbed(model))
     assert not torch.allclose(logits(model), start)
@@ -137,7 +140,7 @@ def test_only_the_chosen_blocks_are_adapted(model_folder):
     blocks = {
         kind: {name.split("layers.")[1][0] for name in build(model_folder, **settings).parameters}
         for kind, settings in KINDS.items()
-        if kind not in ("ia3", "prompt")
+        if kind != "ia3" and not kind.startswith("p")
     }
     assert blocks == {
         "lora in the last block": {"1"},
@@ -160,7 +163,10 @@ def test_blocks_that_are_not_there_are_named(model_folder, layers):
     [
         ({"kind": "ia3", "rank": 4}, "adapter.rank is a setting of lora"),
         ({"kind": "lora", "virtual_tokens": 3}, "adapter.virtual_tokens is a setting of prompt"),
-        ({"kind": "prompt", "layers": 1}, "prompt tuning adapts no layer"),
+        ({"kind": "prompt", "layers": 1}, "prompt adapts no layer"),
+        ({"kind": "ptuning", "targets": ["q_proj"]}, "ptuning adapts no layer"),
+        ({"kind": "prompt", "encoder_width": 8}, "adapter.encoder_width is a setting of ptuning"),
+        ({"kind": "ptuning", "initial_text": "x"}, "adapter.initial_text is a setting of prompt"),
         ({"layers": 0}, "from 1"),
         ({"layers": []}, "from 0"),
         ({"layers": [-1]}, "from 0"),

@@ -61,6 +61,8 @@ class ModelShape:
         head: The output layer (LM head or classification head), applied to some positions only.
         before_head: Linear layers that those positions pass first (a bottleneck adapter).
         reward: The explicit reward head, applied to one position of a sequence; ``None`` without one.
+        encoder: Linear layers that virtual tokens pass before the blocks, once for all sequences.
+        encoded: Number of these tokens.
         attention_layers: Number of attention layers.
         attention_layers_reached: Those among them that the backward pass runs through.
         attention_width: Query heads times head size.
@@ -73,6 +75,8 @@ class ModelShape:
     attention_width: int
     before_head: tuple[LinearShape, ...] = ()
     reward: LinearShape | None = None
+    encoder: tuple[LinearShape, ...] = ()
+    encoded: int = 0
 
 
 def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
@@ -89,7 +93,8 @@ def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int
     attention = 4.0 * length * shape.attention_width * shape.attention_layers
     heads = sum(_forward_per_token(x) for x in (*shape.before_head, shape.head))
     reward = _forward_per_token(shape.reward) if shape.reward else 0.0
-    return tokens * (per_token + attention) + rows * (head_positions * heads + reward)
+    before = shape.encoded * sum(_forward_per_token(x) for x in shape.encoder)
+    return tokens * (per_token + attention) + rows * (head_positions * heads + reward) + before
 
 
 def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
@@ -99,7 +104,8 @@ def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: in
     attention = 8.0 * length * shape.attention_width * shape.attention_layers_reached
     heads = sum(_backward_per_token(x) for x in (*shape.before_head, shape.head) if x.reached)
     reward = _backward_per_token(shape.reward) if shape.reward else 0.0
-    return tokens * (per_token + attention) + rows * (head_positions * heads + reward)
+    before = shape.encoded * sum(_backward_per_token(x) for x in shape.encoder)
+    return tokens * (per_token + attention) + rows * (head_positions * heads + reward) + before
 
 
 def _forward_per_token(linear: LinearShape) -> float:

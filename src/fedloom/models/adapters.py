@@ -10,6 +10,8 @@
 ``experts``           mixtures of LoRA experts, ``experts.py``
 ``prompt``            embeddings of virtual tokens before the text (Lester et al. 2021,
                       https://arxiv.org/abs/2104.08691); causal models only
+``ptuning``           the same through a small MLP (Liu et al. 2021, https://arxiv.org/abs/2103.10385),
+                      which travels too; a saved folder has the embeddings that it makes
 ====================  ==================================================================================
 
 The tensors are read and written in place: PEFT's own state-dict functions take milliseconds each
@@ -41,12 +43,15 @@ from fedloom.models.shape import block_of, is_linear, model_shape
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
 
+PROMPTS = ("prompt", "ptuning")
+"""Kinds that put virtual tokens before the text."""
+
 
 class AdapterSettings(Settings):
     """``[adapter]``: what is trained on the frozen backbone."""
 
-    kind: Literal["lora", "full", "ia3", "prompt", "experts"] = "lora"
-    """LoRA, the chosen layers themselves, (IA)3, prompt tuning, or mixtures of LoRA experts."""
+    kind: Literal["lora", "full", "ia3", "prompt", "ptuning", "experts"] = "lora"
+    """LoRA, the chosen layers themselves, (IA)3, prompt or p-tuning, or mixtures of LoRA experts."""
     rank: int = Field(default=8, ge=1)
     """Of lora and experts: rank r of the two factors."""
     alpha: float = Field(default=16.0, gt=0)
@@ -55,11 +60,15 @@ class AdapterSettings(Settings):
     """Of lora and experts: share of the adapter's inputs set to zero while training."""
     targets: str | list[str] = "all-linear"
     """Layers that get an adapter: "all-linear", or names such as ["q_proj", "v_proj"]. (IA)3 chooses its
-    own by default, prompt tuning has none."""
+    own by default, prompt and p-tuning have none."""
     layers: int | list[int] | None = None
     """Blocks that get an adapter: so many last ones, or a list of indices from 0 (default: all)."""
     virtual_tokens: int = Field(default=8, ge=1)
-    """Of prompt: length of the learnt prompt in tokens."""
+    """Of prompt and ptuning: length of the learnt prompt in tokens."""
+    initial_text: str | None = Field(default=None, min_length=1)
+    """Of prompt: text whose tokens, repeated as needed, it begins with (default: random words)."""
+    encoder_width: int = Field(default=1024, ge=1)
+    """Of ptuning: hidden width of the MLP."""
     experts: int = Field(default=8, ge=1)
     """Of experts: domain experts of each layer, over the whole federation."""
     top_k: int = Field(default=2, ge=1)
@@ -71,7 +80,8 @@ class AdapterSettings(Settings):
         """Return what in these settings cannot both be meant."""
         found = []
         both, experts = ("lora", "experts"), ("experts",)
-        owners = {"rank": both, "alpha": both, "dropout": both, "virtual_tokens": ("prompt",)}
+        owners = {"rank": both, "alpha": both, "dropout": both, "virtual_tokens": PROMPTS}
+        owners |= {"initial_text": ("prompt",), "encoder_width": ("ptuning",)}
         owners |= dict.fromkeys(("experts", "top_k", "balance"), experts)
         for name, kinds in owners.items():
             given = getattr(self, name) != type(self).model_fields[name].default
@@ -79,10 +89,10 @@ class AdapterSettings(Settings):
                 found.append(
                     f"adapter.{name} is a setting of {' and '.join(kinds)}; adapter.kind is {self.kind!r}"
                 )
-        if self.kind == "prompt":
+        if self.kind in PROMPTS:
             for name in ("targets", "layers"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    found.append(f"adapter.{name}: prompt tuning adapts no layer")
+                    found.append(f"adapter.{name}: {self.kind} adapts no layer")
         if isinstance(self.layers, int) and self.layers < 1:
             found.append(f"adapter.layers = {self.layers}: give the number of last blocks, from 1")
         if isinstance(self.layers, list) and (not self.layers or min(self.layers) < 0):
@@ -322,7 +332,7 @@ def attach_adapter(
 ) -> peft.PeftModel:
     """Put an adapter on the backbone that changes nothing yet, from ``seed``; the backbone is frozen.
 
-    Prompt tuning alone changes the model at once: its virtual tokens are random words' embeddings.
+    Prompt and p-tuning alone change the model at once: virtual tokens are there from the start.
 
     Args:
         backbone: A Hugging Face model with frozen weights.
@@ -341,17 +351,8 @@ def attach_adapter(
 
 
 def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> peft.PeftConfig:
-    if settings.kind == "prompt":
-        if task == "SEQ_CLS":
-            raise ModelError(
-                'adapter.kind = "prompt" needs a causal objective: with a classification head, '
-                'transformers takes the last column of a batch, padding or not; use "lora" or "ia3"'
-            )
-        return peft.PromptTuningConfig(
-            task_type=task,
-            num_virtual_tokens=settings.virtual_tokens,
-            prompt_tuning_init="SAMPLE_VOCAB",
-        )
+    if settings.kind in PROMPTS:
+        return _prompt_config(backbone, settings, task)
     if settings.kind == "ia3":
         return _ia3_config(backbone, settings, task)
     targets = _targets(backbone, settings)
@@ -364,6 +365,31 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, any number will do
         lora_dropout=settings.dropout,
         target_modules=targets,
+    )
+
+
+def _prompt_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> peft.PeftConfig:
+    if task == "SEQ_CLS":
+        raise ModelError(
+            f'adapter.kind = "{settings.kind}" needs a causal objective: with a classification head, '
+            'transformers takes the last column of a batch, padding or not; use "lora" or "ia3"'
+        )
+    count = settings.virtual_tokens
+    if settings.kind == "ptuning":
+        return peft.PromptEncoderConfig(
+            task_type=task, num_virtual_tokens=count, encoder_hidden_size=settings.encoder_width
+        )
+    if settings.initial_text is None:
+        return peft.PromptTuningConfig(
+            task_type=task, num_virtual_tokens=count, prompt_tuning_init="SAMPLE_VOCAB"
+        )
+    config: Any = backbone.config
+    return peft.PromptTuningConfig(
+        task_type=task,
+        num_virtual_tokens=count,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=settings.initial_text,
+        tokenizer_name_or_path=config.name_or_path,
     )
 
 
@@ -460,7 +486,8 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
     try:
         with _quiet_peft():
             kind = peft.PeftConfig.from_pretrained(str(folder)).peft_type
-            trainable = kind != peft.PeftType.PROMPT_TUNING  # which PEFT loads for inference alone
+            prompts = (peft.PeftType.PROMPT_TUNING, peft.PeftType.P_TUNING)
+            trainable = kind not in prompts  # which PEFT loads for inference alone
             return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

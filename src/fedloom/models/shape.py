@@ -18,6 +18,12 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_k
 """Layers that feed attention: where one of them is adapted, the backward pass crosses attention."""
 
 
+PROMPT_ENCODER = "prompt_encoder"
+
+BESIDE = ("lora_", "original_module", PROMPT_ENCODER)
+"""Within names of linear layers that are not the backbone's."""
+
+
 @dataclass(frozen=True)
 class _Layer:
     name: str
@@ -82,8 +88,22 @@ def model_shape(
         attention_layers=count,
         attention_layers_reached=crossed,
         attention_width=width,
+        **_encoder(model),
         **_heads(own, output.shape, enters=enters),
     )
+
+
+def _encoder(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that virtual tokens pass, and how many of these there are."""
+    layers = [
+        LinearShape(*linear_widths(m), input_gradient=True, trained=True)
+        for name, m in model.named_modules()
+        if PROMPT_ENCODER in name and is_linear(m)
+    ]
+    if not layers:
+        return {}
+    peft_config: Any = getattr(model, "peft_config", {})
+    return {"encoder": tuple(layers), "encoded": int(peft_config["default"].num_virtual_tokens)}
 
 
 def block_of(name: str) -> int | None:
@@ -137,7 +157,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
     own = [f"{name}." for name, module in modules.items() if isinstance(module, PersonalHead)]
     layers = []
     for name, module in modules.items():
-        if not is_linear(module) or "lora_" in name or "original_module" in name:
+        if not is_linear(module) or any(part in name for part in BESIDE):
             continue
         if any(name.startswith(prefix) and name != f"{prefix}original" for prefix in own):
             continue
