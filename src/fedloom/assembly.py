@@ -19,7 +19,15 @@ import torch
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import pretraining_texts
-from fedloom.data.examples import Example, Feedback, Labelled, Preference
+from fedloom.data.examples import (
+    Example,
+    Feedback,
+    Instruction,
+    Labelled,
+    Preference,
+    as_choice,
+    plain_text,
+)
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
 from fedloom.data.partition import Shares, partition, shares, split_client
 from fedloom.data.public import PublicRows, as_task, read_public, take_public
@@ -29,7 +37,7 @@ from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
 from fedloom.errors import DataError, ModelError, OutputError
 from fedloom.evaluation.clients import Evaluator
-from fedloom.evaluation.held_out import HeldOut
+from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.evaluation.newcomers import ACTION as JOIN
 from fedloom.evaluation.newcomers import Newcomers
 from fedloom.experiment import ClientsSettings, Experiment
@@ -89,6 +97,7 @@ class Division:
         shares: What each client trains on, for the table and the picture.
         feedback: What became of pairs where single answers are trained on, else ``None``.
         public: Rows that every party has; empty where no method needs them.
+        judged: Kind of the global held-out set.
     """
 
     loaded: LoadedData
@@ -99,6 +108,7 @@ class Division:
     shares: Shares
     feedback: FeedbackDeal | None = None
     public: tuple[Example, ...] = ()
+    judged: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,13 +189,26 @@ def divide(
     return Division(
         loaded,
         train,
-        {c: _judged(rows, limit.client_max_examples, seed, c) for c, rows in held_out.items()},
-        _judged(loaded.test, limit.max_examples, seed),
+        {
+            c: _judged(rows, limit.client_max_examples, experiment, c)
+            for c, rows in held_out.items()
+        },
+        _judged(loaded.test, limit.max_examples, experiment),
         _classes([*loaded.train, *loaded.test]),
         shares(list(train.values()), experiment.partition),
         feedback,
         tuple(public),
+        judged_kind(experiment, loaded.held_out_kind),
     )
+
+
+def judged_kind(experiment: Experiment, kind: str) -> str:
+    """Return what held-out rows of a kind are judged as: see the kinds of ``HEADLINES``."""
+    if kind != "instruction":
+        return kind
+    if experiment.data.choices:
+        return "choice"
+    return "answer" if experiment.evaluation.judged_by == "rouge_l" else kind
 
 
 def _with_public(experiment: Experiment, loaded: LoadedData) -> tuple[LoadedData, list[Example]]:
@@ -400,7 +423,7 @@ class _Kits:
 
     def client_held_out(self) -> dict[int, HeldOut]:
         """Return each client's own held-out set, where it has one, as its model reads it."""
-        kind = self.division.loaded.kind
+        kind = judged_kind(self.experiment, self.division.loaded.kind)
         sets = {
             client: self.of_client(client).reader.held_out(rows, kind)
             for client, rows in self.division.held_out.items()
@@ -722,8 +745,23 @@ class _Reader:
         """Return a held-out set (the global one, or of ``kind``); pairs stay pairs."""
         size = self.experiment.evaluation.batch_size
         tokens = self.tokens(rows, self.held_out_length)
-        kind = kind or self.division.loaded.held_out_kind
-        return HeldOut(TokenShare(tokens), kind, self.objective.beta, self.objective.gamma, size)
+        kind = kind or self.division.judged
+        return HeldOut(
+            TokenShare(tokens),
+            kind,
+            self.objective.beta,
+            self.objective.gamma,
+            size,
+            self._answering(rows) if kind == "answer" else None,
+        )
+
+    def _answering(self, rows: Sequence[Example]) -> Answering:
+        texts = [
+            tuple(plain_text(own) for own in (row.completion, *row.accepted))
+            for row in rows
+            if isinstance(row, Instruction)
+        ]
+        return Answering(self.tokenizer, self.experiment.evaluation.max_new_tokens, texts)
 
     def _share(self, client: int, tokens: TokenSet) -> TokenShare:
         if not self.objective.needs_mismatched:
@@ -743,9 +781,19 @@ class _Reader:
         return tokens
 
 
-def _judged(rows: list[Example], limit: int, seed: int, client: int = -1) -> list[Example]:
-    """Return at most ``limit`` held-out rows, of a client or the global ones, drawn from the seed."""
-    return few(rows, limit, generator(seed, "held-out", client))
+def _judged(
+    rows: list[Example], limit: int, experiment: Experiment, client: int = -1
+) -> list[Example]:
+    """Return at most ``limit`` held-out rows, of a client or the global ones, drawn from the seed.
+
+    Where all completions are known they are choices.
+    """
+    choices = experiment.data.choices
+    drawn = few(rows, limit, generator(experiment.federation.seed, "held-out", client))
+    return [
+        as_choice(row, choices) if choices and isinstance(row, Instruction) else row
+        for row in drawn
+    ]
 
 
 def _classes(examples: Sequence[Example]) -> tuple[str, ...]:

@@ -257,6 +257,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts["partition"].contradictions(federation.clients)
         if "clients" in parts:
             found += parts["clients"].contradictions(federation.clients)
+    if "evaluation" in parts and "data" in parts:
+        found += _judging_contradictions(parts["evaluation"], parts["data"])
     for section in ("adapter", "public"):
         if section in parts:
             found += parts[section].contradictions()
@@ -325,6 +327,16 @@ def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
                 'method split needs "lora", "ia3" or "full"'
             )
     return found
+
+
+def _judging_contradictions(evaluation: EvaluationSettings, data: DataSettings) -> list[str]:
+    if evaluation.judged_by == "loss":
+        return []
+    if data.choices:
+        return ['evaluation.judged_by = "rouge_l", but data.choices are judged by accuracy']
+    if data_kind(data) != "instruction":
+        return [f'evaluation.judged_by = "rouge_l" is for instructions, not {data_kind(data)}']
+    return []
 
 
 def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:

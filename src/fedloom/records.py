@@ -23,7 +23,15 @@ from rich.table import Table
 from fedloom.accounting.ledger import SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
 from fedloom.assembly import Division, Parts, of_server
-from fedloom.data.examples import Example, Feedback, Instruction, Preference, Text
+from fedloom.data.examples import (
+    Choice,
+    Example,
+    Feedback,
+    Instruction,
+    Preference,
+    Text,
+    plain_text,
+)
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
@@ -83,7 +91,7 @@ def run_record(
         "method": experiment.method.name,
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
-        "metric": asdict(HEADLINES[loaded.held_out_kind]),
+        "metric": asdict(HEADLINES[division.judged]),
         "fingerprint": fingerprint(experiment, division, objective),
     }
 
@@ -290,7 +298,7 @@ def summary_record(
 
 def prompt_of(example: Example) -> Text:
     """Return what a model is asked, empty for labelled text."""
-    if isinstance(example, Instruction | Preference | Feedback):
+    if isinstance(example, Instruction | Preference | Feedback | Choice):
         return example.prompt
     return ""
 
@@ -304,17 +312,17 @@ def answers_of(example: Example) -> dict[str, Any]:
         wanted, unwanted = example.chosen, example.rejected
     elif isinstance(example, Instruction):
         wanted = example.completion
+    elif isinstance(example, Choice):
+        wanted = example.choices[example.right]
     elif isinstance(example, Feedback):
         wanted, unwanted = (
             (example.completion, None) if example.desirable else (None, example.completion)
         )
-    return {"wanted": _plain(wanted), "unwanted": _plain(unwanted), "group": group}
+    return {"wanted": _shown(wanted), "unwanted": _shown(unwanted), "group": group}
 
 
-def _plain(text: Text | None) -> str | None:
-    if text is None or isinstance(text, str):
-        return text.strip() if text else text
-    return "\n".join(message["content"] for message in text)
+def _shown(text: Text | None) -> str | None:
+    return None if text is None else plain_text(text).strip()
 
 
 def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:

@@ -379,7 +379,7 @@ class _Run:
 
     @property
     def _headline(self) -> Headline:
-        return HEADLINES[self.parts.division.loaded.held_out_kind]
+        return HEADLINES[self.parts.division.judged]
 
     def _finish(self, state: State) -> RunResult:
         adapter = self._write_adapters(state)
@@ -522,7 +522,7 @@ def _write_start(
 
 def _plan(experiment: Experiment, parts: Parts) -> Plan:
     federation, sizes = experiment.federation, parts.engine.sizes()
-    headline = HEADLINES[parts.division.loaded.held_out_kind]
+    headline = HEADLINES[parts.division.judged]
     trained = sum(p.numel() for p in parts.model.parameters.values())
     cohort = min(federation.cohort_size, len(sizes))
     objective = type(parts.objective).__name__

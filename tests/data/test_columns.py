@@ -216,3 +216,10 @@ def test_a_single_answer_needs_a_prompt():
         pair_or_feedback(1, {"chosen": "just text"})
     with pytest.raises(RowError, match="chosen and rejected missing"):
         pair_or_feedback(1, {"prompt": "p"})
+
+
+def test_several_accepted_answers():
+    made = make_example("instruction", 1, {"prompt": "p", "completion": ["a", "b", "c"]})
+    assert made == Instruction(1, "p", "a", accepted=("b", "c"))
+    with pytest.raises(RowError, match="completion is empty"):
+        make_example("instruction", 1, {"prompt": "p", "completion": ["", "b"]})

@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from fedloom.data.sources import DataSettings, load_examples
-from fedloom.errors import DataError
+from fedloom.errors import DataError, SettingsError
 from fedloom.experiment import Experiment
+from fedloom.runner import run
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "site": "AB"[i % 2]} for i in range(10)]
 
@@ -347,3 +348,78 @@ def test_a_written_experiment_with_domains_is_read_again(tmp_path):
     path = tmp_path / "again.toml"
     path.write_text(own.to_toml())
     assert Experiment.from_toml(path).data == own.data
+
+
+def test_choices_become_a_column_and_others_are_malformed(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, [{"prompt": "p", "completion": "yes" if i else "perhaps"} for i in range(9)])
+    with pytest.raises(DataError, match=r"row 1: the completion is not among data.choices"):
+        load(path, choices=["yes", "no"])
+    data = load(path, choices=["yes", "no"], max_bad_share=0.5)
+    assert {row.columns["completion"] for row in data.train} == {"yes"}
+    assert "completion" not in load(path).train[0].columns
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "instruction", "choices": ["yes", "yes"]}, "at least two different completions"),
+        ({"kind": "preference", "choices": ["a", "b"]}, "completions of instructions"),
+    ],
+)
+def test_choices_that_are_none(settings, words):
+    (complaint,) = DataSettings(source="x.jsonl", **settings).contradictions()
+    assert words in complaint
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"source": "builtin:preferences"}, 'judged_by = "rouge_l" is for instructions, not pref'),
+        (
+            {"source": "x.jsonl", "kind": "instruction", "choices": ["a", "b"]},
+            "data.choices are judged by accuracy",
+        ),
+    ],
+)
+def test_rouge_is_for_free_answers(data, words):
+    name = "sft" if "kind" in data else "dpo"
+    table = {"data": data, "objective": {"name": name}, "evaluation": {"judged_by": "rouge_l"}}
+    with pytest.raises(SettingsError, match=words):
+        Experiment.from_table(table)
+
+
+def test_a_run_is_judged_by_choices_and_by_rouge(tmp_path):
+    rows = [
+        {
+            "prompt": f"{i} is odd:",
+            "completion": ["no", "never"] if i % 2 else ["yes"],
+            "site": str(i % 2),
+        }
+        for i in range(60)
+    ]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    table = {
+        "data": {
+            "source": str(tmp_path / "x.jsonl"),
+            "kind": "instruction",
+            "choices": ["yes", "no"],
+        },
+        "objective": {"name": "sft"},
+        "partition": {"kind": "dirichlet", "column": "completion", "alpha": 10.0},
+        "federation": {"clients": 2, "rounds": 1},
+        "evaluation": {"max_new_tokens": 3},
+    }
+    found = {}
+    for name in ("choice", "answer"):
+        table["output"] = {"folder": str(tmp_path / name)}
+        found[name] = run(Experiment.from_table(table)).metrics
+        table["data"].pop("choices", None)
+        table["partition"]["column"] = "site"
+        table["evaluation"]["judged_by"] = "rouge_l"
+    assert 0 <= found["choice"]["accuracy"] <= 1
+    assert 0 <= found["answer"]["rouge_l"] <= 1
+    partition = json.loads((tmp_path / "choice" / "partition.json").read_text())
+    assert partition["values"] == ["no", "yes"]
+    summary = json.loads((tmp_path / "answer" / "summary.json").read_text())
+    assert summary["metric"] == "rouge_l" and len(summary["clients_after"]["each"]) == 2

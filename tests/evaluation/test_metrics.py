@@ -1,11 +1,15 @@
 """Held-out metrics by hand."""
 
+import builtins
 import math
 
 import pytest
 import torch
 
+from fedloom.errors import ModelError
 from fedloom.evaluation.metrics import (
+    answer_metrics,
+    choice_metrics,
     feedback_metrics,
     instruction_metrics,
     labelled_metrics,
@@ -58,3 +62,32 @@ def test_labelled():
     found = labelled_metrics(t(0, math.log(3), 0, math.log(3)).view(2, 2), torch.tensor([1, 0]))
     assert found["accuracy"] == 0.5
     assert found["loss"] == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+
+
+def test_choice_is_by_the_mean_loss_of_a_token():
+    # sums -4 over 4 tokens against -3 over 2: the longer one is the likelier a token
+    logps, lengths = t(-4, -3, -1, -8).view(2, 2), t(4, 2, 1, 2).view(2, 2)
+    found = choice_metrics(logps, lengths, torch.tensor([0, 1]))
+    assert found == {"accuracy": 0.5, "loss": pytest.approx((1.0 + 4.0) / 2)}
+
+
+def test_rouge_l_by_hand():
+    # "the cat" is the longest common subsequence: precision 2/3, recall 2/4, F1 4/7
+    found = answer_metrics(["the black cat"], [["the old lazy cat"]])
+    assert found["rouge_l"] == pytest.approx(4 / 7)
+    # the nearest of the accepted answers counts; case and punctuation do not
+    found = answer_metrics(["Yes.", "no"], [["maybe so", "yes"], ["yes"]])
+    assert found["rouge_l"] == 0.5
+
+
+def test_rouge_l_without_its_library(monkeypatch):
+    true_import = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("rouge_score"):
+            raise ImportError(name)
+        return true_import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModelError, match=r"rouge-score, which is not installed: pip install"):
+        answer_metrics(["a"], [["a"]])

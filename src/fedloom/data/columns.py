@@ -143,11 +143,20 @@ def make_example(kind: str, number: int, row: Row) -> Example:
 
 def _instruction(number: int, row: Row, extra: dict[str, str]) -> Instruction:
     if "completion" in row:
-        return Instruction(number, _text(row, "prompt", ""), _text(row, "completion"), extra)
+        first, *others = _accepted(row["completion"])
+        own = _text({"completion": first}, "completion")
+        return Instruction(number, _text(row, "prompt", ""), own, extra, tuple(others))
     if "messages" in row or "conversations" in row:
         prompt, completion = _last_answer(_messages(row))
         return Instruction(number, prompt, completion, extra)
     return Instruction(number, "", _string(row, "text"), extra)
+
+
+def _accepted(value: Any) -> list[Any]:
+    """Return what a completion column holds as a list: several texts are answers that are all right."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    several = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+    return value if several else [value]
 
 
 def _preference(number: int, row: Row, extra: dict[str, str]) -> Preference:

@@ -1,4 +1,4 @@
-"""The four kinds of example, checked on construction.
+"""The kinds of example, checked on construction: four to train on, and choices to judge by.
 
 An example is text (or chat messages) as its owner wrote it, with the number of the row it came
 from and the columns a partition may divide by. It knows nothing of tokens, files or clients.
@@ -20,14 +20,23 @@ Text = str | tuple[Message, ...]
 Kind = Literal["instruction", "preference", "feedback", "labelled"]
 
 
+def plain_text(text: Text) -> str:
+    """Return a text, or what is said in a conversation as lines."""
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt and the completion to learn (``prompt, completion``, ``messages`` or ``text``)."""
+    """A prompt and the completion to learn (``prompt, completion``, ``messages`` or ``text``).
+
+    ``accepted`` are other answers that would do as well; nothing is trained on them.
+    """
 
     row: int
     prompt: Text
     completion: Text
     columns: Mapping[str, str] = field(default_factory=dict)
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,28 @@ class Labelled:
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
-Example = Instruction | Preference | Feedback | Labelled
+@dataclass(frozen=True)
+class Choice:
+    """A prompt and all the completions it may have, of which one is right; held-out rows only."""
+
+    row: int
+    prompt: Text
+    choices: tuple[str, ...]
+    right: int
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+Example = Instruction | Preference | Feedback | Labelled | Choice
+
+
+def as_choice(example: Instruction, choices: Sequence[str]) -> Choice:
+    """Return an instruction as the choice among all completions that there are.
+
+    Raises:
+        ValueError: Its own is none of them.
+    """
+    right = choices.index(str(example.completion))
+    return Choice(example.row, example.prompt, tuple(choices), right, example.columns)
 
 
 def unpair(pairs: Sequence[Preference]) -> list[Feedback]:

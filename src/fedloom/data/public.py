@@ -14,7 +14,16 @@ import numpy as np
 from pydantic import Field
 
 from fedloom.data.batches import TokenShare
-from fedloom.data.examples import Example, Feedback, Instruction, Kind, Labelled, Preference, Text
+from fedloom.data.examples import (
+    Choice,
+    Example,
+    Feedback,
+    Instruction,
+    Kind,
+    Labelled,
+    Preference,
+    plain_text,
+)
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, load_examples
 from fedloom.errors import DataError
 from fedloom.settings import Settings
@@ -157,12 +166,14 @@ def text_of(example: Example) -> str:
         case Labelled(text=text):
             return text
         case Preference(prompt=prompt, chosen=chosen):
-            return _plain(prompt) + _plain(chosen)
+            return plain_text(prompt) + plain_text(chosen)
         case (
             Instruction(prompt=prompt, completion=completion)
             | Feedback(prompt=prompt, completion=completion)
         ):
-            return _plain(prompt) + _plain(completion)
+            return plain_text(prompt) + plain_text(completion)
+        case Choice(prompt=prompt, choices=choices, right=right):
+            return plain_text(prompt) + choices[right]
 
 
 def _continued(row: Example) -> Example:
@@ -175,9 +186,3 @@ def _continued(row: Example) -> Example:
         case Feedback(prompt=prompt, completion=completion):
             return Instruction(row.row, prompt, completion, row.columns)
     return row
-
-
-def _plain(text: Text) -> str:
-    if isinstance(text, str):
-        return text
-    return "\n".join(message["content"] for message in text)

@@ -32,7 +32,7 @@ from fedloom.data.columns import (
     template_columns,
 )
 from fedloom.data.continuations import ContinuationSettings, continuations
-from fedloom.data.examples import Example, Kind, Preference
+from fedloom.data.examples import Example, Instruction, Kind, Preference
 from fedloom.errors import DataError
 from fedloom.settings import Settings
 
@@ -101,6 +101,10 @@ class DataSettings(SourceSettings):
     """Tokens of prompt and completion together (default: the model's context, at most 1024)."""
     builtin_rows: int = Field(default=1600, ge=1)
     """Rows that a built-in source generates."""
+    choices: list[str] = []
+    """Of instructions: all the completions there are (verbalisers: ["yes", "no"]). Held-out rows are then
+    judged by whether the right one has the lowest mean loss a token among them, and clients may be
+    divided by the column "completion"."""
     domains: dict[str, SourceSettings] = {}
     """Several sources, each read in its own way, in place of one; a row's domain is its column
     "domain"."""
@@ -147,6 +151,10 @@ class DataSettings(SourceSettings):
             fields = SourceSettings.model_fields
             beside = [name for name in fields if getattr(self, name) != fields[name].default]
             found += [f"data.{name} is said by each of data.domains for itself" for name in beside]
+        if self.choices and (self.kind != "instruction" or len(set(self.choices)) < 2):
+            found.append(
+                f"data.choices = {self.choices}: at least two different completions of instructions"
+            )
         builtin = self.is_builtin and not self.domains
         known = self.builtin_kind
         if self.test_kind not in (None, self.kind or known):
@@ -293,6 +301,7 @@ class _Reader:
         self.max_bad_share = data.max_bad_share
         self.incomplete = data.incomplete_pairs == "feedback" and kind == data.kind
         self.own = {"domain": domain} if domain else {}
+        self.choices = data.choices
 
     def read_all(self, sources: Iterable[str], split: str) -> list[Example]:
         """Read every source; rows of all of them have numbers of their own."""
@@ -365,7 +374,13 @@ class _Reader:
             own = first_answers(own, self.settings.answers_between)
             if self.incomplete and self.kind == "preference":
                 return pair_or_feedback(offset + number, own)
-            return [make_example(self.kind, offset + number, own)]
+            example = make_example(self.kind, offset + number, own)
+            if self.choices and isinstance(example, Instruction):
+                if example.completion not in self.choices:
+                    raise RowError("the completion is not among data.choices")
+                columns = {**example.columns, "completion": str(example.completion)}
+                example = replace(example, columns=columns)
+            return [example]
         except RowError as error:
             if error.malformed:
                 bad.append(BadRow(name, number, str(error)))

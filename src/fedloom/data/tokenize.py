@@ -22,7 +22,15 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fedloom.data.examples import Example, Feedback, Instruction, Labelled, Preference, Text
+from fedloom.data.examples import (
+    Choice,
+    Example,
+    Feedback,
+    Instruction,
+    Labelled,
+    Preference,
+    Text,
+)
 
 FORMAT = "fedloom-tokens-1"
 """Changes whenever this file would give other tokens for the same input."""
@@ -36,13 +44,14 @@ class TokenSet:
     """Tokenised examples of one kind, ragged rows in flat arrays.
 
     Attributes:
-        width: Sequences an example has: 2 for pairs (chosen, rejected), else 1.
+        width: Sequences an example has: 2 for pairs (chosen, rejected), one a choice, else 1.
         index: ``(examples,)`` position of each example in what was tokenised (some were dropped).
         rows: ``(examples,)`` row number in the data.
         tokens: ``(total,)`` int32, all sequences one after another.
         starts: ``(examples * width + 1,)`` where each sequence begins.
         prompts: ``(examples * width,)`` number of prompt tokens in each sequence.
-        labels: ``(examples,)`` class id, or 1 for desirable and 0 for not; -1 where there is none.
+        labels: ``(examples,)`` class id, number of the right choice, or 1 for desirable and 0 for not; -1
+            where there is none.
         dropped: Number of examples dropped, by reason.
     """
 
@@ -140,7 +149,7 @@ def fit(
 def _tokenize(
     examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]
 ) -> TokenSet:
-    width = 2 if examples and isinstance(examples[0], Preference) else 1
+    width = _width(examples[0]) if examples else 1
     ids = {name: number for number, name in enumerate(classes)}
     encoded = _encode(examples, tokenizer)
     index, rows, labels, parts, prompts = [], [], [], [], []
@@ -178,6 +187,12 @@ def _tokenize(
     )
 
 
+def _width(example: Example) -> int:
+    if isinstance(example, Choice):
+        return len(example.choices)
+    return 2 if isinstance(example, Preference) else 1
+
+
 def _encode(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
     """Tokenise all prompts and all whole texts in two batched calls, then cut them apart."""
     rendered = [_render(example, tokenizer) for example in examples]
@@ -206,6 +221,8 @@ def _render(example: Example, tokenizer: Any) -> tuple[str, list[str]]:
             return "", [text]
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             completions = [chosen, rejected]
+        case Choice(prompt=prompt, choices=choices):
+            completions = list(choices)
         case (
             Instruction(prompt=prompt, completion=completion)
             | Feedback(prompt=prompt, completion=completion)
@@ -259,6 +276,8 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
 def _label(example: Example, ids: dict[str, int]) -> int:
     if isinstance(example, Labelled):
         return ids.get(example.label, -1)
+    if isinstance(example, Choice):
+        return example.right
     return int(example.desirable) if isinstance(example, Feedback) else -1
 
 

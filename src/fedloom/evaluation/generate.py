@@ -53,6 +53,29 @@ def generate_answers(
         return generate(model.model, tokenizer, asks, max_new_tokens, batch_size)
 
 
+def continue_tokens(
+    model: AdapterModel,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+) -> list[str]:
+    """Return a greedy answer to each prompt given as tokens; see :func:`generate_answers`.
+
+    Counted as one pass over a batch's prompts and answers.
+    """
+    with model.evaluating():
+        return _answered(
+            model.model,
+            tokenizer,
+            [list(prompt) for prompt in prompts],
+            [Ask("")] * len(prompts),
+            max_new_tokens,
+            batch_size,
+            lambda rows, columns, new: model.count(rows, columns + model.virtual_tokens, new),
+        )
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -67,28 +90,52 @@ def generate(
     An answer has at most half the context, so that a prompt keeps the other half. ``advance`` is
     called with the number of prompts answered, batch by batch.
     """
+    rows = [_tokens(ask.prompt, tokenizer) for ask in asks]
+    return _answered(
+        model,
+        tokenizer,
+        rows,
+        asks,
+        max_new_tokens,
+        batch_size,
+        lambda rows, columns, new: advance(rows),
+    )
+
+
+def _answered(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: list[list[int]],
+    asks: Sequence[Ask],
+    max_new_tokens: int,
+    batch_size: int,
+    done: Callable[[int, int, int], None],
+) -> list[str]:
+    """Answer prompts given as tokens; ``done`` is told each batch's rows, columns and new columns."""
     config: Any = model.config
     context = int(getattr(config, "max_position_embeddings", 2048))
     length = min(max_new_tokens, max(1, context // 2))
-    rows = [_tokens(ask.prompt, tokenizer, context - length) for ask in asks]
+    rows = [row[-max(1, context - length) :] for row in rows]
     answers = [""] * len(asks)
     if _has_virtual_tokens(model):  # PEFT counts padding between them and the text as positions
         batch_size = 1
     order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        texts = _batch(
-            model, tokenizer, [rows[i] for i in chosen], [asks[i] for i in chosen], length
-        )
+        own = [rows[i] for i in chosen]
+        output = _batch(model, tokenizer, own, [asks[i] for i in chosen], length)
+        before = max(map(len, own))
+        texts = tokenizer.batch_decode(output[:, before:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
-        advance(len(chosen))
+            answers[i] = text.strip()
+        done(len(chosen), output.shape[1], output.shape[1] - before)
     return answers
 
 
 def _batch(
     model: nn.Module, tokenizer: Any, rows: list[list[int]], asks: list[Ask], length: int
-) -> list[str]:
+) -> Tensor:
+    """Return prompts with padding before them, and what follows them."""
     longest = max(len(row) for row in rows)
     device = next(model.parameters()).device
     ids = torch.full((len(rows), longest), int(tokenizer.pad_token_id), dtype=torch.long)
@@ -99,7 +146,7 @@ def _batch(
     run: Any = model.generate
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
-        output = run(
+        output: Tensor = run(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=length,
@@ -109,8 +156,7 @@ def _batch(
             eos_token_id=tokenizer.eos_token_id,
             logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
         )
-    answers = output[:, longest:].cpu()
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return output.cpu()
 
 
 def _has_virtual_tokens(model: nn.Module) -> bool:
@@ -137,9 +183,9 @@ class _Sampler:
         return scores
 
 
-def _tokens(prompt: str, tokenizer: Any, room: int) -> list[int]:
-    """Return a prompt's last tokens without an end token; never none at all."""
-    row: list[int] = tokenizer(prompt, verbose=False)["input_ids"][-max(1, room) :]
+def _tokens(prompt: str, tokenizer: Any) -> list[int]:
+    """Return a prompt's tokens without an end token; never none at all."""
+    row: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     opening = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +12,10 @@ from pydantic import Field
 
 from fedloom.batch import Batch
 from fedloom.data.batches import TokenShare, by_length, collate
+from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
+    answer_metrics,
+    choice_metrics,
     feedback_metrics,
     instruction_metrics,
     labelled_metrics,
@@ -43,7 +48,24 @@ class EvaluationSettings(Settings):
     samples: int = Field(default=6, ge=0)
     """Held-out prompts answered before and after, for the report (causal models only)."""
     max_new_tokens: int = Field(default=48, ge=1)
-    """Length of those answers in tokens."""
+    """Length of those answers, and of those that are judged, in tokens."""
+    judged_by: Literal["loss", "rouge_l"] = "loss"
+    """Of instructions: the loss of the completion, or ROUGE-L of the model's own greedy answer."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a model's own answers to held-out prompts are made and judged.
+
+    Attributes:
+        tokenizer: The model's.
+        max_new_tokens: Most tokens of an answer.
+        accepted: Answers that are right, for each row as it was before tokenising.
+    """
+
+    tokenizer: Any
+    max_new_tokens: int
+    accepted: Sequence[tuple[str, ...]]
 
 
 @dataclass
@@ -56,6 +78,7 @@ class HeldOut:
         beta: Scale of implicit rewards.
         gamma: Scale of explicit ones.
         batch_size: Examples in one forward pass.
+        answering: How own answers are made and judged, where they are.
     """
 
     share: TokenShare
@@ -63,6 +86,7 @@ class HeldOut:
     beta: float
     gamma: float
     batch_size: int
+    answering: Answering | None = None
     _last: tuple[str, dict[str, float]] = ("", {})
 
     def __len__(self) -> int:
@@ -87,6 +111,10 @@ class HeldOut:
                 return self._labelled(model)
             if self.kind == "instruction":
                 return self._instruction(model)
+            if self.kind == "choice":
+                return self._choice(model)
+            if self.answering is not None:
+                return self._answers(model, self.answering)
             return self._rewards(model)
 
     def _batches(self, model: AdapterModel) -> list[tuple[np.ndarray, Batch]]:
@@ -113,6 +141,23 @@ class HeldOut:
             torch.cat([p[i].reshape(-1).cpu() for p in parts]) for i in range(3)
         )
         return instruction_metrics(logps, masks, corrects)
+
+    def _choice(self, model: AdapterModel) -> dict[str, float]:
+        tokens = self.share.tokens
+        logps = torch.zeros(tokens.width, len(tokens))
+        for indices, batch in self._batches(model):
+            scores = completion_logps(model, batch.sequences)
+            logps[:, torch.from_numpy(indices)] = scores.cpu().view(tokens.width, -1)
+        lengths = torch.from_numpy(tokens.completion_lengths).view(-1, tokens.width)
+        return choice_metrics(logps.T, lengths, torch.from_numpy(tokens.labels))
+
+    def _answers(self, model: AdapterModel, answering: Answering) -> dict[str, float]:
+        tokens = self.share.tokens
+        prompts = [s[:n].tolist() for s, n in map(tokens.sequence, range(len(tokens)))]
+        answers = continue_tokens(
+            model, answering.tokenizer, prompts, answering.max_new_tokens, self.batch_size
+        )
+        return answer_metrics(answers, [answering.accepted[i] for i in tokens.index])
 
     def _rewards(self, model: AdapterModel) -> dict[str, float]:
         tokens = self.share.tokens

@@ -5,11 +5,14 @@ The headline metric of each kind of example is in :data:`HEADLINES`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fedloom.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ HEADLINES = {
         "(ties count half: 0.5 at the start by definition)",
     ),
     "labelled": Headline("accuracy", True, "share of held-out texts whose class is predicted"),
+    "choice": Headline(
+        "accuracy",
+        True,
+        "share of held-out rows whose right completion has the lowest mean loss a token of all there are",
+    ),
+    "answer": Headline(
+        "rouge_l",
+        True,
+        "mean ROUGE-L (F1) of greedy answers to held-out prompts, each against the nearest accepted one",
+    ),
 }
 
 
@@ -136,6 +149,46 @@ def labelled_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return accuracy and cross-entropy of ``(examples, classes)`` logits."""
     correct = (logits.argmax(-1) == labels).double().mean()
     return {"accuracy": float(correct), "loss": float(F.cross_entropy(logits.double(), labels))}
+
+
+def choice_metrics(logps: Tensor, lengths: Tensor, right: Tensor) -> dict[str, float]:
+    """Judge rows by the log-probs of all completions there are.
+
+    Args:
+        logps: ``(rows, choices)``, summed over tokens, in nats.
+        lengths: ``(rows, choices)``, tokens of each.
+        right: ``(rows,)``, which is right.
+
+    Returns:
+        ``accuracy`` and ``loss``, the mean loss of a token of the right one.
+    """
+    losses = (-logps / lengths).double()
+    correct = (losses.argmin(-1) == right).double().mean()
+    return {"accuracy": float(correct), "loss": float(losses.gather(1, right[:, None]).mean())}
+
+
+def answer_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the mean ROUGE-L of answers, each against the one of its accepted answers nearest to it.
+
+    Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", as the library rouge-score
+    computes it, words not stemmed.
+
+    Raises:
+        ModelError: The library is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ModelError(
+            'evaluation.judged_by = "rouge_l" needs rouge-score, which is not installed: '
+            'pip install "fedloom[rouge]"'
+        ) from error
+    scorer = RougeScorer(["rougeL"])
+    scores = [
+        scorer.score_multi(list(own), answer)["rougeL"].fmeasure
+        for answer, own in zip(answers, accepted, strict=True)
+    ]
+    return {"rouge_l": sum(scores) / len(scores)}
 
 
 def _auc(rewards: Tensor, desirable: Tensor) -> float:

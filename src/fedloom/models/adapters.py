@@ -80,7 +80,12 @@ class AdapterSettings(Settings):
         """Return what in these settings cannot both be meant."""
         found = []
         both, experts = ("lora", "experts"), ("experts",)
-        owners = {"rank": both, "alpha": both, "dropout": both, "virtual_tokens": PROMPTS}
+        owners: dict[str, tuple[str, ...]] = {
+            "rank": both,
+            "alpha": both,
+            "dropout": both,
+            "virtual_tokens": PROMPTS,
+        }
         owners |= {"initial_text": ("prompt",), "encoder_width": ("ptuning",)}
         owners |= dict.fromkeys(("experts", "top_k", "balance"), experts)
         for name, kinds in owners.items():
