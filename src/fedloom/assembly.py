@@ -308,6 +308,7 @@ def assemble(
         experiment.training,
         federation.seed,
         participations,
+        federation.rounds,
         store or ClientStore(),
         ledger,
         newcomers,

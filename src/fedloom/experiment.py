@@ -398,6 +398,12 @@ def _expert_contradictions(parts: Mapping[str, Any], method: FedAMoLESettings) -
         )
     training = parts["federation"].clients - len(parts["clients"].newcomers)
     found += method.contradictions(parts["adapter"].experts, training)
+    objective = OBJECTIVES[parts["objective"].name][1] if "objective" in parts else None
+    if method.embedding_noise == "gaussian" and objective and objective.needs_mismatched:
+        found.append(
+            "method.embedding_noise = 'gaussian' promises something of rows that are not trained on, and "
+            f"objective.name = {parts['objective'].name!r} compares rows with completions of other rows"
+        )
     if "training" in parts and parts["training"].keep_optimizer_state:
         found.append(
             "training.keep_optimizer_state: a client of method.name = 'fedamole' may hold other experts "

@@ -91,6 +91,7 @@ def run_record(
         "method": experiment.method.name,
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
+        "promise": parts.method.promise(),
         "metric": asdict(HEADLINES[division.judged]),
         "fingerprint": fingerprint(experiment, division, objective),
     }
@@ -199,6 +200,7 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
         "bytes_up": sum(cost.bytes_up for cost in costs),
         "flops": sum(cost.flops for cost in costs),
         "seconds": record.seconds,
+        "details": dict(record.details),
     }
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import Field
 
@@ -79,6 +79,7 @@ class RoundRecord:
         evaluation: Held-out metrics, in rounds that evaluate.
         costs: What the round cost, by client and phase.
         seconds: Wall-clock time of the round, evaluation included.
+        details: What else the method shows of it, as plain JSON.
     """
 
     round: int
@@ -90,6 +91,7 @@ class RoundRecord:
     evaluation: Evaluation | None = None
     costs: tuple[Cost, ...] = ()
     seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -160,6 +162,7 @@ class Server:
                 _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
                 self.evaluate(state, round),
+                details=cohort.details,
             )
             self._finish(record, state, start)
         return state

@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from fedloom.aggregation.assignment import assign_experts, infeasible
+from fedloom.aggregation.assignment import assign_experts, infeasible, similarity
 
 
 def best_by_force(relevance, k, most, least):
@@ -106,3 +107,11 @@ def test_relevances_that_are_not_finite():
     relevance[1, 2] = np.nan
     with pytest.raises(ValueError, match="1 relevances are not finite"):
         assign_experts(relevance, 2, 4)
+
+
+def test_similarity_by_hand():
+    # around their mean (1, 1): (1, 0), (-1, 0) and, not known, a client far off
+    tokens = torch.tensor([[[2.0, 1.0], [0.0, 1.0], [9.0, 9.0]]])
+    found = similarity(tokens, torch.tensor([1, 1, 0]))
+    assert torch.allclose(found, torch.tensor([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]]))
+    assert not similarity(tokens, torch.zeros(3)).any()

@@ -1,5 +1,6 @@
 """FedAMoLE: who holds what, means over holders, bytes by assignment, absent and failing clients."""
 
+import json
 import math
 import re
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import fedloom
+from fedloom.aggregation.assignment import relevance_of, softmax
+from fedloom.aggregation.privacy import noise_multiplier
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import Interrupted, ModelError, SettingsError
 from fedloom.exporting import export
@@ -17,11 +20,10 @@ from fedloom.methods.fedamole import (
     HELD,
     KNOWN,
     PROJECTED,
+    SHARES,
     TOKENS,
     is_domain,
     pack,
-    relevance_of,
-    softmax,
     unpack,
 )
 from fedloom.runner import Silent, resume_run
@@ -126,7 +128,7 @@ def test_bytes_are_the_closed_form_of_each_clients_assignment(experiment, federa
             for (_, layer), count in zip(shapes.items(), held, strict=True):
                 own = rank * (layer.inputs + layer.outputs)
                 both = 4 * (own * (1 + count) + rank * layer.inputs)
-                down, up = down + both, up + both + 4 * rank * count
+                down, up = down + both, up + both + 4 * (rank + 1) * count
             cost = next(c for c in found.costs(client, round - 1) if c.phase == "train")
             assert 0 <= cost.bytes_down - down < 1000
             assert 0 <= cost.bytes_up - up < 1000
@@ -357,3 +359,77 @@ def test_relevance_and_its_softmax_over_clients_by_hand():
     e = math.e
     assert chances[0] == pytest.approx([e / (2 * e + 1), 1 / (2 * e + 1), e / (2 * e + 1)])
     assert chances.sum(1) == pytest.approx([1.0, 1.0])
+
+
+def test_the_record_says_who_held_what_and_how_tokens_spread(experiment, federate, messages):
+    found = federate(experiment(method=METHOD, **MIXTURE))
+    for record in found.records[1:]:
+        details = record.details["experts"]
+        assert details["experts"] == 6 and len(details["layers"]) == len(found.parts.model.layers)
+        for client, (request, reply) in of_round(messages, record.round).items():
+            held = [torch.nonzero(layer)[:, 0].tolist() for layer in request.tensors[HELD]]
+            assert details["held"][str(client)] == held
+            shares = details["shares"][str(client)]
+            assert [len(layer) for layer in shares] == [len(layer) for layer in held]
+            assert [sum(layer) for layer in shares] == pytest.approx([1.0] * len(held), abs=0.01)
+            sent = reply.tensors[SHARES].tolist()
+            assert [x for layer in shares for x in layer] == pytest.approx(sent, abs=0.001)
+        alike = torch.tensor(details["similarity"])
+        assert torch.allclose(alike, alike.T) and torch.allclose(alike.diag(), torch.ones(4))
+    json.dumps(found.records[-1].details)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "ad_hoc"])
+def test_noise_is_on_embeddings_alone_and_new_in_every_round(experiment, federate, messages, noise):
+    # drawn assignments, so that noise cannot change who holds what
+    method = {**METHOD, "assignment": "random"}
+    federate(experiment(method=method, **MIXTURE))
+    clean = list(messages)
+    messages.clear()
+    found = federate(experiment(method={**method, "embedding_noise": noise}, **MIXTURE))
+    added = []
+    for (_, _, _, before), (_, _, _, after) in zip(clean, messages, strict=True):
+        assert before.tensors.keys() - after.tensors.keys() == {SHARES}
+        for name, tensor in after.tensors.items():
+            assert torch.equal(tensor, before.tensors[name]) is (name not in (TOKENS, PROJECTED))
+        added.append((after.tensors[TOKENS] - before.tensors[TOKENS]).flatten())
+    assert len({tuple(noise.tolist()) for noise in added}) == len(added) == 12
+    assert found.records[-1].details["experts"]["shares"] == {}
+
+
+def test_gaussian_noise_is_as_large_as_is_promised(experiment, federate, messages):
+    settings = {"embedding_noise": "gaussian", "epsilon": 2.0, "delta": 1e-3, "embedding_clip": 3.0}
+    found = federate(experiment(method={**METHOD, **settings}, **MIXTURE))
+    multiplier = noise_multiplier(2.0, 1e-3, releases=3)
+    ratios = []
+    for _, client, _, reply in messages:
+        rows = max(1, round(0.05 * len(found.parts.engine.shares[client])))
+        sent = torch.cat([reply.tensors[TOKENS].flatten(), reply.tensors[PROJECTED].flatten()])
+        # the mean of cut rows has a norm of at most 3, next to nothing beside this noise
+        ratios.append(float(sent.std()) / (multiplier * 2 * 3.0 / rows))
+    assert all(0.75 < ratio < 1.25 for ratio in ratios)
+    assert "(2, 0.001)-differentially private over the whole run" in found.parts.method.promise()
+
+
+def test_noise_is_the_same_when_a_run_is_repeated(experiment, federate):
+    noisy = {**METHOD, "embedding_noise": "gaussian"}
+    one, two = (federate(experiment(method=noisy, **MIXTURE)) for _ in range(2))
+    assert torch.equal(one.state.tensors[TOKENS], two.state.tensors[TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eta": 5.0}, "method.eta is a setting of ad_hoc noise; method.embedding_noise is 'none'"),
+        ({"epsilon": 1.0, "embedding_noise": "ad_hoc"}, "method.epsilon is a setting of gaussian"),
+    ],
+)
+def test_settings_of_noise_that_is_not_there(experiment, settings, words):
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        experiment(method={**METHOD, **settings}, **MIXTURE)
+
+
+def test_kto_mixes_rows_so_no_row_is_kept_apart(experiment):
+    noisy = {**METHOD, "embedding_noise": "gaussian"}
+    with pytest.raises(SettingsError, match="completions of other rows"):
+        experiment(method=noisy, objective={"name": "kto"}, **MIXTURE)

@@ -195,19 +195,26 @@ def test_the_balance_term_by_hand(model_folder):
     assert float(term.detach()) == pytest.approx(float(5 * (chances * hits).sum()), abs=1e-5)
 
 
-def test_what_is_watched_are_sums_over_real_tokens(model_folder):
+def test_what_is_watched_are_sums_over_the_real_tokens_of_each_sequence(model_folder):
     model = build(model_folder)
     model.write(shaken(model))
     with model.evaluating(), model.watching() as seen:
         model(input_ids=IDS, attention_mask=MASK)
     name = next(iter(model.layers))
     own = seen[name]
-    assert own.tokens == 10 and own.hits.sum() == 20 and own.experts.shape == (5, 4)
-    with model.evaluating(), model.watching() as apart:
-        model(input_ids=IDS[:1], attention_mask=MASK[:1])
-        model(input_ids=IDS[1:, :4], attention_mask=MASK[1:, :4])
-    assert torch.allclose(apart[name].token, own.token, atol=1e-4)
-    assert torch.allclose(apart[name].experts, own.experts, atol=1e-4)
+    assert own.tokens.tolist() == [6, 4] and own.hits.sum(1).tolist() == [12, 8]
+    assert own.experts.shape == (2, 5, 4)
+    for row, length in enumerate((6, 4)):
+        with model.evaluating(), model.watching() as apart:
+            model(
+                input_ids=IDS[row : row + 1, :length], attention_mask=MASK[row : row + 1, :length]
+            )
+        for part in ("token", "experts", "hits"):
+            alone, together = getattr(apart[name], part)[0], getattr(own, part)[row]
+            assert torch.allclose(alone, together, atol=1e-4)
+    with model.evaluating():
+        model(input_ids=IDS, attention_mask=MASK)
+    assert model.routing.seen is None
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

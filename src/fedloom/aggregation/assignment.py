@@ -13,10 +13,14 @@ in a vertex, so no integer programming is needed.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import eye_array, kron, vstack
+from torch import Tensor
 
 
 def infeasible(
@@ -98,3 +102,33 @@ def assign_experts(
     if not found.success:
         raise ValueError(f"the solver gave up: {found.message}")
     return np.asarray(found.x > 0.5).reshape(experts, clients)
+
+
+def relevance_of(experts: Tensor, tokens: Tensor) -> NDArray[np.float64]:
+    """Return ``(experts, clients)`` <u_e, t_c> / sqrt(r)."""
+    scores = experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])
+    return scores.numpy()
+
+
+def softmax(relevance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the softmax over clients of each expert's relevances."""
+    shifted = np.exp(relevance - relevance.max(axis=1, keepdims=True))
+    whole: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return whole
+
+
+def similarity(tokens: Tensor, known: Tensor) -> Tensor:
+    """Return how alike clients' tokens are: the mean over layers of the cosine of their embeddings.
+
+    Args:
+        tokens: ``(layers, clients, r)`` mean token embeddings; in each layer their mean over known
+            clients is taken off first, as it is most of what they are.
+        known: ``(clients,)``, not 0 where a client's are known.
+
+    Returns:
+        ``(clients, clients)`` from -1 to 1; 0 where either is not known.
+    """
+    there = known.bool()[None, :, None]
+    middle = (tokens * there).sum(1, keepdim=True) / there.sum().clamp(min=1)
+    apart = torch.nn.functional.normalize((tokens - middle) * there, dim=-1)
+    return (apart @ apart.transpose(1, 2)).mean(0)

@@ -57,6 +57,7 @@ class SimulationEngine:
         training: How.
         seed: The experiment's seed.
         participations: Rounds that a client takes part in on average.
+        rounds: Rounds of the run.
         store: What clients keep between rounds.
         ledger: Where costs go.
         newcomers: Clients that are there and no members yet: only who names them reaches them.
@@ -69,6 +70,7 @@ class SimulationEngine:
     training: TrainingSettings
     seed: int
     participations: float
+    rounds: int
     store: ClientStore
     ledger: Ledger
     newcomers: frozenset[int] = frozenset()
@@ -131,6 +133,7 @@ class SimulationEngine:
             training=self.training,
             seed=self.seed,
             participations=self.participations,
+            rounds=self.rounds,
             kept=self.store.slots(number),
             max_length=own.max_length,
             width=own.width,

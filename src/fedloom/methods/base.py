@@ -67,6 +67,7 @@ class Cohort:
             and turned out to be of no use.
         last: Whether no round follows.
         notes: What a method has to say about the round, beside its clients' metrics; for the record.
+        details: Whatever more there is to show of it, as plain JSON.
     """
 
     round: int
@@ -76,6 +77,7 @@ class Cohort:
     rejected: dict[int, str] = field(default_factory=dict)
     last: bool = False
     notes: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Client:
         training: How.
         seed: The experiment's seed.
         participations: Rounds that a client takes part in on average, T |S| / N.
+        rounds: T, rounds of the run.
         kept: What the client keeps between rounds, by slot; never in a message. What a handler
             changes here is stored if the handler ends well, and forgotten if it fails.
         max_length: Tokens a training sequence has at most.
@@ -110,6 +113,7 @@ class Client:
     training: TrainingSettings
     seed: int
     participations: float
+    rounds: int
     kept: dict[str, Tensors]
     max_length: int = 0
     width: int = 0
@@ -251,6 +255,10 @@ class Method:
     def equip(self, server: ServerSide) -> None:
         """Take what there is on the server, once, before the first round."""
         self.server = server
+
+    def promise(self) -> str | None:
+        """Return what may be said about privacy beyond that rows stay with their clients, if anything."""
+        return None
 
     def initial_state(self, adapter: Tensors) -> State:
         """Return the state before the first round, given the adapter as it is initialised."""

@@ -8,16 +8,23 @@ takes unweighted means, of an expert over its holders, and then each expert goes
 clients whose tokens are nearest to what it projects on, under limits on both sides
 (``aggregation/assignment.py``). The first assignment is drawn.
 
+Embeddings may carry noise (``aggregation/privacy.py``). The Gaussian one makes all that a client ever
+sends about its embedding rows (epsilon, delta)-differentially private, for replacing one of them, against
+whoever does not know the experiment's seed; of a row it trains on it promises nothing. It takes the mean
+over rows of each row's means over its tokens, all layers being one vector, so that one row counts once.
+
 Ours: clients may be absent in a round; then present holders are averaged, an expert without any keeps
 its value, and an absent client is assigned by its last embeddings, or by drawn ones before its first
-round. A newcomer gets all experts.
+round. A newcomer gets all experts. Embeddings are sent after the last round too, for the record, and,
+where they carry no noise, with them the share of tokens that each expert gets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +33,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.aggregation.assignment import assign_experts, infeasible
+from fedloom.aggregation.assignment import (
+    assign_experts,
+    infeasible,
+    relevance_of,
+    similarity,
+    softmax,
+)
 from fedloom.aggregation.means import weighted_mean
+from fedloom.aggregation.privacy import ad_hoc_noise, noise_multiplier, private_mean
 from fedloom.checkpoint import State
 from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
 from fedloom.errors import DataError, MessageError
@@ -44,7 +58,7 @@ from fedloom.methods.base import (
     join_parts,
     part_of,
 )
-from fedloom.models.experts import ExpertModel, Seen, split_name
+from fedloom.models.experts import ExpertModel, split_name
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 
@@ -56,6 +70,10 @@ TOKENS, KNOWN = "tokens", "known"
 
 PROJECTED = "projected"
 """``(layers, experts, r)`` mean embeddings of experts."""
+
+SHARES = "shares"
+"""``(held experts,)`` shares of the embedding set's tokens in the order of layers and ids, each layer's
+adding up to 1; for the record alone."""
 
 
 class FedAMoLESettings(Settings):
@@ -76,6 +94,16 @@ class FedAMoLESettings(Settings):
     """Share of a client's rows that embeddings are computed on and that it does not train on."""
     embedding_rows: int = Field(default=200, ge=1)
     """Most of these."""
+    embedding_noise: Literal["none", "gaussian", "ad_hoc"] = "none"
+    """gaussian: differentially private with epsilon and delta; ad_hoc: the authors', which is not."""
+    epsilon: float = Field(default=8.0, gt=0)
+    """Of gaussian: for a client's embedding rows over the whole run."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Of gaussian: likewise."""
+    embedding_clip: float = Field(default=1.0, gt=0)
+    """Of gaussian: largest norm of a row's embeddings of all layers together; longer ones are cut."""
+    eta: float = Field(default=50.0, gt=0)
+    """Of ad_hoc: the larger, the less noise (the authors: 1, 50, 100)."""
 
     def limits(self, experts: int, clients: int) -> tuple[int, int, int]:
         """Return clients per expert, and most and least experts per client."""
@@ -86,11 +114,20 @@ class FedAMoLESettings(Settings):
 
     def contradictions(self, experts: int, clients: int) -> list[str]:
         """Return the inequalities that no assignment can keep."""
-        found = infeasible(experts, clients, *self.limits(experts, clients))
-        return [
+        violated = infeasible(experts, clients, *self.limits(experts, clients))
+        found = [
             f"method.name = 'fedamole' needs {text} (experts: adapter.experts; clients: that train)"
-            for text in found
+            for text in violated
         ]
+        owners = dict.fromkeys(("epsilon", "delta", "embedding_clip"), "gaussian")
+        for name, kind in {**owners, "eta": "ad_hoc"}.items():
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if self.embedding_noise != kind and given:
+                found.append(
+                    f"method.{name} is a setting of {kind} noise; method.embedding_noise is "
+                    f"{self.embedding_noise!r}"
+                )
+        return found
 
 
 class FedAMoLE(Method):
@@ -112,6 +149,22 @@ class FedAMoLE(Method):
         self.layers = tuple(server.model.layers)
         self.experts, self.rank = server.model.settings.experts, server.model.settings.rank
 
+    def promise(self) -> str | None:
+        """Return what the noise on embeddings guarantees."""
+        chosen = self.settings
+        if chosen.embedding_noise == "ad_hoc":
+            return (
+                "The noise on embeddings is ad hoc (the FedAMoLE authors'): it guarantees nothing."
+            )
+        if chosen.embedding_noise == "none":
+            return None
+        return (
+            f"All that a client sends about the rows of its embedding set is ({chosen.epsilon:g}, "
+            f"{chosen.delta:g})-differentially private over the whole run, for replacing one such row, "
+            "against whoever does not know the experiment's seed. Rows that are trained on have no such "
+            "guarantee."
+        )
+
     def initial_state(self, adapter: Tensors) -> State:
         """Keep all experts; nobody holds any yet."""
         return State(join_parts(adapter=adapter))
@@ -128,6 +181,7 @@ class FedAMoLE(Method):
         replies = yield self._exchange(cohort, adapter, held)
         adapter = self._means(adapter, replies, held)
         self._learn(known, replies, held, columns)
+        cohort.details["experts"] = self._details(known, replies, held)
         if not cohort.last and self.settings.assignment != "static":
             known[HELD] = self._assigned(known, cohort.round)
         return State({**join_parts(adapter=adapter), **known})
@@ -156,6 +210,7 @@ class FedAMoLE(Method):
             for name, tensor in adapter.items()
         )
         embeddings = 4 * self.rank * len(self.layers) * (1 + self.experts * share)
+        embeddings += 4 * len(self.layers) * self.experts * share * self._sends_shares
         return ParameterTraffic(int(size) + len(self.layers) * self.experts, int(size + embeddings))
 
     def _known(self, state: State, clients: int) -> Tensors:
@@ -180,6 +235,8 @@ class FedAMoLE(Method):
         learnt.append(TensorSpec(TOKENS, size, torch.float32))
         everything = (len(self.layers) * self.experts, self.rank)
         learnt.append(TensorSpec(PROJECTED, everything, torch.float32, ragged=True))
+        if self._sends_shares:
+            learnt.append(TensorSpec(SHARES, everything[:1], torch.float32, ragged=True))
         numbers = {"learning_rate": cohort.learning_rate}
         requests: dict[int, bytes] = {}
         counts: dict[int, dict[str, int]] = {}
@@ -187,7 +244,7 @@ class FedAMoLE(Method):
             packed = pack(adapter, self.layers, own)
             requests[client] = encode(Payload(packed, numbers), request)
             counts[client] = {name: len(t) for name, t in packed.items()}
-            counts[client][PROJECTED] = int(own.sum())
+            counts[client][PROJECTED] = counts[client][SHARES] = int(own.sum())
 
         def check(client: int, payload: Payload) -> None:
             wanted = counts[client]
@@ -236,6 +293,32 @@ class FedAMoLE(Method):
         known[PROJECTED] = torch.where(counts > 0, means, known[PROJECTED])
         known[TOKENS], known[KNOWN] = tokens, there
 
+    @property
+    def _sends_shares(self) -> bool:
+        """Whether clients say how their tokens spread: not where noise hides their rows."""
+        return self.settings.embedding_noise == "none"
+
+    def _details(
+        self, known: Tensors, replies: Sequence[Reply], held: Mapping[int, Tensor]
+    ) -> dict[str, Any]:
+        """Return what the report shows: who held what in this round, how tokens spread, who is alike."""
+        shares: dict[str, list[list[float]]] = {}
+        for reply in replies if self._sends_shares else ():
+            counts = held[reply.client].sum(1).tolist()
+            parts = torch.split(reply.payload.tensors[SHARES], counts)
+            shares[str(reply.client)] = [[round(x, 3) for x in part.tolist()] for part in parts]
+        alike = similarity(known[TOKENS], known[KNOWN])
+        return {
+            "layers": list(self.layers),
+            "experts": self.experts,
+            "held": {
+                str(client): [torch.nonzero(layer)[:, 0].tolist() for layer in own]
+                for client, own in held.items()
+            },
+            "shares": shares,
+            "similarity": [[round(x, 3) for x in row] for row in alike.tolist()],
+        }
+
     def _assigned(self, known: Tensors, round: int) -> Tensor:
         """Return the next assignment; clients that are not known yet have drawn relevances."""
         rng = generator(self.server.seed, "assignment", round=round)
@@ -262,13 +345,34 @@ class FedAMoLE(Method):
         result = client.train(payload.numbers["learning_rate"])
         client.kept[ADAPTER] = model.read()
         client.share = whole
-        seen = _watched(client, rows)
-        means = [seen[name] for name in self.layers]
         sent = pack(client.kept[ADAPTER], self.layers, payload.tensors[HELD])
         del sent[HELD]
-        sent[TOKENS] = torch.stack([own.token / own.tokens for own in means]).float().cpu()
-        sent[PROJECTED] = torch.cat([own.experts / own.tokens for own in means]).float().cpu()
+        sent |= self._embeddings(client, _watched(client, rows, self.layers))
         return Payload(sent, {"examples": len(whole) - len(rows)}, result.metrics)
+
+    def _embeddings(self, client: Client, seen: Watched) -> Tensors:
+        """Return a client's mean embeddings, with noise if there is to be any."""
+        count, chosen = len(self.layers), self.settings
+        if chosen.embedding_noise == "none":
+            means = seen.sums.sum(0) / seen.tokens.sum()
+            shares = torch.cat([hits / hits.sum() for hits in seen.hits])
+            return {TOKENS: means[:count], PROJECTED: means[count:], SHARES: shares}
+        rng = generator(client.seed, "embedding noise", client.id, client.round)
+        rows = (seen.sums / seen.tokens[:, None, None]).double().numpy()
+        if chosen.embedding_noise == "gaussian":
+            multiplier = noise_multiplier(chosen.epsilon, chosen.delta, client.rounds)
+            flat = rows.reshape(len(rows), -1)
+            noisy = private_mean(flat, chosen.embedding_clip, multiplier, rng)
+        else:
+            largest = np.linalg.norm(rows, axis=2).max(0)
+            noisy = np.stack(
+                [
+                    ad_hoc_noise(mean, float(norm), chosen.eta, rng)
+                    for mean, norm in zip(rows.mean(0), largest, strict=True)
+                ]
+            )
+        means = torch.from_numpy(noisy.reshape(rows.shape[1:])).float()
+        return {TOKENS: means[:count], PROJECTED: means[count:]}
 
     def _embedding_rows(self, client: Client) -> NDArray[np.int64]:
         """Draw the rows of a client's embedding set, the same in every round.
@@ -332,27 +436,41 @@ def unpack(packed: Tensors, layers: Sequence[str], like: Tensors) -> Tensors:
     return found
 
 
-def relevance_of(experts: Tensor, tokens: Tensor) -> NDArray[np.float64]:
-    """Return ``(experts, clients)`` <u_e, t_c> / sqrt(r)."""
-    scores = experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])
-    return scores.numpy()
+@dataclass(frozen=True)
+class Watched:
+    """What a client's mixture shows on some rows.
+
+    Attributes:
+        sums: ``(rows, layers + held experts, r)``: sums over a row's tokens of P x in each layer, then of
+            A_e x of each held expert in the order of layers and ids.
+        tokens: ``(rows,)``, tokens of each row.
+        hits: For each layer ``(n,)``, tokens that pass each expert.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+    hits: list[Tensor]
 
 
-def softmax(relevance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the softmax over clients of each expert's relevances."""
-    shifted = np.exp(relevance - relevance.max(axis=1, keepdims=True))
-    whole: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
-    return whole
-
-
-def _watched(client: Client, rows: NDArray[np.int64]) -> Mapping[str, Seen]:
-    """Run some rows of a client and return the sums over their tokens, by layer."""
+def _watched(client: Client, rows: NDArray[np.int64], layers: Sequence[str]) -> Watched:
+    """Run some rows of a client; the sequences of a pair are one row."""
     model = client.model
     assert isinstance(model, ExpertModel), "the experiment asks for experts"
     tokens = client.share.tokens.take(rows)
+    sums, lengths, hits = [], [], []
     with model.evaluating(), model.watching() as seen:
         for indices in by_length(tokens, max(client.training.micro_batch, 16)):
             numbers = sequence_numbers(tokens.width, indices)
             batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
-    return seen
+            own = [seen[name] for name in layers]
+            parts = [layer.token[:, None] for layer in own] + [layer.experts for layer in own]
+            whole = torch.cat(parts, 1).cpu()
+            sums.append(whole.view(tokens.width, len(indices), *whole.shape[1:]).sum(0))
+            lengths.append(own[0].tokens.cpu().view(tokens.width, -1).sum(0))
+            hits.append([layer.hits.sum(0).cpu() for layer in own])
+    return Watched(
+        torch.cat(sums),
+        torch.cat(lengths),
+        [torch.stack(of).sum(0) for of in zip(*hits, strict=True)],
+    )

@@ -57,7 +57,7 @@ class Routing:
         off: Whether layers are as without experts.
         mask: ``(b, l)``, 1 for real tokens; ``None`` where all are.
         terms: The balance term of each sequence, ``(b,)`` from each layer of each pass with gradients.
-        seen: Sums over tokens since :meth:`ExpertModel.watching` began, by layer; ``None`` while not.
+        seen: What the last pass showed, by layer; ``None`` while nobody is :meth:`ExpertModel.watching`.
     """
 
     off: bool = False
@@ -68,28 +68,19 @@ class Routing:
 
 @dataclass
 class Seen:
-    """Sums over real tokens.
+    """Sums over the real tokens of each sequence of a pass.
 
     Attributes:
-        tokens: How many.
-        token: ``(r,)`` of P x.
-        experts: ``(n, r)`` of A_e x.
-        hits: ``(n,)`` tokens that pass each expert.
+        tokens: ``(b,)``, how many.
+        token: ``(b, r)`` of P x.
+        experts: ``(b, n, r)`` of A_e x.
+        hits: ``(b, n)`` tokens that pass each expert.
     """
 
-    tokens: float
+    tokens: Tensor
     token: Tensor
     experts: Tensor
     hits: Tensor
-
-    def __add__(self, other: Seen) -> Seen:
-        """Return the sums over both."""
-        return Seen(
-            self.tokens + other.tokens,
-            self.token + other.token,
-            self.experts + other.experts,
-            self.hits + other.hits,
-        )
 
 
 class ExpertLinear(nn.Module):
@@ -151,17 +142,16 @@ class ExpertLinear(nn.Module):
         return y + (self.scaling * beside).to(y.dtype)
 
     def _note(self, z: Tensor, mask: Tensor, hits: Tensor) -> None:
-        """Add a pass to what is watched."""
+        """Keep what a pass shows."""
         assert self.routing.seen is not None, "somebody watches"
-        sums = z.float() @ mask.flatten().float()
-        own = Seen(
-            float(mask.sum()),
-            sums[: self.rank],
-            sums[2 * self.rank :].view(-1, self.rank),
-            hits.sum(1),
+        rows, real = len(mask), mask.float()
+        sums = (z.float().view(len(z), *mask.shape) * real).sum(-1).T
+        self.routing.seen[self.name] = Seen(
+            real.sum(-1),
+            sums[:, : self.rank],
+            sums[:, 2 * self.rank :].reshape(rows, -1, self.rank),
+            hits.view(-1, *mask.shape).sum(-1).T,
         )
-        before = self.routing.seen.get(self.name)
-        self.routing.seen[self.name] = own if before is None else before + own
 
     def read(self) -> Tensors:
         """Return the parts by name, each expert's under its id, as copies on the CPU."""
@@ -315,7 +305,7 @@ class ExpertModel(AdapterModel):
 
     @contextmanager
     def watching(self) -> Iterator[dict[str, Seen]]:
-        """Inside, sum up what passes without gradients show of tokens and experts, by layer."""
+        """Inside, keep what the last pass showed of tokens and experts, by layer."""
         self.routing.seen = {}
         try:
             yield self.routing.seen
