@@ -228,6 +228,64 @@ def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -
         return _svg(figure)
 
 
+def matrix_chart(
+    values: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    label: str,
+    *,
+    limits: tuple[float, float] | None = None,
+    diagonal: bool = True,
+) -> str:
+    """Return a square table as a heat map, rows and columns being the same clients.
+
+    Args:
+        values: ``(n, n)``.
+        labels: Of rows and columns.
+        label: What the colours mean.
+        limits: Values of the darkest and the brightest colour; around 0 the map has two hues.
+        diagonal: Whether what a client has with itself is shown.
+    """
+    shown = [
+        [float("nan") if i == j and not diagonal else value for j, value in enumerate(row)]
+        for i, row in enumerate(values)
+    ]
+    low, high = limits or (None, None)
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(height=3.4)
+        image = axes.imshow(
+            shown,
+            vmin=low,
+            vmax=high,
+            cmap="RdBu_r" if limits else "viridis",
+            interpolation="nearest",
+        )
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+        axes.grid(visible=False)
+        if len(labels) <= MANY_CLIENTS // 2:
+            axes.set_xticks(range(len(labels)), labels)
+            axes.set_yticks(range(len(labels)), labels)
+        axes.set_xlabel("client")
+        axes.set_ylabel("client")
+        return _svg(figure)
+
+
+def bar_chart(bars: Mapping[str, tuple[float, float, float]], x_label: str, y_label: str) -> str:
+    """Return one bar a name with a line from its least to its largest: middle, low, high."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        for place, (middle, low, high) in enumerate(bars.values()):
+            axes.bar([place], [middle], color=PALETTE[4], width=0.8)
+            axes.plot([place, place], [low, high], color=PALETTE[0], linewidth=1.4)
+        _finish_axes(axes, x_label, y_label, legend=False)
+        if len(bars) <= MANY_CLIENTS:
+            step = 1 if len(bars) <= 16 else 5
+            axes.set_xticks(range(0, len(bars), step), list(bars)[::step])
+        axes.grid(visible=False, axis="x")
+        return _svg(figure)
+
+
 def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], label: str) -> str:
     """Return one horizontal arrow a client, from its metric before to its metric after."""
     clients = sorted(after, key=lambda client: after[client])

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedloom.errors import OutputError
 from fedloom.report import run_folder as names
+from fedloom.report.experts_section import experts_section
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
@@ -143,6 +144,7 @@ def _view(run: Run) -> dict[str, Any]:
         "figures": _figures(run),
         "clients": _client_rows(run),
         "resources": _resources(run),
+        "experts": experts_section(run.rounds, run.partition),
         "samples": run.samples,
         "rejected": [(r["round"], x) for r in run.rounds for x in r["rejected"]],
         "done": run.rounds[-1]["round"] if run.rounds else None,

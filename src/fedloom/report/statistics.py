@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -74,3 +76,68 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted
+
+
+@dataclass(frozen=True)
+class GroupTest:
+    """Whether members of one group have more to do with each other than with others.
+
+    Attributes:
+        same: Mean over pairs within a group.
+        other: Mean over pairs across groups.
+        expected: Mean of ``same`` over ways to deal the same group sizes, which is its null distribution.
+        deviation: Its standard deviation there.
+        p: Share of these ways in which it is at least as large.
+        ways: How many were tried: all there are for up to eight members, else so many random ones.
+    """
+
+    same: float
+    other: float
+    expected: float
+    deviation: float
+    p: float
+    ways: int
+
+
+RANDOM_WAYS = 5000
+"""Random relabellings where there are too many for all of them."""
+
+
+def group_test(values: Sequence[Sequence[float]], groups: Sequence[str]) -> GroupTest:
+    """Compare pairs within groups with pairs across, against all ways to deal out the groups.
+
+    Args:
+        values: ``(n, n)``, symmetric; the diagonal counts for nothing.
+        groups: The group of each of n members.
+
+    Raises:
+        ValueError: No pair is within a group, or none across.
+    """
+    import numpy as np
+
+    names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    own = np.array([names[group] for group in groups])
+    table = np.asarray(values, dtype=float)
+    pairs = np.triu(np.ones_like(table, dtype=bool), 1)
+
+    def within(labels: Any) -> float:
+        return float(table[pairs & (labels[:, None] == labels[None, :])].mean())
+
+    together = pairs & (own[:, None] == own[None, :])
+    if not together.any() or together.sum() == pairs.sum():
+        raise ValueError("a test of groups needs pairs within them and pairs across")
+    if len(own) <= 8:
+        ways = [np.array(labels) for labels in sorted(set(permutations(own.tolist())))]
+    else:
+        rng = np.random.default_rng(0)
+        ways = [own, *(rng.permutation(own) for _ in range(RANDOM_WAYS - 1))]
+    null = np.array([within(labels) for labels in ways])
+    same = within(own)
+    return GroupTest(
+        same,
+        float(table[pairs & ~together].mean()),
+        float(null.mean()),
+        float(null.std()),
+        float((null >= same - 1e-12).mean()),
+        len(ways),
+    )
