@@ -36,6 +36,33 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def mixture_folder(model_folder, tmp_path_factory):
+    """A Mixtral-shaped model of 2 blocks with 6 experts each, not trained, with the same tokenizer."""
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("mixture")
+    tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
+    tokenizer.save_pretrained(str(folder))
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
 @pytest.fixture
 def table(model_folder, tmp_path):
     """A small experiment as a table: 3 clients, 2 rounds, 60 pairs."""

@@ -69,26 +69,33 @@ TURNS = [(method, name) for method in CLASSIC for name in SETS] + [
     (method, name)
     for method in OTHERS
     for name in ("dpo", "kto", "sft", "classification")
-    if name != "classification" or method not in ("fedpdpo", "fedamole")
+    if name != "classification" or method not in ("fedpdpo", "fedamole", "fedmoe")
 ]
 
 ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
 """What a method needs that does not do with LoRA."""
 
 
+@pytest.fixture
+def suited(table, mixture_folder):
+    """Make an experiment with the adapter, and the backbone, that a method needs."""
+
+    def make(method, **sections):
+        own = {**table, "adapter": {**table["adapter"], **ADAPTERS.get(method, {})}}
+        if method == "fedmoe":
+            own |= {"adapter": {"kind": "submixture"}, "model": {"path": str(mixture_folder)}}
+        return Experiment.from_table({**own, "method": {"name": method}, **sections})
+
+    return make
+
+
 @pytest.mark.parametrize(("method", "name"), TURNS)
-def test_every_objective_runs_under_every_method(experiment, name, method):
-    result = fedloom.run(
-        experiment(
-            objective={"name": name},
-            data={"source": SETS[name]},
-            method={"name": method},
-            adapter=ADAPTERS.get(method, {}),
-        )
-    )
+def test_every_objective_runs_under_every_method(suited, name, method):
+    data = {"source": SETS[name], "builtin_rows": 60}
+    result = fedloom.run(suited(method, objective={"name": name}, data=data))
     assert set(result.metrics) == set(result.metrics_before)
     assert all(np.isfinite(value) for value in result.metrics.values())
-    assert (result.adapter_path is None) == (method in ("local_only", "fedamole"))
+    assert (result.adapter_path is None) == (method in ("local_only", "fedamole", "fedmoe"))
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["rounds"] == 2
     assert [record["round"] for record in lines(result.folder, "rounds.jsonl")] == [0, 1, 2]
@@ -181,8 +188,8 @@ def test_partial_participation_and_evaluation_every_n_rounds(experiment):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - SHARED_LOSS))
-def test_every_method_is_judged_on_every_clients_own_rows(experiment, method):
-    result = fedloom.run(experiment(method={"name": method}, adapter=ADAPTERS.get(method, {})))
+def test_every_method_is_judged_on_every_clients_own_rows(suited, method):
+    result = fedloom.run(suited(method))
     for record in lines(result.folder, "rounds.jsonl"):
         each = record["evaluation"]["clients"]["each"]
         assert list(each) == ["0", "1", "2"] and all(m["examples"] >= 1 for m in each.values())

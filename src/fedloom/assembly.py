@@ -63,6 +63,7 @@ from fedloom.models.load import (
     load_backbone,
     load_tokenizer,
 )
+from fedloom.models.submixture import SubMixtureModel, attach_submixture
 from fedloom.models.tiny import tiny_model
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
@@ -678,6 +679,15 @@ def _build_model(
     parts = replace(parts, reward=objective.needs_reward) if not classification else PersonalParts()
     autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
     checkpointed = experiment.training.gradient_checkpointing
+    if experiment.adapter.kind == "submixture":
+        if classification or parts or adapter is not None:
+            raise ModelError(
+                'adapter.kind = "submixture" goes with causal objectives, without own heads of '
+                "clients; what it saves is a whole model: give that as model.path"
+            )
+        whole = attach_submixture(backbone)
+        pad = tokenizer.pad_token_id
+        return path, tokenizer, SubMixtureModel(whole, pad, autocast, checkpointed)
     if experiment.adapter.kind == "experts" or (adapter and is_expert_folder(adapter)):
         settings = experiment.adapter
         if classification or parts:

@@ -452,13 +452,18 @@ def _write_record(folder: Path, comparison: Comparison) -> None:
     )
 
 
+CHOOSERS = {"adapter": ("kind", "lora")}
+"""Section to the setting that says which others it may have, and its default; else it is the name."""
+
+
 def _merged(base: Mapping[str, Any], *changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return ``base`` with sections changed; a change of ``name`` starts its section anew."""
+    """Return ``base`` with sections changed; another name, or kind of adapter, starts a section anew."""
     table = {s: dict(v) if isinstance(v, Mapping) else v for s, v in base.items()}
     for change in changes:
         for section, values in change.items():
             own = table.get(section, {})
-            fresh = "name" in values and values["name"] != own.get("name")
+            chooser, default = CHOOSERS.get(section, ("name", None))
+            fresh = chooser in values and values[chooser] != own.get(chooser, default)
             table[section] = dict(values) if fresh else {**own, **values}
     return table
 

@@ -356,6 +356,8 @@ def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
         and {"adapter", "clients", "federation"} <= parts.keys()
     ):
         found += _expert_contradictions(parts, method)
+    if "adapter" in parts:
+        found += _submixture_contradictions(parts["adapter"].kind, method.name)
     if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":
         found.append(
             "method.name = 'fedpdpo' gives clients heads over a vocabulary, and objective.name = "
@@ -386,6 +388,20 @@ def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
             "local_only both"
         )
     return found
+
+
+def _submixture_contradictions(adapter: str, method: str) -> list[str]:
+    if adapter == "submixture" and method not in ("fedmoe", "local_only"):
+        return [
+            "adapter.kind = 'submixture': each client keeps a model of its own, and method.name = "
+            f"{method!r} has one for all; use fedmoe or local_only"
+        ]
+    if method == "fedmoe" and adapter != "submixture":
+        return [
+            "method.name = 'fedmoe' trains the experts that a backbone has itself: use adapter.kind = "
+            f'"submixture", not {adapter!r}'
+        ]
+    return []
 
 
 def _expert_contradictions(parts: Mapping[str, Any], method: FedAMoLESettings) -> list[str]:

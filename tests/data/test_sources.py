@@ -360,6 +360,15 @@ def test_choices_become_a_column_and_others_are_malformed(tmp_path):
     assert "completion" not in load(path).train[0].columns
 
 
+def test_choices_by_number(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, [{"prompt": f"p{i}", "completion": i % 3 - 1} for i in range(30)])
+    data = load(path, choices=["no", "yes"])
+    rows = sorted([*data.train, *data.test], key=lambda row: row.row)
+    assert [row.completion for row in rows] == ["no", "yes"] * 10
+    assert data.dropped == {"the completion is -1, no place in data.choices": 10}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -163,8 +163,8 @@ def test_blocks_that_are_not_there_are_named(model_folder, layers):
     [
         ({"kind": "ia3", "rank": 4}, "adapter.rank is a setting of lora"),
         ({"kind": "lora", "virtual_tokens": 3}, "adapter.virtual_tokens is a setting of prompt"),
-        ({"kind": "prompt", "layers": 1}, "prompt adapts no layer"),
-        ({"kind": "ptuning", "targets": ["q_proj"]}, "ptuning adapts no layer"),
+        ({"kind": "prompt", "layers": 1}, "prompt chooses no layers"),
+        ({"kind": "ptuning", "targets": ["q_proj"]}, "ptuning chooses no layers"),
         ({"kind": "prompt", "encoder_width": 8}, "adapter.encoder_width is a setting of ptuning"),
         ({"kind": "ptuning", "initial_text": "x"}, "adapter.initial_text is a setting of prompt"),
         ({"layers": 0}, "from 1"),

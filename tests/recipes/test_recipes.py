@@ -8,6 +8,7 @@ import pytest
 
 import fedloom
 from fedloom.comparison import compare, read_comparison
+from fedloom.data.columns import template_columns
 from fedloom.experiment import Experiment
 from fedloom.report.frameworks_page import write_frameworks
 from fedloom.report.personal_page import write_personal
@@ -71,13 +72,18 @@ FRAMEWORKS = [
 ]
 
 
-def layout(source, kind):
+def layout(source, kind, choices, column):
     """Rows with the columns that a source is read by and its scenario divides by."""
     rows = []
     for i in range(120):
         row = dict.fromkeys(("Category", "vul_type"), "abcd"[i % 4])
         row |= {name: allowed[i % len(allowed)] for name, allowed in source.only.items()}
         row |= {"statement": f"say {i}", "Question": f"why {i}"}
+        if kind == "instruction":
+            row |= {name: f"{name} {i}" for name in template_columns(source.template)}
+            answer = choices[i % len(choices)] if choices else [f"answer {i % 5}", "none"]
+            rows.append({column: "abcd"[i % 4], source.columns["completion"]: answer, **row})
+            continue
         if source.continuations:
             row |= {"text": f"word{i} " * 100, "label": ("pos", "neg")[i % 2]}
         else:
@@ -96,13 +102,16 @@ def test_comparison_of_personal_models(path, model_folder, rows_file, tmp_path):
     changes |= {"data.builtin_rows": 160, "evaluation.client_max_examples": 10}
     changes |= {"training.local_steps": 1, "adapter.layers": 1}
     for cell in {c.objective: c for c in read_comparison(path).cells}.values():
-        data = cell.experiment.data
+        data, column = cell.experiment.data, cell.experiment.partition.column
         for domain, source in data.parts.items():
             if not source.is_builtin:
                 place = f"compare.scenarios.{cell.objective}.data"
                 place += f".domains.{domain}" if domain else ""
                 files = [
-                    rows_file(layout(source, data.kind), f"{cell.objective}{domain}{i}.jsonl")
+                    rows_file(
+                        layout(source, data.kind, data.choices, column),
+                        f"{cell.objective}{domain}{i}.jsonl",
+                    )
                     for i, _ in enumerate(source.sources)
                 ]
                 changes[f"{place}.source"] = json.dumps(files)

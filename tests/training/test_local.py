@@ -229,6 +229,7 @@ def test_bf16_trains_an_adapter_that_stays_in_fp32(model_folder, parts):
     [
         ("constant", [1e-4, 1e-4, 1e-4, 1e-4]),
         ("linear", [1e-4, 7.75e-5, 5.5e-5, 3.25e-5]),
+        ("exponential", [1e-4, 9.9e-5, 9.801e-5, 9.70299e-5]),
         # 1e-5 + 4.5e-5 * (1 + cos(pi t / 4)) for t = 0..3
         ("cosine", [1e-4, 8.68198e-5, 5.5e-5, 2.31802e-5]),
     ],
@@ -237,6 +238,18 @@ def test_learning_rate_over_rounds(schedule, rates):
     settings = TrainingSettings(learning_rate=1e-4, min_learning_rate=1e-5, schedule=schedule)
     found = [round_learning_rate(settings, round, 4) for round in (1, 2, 3, 4)]
     assert found == pytest.approx(rates, rel=1e-5)
+
+
+def test_decay_belongs_to_its_schedule():
+    (problem,) = TrainingSettings(decay=0.5).contradictions()
+    assert problem == "training.decay is of the exponential schedule, not constant"
+    assert not TrainingSettings(decay=0.5, schedule="exponential").contradictions()
+
+
+def test_epsilon_reaches_adam():
+    parameters = {"w": torch.nn.Parameter(torch.ones(2))}
+    settings = TrainingSettings(epsilon=1e-3)
+    assert make_optimizer(parameters, settings, 1e-3).defaults["eps"] == 1e-3
 
 
 def test_gradient_checkpointing_changes_nothing_beyond_rounding(parts):

@@ -102,9 +102,10 @@ class DataSettings(SourceSettings):
     builtin_rows: int = Field(default=1600, ge=1)
     """Rows that a built-in source generates."""
     choices: list[str] = []
-    """Of instructions: all the completions there are (verbalisers: ["yes", "no"]). Held-out rows are then
-    judged by whether the right one has the lowest mean loss a token among them, and clients may be
-    divided by the column "completion"."""
+    """Of instructions: all the completions there are (verbalisers: ["no", "yes"]); a column of numbers
+    counts them from 0, and rows with other numbers are dropped. Held-out rows are then judged by
+    whether the right one has the lowest mean loss a token among them, and clients may be divided by the
+    column "completion"."""
     domains: dict[str, SourceSettings] = {}
     """Several sources, each read in its own way, in place of one; a row's domain is its column
     "domain"."""
@@ -372,6 +373,7 @@ class _Reader:
                 raise RowError("not among data.only", malformed=False)
             own = renamed(row, self.settings.columns, self.settings.template)
             own = first_answers(own, self.settings.answers_between)
+            own = self._named_choice(own)
             if self.incomplete and self.kind == "preference":
                 return pair_or_feedback(offset + number, own)
             example = make_example(self.kind, offset + number, own)
@@ -388,6 +390,15 @@ class _Reader:
                 dropped = self.so_far.dropped
                 dropped[str(error)] = dropped.get(str(error), 0) + 1
             return []
+
+    def _named_choice(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with its choice in words where it is given as its number."""
+        number = row.get("completion")
+        if not self.choices or not isinstance(number, int):
+            return row
+        if not 0 <= number < len(self.choices):
+            raise RowError(f"the completion is {number}, no place in data.choices", malformed=False)
+        return {**row, "completion": self.choices[number]}
 
     def _check_bad(self, name: str, bad: list[BadRow], seen: int) -> None:
         if len(bad) <= self.max_bad_share * seen:

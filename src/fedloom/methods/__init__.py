@@ -15,6 +15,7 @@ from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
+from fedloom.methods.fedmoe import FedMoE, FedMoESettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
     FedAdagradSettings,
@@ -57,6 +58,7 @@ MethodSettings = (
     | FlexLoRASettings
     | HetLoRASettings
     | FedAMoLESettings
+    | FedMoESettings
     | DistillationSettings
     | SplitSettings
     | CentralisedSettings
@@ -86,6 +88,7 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
     "flexlora": (FlexLoRASettings, FlexLoRA),
     "hetlora": (HetLoRASettings, HetLoRA),
     "fedamole": (FedAMoLESettings, FedAMoLE),
+    "fedmoe": (FedMoESettings, FedMoE),
     "distillation": (DistillationSettings, DistillationMethod),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),

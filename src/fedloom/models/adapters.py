@@ -8,6 +8,7 @@
 ``ia3``               one factor a channel of keys, values and the MLP's input (Liu et al. 2022,
                       https://arxiv.org/abs/2205.05638)
 ``experts``           mixtures of LoRA experts, ``experts.py``
+``submixture``        the backbone's own experts, all or some, trained whole, ``submixture.py``
 ``prompt``            embeddings of virtual tokens before the text (Lester et al. 2021,
                       https://arxiv.org/abs/2104.08691); causal models only
 ``ptuning``           the same through a small MLP (Liu et al. 2021, https://arxiv.org/abs/2103.10385),
@@ -50,8 +51,9 @@ PROMPTS = ("prompt", "ptuning")
 class AdapterSettings(Settings):
     """``[adapter]``: what is trained on the frozen backbone."""
 
-    kind: Literal["lora", "full", "ia3", "prompt", "ptuning", "experts"] = "lora"
-    """LoRA, the chosen layers themselves, (IA)3, prompt or p-tuning, or mixtures of LoRA experts."""
+    kind: Literal["lora", "full", "ia3", "prompt", "ptuning", "experts", "submixture"] = "lora"
+    """LoRA, the chosen layers themselves, (IA)3, prompt or p-tuning, mixtures of LoRA experts, or the
+    experts that a backbone has itself."""
     rank: int = Field(default=8, ge=1)
     """Of lora and experts: rank r of the two factors."""
     alpha: float = Field(default=16.0, gt=0)
@@ -94,10 +96,10 @@ class AdapterSettings(Settings):
                 found.append(
                     f"adapter.{name} is a setting of {' and '.join(kinds)}; adapter.kind is {self.kind!r}"
                 )
-        if self.kind in PROMPTS:
+        if self.kind in (*PROMPTS, "submixture"):
             for name in ("targets", "layers"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    found.append(f"adapter.{name}: {self.kind} adapts no layer")
+                    found.append(f"adapter.{name}: {self.kind} chooses no layers")
         if isinstance(self.layers, int) and self.layers < 1:
             found.append(f"adapter.layers = {self.layers}: give the number of last blocks, from 1")
         if isinstance(self.layers, list) and (not self.layers or min(self.layers) < 0):

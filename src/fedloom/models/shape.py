@@ -11,7 +11,12 @@ from torch import nn
 from fedloom.accounting.flops import LinearShape, ModelShape
 from fedloom.models.heads import LowRankHead, PersonalHead
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("gate", "gate_up_proj"),
+)
 """Layers of a block that read one input: a gradient flows into it for all of them or for none."""
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query")
@@ -156,7 +161,10 @@ def _layers(model: nn.Module) -> list[_Layer]:
     modules = dict(model.named_modules())
     own = [f"{name}." for name, module in modules.items() if isinstance(module, PersonalHead)]
     layers = []
+    stacks = expert_blocks(model)
     for name, module in modules.items():
+        if name in stacks:
+            layers += _stacked_layers(name, module)
         if not is_linear(module) or any(part in name for part in BESIDE):
             continue
         if any(name.startswith(prefix) and name != f"{prefix}original" for prefix in own):
@@ -183,6 +191,37 @@ def _layers(model: nn.Module) -> list[_Layer]:
             _Layer(clean, shape, any(factors) or shape.trained or _wanted(owner, "ia3_l"))
         )
     return layers
+
+
+def expert_blocks(model: nn.Module) -> dict[str, Any]:
+    """Return the blocks of a backbone that hold a router and a stack of experts, by name, in order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _is_stack(getattr(module, "experts", None))
+        and hasattr(getattr(module, "gate", None), "top_k")
+    }
+
+
+def _is_stack(experts: Any) -> bool:
+    return all(
+        getattr(getattr(experts, name, None), "ndim", 0) == 3
+        for name in ("gate_up_proj", "down_proj")
+    )
+
+
+def _stacked_layers(name: str, block: Any) -> list[_Layer]:
+    """Return a block's router, and the experts that a token passes as if they were one."""
+    experts, top_k = block.experts, int(block.gate.top_k)
+    parts = {"gate": (1, block.gate.weight)}
+    parts |= {leaf: (top_k, getattr(experts, leaf)) for leaf in ("gate_up_proj", "down_proj")}
+    found = []
+    for leaf, (times, weight) in parts.items():
+        outputs, inputs = weight.shape[-2:]
+        trained = bool(weight.requires_grad)
+        shape = LinearShape(inputs, times * outputs, trained=trained)
+        found.append(_Layer(f"{name}.{leaf}", shape, trained))
+    return found
 
 
 def _ranks(owner: Any) -> tuple[int, int]:

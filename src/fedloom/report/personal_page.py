@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from fedloom.report import run_folder as names
@@ -35,7 +35,9 @@ class Arm:
         scenario: Its name.
         name: The arm's.
         method: The name of its method.
-        values: Mean over clients, by seed.
+        values: Mean over clients after the last round, by seed.
+        best: The same after the best of the rounds that were judged, by seed; which round that is is seen
+            with the held-out rows themselves, so it flatters.
         newcomer: The same of the global model, which is what a newcomer gets, or ``None``.
         clients: Mean over seeds, by client.
         worst_decile: Mean over seeds of the mean over the worst tenth of clients.
@@ -50,6 +52,7 @@ class Arm:
     name: str
     method: str
     values: dict[int, float]
+    best: dict[int, float]
     newcomer: float | None
     clients: dict[int, float]
     worst_decile: float
@@ -68,6 +71,16 @@ class Arm:
     def half(self) -> float | None:
         """Half-width of its 95 % interval over seeds; ``None`` for one seed."""
         return mean_interval(list(self.values.values()))[1] if len(self.values) > 1 else None
+
+    @property
+    def best_mean(self) -> float:
+        """Over seeds, each at its best round."""
+        return fmean(self.best.values())
+
+    @property
+    def best_deviation(self) -> float | None:
+        """Standard deviation of these over seeds; ``None`` for one seed."""
+        return stdev(self.best.values()) if len(self.best) > 1 else None
 
 
 def is_personal(folder: Path) -> bool:
@@ -110,7 +123,14 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
         "finished": len(cells),
         "planned": len(record["cells"]),
         "arms": [
-            {**arm.__dict__, "mean": arm.mean, "half": arm.half, "gains": gains(arm, found)}
+            {
+                **arm.__dict__,
+                "mean": arm.mean,
+                "half": arm.half,
+                "best_mean": arm.best_mean,
+                "best_deviation": arm.best_deviation,
+                "gains": gains(arm, found),
+            }
             for arm in found
         ],
     }
@@ -186,6 +206,13 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
     )
 
 
+def _best_round(cell: Cell) -> float:
+    """Return the mean over clients after the best round but the start."""
+    judged = [r["evaluation"]["clients"] for r in cell.run.evaluated if r["round"]]
+    values = [float(clients["mean"][cell.run.metric]) for clients in judged if clients]
+    return max(values) if cell.run.run["metric"]["higher_is_better"] else min(values)
+
+
 def _on_front(arm: Arm, arms: Sequence[Arm]) -> bool:
     """Return whether no other arm is at least as good for less."""
     return not any(a.sent < arm.sent and a.mean >= arm.mean for a in arms if a is not arm)
@@ -207,6 +234,7 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
         name,
         str(cells[0].run.run["method"]),
         {cell.seed: float(own["mean"][metric]) for cell, own in zip(cells, judged, strict=True)},
+        {cell.seed: _best_round(cell) for cell in cells},
         fmean(known) if known else None,
         {
             client: fmean(

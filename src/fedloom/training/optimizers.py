@@ -49,8 +49,11 @@ class TrainingSettings(Settings):
     """Made anew in every round, as in the papers, unless keep_optimizer_state is true."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """In the first round; constant inside a round."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How it falls over the rounds, to min_learning_rate in the last."""
+    schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
+    """How it falls over the rounds: cosine and linear to min_learning_rate in the last, exponential by
+    the factor decay in each."""
+    decay: float = Field(default=0.99, gt=0, le=1)
+    """Of the exponential schedule (FedAMoLE: 0.99)."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """Of heads and a client's other own parts, at the first round (default: learning_rate). They are
     as they were pretrained or small: a rate that suits LoRA's factors is often too high for them."""
@@ -60,6 +63,8 @@ class TrainingSettings(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """First moment of adam and adamw; momentum of sgd is `momentum`."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Of adam and adamw, beside the root of the second moment (FedAMoLE: 1e-6)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of sgd."""
     max_grad_norm: float = Field(default=1.0, ge=0)
@@ -141,6 +146,8 @@ class TrainingSettings(Settings):
             )
         if self.momentum and self.optimizer != "sgd":
             found.append(f"training.momentum is of sgd; {self.optimizer} has beta1")
+        if self.schedule != "exponential" and self.decay != 0.99:
+            found.append(f"training.decay is of the exponential schedule, not {self.schedule}")
         return found
 
 
@@ -155,6 +162,8 @@ def round_learning_rate(settings: TrainingSettings, round: int, rounds: int) -> 
         return last + 0.5 * (first - last) * (1 + math.cos(math.pi * share))
     if settings.schedule == "linear":
         return first + (last - first) * share
+    if settings.schedule == "exponential":
+        return float(first * settings.decay ** (round - 1))
     return first
 
 
@@ -183,7 +192,9 @@ def make_optimizer(
         betas = (settings.beta1, settings.beta2)
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         # The fused kernel does one pass over each tensor; small adapters gain most from it.
-        optimizer = kind(tensors, learning_rate, betas=betas, weight_decay=decay, fused=True)
+        optimizer = kind(
+            tensors, learning_rate, betas, settings.epsilon, weight_decay=decay, fused=True
+        )
     if state:
         for name, parameter in parameters.items():
             slots = [key for key in state if key.startswith(f"{name}/")]

@@ -1,0 +1,200 @@
+"""FedMoE: each client trains the experts of a mixture that its own rows use most.
+
+Source: Mei et al. 2024, FedMoE, https://arxiv.org/abs/2408.11304, as far as the FedAMoLE paper uses it
+for a baseline. A reconstruction: the backbone has experts; in its first round a client runs some rows
+through all of them, and the server gives it, in each block, those that most of its tokens pass, which it
+keeps. What it trains are these experts whole, and the router's rows for them. An expert becomes the mean
+over its holders, weighted by their rows. FedMoE's search for the size of each sub-mixture is not built
+(everyone holds ``experts_per_client``), nor does a sub-mixture change in later rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.means import weighted_mean
+from fedloom.checkpoint import State
+from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
+from fedloom.errors import ModelError
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
+from fedloom.methods.base import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+    ServerSide,
+    join_parts,
+    part_of,
+    tensor_bytes,
+)
+from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
+from fedloom.randomness import generator
+from fedloom.settings import Settings
+
+HELD, KNOWN = "held", "known"
+"""``(clients, blocks, n)`` ids of a client's experts, ascending; ``(clients,)`` whether it has any."""
+
+USED = "used"
+"""``(blocks, experts)`` tokens of a client's probing rows that pass each expert."""
+
+
+class FedMoESettings(Settings):
+    """``[method] name = "fedmoe"``."""
+
+    name: Literal["fedmoe"] = "fedmoe"
+    experts_per_client: int | None = Field(default=None, ge=1)
+    """Experts of a block that a client holds (default: half of them)."""
+    probe_rows: int = Field(default=200, ge=1)
+    """Most rows by which a client finds out which experts it uses."""
+
+
+class FedMoE(Method):
+    """Sub-mixtures of a backbone's experts, by use."""
+
+    own_models = True
+    blocks: tuple[str, ...]
+    held: int
+
+    def __init__(self, settings: FedMoESettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    def equip(self, server: ServerSide) -> None:
+        """Note what experts there are.
+
+        Raises:
+            ModelError: A client would hold more experts than there are, or fewer than a token passes.
+        """
+        super().equip(server)
+        model = server.model
+        assert isinstance(model, SubMixtureModel), "the experiment asks for a sub-mixture"
+        self.blocks = model.blocks
+        self.held = self.settings.experts_per_client or max(model.top_k, model.experts // 2)
+        if not model.top_k <= self.held <= model.experts:
+            raise ModelError(
+                f"method.experts_per_client = {self.held}: this backbone has {model.experts} experts in "
+                f"a block and a token passes {model.top_k}; give a number between these"
+            )
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Keep all experts; nobody holds any yet."""
+        return State(join_parts(adapter=adapter))
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Find out what new clients use, send everyone its experts, take means over holders."""
+        clients = sorted(cohort.sizes)
+        columns = {client: place for place, client in enumerate(clients)}
+        adapter = part_of(state.tensors, ADAPTER)
+        experts = len(next(iter(adapter.values())))
+        nobody = torch.zeros(len(clients), len(self.blocks), self.held, dtype=torch.int64)
+        held = state.tensors.get(HELD, nobody).clone()
+        known = state.tensors.get(KNOWN, torch.zeros(len(clients), dtype=torch.uint8)).clone()
+        new = [client for client in cohort.clients if not known[columns[client]]]
+        if new:
+            size = TensorSpec(USED, (len(self.blocks), experts), torch.int64)
+            reply = Schema((size,))
+            asked = Exchange.broadcast(
+                "probe", cohort.round, tuple(new), Payload(), Schema(), reply
+            )
+            for found in (yield asked):
+                most = found.payload.tensors[USED].float().topk(self.held, 1).indices
+                held[columns[found.client]] = most.sort(1).values
+                known[columns[found.client]] = 1
+        there = {c: held[columns[c]] for c in cohort.clients if known[columns[c]]}
+        replies = yield self._exchange(cohort, adapter, there)
+        adapter = self._means(adapter, replies, there)
+        return State({**join_parts(adapter=adapter), HELD: held, KNOWN: known})
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"probe": self._probe, "train": self._train}
+
+    def shared(self, state: State) -> Tensors | None:
+        """Return ``None``: every client has its own sub-mixture."""
+        return None
+
+    def welcome(self, state: State) -> Tensors:
+        """Return all experts."""
+        return part_of(state.tensors, ADAPTER)
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write what was received, or the client's own experts, or before its first round all."""
+        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Count the held experts both ways; what probing sends, once a client, is not in it."""
+        experts = len(next(iter(adapter.values())))
+        size = tensor_bytes(adapter) * self.held // experts
+        return ParameterTraffic(size, size)
+
+    def _exchange(self, cohort: Cohort, adapter: Tensors, held: Mapping[int, Tensor]) -> Exchange:
+        specs = tuple(
+            TensorSpec(name, (self.held, *tensor.shape[1:]), tensor.dtype)
+            for name, tensor in adapter.items()
+        )
+        numbers = {"learning_rate": cohort.learning_rate}
+        request = Schema(specs, tuple(numbers))
+        requests = {
+            client: encode(Payload(part_of_experts(adapter, self.blocks, own), numbers), request)
+            for client, own in held.items()
+        }
+        reply = Schema(specs, TRAIN_REPLY_NUMBERS, metrics=True)
+        return Exchange("train", cohort.round, request, reply, requests)
+
+    def _means(
+        self, adapter: Tensors, replies: Sequence[Reply], held: Mapping[int, Tensor]
+    ) -> Tensors:
+        """Return each expert as the mean over those who sent it, weighted by rows; others stay."""
+        result = {}
+        for name, whole in adapter.items():
+            block = block_number(name, self.blocks)
+            updated = whole.clone()
+            for expert in range(len(whole)):
+                holders = [
+                    (reply, int((held[reply.client][block] == expert).nonzero()))
+                    for reply in replies
+                    if (held[reply.client][block] == expert).any()
+                ]
+                if holders:
+                    own = [{name: r.payload.tensors[name][place]} for r, place in holders]
+                    rows = [r.payload.numbers["examples"] for r, _ in holders]
+                    updated[expert] = weighted_mean(own, rows)[name]
+            result[name] = updated
+        return result
+
+    def _probe(self, client: Client, payload: Payload) -> Payload:
+        model = client.model
+        assert isinstance(model, SubMixtureModel), "the experiment asks for a sub-mixture"
+        count = len(client.share)
+        rng = generator(client.seed, "probe", client.id)
+        rows = rng.choice(count, min(count, self.settings.probe_rows), replace=False)
+        tokens = client.share.tokens.take(np.sort(rows).astype(np.int64))
+        model.write(client.initial)
+        used = torch.zeros(len(self.blocks), model.experts, dtype=torch.int64)
+        for indices in by_length(tokens, max(client.training.micro_batch, 16)):
+            numbers = sequence_numbers(tokens.width, indices)
+            batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
+            with model.evaluating(), model.counting() as seen:
+                model(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    logits_to_keep=1,
+                )
+            used += torch.stack(seen)
+        return Payload({USED: used})
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        client.model.write(payload.tensors)
+        result = client.train(payload.numbers["learning_rate"])
+        client.kept[ADAPTER] = client.model.read()
+        return Payload(client.kept[ADAPTER], {"examples": len(client.share)}, result.metrics)
