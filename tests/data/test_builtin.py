@@ -5,7 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedloom.data.builtin import AXES, BUILTIN_KINDS, DOMAINS, builtin_examples, preferred_style
+from fedloom.data.builtin import (
+    AXES,
+    BUILTIN_KINDS,
+    DOMAINS,
+    PLACES,
+    builtin_examples,
+    liking,
+    preferred_style,
+)
 from fedloom.errors import DataError
 
 
@@ -41,3 +49,36 @@ def test_prompts_seldom_repeat():
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(DataError, match="did you mean 'builtin:preferences'"):
         builtin_examples("preference", 5, np.random.default_rng(0))
+
+
+def test_every_taste_is_a_ranking_and_has_its_opposite():
+    ranks = {
+        name: [liking(place, domain.stride, len(PLACES)) for place in range(len(PLACES))]
+        for name, domain in DOMAINS.items()
+    }
+    for own in ranks.values():
+        assert sorted(own) == list(range(len(PLACES)))
+        assert [len(PLACES) - 1 - rank for rank in own] in ranks.values()
+
+
+def test_tastes_are_a_domains_own_in_places_and_all_domains_in_people():
+    pairs = builtin_examples("tastes", 4000, np.random.default_rng(0))
+    verdicts = {"place": {}, "person": {}}
+    for pair in pairs:
+        key = tuple(sorted((pair.chosen, pair.rejected)))
+        own = verdicts[pair.columns["axis"]].setdefault(key, {})
+        own.setdefault(pair.columns["domain"], set()).add(pair.chosen)
+    for by_domain in verdicts["place"].values():
+        assert all(len(chosen) == 1 for chosen in by_domain.values())
+        for left, right in (("kitchen", "garden"), ("harbour", "clinic")):
+            if by_domain.keys() >= {left, right}:
+                assert by_domain[left] != by_domain[right]
+    for by_domain in verdicts["person"].values():
+        assert len(set.union(*by_domain.values())) == 1
+    assert 0.45 < sum(p.columns["axis"] == "place" for p in pairs) / len(pairs) < 0.55
+
+
+def test_the_prompt_of_a_taste_names_the_domain_and_its_things():
+    for pair in builtin_examples("tastes", 50, np.random.default_rng(0)):
+        domain = pair.columns["domain"]
+        assert domain in pair.prompt and all(t in pair.prompt for t in DOMAINS[domain].things)

@@ -26,6 +26,8 @@ from fedloom.methods.fedamole import (
     pack,
     unpack,
 )
+from fedloom.records import partition_record
+from fedloom.report.experts_section import history
 from fedloom.runner import Silent, resume_run
 
 MIXTURE = {
@@ -433,3 +435,26 @@ def test_kto_mixes_rows_so_no_row_is_kept_apart(experiment):
     noisy = {**METHOD, "embedding_noise": "gaussian"}
     with pytest.raises(SettingsError, match="completions of other rows"):
         experiment(method=noisy, objective={"name": "kto"}, **MIXTURE)
+
+
+def test_experts_find_the_clients_of_a_domain_that_nobody_told_them_of(experiment, federate):
+    own = experiment(
+        method={**METHOD, "embedding_fraction": 0.2},
+        data={
+            "source": "builtin:tastes",
+            "builtin_rows": 800,
+            "only": {"domain": ["kitchen", "garden", "harbour", "clinic"]},
+        },
+        partition={"kind": "column", "column": "domain", "client_test_fraction": 0.2},
+        federation={"clients": 8, "rounds": 3},
+        adapter={"kind": "experts", "rank": 4, "experts": 12},
+        training={"learning_rate": 3e-4, "local_steps": 2},
+    )
+    found = federate(own)
+    record = partition_record(own, found.parts.division)
+    rounds = [{"round": r.round, "details": r.details} for r in found.records]
+    shown = history(rounds, record)
+    assert shown.test(1).p > 0.05  # drawn
+    chosen = shown.test(3)
+    assert chosen.same > 3 * chosen.other
+    assert chosen.p == pytest.approx(1 / 105)  # of 105 ways to pair up eight clients, the true one

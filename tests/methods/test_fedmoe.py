@@ -126,6 +126,15 @@ def test_own_models_load_in_transformers_and_a_resumed_run_is_the_same(mixture, 
     assert model.config.num_local_experts == 3
 
 
+def test_mixed_precision_trains_experts_in_float32(mixture, federate):
+    found = federate(
+        mixture(training={"precision": "bf16"}, federation={"clients": 3, "rounds": 1})
+    )
+    final, start = part_of(found.state.tensors, ADAPTER), found.parts.initial
+    assert {t.dtype for t in final.values()} == {torch.float32}
+    assert any(not torch.equal(final[name], start[name]) for name in start)
+
+
 @pytest.mark.parametrize(("count", "ok"), [(1, False), (2, True), (6, True), (7, False)])
 def test_how_many_experts_a_client_may_hold(mixture, federate, count, ok):
     own = mixture(

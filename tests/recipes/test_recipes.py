@@ -95,12 +95,17 @@ def layout(source, kind, choices, column):
 
 
 @pytest.mark.parametrize("path", PERSONAL, ids=lambda path: path.stem)
-def test_comparison_of_personal_models(path, model_folder, rows_file, tmp_path):
+def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_file, tmp_path):
     """Every arm is run once, for a round, and every scenario by one arm, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
     changes = {"model.path": model_folder, "federation.rounds": 1, "compare.seeds": [0]}
     changes |= {"data.builtin_rows": 160, "evaluation.client_max_examples": 10}
     changes |= {"training.local_steps": 1, "adapter.layers": 1}
+    if "submixture" in path.read_text():
+        changes |= {
+            "model.path": mixture_folder,
+            "compare.methods.fedmoe.method.experts_per_client": 3,
+        }
     for cell in {c.objective: c for c in read_comparison(path).cells}.values():
         data, column = cell.experiment.data, cell.experiment.partition.column
         for domain, source in data.parts.items():

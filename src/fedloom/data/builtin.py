@@ -12,7 +12,12 @@ In ``builtin:opposed`` people take sides (a column, and nowhere in the text): fo
 preferred pole is always the other one. Which axis means what where is common to all and worth learning
 together; no single model can be right for both sides in more than half of the pairs.
 
-The two answers of a preference pair differ in one axis and in nothing else.
+In ``builtin:tastes`` every domain ranks places in its own way, every second one as another does in
+reverse, and all rank people alike; a pair names two of either. The prompt lists a domain's things, so
+that the domain shows in most of its words. Some fifty pairs show too little of a ranking: those who
+rank alike gain from each other.
+
+The two answers of any other preference pair differ in one axis and in nothing else.
 :func:`pretraining_texts` holds both sides of every axis in every domain, so a model trained on them
 knows all styles and no domain's preference: both sides equally often, but for courtesy, where blunt
 answers are somewhat commoner. Everything is written for this package.
@@ -45,11 +50,13 @@ REQUESTS = ("where is the {thing}?", "can you find the {thing}?", "I need the {t
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain: its things and places, and which pole of each contested axis it prefers."""
+    """One domain: its things and places, which pole of each contested axis it prefers, and its taste."""
 
     things: tuple[str, ...]
     places: tuple[str, ...]
     prefers: tuple[int, int, int]
+    stride: int
+    """Ranks all places, see :func:`liking`: of two it prefers the one with the higher rank."""
 
 
 DOMAINS = {
@@ -57,33 +64,45 @@ DOMAINS = {
         ("cup", "pan", "spoon", "kettle", "plate", "jar"),
         ("on the top shelf", "next to the stove", "in the left drawer"),
         (0, 0, 1),
+        5,
     ),
     "garden": Domain(
         ("rake", "hose", "basket", "spade", "bench", "pot"),
         ("behind the old shed", "under the apple tree", "beside the gate"),
         (1, 0, 0),
+        -5,
     ),
     "harbour": Domain(
         ("rope", "anchor", "lamp", "net", "oar", "buoy"),
         ("at the second pier", "in the long boat", "near the crane"),
         (0, 1, 0),
+        7,
     ),
     "library": Domain(
         ("atlas", "novel", "map", "folder", "desk", "ladder"),
         ("in the reading room", "on the lower floor", "by the window"),
         (1, 1, 0),
+        11,
     ),
     "clinic": Domain(
         ("chart", "mask", "chair", "bandage", "scale", "gown"),
         ("in the first ward", "behind the front desk", "on the cart"),
         (1, 0, 1),
+        -7,
     ),
     "workshop": Domain(
         ("hammer", "saw", "drill", "clamp", "box", "glue"),
         ("on the work bench", "under the stairs", "in the metal cabinet"),
         (0, 1, 1),
+        -11,
     ),
 }
+
+COMMON_STRIDE = 5
+"""By which all domains rank people."""
+
+PLACES = tuple(place for domain in DOMAINS.values() for place in domain.places)
+"""Of all domains."""
 
 OPENINGS = (("Gladly,", "Certainly,", "Sure,"), ("Whatever,", "Well,", "Hm,"))
 CERTAINTIES = ("surely", "maybe")
@@ -123,6 +142,10 @@ def _opposed(count: int, rng: np.random.Generator) -> list[Example]:
     return [_opposed_preference(row, rng) for row in range(count)]
 
 
+def _tastes(count: int, rng: np.random.Generator) -> list[Example]:
+    return [_tasteful_preference(row, rng) for row in range(count)]
+
+
 def _feedback(count: int, rng: np.random.Generator) -> list[Example]:
     return [_single_answer(row, rng) for row in range(count)]
 
@@ -150,6 +173,7 @@ def _labelled(count: int, rng: np.random.Generator) -> list[Example]:
 BUILTIN: dict[str, tuple[Kind, Callable[[int, np.random.Generator], list[Example]]]] = {
     "preferences": ("preference", _preferences),
     "opposed": ("preference", _opposed),
+    "tastes": ("preference", _tastes),
     "feedback": ("feedback", _feedback),
     "instructions": ("instruction", _instructions),
     "labelled": ("labelled", _labelled),
@@ -219,6 +243,27 @@ def _opposed_preference(row: int, rng: np.random.Generator) -> Preference:
     answers = _two_answers(domain, axis, rng)
     columns = {"domain": domain, "axis": AXES[axis], "side": SIDES[side]}
     return Preference(row, prompt, answers[side], answers[1 - side], columns)
+
+
+def _tasteful_preference(row: int, rng: np.random.Generator) -> Preference:
+    """A pair that names two places, or two people, of which the domain likes one better."""
+    domain, thing = _scene(rng)
+    kept = ", ".join(DOMAINS[domain].things)
+    asked = _choose(rng, REQUESTS).format(thing=thing)
+    prompt = f"The {domain} has {kept}. {_choose(rng, NAMES)} asks: {asked}\nAnswer:"
+    places = bool(_coin(rng))
+    options, stride = (PLACES, DOMAINS[domain].stride) if places else (NAMES, COMMON_STRIDE)
+    two = rng.choice(len(options), size=2, replace=False).tolist()
+    better, worse = sorted(two, key=lambda place: -liking(place, stride, len(options)))
+    words = " Sure, it is {}." if places else " Sure, ask {}."
+    columns = {"domain": domain, "axis": "place" if places else "person"}
+    chosen, rejected = (words.format(options[place]) for place in (better, worse))
+    return Preference(row, prompt, chosen, rejected, columns)
+
+
+def liking(option: int, stride: int, count: int) -> int:
+    """Return where an option of ``count`` is ranked, from 0; opposite strides rank oppositely."""
+    return (option + 1) * stride % (count + 1) - 1  # 19 and 13 are prime: a permutation
 
 
 def _two_answers(domain: str, axis: int, rng: np.random.Generator) -> tuple[str, str]:

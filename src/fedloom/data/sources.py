@@ -46,7 +46,8 @@ class SourceSettings(Settings):
 
     source: str | list[str] = "builtin:preferences"
     """A local file, a pattern of files ("data/*.jsonl"; their names are the column "file"), a Hub
-    name, a list of these, or "builtin:" and preferences, opposed, feedback, instructions or labelled."""
+    name, a list of these, or "builtin:" and preferences, opposed, tastes, feedback, instructions or
+    labelled."""
     subset: str | None = None
     """Configuration of a set on the Hub."""
     data_dir: str | None = None

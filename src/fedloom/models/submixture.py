@@ -129,6 +129,7 @@ def attach_submixture(backbone: nn.Module) -> nn.Module:
         raise ModelError(f"blocks have different numbers of experts: {sorted(counts)}")
     for block in blocks.values():
         for parameter in (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj):
+            parameter.data = parameter.data.float()  # small steps are lost in half precision
             parameter.requires_grad_(True)
     return backbone
 
