@@ -43,7 +43,6 @@ from fedloom.aggregation.assignment import (
 from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.privacy import ad_hoc_noise, noise_multiplier, private_mean
 from fedloom.checkpoint import State
-from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
 from fedloom.errors import DataError, MessageError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
@@ -52,12 +51,12 @@ from fedloom.methods.base import (
     Client,
     Cohort,
     Handler,
-    Method,
     Round,
     ServerSide,
     join_parts,
     part_of,
 )
+from fedloom.methods.parts import OwnMixture, passes
 from fedloom.models.experts import ExpertModel, split_name
 from fedloom.randomness import generator
 from fedloom.settings import Settings
@@ -130,10 +129,9 @@ class FedAMoLESettings(Settings):
         return found
 
 
-class FedAMoLE(Method):
+class FedAMoLE(OwnMixture):
     """Experts averaged over their holders, and assigned anew."""
 
-    own_models = True
     layers: tuple[str, ...]
     experts: int
     rank: int
@@ -165,10 +163,6 @@ class FedAMoLE(Method):
             "guarantee."
         )
 
-    def initial_state(self, adapter: Tensors) -> State:
-        """Keep all experts; nobody holds any yet."""
-        return State(join_parts(adapter=adapter))
-
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send everyone its experts, take means, let experts choose."""
         clients = sorted(cohort.sizes)
@@ -189,18 +183,6 @@ class FedAMoLE(Method):
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": self._train}
-
-    def shared(self, state: State) -> Tensors | None:
-        """Return ``None``: every client has its own mixture."""
-        return None
-
-    def welcome(self, state: State) -> Tensors:
-        """Return all experts."""
-        return part_of(state.tensors, ADAPTER)
-
-    def load(self, client: Client, payload: Payload) -> None:
-        """Write what was received, or the client's own mixture, or before its first round the initial."""
-        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
 
     def traffic(self, adapter: Tensors) -> Traffic:
         """Count a client with the mean number of experts, E k_c / C; each one's own is known by round."""
@@ -458,15 +440,12 @@ def _watched(client: Client, rows: NDArray[np.int64], layers: Sequence[str]) -> 
     assert isinstance(model, ExpertModel), "the experiment asks for experts"
     tokens = client.share.tokens.take(rows)
     sums, lengths, hits = [], [], []
-    with model.evaluating(), model.watching() as seen:
-        for indices in by_length(tokens, max(client.training.micro_batch, 16)):
-            numbers = sequence_numbers(tokens.width, indices)
-            batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
+    with model.watching() as seen:
+        for count in passes(client, tokens):
             own = [seen[name] for name in layers]
             parts = [layer.token[:, None] for layer in own] + [layer.experts for layer in own]
             whole = torch.cat(parts, 1).cpu()
-            sums.append(whole.view(tokens.width, len(indices), *whole.shape[1:]).sum(0))
+            sums.append(whole.view(tokens.width, count, *whole.shape[1:]).sum(0))
             lengths.append(own[0].tokens.cpu().view(tokens.width, -1).sum(0))
             hits.append([layer.hits.sum(0).cpu() for layer in own])
     return Watched(

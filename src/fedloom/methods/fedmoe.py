@@ -21,7 +21,6 @@ from torch import Tensor
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
-from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
 from fedloom.errors import ModelError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
@@ -30,13 +29,13 @@ from fedloom.methods.base import (
     Client,
     Cohort,
     Handler,
-    Method,
     Round,
     ServerSide,
     join_parts,
     part_of,
     tensor_bytes,
 )
+from fedloom.methods.parts import OwnMixture, passes
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
 from fedloom.randomness import generator
 from fedloom.settings import Settings
@@ -58,10 +57,9 @@ class FedMoESettings(Settings):
     """Most rows by which a client finds out which experts it uses."""
 
 
-class FedMoE(Method):
+class FedMoE(OwnMixture):
     """Sub-mixtures of a backbone's experts, by use."""
 
-    own_models = True
     blocks: tuple[str, ...]
     held: int
 
@@ -85,10 +83,6 @@ class FedMoE(Method):
                 f"method.experts_per_client = {self.held}: this backbone has {model.experts} experts in "
                 f"a block and a token passes {model.top_k}; give a number between these"
             )
-
-    def initial_state(self, adapter: Tensors) -> State:
-        """Keep all experts; nobody holds any yet."""
-        return State(join_parts(adapter=adapter))
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Find out what new clients use, send everyone its experts, take means over holders."""
@@ -118,18 +112,6 @@ class FedMoE(Method):
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"probe": self._probe, "train": self._train}
-
-    def shared(self, state: State) -> Tensors | None:
-        """Return ``None``: every client has its own sub-mixture."""
-        return None
-
-    def welcome(self, state: State) -> Tensors:
-        """Return all experts."""
-        return part_of(state.tensors, ADAPTER)
-
-    def load(self, client: Client, payload: Payload) -> None:
-        """Write what was received, or the client's own experts, or before its first round all."""
-        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
 
     def traffic(self, adapter: Tensors) -> Traffic:
         """Count the held experts both ways; what probing sends, once a client, is not in it."""
@@ -181,16 +163,10 @@ class FedMoE(Method):
         tokens = client.share.tokens.take(np.sort(rows).astype(np.int64))
         model.write(client.initial)
         used = torch.zeros(len(self.blocks), model.experts, dtype=torch.int64)
-        for indices in by_length(tokens, max(client.training.micro_batch, 16)):
-            numbers = sequence_numbers(tokens.width, indices)
-            batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
-            with model.evaluating(), model.counting() as seen:
-                model(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    logits_to_keep=1,
-                )
-            used += torch.stack(seen)
+        with model.counting() as seen:
+            for _ in passes(client, tokens):
+                used += torch.stack(seen)
+                seen.clear()
         return Payload({USED: used})
 
     def _train(self, client: Client, payload: Payload) -> Payload:
