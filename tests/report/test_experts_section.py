@@ -32,6 +32,7 @@ DETAILS = {
         "2": [[1.0, 0.0], [0.5, 0.5]],
         "3": [[1.0], [1.0]],
     },
+    "clients": [0, 1, 2, 3],
     "similarity": [[1.0 if a == b else (a - b) / 10 for b in range(4)] for a in range(4)],
 }
 
@@ -74,6 +75,14 @@ def test_absent_clients_hold_nothing_in_that_round():
     assert own.clients == (0, 2, 1, 3)
     assert own.shared(2)[3] == [0, 0, 0, 0]
     assert "9" not in own.cells(2)
+
+
+def test_clients_may_have_any_ids():
+    ids = {"0": "7", "1": "3", "2": "9", "3": "5"}
+    changed = {key: {ids[c]: own for c, own in DETAILS[key].items()} for key in ("held", "shares")}
+    own = history([record(1, clients=[7, 3, 9, 5], **changed)], {**PARTITION, "column": None})
+    assert own.clients == (3, 5, 7, 9)
+    assert own.similarity(1)[0] == [1.0, -0.2, 0.1, -0.1]
 
 
 def test_the_test_by_hand():

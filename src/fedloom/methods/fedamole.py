@@ -175,7 +175,7 @@ class FedAMoLE(OwnMixture):
         replies = yield self._exchange(cohort, adapter, held)
         adapter = self._means(adapter, replies, held)
         self._learn(known, replies, held, columns)
-        cohort.details["experts"] = self._details(known, replies, held)
+        cohort.details["experts"] = self._details(known, replies, held, columns)
         if not cohort.last and self.settings.assignment != "static":
             known[HELD] = self._assigned(known, cohort.round)
         return State({**join_parts(adapter=adapter), **known})
@@ -281,7 +281,11 @@ class FedAMoLE(OwnMixture):
         return self.settings.embedding_noise == "none"
 
     def _details(
-        self, known: Tensors, replies: Sequence[Reply], held: Mapping[int, Tensor]
+        self,
+        known: Tensors,
+        replies: Sequence[Reply],
+        held: Mapping[int, Tensor],
+        columns: Mapping[int, int],
     ) -> dict[str, Any]:
         """Return what the report shows: who held what in this round, how tokens spread, who is alike."""
         shares: dict[str, list[list[float]]] = {}
@@ -298,6 +302,7 @@ class FedAMoLE(OwnMixture):
                 for client, own in held.items()
             },
             "shares": shares,
+            "clients": list(columns),
             "similarity": [[round(x, 3) for x in row] for row in alike.tolist()],
         }
 

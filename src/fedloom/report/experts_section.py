@@ -74,8 +74,9 @@ class ExpertHistory:
 
     def similarity(self, round: int) -> Matrix:
         """Return ``(clients, clients)`` how alike their tokens' embeddings are, from -1 to 1."""
-        whole = self.rounds[round]["similarity"]
-        return [[whole[a][b] for b in self.clients] for a in self.clients]
+        own = self.rounds[round]
+        places = [own["clients"].index(client) for client in self.clients]
+        return [[own["similarity"][a][b] for b in places] for a in places]
 
     def load(self, round: int) -> dict[str, tuple[float, float, float]]:
         """Return each expert's share of all clients' tokens: mean, least and largest over layers."""
