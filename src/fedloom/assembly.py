@@ -280,6 +280,7 @@ def assemble(
             ledger,
             min(federation.cohort_size, members),
             {client: kits.of_client(client).key[1] for client in train},
+            experiment.aggregation,
         )
     )
     judged = experiment.evaluation.per_client and not isinstance(experiment.method, SplitSettings)

@@ -19,7 +19,7 @@ from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.methods import METHODS, MethodSettings
-from fedloom.methods.base import TASKS
+from fedloom.methods.base import TASKS, AggregationSettings
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.fedamole import FedAMoLESettings
 from fedloom.methods.fedavg import FedAvgSettings
@@ -114,6 +114,7 @@ class Experiment:
     objective: ObjectiveSettings = field(default_factory=DPOSettings)
     method: MethodSettings = field(default_factory=FedAvgSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
@@ -197,6 +198,7 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
     "objective": OBJECTIVES,
     "method": METHODS,
     "federation": FederationSettings,
+    "aggregation": AggregationSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
@@ -253,6 +255,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
                 f"federation.clients_per_round = {federation.clients_per_round} is above "
                 f"federation.clients = {federation.clients}"
             )
+        if "aggregation" in parts:
+            found += parts["aggregation"].contradictions(federation.cohort_size)
         if "partition" in parts:
             found += parts["partition"].contradictions(federation.clients)
         if "clients" in parts:
@@ -356,6 +360,11 @@ def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
         and {"adapter", "clients", "federation"} <= parts.keys()
     ):
         found += _expert_contradictions(parts, method)
+    if "aggregation" in parts and parts["aggregation"].rule != "mean" and not kind.averages:
+        found.append(
+            f"aggregation.rule = {parts['aggregation'].rule!r}: method.name = {method.name!r} puts "
+            "updates together in a way of its own"
+        )
     if "adapter" in parts:
         found += _submixture_contradictions(parts["adapter"].kind, method.name)
     if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":

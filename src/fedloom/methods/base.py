@@ -8,23 +8,28 @@ a round is in the state or in what the client keeps; a generator is never saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import nn
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.lora import averaging_error
 from fedloom.aggregation.means import weighted_mean
+from fedloom.aggregation.rules import NEEDED, combined
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
+from fedloom.errors import RoundFailed
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
+from fedloom.settings import Settings
 from fedloom.training.local import LocalResult, StepHook, local_loss, train_locally
 from fedloom.training.optimizers import TrainingSettings, Work
 
@@ -204,6 +209,7 @@ class ServerSide:
         ledger: Where the server's costs go.
         cohort: Clients of a round.
         ranks: LoRA rank of each client.
+        aggregation: How updates are put together.
     """
 
     model: AdapterModel
@@ -217,6 +223,40 @@ class ServerSide:
     ledger: Ledger
     cohort: int
     ranks: Mapping[int, int]
+    aggregation: AggregationSettings
+
+
+class AggregationSettings(Settings):
+    """``[aggregation]``: how the server puts the clients' updates together."""
+
+    rule: Literal[
+        "mean",
+        "median",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "geometric_median",
+        "clipped_mean",
+    ] = "mean"
+    """The mean by rows, or a rule that some bad clients cannot move far: ``aggregation/robust.py``."""
+    bad: int = Field(default=0, ge=0)
+    """Of trimmed_mean, krum and multi_krum: f, clients of a round that may be bad."""
+    max_norm: float | None = Field(default=None, gt=0)
+    """Of clipped_mean: largest norm of a client's change over all tensors."""
+
+    def contradictions(self, cohort: int) -> list[str]:
+        """Return what in these settings cannot both be meant, with so many clients in a round."""
+        found = []
+        if self.bad and self.rule not in NEEDED:
+            found.append(f"aggregation.bad is a setting of {', '.join(NEEDED)}, not {self.rule}")
+        if (self.max_norm is None) == (self.rule == "clipped_mean"):
+            found.append('aggregation.max_norm and aggregation.rule = "clipped_mean" go together')
+        if self.rule in NEEDED and cohort < 2 * self.bad + NEEDED[self.rule]:
+            found.append(
+                f"aggregation.rule = {self.rule!r} with aggregation.bad = {self.bad} needs "
+                f"{2 * self.bad + NEEDED[self.rule]} clients in a round, there are {cohort}"
+            )
+        return found
 
 
 Handler = Callable[[Client, Payload], Payload]
@@ -236,6 +276,8 @@ class Method:
         needs_public: Whether all parties must have public rows.
         mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
         moves_backbone: Whether weights that are frozen while training change between rounds.
+        averages: Whether it takes means of adapters by :meth:`averaged`, which other rules may replace.
+        aggregation: The rule.
         server: What it has on the server, from :meth:`equip` on.
     """
 
@@ -245,6 +287,8 @@ class Method:
     needs_public = False
     mixed_ranks = False
     moves_backbone = False
+    averages = False
+    aggregation = AggregationSettings()
     server: ServerSide
 
     @property
@@ -255,6 +299,30 @@ class Method:
     def equip(self, server: ServerSide) -> None:
         """Take what there is on the server, once, before the first round."""
         self.server = server
+        self.aggregation = server.aggregation
+
+    def averaged(
+        self, replies: Sequence[Reply], cohort: Cohort, start: Tensors, *, noted: bool = False
+    ) -> Tensors:
+        """Return what the rule makes of the adapters that clients sent back for ``start``.
+
+        If ``noted``, the round's notes say what averaging LoRA's factors apart loses.
+
+        Raises:
+            RoundFailed: Too few clients answered for the rule.
+        """
+        own = self.aggregation
+        if own.rule == "mean":
+            return mean_adapter(replies, cohort if noted else None)
+        adapters = [reply.payload.tensors for reply in replies]
+        weights = [reply.payload.numbers["examples"] for reply in replies]
+        largest = own.max_norm or math.inf
+        try:
+            return combined(own.rule, adapters, weights, start, own.bad, largest)
+        except ValueError as error:
+            raise RoundFailed(
+                f"round {cohort.round}: aggregation.rule = {own.rule!r} has too few updates: {error}"
+            ) from error
 
     def promise(self) -> str | None:
         """Return what may be said about privacy beyond that rows stay with their clients, if anything."""

@@ -19,7 +19,6 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Round,
-    mean_adapter,
     proximal_gradient,
     train_and_upload,
     training_exchange,
@@ -39,6 +38,8 @@ class DittoSettings(Settings):
 class Ditto(KeepsAdapter):
     """FedAvg with a personal adapter for each client."""
 
+    averages = True
+
     def __init__(self, settings: DittoSettings) -> None:
         """Keep lambda."""
         self.strength = settings.strength
@@ -46,7 +47,7 @@ class Ditto(KeepsAdapter):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""
         replies = yield training_exchange(cohort, state.tensors)
-        return State(mean_adapter(replies))
+        return State(self.averaged(replies, cohort, state.tensors))
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

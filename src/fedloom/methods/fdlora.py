@@ -33,7 +33,6 @@ from fedloom.methods.base import (
     Handler,
     Round,
     join_parts,
-    mean_adapter,
     part_of,
     train_and_upload,
     training_exchange,
@@ -74,6 +73,8 @@ class FDLoRASettings(Settings):
 class FDLoRA(KeepsAdapter):
     """An outer optimizer on the shared adapter, and a fitted mixture at the end."""
 
+    averages = True
+
     def __init__(self, settings: FDLoRASettings) -> None:
         """Keep the settings."""
         self.settings = settings
@@ -86,9 +87,10 @@ class FDLoRA(KeepsAdapter):
         """Move the shared adapter; before the first round start it, after the last have all mix."""
         adapter, before = self.shared(state), part_of(state.tensors, MOMENTUM)
         if not before:
-            adapter = mean_adapter((yield self._start(cohort, adapter)))
+            replies = yield self._start(cohort, adapter)
+            adapter = self.averaged(replies, cohort, adapter)
         replies = yield training_exchange(cohort, adapter)
-        change = difference(mean_adapter(replies), adapter)
+        change = difference(self.averaged(replies, cohort, adapter), adapter)
         moved, step = nesterov_momentum(before, change, self.settings.momentum)
         rate = self.settings.server_rate
         adapter = {name: tensor + rate * step[name] for name, tensor in adapter.items()}

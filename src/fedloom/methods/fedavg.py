@@ -15,7 +15,6 @@ from fedloom.methods.base import (
     Handler,
     Method,
     Round,
-    mean_adapter,
     train_and_upload,
     training_exchange,
 )
@@ -31,13 +30,15 @@ class FedAvgSettings(Settings):
 class FedAvg(Method):
     """Federated averaging of the adapter."""
 
+    averages = True
+
     def __init__(self, settings: FedAvgSettings) -> None:
         """Take no settings beyond the name."""
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""
         replies = yield training_exchange(cohort, state.tensors)
-        return State(mean_adapter(replies, cohort))
+        return State(self.averaged(replies, cohort, state.tensors, noted=True))
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

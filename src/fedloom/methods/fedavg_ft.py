@@ -20,7 +20,6 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Round,
-    mean_adapter,
     train_and_upload,
     training_exchange,
 )
@@ -41,6 +40,8 @@ class FedAvgFTSettings(Settings):
 class FedAvgFT(KeepsAdapter):
     """FedAvg, then every client by itself."""
 
+    averages = True
+
     def __init__(self, settings: FedAvgFTSettings) -> None:
         """Keep the settings."""
         self.settings = settings
@@ -48,7 +49,7 @@ class FedAvgFT(KeepsAdapter):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Average; in the last round, have every client there is fine-tune."""
         replies = yield training_exchange(cohort, state.tensors)
-        adapter = mean_adapter(replies)
+        adapter = self.averaged(replies, cohort, state.tensors)
         if cohort.last:
             yield ask_everybody("tune", cohort, adapter)
         return State(adapter)

@@ -21,7 +21,6 @@ from fedloom.methods.base import (
     Method,
     Round,
     join_parts,
-    mean_adapter,
     part_of,
     train_and_upload,
     training_exchange,
@@ -42,6 +41,8 @@ class FedAvgMSettings(Settings):
 class FedAvgM(Method):
     """The server moves by a running mean of the clients' mean changes."""
 
+    averages = True
+
     def __init__(self, settings: FedAvgMSettings) -> None:
         """Keep beta1."""
         self.beta1 = settings.beta1
@@ -54,7 +55,7 @@ class FedAvgM(Method):
         """Send the adapter, move it by the momentum of what comes back."""
         adapter = self.shared(state)
         replies = yield training_exchange(cohort, adapter)
-        change = difference(mean_adapter(replies), adapter)
+        change = difference(self.averaged(replies, cohort, adapter), adapter)
         moved = momentum(part_of(state.tensors, MOMENTUM), change, self.beta1)
         adapter = {name: tensor + moved[name] for name, tensor in adapter.items()}
         return State(join_parts(adapter=adapter, momentum=moved))

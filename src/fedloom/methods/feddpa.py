@@ -23,7 +23,6 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Round,
-    mean_adapter,
     train_and_upload,
     training_exchange,
 )
@@ -44,6 +43,8 @@ class FedDPASettings(Settings):
 class FedDPA(KeepsAdapter):
     """FedAvg of one adapter, local training of another, and both in use."""
 
+    averages = True
+
     def __init__(self, settings: FedDPASettings) -> None:
         """Keep the settings."""
         self.settings = settings
@@ -51,7 +52,7 @@ class FedDPA(KeepsAdapter):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Average the shared adapter; in the last round of F, have local ones trained."""
         replies = yield training_exchange(cohort, state.tensors)
-        adapter = mean_adapter(replies)
+        adapter = self.averaged(replies, cohort, state.tensors)
         if cohort.last and self.settings.variant == "F":
             yield ask_everybody("fit", cohort, adapter)
         return State(adapter)

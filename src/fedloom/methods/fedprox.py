@@ -18,7 +18,6 @@ from fedloom.methods.base import (
     Handler,
     Method,
     Round,
-    mean_adapter,
     proximal_gradient,
     training_exchange,
 )
@@ -36,6 +35,8 @@ class FedProxSettings(Settings):
 class FedProx(Method):
     """FedAvg with a proximal term on the clients."""
 
+    averages = True
+
     def __init__(self, settings: FedProxSettings) -> None:
         """Keep mu."""
         self.mu = settings.mu
@@ -43,7 +44,7 @@ class FedProx(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""
         replies = yield training_exchange(cohort, state.tensors)
-        return State(mean_adapter(replies))
+        return State(self.averaged(replies, cohort, state.tensors))
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

@@ -24,7 +24,6 @@ from fedloom.methods.base import (
     Round,
     ServerSide,
     join_parts,
-    mean_adapter,
     part_of,
     tensor_bytes,
     training_exchange,
@@ -45,6 +44,8 @@ class KeepsParts(Method):
     Attributes:
         fresh: The kept tensors as every client starts with them.
     """
+
+    averages = True
 
     personal = True
     fresh: Tensors
@@ -73,7 +74,7 @@ class KeepsParts(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the shared tensors, average what comes back."""
         replies = yield training_exchange(cohort, state.tensors)
-        return State(mean_adapter(replies, cohort))
+        return State(self.averaged(replies, cohort, state.tensors, noted=True))
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

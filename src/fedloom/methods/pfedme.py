@@ -26,7 +26,6 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Round,
-    mean_adapter,
     proximal_gradient,
     training_exchange,
 )
@@ -52,6 +51,8 @@ class PFedMeSettings(Settings):
 class PFedMe(KeepsAdapter):
     """Averages w; a client's own model is theta."""
 
+    averages = True
+
     def __init__(self, settings: PFedMeSettings) -> None:
         """Keep the settings."""
         self.settings = settings
@@ -59,7 +60,7 @@ class PFedMe(KeepsAdapter):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send w, take (1 - beta) w + beta mean(w_k)."""
         replies = yield training_exchange(cohort, state.tensors)
-        rate, mean = self.settings.server_rate, mean_adapter(replies)
+        rate, mean = self.settings.server_rate, self.averaged(replies, cohort, state.tensors)
         if rate == 1:
             return State(mean)
         return State({n: w + rate * (mean[n] - w) for n, w in state.tensors.items()})
