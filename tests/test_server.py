@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fedloom.accounting.ledger import Ledger
+from fedloom.admission import accept
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
-from fedloom.server import Evaluation, FederationSettings, Server, accept
+from fedloom.server import Evaluation, FederationSettings, Server
 
 START = {"w": torch.zeros(2, 3)}
 REQUEST = Schema.of(START, ("learning_rate",))

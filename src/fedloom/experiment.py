@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fedloom.admission import AdmissionSettings
 from fedloom.data.partition import PartitionSettings
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
@@ -115,6 +116,7 @@ class Experiment:
     method: MethodSettings = field(default_factory=FedAvgSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
@@ -199,6 +201,7 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
     "method": METHODS,
     "federation": FederationSettings,
     "aggregation": AggregationSettings,
+    "admission": AdmissionSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
@@ -248,6 +251,14 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     if "training" in parts:
         found += parts["training"].contradictions()
+    if "admission" in parts:
+        found += parts["admission"].contradictions()
+        method = parts["method"].name if "method" in parts else ""
+        if parts["admission"].max_change is not None and method in ("distillation", "split"):
+            found.append(
+                f"admission.max_change bounds changes of parameters; those of method.name = {method!r} "
+                "do not travel"
+            )
     if "federation" in parts:
         federation: FederationSettings = parts["federation"]
         if federation.cohort_size > federation.clients:

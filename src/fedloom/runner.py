@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from fedloom import checkpoint
+from fedloom.admission import Admission
 from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide, of_server
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.tokenize import render_prompt
@@ -30,6 +31,7 @@ from fedloom.records import (
     answers_of,
     fingerprint,
     newcomers_record,
+    offences_of,
     partition_record,
     partition_table,
     prompt_of,
@@ -328,6 +330,9 @@ class _Run:
             finish=self._finish_round,
             ledger=parts.ledger,
             observer=self.observer,
+            admission=Admission(
+                experiment.admission, offences_of(self.folder.read_lines(names.ROUNDS))
+            ),
         )
         self.observer.begin(_plan(experiment, parts))
         try:

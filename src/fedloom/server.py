@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.admission import Admission
 from fedloom.checkpoint import State
-from fedloom.errors import MessageError, RoundFailed
-from fedloom.messages import Answer, Exchange, Payload, Reply, decode, require_finite
+from fedloom.errors import RoundFailed
+from fedloom.messages import Answer, Exchange, Reply
 from fedloom.methods.base import Cohort, Method
 from fedloom.randomness import generator
 from fedloom.settings import Settings
@@ -73,6 +74,8 @@ class RoundRecord:
         round: From 1; 0 is the evaluation before any training.
         clients: The cohort.
         rejected: Clients left out of the round, and why.
+        offenders: Those among them whose answer was unusable, rather than missing.
+        paused: Clients not asked for earlier offences, each with the last round of that.
         learning_rate: Of the round.
         train: Mean training metrics over the clients' examples; empty for round 0.
         client_train: The same for each client.
@@ -85,6 +88,8 @@ class RoundRecord:
     round: int
     clients: tuple[int, ...] = ()
     rejected: Mapping[int, str] = field(default_factory=dict)
+    offenders: tuple[int, ...] = ()
+    paused: Mapping[int, int] = field(default_factory=dict)
     learning_rate: float = 0.0
     train: Mapping[str, float] = field(default_factory=dict)
     client_train: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
@@ -123,6 +128,7 @@ class Server:
         finish: Called with each record and the state after it: writes record and checkpoint.
         ledger: Collects the costs of everybody's work.
         observer: Who watches.
+        admission: What answers are let in, and who has offended so far.
     """
 
     method: Method
@@ -133,6 +139,7 @@ class Server:
     finish: Callable[[RoundRecord, State], None]
     ledger: Ledger
     observer: Observer
+    admission: Admission = field(default_factory=Admission)
 
     def run(self, state: State, done: int = -1) -> State:
         """Play all rounds after round ``done`` and return the last state.
@@ -152,12 +159,15 @@ class Server:
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):
             start = time.perf_counter()
             cohort = self._cohort(round)
+            self._tell_paused(round)
             play = _Play(self, cohort)
             state = play.run(state)
             record = RoundRecord(
                 round,
                 cohort.clients,
                 dict(sorted(play.rejected.items())),
+                tuple(self.admission.offenders(round)),
+                self.admission.paused(round),
                 cohort.learning_rate,
                 _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
@@ -174,11 +184,28 @@ class Server:
         self.finish(record, state)
         self.observer.round_done(record)
 
+    def _tell_paused(self, round: int) -> None:
+        """Warn of each client that is left out from this round on."""
+        before = self.admission.paused(round - 1)
+        for client, until in sorted(self.admission.paused(round).items()):
+            if before.get(client) != until:
+                self.observer.warning(
+                    f"client {client} is left out until round {until}: "
+                    f"{self.admission.settings.offences} unusable answers"
+                )
+
     def _cohort(self, round: int) -> Cohort:
         sizes = self.engine.sizes()
-        size = min(self.federation.cohort_size, len(sizes))
+        paused = self.admission.paused(round)
+        there = sorted(sizes.keys() - paused.keys())
+        if not there:
+            raise RoundFailed(
+                f"round {round}: all clients are left out for repeated unusable answers ("
+                f"admission.offences = {self.admission.settings.offences}): {sorted(paused)}"
+            )
+        size = min(self.federation.cohort_size, len(there))
         rng = generator(self.federation.seed, "cohort", round=round)
-        drawn = rng.choice(sorted(sizes), size=size, replace=False)
+        drawn = rng.choice(there, size=size, replace=False)
         clients = tuple(sorted(int(client) for client in drawn))
         last = round == self.federation.rounds
         return Cohort(round, clients, sizes, self.learning_rate(round), last=last)
@@ -214,7 +241,7 @@ class _Play:
             self.server.observer.client_done(
                 exchange.round, answer.client, len(answers), len(exchange.requests)
             )
-        replies, rejected = accept(answers, exchange, self.cohort.sizes)
+        replies, rejected = self.server.admission.accept(answers, exchange, self.cohort.sizes)
         self.rejected.update(rejected)
         self._tell()
         self._require_quorum()
@@ -243,51 +270,6 @@ class _Play:
                 f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
                 f"federation.quorum asks for {needed}. {reasons}"
             )
-
-
-def accept(
-    answers: Iterable[Answer], exchange: Exchange, sizes: Mapping[int, int]
-) -> tuple[list[Reply], dict[int, str]]:
-    """Check answers from clients that are not trusted.
-
-    Args:
-        answers: In any order.
-        exchange: What was asked.
-        sizes: Rows each client registered with: the largest weight it may claim.
-
-    Returns:
-        The usable replies in client order, so that sums do not depend on who came first, and for
-        each other client the reason why it is left out.
-    """
-    replies: dict[int, Reply] = {}
-    rejected: dict[int, str] = {}
-    for answer in answers:
-        client = answer.client
-        if client in replies or client in rejected or client not in exchange.requests:
-            continue  # a second or an unasked answer counts for nothing
-        try:
-            replies[client] = Reply(client, _checked(answer, exchange, sizes))
-        except MessageError as error:
-            rejected[client] = str(error)
-    for client in exchange.requests:
-        if client not in replies and client not in rejected:
-            rejected[client] = "no answer"
-    return [replies[client] for client in sorted(replies)], rejected
-
-
-def _checked(answer: Answer, exchange: Exchange, sizes: Mapping[int, int]) -> Payload:
-    if answer.data is None:
-        raise MessageError(answer.error or "no answer")
-    payload = decode(answer.data, exchange.reply_schema)
-    require_finite(payload)
-    if exchange.check is not None:
-        exchange.check(answer.client, payload)
-    examples = payload.numbers.get("examples")
-    if examples is not None and not 0 < examples <= sizes[answer.client]:
-        raise MessageError(
-            f"it claims {examples} examples and registered with {sizes[answer.client]}"
-        )
-    return payload
 
 
 def _mean(

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedloom.accounting.ledger import SERVER, Ledger
+from fedloom.admission import accept
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import EVALUATE, Client, Handler, Method
 from fedloom.models.adapters import AdapterModel
-from fedloom.server import Engine, Evaluation, accept
+from fedloom.server import Engine, Evaluation
 
 COMMON = "common."
 """Prefix of metrics on the global set that clients report for their own adapters."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedloom.admission import accept
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.messages import Exchange, Payload, Schema
 from fedloom.methods.base import Client, Handler, Method
-from fedloom.server import Engine, accept
+from fedloom.server import Engine
 from fedloom.training.optimizers import Work
 
 ACTION = "join"

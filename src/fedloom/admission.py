@@ -1,0 +1,159 @@
+"""Who is let in: answers from clients that are not trusted, checked before anything is made of them.
+
+An answer must fit the schema that the server fixed before the round, be finite, claim no more rows than
+its client registered with, and move what was sent no further than is allowed. One that does not is left
+out with the reason, and counts as an offence; a client that gives no answer, or says that it failed, has
+committed none. Repeat offenders are not asked for some rounds. All of it follows from the records of
+rounds, so a resumed run decides the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.errors import MessageError
+from fedloom.messages import Answer, Exchange, Payload, Reply, Tensors, decode, require_finite
+from fedloom.settings import Settings
+
+
+class AdmissionSettings(Settings):
+    """``[admission]``: what the server lets in."""
+
+    max_change: float | None = Field(default=None, gt=0)
+    """Largest norm of what a client changed, over all tensors that it was sent (default: any)."""
+    on_excess: Literal["reject", "clip"] = "reject"
+    """What becomes of an answer above it: left out, or its change shortened to it."""
+    offences: int = Field(default=3, ge=1)
+    """Unusable answers after which a client is left out for some rounds."""
+    pause: int = Field(default=10, ge=0)
+    """These rounds; 0 never leaves anybody out."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        if self.on_excess == "clip" and self.max_change is None:
+            return ['admission.on_excess = "clip" needs admission.max_change: clip to what?']
+        return []
+
+
+class Admission:
+    """Checks answers and knows who has offended.
+
+    Attributes:
+        settings: What is let in.
+        offences: Client to the rounds in which its answer was unusable, ascending.
+    """
+
+    def __init__(
+        self,
+        settings: AdmissionSettings | None = None,
+        offences: Mapping[int, Iterable[int]] | None = None,
+    ) -> None:
+        """Begin with the offences of earlier rounds."""
+        self.settings = settings or AdmissionSettings()
+        self.offences = {client: sorted(rounds) for client, rounds in (offences or {}).items()}
+
+    def accept(
+        self, answers: Iterable[Answer], exchange: Exchange, sizes: Mapping[int, int]
+    ) -> tuple[list[Reply], dict[int, str]]:
+        """Check answers.
+
+        Args:
+            answers: In any order.
+            exchange: What was asked.
+            sizes: Rows each client registered with: the largest weight it may claim.
+
+        Returns:
+            The usable replies in client order, so that sums do not depend on who came first, and for
+            each other client the reason why it is left out.
+        """
+        replies: dict[int, Reply] = {}
+        rejected: dict[int, str] = {}
+        for answer in answers:
+            client = answer.client
+            if client in replies or client in rejected or client not in exchange.requests:
+                continue  # a second or an unasked answer counts for nothing
+            try:
+                replies[client] = Reply(client, self._checked(answer, exchange, sizes))
+            except MessageError as error:
+                rejected[client] = str(error)
+                if answer.data is not None:
+                    self.offences.setdefault(client, []).append(exchange.round)
+        for client in exchange.requests:
+            if client not in replies and client not in rejected:
+                rejected[client] = "no answer"
+        return [replies[client] for client in sorted(replies)], rejected
+
+    def offenders(self, round: int) -> list[int]:
+        """Return who offended in a round."""
+        return sorted(client for client, rounds in self.offences.items() if round in rounds)
+
+    def paused(self, round: int) -> dict[int, int]:
+        """Return the clients that are not asked in ``round``, each with the last such round."""
+        found = {}
+        for client, rounds in self.offences.items():
+            until, count = 0, 0
+            for offence in sorted({own for own in rounds if own < round}):
+                count += 1
+                if count == self.settings.offences:
+                    until, count = offence + self.settings.pause, 0
+            if round <= until:
+                found[client] = until
+        return found
+
+    def _checked(self, answer: Answer, exchange: Exchange, sizes: Mapping[int, int]) -> Payload:
+        if answer.data is None:
+            raise MessageError(answer.error or "no answer")
+        payload = decode(answer.data, exchange.reply_schema)
+        require_finite(payload)
+        if exchange.check is not None:
+            exchange.check(answer.client, payload)
+        examples = payload.numbers.get("examples")
+        if examples is not None and not 0 < examples <= sizes[answer.client]:
+            raise MessageError(
+                f"it claims {examples} examples and registered with {sizes[answer.client]}"
+            )
+        if self.settings.max_change is None:
+            return payload
+        return self._bounded(answer.client, payload, exchange, self.settings.max_change)
+
+    def _bounded(
+        self, client: int, payload: Payload, exchange: Exchange, largest: float
+    ) -> Payload:
+        """Return a payload that moves what was sent no further than ``largest``."""
+        sent = decode(exchange.requests[client], exchange.request_schema).tensors
+        both = [
+            name
+            for name, tensor in payload.tensors.items()
+            if name in sent and sent[name].shape == tensor.shape and tensor.is_floating_point()
+        ]
+        norm = math.sqrt(
+            sum(
+                float((payload.tensors[name].double() - sent[name].double()).square().sum())
+                for name in both
+            )
+        )
+        if norm <= largest:
+            return payload
+        if self.settings.on_excess == "reject":
+            raise MessageError(
+                f"it changed what it was sent by {norm:.4g}, admission.max_change allows {largest:g}"
+            )
+        cut: Tensors = dict(payload.tensors)
+        for name in both:
+            start, change = (
+                sent[name].double(),
+                payload.tensors[name].double() - sent[name].double(),
+            )
+            cut[name] = (start + largest / norm * change).to(payload.tensors[name].dtype)
+        return Payload(cut, payload.numbers, payload.metrics)
+
+
+def accept(
+    answers: Iterable[Answer], exchange: Exchange, sizes: Mapping[int, int]
+) -> tuple[list[Reply], dict[int, str]]:
+    """Check answers of an exchange that stands by itself; see :meth:`Admission.accept`."""
+    return Admission().accept(answers, exchange, sizes)
