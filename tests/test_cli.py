@@ -64,7 +64,9 @@ def test_the_commands_and_options_are_these_and_no_others():
         "export": ["--client", "--reward", "--to"],
         "forget": ["--client"],
         "report": ["--to"],
+        "audit": [],
     }
+    assert list(command.commands["audit"].commands) == ["verify"]
 
 
 def test_help_loads_nothing_heavy():

@@ -105,7 +105,7 @@ def test_a_run_leaves_its_folder_and_can_be_repeated_from_it(experiment, tmp_pat
     result = fedloom.run(experiment())
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
-        "adapter", "checkpoints", "costs.jsonl", "experiment.toml", "partition.json", "rounds.jsonl",
+        "adapter", "audit.jsonl", "checkpoints", "costs.jsonl", "experiment.toml", "partition.json", "rounds.jsonl",
         "run.json", "samples.json", "summary.json",
     }  # fmt: skip
     again = Experiment.from_toml(

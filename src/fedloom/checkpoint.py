@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from fedloom.errors import CheckpointError, OutputError
 from fedloom.messages import Tensors
@@ -36,6 +37,16 @@ class State:
 
     tensors: Tensors
     numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return a SHA-256 over all of it."""
+        whole = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            whole.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+        whole.update(repr(sorted(self.numbers.items())).encode())
+        return whole.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+audit_app = typer.Typer(
+    help="The log of who sent what, and what became of it.", no_args_is_help=True
+)
+app.add_typer(audit_app, name="audit")
+
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in TOML.", show_default=False)]
 Assignments = Annotated[
     list[str] | None,
@@ -292,6 +297,20 @@ def forget(
 
     count = forget_client(run, client)
     typer.echo(f"deleted from {count} places in {run}; a resumed run starts client {client} afresh")
+
+
+@audit_app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="Run folder, or its audit log.", show_default=False)],
+) -> None:
+    """Check that the log of who sent what, and what became of it, was not changed."""
+    from fedloom.audit import verify as check
+
+    found = check(run)
+    typer.echo(
+        f"{found.lines} lines hold together: {found.clients} clients, {found.refused} messages refused; "
+        f"the last hash is {found.last}"
+    )
 
 
 @app.command()

@@ -12,6 +12,7 @@
     ├── JudgeError          a judge that cannot work at all: a refused key, no server, a wrong address
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
+    ├── AuditError          an audit log that does not hold together
     ├── OutputError         the run folder cannot be written or read
     └── Interrupted         the user stopped the run; it can be resumed
 
@@ -88,6 +89,10 @@ class RoundFailed(FedloomError):
 
 class CheckpointError(FedloomError):
     """A checkpoint is damaged, or belongs to another experiment."""
+
+
+class AuditError(FedloomError):
+    """An audit log was changed, or is none."""
 
 
 class OutputError(FedloomError):

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from fedloom import checkpoint
+from fedloom import audit, checkpoint
 from fedloom.admission import Admission
 from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide, of_server
+from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
@@ -314,6 +315,10 @@ class _Run:
     trackers: list[Tracker] = field(default_factory=list)
     last: tuple[int, State] | None = None
 
+    def __post_init__(self) -> None:
+        """Open the audit log, or go on with it."""
+        self.audit = AuditLog(self.folder.path / audit.FILE)
+
     def go(self, state: State, done: int) -> RunResult:
         """Play the rounds that are left, then write what a finished run leaves."""
         experiment, parts = self.experiment, self.parts
@@ -330,10 +335,14 @@ class _Run:
             finish=self._finish_round,
             ledger=parts.ledger,
             observer=self.observer,
+            audit=self.audit.record,
             admission=Admission(
                 experiment.admission, offences_of(self.folder.read_lines(names.ROUNDS))
             ),
         )
+        digest = fingerprint(experiment, parts.division, self.objective)
+        rows = {str(client): size for client, size in parts.engine.sizes().items()}
+        self.audit.record("began", experiment=digest, after=done, clients=rows)
         self.observer.begin(_plan(experiment, parts))
         try:
             state = server.run(state, done)
@@ -347,6 +356,8 @@ class _Run:
 
     def _finish_round(self, record: RoundRecord, state: State) -> None:
         self.parts.engine.store.finish_round()
+        self.audit.record("round", round=record.round, state=state.digest())
+        self.audit.sync()
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
         self.folder.append(names.ROUNDS, [round_record(record, self._headline)])
         for tracker in self.trackers:
@@ -401,6 +412,9 @@ class _Run:
         if joined:
             summary["newcomers"] = newcomers_record(joined, self._headline)
         self.folder.write_json(names.SUMMARY, summary)
+        written = summary["adapter"]["sha256"] if summary["adapter"] else None
+        self.audit.record("ended", adapter=written)
+        self.audit.sync()
         return RunResult(
             self.folder.path,
             summary["after_metrics"],

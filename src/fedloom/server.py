@@ -16,6 +16,7 @@ from pydantic import Field
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.admission import Admission
+from fedloom.audit import Record, digest_of, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Reply
@@ -129,6 +130,7 @@ class Server:
         ledger: Collects the costs of everybody's work.
         observer: Who watches.
         admission: What answers are let in, and who has offended so far.
+        audit: Told of every message that goes out, is let in or refused.
     """
 
     method: Method
@@ -140,6 +142,7 @@ class Server:
     ledger: Ledger
     observer: Observer
     admission: Admission = field(default_factory=Admission)
+    audit: Record = unheard
 
     def run(self, state: State, done: int = -1) -> State:
         """Play all rounds after round ``done`` and return the last state.
@@ -236,6 +239,7 @@ class _Play:
 
     def _replies(self, exchange: Exchange) -> list[Reply]:
         answers = []
+        self._note_requests(exchange)
         for answer in self.server.engine.exchange(exchange):
             answers.append(answer)
             self.server.observer.client_done(
@@ -243,6 +247,7 @@ class _Play:
             )
         replies, rejected = self.server.admission.accept(answers, exchange, self.cohort.sizes)
         self.rejected.update(rejected)
+        self._note_answers(exchange, answers, rejected)
         self._tell()
         self._require_quorum()
         for reply in replies:
@@ -250,6 +255,30 @@ class _Play:
             if "examples" in reply.payload.numbers or reply.client not in self.examples:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return replies
+
+    def _note_requests(self, exchange: Exchange) -> None:
+        digests: dict[int, str] = {}  # one message to all is one object
+        for client, data in exchange.requests.items():
+            digest = digests.setdefault(id(data), "") or digest_of(data)
+            digests[id(data)] = digest
+            self._note("sent", exchange, client, bytes=len(data), message=digest)
+
+    def _note_answers(
+        self, exchange: Exchange, answers: Iterable[Answer], rejected: Mapping[int, str]
+    ) -> None:
+        first = {answer.client: answer for answer in reversed(list(answers))}
+        for client in exchange.requests:
+            data = first[client].data if client in first else None
+            facts = {} if data is None else {"bytes": len(data), "message": digest_of(data)}
+            if client not in rejected:
+                self._note("accepted", exchange, client, **facts)
+            else:
+                event = "absent" if data is None else "refused"
+                self._note(event, exchange, client, **facts, reason=rejected[client])
+
+    def _note(self, event: str, exchange: Exchange, client: int, **facts: Any) -> None:
+        where = {"round": exchange.round, "action": exchange.action, "client": client}
+        self.server.audit(event, **where, **facts)
 
     def _tell(self) -> None:
         """Warn of each client that was left out, once."""

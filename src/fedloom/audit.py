@@ -1,0 +1,147 @@
+"""A log of who took part and what was sent, let in and refused, that cannot be changed unnoticed.
+
+One JSON object a line. Each holds the SHA-256 of the line before it and of itself, so a line that is
+changed, taken out or put in breaks the chain where it stands. What the log says of a message is its
+size and SHA-256, never its content. Cutting off the end cannot be seen from the log alone: keep the
+last hash, which ``fedloom audit verify`` prints, elsewhere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import AuditError, OutputError
+
+FILE = "audit.jsonl"
+
+START = "0" * 64
+"""What stands for the line before the first."""
+
+Record = Callable[..., None]
+"""Notes an event, by name, with plain JSON about it."""
+
+
+def unheard(event: str, **facts: Any) -> None:
+    """Note nothing."""
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """A log that holds together.
+
+    Attributes:
+        lines: How many.
+        last: SHA-256 of the last, which stands for all of them.
+        refused: Messages that were refused.
+        clients: Clients that ever answered.
+    """
+
+    lines: int
+    last: str
+    refused: int
+    clients: int
+
+
+class AuditLog:
+    """Appends to a log, after what it holds already."""
+
+    def __init__(self, path: Path) -> None:
+        """Go on with the log at ``path``, or begin it.
+
+        Raises:
+            AuditError: It is there and does not hold together.
+        """
+        self.path = path
+        self._last, self._count = START, 0
+        if path.is_file():
+            _drop_torn_line(path)
+            known = verify(path)
+            self._last, self._count = known.last, known.lines
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Note an event: it survives this process at once, and the machine after :meth:`sync`.
+
+        Raises:
+            OutputError: The disk is full or the folder not writable.
+        """
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._count += 1
+        body = {"number": self._count, "time": now, "event": event, **facts, "before": self._last}
+        self._last = _digest(body)
+        self._append(json.dumps({**body, "sha256": self._last}) + "\n")
+
+    def sync(self) -> None:
+        """Have what was noted reach the disk.
+
+        Raises:
+            OutputError: The disk is full or the folder not writable.
+        """
+        self._append("", sync=True)
+
+    def _append(self, text: str, *, sync: bool = False) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def verify(path: Path) -> AuditResult:
+    """Check that no line was changed, taken out or put in.
+
+    Args:
+        path: The log, or a run folder that holds one.
+
+    Raises:
+        AuditError: It does not hold together; the first line that does not is named.
+        OutputError: There is no log.
+    """
+    path = path / FILE if path.is_dir() else path
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"no audit log can be read at {path}: {error}") from error
+    before, refused, clients = START, 0, set()
+    for number, line in enumerate(lines, 1):
+        try:
+            body = json.loads(line)
+            claimed = body.pop("sha256")
+            chained = body["before"] == before and body["number"] == number
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise AuditError(f"{path}, line {number}: it is no line of an audit log") from error
+        if not chained or _digest(body) != claimed:
+            raise AuditError(
+                f"{path}, line {number}: it was changed, or lines before it are missing or new; lines 1 "
+                f"to {number - 1} hold together"
+            )
+        before = claimed
+        refused += body["event"] == "refused"
+        if body["event"] in ("accepted", "refused"):
+            clients.add(body["client"])
+    return AuditResult(len(lines), before, refused, len(clients))
+
+
+def digest_of(data: bytes) -> str:
+    """Return what a log says of a message."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Drop a last line that a kill has torn; it was never reported as written."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -1,0 +1,125 @@
+"""The audit log: what it holds of a run, what it shows of a change, and that it goes on after a kill."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import fedloom
+from fedloom.audit import AuditLog, verify
+from fedloom.cli import app
+from fedloom.engines.simulation import SimulationEngine
+from fedloom.errors import AuditError, Interrupted, OutputError
+from fedloom.messages import Answer
+from fedloom.runner import Silent, resume_run
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for client in range(4):
+        log.record("accepted" if client else "refused", client=client, reason="ä")
+    log.sync()
+    return log.path
+
+
+def test_a_sound_log(log):
+    found = verify(log)
+    assert (found.lines, found.refused, found.clients) == (4, 1, 4)
+    assert found.last == read(log)[-1]["sha256"]
+    assert verify(log.parent) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda lines: [*lines[:2], lines[2].replace("2", "3", 1), lines[3]], 3),
+        (lambda lines: [*lines[:1], *lines[2:]], 2),
+        (lambda lines: lines[1:], 1),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], 1),
+        (lambda lines: [*lines[:2], lines[1], *lines[2:]], 3),
+        (lambda lines: [*lines[:3], "{}"], 4),
+        (lambda lines: ["[1]", *lines], 1),
+        (lambda lines: [lines[0].replace("refused", "accepted"), *lines[1:]], 1),
+    ],
+)
+def test_any_change_is_seen_and_its_line_named(log, change, line):
+    log.write_text("\n".join(change(log.read_text().splitlines())) + "\n")
+    with pytest.raises(AuditError, match=rf"audit.jsonl, line {line}: "):
+        verify(log)
+    with pytest.raises(AuditError):  # nothing is added to a log that was changed
+        AuditLog(log)
+
+
+def test_it_goes_on_after_a_torn_line(log):
+    before = verify(log)
+    with log.open("a") as file:
+        file.write('{"number": 5, "ti')
+    again = AuditLog(log)
+    again.record("ended")
+    lines = read(log)
+    assert len(lines) == 5 and lines[-1]["before"] == before.last
+    assert verify(log).lines == 5
+
+
+def test_no_log(tmp_path):
+    with pytest.raises(OutputError, match="no audit log can be read"):
+        verify(tmp_path)
+
+
+def test_a_run_notes_every_message_and_none_of_its_content(experiment, monkeypatch):
+    plain = SimulationEngine._answer
+
+    def answer(self, exchange, client, data):
+        found = plain(self, exchange, client, data)
+        if exchange.action != "train" or client == 0:
+            return found
+        return Answer(client, b"junk") if client == 1 else Answer(client, error="it fell over")
+
+    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    result = fedloom.run(experiment(federation={"clients": 3, "rounds": 1, "quorum": 0.3}))
+    lines = read(result.folder / "audit.jsonl")
+    events = [(line["event"], line.get("client")) for line in lines]
+    assert events == [
+        ("began", None), ("round", None),
+        ("sent", 0), ("sent", 1), ("sent", 2), ("accepted", 0), ("refused", 1), ("absent", 2),
+        ("round", None), ("ended", None),
+    ]  # fmt: skip
+    assert lines[0]["clients"].keys() == {"0", "1", "2"}
+    sent = [line for line in lines if line["event"] == "sent"]
+    assert len({line["message"] for line in sent}) == 1 and sent[0]["bytes"] > 1000
+    refused = lines[6]
+    assert refused["bytes"] == 4 and refused["reason"] and refused["round"] == 1
+    assert (
+        lines[-1]["adapter"]
+        == json.loads((result.folder / "summary.json").read_text())["adapter"]["sha256"]
+    )
+    costs = read(result.folder / "costs.jsonl")
+    trained = next(c for c in costs if c["phase"] == "train" and c["client"] == 0)
+    assert lines[5]["bytes"] == trained["bytes_up"] and sent[0]["bytes"] == trained["bytes_down"]
+
+
+def test_a_resumed_run_goes_on_with_its_log(experiment, tmp_path):
+    class Stop(Silent):
+        def round_done(self, record):
+            if record.round == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        fedloom.run(experiment(), observer=Stop())
+    resume_run(tmp_path / "run")
+    lines = read(tmp_path / "run" / "audit.jsonl")
+    assert [line["after"] for line in lines if line["event"] == "began"] == [-1, 1]
+    assert [line["round"] for line in lines if line["event"] == "round"] == [0, 1, 2]
+    whole = fedloom.run(experiment(output={"folder": str(tmp_path / "whole")}))
+    states = [
+        [line["state"] for line in read(folder / "audit.jsonl") if line["event"] == "round"]
+        for folder in (tmp_path / "run", whole.folder)
+    ]
+    assert states[0] == states[1]
+    shown = CliRunner().invoke(app, ["audit", "verify", str(tmp_path / "run")])
+    assert f"{len(lines)} lines hold together: 3 clients, 0 messages refused" in shown.output
