@@ -328,7 +328,7 @@ def personal_table(folder: Path) -> Table:
     record, cells = read_cells(folder)
     found = results(record, cells, arms(record, cells))
     table = Table(
-        title=f"{found['metric']} of clients on their own rows, mean ± 95 % over seeds",
+        title="clients judged on their own rows, mean ± 95 % over seeds",
         box=None,
         padding=(0, 1, 0, 0),
     )
@@ -336,8 +336,9 @@ def personal_table(folder: Path) -> Table:
     others = [name for name in REFERENCES if any(name in row["gains"] for row in found["arms"])]
     for column in ("mean", *(f"over\n{name}" for name in others), "worst\ntenth", "sent"):
         table.add_column(column, justify="right", no_wrap=True)
-    for scenario in dict.fromkeys(row["scenario"] for row in found["arms"]):
-        table.add_row(Text(scenario, style="bold"))
+    scenarios = {row["scenario"]: row["metric"] for row in found["arms"]}
+    for scenario, metric in scenarios.items():
+        table.add_row(Text(scenario, style="bold"), metric.replace("_", " "))
         for row in (row for row in found["arms"] if row["scenario"] == scenario):
             over = [row["gains"].get(name) for name in others]
             table.add_row(

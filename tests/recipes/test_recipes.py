@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedloom
+from fedloom.assembly import judged_kind
 from fedloom.comparison import compare, read_comparison
 from fedloom.data.columns import template_columns
 from fedloom.experiment import Experiment
@@ -128,6 +129,10 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
     folder = compare(small, tmp_path / "out", workers=1)
     page = write_personal(folder).read_text()
     assert "over local only" in page and "over fedavg" in page
+    for cell in once.values():
+        judged = {"choice": "Accuracy: share of held-out rows", "answer": "Rouge l: mean ROUGE-L"}
+        kind = judged_kind(cell.experiment, cell.experiment.kind)
+        assert judged.get(kind, "Preference accuracy: ") in page or kind == "instruction"
     for cell in small.cells:
         assert cell.method.replace("_", " ") in page
 

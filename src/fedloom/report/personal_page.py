@@ -35,6 +35,7 @@ class Arm:
         scenario: Its name.
         name: The arm's.
         method: The name of its method.
+        metric: What its runs are judged by; scenarios may differ in it.
         values: Mean over clients after the last round, by seed.
         best: The same after the best of the rounds that were judged, by seed; which round that is is seen
             with the held-out rows themselves, so it flatters.
@@ -51,6 +52,7 @@ class Arm:
     scenario: str
     name: str
     method: str
+    metric: str
     values: dict[int, float]
     best: dict[int, float]
     newcomer: float | None
@@ -119,7 +121,6 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
     """Return everything the comparison says, as plain numbers."""
     return {
         "name": record["name"],
-        "metric": cells[0].run.metric,
         "finished": len(cells),
         "planned": len(record["cells"]),
         "arms": [
@@ -160,19 +161,20 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
     """Return the page as HTML."""
     from fedloom.report import figures
 
-    metric = cells[0].run.run["metric"]
-    words = str(metric["name"]).replace("_", " ")
     scenarios: list[dict[str, Any]] = []
     for name in record["objectives"]:
         own = [arm for arm in found if arm.scenario == name]
         if not own:
             continue
         first = next(cell for cell in cells if cell.objective == name)
+        metric = first.run.run["metric"]
+        words = str(metric["name"]).replace("_", " ")
         dots = {arm.name: (list(arm.clients.values()), arm.mean) for arm in own}
         costs = [("arm", arm.name, arm.sent / 1e3, arm.mean, _on_front(arm, own)) for arm in own]
         scenarios.append(
             {
                 "name": name,
+                "metric": metric,
                 "run": first.run.run,
                 "clients": len(own[0].clients),
                 "rounds": first.summary["rounds"],
@@ -198,7 +200,6 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         "personal.html.j2",
         title=record["name"],
         record=record,
-        metric=metric,
         finished=len(cells),
         references=[n for n in REFERENCES if any(arm.method == n for arm in found)],
         models=sorted({str(cell.run.run["model"]["name"]) for cell in cells}),
@@ -233,6 +234,7 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
         scenario,
         name,
         str(cells[0].run.run["method"]),
+        metric,
         {cell.seed: float(own["mean"][metric]) for cell, own in zip(cells, judged, strict=True)},
         {cell.seed: _best_round(cell) for cell in cells},
         fmean(known) if known else None,
