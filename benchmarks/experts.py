@@ -5,7 +5,8 @@
 A token passes the shared expert and two of the domain experts, so the LoRA has three times the rank. Both
 sides do a forward pass, a backward pass and a step of AdamW on 8 sequences of 128 tokens, on one
 thread, in turns; medians. The mixture also computes its balance term. MODEL is a folder (default: the
-tiny model).
+tiny model), or a width such as 512: two blocks of it with random weights. Width matters: a mixture's
+products are as many as its experts, beside backbone products that grow with the square of the width.
 """
 
 import statistics
@@ -14,6 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.assembly import prepare_model
 from fedloom.experiment import Experiment
@@ -25,6 +27,16 @@ RANK, TOP_K, STEPS, WARM = 8, 2, 60, 5
 
 def backbone(path: str) -> torch.nn.Module:
     """Return the frozen model."""
+    if path.isdigit():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=1024,
+            hidden_size=int(path),
+            intermediate_size=int(path) * 11 // 4,
+            num_hidden_layers=2,
+            num_attention_heads=max(1, int(path) // 64),
+        )
+        return LlamaForCausalLM(config).requires_grad_(False)
     experiment = Experiment.from_table({"model": {"path": path}})
     return prepare_model(experiment, (), lambda text: None)[2]
 
