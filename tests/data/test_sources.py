@@ -398,7 +398,7 @@ def test_rouge_is_for_free_answers(data, words):
         Experiment.from_table(table)
 
 
-def test_a_run_is_judged_by_choices_and_by_rouge(tmp_path):
+def test_a_run_is_judged_by_choices_and_by_rouge(tmp_path, model_folder):
     rows = [
         {
             "prompt": f"{i} is odd:",
@@ -414,6 +414,7 @@ def test_a_run_is_judged_by_choices_and_by_rouge(tmp_path):
             "kind": "instruction",
             "choices": ["yes", "no"],
         },
+        "model": {"path": str(model_folder)},
         "objective": {"name": "sft"},
         "partition": {"kind": "dirichlet", "column": "completion", "alpha": 10.0},
         "federation": {"clients": 2, "rounds": 1},

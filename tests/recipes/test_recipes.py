@@ -102,6 +102,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
     changes = {"model.path": model_folder, "federation.rounds": 1, "compare.seeds": [0]}
     changes |= {"data.builtin_rows": 160, "evaluation.client_max_examples": 10}
     changes |= {"training.local_steps": 1, "adapter.layers": 1}
+    changes |= {"evaluation.max_new_tokens": 3, "evaluation.max_examples": 10}
     if "submixture" in path.read_text():
         changes |= {
             "model.path": mixture_folder,
