@@ -162,3 +162,9 @@ def test_no_honest_client_is_over_a_generous_bound(experiment, federate, name):
 def test_settings_that_make_no_sense(experiment, sections, words):
     with pytest.raises(SettingsError, match=words):
         experiment(**sections)
+
+
+def test_a_value_that_cannot_be_meant_is_refused():
+    admission = Admission(AdmissionSettings(max_value=10.0))
+    _, rejected = admission.accept([answer(0, (4.0, -11.0))], exchange(), SIZES)
+    assert rejected[0] == "tensor a holds 11, admission.max_value allows 10"

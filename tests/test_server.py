@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,19 @@ def of_shape(*shape, dtype=torch.float32):
 BAD = {
     "NaN": answer(1, float("nan")),
     "infinity": answer(1, float("inf")),
+    "1e30": answer(1, 1e30),
+    "an extra tensor": answer(
+        1,
+        tensors={"w": torch.ones(2, 3), "v": torch.ones(1)},
+        schema=Schema.of({"w": torch.ones(2, 3), "v": torch.ones(1)}, ("examples",), metrics=True),
+    ),
+    "another name": answer(
+        1,
+        tensors={"v": torch.ones(2, 3)},
+        schema=Schema.of({"v": torch.ones(2, 3)}, ("examples",), metrics=True),
+    ),
+    "no tensor": answer(1, tensors={}, schema=Schema((), ("examples",), metrics=True)),
+    "bf16": of_shape(2, 3, dtype=torch.bfloat16),
     "wrong shape": of_shape(3, 3),
     "broadcastable shape": of_shape(1, 3),
     "fp16": of_shape(2, 3, dtype=torch.float16),
@@ -139,3 +153,28 @@ def test_cohorts_are_drawn_from_seed_and_round_alone():
     assert asked() == first
     assert asked(done=3) == first[3:]
     assert asked(seed=1) != first
+
+
+def test_a_thousand_orders_of_arrival_give_the_same_bits():
+    """Sums are in client order whoever came first, and second and unasked answers count for nothing."""
+    rng = np.random.default_rng(0)
+    values = {client: rng.normal() for client in range(8)}
+    sizes = {client: int(rng.integers(1, 100)) for client in range(8)}
+    answers = [answer(c, values[c], sizes[c]) for c in range(8)]
+    answers += [answer(9, 5.0), Answer(3, error="late"), answer(2, values[2], sizes[2])]
+
+    class Shuffled(Engine):
+        def sizes(self):
+            return sizes
+
+        def exchange(self, exchange):
+            first = [a for a in answers if not (a.client == 3 and a.data is None)]
+            order = rng.permutation(len(first))
+            yield from (first[i] for i in order)
+            yield answers[-2]
+
+    digests = set()
+    for _ in range(1000):
+        built, _ = server(Shuffled(8), rounds=1, clients=8)
+        digests.add(built.run(State(START)).digest())
+    assert len(digests) == 1

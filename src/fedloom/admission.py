@@ -1,10 +1,10 @@
 """Who is let in: answers from clients that are not trusted, checked before anything is made of them.
 
-An answer must fit the schema that the server fixed before the round, be finite, claim no more rows than
-its client registered with, and move what was sent no further than is allowed. One that does not is left
-out with the reason, and counts as an offence; a client that gives no answer, or says that it failed, has
-committed none. Repeat offenders are not asked for some rounds. All of it follows from the records of
-rounds, so a resumed run decides the same.
+An answer must fit the schema that the server fixed before the round, be finite and of a possible size,
+claim no more rows than its client registered with, and move what was sent no further than is allowed.
+One that does not is left out with the reason, and counts as an offence; a client that gives no answer, or
+says that it failed, has committed none. Repeat offenders are not asked for some rounds. All of it follows
+from the records of rounds, so a resumed run decides the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from fedloom.settings import Settings
 class AdmissionSettings(Settings):
     """``[admission]``: what the server lets in."""
 
+    max_value: float = Field(default=1e6, gt=0)
+    """Largest absolute value of a number in an answer's tensors."""
     max_change: float | None = Field(default=None, gt=0)
     """Largest norm of what a client changed, over all tensors that it was sent (default: any)."""
     on_excess: Literal["reject", "clip"] = "reject"
@@ -116,6 +118,15 @@ class Admission:
             raise MessageError(
                 f"it claims {examples} examples and registered with {sizes[answer.client]}"
             )
+        for name, tensor in payload.tensors.items():
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            largest = max(abs(float(end)) for end in tensor.aminmax())
+            if largest > self.settings.max_value:
+                raise MessageError(
+                    f"tensor {name} holds {largest:.4g}, admission.max_value allows "
+                    f"{self.settings.max_value:g}"
+                )
         if self.settings.max_change is None:
             return payload
         return self._bounded(answer.client, payload, exchange, self.settings.max_change)
