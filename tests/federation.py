@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from fedloom.admission import Admission
 from fedloom.assembly import assemble, divide
 from fedloom.runner import Silent
 from fedloom.server import Server
@@ -57,6 +58,7 @@ def federate():
             finish,
             parts.ledger,
             Silent(),
+            Admission(experiment.admission),
         )
         state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
         return Federation(parts, state, records)

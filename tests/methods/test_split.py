@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fedloom
+from fedloom.admission import AdmissionSettings
 from fedloom.errors import ModelError, RoundFailed, SettingsError
 from fedloom.messages import Payload, decode, encode
 from fedloom.methods.split import SplitSettings, pack_gradient
@@ -259,8 +261,10 @@ def test_activations_that_blow_the_server_up_leave_their_client_out(
     def blow(tensors, numbers):
         tensors["activations"].fill_(3e38)
 
-    experiment = split(clients=3, labels=labels, server=server)
+    anything = AdmissionSettings(max_value=1e39)
+    experiment = replace(split(clients=3, labels=labels, server=server), admission=anything)
     found = federate(experiment, failing(1, "start", 1, changed(blow)))
+    assert not any("admission" in record.rejected[1] for record in found.records)
     assert all(list(record.rejected) == [1] for record in found.records)
     assert all(torch.isfinite(t).all() for t in found.adapter.values())
 
@@ -270,7 +274,8 @@ def test_activations_that_blow_the_server_up_leave_their_client_out(
     [
         (lambda t, n: n.update(exponent=1e300), "a gradient's exponent is 1e\\+300"),
         (lambda t, n: (t["gradient"].fill_(3e38), n.update(exponent=126.0)), "NaN or infinity"),
-        (lambda t, n: t["gradient"].fill_(3e38), "no finite gradient"),
+        (lambda t, n: t["gradient"].fill_(3e38), "admission.max_value allows"),
+        (lambda t, n: (t["gradient"].fill_(9e5), n.update(exponent=105.0)), "no finite gradient"),
         (lambda t, n: n.update(loss=1e299), None),
         (lambda t, n: t.update(gradient=t["gradient"][1:]), "came back for"),
     ],
