@@ -9,14 +9,14 @@ from the records of rounds, so a resumed run decides the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field
 
+from fedloom.aggregation.robust import cut_change, distance
 from fedloom.errors import MessageError
-from fedloom.messages import Answer, Exchange, Payload, Reply, Tensors, decode, require_finite
+from fedloom.messages import Answer, Exchange, Payload, Reply, decode, require_finite
 from fedloom.settings import Settings
 
 
@@ -136,30 +136,19 @@ class Admission:
     ) -> Payload:
         """Return a payload that moves what was sent no further than ``largest``."""
         sent = decode(exchange.requests[client], exchange.request_schema).tensors
-        both = [
-            name
+        both = {
+            name: tensor
             for name, tensor in payload.tensors.items()
             if name in sent and sent[name].shape == tensor.shape and tensor.is_floating_point()
-        ]
-        norm = math.sqrt(
-            sum(
-                float((payload.tensors[name].double() - sent[name].double()).square().sum())
-                for name in both
-            )
-        )
+        }
+        norm = distance(both, sent)
         if norm <= largest:
             return payload
         if self.settings.on_excess == "reject":
             raise MessageError(
                 f"it changed what it was sent by {norm:.4g}, admission.max_change allows {largest:g}"
             )
-        cut: Tensors = dict(payload.tensors)
-        for name in both:
-            start, change = (
-                sent[name].double(),
-                payload.tensors[name].double() - sent[name].double(),
-            )
-            cut[name] = (start + largest / norm * change).to(payload.tensors[name].dtype)
+        cut = {**payload.tensors, **cut_change(both, sent, largest)}
         return Payload(cut, payload.numbers, payload.metrics)
 
 

@@ -161,8 +161,9 @@ class Server:
             self._finish(RoundRecord(0, evaluation=evaluation), state, start)
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):
             start = time.perf_counter()
-            cohort = self._cohort(round)
-            self._tell_paused(round)
+            paused = self.admission.paused(round)
+            cohort = self._cohort(round, paused)
+            self._tell_paused(round, paused)
             play = _Play(self, cohort)
             state = play.run(state)
             record = RoundRecord(
@@ -170,7 +171,7 @@ class Server:
                 cohort.clients,
                 dict(sorted(play.rejected.items())),
                 tuple(self.admission.offenders(round)),
-                self.admission.paused(round),
+                paused,
                 cohort.learning_rate,
                 _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
@@ -187,19 +188,18 @@ class Server:
         self.finish(record, state)
         self.observer.round_done(record)
 
-    def _tell_paused(self, round: int) -> None:
+    def _tell_paused(self, round: int, paused: Mapping[int, int]) -> None:
         """Warn of each client that is left out from this round on."""
         before = self.admission.paused(round - 1)
-        for client, until in sorted(self.admission.paused(round).items()):
+        for client, until in sorted(paused.items()):
             if before.get(client) != until:
                 self.observer.warning(
                     f"client {client} is left out until round {until}: "
                     f"{self.admission.settings.offences} unusable answers"
                 )
 
-    def _cohort(self, round: int) -> Cohort:
+    def _cohort(self, round: int, paused: Mapping[int, int]) -> Cohort:
         sizes = self.engine.sizes()
-        paused = self.admission.paused(round)
         there = sorted(sizes.keys() - paused.keys())
         if not there:
             raise RoundFailed(
@@ -259,9 +259,9 @@ class _Play:
     def _note_requests(self, exchange: Exchange) -> None:
         digests: dict[int, str] = {}  # one message to all is one object
         for client, data in exchange.requests.items():
-            digest = digests.setdefault(id(data), "") or digest_of(data)
-            digests[id(data)] = digest
-            self._note("sent", exchange, client, bytes=len(data), message=digest)
+            if id(data) not in digests:
+                digests[id(data)] = digest_of(data)
+            self._note("sent", exchange, client, bytes=len(data), message=digests[id(data)])
 
     def _note_answers(
         self, exchange: Exchange, answers: Iterable[Answer], rejected: Mapping[int, str]

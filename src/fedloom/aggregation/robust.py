@@ -98,7 +98,7 @@ def geometric_median(updates: Sequence[Tensors], weights: Sequence[float]) -> Te
         raise ValueError(f"{len(own)} finite updates with weights {parts}")
     middle, before = coordinate_median(own), float("inf")  # the mean may be far out
     for _ in range(MOST_ITERATIONS):
-        distances = [_distance(update, middle) for update in own]
+        distances = [distance(update, middle) for update in own]
         whole = sum(w * d for w, d in zip(parts, distances, strict=True))
         if before - whole <= TOLERANCE * whole:
             break
@@ -131,7 +131,7 @@ def clipped_mean(
 
 def cut_change(update: Tensors, start: Tensors, largest: float) -> Tensors:
     """Return an update whose change from ``start`` has at most this norm."""
-    norm = _distance(update, start)
+    norm = distance(update, start)
     if norm <= largest:
         return dict(update)
     share = largest / norm
@@ -169,13 +169,14 @@ def _ranked(updates: Sequence[Tensors], bad: int) -> list[int]:
     apart = torch.zeros(count, count, dtype=torch.float64)
     for i in range(count):
         for j in range(i):
-            apart[i, j] = apart[j, i] = _distance(updates[i], updates[j]) ** 2
+            apart[i, j] = apart[j, i] = distance(updates[i], updates[j]) ** 2
     nearest = apart.sort(1).values[:, 1 : count - bad - 1]  # the nearest of all is itself
     scores = nearest.sum(1).tolist()
     return sorted(range(count), key=lambda i: (scores[i], i))
 
 
-def _distance(left: Tensors, right: Tensors) -> float:
+def distance(left: Tensors, right: Tensors) -> float:
+    """Return the Euclidean norm of the difference, over all tensors of ``left``."""
     squares = [
         float((tensor.double() - right[name].double()).square().sum())
         for name, tensor in left.items()

@@ -82,10 +82,8 @@ def first_answers(row: dict[str, Any], between: str | None) -> dict[str, Any]:
     """Return a row with one answer on either side: the first of a list or of a text cut there."""
     found: dict[str, Any] = {name: row[name] for name in ("chosen", "rejected") if name in row}
     for name, answer in found.items():
-        answer = answer.tolist() if hasattr(answer, "tolist") else answer
-        if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
-            found[name] = answer[0]
-        elif isinstance(answer, str) and between:
+        found[name] = _answers(answer)[0]
+        if isinstance(answer, str) and between:
             found[name] = answer.split(between, 1)[0]
     return {**row, **found}
 
@@ -143,7 +141,7 @@ def make_example(kind: str, number: int, row: Row) -> Example:
 
 def _instruction(number: int, row: Row, extra: dict[str, str]) -> Instruction:
     if "completion" in row:
-        first, *others = _accepted(row["completion"])
+        first, *others = _answers(row["completion"])
         own = _text({"completion": first}, "completion")
         return Instruction(number, _text(row, "prompt", ""), own, extra, tuple(others))
     if "messages" in row or "conversations" in row:
@@ -152,8 +150,8 @@ def _instruction(number: int, row: Row, extra: dict[str, str]) -> Instruction:
     return Instruction(number, "", _string(row, "text"), extra)
 
 
-def _accepted(value: Any) -> list[Any]:
-    """Return what a completion column holds as a list: several texts are answers that are all right."""
+def _answers(value: Any) -> list[Any]:
+    """Return what an answer's column holds as a list: several texts are several answers."""
     value = value.tolist() if hasattr(value, "tolist") else value
     several = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
     return value if several else [value]
