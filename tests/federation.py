@@ -37,7 +37,7 @@ def federate():
         records = []
 
         def finish(record, state):
-            parts.engine.store.finish_round()
+            parts.engine.finish_round()
             records.append(record)
 
         rounds = experiment.federation.rounds

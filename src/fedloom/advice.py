@@ -170,8 +170,8 @@ def _option(
 ) -> Option:
     traffic = parts.method.traffic(parts.initial)
     worst: Option | None = None
-    for client, share in parts.engine.shares.items():
-        model = parts.engine.equipment[client].model
+    for client, share in parts.local.shares.items():
+        model = parts.local.equipment[client].model
         done, flops = _own_rows(experiment, client, share, model, parts)
         if isinstance(parts.method, DistillationMethod):
             flops += _public_rows(parts.method, client, parts)
@@ -191,7 +191,7 @@ def _own_rows(
 ) -> tuple[Done, float]:
     """Return what a client's first round does on its own rows, and its compute."""
     training = experiment.training
-    work = training.work(len(share), parts.engine.participations)
+    work = training.work(len(share), parts.local.participations)
     order = generator(experiment.federation.seed, "batches", client, 1)
     steps = rows = answers = tokens = targets = 0
     flops = 0.0
@@ -213,9 +213,9 @@ def _own_rows(
 
 def _public_rows(method: DistillationMethod, client: int, parts: Parts) -> float:
     """Return a client's compute on public rows: scoring them once, then learning from them."""
-    own = parts.engine.equipment[client]
+    own = parts.local.equipment[client]
     assert own.public is not None, "the method's rows have been read"
-    engine, epochs = parts.engine, method.settings.client_epochs
+    engine, epochs = parts.local, method.settings.client_epochs
     share = method.rows_of_round(own.public, engine.seed, 1).share
     rows = np.arange(len(share))
     with torch.no_grad():

@@ -29,9 +29,9 @@ from fedloom.data.examples import (
     plain_text,
 )
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
-from fedloom.data.partition import Shares, partition, shares, split_client
+from fedloom.data.partition import Indices, Shares, partition, shares, split_client
 from fedloom.data.public import PublicRows, as_task, read_public, take_public
-from fedloom.data.sources import LoadedData, few, load_examples
+from fedloom.data.sources import DataSettings, LoadedData, few, load_examples
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
@@ -68,6 +68,7 @@ from fedloom.models.tiny import tiny_model
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
+from fedloom.server import Engine, RemoteEngine
 from fedloom.training.optimizers import TrainingSettings
 
 TINY_TEXTS = 4000
@@ -119,6 +120,8 @@ class Parts:
     Attributes:
         model: The server's model.
         initial: Its adapter as it was initialised.
+        engine: Where clients run.
+        local: Those of them that run in this process.
         dropped: Rows dropped while reading and tokenising, by reason.
         prompts: Held-out examples to answer before and after.
         model_path: Folder or Hub name that the backbone came from.
@@ -132,7 +135,8 @@ class Parts:
     initial: Tensors
     method: Method
     objective: Objective
-    engine: SimulationEngine
+    engine: Engine
+    local: SimulationEngine
     evaluator: Evaluator
     newcomers: Newcomers
     ledger: Ledger
@@ -150,8 +154,27 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(base) / "fedloom"
 
 
+@dataclass(frozen=True)
+class OwnRows:
+    """The rows of one client on its own machine, which nobody else reads.
+
+    Attributes:
+        client: Its number.
+        data: Where they are and how they are read.
+        classes: Class names in the order of their ids, as the coordinator has them.
+    """
+
+    client: int
+    data: DataSettings
+    classes: tuple[str, ...]
+
+
 def divide(
-    experiment: Experiment, source: DataSource | None = None, objective: Objective | None = None
+    experiment: Experiment,
+    source: DataSource | None = None,
+    objective: Objective | None = None,
+    *,
+    own: OwnRows | None = None,
 ) -> Division:
     """Read the data and deal it to the clients.
 
@@ -159,25 +182,38 @@ def divide(
         experiment: The settings.
         source: A user's own source of examples instead of the one in the settings.
         objective: A user's own objective: pairs are unrolled where it trains on feedback.
+        own: The rows of this one client instead, all of them; no others are dealt then.
 
     Raises:
         DataError: The data cannot be read, or a client would be left without rows.
     """
     seed = experiment.federation.seed
     rng = generator(seed, "data")
-    loaded = source.load(rng) if source else load_examples(experiment.data, rng)
-    loaded, public = _with_public(experiment, loaded)
+    if own is not None:
+        loaded = load_examples(own.data, rng)
+        loaded = replace(loaded, train=[*loaded.train, *loaded.test], test=[])
+    else:
+        loaded = source.load(rng) if source else load_examples(experiment.data, rng)
+    classes = own.classes if own else _classes([*loaded.train, *loaded.test])
+    loaded, public = _with_public(experiment, loaded, classes)
     count = experiment.federation.clients
-    dealt = partition(loaded.train, experiment.partition, count, generator(seed, "partition"))
+    dealt: dict[int, Indices]
+    if own is not None:
+        dealt = {own.client: np.arange(len(loaded.train))}
+    elif experiment.data.is_private:
+        dealt = dict.fromkeys(range(count), np.zeros(0, np.int64))
+    else:
+        rng = generator(seed, "partition")
+        dealt = dict(enumerate(partition(loaded.train, experiment.partition, count, rng)))
     fraction = experiment.partition.client_test_fraction
     train: dict[int, list[Example]] = {}
     held_out: dict[int, list[Example]] = {}
-    for client, indices in enumerate(dealt):
-        kept, own = split_client(
+    for client, indices in dealt.items():
+        kept, aside = split_client(
             indices, fraction, generator(seed, "client test", client), loaded.train
         )
         train[client] = [loaded.train[i] for i in kept]
-        held_out[client] = [loaded.train[i] for i in own]
+        held_out[client] = [loaded.train[i] for i in aside]
         if loaded.kind == "preference":  # single answers made of incomplete pairs are not judged
             train[client] += [row for row in held_out[client] if isinstance(row, Feedback)]
             held_out[client] = [row for row in held_out[client] if isinstance(row, Preference)]
@@ -195,7 +231,7 @@ def divide(
             for c, rows in held_out.items()
         },
         _judged(loaded.test, limit.max_examples, experiment),
-        _classes([*loaded.train, *loaded.test]),
+        classes,
         shares(list(train.values()), experiment.partition),
         feedback,
         tuple(public),
@@ -212,7 +248,18 @@ def judged_kind(experiment: Experiment, kind: str) -> str:
     return "answer" if experiment.evaluation.judged_by == "rouge_l" else kind
 
 
-def _with_public(experiment: Experiment, loaded: LoadedData) -> tuple[LoadedData, list[Example]]:
+def only(division: Division, client: int) -> Division:
+    """Return what is one client's of a division."""
+    return replace(
+        division,
+        train={client: division.train[client]},
+        held_out={client: division.held_out[client]},
+    )
+
+
+def _with_public(
+    experiment: Experiment, loaded: LoadedData, classes: tuple[str, ...]
+) -> tuple[LoadedData, list[Example]]:
     """Return public rows where the method needs them, and the data without those taken from it."""
     if not METHODS[experiment.method.name][1].needs_public:
         return loaded, []
@@ -225,7 +272,6 @@ def _with_public(experiment: Experiment, loaded: LoadedData) -> tuple[LoadedData
     else:
         rng = generator(seed, "public rows")
         public = read_public(settings, experiment.data, loaded.test, rng)
-    classes = _classes([*loaded.train, *loaded.test])
     return loaded, as_task(public, classes, labelled=settings.labelled)
 
 
@@ -237,6 +283,8 @@ def assemble(
     store: ClientStore | None = None,
     stage: Callable[[str], None] = lambda text: None,
     empty: bool = False,
+    remote: RemoteEngine | None = None,
+    only: int | None = None,
 ) -> Parts:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -247,6 +295,8 @@ def assemble(
         store: What clients kept in an earlier part of this run.
         stage: Told what is being done.
         empty: Build models without weights, to count by; nothing can be run then.
+        remote: Where the clients are, if not in this process: their rows are not touched then.
+        only: The one client that is in this process, on its own machine; there is no server here.
 
     Raises:
         ModelError: The model or its adapter cannot be built.
@@ -254,16 +304,16 @@ def assemble(
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
-    kits = _Kits(experiment, division, objective, stage, empty=empty)
+    kits = _Kits(experiment, division, objective, stage, empty=empty, only=only)
     own = kits.of_server
     reader = own.reader
     stage("tokenising")
-    train = kits.training_shares(pooled=method.pools_data)
+    train = {} if remote else kits.training_shares(pooled=method.pools_data)
     public = kits.public_rows()
     ledger = Ledger()
     federation = experiment.federation
     newcomers = frozenset(experiment.clients.newcomers)
-    members = len(train) - len(newcomers)
+    members = 1 if method.pools_data else federation.clients - len(newcomers)
     participations = federation.rounds * min(federation.cohort_size, members) / members
     equipment = {client: kits.equipment(client, public) for client in train}
     initial = own.initial
@@ -279,14 +329,16 @@ def assemble(
             public.get(own.key),
             ledger,
             min(federation.cohort_size, members),
-            {client: kits.of_client(client).key[1] for client in train},
+            {client: key[1] for client, key in kits.clients.items()},
             experiment.aggregation,
         )
     )
     judged = experiment.evaluation.per_client and not isinstance(experiment.method, SplitSettings)
-    client_held_out = kits.client_held_out() if judged else {}
+    here = judged and (remote is None or method.pools_data)
+    client_held_out = kits.client_held_out() if here else {}
     needing = train if method.personal and judged else {c: train[c] for c in newcomers}
-    _require_held_out(needing, client_held_out)
+    if remote is None:
+        _require_held_out(needing, client_held_out)
     welcome = Newcomers(
         method,
         sorted(newcomers),
@@ -299,6 +351,7 @@ def assemble(
         reader.held_out(division.test),
         {c: kits.of_client(c).held_out for c in train} if method.own_models else {},
         {c: rows for c, rows in client_held_out.items() if c not in newcomers},
+        remote.judged if remote and judged else client_held_out.keys() - newcomers,
         experiment.evaluation.every,
         experiment.federation.rounds,
     )
@@ -322,6 +375,7 @@ def assemble(
         initial,
         method,
         objective,
+        remote or engine,
         engine,
         evaluator,
         welcome,
@@ -371,19 +425,23 @@ class _Kits:
         stage: Callable[[str], None],
         *,
         empty: bool = False,
+        only: int | None = None,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
         self.empty = empty
+        self.halved = only is not None and isinstance(experiment.method, SplitSettings)
         base = (experiment.model.path, experiment.adapter.rank)
-        self.clients = dict.fromkeys(division.train, base)
+        self.clients = dict.fromkeys(range(experiment.federation.clients), base)
         for group in experiment.clients.groups.values():
             own = (group.model or base[0], group.rank or base[1])
             self.clients |= dict.fromkeys(group.clients, own)
         owned = of_server(experiment)
         server = (owned.model.path, owned.adapter.rank)
-        built = {
-            key: self._built(key, stage) for key in dict.fromkeys([server, *self.clients.values()])
-        }
+        keys = dict.fromkeys([server, *self.clients.values()])
+        if only is not None:  # all kinds read the public rows; but for them it needs its own alone
+            server = self.clients[only]
+            keys = keys if division.public else {server: None}
+        built = {key: self._built(key, stage) for key in keys}
         contexts = {key: context_length(model.model) for key, (_, _, model) in built.items()}
         if not division.classes:  # positions are tokens: all must cut their texts alike
             _require_same_vocabulary(
@@ -410,6 +468,8 @@ class _Kits:
     def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
         """Return each client's training rows as its model reads them, or all rows as client 0's."""
         clients = [0] if pooled else list(self.division.train)
+        if not self.division.train:
+            return {}
         read = {
             key: self.kits[key].reader.training_shares(pooled=pooled)
             for key in dict.fromkeys(self.clients[client] for client in clients)
@@ -420,7 +480,9 @@ class _Kits:
         kit = self.of_client(client)
         model = kit.model
         if isinstance(self.experiment.method, SplitSettings):
-            self._front = self._front or _front_half(self.experiment, self.division, kit)
+            self._front = self._front or _front_half(
+                self.experiment, self.division, kit, empty=self.empty
+            )
             model = self._front
         return Equipment(model, model.read(), kit.reader.max_length, kit.width, public.get(kit.key))
 
@@ -456,9 +518,8 @@ class _Kits:
         self, key: tuple[str, int], stage: Callable[[str], None]
     ) -> tuple[str, Any, AdapterModel]:
         experiment = _with_model(self.experiment, *key)
-        return _build_model(
-            experiment, self.objective, self.division.classes, stage, empty=self.empty
-        )
+        empty = self.empty or self.halved  # a client of a split model never loads the whole
+        return _build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
 
 
 def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
@@ -477,7 +538,7 @@ def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, He
         )
 
 
-def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontHalf:
+def _front_half(experiment: Experiment, division: Division, kit: _Kit, *, empty: bool) -> FrontHalf:
     """Load what a client of a split model holds: its own blocks alone.
 
     Raises:
@@ -494,7 +555,7 @@ def _front_half(experiment: Experiment, division: Division, kit: _Kit) -> FrontH
         division.classes,
         kit.model.pad,
         blocks=method.cut,
-        empty=kit.model.device.type == "meta",
+        empty=empty,
     )
     adapter = experiment.adapter
     blocks = blocks_of(config, adapter)

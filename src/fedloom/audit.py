@@ -131,6 +131,14 @@ def verify(path: Path) -> AuditResult:
     return AuditResult(len(lines), before, refused, len(clients))
 
 
+def events(path: Path, name: str) -> list[dict[str, Any]]:
+    """Return the events of one name in a log, in their order; none where there is no log yet."""
+    if not path.is_file():
+        return []
+    found = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [event for event in found if event["event"] == name]
+
+
 def digest_of(data: bytes) -> str:
     """Return what a log says of a message."""
     return hashlib.sha256(data).hexdigest()

@@ -284,9 +284,26 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += _newcomer_contradictions(parts)
     if "data" in parts:
         found += parts["data"].contradictions()
+    if "data" in parts and "method" in parts and parts["data"].is_private:
+        found += _private_contradictions(parts)
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
         found += _feedback_contradictions(parts)
+    return found
+
+
+def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what needs rows that the coordinator does not have."""
+    found, method = [], parts["method"].name
+    if method == "centralised":
+        found.append('method.name = "centralised" puts all rows together; data.source = "clients"')
+    if METHODS[method][1].needs_public and "public" in parts and parts["public"].source is None:
+        found.append(
+            f'method.name = {method!r} needs public rows, and data.source = "clients" are private: name '
+            "public.source"
+        )
+    if "partition" in parts and parts["partition"].feedback == "spread":
+        found.append('partition.feedback = "spread" deals rows anew; data.source = "clients"')
     return found
 
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -77,6 +78,28 @@ class Schema:
         """Return the schema that ``tensors`` fit."""
         specs = tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items())
         return cls(specs, numbers, metrics)
+
+    def to_table(self) -> dict[str, Any]:
+        """Return it as plain JSON, for a party that must be told."""
+        rows = [[s.name, list(s.shape), _dtype_name(s.dtype), s.ragged] for s in self.tensors]
+        return {"tensors": rows, "numbers": list(self.numbers), "metrics": self.metrics}
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Schema:
+        """Return what :meth:`to_table` was given.
+
+        Raises:
+            MessageError: It is no such table.
+        """
+        try:
+            specs = tuple(
+                TensorSpec(str(name), tuple(int(n) for n in shape), _dtype(dtype), bool(ragged))
+                for name, shape, dtype, ragged in table["tensors"]
+            )
+            numbers = tuple(str(name) for name in table["numbers"])
+            return cls(specs, numbers, bool(table["metrics"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"a schema is not of the form it must have: {error}") from None
 
     @cached_property
     def digest(self) -> str:
@@ -238,6 +261,13 @@ def require_finite(payload: Payload) -> None:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return dtype
 
 
 def _check_names(payload: Payload, schema: Schema) -> None:

@@ -46,7 +46,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy",
 
 
 def run_record(
-    folder: Path, experiment: Experiment, parts: Parts, objective: Objective | None
+    folder: Path, experiment: Experiment, parts: Parts, objective: Objective | None, id: str
 ) -> dict[str, Any]:
     """Return the content of ``run.json``: all that is known before the first round."""
     division = parts.division
@@ -62,6 +62,7 @@ def run_record(
     ]
     return {
         "name": experiment.name,
+        "id": id,
         "fedloom": importlib.metadata.version("fedloom"),
         "versions": _versions(),
         "seed": experiment.federation.seed,
@@ -97,13 +98,14 @@ def run_record(
     }
 
 
-def _client_memory(experiment: Experiment, parts: Parts) -> float:
-    """Return bytes that training takes on the client that needs most, derived."""
-    engine, quantization = parts.engine, experiment.model.quantization
-    return max(
+def _client_memory(experiment: Experiment, parts: Parts) -> float | None:
+    """Return bytes that training takes on the client that needs most, derived, if it is known here."""
+    engine, quantization = parts.local, experiment.model.quantization
+    needed = [
         client_memory(engine.equipment[client].model, share, experiment.training, quantization)
         for client, share in engine.shares.items()
-    )
+    ]
+    return max(needed, default=None)
 
 
 def _feedback_record(experiment: Experiment, division: Division) -> dict[str, Any] | None:
@@ -140,9 +142,21 @@ def fingerprint(experiment: Experiment, division: Division, objective: Objective
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def partition_record(experiment: Experiment, division: Division) -> dict[str, Any]:
-    """Return the content of ``partition.json``."""
+def partition_record(
+    experiment: Experiment, division: Division, sizes: Mapping[int, int] | None = None
+) -> dict[str, Any]:
+    """Return the content of ``partition.json``; ``sizes`` where clients alone know their rows."""
     shares = division.shares
+    if sizes is not None and experiment.data.is_private:
+        return {
+            "kind": "own",
+            "column": None,
+            "values": ["all"],
+            "clients": [
+                {"client": client, "train": rows, "held_out": 0, "counts": {"all": rows}}
+                for client, rows in sorted(sizes.items())
+            ],
+        }
     return {
         "kind": experiment.partition.kind,
         "column": shares.column,

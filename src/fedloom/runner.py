@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
-from fedloom.errors import CheckpointError, Interrupted, OutputError, SettingsError
+from fedloom.errors import CheckpointError, DataError, Interrupted, OutputError, SettingsError
 from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.messages import Payload
+from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.records import (
@@ -44,7 +46,7 @@ from fedloom.records import (
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
-from fedloom.server import Observer, RoundRecord, Server
+from fedloom.server import Briefing, Observer, RemoteEngine, RoundRecord, Server
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.optimizers import round_learning_rate
 
@@ -157,21 +159,32 @@ def run_experiment(
     objective: Objective | None = None,
     data: DataSource | None = None,
     observer: RunObserver,
+    remote: RemoteEngine | None = None,
 ) -> RunResult:
-    """Run an experiment in a new folder; see :func:`run`."""
+    """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
     folder = RunFolder(_new_folder(experiment))
     try:
         folder.write_text(names.EXPERIMENT, experiment.to_toml())
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
+        if experiment.data.is_private and remote is None:
+            raise DataError(
+                'data.source = "clients": the rows are on other machines; use --engine flower'
+            )
+        if remote is not None and METHODS[experiment.method.name][1].pools_data:
+            raise DataError(
+                f"method.name = {experiment.method.name!r} puts all rows together: run it in one process"
+            )
         division = divide(experiment, data, objective)
-        parts = assemble(experiment, division, objective=objective, stage=observer.stage)
-        _write_start(folder, experiment, parts, objective)
+        parts = assemble(
+            experiment, division, objective=objective, stage=observer.stage, remote=remote
+        )
+        run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
+        run.prepare(-1)
     except BaseException:
         shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: leave nothing behind
         raise
-    state = parts.method.initial_state(parts.initial)
-    return _Run(experiment, folder, parts, observer, objective, trackers).go(state, -1)
+    return run.go(parts.method.initial_state(parts.initial), -1)
 
 
 def resume_run(
@@ -184,6 +197,7 @@ def resume_run(
     observer: RunObserver | None = None,
     objective: Objective | None = None,
     data: DataSource | None = None,
+    remote: RemoteEngine | None = None,
 ) -> RunResult:
     """Continue the run in ``path`` and end with the same bits as if it had never stopped.
 
@@ -196,6 +210,7 @@ def resume_run(
         observer: Watches the run.
         objective: As in :func:`run`, if the run was started with one.
         data: As in :func:`run`, if the run was started with one.
+        remote: Where the clients are, if not in this process.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
@@ -221,17 +236,24 @@ def resume_run(
             fresh_clients,
         )
     store = ClientStore(saved.clients if saved else None)
-    parts = assemble(experiment, division, objective=objective, store=store, stage=observer.stage)
+    parts = assemble(
+        experiment,
+        division,
+        objective=objective,
+        store=store,
+        stage=observer.stage,
+        remote=remote,
+    )
     _require_same_model(folder, parts)
     done = saved.round if saved else -1
     folder.truncate_after(done)
-    if saved is None:
-        _write_start(folder, experiment, parts, objective)
+    run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
+    run.prepare(done)
     state = saved.state if saved else parts.method.initial_state(parts.initial)
     observer.stage(
         f"continuing after round {done}" if saved else "starting again from the beginning"
     )
-    return _Run(experiment, folder, parts, observer, objective, trackers).go(state, done)
+    return run.go(state, done)
 
 
 def forget_client(path: Path, client: int) -> int:
@@ -313,11 +335,34 @@ class _Run:
     observer: RunObserver
     objective: Objective | None = None
     trackers: list[Tracker] = field(default_factory=list)
+    remote: RemoteEngine | None = None
     last: tuple[int, State] | None = None
 
     def __post_init__(self) -> None:
         """Open the audit log, or go on with it."""
         self.audit = AuditLog(self.folder.path / audit.FILE)
+
+    def prepare(self, done: int) -> None:
+        """Meet clients that are elsewhere, and write down what is known before the next round."""
+        known = self.folder.read_json(names.RUN) if done >= 0 else None
+        id = known["id"] if known else uuid.uuid4().hex
+        if self.remote is not None:
+            self.observer.stage("waiting for clients")
+            earlier = audit.events(self.audit.path, "began")
+            briefing = Briefing(
+                id,
+                self.experiment.to_toml(),
+                self.parts.division.classes,
+                self.parts.model_digest,
+                (*(event["after"] for event in earlier if event.get("run") == id), done),
+                self.audit.record,
+            )
+            self.remote.begin(briefing, self.parts.ledger)
+        if known is None:
+            _write_start(self.folder, self.experiment, self.parts, self.objective, id)
+        digest = fingerprint(self.experiment, self.parts.division, self.objective)
+        rows = {str(client): size for client, size in self.parts.engine.sizes().items()}
+        self.audit.record("began", run=id, experiment=digest, after=done, clients=rows)
 
     def go(self, state: State, done: int) -> RunResult:
         """Play the rounds that are left, then write what a finished run leaves."""
@@ -340,9 +385,6 @@ class _Run:
                 experiment.admission, offences_of(self.folder.read_lines(names.ROUNDS))
             ),
         )
-        digest = fingerprint(experiment, parts.division, self.objective)
-        rows = {str(client): size for client, size in parts.engine.sizes().items()}
-        self.audit.record("began", experiment=digest, after=done, clients=rows)
         self.observer.begin(_plan(experiment, parts))
         try:
             state = server.run(state, done)
@@ -355,7 +397,7 @@ class _Run:
         return self._finish(state)
 
     def _finish_round(self, record: RoundRecord, state: State) -> None:
-        self.parts.engine.store.finish_round()
+        self.parts.engine.finish_round()
         self.audit.record("round", round=record.round, state=state.digest())
         self.audit.sync()
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
@@ -373,7 +415,7 @@ class _Run:
             self._save(record.round, state)
 
     def _save(self, round: int, state: State) -> None:
-        store = self.parts.engine.store
+        store = self.parts.local.store
         digest = fingerprint(self.experiment, self.parts.division, self.objective)
         checkpoint.save(
             self.folder.checkpoints,
@@ -399,7 +441,7 @@ class _Run:
 
     def _finish(self, state: State) -> RunResult:
         adapter = self._write_adapters(state)
-        if self.parts.prompts:
+        if self.parts.prompts and (self.parts.local.shares or self.parts.method.shared(state)):
             self.folder.write_json(names.SAMPLES, self._samples(state))
         summary = summary_record(
             self.folder.read_lines(names.ROUNDS),
@@ -411,6 +453,8 @@ class _Run:
         joined = self.parts.newcomers.welcome(state, rounds, self.parts.engine)
         if joined:
             summary["newcomers"] = newcomers_record(joined, self._headline)
+        if self.remote is not None:
+            self.remote.end(self._own_models(state))
         self.folder.write_json(names.SUMMARY, summary)
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
@@ -440,14 +484,21 @@ class _Run:
 
     def _owners(self) -> list[int]:
         """Return the clients that have something of their own to be judged by."""
-        method, store = self.parts.method, self.parts.engine.store
+        method, store = self.parts.method, self.parts.local.store
         if not (method.own_models or method.personal):
             return []
-        return [client for client in self.parts.engine.sizes() if store.slots(client)]
+        return [client for client in self.parts.local.sizes() if store.slots(client)]
+
+    def _own_models(self, state: State) -> Payload | None:
+        """Return what clients elsewhere are sent to write models of their own with, if they have some."""
+        method = self.parts.method
+        if not (method.own_models or method.personal):
+            return None
+        return Payload(method.travelling(state) or {})
 
     def _write_own(self, client: int, state: State) -> AdapterModel:
         """Write what a client would use now into its model, and return that."""
-        method, engine = self.parts.method, self.parts.engine
+        method, engine = self.parts.method, self.parts.local
         seen = engine.client(client, self.experiment.federation.rounds)
         method.load(seen, Payload(method.travelling(state) or {}))
         return seen.model
@@ -460,7 +511,7 @@ class _Run:
         before = generate_answers(parts.model, parts.tokenizer, asks, limit)
         shared, model = parts.method.shared(state), parts.model
         if shared is None:  # every client has its own: show the first one's
-            model = self._write_own(min(parts.engine.shares), state)
+            model = self._write_own(min(parts.local.shares), state)
         else:
             model.write(shared)
         after = generate_answers(model, parts.tokenizer, asks, limit)
@@ -482,8 +533,7 @@ def _new_folder(experiment: Experiment) -> Path:
     Raises:
         OutputError: It holds something already, or cannot be made.
     """
-    chosen = experiment.output.folder
-    path = Path(chosen) if chosen else _free(Path("runs") / experiment.name)
+    chosen, path = experiment.output.folder, free_folder(experiment)
     if chosen and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
             f"output.folder {chosen!r} is not empty: choose another, or go on with "
@@ -498,7 +548,11 @@ def _new_folder(experiment: Experiment) -> Path:
     return path
 
 
-def _free(path: Path) -> Path:
+def free_folder(experiment: Experiment) -> Path:
+    """Return the folder that a run of an experiment goes to: as set, or a new one in ``runs``."""
+    path = Path(experiment.output.folder or Path("runs") / experiment.name)
+    if experiment.output.folder:
+        return path
     number, candidate = 2, path
     while candidate.exists():
         candidate = path.with_name(f"{path.name}-{number}")
@@ -533,10 +587,11 @@ def _require_same_model(folder: RunFolder, parts: Parts) -> None:
 
 
 def _write_start(
-    folder: RunFolder, experiment: Experiment, parts: Parts, objective: Objective | None
+    folder: RunFolder, experiment: Experiment, parts: Parts, objective: Objective | None, id: str
 ) -> None:
-    folder.write_json(names.PARTITION, partition_record(experiment, parts.division))
-    folder.write_json(names.RUN, run_record(folder.path, experiment, parts, objective))
+    sizes = parts.engine.sizes()
+    folder.write_json(names.PARTITION, partition_record(experiment, parts.division, sizes))
+    folder.write_json(names.RUN, run_record(folder.path, experiment, parts, objective, id))
 
 
 def _plan(experiment: Experiment, parts: Parts) -> Plan:

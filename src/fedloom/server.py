@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from fedloom.admission import Admission
 from fedloom.audit import Record, digest_of, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
-from fedloom.messages import Answer, Exchange, Reply
+from fedloom.messages import Answer, Exchange, Payload, Reply
 from fedloom.methods.base import Cohort, Method
 from fedloom.randomness import generator
 from fedloom.settings import Settings
@@ -37,6 +37,11 @@ class FederationSettings(Settings):
     """All randomness comes from it, the purpose, the client and the round."""
     quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of a round's clients that must give a usable answer; below it the run stops."""
+    deadline: float | None = Field(default=None, gt=0)
+    """Seconds that a client on another machine has to answer; who is later is left out of the round
+    (default: any)."""
+    patience: float = Field(default=600, gt=0)
+    """Seconds that a round waits until enough clients on other machines for a quorum are there."""
 
     @property
     def cohort_size(self) -> int:
@@ -56,6 +61,52 @@ class Engine(Protocol):
 
     def exchange(self, exchange: Exchange) -> Iterable[Answer]:
         """Carry requests to clients and yield their answers, in any order."""
+        ...
+
+    def finish_round(self) -> None:
+        """Let what clients have put aside in this round count."""
+        ...
+
+
+@dataclass(frozen=True)
+class Briefing:
+    """What clients elsewhere must know of a run before they are asked anything.
+
+    Attributes:
+        run: Tells it from all others; stays when it is resumed.
+        experiment: Its TOML.
+        classes: Class names in the order of their ids.
+        model: SHA-256 of the backbone and tokenizer that all must have.
+        began: For each time that the run began or was resumed, the last round finished before.
+        audit: Told who joins and who is refused.
+    """
+
+    run: str
+    experiment: str
+    classes: tuple[str, ...]
+    model: str
+    began: tuple[int, ...]
+    audit: Record = unheard
+
+
+class RemoteEngine(Engine, Protocol):
+    """An engine whose clients are other processes, which must be met before they can be asked."""
+
+    @property
+    def judged(self) -> Collection[int]:
+        """Clients that have held-out rows of their own."""
+        ...
+
+    def begin(self, briefing: Briefing, ledger: Ledger) -> None:
+        """Meet the clients; their costs go to the ledger.
+
+        Raises:
+            RoundFailed: Too few for a quorum came in time.
+        """
+        ...
+
+    def end(self, keep: Payload | None) -> None:
+        """Tell clients that the run is over; with ``keep``, what they make their own models of."""
         ...
 
 

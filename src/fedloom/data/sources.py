@@ -37,6 +37,9 @@ from fedloom.errors import DataError
 from fedloom.settings import Settings
 
 BUILTIN_PREFIX = "builtin:"
+CLIENTS = "clients"
+"""The source of rows that only their owners can read."""
+
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SHOWN_BAD_ROWS = 5
 
@@ -47,7 +50,7 @@ class SourceSettings(Settings):
     source: str | list[str] = "builtin:preferences"
     """A local file, a pattern of files ("data/*.jsonl"; their names are the column "file"), a Hub
     name, a list of these, or "builtin:" and preferences, opposed, tastes, feedback, instructions or
-    labelled."""
+    labelled; or "clients": each client, on a machine of its own, names its rows itself."""
     subset: str | None = None
     """Configuration of a set on the Hub."""
     data_dir: str | None = None
@@ -77,6 +80,11 @@ class SourceSettings(Settings):
     def is_builtin(self) -> bool:
         """Whether a source is generated."""
         return any(source.startswith(BUILTIN_PREFIX) for source in self.sources)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether each client names its rows itself."""
+        return CLIENTS in self.sources
 
 
 class DataSettings(SourceSettings):
@@ -153,6 +161,14 @@ class DataSettings(SourceSettings):
             fields = SourceSettings.model_fields
             beside = [name for name in fields if getattr(self, name) != fields[name].default]
             found += [f"data.{name} is said by each of data.domains for itself" for name in beside]
+        if self.is_private:
+            if self.sources != (CLIENTS,) or self.domains:
+                found.append(f'data.source = "{CLIENTS}" stands alone')
+            if self.test_source is None:
+                found.append(
+                    f'data.source = "{CLIENTS}": the coordinator holds none of these rows; name a global '
+                    "held-out set as data.test_source"
+                )
         if self.choices and (self.kind != "instruction" or len(set(self.choices)) < 2):
             found.append(
                 f"data.choices = {self.choices}: at least two different completions of instructions"
@@ -236,6 +252,8 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
     read = _Read()
     train = []
     for domain, part in settings.parts.items():
+        if part.is_private:
+            continue
         rows = _read_part(settings, part, domain, read, rng)
         train += few(rows, part.max_rows, rng) if domain else rows
     test_kind = settings.test_kind or str(settings.kind)

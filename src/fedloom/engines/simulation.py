@@ -92,6 +92,18 @@ class SimulationEngine:
         for client, data in exchange.requests.items():
             yield self._answer(exchange, client, data)
 
+    def rows(self, client: int) -> int:
+        """Return the training rows of a client, a newcomer too."""
+        return len(self.shares[client])
+
+    def restart(self, store: ClientStore) -> None:
+        """Go on with what clients kept at some other time, as if no round were under way."""
+        self.store, self._round = store, -1
+
+    def finish_round(self) -> None:
+        """Let what clients have put aside in this round count."""
+        self.store.finish_round()
+
     def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
         try:
             if exchange.action != EVALUATE:

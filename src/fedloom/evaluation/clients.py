@@ -7,7 +7,7 @@ too: means over clients stand beside the server's figures, or in their place whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fedloom.accounting.ledger import SERVER, Ledger
@@ -34,7 +34,8 @@ class Evaluator:
         method: Says what the global adapter is and what a client would use.
         held_out: The global held-out set, as the server's model reads it.
         common: The same as each client's model reads it.
-        client_held_out: Each client's own held-out set; empty for none.
+        client_held_out: Own held-out sets of the clients in this process.
+        judged: Clients that have one, wherever they are.
         every: Rounds between evaluations.
         rounds: Rounds in all; the last is always evaluated.
     """
@@ -43,6 +44,7 @@ class Evaluator:
     held_out: HeldOut
     common: Mapping[int, HeldOut]
     client_held_out: Mapping[int, HeldOut]
+    judged: Collection[int]
     every: int
     rounds: int
 
@@ -100,7 +102,7 @@ class Evaluator:
     ) -> dict[int, dict[str, float]]:
         """Ask clients to judge what they make of ``adapter``; if ``None``, on the global set too."""
         sizes = engine.sizes()
-        asked = sizes if adapter is None else [c for c in sizes if c in self.client_held_out]
+        asked = sizes if adapter is None else [c for c in sizes if c in self.judged]
         if not asked:
             return {}
         exchange = Exchange.broadcast(
