@@ -21,9 +21,16 @@ IMPORTERS = {
     ),
     "peft": ("models/",),
     "trl": (),
+    "flwr": (
+        "engines/flower.py",
+        "engines/records.py",
+        "deployment/clientapp.py",
+        "deployment/serverapp.py",
+    ),
+    "grpc": ("deployment/door.py",),
 }
 # `fedloom --help`, a mistyped setting and a report must not wait seconds for torch.
-LIGHT = ("settings.py", "errors.py", "cli.py", "report/")
+LIGHT = ("settings.py", "errors.py", "cli.py", "report/", "envelope.py", "engines/records.py")
 
 
 def stands_in(path, places):

@@ -21,6 +21,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+server_app = typer.Typer(help="The server of a federation between machines.", no_args_is_help=True)
+app.add_typer(server_app, name="server")
+client_app = typer.Typer(help="A client of a federation between machines.", no_args_is_help=True)
+app.add_typer(client_app, name="client")
+keys_app = typer.Typer(help="Who is let in: keys of clients.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 audit_app = typer.Typer(
     help="The log of who sent what, and what became of it.", no_args_is_help=True
 )
@@ -31,6 +37,9 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: section.key=value. May be repeated."),
 ]
+HomeOfServer = Annotated[Path, typer.Option("--home", help="The server's folder.")]
+HomeOfClient = Annotated[Path, typer.Option("--home", help="The client's folder.")]
+SERVER_HOME, CLIENT_HOME = Path("fedloom-server"), Path("fedloom-client")
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
 
 
@@ -50,11 +59,26 @@ def run(
         list[int] | None,
         typer.Option(help="With --resume: this client starts afresh. May be repeated."),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="simulation: all clients in this process; flower: on other machines."),
+    ] = "simulation",
+    home: HomeOfServer = SERVER_HOME,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
     from fedloom.runner import resume_run, run_experiment
 
+    if engine == "flower":
+        from fedloom.deployment.running import run_deployed
+
+        if experiment is None and resume is None:
+            raise typer.BadParameter("give an experiment file, or --resume FOLDER")
+        settings = _read(experiment, assignments) if experiment is not None else None
+        typer.echo(run_deployed(home, settings, resume, from_round, _observer(quiet)))
+        return
+    if engine != "simulation":
+        raise typer.BadParameter(f"{engine!r} is no engine; there are simulation and flower")
     if resume is not None:
         result = resume_run(
             resume,
@@ -297,6 +321,136 @@ def forget(
 
     count = forget_client(run, client)
     typer.echo(f"deleted from {count} places in {run}; a resumed run starts client {client} afresh")
+
+
+@app.command()
+def certs(
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address by which clients reach the server. May be repeated."),
+    ] = None,
+    home: HomeOfServer = SERVER_HOME,
+    days: Annotated[int, typer.Option(help="The certificate is good for.", min=1)] = 365,
+) -> None:
+    """Make the federation's authority, unless it is there, and a new certificate of the server."""
+    from fedloom.identity import CA, CERTIFICATE, make_authority
+
+    hosts = list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"]))
+    make_authority(home, hosts, days)
+    typer.echo(
+        f"wrote {home / CERTIFICATE} for {', '.join(hosts)}, good for {days} days; give every client "
+        f"{home / CA}"
+    )
+
+
+@keys_app.command("new")
+def new_key(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("client.key"),
+) -> None:
+    """Make a client's key; its public half is what the coordinator needs."""
+    from fedloom.identity import make_key
+
+    typer.echo(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")
+
+
+@keys_app.command("allow")
+def allow_key(
+    name: Annotated[str, typer.Argument(help="Of the client.", show_default=False)],
+    public: Annotated[Path, typer.Argument(help="Its public key.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Let a client in."""
+    from fedloom.deployment.running import allow
+
+    typer.echo(f"{name} is client {allow(home, name, public)}; it is let in")
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(help="Of the client.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Let a client in no longer."""
+    from fedloom.deployment.homes import ServerHome
+
+    typer.echo(f"{name}, client {ServerHome(home).members().revoke(name)}, is let in no longer")
+
+
+@keys_app.command("list")
+def list_keys(home: HomeOfServer = SERVER_HOME) -> None:
+    """Show who is let in."""
+    from fedloom.deployment.homes import ServerHome
+
+    for number, member in enumerate(ServerHome(home).members().members):
+        typer.echo(f"{number:4}  {member.name}{'  revoked' if member.revoked else ''}")
+
+
+@server_app.command("start")
+def start_server(
+    home: HomeOfServer = SERVER_HOME,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Of Flower.", min=1, max=65535)] = 9092,
+    door: Annotated[
+        int, typer.Option(help="At which clients join and open streams.", min=1, max=65535)
+    ] = 9093,
+    insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
+) -> None:
+    """Start the server; it runs until it is stopped."""
+    from fedloom.deployment.running import serve
+
+    serve(home, host, port, door, insecure=insecure, say=typer.echo)
+
+
+@server_app.command("stop")
+def stop_server(home: HomeOfServer = SERVER_HOME) -> None:
+    """Stop the server; runs under way can be resumed."""
+    from fedloom.deployment.running import stop_server as stop
+
+    typer.echo(f"told process {stop(home)} to stop")
+
+
+@client_app.command("join")
+def join_federation(
+    server: Annotated[str, typer.Option(help="HOST:PORT of its door.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="This client's file: its rows, where the model lies.")
+    ] = None,
+    key: Annotated[Path, typer.Option(help="This client's private key.")] = Path("client.key"),
+    ca: Annotated[Path, typer.Option(help="The federation's authority.")] = Path("ca.pem"),
+    home: HomeOfClient = CLIENT_HOME,
+    insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
+) -> None:
+    """Take part in a federation; runs until it is stopped."""
+    from fedloom.deployment.running import take_part
+
+    take_part(home, server, key, None if insecure else ca, data, say=typer.echo)
+
+
+@client_app.command("leave")
+def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
+    """Stop taking part; what this client keeps stays on its disk."""
+    from fedloom.deployment.running import leave
+
+    typer.echo(f"told process {leave(home)} to stop")
+
+
+@app.command()
+def status(home: HomeOfServer = SERVER_HOME) -> None:
+    """Show the server, its clients and the runs under way."""
+    from rich.console import Console
+
+    from fedloom.deployment.running import status as look
+
+    Console().print(look(home))
+
+
+@app.command()
+def stop(home: HomeOfServer = SERVER_HOME) -> None:
+    """Stop the run under way; every finished round is saved, and it can be resumed."""
+    from fedloom.deployment.running import stop_runs
+
+    stopped = stop_runs(home)
+    typer.echo(f"stopped {len(stopped)} run{'s' if len(stopped) != 1 else ''}")
 
 
 @audit_app.command()

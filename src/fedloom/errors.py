@@ -13,6 +13,8 @@
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
     ├── AuditError          an audit log that does not hold together
+    ├── IdentityError       a key or certificate that is missing, expired, or not let in
+    ├── ConnectionFailed    another machine, or a process of our own, cannot be reached
     ├── OutputError         the run folder cannot be written or read
     └── Interrupted         the user stopped the run; it can be resumed
 
@@ -93,6 +95,18 @@ class CheckpointError(FedloomError):
 
 class AuditError(FedloomError):
     """An audit log was changed, or is none."""
+
+
+class IdentityError(FedloomError):
+    """A key or certificate is missing, has expired, or is not let in."""
+
+    exit_code = 4
+
+
+class ConnectionFailed(FedloomError):
+    """Another machine, or a process of our own, cannot be reached."""
+
+    exit_code = 4
 
 
 class OutputError(FedloomError):

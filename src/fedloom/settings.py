@@ -57,6 +57,18 @@ def read_toml(path: Path) -> Table:
         raise SettingsError([f"cannot be read: {error.strerror}"], str(path)) from None
 
 
+def parse_toml(text: str, source: str) -> Table:
+    """Read TOML that another machine has sent.
+
+    Raises:
+        SettingsError: It is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError([f"not TOML: {error}"], source) from None
+
+
 def write_toml(table: Mapping[str, Any]) -> str:
     """Return ``table`` as TOML text; keys whose value is ``None`` are left out."""
     return tomli_w.dumps(_without_none(table))

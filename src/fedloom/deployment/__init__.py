@@ -1,0 +1,1 @@
+"""The federation between machines: its server, its clients, and what runs there."""

@@ -1,0 +1,65 @@
+"""How the thin client finds the worker of its host, and starts one where none runs. No torch here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fedloom.engines.frames import connect, read_frame, reader, write_frame
+from fedloom.envelope import Envelope
+from fedloom.errors import ConnectionFailed
+
+SOCKET = Path("worker") / "socket"
+LOG = Path("worker.log")
+START = 120.0
+"""Seconds that a worker may take to listen."""
+
+NO_LIMIT = 1 << 40
+
+
+def ask_worker(home: Path, envelope: Envelope) -> Envelope:
+    """Return the worker's reply; takes as long as the work does.
+
+    Raises:
+        ConnectionFailed: No worker can be started, or it died over this.
+    """
+    with reach_worker(home) as connection:
+        write_frame(connection, envelope.pack())
+        reply = read_frame(reader(connection), lambda: NO_LIMIT)
+    if reply is None:
+        raise ConnectionFailed(f"the worker ended while it was at work; see {home / LOG}")
+    return Envelope.unpack(reply)
+
+
+def reach_worker(home: Path) -> socket.socket:
+    """Return a connection to the worker of a client's home; start one if there is none."""
+    try:
+        return connect(home / SOCKET)
+    except ConnectionFailed:
+        process = start_worker(home)
+    end = time.monotonic() + START
+    while time.monotonic() < end:
+        try:
+            return connect(home / SOCKET)
+        except ConnectionFailed:
+            if process.poll() not in (None, 0):  # 0: another was there first
+                break
+            time.sleep(0.1)
+    raise ConnectionFailed(f"the worker cannot be started; see {home / LOG}")
+
+
+def start_worker(home: Path) -> subprocess.Popen[bytes]:
+    """Start a worker that outlives this process."""
+    with (home / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedloom.deployment.worker", str(home)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )

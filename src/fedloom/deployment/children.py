@@ -1,0 +1,173 @@
+"""Processes of Flower under our care: started, started again when they die, stopped with us."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import ConnectionFailed, FedloomError, SettingsError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+"""Flower tells nobody of us, fetches nothing, and looks for work often."""
+
+PAUSE = 1.0
+"""Seconds before a child that died is started again; doubled each time, up to a minute."""
+
+
+@dataclass
+class Child:
+    """A process that is to be there as long as we are.
+
+    Attributes:
+        command: Its arguments, program first.
+        log: Where its output goes.
+        environment: What it has beside ours.
+    """
+
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    _deaths: int = 0
+    _again: float = 0.0
+
+    def keep_alive(self) -> bool:
+        """Start it if it does not run; return whether it had died."""
+        if self.process is not None and self.process.poll() is None:
+            if time.monotonic() > self._again + 60:
+                self._deaths = 0
+            return False
+        if time.monotonic() < self._again:
+            return False
+        died = self.process is not None
+        self._deaths += died
+        self._again = time.monotonic() + min(60.0, PAUSE * 2**self._deaths)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [program(self.command[0]), *self.command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **QUIET, **self.environment},
+                start_new_session=True,
+            )
+        return died
+
+    def stop(self) -> None:
+        """End it and what it has started."""
+        if self.process is None:
+            return
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, kind)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+                break
+
+
+@dataclass
+class Family:
+    """Several children that live and end together."""
+
+    children: list[Child] = field(default_factory=list)
+
+    def stop(self) -> None:
+        """End all, the youngest first."""
+        for child in reversed(self.children):
+            child.stop()
+
+
+def program(name: str) -> str:
+    """Return the path of a program of this very environment.
+
+    Raises:
+        SettingsError: Flower is not installed.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SettingsError(
+            [
+                f"{name} is missing: Flower is an extra, install it with pip install 'fedloom[flower]'"
+            ],
+            "the command",
+        )
+    return found
+
+
+def flwr(home: Path, *arguments: str) -> dict[str, Any]:
+    """Call Flower's command line with the configuration in ``home``; return the JSON that it prints.
+
+    Raises:
+        FedloomError: It failed; its own words are in the message.
+    """
+    result = subprocess.run(
+        [program("flwr"), *arguments, "--format", "json"],
+        env={**os.environ, **QUIET, "FLWR_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = result.stdout.find("{")
+    with contextlib.suppress(ValueError):
+        found: dict[str, Any] = json.loads(result.stdout[start:]) if start >= 0 else {}
+        if found.get("success"):
+            return found
+    said = " ".join((result.stdout + result.stderr).split())[-400:]
+    raise FedloomError(f"flwr {' '.join(arguments[:2])} failed: {said}")
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def require_free(host: str, port: int) -> None:
+    """Check that nobody listens at a port.
+
+    Raises:
+        ConnectionFailed: Somebody does, or it may not be used.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConnectionFailed(
+                f"cannot listen at {host}:{port}: {error.strerror}; choose another port"
+            ) from None
+
+
+def wait_until_open(port: int, child: Child, seconds: float = 60.0) -> None:
+    """Wait until a child listens at a port of this machine.
+
+    Raises:
+        ConnectionFailed: It ended, or does not listen in time.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        if child.process is not None and child.process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise ConnectionFailed(f"{child.command[0]} did not start; see {child.log}")

@@ -1,0 +1,121 @@
+"""A client of a federation: Flower's node, what starts its messages, the worker, kept going."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloom.deployment.calling import start_worker
+from fedloom.deployment.children import Child, Family, free_port
+from fedloom.deployment.door import Caller
+from fedloom.deployment.homes import ClientHome, Joining, OwnFile
+from fedloom.errors import ConnectionFailed, IdentityError
+from fedloom.identity import read_key, require_current
+
+PID = "client.pid"
+
+
+def join(
+    home: ClientHome,
+    server: str,
+    *,
+    key: Path,
+    authority: Path | None,
+    own: Path | None = None,
+    ready: Callable[[Joining], None] = lambda joining: None,
+) -> None:
+    """Take part in a federation until told to stop (SIGTERM or SIGINT).
+
+    Args:
+        home: The client's folder.
+        server: HOST:PORT of the server's door.
+        key: The client's private key.
+        authority: The federation's ca.pem; ``None`` for no TLS.
+        own: The client's file.
+        ready: Called once the server has let this client in.
+
+    Raises:
+        IdentityError: The key cannot be read, or is not let in; the authority has expired.
+        ConnectionFailed: The server cannot be reached or is another one.
+        SettingsError: The client's file has mistakes.
+    """
+    if own is not None:
+        OwnFile.read(own)
+    if authority is not None:
+        require_current(authority)
+    caller = Caller(server, read_key(key), authority.read_bytes() if authority else None)
+    welcome = caller.knock()
+    joining = Joining(
+        door=server,
+        number=welcome.number,
+        key=str(key.resolve()),
+        authority=str(authority.resolve()) if authority else None,
+        own=str(own.resolve()) if own else None,
+    )
+    home.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.write_joining(joining)
+    host = server.rpartition(":")[0]
+    family = Family(_children(home, joining, f"{host}:{welcome.flower_port}"))
+    stopping: list[int] = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopping.append(number))
+    (home.path / PID).write_text(str(os.getpid()))
+    end_worker(home)  # it may know another key or file
+    start_worker(home.path)
+    ready(joining)
+    try:
+        while not stopping:
+            for child in family.children:
+                if child.keep_alive() and not _still_let_in(caller):
+                    caller.knock()  # says why
+            time.sleep(0.2)
+    finally:
+        family.stop()
+        end_worker(home)
+        (home.path / PID).unlink(missing_ok=True)
+
+
+def end_worker(home: ClientHome) -> None:
+    """End the worker of a home, if it runs."""
+    with contextlib.suppress(OSError, ValueError):
+        os.kill(int(home.pid.read_text()), signal.SIGTERM)
+        home.pid.write_text("")
+
+
+def _still_let_in(caller: Caller) -> bool:
+    """Return whether the server, if it answers, lets this client in."""
+    try:
+        caller.knock()
+    except IdentityError:
+        return False
+    except ConnectionFailed:
+        return True
+    return True
+
+
+def _children(home: ClientHome, joining: Joining, flower: str) -> list[Child]:
+    """Return Flower's node, and what starts a process for each of its messages."""
+    port, logs = free_port(), home.path / "logs"
+    if joining.authority is None:
+        proof = ["--insecure"]
+    else:
+        proof = ["--root-certificates", joining.authority]
+        proof += ["--auth-supernode-private-key", joining.key]
+    node = [
+        "flower-supernode",
+        *proof,
+        *("--isolation", "process"),
+        *("--superlink", flower),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--node-config", f'fedloom-home="{home.path.resolve()}"'),
+    ]
+    starter = ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+    environment = {"FLWR_HOME": str((home.path / "flower").resolve())}
+    return [
+        Child(node, logs / "supernode.out", environment),
+        Child(starter, logs / "clientapp.out", environment),
+    ]

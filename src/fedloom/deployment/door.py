@@ -1,0 +1,319 @@
+"""The door: where clients of a federation say who they are, and are let through to a run.
+
+A gRPC service beside Flower's, with the same certificate. A client that joins knocks, and is told its
+number or why it is not let in; both are noted in the server's audit log. During a run it may open a
+stream: bytes both ways, passed on unread to the process that plays the rounds, which learns from the
+door whose they are. Who knocks signs the moment and what it wants with its key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedloom.engines.frames import LENGTH, Read, connect, write_frame
+from fedloom.errors import ConnectionFailed, IdentityError
+from fedloom.identity import Members, is_signed, public_line, public_pem, sign
+
+SKEW = 300
+"""Seconds by which two machines' clocks may differ."""
+
+CHUNK = 1 << 18
+"""Bytes that a stream passes on at a time."""
+
+WAITING = 8
+"""Chunks that may wait to be sent, before who sends more waits."""
+
+KNOCK, STREAM = "/fedloom.Door/Knock", "/fedloom.Door/Stream"
+OPTIONS = [
+    ("grpc.max_receive_message_length", 4 * CHUNK),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a client that is let in is told: its number, and where Flower listens."""
+
+    number: int
+    flower_port: int
+
+
+class Door(grpc.GenericRpcHandler):
+    """Lets clients in.
+
+    Attributes:
+        members: Returns who is let in, as of now.
+        note: Told of each knock, for the audit log.
+        streams: Folder of the sockets of runs, by the run's id.
+        flower_port: Where Flower listens.
+    """
+
+    def __init__(
+        self,
+        members: Callable[[], Members],
+        note: Callable[..., None],
+        streams: Path,
+        flower_port: int,
+    ) -> None:
+        """Keep what it needs."""
+        self.members, self.note = members, note
+        self.streams, self.flower_port = streams, flower_port
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Return who handles a call."""
+        if details.method == KNOCK:
+            return grpc.unary_unary_rpc_method_handler(self._knock)
+        if details.method == STREAM:
+            return grpc.stream_stream_rpc_method_handler(self._stream)
+        return None
+
+    def _knock(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        number = self._admit(context, "joins")
+        return json.dumps({"number": number, "flower_port": self.flower_port}).encode()
+
+    def _stream(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        claims = dict(context.invocation_metadata())
+        run = str(claims.get("run", ""))
+        number = self._admit(context, "opens a stream")
+        if not re.fullmatch(r"[0-9a-f]{32}", run):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{run[:40]!r} is no run")
+        try:
+            inner = connect(self.streams / run)
+        except ConnectionFailed:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"run {run[:8]} is not under way")
+        context.add_callback(lambda: _end(inner))
+        write_frame(inner, json.dumps({"client": number}).encode())
+        threading.Thread(target=_pass_on, args=(incoming, inner), daemon=True).start()
+        while chunk := _receive(inner):
+            yield chunk
+
+    def _admit(self, context: grpc.ServicerContext, what: str) -> int:
+        """Return the number of the client that calls, or end the call with the reason."""
+        claims = dict(context.invocation_metadata())
+        try:
+            number = self._number(claims)
+        except IdentityError as error:
+            peer = context.peer()
+            self.note("refused_client", what=what, peer=peer, reason=str(error))
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        self.note("client", what=what, client=number)
+        return number
+
+    def _number(self, claims: dict[str, Any]) -> int:
+        key, moment = str(claims.get("key", "")), str(claims.get("time", ""))
+        try:
+            own = public_pem(key)
+            apart = abs(time.time() - float(moment))
+            signature = bytes.fromhex(str(claims.get("signature", "")))
+        except ValueError:
+            raise IdentityError("the call is not signed as a client of fedloom signs") from None
+        members = self.members()
+        number = members.number_of(own)
+        public = members.key(number) if number is not None else None
+        if number is None or public is None:
+            known = any(member.key == key for member in members.members)
+            why = "has been revoked" if known else "is not known here"
+            raise IdentityError(
+                f"the key {key.split()[-1][-16:]} {why}; the coordinator lets it in with "
+                "`fedloom keys allow NAME FILE.pub`"
+            )
+        if apart > SKEW:
+            raise IdentityError(
+                f"its clock and the server's are {apart:.0f} seconds apart, {SKEW} are allowed: set them"
+            )
+        if not is_signed(public, _claim(key, moment, str(claims.get("run", ""))), signature):
+            raise IdentityError("the signature is not one of the key that it names")
+        return number
+
+
+def serve(door: Door, address: str, certificate: tuple[bytes, bytes] | None) -> grpc.Server:
+    """Start the door at ``address``; ``certificate`` is key and certificate in PEM, ``None`` for no TLS.
+
+    Raises:
+        ConnectionFailed: Something else listens there.
+    """
+    server = grpc.server(ThreadPoolExecutor(256), options=OPTIONS)
+    server.add_generic_rpc_handlers((door,))
+    try:
+        if certificate is None:
+            server.add_insecure_port(address)
+        else:
+            server.add_secure_port(address, grpc.ssl_server_credentials([certificate]))
+    except RuntimeError as error:
+        raise ConnectionFailed(f"cannot listen at {address}: something else does") from error
+    server.start()
+    return server
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A client at the door.
+
+    Attributes:
+        address: HOST:PORT of the door.
+        key: The client's.
+        authority: PEM of the federation's authority; ``None`` for no TLS.
+    """
+
+    address: str
+    key: ec.EllipticCurvePrivateKey
+    authority: bytes | None
+
+    def knock(self, timeout: float = 4.0) -> Welcome:
+        """Say who this is.
+
+        Raises:
+            ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
+            IdentityError: It does not let this client in.
+        """
+        require_server(self.address, self.authority, timeout)
+        with self._channel() as channel:
+            try:
+                answer = channel.unary_unary(KNOCK)(b"", timeout=timeout, metadata=self._claims(""))
+            except grpc.RpcError as error:
+                raise _reason(error, self.address) from None
+        return Welcome(**json.loads(answer))
+
+    @contextlib.contextmanager
+    def stream(self, run: str) -> Iterator[tuple[Read, Callable[[bytes], None]]]:
+        """Open a stream to a run: yields how to read from it and how to send a message.
+
+        Raises:
+            ConnectionFailed: It cannot be opened.
+            IdentityError: The server does not let this client in.
+        """
+        outgoing: queue.Queue[bytes | None] = queue.Queue(maxsize=WAITING)
+        with self._channel() as channel:
+            call = channel.stream_stream(STREAM)(
+                iter(outgoing.get, None), metadata=self._claims(run)
+            )
+
+            def send(message: bytes) -> None:
+                whole = memoryview(LENGTH.pack(len(message)) + message)
+                for start in range(0, len(whole), CHUNK):
+                    while call.is_active():
+                        with contextlib.suppress(queue.Full):
+                            outgoing.put(bytes(whole[start : start + CHUNK]), timeout=1.0)
+                            break
+
+            try:
+                yield _reader(call), send
+            except grpc.RpcError as error:
+                raise _reason(error, self.address) from None
+            finally:
+                call.cancel()
+                with contextlib.suppress(queue.Full):
+                    outgoing.put_nowait(None)
+
+    def _channel(self) -> grpc.Channel:
+        if self.authority is None:
+            return grpc.insecure_channel(self.address, OPTIONS)
+        return grpc.secure_channel(
+            self.address, grpc.ssl_channel_credentials(self.authority), OPTIONS
+        )
+
+    def _claims(self, run: str) -> tuple[tuple[str, str], ...]:
+        key, moment = public_line(self.key), f"{time.time():.3f}"
+        signature = sign(self.key, _claim(key, moment, run)).hex()
+        return (("key", key), ("time", moment), ("run", run), ("signature", signature))
+
+
+def require_server(address: str, authority: bytes | None, timeout: float = 4.0) -> None:
+    """Check that a server answers at ``address`` and is the one that the authority vouches for.
+
+    Raises:
+        ConnectionFailed: Nobody answers, or someone else does: says which, and what to do.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        plain = socket.create_connection((host.strip("[]"), int(port)), timeout)
+    except (OSError, ValueError) as error:
+        raise ConnectionFailed(
+            f"nobody answers at {address}: {error}; is the server started, and is the port open?"
+        ) from None
+    if authority is None:
+        plain.close()
+        return
+    context = ssl.create_default_context(cadata=authority.decode())
+    context.set_alpn_protocols(["h2"])
+    try:
+        with context.wrap_socket(plain, server_hostname=host.strip("[]")):
+            pass
+    except ssl.SSLCertVerificationError as error:
+        raise ConnectionFailed(
+            f"the server at {address} is not the one that your authority vouches for "
+            f"({error.verify_message}); ask the coordinator for its ca.pem of today, and for a server "
+            "certificate in force that names this host (`fedloom certs --host`)"
+        ) from None
+    except (ssl.SSLError, OSError) as error:
+        raise ConnectionFailed(
+            f"the server at {address} does not speak TLS: {error}; was it started with --insecure?"
+        ) from None
+
+
+def _claim(key: str, moment: str, run: str) -> bytes:
+    return f"fedloom {key} {moment} {run}".encode()
+
+
+def _reason(error: Any, address: str) -> Exception:
+    code, details = error.code(), error.details()
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        return IdentityError(f"the server at {address} does not let this client in: {details}")
+    return ConnectionFailed(f"the door at {address} cannot be used: {details or code}")
+
+
+def _reader(chunks: Iterator[bytes]) -> Read:
+    """Return how to read exactly so many bytes of a stream of chunks."""
+    rest = bytearray()
+
+    def read(count: int) -> bytes | None:
+        while len(rest) < count:
+            chunk = next(chunks, None)
+            if chunk is None:
+                return None
+            rest.extend(chunk)
+        found = bytes(rest[:count])
+        del rest[:count]
+        return found
+
+    return read
+
+
+def _pass_on(incoming: Iterator[bytes], inner: socket.socket) -> None:
+    with contextlib.suppress(grpc.RpcError, OSError):
+        for chunk in incoming:
+            inner.sendall(chunk)
+    _end(inner)
+
+
+def _receive(inner: socket.socket) -> bytes:
+    try:
+        return inner.recv(CHUNK)
+    except OSError:
+        return b""
+
+
+def _end(inner: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        inner.shutdown(socket.SHUT_RDWR)
+    inner.close()

@@ -1,0 +1,225 @@
+"""Where the server and a client of a federation keep what is theirs, and the client's own file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fedloom.data.sources import SourceSettings
+from fedloom.errors import SettingsError
+from fedloom.files import write_whole
+from fedloom.identity import CA, CA_KEY, CERTIFICATE, CLIENTS, KEY, Members
+from fedloom.settings import Settings, nearest, parse, read_toml, write_toml
+
+SERVER_HOME = Path("fedloom-server")
+CLIENT_HOME = Path("fedloom-client")
+ADDRESS = "client.json"
+
+
+class OwnData(SourceSettings):
+    """``[data]`` of a client's file: its rows."""
+
+    source: str | list[str]
+    """A local file, a pattern of files, or a list of these."""
+    deal: bool = False
+    """Whether these are the rows of all clients, of which this one takes its share, as a simulation
+    deals them: for trying things."""
+
+
+class OwnModel(Settings):
+    """``[model]`` of a client's file."""
+
+    path: str
+    """Where the experiment's model lies on this machine."""
+
+
+class OwnTraining(Settings):
+    """``[training]`` of a client's file: how this machine computes."""
+
+    device: str | None = None
+    """As training.device of an experiment."""
+    threads: int | None = Field(default=None, ge=1)
+    """As training.threads of an experiment."""
+
+
+class OwnWorker(Settings):
+    """``[worker]`` of a client's file: the process that keeps model and rows between messages."""
+
+    idle: float = Field(default=3600, gt=0)
+    """Seconds without a message after which it ends; the next message starts it again."""
+
+
+OWN_SECTIONS: dict[str, type[Settings]] = {
+    "data": OwnData,
+    "model": OwnModel,
+    "training": OwnTraining,
+    "worker": OwnWorker,
+}
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """What a client says of itself: nothing of it leaves its machine."""
+
+    data: OwnData | None = None
+    model: OwnModel | None = None
+    training: OwnTraining = field(default_factory=OwnTraining)
+    worker: OwnWorker = field(default_factory=OwnWorker)
+
+    @classmethod
+    def read(cls, path: Path) -> OwnFile:
+        """Read a client's file.
+
+        Raises:
+            SettingsError: With every mistake found in it.
+        """
+        table, problems, parts = read_toml(path), [], {}
+        for section in sorted(table.keys() - OWN_SECTIONS.keys()):
+            problems.append(f"[{section}]: unknown section; {nearest(section, OWN_SECTIONS)}")
+        for section in sorted(table.keys() & OWN_SECTIONS.keys()):
+            settings, complaints = parse(OWN_SECTIONS[section], table[section], section)
+            problems += complaints
+            parts[section] = settings
+        if problems:
+            raise SettingsError(problems, str(path))
+        found: Any = parts
+        return cls(**found)
+
+
+class Joining(Settings):
+    """How a client was joined, as its processes read it."""
+
+    door: str
+    """HOST:PORT of the server's door."""
+    number: int
+    key: str
+    authority: str | None = None
+    """File of the federation's authority; left out for no TLS."""
+    own: str | None = None
+    """The client's file."""
+
+
+@dataclass(frozen=True)
+class ClientHome:
+    """A client's folder."""
+
+    path: Path
+
+    @property
+    def socket(self) -> Path:
+        """Where the worker listens."""
+        return self.path / "worker" / "socket"
+
+    @property
+    def log(self) -> Path:
+        """What the worker has to say."""
+        return self.path / "worker.log"
+
+    @property
+    def pid(self) -> Path:
+        """The worker's process, and the lock that makes it the only one."""
+        return self.path / "worker.pid"
+
+    def run(self, run: str) -> Path:
+        """Return the folder of what this client keeps of a run."""
+        return self.path / "runs" / run
+
+    def joining(self) -> Joining:
+        """Return how the client was joined.
+
+        Raises:
+            SettingsError: It was not.
+        """
+        found, problems = parse(Joining, read_toml(self.path / "client.toml"), "client")
+        if found is None:
+            raise SettingsError(problems, str(self.path / "client.toml"))
+        return found
+
+    def write_joining(self, joining: Joining) -> None:
+        """Keep how the client was joined."""
+        write_whole(self.path / "client.toml", write_toml(joining.model_dump()).encode())
+
+    def own_file(self) -> OwnFile:
+        """Return what the client says of itself."""
+        own = self.joining().own
+        return OwnFile.read(Path(own)) if own else OwnFile()
+
+
+class Serving(Settings):
+    """How the server was started, as other commands read it."""
+
+    host: str
+    port: int
+    """Where Flower listens."""
+    door: int
+    """Where the door is."""
+    insecure: bool
+    pid: int
+
+
+@dataclass(frozen=True)
+class ServerHome:
+    """The server's folder."""
+
+    path: Path
+
+    @property
+    def authority(self) -> Path:
+        """The federation's authority, which clients are given."""
+        return self.path / CA
+
+    @property
+    def authority_key(self) -> Path:
+        """The key that makes certificates."""
+        return self.path / CA_KEY
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.path / CERTIFICATE
+
+    @property
+    def key(self) -> Path:
+        """Its key."""
+        return self.path / KEY
+
+    @property
+    def flower(self) -> Path:
+        """What Flower keeps."""
+        return self.path / "flower"
+
+    @property
+    def streams(self) -> Path:
+        """Sockets of runs, where the door passes streams on to."""
+        return self.path / "streams"
+
+    @property
+    def requests(self) -> Path:
+        """What was asked to be run, and how far it is."""
+        return self.path / "requests"
+
+    def members(self) -> Members:
+        """Return who is let in, as of now."""
+        return Members(self.path / CLIENTS)
+
+    def serving(self) -> Serving:
+        """Return how the server was started.
+
+        Raises:
+            SettingsError: It was not, or the folder is no server's.
+        """
+        path = self.path / "server.toml"
+        if not path.is_file():
+            raise SettingsError(
+                [
+                    f"no server was started in {self.path}: `fedloom server start --home {self.path}`"
+                ],
+                "the command",
+            )
+        found, problems = parse(Serving, read_toml(path), "server")
+        if found is None:
+            raise SettingsError(problems, str(path))
+        return found

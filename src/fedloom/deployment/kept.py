@@ -1,0 +1,94 @@
+"""What a client keeps between rounds, on its own disk, one version for each round it took part in.
+
+A server that was stopped goes on after the last round that it saved, which may be before the last that
+this client has seen. So versions say in which stretch of the run (from one beginning to the next) they
+were made, and those of rounds that were given up are never used again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from fedloom.errors import CheckpointError
+from fedloom.files import write_whole
+from fedloom.messages import Tensors
+
+
+@dataclass(frozen=True, order=True)
+class Version:
+    """When something was kept.
+
+    Attributes:
+        began: How many times the run had begun or been resumed.
+        round: In which round.
+    """
+
+    began: int
+    round: int
+
+    def counts(self, began: Sequence[int]) -> bool:
+        """Return whether it was kept in a round that counts.
+
+        Args:
+            began: For each time that the run began or was resumed, the last round finished before.
+        """
+        later = began[self.began :]
+        return self.began <= len(began) and all(self.round <= after for after in later)
+
+
+class Kept:
+    """The versions of one client in one run."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look into ``folder``, which may not be there yet."""
+        self.folder = folder
+
+    def latest(self, began: Sequence[int], round: int) -> tuple[Version, Tensors] | None:
+        """Return the newest version that counts in ``round``, and drop those that never will again.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        versions = self._versions()
+        for version in versions:
+            if not version.counts(began):
+                self._path(version).unlink(missing_ok=True)
+        usable = [v for v in versions if v.counts(began) and v.round <= round]
+        if not usable:
+            return None
+        newest = max(usable, key=lambda version: (version.round, version.began))
+        try:
+            return newest, safetensors.torch.load_file(self._path(newest))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"what this client keeps is damaged ({self._path(newest)}: {error}); delete that file "
+                "to go on with the version before it"
+            ) from None
+
+    def put(self, version: Version, tensors: Tensors, *, oldest: int) -> None:
+        """Keep tensors, and drop versions before the one that a server gone back to ``oldest`` needs.
+
+        Raises:
+            OutputError: The disk is full or not writable.
+        """
+        write_whole(self._path(version), safetensors.torch.save(tensors))
+        before = [known for known in self._versions() if known.round <= oldest]
+        for known in before[:-1]:
+            self._path(known).unlink(missing_ok=True)
+
+    def _versions(self) -> list[Version]:
+        found = []
+        for path in self.folder.glob("*.safetensors"):
+            match = re.fullmatch(r"(\d+)-(\d+)", path.stem)
+            if match:
+                found.append(Version(int(match[1]), int(match[2])))
+        return sorted(found, key=lambda version: (version.round, version.began))
+
+    def _path(self, version: Version) -> Path:
+        return self.folder / f"{version.began:04d}-{version.round:06d}.safetensors"

@@ -1,0 +1,164 @@
+"""How a run is asked of the server's processes, and how they tell what becomes of it.
+
+``fedloom run --engine flower`` writes an order, Flower starts the process that plays the rounds, and
+that writes what happens as lines of JSON, which ``fedloom run`` shows as it shows a run in its own
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedloom.accounting.ledger import Cost
+from fedloom.errors import FedloomError, RoundFailed
+from fedloom.files import write_whole
+from fedloom.runner import Plan, RunObserver
+from fedloom.server import Evaluation, RoundRecord
+from fedloom.settings import Settings, parse, read_toml, write_toml
+
+LOOK = 0.1
+"""Seconds between looks for news."""
+
+
+class Order(Settings):
+    """What is to be run."""
+
+    home: str
+    """The server's folder."""
+    folder: str
+    """The run folder."""
+    experiment: str | None = None
+    """File of the experiment; left out to continue the run in the folder."""
+    from_round: int | None = None
+    """Continue after the checkpoint of this round."""
+
+    def write(self, path: Path) -> None:
+        """Keep it as TOML."""
+        write_whole(path, write_toml(self.model_dump()).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            SettingsError: It is no order.
+        """
+        order, problems = parse(cls, read_toml(path), "order")
+        if order is None:
+            raise FedloomError(f"{path} is no order of `fedloom run --engine flower`: {problems}")
+        return order
+
+
+class News:
+    """Tells what happens in a run as lines of JSON; an observer of it."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin the file at ``path``."""
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Write one line."""
+        self._file.write(json.dumps({"event": event, **facts}) + "\n")
+
+    def stage(self, text: str) -> None:
+        """Something is being prepared."""
+        self.tell("stage", text=text)
+
+    def begin(self, plan: Plan) -> None:
+        """Training is about to start."""
+        self.tell("begin", plan=asdict(plan))
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """A client has answered."""
+        self.tell("client_done", round=round, client=client, done=done, of=of)
+
+    def round_done(self, record: RoundRecord) -> None:
+        """A round is over."""
+        self.tell("round_done", record=asdict(record))
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+        self.tell("warning", text=text)
+
+    def end(self) -> None:
+        """The run is over, well or not."""
+        self.tell("end")
+
+
+def read_news(path: Path, still_running: Any) -> Iterator[dict[str, Any]]:
+    """Yield what is told, as it is; ends with the last word or when the run is no longer there."""
+    while not path.exists():
+        if not still_running():
+            return
+        time.sleep(LOOK)
+    with path.open(encoding="utf-8") as file:
+        asked = time.monotonic()
+        while True:
+            line = file.readline()
+            if line.endswith("\n"):
+                told = json.loads(line)
+                last = told["event"] in ("finished", "failed")
+                yield told
+                if last:
+                    return
+                continue
+            if line:
+                file.seek(file.tell() - len(line.encode()), os.SEEK_SET)
+            if time.monotonic() - asked > 5:
+                asked = time.monotonic()
+                if not still_running():
+                    return
+            time.sleep(LOOK)
+
+
+def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
+    """Pass news on to an observer; return the summary that a finished run ends with.
+
+    Raises:
+        FedloomError: The run failed, for the reason told.
+        RoundFailed: It ended without a word.
+    """
+    for told in news:
+        event = told.pop("event")
+        if event == "finished":
+            return str(told["summary"])
+        if event == "failed":
+            error = FedloomError(told["text"])
+            error.exit_code = told["exit_code"]
+            raise error
+        if event == "begin":
+            observer.begin(Plan(**told["plan"]))
+        elif event == "round_done":
+            observer.round_done(_record(told["record"]))
+        else:
+            getattr(observer, event)(**told)
+    raise RoundFailed(
+        "the process that played the rounds is gone; everything up to the last round is saved: go on "
+        "with `fedloom run --resume FOLDER --engine flower`"
+    )
+
+
+def _record(table: dict[str, Any]) -> RoundRecord:
+    """Return the record of which ``table`` is the JSON."""
+    evaluation = table["evaluation"]
+    if evaluation is not None:
+        clients = {int(client): own for client, own in evaluation["clients"].items()}
+        evaluation = Evaluation(evaluation["metrics"], clients)
+    by_client = ("rejected", "paused", "client_train")
+    numbered = {key: {int(c): own for c, own in table[key].items()} for key in by_client}
+    return RoundRecord(
+        **{
+            **table,
+            **numbered,
+            "clients": tuple(table["clients"]),
+            "offenders": tuple(table["offenders"]),
+            "evaluation": evaluation,
+            "costs": tuple(Cost(**cost) for cost in table["costs"]),
+        }
+    )

@@ -1,0 +1,259 @@
+"""The server of a federation: Flower's link, the door beside it, and what keeps them going."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloom.audit import FILE, AuditLog
+from fedloom.deployment.children import (
+    Child,
+    Family,
+    flwr,
+    require_free,
+    wait_until_open,
+)
+from fedloom.deployment.door import Door, serve
+from fedloom.deployment.homes import ServerHome, Serving
+from fedloom.deployment.orders import Order, read_news, show
+from fedloom.errors import ConnectionFailed, FedloomError, Interrupted, SettingsError
+from fedloom.files import write_whole
+from fedloom.identity import require_current
+from fedloom.runner import RunObserver
+from fedloom.settings import read_toml, write_toml
+
+PORT, DOOR = 9092, 9093
+LINK = "here"
+"""What Flower's configuration calls the server."""
+
+REGISTERED = "registered.toml"
+APP = Path(__file__).with_name("app")
+
+
+def start(
+    home: ServerHome,
+    *,
+    host: str = "0.0.0.0",
+    port: int = PORT,
+    door: int = DOOR,
+    insecure: bool = False,
+    ready: Callable[[Serving], None] = lambda serving: None,
+) -> None:
+    """Serve until told to stop (SIGTERM or SIGINT).
+
+    Args:
+        home: The server's folder.
+        host: Address to listen at.
+        port: Of Flower.
+        door: Of the door.
+        insecure: Whether to do without TLS; nothing that travels is secret then.
+        ready: Called once clients can join.
+
+    Raises:
+        IdentityError: A certificate is missing or has expired.
+        ConnectionFailed: A port is taken, or Flower does not start.
+    """
+    if not insecure:
+        require_current(home.certificate)
+        require_current(home.authority)
+    require_free(host, port)
+    require_free(host, door)
+    for folder in (home.path, home.flower, home.streams, home.requests):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _configure(home, port, insecure)
+    serving = Serving(host=host, port=port, door=door, insecure=insecure, pid=os.getpid())
+    log = AuditLog(home.path / FILE)
+    family = Family(_children(home, serving))
+    link = family.children[0]
+    stopping: list[int] = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopping.append(number))
+    own = Door(home.members, log.record, home.streams, port)
+    certificate = None if insecure else (home.key.read_bytes(), home.certificate.read_bytes())
+    opened = serve(own, f"{host}:{door}", certificate)
+    try:
+        link.keep_alive()
+        wait_until_open(port, link)
+        write_whole(home.path / "server.toml", write_toml(serving.model_dump()).encode())
+        log.record("started", port=port, door=door, tls=not insecure)
+        registry = _Registry(home, log, insecure=insecure)
+        registry.follow()
+        ready(serving)
+        while not stopping:
+            for child in family.children:
+                if child.keep_alive():
+                    log.record("restarted", process=child.command[0])
+            registry.follow()
+            time.sleep(0.2)
+    finally:
+        opened.stop(grace=None)
+        family.stop()
+        log.record("stopped")
+        (home.path / "server.toml").unlink(missing_ok=True)
+
+
+def submit(home: ServerHome, order: Order) -> tuple[Path, str]:
+    """Have Flower start a run; return the file of its order and Flower's number for it.
+
+    Raises:
+        SettingsError: No server was started here.
+        FedloomError: Flower refuses.
+    """
+    home.serving()
+    path = home.requests / f"{time.time_ns():x}.toml"
+    order.write(path)
+    config = path.with_suffix(".config.toml")
+    write_whole(config, write_toml({"order": str(path)}).encode())
+    found = flwr(home.flower, "run", str(APP), LINK, "--run-config", str(config))
+    return path, str(found["run-id"])
+
+
+def follow(home: ServerHome, order: Path, number: str, observer: RunObserver) -> str:
+    """Show a run until it is over; return its summary.
+
+    Raises:
+        FedloomError: It failed.
+        Interrupted: The user stopped it.
+    """
+    try:
+        return show(
+            read_news(order.with_suffix(".jsonl"), lambda: is_running(home, number)), observer
+        )
+    except KeyboardInterrupt:
+        stop_run(home, number)
+        folder = Order.read(order).folder
+        raise Interrupted(
+            f"stopped; go on with: fedloom run --resume {folder} --engine flower"
+        ) from None
+    finally:
+        with contextlib.suppress(Exception):
+            observer.end()
+
+
+def is_running(home: ServerHome, number: str) -> bool:
+    """Return whether Flower says that a run is not over; also while it cannot be asked."""
+    try:
+        runs = flwr(home.flower, "ls", LINK, "--run-id", number)["runs"]
+    except FedloomError:
+        return True
+    return any(not str(run["status"]).startswith("finished") for run in runs)
+
+
+def stop_run(home: ServerHome, number: str) -> None:
+    """Have Flower end a run; every finished round of it is saved."""
+    flwr(home.flower, "stop", number, LINK)
+
+
+def under_way(home: ServerHome) -> list[str]:
+    """Return Flower's numbers of the runs that are not over."""
+    runs = flwr(home.flower, "ls", LINK)["runs"]
+    return [str(r["run-id"]) for r in runs if not str(r["status"]).startswith("finished")]
+
+
+def registered(home: ServerHome) -> dict[str, str]:
+    """Return Flower's node of each public key that it was told of."""
+    path = home.path / REGISTERED
+    return read_toml(path) if path.exists() else {}
+
+
+def _configure(home: ServerHome, port: int, insecure: bool) -> None:
+    """Write the configuration by which Flower's command line finds the server."""
+    address = f"localhost:{port}"
+    link = {"address": address} | (
+        {"insecure": True} if insecure else {"root-certificates": str(home.authority.resolve())}
+    )
+    table = {"superlink": {"default": LINK, LINK: link}}
+    write_whole(home.flower / "config.toml", write_toml(table).encode())
+
+
+def _children(home: ServerHome, serving: Serving) -> list[Child]:
+    """Return the link, and what starts a process for each run."""
+    logs, flower = home.path / "logs", home.flower
+    path = home.path.resolve()
+    if serving.insecure:
+        server, client = ["--insecure"], ["--insecure"]
+    else:
+        client = ["--root-certificates", str(path / home.authority.name)]
+        server = [
+            "--ssl-ca-certfile",
+            str(path / home.authority.name),
+            "--ssl-certfile",
+            str(path / home.certificate.name),
+            "--ssl-keyfile",
+            str(path / home.key.name),
+            "--enable-supernode-auth",
+        ]
+    link = [
+        "flower-superlink",
+        *server,
+        *("--isolation", "process"),
+        *("--host", serving.host, "--port", str(serving.port)),
+        *("--database", str(path / "flower.db")),
+        *("--log-file", str(logs.resolve() / "flower-superlink.log")),
+        "--disable-runtime-dependency-installation",
+    ]
+    starter = [
+        "flower-superexec",
+        *client,
+        *("--runtime-api-address", f"localhost:{serving.port}"),
+    ]
+    environment = {"FLWR_HOME": str(flower.resolve())}
+    return [
+        Child(link, logs / "superlink.out", environment),
+        Child(starter, logs / "serverapp.out", environment),
+    ]
+
+
+class _Registry:
+    """Tells Flower whom we let in, as often as that changes."""
+
+    def __init__(self, home: ServerHome, log: AuditLog, *, insecure: bool) -> None:
+        self.home, self.log, self.insecure = home, log, insecure
+        self.path = home.path / REGISTERED
+        self.nodes = registered(home)
+        self._seen: int | None = None
+
+    def follow(self) -> None:
+        """Register who was let in and remove who was revoked since the last call."""
+        members = self.home.members()
+        stamp = members.path.stat().st_mtime_ns if members.path.exists() else 0
+        if self.insecure or stamp == self._seen:
+            return
+        for number, member in enumerate(members.members):
+            if member.revoked and member.key in self.nodes:
+                flwr(self.home.flower, "supernode", "unregister", self.nodes.pop(member.key), LINK)
+                self.log.record("revoked", client=number, name=member.name)
+            elif not member.revoked and member.key not in self.nodes:
+                public = self.home.path / f"client-{number:04d}.pub"
+                write_whole(public, f"{member.key}\n".encode(), 0o644)
+                found = flwr(
+                    self.home.flower,
+                    "supernode",
+                    "register",
+                    str(public),
+                    LINK,
+                    "--name",
+                    member.name,
+                )
+                self.nodes[member.key] = str(found["node-id"])
+                self.log.record("allowed", client=number, name=member.name)
+        write_whole(self.path, write_toml(self.nodes).encode())
+        self._seen = stamp
+
+
+def require_stopped(home: ServerHome) -> None:
+    """Check that no server runs in a home.
+
+    Raises:
+        SettingsError: One does.
+    """
+    try:
+        serving = home.serving()
+        os.kill(serving.pid, 0)
+    except (SettingsError, ProcessLookupError):
+        return
+    raise ConnectionFailed(f"a server runs in {home.path} already, as process {serving.pid}")

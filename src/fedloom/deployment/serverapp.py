@@ -1,0 +1,69 @@
+"""What Flower starts on the server for each run: the loop of rounds, with clients on other machines."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.orders import News, Order
+from fedloom.engines.flower import FlowerEngine, Post
+from fedloom.engines.streams import Streams
+from fedloom.errors import FedloomError, SettingsError
+from fedloom.experiment import Experiment
+from fedloom.identity import read_key, sign
+from fedloom.report import run_folder as names
+from fedloom.runner import RunResult, resume_run, run_experiment
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Play the run that was ordered, or the commented starting file where nothing was."""
+    path = Path(str(context.run_config["order"]))
+    if not path.is_file():
+        raise SettingsError(
+            ["this app is started by `fedloom run EXPERIMENT.toml --engine flower`"],
+            "the Flower app",
+        )
+    order, news = Order.read(path), News(path.with_suffix(".jsonl"))
+    try:
+        result = _play(grid, order, news)
+    except FedloomError as error:
+        news.tell("failed", text=str(error), exit_code=error.exit_code)
+        raise
+    except BaseException as error:
+        news.tell("failed", text=f"{type(error).__name__}: {error}", exit_code=1)
+        raise
+    news.tell("finished", summary=result.summary_text)
+
+
+def _play(grid: Grid, order: Order, news: News) -> RunResult:
+    home, folder = ServerHome(Path(order.home)), Path(order.folder)
+    file = Path(order.experiment) if order.experiment else folder / names.EXPERIMENT
+    experiment = Experiment.from_toml(file)
+    engine = FlowerEngine(_post(grid, home), experiment.federation, experiment.clients.newcomers)
+    try:
+        if order.experiment is None:
+            return resume_run(folder, from_round=order.from_round, observer=news, remote=engine)
+        return run_experiment(experiment, observer=news, remote=engine)
+    finally:
+        engine.close()
+
+
+def _post(grid: Grid, home: ServerHome) -> Post:
+    serving = home.serving()
+    streams = partial(_open_streams, home)
+    if serving.insecure:
+        return Post(grid, home.members, open_streams=streams, door=serving.door)
+    certificate = home.certificate.read_text()
+    signing = partial(sign, read_key(home.key))
+    return Post(grid, home.members, signing, certificate, streams, serving.door)
+
+
+def _open_streams(home: ServerHome, run: str) -> Streams:
+    return Streams(home.streams / run)

@@ -1,0 +1,341 @@
+"""The resident worker: one process on a client's host that keeps model and rows between messages.
+
+It is asked by the thin client that Flower starts for each message, over a socket that only this user can
+open, and by the server over a stream that the worker opened after a message told it where. Requests are
+the same in both: an envelope, answered by an envelope. It carries them out with the very engine that
+simulates, for its one client.
+
+Run as ``python -m fedloom.deployment.worker HOME``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from fedloom import __version__
+from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
+from fedloom.checkpoint import KEPT
+from fedloom.data.sources import CLIENTS
+from fedloom.deployment.calling import NO_LIMIT
+from fedloom.deployment.door import Caller
+from fedloom.deployment.homes import ClientHome, OwnFile
+from fedloom.deployment.kept import Kept, Version
+from fedloom.engines.frames import listen, read_frame, reader, write_frame
+from fedloom.engines.store import ClientStore
+from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
+from fedloom.errors import FedloomError, MessageError, SettingsError
+from fedloom.experiment import Experiment
+from fedloom.identity import is_signed, issued_key, read_certificate, read_key, sign
+from fedloom.messages import Exchange, Schema, decode
+from fedloom.models.load import silence_transformers
+from fedloom.settings import parse_toml
+
+LOG = logging.getLogger("fedloom.worker")
+
+
+@dataclass
+class Run:
+    """A run that this client takes part in, made ready.
+
+    Attributes:
+        header: What the server told of it.
+        parts: Model, rows and handlers, for this client alone.
+        kept: What it keeps between rounds, on disk.
+        every: Rounds between the server's checkpoints.
+        moment: The stretch and round that the store in memory is of.
+    """
+
+    header: RequestHeader
+    parts: Parts
+    kept: Kept
+    every: int
+    moment: Version | None = None
+
+
+class Worker:
+    """Answers envelopes."""
+
+    def __init__(self, home: ClientHome) -> None:
+        """Read how the client was joined.
+
+        Raises:
+            SettingsError: It was not.
+        """
+        self.home, self.joining = home, home.joining()
+        self.key = read_key(Path(self.joining.key))
+        authority = self.joining.authority
+        self.authority = read_certificate(Path(authority)) if authority else None
+        self.run: Run | None = None
+        self.heard = time.monotonic()
+        self._lock = threading.Lock()
+        self._last: tuple[str, int, int] | None = None
+        self._reply: Envelope | None = None
+        self._streaming: str | None = None
+
+    def answer(self, packed: bytes, *, streamed: bool) -> bytes:
+        """Return the packed reply to a packed request; whatever goes wrong is in it.
+
+        Args:
+            packed: The request.
+            streamed: Whether it came over a stream, whose other end was made sure of when it was opened.
+
+        Raises:
+            MessageError: It is no request, or not the server's: nothing can be said in reply.
+        """
+        with self._lock:
+            self.heard = time.monotonic()
+            envelope = Envelope.unpack(packed)
+            header = envelope.read(RequestHeader)
+            if not streamed:
+                self._require_server(envelope, header)
+            asked = (header.run, len(header.began), header.number)
+            if asked == self._last and self._reply is not None:  # it did not reach the server
+                return self._reply.pack()
+            reply, payload = self._carried_out(envelope, header)
+            signing = None if streamed else partial(sign, self.key)
+            self._last, self._reply = asked, seal(reply, payload, signing)
+            self.heard = time.monotonic()
+            if not streamed and header.door is not None:
+                host = self.joining.door.rpartition(":")[0]
+                self._open_stream(f"{host}:{header.door}", header.run)
+            return self._reply.pack()
+
+    def _require_server(self, envelope: Envelope, header: RequestHeader) -> None:
+        """Check that the message is from the server whose authority this client was given."""
+        if self.authority is None:
+            return
+        key = issued_key(header.certificate or "", self.authority)
+        if key is None or not is_signed(key, envelope.header, envelope.signature):
+            raise MessageError(
+                "the message is not signed by a server that your authority vouches for; nothing was done"
+            )
+
+    def _carried_out(self, envelope: Envelope, header: RequestHeader) -> tuple[ReplyHeader, bytes]:
+        number = self.joining.number
+        reply = ReplyHeader(
+            run=header.run,
+            began=len(header.began),
+            client=number,
+            round=header.round,
+            number=header.number,
+        )
+        try:
+            if header.client not in (None, number):
+                raise MessageError(f"this is client {number}, the message is for {header.client}")
+            run = self._ready(header)
+            if header.kind == "join":
+                return reply.model_copy(update={"joined": self._joined(run)}), b""
+            if header.kind == "end":
+                self._write_model(run, header, envelope.payload)
+                return reply, b""
+            payload, error = self._exchanged(run, header, envelope.payload)
+            work = [
+                WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
+                for cost in run.parts.ledger.take()
+            ]
+            return reply.model_copy(update={"work": work, "error": error}), payload
+        except FedloomError as error:
+            text = str(error)
+        except Exception as error:  # whatever breaks here is this client's affair
+            LOG.exception("message %d failed", header.number)
+            text = f"{type(error).__name__}: {error}"
+        LOG.warning("message %d: %s", header.number, text)
+        return reply.model_copy(update={"error": text[:4000]}), b""
+
+    def _ready(self, header: RequestHeader) -> Run:
+        """Return the run that a message is of, made ready."""
+        if self.run is not None and self.run.header.run == header.run:
+            return self.run
+        if header.experiment is None:
+            raise MessageError("this client was started anew and must be told of the run again")
+        self.run = None  # one model at a time
+        start = time.monotonic()
+        table = parse_toml(header.experiment, "the experiment")
+        experiment = Experiment.from_table(table, source="the experiment that the server sent")
+        own = self.home.own_file()
+        experiment = replace(
+            experiment,
+            model=experiment.model.model_copy(update=own.model.model_dump() if own.model else {}),
+            training=experiment.training.model_copy(
+                update=own.training.model_dump(exclude_none=True)
+            ),
+        )
+        number = self.joining.number
+        division = self._divided(experiment, own, number, tuple(header.classes))
+        parts = assemble(experiment, division, only=number, stage=LOG.info)
+        LOG.info(
+            "run %s: ready after %.1f s, backbone loaded from %s",
+            header.run[:8],
+            time.monotonic() - start,
+            parts.model_path,
+        )
+        kept = Kept(self.home.run(header.run) / "kept")
+        self.run = Run(header, parts, kept, experiment.output.checkpoint_every)
+        return self.run
+
+    def _divided(
+        self, experiment: Experiment, own: OwnFile, number: int, classes: tuple[str, ...]
+    ) -> Division:
+        data = experiment.data
+        if own.data is None and not data.is_builtin:
+            raise SettingsError(
+                [
+                    f"[data] is missing: the run has data.source = {data.source!r}, and this client "
+                    "reads only what its own file names"
+                ],
+                "the client's file",
+            )
+        if own.data is not None and not data.is_builtin:
+            named = own.data.model_dump(exclude={"deal"}, exclude_unset=True)
+            data = data.model_copy(update=named)
+        if data.source == CLIENTS or (own.data is not None and not own.data.deal):
+            alone = data.model_copy(update={"test_source": None, "test_split": None})
+            return divide(experiment, own=OwnRows(number, alone, classes))
+        return only(divide(replace(experiment, data=data)), number)
+
+    def _joined(self, run: Run) -> Joined:
+        parts, number = run.parts, self.joining.number
+        return Joined(
+            rows=parts.local.rows(number),
+            held_out=len(parts.division.held_out.get(number, [])),
+            model=parts.model_digest,
+            version=__version__,
+        )
+
+    def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
+        number, engine = self.joining.number, run.parts.local
+        request, reply = header.request or {}, header.reply or {}
+        self._remember(run, header, header.round)
+        exchange = Exchange(
+            header.action,
+            header.round,
+            Schema.from_table(request),
+            Schema.from_table(reply),
+            {number: data},
+        )
+        (answer,) = engine.exchange(exchange)
+        engine.finish_round()
+        if number in engine.store.changed:
+            oldest = header.round - (KEPT + 1) * run.every
+            now = Version(len(header.began), header.round)
+            run.kept.put(now, engine.store.flat().get(number, {}), oldest=oldest)
+            engine.store.changed.clear()
+        return answer.data or b"", answer.error
+
+    def _remember(self, run: Run, header: RequestHeader, round: int) -> None:
+        """Have in memory what this client kept before this message."""
+        now = Version(len(header.began), round)
+        if run.moment == now:
+            return
+        known = run.kept.latest(header.began, round)
+        flat = {self.joining.number: known[1]} if known is not None else None
+        run.parts.local.restart(ClientStore(flat))
+        run.moment = now
+
+    def _write_model(self, run: Run, header: RequestHeader, data: bytes) -> None:
+        """Write what this client would use now into its own folder, if it has a model of its own."""
+        if header.request is None:
+            return
+        engine, folder = run.parts.local, self.home.run(header.run) / "model"
+        self._remember(run, header, run.parts.evaluator.rounds)
+        payload = decode(data, Schema.from_table(header.request))
+        client = engine.client(self.joining.number, run.parts.evaluator.rounds)
+        run.parts.method.load(client, payload)
+        client.model.save(folder)
+        LOG.info("run %s: own model written to %s", header.run[:8], folder)
+
+    def _open_stream(self, address: str, run: str) -> None:
+        if self._streaming == run:
+            return
+        self._streaming = run
+        threading.Thread(target=self._stream, args=(address, run), daemon=True).start()
+
+    def _stream(self, address: str, run: str) -> None:
+        """Answer what comes over a stream until it breaks; the next message opens another."""
+        authority = self.joining.authority
+        content = Path(authority).read_bytes() if authority else None
+        try:
+            with Caller(address, self.key, content).stream(run) as (read, send):
+                LOG.info("run %s: stream to %s", run[:8], address)
+                while (message := read_frame(read, lambda: NO_LIMIT)) is not None:
+                    send(self.answer(message, streamed=True))
+        except (FedloomError, OSError) as error:
+            LOG.info("run %s: stream ended: %s", run[:8], error)
+        except Exception:
+            LOG.exception("run %s: stream failed", run[:8])
+        self._streaming = None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a stream is open."""
+        return self._streaming is not None
+
+
+def serve(worker: Worker, home: ClientHome, idle: float) -> None:
+    """Answer at the home's socket until nothing has been asked for ``idle`` seconds."""
+    listening = listen(home.socket)
+    listening.settimeout(1.0)
+    LOG.info("worker %d listens for client %d", os.getpid(), worker.joining.number)
+    while worker.streaming or time.monotonic() - worker.heard < idle:
+        try:
+            connection, _ = listening.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
+        threading.Thread(target=_serve, args=(worker, connection), daemon=True).start()
+    LOG.info("worker %d ends: nothing was asked for %g seconds", os.getpid(), idle)
+
+
+def _serve(worker: Worker, connection: socket.socket) -> None:
+    with connection:
+        try:
+            message = read_frame(reader(connection), lambda: NO_LIMIT)
+            if message is not None:
+                write_frame(connection, worker.answer(message, streamed=False))
+        except (FedloomError, OSError) as error:
+            LOG.warning("a message was not answered: %s", error)
+
+
+def _lock(path: Path) -> TextIO | None:
+    """Return the held lock of the only worker of a home, or ``None`` where another holds it."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def main() -> None:
+    """Run the worker of the home that the command line names."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    home = ClientHome(Path(sys.argv[1]))
+    lock = _lock(home.pid)
+    if lock is None:
+        return
+    silence_transformers()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        serve(Worker(home), home, home.own_file().worker.idle)
+    except FedloomError as error:
+        LOG.error("%s", error)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

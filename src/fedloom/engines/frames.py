@@ -1,0 +1,103 @@
+"""Whole messages over a byte stream between processes: eight bytes of length, then the message."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloom.errors import ConnectionFailed, MessageError
+
+LENGTH = struct.Struct("<Q")
+
+Read = Callable[[int], bytes | None]
+"""Returns so many bytes, or ``None`` where the stream has ended."""
+
+
+def write_frame(connection: socket.socket, message: bytes) -> None:
+    """Send a message; waits while the other side does not read.
+
+    Raises:
+        OSError: The connection is broken.
+    """
+    connection.sendall(LENGTH.pack(len(message)))
+    connection.sendall(message)
+
+
+def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
+    """Return the next message, or ``None`` where the stream has ended, in the middle of one or not.
+
+    Args:
+        read: Reads from the stream.
+        limit: Bytes that the message may have; asked when one comes.
+
+    Raises:
+        MessageError: It is longer; nothing of it has been read.
+    """
+    prefix = read(LENGTH.size)
+    if prefix is None:
+        return None
+    (length,) = LENGTH.unpack(prefix)
+    if length > limit():
+        raise MessageError(f"a message of {length} bytes, {limit()} are allowed")
+    return read(length)
+
+
+def reader(connection: socket.socket) -> Read:
+    """Return how to read exactly so many bytes from a socket."""
+
+    def read(count: int) -> bytes | None:
+        buffer = bytearray(count)
+        view, got = memoryview(buffer), 0
+        while got < count:
+            try:
+                new = connection.recv_into(view[got:], min(count - got, 1 << 20))
+            except OSError:
+                return None
+            if not new:
+                return None
+            got += new
+        return bytes(buffer)
+
+    return read
+
+
+def listen(path: Path) -> socket.socket:
+    """Return a listening socket in a folder that only this user can open.
+
+    Raises:
+        ConnectionFailed: The place cannot be made, or its name is too long for a socket.
+    """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+        path.unlink(missing_ok=True)
+        listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        raise ConnectionFailed(
+            f"cannot open the socket {path}: {error.strerror or error}; a socket's path has at most "
+            "about 100 characters"
+        ) from None
+    return listening
+
+
+def connect(path: Path, timeout: float | None = None) -> socket.socket:
+    """Return a connection to a process that listens at ``path``.
+
+    Raises:
+        ConnectionFailed: Nobody does.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(str(path))
+        connection.settimeout(None)
+    except OSError as error:
+        connection.close()
+        raise ConnectionFailed(f"nobody answers at {path}: {error.strerror or error}") from None
+    return connection

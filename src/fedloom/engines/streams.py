@@ -1,0 +1,128 @@
+"""Open streams to clients: the server's end, inside the process that plays the rounds.
+
+Who may come in is decided at the door (``deployment/door.py``), which passes the bytes of a stream on to
+a socket of this process and says whose they are. A stream that breaks is a client lost for the exchange
+that was under way, and nothing more: the next message goes another way and brings a new stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedloom.engines.frames import listen, read_frame, reader, write_frame
+from fedloom.errors import MessageError
+
+GREETING = 1 << 10
+"""Bytes of the longest first message, by which the door says whose stream it is."""
+
+
+@dataclass
+class _Stream:
+    connection: socket.socket
+    limit: int = 0
+    """Bytes of the longest message that may come next."""
+    outgoing: queue.Queue[bytes | None] = field(default_factory=lambda: queue.Queue(maxsize=2))
+
+
+class Streams:
+    """Streams by client; messages come out of :attr:`arrived`, ``None`` for a stream that broke."""
+
+    def __init__(self, path: Path) -> None:
+        """Listen at ``path``."""
+        self.arrived: queue.Queue[tuple[int, bytes | None]] = queue.Queue()
+        self._streams: dict[int, _Stream] = {}
+        self._lock = threading.Lock()
+        self._listening, self._path = listen(path), path
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __contains__(self, client: int) -> bool:
+        """Return whether there is a stream to a client."""
+        return client in self._streams
+
+    def send(self, client: int, message: bytes, limit: int) -> None:
+        """Send a message; the next to come back may have ``limit`` bytes."""
+        stream = self._streams.get(client)
+        if stream is None:
+            self.arrived.put((client, None))
+            return
+        stream.limit = limit
+        try:
+            stream.outgoing.put(message, timeout=1.0)
+        except queue.Full:  # it takes nothing any more
+            self._drop(client, stream)
+
+    def drop(self, client: int) -> None:
+        """Close a client's stream, if it has one."""
+        stream = self._streams.get(client)
+        if stream is not None:
+            self._drop(client, stream)
+
+    def close(self) -> None:
+        """Close all streams and listen no longer."""
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._path.unlink(missing_ok=True)
+        for client in list(self._streams):
+            self.drop(client)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        read = reader(connection)
+        try:
+            greeting = read_frame(read, lambda: GREETING)
+            client = int(json.loads(greeting or b"{}")["client"])
+        except (MessageError, ValueError, KeyError, TypeError):
+            connection.close()
+            return
+        stream = _Stream(connection)
+        with self._lock:
+            before, self._streams[client] = self._streams.get(client), stream
+        if before is not None:
+            self._end(before)
+        threading.Thread(target=self._write, args=(client, stream), daemon=True).start()
+        try:
+            while (message := read_frame(read, lambda: stream.limit)) is not None:
+                stream.limit = 0  # until the next is asked for
+                self.arrived.put((client, message))
+        except MessageError:
+            pass  # it sends more than it may: it is no use to read on
+        self._drop(client, stream)
+
+    def _write(self, client: int, stream: _Stream) -> None:
+        while (message := stream.outgoing.get()) is not None:
+            try:
+                write_frame(stream.connection, message)
+            except OSError:
+                self._drop(client, stream)
+                return
+
+    def _drop(self, client: int, stream: _Stream) -> None:
+        with self._lock:
+            known = self._streams.get(client) is stream
+            if known:
+                del self._streams[client]
+        self._end(stream)
+        if known:
+            self.arrived.put((client, None))
+
+    @staticmethod
+    def _end(stream: _Stream) -> None:
+        with contextlib.suppress(OSError):
+            stream.connection.shutdown(socket.SHUT_RDWR)
+        stream.connection.close()
+        with contextlib.suppress(queue.Full):
+            stream.outgoing.put_nowait(None)

@@ -1,0 +1,175 @@
+"""What surrounds a payload between machines: who sends it to whom in which exchange, and a signature.
+
+A header is JSON of a fixed form, read before the payload is touched. It holds the payload's SHA-256, so
+the signature over the header (``identity.py``) covers run, round, client and content. Packed, an
+envelope is one run of bytes::
+
+    fedloom1 | length of header | length of signature | header | signature | payload
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from fedloom.errors import MessageError
+from fedloom.settings import Settings
+
+MAGIC = b"fedloom1"
+PREFIX = struct.Struct("<8sIH")
+MAX_HEADER = 16 << 20
+"""Bytes of the longest header: a schema of a hundred thousand tensors."""
+
+MAX_REPLY_HEADER = 64 << 10
+"""Bytes of the longest header that a client may send: it has no schema in it."""
+
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+SchemaTable = dict[str, Any]
+
+
+class RequestHeader(Settings):
+    """Of what a server sends to a client."""
+
+    kind: Literal["join", "exchange", "end"]
+    """What is asked: to get ready, to carry out an action, to write own models and let go."""
+    run: str
+    """Tells the run from all others."""
+    began: list[int]
+    """For each time that the run began or was resumed, the last round finished before."""
+    client: Count | None = None
+    """Its number; left out where the server asks who it is."""
+    round: Count = 0
+    number: Count = 0
+    """Of the message, since the run began or was resumed: the same number is the same message."""
+    action: str = ""
+    request: SchemaTable | None = None
+    reply: SchemaTable | None = None
+    experiment: str | None = None
+    """TOML; left out where the client has it already."""
+    classes: list[str] = []
+    door: Count | None = None
+    """Port of the server at which a stream for further messages of the run may be opened."""
+    certificate: str | None = None
+    """PEM of the server's certificate, which the client checks with its authority's."""
+    payload: str = ""
+    """SHA-256 of the payload."""
+
+
+class WorkDone(Settings):
+    """What one phase of an exchange cost a client; see ``accounting/ledger.py``."""
+
+    phase: str = Field(max_length=32)
+    flops: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+    peak_memory: Count
+    tokens: Count
+    targets: Count
+    examples: Count
+    steps: Count
+
+
+class Joined(Settings):
+    """What a client that is ready says of itself; counts alone."""
+
+    rows: int = Field(ge=1)
+    """It trains on."""
+    held_out: Count
+    """It is judged by."""
+    model: str = Field(max_length=64)
+    """SHA-256 of its backbone and tokenizer."""
+    version: str = Field(max_length=32)
+    """Of fedloom."""
+
+
+class ReplyHeader(Settings):
+    """Of what a client sends back."""
+
+    run: str = Field(max_length=64)
+    began: Count
+    """How many times the run had begun or been resumed when it was asked."""
+    client: Count
+    round: Count
+    number: Count
+    error: str | None = Field(default=None, max_length=4000)
+    """Why there is no payload."""
+    work: list[WorkDone] = Field(default=[], max_length=16)
+    joined: Joined | None = None
+    payload: str = ""
+
+
+HeaderT = TypeVar("HeaderT", RequestHeader, ReplyHeader)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A header, what it speaks of, and who vouches for it.
+
+    Attributes:
+        header: JSON, exactly as it was signed.
+        payload: An encoded payload; see ``messages.py``.
+        signature: Over the header; empty where the connection itself says who sends.
+    """
+
+    header: bytes
+    payload: bytes
+    signature: bytes = b""
+
+    def pack(self) -> bytes:
+        """Return it as one run of bytes."""
+        prefix = PREFIX.pack(MAGIC, len(self.header), len(self.signature))
+        return b"".join([prefix, self.header, self.signature, self.payload])
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Envelope:
+        """Return the envelope that was packed as ``data``.
+
+        Raises:
+            MessageError: It is none.
+        """
+        if len(data) < PREFIX.size:
+            raise MessageError(f"envelope has {len(data)} bytes, too few to be one")
+        magic, header, signature = PREFIX.unpack_from(data)
+        start = PREFIX.size + header
+        if magic != MAGIC or header > MAX_HEADER or start + signature > len(data):
+            raise MessageError("envelope is damaged, or of another version of fedloom")
+        return cls(
+            data[PREFIX.size : start],
+            data[start + signature :],
+            data[start : start + signature],
+        )
+
+    def read(self, form: type[HeaderT], *, longest: int = MAX_HEADER) -> HeaderT:
+        """Return the header, checked; and check that the payload is the one it speaks of.
+
+        Raises:
+            MessageError: The header is too long, not of that form, or of another payload.
+        """
+        if len(self.header) > longest:
+            raise MessageError(f"header has {len(self.header)} bytes, {longest} are allowed")
+        try:
+            header = form.model_validate(json.loads(self.header))
+        except (ValueError, RecursionError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise MessageError(f"header is not of the form it must have: {reason}") from None
+        if header.payload != _digest(self.payload):
+            raise MessageError("payload is not the one that its header speaks of")
+        return header
+
+
+def seal(
+    header: HeaderT, payload: bytes = b"", sign: Callable[[bytes], bytes] | None = None
+) -> Envelope:
+    """Return an envelope, signed if there is something to sign with."""
+    full = header.model_copy(update={"payload": _digest(payload)})
+    text = full.model_dump_json(exclude_defaults=True).encode()
+    return Envelope(text, payload, sign(text) if sign else b"")
+
+
+def _digest(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest() if payload else ""

@@ -1,0 +1,309 @@
+"""Who is who between machines: an authority, the server's certificate, clients' keys, who is let in.
+
+The server proves itself by a certificate of the federation's own authority (``ca.pem``, which clients
+are given), a client by its private key, whose public half the server knows. Keys are elliptic curves:
+P-256 for certificates, P-384 for clients (what Flower asks for).
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedloom.errors import IdentityError, OutputError
+from fedloom.files import write_whole
+from fedloom.settings import Settings, parse, read_toml, write_toml
+
+CA, CA_KEY = "ca.pem", "ca.key"
+CERTIFICATE, KEY = "server.pem", "server.key"
+CLIENTS = "clients.toml"
+DAYS = 365
+ALGORITHM = ec.ECDSA(hashes.SHA384())
+
+
+class Member(Settings):
+    """A client that the server lets in."""
+
+    name: str
+    key: str
+    """Public, as one line of OpenSSH."""
+    revoked: bool = False
+    """No longer let in; its number is not given to another."""
+
+
+class Members:
+    """Who is let in, in a TOML file; a client's number is its place there."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file, if there is one.
+
+        Raises:
+            SettingsError: It is not of that form.
+        """
+        self.path = path
+        self.members: list[Member] = []
+        table = read_toml(path) if path.exists() else {}
+        for row in table.get("client", []):
+            member, problems = parse(Member, row, "client")
+            if member is None:
+                raise IdentityError(f"{path}: {'; '.join(problems)}")
+            self.members.append(member)
+
+    def allow(self, name: str, public: str) -> int:
+        """Let a client in, or let it in again; return its number.
+
+        Raises:
+            IdentityError: The name or the key is another client's, or no key of this kind.
+        """
+        public = " ".join(public.split()[:2])
+        public_pem(public)
+        for number, member in enumerate(self.members):
+            if member.key == public and member.name == name:
+                self._write(number, member.model_copy(update={"revoked": False}))
+                return number
+            if member.key == public or member.name == name:
+                what = "key" if member.key == public else "name"
+                raise IdentityError(f"this {what} is that of client {number}, {member.name!r}")
+        self._write(len(self.members), Member(name=name, key=public))
+        return len(self.members) - 1
+
+    def revoke(self, name: str) -> int:
+        """Let a client in no longer; return its number.
+
+        Raises:
+            IdentityError: There is no client of that name.
+        """
+        for number, member in enumerate(self.members):
+            if member.name == name:
+                self._write(number, member.model_copy(update={"revoked": True}))
+                return number
+        known = ", ".join(member.name for member in self.members) or "nobody"
+        raise IdentityError(f"no client has the name {name!r}; there are: {known}")
+
+    def number_of(self, public: bytes) -> int | None:
+        """Return the number of the client with a public key in PEM, if it is let in."""
+        for number, member in enumerate(self.members):
+            if not member.revoked and public_pem(member.key).strip() == public.strip():
+                return number
+        return None
+
+    def key(self, number: int) -> ec.EllipticCurvePublicKey | None:
+        """Return a client's public key, if it is let in."""
+        if not 0 <= number < len(self.members) or self.members[number].revoked:
+            return None
+        return _public(self.members[number].key)
+
+    def _write(self, number: int, member: Member) -> None:
+        self.members[number : number + 1] = [member]
+        table = {"client": [own.model_dump() for own in self.members]}
+        write_whole(self.path, write_toml(table).encode())
+
+
+def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
+    """Make an authority, unless it is there, and a new certificate of the server.
+
+    Args:
+        folder: Where they go.
+        hosts: Names and addresses by which clients reach the server.
+        days: That the certificate is good for; the authority is for ten times as long.
+
+    Raises:
+        OutputError: They cannot be written.
+        IdentityError: The authority that is there cannot be read.
+    """
+    now = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
+    if not (folder / CA).exists():
+        own = ec.generate_private_key(ec.SECP256R1())
+        name = _name("fedloom federation")
+        builder = _certificate(name, name, own, now, days * 10)
+        usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+        builder = builder.add_extension(x509.BasicConstraints(True, 0), True)
+        builder = builder.add_extension(usage, True)
+        subject = x509.SubjectKeyIdentifier.from_public_key(own.public_key())
+        signed = builder.add_extension(subject, False).sign(own, hashes.SHA256())
+        write_whole(folder / CA_KEY, _private_pem(own))
+        write_whole(folder / CA, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
+    authority = read_certificate(folder / CA)
+    try:
+        signer: Any = pem.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise IdentityError(
+            f"the authority's key {folder / CA_KEY} cannot be read: {error}"
+        ) from None
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = _certificate(_name(hosts[0]), authority.subject, key, now, days)
+    names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    builder = builder.add_extension(names, False).add_extension(issuer, False)
+    builder = builder.add_extension(purpose, False)
+    builder = builder.add_extension(x509.BasicConstraints(False, None), True)
+    signed = builder.sign(signer, hashes.SHA256())
+    write_whole(folder / KEY, _private_pem(key))
+    write_whole(folder / CERTIFICATE, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
+
+
+def make_key(path: Path) -> Path:
+    """Make a client's key at ``path`` and its public half beside it; return the latter's path.
+
+    Raises:
+        OutputError: One is there already, or it cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path} is there already; a key is never written over")
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.OpenSSH, pem.NoEncryption())
+    public = key.public_key().public_bytes(pem.Encoding.OpenSSH, pem.PublicFormat.OpenSSH)
+    write_whole(path, private)
+    write_whole(path.with_suffix(".pub"), public + b"\n", mode=0o644)
+    return path.with_suffix(".pub")
+
+
+def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the private key in a file, a client's or the server's.
+
+    Raises:
+        IdentityError: There is none, or it is of another kind.
+    """
+    try:
+        content = path.read_bytes()
+        load = pem.load_ssh_private_key if b"OPENSSH" in content else pem.load_pem_private_key
+        key = load(content, None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise IdentityError(
+            f"no key can be read from {path}: {error}; `fedloom keys new` makes one"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"{path} holds a key of another kind; `fedloom keys new` makes one")
+    return key
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """Return the certificate in a file.
+
+    Raises:
+        IdentityError: There is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise IdentityError(
+            f"no certificate can be read from {path}: {error}; `fedloom certs` makes them"
+        ) from None
+
+
+def require_current(path: Path) -> None:
+    """Check that a certificate is in force.
+
+    Raises:
+        IdentityError: It has expired, or is not in force yet; or there is none.
+    """
+    certificate, now = read_certificate(path), datetime.datetime.now(datetime.UTC)
+    if now > certificate.not_valid_after_utc:
+        raise IdentityError(
+            f"the certificate {path} has expired on {certificate.not_valid_after_utc:%Y-%m-%d}; "
+            "`fedloom certs` makes a new one of the same authority"
+        )
+    if now < certificate.not_valid_before_utc:
+        raise IdentityError(
+            f"the certificate {path} is not in force before {certificate.not_valid_before_utc:%Y-%m-%d}; "
+            "is this machine's clock right?"
+        )
+
+
+def sign(key: ec.EllipticCurvePrivateKey, content: bytes) -> bytes:
+    """Return a signature (ECDSA with SHA-384)."""
+    return key.sign(content, ALGORITHM)
+
+
+def is_signed(key: ec.EllipticCurvePublicKey, content: bytes, signature: bytes) -> bool:
+    """Return whether a signature is one of that key over that content."""
+    try:
+        key.verify(signature, content, ALGORITHM)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def issued_key(certificate: str, authority: x509.Certificate) -> ec.EllipticCurvePublicKey | None:
+    """Return the public key in a certificate (PEM), if that authority issued it and it is in force."""
+    now = datetime.datetime.now(datetime.UTC)
+    try:
+        own = x509.load_pem_x509_certificate(certificate.encode())
+        own.verify_directly_issued_by(authority)
+        key = own.public_key()
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return None
+    current = own.not_valid_before_utc <= now <= own.not_valid_after_utc
+    return key if current and isinstance(key, ec.EllipticCurvePublicKey) else None
+
+
+def public_pem(line: str) -> bytes:
+    """Return a public key, given as a line of OpenSSH, in PEM.
+
+    Raises:
+        IdentityError: It is none of this kind.
+    """
+    return _public(line).public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+
+
+def public_line(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return the public half of a key as a line of OpenSSH."""
+    public = key.public_key()
+    return public.public_bytes(pem.Encoding.OpenSSH, pem.PublicFormat.OpenSSH).decode()
+
+
+def _public(line: str) -> ec.EllipticCurvePublicKey:
+    try:
+        key = pem.load_ssh_public_key(line.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise IdentityError(f"no public key of OpenSSH: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise IdentityError("the public key is of another kind; `fedloom keys new` makes one")
+    return key
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9.*-]+", host):
+            raise IdentityError(f"{host!r} is no name or address of a machine") from None
+        return x509.DNSName(host)
+
+
+def _certificate(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    start: datetime.datetime,
+    days: int,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=days))
+    )
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())

@@ -1,0 +1,143 @@
+"""A plugin: a federation whose machines are objects of this process, reached by real messages of Flower.
+
+The workers are real ones, and what they are sent is packed, signed and unpacked as between machines; only
+sockets and processes are missing. ``tests/deployment/test_processes.py`` has those.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import Error, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedloom.deployment.homes import ClientHome, Joining
+from fedloom.deployment.worker import Worker
+from fedloom.engines.flower import FlowerEngine, Post
+from fedloom.engines.records import from_records, to_records
+from fedloom.envelope import Envelope
+from fedloom.identity import Members, make_authority, make_key, read_key, sign
+
+
+@dataclass
+class LoopMail:
+    """Stands for Flower: nodes, and messages that workers answer when replies are asked for.
+
+    Attributes:
+        workers: By node.
+        offline: Nodes that cannot be reached.
+        tamper: Changes the reply of a node, or returns an error's text.
+        order: Arranges the replies that are there.
+        pushed: What was sent: node, header and payload.
+    """
+
+    workers: dict
+    offline: set = field(default_factory=set)
+    tamper: object = lambda node, envelope: envelope
+    order: object = list
+    pushed: list = field(default_factory=list)
+    _waiting: dict = field(default_factory=dict)
+    _ids: object = field(default_factory=itertools.count)
+
+    def get_nodes(self):
+        state = {True: "offline", False: "online"}
+        return [
+            SimpleNamespace(node_id=node, status=state[node in self.offline])
+            for node in self.workers
+        ]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            id = f"message-{next(self._ids)}"
+            message.metadata.__dict__["_message_id"] = id
+            self._waiting[id] = message
+            envelope = from_records(message.content)
+            self.pushed.append((message.metadata.dst_node_id, envelope))
+            ids.append(id)
+        return ids
+
+    def pull_messages(self, message_ids):
+        due = [self._waiting[id] for id in message_ids if id in self._waiting]
+        replies = []
+        for message in self.order(due):
+            node = message.metadata.dst_node_id
+            if node in self.offline:
+                continue
+            del self._waiting[message.metadata.message_id]
+            replies.append(self._reply(node, message))
+        return [reply for reply in replies if reply is not None]
+
+    def _reply(self, node, message):
+        packed = self.workers[node].answer(from_records(message.content).pack(), streamed=False)
+        reply = self.tamper(node, Envelope.unpack(packed))
+        if reply is None:
+            return None
+        if isinstance(reply, str):
+            return Message(Error(code=1, reason=reply), reply_to=message)
+        return Message(to_records(reply), reply_to=message)
+
+
+@dataclass
+class Loopback:
+    """A federation: folders, keys and workers of its clients."""
+
+    folder: Path
+    clients: int
+
+    def __post_init__(self):
+        make_authority(self.folder / "server", ["localhost"])
+        members = self.members()
+        for number in range(self.clients):
+            public = make_key(self.folder / f"{number}.key")
+            members.allow(f"client-{number}", public.read_text())
+
+    def members(self):
+        return Members(self.folder / "server" / "clients.toml")
+
+    def home(self, number):
+        return ClientHome(self.folder / f"client-{number}")
+
+    def worker(self, number, own=None):
+        """Return a client's worker as it is after a start of its machine."""
+        home = self.home(number)
+        home.path.mkdir(exist_ok=True)
+        home.write_joining(
+            Joining(
+                door="localhost:9",
+                number=number,
+                key=str(self.folder / f"{number}.key"),
+                authority=str(self.folder / "server" / "ca.pem"),
+                own=str(own) if own else None,
+            )
+        )
+        return Worker(home)
+
+    def mail(self, **own):
+        files = own.pop("own", {})
+        workers = {100 + n: self.worker(n, files.get(n)) for n in range(self.clients)}
+        return LoopMail(workers, **own)
+
+    def engine(self, experiment, mail=None):
+        """Return the engine that reaches the clients by messages alone."""
+        server = self.folder / "server"
+        key = read_key(server / "server.key")
+        post = Post(
+            mail or self.mail(),
+            self.members,
+            lambda header: sign(key, header),
+            (server / "server.pem").read_text(),
+        )
+        return FlowerEngine(post, experiment.federation, experiment.clients.newcomers)
+
+
+@pytest.fixture
+def loopback(tmp_path, monkeypatch):
+    """Make a federation of so many clients."""
+    monkeypatch.setattr("fedloom.engines.flower.POLL", 0.001)
+    monkeypatch.setattr("fedloom.engines.flower.LOOK", 0.001)
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    return lambda clients: Loopback(tmp_path / "federation", clients)
