@@ -209,6 +209,7 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
             {"client": c, "reason": why, "offence": c in record.offenders}
             for c, why in record.rejected.items()
         ],
+        "replaced": list(record.replaced),
         "paused": {str(client): until for client, until in record.paused.items()},
         "learning_rate": record.learning_rate,
         "train": dict(record.train) or None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pydantic import Field
@@ -20,7 +20,7 @@ from fedloom.audit import Record, digest_of, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Reply
-from fedloom.methods.base import Cohort, Method
+from fedloom.methods.base import Cohort, Method, Round
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 
@@ -37,6 +37,9 @@ class FederationSettings(Settings):
     """All randomness comes from it, the purpose, the client and the round."""
     quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of a round's clients that must give a usable answer; below it the run stops."""
+    replacements: int = Field(default=0, ge=0)
+    """Clients that are drawn at most in place of those who gave no usable answer to a round's first
+    question."""
     deadline: float | None = Field(default=None, gt=0)
     """Seconds that a client on another machine has to answer; who is later is left out of the round
     (default: any)."""
@@ -128,6 +131,7 @@ class RoundRecord:
         rejected: Clients left out of the round, and why.
         offenders: Those among them whose answer was unusable, rather than missing.
         paused: Clients not asked for earlier offences, each with the last round of that.
+        replaced: Clients of the first draw in whose place others were drawn.
         learning_rate: Of the round.
         train: Mean training metrics over the clients' examples; empty for round 0.
         client_train: The same for each client.
@@ -142,6 +146,7 @@ class RoundRecord:
     rejected: Mapping[int, str] = field(default_factory=dict)
     offenders: tuple[int, ...] = ()
     paused: Mapping[int, int] = field(default_factory=dict)
+    replaced: tuple[int, ...] = ()
     learning_rate: float = 0.0
     train: Mapping[str, float] = field(default_factory=dict)
     client_train: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
@@ -216,13 +221,14 @@ class Server:
             cohort = self._cohort(round, paused)
             self._tell_paused(round, paused)
             play = _Play(self, cohort)
-            state = play.run(state)
+            state, cohort = play.run(state), play.cohort
             record = RoundRecord(
                 round,
                 cohort.clients,
                 dict(sorted(play.rejected.items())),
                 tuple(self.admission.offenders(round)),
                 paused,
+                play.replaced,
                 cohort.learning_rate,
                 _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
@@ -272,14 +278,17 @@ class _Play:
         self.server, self.cohort = server, cohort
         self.rejected = cohort.rejected
         self.told: set[int] = set()
+        self.replaced: tuple[int, ...] = ()
         self.metrics: dict[int, dict[str, float]] = {}
         self.examples: dict[int, float] = {}
 
     def run(self, state: State) -> State:
         steps = self.server.method.round(state, self.cohort)
         exchange = next(steps)
+        replies = self._replies(exchange, last=not self.server.federation.replacements)
+        if self.server.federation.replacements:
+            steps, replies = self._with_replacements(state, steps, exchange, replies)
         while True:
-            replies = self._replies(exchange)
             try:
                 exchange = steps.send(replies)
             except StopIteration as stop:
@@ -287,8 +296,41 @@ class _Play:
                 self._require_quorum()
                 next_state: State = stop.value
                 return next_state
+            replies = self._replies(exchange)
 
-    def _replies(self, exchange: Exchange) -> list[Reply]:
+    def _with_replacements(
+        self, state: State, steps: Round, exchange: Exchange, replies: list[Reply]
+    ) -> tuple[Round, list[Reply]]:
+        """Draw others for who gave no usable answer, and ask them what the round began with.
+
+        The round starts again with them in the cohort. That costs the others nothing if they are asked
+        the same, to the byte, as they have answered; if not, the round goes on without replacements.
+        """
+        federation, cohort = self.server.federation, self.cohort
+        lost = sorted(self.rejected.keys() & set(cohort.clients))
+        paused = self.server.admission.paused(cohort.round)
+        free = sorted(cohort.sizes.keys() - paused.keys() - set(cohort.clients))
+        count = min(len(lost), len(free), federation.replacements)
+        if count:
+            rng = generator(federation.seed, "replacement", round=cohort.round)
+            drawn = [int(client) for client in rng.choice(free, size=count, replace=False)]
+            kept = [client for client in cohort.clients if client not in lost[:count]]
+            other = replace(cohort, clients=tuple(sorted([*kept, *drawn])), notes={}, details={})
+            again = self.server.method.round(state, other)
+            first = next(again)
+            asked = [reply.client for reply in replies]
+            if all(first.requests.get(c) == exchange.requests[c] for c in asked):
+                self.cohort, self.replaced = other, tuple(lost[:count])
+                new = {client: first.requests[client] for client in drawn}
+                replies += self._replies(replace(first, requests=new), last=False)
+                steps = again
+            else:
+                again.close()
+        self._require_quorum()
+        return steps, sorted(replies, key=lambda reply: reply.client)
+
+    def _replies(self, exchange: Exchange, *, last: bool = True) -> list[Reply]:
+        """Return the usable replies; unless others may yet be drawn, they must make a quorum."""
         answers = []
         self._note_requests(exchange)
         for answer in self.server.engine.exchange(exchange):
@@ -300,7 +342,8 @@ class _Play:
         self.rejected.update(rejected)
         self._note_answers(exchange, answers, rejected)
         self._tell()
-        self._require_quorum()
+        if last:
+            self._require_quorum()
         for reply in replies:
             self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
             if "examples" in reply.payload.numbers or reply.client not in self.examples:

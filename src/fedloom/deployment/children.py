@@ -68,7 +68,21 @@ class Child:
                 env={**os.environ, **QUIET, **self.environment},
                 start_new_session=True,
             )
+        self._pid.write_text(str(self.process.pid))
         return died
+
+    @property
+    def _pid(self) -> Path:
+        return self.log.with_suffix(".pid")
+
+    def end_leftover(self) -> None:
+        """End what was left running when those who cared for it were killed."""
+        with contextlib.suppress(OSError, ValueError):
+            left = int(self._pid.read_text())
+            words = Path(f"/proc/{left}/cmdline").read_bytes().decode().split("\0")
+            if any(Path(word).name == self.command[0] for word in words):
+                os.killpg(left, signal.SIGKILL)
+                time.sleep(0.5)
 
     def stop(self) -> None:
         """End it and what it has started."""
@@ -80,6 +94,7 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
                 break
+        self._pid.unlink(missing_ok=True)
 
 
 @dataclass
@@ -87,6 +102,11 @@ class Family:
     """Several children that live and end together."""
 
     children: list[Child] = field(default_factory=list)
+
+    def end_leftovers(self) -> None:
+        """End what earlier ones left running when they were killed."""
+        for child in self.children:
+            child.end_leftover()
 
     def stop(self) -> None:
         """End all, the youngest first."""

@@ -60,6 +60,7 @@ def join(
     home.write_joining(joining)
     host = server.rpartition(":")[0]
     family = Family(_children(home, joining, f"{host}:{welcome.flower_port}"))
+    family.end_leftovers()
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))

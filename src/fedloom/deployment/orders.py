@@ -158,6 +158,7 @@ def _record(table: dict[str, Any]) -> RoundRecord:
             **numbered,
             "clients": tuple(table["clients"]),
             "offenders": tuple(table["offenders"]),
+            "replaced": tuple(table["replaced"]),
             "evaluation": evaluation,
             "costs": tuple(Cost(**cost) for cost in table["costs"]),
         }

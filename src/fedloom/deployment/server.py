@@ -60,14 +60,15 @@ def start(
     if not insecure:
         require_current(home.certificate)
         require_current(home.authority)
+    serving = Serving(host=host, port=port, door=door, insecure=insecure, pid=os.getpid())
+    family = Family(_children(home, serving))
+    family.end_leftovers()
     require_free(host, port)
     require_free(host, door)
     for folder in (home.path, home.flower, home.streams, home.requests):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _configure(home, port, insecure)
-    serving = Serving(host=host, port=port, door=door, insecure=insecure, pid=os.getpid())
     log = AuditLog(home.path / FILE)
-    family = Family(_children(home, serving))
     link = family.children[0]
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):

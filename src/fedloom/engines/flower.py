@@ -37,6 +37,7 @@ from fedloom.server import Briefing, FederationSettings
 POLL = 0.1
 """Seconds between looks for replies."""
 
+BROKEN = "its stream broke"
 LOOK = 1.0
 """Seconds between looks for clients, while a run waits for them."""
 
@@ -196,15 +197,18 @@ class FlowerEngine:
         while waiting:
             for client, found in self._arrivals(waiting, messages):
                 if client in waiting:
+                    if found == BROKEN:  # it may be gone: who is there says so again
+                        self._nodes.pop(client, None)
                     yield self._answer(waiting.pop(client), exchange, found)
             if deadline is not None and time.monotonic() - start > deadline:
                 for client in sorted(waiting):
                     yield Answer(client, error=f"no answer within {deadline:g} seconds")
                 late = {id for id, client in messages.items() if client in waiting}
                 self._forgotten |= late
-                for client in waiting:  # what it still sends would be taken for the next answer
+                for client in waiting:
+                    self._nodes.pop(client, None)
                     if self._streams is not None and client not in messages.values():
-                        self._streams.drop(client)
+                        self._streams.drop(client)  # or its answer would be taken for the next one
                 return
 
     def _arrivals(
@@ -419,7 +423,7 @@ def _read(message: Message) -> Envelope | str:
 
 def _unpacked(frame: bytes | None) -> Envelope | str:
     if frame is None:
-        return "its stream broke"
+        return BROKEN
     try:
         return Envelope.unpack(frame)
     except MessageError as error:
