@@ -140,4 +140,5 @@ def loopback(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.engines.flower.LOOK", 0.001)
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    return lambda clients: Loopback(tmp_path / "federation", clients)
+    folders = map("federation-{}".format, itertools.count())
+    return lambda clients: Loopback(tmp_path / next(folders), clients)

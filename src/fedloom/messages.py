@@ -209,7 +209,19 @@ def encode(payload: Payload, schema: Schema) -> bytes:
         metadata["numbers"] = json.dumps([payload.numbers[name] for name in schema.numbers])
     if payload.metrics:
         metadata["metrics"] = json.dumps(dict(payload.metrics))
-    return save_safetensors(buffers, metadata)
+    return _in_order(save_safetensors(buffers, metadata))
+
+
+def _in_order(data: bytes) -> bytes:
+    """Return an encoded payload with its metadata in alphabetical order.
+
+    safetensors writes them in an order that changes from call to call; equal payloads shall be equal bytes.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    return b"".join([data[:8], text, memoryview(data)[8 + size :]])
 
 
 def decode(data: bytes, schema: Schema) -> Payload:

@@ -43,6 +43,9 @@ class FederationSettings(Settings):
     deadline: float | None = Field(default=None, gt=0)
     """Seconds that a client on another machine has to answer; who is later is left out of the round
     (default: any)."""
+    streams: bool = True
+    """Whether clients on other machines may keep a stream open; without one each exchange is a message
+    of Flower's, which takes some seconds."""
     patience: float = Field(default=600, gt=0)
     """Seconds that a round waits until enough clients on other machines for a quorum are there."""
 

@@ -37,6 +37,9 @@ from fedloom.server import Briefing, FederationSettings
 POLL = 0.1
 """Seconds between looks for replies."""
 
+AGAIN = 30.0
+"""Seconds until a client that could not join is asked again."""
+
 BROKEN = "its stream broke"
 LOOK = 1.0
 """Seconds between looks for clients, while a run waits for them."""
@@ -109,6 +112,7 @@ class FlowerEngine:
     _nodes: dict[int, int] = field(default_factory=dict)
     _asked_nodes: dict[str, int] = field(default_factory=dict)
     _joins: dict[int, RequestHeader] = field(default_factory=dict)
+    _refused: dict[int, float] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
     _number: int = 0
     _briefing: Briefing | None = None
@@ -129,7 +133,7 @@ class FlowerEngine:
     def begin(self, briefing: Briefing, ledger: Ledger) -> None:
         """Meet the clients; wait until enough for a quorum are ready, and a moment for the others."""
         self._briefing, self._ledger = briefing, ledger
-        if self.post.open_streams is not None:
+        if self.post.open_streams is not None and self.federation.streams:
             self._streams = self.post.open_streams(briefing.run)
         self._wait_for(self.federation.clients, f"of {self.federation.clients} clients")
 
@@ -327,7 +331,8 @@ class FlowerEngine:
         for client, node in list(self._nodes.items()):
             if node not in online:
                 del self._nodes[client]
-        known = {*self._nodes.values(), *self._asked_nodes.values()}
+        refused = {n for n, moment in self._refused.items() if time.monotonic() < moment + AGAIN}
+        known = {*self._nodes.values(), *self._asked_nodes.values(), *refused}
         for node in sorted(online - known):
             header = self._header("join", None)
             self._asked_nodes[self._push(node, header, b"")] = node
@@ -352,7 +357,7 @@ class FlowerEngine:
                 )
         except MessageError as error:
             audit("refused_join", node=node, reason=str(error))
-            self.problems[node] = str(error)
+            self.problems[node], self._refused[node] = str(error), time.monotonic()
             return
         self._joined[reply.client], self._nodes[reply.client] = reply.joined, node
         facts = {"rows": reply.joined.rows, "model": reply.joined.model}

@@ -1,0 +1,402 @@
+"""What clients and networks do wrong between machines: left out with the reason, and the round goes on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedloom.envelope import Envelope, ReplyHeader, seal
+from fedloom.errors import RoundFailed
+from fedloom.experiment import Experiment
+from fedloom.identity import read_key, sign
+from fedloom.runner import Silent, resume_run, run_experiment
+
+
+@pytest.fixture
+def deployed(table, loopback, tmp_path):
+    """Run a small experiment over machines; returns records, audit lines and the engine."""
+
+    def run(clients=3, break_=lambda mail, federation: None, **sections):
+        settings = {
+            **table,
+            "evaluation": {**table["evaluation"], "per_client": False, "samples": 0},
+            "training": {**table["training"], "local_steps": 1},
+        }
+        for name, section in sections.items():
+            settings[name] = {**settings.get(name, {}), **section}
+        own = {"clients": clients, "patience": 1.0, "quorum": 0.3}
+        settings["federation"] = {**table["federation"], **own, **sections.get("federation", {})}
+        experiment = Experiment.from_table(settings)
+        federation = loopback(clients)
+        mail = federation.mail()
+        break_(mail, federation)
+        engine = federation.engine(experiment, mail)
+        result = run_experiment(experiment, observer=Silent(), remote=engine)
+        return Outcome(result.folder, engine, mail, federation)
+
+    return run
+
+
+class Outcome:
+    def __init__(self, folder, engine, mail, federation):
+        self.folder, self.engine = Path(folder), engine
+        self.mail, self.federation = mail, federation
+
+    def lines(self, name):
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    @property
+    def rounds(self):
+        return [record for record in self.lines("rounds.jsonl") if record["round"]]
+
+    def events(self, name):
+        return [event for event in self.lines("audit.jsonl") if event["event"] == name]
+
+    @property
+    def states(self):
+        return [event["state"] for event in self.events("round")]
+
+
+def of(record, client):
+    """Why a client was left out of a round."""
+    rejected = {r["client"]: r["reason"] for r in record["rejected"]}
+    return rejected.get(client)
+
+
+def tampering(client, change, rounds=(1, 2)):
+    """Have a client's replies to exchanges changed."""
+
+    def break_(mail, federation):
+        def tamper(node, envelope):
+            header = envelope.read(ReplyHeader)
+            if node != 100 + client or header.joined or header.round not in rounds:
+                return envelope
+            return change(envelope, header, federation)
+
+        mail.tamper = tamper
+
+    return break_
+
+
+def resealed(federation, client, header, payload):
+    key = read_key(federation.folder / f"{client}.key")
+    return seal(header, payload, lambda text: sign(key, text))
+
+
+CASES = {
+    "unsigned": (
+        lambda e, h, f: Envelope(e.header, e.payload),
+        "not signed with the key of client 1",
+    ),
+    "signed by another": (
+        lambda e, h, f: resealed(f, 2, h, e.payload),
+        "not signed with the key of client 1",
+    ),
+    "another payload": (
+        lambda e, h, f: Envelope(e.header, e.payload[:-1] + b"x", e.signature),
+        "not the one that its header speaks of",
+    ),
+    "of another round": (
+        lambda e, h, f: resealed(f, 1, h.model_copy(update={"round": 7}), e.payload),
+        "round 7",
+    ),
+    "of another message": (
+        lambda e, h, f: resealed(f, 1, h.model_copy(update={"number": 1}), e.payload),
+        "message 1 of run",
+    ),
+    "of another run": (
+        lambda e, h, f: resealed(f, 1, h.model_copy(update={"run": "f" * 32}), e.payload),
+        "of run ffffffff",
+    ),
+    "of a run before it was resumed": (
+        lambda e, h, f: resealed(f, 1, h.model_copy(update={"began": 9}), e.payload),
+        "cannot be trusted",
+    ),
+    "in the name of another": (
+        lambda e, h, f: resealed(f, 2, h.model_copy(update={"client": 2}), e.payload),
+        "it is of client 2",
+    ),
+    "no header": (lambda e, h, f: Envelope(b"{", e.payload, e.signature), "header is not"),
+    "a long header": (
+        lambda e, h, f: Envelope(b" " * (1 << 20), b"", e.signature),
+        "header has 1048576 bytes",
+    ),
+    "costs that cannot be": (
+        lambda e, h, f: resealed(
+            f, 1, h.model_copy(update={"work": [h.work[0].model_copy(update={"flops": -1.0})]}),
+            e.payload,
+        ),
+        "header is not of the form",
+    ),
+    "an error of Flower": (lambda e, h, f: "Node Unavailable", "Node Unavailable"),
+    "too many bytes": (
+        lambda e, h, f: resealed(f, 1, h, e.payload + bytes(1 << 20)),
+        "the schema allows",
+    ),
+    "pickle": (
+        lambda e, h, f: resealed(f, 1, h, b"\x80\x04\x95" + bytes(100)),
+        "payload header is damaged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_answer_is_left_out_with_the_reason(deployed, case):
+    change, reason = CASES[case]
+    found = deployed(break_=tampering(1, change))
+    for record in found.rounds:
+        assert reason in of(record, 1)
+        assert of(record, 0) is None and of(record, 2) is None
+    assert found.states == absent(deployed, found, 1)
+
+
+def absent(deployed, found, client):
+    """The states of a run in which that client never answers."""
+    folder = str(found.folder.with_name("absent"))
+    gone = tampering(client, lambda e, h, f: "gone")
+    return deployed(break_=gone, output={"folder": folder}).states
+
+
+def test_who_does_not_answer_in_time_is_left_out_and_its_late_answer_dropped(deployed):
+    def slow(mail, federation):
+        def order(due):  # client 1's first answer comes with the next round's
+            held = [m for m in due if m.metadata.dst_node_id == 101 and not late]
+            if any(len(e.payload) for n, e in mail.pushed if n == 101):
+                late.extend(held) if len(mail.pushed) > 6 else None
+                return [m for m in due if m not in held]
+            return due
+
+        late = []
+        mail.order = order
+
+    found = deployed(break_=slow, federation={"deadline": 0.05, "rounds": 4})
+    assert of(found.rounds[0], 1) == "no answer within 0.05 seconds"
+    assert found.engine.late == 1 and len(found.events("late")) == 1
+    answered = [event["client"] for event in found.events("accepted")]
+    assert answered.count(0) == 4
+
+
+def test_another_is_drawn_for_who_is_lost(deployed):
+    settings = {"clients_per_round": 2, "replacements": 1, "rounds": 1}
+    plain = deployed(clients=4, federation=settings)
+    lost = plain.rounds[0]["clients"][0]
+    found = deployed(
+        clients=4,
+        federation=settings,
+        break_=tampering(lost, lambda e, h, f: "gone"),
+        output={"folder": str(plain.folder.with_name("second"))},
+    )
+    (record,) = found.rounds
+    assert record["replaced"] == [lost] and of(record, lost) == "gone"
+    assert len(record["clients"]) == 2 and lost not in record["clients"]
+    asked = [event["client"] for event in found.events("sent")]
+    assert sorted(asked) == sorted([*plain.rounds[0]["clients"], *record["clients"]][:3]) or len(asked) == 3
+
+
+def test_a_quorum_that_is_not_there_ends_the_run_with_its_state_saved(deployed):
+    def all_gone(mail, federation):
+        mail.tamper = lambda node, e: e if e.read(ReplyHeader).joined else "gone"
+
+    with pytest.raises(RoundFailed, match="0 of 3 clients gave a usable answer"):
+        deployed(break_=all_gone)
+
+
+def test_too_few_clients_are_waited_for_and_then_named(deployed):
+    def offline(mail, federation):
+        mail.offline = {100, 101, 102}
+
+    with pytest.raises(RoundFailed, match=r"0 of 3 clients were ready within .*patience = 0\.2"):
+        deployed(break_=offline, federation={"patience": 0.2})
+
+
+def test_who_is_not_let_in_does_not_take_part(deployed):
+    def stranger(mail, federation):
+        federation.members().revoke("client-2")
+
+    found = deployed(break_=stranger, federation={"patience": 0.3})
+    assert all(record["clients"] == [0, 1] for record in found.rounds)
+    (refused,) = found.events("refused_join")
+    assert "not signed with the key of client 2" in refused["reason"]
+
+
+def test_another_model_is_not_let_in(deployed):
+    def other(mail, federation):
+        def tamper(node, envelope):
+            header = envelope.read(ReplyHeader)
+            if header.joined is None or node != 101:
+                return envelope
+            joined = header.joined.model_copy(update={"model": "0" * 64})
+            return resealed(federation, 1, header.model_copy(update={"joined": joined}), b"")
+
+        mail.tamper = tamper
+
+    found = deployed(break_=other, federation={"patience": 0.3})
+    assert all(record["clients"] == [0, 2] for record in found.rounds)
+    (refused,) = found.events("refused_join")
+    assert "its model or tokenizer is another one: SHA-256 000000000000" in refused["reason"]
+
+
+def restarted(mail, federation, when):
+    """Have client 1's machine start anew before it is asked in a round."""
+    done = []
+
+    def order(due):
+        for message in due:
+            if message.metadata.dst_node_id == 101 and not done and when(mail):
+                done.append(1)
+                mail.workers[101] = federation.worker(1)
+        return due
+
+    mail.order = order
+
+
+@pytest.mark.parametrize("method", ["fedpdpo", "scaffold", "local_only"])
+def test_a_client_that_is_started_anew_still_has_what_it_keeps(deployed, method):
+    settings = {"method": {"name": method}, "federation": {"rounds": 3}}
+    plain = deployed(**settings)
+
+    def restart(mail, federation):
+        restarted(mail, federation, lambda mail: len(mail.pushed) >= 9)
+
+    found = deployed(
+        break_=restart, output={"folder": str(plain.folder.with_name("second"))}, **settings
+    )
+    assert found.states == plain.states
+    assert [r["train"] for r in found.rounds] == [r["train"] for r in plain.rounds]
+
+
+def test_a_message_that_comes_twice_is_answered_twice_and_done_once(deployed):
+    found = deployed()
+    node, envelope = found.mail.pushed[-2]
+    worker = found.mail.workers[node]
+    worker.run.parts.local.exchange = None  # a second training would fail
+    last = [e for n, e in found.mail.pushed if n == node][-1].pack()
+    assert worker.answer(last, streamed=False) == worker.answer(last, streamed=False)
+
+
+def test_a_run_that_failed_is_resumed_with_the_same_bits(deployed, table, tmp_path):
+    plain = deployed(federation={"rounds": 3}, method={"name": "fedpdpo"})
+
+    class Kill(Exception):
+        pass
+
+    def killed(mail, federation):
+        real = mail.push_messages
+
+        def push(messages):
+            if len(mail.pushed) == 8:  # client 0 and 1 have been asked in round 2
+                raise Kill
+            return real(messages)
+
+        mail.push_messages = push
+
+    folder = plain.folder.with_name("second")
+    seen = {}
+
+    def keep(mail, federation):
+        killed(mail, federation)
+        seen["federation"], seen["mail"] = federation, mail
+
+    with pytest.raises(Kill):
+        deployed(
+            federation={"rounds": 3},
+            method={"name": "fedpdpo"},
+            break_=keep,
+            output={"folder": str(folder)},
+        )
+    experiment = Experiment.from_toml(folder / "experiment.toml")
+    del seen["mail"].push_messages
+    for message in list(seen["mail"]._waiting):  # they have worked on what the server forgot
+        seen["mail"].pull_messages([message])
+    engine = seen["federation"].engine(experiment, seen["mail"])
+    resume_run(folder, observer=Silent(), remote=engine)
+    found = Outcome(folder, engine, seen["mail"], seen["federation"])
+    assert found.states[-1] == plain.states[-1]
+    began = found.events("began")
+    assert [event["after"] for event in began] == [-1, 1]
+
+
+def test_private_rows_stay_with_their_owners(deployed, rows_file, loopback, table, tmp_path):
+    def pairs(start, count):
+        return [
+            {"question": f"Who is {i}?", "good": f"It is number {i}.", "bad": "No idea at all."}
+            for i in range(start, start + count)
+        ]
+
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    held_out = rows_file(pairs(900, 6), "test.jsonl")
+    federation = loopback(2)
+    own = {}
+    for client in range(2):
+        rows = rows_file(pairs(100 * client, 12 + client), f"own-{client}.jsonl")
+        text = f'[data]\nsource = "{rows}"\n'
+        text += "columns = " + json.dumps(columns).replace(":", " =") + "\n"
+        own[client] = tmp_path / f"own-{client}.toml"
+        own[client].write_text(text)
+    settings = {
+        **table,
+        "data": {
+            "source": "clients", "kind": "preference", "test_source": held_out,
+            "columns": columns,
+        },
+        "federation": {"clients": 2, "rounds": 2, "patience": 1.0},
+    }  # fmt: skip
+    experiment = Experiment.from_table(settings)
+    mail = federation.mail(own=own)
+    engine = federation.engine(experiment, mail)
+    result = run_experiment(experiment, observer=Silent(), remote=engine)
+    found = Outcome(result.folder, engine, mail, federation)
+    partition = json.loads((found.folder / "partition.json").read_text())
+    assert [c["train"] for c in partition["clients"]] == [11, 12]
+    assert all(record["evaluation"]["clients"]["each"] for record in found.rounds)
+    for path in found.folder.rglob("*"):
+        assert not path.is_file() or b"number 10" not in path.read_bytes()
+
+
+def test_rows_that_the_server_names_are_not_read(deployed, rows_file):
+    rows = [{"prompt": f"Q {i}?", "chosen": f"Yes {i}.", "rejected": "No."} for i in range(40)]
+    data = {"source": rows_file(rows), "kind": "preference", "builtin_rows": 60}
+    with pytest.raises(RoundFailed, match="reads only what its own file names"):
+        deployed(data=data, federation={"patience": 0.3})
+
+
+def test_a_message_that_is_not_the_servers_is_not_answered(deployed):
+    found = deployed()
+    worker = found.mail.workers[100]
+    header, payload = found.mail.pushed[-1][1].header, found.mail.pushed[-1][1].payload
+    from fedloom.errors import MessageError
+
+    for forged in (Envelope(header, payload), Envelope(header, payload, b"x" * 70)):
+        with pytest.raises(MessageError, match="not signed by a server"):
+            worker.answer(forged.pack(), streamed=False)
+
+
+def test_a_model_of_the_clients_own_is_written_on_its_own_machine(deployed):
+    found = deployed(method={"name": "fedpdpo"})
+    for client in range(3):
+        (model,) = (found.federation.home(client).path / "runs").glob("*/model")
+        assert (model / "adapter_model.safetensors").is_file()
+    assert not (found.folder / "clients").exists()
+    kept = list((found.federation.home(0).path / "runs").glob("*/kept/*"))
+    assert kept and all(oct(path.stat().st_mode)[-3:] == "600" for path in kept)
+
+
+def test_no_tensor_of_a_personal_part_is_in_any_message(deployed):
+    found = deployed(method={"name": "fedpdpo"})
+    personal = found.mail.workers[100].run.parts.local.store.slots(0)["personal"]
+    sent = b"".join(envelope.payload for _, envelope in found.mail.pushed)
+    for tensor in personal.values():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()[:64]
+        assert len(set(raw)) < 3 or raw not in sent
+
+
+def test_the_engine_is_not_needed_to_replace_a_broken_header():
+    header = ReplyHeader(run="a", began=1, client=0, round=0, number=1)
+    packed = seal(header, b"x").pack()
+    assert Envelope.unpack(packed).read(ReplyHeader) == replace_payload(header, packed)
+
+
+def replace_payload(header, packed):
+    return header.model_copy(update={"payload": Envelope.unpack(packed).read(ReplyHeader).payload})

@@ -1,0 +1,104 @@
+"""What every engine must do, asked of both: a third one would be added here and nowhere else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedloom.accounting.ledger import Ledger
+from fedloom.assembly import assemble, divide
+from fedloom.messages import Exchange, Payload, Schema, decode
+from fedloom.server import Briefing
+
+
+def briefing(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
+    classes = parts.division.classes
+    return Briefing("0" * 32, experiment.to_toml(), classes, parts.model_digest, began, audit)
+
+
+@pytest.fixture(params=["simulation", "flower"])
+def engine(request, experiment):
+    """An engine with three clients that is ready, and its parts."""
+    settings = experiment(training={"local_steps": 1}, federation={"patience": 0.5})
+    if request.param == "simulation":
+        parts = assemble(settings, divide(settings))
+        return parts.engine, parts
+    remote = request.getfixturevalue("loopback")(3).engine(settings)
+    parts = assemble(settings, divide(settings), remote=remote)
+    remote.begin(briefing(settings, parts), parts.ledger)
+    return remote, parts
+
+
+def training(parts, round=1, clients=(0, 1, 2)):
+    """What FedAvg asks in a round, and the replies' schema."""
+    adapter = parts.initial
+    payload = Payload(adapter, {"learning_rate": 1e-3})
+    schema = Schema.of(adapter, ("learning_rate",))
+    reply = Schema.of(adapter, ("examples",), metrics=True)
+    return Exchange.broadcast("train", round, clients, payload, schema, reply)
+
+
+def test_it_knows_the_rows_of_each_client(engine):
+    found, parts = engine
+    assert found.sizes() == {c: len(rows) for c, rows in divide_rows(parts).items()}
+
+
+def divide_rows(parts):
+    return parts.division.train
+
+
+def test_each_client_asked_answers_once_with_what_fits(engine):
+    found, parts = engine
+    exchange = training(parts)
+    answers = {answer.client: answer for answer in found.exchange(exchange)}
+    assert sorted(answers) == [0, 1, 2]
+    for answer in answers.values():
+        assert answer.error is None
+        decode(answer.data, exchange.reply_schema)
+
+
+def test_who_is_not_asked_does_not_answer(engine):
+    found, parts = engine
+    (answer,) = found.exchange(training(parts, clients=(1,)))
+    assert answer.client == 1
+
+
+def test_what_fails_on_a_client_is_an_answer_that_says_so(engine):
+    found, parts = engine
+    exchange = training(parts)
+    broken = replace(exchange, requests={**exchange.requests, 1: b"not a payload"})
+    answers = {answer.client: answer for answer in found.exchange(broken)}
+    assert answers[1].data is None and "payload" in answers[1].error
+    assert answers[0].data is not None and answers[2].data is not None
+
+
+def test_an_action_that_there_is_not_fails_and_no_more(engine):
+    found, parts = engine
+    answers = list(found.exchange(replace(training(parts), action="dance")))
+    assert len(answers) == 3 and all(a.data is None and "dance" in a.error for a in answers)
+
+
+def test_costs_of_the_work_reach_the_ledger(engine):
+    found, parts = engine
+    exchange = training(parts)
+    sizes = {a.client: len(a.data) for a in found.exchange(exchange)}
+    found.finish_round()
+    costs = {c.client: c for c in parts.ledger.take() if c.phase == "train"}
+    assert {c: cost.bytes_up for c, cost in costs.items()} == sizes
+    assert {c: cost.bytes_down for c, cost in costs.items()} == {
+        c: len(data) for c, data in exchange.requests.items()
+    }
+    assert all(cost.steps == 1 and cost.flops > 0 and cost.exchanges == 1 for cost in costs.values())
+
+
+def test_both_give_the_same_bits(experiment, loopback):
+    settings = experiment(training={"local_steps": 2})
+    here = assemble(settings, divide(settings))
+    remote = loopback(3).engine(settings)
+    there = assemble(settings, divide(settings), remote=remote)
+    remote.begin(briefing(settings, there), Ledger())
+    assert there.engine.sizes() == here.engine.sizes()
+    assert all(torch.equal(here.initial[name], there.initial[name]) for name in here.initial)
+    left = {a.client: a.data for a in here.engine.exchange(training(here))}
+    right = {a.client: a.data for a in there.engine.exchange(training(there))}
+    assert left == right
