@@ -15,7 +15,7 @@ from fedloom.data.builtin import pretraining_texts
 from fedloom.experiment import Experiment
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 
-pytest_plugins = ["federation", "judge_server", "loopback"]
+pytest_plugins = ["federation", "judge_server", "loopback", "machines"]
 torch.set_num_threads(1)
 
 

@@ -360,7 +360,7 @@ def allow_key(
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
     """Let a client in."""
-    from fedloom.deployment.running import allow
+    from fedloom.deployment.control import allow
 
     typer.echo(f"{name} is client {allow(home, name, public)}; it is let in")
 
@@ -396,15 +396,15 @@ def start_server(
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
 ) -> None:
     """Start the server; it runs until it is stopped."""
-    from fedloom.deployment.running import serve
+    from fedloom.deployment.server import serve_federation
 
-    serve(home, host, port, door, insecure=insecure, say=typer.echo)
+    serve_federation(home, host, port, door, insecure=insecure, say=typer.echo)
 
 
 @server_app.command("stop")
 def stop_server(home: HomeOfServer = SERVER_HOME) -> None:
     """Stop the server; runs under way can be resumed."""
-    from fedloom.deployment.running import stop_server as stop
+    from fedloom.deployment.server import stop_server as stop
 
     typer.echo(f"told process {stop(home)} to stop")
 
@@ -421,7 +421,7 @@ def join_federation(
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
 ) -> None:
     """Take part in a federation; runs until it is stopped."""
-    from fedloom.deployment.running import take_part
+    from fedloom.deployment.client import take_part
 
     take_part(home, server, key, None if insecure else ca, data, say=typer.echo)
 
@@ -429,7 +429,7 @@ def join_federation(
 @client_app.command("leave")
 def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
     """Stop taking part; what this client keeps stays on its disk."""
-    from fedloom.deployment.running import leave
+    from fedloom.deployment.client import leave
 
     typer.echo(f"told process {leave(home)} to stop")
 
@@ -439,7 +439,7 @@ def status(home: HomeOfServer = SERVER_HOME) -> None:
     """Show the server, its clients and the runs under way."""
     from rich.console import Console
 
-    from fedloom.deployment.running import status as look
+    from fedloom.deployment.control import status as look
 
     Console().print(look(home))
 
@@ -447,7 +447,7 @@ def status(home: HomeOfServer = SERVER_HOME) -> None:
 @app.command()
 def stop(home: HomeOfServer = SERVER_HOME) -> None:
     """Stop the run under way; every finished round is saved, and it can be resumed."""
-    from fedloom.deployment.running import stop_runs
+    from fedloom.deployment.control import stop_runs
 
     stopped = stop_runs(home)
     typer.echo(f"stopped {len(stopped)} run{'s' if len(stopped) != 1 else ''}")

@@ -215,7 +215,7 @@ def encode(payload: Payload, schema: Schema) -> bytes:
 def _in_order(data: bytes) -> bytes:
     """Return an encoded payload with its metadata in alphabetical order.
 
-    safetensors writes them in an order that changes from call to call; equal payloads shall be equal bytes.
+    safetensors writes them in any order, and equal payloads shall be equal bytes.
     """
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])

@@ -1,7 +1,6 @@
 """What clients and networks do wrong between machines: left out with the reason, and the round goes on."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,7 +191,10 @@ def test_another_is_drawn_for_who_is_lost(deployed):
     assert record["replaced"] == [lost] and of(record, lost) == "gone"
     assert len(record["clients"]) == 2 and lost not in record["clients"]
     asked = [event["client"] for event in found.events("sent")]
-    assert sorted(asked) == sorted([*plain.rounds[0]["clients"], *record["clients"]][:3]) or len(asked) == 3
+    assert (
+        sorted(asked) == sorted([*plain.rounds[0]["clients"], *record["clients"]][:3])
+        or len(asked) == 3
+    )
 
 
 def test_a_quorum_that_is_not_there_ends_the_run_with_its_state_saved(deployed):
@@ -269,7 +271,7 @@ def test_a_client_that_is_started_anew_still_has_what_it_keeps(deployed, method)
 
 def test_a_message_that_comes_twice_is_answered_twice_and_done_once(deployed):
     found = deployed()
-    node, envelope = found.mail.pushed[-2]
+    node = found.mail.pushed[-2][0]
     worker = found.mail.workers[node]
     worker.run.parts.local.exchange = None  # a second training would fail
     last = [e for n, e in found.mail.pushed if n == node][-1].pack()

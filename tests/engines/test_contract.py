@@ -88,7 +88,9 @@ def test_costs_of_the_work_reach_the_ledger(engine):
     assert {c: cost.bytes_down for c, cost in costs.items()} == {
         c: len(data) for c, data in exchange.requests.items()
     }
-    assert all(cost.steps == 1 and cost.flops > 0 and cost.exchanges == 1 for cost in costs.values())
+    assert all(
+        cost.steps == 1 and cost.flops > 0 and cost.exchanges == 1 for cost in costs.values()
+    )
 
 
 def test_both_give_the_same_bits(experiment, loopback):

@@ -26,6 +26,9 @@ QUIET = {
 }
 """Flower tells nobody of us, fetches nothing, and looks for work often."""
 
+LINK = "here"
+"""What Flower's configuration calls the server."""
+
 PAUSE = 1.0
 """Seconds before a child that died is started again; doubled each time, up to a minute."""
 
@@ -152,6 +155,19 @@ def flwr(home: Path, *arguments: str) -> dict[str, Any]:
             return found
     said = " ".join((result.stdout + result.stderr).split())[-400:]
     raise FedloomError(f"flwr {' '.join(arguments[:2])} failed: {said}")
+
+
+def end(process: int) -> int:
+    """Tell a process to end; return it.
+
+    Raises:
+        ConnectionFailed: It is gone.
+    """
+    try:
+        os.kill(process, signal.SIGTERM)
+    except ProcessLookupError:
+        raise ConnectionFailed(f"process {process} is gone already") from None
+    return process
 
 
 def free_port() -> int:

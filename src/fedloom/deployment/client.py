@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.deployment.calling import start_worker
-from fedloom.deployment.children import Child, Family, free_port
+from fedloom.deployment.children import Child, Family, end, free_port
 from fedloom.deployment.door import Caller
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.errors import ConnectionFailed, IdentityError
@@ -78,6 +78,36 @@ def join(
         family.stop()
         end_worker(home)
         (home.path / PID).unlink(missing_ok=True)
+
+
+def take_part(
+    home: Path,
+    address: str,
+    key: Path,
+    authority: Path | None,
+    own: Path | None,
+    say: Callable[[str], object],
+) -> None:
+    """Take part in a federation until told to stop, and say under which number."""
+    if authority is None:
+        say("warning: no TLS: everybody on the network can read along")
+
+    def ready(joining: object) -> None:
+        say(f"joined {address} as client {getattr(joining, 'number', '?')}; folder {home}")
+
+    join(ClientHome(home), address, key=key, authority=authority, own=own, ready=ready)
+
+
+def leave(home: Path) -> int:
+    """Tell the client in a folder to stop; return its process.
+
+    Raises:
+        ConnectionFailed: None runs there.
+    """
+    try:
+        return end(int((home / PID).read_text()))
+    except (OSError, ValueError):
+        raise ConnectionFailed(f"no client runs in {home}") from None
 
 
 def end_worker(home: ClientHome) -> None:

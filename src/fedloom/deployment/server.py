@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -11,27 +10,23 @@ from pathlib import Path
 
 from fedloom.audit import FILE, AuditLog
 from fedloom.deployment.children import (
+    LINK,
     Child,
     Family,
+    end,
     flwr,
     require_free,
     wait_until_open,
 )
 from fedloom.deployment.door import Door, serve
 from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.deployment.orders import Order, read_news, show
-from fedloom.errors import ConnectionFailed, FedloomError, Interrupted, SettingsError
+from fedloom.errors import ConnectionFailed, SettingsError
 from fedloom.files import write_whole
 from fedloom.identity import require_current
-from fedloom.runner import RunObserver
 from fedloom.settings import read_toml, write_toml
 
 PORT, DOOR = 9092, 9093
-LINK = "here"
-"""What Flower's configuration calls the server."""
-
 REGISTERED = "registered.toml"
-APP = Path(__file__).with_name("app")
 
 
 def start(
@@ -97,62 +92,26 @@ def start(
         (home.path / "server.toml").unlink(missing_ok=True)
 
 
-def submit(home: ServerHome, order: Order) -> tuple[Path, str]:
-    """Have Flower start a run; return the file of its order and Flower's number for it.
-
-    Raises:
-        SettingsError: No server was started here.
-        FedloomError: Flower refuses.
-    """
-    home.serving()
-    path = home.requests / f"{time.time_ns():x}.toml"
-    order.write(path)
-    config = path.with_suffix(".config.toml")
-    write_whole(config, write_toml({"order": str(path)}).encode())
-    found = flwr(home.flower, "run", str(APP), LINK, "--run-config", str(config))
-    return path, str(found["run-id"])
-
-
-def follow(home: ServerHome, order: Path, number: str, observer: RunObserver) -> str:
-    """Show a run until it is over; return its summary.
-
-    Raises:
-        FedloomError: It failed.
-        Interrupted: The user stopped it.
-    """
-    try:
-        return show(
-            read_news(order.with_suffix(".jsonl"), lambda: is_running(home, number)), observer
+def serve_federation(
+    home: Path, host: str, port: int, door: int, *, insecure: bool, say: Callable[[str], object]
+) -> None:
+    """Serve until told to stop, and say when clients can join."""
+    own = ServerHome(home)
+    require_stopped(own)
+    if insecure:
+        say(
+            "warning: no TLS and no authentication: everybody on the network can read and take part"
         )
-    except KeyboardInterrupt:
-        stop_run(home, number)
-        folder = Order.read(order).folder
-        raise Interrupted(
-            f"stopped; go on with: fedloom run --resume {folder} --engine flower"
-        ) from None
-    finally:
-        with contextlib.suppress(Exception):
-            observer.end()
+
+    def ready(serving: object) -> None:
+        say(f"clients can join at port {door}; Flower listens at port {port}; folder {home}")
+
+    start(own, host=host, port=port, door=door, insecure=insecure, ready=ready)
 
 
-def is_running(home: ServerHome, number: str) -> bool:
-    """Return whether Flower says that a run is not over; also while it cannot be asked."""
-    try:
-        runs = flwr(home.flower, "ls", LINK, "--run-id", number)["runs"]
-    except FedloomError:
-        return True
-    return any(not str(run["status"]).startswith("finished") for run in runs)
-
-
-def stop_run(home: ServerHome, number: str) -> None:
-    """Have Flower end a run; every finished round of it is saved."""
-    flwr(home.flower, "stop", number, LINK)
-
-
-def under_way(home: ServerHome) -> list[str]:
-    """Return Flower's numbers of the runs that are not over."""
-    runs = flwr(home.flower, "ls", LINK)["runs"]
-    return [str(r["run-id"]) for r in runs if not str(r["status"]).startswith("finished")]
+def stop_server(home: Path) -> int:
+    """Tell the server in a folder to stop; return its process."""
+    return end(ServerHome(home).serving().pid)
 
 
 def registered(home: ServerHome) -> dict[str, str]:

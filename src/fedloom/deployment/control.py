@@ -1,0 +1,82 @@
+"""What may be asked of a server that runs: who is let in, who is there, what is under way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.deployment.children import LINK, flwr
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.server import registered
+from fedloom.errors import FedloomError, OutputError
+
+
+def allow(home: Path, name: str, public: Path) -> int:
+    """Let a client in; return its number.
+
+    Raises:
+        OutputError: The file cannot be read.
+        IdentityError: It holds no key, or the name is taken.
+    """
+    try:
+        line = public.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"cannot read {public}: {error}") from None
+    return ServerHome(home).members().allow(name, line)
+
+
+def is_running(home: ServerHome, number: str) -> bool:
+    """Return whether Flower says that a run is not over; also while it cannot be asked."""
+    try:
+        runs = flwr(home.flower, "ls", LINK, "--run-id", number)["runs"]
+    except FedloomError:
+        return True
+    return any(not str(run["status"]).startswith("finished") for run in runs)
+
+
+def stop_run(home: ServerHome, number: str) -> None:
+    """Have Flower end a run; every finished round of it is saved."""
+    flwr(home.flower, "stop", number, LINK)
+
+
+def under_way(home: ServerHome) -> list[str]:
+    """Return Flower's numbers of the runs that are not over."""
+    runs = flwr(home.flower, "ls", LINK)["runs"]
+    return [str(r["run-id"]) for r in runs if not str(r["status"]).startswith("finished")]
+
+
+def stop_runs(home: Path) -> list[str]:
+    """Stop all runs under way; return Flower's numbers of them."""
+    own = ServerHome(home)
+    own.serving()
+    running = under_way(own)
+    for number in running:
+        stop_run(own, number)
+    return running
+
+
+def status(home: Path) -> Group:
+    """Return the server, its clients and the runs under way as a table."""
+    own = ServerHome(home)
+    serving = own.serving()
+    states = {}
+    for node in flwr(own.flower, "supernode", "ls", LINK)["nodes"]:
+        states[str(node["node-id"])] = str(node["status"])
+    running = under_way(own)
+    secrecy = "no TLS" if serving.insecure else "TLS"
+    line = (
+        f"server in {home}: process {serving.pid}, ports {serving.port} and {serving.door}, {secrecy}, "
+        f"{len(running)} run{'s' if len(running) != 1 else ''} under way"
+    )
+    table = Table(box=None)
+    table.add_column("client", justify="right")
+    table.add_column("name")
+    table.add_column("state")
+    nodes = registered(own)
+    for number, member in enumerate(own.members().members):
+        state = states.get(nodes.get(member.key, ""), "not seen")
+        table.add_row(str(number), member.name, "revoked" if member.revoked else state)
+    return Group(Text(line), table)

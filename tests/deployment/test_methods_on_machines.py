@@ -1,0 +1,57 @@
+"""Every method for three rounds over real processes: the bits of a simulation, and what it costs in time."""
+
+import json
+
+import pytest
+
+import fedloom
+from fedloom.experiment import Experiment
+from fedloom.methods import METHODS
+from machines import machines
+
+FEDERATED = sorted(METHODS.keys() - {"centralised", "fedmoe"})
+ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
+
+
+@pytest.fixture(scope="module")
+def three():
+    with machines(3) as own:
+        own.start_all()
+        yield own
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", FEDERATED)
+def test_bits_are_those_of_a_simulation(three, method, tmp_path):
+    table = {
+        "adapter": ADAPTERS.get(method, {}),
+        "data": {"source": "builtin:preferences", "builtin_rows": 90},
+        "method": {"name": method},
+        "federation": {"clients": 3, "rounds": 3, "patience": 60},
+        "training": {"local_steps": 2, "batch_size": 8},
+        "output": {"folder": str(tmp_path / "here")},
+    }
+    if method in ("distillation", "split"):
+        table |= {
+            "data": {"source": "builtin:labelled", "builtin_rows": 90},
+            "objective": {"name": "classification"}, "public": {"rows": 16},
+            "evaluation": {"per_client": method != "split"},
+        }  # fmt: skip
+    experiment = Experiment.from_table(table)
+    folder = three.run(experiment, method)
+    fedloom.run(experiment)
+    here, there = (read(path, "audit.jsonl") for path in (tmp_path / "here", folder))
+    states = [[e["state"] for e in lines if e["event"] == "round"] for lines in (here, there)]
+    assert states[0] == states[1] and len(states[0]) == 4
+    seconds = [
+        sum(r["seconds"] for r in read(path, "rounds.jsonl")[1:]) / 3
+        for path in (tmp_path / "here", folder)
+    ]
+    print(f"{method}: {seconds[0]:.2f} s a round simulated, {seconds[1]:.2f} s between machines")
+    log = (three.folder / "c0" / "worker.log").read_text()
+    run = json.loads((folder / "run.json").read_text())["id"]
+    assert log.count(f"run {run[:8]}: ready") == 1

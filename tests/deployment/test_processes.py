@@ -1,0 +1,146 @@
+"""The federation as its users start it: processes, sockets, TLS, authentication."""
+
+import json
+import re
+import time
+
+import pytest
+
+import fedloom
+from fedloom.identity import make_authority
+
+
+def states(folder):
+    lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
+    return [line["state"] for line in lines if line["event"] == "round"]
+
+
+def small(experiment, **sections):
+    return experiment(
+        federation={"clients": 2, "rounds": 2, "patience": 60},
+        training={"local_steps": 2},
+        **sections,
+    )
+
+
+def test_machines_give_the_bits_of_a_simulation(federation_of_two, experiment, tmp_path):
+    settings = small(experiment, output={"folder": str(tmp_path / "here")})
+    folder = federation_of_two.run(settings, "there")
+    fedloom.run(settings)
+    assert states(folder) == states(tmp_path / "here")
+    adapter = "adapter/adapter_model.safetensors"
+    assert (folder / adapter).read_bytes() == (tmp_path / "here" / adapter).read_bytes()
+    for client in range(2):
+        log = (federation_of_two.folder / f"c{client}" / "worker.log").read_text()
+        assert log.count("backbone loaded") == 1 and log.count("stream to") == 1
+    assert federation_of_two.call("audit", "verify", folder).returncode == 0
+    assert federation_of_two.call("audit", "verify", federation_of_two.server).returncode == 0
+
+
+def test_status_shows_the_clients(federation_of_two):
+    shown = federation_of_two.call("status", "--home", federation_of_two.server).stdout
+    assert re.search(r"0\s+client-0\s+online", shown) and "0 runs under way" in shown
+
+
+@pytest.mark.slow
+def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):
+    settings = experiment(
+        federation={"clients": 2, "rounds": 30, "patience": 60},
+        training={"local_steps": 2},
+        output={"folder": str(tmp_path / "here")},
+    )
+    own = federation_of_two
+    path = own.folder / "long.toml"
+    path.write_text(settings.to_toml())
+    folder = own.folder / "runs" / "long"
+    words = ("run", path, "--engine", "flower", "--home", own.server)
+    log = own.start("long", *words, "--set", f"output.folder={folder}")
+    own.wait(log, "round 2/30")
+    assert "stopped 1 run" in own.call("stop", "--home", own.server).stdout
+    assert own.processes.pop("long").wait(30) == 1
+    assert "--resume" in log.read_text()
+    own.call("run", "--resume", folder, "--engine", "flower", "--home", own.server)
+    fedloom.run(settings)
+    assert states(folder)[-1] == states(tmp_path / "here")[-1]
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_run_is_told_where_it_was_asked_for(federation_of_two, experiment):
+    settings = small(experiment, model={"path": "/nowhere/at/all"})
+    path = federation_of_two.folder / "wrong.toml"
+    path.write_text(settings.to_toml())
+    home = federation_of_two.server
+    done = federation_of_two.call("run", path, "--engine", "flower", "--home", home, check=False)
+    assert done.returncode == 3 and "/nowhere/at/all" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class TestWhoIsNotLetIn:
+    """One clear message in under five seconds, and a line in the server's audit log."""
+
+    def refused(self, own, words, reason):
+        before = len(own.audit())
+        start = time.monotonic()
+        done = own.call(*words, check=False, timeout=30)
+        seconds = time.monotonic() - start
+        assert done.returncode == 4 and re.search(reason, " ".join(done.stderr.split()))
+        assert "Traceback" not in done.stderr and seconds < 5
+        return own.audit()[before:]
+
+    def test_an_unknown_key(self, federation_of_two):
+        own = federation_of_two
+        own.call("keys", "new", "stranger.key")
+        (line,) = self.refused(
+            own,
+            own.joining(7, key="stranger.key"),
+            "does not let this client in: the key .* is not known",
+        )
+        assert line["event"] == "refused_client" and "not known here" in line["reason"]
+
+    def test_a_revoked_key(self, federation_of_two):
+        own = federation_of_two
+        own.allow(5)
+        own.call("keys", "revoke", "client-5", "--home", own.server)
+        lines = self.refused(own, own.joining(5), "has been revoked")
+        assert lines[-1]["event"] == "refused_client"
+
+    def test_an_authority_of_another_federation(self, federation_of_two):
+        own = federation_of_two
+        make_authority(own.folder / "other", ["localhost"])
+        self.refused(
+            own,
+            own.joining(0, ca=own.folder / "other" / "ca.pem", home="x"),
+            "not the one that your authority",
+        )
+
+    def test_no_tls_where_there_is_some(self, federation_of_two):
+        own = federation_of_two
+        words = [*own.joining(0, home="x"), "--insecure"]
+        self.refused(own, words, "the door at .* cannot be used")
+
+    def test_nobody_there(self, federation_of_two):
+        own = federation_of_two
+        self.refused(
+            own, own.joining(0, server="localhost:9", home="x"), "nobody answers at localhost:9"
+        )
+
+
+def test_a_server_needs_certificates_in_force(federation_of_two, tmp_path):
+    words = ("server", "start", "--home", tmp_path)
+    done = federation_of_two.call(*words, check=False)
+    assert done.returncode == 4 and "`fedloom certs` makes them" in " ".join(done.stderr.split())
+    make_authority(tmp_path, ["localhost"], days=0)
+    done = federation_of_two.call(*words, check=False)
+    assert done.returncode == 4 and "has expired on" in done.stderr
+
+
+def test_a_second_server_is_refused(federation_of_two):
+    words = ("server", "start", "--home", federation_of_two.server)
+    done = federation_of_two.call(*words, check=False)
+    assert done.returncode == 4 and "a server runs in" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("status",), ("stop",), ("server", "stop"), ("client", "leave")])
+def test_commands_say_that_nothing_runs(federation_of_two, words, tmp_path):
+    done = federation_of_two.call(*words, "--home", tmp_path, check=False)
+    assert done.returncode in (2, 4) and "Traceback" not in done.stderr

@@ -1,0 +1,84 @@
+"""Envelopes: what is packed comes out, and what comes from anybody is checked."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
+from fedloom.errors import MessageError
+
+REPLY = ReplyHeader(run="a" * 32, began=1, client=2, round=3, number=4)
+WORK = WorkDone(
+    phase="train", flops=1e9, seconds=0.5, peak_memory=1, tokens=2, targets=3, examples=4, steps=5
+)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        REPLY,
+        REPLY.model_copy(update={"work": [WORK], "error": "it failed: ü"}),
+        REPLY.model_copy(
+            update={"joined": Joined(rows=3, held_out=0, model="0" * 64, version="1")}
+        ),
+        RequestHeader(kind="exchange", run="a", began=[-1, 3], client=0, request={"tensors": []}),
+        RequestHeader(kind="join", run="a", began=[-1], experiment="x = 1", door=9093),
+    ],
+)
+@pytest.mark.parametrize("payload", [b"", b"content"])
+def test_there_and_back(header, payload):
+    envelope = seal(header, payload, lambda text: b"signed" + text[:3])
+    back = Envelope.unpack(envelope.pack())
+    assert back == envelope and back.payload == payload
+    read = back.read(type(header))
+    assert read.model_copy(update={"payload": ""}) == header
+
+
+def test_the_header_binds_the_payload():
+    envelope = seal(REPLY, b"content")
+    for other in (b"", b"Content"):
+        with pytest.raises(MessageError, match="not the one that its header speaks of"):
+            Envelope(envelope.header, other).read(ReplyHeader)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"client": -1},
+        {"client": 1.5},
+        {"client": "2"},
+        {"round": 1 << 70},
+        {"run": "a" * 65},
+        {"more": 1},
+        {"error": "x" * 5000},
+        {"work": [{}] * 17},
+        {"work": [{**json.loads(WORK.model_dump_json()), "seconds": float("nan")}]},
+        {"joined": {"rows": 0, "held_out": 0, "model": "", "version": ""}},
+    ],
+)
+def test_headers_of_another_form_are_refused(change):
+    table = {**json.loads(REPLY.model_dump_json()), **change}
+    with pytest.raises(MessageError, match="header is not of the form"):
+        Envelope(json.dumps(table).encode(), b"").read(ReplyHeader)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 50_000])
+def test_what_is_no_header_is_refused(text):
+    with pytest.raises(MessageError, match="header is not of the form"):
+        Envelope(text, b"").read(ReplyHeader)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 60))
+def test_damaged_envelopes_are_refused_or_whole(noise, place):
+    packed = bytearray(seal(REPLY, b"content", lambda text: b"sign").pack())
+    packed[place : place + len(noise)] = noise
+    for data in (bytes(packed), noise):
+        try:
+            envelope = Envelope.unpack(data)
+            envelope.read(ReplyHeader)
+        except MessageError:
+            continue
+        assert envelope.pack() == data

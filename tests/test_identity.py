@@ -1,0 +1,119 @@
+"""Keys, certificates, and who is let in."""
+
+import datetime
+
+import pytest
+from cryptography import x509
+
+from fedloom.errors import IdentityError, OutputError, SettingsError
+from fedloom.identity import (
+    Members,
+    is_signed,
+    issued_key,
+    make_authority,
+    make_key,
+    public_line,
+    public_pem,
+    read_certificate,
+    read_key,
+    require_current,
+    sign,
+)
+
+
+def test_a_signature_is_of_one_key_and_one_content(tmp_path):
+    for name in ("a", "b"):
+        make_key(tmp_path / f"{name}.key")
+    one, two = (read_key(tmp_path / f"{name}.key") for name in ("a", "b"))
+    signature = sign(one, b"content")
+    assert is_signed(one.public_key(), b"content", signature)
+    assert not is_signed(one.public_key(), b"Content", signature)
+    assert not is_signed(two.public_key(), b"content", signature)
+    assert not is_signed(one.public_key(), b"content", b"")
+
+
+def test_a_key_is_its_owners_alone_and_never_written_over(tmp_path):
+    path = tmp_path / "client.key"
+    public = make_key(path)
+    assert path.stat().st_mode & 0o777 == 0o600 and public.stat().st_mode & 0o777 == 0o644
+    assert public.read_text().strip() == public_line(read_key(path))
+    with pytest.raises(OutputError, match="never written over"):
+        make_key(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no key", b"-----BEGIN OPENSSH PRIVATE KEY-----\nx"])
+def test_what_is_no_key_is_refused(tmp_path, content):
+    path = tmp_path / "client.key"
+    path.write_bytes(content)
+    with pytest.raises(IdentityError, match="`fedloom keys new` makes one"):
+        read_key(path)
+    with pytest.raises(IdentityError, match="no key can be read"):
+        read_key(tmp_path / "absent.key")
+
+
+def test_the_authority_vouches_for_its_server_alone(tmp_path):
+    for name in ("one", "two"):
+        make_authority(tmp_path / name, ["localhost"])
+    one, two = (tmp_path / name for name in ("one", "two"))
+    own = (one / "server.pem").read_text()
+    key = issued_key(own, read_certificate(one / "ca.pem"))
+    assert is_signed(key, b"x", sign(read_key(one / "server.key"), b"x"))
+    assert issued_key(own, read_certificate(two / "ca.pem")) is None
+    assert issued_key("nonsense", read_certificate(one / "ca.pem")) is None
+
+
+def test_a_new_certificate_keeps_the_authority(tmp_path):
+    make_authority(tmp_path, ["localhost"])
+    before = [(tmp_path / name).read_bytes() for name in ("ca.pem", "server.pem")]
+    make_authority(tmp_path, ["fed.example.org", "192.0.2.7", "::1"], days=30)
+    after = [(tmp_path / name).read_bytes() for name in ("ca.pem", "server.pem")]
+    assert before[0] == after[0] and before[1] != after[1]
+    own = read_certificate(tmp_path / "server.pem")
+    names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org"]
+    assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7", "::1"]
+    left = own.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    assert datetime.timedelta(days=29) < left < datetime.timedelta(days=31)
+    assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(IdentityError, match="'a b' is no name or address"):
+        make_authority(tmp_path, ["a b"])
+
+
+def test_an_expired_certificate_is_named(tmp_path):
+    make_authority(tmp_path, ["localhost"], days=0)
+    with pytest.raises(IdentityError, match=r"has expired on .* `fedloom certs` makes a new one"):
+        require_current(tmp_path / "server.pem")
+    assert (
+        issued_key((tmp_path / "server.pem").read_text(), read_certificate(tmp_path / "ca.pem"))
+        is None
+    )
+
+
+def test_numbers_of_members_stay(tmp_path):
+    lines = [make_key(tmp_path / f"{n}.key").read_text() for n in range(3)]
+    path = tmp_path / "clients.toml"
+    assert [Members(path).allow(f"site-{n}", line) for n, line in enumerate(lines)] == [0, 1, 2]
+    assert Members(path).revoke("site-1") == 1
+    members = Members(path)
+    assert members.key(1) is None and members.number_of(public_pem(lines[1])) is None
+    assert members.number_of(public_pem(lines[2])) == 2 and members.key(7) is None
+    assert Members(path).allow("site-1", lines[1]) == 1  # let in again, under its number
+    assert Members(path).number_of(public_pem(lines[1])) == 1
+    with pytest.raises(IdentityError, match="this key is that of client 0, 'site-0'"):
+        Members(path).allow("other", lines[0])
+    with pytest.raises(IdentityError, match="this name is that of client 0"):
+        Members(path).allow("site-0", make_key(tmp_path / "new.key").read_text())
+    with pytest.raises(IdentityError, match="no client has the name 'x'; there are: site-0"):
+        Members(path).revoke("x")
+    with pytest.raises(IdentityError, match="no public key"):
+        Members(path).allow("y", "nonsense")
+
+
+def test_a_damaged_list_of_members_is_not_taken_for_an_empty_one(tmp_path):
+    path = tmp_path / "clients.toml"
+    path.write_text('[[client]]\nnam = "x"\n')
+    with pytest.raises(IdentityError, match="nam"):
+        Members(path)
+    path.write_text("[[client")
+    with pytest.raises(SettingsError):
+        Members(path)
