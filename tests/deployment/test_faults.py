@@ -1,7 +1,6 @@
 """What clients and networks do wrong between machines: left out with the reason, and the round goes on."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,80 +8,8 @@ import torch
 from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.errors import RoundFailed
 from fedloom.experiment import Experiment
-from fedloom.identity import read_key, sign
 from fedloom.runner import Silent, resume_run, run_experiment
-
-
-@pytest.fixture
-def deployed(table, loopback, tmp_path):
-    """Run a small experiment over machines; returns records, audit lines and the engine."""
-
-    def run(clients=3, break_=lambda mail, federation: None, **sections):
-        settings = {
-            **table,
-            "evaluation": {**table["evaluation"], "per_client": False, "samples": 0},
-            "training": {**table["training"], "local_steps": 1},
-        }
-        for name, section in sections.items():
-            settings[name] = {**settings.get(name, {}), **section}
-        own = {"clients": clients, "patience": 1.0, "quorum": 0.3}
-        settings["federation"] = {**table["federation"], **own, **sections.get("federation", {})}
-        experiment = Experiment.from_table(settings)
-        federation = loopback(clients)
-        mail = federation.mail()
-        break_(mail, federation)
-        engine = federation.engine(experiment, mail)
-        result = run_experiment(experiment, observer=Silent(), remote=engine)
-        return Outcome(result.folder, engine, mail, federation)
-
-    return run
-
-
-class Outcome:
-    def __init__(self, folder, engine, mail, federation):
-        self.folder, self.engine = Path(folder), engine
-        self.mail, self.federation = mail, federation
-
-    def lines(self, name):
-        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
-
-    @property
-    def rounds(self):
-        return [record for record in self.lines("rounds.jsonl") if record["round"]]
-
-    def events(self, name):
-        return [event for event in self.lines("audit.jsonl") if event["event"] == name]
-
-    @property
-    def states(self):
-        return [event["state"] for event in self.events("round")]
-
-
-def of(record, client):
-    """Why a client was left out of a round."""
-    rejected = {r["client"]: r["reason"] for r in record["rejected"]}
-    return rejected.get(client)
-
-
-def tampering(client, change, rounds=(1, 2)):
-    """Have a client's replies to exchanges changed."""
-
-    def break_(mail, federation):
-        def tamper(node, envelope):
-            header = envelope.read(ReplyHeader)
-            if node != 100 + client or header.joined or header.round not in rounds:
-                return envelope
-            return change(envelope, header, federation)
-
-        mail.tamper = tamper
-
-    return break_
-
-
-def resealed(federation, client, header, payload):
-    key = read_key(federation.folder / f"{client}.key")
-    return seal(header, payload, lambda text: sign(key, text))
-
+from loopback import Outcome, of, resealed, tampering
 
 CASES = {
     "unsigned": (
