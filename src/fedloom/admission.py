@@ -9,7 +9,7 @@ from the records of rounds, so a resumed run decides the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -59,14 +59,19 @@ class Admission:
         self.offences = {client: sorted(rounds) for client, rounds in (offences or {}).items()}
 
     def accept(
-        self, answers: Iterable[Answer], exchange: Exchange, sizes: Mapping[int, int]
+        self,
+        answers: Iterable[Answer],
+        exchange: Exchange,
+        sizes: Mapping[int, int],
+        keep: Callable[[int, Payload], Payload] = lambda client, payload: payload,
     ) -> tuple[list[Reply], dict[int, str]]:
-        """Check answers.
+        """Check answers, each as it comes.
 
         Args:
             answers: In any order.
             exchange: What was asked.
             sizes: Rows each client registered with: the largest weight it may claim.
+            keep: Puts a client's payload away where there is room, and returns what stands for it.
 
         Returns:
             The usable replies in client order, so that sums do not depend on who came first, and for
@@ -79,7 +84,8 @@ class Admission:
             if client in replies or client in rejected or client not in exchange.requests:
                 continue  # a second or an unasked answer counts for nothing
             try:
-                replies[client] = Reply(client, self._checked(answer, exchange, sizes))
+                payload = self._checked(answer, exchange, sizes)
+                replies[client] = Reply(client, keep(client, payload))
             except MessageError as error:
                 rejected[client] = str(error)
                 if answer.data is not None:

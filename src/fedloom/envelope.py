@@ -122,8 +122,12 @@ class Envelope:
 
     def pack(self) -> bytes:
         """Return it as one run of bytes."""
+        return b"".join(self.parts())
+
+    def parts(self) -> tuple[bytes, bytes]:
+        """Return what is packed in two parts, the second being the payload itself, not a copy."""
         prefix = PREFIX.pack(MAGIC, len(self.header), len(self.signature))
-        return b"".join([prefix, self.header, self.signature, self.payload])
+        return b"".join([prefix, self.header, self.signature]), self.payload
 
     @classmethod
     def unpack(cls, data: bytes) -> Envelope:

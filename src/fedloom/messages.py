@@ -18,11 +18,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -258,6 +260,48 @@ def decode(data: bytes, schema: Schema) -> Payload:
         raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")
     ordered = {spec.name: tensors[spec.name] for spec in schema.tensors}
     return Payload(ordered, _read_numbers(metadata, schema), _read_metrics(metadata, schema))
+
+
+class StoredTensors(dict[str, Tensor]):
+    """The tensors of an encoded payload in a file; each is read when it is asked for, and not kept."""
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        """Find each tensor of ``schema`` in a file of bytes that :func:`decode` has accepted."""
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        self.path = path
+        self._places: dict[str, tuple[int, TensorSpec, tuple[int, ...]]] = {}
+        for dtype, specs in schema.groups.items():
+            start = 8 + size + header[dtype]["data_offsets"][0]
+            for spec in specs:
+                self._places[spec.name] = start, spec, spec.shape
+                start += spec.elements * spec.dtype.itemsize
+        for key, spec in schema.ragged.items():
+            start = 8 + size + header[key]["data_offsets"][0]
+            self._places[spec.name] = start, spec, tuple(header[key]["shape"])
+        super().__init__(dict.fromkeys((spec.name for spec in schema.tensors), torch.empty(0)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, spec, shape = self._places[name]
+        count = math.prod(shape) * spec.dtype.itemsize
+        raw = np.fromfile(self.path, np.uint8, count, offset=start)
+        return torch.from_numpy(raw).view(spec.dtype).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, or ``default``."""
+        return self[name] if name in self else default  # noqa: SIM401 (this is get)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+        """Yield names and tensors."""
+        return ((name, self[name]) for name in self.keys())
+
+    def values(self) -> Iterator[Tensor]:  # type: ignore[override]
+        """Yield tensors."""
+        return (self[name] for name in self.keys())
 
 
 def require_finite(payload: Payload) -> None:

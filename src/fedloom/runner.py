@@ -381,6 +381,7 @@ class _Run:
             ledger=parts.ledger,
             observer=self.observer,
             audit=self.audit.record,
+            spool=self.folder.path / "spool",
             admission=Admission(
                 experiment.admission, offences_of(self.folder.read_lines(names.ROUNDS))
             ),
@@ -391,6 +392,7 @@ class _Run:
         except KeyboardInterrupt:
             raise self._interrupted() from None
         finally:
+            shutil.rmtree(self.folder.path / "spool", ignore_errors=True)
             self.observer.end()
             for tracker in self.trackers:
                 tracker.close()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import Field
@@ -19,10 +20,13 @@ from fedloom.admission import Admission
 from fedloom.audit import Record, digest_of, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
-from fedloom.messages import Answer, Exchange, Payload, Reply
+from fedloom.messages import Answer, Exchange, Payload, Reply, StoredTensors, encode
 from fedloom.methods.base import Cohort, Method, Round
 from fedloom.randomness import generator
 from fedloom.settings import Settings
+
+SPOOL_ABOVE = 512 << 20
+"""Bytes of an exchange's answers above which they wait on disk until all are there."""
 
 
 class FederationSettings(Settings):
@@ -190,6 +194,7 @@ class Server:
         observer: Who watches.
         admission: What answers are let in, and who has offended so far.
         audit: Told of every message that goes out, is let in or refused.
+        spool: Folder for answers that together are too large for memory.
     """
 
     method: Method
@@ -202,6 +207,7 @@ class Server:
     observer: Observer
     admission: Admission = field(default_factory=Admission)
     audit: Record = unheard
+    spool: Path | None = None
 
     def run(self, state: State, done: int = -1) -> State:
         """Play all rounds after round ``done`` and return the last state.
@@ -334,16 +340,13 @@ class _Play:
 
     def _replies(self, exchange: Exchange, *, last: bool = True) -> list[Reply]:
         """Return the usable replies; unless others may yet be drawn, they must make a quorum."""
-        answers = []
+        came: dict[int, dict[str, Any]] = {}
         self._note_requests(exchange)
-        for answer in self.server.engine.exchange(exchange):
-            answers.append(answer)
-            self.server.observer.client_done(
-                exchange.round, answer.client, len(answers), len(exchange.requests)
-            )
-        replies, rejected = self.server.admission.accept(answers, exchange, self.cohort.sizes)
+        replies, rejected = self.server.admission.accept(
+            self._arriving(exchange, came), exchange, self.cohort.sizes, self._keeping(exchange)
+        )
         self.rejected.update(rejected)
-        self._note_answers(exchange, answers, rejected)
+        self._note_answers(exchange, came, rejected)
         self._tell()
         if last:
             self._require_quorum()
@@ -353,6 +356,30 @@ class _Play:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return replies
 
+    def _arriving(self, exchange: Exchange, came: dict[int, dict[str, Any]]) -> Iterator[Answer]:
+        """Pass answers on as they come, and keep what the audit log says of each client's first."""
+        for done, answer in enumerate(self.server.engine.exchange(exchange), 1):
+            data = answer.data
+            facts = {} if data is None else {"bytes": len(data), "message": digest_of(data)}
+            came.setdefault(answer.client, facts)
+            asked = len(exchange.requests)
+            self.server.observer.client_done(exchange.round, answer.client, done, asked)
+            yield answer
+
+    def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
+        """Return where payloads are kept until all are there: on disk, if they are many and large."""
+        schema, folder = exchange.reply_schema, self.server.spool
+        if folder is None or len(exchange.requests) * schema.max_bytes <= SPOOL_ABOVE:
+            return lambda client, payload: payload
+
+        def put_away(client: int, payload: Payload) -> Payload:
+            path = folder / f"{client:06d}"
+            path.write_bytes(encode(payload, schema))
+            return replace(payload, tensors=StoredTensors(path, schema))
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return put_away
+
     def _note_requests(self, exchange: Exchange) -> None:
         digests: dict[int, str] = {}  # one message to all is one object
         for client, data in exchange.requests.items():
@@ -361,16 +388,17 @@ class _Play:
             self._note("sent", exchange, client, bytes=len(data), message=digests[id(data)])
 
     def _note_answers(
-        self, exchange: Exchange, answers: Iterable[Answer], rejected: Mapping[int, str]
+        self,
+        exchange: Exchange,
+        came: Mapping[int, Mapping[str, Any]],
+        rejected: Mapping[int, str],
     ) -> None:
-        first = {answer.client: answer for answer in reversed(list(answers))}
         for client in exchange.requests:
-            data = first[client].data if client in first else None
-            facts = {} if data is None else {"bytes": len(data), "message": digest_of(data)}
+            facts = came.get(client, {})
             if client not in rejected:
                 self._note("accepted", exchange, client, **facts)
             else:
-                event = "absent" if data is None else "refused"
+                event = "refused" if facts else "absent"
                 self._note(event, exchange, client, **facts, reason=rejected[client])
 
     def _note(self, event: str, exchange: Exchange, client: int, **facts: Any) -> None:

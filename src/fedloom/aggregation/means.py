@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from fedloom.messages import Tensors
+
+BLOCK = 1 << 17
+"""Elements that are summed at a time."""
+
+LARGE = 1 << 22
+"""Elements of an update from which on threads are worth their start."""
 
 
 def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
@@ -30,10 +39,30 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
     total = sum(weights)
     if min(weights) < 0 or not total > 0:
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
-    mean = {}
-    for name, first in updates[0].items():
-        running = torch.zeros(first.shape, dtype=torch.float64)
-        for update, weight in zip(updates, weights, strict=True):
-            running.add_(update[name].double(), alpha=weight / total)
-        mean[name] = running.to(first.dtype)
-    return mean
+    shares = [weight / total for weight in weights]
+
+    def summed(name: str) -> Tensor:
+        return _summed((update[name] for update in updates), shares)
+
+    names = list(updates[0])
+    if sum(tensor.numel() for tensor in updates[0].values()) < LARGE:
+        return {name: summed(name) for name in names}
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # tensors are independent: same bits as in turn
+        return dict(zip(names, pool.map(summed, names), strict=True))
+
+
+def _summed(tensors: Iterable[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return sum_k share_k tensor_k; block by block, so what is widened stays in the cache."""
+    wide = torch.empty(BLOCK, dtype=torch.float64)
+    first, running = torch.empty(0), torch.empty(0)
+    for number, (tensor, share) in enumerate(zip(tensors, shares, strict=True)):
+        if number == 0:
+            first, running = tensor, torch.zeros(tensor.numel(), dtype=torch.float64)
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), BLOCK):
+            block = flat[start : start + BLOCK]
+            same = wide[: block.numel()].copy_(block)
+            running[start : start + BLOCK].add_(same, alpha=share)
+    return running.to(first.dtype).view(first.shape)

@@ -23,8 +23,10 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
-"""Flower tells nobody of us, fetches nothing, and looks for work often."""
+"""Flower tells nobody of us, fetches nothing, and looks for work often; updates that are done with are
+given back to the system at once (glibc would keep pieces of them)."""
 
 LINK = "here"
 """What Flower's configuration calls the server."""

@@ -13,13 +13,14 @@ import queue
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.app import Message
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.engines.records import from_records, to_records
-from fedloom.engines.streams import Streams
+from fedloom.engines.streams import Streams, taken
 from fedloom.envelope import (
     MAX_REPLY_HEADER,
     PREFIX,
@@ -304,7 +305,7 @@ class FlowerEngine:
         """Send over the client's stream if it has one, or as a message; return whether it could."""
         streams = self._streams
         if streams is not None and client in streams:
-            streams.send(client, seal(header, data).pack(), limit)
+            streams.send(client, seal(header, data).parts(), limit)
         elif client in self._nodes:
             messages[self._push(self._nodes[client], header, data)] = client
         else:
@@ -426,10 +427,10 @@ def _read(message: Message) -> Envelope | str:
         return str(error)
 
 
-def _unpacked(frame: bytes | None) -> Envelope | str:
+def _unpacked(frame: bytes | Path | None) -> Envelope | str:
     if frame is None:
         return BROKEN
     try:
-        return Envelope.unpack(frame)
+        return Envelope.unpack(taken(frame))
     except MessageError as error:
         return str(error)

@@ -15,14 +15,15 @@ Read = Callable[[int], bytes | None]
 """Returns so many bytes, or ``None`` where the stream has ended."""
 
 
-def write_frame(connection: socket.socket, message: bytes) -> None:
-    """Send a message; waits while the other side does not read.
+def write_frame(connection: socket.socket, *parts: bytes) -> None:
+    """Send a message that consists of ``parts``; waits while the other side does not read.
 
     Raises:
         OSError: The connection is broken.
     """
-    connection.sendall(LENGTH.pack(len(message)))
-    connection.sendall(message)
+    connection.sendall(LENGTH.pack(sum(map(len, parts))))
+    for part in parts:
+        connection.sendall(part)
 
 
 def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
@@ -35,13 +36,19 @@ def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
     Raises:
         MessageError: It is longer; nothing of it has been read.
     """
+    length = read_length(read, limit)
+    return None if length is None else read(length)
+
+
+def read_length(read: Read, limit: Callable[[], int]) -> int | None:
+    """Return the length of the next message; see :func:`read_frame`."""
     prefix = read(LENGTH.size)
     if prefix is None:
         return None
-    (length,) = LENGTH.unpack(prefix)
+    length = int(LENGTH.unpack(prefix)[0])
     if length > limit():
         raise MessageError(f"a message of {length} bytes, {limit()} are allowed")
-    return read(length)
+    return length
 
 
 def reader(connection: socket.socket) -> Read:

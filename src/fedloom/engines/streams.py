@@ -15,11 +15,23 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedloom.engines.frames import listen, read_frame, reader, write_frame
+from fedloom.engines.frames import Read, listen, read_frame, read_length, reader, write_frame
 from fedloom.errors import MessageError
+
+LARGE = 1 << 22
+"""Bytes above which a message waits on disk, so that any number of clients may send at once."""
 
 GREETING = 1 << 10
 """Bytes of the longest first message, by which the door says whose stream it is."""
+
+
+def taken(message: bytes | Path) -> bytes:
+    """Return what came over a stream; a file of it is gone then."""
+    if isinstance(message, bytes):
+        return message
+    content = message.read_bytes()
+    message.unlink()
+    return content
 
 
 @dataclass
@@ -27,7 +39,9 @@ class _Stream:
     connection: socket.socket
     limit: int = 0
     """Bytes of the longest message that may come next."""
-    outgoing: queue.Queue[bytes | None] = field(default_factory=lambda: queue.Queue(maxsize=2))
+    outgoing: queue.Queue[tuple[bytes, ...] | None] = field(
+        default_factory=lambda: queue.Queue(maxsize=2)
+    )
 
 
 class Streams:
@@ -35,7 +49,7 @@ class Streams:
 
     def __init__(self, path: Path) -> None:
         """Listen at ``path``."""
-        self.arrived: queue.Queue[tuple[int, bytes | None]] = queue.Queue()
+        self.arrived: queue.Queue[tuple[int, bytes | Path | None]] = queue.Queue()
         self._streams: dict[int, _Stream] = {}
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
@@ -45,8 +59,8 @@ class Streams:
         """Return whether there is a stream to a client."""
         return client in self._streams
 
-    def send(self, client: int, message: bytes, limit: int) -> None:
-        """Send a message; the next to come back may have ``limit`` bytes."""
+    def send(self, client: int, message: tuple[bytes, ...], limit: int) -> None:
+        """Send a message, given in parts; the next to come back may have ``limit`` bytes."""
         stream = self._streams.get(client)
         if stream is None:
             self.arrived.put((client, None))
@@ -95,17 +109,31 @@ class Streams:
             self._end(before)
         threading.Thread(target=self._write, args=(client, stream), daemon=True).start()
         try:
-            while (message := read_frame(read, lambda: stream.limit)) is not None:
+            while (message := self._received(read, client, stream)) is not None:
                 stream.limit = 0  # until the next is asked for
                 self.arrived.put((client, message))
         except MessageError:
             pass  # it sends more than it may: it is no use to read on
         self._drop(client, stream)
 
+    def _received(self, read: Read, client: int, stream: _Stream) -> bytes | Path | None:
+        """Return the next message, or the file that a large one was written to as it came."""
+        length = read_length(read, lambda: stream.limit)
+        if length is None or length <= LARGE:
+            return None if length is None else read(length)
+        path = self._path.with_name(f"{self._path.name}-{client:06d}")
+        with path.open("wb") as file:
+            for start in range(0, length, LARGE):
+                part = read(min(LARGE, length - start))
+                if part is None:
+                    return None
+                file.write(part)
+        return path
+
     def _write(self, client: int, stream: _Stream) -> None:
         while (message := stream.outgoing.get()) is not None:
             try:
-                write_frame(stream.connection, message)
+                write_frame(stream.connection, *message)
             except OSError:
                 self._drop(client, stream)
                 return

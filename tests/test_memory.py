@@ -1,0 +1,109 @@
+"""The server's memory does not grow with the number of clients."""
+
+import ctypes
+
+import pytest
+import torch
+
+from fedloom import server as servers
+from fedloom.accounting.ledger import Ledger, peak_memory, reset_peak_memory
+from fedloom.aggregation.means import weighted_mean
+from fedloom.checkpoint import State
+from fedloom.messages import (
+    Answer,
+    Payload,
+    Schema,
+    StoredTensors,
+    TensorSpec,
+    encode,
+)
+from fedloom.methods import make_method
+from fedloom.methods.fedavg import FedAvgSettings
+from fedloom.runner import Silent
+from fedloom.server import FederationSettings, Server
+
+ADAPTER = {f"layer.{i}": torch.zeros(1 << 17) for i in range(8)}
+M_MMAP_THRESHOLD = -3
+UPDATE = sum(tensor.numel() * 4 for tensor in ADAPTER.values())
+
+
+class Clients:
+    """An engine whose clients each send their number, in no order."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def sizes(self):
+        return dict.fromkeys(range(self.count), 10)
+
+    def exchange(self, exchange):
+        for client in reversed(range(self.count)):
+            tensors = {name: torch.full_like(t, client) for name, t in ADAPTER.items()}
+            payload = Payload(tensors, {"examples": 10})
+            yield Answer(client, encode(payload, exchange.reply_schema))
+
+
+def play(count, folder):
+    """Return the state after a round, and the peak of memory in it."""
+    done = []
+    server = Server(
+        make_method(FedAvgSettings()), Clients(count), FederationSettings(rounds=1, clients=count),
+        lambda round: 1e-3, lambda state, round: None, lambda record, state: done.append(record),
+        Ledger(), Silent(), spool=folder,
+    )  # fmt: skip
+    reset_peak_memory()
+    return server.run(State(ADAPTER), 0), peak_memory()
+
+
+def test_memory_is_flat_from_4_to_256_clients(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "SPOOL_ABOVE", 2 * UPDATE)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)  # as the server's processes are started
+    play(8, tmp_path)  # what is loaded at the first use
+    few, many = (play(count, tmp_path) for count in (4, 256))
+    assert many[1] - few[1] < 2 * UPDATE
+    assert many[0].tensors["layer.3"].unique().item() == pytest.approx(127.5)
+
+
+def test_what_waits_on_disk_gives_the_same_bits(tmp_path, monkeypatch):
+    whole, _ = play(5, tmp_path)
+    monkeypatch.setattr(servers, "SPOOL_ABOVE", 0)
+    stored, _ = play(5, tmp_path)
+    assert stored.digest() == whole.digest()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_stored_tensors_are_a_dictionary_like_others(tmp_path):
+    tensors = {
+        "b": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
+        "a": torch.randn(3),
+        "rows": torch.randn(2, 4),
+        "c": torch.tensor(7),
+    }
+    specs = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items() if n != "rows"]
+    schema = Schema((*specs, TensorSpec("rows", (5, 4), torch.float32, ragged=True)))
+    path = tmp_path / "payload"
+    path.write_bytes(encode(Payload(tensors), schema))
+    stored = StoredTensors(path, schema)
+    assert list(stored) == ["b", "a", "c", "rows"] and len(stored) == 4 and "x" not in stored
+    for name in tensors:
+        assert (
+            torch.equal(stored[name], tensors[name]) and stored[name].dtype == tensors[name].dtype
+        )
+    copy = {**stored}
+    assert all(
+        torch.equal(copy[n], t) and torch.equal(dict(stored.items())[n], t)
+        for n, t in tensors.items()
+    )
+    assert len(list(stored.values())) == 4 and stored.get("x") is None
+    assert torch.equal(stored.get("a"), tensors["a"])
+
+
+def test_blocks_and_threads_do_not_change_the_mean(monkeypatch):
+    monkeypatch.setattr("fedloom.aggregation.means.LARGE", 1000)
+    updates = [{"w": torch.randn(150_001, 3), "v": torch.randn(5)} for _ in range(5)]
+    found = weighted_mean(updates, (1, 2, 3, 4, 5))
+    for name, mean in found.items():
+        whole = torch.zeros(mean.shape, dtype=torch.float64)
+        for update, weight in zip(updates, (1, 2, 3, 4, 5), strict=True):
+            whole.add_(update[name].double(), alpha=weight / 15)
+        assert torch.equal(mean, whole.float())
