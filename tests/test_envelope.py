@@ -24,7 +24,7 @@ WORK = WorkDone(
             update={"joined": Joined(rows=3, held_out=0, model="0" * 64, version="1")}
         ),
         RequestHeader(kind="exchange", run="a", began=[-1, 3], client=0, request={"tensors": []}),
-        RequestHeader(kind="join", run="a", began=[-1], experiment="x = 1", door=9093),
+        RequestHeader(kind="join", run="a", began=[-1], experiment="x = 1", streams=True),
     ],
 )
 @pytest.mark.parametrize("payload", [b"", b"content"])

@@ -53,8 +53,8 @@ class RequestHeader(Settings):
     experiment: str | None = None
     """TOML; left out where the client has it already."""
     classes: list[str] = []
-    door: Count | None = None
-    """Port of the server at which a stream for further messages of the run may be opened."""
+    streams: bool = False
+    """Whether a stream for further messages of the run may be opened at the door."""
     certificate: str | None = None
     """PEM of the server's certificate, which the client checks with its authority's."""
     payload: str = ""

@@ -329,3 +329,12 @@ def test_the_engine_is_not_needed_to_replace_a_broken_header():
 
 def replace_payload(header, packed):
     return header.model_copy(update={"payload": Envelope.unpack(packed).read(ReplyHeader).payload})
+
+
+def test_what_was_sent_before_a_run_was_resumed_is_not_done(deployed):
+    found = deployed()
+    worker = found.mail.workers[100]
+    worker.run.began = 2
+    stale = [e for n, e in found.mail.pushed if n == 100 and e.payload][-1].pack()
+    header = Envelope.unpack(worker.answer(stale, streamed=False)).read(ReplyHeader)
+    assert header.error == "the run has been resumed since this was sent"

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedloom.deployment.children import LINK, flwr
 from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.server import registered
+from fedloom.deployment.server import registered, stop_run, under_way
 from fedloom.errors import FedloomError, OutputError
 
 
@@ -35,17 +35,6 @@ def is_running(home: ServerHome, number: str) -> bool:
     except FedloomError:
         return True
     return any(not str(run["status"]).startswith("finished") for run in runs)
-
-
-def stop_run(home: ServerHome, number: str) -> None:
-    """Have Flower end a run; every finished round of it is saved."""
-    flwr(home.flower, "stop", number, LINK)
-
-
-def under_way(home: ServerHome) -> list[str]:
-    """Return Flower's numbers of the runs that are not over."""
-    runs = flwr(home.flower, "ls", LINK)["runs"]
-    return [str(r["run-id"]) for r in runs if not str(r["status"]).startswith("finished")]
 
 
 def stop_runs(home: Path) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedloom.deployment.children import LINK, flwr
-from fedloom.deployment.control import is_running, stop_run
+from fedloom.deployment.control import is_running
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import Order, read_news, show
+from fedloom.deployment.server import stop_run
 from fedloom.errors import Interrupted
 from fedloom.experiment import Experiment
 from fedloom.files import write_whole

@@ -74,6 +74,9 @@ def start(
     try:
         link.keep_alive()
         wait_until_open(port, link)
+        for number in under_way(home):  # who played them is gone; their folders can be resumed
+            stop_run(home, number)
+            log.record("ended_run", number=number)
         write_whole(home.path / "server.toml", write_toml(serving.model_dump()).encode())
         log.record("started", port=port, door=door, tls=not insecure)
         registry = _Registry(home, log, insecure=insecure)
@@ -112,6 +115,17 @@ def serve_federation(
 def stop_server(home: Path) -> int:
     """Tell the server in a folder to stop; return its process."""
     return end(ServerHome(home).serving().pid)
+
+
+def stop_run(home: ServerHome, number: str) -> None:
+    """Have Flower end a run; every finished round of it is saved."""
+    flwr(home.flower, "stop", number, LINK)
+
+
+def under_way(home: ServerHome) -> list[str]:
+    """Return Flower's numbers of the runs that are not over."""
+    runs = flwr(home.flower, "ls", LINK)["runs"]
+    return [str(r["run-id"]) for r in runs if not str(r["status"]).startswith("finished")]
 
 
 def registered(home: ServerHome) -> dict[str, str]:

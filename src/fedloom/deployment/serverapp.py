@@ -59,10 +59,10 @@ def _post(grid: Grid, home: ServerHome) -> Post:
     serving = home.serving()
     streams = partial(_open_streams, home)
     if serving.insecure:
-        return Post(grid, home.members, open_streams=streams, door=serving.door)
+        return Post(grid, home.members, open_streams=streams)
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
-    return Post(grid, home.members, signing, certificate, streams, serving.door)
+    return Post(grid, home.members, signing, certificate, streams)
 
 
 def _open_streams(home: ServerHome, run: str) -> Streams:

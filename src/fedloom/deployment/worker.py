@@ -49,14 +49,16 @@ class Run:
     """A run that this client takes part in, made ready.
 
     Attributes:
-        header: What the server told of it.
+        id: Tells it from all others.
+        began: How many times it had begun or been resumed when this client last heard of it.
         parts: Model, rows and handlers, for this client alone.
         kept: What it keeps between rounds, on disk.
         every: Rounds between the server's checkpoints.
         moment: The stretch and round that the store in memory is of.
     """
 
-    header: RequestHeader
+    id: str
+    began: int
     parts: Parts
     kept: Kept
     every: int
@@ -106,9 +108,8 @@ class Worker:
             signing = None if streamed else partial(sign, self.key)
             self._last, self._reply = asked, seal(reply, payload, signing)
             self.heard = time.monotonic()
-            if not streamed and header.door is not None:
-                host = self.joining.door.rpartition(":")[0]
-                self._open_stream(f"{host}:{header.door}", header.run)
+            if not streamed and header.streams:
+                self._open_stream(self.joining.door, header.run)
             return self._reply.pack()
 
     def _require_server(self, envelope: Envelope, header: RequestHeader) -> None:
@@ -155,7 +156,10 @@ class Worker:
 
     def _ready(self, header: RequestHeader) -> Run:
         """Return the run that a message is of, made ready."""
-        if self.run is not None and self.run.header.run == header.run:
+        if self.run is not None and self.run.id == header.run:
+            if len(header.began) < self.run.began:
+                raise MessageError("the run has been resumed since this was sent")
+            self.run.began = len(header.began)
             return self.run
         if header.experiment is None:
             raise MessageError("this client was started anew and must be told of the run again")
@@ -181,7 +185,8 @@ class Worker:
             parts.model_path,
         )
         kept = Kept(self.home.run(header.run) / "kept")
-        self.run = Run(header, parts, kept, experiment.output.checkpoint_every)
+        every = experiment.output.checkpoint_every
+        self.run = Run(header.run, len(header.began), parts, kept, every)
         return self.run
 
     def _divided(

@@ -72,7 +72,6 @@ class Post:
         sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
         certificate: That certificate in PEM.
         open_streams: Opens the place where streams of a run's clients come in; ``None`` for no streams.
-        door: Port of the server where clients ask for one.
     """
 
     mail: Mail
@@ -80,7 +79,6 @@ class Post:
     sign: Callable[[bytes], bytes] | None = None
     certificate: str | None = None
     open_streams: Callable[[str], Streams] | None = None
-    door: int | None = None
 
 
 @dataclass
@@ -318,7 +316,7 @@ class FlowerEngine:
         told = {
             "experiment": briefing.experiment,
             "classes": list(briefing.classes),
-            "door": self.post.door if self._streams is not None else None,
+            "streams": self._streams is not None,
             "certificate": self.post.certificate,
         }
         sealed = seal(header.model_copy(update=told), payload, self.post.sign)
