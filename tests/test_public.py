@@ -80,7 +80,9 @@ def test_commands_in_the_readme_are_commands(monkeypatch, tmp_path):
         if command[0] == "make":
             assert f"\n{command[1]}:" in makefile
         elif command[0] == "fedloom":
-            options = {o for p in known[command[1]].params for o in p.opts}
+            own = known[command[1]]
+            own = getattr(own, "commands", {}).get(command[2], own)
+            options = {o for p in own.params for o in p.opts}
             assert {word for word in command[2:] if word.startswith("-")} <= options
 
 

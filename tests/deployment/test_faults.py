@@ -150,13 +150,20 @@ def test_who_is_not_let_in_does_not_take_part(deployed):
     assert "not signed with the key of client 2" in refused["reason"]
 
 
-def test_another_model_is_not_let_in(deployed):
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        ({"model": "0" * 64}, "its model or tokenizer is another one: SHA-256 000000000000"),
+        ({"version": "0.0.9"}, "it has fedloom 0.0.9, the server"),
+    ],
+)
+def test_another_model_or_version_is_not_let_in(deployed, claim, reason):
     def other(mail, federation):
         def tamper(node, envelope):
             header = envelope.read(ReplyHeader)
             if header.joined is None or node != 101:
                 return envelope
-            joined = header.joined.model_copy(update={"model": "0" * 64})
+            joined = header.joined.model_copy(update=claim)
             return resealed(federation, 1, header.model_copy(update={"joined": joined}), b"")
 
         mail.tamper = tamper
@@ -164,7 +171,7 @@ def test_another_model_is_not_let_in(deployed):
     found = deployed(break_=other, federation={"patience": 0.3})
     assert all(record["clients"] == [0, 2] for record in found.rounds)
     (refused,) = found.events("refused_join")
-    assert "its model or tokenizer is another one: SHA-256 000000000000" in refused["reason"]
+    assert reason in refused["reason"]
 
 
 def restarted(mail, federation, when):

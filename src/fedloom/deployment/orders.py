@@ -33,6 +33,8 @@ class Order(Settings):
     """The server's folder."""
     folder: str
     """The run folder."""
+    cwd: str
+    """Where paths in the experiment begin."""
     experiment: str | None = None
     """File of the experiment; left out to continue the run in the folder."""
     from_round: int | None = None

@@ -35,18 +35,23 @@ def run_deployed(
     Raises:
         FedloomError: See ``fedloom.errors`` for the tree.
     """
-    own = ServerHome(home)
+    own, file = ServerHome(home), None
     own.serving()
     if resume is not None:
-        folder = resume.resolve()
-        order = Order(home=str(home.resolve()), folder=str(folder), from_round=from_round)
+        folder = str(resume.resolve())
     else:
         assert experiment is not None, "the command line asks for one or the other"
-        folder = free_folder(experiment).resolve()
-        output = experiment.output.model_copy(update={"folder": str(folder)})
+        folder = str(free_folder(experiment).resolve())
+        output = experiment.output.model_copy(update={"folder": folder})
         file = own.requests / f"{experiment.name}-{os.getpid()}.toml"
         write_whole(file, replace(experiment, output=output).to_toml().encode())
-        order = Order(home=str(home.resolve()), folder=str(folder), experiment=str(file.resolve()))
+    order = Order(
+        home=str(home.resolve()),
+        folder=folder,
+        cwd=str(Path.cwd()),
+        experiment=str(file.resolve()) if file is not None else None,
+        from_round=from_round,
+    )
     observer.stage("asking Flower to start the run")
     path, number = submit(own, order)
     return follow(own, path, number, observer)

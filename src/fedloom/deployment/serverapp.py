@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main(grid: Grid, context: Context) -> None:
             "the Flower app",
         )
     order, news = Order.read(path), News(path.with_suffix(".jsonl"))
+    os.chdir(order.cwd)
     try:
         result = _play(grid, order, news)
     except FedloomError as error:

@@ -20,10 +20,10 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
-from fedloom import __version__
 from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
 from fedloom.checkpoint import KEPT
 from fedloom.data.sources import CLIENTS
@@ -215,7 +215,7 @@ class Worker:
             rows=parts.local.rows(number),
             held_out=len(parts.division.held_out.get(number, [])),
             model=parts.model_digest,
-            version=__version__,
+            version=version("fedloom"),
         )
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:

@@ -13,6 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -349,6 +350,10 @@ class FlowerEngine:
             reply = self._checked(found, asked)
             if reply.error is not None or reply.joined is None:
                 raise MessageError(reply.error or "it does not say what it has")
+            if reply.joined.version != (own := version("fedloom")):
+                raise MessageError(
+                    f"it has fedloom {reply.joined.version}, the server {own}: upgrade one of them"
+                )
             if reply.joined.model != self.briefing.model:
                 raise MessageError(
                     f"its model or tokenizer is another one: SHA-256 {reply.joined.model[:12]}, the "

@@ -1,0 +1,219 @@
+"""Sixty rounds, eight machines, and whatever can go wrong: the run ends, with the bits of its own record."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedloom.admission import Admission
+from fedloom.assembly import assemble, divide
+from fedloom.experiment import Experiment
+from fedloom.messages import Answer
+from fedloom.methods.base import Cohort
+from fedloom.runner import Silent
+from fedloom.server import Server
+from fedloom.training.optimizers import round_learning_rate
+from machines import machines
+
+CLIENTS, ROUNDS, BAD = 8, 60, 7
+BEHIND = (0, 1)
+"""Clients whose link is cut now and then."""
+
+LONGEST = 840.0
+"""Seconds."""
+
+
+class Link:
+    """A link that can be cut: all connections through it break, and none can be made for a while."""
+
+    def __init__(self, port):
+        self.target, self.cut_until, self.open = port, 0.0, set()
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listening.accept()
+                try:
+                    if time.monotonic() < self.cut_until:
+                        raise OSError
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    near.close()
+                    continue
+                self.open |= {near, far}
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for end in (source, target):
+            self.open.discard(end)
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def cut(self, seconds):
+        self.cut_until = time.monotonic() + seconds
+        for end in list(self.open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+class Replay:
+    """An engine in which clients are absent as a record says."""
+
+    def __init__(self, engine, records):
+        self.engine = engine
+        self.rejected = {r["round"]: {x["client"] for x in r["rejected"]} for r in records}
+
+    def sizes(self):
+        return self.engine.sizes()
+
+    def exchange(self, exchange):
+        gone = self.rejected[exchange.round] & exchange.requests.keys()
+        for client in gone:
+            yield Answer(client, error="absent")
+        left = {c: data for c, data in exchange.requests.items() if c not in gone}
+        yield from self.engine.exchange(
+            exchange.__class__(**{**exchange.__dict__, "requests": left})
+        )
+
+
+class SameCohorts(Server):
+    """A server that asks whom a record says, of those that were there then."""
+
+    def _cohort(self, round, paused):
+        clients = tuple(self.recorded[round])
+        last = round == self.federation.rounds
+        return Cohort(round, clients, self.engine.sizes(), self.learning_rate(round), last=last)
+
+
+def replayed(experiment, records):
+    """The state of a simulation with the same participation record."""
+    parts = assemble(experiment, divide(experiment))
+    SameCohorts.recorded = {r["round"]: r["clients"] for r in records}
+    server = SameCohorts(
+        parts.method, Replay(parts.engine, records), experiment.federation,
+        lambda round: round_learning_rate(experiment.training, round, ROUNDS),
+        lambda state, round: None, lambda record, state: parts.engine.finish_round(),
+        parts.ledger, Silent(), Admission(experiment.admission),
+    )  # fmt: skip
+    return server.run(parts.method.initial_state(parts.initial), 0)
+
+
+def memory(own):
+    """Resident bytes of the process that plays the rounds."""
+    for pid in own.pids("server"):
+        with contextlib.suppress(OSError, TypeError):
+            if b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+                return int(found[1]) * 1024
+    return None
+
+
+def read(path):
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.mark.slow
+def test_the_run_survives_all_of_it(monkeypatch):
+    table = {
+        "data": {"source": "builtin:preferences", "builtin_rows": 400},
+        "federation": {
+            "clients": CLIENTS, "clients_per_round": 5, "rounds": ROUNDS, "quorum": 0.2,
+            "deadline": 20.0, "patience": 120.0,
+        },
+        "training": {"local_steps": 25, "batch_size": 8},
+        "admission": {"offences": 2, "pause": 10},
+        "evaluation": {"per_client": False, "every": 20, "samples": 0},
+    }  # fmt: skip
+    experiment, rng = Experiment.from_table(table), random.Random(0)
+    start = time.monotonic()
+    with machines(CLIENTS) as own:
+        link = Link(own.door)
+        own.start_server()
+
+        def start_client(client, wait=False):
+            words = own.joining(client)
+            if client in BEHIND:
+                words = own.joining(client, server=f"localhost:{link.port}")
+            here = Path(__file__).with_name("malicious")
+            environment = os.environ.get("PYTHONPATH", "")
+            if client == BAD:
+                monkeypatch.setenv("PYTHONPATH", f"{here}:{environment}")
+            log = own.start(f"c{client}", *words)
+            monkeypatch.setenv("PYTHONPATH", environment)
+            if wait:
+                own.wait(log, "joined")
+
+        for client in range(CLIENTS):
+            start_client(client, wait=True)
+        path, folder = own.folder / "chaos.toml", own.folder / "run"
+        path.write_text(experiment.to_toml())
+        words = ["run", path, "--engine", "flower", "--home", own.server]
+        own.start("run", *words, "--set", f"output.folder={folder}")
+        records, again, down, sizes, killed = folder / "rounds.jsonl", {}, 0, [], 0
+        while own.processes["run"].poll() is None:
+            assert time.monotonic() - start < LONGEST, (own.folder / "run.log").read_text()[-3000:]
+            time.sleep(1)
+            done = len(read(records)) - 1
+            for client in [c for c, moment in again.items() if time.monotonic() > moment]:
+                del again[client]
+                start_client(client)
+            if down < 2 and done >= 20 * (down + 1):
+                down += 1
+                own.kill("run")
+                own.kill("server")
+                sizes.clear()
+                time.sleep(2)
+                own.start_server()
+                own.start(
+                    "run", "run", "--resume", folder, "--engine", "flower", "--home", own.server
+                )
+                continue
+            if (resident := memory(own)) and done > 45:
+                sizes.append(resident)
+            if done >= 1 and rng.random() < 0.08:
+                link.cut(rng.uniform(0.5, 8))
+            if done >= 1 and rng.random() < 0.06 and len(again) < 2:
+                client = rng.choice([c for c in range(CLIENTS) if c not in again])
+                own.kill(f"c{client}", signal.SIGKILL)
+                again[client] = time.monotonic() + rng.uniform(2, 10)
+                killed += 1
+        log = (own.folder / "run.log").read_text()
+        assert own.processes["run"].returncode == 0, log[-3000:]
+        found = [record for record in read(records) if record["round"]]
+        events = read(folder / "audit.jsonl")
+        verified = own.call("audit", "verify", folder).stdout
+    assert [record["round"] for record in found] == list(range(1, ROUNDS + 1))
+    began = [event["after"] for event in events if event["event"] == "began"]
+    assert len(began) == 3 and began == sorted(began) and "hold together" in verified
+    lost = [(r["round"], x["client"], x["reason"]) for r in found for x in r["rejected"]]
+    bad = [reason for _, client, reason in lost if client == BAD]
+    assert bad and any("NaN" in reason for reason in bad)
+    assert any(BAD in map(int, r["paused"]) for r in found)
+    assert any(client != BAD for _, client, _ in lost) and killed >= 3
+    last = [event["state"] for event in events if event["event"] == "round"][-1]
+    assert replayed(experiment, found).digest() == last
+    assert max(sizes) - sizes[0] < 16 << 20
+    seconds = time.monotonic() - start
+    print(
+        f"{seconds:.0f} s, {killed} clients killed, server killed {down} times, {len(lost)} answers lost; "
+        f"memory {sizes[0] >> 20} to {max(sizes) >> 20} MiB; {sorted({reason for *_, reason in lost})}"
+    )
+    assert seconds < 900

@@ -1,0 +1,80 @@
+"""docs/federation.md: its commands give a federation, its words are those of the program."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from fedloom import cli
+from fedloom.deployment.homes import OWN_SECTIONS
+from fedloom.experiment import SECTIONS
+from machines import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "federation.md").read_text()
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
+
+
+def test_commands_on_the_page_are_commands():
+    command = typer.main.get_command(cli.app)
+    said = re.findall(r"fedloom ((?:[a-z]+ )?[a-z]+)", "\n".join(blocks("sh")))
+    for words in {name for name in said if not name.startswith(("server log", "is"))}:
+        own = command.commands.get(words.split()[0])
+        assert own is not None, words
+        inner = getattr(own, "commands", None)
+        assert inner is None or words.split()[1] in inner, words
+
+
+def test_files_on_the_page_are_there():
+    for path in re.findall(r"\]\(\.\./([^)#]+)\)", PAGE):
+        assert (ROOT / path).exists()
+
+
+def test_settings_on_the_page_are_settings():
+    client, coordinator = map(tomllib.loads, blocks("toml"))
+    for section, table in client.items():
+        assert table.keys() <= OWN_SECTIONS[section].model_fields.keys()
+    for section, table in coordinator.items():
+        assert table.keys() <= SECTIONS[section].model_fields.keys()
+    for name in re.findall(r"`federation\.(\w+)", PAGE):
+        assert name in SECTIONS["federation"].model_fields
+
+
+def test_units_and_containers_call_what_there_is():
+    command = typer.main.get_command(cli.app)
+    for path in (ROOT / "deploy").rglob("*"):
+        if path.is_file():
+            for group, name in re.findall(r"(server|client)\W+(start|join)\b", path.read_text()):
+                options = {o for p in command.commands[group].commands[name].params for o in p.opts}
+                used = set(re.findall(r"(?<![\w-])--[a-z]+", path.read_text()))
+                assert used - {"--no"} <= options | {
+                    "--create",
+                    "--constraint",
+                    "--rm",
+                    "--now",
+                    "--host",
+                }
+
+
+@pytest.mark.slow
+def test_who_follows_the_page_gets_a_federation(tmp_path):
+    (script,) = [block for block in blocks("sh") if "make .venv" in block]
+    lines = script.splitlines()
+    assert lines[0] == "make .venv/.developing" and lines[1].startswith("mkdir try && cd try")
+    words = f'mkdir try && cd try && export PATH="{Path(sys.executable).parent}:$PATH"'
+    script = "\n".join(["set -euo pipefail", words, *lines[2:], "wait"])
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, timeout=300,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "round 3/3" in done.stdout and "site-1  online" in done.stdout
+    assert (tmp_path / "try/runs/experiment/adapter/adapter_model.safetensors").is_file()
