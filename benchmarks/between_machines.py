@@ -1,10 +1,10 @@
-"""What a round costs between machines beyond training: a server and two clients, real processes, TLS, keys.
+"""What a round costs between machines beyond training: a server, two clients, real processes, TLS, keys.
 
     .venv/bin/python benchmarks/between_machines.py
 
-The same experiment in one process, over streams, and over Flower's messages alone, with an adapter of 0.1 MB
-and one of 54 MB (float32, down and up for each client); seconds of a round, the median of the last of five. Also
-round trips of 64 KB a second over a stream, and the mean of four updates of 54 MB beside Flower's own.
+The same experiment in one process, over streams, and over Flower's messages alone, with an adapter of
+0.1 MB and one of 54 MB (float32, down and up for each client): the median round of five. Also the mean of
+four updates of 54 MB beside Flower's own, in turns.
 """
 
 import json

@@ -123,3 +123,12 @@ def test_a_resumed_run_goes_on_with_its_log(experiment, tmp_path):
     assert states[0] == states[1]
     shown = CliRunner().invoke(app, ["audit", "verify", str(tmp_path / "run")])
     assert f"{len(lines)} lines hold together: 3 clients, 0 messages refused" in shown.output
+
+
+def test_an_event_cannot_say_what_the_log_says_itself(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.record("first")
+    with pytest.raises(AssertionError, match="number"):
+        log.record("second", number=7)
+    log.record("third")
+    assert verify(tmp_path / "audit.jsonl").lines == 2

@@ -24,6 +24,9 @@ FILE = "audit.jsonl"
 START = "0" * 64
 """What stands for the line before the first."""
 
+OWN = {"number", "time", "event", "before", "sha256"}
+"""What every line says; no event may say it otherwise."""
+
 Record = Callable[..., None]
 """Notes an event, by name, with plain JSON about it."""
 
@@ -72,6 +75,7 @@ class AuditLog:
             OutputError: The disk is full or the folder not writable.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        assert not OWN & facts.keys(), f"{OWN & facts.keys()} are the log's own words"
         self._count += 1
         body = {"number": self._count, "time": now, "event": event, **facts, "before": self._last}
         self._last = _digest(body)

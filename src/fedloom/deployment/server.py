@@ -76,7 +76,7 @@ def start(
         wait_until_open(port, link)
         for number in under_way(home):  # who played them is gone; their folders can be resumed
             stop_run(home, number)
-            log.record("ended_run", number=number)
+            log.record("ended_run", run=number)
         write_whole(home.path / "server.toml", write_toml(serving.model_dump()).encode())
         log.record("started", port=port, door=door, tls=not insecure)
         registry = _Registry(home, log, insecure=insecure)

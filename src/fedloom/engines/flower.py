@@ -240,7 +240,7 @@ class FlowerEngine:
             if id in self._forgotten:
                 self._forgotten.discard(id)
                 self.late += 1
-                self.briefing.audit("late", number=self.late)
+                self.briefing.audit("late", replies=self.late)
             elif id in self._asked_nodes:
                 self._welcome(self._asked_nodes.pop(id), _read(message))
             elif id in messages:
