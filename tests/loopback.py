@@ -18,6 +18,7 @@ from fedloom.deployment.homes import ClientHome, Joining
 from fedloom.deployment.worker import Worker
 from fedloom.engines.flower import FlowerEngine, Post
 from fedloom.engines.records import from_records, to_records
+from fedloom.engines.roster import Roster
 from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.experiment import Experiment
 from fedloom.identity import Members, make_authority, make_key, read_key, sign
@@ -129,11 +130,11 @@ class Loopback:
         key = read_key(server / "server.key")
         post = Post(
             mail or self.mail(),
-            self.members,
             lambda header: sign(key, header),
             (server / "server.pem").read_text(),
         )
-        return FlowerEngine(post, experiment.federation, experiment.clients.newcomers)
+        roster = Roster(self.members, experiment.clients.newcomers)
+        return FlowerEngine(post, experiment.federation, roster)
 
 
 @pytest.fixture

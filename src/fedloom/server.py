@@ -51,7 +51,8 @@ class FederationSettings(Settings):
     """Whether clients on other machines may keep a stream open; without one each exchange is a message
     of Flower's, which takes some seconds."""
     patience: float = Field(default=600, gt=0)
-    """Seconds that a round waits until enough clients on other machines for a quorum are there."""
+    """Seconds that a run waits for all of its clients on other machines when it begins, and a round for a
+    quorum of them."""
 
     @property
     def cohort_size(self) -> int:

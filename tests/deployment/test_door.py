@@ -10,7 +10,7 @@ from fedloom.deployment import door as doors
 from fedloom.deployment.children import free_port
 from fedloom.deployment.door import Caller, Door, serve
 from fedloom.engines.frames import read_frame
-from fedloom.engines.streams import Streams, taken
+from fedloom.engines.streams import Arrival, Streams, taken
 from fedloom.errors import ConnectionFailed, IdentityError
 from fedloom.identity import Members, make_authority, make_key, read_key
 
@@ -135,9 +135,9 @@ def test_messages_of_any_size_go_there_and_back(streamed):
     for size in (0, 1, 100_000, 9_000_000):
         message = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
         streamed.send(0, (message,), size)
-        client, found = streamed.arrived.get(timeout=20)
-        assert client == 0 and taken(found) == message
-        assert isinstance(found, bytes) or not found.exists()
+        arrival = streamed.arrived.get(timeout=20)
+        assert arrival.client == 0 and taken(arrival.message) == message
+        assert isinstance(arrival.message, bytes) or not arrival.message.exists()
 
 
 def test_two_hundred_round_trips_a_second(streamed):
@@ -145,13 +145,13 @@ def test_two_hundred_round_trips_a_second(streamed):
     start = time.perf_counter()
     for _ in range(count):
         streamed.send(0, (message,), 65536)
-        assert streamed.arrived.get(timeout=10)[1] == message
+        assert streamed.arrived.get(timeout=10).message == message
     assert count / (time.perf_counter() - start) > 200
 
 
 def test_who_sends_more_than_it_may_is_cut_off(streamed):
     streamed.send(0, (bytes(1000),), 999)
-    assert streamed.arrived.get(timeout=10) == (0, None)
+    assert streamed.arrived.get(timeout=10) == Arrival(0, 1)
     assert 0 not in streamed
 
 
@@ -163,9 +163,9 @@ def test_a_client_that_goes_breaks_its_stream_alone(site, streamed):
         time.sleep(0.01)
     stop.set()
     streamed.send(1, (b"last",), 100)
-    assert streamed.arrived.get(timeout=10) == (1, None)
+    assert streamed.arrived.get(timeout=10) == Arrival(1, 2)
     streamed.send(0, (b"still", b" there"), 100)
-    assert streamed.arrived.get(timeout=10) == (0, b"still there")
+    assert streamed.arrived.get(timeout=10) == Arrival(0, 1, b"still there")
 
 
 def test_no_stream_to_a_run_that_there_is_not(site):

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import News, Order
 from fedloom.engines.flower import FlowerEngine, Post
+from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams
 from fedloom.errors import FedloomError, SettingsError
 from fedloom.experiment import Experiment
@@ -48,7 +49,8 @@ def _play(grid: Grid, order: Order, news: News) -> RunResult:
     home, folder = ServerHome(Path(order.home)), Path(order.folder)
     file = Path(order.experiment) if order.experiment else folder / names.EXPERIMENT
     experiment = Experiment.from_toml(file)
-    engine = FlowerEngine(_post(grid, home), experiment.federation, experiment.clients.newcomers)
+    roster = Roster(home.members, experiment.clients.newcomers)
+    engine = FlowerEngine(_post(grid, home), experiment.federation, roster)
     try:
         if order.experiment is None:
             return resume_run(folder, from_round=order.from_round, observer=news, remote=engine)
@@ -61,10 +63,10 @@ def _post(grid: Grid, home: ServerHome) -> Post:
     serving = home.serving()
     streams = partial(_open_streams, home)
     if serving.insecure:
-        return Post(grid, home.members, open_streams=streams)
+        return Post(grid, open_streams=streams)
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
-    return Post(grid, home.members, signing, certificate, streams)
+    return Post(grid, signing, certificate, streams)
 
 
 def _open_streams(home: ServerHome, run: str) -> Streams:

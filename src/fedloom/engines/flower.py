@@ -9,42 +9,37 @@ a client with an open stream is asked over that, any other by a message of Flowe
 from __future__ import annotations
 
 import math
-import queue
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from flwr.app import Message
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.engines.records import from_records, to_records
+from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams, taken
 from fedloom.envelope import (
     MAX_REPLY_HEADER,
     PREFIX,
     Envelope,
-    Joined,
-    ReplyHeader,
     RequestHeader,
     seal,
 )
 from fedloom.errors import MessageError, RoundFailed
-from fedloom.identity import Members, is_signed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
 from fedloom.server import Briefing, FederationSettings
 
 POLL = 0.1
 """Seconds between looks for replies."""
 
-AGAIN = 30.0
-"""Seconds until a client that could not join is asked again."""
-
-BROKEN = "its stream broke"
 LOOK = 1.0
 """Seconds between looks for clients, while a run waits for them."""
+
+SMALL = PREFIX.size + MAX_REPLY_HEADER
+"""Bytes that a reply without a payload may have."""
 
 
 class Mail(Protocol):
@@ -69,26 +64,25 @@ class Post:
 
     Attributes:
         mail: Flower's messages.
-        members: Returns who is let in, as of now.
         sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
         certificate: That certificate in PEM.
         open_streams: Opens the place where streams of a run's clients come in; ``None`` for no streams.
     """
 
     mail: Mail
-    members: Callable[[], Members]
     sign: Callable[[bytes], bytes] | None = None
     certificate: str | None = None
     open_streams: Callable[[str], Streams] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Asked:
-    """A message that is under way."""
+    """A question under way: to whom, how many bytes its payload has, and over which stream, if any."""
 
+    client: int
     header: RequestHeader
     sent: int
-    """Bytes of its payload."""
+    stream: int | None
 
 
 @dataclass
@@ -98,21 +92,16 @@ class FlowerEngine:
     Attributes:
         post: How they are reached.
         federation: How many there should be, how long they have.
-        newcomers: Clients that are there and no members yet: only who names them reaches them.
+        roster: Who is there.
         late: Replies that came after their round had gone on without them.
-        problems: Why nodes that are there could not join.
     """
 
     post: Post
     federation: FederationSettings
-    newcomers: Collection[int] = ()
+    roster: Roster
     late: int = 0
-    problems: dict[int, str] = field(default_factory=dict)
-    _joined: dict[int, Joined] = field(default_factory=dict)
-    _nodes: dict[int, int] = field(default_factory=dict)
-    _asked_nodes: dict[str, int] = field(default_factory=dict)
-    _joins: dict[int, RequestHeader] = field(default_factory=dict)
-    _refused: dict[int, float] = field(default_factory=dict)
+    _joining: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
+    _messages: dict[str, int] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
     _number: int = 0
     _briefing: Briefing | None = None
@@ -128,133 +117,137 @@ class FlowerEngine:
     @property
     def judged(self) -> Collection[int]:
         """Clients that have held-out rows of their own, of those met so far."""
-        return _Judged(self._joined, self.newcomers)
+        return self.roster.judged
 
     def begin(self, briefing: Briefing, ledger: Ledger) -> None:
-        """Meet the clients; wait until enough for a quorum are ready, and a moment for the others."""
+        """Meet the clients; wait until all are ready, or patience is over and there is a quorum."""
         self._briefing, self._ledger = briefing, ledger
+        self.roster.model, self.roster.audit = briefing.model, briefing.audit
         if self.post.open_streams is not None and self.federation.streams:
             self._streams = self.post.open_streams(briefing.run)
-        self._wait_for(self.federation.clients, f"of {self.federation.clients} clients")
+        self._wait_for(self.federation.clients)
 
     def sizes(self) -> dict[int, int]:
         """Return the training rows of each client that is there now; waits for a quorum of them."""
         self._meet()
-        there = self._there()
-        needed = max(1, math.ceil(self.federation.quorum * self.federation.cohort_size))
-        if len(there) < needed:
-            self._wait_for(needed, "clients that a quorum needs")
-            there = self._there()
-        return {client: self._joined[client].rows for client in there}
+        if len(self._there()) < self._quorum:
+            self._wait_for(self._quorum)
+        return {client: self.roster.joined[client].rows for client in self._there()}
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, all at once."""
-        schemas = {
+        facts = {
+            "round": exchange.round,
+            "action": exchange.action,
             "request": exchange.request_schema.to_table(),
             "reply": exchange.reply_schema.to_table(),
         }
         waiting: dict[int, _Asked] = {}
-        messages: dict[str, int] = {}
-        limit = exchange.reply_schema.max_bytes + PREFIX.size + MAX_REPLY_HEADER
         for client, data in exchange.requests.items():
-            header = self._header("exchange", client)
-            header = header.model_copy(
-                update={"round": exchange.round, "action": exchange.action, **schemas}
-            )
-            if self._send(client, header, data, limit, messages):
-                waiting[client] = _Asked(header, len(data))
-            else:
+            header = self._header("exchange", client).model_copy(update=facts)
+            asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
+            if asked is None:
                 yield Answer(client, error="it is not there")
-        yield from self._collect(exchange, waiting, messages)
+            else:
+                waiting[client] = asked
+        start, deadline = time.monotonic(), self.federation.deadline
+        while waiting:
+            for client, found in self._arrivals(waiting):
+                yield self._answer(waiting.pop(client), exchange, found)
+            if deadline is not None and time.monotonic() - start > deadline:
+                for asked in waiting.values():
+                    self._give_up(asked)
+                    error = f"no answer within {deadline:g} seconds"
+                    yield Answer(asked.client, error=error)
+                return
 
     def finish_round(self) -> None:
         """Do nothing: clients know by the next round's messages that this one is over."""
 
     def end(self, keep: Payload | None) -> None:
         """Tell clients that the run is over, and wait a while for those that write models."""
-        waiting: dict[int, _Asked] = {}
-        messages: dict[str, int] = {}
         schema = Schema.of(keep.tensors) if keep is not None else None
         data = encode(keep, schema) if keep is not None and schema is not None else b""
+        facts = {"request": schema.to_table()} if schema is not None else {}
+        waiting = {}
         for client in self._there():
-            header = self._header("end", client)
-            if schema is not None:
-                header = header.model_copy(update={"request": schema.to_table()})
-            waiting[client] = _Asked(header, len(data))
-            self._send(client, header, data, PREFIX.size + MAX_REPLY_HEADER, messages)
+            header = self._header("end", client).model_copy(update=facts)
+            asked = self._ask(client, header, data, SMALL)
+            if asked is not None:
+                waiting[client] = asked
         end = time.monotonic() + (self.federation.deadline or self.federation.patience)
         while waiting and time.monotonic() < end:
-            for client, _ in self._arrivals(waiting, messages):
-                waiting.pop(client, None)
+            for client, _ in self._arrivals(waiting):
+                del waiting[client]
 
     def close(self) -> None:
         """Close all streams."""
         if self._streams is not None:
             self._streams.close()
 
-    def _collect(
-        self, exchange: Exchange, waiting: dict[int, _Asked], messages: dict[str, int]
-    ) -> Iterator[Answer]:
-        """Yield answers as they come, until all are there or their time is over."""
-        start = time.monotonic()
-        deadline = self.federation.deadline
-        while waiting:
-            for client, found in self._arrivals(waiting, messages):
-                if client in waiting:
-                    if found == BROKEN:  # it may be gone: who is there says so again
-                        self._nodes.pop(client, None)
-                    yield self._answer(waiting.pop(client), exchange, found)
-            if deadline is not None and time.monotonic() - start > deadline:
-                for client in sorted(waiting):
-                    yield Answer(client, error=f"no answer within {deadline:g} seconds")
-                late = {id for id, client in messages.items() if client in waiting}
-                self._forgotten |= late
-                for client in waiting:
-                    self._nodes.pop(client, None)
-                    if self._streams is not None and client not in messages.values():
-                        self._streams.drop(client)  # or its answer would be taken for the next one
-                return
+    def _ask(self, client: int, header: RequestHeader, data: bytes, limit: int) -> _Asked | None:
+        """Send over the client's stream if it has one, or as a message; ``None`` if there is no way."""
+        stream = None
+        if self._streams is not None:
+            stream = self._streams.send(client, seal(header, data).parts(), limit)
+        if stream is None:
+            if client not in self.roster.nodes:
+                return None
+            self._messages[self._push(self.roster.nodes[client], header, data)] = client
+        return _Asked(client, header, len(data), stream)
 
-    def _arrivals(
-        self, waiting: Mapping[int, _Asked], messages: dict[str, int]
-    ) -> Iterator[tuple[int, Envelope | str]]:
-        """Yield what has come since the last look: envelopes, or why there is none."""
-        streams = self._streams
-        if streams is not None and len(waiting) > len(messages):
-            try:
-                client, frame = streams.arrived.get(timeout=POLL)
-                while True:
-                    if client not in messages.values():
-                        yield client, _unpacked(frame)
-                    client, frame = streams.arrived.get_nowait()
-            except queue.Empty:
-                pass
-        else:
-            time.sleep(POLL)
-        if not messages and not self._forgotten and not self._asked_nodes:
-            return
-        for message in self.post.mail.pull_messages(
-            [*messages, *self._forgotten, *self._asked_nodes]
-        ):
+    def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
+        """Send a message of Flower that says all a client must know; return its id."""
+        told = {
+            "experiment": self.briefing.experiment,
+            "classes": list(self.briefing.classes),
+            "streams": self._streams is not None,
+            "certificate": self.post.certificate,
+        }
+        sealed = seal(header.model_copy(update=told), payload, self.post.sign)
+        message = Message(to_records(sealed), dst_node_id=node, message_type="query")
+        (id,) = self.post.mail.push_messages([message])
+        return id
+
+    def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
+        """Yield what has come since the last look from those waited for, once for each."""
+        yield from self._streamed(waiting)
+        due = [*self._messages, *self._forgotten, *self._joining]
+        for message in self.post.mail.pull_messages(due) if due else ():
             id = message.metadata.reply_to_message_id
             if id in self._forgotten:
                 self._forgotten.discard(id)
                 self.late += 1
                 self.briefing.audit("late", replies=self.late)
-            elif id in self._asked_nodes:
-                self._welcome(self._asked_nodes.pop(id), _read(message))
-            elif id in messages:
-                yield messages.pop(id), _read(message)
+            elif id in self._joining:
+                node, asked = self._joining.pop(id)
+                self.roster.welcome(node, _read(message), asked)
+            elif id in self._messages:
+                yield self._messages.pop(id), _read(message)
+
+    def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
+        """Yield what came over streams; wait a moment if there is nothing."""
+        streams = self._streams
+        if streams is None or all(asked.stream is None for asked in waiting.values()):
+            time.sleep(POLL)
+        if streams is None:
+            return
+        for arrival in streams.take(POLL if waiting else 0.0):
+            asked = waiting.get(arrival.client)
+            if arrival.message is None and arrival.client not in streams:
+                self.roster.lost(arrival.client)  # its machine may be gone
+            if asked is not None and asked.stream == arrival.stream:
+                yield arrival.client, _unpacked(arrival.message)
 
     def _answer(self, asked: _Asked, exchange: Exchange, found: Envelope | str) -> Answer:
-        client = asked.header.client
-        assert client is not None, "exchanges are asked by number"
+        client = asked.client
         cost = Cost(exchange.round, client, exchange.action, bytes_down=asked.sent, exchanges=1)
         self._ledger.costs.append(cost)
         if isinstance(found, str):
             return Answer(client, error=found)
         try:
-            reply = self._checked(found, asked.header)
+            stream = None if asked.stream is None else client
+            reply = self.roster.trusted(found, asked.header, stream)
         except MessageError as error:
             return Answer(client, error=f"its answer cannot be trusted: {error}")
         for work in reply.work:
@@ -264,160 +257,70 @@ class FlowerEngine:
         cost.bytes_up = len(found.payload)
         return Answer(client, found.payload)
 
-    def _checked(self, envelope: Envelope, asked: RequestHeader) -> ReplyHeader:
-        """Return the header of a reply to what was asked, from who it says.
+    def _give_up(self, asked: _Asked) -> None:
+        """Wait for an answer no longer: what still comes of it is dropped."""
+        self.roster.lost(asked.client)
+        if asked.stream is not None and self._streams is not None:
+            self._streams.drop(asked.client)
+        late = {id for id, client in self._messages.items() if client == asked.client}
+        self._messages = {id: c for id, c in self._messages.items() if id not in late}
+        self._forgotten |= late
 
-        Raises:
-            MessageError: It is none, or not signed by that client.
-        """
-        reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
-        streams = self._streams
-        streamed = streams is not None and not envelope.signature and reply.client in streams
-        if not streamed:  # whose a stream is was made sure of when it was opened
-            key = self.post.members().key(reply.client)
-            if key is None or not is_signed(key, envelope.header, envelope.signature):
-                raise MessageError(f"it is not signed with the key of client {reply.client}")
-        expected = (asked.run, len(asked.began), asked.round, asked.number)
-        found = (reply.run, reply.began, reply.round, reply.number)
-        if found != expected or asked.client not in (None, reply.client):
-            raise MessageError(
-                f"it is of client {reply.client}, round {reply.round}, message {reply.number} of run "
-                f"{reply.run[:8]}, asked was client {asked.client}, round {asked.round}, message "
-                f"{asked.number} of run {asked.run[:8]}"
-            )
-        return reply
-
-    def _header(self, kind: Any, client: int | None) -> RequestHeader:
+    def _header(
+        self, kind: Literal["join", "exchange", "end"], client: int | None
+    ) -> RequestHeader:
         self._number += 1
-        briefing = self.briefing
-        return RequestHeader(
-            kind=kind,
-            run=briefing.run,
-            began=list(briefing.began),
-            client=client,
-            number=self._number,
-        )
-
-    def _send(
-        self, client: int, header: RequestHeader, data: bytes, limit: int, messages: dict[str, int]
-    ) -> bool:
-        """Send over the client's stream if it has one, or as a message; return whether it could."""
-        streams = self._streams
-        if streams is not None and client in streams:
-            streams.send(client, seal(header, data).parts(), limit)
-        elif client in self._nodes:
-            messages[self._push(self._nodes[client], header, data)] = client
-        else:
-            return False
-        return True
-
-    def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
-        """Send a message of Flower that says all a client must know; return its id."""
-        briefing = self.briefing
-        told = {
-            "experiment": briefing.experiment,
-            "classes": list(briefing.classes),
-            "streams": self._streams is not None,
-            "certificate": self.post.certificate,
-        }
-        sealed = seal(header.model_copy(update=told), payload, self.post.sign)
-        message = Message(to_records(sealed), dst_node_id=node, message_type="query")
-        (id,) = self.post.mail.push_messages([message])
-        return id
+        run, began = self.briefing.run, list(self.briefing.began)
+        return RequestHeader(kind=kind, run=run, began=began, client=client, number=self._number)
 
     def _meet(self) -> None:
         """Ask nodes that are new here who they are, and hear those that have said so."""
         online = {n.node_id for n in self.post.mail.get_nodes() if n.status == "online"}
-        for client, node in list(self._nodes.items()):
-            if node not in online:
-                del self._nodes[client]
-        refused = {n for n, moment in self._refused.items() if time.monotonic() < moment + AGAIN}
-        known = {*self._nodes.values(), *self._asked_nodes.values(), *refused}
-        for node in sorted(online - known):
-            header = self._header("join", None)
-            self._asked_nodes[self._push(node, header, b"")] = node
-            self._joins[node] = header
-        if self._asked_nodes:
-            for _ in self._arrivals({}, {}):
+        asked = {node for node, _ in self._joining.values()}
+        for node in self.roster.unknown(online):
+            if node not in asked:
+                header = self._header("join", None)
+                self._joining[self._push(node, header, b"")] = node, header
+        if self._joining:
+            for _ in self._arrivals({}):
                 pass
-
-    def _welcome(self, node: int, found: Envelope | str) -> None:
-        """Take a client in that says it is ready, or note why not."""
-        audit, asked = self.briefing.audit, self._joins.pop(node)
-        try:
-            if isinstance(found, str):
-                raise MessageError(found)
-            reply = self._checked(found, asked)
-            if reply.error is not None or reply.joined is None:
-                raise MessageError(reply.error or "it does not say what it has")
-            if reply.joined.version != (own := version("fedloom")):
-                raise MessageError(
-                    f"it has fedloom {reply.joined.version}, the server {own}: upgrade one of them"
-                )
-            if reply.joined.model != self.briefing.model:
-                raise MessageError(
-                    f"its model or tokenizer is another one: SHA-256 {reply.joined.model[:12]}, the "
-                    f"server's is {self.briefing.model[:12]}"
-                )
-        except MessageError as error:
-            audit("refused_join", node=node, reason=str(error))
-            self.problems[node], self._refused[node] = str(error), time.monotonic()
-            return
-        self._joined[reply.client], self._nodes[reply.client] = reply.joined, node
-        facts = {"rows": reply.joined.rows, "model": reply.joined.model}
-        audit("joined", client=reply.client, node=node, **facts)
 
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""
-        streams = self._streams
+        roster, streams = self.roster, self._streams
         return sorted(
             client
-            for client in self._joined
-            if client not in self.newcomers
-            and (client in self._nodes or (streams is not None and client in streams))
+            for client in roster.joined.keys() - set(roster.newcomers)
+            if client in roster.nodes or (streams is not None and client in streams)
         )
 
-    def _wait_for(self, needed: int, what: str) -> None:
+    @property
+    def _quorum(self) -> int:
+        return max(1, math.ceil(self.federation.quorum * self.federation.cohort_size))
+
+    def _wait_for(self, needed: int) -> None:
         """Wait until so many clients are ready, as long as patience lasts; a quorum is enough then.
 
         Raises:
             RoundFailed: There are fewer than a quorum.
         """
-        end = time.monotonic() + self.federation.patience
+        roster, patience = self.roster, self.federation.patience
+        end = time.monotonic() + patience
         while True:
             self._meet()
-            ready = len(self._there()) + len(set(self._joined) & set(self.newcomers))
+            ready = len(self._there()) + len(roster.joined.keys() & set(roster.newcomers))
             if ready >= needed:
                 return
             if time.monotonic() > end:
                 break
             time.sleep(LOOK)
-        quorum = max(1, math.ceil(self.federation.quorum * self.federation.cohort_size))
-        if ready < quorum:
-            why = "; ".join(f"node {node}: {text}" for node, text in self.problems.items())
+        if ready < self._quorum:
+            why = "; ".join(f"node {node}: {text}" for node, text in roster.problems.items())
             raise RoundFailed(
-                f"{ready} {what} were ready within federation.patience = "
-                f"{self.federation.patience:g} seconds, federation.quorum asks for {quorum}"
+                f"{ready} of {self.federation.clients} clients were ready within federation.patience = "
+                f"{patience:g} seconds, federation.quorum asks for {self._quorum}"
                 + (f". {why}" if why else "")
             )
-
-
-@dataclass(frozen=True)
-class _Judged(Collection[int]):
-    """Members with held-out rows, as of when it is looked at."""
-
-    joined: Mapping[int, Joined]
-    newcomers: Collection[int]
-
-    def __contains__(self, client: object) -> bool:
-        return client in set(self)
-
-    def __iter__(self) -> Iterator[int]:
-        own = (client for client, said in self.joined.items() if said.held_out)
-        return (client for client in own if client not in self.newcomers)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _read(message: Message) -> Envelope | str:
@@ -432,7 +335,7 @@ def _read(message: Message) -> Envelope | str:
 
 def _unpacked(frame: bytes | Path | None) -> Envelope | str:
     if frame is None:
-        return BROKEN
+        return "its stream broke"
     try:
         return Envelope.unpack(taken(frame))
     except MessageError as error:

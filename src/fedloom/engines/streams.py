@@ -8,10 +8,12 @@ that was under way, and nothing more: the next message goes another way and brin
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +36,18 @@ def taken(message: bytes | Path) -> bytes:
     return content
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What came over a stream: a message, the file of a large one, or ``None`` where the stream broke."""
+
+    client: int
+    stream: int
+    message: bytes | Path | None = None
+
+
 @dataclass
 class _Stream:
+    number: int
     connection: socket.socket
     limit: int = 0
     """Bytes of the longest message that may come next."""
@@ -45,12 +57,13 @@ class _Stream:
 
 
 class Streams:
-    """Streams by client; messages come out of :attr:`arrived`, ``None`` for a stream that broke."""
+    """Streams by client; what comes over them is in :attr:`arrived`, and :meth:`take` takes it."""
 
     def __init__(self, path: Path) -> None:
         """Listen at ``path``."""
-        self.arrived: queue.Queue[tuple[int, bytes | Path | None]] = queue.Queue()
+        self.arrived: queue.Queue[Arrival] = queue.Queue()
         self._streams: dict[int, _Stream] = {}
+        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
         threading.Thread(target=self._accept, daemon=True).start()
@@ -59,17 +72,29 @@ class Streams:
         """Return whether there is a stream to a client."""
         return client in self._streams
 
-    def send(self, client: int, message: tuple[bytes, ...], limit: int) -> None:
-        """Send a message, given in parts; the next to come back may have ``limit`` bytes."""
+    def send(self, client: int, message: tuple[bytes, ...], limit: int) -> int | None:
+        """Send a message, given in parts; the next to come back may have ``limit`` bytes.
+
+        Returns:
+            The stream that it goes over, or ``None`` where the client has none.
+        """
         stream = self._streams.get(client)
         if stream is None:
-            self.arrived.put((client, None))
-            return
+            return None
         stream.limit = limit
         try:
             stream.outgoing.put(message, timeout=1.0)
         except queue.Full:  # it takes nothing any more
             self._drop(client, stream)
+            return None
+        return stream.number
+
+    def take(self, timeout: float) -> Iterator[Arrival]:
+        """Yield what has arrived; wait so many seconds for the first."""
+        with contextlib.suppress(queue.Empty):
+            yield self.arrived.get(timeout=timeout) if timeout else self.arrived.get_nowait()
+            while True:
+                yield self.arrived.get_nowait()
 
     def drop(self, client: int) -> None:
         """Close a client's stream, if it has one."""
@@ -102,7 +127,7 @@ class Streams:
         except (MessageError, ValueError, KeyError, TypeError):
             connection.close()
             return
-        stream = _Stream(connection)
+        stream = _Stream(next(self._numbers), connection)
         with self._lock:
             before, self._streams[client] = self._streams.get(client), stream
         if before is not None:
@@ -111,7 +136,7 @@ class Streams:
         try:
             while (message := self._received(read, client, stream)) is not None:
                 stream.limit = 0  # until the next is asked for
-                self.arrived.put((client, message))
+                self.arrived.put(Arrival(client, stream.number, message))
         except MessageError:
             pass  # it sends more than it may: it is no use to read on
         self._drop(client, stream)
@@ -145,7 +170,7 @@ class Streams:
                 del self._streams[client]
         self._end(stream)
         if known:
-            self.arrived.put((client, None))
+            self.arrived.put(Arrival(client, stream.number))
 
     @staticmethod
     def _end(stream: _Stream) -> None:

@@ -1,0 +1,141 @@
+"""Who takes part in a run between machines: who is ready, where, and whose a reply is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from fedloom.audit import Record, unheard
+from fedloom.envelope import MAX_REPLY_HEADER, Envelope, Joined, ReplyHeader, RequestHeader
+from fedloom.errors import MessageError
+from fedloom.identity import Members, is_signed
+
+AGAIN = 30.0
+"""Seconds until a client that could not join is asked again."""
+
+
+@dataclass
+class Roster:
+    """The clients of a run.
+
+    Attributes:
+        members: Returns who is let in, as of now.
+        newcomers: Clients that are there and no members yet: only who names them reaches them.
+        model: SHA-256 of the backbone and tokenizer that all must have.
+        audit: Told who joins and who is refused.
+        joined: What each client said of itself when it was ready.
+        nodes: Where a client can be reached by a message, while it can.
+        problems: Why nodes that are there could not join.
+    """
+
+    members: Callable[[], Members]
+    newcomers: Collection[int]
+    model: str = ""
+    audit: Record = unheard
+    joined: dict[int, Joined] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+    _refused: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> Collection[int]:
+        """Clients that have held-out rows of their own, of those met by the time it is looked at."""
+        return _Judged(self.joined, self.newcomers)
+
+    def unknown(self, online: Collection[int]) -> list[int]:
+        """Return the nodes, of those online, that must be asked who they are; forget those that went."""
+        self.nodes = {client: node for client, node in self.nodes.items() if node in online}
+        now = time.monotonic()
+        refused = {node for node, moment in self._refused.items() if now < moment + AGAIN}
+        return sorted(set(online) - refused - set(self.nodes.values()))
+
+    def lost(self, client: int) -> None:
+        """Note that a client may be gone: it must say again that it is there."""
+        self.nodes.pop(client, None)
+
+    def welcome(self, node: int, found: Envelope | str, asked: RequestHeader) -> None:
+        """Take a client in that says it is ready, or note why not.
+
+        Args:
+            node: Where it is.
+            found: What it replied, or why it did not.
+            asked: The question.
+        """
+        try:
+            if isinstance(found, str):
+                raise MessageError(found)
+            reply = self.trusted(found, asked)
+            self._require_fitting(reply)
+        except MessageError as error:
+            self.audit("refused_join", node=node, reason=str(error))
+            self.problems[node], self._refused[node] = str(error), time.monotonic()
+            return
+        assert reply.joined is not None, "it fits"
+        self.joined[reply.client], self.nodes[reply.client] = reply.joined, node
+        self.problems.pop(node, None)
+        facts = {"rows": reply.joined.rows, "model": reply.joined.model}
+        self.audit("joined", client=reply.client, node=node, **facts)
+
+    def trusted(
+        self, envelope: Envelope, asked: RequestHeader, stream: int | None = None
+    ) -> ReplyHeader:
+        """Return the header of a reply to what was asked, from who it says.
+
+        Args:
+            envelope: The reply.
+            asked: The question.
+            stream: The client over whose stream it came; that was made sure of when it was opened.
+
+        Raises:
+            MessageError: It is no reply, not to this, or not signed by the client it names.
+        """
+        reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
+        if stream != reply.client:
+            key = self.members().key(reply.client)
+            if key is None or not is_signed(key, envelope.header, envelope.signature):
+                raise MessageError(f"it is not signed with the key of client {reply.client}")
+        expected = (asked.run, len(asked.began), asked.round, asked.number)
+        found = (reply.run, reply.began, reply.round, reply.number)
+        if found != expected or asked.client not in (None, reply.client):
+            raise MessageError(
+                f"it is of client {reply.client}, round {reply.round}, message {reply.number} of run "
+                f"{reply.run[:8]}, asked was client {asked.client}, round {asked.round}, message "
+                f"{asked.number} of run {asked.run[:8]}"
+            )
+        return reply
+
+    def _require_fitting(self, reply: ReplyHeader) -> None:
+        """Check that a client is ready for this run, with the same software and model.
+
+        Raises:
+            MessageError: It is not.
+        """
+        if reply.error is not None or reply.joined is None:
+            raise MessageError(reply.error or "it does not say what it has")
+        if reply.joined.version != (own := version("fedloom")):
+            raise MessageError(
+                f"it has fedloom {reply.joined.version}, the server {own}: upgrade one of them"
+            )
+        if reply.joined.model != self.model:
+            raise MessageError(
+                f"its model or tokenizer is another one: SHA-256 {reply.joined.model[:12]}, the "
+                f"server's is {self.model[:12]}"
+            )
+
+
+@dataclass(frozen=True)
+class _Judged(Collection[int]):
+    joined: Mapping[int, Joined]
+    newcomers: Collection[int]
+
+    def __contains__(self, client: object) -> bool:
+        return client in set(self)
+
+    def __iter__(self) -> Iterator[int]:
+        own = (client for client, said in self.joined.items() if said.held_out)
+        return (client for client in own if client not in self.newcomers)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
