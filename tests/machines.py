@@ -106,15 +106,13 @@ class Machines:
 
     def pids(self, name):
         """Return the processes of a machine: what it started, and what these did."""
-        own = self.processes[name].pid
-        homes = {"server": str(self.server)}
-        home = homes.get(name, str(self.folder / name))
-        found = {own}
+        home = str(self.server if name == "server" else self.folder / name)
+        found = {self.processes[name].pid}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-                environment = (entry / "environ").read_bytes().decode(errors="replace")
-                if home + "/" in command + environment or command.rstrip("\0").endswith(home):
+                command = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0")
+                environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                if f"FLWR_HOME={home}/flower" in environment or command.endswith(f"\0{home}"):
                     found.add(int(entry.name))
         return found - {os.getpid()}
 
