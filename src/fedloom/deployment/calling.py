@@ -31,7 +31,7 @@ def ask_worker(home: Path, envelope: Envelope) -> Envelope:
         write_frame(connection, envelope.pack())
         reply = read_frame(reader(connection), lambda: NO_LIMIT)
     if reply is None:
-        raise ConnectionFailed(f"the worker ended while it was at work; see {home / LOG}")
+        raise ConnectionFailed(f"the worker gave no answer; see {home / LOG}")
     return Envelope.unpack(reply)
 
 

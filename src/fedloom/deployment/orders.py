@@ -64,6 +64,10 @@ class News:
         """Begin the file at ``path``."""
         self._file = path.open("w", encoding="utf-8", buffering=1)
 
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
     def tell(self, event: str, **facts: Any) -> None:
         """Write one line."""
         self._file.write(json.dumps({"event": event, **facts}) + "\n")

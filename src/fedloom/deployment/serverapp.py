@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from pathlib import Path
@@ -32,17 +33,18 @@ def main(grid: Grid, context: Context) -> None:
             ["this app is started by `fedloom run EXPERIMENT.toml --engine flower`"],
             "the Flower app",
         )
-    order, news = Order.read(path), News(path.with_suffix(".jsonl"))
+    order = Order.read(path)
     os.chdir(order.cwd)
-    try:
-        result = _play(grid, order, news)
-    except FedloomError as error:
-        news.tell("failed", text=str(error), exit_code=error.exit_code)
-        raise
-    except BaseException as error:
-        news.tell("failed", text=f"{type(error).__name__}: {error}", exit_code=1)
-        raise
-    news.tell("finished", summary=result.summary_text)
+    with contextlib.closing(News(path.with_suffix(".jsonl"))) as news:
+        try:
+            result = _play(grid, order, news)
+        except FedloomError as error:
+            news.tell("failed", text=str(error), exit_code=error.exit_code)
+            raise
+        except BaseException as error:
+            news.tell("failed", text=f"{type(error).__name__}: {error}", exit_code=1)
+            raise
+        news.tell("finished", summary=result.summary_text)
 
 
 def _play(grid: Grid, order: Order, news: News) -> RunResult:

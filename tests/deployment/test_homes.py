@@ -1,0 +1,84 @@
+"""A client's own file and folder: mistakes are named, and nothing of it is for others."""
+
+import pytest
+
+from fedloom.deployment.children import Child, free_port, program, require_free, wait_until_open
+from fedloom.deployment.homes import ClientHome, Joining, OwnFile, ServerHome
+from fedloom.errors import ConnectionFailed, SettingsError
+
+
+def own(tmp_path, text):
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    return OwnFile.read(path)
+
+
+def test_a_file_with_everything(tmp_path):
+    found = own(
+        tmp_path,
+        '[data]\nsource = "rows.jsonl"\ncolumns = { prompt = "question" }\n[model]\npath = "m"\n'
+        '[training]\ndevice = "cpu"\nthreads = 2\n[worker]\nidle = 60.0\n',
+    )
+    assert found.data.source == "rows.jsonl" and found.data.columns == {"prompt": "question"}
+    assert (found.model.path, found.training.threads, found.worker.idle) == ("m", 2, 60.0)
+    assert own(tmp_path, "").data is None
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    with pytest.raises(SettingsError) as wrong:
+        own(tmp_path, '[dat]\nx = 1\n[data]\nsource = "a"\ncolumn = {}\n[worker]\nidle = -1.0\n')
+    text = str(wrong.value)
+    assert "3 mistakes" in text and "[dat]" in text and "columns" in text and "idle" in text
+
+
+def test_a_home_says_how_it_was_joined(tmp_path):
+    home = ClientHome(tmp_path)
+    with pytest.raises(SettingsError, match="file not found"):
+        home.joining()
+    joining = Joining(door="localhost:1", number=3, key="k")
+    home.write_joining(joining)
+    assert home.joining() == joining and home.own_file() == OwnFile()
+    assert (tmp_path / "client.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_server_is_said_with_what_to_do(tmp_path):
+    with pytest.raises(SettingsError, match="`fedloom server start --home"):
+        ServerHome(tmp_path).serving()
+
+
+def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.children.PAUSE", 0.0)
+    child = Child(["python", "-c", "import time; time.sleep(60)"], tmp_path / "logs" / "a.out", {})
+    assert not child.keep_alive() and not child.keep_alive()
+    first = child.process
+    first.kill()
+    first.wait()
+    assert child.keep_alive() and child.process.pid != first.pid
+    again = Child(child.command, child.log, {})
+    again.end_leftover()  # as after a kill of who started it
+    assert child.process.wait(5) == -9
+    child.stop()
+
+
+def test_a_child_that_does_not_start_is_told(tmp_path):
+    child = Child(["python", "-c", "raise SystemExit(1)"], tmp_path / "a.out", {})
+    child.keep_alive()
+    child.process.wait()
+    with pytest.raises(ConnectionFailed, match=r"python did not start; see .*a\.out"):
+        wait_until_open(free_port(), child)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConnectionFailed, match=f"cannot listen at 127.0.0.1:{port}"):
+            require_free("127.0.0.1", port)
+
+
+def test_flower_that_is_not_installed_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SettingsError, match=r"pip install 'fedloom\[flower\]'"):
+        program("flower-superlink")

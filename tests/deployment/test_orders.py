@@ -1,0 +1,87 @@
+"""How a run is told to who asked for it: what an observer sees there is what happened."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from fedloom.accounting.ledger import Cost
+from fedloom.deployment.orders import News, Order, read_news, show
+from fedloom.errors import FedloomError, RoundFailed
+from fedloom.runner import Plan
+from fedloom.server import Evaluation, RoundRecord
+
+PLAN = Plan("who", "what", 3, "accuracy", True)
+RECORD = RoundRecord(
+    2, (0, 3), {3: "it failed"}, (3,), {5: 9}, (4,), 1e-3, {"loss": 0.5}, {0: {"loss": 0.5}},
+    Evaluation({"accuracy": 0.5}, {0: {"accuracy": 0.25}}),
+    (Cost(2, 0, "train", bytes_up=7),), 0.5, {"held": {"0": [1]}},
+)  # fmt: skip
+
+
+class Seen:
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+
+def test_what_is_told_is_what_happened(tmp_path):
+    news, seen = News(tmp_path / "news.jsonl"), Seen()
+    news.stage("loading")
+    news.begin(PLAN)
+    news.client_done(2, 0, 1, 2)
+    news.round_done(RECORD)
+    news.warning("careful")
+    news.end()
+    news.tell("finished", summary="all well")
+    news.close()
+    assert show(read_news(tmp_path / "news.jsonl", lambda: True), seen) == "all well"
+    assert seen.calls == [
+        ("stage", (), {"text": "loading"}),
+        ("begin", (PLAN,), {}),
+        ("client_done", (), {"round": 2, "client": 0, "done": 1, "of": 2}),
+        ("round_done", (RECORD,), {}),
+        ("warning", (), {"text": "careful"}),
+        ("end", (), {}),
+    ]
+
+
+def test_a_failure_is_told_with_its_exit_code(tmp_path):
+    with contextlib.closing(News(tmp_path / "news.jsonl")) as news:
+        news.tell("failed", text="no such model", exit_code=3)
+    with pytest.raises(FedloomError, match="no such model") as failed:
+        show(read_news(tmp_path / "news.jsonl", lambda: True), Seen())
+    assert failed.value.exit_code == 3
+
+
+def test_a_run_that_is_gone_is_told(tmp_path):
+    with pytest.raises(RoundFailed, match="go on with `fedloom run --resume FOLDER"):
+        show(read_news(tmp_path / "absent.jsonl", lambda: False), Seen())
+
+
+def test_half_a_line_is_waited_for(tmp_path):
+    path, found = tmp_path / "news.jsonl", []
+    path.write_text('{"event": "stage", "te')
+
+    def write():
+        time.sleep(0.3)
+        with path.open("a") as file:
+            file.write('xt": "schön"}\n{"event": "finished", "summary": ""}\n')
+
+    threading.Thread(target=write).start()
+    found = list(read_news(path, lambda: True))
+    assert [told["event"] for told in found] == ["stage", "finished"] and found[0][
+        "text"
+    ] == "schön"
+
+
+def test_an_order_is_read_as_it_was_written(tmp_path):
+    order = Order(home="h", folder="f", cwd="c", from_round=3)
+    order.write(tmp_path / "order.toml")
+    assert Order.read(tmp_path / "order.toml") == order
+    (tmp_path / "order.toml").write_text('home = "h"\n')
+    with pytest.raises(FedloomError, match="is no order"):
+        Order.read(tmp_path / "order.toml")
