@@ -316,3 +316,10 @@ def test_advise_prints_what_each_framework_costs_and_trains_nothing(call, experi
     assert not (tmp_path / "run").exists()
     code, text = call("advise", path, "--uplink", "quick")
     assert code == 2 and "'quick' is no quantity above 0 in bit; write it like 10Mbit" in text
+
+
+def test_a_federation_without_flower_says_what_is_missing(call, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    monkeypatch.delitem(sys.modules, "fedloom.identity", raising=False)
+    code, out = call("certs", "--home", tmp_path)
+    assert code == 2 and "cryptography is missing" in out and "fedloom[flower]" in out

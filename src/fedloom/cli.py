@@ -499,6 +499,12 @@ def main() -> NoReturn:
     except FedloomError as error:
         typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in ("flwr", "grpc", "cryptography"):
+            raise
+        text = f"fedloom: {error.name} is missing: federations between machines are an extra"
+        typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)
+        sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except typer.Abort:

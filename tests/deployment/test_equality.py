@@ -12,7 +12,8 @@ from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.runner import Silent, run_experiment
 
-FEDERATED = sorted(METHODS.keys() - {"centralised"})
+QUICK = ["fedavg", "scaffold", "fedpdpo", "fedamole", "fedmoe", "distillation", "split", "flora"]
+OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK})
 ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
 
 
@@ -67,7 +68,9 @@ def states(folder):
     return [line["state"] for line in lines if line["event"] == "round"]
 
 
-@pytest.mark.parametrize("method", FEDERATED)
+@pytest.mark.parametrize(
+    "method", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_simulation_and_machines_give_the_same(suited, loopback, tmp_path, method):
     here = Experiment.from_table({**suited(method), "output": {"folder": str(tmp_path / "here")}})
     there = Experiment.from_table({**suited(method), "output": {"folder": str(tmp_path / "there")}})
