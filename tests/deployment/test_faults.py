@@ -291,6 +291,27 @@ def test_private_rows_stay_with_their_owners(deployed, rows_file, loopback, tabl
         assert not path.is_file() or b"number 10" not in path.read_bytes()
 
 
+def test_a_file_of_all_clients_can_be_dealt_as_a_simulation_deals_it(
+    table, rows_file, loopback, tmp_path
+):
+    rows = [
+        {"prompt": f"Who is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."}
+        for i in range(60)
+    ]
+    path, own = rows_file(rows), tmp_path / "own.toml"
+    own.write_text(f'[data]\nsource = "{path}"\ndeal = true\n')
+    table |= {"data": {"source": path, "kind": "preference"}, "training": {"local_steps": 1}}
+    states = []
+    for name in ("here", "there"):
+        experiment = Experiment.from_table({**table, "output": {"folder": str(tmp_path / name)}})
+        federation = loopback(3)
+        engine = federation.engine(experiment, federation.mail(own=dict.fromkeys(range(3), own)))
+        remote = engine if name == "there" else None
+        result = run_experiment(experiment, observer=Silent(), remote=remote)
+        states.append(Outcome(result.folder, engine, None, federation).states)
+    assert states[0] == states[1]
+
+
 def test_rows_that_the_server_names_are_not_read(deployed, rows_file):
     rows = [{"prompt": f"Q {i}?", "chosen": f"Yes {i}.", "rejected": "No."} for i in range(40)]
     data = {"source": rows_file(rows), "kind": "preference", "builtin_rows": 60}

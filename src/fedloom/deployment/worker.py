@@ -26,7 +26,6 @@ from typing import TextIO
 
 from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
 from fedloom.checkpoint import KEPT
-from fedloom.data.sources import CLIENTS
 from fedloom.deployment.calling import NO_LIMIT
 from fedloom.deployment.door import Caller
 from fedloom.deployment.homes import ClientHome, OwnFile
@@ -193,7 +192,9 @@ class Worker:
         self, experiment: Experiment, own: OwnFile, number: int, classes: tuple[str, ...]
     ) -> Division:
         data = experiment.data
-        if own.data is None and not data.is_builtin:
+        if data.is_builtin:
+            return only(divide(experiment), number)
+        if own.data is None:
             raise SettingsError(
                 [
                     f"[data] is missing: the run has data.source = {data.source!r}, and this client "
@@ -201,13 +202,13 @@ class Worker:
                 ],
                 "the client's file",
             )
-        if own.data is not None and not data.is_builtin:
-            named = own.data.model_dump(exclude={"deal"}, exclude_unset=True)
-            data = data.model_copy(update=named)
-        if data.source == CLIENTS or (own.data is not None and not own.data.deal):
-            alone = data.model_copy(update={"test_source": None, "test_split": None})
-            return divide(experiment, own=OwnRows(number, alone, classes))
-        return only(divide(replace(experiment, data=data)), number)
+        named = own.data.model_dump(exclude={"deal"}, exclude_unset=True)
+        if data.is_private or not own.data.deal:  # the held-out set is the coordinator's
+            named |= {"test_source": None, "test_split": None}
+        data = data.model_copy(update=named)
+        if own.data.deal:
+            return only(divide(replace(experiment, data=data)), number)
+        return divide(experiment, own=OwnRows(number, data, classes))
 
     def _joined(self, run: Run) -> Joined:
         parts, number = run.parts, self.joining.number
