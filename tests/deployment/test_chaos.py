@@ -136,7 +136,7 @@ def test_the_run_survives_all_of_it(monkeypatch):
         "data": {"source": "builtin:preferences", "builtin_rows": 400},
         "federation": {
             "clients": CLIENTS, "clients_per_round": 5, "rounds": ROUNDS, "quorum": 0.2,
-            "deadline": 20.0, "patience": 120.0,
+            "deadline": 20.0, "patience": 60.0,
         },
         "training": {"local_steps": 25, "batch_size": 8},
         "admission": {"offences": 2, "pause": 10},
