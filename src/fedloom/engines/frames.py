@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedloom.errors import ConnectionFailed, MessageError
 
 LENGTH = struct.Struct("<Q")
+LONGEST = 100
+"""Bytes of a socket's path that every system allows."""
 
 Read = Callable[[int], bytes | None]
 """Returns so many bytes, or ``None`` where the stream has ended."""
@@ -74,21 +78,21 @@ def listen(path: Path) -> socket.socket:
     """Return a listening socket in a folder that only this user can open.
 
     Raises:
-        ConnectionFailed: The place cannot be made, or its name is too long for a socket.
+        ConnectionFailed: The place cannot be made.
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.parent.chmod(0o700)
         path.unlink(missing_ok=True)
-        listening.bind(str(path))
+        with _short(path) as name:
+            listening.bind(name)
         path.chmod(0o600)
         listening.listen()
     except OSError as error:
         listening.close()
         raise ConnectionFailed(
-            f"cannot open the socket {path}: {error.strerror or error}; a socket's path has at most "
-            "about 100 characters"
+            f"cannot open the socket {path}: {error.strerror or error}; choose another folder"
         ) from None
     return listening
 
@@ -102,9 +106,23 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(timeout)
-        connection.connect(str(path))
+        with _short(path) as name:
+            connection.connect(name)
         connection.settimeout(None)
     except OSError as error:
         connection.close()
         raise ConnectionFailed(f"nobody answers at {path}: {error.strerror or error}") from None
     return connection
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Yield a name of a socket that is short enough: a long path goes by way of its open folder."""
+    if len(os.fsencode(path)) <= LONGEST:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
