@@ -9,13 +9,15 @@ from fedloom.engines.frames import LENGTH, connect, listen, read_frame, reader, 
 from fedloom.errors import ConnectionFailed, MessageError
 
 
+@pytest.fixture
 def pair():
     left, right = socket.socketpair()
-    return left, reader(right)
+    with left, right:
+        yield left, reader(right)
 
 
-def test_messages_come_whole_and_in_order():
-    left, read = pair()
+def test_messages_come_whole_and_in_order(pair):
+    left, read = pair
     big = bytes(range(256)) * 20_000
     threading.Thread(
         target=lambda: [write_frame(left, b"ab", b"", b"c"), write_frame(left, big)]
@@ -26,8 +28,8 @@ def test_messages_come_whole_and_in_order():
     assert read_frame(read, lambda: 3) is None
 
 
-def test_nothing_of_a_message_that_is_too_long_is_read():
-    left, read = pair()
+def test_nothing_of_a_message_that_is_too_long_is_read(pair):
+    left, read = pair
     write_frame(left, b"abcd")
     with pytest.raises(MessageError, match="a message of 4 bytes, 3 are allowed"):
         read_frame(read, lambda: 3)
@@ -35,8 +37,8 @@ def test_nothing_of_a_message_that_is_too_long_is_read():
     left.close()
 
 
-def test_a_stream_that_ends_in_a_message_has_ended():
-    left, read = pair()
+def test_a_stream_that_ends_in_a_message_has_ended(pair):
+    left, read = pair
     left.sendall(LENGTH.pack(10) + b"half")
     left.close()
     assert read_frame(read, lambda: 10) is None
