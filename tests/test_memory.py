@@ -22,7 +22,11 @@ from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.runner import Silent
 from fedloom.server import FederationSettings, Server
 
-ADAPTER = {f"layer.{i}": torch.zeros(1 << 17) for i in range(8)}
+ADAPTER = {
+    f"layer.{i}.lora_{factor}.weight": torch.zeros((64, 1024) if factor == "A" else (1024, 64))
+    for i in range(8)
+    for factor in "AB"
+}
 M_MMAP_THRESHOLD = -3
 UPDATE = sum(tensor.numel() * 4 for tensor in ADAPTER.values())
 
@@ -61,7 +65,7 @@ def test_memory_is_flat_from_4_to_256_clients(tmp_path, monkeypatch):
     play(8, tmp_path)  # what is loaded at the first use
     few, many = (play(count, tmp_path) for count in (4, 256))
     assert many[1] - few[1] < 2 * UPDATE
-    assert many[0].tensors["layer.3"].unique().item() == pytest.approx(127.5)
+    assert many[0].tensors["layer.3.lora_A.weight"].unique().item() == pytest.approx(127.5)
 
 
 def test_what_waits_on_disk_gives_the_same_bits(tmp_path, monkeypatch):

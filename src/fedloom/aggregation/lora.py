@@ -146,11 +146,22 @@ def product_error(
 ) -> float | None:
     """Return ||B A - sum_k p_k B_k A_k||_F / ||sum_k p_k B_k A_k||_F for the factors of ``found``.
 
-    Over all layers together, and no product is formed. ``None`` as in :func:`averaging_error`.
+    Over all layers together. A product is formed where it is smaller than what its norm can be had from
+    without it: many clients or large ranks. ``None`` as in :func:`averaging_error`.
     """
     shares = [weight / sum(weights) for weight in weights]
     lost = whole = 0.0
     for a, b in factor_pairs(adapters[0]).values():
+        rows, (rank, columns) = len(adapters[0][b]), adapters[0][a].shape
+        if rank * len(adapters) > min(rows, columns):
+            mean = torch.zeros(rows, columns, dtype=torch.float64)
+            for share, adapter in zip(shares, adapters, strict=True):
+                mean.addmm_(adapter[b].double(), adapter[a].double(), alpha=share)
+            whole += float(mean.square().sum())
+            lost += float(
+                mean.addmm_(found[b].double(), found[a].double(), alpha=-1).square().sum()
+            )
+            continue
         downs = [adapter[a].double() for adapter in adapters]
         ups = [p * adapter[b].double() for p, adapter in zip(shares, adapters, strict=True)]
         whole += _squared_norm(ups, downs)
@@ -160,8 +171,13 @@ def product_error(
 
 def _mean(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the mean of factors in float64, as it is before it is rounded to be sent."""
-    exact = [{n: t.double() for n, t in only_factors(adapter).items()} for adapter in adapters]
-    return weighted_mean(exact, weights)
+    names = [name for pair in factor_pairs(adapters[0]).values() for name in pair]
+    total, mean = sum(weights), {}
+    for name in names:
+        mean[name] = torch.zeros(adapters[0][name].shape, dtype=torch.float64)
+        for adapter, weight in zip(adapters, weights, strict=True):
+            mean[name].add_(adapter[name].double(), alpha=weight / total)
+    return mean
 
 
 def _squared_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:

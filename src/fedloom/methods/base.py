@@ -25,7 +25,7 @@ from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.errors import RoundFailed
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
+from fedloom.messages import Exchange, Payload, Reply, Schema, StoredTensors, Tensors
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
@@ -400,11 +400,12 @@ def train_and_upload(client: Client, payload: Payload) -> Payload:
 def mean_adapter(replies: Sequence[Reply], cohort: Cohort | None = None) -> Tensors:
     """Return the mean of the adapters that clients sent back, weighted by their rows.
 
-    With a ``cohort`` the round's notes say what averaging LoRA's factors apart loses.
+    With a ``cohort`` the round's notes say what averaging LoRA's factors apart loses, unless the adapters
+    are so many and large that they wait on disk.
     """
     adapters = [reply.payload.tensors for reply in replies]
     weights = [reply.payload.numbers["examples"] for reply in replies]
-    if cohort is not None:
+    if cohort is not None and not isinstance(adapters[0], StoredTensors):
         error = averaging_error(adapters, weights)
         cohort.notes.update({} if error is None else {"aggregation_error": error})
     return weighted_mean(adapters, weights)
