@@ -59,7 +59,7 @@ def play(count, folder):
     return server.run(State(ADAPTER), 0), peak_memory()
 
 
-@pytest.mark.parametrize("clients", [64, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clients", [24, pytest.param(256, marks=pytest.mark.slow)])
 def test_memory_is_flat_from_4_clients_on(clients, tmp_path, monkeypatch):
     monkeypatch.setattr(servers, "SPOOL_ABOVE", 2 * UPDATE)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)  # as the server's processes are started
