@@ -60,10 +60,7 @@ SETS = {
 SHARED_LOSS = {"distillation", "split"}
 """Methods for losses that several parties share; tests/methods has them."""
 
-CLASSIC = [
-    "fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "centralised",
-    "local_only",
-]  # fmt: skip
+CLASSIC = ["fedavg", "centralised", "local_only"]
 OTHERS = sorted(METHODS.keys() - SHARED_LOSS - set(CLASSIC))
 TURNS = [(method, name) for method in CLASSIC for name in SETS] + [
     (method, name)
