@@ -171,13 +171,8 @@ def product_error(
 
 def _mean(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the mean of factors in float64, as it is before it is rounded to be sent."""
-    names = [name for pair in factor_pairs(adapters[0]).values() for name in pair]
-    total, mean = sum(weights), {}
-    for name in names:
-        mean[name] = torch.zeros(adapters[0][name].shape, dtype=torch.float64)
-        for adapter, weight in zip(adapters, weights, strict=True):
-            mean[name].add_(adapter[name].double(), alpha=weight / total)
-    return mean
+    exact = [{n: t.double() for n, t in only_factors(adapter).items()} for adapter in adapters]
+    return weighted_mean(exact, weights)
 
 
 def _squared_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:

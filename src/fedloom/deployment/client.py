@@ -13,7 +13,7 @@ from fedloom.deployment.calling import start_worker
 from fedloom.deployment.children import Child, Family, end, free_port
 from fedloom.deployment.door import Caller
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
-from fedloom.errors import ConnectionFailed, IdentityError
+from fedloom.errors import ConnectionFailed
 from fedloom.identity import read_key, require_current
 
 PID = "client.pid"
@@ -71,8 +71,11 @@ def join(
     try:
         while not stopping:
             for child in family.children:
-                if child.keep_alive() and not _still_let_in(caller):
-                    caller.knock()  # says why
+                if child.keep_alive():
+                    with contextlib.suppress(
+                        ConnectionFailed
+                    ):  # but not that it is let in no longer
+                        caller.knock()
             time.sleep(0.2)
     finally:
         family.stop()
@@ -92,8 +95,8 @@ def take_part(
     if authority is None:
         say("warning: no TLS: everybody on the network can read along")
 
-    def ready(joining: object) -> None:
-        say(f"joined {address} as client {getattr(joining, 'number', '?')}; folder {home}")
+    def ready(joining: Joining) -> None:
+        say(f"joined {address} as client {joining.number}; folder {home}")
 
     join(ClientHome(home), address, key=key, authority=authority, own=own, ready=ready)
 
@@ -115,17 +118,6 @@ def end_worker(home: ClientHome) -> None:
     with contextlib.suppress(OSError, ValueError):
         os.kill(int(home.pid.read_text()), signal.SIGTERM)
         home.pid.write_text("")
-
-
-def _still_let_in(caller: Caller) -> bool:
-    """Return whether the server, if it answers, lets this client in."""
-    try:
-        caller.knock()
-    except IdentityError:
-        return False
-    except ConnectionFailed:
-        return True
-    return True
 
 
 def _children(home: ClientHome, joining: Joining, flower: str) -> list[Child]:

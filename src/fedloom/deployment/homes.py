@@ -9,14 +9,11 @@ from typing import Any
 from pydantic import Field
 
 from fedloom.data.sources import SourceSettings
+from fedloom.deployment.calling import SOCKET
 from fedloom.errors import SettingsError
 from fedloom.files import write_whole
-from fedloom.identity import CA, CA_KEY, CERTIFICATE, CLIENTS, KEY, Members
+from fedloom.identity import CA, CERTIFICATE, CLIENTS, KEY, Members
 from fedloom.settings import Settings, nearest, parse, read_toml, write_toml
-
-SERVER_HOME = Path("fedloom-server")
-CLIENT_HOME = Path("fedloom-client")
-ADDRESS = "client.json"
 
 
 class OwnData(SourceSettings):
@@ -111,12 +108,7 @@ class ClientHome:
     @property
     def socket(self) -> Path:
         """Where the worker listens."""
-        return self.path / "worker" / "socket"
-
-    @property
-    def log(self) -> Path:
-        """What the worker has to say."""
-        return self.path / "worker.log"
+        return self.path / SOCKET
 
     @property
     def pid(self) -> Path:
@@ -170,11 +162,6 @@ class ServerHome:
     def authority(self) -> Path:
         """The federation's authority, which clients are given."""
         return self.path / CA
-
-    @property
-    def authority_key(self) -> Path:
-        """The key that makes certificates."""
-        return self.path / CA_KEY
 
     @property
     def certificate(self) -> Path:

@@ -49,7 +49,7 @@ class Order(Settings):
         """Read what :meth:`write` wrote.
 
         Raises:
-            SettingsError: It is no order.
+            FedloomError: It is no order.
         """
         order, problems = parse(cls, read_toml(path), "order")
         if order is None:

@@ -106,7 +106,7 @@ def serve_federation(
             "warning: no TLS and no authentication: everybody on the network can read and take part"
         )
 
-    def ready(serving: object) -> None:
+    def ready(serving: Serving) -> None:
         say(f"clients can join at port {door}; Flower listens at port {port}; folder {home}")
 
     start(own, host=host, port=port, door=door, insecure=insecure, ready=ready)

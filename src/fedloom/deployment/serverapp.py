@@ -26,7 +26,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the run that was ordered, or the commented starting file where nothing was."""
+    """Play the run that was ordered."""
     path = Path(str(context.run_config["order"]))
     if not path.is_file():
         raise SettingsError(

@@ -188,7 +188,7 @@ class FlowerEngine:
     def _ask(self, client: int, header: RequestHeader, data: bytes, limit: int) -> _Asked | None:
         """Send over the client's stream if it has one, or as a message; ``None`` if there is no way."""
         stream = None
-        if self._streams is not None:
+        if self._streams is not None and client in self._streams:
             stream = self._streams.send(client, seal(header, data).parts(), limit)
         if stream is None:
             if client not in self.roster.nodes:
@@ -228,11 +228,10 @@ class FlowerEngine:
     def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
         """Yield what came over streams; wait a moment if there is nothing."""
         streams = self._streams
-        if streams is None or all(asked.stream is None for asked in waiting.values()):
-            time.sleep(POLL)
         if streams is None:
+            time.sleep(POLL)
             return
-        for arrival in streams.take(POLL if waiting else 0.0):
+        for arrival in streams.take(POLL):
             asked = waiting.get(arrival.client)
             if arrival.message is None and arrival.client not in streams:
                 self.roster.lost(arrival.client)  # its machine may be gone

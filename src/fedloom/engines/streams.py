@@ -92,7 +92,7 @@ class Streams:
     def take(self, timeout: float) -> Iterator[Arrival]:
         """Yield what has arrived; wait so many seconds for the first."""
         with contextlib.suppress(queue.Empty):
-            yield self.arrived.get(timeout=timeout) if timeout else self.arrived.get_nowait()
+            yield self.arrived.get(timeout=timeout)
             while True:
                 yield self.arrived.get_nowait()
 
