@@ -70,7 +70,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **QUIET, **self.environment},
+                env={**surroundings(), **self.environment},
                 start_new_session=True,
             )
         self._pid.write_text(str(self.process.pid))
@@ -119,6 +119,16 @@ class Family:
             child.stop()
 
 
+def surroundings() -> dict[str, str]:
+    """Return the environment of Flower's processes: ours, quiet.
+
+    They start others by their bare names, so the programs of this very Python are found first, whether
+    or not its virtual environment is activated.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **QUIET, "PATH": path}
+
+
 def program(name: str) -> str:
     """Return the path of a program of this very environment.
 
@@ -145,7 +155,7 @@ def flwr(home: Path, *arguments: str) -> dict[str, Any]:
     """
     result = subprocess.run(
         [program("flwr"), *arguments, "--format", "json"],
-        env={**os.environ, **QUIET, "FLWR_HOME": str(home)},
+        env={**surroundings(), "FLWR_HOME": str(home)},
         capture_output=True,
         text=True,
         check=False,
