@@ -62,6 +62,13 @@ def test_a_run_that_is_gone_is_told(tmp_path):
         show(read_news(tmp_path / "absent.jsonl", lambda: False), Seen())
 
 
+def test_a_run_that_does_not_begin_is_told_where_to_look(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.orders.SLOW", 0.0)
+    path, asked = tmp_path / "requests" / "news.jsonl", iter([True, True, True, False])
+    (told,) = read_news(path, lambda: next(asked))
+    assert told["event"] == "warning" and str(tmp_path / "logs" / "serverapp.out") in told["text"]
+
+
 def test_half_a_line_is_waited_for(tmp_path):
     path, found = tmp_path / "news.jsonl", []
     path.write_text('{"event": "stage", "te')

@@ -25,6 +25,9 @@ from fedloom.settings import Settings, parse, read_toml, write_toml
 LOOK = 0.1
 """Seconds between looks for news."""
 
+SLOW = 30.0
+"""Seconds after which a run that has not begun is worth a word."""
+
 
 class Order(Settings):
     """What is to be run."""
@@ -99,9 +102,15 @@ class News:
 
 def read_news(path: Path, still_running: Any) -> Iterator[dict[str, Any]]:
     """Yield what is told, as it is; ends with the last word or when the run is no longer there."""
+    asked, quiet = time.monotonic(), True
     while not path.exists():
         if not still_running():
             return
+        if quiet and time.monotonic() > asked + SLOW:
+            quiet = False
+            log = path.parents[1] / "logs" / "serverapp.out"
+            text = f"Flower has not started the run after {SLOW:.0f} s; if it never does, {log} tells why"
+            yield {"event": "warning", "text": text}
         time.sleep(LOOK)
     with path.open(encoding="utf-8") as file:
         asked = time.monotonic()
