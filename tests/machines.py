@@ -19,7 +19,12 @@ import pytest
 from fedloom.deployment.children import free_port
 
 FEDLOOM = [sys.executable, "-m", "fedloom"]
-ENVIRONMENT = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+ENVIRONMENT = {
+    "PATH": os.defpath,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "COLUMNS": "200",
+}
 
 
 class Machines:
