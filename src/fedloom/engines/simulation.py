@@ -16,11 +16,12 @@ from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.engines.store import ClientStore
 from fedloom.errors import FedloomError
-from fedloom.messages import Answer, Exchange, Tensors, decode, encode
+from fedloom.messages import Answer, Exchange, Payload, Tensors, decode, encode
 from fedloom.methods.base import EVALUATE, Client, Handler
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps
+from fedloom.training.memory import fitting
 from fedloom.training.optimizers import TrainingSettings
 
 LOG = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class SimulationEngine:
     newcomers: frozenset[int] = frozenset()
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
+    _fits: dict[int, int] = field(default_factory=dict)
+    """Examples that fit into a client's memory at a time, where it has been asked."""
 
     def sizes(self) -> dict[int, int]:
         """Return the number of training rows of each client."""
@@ -119,22 +122,42 @@ class SimulationEngine:
         """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
             cost.bytes_down, cost.exchanges = len(data), 1
-            client = self.client(number, exchange.round)
-            before = client.model.flops
-            try:
-                payload = decode(data, exchange.request_schema)
-                reply = self.handlers[exchange.action](client, payload)
-            finally:
-                cost.flops = client.model.flops - before
-                _count_training(cost, client)
+            payload = decode(data, exchange.request_schema)
+            client, reply = self._worked(exchange, number, payload, cost)
             encoded = encode(reply, exchange.reply_schema)
             cost.bytes_up = len(encoded)
         self.store.put(number, client.kept)
         return encoded
 
+    def _worked(
+        self, exchange: Exchange, number: int, payload: Payload, cost: Cost
+    ) -> tuple[Client, Payload]:
+        """Carry out an action; where memory does not suffice, with smaller micro-batches from then on."""
+
+        def work(size: int) -> tuple[Client, Payload]:
+            self._fits[number] = size
+            client = self.client(number, exchange.round)
+            before = client.model.flops
+            try:
+                return client, self.handlers[exchange.action](client, payload)
+            except Exception:
+                if not under_way:  # nothing of a failed attempt is left
+                    self._sessions.pop(number)
+                raise
+            finally:
+                cost.flops += client.model.flops - before
+                _count_training(cost, client)
+
+        under_way = bool(self._sessions.get(number))
+        size = self._fits.get(number, self.training.micro_batch)
+        return work(size) if under_way else fitting(work, size, f"client {number}")
+
     def client(self, number: int, round: int) -> Client:
         """Return what a handler sees on a client."""
         own = self.equipment[number]
+        training = self.training
+        if (size := self._fits.get(number, training.micro_batch)) < training.micro_batch:
+            training = training.model_copy(update={"micro_batch_size": size, "accumulation": None})
         return Client(
             id=number,
             round=round,
@@ -142,7 +165,7 @@ class SimulationEngine:
             initial=own.initial,
             share=self.shares[number],
             objective=self.objective,
-            training=self.training,
+            training=training,
             seed=self.seed,
             participations=self.participations,
             rounds=self.rounds,
@@ -161,8 +184,11 @@ class SimulationEngine:
         with self.ledger.measure(round, client, "reference") as cost:
             model = self.equipment[client].model
             before = model.flops
-            size = max(self.training.micro_batch, 16)
-            self.shares[client] = add_reference_logps(model, share, size)
+            self.shares[client] = fitting(
+                lambda size: add_reference_logps(model, share, size),
+                max(self.training.micro_batch, 16),
+                f"client {client}, the reference model",
+            )
             cost.flops = model.flops - before
             cost.tokens, cost.examples = len(share.tokens.tokens), len(share)
 

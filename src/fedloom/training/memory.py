@@ -1,6 +1,12 @@
-"""Memory that training takes on a client with a given model; ``accounting/memory.py`` estimates it."""
+"""Memory on a client: what training takes at most, and what to do where it does not suffice."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
 
 from fedloom.accounting.memory import training_memory
 from fedloom.data.batches import TokenShare
@@ -8,6 +14,48 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.models.quantize import Quantization, quantized_bytes
 from fedloom.training.optimizers import TrainingSettings
+
+LOG = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def fitting(work: Callable[[int], Result], size: int, who: str) -> Result:
+    """Return ``work(size)``, begun again with half the size for as long as memory does not suffice.
+
+    Args:
+        work: What is to be done, so many examples at a time; leaves nothing behind where it fails.
+        size: Examples at a time, to begin with.
+        who: Of whom the warning speaks.
+
+    Raises:
+        MemoryError: One example does not fit.
+    """
+    while True:
+        try:
+            return work(size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise MemoryError("not even one example at a time fits into memory") from error
+        size = max(1, size // 2)
+        LOG.warning(
+            "%s: out of memory; begins again with %d example%s at a time, and the same results up to "
+            "rounding: training.micro_batch_size = %d says so from the start",
+            who,
+            size,
+            "s" if size > 1 else "",
+            size,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not suffice, on a GPU or here."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def client_memory(
