@@ -38,6 +38,9 @@ CHUNK = 1 << 18
 WAITING = 8
 """Chunks that may wait to be sent, before who sends more waits."""
 
+STREAMS = 4096
+"""Streams that may be open at a time: each has a thread, started when it is opened."""
+
 KNOCK, STREAM = "/fedloom.Door/Knock", "/fedloom.Door/Stream"
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * CHUNK),
@@ -152,7 +155,7 @@ def serve(door: Door, address: str, certificate: tuple[bytes, bytes] | None) -> 
     Raises:
         ConnectionFailed: Something else listens there.
     """
-    server = grpc.server(ThreadPoolExecutor(256), options=OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(STREAMS), options=OPTIONS)
     server.add_generic_rpc_handlers((door,))
     try:
         if certificate is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -86,7 +86,27 @@ class OwnFile:
         return cls(**found)
 
 
-class Joining(Settings):
+class Note(Settings):
+    """What one process of ours writes for another, as TOML."""
+
+    def write(self, path: Path) -> None:
+        """Keep it; half of it is never read."""
+        write_whole(path, write_toml(self.model_dump()).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            SettingsError: It cannot be read, or is something else.
+        """
+        found, problems = parse(cls, read_toml(path), path.stem)
+        if found is None:
+            raise SettingsError(problems, str(path))
+        return found
+
+
+class Joining(Note):
     """How a client was joined, as its processes read it."""
 
     door: str
@@ -125,14 +145,11 @@ class ClientHome:
         Raises:
             SettingsError: It was not.
         """
-        found, problems = parse(Joining, read_toml(self.path / "client.toml"), "client")
-        if found is None:
-            raise SettingsError(problems, str(self.path / "client.toml"))
-        return found
+        return Joining.read(self.path / "client.toml")
 
     def write_joining(self, joining: Joining) -> None:
         """Keep how the client was joined."""
-        write_whole(self.path / "client.toml", write_toml(joining.model_dump()).encode())
+        joining.write(self.path / "client.toml")
 
     def own_file(self) -> OwnFile:
         """Return what the client says of itself."""
@@ -140,7 +157,7 @@ class ClientHome:
         return OwnFile.read(Path(own)) if own else OwnFile()
 
 
-class Serving(Settings):
+class Serving(Note):
     """How the server was started, as other commands read it."""
 
     host: str
@@ -188,6 +205,11 @@ class ServerHome:
         """What was asked to be run, and how far it is."""
         return self.path / "requests"
 
+    @property
+    def started(self) -> Path:
+        """How the server was started; not there when it does not run."""
+        return self.path / "server.toml"
+
     def members(self) -> Members:
         """Return who is let in, as of now."""
         return Members(self.path / CLIENTS)
@@ -198,15 +220,11 @@ class ServerHome:
         Raises:
             SettingsError: It was not, or the folder is no server's.
         """
-        path = self.path / "server.toml"
-        if not path.is_file():
+        if not self.started.is_file():
             raise SettingsError(
                 [
                     f"no server was started in {self.path}: `fedloom server start --home {self.path}`"
                 ],
                 "the command",
             )
-        found, problems = parse(Serving, read_toml(path), "server")
-        if found is None:
-            raise SettingsError(problems, str(path))
-        return found
+        return Serving.read(self.started)

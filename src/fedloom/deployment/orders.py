@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.accounting.ledger import Cost
+from fedloom.deployment.homes import Note
 from fedloom.errors import FedloomError, RoundFailed
-from fedloom.files import write_whole
 from fedloom.runner import Plan, RunObserver
 from fedloom.server import Evaluation, RoundRecord
-from fedloom.settings import Settings, parse, read_toml, write_toml
 
 LOOK = 0.1
 """Seconds between looks for news."""
@@ -29,7 +28,7 @@ SLOW = 30.0
 """Seconds after which a run that has not begun is worth a word."""
 
 
-class Order(Settings):
+class Order(Note):
     """What is to be run."""
 
     home: str
@@ -42,22 +41,6 @@ class Order(Settings):
     """File of the experiment; left out to continue the run in the folder."""
     from_round: int | None = None
     """Continue after the checkpoint of this round."""
-
-    def write(self, path: Path) -> None:
-        """Keep it as TOML."""
-        write_whole(path, write_toml(self.model_dump()).encode())
-
-    @classmethod
-    def read(cls, path: Path) -> Order:
-        """Read what :meth:`write` wrote.
-
-        Raises:
-            FedloomError: It is no order.
-        """
-        order, problems = parse(cls, read_toml(path), "order")
-        if order is None:
-            raise FedloomError(f"{path} is no order of `fedloom run --engine flower`: {problems}")
-        return order
 
 
 class News:

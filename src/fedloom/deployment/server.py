@@ -77,7 +77,7 @@ def start(
         for number in under_way(home):  # who played them is gone; their folders can be resumed
             stop_run(home, number)
             log.record("ended_run", run=number)
-        write_whole(home.path / "server.toml", write_toml(serving.model_dump()).encode())
+        serving.write(home.started)
         log.record("started", port=port, door=door, tls=not insecure)
         registry = _Registry(home, log, insecure=insecure)
         registry.follow()
@@ -92,7 +92,7 @@ def start(
         opened.stop(grace=None)
         family.stop()
         log.record("stopped")
-        (home.path / "server.toml").unlink(missing_ok=True)
+        home.started.unlink(missing_ok=True)
 
 
 def serve_federation(
