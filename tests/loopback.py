@@ -16,7 +16,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedloom.deployment.homes import ClientHome, Joining
 from fedloom.deployment.worker import Worker
-from fedloom.engines.flower import FlowerEngine, Post
+from fedloom.engines.flower import FlowerEngine
+from fedloom.engines.post import Post
 from fedloom.engines.records import from_records, to_records
 from fedloom.engines.roster import Roster
 from fedloom.envelope import Envelope, ReplyHeader, seal
@@ -216,4 +217,5 @@ def tampering(client, change, rounds=(1, 2)):
 
 def resealed(federation, client, header, payload):
     key = read_key(federation.folder / f"{client}.key")
-    return seal(header, payload, lambda text: sign(key, text))
+    anew = header.model_copy(update={"payload": ""})
+    return seal(anew, payload, lambda text: sign(key, text))

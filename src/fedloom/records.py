@@ -45,8 +45,17 @@ from fedloom.training.memory import client_memory
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
 
 
+SIMULATION = "simulation"
+"""What the engine is called whose clients are in this process."""
+
+
 def run_record(
-    folder: Path, experiment: Experiment, parts: Parts, objective: Objective | None, id: str
+    folder: Path,
+    experiment: Experiment,
+    parts: Parts,
+    objective: Objective | None,
+    id: str,
+    engine: str,
 ) -> dict[str, Any]:
     """Return the content of ``run.json``: all that is known before the first round."""
     division = parts.division
@@ -57,6 +66,7 @@ def run_record(
         "fedloom",
         "run",
         f"{folder}/{names.EXPERIMENT}",
+        *(("--engine", engine) if engine != SIMULATION else ()),
         "--set",
         f"output.folder={folder}-again",
     ]
@@ -66,6 +76,7 @@ def run_record(
         "fedloom": importlib.metadata.version("fedloom"),
         "versions": _versions(),
         "seed": experiment.federation.seed,
+        "engine": engine,
         "command": shlex.join(again),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),

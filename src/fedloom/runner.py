@@ -31,6 +31,7 @@ from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.records import (
+    SIMULATION,
     answers_of,
     fingerprint,
     newcomers_record,
@@ -167,14 +168,7 @@ def run_experiment(
         folder.write_text(names.EXPERIMENT, experiment.to_toml())
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
-        if experiment.data.is_private and remote is None:
-            raise DataError(
-                'data.source = "clients": the rows are on other machines; use --engine flower'
-            )
-        if remote is not None and METHODS[experiment.method.name][1].pools_data:
-            raise DataError(
-                f"method.name = {experiment.method.name!r} puts all rows together: run it in one process"
-            )
+        _require_rows(experiment, remote)
         division = divide(experiment, data, objective)
         parts = assemble(
             experiment, division, objective=objective, stage=observer.stage, remote=remote
@@ -224,6 +218,8 @@ def resume_run(
         _require_same(given, experiment, path)
     elif list(assignments):
         raise SettingsError(["--set cannot change a run that is resumed"], "the command")
+    _require_same_engine(folder, remote)
+    _require_rows(experiment, remote)
     trackers = _open_trackers(experiment, folder)
     observer.stage("reading data")
     division = divide(experiment, data, objective)
@@ -359,7 +355,9 @@ class _Run:
             )
             self.remote.begin(briefing, self.parts.ledger)
         if known is None:
-            _write_start(self.folder, self.experiment, self.parts, self.objective, id)
+            _write_start(
+                self.folder, self.experiment, self.parts, self.objective, id, _name_of(self.remote)
+            )
         digest = fingerprint(self.experiment, self.parts.division, self.objective)
         rows = {str(client): size for client, size in self.parts.engine.sizes().items()}
         self.audit.record("began", run=id, experiment=digest, after=done, clients=rows)
@@ -579,6 +577,35 @@ def _require_same(given: Experiment, own: Experiment, path: Path) -> None:
         )
 
 
+def _name_of(remote: RemoteEngine | None) -> str:
+    return SIMULATION if remote is None else remote.name
+
+
+def _require_rows(experiment: Experiment, remote: RemoteEngine | None) -> None:
+    """Check that this engine has the rows where the experiment needs them."""
+    if experiment.data.is_private and remote is None:
+        raise DataError(
+            'data.source = "clients": the rows are on other machines; use --engine flower'
+        )
+    if remote is not None and METHODS[experiment.method.name][1].pools_data:
+        raise DataError(
+            f"method.name = {experiment.method.name!r} puts all rows together: run it in one process"
+        )
+
+
+def _require_same_engine(folder: RunFolder, remote: RemoteEngine | None) -> None:
+    """Check that clients are where they were: what they keep is there."""
+    made, now = (folder.read_json(names.RUN) or {}).get("engine"), _name_of(remote)
+    if made is not None and made != now:
+        raise SettingsError(
+            [
+                f"{folder.path} was run with --engine {made}; what its clients keep is there, and not "
+                f"with {now}: resume it with --engine {made}"
+            ],
+            "the command",
+        )
+
+
 def _require_same_model(folder: RunFolder, parts: Parts) -> None:
     run = folder.read_json(names.RUN)
     if run is not None and run["model"]["sha256"] != parts.model_digest:
@@ -589,11 +616,16 @@ def _require_same_model(folder: RunFolder, parts: Parts) -> None:
 
 
 def _write_start(
-    folder: RunFolder, experiment: Experiment, parts: Parts, objective: Objective | None, id: str
+    folder: RunFolder,
+    experiment: Experiment,
+    parts: Parts,
+    objective: Objective | None,
+    id: str,
+    engine: str,
 ) -> None:
     sizes = parts.engine.sizes()
     folder.write_json(names.PARTITION, partition_record(experiment, parts.division, sizes))
-    folder.write_json(names.RUN, run_record(folder.path, experiment, parts, objective, id))
+    folder.write_json(names.RUN, run_record(folder.path, experiment, parts, objective, id, engine))
 
 
 def _plan(experiment: Experiment, parts: Parts) -> Plan:

@@ -104,6 +104,11 @@ class RemoteEngine(Engine, Protocol):
     """An engine whose clients are other processes, which must be met before they can be asked."""
 
     @property
+    def name(self) -> str:
+        """What ``fedloom run --engine`` calls it."""
+        ...
+
+    @property
     def judged(self) -> Collection[int]:
         """Clients that have held-out rows of their own."""
         ...

@@ -12,7 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import News, Order
-from fedloom.engines.flower import FlowerEngine, Post
+from fedloom.engines.flower import FlowerEngine
+from fedloom.engines.post import Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams
 from fedloom.errors import FedloomError, SettingsError

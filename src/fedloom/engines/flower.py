@@ -1,24 +1,22 @@
 """The deployed engine: requests and replies as messages of Flower, between machines.
 
-Of Flower it uses messages and the list of nodes, nothing else. Each message is one opaque array (the
-encoded payload, bf16 and all) beside a signed header (``envelope.py``). The first message to a client
-brings it all it must know of the run, and, where streams are allowed, the place where it may open one;
-a client with an open stream is asked over that, any other by a message of Flower.
+Of Flower it uses messages and the list of nodes (``post.py``), nothing else. Each message is one opaque
+array (the encoded payload, bf16 and all) beside a signed header (``envelope.py``). The first message to
+a client brings it all it must know of the run, and, where streams are allowed, the place where it may
+open one; a client with an open stream is asked over that, any other by a message of Flower.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-from flwr.app import Message
+from typing import ClassVar, Literal
 
 from fedloom.accounting.ledger import Cost, Ledger
-from fedloom.engines.records import from_records, to_records
+from fedloom.engines.post import Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams, taken
 from fedloom.envelope import (
@@ -42,39 +40,6 @@ SMALL = PREFIX.size + MAX_REPLY_HEADER
 """Bytes that a reply without a payload may have."""
 
 
-class Mail(Protocol):
-    """What is used of a Flower grid."""
-
-    def get_nodes(self) -> Iterable[Any]:
-        """Return the nodes there are, each with ``node_id`` and ``status``."""
-        ...
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; return their ids."""
-        ...
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there by now."""
-        ...
-
-
-@dataclass(frozen=True)
-class Post:
-    """What the server needs to reach clients.
-
-    Attributes:
-        mail: Flower's messages.
-        sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
-        certificate: That certificate in PEM.
-        open_streams: Opens the place where streams of a run's clients come in; ``None`` for no streams.
-    """
-
-    mail: Mail
-    sign: Callable[[bytes], bytes] | None = None
-    certificate: str | None = None
-    open_streams: Callable[[str], Streams] | None = None
-
-
 @dataclass(frozen=True)
 class _Asked:
     """A question under way: to whom, how many bytes its payload has, and over which stream, if any."""
@@ -96,6 +61,7 @@ class FlowerEngine:
         late: Replies that came after their round had gone on without them.
     """
 
+    name: ClassVar[str] = "flower"
     post: Post
     federation: FederationSettings
     roster: Roster
@@ -144,7 +110,8 @@ class FlowerEngine:
         }
         waiting: dict[int, _Asked] = {}
         for client, data in exchange.requests.items():
-            header = self._header("exchange", client).model_copy(update=facts)
+            own = {**facts, "payload": exchange.digests[client]}
+            header = self._header("exchange", client).model_copy(update=own)
             asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
             if asked is None:
                 yield Answer(client, error="it is not there")
@@ -197,33 +164,28 @@ class FlowerEngine:
         return _Asked(client, header, len(data), stream)
 
     def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
-        """Send a message of Flower that says all a client must know; return its id."""
+        """Send a message that says all a client must know; return its id."""
         told = {
             "experiment": self.briefing.experiment,
             "classes": list(self.briefing.classes),
             "streams": self._streams is not None,
-            "certificate": self.post.certificate,
         }
-        sealed = seal(header.model_copy(update=told), payload, self.post.sign)
-        message = Message(to_records(sealed), dst_node_id=node, message_type="query")
-        (id,) = self.post.mail.push_messages([message])
-        return id
+        return self.post.push(node, header.model_copy(update=told), payload)
 
     def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
         """Yield what has come since the last look from those waited for, once for each."""
         yield from self._streamed(waiting)
         due = [*self._messages, *self._forgotten, *self._joining]
-        for message in self.post.mail.pull_messages(due) if due else ():
-            id = message.metadata.reply_to_message_id
+        for id, found in self.post.pull(due) if due else ():
             if id in self._forgotten:
                 self._forgotten.discard(id)
                 self.late += 1
                 self.briefing.audit("late", replies=self.late)
             elif id in self._joining:
                 node, asked = self._joining.pop(id)
-                self.roster.welcome(node, _read(message), asked)
+                self.roster.welcome(node, found, asked)
             elif id in self._messages:
-                yield self._messages.pop(id), _read(message)
+                yield self._messages.pop(id), found
 
     def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
         """Yield what came over streams; wait a moment if there is nothing."""
@@ -274,9 +236,8 @@ class FlowerEngine:
 
     def _meet(self) -> None:
         """Ask nodes that are new here who they are, and hear those that have said so."""
-        online = {n.node_id for n in self.post.mail.get_nodes() if n.status == "online"}
         asked = {node for node, _ in self._joining.values()}
-        for node in self.roster.unknown(online):
+        for node in self.roster.unknown(self.post.online()):
             if node not in asked:
                 header = self._header("join", None)
                 self._joining[self._push(node, header, b"")] = node, header
@@ -320,16 +281,6 @@ class FlowerEngine:
                 f"{patience:g} seconds, federation.quorum asks for {self._quorum}"
                 + (f". {why}" if why else "")
             )
-
-
-def _read(message: Message) -> Envelope | str:
-    """Return what a reply holds, or why there is none."""
-    if message.has_error():
-        return f"{message.error.reason or 'it failed'}"
-    try:
-        return from_records(message.content)
-    except MessageError as error:
-        return str(error)
 
 
 def _unpacked(frame: bytes | Path | None) -> Envelope | str:

@@ -1,0 +1,74 @@
+"""How messages travel on Flower: all that is used of it, messages and the list of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.app import Message
+
+from fedloom.engines.records import from_records, to_records
+from fedloom.engines.streams import Streams
+from fedloom.envelope import Envelope, RequestHeader, seal
+from fedloom.errors import MessageError
+
+
+class Mail(Protocol):
+    """What is used of a Flower grid."""
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Return the nodes there are, each with ``node_id`` and ``status``."""
+        ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there by now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Post:
+    """What the server needs to reach clients.
+
+    Attributes:
+        mail: Flower's messages.
+        sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
+        certificate: That certificate in PEM.
+        open_streams: Opens the place where streams of a run's clients come in; ``None`` for no streams.
+    """
+
+    mail: Mail
+    sign: Callable[[bytes], bytes] | None = None
+    certificate: str | None = None
+    open_streams: Callable[[str], Streams] | None = None
+
+    def online(self) -> set[int]:
+        """Return the nodes that can be reached."""
+        return {node.node_id for node in self.mail.get_nodes() if node.status == "online"}
+
+    def push(self, node: int, header: RequestHeader, payload: bytes) -> str:
+        """Sign and send a message; return its id."""
+        sealed = seal(
+            header.model_copy(update={"certificate": self.certificate}), payload, self.sign
+        )
+        message = Message(to_records(sealed), dst_node_id=node, message_type="query")
+        (id,) = self.mail.push_messages([message])
+        return id
+
+    def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | str]]:
+        """Yield the replies that have come, or why one is none, with the id of what each answers."""
+        for message in self.mail.pull_messages(ids):
+            yield message.metadata.reply_to_message_id, _read(message)
+
+
+def _read(message: Message) -> Envelope | str:
+    if message.has_error():
+        return f"{message.error.reason or 'it failed'}"
+    try:
+        return from_records(message.content)
+    except MessageError as error:
+        return str(error)
