@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedloom
-from fedloom.audit import AuditLog, verify
+from fedloom.audit import AuditLog, match, verify
 from fedloom.cli import app
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import AuditError, Interrupted, OutputError
@@ -84,23 +84,24 @@ def test_a_run_notes_every_message_and_none_of_its_content(experiment, monkeypat
     result = fedloom.run(experiment(federation={"clients": 3, "rounds": 1, "quorum": 0.3}))
     lines = read(result.folder / "audit.jsonl")
     events = [(line["event"], line.get("client")) for line in lines]
+    everybody = [("sent", 0), ("sent", 1), ("sent", 2)]
+    judged = [*everybody, ("accepted", 0), ("accepted", 1), ("accepted", 2), ("round", None)]
     assert events == [
-        ("began", None), ("round", None),
-        ("sent", 0), ("sent", 1), ("sent", 2), ("accepted", 0), ("refused", 1), ("absent", 2),
-        ("round", None), ("ended", None),
+        ("began", None), *judged,
+        *everybody, ("accepted", 0), ("refused", 1), ("absent", 2), *judged, ("ended", None),
     ]  # fmt: skip
     assert lines[0]["clients"].keys() == {"0", "1", "2"}
-    sent = [line for line in lines if line["event"] == "sent"]
+    trained = [line for line in lines if line.get("action") == "train"]
+    sent, (accepted, refused, _) = trained[:3], trained[3:]
     assert len({line["message"] for line in sent}) == 1 and sent[0]["bytes"] > 1000
-    refused = lines[6]
     assert refused["bytes"] == 4 and refused["reason"] and refused["round"] == 1
     assert (
         lines[-1]["adapter"]
         == json.loads((result.folder / "summary.json").read_text())["adapter"]["sha256"]
     )
     costs = read(result.folder / "costs.jsonl")
-    trained = next(c for c in costs if c["phase"] == "train" and c["client"] == 0)
-    assert lines[5]["bytes"] == trained["bytes_up"] and sent[0]["bytes"] == trained["bytes_down"]
+    cost = next(c for c in costs if c["phase"] == "train" and c["client"] == 0)
+    assert accepted["bytes"] == cost["bytes_up"] and sent[0]["bytes"] == cost["bytes_down"]
 
 
 def test_a_resumed_run_goes_on_with_its_log(experiment, tmp_path):
@@ -132,3 +133,51 @@ def test_an_event_cannot_say_what_the_log_says_itself(tmp_path):
         log.record("second", number=7)
     log.record("third")
     assert verify(tmp_path / "audit.jsonl").lines == 2
+
+
+class TestMatch:
+    """A run's log beside the one that a client kept of it."""
+
+    @pytest.fixture
+    def logs(self, tmp_path):
+        def write(run, client):
+            (tmp_path / "run").mkdir()
+            (tmp_path / "client").mkdir()
+            logs = (
+                AuditLog(tmp_path / "run" / "audit.jsonl"),
+                AuditLog(tmp_path / "client" / "audit.jsonl"),
+            )
+            logs[0].record("began", run="r")
+            for log, lines in zip(logs, (run, client), strict=True):
+                for event, who, message in lines:
+                    own = {"run": "r"} if log is logs[1] else {}
+                    log.record(event, client=who, round=1, action="train", message=message, **own)
+            return tmp_path / "run", tmp_path / "client"
+
+        return write
+
+    SENT = [("sent", 0, "a"), ("sent", 1, "a"), ("accepted", 0, "b"), ("accepted", 1, "c")]
+
+    def test_of_the_same_messages(self, logs):
+        found = match(*logs(self.SENT, [("asked", 1, "a"), ("answered", 1, "c")]))
+        assert (found.run, found.asked, found.answered, found.lost) == ("r", 1, 1, 0)
+
+    def test_an_answer_may_be_lost(self, logs):
+        own = [("asked", 1, "a"), ("answered", 1, "c"), ("answered", 1, "d")]
+        assert match(*logs(self.SENT, own)).lost == 1
+
+    @pytest.mark.parametrize(
+        ("own", "reason"),
+        [
+            ([("asked", 1, "x")], "was sent x in round 1 to train; the run's log does not say so"),
+            (
+                [("asked", 1, "a")],
+                "has c as what client 1 answered in round 1 to train; the client's",
+            ),
+            ([("asked", 1, "a"), ("answered", 1, "d")], "has c as what client 1 answered"),
+            ([("left", 1, "a")], "holds no message of the run"),
+        ],
+    )
+    def test_what_differs_is_named(self, logs, own, reason):
+        with pytest.raises(AuditError, match=reason):
+            match(*logs(self.SENT, own))

@@ -77,6 +77,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "export": ["--client", "--reward", "--to"],
         "forget": ["--client"],
         "report": ["--to"],
+        "audit match": [],
         "audit verify": [],
         "certs": ["--days", "--home", "--host"],
         "keys new": [],

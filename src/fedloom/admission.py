@@ -10,11 +10,12 @@ from the records of rounds, so a resumed run decides the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from fedloom.aggregation.robust import cut_change, distance
+from fedloom.audit import Record, digest_of, unheard
 from fedloom.errors import MessageError
 from fedloom.messages import Answer, Exchange, Payload, Reply, decode, require_finite
 from fedloom.settings import Settings
@@ -64,14 +65,16 @@ class Admission:
         exchange: Exchange,
         sizes: Mapping[int, int],
         keep: Callable[[int, Payload], Payload] = lambda client, payload: payload,
+        audit: Record = unheard,
     ) -> tuple[list[Reply], dict[int, str]]:
         """Check answers, each as it comes.
 
         Args:
-            answers: In any order.
+            answers: In any order; asked for once the log says what was sent.
             exchange: What was asked.
             sizes: Rows each client registered with: the largest weight it may claim.
             keep: Puts a client's payload away where there is room, and returns what stands for it.
+            audit: Told what was sent, what came and what became of it, without any content.
 
         Returns:
             The usable replies in client order, so that sums do not depend on who came first, and for
@@ -79,8 +82,18 @@ class Admission:
         """
         replies: dict[int, Reply] = {}
         rejected: dict[int, str] = {}
+        came: dict[int, dict[str, Any]] = {}
+
+        def note(event: str, client: int, **facts: Any) -> None:
+            audit(event, round=exchange.round, action=exchange.action, client=client, **facts)
+
+        for client, data in exchange.requests.items():
+            note("sent", client, bytes=len(data), message=exchange.digests[client])
         for answer in answers:
             client = answer.client
+            if answer.data is not None and audit is not unheard:
+                facts = {"bytes": len(answer.data), "message": digest_of(answer.data)}
+                came.setdefault(client, facts)
             if client in replies or client in rejected or client not in exchange.requests:
                 continue  # a second or an unasked answer counts for nothing
             try:
@@ -93,6 +106,9 @@ class Admission:
         for client in exchange.requests:
             if client not in replies and client not in rejected:
                 rejected[client] = "no answer"
+            event = "accepted" if client in replies else "refused" if client in came else "absent"
+            reason = {"reason": rejected[client]} if client in rejected else {}
+            note(event, client, **came.get(client, {}), **reason)
         return [replies[client] for client in sorted(replies)], rejected
 
     def offenders(self, round: int) -> list[int]:
@@ -159,7 +175,10 @@ class Admission:
 
 
 def accept(
-    answers: Iterable[Answer], exchange: Exchange, sizes: Mapping[int, int]
+    answers: Iterable[Answer],
+    exchange: Exchange,
+    sizes: Mapping[int, int],
+    audit: Record = unheard,
 ) -> tuple[list[Reply], dict[int, str]]:
     """Check answers of an exchange that stands by itself; see :meth:`Admission.accept`."""
-    return Admission().accept(answers, exchange, sizes)
+    return Admission().accept(answers, exchange, sizes, audit=audit)

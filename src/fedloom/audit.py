@@ -135,6 +135,74 @@ def verify(path: Path) -> AuditResult:
     return AuditResult(len(lines), before, refused, len(clients))
 
 
+@dataclass(frozen=True)
+class Match:
+    """What a client's log and a run's say of the same messages.
+
+    Attributes:
+        run: The run.
+        asked: Messages that came to the client, each as the run's log has it.
+        answered: Answers that the client gave, each as the run's log has it.
+        lost: Answers that it gave and the run's log does not know: they did not arrive.
+    """
+
+    run: str
+    asked: int
+    answered: int
+    lost: int
+
+
+def match(run: Path, client: Path) -> Match:
+    """Compare the log of a run folder with the one that a client kept of the same run.
+
+    A server that tells one client something else than it writes down, or writes down an answer that
+    the client did not give, is found by it; and what one client was sent and another, the run's log
+    holds side by side.
+
+    Args:
+        run: The run folder, or its log.
+        client: The client's folder, or its log.
+
+    Raises:
+        AuditError: One of them does not hold together, they differ, or the client was not in the run.
+        OutputError: There is no log.
+    """
+    logs = [path / FILE if path.is_dir() else path for path in (run, client)]
+    for path in logs:
+        verify(path)
+    ids = {event["run"] for event in events(logs[0], "began")}
+    asked, answered = (
+        [event for event in events(logs[1], name) if event["run"] in ids]
+        for name in ("asked", "answered")
+    )
+    if not asked:
+        raise AuditError(f"{client} holds no message of the run in {run}")
+    sent = {_message(event) for event in events(logs[0], "sent")}
+    given = {_message(event) for event in answered}
+    arrived = {
+        _message(event)
+        for name in ("accepted", "refused")
+        for event in events(logs[0], name)
+        if event["client"] == asked[0]["client"] and "message" in event
+    }
+    for event in asked:
+        if _message(event) not in sent:
+            raise AuditError(
+                f"the client was sent {event['message'][:12]} in round {event['round']} to "
+                f"{event['action']}; the run's log does not say so"
+            )
+    for number, round, action, message in sorted(arrived - given):
+        raise AuditError(
+            f"the run's log has {message[:12]} as what client {number} answered in round {round} to "
+            f"{action}; the client's does not"
+        )
+    return Match(min(ids), len(asked), len(given & arrived), len(given - arrived))
+
+
+def _message(event: dict[str, Any]) -> tuple[int, int, str, str]:
+    return event["client"], event["round"], event["action"], event["message"]
+
+
 def events(path: Path, name: str) -> list[dict[str, Any]]:
     """Return the events of one name in a log, in their order; none where there is no log yet."""
     if not path.is_file():

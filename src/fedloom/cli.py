@@ -467,6 +467,24 @@ def verify(
     )
 
 
+@audit_app.command("match")
+def match_logs(
+    run: Annotated[Path, typer.Argument(help="Run folder, or its log.", show_default=False)],
+    client: Annotated[
+        Path, typer.Argument(help="A client's folder, or its log.", show_default=False)
+    ],
+) -> None:
+    """Check that a run's log says of a client's messages what the client's own log says."""
+    from fedloom.audit import match
+
+    found = match(run, client)
+    lost = f"; {found.lost} answers did not arrive" if found.lost else ""
+    typer.echo(
+        f"run {found.run[:8]}: {found.asked} messages to the client and {found.answered} answers are the "
+        f"same in both logs{lost}"
+    )
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],

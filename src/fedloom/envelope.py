@@ -169,8 +169,14 @@ class Envelope:
 def seal(
     header: HeaderT, payload: bytes = b"", sign: Callable[[bytes], bytes] | None = None
 ) -> Envelope:
-    """Return an envelope, signed if there is something to sign with."""
-    full = header.model_copy(update={"payload": _digest(payload)})
+    """Return an envelope, signed if there is something to sign with.
+
+    Args:
+        header: What is said of the payload; its SHA-256 is added where it is not there yet.
+        payload: An encoded payload.
+        sign: Returns the signature of a header.
+    """
+    full = header if header.payload else header.model_copy(update={"payload": _digest(payload)})
     text = full.model_dump_json(exclude_defaults=True).encode()
     return Envelope(text, payload, sign(text) if sign else b"")
 

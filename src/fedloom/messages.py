@@ -160,6 +160,15 @@ class Exchange:
     requests: Mapping[int, bytes]
     check: Callable[[int, Payload], None] | None = None
 
+    @cached_property
+    def digests(self) -> dict[int, str]:
+        """SHA-256 of each client's request; a request to all is hashed once."""
+        found: dict[int, str] = {}
+        for data in self.requests.values():
+            if id(data) not in found:
+                found[id(data)] = hashlib.sha256(data).hexdigest()
+        return {client: found[id(data)] for client, data in self.requests.items()}
+
     @classmethod
     def broadcast(
         cls,

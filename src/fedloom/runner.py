@@ -373,7 +373,7 @@ class _Run:
                 experiment.training, round, experiment.federation.rounds
             ),
             evaluate=lambda state, round: parts.evaluator.evaluate(
-                state, round, parts.engine, parts.model, parts.ledger
+                state, round, parts.engine, parts.model, parts.ledger, self.audit.record
             ),
             finish=self._finish_round,
             ledger=parts.ledger,
@@ -450,7 +450,7 @@ class _Run:
             adapter / "adapter_model.safetensors" if adapter else None,
         )
         rounds = self.experiment.federation.rounds
-        joined = self.parts.newcomers.welcome(state, rounds, self.parts.engine)
+        joined = self.parts.newcomers.welcome(state, rounds, self.parts.engine, self.audit.record)
         if joined:
             summary["newcomers"] = newcomers_record(joined, self._headline)
         if self.remote is not None:

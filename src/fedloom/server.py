@@ -17,7 +17,7 @@ from pydantic import Field
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.admission import Admission
-from fedloom.audit import Record, digest_of, unheard
+from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Reply, StoredTensors, encode
@@ -346,13 +346,14 @@ class _Play:
 
     def _replies(self, exchange: Exchange, *, last: bool = True) -> list[Reply]:
         """Return the usable replies; unless others may yet be drawn, they must make a quorum."""
-        came: dict[int, dict[str, Any]] = {}
-        self._note_requests(exchange)
         replies, rejected = self.server.admission.accept(
-            self._arriving(exchange, came), exchange, self.cohort.sizes, self._keeping(exchange)
+            self._arriving(exchange),
+            exchange,
+            self.cohort.sizes,
+            self._keeping(exchange),
+            self.server.audit,
         )
         self.rejected.update(rejected)
-        self._note_answers(exchange, came, rejected)
         self._tell()
         if last:
             self._require_quorum()
@@ -362,13 +363,10 @@ class _Play:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return replies
 
-    def _arriving(self, exchange: Exchange, came: dict[int, dict[str, Any]]) -> Iterator[Answer]:
-        """Pass answers on as they come, and keep what the audit log says of each client's first."""
+    def _arriving(self, exchange: Exchange) -> Iterator[Answer]:
+        """Pass answers on as they come, and show that they do."""
+        asked = len(exchange.requests)
         for done, answer in enumerate(self.server.engine.exchange(exchange), 1):
-            data = answer.data
-            facts = {} if data is None else {"bytes": len(data), "message": digest_of(data)}
-            came.setdefault(answer.client, facts)
-            asked = len(exchange.requests)
             self.server.observer.client_done(exchange.round, answer.client, done, asked)
             yield answer
 
@@ -385,31 +383,6 @@ class _Play:
 
         folder.mkdir(parents=True, exist_ok=True)
         return put_away
-
-    def _note_requests(self, exchange: Exchange) -> None:
-        digests: dict[int, str] = {}  # one message to all is one object
-        for client, data in exchange.requests.items():
-            if id(data) not in digests:
-                digests[id(data)] = digest_of(data)
-            self._note("sent", exchange, client, bytes=len(data), message=digests[id(data)])
-
-    def _note_answers(
-        self,
-        exchange: Exchange,
-        came: Mapping[int, Mapping[str, Any]],
-        rejected: Mapping[int, str],
-    ) -> None:
-        for client in exchange.requests:
-            facts = came.get(client, {})
-            if client not in rejected:
-                self._note("accepted", exchange, client, **facts)
-            else:
-                event = "refused" if facts else "absent"
-                self._note(event, exchange, client, **facts, reason=rejected[client])
-
-    def _note(self, event: str, exchange: Exchange, client: int, **facts: Any) -> None:
-        where = {"round": exchange.round, "action": exchange.action, "client": client}
-        self.server.audit(event, **where, **facts)
 
     def _tell(self) -> None:
         """Warn of each client that was left out, once."""

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+import fedloom
+from fedloom.audit import match
 from fedloom.envelope import Envelope, ReplyHeader, seal
-from fedloom.errors import RoundFailed
+from fedloom.errors import DataError, RoundFailed, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.runner import Silent, resume_run, run_experiment
 from loopback import Outcome, of, resealed, tampering
@@ -246,10 +248,14 @@ def test_a_run_that_failed_is_resumed_with_the_same_bits(deployed, table, tmp_pa
     del seen["mail"].push_messages
     for message in list(seen["mail"]._waiting):  # they have worked on what the server forgot
         seen["mail"].pull_messages([message])
+    with pytest.raises(SettingsError, match=r"was run with --engine flower;.*--engine flower"):
+        resume_run(folder, observer=Silent())
     engine = seen["federation"].engine(experiment, seen["mail"])
     resume_run(folder, observer=Silent(), remote=engine)
     found = Outcome(folder, engine, seen["mail"], seen["federation"])
     assert found.states[-1] == plain.states[-1]
+    for client in range(3):  # what was asked of them twice is in both logs
+        assert match(folder, seen["federation"].home(client).path).asked
     began = found.events("began")
     assert [event["after"] for event in began] == [-1, 1]
 
@@ -289,6 +295,21 @@ def test_private_rows_stay_with_their_owners(deployed, rows_file, loopback, tabl
     assert all(record["evaluation"]["clients"]["each"] for record in found.rounds)
     for path in found.folder.rglob("*"):
         assert not path.is_file() or b"number 10" not in path.read_bytes()
+
+
+def test_private_rows_are_not_looked_for_here(table, rows_file, tmp_path):
+    held_out = rows_file([{"prompt": "a", "chosen": "b", "rejected": "c"}], "held_out.jsonl")
+    private = {"source": "clients", "kind": "preference", "test_source": held_out}
+    with pytest.raises(DataError, match="on other machines; use --engine flower"):
+        run_experiment(Experiment.from_table({**table, "data": private}), observer=Silent())
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_a_run_in_one_process_is_not_resumed_between_machines(experiment, loopback):
+    settings = experiment(federation={"rounds": 1}, training={"local_steps": 1})
+    folder = fedloom.run(settings).folder
+    with pytest.raises(SettingsError, match="was run with --engine simulation"):
+        resume_run(folder, observer=Silent(), remote=loopback(3).engine(settings))
 
 
 def test_a_file_of_all_clients_can_be_dealt_as_a_simulation_deals_it(

@@ -33,6 +33,11 @@ def test_machines_give_the_bits_of_a_simulation(federation_of_two, experiment, t
     for client in range(2):
         log = (federation_of_two.folder / f"c{client}" / "worker.log").read_text()
         assert log.count("backbone loaded") == 1 and log.count("stream to") == 1
+        own = federation_of_two.folder / f"c{client}"
+        assert (
+            "are the same in both logs"
+            in federation_of_two.call("audit", "match", folder, own).stdout
+        )
     assert federation_of_two.call("audit", "verify", folder).returncode == 0
     assert federation_of_two.call("audit", "verify", federation_of_two.server).returncode == 0
 

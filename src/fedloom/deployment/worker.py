@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
+from fedloom.audit import FILE, AuditLog, digest_of
 from fedloom.checkpoint import KEPT
 from fedloom.deployment.calling import NO_LIMIT
 from fedloom.deployment.door import Caller
@@ -77,6 +78,7 @@ class Worker:
         self.key = read_key(Path(self.joining.key))
         authority = self.joining.authority
         self.authority = read_certificate(Path(authority)) if authority else None
+        self.log = AuditLog(home.path / FILE)
         self.run: Run | None = None
         self.heard = time.monotonic()
         self._lock = threading.Lock()
@@ -133,6 +135,7 @@ class Worker:
         try:
             if header.client not in (None, number):
                 raise MessageError(f"this is client {number}, the message is for {header.client}")
+            self._note("asked", header, envelope.payload, header.payload)
             run = self._ready(header)
             if header.kind == "join":
                 return reply.model_copy(update={"joined": self._joined(run)}), b""
@@ -144,7 +147,11 @@ class Worker:
                 WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
                 for cost in run.parts.ledger.take()
             ]
-            return reply.model_copy(update={"work": work, "error": error}), payload
+            reply = reply.model_copy(update={"work": work, "error": error})
+            if payload:
+                reply = reply.model_copy(update={"payload": digest_of(payload)})
+                self._note("answered", header, payload, reply.payload)
+            return reply, payload
         except FedloomError as error:
             text = str(error)
         except Exception as error:  # whatever breaks here is this client's affair
@@ -152,6 +159,13 @@ class Worker:
             text = f"{type(error).__name__}: {error}"
         LOG.warning("message %d: %s", header.number, text)
         return reply.model_copy(update={"error": text[:4000]}), b""
+
+    def _note(self, event: str, header: RequestHeader, payload: bytes, digest: str) -> None:
+        """Note in this client's own log what it was asked, or what it answered."""
+        if header.kind == "exchange":
+            where = {"run": header.run, "client": self.joining.number}
+            what = {"round": header.round, "action": header.action}
+            self.log.record(event, **where, **what, bytes=len(payload), message=digest)
 
     def _ready(self, header: RequestHeader) -> Run:
         """Return the run that a message is of, made ready."""

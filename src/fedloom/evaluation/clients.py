@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fedloom.accounting.ledger import SERVER, Ledger
 from fedloom.admission import accept
+from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.messages import Exchange, Payload, Schema, Tensors
@@ -67,7 +68,13 @@ class Evaluator:
         return evaluate
 
     def evaluate(
-        self, state: State, round: int, engine: Engine, model: AdapterModel, ledger: Ledger
+        self,
+        state: State,
+        round: int,
+        engine: Engine,
+        model: AdapterModel,
+        ledger: Ledger,
+        audit: Record = unheard,
     ) -> Evaluation | None:
         """Judge ``state`` after ``round``, or return ``None`` in a round that does not evaluate.
 
@@ -77,12 +84,13 @@ class Evaluator:
             engine: Where the clients are.
             model: The server's own model.
             ledger: Where the server's costs go.
+            audit: Where messages are noted.
         """
         if round % self.every and round != self.rounds:
             return None
         adapter = self.method.shared(state)
         sent = self.method.travelling(state)
-        clients = {} if self.method.pools_data else self._ask(sent, round, engine)
+        clients = {} if self.method.pools_data else self._ask(sent, round, engine, audit)
         common = _means([_part(metrics, COMMON) for metrics in clients.values()])
         clients = {c: m for c, m in ((c, _without(m, COMMON)) for c, m in clients.items()) if m}
         if adapter is None:
@@ -98,7 +106,7 @@ class Evaluator:
         return Evaluation({**metrics, **{CLIENTS + n: v for n, v in common.items()}}, clients)
 
     def _ask(
-        self, adapter: Tensors | None, round: int, engine: Engine
+        self, adapter: Tensors | None, round: int, engine: Engine, audit: Record
     ) -> dict[int, dict[str, float]]:
         """Ask clients to judge what they make of ``adapter``; if ``None``, on the global set too."""
         sizes = engine.sizes()
@@ -113,7 +121,7 @@ class Evaluator:
             Schema.of(adapter or {}, ("common",)),
             Schema(numbers=("held_out",), metrics=True),
         )
-        replies, _ = accept(engine.exchange(exchange), exchange, sizes)
+        replies, _ = accept(engine.exchange(exchange), exchange, sizes, audit)
         return {
             reply.client: dict(reply.payload.metrics)
             | ({"examples": reply.payload.numbers["held_out"]} if reply.payload.metrics else {})

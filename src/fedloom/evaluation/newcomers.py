@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedloom.admission import accept
+from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.messages import Exchange, Payload, Schema
@@ -54,7 +55,9 @@ class Newcomers:
 
         return join
 
-    def welcome(self, state: State, round: int, engine: Engine) -> dict[int, dict[str, float]]:
+    def welcome(
+        self, state: State, round: int, engine: Engine, audit: Record = unheard
+    ) -> dict[int, dict[str, float]]:
         """Have them join after ``round``; return each one's metrics, those after under ``after.``."""
         shared = self.method.welcome(state)
         if not self.clients:
@@ -67,7 +70,7 @@ class Newcomers:
             Schema.of(shared or {}),
             Schema(numbers=("held_out",), metrics=True),
         )
-        replies, _ = accept(engine.exchange(exchange), exchange, engine.sizes())
+        replies, _ = accept(engine.exchange(exchange), exchange, engine.sizes(), audit)
         return {
             reply.client: {**reply.payload.metrics, "examples": reply.payload.numbers["held_out"]}
             for reply in replies

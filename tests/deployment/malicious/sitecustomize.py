@@ -11,6 +11,7 @@ def seal(header, payload=b"", sign=None):
     """Seal as always, but with NaN as the last number of what was trained."""
     if isinstance(header, envelope.ReplyHeader) and len(payload) > 1000:
         payload = payload[:-4] + struct.pack("<f", float("nan"))
+        header = header.model_copy(update={"payload": ""})
     return honest(header, payload, sign)
 
 
