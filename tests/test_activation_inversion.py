@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_noise_takes_tokens_away_from_the_server():
     path = Path(__file__).parents[1] / "examples" / "activation_inversion.py"
     spec = importlib.util.spec_from_file_location("activation_inversion", path)

@@ -95,7 +95,21 @@ def layout(source, kind, choices, column):
     return rows
 
 
-@pytest.mark.parametrize("path", PERSONAL, ids=lambda path: path.stem)
+LONG = {"experts_paper", "experts_real", "preferences_real"}
+"""Comparisons of which a round of every arm takes ten seconds and more."""
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_is_read(path):
+    found = read_comparison(path)
+    assert len({(cell.name, cell.experiment.federation.seed) for cell in found.cells}) > 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONG else p for p in PERSONAL],
+    ids=lambda path: path.stem,
+)
 def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_file, tmp_path):
     """Every arm is run once, for a round, and every scenario by one arm, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
