@@ -1,9 +1,11 @@
 """A plugin: a federation of real processes on this machine, with TLS and authentication.
 
 Each test that needs one pays some ten seconds for the start of Flower's processes; a module shares it.
+Where this machine allows it, each of them can have a network namespace of its own.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -27,23 +29,98 @@ ENVIRONMENT = {
 }
 
 
+class Loopback:
+    """All machines at one address."""
+
+    address, listen_at = "localhost", "127.0.0.1"
+
+    def on(self, name):
+        """Return the words before a command of a machine."""
+        return []
+
+
+class Network:
+    """A network namespace for each machine, and cables between them that can be pulled."""
+
+    numbers = itertools.count(1)
+    address, listen_at = "10.77.0.1", "0.0.0.0"
+
+    def __init__(self, clients):
+        self.prefix, self.spaces = f"fedloom{os.getpid()}-{next(self.numbers)}", {}
+        try:
+            self.space("switch")
+            self.on_switch("add", "bridge", "type", "bridge")
+            self.on_switch("set", "bridge", "up")
+            for number, name in enumerate(
+                ["server", *(f"c{client}" for client in range(clients))], 1
+            ):
+                space = self.space(name)
+                self.on_switch("add", name, "type", "veth", "peer", "name", "eth0", "netns", space)
+                self.on_switch("set", name, "master", "bridge", "up")
+                self.ip("-n", space, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    self.ip("-n", space, "link", "set", device, "up")
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def space(self, name):
+        """Make a namespace."""
+        space = f"{self.prefix}-{name}"
+        self.ip("netns", "add", space)
+        self.spaces[name] = space
+        return space
+
+    def on_switch(self, *words):
+        self.ip("-n", self.spaces["switch"], "link", *words)
+
+    def on(self, name):
+        """Return the words before a command of a machine; what is none is called at the server."""
+        return ["ip", "netns", "exec", self.spaces.get(name, self.spaces["server"])]
+
+    def pull(self, name):
+        """Pull the cable: packets are lost, and nobody is told."""
+        self.on_switch("set", name, "down")
+
+    def plug(self, name):
+        self.on_switch("set", name, "up")
+
+    def close(self):
+        for space in self.spaces.values():
+            self.ip("netns", "del", space)
+
+
+def can_have_namespaces():
+    """Return whether this machine lets us make network namespaces."""
+    try:
+        Network(0).close()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
 class Machines:
     """A server and clients, each a process with children of its own."""
 
-    def __init__(self, folder, clients):
-        self.folder, self.clients = folder, clients
+    def __init__(self, folder, clients, network):
+        self.folder, self.clients, self.network = folder, clients, network
         self.server = folder / "server"
         self.port, self.door = free_port(), free_port()
         self.processes = {}
-        self.call("certs", "--home", self.server)
+        self.call("certs", "--home", self.server, "--host", network.address)
         for client in range(clients):
             self.allow(client)
 
     def call(self, *arguments, check=True, timeout=120):
         """Call fedloom and return what it says."""
         done = subprocess.run(
-            [*FEDLOOM, *map(str, arguments)], cwd=self.folder, env={**os.environ, **ENVIRONMENT},
-            capture_output=True, text=True, timeout=timeout, check=False,
+            [*self.network.on("server"), *FEDLOOM, *map(str, arguments)], cwd=self.folder,
+            env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=timeout,
+            check=False,
         )  # fmt: skip
         if check and done.returncode:
             raise AssertionError(f"{arguments}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -58,8 +135,8 @@ class Machines:
         log = self.folder / f"{name}.log"
         with log.open("w") as out:
             self.processes[name] = subprocess.Popen(
-                [*FEDLOOM, *map(str, arguments)], cwd=self.folder, stdout=out, stderr=out,
-                env={**os.environ, **ENVIRONMENT}, start_new_session=True,
+                [*self.network.on(name), *FEDLOOM, *map(str, arguments)], cwd=self.folder,
+                env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
         return log
 
@@ -72,15 +149,13 @@ class Machines:
         raise AssertionError(f"{text!r} is not in {log}: {log.read_text()[-2000:]}")
 
     def start_server(self):
-        ports = ("--port", self.port, "--door", self.door)
-        log = self.start(
-            "server", "server", "start", "--home", self.server, "--host", "127.0.0.1", *ports
-        )
+        where = ("--host", self.network.listen_at, "--port", self.port, "--door", self.door)
+        log = self.start("server", "server", "start", "--home", self.server, *where)
         self.wait(log, "clients can join")
 
     def joining(self, client, **options):
         own = {
-            "server": f"localhost:{self.door}", "key": f"{client}.key",
+            "server": f"{self.network.address}:{self.door}", "key": f"{client}.key",
             "ca": self.server / "ca.pem", "home": self.folder / f"c{client}",
         }  # fmt: skip
         chosen = {**own, **options}
@@ -145,14 +220,20 @@ class Machines:
 
 
 @contextlib.contextmanager
-def machines(clients):
-    """Yield a federation that is not started yet; its folder has a short name, for sockets."""
+def machines(clients, apart=False):
+    """Yield a federation that is not started yet; its folder has a short name, for sockets.
+
+    Machines that are ``apart`` have network namespaces of their own, where that can be.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
-    own = Machines(folder, clients)
+    network = Network(clients) if apart and can_have_namespaces() else Loopback()
+    own = Machines(folder, clients, network)
     try:
         yield own
     finally:
         own.stop()
+        if isinstance(network, Network):
+            network.close()
         if not os.environ.get("FEDLOOM_KEEP"):
             shutil.rmtree(folder, ignore_errors=True)
 

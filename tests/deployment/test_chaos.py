@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,7 @@ class Replay:
         for client in gone:
             yield Answer(client, error="absent")
         left = {c: data for c, data in exchange.requests.items() if c not in gone}
-        yield from self.engine.exchange(
-            exchange.__class__(**{**exchange.__dict__, "requests": left})
-        )
+        yield from self.engine.exchange(replace(exchange, requests=left))
 
 
 class SameCohorts(Server):
