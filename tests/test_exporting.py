@@ -17,18 +17,19 @@ STRANGER = """
 import json, sys, torch, transformers
 transformers.logging.set_verbosity_error()
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-folder, task, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
-assert "fedloom" not in sys.modules and "peft" not in sys.modules
-factory = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-model = factory.from_pretrained(folder, trust_remote_code=trust).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-batch = tokenizer(json.loads(sys.argv[4]), return_tensors="pt", padding=True, padding_side="right")
-with torch.no_grad():
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    found = logits.log_softmax(-1)[0, -1].tolist() if task == "causal" else logits.tolist()
-    if task == "causal":
-        model.generate(input_ids=batch["input_ids"][:1], max_new_tokens=3, do_sample=False)
-print(json.dumps(found))
+for line in sys.stdin:
+    folder, task, trust, texts = json.loads(line)
+    assert "fedloom" not in sys.modules and "peft" not in sys.modules
+    factory = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
+    model = factory.from_pretrained(folder, trust_remote_code=trust).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = logits.log_softmax(-1)[0, -1].tolist() if task == "causal" else logits.tolist()
+        if task == "causal":
+            model.generate(input_ids=batch["input_ids"][:1], max_new_tokens=3, do_sample=False)
+    print(json.dumps(found), flush=True)
 """
 TEXTS = ["Ada asks in the kitchen: where is the red cup?", "Ben asks in the garden"]
 
@@ -39,12 +40,24 @@ PARTS = {
 }
 
 
-def strange(folder, task, trust, texts=TEXTS):
-    """Load and run an export where fedloom is not imported."""
-    command = [sys.executable, "-c", STRANGER, str(folder), task, str(trust), json.dumps(texts)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """Load and run exports in a process where fedloom is not imported."""
+    errors = tmp_path_factory.mktemp("stranger") / "stderr"
+    with errors.open("w") as stderr, subprocess.Popen(
+        [sys.executable, "-c", STRANGER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+        text=True,
+    ) as process:  # fmt: skip
+
+        def load(folder, task, trust, texts=TEXTS):
+            process.stdin.write(json.dumps([str(folder), task, trust, texts]) + "\n")
+            process.stdin.flush()
+            found = process.stdout.readline()
+            assert found, errors.read_text()[-2000:]
+            return torch.tensor(json.loads(found))
+
+        yield load
+        process.stdin.close()
 
 
 @pytest.fixture
@@ -70,7 +83,7 @@ def ours(result, client):
 
 
 @pytest.mark.parametrize(("method", "objective"), PARTS.values(), ids=PARTS)
-def test_a_client_loads_elsewhere_with_the_same_log_probs(run, method, objective):
+def test_a_client_loads_elsewhere_with_the_same_log_probs(run, strange, method, objective):
     result = run(method, objective)
     written = export(result.folder, client=1)
     assert written.own_code == (method.get("bottleneck", 0) > 0)
@@ -81,7 +94,7 @@ def test_a_client_loads_elsewhere_with_the_same_log_probs(run, method, objective
     assert not torch.allclose(found, other, atol=1e-5)
 
 
-def test_the_reward_model_scores_texts(run):
+def test_the_reward_model_scores_texts(run, strange):
     result = run({"name": "fedpdpo", "bottleneck": 4}, "pdpo")
     written = export(result.folder, client=0, reward=True)
     found = strange(written.folder, "reward", written.own_code)
@@ -90,7 +103,7 @@ def test_the_reward_model_scores_texts(run):
     assert found[0] != found[1]
 
 
-def test_a_plain_run_exports_its_global_model(run):
+def test_a_plain_run_exports_its_global_model(run, strange):
     result = run({"name": "fedavg"}, "dpo")
     written = export(result.folder)
     assert not written.own_code and "trust_remote_code" not in written.loading
