@@ -139,7 +139,7 @@ def test_the_run_survives_all_of_it(monkeypatch):
         },
         "training": {"local_steps": 25, "batch_size": 8},
         "admission": {"offences": 2, "pause": 10},
-        "evaluation": {"per_client": False, "every": 20, "samples": 0},
+        "evaluation": {"per_client": False, "every": 5, "samples": 0},  # 45 is behind when memory is read
     }  # fmt: skip
     experiment, rng = Experiment.from_table(table), random.Random(0)
     start = time.monotonic()
@@ -209,7 +209,7 @@ def test_the_run_survives_all_of_it(monkeypatch):
     assert any(client != BAD for _, client, _ in lost) and killed >= 3
     last = [event["state"] for event in events if event["event"] == "round"][-1]
     assert replayed(experiment, found).digest() == last
-    assert max(sizes) - sizes[0] < 16 << 20
+    assert max(sizes) - sizes[0] < 8 << 20
     seconds = time.monotonic() - start
     print(
         f"{seconds:.0f} s, {killed} clients killed, server killed {down} times, {len(lost)} answers lost; "
