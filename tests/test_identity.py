@@ -5,6 +5,9 @@ import datetime
 import pytest
 from cryptography import x509
 
+from fedloom.audit import AuditLog, events
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.server import has_expired
 from fedloom.errors import IdentityError, OutputError, SettingsError
 from fedloom.identity import (
     Members,
@@ -77,6 +80,16 @@ def test_a_new_certificate_keeps_the_authority(tmp_path):
     assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
     with pytest.raises(IdentityError, match="'a b' is no name or address"):
         make_authority(tmp_path, ["a b"])
+
+
+def test_the_log_says_that_the_certificate_has_expired(tmp_path):
+    home, log = ServerHome(tmp_path), AuditLog(tmp_path / "audit.jsonl")
+    make_authority(tmp_path, ["localhost"])
+    assert not has_expired(home, log) and not log.path.exists()
+    make_authority(tmp_path, ["localhost"], days=0)
+    assert has_expired(home, log)
+    (line,) = events(log.path, "expired")
+    assert "has expired on" in line["reason"]
 
 
 def test_an_expired_certificate_is_named(tmp_path):

@@ -20,7 +20,7 @@ from fedloom.deployment.children import (
 )
 from fedloom.deployment.door import Door, serve
 from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.errors import ConnectionFailed, SettingsError
+from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
 from fedloom.files import write_whole
 from fedloom.identity import require_current
 from fedloom.settings import read_toml, write_toml
@@ -82,11 +82,13 @@ def start(
         registry = _Registry(home, log, insecure=insecure)
         registry.follow()
         ready(serving)
+        told = insecure
         while not stopping:
             for child in family.children:
                 if child.keep_alive():
                     log.record("restarted", process=child.command[0])
             registry.follow()
+            told = told or has_expired(home, log)
             time.sleep(0.2)
     finally:
         opened.stop(grace=None)
@@ -217,6 +219,16 @@ class _Registry:
                 self.log.record("allowed", client=number, name=member.name)
         write_whole(self.path, write_toml(self.nodes).encode())
         self._seen = stamp
+
+
+def has_expired(home: ServerHome, log: AuditLog) -> bool:
+    """Return whether the certificate is in force no longer: clients turn away, and the log says why."""
+    try:
+        require_current(home.certificate)
+    except IdentityError as error:
+        log.record("expired", reason=str(error))
+        return True
+    return False
 
 
 def require_stopped(home: ServerHome) -> None:
