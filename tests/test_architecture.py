@@ -22,7 +22,7 @@ IMPORTERS = {
     "peft": ("models/",),
     "trl": (),
     "flwr": (
-        "engines/flower.py",
+        "engines/post.py",
         "engines/records.py",
         "deployment/clientapp.py",
         "deployment/serverapp.py",
