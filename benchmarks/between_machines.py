@@ -4,7 +4,7 @@
 
 The same experiment in one process, over streams, and over Flower's messages alone, with an adapter of
 0.1 MB and one of 54 MB (float32, down and up for each client): the median round of five. Also the mean of
-four updates of 54 MB beside Flower's own, in turns.
+four updates of 54 MB, in 128 tensors and in one, beside Flower's own, in turns.
 """
 
 import json
@@ -27,6 +27,8 @@ from machines import FEDLOOM, machines
 
 RANKS = {"0.1 MB": 8, "54 MB": 3690}
 ROUNDS = 5
+NUMBERS = 13_631_488
+"""Of an update: 54.5 MB in float32."""
 
 
 def experiment(rank: int, streams: bool) -> Experiment:
@@ -71,10 +73,10 @@ def rounds() -> None:
             print(f"{size:8} {'simulation':10} {seconds(here)[0]:7.2f} s a round", flush=True)
 
 
-def means() -> None:
-    """Print seconds of a mean of four updates of 13.6 M numbers, ours and Flower's in turns."""
+def means(tensors: int) -> None:
+    """Print milliseconds of a mean of four updates in so many tensors, ours and Flower's in turns."""
     torch.set_num_threads(1)
-    updates = [{f"w{i}": torch.randn(106_496) for i in range(128)} for _ in range(4)]
+    updates = [{f"w{i}": torch.randn(NUMBERS // tensors) for i in range(tensors)} for _ in range(4)]
     weights = [10.0, 20.0, 30.0, 40.0]
     took: dict[str, list[float]] = {"ours": [], "flwr": []}
     for turn in range(8):
@@ -96,9 +98,13 @@ def means() -> None:
                 aggregate_arrayrecords(records, "num-examples")
             took[name].append(time.perf_counter() - start)
     for name, values in took.items():
-        print(f"mean of 4 x 54.5 MB, {name}: {statistics.median(values) * 1e3:.0f} ms")
+        typical, first = statistics.median(values) * 1e3, values[0] * 1e3
+        print(
+            f"mean of 4 x 54.5 MB in {tensors:3}, {name}: {typical:4.0f} ms, at first {first:4.0f} ms"
+        )
 
 
 if __name__ == "__main__":
     rounds()
-    means()
+    for tensors in (128, 1):
+        means(tensors)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from fedloom.messages import Tensors
+from fedloom.messages import StoredTensors, Tensors
 
 BLOCK = 1 << 17
 """Elements that are summed at a time."""
@@ -40,29 +41,42 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
     if min(weights) < 0 or not total > 0:
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
     shares = [weight / total for weight in weights]
+    if any(isinstance(update, StoredTensors) for update in updates):
+        return {name: _one_by_one(updates, name, shares) for name in list(updates[0])}
+    found = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in updates[0].items()
+    }
+    targets = [tensor.view(-1) for tensor in found.values()]
+    sources = [[update[name].reshape(-1) for update in updates] for name in found]
+    blocks = [
+        (target[start : start + BLOCK], [tensor[start : start + BLOCK] for tensor in tensors])
+        for target, tensors in zip(targets, sources, strict=True)
+        for start in range(0, target.numel(), BLOCK)
+    ]
+    if sum(target.numel() for target in targets) < LARGE:
+        _sum_blocks(blocks, shares)
+    else:
+        count = os.cpu_count() or 1
+        with ThreadPoolExecutor(count) as pool:  # blocks are independent: same bits as in turn
+            list(pool.map(_sum_blocks, (blocks[i::count] for i in range(count)), repeat(shares)))
+    return found
 
-    def summed(name: str) -> Tensor:
-        return _summed((update[name] for update in updates), shares)
 
-    names = list(updates[0])
-    if sum(tensor.numel() for tensor in updates[0].values()) < LARGE:
-        return {name: summed(name) for name in names}
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # tensors are independent: same bits as in turn
-        return dict(zip(names, pool.map(summed, names), strict=True))
+def _sum_blocks(blocks: Sequence[tuple[Tensor, list[Tensor]]], shares: Sequence[float]) -> None:
+    """Write sum_k share_k block_k into each target; what is widened stays in the cache."""
+    total, wide = torch.empty(2, BLOCK, dtype=torch.float64)
+    for target, (first, *others) in blocks:
+        mean, same = total[: target.numel()], wide[: target.numel()]
+        mean.copy_(first).mul_(shares[0])
+        for block, share in zip(others, shares[1:], strict=True):
+            mean.add_(same.copy_(block), alpha=share)
+        target.copy_(mean)
 
 
-def _summed(tensors: Iterable[Tensor], shares: Sequence[float]) -> Tensor:
-    """Return sum_k share_k tensor_k; block by block, so what is widened stays in the cache."""
-    wide = torch.empty(BLOCK, dtype=torch.float64)
-    first, running = torch.empty(0), torch.empty(0)
-    for number, (tensor, share) in enumerate(zip(tensors, shares, strict=True)):
-        if number == 0:
-            first, running = tensor, torch.zeros(tensor.numel(), dtype=torch.float64)
-        flat = tensor.reshape(-1)
-        for start in range(0, flat.numel(), BLOCK):
-            block = flat[start : start + BLOCK]
-            same = wide[: block.numel()].copy_(block)
-            running[start : start + BLOCK].add_(same, alpha=share)
-    return running.to(first.dtype).view(first.shape)
+def _one_by_one(updates: Sequence[Tensors], name: str, shares: Sequence[float]) -> Tensor:
+    """Return sum_k share_k tensor_k with one of them in memory at a time; the same bits."""
+    first = updates[0][name]
+    mean = first.to(torch.float64).mul_(shares[0])
+    for update, share in zip(updates[1:], shares[1:], strict=True):
+        mean.add_(update[name].to(torch.float64), alpha=share)
+    return mean.to(first.dtype)
