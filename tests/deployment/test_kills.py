@@ -1,0 +1,71 @@
+"""The server's machine is killed again and again: the run ends with the bits of one that was left alone."""
+
+import json
+import random
+import re
+import time
+
+import pytest
+
+import fedloom
+from machines import machines
+
+KILLS, ROUNDS = 6, 12
+
+
+def states(folder):
+    lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
+    return {line["round"]: line["state"] for line in lines if line["event"] == "round"}
+
+
+def rounds(folder):
+    path = folder / "rounds.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedpdpo", "scaffold"])
+def test_killed_at_random_moments(experiment, tmp_path, method):
+    """Personal parts and control variates are on the clients' disks, in versions of several stretches."""
+    settings = experiment(
+        method={"name": method},
+        federation={"clients": 2, "rounds": ROUNDS, "patience": 120},
+        training={"local_steps": 20},
+        output={"folder": str(tmp_path / "here"), "checkpoint_every": 2},
+    )
+    fedloom.run(settings)
+    rng, waits = random.Random(method), []
+    with machines(2) as own:
+        own.start_all()
+        path, folder = own.folder / "run.toml", own.folder / "run"
+        path.write_text(settings.to_toml())
+        words = ["run", path, "--set", f"output.folder={folder}"]
+        for kill in range(KILLS + 1):
+            known, start = rounds(folder), time.monotonic()
+            log = own.start("run", *words, "--engine", "flower", "--home", own.server)
+            if kill == KILLS:
+                break
+            own.wait(log, "waiting for clients", 120)
+            if rng.random() < 0.7:  # else while it meets them
+                while rounds(folder) <= min(known, ROUNDS - 1):
+                    assert own.processes["run"].poll() is None, log.read_text()
+                    time.sleep(0.02)
+                waits.append(time.monotonic() - start)
+            time.sleep(rng.uniform(0, 1.0))
+            own.kill("run")
+            own.kill("server")
+            if (folder / "experiment.toml").exists():
+                words = ["run", "--resume", folder]
+            own.start_server()
+        assert own.processes["run"].wait(300) == 0, log.read_text()
+        here, there = states(tmp_path / "here"), states(folder)
+        assert there == here
+        began = [json.loads(x) for x in (folder / "audit.jsonl").read_text().splitlines()]
+        began = [event["after"] for event in began if event["event"] == "began"]
+        assert began == sorted(began) and len(began) > 2
+        assert re.search("hold together", own.call("audit", "verify", folder).stdout)
+        for client in range(2):
+            own.call("audit", "match", folder, own.folder / f"c{client}")
+    print(
+        f"{method}: went on after rounds {began}; to the next round {[round(x) for x in waits]} s"
+    )
