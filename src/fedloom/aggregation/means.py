@@ -41,31 +41,33 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
     if min(weights) < 0 or not total > 0:
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
     shares = [weight / total for weight in weights]
+    names, count = list(updates[0]), os.cpu_count() or 1
     if any(isinstance(update, StoredTensors) for update in updates):
-        return {name: _one_by_one(updates, name, shares) for name in list(updates[0])}
+        with ThreadPoolExecutor(count) as pool:
+            means = pool.map(lambda name: _one_by_one(updates, name, shares), names)
+            return dict(zip(names, means, strict=True))
     found = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in updates[0].items()
+        name: torch.empty(updates[0][name].shape, dtype=updates[0][name].dtype) for name in names
     }
-    targets = [tensor.view(-1) for tensor in found.values()]
-    sources = [[update[name].reshape(-1) for update in updates] for name in found]
     blocks = [
-        (target[start : start + BLOCK], [tensor[start : start + BLOCK] for tensor in tensors])
-        for target, tensors in zip(targets, sources, strict=True)
-        for start in range(0, target.numel(), BLOCK)
+        block
+        for name in names
+        for block in zip(
+            *(torch.split(t[name].reshape(-1), BLOCK) for t in (found, *updates)), strict=True
+        )
     ]
-    if sum(target.numel() for target in targets) < LARGE:
+    if sum(tensor.numel() for tensor in found.values()) < LARGE:
         _sum_blocks(blocks, shares)
     else:
-        count = os.cpu_count() or 1
         with ThreadPoolExecutor(count) as pool:  # blocks are independent: same bits as in turn
             list(pool.map(_sum_blocks, (blocks[i::count] for i in range(count)), repeat(shares)))
     return found
 
 
-def _sum_blocks(blocks: Sequence[tuple[Tensor, list[Tensor]]], shares: Sequence[float]) -> None:
-    """Write sum_k share_k block_k into each target; what is widened stays in the cache."""
+def _sum_blocks(blocks: Sequence[tuple[Tensor, ...]], shares: Sequence[float]) -> None:
+    """Write sum_k share_k block_k into the first of each; what is widened stays in the cache."""
     total, wide = torch.empty(2, BLOCK, dtype=torch.float64)
-    for target, (first, *others) in blocks:
+    for target, first, *others in blocks:
         mean, same = total[: target.numel()], wide[: target.numel()]
         mean.copy_(first).mul_(shares[0])
         for block, share in zip(others, shares[1:], strict=True):
@@ -76,7 +78,9 @@ def _sum_blocks(blocks: Sequence[tuple[Tensor, list[Tensor]]], shares: Sequence[
 def _one_by_one(updates: Sequence[Tensors], name: str, shares: Sequence[float]) -> Tensor:
     """Return sum_k share_k tensor_k with one of them in memory at a time; the same bits."""
     first = updates[0][name]
-    mean = first.to(torch.float64).mul_(shares[0])
+    mean = torch.empty(first.numel(), dtype=torch.float64).copy_(first.reshape(-1)).mul_(shares[0])
     for update, share in zip(updates[1:], shares[1:], strict=True):
-        mean.add_(update[name].to(torch.float64), alpha=share)
-    return mean.to(first.dtype)
+        blocks = torch.split(update[name].reshape(-1), BLOCK)
+        for part, block in zip(torch.split(mean, BLOCK), blocks, strict=True):
+            part.add_(block.double(), alpha=share)
+    return mean.to(first.dtype).view(first.shape)
