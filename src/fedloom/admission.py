@@ -91,11 +91,10 @@ class Admission:
             note("sent", client, bytes=len(data), message=exchange.digests[client])
         for answer in answers:
             client = answer.client
-            if answer.data is not None and audit is not unheard:
-                facts = {"bytes": len(answer.data), "message": digest_of(answer.data)}
-                came.setdefault(client, facts)
             if client in replies or client in rejected or client not in exchange.requests:
                 continue  # a second or an unasked answer counts for nothing
+            if answer.data is not None:
+                came[client] = {"bytes": len(answer.data), "message": digest_of(answer.data)}
             try:
                 payload = self._checked(answer, exchange, sizes)
                 replies[client] = Reply(client, keep(client, payload))

@@ -110,7 +110,7 @@ def verify(path: Path) -> AuditResult:
         AuditError: It does not hold together; the first line that does not is named.
         OutputError: There is no log.
     """
-    path = path / FILE if path.is_dir() else path
+    path = _log(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -167,23 +167,20 @@ def match(run: Path, client: Path) -> Match:
         AuditError: One of them does not hold together, they differ, or the client was not in the run.
         OutputError: There is no log.
     """
-    logs = [path / FILE if path.is_dir() else path for path in (run, client)]
-    for path in logs:
+    for path in (run, client):
         verify(path)
-    ids = {event["run"] for event in events(logs[0], "began")}
-    asked, answered = (
-        [event for event in events(logs[1], name) if event["run"] in ids]
-        for name in ("asked", "answered")
-    )
+    theirs = events(run, "began", "sent", "accepted", "refused")
+    ids = {event["run"] for event in theirs if event["event"] == "began"}
+    own = [event for event in events(client, "asked", "answered") if event["run"] in ids]
+    asked = [event for event in own if event["event"] == "asked"]
     if not asked:
         raise AuditError(f"{client} holds no message of the run in {run}")
-    sent = {_message(event) for event in events(logs[0], "sent")}
-    given = {_message(event) for event in answered}
+    given = {_message(event) for event in own if event["event"] == "answered"}
+    sent = {_message(event) for event in theirs if event["event"] == "sent"}
     arrived = {
         _message(event)
-        for name in ("accepted", "refused")
-        for event in events(logs[0], name)
-        if event["client"] == asked[0]["client"] and "message" in event
+        for event in theirs
+        if event["event"] in ("accepted", "refused") and event["client"] == asked[0]["client"]
     }
     for event in asked:
         if _message(event) not in sent:
@@ -203,12 +200,22 @@ def _message(event: dict[str, Any]) -> tuple[int, int, str, str]:
     return event["client"], event["round"], event["action"], event["message"]
 
 
-def events(path: Path, name: str) -> list[dict[str, Any]]:
-    """Return the events of one name in a log, in their order; none where there is no log yet."""
+def events(path: Path, *names: str) -> list[dict[str, Any]]:
+    """Return the events of these names in a log, in their order; none where there is no log yet.
+
+    Args:
+        path: The log, or a folder that holds one.
+        names: Of events.
+    """
+    path = _log(path)
     if not path.is_file():
         return []
     found = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [event for event in found if event["event"] == name]
+    return [event for event in found if event["event"] in names]
+
+
+def _log(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
 
 
 def digest_of(data: bytes) -> str:

@@ -147,11 +147,11 @@ class Worker:
                 WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
                 for cost in run.parts.ledger.take()
             ]
-            reply = reply.model_copy(update={"work": work, "error": error})
+            said = {"work": work, "error": error}
             if payload:
-                reply = reply.model_copy(update={"payload": digest_of(payload)})
-                self._note("answered", header, payload, reply.payload)
-            return reply, payload
+                said["payload"] = digest = digest_of(payload)
+                self._note("answered", header, payload, digest)
+            return reply.model_copy(update=said), payload
         except FedloomError as error:
             text = str(error)
         except Exception as error:  # whatever breaks here is this client's affair
