@@ -135,8 +135,7 @@ def program(name: str) -> str:
     Raises:
         SettingsError: Flower is not installed.
     """
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    found = shutil.which(name, path=surroundings()["PATH"])
     if found is None:
         raise SettingsError(
             [
