@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedloom
+from fedloom.audit import events
 from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.runner import Silent, run_experiment
@@ -64,8 +65,7 @@ def costs(folder):
 
 
 def states(folder):
-    lines = map(json.loads, (Path(folder) / "audit.jsonl").read_text().splitlines())
-    return [line["state"] for line in lines if line["event"] == "round"]
+    return [event["state"] for event in events(folder, "round")]
 
 
 @pytest.mark.parametrize(

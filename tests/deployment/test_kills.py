@@ -1,6 +1,5 @@
 """The server's machine is killed again and again: the run ends with the bits of one that was left alone."""
 
-import json
 import random
 import re
 import time
@@ -8,14 +7,14 @@ import time
 import pytest
 
 import fedloom
+from fedloom.audit import events
 from machines import machines
 
 KILLS, ROUNDS = 6, 12
 
 
 def states(folder):
-    lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
-    return {line["round"]: line["state"] for line in lines if line["event"] == "round"}
+    return {event["round"]: event["state"] for event in events(folder, "round")}
 
 
 def rounds(folder):
@@ -60,8 +59,7 @@ def test_killed_at_random_moments(experiment, tmp_path, method):
         assert own.processes["run"].wait(300) == 0, log.read_text()
         here, there = states(tmp_path / "here"), states(folder)
         assert there == here
-        began = [json.loads(x) for x in (folder / "audit.jsonl").read_text().splitlines()]
-        began = [event["after"] for event in began if event["event"] == "began"]
+        began = [event["after"] for event in events(folder, "began")]
         assert began == sorted(began) and len(began) > 2
         assert re.search("hold together", own.call("audit", "verify", folder).stdout)
         for client in range(2):

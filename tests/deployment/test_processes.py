@@ -1,18 +1,17 @@
 """The federation as its users start it: processes, sockets, TLS, authentication."""
 
-import json
 import re
 import time
 
 import pytest
 
 import fedloom
+from fedloom.audit import events
 from fedloom.identity import make_authority
 
 
 def states(folder):
-    lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
-    return [line["state"] for line in lines if line["event"] == "round"]
+    return [event["state"] for event in events(folder, "round")]
 
 
 def small(experiment, **sections):

@@ -1,12 +1,12 @@
 """A client whose memory does not suffice for a batch: it goes on with less at a time, and says so."""
 
-import json
 import logging
 
 import pytest
 import torch
 
 import fedloom
+from fedloom.audit import events
 from fedloom.errors import RoundFailed
 from fedloom.models.adapters import AdapterModel
 from fedloom.training.memory import fitting, is_out_of_memory
@@ -30,8 +30,7 @@ def memory_for(monkeypatch):
 
 
 def states(folder):
-    lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
-    return [line["state"] for line in lines if line["event"] == "round"]
+    return [event["state"] for event in events(folder, "round")]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedpdpo", "scaffold"])
