@@ -1,6 +1,9 @@
 """The audit log: what it holds of a run, what it shows of a change, and that it goes on after a kill."""
 
 import json
+import resource
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from typer.testing import CliRunner
@@ -124,6 +127,36 @@ def test_a_resumed_run_goes_on_with_its_log(experiment, tmp_path):
     assert states[0] == states[1]
     shown = CliRunner().invoke(app, ["audit", "verify", str(tmp_path / "run")])
     assert f"{len(lines)} lines hold together: 3 clients, 0 messages refused" in shown.output
+
+
+def test_threads_share_a_log(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+
+    def knock(client):
+        for _ in range(200):
+            log.record("client", what="joins", client=client)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(knock, range(8)))
+    assert verify(log.path).lines == 1600
+
+
+def test_a_full_disk_leaves_a_log_that_goes_on(log):
+    before, size = log.read_bytes(), log.stat().st_size
+    own = AuditLog(log)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for room in (0, 1, 100):  # of the line nothing, a byte, a part
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+            with pytest.raises(OutputError, match=r"cannot write .*audit.jsonl"):
+                own.record("lost")
+            assert log.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    own.record("ended")
+    assert verify(log).lines == 5
 
 
 def test_an_event_cannot_say_what_the_log_says_itself(tmp_path):

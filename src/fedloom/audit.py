@@ -9,9 +9,11 @@ last hash, which ``fedloom audit verify`` prints, elsewhere.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ class AuditResult:
 
 
 class AuditLog:
-    """Appends to a log, after what it holds already."""
+    """Appends to a log, after what it holds already; threads may share one."""
 
     def __init__(self, path: Path) -> None:
         """Go on with the log at ``path``, or begin it.
@@ -63,6 +65,7 @@ class AuditLog:
         """
         self.path = path
         self._last, self._count = START, 0
+        self._lock = threading.Lock()
         if path.is_file():
             _drop_torn_line(path)
             known = verify(path)
@@ -71,15 +74,19 @@ class AuditLog:
     def record(self, event: str, **facts: Any) -> None:
         """Note an event: it survives this process at once, and the machine after :meth:`sync`.
 
+        What could not be written is in no chain: the log goes on where it was.
+
         Raises:
             OutputError: The disk is full or the folder not writable.
         """
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         assert not OWN & facts.keys(), f"{OWN & facts.keys()} are the log's own words"
-        self._count += 1
-        body = {"number": self._count, "time": now, "event": event, **facts, "before": self._last}
-        self._last = _digest(body)
-        self._append(json.dumps({**body, "sha256": self._last}) + "\n")
+        with self._lock:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            first = {"number": self._count + 1, "time": now, "event": event}
+            body = {**first, **facts, "before": self._last}
+            last = _digest(body)
+            self._append(json.dumps({**body, "sha256": last}) + "\n")
+            self._last, self._count = last, self._count + 1
 
     def sync(self) -> None:
         """Have what was noted reach the disk.
@@ -91,9 +98,11 @@ class AuditLog:
 
     def _append(self, text: str, *, sync: bool = False) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
+            with self.path.open("ab", buffering=0) as file:
+                size, line = file.tell(), text.encode()
+                if file.write(line) != len(line):  # the disk has become full in the middle of it
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if sync:
                     os.fsync(file.fileno())
         except OSError as error:
