@@ -22,7 +22,7 @@ from fedloom.deployment.door import Door, serve
 from fedloom.deployment.homes import ServerHome, Serving
 from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
 from fedloom.files import write_whole
-from fedloom.identity import require_current
+from fedloom.identity import Member, require_current
 from fedloom.settings import read_toml, write_toml
 
 PORT, DOOR = 9092, 9093
@@ -79,7 +79,7 @@ def start(
             log.record("ended_run", run=number)
         serving.write(home.started)
         log.record("started", port=port, door=door, tls=not insecure)
-        registry = _Registry(home, log, insecure=insecure)
+        registry = Registry(home, log, insecure=insecure)
         registry.follow()
         ready(serving)
         told = insecure
@@ -184,22 +184,21 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
     ]
 
 
-class _Registry:
+class Registry:
     """Tells Flower whom we let in, as often as that changes."""
 
     def __init__(self, home: ServerHome, log: AuditLog, *, insecure: bool) -> None:
         self.home, self.log, self.insecure = home, log, insecure
         self.path = home.path / REGISTERED
         self.nodes = registered(home)
-        self._seen: int | None = None
+        self._seen: list[Member] | None = None
 
     def follow(self) -> None:
         """Register who was let in and remove who was revoked since the last call."""
-        members = self.home.members()
-        stamp = members.path.stat().st_mtime_ns if members.path.exists() else 0
-        if self.insecure or stamp == self._seen:
+        members = self.home.members().members
+        if self.insecure or members == self._seen:
             return
-        for number, member in enumerate(members.members):
+        for number, member in enumerate(members):
             if member.revoked and member.key in self.nodes:
                 flwr(self.home.flower, "supernode", "unregister", self.nodes.pop(member.key), LINK)
                 self.log.record("revoked", client=number, name=member.name)
@@ -218,7 +217,7 @@ class _Registry:
                 self.nodes[member.key] = str(found["node-id"])
                 self.log.record("allowed", client=number, name=member.name)
         write_whole(self.path, write_toml(self.nodes).encode())
-        self._seen = stamp
+        self._seen = members
 
 
 def has_expired(home: ServerHome, log: AuditLog) -> bool:
