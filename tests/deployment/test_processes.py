@@ -83,30 +83,30 @@ class TestWhoIsNotLetIn:
     """One clear message in under five seconds, and a line in the server's audit log."""
 
     def refused(self, own, words, reason):
-        before = len(own.audit())
+        before = len(own.audit())  # what Flower was told of who was let in may be noted beside it
         start = time.monotonic()
         done = own.call(*words, check=False, timeout=30)
         seconds = time.monotonic() - start
         assert done.returncode == 4 and re.search(reason, " ".join(done.stderr.split()))
         assert "Traceback" not in done.stderr and seconds < 5
-        return own.audit()[before:]
+        return [e["reason"] for e in own.audit()[before:] if e["event"] == "refused_client"]
 
     def test_an_unknown_key(self, federation_of_two):
         own = federation_of_two
         own.call("keys", "new", "stranger.key")
-        (line,) = self.refused(
+        (reason,) = self.refused(
             own,
             own.joining(7, key="stranger.key"),
             "does not let this client in: the key .* is not known",
         )
-        assert line["event"] == "refused_client" and "not known here" in line["reason"]
+        assert "not known here" in reason
 
     def test_a_revoked_key(self, federation_of_two):
         own = federation_of_two
         own.allow(5)
         own.call("keys", "revoke", "client-5", "--home", own.server)
-        lines = self.refused(own, own.joining(5), "has been revoked")
-        assert lines[-1]["event"] == "refused_client"
+        (reason,) = self.refused(own, own.joining(5), "has been revoked")
+        assert "has been revoked" in reason
 
     def test_an_authority_of_another_federation(self, federation_of_two):
         own = federation_of_two
