@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -109,7 +111,7 @@ def norm(adapter: Tensors) -> float:
     """Return ||B A||_F over all layers together."""
     pairs = factor_pairs(adapter).values()
     return math.sqrt(
-        sum(_squared_norm([adapter[b].double()], [adapter[a].double()]) for a, b in pairs)
+        sum(float(_gram(adapter[b].double(), adapter[a].double()).sum()) for a, b in pairs)
     )
 
 
@@ -138,44 +140,52 @@ def averaging_error(adapters: Sequence[Tensors], weights: Sequence[float]) -> fl
     """
     if not all(b in adapters[0] for _, b in factor_pairs(adapters[0]).values()):
         return None
-    return product_error(_mean(adapters, weights), adapters, weights)
+    return product_error(None, adapters, weights)
 
 
 def product_error(
-    found: Mapping[str, Tensor], adapters: Sequence[Tensors], weights: Sequence[float]
+    found: Mapping[str, Tensor] | None, adapters: Sequence[Tensors], weights: Sequence[float]
 ) -> float | None:
     """Return ||B A - sum_k p_k B_k A_k||_F / ||sum_k p_k B_k A_k||_F for the factors of ``found``.
 
-    Over all layers together. A product is formed where it is smaller than what its norm can be had from
-    without it: many clients or large ranks. ``None`` as in :func:`averaging_error`.
+    Over all layers together, in float64. ``None`` for ``found`` are the mean factors as they are before
+    they are rounded to be sent; the result is ``None`` as in :func:`averaging_error`.
     """
     shares = [weight / sum(weights) for weight in weights]
-    lost = whole = 0.0
-    for a, b in factor_pairs(adapters[0]).values():
-        rows, (rank, columns) = len(adapters[0][b]), adapters[0][a].shape
-        if rank * len(adapters) > min(rows, columns):
-            mean = torch.zeros(rows, columns, dtype=torch.float64)
-            for share, adapter in zip(shares, adapters, strict=True):
-                mean.addmm_(adapter[b].double(), adapter[a].double(), alpha=share)
-            whole += float(mean.square().sum())
-            lost += float(
-                mean.addmm_(found[b].double(), found[a].double(), alpha=-1).square().sum()
+
+    def squares(pair: tuple[str, str]) -> tuple[float, float]:
+        downs, ups = ([adapter[name].double() for adapter in adapters] for name in pair)
+        if found is None:
+            down, up = (
+                torch.stack([p * t for p, t in zip(shares, own, strict=True)]).sum(0)
+                for own in (downs, ups)
             )
-            continue
-        downs = [adapter[a].double() for adapter in adapters]
-        ups = [p * adapter[b].double() for p, adapter in zip(shares, adapters, strict=True)]
-        whole += _squared_norm(ups, downs)
-        lost += _squared_norm([*ups, -found[b].double()], [*downs, found[a].double()])
+        else:
+            down, up = (found[name].double() for name in pair)
+        return _squares([p * own for p, own in zip(shares, ups, strict=True)], downs, up, down)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        both = list(pool.map(squares, factor_pairs(adapters[0]).values()))
+    lost, whole = (sum(own) for own in zip(*both, strict=True)) if both else (0.0, 0.0)
     return max(lost, 0.0) ** 0.5 / whole**0.5 if whole > 0 else None
 
 
-def _mean(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the mean of factors in float64, as it is before it is rounded to be sent."""
-    exact = [{n: t.double() for n, t in only_factors(adapter).items()} for adapter in adapters]
-    return weighted_mean(exact, weights)
+def _squares(
+    ups: Sequence[Tensor], downs: Sequence[Tensor], up: Tensor, down: Tensor
+) -> tuple[float, float]:
+    """Return ||sum_k U_k D_k - U D||_F^2 and ||sum_k U_k D_k||_F^2.
+
+    Products are formed where they are smaller than what their norms can be had from without them: many
+    clients or large ranks.
+    """
+    above, below = torch.cat(list(ups), 1), torch.cat(list(downs), 0)
+    if len(below) > min(len(above), below.shape[1]):
+        mean = above @ below
+        return float((mean - up @ down).square().sum()), float(mean.square().sum())
+    grams = _gram(torch.cat([above, -up], 1), torch.cat([below, down], 0))
+    return float(grams.sum()), float(grams[: len(below), : len(below)].sum())
 
 
-def _squared_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:
-    """Return ||sum_k U_k D_k||_F^2 = sum((U^T U) * (D D^T)), U and D stacked; no product is formed."""
-    up, down = torch.cat(list(ups), 1), torch.cat(list(downs), 0)
-    return float(((up.T @ up) * (down @ down.T)).sum())
+def _gram(up: Tensor, down: Tensor) -> Tensor:
+    """Return (U^T U) * (D D^T), whose sum is ||U D||_F^2; no product is formed."""
+    return (up.T @ up) * (down @ down.T)
