@@ -57,6 +57,8 @@ class RequestHeader(Settings):
     """Whether a stream for further messages of the run may be opened at the door."""
     certificate: str | None = None
     """PEM of the server's certificate, which the client checks with its authority's."""
+    held: Count = 0
+    """Bytes of the answer that are there already, from a stream that broke: the rest is asked for."""
     payload: str = ""
     """SHA-256 of the payload."""
 

@@ -50,6 +50,9 @@ class FederationSettings(Settings):
     streams: bool = True
     """Whether clients on other machines may keep a stream open; without one each exchange is a message
     of Flower's, which takes some seconds."""
+    reconnect: float = Field(default=10, ge=0)
+    """Seconds that a client whose stream breaks in the middle of an exchange has to come back; it goes
+    on where it was then, and is left out of the round otherwise."""
     patience: float = Field(default=600, gt=0)
     """Seconds that a run waits for all of its clients on other machines when it begins, and a round for a
     quorum of them."""

@@ -6,8 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from fedloom.methods.base import Cohort
 from fedloom.runner import Silent
 from fedloom.server import Server
 from fedloom.training.optimizers import round_learning_rate
+from links import Link
 from machines import machines
 
 CLIENTS, ROUNDS, BAD = 8, 60, 7
@@ -30,47 +29,6 @@ BEHIND = (0, 1)
 
 LONGEST = 840.0
 """Seconds."""
-
-
-class Link:
-    """A link that can be cut: all connections through it break, and none can be made for a while."""
-
-    def __init__(self, port):
-        self.target, self.cut_until, self.open = port, 0.0, set()
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listening.getsockname()[1]
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self.listening.accept()
-                try:
-                    if time.monotonic() < self.cut_until:
-                        raise OSError
-                    far = socket.create_connection(("127.0.0.1", self.target))
-                except OSError:
-                    near.close()
-                    continue
-                self.open |= {near, far}
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
-
-    def pump(self, source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        for end in (source, target):
-            self.open.discard(end)
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def cut(self, seconds):
-        self.cut_until = time.monotonic() + seconds
-        for end in list(self.open):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
 
 
 class Replay:
@@ -135,7 +93,7 @@ def test_the_run_survives_all_of_it(monkeypatch):
         "data": {"source": "builtin:preferences", "builtin_rows": 400},
         "federation": {
             "clients": CLIENTS, "clients_per_round": 5, "rounds": ROUNDS, "quorum": 0.2,
-            "deadline": 20.0, "patience": 60.0,
+            "deadline": 20.0, "patience": 60.0, "reconnect": 2.0,
         },
         "training": {"local_steps": 25, "batch_size": 8},
         "admission": {"offences": 2, "pause": 10},

@@ -61,6 +61,10 @@ class Welcome:
     flower_port: int
 
 
+class RunIsOver(ConnectionFailed):
+    """The run that a stream was to be opened to is not under way."""
+
+
 class Door(grpc.GenericRpcHandler):
     """Lets clients in.
 
@@ -282,7 +286,8 @@ def _reason(error: Any, address: str) -> Exception:
     code, details = error.code(), error.details()
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return IdentityError(f"the server at {address} does not let this client in: {details}")
-    return ConnectionFailed(f"the door at {address} cannot be used: {details or code}")
+    kind = RunIsOver if code == grpc.StatusCode.NOT_FOUND else ConnectionFailed
+    return kind(f"the door at {address} cannot be used: {details or code}")
 
 
 def _reader(chunks: Iterator[bytes]) -> Read:

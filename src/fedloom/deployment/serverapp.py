@@ -72,5 +72,5 @@ def _post(grid: Grid, home: ServerHome) -> Post:
     return Post(grid, signing, certificate, streams)
 
 
-def _open_streams(home: ServerHome, run: str) -> Streams:
-    return Streams(home.streams / run)
+def _open_streams(home: ServerHome, run: str, patience: float) -> Streams:
+    return Streams(home.streams / run, patience)

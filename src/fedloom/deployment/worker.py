@@ -10,14 +10,18 @@ Run as ``python -m fedloom.deployment.worker HOME``.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
+import math
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -28,13 +32,13 @@ from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
 from fedloom.audit import FILE, AuditLog, digest_of
 from fedloom.checkpoint import KEPT
 from fedloom.deployment.calling import NO_LIMIT
-from fedloom.deployment.door import Caller
+from fedloom.deployment.door import Caller, RunIsOver
 from fedloom.deployment.homes import ClientHome, OwnFile
 from fedloom.deployment.kept import Kept, Version
 from fedloom.engines.frames import listen, read_frame, reader, write_frame
 from fedloom.engines.store import ClientStore
 from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
-from fedloom.errors import FedloomError, MessageError, SettingsError
+from fedloom.errors import ConnectionFailed, FedloomError, MessageError, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.identity import is_signed, issued_key, read_certificate, read_key, sign
 from fedloom.messages import Exchange, Schema, decode
@@ -42,6 +46,12 @@ from fedloom.models.load import silence_transformers
 from fedloom.settings import parse_toml
 
 LOG = logging.getLogger("fedloom.worker")
+
+PAUSE = 0.5
+"""Seconds between tries to open a stream that broke."""
+
+RETURNING = 30.0
+"""Seconds in which that is tried; after them the next message opens another."""
 
 
 @dataclass
@@ -103,8 +113,8 @@ class Worker:
             if not streamed:
                 self._require_server(envelope, header)
             asked = (header.run, len(header.began), header.number)
-            if asked == self._last and self._reply is not None:  # it did not reach the server
-                return self._reply.pack()
+            if asked == self._last and self._reply is not None:  # it did not reach the server whole
+                return self._reply.pack()[header.held :]
             reply, payload = self._carried_out(envelope, header)
             signing = None if streamed else partial(sign, self.key)
             self._last, self._reply = asked, seal(reply, payload, signing)
@@ -282,19 +292,57 @@ class Worker:
         threading.Thread(target=self._stream, args=(address, run), daemon=True).start()
 
     def _stream(self, address: str, run: str) -> None:
-        """Answer what comes over a stream until it breaks; the next message opens another."""
+        """Answer what comes over a stream, and open it again where it breaks.
+
+        Where the server ends it, or it cannot be opened for a while, the next message opens another.
+        """
         authority = self.joining.authority
         content = Path(authority).read_bytes() if authority else None
-        try:
-            with Caller(address, self.key, content).stream(run) as (read, send):
-                LOG.info("run %s: stream to %s", run[:8], address)
-                while (message := read_frame(read, lambda: NO_LIMIT)) is not None:
-                    send(self.answer(message, streamed=True))
-        except (FedloomError, OSError) as error:
-            LOG.info("run %s: stream ended: %s", run[:8], error)
-        except Exception:
-            LOG.exception("run %s: stream failed", run[:8])
+        caller, until = Caller(address, self.key, content), math.inf
+        while time.monotonic() < until:
+            try:
+                with caller.stream(run) as (read, send), self._answering(send) as put:
+                    LOG.info("run %s: stream to %s", run[:8], address)
+                    while (message := read_frame(read, lambda: NO_LIMIT)) is not None:
+                        until = math.inf
+                        put(message)
+                break
+            except RunIsOver:
+                break
+            except ConnectionFailed as error:
+                until = min(until, time.monotonic() + RETURNING)
+                LOG.info("run %s: stream broke: %s", run[:8], error)
+                time.sleep(PAUSE)
+            except (FedloomError, OSError) as error:
+                LOG.info("run %s: stream ended: %s", run[:8], error)
+                break
+            except Exception:
+                LOG.exception("run %s: stream failed", run[:8])
+                break
         self._streaming = None
+
+    @contextlib.contextmanager
+    def _answering(self, send: Callable[[bytes], None]) -> Iterator[Callable[[bytes], None]]:
+        """Yield what messages of a stream are put into, to be answered one after the other.
+
+        That is a thread's work, so that who reads sees at once that a stream breaks, and opens another
+        while the answer is still being worked on; over that the server asks for it again.
+        """
+        messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+        def answer_all() -> None:
+            while (message := messages.get()) is not None:
+                try:
+                    send(self.answer(message, streamed=True))
+                except Exception:
+                    LOG.exception("a message of a stream cannot be answered")
+                    send(b"")
+
+        threading.Thread(target=answer_all, daemon=True).start()
+        try:
+            yield messages.put
+        finally:
+            messages.put(None)
 
     @property
     def streaming(self) -> bool:

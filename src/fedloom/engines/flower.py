@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.engines.post import Post
 from fedloom.engines.roster import Roster
-from fedloom.engines.streams import Streams, taken
+from fedloom.engines.streams import Question, Streams, taken
 from fedloom.envelope import (
     MAX_REPLY_HEADER,
     PREFIX,
@@ -42,12 +43,12 @@ SMALL = PREFIX.size + MAX_REPLY_HEADER
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question under way: to whom, how many bytes its payload has, and over which stream, if any."""
+    """A question under way: to whom, its payload's bytes, and how streams know it if it went over one."""
 
     client: int
     header: RequestHeader
     sent: int
-    stream: int | None
+    question: int | None
 
 
 @dataclass
@@ -90,7 +91,10 @@ class FlowerEngine:
         self._briefing, self._ledger = briefing, ledger
         self.roster.model, self.roster.audit = briefing.model, briefing.audit
         if self.post.open_streams is not None and self.federation.streams:
-            self._streams = self.post.open_streams(briefing.run)
+            self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
+            self._streams.returned = lambda client, held: briefing.audit(
+                "returned", client=client, held=held
+            )
         self._wait_for(self.federation.clients)
 
     def sizes(self) -> dict[int, int]:
@@ -154,14 +158,15 @@ class FlowerEngine:
 
     def _ask(self, client: int, header: RequestHeader, data: bytes, limit: int) -> _Asked | None:
         """Send over the client's stream if it has one, or as a message; ``None`` if there is no way."""
-        stream = None
+        question = None
         if self._streams is not None and client in self._streams:
-            stream = self._streams.send(client, seal(header, data).parts(), limit)
-        if stream is None:
+            message = seal(header, data).parts()
+            question = self._streams.send(client, Question(message, partial(_rest, header), limit))
+        if question is None:
             if client not in self.roster.nodes:
                 return None
             self._messages[self._push(self.roster.nodes[client], header, data)] = client
-        return _Asked(client, header, len(data), stream)
+        return _Asked(client, header, len(data), question)
 
     def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
         """Send a message that says all a client must know; return its id."""
@@ -197,7 +202,7 @@ class FlowerEngine:
             asked = waiting.get(arrival.client)
             if arrival.message is None and arrival.client not in streams:
                 self.roster.lost(arrival.client)  # its machine may be gone
-            if asked is not None and asked.stream == arrival.stream:
+            if asked is not None and asked.question == arrival.question is not None:
                 yield arrival.client, _unpacked(arrival.message)
 
     def _answer(self, asked: _Asked, exchange: Exchange, found: Envelope | str) -> Answer:
@@ -207,7 +212,7 @@ class FlowerEngine:
         if isinstance(found, str):
             return Answer(client, error=found)
         try:
-            stream = None if asked.stream is None else client
+            stream = None if asked.question is None else client
             reply = self.roster.trusted(found, asked.header, stream)
         except MessageError as error:
             return Answer(client, error=f"its answer cannot be trusted: {error}")
@@ -221,7 +226,7 @@ class FlowerEngine:
     def _give_up(self, asked: _Asked) -> None:
         """Wait for an answer no longer: what still comes of it is dropped."""
         self.roster.lost(asked.client)
-        if asked.stream is not None and self._streams is not None:
+        if asked.question is not None and self._streams is not None:
             self._streams.drop(asked.client)
         late = {id for id, client in self._messages.items() if client == asked.client}
         self._messages = {id: c for id, c in self._messages.items() if id not in late}
@@ -283,9 +288,14 @@ class FlowerEngine:
             )
 
 
+def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:
+    """Return the message that asks for an answer from so many bytes on."""
+    return seal(header.model_copy(update={"held": held, "payload": ""})).parts()
+
+
 def _unpacked(frame: bytes | Path | None) -> Envelope | str:
     if frame is None:
-        return "its stream broke"
+        return "its stream broke, and it did not come back in time"
     try:
         return Envelope.unpack(taken(frame))
     except MessageError as error:

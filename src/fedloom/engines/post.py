@@ -38,13 +38,14 @@ class Post:
         mail: Flower's messages.
         sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
         certificate: That certificate in PEM.
-        open_streams: Opens the place where streams of a run's clients come in; ``None`` for no streams.
+        open_streams: Opens the place where streams of a run's clients come in, who may come back within
+            so many seconds; ``None`` for no streams.
     """
 
     mail: Mail
     sign: Callable[[bytes], bytes] | None = None
     certificate: str | None = None
-    open_streams: Callable[[str], Streams] | None = None
+    open_streams: Callable[[str, float], Streams] | None = None
 
     def online(self) -> set[int]:
         """Return the nodes that can be reached."""

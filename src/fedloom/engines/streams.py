@@ -1,8 +1,9 @@
 """Open streams to clients: the server's end, inside the process that plays the rounds.
 
 Who may come in is decided at the door (``deployment/door.py``), which passes the bytes of a stream on to
-a socket of this process and says whose they are. A stream that breaks is a client lost for the exchange
-that was under way, and nothing more: the next message goes another way and brings a new stream.
+a socket of this process and says whose they are. A client whose stream breaks may come back within some
+seconds: what has arrived of a large answer is kept, and it sends the rest. If it does not, it is lost for
+the exchange that was under way, and nothing more: the next message goes another way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,12 @@ from fedloom.errors import MessageError
 
 LARGE = 1 << 22
 """Bytes above which a message waits on disk, so that any number of clients may send at once."""
+
+PART = 1 << 20
+"""Bytes of a large message that are written at a time."""
+
+RETURNS = 8
+"""Times that a client may come back over one question: one that only ever breaks its stream is lost."""
 
 GREETING = 1 << 10
 """Bytes of the longest first message, by which the door says whose stream it is."""
@@ -37,32 +45,74 @@ def taken(message: bytes | Path) -> bytes:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a client is asked.
+
+    Attributes:
+        message: In parts.
+        rest: Returns the message that asks for the rest of an answer of which so many bytes are here.
+        limit: Bytes that the answer may have.
+    """
+
+    message: tuple[bytes, ...]
+    rest: Callable[[int], tuple[bytes, ...]]
+    limit: int
+
+
+@dataclass(frozen=True)
 class Arrival:
-    """What came over a stream: a message, the file of a large one, or ``None`` where the stream broke."""
+    """The answer to a question: a message, the file of a large one, or ``None`` where there is none.
+
+    Attributes:
+        client: Who was asked.
+        question: Which one it answers; ``None`` where a stream broke over none.
+        message: See above.
+    """
 
     client: int
-    stream: int
+    question: int | None = None
     message: bytes | Path | None = None
 
 
 @dataclass
-class _Stream:
+class _Asked:
+    """A question under way: how much of its answer is here, and since when its stream is broken."""
+
     number: int
+    question: Question
+    held: int = 0
+    broken: float | None = None
+    returns: int = 0
+
+    @property
+    def room(self) -> int:
+        return self.question.limit - self.held
+
+
+@dataclass
+class _Stream:
     connection: socket.socket
-    limit: int = 0
-    """Bytes of the longest message that may come next."""
     outgoing: queue.Queue[tuple[bytes, ...] | None] = field(
         default_factory=lambda: queue.Queue(maxsize=2)
     )
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 class Streams:
-    """Streams by client; what comes over them is in :attr:`arrived`, and :meth:`take` takes it."""
+    """Streams by client; what comes over them is in :attr:`arrived`, and :meth:`take` takes it.
 
-    def __init__(self, path: Path) -> None:
-        """Listen at ``path``."""
+    Attributes:
+        arrived: Answers, and what there will be none to.
+        returned: Told of a client that came back, and how many bytes of its answer are here.
+    """
+
+    def __init__(self, path: Path, patience: float = 0.0) -> None:
+        """Listen at ``path``; who was asked something may come back within ``patience`` seconds."""
         self.arrived: queue.Queue[Arrival] = queue.Queue()
+        self.returned: Callable[[int, int], object] = lambda client, held: None
+        self._patience = patience
         self._streams: dict[int, _Stream] = {}
+        self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
@@ -72,35 +122,43 @@ class Streams:
         """Return whether there is a stream to a client."""
         return client in self._streams
 
-    def send(self, client: int, message: tuple[bytes, ...], limit: int) -> int | None:
-        """Send a message, given in parts; the next to come back may have ``limit`` bytes.
+    def send(self, client: int, question: Question) -> int | None:
+        """Ask a client something.
 
         Returns:
-            The stream that it goes over, or ``None`` where the client has none.
+            What its answer will be known by, or ``None`` where the client has no stream.
         """
-        stream = self._streams.get(client)
-        if stream is None:
-            return None
-        stream.limit = limit
-        try:
-            stream.outgoing.put(message, timeout=1.0)
-        except queue.Full:  # it takes nothing any more
-            self._drop(client, stream)
-            return None
-        return stream.number
+        asked = _Asked(next(self._numbers), question)
+        with self._lock:
+            stream = self._streams.get(client)
+            if stream is None:
+                return None
+            self._asked[client] = asked
+        if self._put(stream, question.message):
+            return asked.number
+        self.drop(client)  # it takes nothing any more
+        return None
 
     def take(self, timeout: float) -> Iterator[Arrival]:
         """Yield what has arrived; wait so many seconds for the first."""
+        now = time.monotonic()
+        with self._lock:
+            for client, asked in list(self._asked.items()):
+                if asked.broken is not None and now - asked.broken >= self._patience:
+                    self._fail(client)
         with contextlib.suppress(queue.Empty):
             yield self.arrived.get(timeout=timeout)
             while True:
                 yield self.arrived.get_nowait()
 
     def drop(self, client: int) -> None:
-        """Close a client's stream, if it has one."""
-        stream = self._streams.get(client)
+        """Close a client's stream, if it has one, and wait for no answer of it."""
+        with self._lock:
+            if self._asked.pop(client, None) is not None:
+                self._file(client).unlink(missing_ok=True)
+            stream = self._streams.pop(client, None)
         if stream is not None:
-            self._drop(client, stream)
+            self._end(stream)
 
     def close(self) -> None:
         """Close all streams and listen no longer."""
@@ -120,57 +178,106 @@ class Streams:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        read = reader(connection)
+        read, stream = reader(connection), _Stream(connection)
         try:
             greeting = read_frame(read, lambda: GREETING)
             client = int(json.loads(greeting or b"{}")["client"])
         except (MessageError, ValueError, KeyError, TypeError):
             connection.close()
             return
-        stream = _Stream(next(self._numbers), connection)
-        with self._lock:
-            before, self._streams[client] = self._streams.get(client), stream
+        self._welcome(client, stream)
+        threading.Thread(target=self._write, args=(stream,), daemon=True).start()
+        hopeless = False
+        try:
+            while self._received(read, client):
+                pass
+        except (MessageError, OSError):  # more than it may send, or more than the disk can hold
+            hopeless = True
+        stream.over.set()
+        self._broke(client, stream, hopeless=hopeless)
+
+    def _welcome(self, client: int, stream: _Stream) -> None:
+        """Let a stream take the place of the one before; what was asked is asked over it again."""
+        before = self._streams.get(client)
         if before is not None:
             self._end(before)
-        threading.Thread(target=self._write, args=(client, stream), daemon=True).start()
-        try:
-            while (message := self._received(read, client, stream)) is not None:
-                stream.limit = 0  # until the next is asked for
-                self.arrived.put(Arrival(client, stream.number, message))
-        except MessageError:
-            pass  # it sends more than it may: it is no use to read on
-        self._drop(client, stream)
+            before.over.wait(1.0)  # it may be writing what came
+        with self._lock:
+            self._streams[client] = stream
+            asked = self._asked.get(client)
+            if asked is None:
+                return
+            asked.broken, asked.returns = None, asked.returns + 1
+            if asked.returns > RETURNS:
+                self._fail(client)
+                return
+        self.returned(client, asked.held)
+        self._put(stream, asked.question.rest(asked.held) if asked.held else asked.question.message)
 
-    def _received(self, read: Read, client: int, stream: _Stream) -> bytes | Path | None:
-        """Return the next message, or the file that a large one was written to as it came."""
-        length = read_length(read, lambda: stream.limit)
-        if length is None or length <= LARGE:
-            return None if length is None else read(length)
-        path = self._path.with_name(f"{self._path.name}-{client:06d}")
-        with path.open("wb") as file:
-            for start in range(0, length, LARGE):
-                part = read(min(LARGE, length - start))
-                if part is None:
-                    return None
-                file.write(part)
-        return path
+    def _received(self, read: Read, client: int) -> bool:
+        """Take the next message, a large one into a file as it comes; return whether there was one."""
+        length = read_length(read, lambda: self._asked[client].room if client in self._asked else 0)
+        asked = self._asked.get(client)
+        if length is None or asked is None:
+            return False
+        message: bytes | Path | None
+        if length <= LARGE and not asked.held:
+            message = read(length)
+        else:
+            message = self._file(client)
+            with message.open("ab" if asked.held else "wb") as file:
+                for start in range(0, length, PART):
+                    part = read(min(PART, length - start))
+                    if part is None:
+                        return False
+                    asked.held += file.write(part)
+        if message is None:
+            return False
+        with self._lock:
+            known = self._asked.get(client) is asked
+            if known:
+                del self._asked[client]
+        if known:
+            self.arrived.put(Arrival(client, asked.number, message))
+        return known
 
-    def _write(self, client: int, stream: _Stream) -> None:
+    def _put(self, stream: _Stream, message: tuple[bytes, ...]) -> bool:
+        with contextlib.suppress(queue.Full):
+            stream.outgoing.put(message, timeout=1.0)
+            return True
+        return False
+
+    def _write(self, stream: _Stream) -> None:
         while (message := stream.outgoing.get()) is not None:
             try:
                 write_frame(stream.connection, *message)
             except OSError:
-                self._drop(client, stream)
+                self._end(stream)  # who reads it sees that it is broken
                 return
 
-    def _drop(self, client: int, stream: _Stream) -> None:
-        with self._lock:
-            known = self._streams.get(client) is stream
-            if known:
-                del self._streams[client]
+    def _broke(self, client: int, stream: _Stream, *, hopeless: bool) -> None:
+        """Count the seconds from now on in which a client may come back, if it was asked something."""
         self._end(stream)
-        if known:
-            self.arrived.put(Arrival(client, stream.number))
+        with self._lock:
+            if self._streams.get(client) is not stream:
+                return
+            del self._streams[client]
+            asked = self._asked.get(client)
+            if asked is None:
+                self.arrived.put(Arrival(client))
+            elif hopeless or not self._patience:
+                self._fail(client)
+            else:
+                asked.broken = time.monotonic()
+
+    def _fail(self, client: int) -> None:
+        """Wait for the answer of a client no longer; the lock is held."""
+        self._file(client).unlink(missing_ok=True)
+        self.arrived.put(Arrival(client, self._asked.pop(client).number))
+
+    def _file(self, client: int) -> Path:
+        """Return where a large answer of a client waits."""
+        return self._path.with_name(f"{self._path.name}-{client:06d}")
 
     @staticmethod
     def _end(stream: _Stream) -> None:

@@ -1,0 +1,172 @@
+"""A stream that breaks in the middle of an exchange: its client comes back and goes on where it was."""
+
+import contextlib
+import json
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+import fedloom
+from fedloom.audit import events
+from fedloom.deployment import door, worker
+from fedloom.deployment.children import free_port
+from fedloom.deployment.door import Caller, Door, serve
+from fedloom.engines import streams as module
+from fedloom.engines.frames import read_frame
+from fedloom.engines.streams import Arrival, Question, Streams, taken
+from fedloom.errors import ConnectionFailed
+from fedloom.identity import read_key
+from fedloom.runner import Silent, run_experiment
+from links import Link
+
+RUN = "0" * 32
+ANSWER = bytes(range(256)) * 80_000
+"""Twenty megabytes, all of which must be there once."""
+
+
+class Site:
+    """The door of a federation, and a link to it that breaks."""
+
+    def __init__(self, loopback, cuts=()):
+        self.loopback, self.server = loopback, loopback.folder / "server"
+        self.streams = self.server / "streams"
+        port, pair = free_port(), (self.server / "server.key", self.server / "server.pem")
+        own = Door(loopback.members, lambda event, **facts: None, self.streams, 9092)
+        certificate = tuple(file.read_bytes() for file in pair)
+        self.door = serve(own, f"localhost:{port}", certificate)
+        self.link = Link(port, cuts)
+
+    def client(self, asked):
+        """Connect as client 0 again and again, and send of ANSWER what is asked for."""
+        key = read_key(self.loopback.folder / "0.key")
+        authority = (self.server / "ca.pem").read_bytes()
+        caller = Caller(f"localhost:{self.link.port}", key, authority)
+
+        def stay():
+            while True:
+                with contextlib.suppress(ConnectionFailed), caller.stream(RUN) as (read, send):
+                    while (message := read_frame(read, lambda: 1 << 30)) is not None:
+                        asked.append(int(message))
+                        send(ANSWER[int(message) :])
+                time.sleep(0.05)
+
+        threading.Thread(target=stay, daemon=True).start()
+
+
+@pytest.fixture
+def site(loopback):
+    made = []
+
+    def make(*cuts):
+        made.append(Site(loopback(3), cuts))
+        return made[0]
+
+    yield make
+    for own in made:
+        own.door.stop(None).wait(5)
+
+
+def answer(site, patience):
+    """Return what comes of a question, and from which bytes on the client was asked."""
+    returned, asked = [], []
+    streams = Streams(site.streams / RUN, patience)
+    streams.returned = lambda client, held: returned.append((client, held))
+    site.client(asked)
+    with contextlib.closing(streams):
+        while 0 not in streams:
+            time.sleep(0.01)
+        number = streams.send(0, Question((b"0",), lambda held: (str(held).encode(),), len(ANSWER)))
+        end = time.monotonic() + 30
+        while not (found := list(streams.take(0.1))):
+            assert time.monotonic() < end
+        left = [path.name for path in site.streams.iterdir()]
+    assert len(found) == 1 and (found[0].client, found[0].question) == (0, number)
+    return found[0], asked, returned, left
+
+
+def test_of_a_large_answer_only_the_rest_is_sent(site):
+    own = site(9_000_000, 9_000_000)
+    found, asked, returned, _ = answer(own, patience=10)
+    assert taken(found.message) == ANSWER
+    assert 0 == asked[0] < asked[1] < asked[2] < len(ANSWER)
+    assert returned == [(0, held) for held in asked[1:]]
+    assert own.link.carried < 1.7 * len(ANSWER)  # what was on its way when a link broke goes twice
+
+
+def test_who_does_not_come_back_in_time_is_lost_and_nothing_is_left_of_it(site):
+    found, asked, _, left = answer(site(7_000_000), patience=0)
+    assert found.message is None and asked[0] == 0 and left in ([RUN], [])
+
+
+def test_who_only_ever_breaks_its_stream_is_lost(site, monkeypatch):
+    monkeypatch.setattr(module, "RETURNS", 3)
+    found, asked, returned, _ = answer(site(*[100_000] * 9), patience=10)
+    assert found == Arrival(0, found.question) and len(returned) == 3 and set(asked) == {0}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 1 << 12)
+    monkeypatch.setattr(module, "PART", 1 << 10)
+    monkeypatch.setattr(door, "CHUNK", 1 << 12)
+    monkeypatch.setattr(worker, "PAUSE", 0.05)
+
+
+def over_links(own, settings):
+    """Run over streams through the link, each round begun when all clients have one."""
+    mail, opened = own.loopback.mail(), []
+    for one in mail.workers.values():
+        update = {"door": f"localhost:{own.link.port}"}
+        one.joining = one.joining.model_copy(update=update)
+    engine = own.loopback.engine(settings, mail)
+    sizes = engine.sizes
+
+    def open_streams(run, patience):
+        opened.append(Streams(own.streams / run, patience))
+        return opened[0]
+
+    def once_all_are_there():
+        end = time.monotonic() + 20
+        while not all(client in opened[0] for client in range(3)):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return sizes()
+
+    engine.post = replace(engine.post, open_streams=open_streams)
+    engine.sizes = once_all_are_there
+    with contextlib.closing(engine):
+        run_experiment(settings, observer=Silent(), remote=engine)
+
+
+@pytest.mark.parametrize(
+    "method", ["fedavg", "split", pytest.param("scaffold", marks=pytest.mark.slow)]
+)
+def test_a_run_over_links_that_break_is_one_over_links_that_hold(
+    method, experiment, site, small_parts, tmp_path
+):
+    """Links break while clients are asked, while they work and while they answer; nobody is left out."""
+    sections = {"federation": {"rounds": 4}, "method": {"name": method}, "adapter": {"rank": 64}}
+    if method == "split":
+        sections |= {
+            "objective": {"name": "classification"},
+            "data": {"source": "builtin:labelled", "builtin_rows": 60},
+            "evaluation": {"per_client": False},
+        }
+    here, there = (
+        experiment(**sections, output={"folder": str(tmp_path / name)})
+        for name in ("here", "there")
+    )
+    own = site(*[20_000, 80_000, 140_000] * 3)
+    over_links(own, there)
+    fedloom.run(here)
+    assert not own.link.cuts
+    one, two = (
+        [event["state"] for event in events(tmp_path / name, "round")] for name in ("here", "there")
+    )
+    assert one == two and len(one) == 5
+    lines = (tmp_path / "there" / "rounds.jsonl").read_text().splitlines()
+    assert not any(json.loads(line)["rejected"] for line in lines)
+    held = [event["held"] for event in events(tmp_path / "there", "returned")]
+    assert len(held) >= 6 and any(held)
