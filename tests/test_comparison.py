@@ -191,6 +191,7 @@ def test_a_comparison_is_no_experiment_and_the_other_way_round(file, tmp_path):
         read_comparison(tmp_path / "x.toml")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_said_and_the_grid_goes_on(file, tmp_path):
     comparison = read_comparison(file({"federation": {"rounds": 8, "clients": 3}}, seeds=[0]))
 
