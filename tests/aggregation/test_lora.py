@@ -5,6 +5,7 @@ import torch
 
 from fedloom.aggregation.lora import (
     averaging_error,
+    error_flops,
     norm,
     product_error,
     rank_of,
@@ -81,6 +82,16 @@ def test_a_run_reports_it_by_round(experiment, federate):
     assert all(0 < error < 1 for error in errors)
     exact = federate(experiment(method={"name": "ffa_lora"}))
     assert "aggregation_error" not in exact.records[-1].train
+
+
+def test_where_it_takes_too_long_a_round_does_not_say(experiment, federate, monkeypatch):
+    """32 clients of rank 2 beside matrices of 64 x 64: 2 (66 x 66 x 128) operations for the first layer."""
+    wide = {"x.lora_A.weight": torch.ones(2, 64), "x.lora_B.weight": torch.ones(64, 2)}
+    assert error_flops([wide] * 32) == 2 * 66 * 66 * 128
+    assert error_flops([wide] * 33) == 2 * 64 * 66 * 64
+    monkeypatch.setattr("fedloom.methods.base.AFFORDABLE", 0.0)
+    found = federate(experiment(federation={"rounds": 1, "clients": 3}))
+    assert "aggregation_error" not in found.records[-1].train
 
 
 def test_the_residual_is_what_averaging_loses():

@@ -143,6 +143,18 @@ def averaging_error(adapters: Sequence[Tensors], weights: Sequence[float]) -> fl
     return product_error(None, adapters, weights)
 
 
+def error_flops(adapters: Sequence[Tensors]) -> float:
+    """Return the floating point operations of :func:`averaging_error`; they grow with clients squared."""
+    total = 0.0
+    for a, b in factor_pairs(adapters[0]).values():
+        if b in adapters[0]:
+            (rank, columns), rows = adapters[0][a].shape, len(adapters[0][b])
+            stack = rank * len(adapters)
+            gram = (stack + rank) ** 2 * (rows + columns)
+            total += 2 * (gram if stack <= min(rows, columns) else rows * stack * columns)
+    return total
+
+
 def product_error(
     found: Mapping[str, Tensor] | None, adapters: Sequence[Tensors], weights: Sequence[float]
 ) -> float | None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.aggregation.lora import averaging_error
+from fedloom.aggregation.lora import averaging_error, error_flops
 from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.rules import NEEDED, combined
 from fedloom.checkpoint import State
@@ -46,6 +46,11 @@ TASKS = ("sft", "classification")
 
 ADAPTER = "adapter"
 """Where the adapter is, among the parts of a state, a payload or what a client keeps."""
+
+
+AFFORDABLE = 1e11
+"""Floating point operations, two seconds of two cores, above which a round does not say what averaging
+LoRA's factors apart loses."""
 
 
 def join_parts(**parts: Tensors) -> Tensors:
@@ -401,11 +406,12 @@ def mean_adapter(replies: Sequence[Reply], cohort: Cohort | None = None) -> Tens
     """Return the mean of the adapters that clients sent back, weighted by their rows.
 
     With a ``cohort`` the round's notes say what averaging LoRA's factors apart loses, unless the adapters
-    are so many and large that they wait on disk.
+    are so many and large that they wait on disk or that it takes more than :data:`AFFORDABLE`.
     """
     adapters = [reply.payload.tensors for reply in replies]
     weights = [reply.payload.numbers["examples"] for reply in replies]
-    if cohort is not None and not isinstance(adapters[0], StoredTensors):
+    stored = isinstance(adapters[0], StoredTensors)
+    if cohort is not None and not stored and error_flops(adapters) <= AFFORDABLE:
         error = averaging_error(adapters, weights)
         cohort.notes.update({} if error is None else {"aggregation_error": error})
     return weighted_mean(adapters, weights)
