@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,10 +32,14 @@ def play(path, folder, point, counted=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    if (folder / "experiment.toml").exists():
-        resume_run(folder, observer=Silent())
-    else:
-        run_experiment(Experiment.from_toml(path), observer=Silent())
+    try:
+        if (folder / "experiment.toml").exists():
+            resume_run(folder, observer=Silent())
+        else:
+            run_experiment(Experiment.from_toml(path), observer=Silent())
+    except BaseException:
+        path.with_suffix(".error").write_text(traceback.format_exc())
+        raise
     if counted is not None:
         counted.value = seen
 
@@ -58,7 +63,7 @@ def killed_until_it_ends(context, path, folder, rng, whole, operations):
         child.join()
         if child.exitcode == 0:
             return kills
-        assert child.exitcode == -signal.SIGKILL
+        assert child.exitcode == -signal.SIGKILL, path.with_suffix(".error").read_text()
         kills += 1
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -98,6 +99,21 @@ def test_of_a_large_answer_only_the_rest_is_sent(site):
 def test_who_does_not_come_back_in_time_is_lost_and_nothing_is_left_of_it(site):
     found, asked, _, left = answer(site(7_000_000), patience=0)
     assert found.message is None and asked[0] == 0 and left in ([RUN], [])
+
+
+def test_a_run_that_ends_meanwhile_leaves_nothing(site):
+    own, asked = site(9_000_000), []
+    streams = Streams(own.streams / RUN, patience=60)
+    own.client(asked)
+    while 0 not in streams:
+        time.sleep(0.01)
+    own.link.cut_until = math.inf  # there will be no other connection
+    streams.send(0, Question((b"0",), lambda held: (str(held).encode(),), len(ANSWER)))
+    while 0 in streams:
+        time.sleep(0.01)
+    assert {path.name for path in own.streams.iterdir()} == {RUN, f"{RUN}-000000"}
+    streams.close()
+    assert list(own.streams.iterdir()) == []
 
 
 def test_who_only_ever_breaks_its_stream_is_lost(site, monkeypatch):

@@ -166,7 +166,7 @@ class Streams:
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         self._path.unlink(missing_ok=True)
-        for client in list(self._streams):
+        for client in self._streams.keys() | self._asked.keys():
             self.drop(client)
 
     def _accept(self) -> None:
