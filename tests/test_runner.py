@@ -692,6 +692,24 @@ def start(arguments):
     )
 
 
+def test_what_killed_writers_left_is_swept_and_nothing_else(experiment, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".experiment.toml.7").write_text("[mod")
+    fedloom.run(experiment())
+    (folder / ".rounds.jsonl.7").write_text("{")
+    (folder / ".mine").write_text("mine")
+    (folder / "checkpoints" / ".round-0001.7").mkdir()
+    resume_run(folder, from_round=1)
+    assert [path.name for path in folder.glob(".*")] == [".mine"]
+    assert not list((folder / "checkpoints").glob(".*"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".notes.7").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty"):
+        fedloom.run(experiment(output={"folder": str(other)}))
+
+
 @pytest.mark.slow
 def test_kill_minus_9_at_ten_random_moments(experiment, tmp_path):
     """Killed and resumed until it ends, ten kills in all, the bytes are those of one quiet run."""

@@ -79,7 +79,7 @@ def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) 
         OutputError: The disk is full or not writable. Earlier checkpoints stay whole.
     """
     target = folder / f"round-{checkpoint.round:04d}"
-    temporary = folder / f".{target.name}.{os.getpid()}"
+    temporary, before = (folder / f".{target.name}{end}.{os.getpid()}" for end in ("", "-before"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -87,9 +87,10 @@ def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) 
         _write_files(temporary, checkpoint, _newest(folder), changed)
         _sync(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(before)
         temporary.rename(target)
         _sync(folder)
+        shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(

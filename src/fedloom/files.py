@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from fedloom.errors import OutputError
@@ -27,3 +28,13 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Delete what writers of such a name that were killed have left in a folder: ``.NAME.PROCESS``."""
+    for path in folder.glob(f".{name}.*"):
+        if path.suffix[1:].isdecimal():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

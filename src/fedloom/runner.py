@@ -26,6 +26,7 @@ from fedloom.errors import CheckpointError, DataError, Interrupted, OutputError,
 from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
+from fedloom.files import sweep
 from fedloom.messages import Payload
 from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
@@ -212,6 +213,8 @@ def resume_run(
     """
     observer = observer or Silent()
     folder = RunFolder.existing(path)
+    for place in (folder.path, folder.checkpoints):
+        sweep(place)
     experiment = Experiment.from_toml(path / names.EXPERIMENT)
     if experiment_file is not None:
         given = Experiment.from_toml(experiment_file, assignments, name=experiment.name)
@@ -534,6 +537,7 @@ def _new_folder(experiment: Experiment) -> Path:
         OutputError: It holds something already, or cannot be made.
     """
     chosen, path = experiment.output.folder, free_folder(experiment)
+    sweep(path, names.EXPERIMENT)  # of a run that was killed before it began
     if chosen and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
             f"output.folder {chosen!r} is not empty: choose another, or go on with "
