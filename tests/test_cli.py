@@ -179,6 +179,7 @@ def test_evaluate_and_report(call, file, tmp_path):
     assert code == 0 and (tmp_path / "page.html").is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(file, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fedloom", "run", str(file), "--set", "federation.rounds=500"],

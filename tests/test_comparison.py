@@ -86,6 +86,7 @@ def test_a_grid_is_run_once_and_reported(file, tmp_path):
     assert again["compare"]["objectives"] == ARMS
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_and_a_stopped_grid_goes_on(file, tmp_path):
     comparison = read_comparison(file(seeds=[3]))
     one = compare(comparison, tmp_path / "one", workers=1)

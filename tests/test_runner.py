@@ -393,7 +393,14 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["fedavg", "local_only", "scaffold", "fedyogi", "fedex_lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fedavg",
+        "scaffold",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("local_only", "fedyogi", "fedex_lora")),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, method):
     settings = {
         "method": {"name": method},

@@ -157,7 +157,8 @@ def over_links(own, settings):
 
 
 @pytest.mark.parametrize(
-    "method", ["fedavg", "split", pytest.param("scaffold", marks=pytest.mark.slow)]
+    "method",
+    ["fedavg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("split", "scaffold"))],
 )
 def test_a_run_over_links_that_break_is_one_over_links_that_hold(
     method, experiment, site, small_parts, tmp_path

@@ -129,6 +129,7 @@ def test_a_front_half_that_holds_no_head_cannot_train_one(folders):
     assert front.ending is None
 
 
+@pytest.mark.slow
 def test_a_client_never_loads_the_servers_blocks(model_folder, tmp_path):
     """Peak memory of a process that loads and runs one block of twelve, beside one that has them all."""
     config = LlamaConfig(

@@ -95,8 +95,15 @@ def layout(source, kind, choices, column):
     return rows
 
 
-LONG = {"experts_builtin", "experts_paper", "experts_real", "opposed_builtin", "preferences_real"}
-"""Comparisons of which a round of every arm takes five seconds and more."""
+LONG = {
+    "experts_builtin",
+    "experts_paper",
+    "experts_real",
+    "opposed_builtin",
+    "preferences_more",
+    "preferences_real",
+}
+"""Comparisons of which a round of every arm takes three seconds and more."""
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)

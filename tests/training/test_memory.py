@@ -43,6 +43,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_the_right_size(model_folder, tmp_path):
     config = LlamaConfig(
         vocab_size=512,
