@@ -84,10 +84,6 @@ class _Asked:
     broken: float | None = None
     returns: int = 0
 
-    @property
-    def room(self) -> int:
-        return self.question.limit - self.held
-
 
 @dataclass
 class _Stream:
@@ -216,7 +212,7 @@ class Streams:
 
     def _received(self, read: Read, client: int) -> bool:
         """Take the next message, a large one into a file as it comes; return whether there was one."""
-        length = read_length(read, lambda: self._asked[client].room if client in self._asked else 0)
+        length = read_length(read, lambda: self._room(client))
         asked = self._asked.get(client)
         if length is None or asked is None:
             return False
@@ -240,6 +236,11 @@ class Streams:
         if known:
             self.arrived.put(Arrival(client, asked.number, message))
         return known
+
+    def _room(self, client: int) -> int:
+        """Return the bytes that a client may send now: none where it was asked nothing."""
+        asked = self._asked.get(client)
+        return 0 if asked is None else asked.question.limit - asked.held
 
     def _put(self, stream: _Stream, message: tuple[bytes, ...]) -> bool:
         with contextlib.suppress(queue.Full):
