@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_what_is_told_is_what_happened(tmp_path):
     news.end()
     news.tell("finished", summary="all well")
     news.close()
-    assert show(read_news(tmp_path / "news.jsonl", lambda: True), seen) == "all well"
+    assert show(read_news(tmp_path / "news.jsonl", lambda: True), seen, "f") == "all well"
     assert seen.calls == [
         ("stage", (), {"text": "loading"}),
         ("begin", (PLAN,), {}),
@@ -53,13 +54,30 @@ def test_a_failure_is_told_with_its_exit_code(tmp_path):
     with contextlib.closing(News(tmp_path / "news.jsonl")) as news:
         news.tell("failed", text="no such model", exit_code=3)
     with pytest.raises(FedloomError, match="no such model") as failed:
-        show(read_news(tmp_path / "news.jsonl", lambda: True), Seen())
+        show(read_news(tmp_path / "news.jsonl", lambda: True), Seen(), "f")
     assert failed.value.exit_code == 3
 
 
 def test_a_run_that_is_gone_is_told(tmp_path):
-    with pytest.raises(RoundFailed, match="go on with `fedloom run --resume FOLDER"):
-        show(read_news(tmp_path / "absent.jsonl", lambda: False), Seen())
+    with pytest.raises(RoundFailed, match="go on with `fedloom run --resume runs/x "):
+        show(read_news(tmp_path / "absent.jsonl", lambda: False), Seen(), "runs/x")
+
+
+@pytest.mark.parametrize("signal", [SystemExit(0), KeyboardInterrupt()])
+def test_a_run_that_flower_stops_says_how_to_go_on(tmp_path, monkeypatch, signal):
+    from fedloom.deployment import serverapp
+
+    def stopped(*_):
+        raise signal
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serverapp, "_play", stopped)
+    Order(home=str(tmp_path), folder="runs/x", cwd=str(tmp_path)).write(tmp_path / "order.toml")
+    with pytest.raises(type(signal)):
+        serverapp.main(None, SimpleNamespace(run_config={"order": tmp_path / "order.toml"}))
+    with pytest.raises(FedloomError, match=r"stopped; .* `fedloom run --resume runs/x ") as told:
+        show(read_news(tmp_path / "order.jsonl", lambda: False), Seen(), "runs/x")
+    assert told.value.exit_code == 1
 
 
 def test_a_run_that_does_not_begin_is_told_where_to_look(tmp_path, monkeypatch):

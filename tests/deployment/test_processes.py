@@ -49,8 +49,8 @@ def test_status_shows_the_clients(federation_of_two):
 @pytest.mark.slow
 def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):
     settings = experiment(
-        federation={"clients": 2, "rounds": 30, "patience": 60},
-        training={"local_steps": 2},
+        federation={"clients": 2, "rounds": 24, "patience": 60},
+        training={"local_steps": 15},  # a run that outlasts the start of what stops it
         output={"folder": str(tmp_path / "here")},
     )
     own = federation_of_two
@@ -59,7 +59,7 @@ def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_pat
     folder = own.folder / "runs" / "long"
     words = ("run", path, "--engine", "flower", "--home", own.server)
     log = own.start("long", *words, "--set", f"output.folder={folder}")
-    own.wait(log, "round 2/30")
+    own.wait(log, "round 2/24")
     assert "stopped 1 run" in own.call("stop", "--home", own.server).stdout
     assert own.processes.pop("long").wait(30) == 1
     assert "--resume" in log.read_text()

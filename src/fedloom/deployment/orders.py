@@ -115,8 +115,16 @@ def read_news(path: Path, still_running: Any) -> Iterator[dict[str, Any]]:
             time.sleep(LOOK)
 
 
-def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
-    """Pass news on to an observer; return the summary that a finished run ends with.
+def go_on(folder: str) -> str:
+    """Return what to do about a run that was stopped."""
+    return (
+        "everything up to the last round is saved: go on with "
+        f"`fedloom run --resume {folder} --engine flower`"
+    )
+
+
+def show(news: Iterator[dict[str, Any]], observer: RunObserver, folder: str) -> str:
+    """Pass news of the run in ``folder`` on; return the summary that a finished run ends with.
 
     Raises:
         FedloomError: The run failed, for the reason told.
@@ -136,10 +144,7 @@ def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
             observer.round_done(_record(told["record"]))
         else:
             getattr(observer, event)(**told)
-    raise RoundFailed(
-        "the process that played the rounds is gone; everything up to the last round is saved: go on "
-        "with `fedloom run --resume FOLDER --engine flower`"
-    )
+    raise RoundFailed(f"the process that played the rounds is gone; {go_on(folder)}")
 
 
 def _record(table: dict[str, Any]) -> RoundRecord:

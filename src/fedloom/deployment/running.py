@@ -11,7 +11,7 @@ from pathlib import Path
 from fedloom.deployment.children import LINK, flwr
 from fedloom.deployment.control import is_running
 from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import Order, read_news, show
+from fedloom.deployment.orders import Order, go_on, read_news, show
 from fedloom.deployment.server import stop_run
 from fedloom.errors import Interrupted
 from fedloom.experiment import Experiment
@@ -80,16 +80,13 @@ def follow(home: ServerHome, order: Path, number: str, observer: RunObserver) ->
         FedloomError: It failed.
         Interrupted: The user stopped it.
     """
+    folder = Order.read(order).folder
     try:
-        return show(
-            read_news(order.with_suffix(".jsonl"), lambda: is_running(home, number)), observer
-        )
+        news = read_news(order.with_suffix(".jsonl"), lambda: is_running(home, number))
+        return show(news, observer, folder)
     except KeyboardInterrupt:
         stop_run(home, number)
-        folder = Order.read(order).folder
-        raise Interrupted(
-            f"stopped; go on with: fedloom run --resume {folder} --engine flower"
-        ) from None
+        raise Interrupted(f"stopped; {go_on(folder)}") from None
     finally:
         with contextlib.suppress(Exception):
             observer.end()

@@ -11,12 +11,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import News, Order
+from fedloom.deployment.orders import News, Order, go_on
 from fedloom.engines.flower import FlowerEngine
 from fedloom.engines.post import Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams
-from fedloom.errors import FedloomError, SettingsError
+from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.identity import read_key, sign
 from fedloom.report import run_folder as names
@@ -41,6 +41,10 @@ def main(grid: Grid, context: Context) -> None:
             result = _play(grid, order, news)
         except FedloomError as error:
             news.tell("failed", text=str(error), exit_code=error.exit_code)
+            raise
+        except (SystemExit, KeyboardInterrupt):  # how Flower ends what plays a run that is stopped
+            text = f"the run was stopped; {go_on(order.folder)}"
+            news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
             raise
         except BaseException as error:
             news.tell("failed", text=f"{type(error).__name__}: {error}", exit_code=1)
