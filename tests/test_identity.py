@@ -20,8 +20,17 @@ from fedloom.identity import (
     read_certificate,
     read_key,
     require_current,
+    secret_number,
     sign,
 )
+
+
+def test_a_secret_number_is_of_one_key_and_its_words(tmp_path):
+    one, two = (read_key(make_key(tmp_path / name).with_suffix("")) for name in "ab")
+    number = secret_number(one, "run", "message")
+    assert number == secret_number(one, "run", "message") and 0 <= number < 1 << 63
+    others = secret_number(two, "run", "message"), secret_number(one, "run", "other message")
+    assert len({number, *others, secret_number(one, "other run", "message")}) == 4
 
 
 def test_a_signature_is_of_one_key_and_one_content(tmp_path):

@@ -8,6 +8,7 @@ P-256 for certificates, P-384 for clients (what Flower asks for).
 from __future__ import annotations
 
 import datetime
+import hmac
 import ipaddress
 import re
 from collections.abc import Sequence
@@ -225,6 +226,16 @@ def require_current(path: Path) -> None:
 def sign(key: ec.EllipticCurvePrivateKey, content: bytes) -> bytes:
     """Return a signature (ECDSA with SHA-384)."""
     return key.sign(content, ALGORITHM)
+
+
+def secret_number(key: ec.EllipticCurvePrivateKey, *words: str) -> int:
+    """Return a number in [0, 2**63) that only who has the private key can tell from its words.
+
+    Source: HMAC (RFC 2104) with SHA-256, keyed by the private key.
+    """
+    own = key.private_numbers().private_value.to_bytes(48, "big")
+    text = "|".join(("fedloom secret number", *words))
+    return int.from_bytes(hmac.digest(own, text.encode(), "sha256")[:8], "big") >> 1
 
 
 def is_signed(key: ec.EllipticCurvePublicKey, content: bytes, signature: bytes) -> bool:

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 import fedloom
 from fedloom.audit import events
+from fedloom.envelope import Envelope, RequestHeader
 from fedloom.experiment import Experiment
+from fedloom.identity import secret_number
 from fedloom.methods import METHODS
 from fedloom.runner import Silent, run_experiment
 
@@ -90,3 +92,51 @@ def test_simulation_and_machines_give_the_same(suited, loopback, tmp_path, metho
             left, right = load_file(file), load_file(model / file.name)
             assert all(torch.equal(left[key], right[key]) for key in left.keys() | right.keys())
     assert bool(own) == (METHODS[method][1].own_models or METHODS[method][1].personal)
+
+
+@pytest.mark.parametrize(
+    ("method", "noise"),
+    [("fedamole", {"embedding_noise": "gaussian"}), ("split", {"activation_noise": 0.1})],
+)
+def test_noise_that_hides_rows_is_a_secret_of_the_client(
+    suited, loopback, tmp_path, monkeypatch, method, noise
+):
+    table = suited(method)
+    table["method"] |= noise
+    (tmp_path / "known.toml").write_text("[worker]\nsecret_noise = false\n")
+    own = dict.fromkeys(range(3), tmp_path / "known.toml")
+    drawn, replies = [], []
+
+    def secret(key, *words):
+        drawn.append(words)
+        return secret_number(key, *words)
+
+    def overheard(node, reply):
+        replies.append((node, reply))
+        return reply
+
+    def made(name):
+        return Experiment.from_table({**table, "output": {"folder": str(tmp_path / name)}})
+
+    def played(name, federation, **changes):
+        mail = federation.mail(**changes)
+        run_experiment(made(name), observer=Silent(), remote=federation.engine(made(name), mail))
+        return states(tmp_path / name)[-1], mail.pushed
+
+    fedloom.run(made("here"))
+    simulated = states(tmp_path / "here")[-1]
+    assert played("known", loopback(3), own=own)[0] == simulated
+    monkeypatch.setattr("fedloom.deployment.worker.secret_number", secret)
+    federation = loopback(3)
+    hidden, pushed = played("hidden", federation, tamper=overheard)
+    assert hidden != simulated
+    asked = [envelope for node, envelope in pushed if node == 100]
+    headers = [envelope.read(RequestHeader) for envelope in asked]
+    expected = {(h.run, h.payload) for h in headers if h.kind == "exchange"}
+    assert expected <= set(drawn) and len(expected) > 2  # other noise for every other message
+    again = federation.worker(0)  # as after a start of its machine
+    answers = [reply for node, reply in replies if node == 100]
+    for envelope, header, answer in zip(asked, headers, answers, strict=True):
+        if header.kind != "end":
+            repeated = Envelope.unpack(again.answer(envelope.pack(), streamed=False))
+            assert repeated.payload == answer.payload

@@ -47,6 +47,10 @@ class OwnWorker(Settings):
 
     idle: float = Field(default=3600, gt=0)
     """Seconds without a message after which it ends; the next message starts it again."""
+    secret_noise: bool = True
+    """Whether noise that hides rows (method.embedding_noise, method.activation_noise) is drawn from this
+    client's key, so that the server cannot take it off again; false: from the experiment's seed, which
+    gives the bits of a simulation."""
 
 
 OWN_SECTIONS: dict[str, type[Settings]] = {

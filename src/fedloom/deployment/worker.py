@@ -40,7 +40,14 @@ from fedloom.engines.store import ClientStore
 from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
 from fedloom.errors import ConnectionFailed, FedloomError, MessageError, SettingsError
 from fedloom.experiment import Experiment
-from fedloom.identity import is_signed, issued_key, read_certificate, read_key, sign
+from fedloom.identity import (
+    is_signed,
+    issued_key,
+    read_certificate,
+    read_key,
+    secret_number,
+    sign,
+)
 from fedloom.messages import Exchange, Schema, decode
 from fedloom.models.load import silence_transformers
 from fedloom.settings import parse_toml
@@ -64,6 +71,7 @@ class Run:
         parts: Model, rows and handlers, for this client alone.
         kept: What it keeps between rounds, on disk.
         every: Rounds between the server's checkpoints.
+        secret_noise: Whether noise that hides rows is drawn from the client's key.
         moment: The stretch and round that the store in memory is of.
     """
 
@@ -72,6 +80,7 @@ class Run:
     parts: Parts
     kept: Kept
     every: int
+    secret_noise: bool
     moment: Version | None = None
 
 
@@ -209,7 +218,8 @@ class Worker:
         )
         kept = Kept(self.home.run(header.run) / "kept")
         every = experiment.output.checkpoint_every
-        self.run = Run(header.run, len(header.began), parts, kept, every)
+        secret = own.worker.secret_noise
+        self.run = Run(header.run, len(header.began), parts, kept, every, secret)
         return self.run
 
     def _divided(
@@ -247,6 +257,10 @@ class Worker:
         number, engine = self.joining.number, run.parts.local
         request, reply = header.request or {}, header.reply or {}
         self._remember(run, header, header.round)
+        if (
+            run.secret_noise
+        ):  # asked the same again, the same noise; asked anything else, other noise
+            engine.noise_seed = secret_number(self.key, run.id, header.payload)
         exchange = Exchange(
             header.action,
             header.round,

@@ -62,6 +62,7 @@ class SimulationEngine:
         store: What clients keep between rounds.
         ledger: Where costs go.
         newcomers: Clients that are there and no members yet: only who names them reaches them.
+        noise_seed: What noise that hides rows is drawn from, if not from the seed.
     """
 
     equipment: Mapping[int, Equipment]
@@ -75,6 +76,7 @@ class SimulationEngine:
     store: ClientStore
     ledger: Ledger
     newcomers: frozenset[int] = frozenset()
+    noise_seed: int | None = None
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -167,6 +169,7 @@ class SimulationEngine:
             objective=self.objective,
             training=training,
             seed=self.seed,
+            noise_seed=self.seed if self.noise_seed is None else self.noise_seed,
             participations=self.participations,
             rounds=self.rounds,
             kept=self.store.slots(number),

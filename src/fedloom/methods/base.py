@@ -103,6 +103,8 @@ class Client:
         objective: What it minimises.
         training: How.
         seed: The experiment's seed.
+        noise_seed: What noise that hides the client's rows is drawn from: between machines a secret of
+            the client's, another for every message; in a simulation the experiment's seed.
         participations: Rounds that a client takes part in on average, T |S| / N.
         rounds: T, rounds of the run.
         kept: What the client keeps between rounds, by slot; never in a message. What a handler
@@ -122,6 +124,7 @@ class Client:
     objective: Objective
     training: TrainingSettings
     seed: int
+    noise_seed: int
     participations: float
     rounds: int
     kept: dict[str, Tensors]

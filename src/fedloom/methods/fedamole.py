@@ -10,8 +10,9 @@ clients whose tokens are nearest to what it projects on, under limits on both si
 
 Embeddings may carry noise (``aggregation/privacy.py``). The Gaussian one makes all that a client ever
 sends about its embedding rows (epsilon, delta)-differentially private, for replacing one of them, against
-whoever does not know the experiment's seed; of a row it trains on it promises nothing. It takes the mean
-over rows of each row's means over its tokens, all layers being one vector, so that one row counts once.
+whoever does not know what it is drawn from (``Client.noise_seed``); of a row it trains on it promises
+nothing. It takes the mean over rows of each row's means over its tokens, all layers being one vector, so
+that one row counts once.
 
 Ours: clients may be absent in a round; then present holders are averaged, an expert without any keeps
 its value, and an absent client is assigned by its last embeddings, or by drawn ones before its first
@@ -159,7 +160,8 @@ class FedAMoLE(OwnMixture):
         return (
             f"All that a client sends about the rows of its embedding set is ({chosen.epsilon:g}, "
             f"{chosen.delta:g})-differentially private over the whole run, for replacing one such row, "
-            "against whoever does not know the experiment's seed. Rows that are trained on have no such "
+            "against whoever does not know what the noise is drawn from: between machines the client's "
+            "own key, in a simulation the experiment's seed. Rows that are trained on have no such "
             "guarantee."
         )
 
@@ -344,7 +346,7 @@ class FedAMoLE(OwnMixture):
             means = seen.sums.sum(0) / seen.tokens.sum()
             shares = torch.cat([hits / hits.sum() for hits in seen.hits])
             return {TOKENS: means[:count], PROJECTED: means[count:], SHARES: shares}
-        rng = generator(client.seed, "embedding noise", client.id, client.round)
+        rng = generator(client.noise_seed, "embedding noise", client.id, client.round)
         rows = (seen.sums / seen.tokens[:, None, None]).double().numpy()
         if chosen.embedding_noise == "gaussian":
             multiplier = noise_multiplier(chosen.epsilon, chosen.delta, client.rounds)

@@ -257,7 +257,7 @@ class Split(Method):
         """Return the client's steps; they wait before each batch, and for the server inside it."""
         model, objective = _front(client), client.objective
         noise = torch.Generator().manual_seed(
-            derive_seed(client.seed, "activation noise", client.id, client.round)
+            derive_seed(client.noise_seed, "activation noise", client.id, client.round)
         )
 
         def gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
