@@ -11,6 +11,7 @@ from fedloom.deployment.server import has_expired
 from fedloom.errors import IdentityError, OutputError, SettingsError
 from fedloom.identity import (
     Members,
+    hosts_of,
     is_signed,
     issued_key,
     make_authority,
@@ -23,6 +24,15 @@ from fedloom.identity import (
     secret_number,
     sign,
 )
+
+
+def test_hosts_of_a_certificate(tmp_path):
+    make_authority(tmp_path, ["localhost", "10.0.0.7"])
+    assert hosts_of((tmp_path / "server.pem").read_text()) == ["localhost", "10.0.0.7"]
+    with pytest.raises(ValueError, match="names no host"):
+        hosts_of((tmp_path / "ca.pem").read_text())
+    with pytest.raises(ValueError, match="PEM"):
+        hosts_of("no certificate")
 
 
 def test_a_secret_number_is_of_one_key_and_its_words(tmp_path):

@@ -247,6 +247,20 @@ def is_signed(key: ec.EllipticCurvePublicKey, content: bytes, signature: bytes) 
     return True
 
 
+def hosts_of(certificate: str) -> list[str]:
+    """Return the hosts that a certificate (PEM) is for.
+
+    Raises:
+        ValueError: It is no certificate, or for none.
+    """
+    own = x509.load_pem_x509_certificate(certificate.encode())
+    found = [e.value for e in own.extensions if isinstance(e.value, x509.SubjectAlternativeName)]
+    hosts = [str(name.value) for names in found for name in names]
+    if not hosts:
+        raise ValueError("the certificate names no host")
+    return hosts
+
+
 def issued_key(certificate: str, authority: x509.Certificate) -> ec.EllipticCurvePublicKey | None:
     """Return the public key in a certificate (PEM), if that authority issued it and it is in force."""
     now = datetime.datetime.now(datetime.UTC)

@@ -1,6 +1,7 @@
 """The door: who may knock, and streams through it, over real sockets with TLS."""
 
 import contextlib
+import socket
 import threading
 import time
 
@@ -95,6 +96,36 @@ def test_another_authority_is_told(site, tmp_path):
     make_authority(tmp_path / "other", ["localhost"])
     with pytest.raises(ConnectionFailed, match="not the one that your authority vouches for"):
         site.caller(authority=tmp_path / "other" / "ca.pem").knock()
+    ((event, told),) = site.notes
+    assert event == "refused_client" and told["what"] == "joins" and "peer" in told
+    assert "it does not trust this server: " in told["reason"]
+    assert "key" not in told["reason"] and told["peer"].startswith("ipv")
+
+
+def test_what_is_noted_of_distrust_is_short(site):
+    credentials = doors.grpc.ssl_channel_credentials((site.folder / "server.pem").read_bytes())
+    with doors.grpc.secure_channel(f"localhost:{site.port}", credentials) as channel:
+        channel.unary_unary(doors.DISTRUST)(b"\xff" * 100_000, timeout=5)
+    ((_, told),) = site.notes
+    assert len(told["reason"]) < 300
+
+
+@pytest.mark.parametrize("speaks", ["nothing", "nonsense"])
+def test_who_cannot_be_told_holds_nobody_up(monkeypatch, speaks):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = other.accept()
+                    if speaks == "nonsense":
+                        connection.sendall(b"HTTP/1.1 400 no\r\n\r\n")
+                        connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        start = time.monotonic()
+        doors._complain(f"127.0.0.1:{other.getsockname()[1]}", "why")
+        assert time.monotonic() - start < 3
 
 
 def test_an_expired_certificate_is_told(tmp_path):

@@ -111,11 +111,12 @@ class TestWhoIsNotLetIn:
     def test_an_authority_of_another_federation(self, federation_of_two):
         own = federation_of_two
         make_authority(own.folder / "other", ["localhost"])
-        self.refused(
+        (reason,) = self.refused(
             own,
             own.joining(0, ca=own.folder / "other" / "ca.pem", home="x"),
             "not the one that your authority",
         )
+        assert reason.startswith("it does not trust this server: unable to get local issuer")
 
     def test_no_tls_where_there_is_some(self, federation_of_two):
         own = federation_of_two

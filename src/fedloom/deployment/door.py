@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedloom.engines.frames import LENGTH, Read, connect, write_frame
 from fedloom.errors import ConnectionFailed, IdentityError
-from fedloom.identity import Members, is_signed, public_line, public_pem, sign
+from fedloom.identity import Members, hosts_of, is_signed, public_line, public_pem, sign
 
 SKEW = 300
 """Seconds by which two machines' clocks may differ."""
@@ -42,6 +42,12 @@ STREAMS = 4096
 """Streams that may be open at a time: each has a thread, started when it is opened."""
 
 KNOCK, STREAM = "/fedloom.Door/Knock", "/fedloom.Door/Stream"
+DISTRUST = "/fedloom.Door/Distrust"
+"""A client tells why it turned away from this server."""
+
+REASON = 200
+"""Characters of what is noted of that."""
+
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * CHUNK),
     ("grpc.keepalive_time_ms", 10_000),
@@ -92,11 +98,18 @@ class Door(grpc.GenericRpcHandler):
             return grpc.unary_unary_rpc_method_handler(self._knock)
         if details.method == STREAM:
             return grpc.stream_stream_rpc_method_handler(self._stream)
+        if details.method == DISTRUST:
+            return grpc.unary_unary_rpc_method_handler(self._distrusted)
         return None
 
     def _knock(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         number = self._admit(context, "joins")
         return json.dumps({"number": number, "flower_port": self.flower_port}).encode()
+
+    def _distrusted(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        reason = "it does not trust this server: " + request.decode(errors="replace")[:REASON]
+        self.note("refused_client", what="joins", peer=context.peer(), reason=reason)
+        return b""
 
     def _stream(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         claims = dict(context.invocation_metadata())
@@ -267,6 +280,7 @@ def require_server(address: str, authority: bytes | None, timeout: float = 4.0) 
         with context.wrap_socket(plain, server_hostname=host.strip("[]")):
             pass
     except ssl.SSLCertVerificationError as error:
+        _complain(address, error.verify_message)
         raise ConnectionFailed(
             f"the server at {address} is not the one that your authority vouches for "
             f"({error.verify_message}); ask the coordinator for its ca.pem of today, and for a server "
@@ -276,6 +290,20 @@ def require_server(address: str, authority: bytes | None, timeout: float = 4.0) 
         raise ConnectionFailed(
             f"the server at {address} does not speak TLS: {error}; was it started with --insecure?"
         ) from None
+
+
+def _complain(address: str, reason: str) -> None:
+    """Tell a server that is not trusted why, for its audit log, and nothing of who says so.
+
+    One whose certificate has expired is not told: it knows.
+    """
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, ValueError, grpc.RpcError):
+        shown = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=1.0)
+        credentials = grpc.ssl_channel_credentials(shown.encode())
+        options = [*OPTIONS, ("grpc.ssl_target_name_override", hosts_of(shown)[0])]
+        with grpc.secure_channel(address, credentials, options) as channel:
+            channel.unary_unary(DISTRUST)(reason.encode(), timeout=1.0)
 
 
 def _claim(key: str, moment: str, run: str) -> bytes:
