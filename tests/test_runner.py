@@ -63,11 +63,12 @@ SHARED_LOSS = {"distillation", "split"}
 CLASSIC = ["fedavg", "centralised", "local_only"]
 OTHERS = sorted(METHODS.keys() - SHARED_LOSS - set(CLASSIC))
 TURNS = [(method, name) for method in CLASSIC for name in SETS] + [
-    (method, name)
-    for method in OTHERS
-    for name in ("dpo", "kto", "sft", "classification")
+    pytest.param(method, name, marks=[pytest.mark.slow] if (place + turn) % 3 else [])
+    for place, method in enumerate(OTHERS)
+    for turn, name in enumerate(("dpo", "kto", "sft", "classification"))
     if name != "classification" or method not in ("fedpdpo", "fedamole", "fedmoe")
 ]
+"""Of the newer methods every third pair is quick, so that each runs under one objective or two."""
 
 ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
 """What a method needs that does not do with LoRA."""

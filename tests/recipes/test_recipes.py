@@ -99,11 +99,19 @@ LONG = {
     "experts_builtin",
     "experts_paper",
     "experts_real",
+    "frameworks",
+    "kto_vs_dpo_7b",
+    "kto_vs_dpo_small_published_budget",
     "opposed_builtin",
     "preferences_more",
     "preferences_real",
 }
 """Comparisons of which a round of every arm takes three seconds and more."""
+
+
+def quick_or_slow(paths):
+    """Mark recipes that take seconds."""
+    return [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONG else p for p in paths]
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
@@ -112,11 +120,7 @@ def test_a_comparison_is_read(path):
     assert len({(cell.name, cell.experiment.federation.seed) for cell in found.cells}) > 1
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONG else p for p in PERSONAL],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", quick_or_slow(PERSONAL), ids=lambda path: path.stem)
 def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_file, tmp_path):
     """Every arm is run once, for a round, and every scenario by one arm, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
@@ -159,7 +163,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
         assert cell.method.replace("_", " ") in page
 
 
-@pytest.mark.parametrize("path", FRAMEWORKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", quick_or_slow(FRAMEWORKS), ids=lambda path: path.stem)
 def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     """Every cell is sound; every arm is run once, in the first scenario, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
@@ -201,7 +205,9 @@ def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in COMPARISONS if p not in FRAMEWORKS + PERSONAL], ids=lambda path: path.stem
+    "path",
+    quick_or_slow(p for p in COMPARISONS if p not in FRAMEWORKS + PERSONAL),
+    ids=lambda path: path.stem,
 )
 def test_comparison(path, rows_file, model_folder, tmp_path):
     """Every cell of the grid is sound; one run of every objective is done, at the recipe's own work."""

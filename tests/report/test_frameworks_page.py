@@ -78,6 +78,7 @@ def comparison_file(table, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_grid_to_its_page(comparison_file, tmp_path):
     comparison = read_comparison(comparison_file())
     assert len(comparison.cells) == 16
