@@ -153,7 +153,8 @@ def test_the_run_survives_all_of_it(monkeypatch):
                 again[client] = time.monotonic() + rng.uniform(2, 10)
                 killed += 1
         log = (own.folder / "run.log").read_text()
-        assert own.processes["run"].returncode == 0, log[-3000:]
+        played = (own.server / "logs" / "serverapp.out").read_text()
+        assert own.processes["run"].returncode == 0, f"{log[-3000:]}\n{played[-3000:]}"
         found = [record for record in read(records) if record["round"]]
         events = read(folder / "audit.jsonl")
         verified = own.call("audit", "verify", folder).stdout

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.ledger import Cost
-from fedloom.deployment.orders import News, Order, read_news, show
+from fedloom.deployment.orders import ASK, News, Order, read_news, show
 from fedloom.errors import FedloomError, RoundFailed
 from fedloom.runner import Plan
 from fedloom.server import Evaluation, RoundRecord
@@ -58,9 +58,39 @@ def test_a_failure_is_told_with_its_exit_code(tmp_path):
     assert failed.value.exit_code == 3
 
 
-def test_a_run_that_is_gone_is_told(tmp_path):
+def test_a_run_that_is_gone_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.orders.ASK", 0.0)
     with pytest.raises(RoundFailed, match="go on with `fedloom run --resume runs/x "):
         show(read_news(tmp_path / "absent.jsonl", lambda: False), Seen(), "runs/x")
+
+
+def test_a_run_that_ends_while_it_is_asked_about_is_not_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.orders.ASK", 0.0)
+
+    def ends_meanwhile():
+        news.round_done(RECORD)
+        news.tell("finished", summary="all well")
+        news.close()
+        return False
+
+    news, seen = News(tmp_path / "news.jsonl"), Seen()
+    assert show(read_news(tmp_path / "news.jsonl", ends_meanwhile), seen, "runs/x") == "all well"
+    assert seen.calls == [("round_done", (RECORD,), {})]
+
+
+def test_a_run_is_asked_about_only_when_it_is_quiet(tmp_path, monkeypatch):
+    news, slept, asked = News(tmp_path / "news.jsonl"), [], []
+
+    def sleep(_):
+        slept.append(len(slept))
+        if len(slept) <= 10:
+            news.stage("loading")
+
+    clock = SimpleNamespace(monotonic=lambda: float(len(slept)), sleep=sleep)
+    monkeypatch.setattr("fedloom.deployment.orders.time", clock)
+    found = list(read_news(tmp_path / "news.jsonl", lambda: asked.append(len(slept))))
+    news.close()
+    assert len(found) == 10 and asked == [10 + ASK + 1]
 
 
 @pytest.mark.parametrize("signal", [SystemExit(0), KeyboardInterrupt()])
@@ -82,6 +112,7 @@ def test_a_run_that_flower_stops_says_how_to_go_on(tmp_path, monkeypatch, signal
 
 def test_a_run_that_does_not_begin_is_told_where_to_look(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.deployment.orders.SLOW", 0.0)
+    monkeypatch.setattr("fedloom.deployment.orders.ASK", 0.0)
     path, asked = tmp_path / "requests" / "news.jsonl", iter([True, True, True, False])
     (told,) = read_news(path, lambda: next(asked))
     assert told["event"] == "warning" and str(tmp_path / "logs" / "serverapp.out") in told["text"]

@@ -8,9 +8,8 @@ process.
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,12 @@ from fedloom.server import Evaluation, RoundRecord
 
 LOOK = 0.1
 """Seconds between looks for news."""
+
+ASK = 5.0
+"""Seconds without news after which it is asked whether the run is still there."""
+
+LAST = ("finished", "failed")
+"""Events after which no other comes."""
 
 SLOW = 30.0
 """Seconds after which a run that has not begun is worth a word."""
@@ -83,36 +88,46 @@ class News:
         self.tell("end")
 
 
-def read_news(path: Path, still_running: Any) -> Iterator[dict[str, Any]]:
-    """Yield what is told, as it is; ends with the last word or when the run is no longer there."""
-    asked, quiet = time.monotonic(), True
-    while not path.exists():
-        if not still_running():
+def read_news(path: Path, still_running: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Yield what is told, as it is; ends with the last word or when the run is no longer there.
+
+    To ask takes seconds, in which a run may say its last word and end: what was told until the answer
+    came is read before a run counts as gone.
+    """
+    begun, asked, read = time.monotonic(), time.monotonic(), 0
+    running, warned = True, False
+    while True:
+        lines = _whole_lines(path, read)
+        for line in lines:
+            told = json.loads(line)
+            last = told["event"] in LAST
+            yield told
+            if last:
+                return
+        if lines:
+            read, asked = read + sum(map(len, lines)), time.monotonic()
+            continue
+        if not running:
             return
-        if quiet and time.monotonic() > asked + SLOW:
-            quiet = False
+        if not warned and not path.exists() and time.monotonic() > begun + SLOW:
+            warned = True
             log = path.parents[1] / "logs" / "serverapp.out"
             text = f"Flower has not started the run after {SLOW:.0f} s; if it never does, {log} tells why"
             yield {"event": "warning", "text": text}
-        time.sleep(LOOK)
-    with path.open(encoding="utf-8") as file:
-        asked = time.monotonic()
-        while True:
-            line = file.readline()
-            if line.endswith("\n"):
-                told = json.loads(line)
-                last = told["event"] in ("finished", "failed")
-                yield told
-                if last:
-                    return
-                continue
-            if line:
-                file.seek(file.tell() - len(line.encode()), os.SEEK_SET)
-            if time.monotonic() - asked > 5:
-                asked = time.monotonic()
-                if not still_running():
-                    return
+        if time.monotonic() > asked + ASK:
+            running, asked = still_running(), time.monotonic()
+        else:
             time.sleep(LOOK)
+
+
+def _whole_lines(path: Path, start: int) -> list[bytes]:
+    """Return the lines of a file from a byte on, but half of one that is being written."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return [line for line in file if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []
 
 
 def go_on(folder: str) -> str:
