@@ -17,6 +17,7 @@ from fedloom.messages import (
     TensorSpec,
     decode,
     encode,
+    is_finite,
     require_finite,
 )
 
@@ -124,6 +125,19 @@ def test_a_tensor_that_is_not_finite_is_named(value):
     tensors = {**TENSORS, "c": torch.tensor([value])}
     with pytest.raises(MessageError, match="tensor c holds NaN or infinity"):
         require_finite(Payload(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 33, 70_001])
+def test_one_number_that_is_not_finite_is_seen_wherever_it_stands(dtype, size):
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[0] = torch.finfo(dtype).max
+    assert is_finite(tensor) and is_finite(tensor[:0])
+    for place in {0, size // 3, size // 2, size - 1}:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            bad = tensor.clone()
+            bad[place] = value
+            assert not is_finite(bad)
 
 
 def test_metrics_that_are_not_finite_are_left_out():

@@ -313,6 +313,15 @@ class StoredTensors(dict[str, Tensor]):
         return (self[name] for name in self.keys())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor of real numbers holds neither NaN nor infinity.
+
+    Its ends tell: NaN goes through a minimum. No mask as long as the tensor is made, which takes twenty
+    times as long and leaves holes in the server's memory.
+    """
+    return not tensor.numel() or all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def require_finite(payload: Payload) -> None:
     """Check that every tensor is finite.
 
@@ -320,7 +329,7 @@ def require_finite(payload: Payload) -> None:
         MessageError: A tensor holds NaN or infinity; the first such tensor is named.
     """
     for name, tensor in payload.tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise MessageError(f"tensor {name} holds NaN or infinity")
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregation.means import weighted_mean
-from fedloom.messages import Tensors
+from fedloom.messages import Tensors, is_finite
 
 SMOOTHING = 1e-6
 """Distances below it count as it in the Weiszfeld algorithm (RFA's nu)."""
@@ -39,9 +39,7 @@ TOLERANCE = 1e-10
 
 def finite_ones(updates: Sequence[Tensors]) -> list[int]:
     """Return the positions of updates whose every value is finite."""
-    return [
-        i for i, own in enumerate(updates) if all(bool(t.isfinite().all()) for t in own.values())
-    ]
+    return [i for i, own in enumerate(updates) if all(map(is_finite, own.values()))]
 
 
 def coordinate_median(updates: Sequence[Tensors]) -> Tensors:

@@ -33,7 +33,16 @@ from fedloom.batch import Batch, Sequences
 from fedloom.checkpoint import State
 from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.errors import MessageError
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
+from fedloom.messages import (
+    Exchange,
+    Payload,
+    Reply,
+    Schema,
+    Tensors,
+    TensorSpec,
+    encode,
+    is_finite,
+)
 from fedloom.methods.base import (
     TRAIN_REPLY_NUMBERS,
     Client,
@@ -601,7 +610,7 @@ class _Desk:
             entered.grad,
             *(p.grad for p in copy.parameters.values() if p.grad is not None),
         ]
-        if not (math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients)):
+        if not (math.isfinite(loss) and all(map(is_finite, gradients))):
             copy.optimizer.zero_grad()
             self.cohort.rejected[client] = (
                 f"the loss of its batch is {loss}, or has no finite gradient"
@@ -673,7 +682,7 @@ def _check_gradient(rows: Tensor, tokens: int) -> None:
     """
     if len(rows) != tokens:
         raise MessageError(f"gradient or activations of {len(rows)} tokens came back for {tokens}")
-    if not bool(torch.isfinite(rows.float()).all()):
+    if not is_finite(rows):
         raise MessageError("gradient or activations that came back hold NaN or infinity")
 
 
