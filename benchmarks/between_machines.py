@@ -97,11 +97,15 @@ def means(tensors: int) -> None:
             else:
                 aggregate_arrayrecords(records, "num-examples")
             took[name].append(time.perf_counter() - start)
+    typical = {name: statistics.median(values) * 1e3 for name, values in took.items()}
     for name, values in took.items():
-        typical, first = statistics.median(values) * 1e3, values[0] * 1e3
         print(
-            f"mean of 4 x 54.5 MB in {tensors:3}, {name}: {typical:4.0f} ms, at first {first:4.0f} ms"
+            f"mean of 4 x 54.5 MB in {tensors:3}, {name}: {typical[name]:5.1f} ms, at first "
+            f"{values[0] * 1e3:5.1f} ms"
         )
+    print(
+        f"{typical['flwr'] / typical['ours']:.1f} times, at first {took['flwr'][0] / took['ours'][0]:.1f}"
+    )
 
 
 if __name__ == "__main__":
