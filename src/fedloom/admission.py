@@ -17,7 +17,15 @@ from pydantic import Field
 from fedloom.aggregation.robust import cut_change, distance
 from fedloom.audit import Record, digest_of, unheard
 from fedloom.errors import MessageError
-from fedloom.messages import Answer, Exchange, Payload, Reply, decode, require_finite
+from fedloom.messages import (
+    Answer,
+    Exchange,
+    Payload,
+    Reply,
+    decode,
+    largest_value,
+    require_finite,
+)
 from fedloom.settings import Settings
 
 
@@ -140,9 +148,9 @@ class Admission:
                 f"it claims {examples} examples and registered with {sizes[answer.client]}"
             )
         for name, tensor in payload.tensors.items():
-            if not tensor.is_floating_point() or not tensor.numel():
+            if not tensor.is_floating_point():
                 continue
-            largest = max(abs(float(end)) for end in tensor.aminmax())
+            largest = largest_value(tensor)
             if largest > self.settings.max_value:
                 raise MessageError(
                     f"tensor {name} holds {largest:.4g}, admission.max_value allows "

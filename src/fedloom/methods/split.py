@@ -42,6 +42,7 @@ from fedloom.messages import (
     TensorSpec,
     encode,
     is_finite,
+    largest_value,
 )
 from fedloom.methods.base import (
     TRAIN_REPLY_NUMBERS,
@@ -637,7 +638,7 @@ def pack_gradient(gradient: Tensor, encoding: Encoding) -> tuple[Tensors, float]
     Returns:
         The tensors, and the exponent. Of fp32 and bf16 no bit is lost.
     """
-    largest = float(gradient.abs().max()) if gradient.numel() else 0.0
+    largest = largest_value(gradient)
     exponent = math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else 0
     return pack_rows("gradient", gradient * 2.0**-exponent, encoding), float(exponent)
 
