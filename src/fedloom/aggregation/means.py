@@ -46,9 +46,12 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
     if min(weights) < 0 or not sums[-1] > 0:
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
     steps = [weight / total if total else 0.0 for weight, total in zip(weights, sums, strict=True)]
+    names, threads = list(updates[0]), os.cpu_count() or 1
     if any(isinstance(update, StoredTensors) for update in updates):
-        return {name: _one_by_one(updates, name, steps) for name in updates[0]}
-    found = {name: _empty_like(tensor) for name, tensor in updates[0].items()}
+        with ThreadPoolExecutor(threads) as pool:
+            means = pool.map(lambda name: _one_by_one(updates, name, steps), names)
+            return dict(zip(names, means, strict=True))
+    found = {name: _empty_like(updates[0][name]) for name in names}
     blocks: deque[Sequence[Tensor]] = deque()
     for name, mean in found.items():
         own = [mean, *(update[name] for update in updates)]
@@ -56,9 +59,9 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
             blocks.extend(zip(*(torch.split(t.reshape(-1), BLOCK) for t in own), strict=True))
         else:
             blocks.append(own)
-    count = os.cpu_count() or 1 if sum(mean.numel() for mean in found.values()) >= LARGE else 1
-    with ThreadPoolExecutor(count) as pool:  # blocks are independent: same bits as in turn
-        helping = [pool.submit(_average, blocks, steps) for _ in range(count - 1)]
+    helpers = threads - 1 if sum(mean.numel() for mean in found.values()) >= LARGE else 0
+    with ThreadPoolExecutor(threads) as pool:  # blocks are independent: same bits as in turn
+        helping = [pool.submit(_average, blocks, steps) for _ in range(helpers)]
         _average(blocks, steps)
         for helper in helping:
             helper.result()
