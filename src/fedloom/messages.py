@@ -2,8 +2,8 @@
 
 An :class:`Exchange` asks some clients for one action. Both directions have a :class:`Schema`, fixed
 before anything is sent: names, shapes, dtypes and numbers, and with them a cap on the bytes. A payload
-is encoded once, as safetensors without per-tensor names: all tensors of a dtype lie in one flat
-buffer in the order of the schema, whose digest travels in the header. So the header costs a few
+is encoded once, as safetensors (``packing.py``) without per-tensor names: all tensors of a dtype lie in
+one flat buffer in the order of the schema, whose digest travels in the header. So the header costs a few
 hundred bytes whatever the number of tensors, a payload of another model is refused before it is
 decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
 
@@ -26,12 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fedloom.errors import MessageError
+from fedloom.packing import METADATA, Buffer, buffers_of, content, header_of, pack
 
 Tensors = dict[str, Tensor]
 """Named tensors, in the order of their schema."""
@@ -209,30 +207,20 @@ def encode(payload: Payload, schema: Schema) -> bytes:
         MessageError: The payload does not fit ``schema`` (a mistake in a method, not of a peer).
     """
     _check_names(payload, schema)
+    tensors = {spec.name: _checked(payload.tensors[spec.name], spec) for spec in schema.tensors}
     buffers = {}
     for dtype, specs in schema.groups.items():
-        parts = [_checked(payload.tensors[spec.name], spec).reshape(-1).cpu() for spec in specs]
-        buffers[dtype] = torch.cat(parts)
+        shape = (sum(spec.elements for spec in specs),)
+        buffers[dtype] = Buffer(specs[0].dtype, shape, [tensors[spec.name] for spec in specs])
     for key, spec in schema.ragged.items():
-        buffers[key] = _checked(payload.tensors[spec.name], spec).contiguous().cpu()
+        tensor = tensors[spec.name]
+        buffers[key] = Buffer(spec.dtype, tuple(tensor.shape), [tensor])
     metadata = {"schema": schema.digest}
     if schema.numbers:
         metadata["numbers"] = json.dumps([payload.numbers[name] for name in schema.numbers])
     if payload.metrics:
         metadata["metrics"] = json.dumps(dict(payload.metrics))
-    return _in_order(save_safetensors(buffers, metadata))
-
-
-def _in_order(data: bytes) -> bytes:
-    """Return an encoded payload with its metadata in alphabetical order.
-
-    safetensors writes them in any order, and equal payloads shall be equal bytes.
-    """
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-    return b"".join([data[:8], text, memoryview(data)[8 + size :]])
+    return pack(buffers, metadata)
 
 
 def decode(data: bytes, schema: Schema) -> Payload:
@@ -248,23 +236,31 @@ def decode(data: bytes, schema: Schema) -> Payload:
     Raises:
         MessageError: Too large, not safetensors, another schema, or numbers that are not finite.
     """
-    metadata = _read_metadata(data, schema)
-    try:
-        buffers = load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise MessageError(f"payload is not safetensors: {error}") from None
-    tensors: Tensors = {}
+    if len(data) > schema.max_bytes:
+        raise MessageError(f"payload has {len(data)} bytes, the schema allows {schema.max_bytes}")
+    header, start = header_of(data, HEADER_BYTES)
+    metadata = header.get(METADATA)
+    if not isinstance(metadata, dict) or metadata.get("schema") != schema.digest:
+        raise MessageError(
+            "payload was made for another schema (other tensors, shapes, dtypes or numbers)"
+        )
+    buffers, tensors = buffers_of(header, len(data) - start), {}
     for dtype, specs in schema.groups.items():
-        expected = sum(spec.elements for spec in specs)
-        flat = buffers.pop(dtype, None)
-        if flat is None or flat.shape != (expected,) or _dtype_name(flat.dtype) != dtype:
-            raise MessageError(f"payload must hold {expected} elements of {dtype} in one buffer")
-        for spec, part in zip(
-            specs, torch.split(flat, [spec.elements for spec in specs]), strict=True
-        ):
+        sizes = [spec.elements for spec in specs]
+        own = buffers.pop(dtype, None)
+        if own is None or own.shape != (sum(sizes),) or own.dtype != specs[0].dtype:
+            raise MessageError(f"payload must hold {sum(sizes)} elements of {dtype} in one buffer")
+        for spec, part in zip(specs, torch.split(content(data, start, own), sizes), strict=True):
             tensors[spec.name] = part.view(spec.shape)
     for key, spec in schema.ragged.items():
-        tensors[spec.name] = _ragged(buffers.pop(key, None), spec)
+        own = buffers.pop(key, None)
+        if own is None or not _fits(own, spec):
+            found = "absent" if own is None else f"{own.dtype} {own.shape}"
+            raise MessageError(
+                f"tensor {spec.name} is {found}, it must be {spec.dtype} with at most "
+                f"{spec.shape[0]} rows of {spec.shape[1:]}"
+            )
+        tensors[spec.name] = content(data, start, own)
     if buffers:
         raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")
     ordered = {spec.name: tensors[spec.name] for spec in schema.tensors}
@@ -358,17 +354,7 @@ def _check_names(payload: Payload, schema: Schema) -> None:
         raise MessageError("payload holds metrics, which the schema does not allow")
 
 
-def _ragged(tensor: Tensor | None, spec: TensorSpec) -> Tensor:
-    if tensor is None or not _fits(tensor, spec):
-        found = "absent" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise MessageError(
-            f"tensor {spec.name} is {found}, it must be {spec.dtype} with at most {spec.shape[0]} rows "
-            f"of {spec.shape[1:]}"
-        )
-    return tensor
-
-
-def _fits(tensor: Tensor, spec: TensorSpec) -> bool:
+def _fits(tensor: Tensor | Buffer, spec: TensorSpec) -> bool:
     shape = tuple(tensor.shape)
     if spec.ragged:
         shape_fits = len(shape) == len(spec.shape) and shape[1:] == spec.shape[1:]
@@ -385,23 +371,6 @@ def _checked(tensor: Tensor, spec: TensorSpec) -> Tensor:
             f"the schema asks for {spec.dtype} {spec.shape}"
         )
     return tensor.detach()
-
-
-def _read_metadata(data: bytes, schema: Schema) -> dict[str, str]:
-    if len(data) > schema.max_bytes:
-        raise MessageError(f"payload has {len(data)} bytes, the schema allows {schema.max_bytes}")
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(HEADER_BYTES, len(data) - 8):
-        raise MessageError(f"payload header is damaged or longer than {HEADER_BYTES} bytes")
-    try:
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise MessageError("payload header is not the JSON of safetensors") from None
-    if not isinstance(metadata, dict) or metadata.get("schema") != schema.digest:
-        raise MessageError(
-            "payload was made for another schema (other tensors, shapes, dtypes or numbers)"
-        )
-    return metadata
 
 
 def _read_numbers(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
