@@ -90,3 +90,19 @@ def test_inputs_are_left_alone_and_dtype_is_kept():
 def test_what_has_no_mean_is_refused(updates, weights):
     with pytest.raises(ValueError, match="weights"):
         weighted_mean(updates, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [5, BLOCK + 3])
+def test_the_mean_may_take_the_place_of_the_first_update(dtype, size):
+    updates = [{"x": u["x"].to(dtype)} for u in normal(3, size)]
+    right, others = weighted_mean(updates, [1, 2, 4])["x"], [u["x"].clone() for u in updates[1:]]
+    found = weighted_mean(updates, [1, 2, 4], out=updates[0])["x"]
+    assert found.data_ptr() == updates[0]["x"].data_ptr() and torch.equal(found, right)
+    assert all(torch.equal(u["x"], other) for u, other in zip(updates[1:], others, strict=True))
+
+
+def test_room_that_is_not_contiguous_is_refused():
+    updates = normal(2, BLOCK, 2)
+    with pytest.raises(RuntimeError, match="view"):
+        weighted_mean(updates, [1, 1], out={"x": torch.empty(2, BLOCK).T})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedloom.messages import StoredTensors, Tensors
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Elements that are averaged at a time: their mean stays in a core's cache until it is whole."""
 
 LARGE = 1 << 22
@@ -22,7 +22,9 @@ LARGE = 1 << 22
 large pages are."""
 
 
-def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+def weighted_mean(
+    updates: Sequence[Tensors], weights: Sequence[float], out: Tensors | None = None
+) -> Tensors:
     """Return sum_k p_k w_k with p_k = weight_k / sum of weights.
 
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from
@@ -36,6 +38,8 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
     Args:
         updates: One set of tensors a client, all with the same names, shapes and dtypes.
         weights: One a client, at least 0, not all 0.
+        out: Where the mean is written, contiguous; may be the first update, where nobody else needs that
+            any more, which saves a third of the time (default: anew). Not used where updates are on disk.
 
     Raises:
         ValueError: No updates, lengths that differ, or weights without a positive sum.
@@ -51,14 +55,15 @@ def weighted_mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tenso
         with ThreadPoolExecutor(threads) as pool:
             means = pool.map(lambda name: _one_by_one(updates, name, steps), names)
             return dict(zip(names, means, strict=True))
-    found = {name: _empty_like(updates[0][name]) for name in names}
+    found = out or {name: _empty_like(updates[0][name]) for name in names}
     blocks: deque[Sequence[Tensor]] = deque()
     for name, mean in found.items():
-        own = [mean, *(update[name] for update in updates)]
+        given = [update[name] for update in updates]
         if mean.numel() > BLOCK:
-            blocks.extend(zip(*(torch.split(t.reshape(-1), BLOCK) for t in own), strict=True))
+            flat = [mean.view(-1), *(tensor.reshape(-1) for tensor in given)]
+            blocks.extend(zip(*(torch.split(tensor, BLOCK) for tensor in flat), strict=True))
         else:
-            blocks.append(own)
+            blocks.append([mean, *given])
     helpers = threads - 1 if sum(mean.numel() for mean in found.values()) >= LARGE else 0
     with ThreadPoolExecutor(threads) as pool:  # blocks are independent: same bits as in turn
         helping = [pool.submit(_average, blocks, steps) for _ in range(helpers)]

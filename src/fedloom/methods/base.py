@@ -314,14 +314,16 @@ class Method:
     ) -> Tensors:
         """Return what the rule makes of the adapters that clients sent back for ``start``.
 
-        If ``noted``, the round's notes say what averaging LoRA's factors apart loses.
+        The replies are used up: the mean is written where the first one's adapter was. If ``noted``, the
+        round's notes say what averaging LoRA's factors apart loses.
 
         Raises:
             RoundFailed: Too few clients answered for the rule.
         """
         own = self.aggregation
         if own.rule == "mean":
-            return mean_adapter(replies, cohort if noted else None)
+            first = replies[0].payload.tensors
+            return mean_adapter(replies, cohort if noted else None, out=first)
         adapters = [reply.payload.tensors for reply in replies]
         weights = [reply.payload.numbers["examples"] for reply in replies]
         largest = own.max_norm or math.inf
@@ -405,8 +407,12 @@ def train_and_upload(client: Client, payload: Payload) -> Payload:
     return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
 
 
-def mean_adapter(replies: Sequence[Reply], cohort: Cohort | None = None) -> Tensors:
+def mean_adapter(
+    replies: Sequence[Reply], cohort: Cohort | None = None, out: Tensors | None = None
+) -> Tensors:
     """Return the mean of the adapters that clients sent back, weighted by their rows.
+
+    It is written to ``out``, which may be the first of them, if given.
 
     With a ``cohort`` the round's notes say what averaging LoRA's factors apart loses, unless the adapters
     are so many and large that they wait on disk or that it takes more than :data:`AFFORDABLE`.
@@ -417,7 +423,7 @@ def mean_adapter(replies: Sequence[Reply], cohort: Cohort | None = None) -> Tens
     if cohort is not None and not stored and error_flops(adapters) <= AFFORDABLE:
         error = averaging_error(adapters, weights)
         cohort.notes.update({} if error is None else {"aggregation_error": error})
-    return weighted_mean(adapters, weights)
+    return weighted_mean(adapters, weights, out)
 
 
 def training_exchange(cohort: Cohort, adapter: Tensors, **more: float) -> Exchange:

@@ -93,7 +93,8 @@ class _FedOpt(Method):
         """Send the adapter, make one adaptive step along the mean change."""
         adapter = self.shared(state)
         replies = yield training_exchange(cohort, adapter)
-        mean = weighted_mean([reply.payload.tensors for reply in replies], [1.0] * len(replies))
+        adapters = [reply.payload.tensors for reply in replies]
+        mean = weighted_mean(adapters, [1.0] * len(adapters), out=adapters[0])
         first, second = self.moments(
             part_of(state.tensors, FIRST),
             part_of(state.tensors, SECOND),

@@ -66,12 +66,11 @@ class Scaffold(Method):
             Schema.of(state.tensors, ("learning_rate",)),
             Schema.of(state.tensors, TRAIN_REPLY_NUMBERS, metrics=True),
         )
-        adapter = weighted_mean(
-            [part_of(reply.payload.tensors, ADAPTER) for reply in replies],
-            [reply.payload.numbers["examples"] for reply in replies],
-        )
+        adapters = [part_of(reply.payload.tensors, ADAPTER) for reply in replies]
+        weights = [reply.payload.numbers["examples"] for reply in replies]
+        adapter = weighted_mean(adapters, weights, out=adapters[0])
         changes = [part_of(reply.payload.tensors, CONTROL) for reply in replies]
-        change = weighted_mean(changes, [1.0] * len(changes))
+        change = weighted_mean(changes, [1.0] * len(changes), out=changes[0])
         share = len(changes) / len(cohort.sizes)  # |S| / N
         control = {n: c + share * change[n] for n, c in part_of(state.tensors, CONTROL).items()}
         return State(join_parts(adapter=adapter, control=control))
