@@ -102,7 +102,8 @@ class Admission:
             if client in replies or client in rejected or client not in exchange.requests:
                 continue  # a second or an unasked answer counts for nothing
             if answer.data is not None:
-                came[client] = {"bytes": len(answer.data), "message": digest_of(answer.data)}
+                digest = answer.digest or digest_of(answer.data)
+                came[client] = {"bytes": len(answer.data), "message": digest}
             try:
                 payload = self._checked(answer, exchange, sizes)
                 replies[client] = Reply(client, keep(client, payload))

@@ -185,11 +185,19 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine brings back from one client: encoded bytes, or why there are none."""
+    """What an engine brings back from one client: encoded bytes, or why there are none.
+
+    Attributes:
+        client: Who was asked.
+        data: Encoded payload.
+        error: Why there is none.
+        digest: SHA-256 of the payload, where the engine has found it already.
+    """
 
     client: int
     data: bytes | None = None
     error: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)

@@ -320,16 +320,19 @@ def _reason(error: Any, address: str) -> Exception:
 
 def _reader(chunks: Iterator[bytes]) -> Read:
     """Return how to read exactly so many bytes of a stream of chunks."""
-    rest = bytearray()
+    rest = b""
 
     def read(count: int) -> bytes | None:
-        while len(rest) < count:
+        nonlocal rest
+        parts, held = [rest], len(rest)
+        while held < count:
             chunk = next(chunks, None)
             if chunk is None:
                 return None
-            rest.extend(chunk)
-        found = bytes(rest[:count])
-        del rest[:count]
+            parts.append(chunk)
+            held += len(chunk)
+        whole = b"".join(parts)
+        found, rest = whole[:count], whole[count:]
         return found
 
     return read

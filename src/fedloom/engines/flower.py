@@ -221,7 +221,7 @@ class FlowerEngine:
         if reply.error is not None:
             return Answer(client, error=reply.error)
         cost.bytes_up = len(found.payload)
-        return Answer(client, found.payload)
+        return Answer(client, found.payload, digest=reply.payload)
 
     def _give_up(self, asked: _Asked) -> None:
         """Wait for an answer no longer: what still comes of it is dropped."""
