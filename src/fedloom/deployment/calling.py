@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from fedloom.deployment.children import surroundings
 from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope
 from fedloom.errors import ConnectionFailed
@@ -61,5 +61,5 @@ def start_worker(home: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**surroundings(), "PYTHONUNBUFFERED": "1"},
         )
