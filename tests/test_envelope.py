@@ -23,8 +23,8 @@ WORK = WorkDone(
         REPLY.model_copy(
             update={"joined": Joined(rows=3, held_out=0, model="0" * 64, version="1")}
         ),
-        RequestHeader(kind="exchange", run="a", began=[-1, 3], client=0, request={"tensors": []}),
-        RequestHeader(kind="join", run="a", began=[-1], experiment="x = 1", streams=True),
+        RequestHeader(kind="exchange", run="a" * 32, began=[-1, 3], client=0, request={"tensors": []}),
+        RequestHeader(kind="join", run="0f" * 16, began=[-1], experiment="x = 1", streams=True),
     ],
 )
 @pytest.mark.parametrize("payload", [b"", b"content"])
@@ -55,13 +55,22 @@ def test_the_header_binds_the_payload():
         {"error": "x" * 5000},
         {"work": [{}] * 17},
         {"work": [{**json.loads(WORK.model_dump_json()), "seconds": float("nan")}]},
+        {"work": [{**json.loads(WORK.model_dump_json()), "seconds": 1e308}]},
         {"joined": {"rows": 0, "held_out": 0, "model": "", "version": ""}},
+        {"joined": {"rows": 10**400, "held_out": 0, "model": "", "version": ""}},
     ],
 )
 def test_headers_of_another_form_are_refused(change):
     table = {**json.loads(REPLY.model_dump_json()), **change}
     with pytest.raises(MessageError, match="header is not of the form"):
         Envelope(json.dumps(table).encode(), b"").read(ReplyHeader)
+
+
+@pytest.mark.parametrize("run", ["../../x", "/etc", "a" * 31, "A" * 32, "a" * 32 + "\n", ""])
+def test_a_server_names_no_folder_of_a_client_but_its_run(run):
+    text = json.dumps({"kind": "join", "run": run, "began": [-1]}).encode()
+    with pytest.raises(MessageError, match="header is not of the form"):
+        Envelope(text, b"").read(RequestHeader)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 50_000])

@@ -30,6 +30,9 @@ MAX_REPLY_HEADER = 64 << 10
 """Bytes of the longest header that a client may send: it has no schema in it."""
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Amount = Annotated[float, Field(ge=0, le=1e30)]
+"""Of work: a sum of many is finite still."""
+
 SchemaTable = dict[str, Any]
 
 
@@ -38,8 +41,8 @@ class RequestHeader(Settings):
 
     kind: Literal["join", "exchange", "end"]
     """What is asked: to get ready, to carry out an action, to write own models and let go."""
-    run: str
-    """Tells the run from all others."""
+    run: str = Field(pattern="^[0-9a-f]{32}$")
+    """Tells the run from all others, and names a folder of the client's."""
     began: list[int]
     """For each time that the run began or was resumed, the last round finished before."""
     client: Count | None = None
@@ -67,8 +70,8 @@ class WorkDone(Settings):
     """What one phase of an exchange cost a client; see ``accounting/ledger.py``."""
 
     phase: str = Field(max_length=32)
-    flops: float = Field(ge=0)
-    seconds: float = Field(ge=0)
+    flops: Amount
+    seconds: Amount
     peak_memory: Count
     tokens: Count
     targets: Count
@@ -79,7 +82,7 @@ class WorkDone(Settings):
 class Joined(Settings):
     """What a client that is ready says of itself; counts alone."""
 
-    rows: int = Field(ge=1)
+    rows: int = Field(ge=1, le=1 << 40)
     """It trains on."""
     held_out: Count
     """It is judged by."""
