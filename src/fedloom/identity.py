@@ -50,7 +50,8 @@ class Members:
         """Read the file, if there is one.
 
         Raises:
-            SettingsError: It is not of that form.
+            SettingsError: It is no TOML.
+            IdentityError: It is not of that form.
         """
         self.path = path
         self.members: list[Member] = []
@@ -92,6 +93,10 @@ class Members:
         known = ", ".join(member.name for member in self.members) or "nobody"
         raise IdentityError(f"no client has the name {name!r}; there are: {known}")
 
+    def lets_in(self, number: int) -> bool:
+        """Return whether the client of a number is let in."""
+        return 0 <= number < len(self.members) and not self.members[number].revoked
+
     def number_of(self, public: bytes) -> int | None:
         """Return the number of the client with a public key in PEM, if it is let in."""
         for number, member in enumerate(self.members):
@@ -101,9 +106,7 @@ class Members:
 
     def key(self, number: int) -> ec.EllipticCurvePublicKey | None:
         """Return a client's public key, if it is let in."""
-        if not 0 <= number < len(self.members) or self.members[number].revoked:
-            return None
-        return _public(self.members[number].key)
+        return _public(self.members[number].key) if self.lets_in(number) else None
 
     def _write(self, number: int, member: Member) -> None:
         self.members[number : number + 1] = [member]

@@ -44,9 +44,9 @@ class FederationSettings(Settings):
     replacements: int = Field(default=0, ge=0)
     """Clients that are drawn at most in place of those who gave no usable answer to a round's first
     question."""
-    deadline: float | None = Field(default=None, gt=0)
-    """Seconds that a client on another machine has to answer; who is later is left out of the round
-    (default: any)."""
+    deadline: float = Field(default=43_200, gt=0)
+    """Seconds that a client on another machine has to answer (default: twelve hours, as long as a message
+    of Flower's lives); who is later is left out of the round."""
     streams: bool = True
     """Whether clients on other machines may keep a stream open; without one each exchange is a message
     of Flower's, which takes some seconds."""

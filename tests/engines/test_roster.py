@@ -6,7 +6,7 @@ import pytest
 
 from fedloom.engines.roster import Roster
 from fedloom.envelope import Joined, ReplyHeader, RequestHeader, seal
-from fedloom.errors import MessageError
+from fedloom.errors import IdentityError, MessageError
 from fedloom.identity import Members, make_key, read_key, sign
 
 RUN = "a" * 32
@@ -61,3 +61,37 @@ def test_who_could_not_join_is_left_alone_for_a_while(site):
     roster.welcome(10, reply(1, by=0), asked())
     roster.welcome(20, "Node Unavailable", asked())
     assert roster.unknown({10, 20, 30}) == [30] and sorted(roster.problems) == [10, 20]
+
+
+def test_who_is_revoked_is_forgotten_and_his_stream_no_proof_any_more(site, tmp_path):
+    roster, reply = site
+    joined = Joined(rows=3, held_out=1, model="m", version=version("fedloom"))
+    for client in (0, 1):
+        roster.welcome(10 + client, reply(client, by=client, joined=joined), asked())
+    assert roster.revoked() == []
+    Members(tmp_path / "clients.toml").revoke("site-1")
+    assert roster.revoked() == [1] and list(roster.joined) == [0] and roster.nodes == {0: 10}
+    assert roster.revoked() == []
+
+
+def test_a_slip_in_the_list_of_members_is_noted_once_and_ends_nothing(site, tmp_path):
+    roster, reply = site
+    notes = []
+    roster.audit = lambda event, **facts: notes.append((event, facts["reason"]))
+    sound = (tmp_path / "clients.toml").read_text()
+    assert roster.trusted(reply(1, by=1), asked(1)).client == 1
+    for broken in ("[[client", 'client = [{ nme = "x" }]'):
+        (tmp_path / "clients.toml").write_text(broken)
+        for _ in range(2):
+            assert roster.trusted(reply(1, by=1), asked(1)).client == 1
+        (tmp_path / "clients.toml").write_text(sound)
+        assert roster.revoked() == []
+    assert [event for event, _ in notes] == ["unread_members"] * 2
+    assert "clients.toml" in notes[0][1] and "nme" in notes[1][1]
+
+
+def test_a_list_of_members_that_was_never_readable_is_an_error(tmp_path):
+    (tmp_path / "clients.toml").write_text('client = [{ nme = "x" }]')
+    roster = Roster(lambda: Members(tmp_path / "clients.toml"), ())
+    with pytest.raises(IdentityError, match="nme"):
+        roster.revoked()

@@ -95,7 +95,7 @@ class FlowerEngine:
             self._streams.returned = lambda client, held: briefing.audit(
                 "returned", client=client, held=held
             )
-        self._wait_for(self.federation.clients)
+        self._wait_for(self.federation.clients, set(self.roster.newcomers))
 
     def sizes(self) -> dict[int, int]:
         """Return the training rows of each client that is there now; waits for a quorum of them."""
@@ -125,7 +125,7 @@ class FlowerEngine:
         while waiting:
             for client, found in self._arrivals(waiting):
                 yield self._answer(waiting.pop(client), exchange, found)
-            if deadline is not None and time.monotonic() - start > deadline:
+            if time.monotonic() - start > deadline:
                 for asked in waiting.values():
                     self._give_up(asked)
                     error = f"no answer within {deadline:g} seconds"
@@ -146,7 +146,7 @@ class FlowerEngine:
             asked = self._ask(client, header, data, SMALL)
             if asked is not None:
                 waiting[client] = asked
-        end = time.monotonic() + (self.federation.deadline or self.federation.patience)
+        end = time.monotonic() + min(self.federation.deadline, self.federation.patience)
         while waiting and time.monotonic() < end:
             for client, _ in self._arrivals(waiting):
                 del waiting[client]
@@ -253,6 +253,9 @@ class FlowerEngine:
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""
         roster, streams = self.roster, self._streams
+        for client in roster.revoked():
+            if streams is not None:
+                streams.drop(client)
         return sorted(
             client
             for client in roster.joined.keys() - set(roster.newcomers)
@@ -263,8 +266,10 @@ class FlowerEngine:
     def _quorum(self) -> int:
         return max(1, math.ceil(self.federation.quorum * self.federation.cohort_size))
 
-    def _wait_for(self, needed: int) -> None:
+    def _wait_for(self, needed: int, newcomers: Collection[int] = ()) -> None:
         """Wait until so many clients are ready, as long as patience lasts; a quorum is enough then.
+
+        Of newcomers, who are no members yet, those given are waited for too.
 
         Raises:
             RoundFailed: There are fewer than a quorum.
@@ -273,8 +278,8 @@ class FlowerEngine:
         end = time.monotonic() + patience
         while True:
             self._meet()
-            ready = len(self._there()) + len(roster.joined.keys() & set(roster.newcomers))
-            if ready >= needed:
+            ready = len(self._there())
+            if ready + len(roster.joined.keys() & newcomers) >= needed:
                 return
             if time.monotonic() > end:
                 break

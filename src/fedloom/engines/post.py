@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import Message
+from google.protobuf.message import DecodeError
 
 from fedloom.engines.records import from_records, to_records
 from fedloom.engines.streams import Streams
 from fedloom.envelope import Envelope, RequestHeader, seal
 from fedloom.errors import MessageError
+
+UNREADABLE = (DecodeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+"""What Flower raises over a reply that is none; a link that is down is something else."""
+
+LONGEST = 4000
+"""Characters of what is kept of an error's text, which is a stranger's."""
 
 
 class Mail(Protocol):
@@ -61,14 +68,25 @@ class Post:
         return id
 
     def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | str]]:
-        """Yield the replies that have come, or why one is none, with the id of what each answers."""
-        for message in self.mail.pull_messages(ids):
-            yield message.metadata.reply_to_message_id, _read(message)
+        """Yield the replies that have come, or why one is none, with the id of what each answers.
+
+        Each is asked for by itself: Flower deletes what it hands out, and one that it cannot read would
+        take with it those it has read before.
+        """
+        for id in ids:
+            try:
+                found = list(self.mail.pull_messages([id]))
+            except UNREADABLE as error:
+                text = f"its answer cannot be read: {type(error).__name__}: {error}"
+                yield id, text[:LONGEST]
+                continue
+            for message in found:
+                yield id, _read(message)
 
 
 def _read(message: Message) -> Envelope | str:
     if message.has_error():
-        return f"{message.error.reason or 'it failed'}"
+        return (message.error.reason or "it failed")[:LONGEST]
     try:
         return from_records(message.content)
     except MessageError as error:

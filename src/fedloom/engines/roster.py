@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from fedloom.audit import Record, unheard
 from fedloom.envelope import MAX_REPLY_HEADER, Envelope, Joined, ReplyHeader, RequestHeader
-from fedloom.errors import MessageError
+from fedloom.errors import IdentityError, MessageError, SettingsError
 from fedloom.identity import Members, is_signed
 
 AGAIN = 30.0
@@ -38,6 +38,8 @@ class Roster:
     nodes: dict[int, int] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
     _refused: dict[int, float] = field(default_factory=dict)
+    _let_in: Members | None = None
+    _slip: str = ""
 
     @property
     def judged(self) -> Collection[int]:
@@ -54,6 +56,16 @@ class Roster:
     def lost(self, client: int) -> None:
         """Note that a client may be gone: it must say again that it is there."""
         self.nodes.pop(client, None)
+
+    def revoked(self) -> list[int]:
+        """Forget the clients that are let in no longer; return them."""
+        members = self._members()
+        gone = [client for client in self.joined if not members.lets_in(client)]
+        for client in gone:
+            del self.joined[client]
+            self.lost(client)
+            self.audit("revoked", client=client)
+        return gone
 
     def welcome(self, node: int, found: Envelope | str, asked: RequestHeader) -> None:
         """Take a client in that says it is ready, or note why not.
@@ -93,7 +105,7 @@ class Roster:
         """
         reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
         if stream != reply.client:
-            key = self.members().key(reply.client)
+            key = self._members().key(reply.client)
             if key is None or not is_signed(key, envelope.header, envelope.signature):
                 raise MessageError(f"it is not signed with the key of client {reply.client}")
         expected = (asked.run, len(asked.began), asked.round, asked.number)
@@ -105,6 +117,19 @@ class Roster:
                 f"{asked.number} of run {asked.run[:8]}"
             )
         return reply
+
+    def _members(self) -> Members:
+        """Return who is let in, as of when the list could last be read: a slip in it ends no run."""
+        try:
+            self._let_in, slip = self.members(), ""
+        except (IdentityError, SettingsError) as error:
+            if self._let_in is None:
+                raise
+            slip = str(error)
+            if slip != self._slip:
+                self.audit("unread_members", reason=slip)
+        self._slip = slip
+        return self._let_in
 
     def _require_fitting(self, reply: ReplyHeader) -> None:
         """Check that a client is ready for this run, with the same software and model.
