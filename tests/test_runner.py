@@ -394,6 +394,57 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
+class Fail(Silent):
+    """Ends the run when a round's last answer has come."""
+
+    def __init__(self, round, error):
+        self.round, self.error = round, error
+
+    def client_done(self, round, client, done, of):
+        if round == self.round and done == of:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [SystemExit(), RoundFailed("no quorum"), KeyboardInterrupt()])
+def test_whatever_ends_a_run_its_last_whole_round_is_saved(experiment, tmp_path, error):
+    settings = {"federation": {"rounds": 4}}
+    whole = fedloom.run(experiment(**settings))
+    folder = tmp_path / "ended"
+    built = experiment(**settings, output={"folder": str(folder), "checkpoint_every": 4})
+    with pytest.raises(Interrupted if isinstance(error, KeyboardInterrupt) else type(error)):
+        fedloom.run(built, observer=Fail(3, error))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "round-0002"
+    assert sha(resume_run(folder).folder) == sha(whole.folder)
+
+
+def test_a_round_of_which_a_part_is_written_is_not_saved(experiment, tmp_path, monkeypatch):
+    folder = tmp_path / "ended"
+    settings = {"federation": {"rounds": 4}, "method": {"name": "scaffold"}}
+    built = experiment(**settings, output={"folder": str(folder), "checkpoint_every": 4})
+    whole = fedloom.run(experiment(**settings))
+    real = fedloom.runner.round_record
+
+    def full(record, headline):
+        if record.round == 3:
+            raise OutputError("the disk is full")
+        return real(record, headline)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("fedloom.runner.round_record", full)
+        with pytest.raises(OutputError):
+            fedloom.run(built)
+    assert sha(resume_run(folder).folder) == sha(whole.folder)
+
+
+def test_who_stops_a_resumed_run_at_once_is_told_what_is_saved(experiment, tmp_path):
+    folder = tmp_path / "ended"
+    built = experiment(federation={"rounds": 3}, output={"folder": str(folder)})
+    with pytest.raises(Interrupted, match="everything up to round 1 is saved"):
+        fedloom.run(built, observer=Fail(2, KeyboardInterrupt()))
+    with pytest.raises(Interrupted, match="everything up to round 1 is saved"):
+        resume_run(folder, observer=Fail(2, KeyboardInterrupt()))
+
+
 @pytest.mark.parametrize(
     "method",
     [

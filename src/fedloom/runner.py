@@ -336,6 +336,7 @@ class _Run:
     trackers: list[Tracker] = field(default_factory=list)
     remote: RemoteEngine | None = None
     last: tuple[int, State] | None = None
+    saved: int = -1
 
     def __post_init__(self) -> None:
         """Open the audit log, or go on with it."""
@@ -388,10 +389,14 @@ class _Run:
             ),
         )
         self.observer.begin(_plan(experiment, parts))
+        self.saved = done
         try:
             state = server.run(state, done)
-        except KeyboardInterrupt:
-            raise self._interrupted() from None
+        except BaseException as error:
+            self._keep_last()
+            if isinstance(error, KeyboardInterrupt):
+                raise self._interrupted() from None
+            raise
         finally:
             shutil.rmtree(self.folder.path / "spool", ignore_errors=True)
             self.observer.end()
@@ -400,6 +405,7 @@ class _Run:
         return self._finish(state)
 
     def _finish_round(self, record: RoundRecord, state: State) -> None:
+        self.last = None  # a round of which only a part is written is not to be kept
         self.parts.engine.finish_round()
         self.audit.record("round", round=record.round, state=state.digest())
         self.audit.sync()
@@ -426,16 +432,18 @@ class _Run:
             store.changed,
         )
         store.changed.clear()
+        self.saved = round
+
+    def _keep_last(self) -> None:
+        """Save the last whole round, if it was not due."""
+        if self.last is not None and self.last[0] > self.saved:
+            self._save(*self.last)
 
     def _interrupted(self) -> Interrupted:
-        """Keep the last whole round and say how to go on."""
-        saved = self.folder.checkpoints
-        if self.last is not None and not (saved / f"round-{self.last[0]:04d}").is_dir():
-            self._save(*self.last)
-        round = self.last[0] if self.last else "the start"
+        """Say how to go on."""
+        what = f"everything up to round {self.saved}" if self.saved >= 0 else "nothing yet"
         return Interrupted(
-            f"stopped; everything up to round {round} is saved. "
-            f"Go on with: fedloom run --resume {self.folder.path}"
+            f"stopped; {what} is saved. Go on with: fedloom run --resume {self.folder.path}"
         )
 
     @property
