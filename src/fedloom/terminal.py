@@ -56,14 +56,14 @@ class Terminal:
     def stage(self, text: str) -> None:
         """Say what is being prepared."""
         if not self.silent:
-            self.console.print(text, style="dim", highlight=False)
+            self.console.print(text, style="dim", highlight=False, markup=False)
 
     def begin(self, plan: Plan) -> None:
         """Say what is about to run."""
         self.plan, self.started = plan, time.perf_counter()
         if not self.silent:
-            self.console.print(plan.headline, style="bold", highlight=False, soft_wrap=True)
-            self.console.print(plan.details, style="dim", highlight=False, soft_wrap=True)
+            for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
+                self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
         """Plain lines do not show single clients."""
@@ -77,7 +77,7 @@ class Terminal:
 
     def warning(self, text: str) -> None:
         """Print a warning, also when quiet."""
-        self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+        _warn(self.console, text)
 
     def end(self) -> None:
         """Nothing is left open."""
@@ -227,7 +227,7 @@ class ComparisonTerminal:
 
     def warning(self, text: str) -> None:
         """Print a warning, also when quiet."""
-        self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+        _warn(self.console, text)
 
     def end(self) -> None:
         """Close the bar."""
@@ -385,3 +385,11 @@ def _mean_cell(row: Mapping[str, Any] | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _warn(console: Console, text: str) -> None:
+    """Print a warning that may hold a stranger's words: as they are, but for what moves the cursor."""
+    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    console.print(
+        f"warning: {plain}", style="yellow", highlight=False, soft_wrap=True, markup=False
+    )
