@@ -36,6 +36,7 @@ class LoopMail:
         tamper: Changes the reply of a node, or returns an error's text.
         order: Arranges the replies that are there.
         pushed: What was sent: node, header and payload.
+        pulled: What came back, as it was sent.
     """
 
     workers: dict
@@ -43,6 +44,7 @@ class LoopMail:
     tamper: object = lambda node, envelope: envelope
     order: object = list
     pushed: list = field(default_factory=list)
+    pulled: list = field(default_factory=list)
     _waiting: dict = field(default_factory=dict)
     _ids: object = field(default_factory=itertools.count)
 
@@ -77,6 +79,7 @@ class LoopMail:
 
     def _reply(self, node, message):
         packed = self.workers[node].answer(from_records(message.content).pack(), streamed=False)
+        self.pulled.append((node, Envelope.unpack(packed)))
         reply = self.tamper(node, Envelope.unpack(packed))
         if reply is None:
             return None

@@ -1,14 +1,19 @@
 """What clients and networks do wrong between machines: left out with the reason, and the round goes on."""
 
+import contextlib
 import json
+import threading
+import time
 
 import pytest
 import torch
 
 import fedloom
 from fedloom.audit import match
+from fedloom.deployment.worker import serve
+from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope, ReplyHeader, seal
-from fedloom.errors import DataError, RoundFailed, SettingsError
+from fedloom.errors import ConnectionFailed, DataError, RoundFailed, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.runner import Silent, resume_run, run_experiment
 from loopback import Outcome, of, resealed, tampering
@@ -297,6 +302,31 @@ def test_private_rows_stay_with_their_owners(deployed, rows_file, loopback, tabl
         assert not path.is_file() or b"number 10" not in path.read_bytes()
 
 
+@pytest.mark.parametrize("bad", ["a row", "a file that is not there"])
+def test_what_is_wrong_with_private_rows_stays_with_their_owner(
+    rows_file, loopback, table, tmp_path, caplog, bad
+):
+    rows = [{"prompt": f"Q{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(9)]
+    rows.append({"prompt": "Mrs Miller?", "chosen": {"HIV": True}, "rejected": "No."})
+    path, own = rows_file(rows, "miller.jsonl"), tmp_path / "own.toml"
+    own.write_text(f'[data]\nsource = "{path if bad == "a row" else "/data/millr.jsonl"}"\n')
+    private = {
+        "source": "clients", "kind": "preference", "max_bad_share": 0.0,
+        "test_source": rows_file(rows[:6], "test.jsonl"),
+    }  # fmt: skip
+    settings = {**table, "data": private, "federation": {"clients": 1, "patience": 0.1}}
+    experiment = Experiment.from_table(settings)
+    federation = loopback(1)
+    mail = federation.mail(own={0: own})
+    engine = federation.engine(experiment, mail)
+    with pytest.raises(RoundFailed, match=r"worker\.log on its machine says why") as told:
+        run_experiment(experiment, observer=Silent(), remote=engine)
+    sent = b"".join(envelope.pack() for _, envelope in mail.pulled).decode(errors="replace")
+    for secret in ("Miller", "HIV", "mill", "/data"):
+        assert secret not in str(told.value) and secret not in sent
+    assert ("HIV" if bad == "a row" else "/data/millr.jsonl") in caplog.text
+
+
 def test_private_rows_are_not_looked_for_here(table, rows_file, tmp_path):
     held_out = rows_file([{"prompt": "a", "chosen": "b", "rejected": "c"}], "held_out.jsonl")
     private = {"source": "clients", "kind": "preference", "test_source": held_out}
@@ -364,7 +394,10 @@ def test_a_model_of_the_clients_own_is_written_on_its_own_machine(deployed):
 def test_no_tensor_of_a_personal_part_is_in_any_message(deployed):
     found = deployed(method={"name": "fedpdpo"})
     personal = found.mail.workers[100].run.parts.local.store.slots(0)["personal"]
-    sent = b"".join(envelope.payload for _, envelope in found.mail.pushed)
+    both = [*found.mail.pushed, *found.mail.pulled]
+    sent = b"".join(envelope.payload for _, envelope in both)
+    shared = found.mail.workers[100].run.parts.local.equipment[0].model.read()
+    assert any(tensor.numpy().tobytes() in sent for tensor in shared.values())  # it would be found
     for tensor in personal.values():
         raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()[:64]
         assert len(set(raw)) < 3 or raw not in sent
@@ -387,3 +420,36 @@ def test_what_was_sent_before_a_run_was_resumed_is_not_done(deployed):
     stale = [e for n, e in found.mail.pushed if n == 100 and e.payload][-1].pack()
     header = Envelope.unpack(worker.answer(stale, streamed=False)).read(ReplyHeader)
     assert header.error == "the run has been resumed since this was sent"
+
+
+def test_a_worker_that_works_is_not_idle_however_long_it_takes(loopback):
+    federation = loopback(1)
+    worker, home = federation.worker(0), federation.home(0)
+    working, done, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def answer(message, *, streamed):
+        with worker._lock:
+            working.set()
+            done.wait(10)
+        return b"answer"
+
+    def served():
+        serve(worker, home, idle=0.01)
+        ended.set()
+
+    worker.answer = answer
+    with contextlib.closing(connect_when_there(served, home.socket)) as asking:
+        write_frame(asking, b"question")
+        assert working.wait(5) and not ended.wait(2.5)  # it looks every second
+        done.set()
+        assert read_frame(reader(asking), lambda: 10) == b"answer"
+    assert ended.wait(5)
+
+
+def connect_when_there(served, socket):
+    threading.Thread(target=served, daemon=True).start()
+    for _ in range(100):
+        with contextlib.suppress(ConnectionFailed):
+            return connect(socket)
+        time.sleep(0.01)
+    raise AssertionError("nobody listens")

@@ -31,6 +31,7 @@ from typing import TextIO
 from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
 from fedloom.audit import FILE, AuditLog, digest_of
 from fedloom.checkpoint import KEPT
+from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.calling import NO_LIMIT
 from fedloom.deployment.door import Caller, RunIsOver
 from fedloom.deployment.homes import ClientHome, OwnFile
@@ -38,7 +39,7 @@ from fedloom.deployment.kept import Kept, Version
 from fedloom.engines.frames import listen, read_frame, reader, write_frame
 from fedloom.engines.store import ClientStore
 from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
-from fedloom.errors import ConnectionFailed, FedloomError, MessageError, SettingsError
+from fedloom.errors import ConnectionFailed, DataError, FedloomError, MessageError, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.identity import (
     is_signed,
@@ -175,7 +176,7 @@ class Worker:
             text = str(error)
         except Exception as error:  # whatever breaks here is this client's affair
             LOG.exception("message %d failed", header.number)
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}; {WORKER_LOG} on its machine says more"
         LOG.warning("message %d: %s", header.number, text)
         return reply.model_copy(update={"error": text[:4000]}), b""
 
@@ -240,9 +241,15 @@ class Worker:
         if data.is_private or not own.data.deal:  # the held-out set is the coordinator's
             named |= {"test_source": None, "test_split": None}
         data = data.model_copy(update=named)
-        if own.data.deal:
-            return only(divide(replace(experiment, data=data)), number)
-        return divide(experiment, own=OwnRows(number, data, classes))
+        try:
+            if own.data.deal:
+                return only(divide(replace(experiment, data=data)), number)
+            return divide(experiment, own=OwnRows(number, data, classes))
+        except DataError as error:  # it may quote rows, and names files of this machine
+            LOG.warning("the client's rows: %s", error)
+            raise DataError(
+                f"its rows cannot be used as the experiment asks; {WORKER_LOG} on its machine says why"
+            ) from error
 
     def _joined(self, run: Run) -> Joined:
         parts, number = run.parts, self.joining.number
@@ -333,7 +340,8 @@ class Worker:
             except Exception:
                 LOG.exception("run %s: stream failed", run[:8])
                 break
-        self._streaming = None
+        if self._streaming == run:  # and not another's by now
+            self._streaming = None
 
     @contextlib.contextmanager
     def _answering(self, send: Callable[[bytes], None]) -> Iterator[Callable[[bytes], None]]:
@@ -359,23 +367,23 @@ class Worker:
             messages.put(None)
 
     @property
-    def streaming(self) -> bool:
-        """Whether a stream is open."""
-        return self._streaming is not None
+    def busy(self) -> bool:
+        """Whether something is being worked on, or may come over a stream."""
+        return self._lock.locked() or self._streaming is not None
 
 
 def serve(worker: Worker, home: ClientHome, idle: float) -> None:
     """Answer at the home's socket until nothing has been asked for ``idle`` seconds."""
-    listening = listen(home.socket)
-    listening.settimeout(1.0)
-    LOG.info("worker %d listens for client %d", os.getpid(), worker.joining.number)
-    while worker.streaming or time.monotonic() - worker.heard < idle:
-        try:
-            connection, _ = listening.accept()
-        except TimeoutError:
-            continue
-        connection.settimeout(None)
-        threading.Thread(target=_serve, args=(worker, connection), daemon=True).start()
+    with listen(home.socket) as listening:
+        listening.settimeout(1.0)
+        LOG.info("worker %d listens for client %d", os.getpid(), worker.joining.number)
+        while worker.busy or time.monotonic() - worker.heard < idle:
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                continue
+            connection.settimeout(None)
+            threading.Thread(target=_serve, args=(worker, connection), daemon=True).start()
     LOG.info("worker %d ends: nothing was asked for %g seconds", os.getpid(), idle)
 
 
