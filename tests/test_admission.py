@@ -51,6 +51,17 @@ def test_or_it_is_shortened():
     assert rejected == {1: "no answer"} and not admission.offences
 
 
+def test_who_says_that_it_has_many_rows_weighs_no_more_than_is_allowed():
+    sizes = {0: 10**12, 1: 10**12}
+    admission = Admission(AdmissionSettings(max_examples=7, max_change=2.5, on_excess="clip"))
+    answers = [answer(0), answer(1, (4.0, 1.0), (0.0, 4.0))]
+    replies, rejected = admission.accept(answers, exchange(), sizes)
+    assert [reply.payload.numbers["examples"] for reply in replies] == [7, 7] and not rejected
+    admission = Admission(AdmissionSettings(max_examples=11))
+    replies, _ = admission.accept(answers, exchange(), sizes)
+    assert [reply.payload.numbers["examples"] for reply in replies] == [10, 10]
+
+
 def test_missing_and_failing_clients_have_not_offended():
     admission = Admission()
     answers = [Answer(0, error="it fell over")]

@@ -10,6 +10,7 @@ from the records of rounds, so a resumed run decides the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -38,6 +39,8 @@ class AdmissionSettings(Settings):
     """Largest norm of what a client changed, over all tensors that it was sent (default: any)."""
     on_excess: Literal["reject", "clip"] = "reject"
     """What becomes of an answer above it: left out, or its change shortened to it."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Examples that a client weighs as at most, however many it says that it has (default: any)."""
     offences: int = Field(default=3, ge=1)
     """Unusable answers after which a client is left out for some rounds."""
     pause: int = Field(default=10, ge=0)
@@ -157,6 +160,9 @@ class Admission:
                     f"tensor {name} holds {largest:.4g}, admission.max_value allows "
                     f"{self.settings.max_value:g}"
                 )
+        most = self.settings.max_examples
+        if examples is not None and most is not None and examples > most:
+            payload = replace(payload, numbers={**payload.numbers, "examples": float(most)})
         if self.settings.max_change is None:
             return payload
         return self._bounded(answer.client, payload, exchange, self.settings.max_change)
@@ -178,8 +184,7 @@ class Admission:
             raise MessageError(
                 f"it changed what it was sent by {norm:.4g}, admission.max_change allows {largest:g}"
             )
-        cut = {**payload.tensors, **cut_change(both, sent, largest)}
-        return Payload(cut, payload.numbers, payload.metrics)
+        return replace(payload, tensors={**payload.tensors, **cut_change(both, sent, largest)})
 
 
 def accept(

@@ -19,7 +19,7 @@ from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
-from fedloom.errors import RoundFailed
+from fedloom.errors import OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Reply, StoredTensors, encode
 from fedloom.methods.base import Cohort, Method, Round
 from fedloom.randomness import generator
@@ -381,7 +381,10 @@ class _Play:
 
         def put_away(client: int, payload: Payload) -> Payload:
             path = folder / f"{client:06d}"
-            path.write_bytes(encode(payload, schema))
+            try:
+                path.write_bytes(encode(payload, schema))
+            except OSError as error:
+                raise OutputError(f"cannot write {path}: {error.strerror}") from error
             return replace(payload, tensors=StoredTensors(path, schema))
 
         folder.mkdir(parents=True, exist_ok=True)
