@@ -55,7 +55,9 @@ def test_a_payload_of_one_dtype_is_what_safetensors_writes():
     assert packed(one, {"only": "ünd"}) == save(one, {"only": "ünd"})
 
 
-def test_parts_lie_one_after_the_other_however_they_are_strided():
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_parts_lie_one_after_the_other_however_they_are_strided(small, monkeypatch):
+    monkeypatch.setattr("fedloom.packing.SMALL", small)
     wide = torch.arange(12.0).view(3, 4)
     data = pack({"x": Buffer(torch.float32, (24,), [wide.T, wide, torch.empty(0)])}, {})
     assert unpacked(data)[0]["x"].tolist() == [*wide.T.flatten().tolist(), *range(12)]
