@@ -1,19 +1,21 @@
 """The door: who may knock, and streams through it, over real sockets with TLS."""
 
 import contextlib
+import queue
 import socket
 import threading
 import time
 
 import pytest
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
 from fedloom.deployment import door as doors
 from fedloom.deployment.children import free_port
-from fedloom.deployment.door import Caller, Door, serve
+from fedloom.deployment.door import Caller, Door, Refusals, serve
 from fedloom.engines.frames import read_frame
 from fedloom.engines.streams import Arrival, Question, Streams, taken
-from fedloom.errors import ConnectionFailed, IdentityError
-from fedloom.identity import Members, make_authority, make_key, read_key
+from fedloom.errors import ConnectionFailed, IdentityError, OutputError
+from fedloom.identity import Members, make_authority, make_key, public_line, read_key
 
 RUN = "0" * 32
 
@@ -70,14 +72,51 @@ def test_unknown_and_revoked_keys_are_turned_away(site):
         read(1)
 
 
-def test_clocks_may_differ_by_minutes(site, monkeypatch):
-    real = time.time
-    monkeypatch.setattr(doors, "SKEW", -1)
-    with pytest.raises(IdentityError, match="its clock and the server's are 0 seconds apart, -1"):
-        site.caller().knock()
-    monkeypatch.setattr(doors, "SKEW", 300)
-    monkeypatch.setattr(doors.time, "time", lambda: real() + 100)
+@pytest.fixture
+def signing(monkeypatch):
+    """Have callers sign that it is another time, given as text or as seconds from now."""
+
+    def sign(moment):
+        def claims(self, run):
+            key = public_line(self.key)
+            now = moment if isinstance(moment, str) else f"{time.time() + moment:.3f}"
+            signature = doors.sign(self.key, doors._claim(key, now, run)).hex()
+            return (("key", key), ("time", now), ("run", run), ("signature", signature))
+
+        monkeypatch.setattr(Caller, "_claims", claims)
+
+    return sign
+
+
+@pytest.mark.parametrize("ahead", [-299, 0, 3])
+def test_clocks_may_be_minutes_behind_and_seconds_ahead(site, signing, ahead):
+    signing(ahead)
     assert site.caller().knock().number == 0
+
+
+@pytest.mark.parametrize(
+    ("ahead", "reason"),
+    [
+        (-301, r"its clock is 301\.\d seconds behind the server's, 300 are allowed: set the clock"),
+        (-86400, r"its clock is 86400\.\d seconds behind the server's"),
+        (6, r"its clock is [56]\.\d seconds ahead of the server's, 4 are allowed: set the clock"),
+        (299, r"its clock is 29\d\.\d seconds ahead of the server's"),
+        ("nan", "its clock is nan seconds ahead"),
+        ("inf", "its clock is inf seconds ahead"),
+        ("-inf", "its clock is inf seconds behind"),
+        ("noon", "not signed as a client of fedloom signs"),
+    ],
+)
+def test_which_clock_is_ahead_is_told_with_the_seconds(site, signing, ahead, reason):
+    signing(ahead)
+    with pytest.raises(IdentityError, match=reason):
+        site.caller().knock()
+    assert [event for event, _ in site.notes] == ["refused_client"]
+
+
+def test_whom_the_door_lets_in_flower_lets_in():
+    assert doors.AHEAD < SYSTEM_TIME_TOLERANCE
+    assert doors.BEHIND < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
 
 
 def test_a_signature_of_another_key_or_call_is_turned_away(site, monkeypatch):
@@ -92,6 +131,133 @@ def test_a_signature_of_another_key_or_call_is_turned_away(site, monkeypatch):
         site.caller().knock()
 
 
+def test_nobody_is_looked_up_before_the_signature_is_right(site, signing):
+    read = []
+    own = Door(lambda: read.append(1) or site.members(), lambda *a, **k: None, site.folder, 1)
+    signing(-400)
+    late = dict(site.caller()._claims(""))
+    signing(0)
+    claims = dict(site.caller()._claims(""))
+    for odd in (late, {}, claims | {"run": RUN}, claims | {"signature": "00"}):
+        with pytest.raises(IdentityError):
+            own._number(odd)
+    assert not read and own._number(claims) == 0 and read == [1]
+
+
+def test_refusals_are_noted_so_often_and_no_more():
+    notes, now = [], [50.0]
+    refuse = Refusals(lambda event, **facts: notes.append((event, facts)), lambda: now[0])
+    for number in range(1000):
+        refuse(peer=number)
+    assert notes == [("refused_client", {"peer": number}) for number in range(100)]
+    now[0] += 9.0
+    refuse(peer="early")
+    now[0] += 1.0
+    refuse(peer="next")
+    refuse(peer="after it")
+    assert notes[100:] == [("refused_client", {"peer": "next", "more": 901})]
+    now[0] += 1e6
+    for number in range(101):
+        refuse(peer=number)
+    assert len(notes) == 201 and notes[101][1] == {"peer": 0, "more": 1}
+    assert notes[102][1] == {"peer": 1}
+
+
+def test_what_could_not_be_noted_is_counted_still():
+    notes, now = [], [0.0]
+
+    def note(event, **facts):
+        if now[0] == 10.0:
+            raise OutputError("cannot write audit.jsonl: No space left on device")
+        notes.append(facts)
+
+    refuse = Refusals(note, lambda: now[0])
+    for _ in range(103):
+        refuse()
+    now[0] = 10.0
+    with pytest.raises(OutputError):
+        refuse()
+    now[0] = 20.0
+    refuse()
+    assert notes[100:] == [{"more": 3}]
+
+
+def test_strangers_cannot_fill_the_log_and_clients_are_still_noted(site, stranger):
+    for _ in range(130):
+        stranger.unary_unary(doors.DISTRUST)(b"", timeout=5)
+    site.caller().knock()
+    events = [event for event, _ in site.notes]
+    assert events == ["refused_client"] * 100 + ["client"]
+
+
+@pytest.fixture
+def stranger(site):
+    """A channel to the door without a key."""
+    credentials = doors.grpc.ssl_channel_credentials((site.folder / "ca.pem").read_bytes())
+    with doors.grpc.secure_channel(f"localhost:{site.port}", credentials) as channel:
+        yield channel
+
+
+@contextlib.contextmanager
+def silent(method, **options):
+    """Make a call of which nothing but the head is ever sent."""
+    never = queue.Queue()
+    call = method(iter(never.get, None), **options)
+    yield call
+    call.cancel()
+    never.put(None)
+
+
+@pytest.fixture
+def few_threads(monkeypatch):
+    monkeypatch.setattr(doors, "STREAMS", 2)
+
+
+def test_calls_without_a_message_hold_no_thread(few_threads, site, stranger):
+    with contextlib.ExitStack() as stack:
+        for method in [doors.KNOCK, doors.DISTRUST] * 2:
+            stack.enter_context(silent(stranger.stream_unary(method).future))
+        assert site.caller().knock().number == 0
+
+
+def opened(stack, site, channel, count):
+    """Open streams of as many clients over one connection, and return how many come in."""
+    for number in range(1, count + 1):
+        site.allow(f"site-{number}")
+        claims = site.caller(f"site-{number}")._claims(RUN)
+        stack.enter_context(silent(channel.stream_stream(doors.STREAM), metadata=claims))
+    time.sleep(0.5)
+    return sum(facts["what"] == "opens a stream" for _, facts in site.notes)
+
+
+def test_who_comes_when_all_threads_are_held_is_told(few_threads, site, stranger):
+    with contextlib.closing(Streams(site.folder / "s" / RUN)), contextlib.ExitStack() as stack:
+        assert opened(stack, site, stranger, 2) == 2
+        with pytest.raises(ConnectionFailed, match="Concurrent RPC limit exceeded"):
+            site.caller().knock()
+
+
+@pytest.fixture
+def small_share(monkeypatch):
+    monkeypatch.setattr(doors, "SHARE", 2, raising=False)
+
+
+def test_one_connection_has_its_share(small_share, site, stranger):
+    with contextlib.closing(Streams(site.folder / "s" / RUN)), contextlib.ExitStack() as stack:
+        assert opened(stack, site, stranger, 3) == 2
+        assert site.caller().knock().number == 0
+
+
+@pytest.mark.parametrize("pair", [None, (b"no key", b"no certificate")])
+def test_a_door_that_cannot_be_opened_says_why(pair):
+    own = Door(lambda: None, lambda *a, **k: None, None, 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConnectionFailed, match=f"cannot listen at {address}: something") as why:
+            serve(own, address, pair)
+    assert ("certificate" in str(why.value)) == (pair is not None)
+
+
 def test_another_authority_is_told(site, tmp_path):
     make_authority(tmp_path / "other", ["localhost"])
     with pytest.raises(ConnectionFailed, match="not the one that your authority vouches for"):
@@ -102,12 +268,11 @@ def test_another_authority_is_told(site, tmp_path):
     assert "key" not in told["reason"] and told["peer"].startswith("ipv")
 
 
-def test_what_is_noted_of_distrust_is_short(site):
-    credentials = doors.grpc.ssl_channel_credentials((site.folder / "server.pem").read_bytes())
-    with doors.grpc.secure_channel(f"localhost:{site.port}", credentials) as channel:
-        channel.unary_unary(doors.DISTRUST)(b"\xff" * 100_000, timeout=5)
+def test_what_is_noted_of_distrust_is_short(site, stranger):
+    why = ((doors.WHY, b"\xff" * 5000),)
+    stranger.unary_unary(doors.DISTRUST)(b"", timeout=5, metadata=why)
     ((_, told),) = site.notes
-    assert len(told["reason"]) < 300
+    assert 200 < len(told["reason"]) < 300
 
 
 @pytest.mark.parametrize("speaks", ["nothing", "nonsense"])

@@ -4,6 +4,8 @@ A gRPC service beside Flower's, with the same certificate. A client that joins k
 number or why it is not let in; both are noted in the server's audit log. During a run it may open a
 stream: bytes both ways, passed on unread to the process that plays the rounds, which learns from the
 door whose they are. Who knocks signs the moment and what it wants with its key.
+
+All that a stranger says is in the metadata of its call: no thread waits for more of it.
 """
 
 from __future__ import annotations
@@ -24,13 +26,19 @@ from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedloom.engines.frames import LENGTH, Read, connect, write_frame
 from fedloom.errors import ConnectionFailed, IdentityError
 from fedloom.identity import Members, hosts_of, is_signed, public_line, public_pem, sign
 
-SKEW = 300
-"""Seconds by which two machines' clocks may differ."""
+BEHIND, AHEAD = 300, 4
+"""Seconds by which a client's clock may be behind the server's, and ahead of it.
+
+Flower lets in what is less than 305 behind and 5 ahead (``TIMESTAMP_TOLERANCE`` and
+``SYSTEM_TIME_TOLERANCE`` in ``flwr.common.constant``) and does not say why it lets in no other. A second
+less here, as clocks drift.
+"""
 
 CHUNK = 1 << 18
 """Bytes that a stream passes on at a time."""
@@ -41,12 +49,18 @@ WAITING = 8
 STREAMS = 4096
 """Streams that may be open at a time: each has a thread, started when it is opened."""
 
+SHARE = 16
+"""Calls that one connection may have open at a time: a client has a stream for each of its runs."""
+
 KNOCK, STREAM = "/fedloom.Door/Knock", "/fedloom.Door/Stream"
-DISTRUST = "/fedloom.Door/Distrust"
-"""A client tells why it turned away from this server."""
+DISTRUST, WHY = "/fedloom.Door/Distrust", "reason-bin"
+"""A client tells why it turned away from this server, and where that stands."""
 
 REASON = 200
 """Characters of what is noted of that."""
+
+BURST, PACE = 100, 10.0
+"""Refusals that are noted at once, and seconds for one more from then on: 3 MB of audit log a day."""
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * CHUNK),
@@ -71,12 +85,43 @@ class RunIsOver(ConnectionFailed):
     """The run that a stream was to be opened to is not under way."""
 
 
+class Refusals:
+    """Notes who is not let in, no more than so often: strangers must not fill the disk.
+
+    From wherever they come, as addresses cost nothing. The next that is noted says how many before it
+    were not (``more``). Threads may share one.
+    """
+
+    def __init__(
+        self, note: Callable[..., None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Pass on to ``note``; ``clock`` gives seconds."""
+        self._note, self._clock = note, clock
+        self._room, self._since, self._more = float(BURST), clock(), 0
+        self._lock = threading.Lock()
+
+    def __call__(self, **facts: Any) -> None:
+        """Note a refusal, or count it."""
+        with self._lock:
+            now = self._clock()
+            self._room = min(BURST, self._room + (now - self._since) / PACE)
+            self._since = now
+            if self._room < 1:
+                self._more += 1
+                return
+            self._room -= 1
+            more = {"more": self._more} if self._more else {}
+            self._note("refused_client", **facts, **more)
+            self._more = 0
+
+
 class Door(grpc.GenericRpcHandler):
     """Lets clients in.
 
     Attributes:
         members: Returns who is let in, as of now.
-        note: Told of each knock, for the audit log.
+        note: Told of each client that is let in, for the audit log.
+        refuse: Told of each that is not.
         streams: Folder of the sockets of runs, by the run's id.
         flower_port: Where Flower listens.
     """
@@ -89,26 +134,31 @@ class Door(grpc.GenericRpcHandler):
         flower_port: int,
     ) -> None:
         """Keep what it needs."""
-        self.members, self.note = members, note
+        self.members, self.note, self.refuse = members, note, Refusals(note)
         self.streams, self.flower_port = streams, flower_port
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Return who handles a call."""
+        """Return who handles a call.
+
+        A knock has an empty message, which a handler of a unary call would have a thread wait for; to
+        one of a stream that does not look into it, on the wire the same, it need never come.
+        """
         if details.method == KNOCK:
-            return grpc.unary_unary_rpc_method_handler(self._knock)
+            return grpc.stream_unary_rpc_method_handler(self._knock)
         if details.method == STREAM:
             return grpc.stream_stream_rpc_method_handler(self._stream)
         if details.method == DISTRUST:
-            return grpc.unary_unary_rpc_method_handler(self._distrusted)
+            return grpc.stream_unary_rpc_method_handler(self._distrusted)
         return None
 
-    def _knock(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+    def _knock(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         number = self._admit(context, "joins")
         return json.dumps({"number": number, "flower_port": self.flower_port}).encode()
 
-    def _distrusted(self, request: bytes, context: grpc.ServicerContext) -> bytes:
-        reason = "it does not trust this server: " + request.decode(errors="replace")[:REASON]
-        self.note("refused_client", what="joins", peer=context.peer(), reason=reason)
+    def _distrusted(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        said = dict(context.invocation_metadata()).get(WHY, b"").decode(errors="replace")
+        reason = "it does not trust this server: " + said[:REASON]
+        self.refuse(what="joins", peer=context.peer(), reason=reason)
         return b""
 
     def _stream(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -133,36 +183,22 @@ class Door(grpc.GenericRpcHandler):
         try:
             number = self._number(claims)
         except IdentityError as error:
-            peer = context.peer()
-            self.note("refused_client", what=what, peer=peer, reason=str(error))
+            self.refuse(what=what, peer=context.peer(), reason=str(error))
             context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         self.note("client", what=what, client=number)
         return number
 
     def _number(self, claims: dict[str, Any]) -> int:
-        key, moment = str(claims.get("key", "")), str(claims.get("time", ""))
-        try:
-            own = public_pem(key)
-            apart = abs(time.time() - float(moment))
-            signature = bytes.fromhex(str(claims.get("signature", "")))
-        except ValueError:
-            raise IdentityError("the call is not signed as a client of fedloom signs") from None
+        key = _signed_by(claims)
         members = self.members()
-        number = members.number_of(own)
-        public = members.key(number) if number is not None else None
-        if number is None or public is None:
+        number = members.number_of(public_pem(key))
+        if number is None:
             known = any(member.key == key for member in members.members)
             why = "has been revoked" if known else "is not known here"
             raise IdentityError(
                 f"the key {key.split()[-1][-16:]} {why}; the coordinator lets it in with "
                 "`fedloom keys allow NAME FILE.pub`"
             )
-        if apart > SKEW:
-            raise IdentityError(
-                f"its clock and the server's are {apart:.0f} seconds apart, {SKEW} are allowed: set them"
-            )
-        if not is_signed(public, _claim(key, moment, str(claims.get("run", ""))), signature):
-            raise IdentityError("the signature is not one of the key that it names")
         return number
 
 
@@ -170,9 +206,12 @@ def serve(door: Door, address: str, certificate: tuple[bytes, bytes] | None) -> 
     """Start the door at ``address``; ``certificate`` is key and certificate in PEM, ``None`` for no TLS.
 
     Raises:
-        ConnectionFailed: Something else listens there.
+        ConnectionFailed: Something else listens there, or key and certificate do not fit.
     """
-    server = grpc.server(ThreadPoolExecutor(STREAMS), options=OPTIONS)
+    options = [*OPTIONS, ("grpc.max_concurrent_streams", SHARE)]
+    server = grpc.server(
+        ThreadPoolExecutor(STREAMS), options=options, maximum_concurrent_rpcs=STREAMS
+    )
     server.add_generic_rpc_handlers((door,))
     try:
         if certificate is None:
@@ -180,7 +219,8 @@ def serve(door: Door, address: str, certificate: tuple[bytes, bytes] | None) -> 
         else:
             server.add_secure_port(address, grpc.ssl_server_credentials([certificate]))
     except RuntimeError as error:
-        raise ConnectionFailed(f"cannot listen at {address}: something else does") from error
+        other = ", or its key and certificate do not fit together" if certificate else ""
+        raise ConnectionFailed(f"cannot listen at {address}: something else does{other}") from error
     server.start()
     return server
 
@@ -303,7 +343,32 @@ def _complain(address: str, reason: str) -> None:
         credentials = grpc.ssl_channel_credentials(shown.encode())
         options = [*OPTIONS, ("grpc.ssl_target_name_override", hosts_of(shown)[0])]
         with grpc.secure_channel(address, credentials, options) as channel:
-            channel.unary_unary(DISTRUST)(reason.encode(), timeout=1.0)
+            why = ((WHY, reason[:REASON].encode()),)
+            channel.unary_unary(DISTRUST)(b"", timeout=1.0, metadata=why)
+
+
+def _signed_by(claims: dict[str, Any]) -> str:
+    """Return the key by which a call was signed a moment ago, be it known here or not.
+
+    Raises:
+        IdentityError: It was not signed, by another key, or at another time.
+    """
+    key, moment, run = (str(claims.get(name, "")) for name in ("key", "time", "run"))
+    try:
+        behind = time.time() - float(moment)
+        signature = bytes.fromhex(str(claims.get("signature", "")))
+    except ValueError:
+        raise IdentityError("the call is not signed as a client of fedloom signs") from None
+    if not -AHEAD <= behind <= BEHIND:  # NaN is in no range
+        where, allowed = ("behind", BEHIND) if behind > 0 else ("ahead of", AHEAD)
+        raise IdentityError(
+            f"its clock is {abs(behind):.1f} seconds {where} the server's, {allowed} are allowed: set "
+            "the clock that is wrong"
+        )
+    own: Any = load_pem_public_key(public_pem(key))
+    if not is_signed(own, _claim(key, moment, run), signature):
+        raise IdentityError("the signature is not one of the key that it names")
+    return key
 
 
 def _claim(key: str, moment: str, run: str) -> bytes:
