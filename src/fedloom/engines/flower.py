@@ -204,6 +204,8 @@ class FlowerEngine:
                 self.roster.lost(arrival.client)  # its machine may be gone
             if asked is not None and asked.question == arrival.question is not None:
                 yield arrival.client, _unpacked(arrival.message)
+            elif isinstance(arrival.message, Path):  # it is waited for no longer
+                arrival.message.unlink(missing_ok=True)
 
     def _answer(self, asked: _Asked, exchange: Exchange, found: Envelope | str) -> Answer:
         client = asked.client

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import queue
 import socket
 import threading
@@ -18,9 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from fedloom.engines.frames import Read, listen, read_frame, read_length, reader, write_frame
 from fedloom.errors import MessageError
+
+LOG = logging.getLogger(__name__)
 
 LARGE = 1 << 22
 """Bytes above which a message waits on disk, so that any number of clients may send at once."""
@@ -109,9 +113,12 @@ class Streams:
         self._patience = patience
         self._streams: dict[int, _Stream] = {}
         self._asked: dict[int, _Asked] = {}
+        self._untaken: set[int] = set()  # whose large answer has arrived, and was not taken
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
+        for leftover in path.parent.glob(f"{path.name}-*"):  # of a process that was killed
+            leftover.unlink()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __contains__(self, client: int) -> bool:
@@ -143,26 +150,29 @@ class Streams:
                 if asked.broken is not None and now - asked.broken >= self._patience:
                     self._fail(client)
         with contextlib.suppress(queue.Empty):
-            yield self.arrived.get(timeout=timeout)
+            yield self._handed(self.arrived.get(timeout=timeout))
             while True:
-                yield self.arrived.get_nowait()
+                yield self._handed(self.arrived.get_nowait())
 
     def drop(self, client: int) -> None:
-        """Close a client's stream, if it has one, and wait for no answer of it."""
+        """Close a client's stream, if it has one; an answer of it is neither waited for nor kept."""
         with self._lock:
-            if self._asked.pop(client, None) is not None:
+            if self._asked.pop(client, None) is not None or client in self._untaken:
                 self._file(client).unlink(missing_ok=True)
+            self._untaken.discard(client)
             stream = self._streams.pop(client, None)
         if stream is not None:
             self._end(stream)
 
     def close(self) -> None:
-        """Close all streams and listen no longer."""
+        """Close all streams and listen no longer; of answers that were not taken nothing is left."""
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         self._path.unlink(missing_ok=True)
-        for client in self._streams.keys() | self._asked.keys():
+        with self._lock:
+            clients = self._streams.keys() | self._asked.keys() | self._untaken
+        for client in clients:
             self.drop(client)
 
     def _accept(self) -> None:
@@ -187,21 +197,25 @@ class Streams:
         try:
             while self._received(read, client):
                 pass
-        except (MessageError, OSError):  # more than it may send, or more than the disk can hold
+        except MessageError:  # more than it may send
+            hopeless = True
+        except OSError as error:  # more than the disk can hold
+            LOG.warning("client %d: its answer cannot be kept: %s", client, error)
             hopeless = True
         stream.over.set()
         self._broke(client, stream, hopeless=hopeless)
 
     def _welcome(self, client: int, stream: _Stream) -> None:
         """Let a stream take the place of the one before; what was asked is asked over it again."""
-        before = self._streams.get(client)
+        with self._lock:
+            before, asked = self._streams.get(client), self._asked.get(client)
+            self._streams[client] = stream
         if before is not None:
             self._end(before)
             before.over.wait(1.0)  # it may be writing what came
         with self._lock:
-            self._streams[client] = stream
-            asked = self._asked.get(client)
-            if asked is None:
+            superseded = self._streams.get(client) is not stream
+            if asked is None or superseded or self._asked.get(client) is not asked:
                 return
             asked.broken, asked.returns = None, asked.returns + 1
             if asked.returns > RETURNS:
@@ -220,22 +234,36 @@ class Streams:
         if length <= LARGE and not asked.held:
             message = read(length)
         else:
-            message = self._file(client)
-            with message.open("ab" if asked.held else "wb") as file:
-                for start in range(0, length, PART):
-                    part = read(min(PART, length - start))
-                    if part is None:
-                        return False
-                    asked.held += file.write(part)
-        if message is None:
-            return False
+            message = self._written(read, length, client, asked)
         with self._lock:
-            known = self._asked.get(client) is asked
-            if known:
-                del self._asked[client]
-        if known:
+            if message is None or self._asked.get(client) is not asked:
+                return False
+            del self._asked[client]
+            if isinstance(message, Path):
+                self._untaken.add(client)
             self.arrived.put(Arrival(client, asked.number, message))
-        return known
+        return True
+
+    def _written(self, read: Read, length: int, client: int, asked: _Asked) -> Path | None:
+        """Return the file to which so many bytes were added as they came, or ``None`` if they did not."""
+        with self._lock:  # once its question is given up, no file of it comes to be
+            if self._asked.get(client) is not asked:
+                return None
+            file: BinaryIO = self._file(client).open("ab" if asked.held else "wb")
+        with file:
+            for start in range(0, length, PART):
+                part = read(min(PART, length - start))
+                if part is None:
+                    return None
+                asked.held += file.write(part)
+        return self._file(client)
+
+    def _handed(self, arrival: Arrival) -> Arrival:
+        """Return an arrival, whose file is from now on the business of who takes it."""
+        if isinstance(arrival.message, Path):
+            with self._lock:
+                self._untaken.discard(arrival.client)
+        return arrival
 
     def _room(self, client: int) -> int:
         """Return the bytes that a client may send now: none where it was asked nothing."""
