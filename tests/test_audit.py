@@ -3,13 +3,14 @@
 import json
 import resource
 import signal
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from typer.testing import CliRunner
 
 import fedloom
-from fedloom.audit import AuditLog, match, verify
+from fedloom.audit import AuditLog, events, match, verify
 from fedloom.cli import app
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import AuditError, Interrupted, OutputError
@@ -67,6 +68,50 @@ def test_it_goes_on_after_a_torn_line(log):
     lines = read(log)
     assert len(lines) == 5 and lines[-1]["before"] == before.last
     assert verify(log).lines == 5
+
+
+def test_a_torn_line_is_dropped_where_nothing_can_be_written(log):
+    """As if power went while it is dropped: what is whole is never written anew."""
+    before = log.read_bytes()
+    with log.open("a") as file:
+        file.write('{"number": 5, "ti')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        AuditLog(log)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.read_bytes() == before
+
+
+def test_a_log_that_is_all_torn_begins_anew(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    path.write_text('{"number": 1, "ti')
+    AuditLog(path).record("began")
+    assert verify(path).lines == 1
+
+
+def test_a_line_of_no_text_is_named(log):
+    with log.open("ab") as file:
+        file.write(b"\xff\n")
+    with pytest.raises(AuditError, match=r"audit.jsonl, line 5: it is no line"):
+        verify(log)
+
+
+def test_a_long_log_is_read_line_by_line(tmp_path):
+    own = AuditLog(tmp_path / "audit.jsonl")
+    for client in range(1000):
+        own.record("accepted", client=client % 4, reason="x" * 4000)
+    own.record("ended")
+    with own.path.open("a") as file:
+        file.write('{"number": 1002, "ti')
+    tracemalloc.start()
+    try:
+        AuditLog(own.path)
+        assert [event["number"] for event in events(own.path, "ended")] == [1001]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 19  # the log has 4 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_no_log(tmp_path):

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,14 @@ def verify(path: Path) -> AuditResult:
     """
     path = _log(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as lines:
+            return _verified(path, lines)
+    except OSError as error:
         raise OutputError(f"no audit log can be read at {path}: {error}") from error
-    before, refused, clients = START, 0, set()
+
+
+def _verified(path: Path, lines: Iterable[bytes]) -> AuditResult:
+    number, before, refused, clients = 0, START, 0, set()
     for number, line in enumerate(lines, 1):
         try:
             body = json.loads(line)
@@ -141,7 +145,7 @@ def verify(path: Path) -> AuditResult:
         refused += body["event"] == "refused"
         if body["event"] in ("accepted", "refused"):
             clients.add(body["client"])
-    return AuditResult(len(lines), before, refused, len(clients))
+    return AuditResult(number, before, refused, len(clients))
 
 
 @dataclass(frozen=True)
@@ -219,8 +223,8 @@ def events(path: Path, *names: str) -> list[dict[str, Any]]:
     path = _log(path)
     if not path.is_file():
         return []
-    found = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [event for event in found if event["event"] in names]
+    with path.open("rb") as lines:
+        return [event for event in map(json.loads, lines) if event["event"] in names]
 
 
 def _log(path: Path) -> Path:
@@ -238,6 +242,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _drop_torn_line(path: Path) -> None:
     """Drop a last line that a kill has torn; it was never reported as written."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    with path.open("rb") as file:
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
