@@ -126,3 +126,18 @@ def test_a_client_that_leaves_is_forgotten_in_every_checkpoint(tmp_path):
     for round in (1, 2):
         assert list(checkpoint.load(tmp_path, "x", round).clients) == [0]
     assert checkpoint.forget(tmp_path, 3) == 0
+
+
+def test_who_is_stopped_while_it_forgets_leaves_checkpoints_whole(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        checkpoint.forget(tmp_path, 7)
+    monkeypatch.undo()
+    assert list(checkpoint.load(tmp_path, "f" * 64).clients) == [0, 7]
+    assert checkpoint.forget(tmp_path, 7) == 1
+    assert list(checkpoint.load(tmp_path, "f" * 64).clients) == [0]

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 from fedloom.errors import CheckpointError, OutputError
+from fedloom.files import write_whole
 from fedloom.messages import Tensors
 
 KEPT = 2
@@ -222,7 +223,8 @@ def forget(folder: Path, client: int) -> int:
             if (path / name).is_file():
                 sums = json.loads((path / "manifest.json").read_text())
                 sums.pop(name, None)
-                _write(path / "manifest.json", json.dumps(sums).encode())
+                write_whole(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
+                _sync(path)
                 (path / name).unlink()  # what the manifest does not name is not read
                 found += 1
     except OSError as error:
