@@ -1,6 +1,8 @@
 """Robust means by hand, under attack, and with values that are not finite."""
 
 import math
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from fedloom.aggregation.robust import (
     multi_krum,
     trimmed_mean,
 )
+from fedloom.messages import Payload, Schema, StoredTensors, encode
 
 
 def updates(*rows):
@@ -69,6 +72,45 @@ def test_clipped_mean_by_hand():
     assert flat(cut_change(two[1], start, 1.0)) == pytest.approx([1.6, 1.8])
     assert flat(clipped_mean(two, [1.0, 3.0], start, 1.0)) == pytest.approx([1.45, 1.725])
     assert flat(clipped_mean(two, [1.0, 1.0], start, 9.0)) == pytest.approx([2.5, 3.25])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_clipped_mean_is_the_mean_of_updates_that_are_cut(dtype):
+    rng = np.random.default_rng(2)
+    start, weights = {"w": torch.tensor(rng.normal(size=50))}, [1.0, 5.0, 2.0, 3.0]
+    own = [{"w": start["w"] + torch.tensor(rng.normal(size=50))} for _ in weights]
+    own[1]["w"] *= 1e6  # from far out
+    cut = weighted_mean([cut_change(update, start, 6.5) for update in own], weights)["w"]
+    given = [{"w": update["w"].to(dtype)} for update in own]
+    found = clipped_mean(given, weights, {"w": start["w"].to(dtype)}, 6.5)["w"]
+    assert found.dtype == dtype
+    error = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
+    assert torch.allclose(found.double(), cut, rtol=0, atol=error)
+    whole = clipped_mean(given, weights, {"w": start["w"].to(dtype)}, 1e9)["w"]
+    assert torch.equal(whole, weighted_mean(given, weights)["w"])
+
+
+def test_clipped_mean_of_updates_on_disk_reads_one_tensor_of_one_at_a_time(tmp_path):
+    size, rng = 100_000, np.random.default_rng(3)
+    own, stored = [], []
+    for number in range(16):
+        change = rng.normal(size=(4, size)).astype(np.float32)
+        own.append({f"{i}": torch.from_numpy(row) * (number + 1) for i, row in enumerate(change)})
+        schema, path = Schema.of(own[-1]), tmp_path / f"{number}"
+        path.write_bytes(encode(Payload(own[-1]), schema))
+        stored.append(StoredTensors(path, schema))
+    start = {f"{i}": torch.zeros(size) for i in range(4)}
+    norm = float(torch.cat(list(own[8].values())).norm())  # half of them are cut
+    weights = [float(number) for number in range(1, 17)]
+    tracemalloc.start()
+    try:
+        found = clipped_mean(stored, weights, start, norm)
+        held = tracemalloc.get_traced_memory()[1]  # what is read; not what torch holds
+    finally:
+        tracemalloc.stop()
+    in_memory = clipped_mean(own, weights, start, norm)
+    assert all(torch.equal(tensor, in_memory[name]) for name, tensor in found.items())
+    assert held < (2 * (os.cpu_count() or 1) + 2) * 4 * size
 
 
 RULES = {

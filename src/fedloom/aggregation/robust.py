@@ -111,6 +111,12 @@ def clipped_mean(
 ) -> Tensors:
     """Return the start plus the weighted mean of changes, each cut to a norm.
 
+    With s_k the share of change k that is kept, sum_k p_k (start + s_k (w_k - start)) is a weighted mean
+    of the updates w_k, by p_k s_k, and of the start, by sum_k p_k (1 - s_k): no update is copied, and of
+    those that wait on disk one tensor is in memory at a time. The start comes first, so that the running
+    mean is near it when it meets an update from far out; where nothing is cut it has no weight, and the
+    bits are those of :func:`weighted_mean`.
+
     Args:
         updates: What clients sent back.
         weights: One a client.
@@ -123,20 +129,28 @@ def clipped_mean(
     kept = finite_ones(updates)
     if not kept:
         raise ValueError("no update is finite")
-    cut = [cut_change(updates[i], start, largest) for i in kept]
-    return weighted_mean(cut, [weights[i] for i in kept])
+    shares = [_share(updates[i], start, largest) for i in kept]
+    parts = [weights[i] * share for i, share in zip(kept, shares, strict=True)]
+    rest = sum(weights[i] * (1 - share) for i, share in zip(kept, shares, strict=True))
+    first = {name: start[name].to(t.dtype) for name, t in updates[kept[0]].items()}
+    return weighted_mean([first, *(updates[i] for i in kept)], [rest, *parts])
 
 
 def cut_change(update: Tensors, start: Tensors, largest: float) -> Tensors:
     """Return an update whose change from ``start`` has at most this norm."""
-    norm = distance(update, start)
-    if norm <= largest:
+    share = _share(update, start, largest)
+    if share == 1.0:
         return dict(update)
-    share = largest / norm
     return {
         name: (start[name].double() + share * (t.double() - start[name].double())).to(t.dtype)
         for name, t in update.items()
     }
+
+
+def _share(update: Tensors, start: Tensors, largest: float) -> float:
+    """Return how much of an update's change from ``start`` may stay, from 0 to 1."""
+    norm = distance(update, start)
+    return 1.0 if norm <= largest else largest / norm
 
 
 def _usable(updates: Sequence[Tensors], bad: int, more: int) -> tuple[list[Tensors], int]:

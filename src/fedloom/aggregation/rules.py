@@ -38,8 +38,10 @@ def combined(
         largest: Largest norm of a change, for clipped_mean.
 
     Raises:
-        ValueError: Too few updates for the rule.
+        ValueError: Too few updates for the rule, or there is no such rule.
     """
+    if rule == "mean":
+        return weighted_mean(updates, weights)
     if rule == "median":
         return coordinate_median(updates)
     if rule == "trimmed_mean":
@@ -52,4 +54,4 @@ def combined(
         return geometric_median(updates, weights)
     if rule == "clipped_mean":
         return clipped_mean(updates, weights, start, largest)
-    return weighted_mean(updates, weights)
+    raise ValueError(f"{rule!r} is no rule")

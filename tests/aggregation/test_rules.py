@@ -1,0 +1,29 @@
+"""Rules by name: each is known, and no other."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from fedloom.aggregation.means import weighted_mean
+from fedloom.aggregation.rules import combined
+from fedloom.methods.base import AggregationSettings
+
+START = {"w": torch.zeros(3)}
+UPDATES = [{"w": torch.arange(3.0) + i} for i in range(5)]
+WEIGHTS = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("rule", get_args(AggregationSettings.model_fields["rule"].annotation))
+def test_every_rule_that_can_be_set_is_known(rule):
+    assert combined(rule, UPDATES, WEIGHTS, START)["w"].shape == (3,)
+
+
+def test_the_mean():
+    found = combined("mean", UPDATES, WEIGHTS, START)["w"]
+    assert torch.equal(found, weighted_mean(UPDATES, WEIGHTS)["w"])
+
+
+def test_another_is_not_taken_for_the_mean():
+    with pytest.raises(ValueError, match="'fedavg' is no rule"):
+        combined("fedavg", UPDATES, WEIGHTS, START)
