@@ -29,11 +29,9 @@ def from_records(content: RecordDict) -> Envelope:
     Raises:
         MessageError: It was no envelope.
     """
-    try:
-        header, payload = content["header"], content["payload"]
-        assert isinstance(header, ConfigRecord) and isinstance(payload, ArrayRecord)
-        parts = (header["header"], payload["payload"].data, header["signature"])
-        assert all(isinstance(part, bytes) for part in parts)
-    except (KeyError, AssertionError, AttributeError):
-        raise MessageError("the message holds no envelope of fedloom") from None
-    return Envelope(*parts)  # type: ignore[arg-type]
+    match content.get("header"), content.get("payload"):
+        case ConfigRecord() as header, ArrayRecord() as payload:
+            match header.get("header"), payload.get("payload"), header.get("signature"):
+                case bytes() as said, Array(data=bytes() as data), bytes() as signature:
+                    return Envelope(said, data, signature)
+    raise MessageError("the message holds no envelope of fedloom")
