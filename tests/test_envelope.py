@@ -23,7 +23,9 @@ WORK = WorkDone(
         REPLY.model_copy(
             update={"joined": Joined(rows=3, held_out=0, model="0" * 64, version="1")}
         ),
-        RequestHeader(kind="exchange", run="a" * 32, began=[-1, 3], client=0, request={"tensors": []}),
+        RequestHeader(
+            kind="exchange", run="a" * 32, began=[-1, 3], client=0, request={"tensors": []}
+        ),
         RequestHeader(kind="join", run="0f" * 16, began=[-1], experiment="x = 1", streams=True),
     ],
 )

@@ -1,10 +1,13 @@
-"""Files that are there whole or not at all, and a log that outlives whoever writes it."""
+"""Files that are there whole or not at all, and files that one process holds as long as it lives."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 from fedloom.errors import OutputError
 
@@ -38,3 +41,38 @@ def sweep(folder: Path, name: str = "*") -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> TextIO | None:
+    """Return a lock that no other process has while the file is open, or ``None`` where another has it.
+
+    The number of this process stands in the file. The system lets go of the lock when the process ends,
+    however it does; the number alone would tell nothing, since it may be another process's by then.
+
+    Raises:
+        OutputError: The file cannot be written, or not locked.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    except OSError as error:
+        raise OutputError(f"cannot lock {path}: {error.strerror}") from error
+    return file
+
+
+def holder(path: Path) -> int | None:
+    """Return the process that has the lock at ``path``, or ``None`` where none has."""
+    with contextlib.suppress(OSError, ValueError), path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read())
+    return None

@@ -55,8 +55,10 @@ class Members:
         """
         self.path = path
         self.members: list[Member] = []
-        table = read_toml(path) if path.exists() else {}
-        for row in table.get("client", []):
+        rows: Any = read_toml(path).get("client", []) if path.exists() else []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise IdentityError(f"{path}: clients must be tables, [[client]] with name and key")
+        for row in rows:
             member, problems = parse(Member, row, "client")
             if member is None:
                 raise IdentityError(f"{path}: {'; '.join(problems)}")

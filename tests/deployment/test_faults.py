@@ -434,7 +434,7 @@ def test_a_worker_that_works_is_not_idle_however_long_it_takes(loopback):
         return b"answer"
 
     def served():
-        serve(worker, home, idle=0.01)
+        serve(worker, home, idle=0.5)
         ended.set()
 
     worker.answer = answer

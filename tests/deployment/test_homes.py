@@ -2,7 +2,15 @@
 
 import pytest
 
-from fedloom.deployment.children import Child, free_port, program, require_free, wait_until_open
+from fedloom.deployment.children import (
+    Child,
+    address,
+    free_port,
+    program,
+    reachable,
+    require_free,
+    wait_until_open,
+)
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile, ServerHome
 from fedloom.errors import ConnectionFailed, SettingsError
 
@@ -60,12 +68,28 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
     child.stop()
 
 
+def test_a_log_that_has_grown_large_is_begun_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.children.PAUSE", 0.0)
+    monkeypatch.setattr("fedloom.deployment.children.LARGE", 10)
+    child, old = Child(["python", "-c", ""], tmp_path / "a.out", {}), tmp_path / "a.out.1"
+    for before, now, aside in [("small", "small", None), ("l" * 11, "", "l" * 11)]:
+        child.log.write_text(before)
+        child.keep_alive()
+        child.process.wait()
+        assert child.log.read_text() == now
+        assert (old.read_text() if old.exists() else None) == aside
+    child.log.write_text("m" * 12)
+    child.keep_alive()
+    child.stop()
+    assert old.read_text() == "m" * 12
+
+
 def test_a_child_that_does_not_start_is_told(tmp_path):
     child = Child(["python", "-c", "raise SystemExit(1)"], tmp_path / "a.out", {})
     child.keep_alive()
     child.process.wait()
     with pytest.raises(ConnectionFailed, match=r"python did not start; see .*a\.out"):
-        wait_until_open(free_port(), child)
+        wait_until_open("127.0.0.1", free_port(), child)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
@@ -75,6 +99,14 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(ConnectionFailed, match=f"cannot listen at 127.0.0.1:{port}"):
             require_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [("0.0.0.0", "localhost"), ("::", "localhost"), ("10.0.0.5", "10.0.0.5"), ("::1", "[::1]")],
+)
+def test_a_server_reaches_itself_where_it_listens(host, found):
+    assert address(reachable(host), 9) == f"{found}:9"
 
 
 def test_flower_that_is_not_installed_is_told(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import fedloom
 from fedloom.audit import events
 from fedloom.identity import make_authority
+from machines import machines
 
 
 def states(folder):
@@ -142,7 +143,34 @@ def test_a_server_needs_certificates_in_force(federation_of_two, tmp_path):
 def test_a_second_server_is_refused(federation_of_two):
     words = ("server", "start", "--home", federation_of_two.server)
     done = federation_of_two.call(*words, check=False)
-    assert done.returncode == 4 and "a server runs in" in done.stderr
+    assert done.returncode == 4 and "there is a server in" in done.stderr
+
+
+def test_a_second_client_is_refused(federation_of_two):
+    node = federation_of_two.folder / "c0" / "logs" / "supernode.pid"
+    before = node.read_text()
+    done = federation_of_two.call(*federation_of_two.joining(0), check=False)
+    assert done.returncode == 4 and "there is a client in" in done.stderr
+    time.sleep(0.5)  # one that was killed is noticed, and started again
+    assert node.read_text() == before and int(before) in federation_of_two.pids("c0")
+
+
+@pytest.mark.slow
+def test_a_server_can_listen_at_one_address_alone():
+    with machines(1) as own:
+        own.network.listen_at = own.network.address = "127.0.0.2"
+        words = ("--home", own.server, "--port", own.port, "--door", own.door)
+        done = own.call("server", "start", "--host", "127.0.0.2", *words, check=False)
+        assert done.returncode == 4 and "certs --host 127.0.0.2" in " ".join(done.stderr.split())
+        own.call("certs", "--home", own.server, "--host", "127.0.0.2")
+        own.start_all()
+        end = time.monotonic() + 30
+        while not re.search(r"client-0\s+online", own.call("status", "--home", own.server).stdout):
+            assert time.monotonic() < end
+        own.kill("server")
+        own.start_server()  # though server.toml and server.pid are still there
+        own.call("server", "stop", "--home", own.server)
+        assert own.processes.pop("server").wait(20) == 0
 
 
 @pytest.mark.parametrize("words", [("status",), ("stop",), ("server", "stop"), ("client", "leave")])

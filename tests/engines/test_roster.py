@@ -80,13 +80,13 @@ def test_a_slip_in_the_list_of_members_is_noted_once_and_ends_nothing(site, tmp_
     roster.audit = lambda event, **facts: notes.append((event, facts["reason"]))
     sound = (tmp_path / "clients.toml").read_text()
     assert roster.trusted(reply(1, by=1), asked(1)).client == 1
-    for broken in ("[[client", 'client = [{ nme = "x" }]'):
+    for broken in ("[[client", 'client = [{ nme = "x" }]', "client = 5", "client = [5]"):
         (tmp_path / "clients.toml").write_text(broken)
         for _ in range(2):
             assert roster.trusted(reply(1, by=1), asked(1)).client == 1
         (tmp_path / "clients.toml").write_text(sound)
         assert roster.revoked() == []
-    assert [event for event, _ in notes] == ["unread_members"] * 2
+    assert [event for event, _ in notes] == ["unread_members"] * 4
     assert "clients.toml" in notes[0][1] and "nme" in notes[1][1]
 
 

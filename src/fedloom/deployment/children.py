@@ -11,12 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import ConnectionFailed, FedloomError, SettingsError
+from fedloom.files import holder, lock
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -35,6 +36,9 @@ LINK = "here"
 
 PAUSE = 1.0
 """Seconds before a child that died is started again; doubled each time, up to a minute."""
+
+LARGE = 16 << 20
+"""Bytes of a log above which the next start of its child begins another; one old log is kept."""
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Child:
         died = self.process is not None
         self._deaths += died
         self._again = time.monotonic() + min(60.0, PAUSE * 2**self._deaths)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [program(self.command[0]), *self.command[1:]],
@@ -77,6 +81,11 @@ class Child:
             )
         self._pid.write_text(str(self.process.pid))
         return died
+
+    def _make_room(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        if self.log.exists() and self.log.stat().st_size > LARGE:
+            self.log.replace(self.log.with_name(f"{self.log.name}.1"))
 
     @property
     def _pid(self) -> Path:
@@ -170,16 +179,46 @@ def flwr(home: Path, *arguments: str) -> dict[str, Any]:
     raise FedloomError(f"flwr {' '.join(arguments[:2])} failed: {said}")
 
 
-def end(process: int) -> int:
-    """Tell a process to end; return it.
+@contextlib.contextmanager
+def only(what: str, path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Be the only server, run or client of a home.
+
+    Args:
+        what: Which of them.
+        path: Its lock, in the home.
+        patience: Seconds that another one, which may be ending, has to let go of it.
 
     Raises:
-        ConnectionFailed: It is gone.
+        ConnectionFailed: Another one is there.
     """
+    end = time.monotonic() + patience
+    while (held := lock(path)) is None:
+        if time.monotonic() >= end:
+            raise ConnectionFailed(
+                f"there is a {what} in {path.parent} already; stop it, or choose another --home"
+            )
+        time.sleep(0.1)
+    with held:
+        yield
+
+
+def end(what: str, path: Path) -> int:
+    """Tell the process that has a lock to end; return it.
+
+    Args:
+        what: Whether it is the server, the client or the worker of a home.
+        path: Its lock, in the home.
+
+    Raises:
+        ConnectionFailed: There is none, or it is another user's.
+    """
+    process = holder(path)
+    if process is None:
+        raise ConnectionFailed(f"no {what} runs in {path.parent}")
     try:
         os.kill(process, signal.SIGTERM)
-    except ProcessLookupError:
-        raise ConnectionFailed(f"process {process} is gone already") from None
+    except OSError as error:
+        raise ConnectionFailed(f"cannot stop process {process}: {error.strerror}") from None
     return process
 
 
@@ -196,25 +235,35 @@ def require_free(host: str, port: int) -> None:
     Raises:
         ConnectionFailed: Somebody does, or it may not be used.
     """
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConnectionFailed(
-                f"cannot listen at {host}:{port}: {error.strerror}; choose another port"
+                f"cannot listen at {address(host, port)}: {error.strerror}; choose another port"
             ) from None
 
 
-def wait_until_open(port: int, child: Child, seconds: float = 60.0) -> None:
-    """Wait until a child listens at a port of this machine.
+def address(host: str, port: int) -> str:
+    """Return HOST:PORT, with an address of IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def reachable(host: str) -> str:
+    """Return where this machine itself reaches what listens at ``host``."""
+    return "localhost" if host in ("0.0.0.0", "::") else host
+
+
+def wait_until_open(host: str, port: int, child: Child, seconds: float = 60.0) -> None:
+    """Wait until a child listens.
 
     Raises:
         ConnectionFailed: It ended, or does not listen in time.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
             return
         if child.process is not None and child.process.poll() is not None:
             break

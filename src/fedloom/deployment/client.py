@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.deployment.calling import start_worker
-from fedloom.deployment.children import Child, Family, end, free_port
+from fedloom.deployment.children import Child, Family, end, free_port, only
 from fedloom.deployment.door import Caller
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.errors import ConnectionFailed
 from fedloom.identity import read_key, require_current
-
-PID = "client.pid"
 
 
 def join(
@@ -40,7 +37,7 @@ def join(
 
     Raises:
         IdentityError: The key cannot be read, or is not let in; the authority has expired.
-        ConnectionFailed: The server cannot be reached or is another one.
+        ConnectionFailed: The server cannot be reached or is another one; or a client runs in the folder.
         SettingsError: The client's file has mistakes.
     """
     if own is not None:
@@ -48,26 +45,32 @@ def join(
     if authority is not None:
         require_current(authority)
     caller = Caller(server, read_key(key), authority.read_bytes() if authority else None)
-    welcome = caller.knock()
-    joining = Joining(
-        door=server,
-        number=welcome.number,
-        key=str(key.resolve()),
-        authority=str(authority.resolve()) if authority else None,
-        own=str(own.resolve()) if own else None,
-    )
-    home.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    home.write_joining(joining)
-    host = server.rpartition(":")[0]
-    family = Family(_children(home, joining, f"{host}:{welcome.flower_port}"))
+    with only("client", home.lock):
+        welcome = caller.knock()
+        joining = Joining(
+            door=server,
+            number=welcome.number,
+            key=str(key.resolve()),
+            authority=str(authority.resolve()) if authority else None,
+            own=str(own.resolve()) if own else None,
+        )
+        home.write_joining(joining)
+        host = server.rpartition(":")[0]
+        family = Family(_children(home, joining, f"{host}:{welcome.flower_port}"))
+        _keep_going(home, caller, family, lambda: ready(joining))
+
+
+def _keep_going(
+    home: ClientHome, caller: Caller, family: Family, ready: Callable[[], None]
+) -> None:
+    """Keep a client's processes going until told to stop."""
     family.end_leftovers()
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
-    (home.path / PID).write_text(str(os.getpid()))
     end_worker(home)  # it may know another key or file
     start_worker(home.path)
-    ready(joining)
+    ready()
     try:
         while not stopping:
             for child in family.children:
@@ -80,7 +83,6 @@ def join(
     finally:
         family.stop()
         end_worker(home)
-        (home.path / PID).unlink(missing_ok=True)
 
 
 def take_part(
@@ -93,7 +95,10 @@ def take_part(
 ) -> None:
     """Take part in a federation until told to stop, and say under which number."""
     if authority is None:
-        say("warning: no TLS: everybody on the network can read along")
+        say(
+            "warning: no TLS: everybody on the network can read along, and another server could pass "
+            "for this one"
+        )
 
     def ready(joining: Joining) -> None:
         say(f"joined {address} as client {joining.number}; folder {home}")
@@ -107,17 +112,13 @@ def leave(home: Path) -> int:
     Raises:
         ConnectionFailed: None runs there.
     """
-    try:
-        return end(int((home / PID).read_text()))
-    except (OSError, ValueError):
-        raise ConnectionFailed(f"no client runs in {home}") from None
+    return end("client", ClientHome(home).lock)
 
 
 def end_worker(home: ClientHome) -> None:
     """End the worker of a home, if it runs."""
-    with contextlib.suppress(OSError, ValueError):
-        os.kill(int(home.pid.read_text()), signal.SIGTERM)
-        home.pid.write_text("")
+    with contextlib.suppress(ConnectionFailed):
+        end("worker", home.pid)
 
 
 def _children(home: ClientHome, joining: Joining, flower: str) -> list[Child]:

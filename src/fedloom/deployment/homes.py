@@ -135,6 +135,11 @@ class ClientHome:
         return self.path / SOCKET
 
     @property
+    def lock(self) -> Path:
+        """The process that takes part, and the lock that makes it the only one."""
+        return self.path / "client.pid"
+
+    @property
     def pid(self) -> Path:
         """The worker's process, and the lock that makes it the only one."""
         return self.path / "worker.pid"
@@ -178,6 +183,16 @@ class ServerHome:
     """The server's folder."""
 
     path: Path
+
+    @property
+    def lock(self) -> Path:
+        """The process that serves, and the lock that makes it the only one."""
+        return self.path / "server.pid"
+
+    @property
+    def playing(self) -> Path:
+        """The process that plays a run, and the lock that makes it the only one."""
+        return self.path / "run.pid"
 
     @property
     def authority(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -13,20 +14,29 @@ from fedloom.deployment.children import (
     LINK,
     Child,
     Family,
+    address,
     end,
     flwr,
+    only,
+    reachable,
     require_free,
     wait_until_open,
 )
 from fedloom.deployment.door import Door, serve
 from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
+from fedloom.errors import IdentityError, OutputError
 from fedloom.files import write_whole
-from fedloom.identity import Member, require_current
+from fedloom.identity import Member, hosts_of, require_current
 from fedloom.settings import read_toml, write_toml
 
 PORT, DOOR = 9092, 9093
 REGISTERED = "registered.toml"
+
+RETRY = 5.0
+"""Seconds before Flower is told again what it could not be told."""
+
+CHECK = 60.0
+"""Seconds between looks at the certificate's last day."""
 
 
 def start(
@@ -45,24 +55,33 @@ def start(
         host: Address to listen at.
         port: Of Flower.
         door: Of the door.
-        insecure: Whether to do without TLS; nothing that travels is secret then.
+        insecure: Whether to do without TLS: what travels can be read then, and nothing proves to a
+            client that this is its server; keys of clients are asked for all the same.
         ready: Called once clients can join.
 
     Raises:
-        IdentityError: A certificate is missing or has expired.
-        ConnectionFailed: A port is taken, or Flower does not start.
+        IdentityError: A certificate is missing, has expired, or does not name the host.
+        ConnectionFailed: A server runs in the folder, a port is taken, or Flower does not start.
     """
     if not insecure:
         require_current(home.certificate)
         require_current(home.authority)
+        require_named(home.certificate, reachable(host))
     serving = Serving(host=host, port=port, door=door, insecure=insecure, pid=os.getpid())
+    with only("server", home.lock):
+        _serve(home, serving, ready)
+
+
+def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None]) -> None:
+    """Serve as the only one in a home."""
+    host, port, door, insecure = serving.host, serving.port, serving.door, serving.insecure
     family = Family(_children(home, serving))
     family.end_leftovers()
     require_free(host, port)
     require_free(host, door)
     for folder in (home.path, home.flower, home.streams, home.requests):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _configure(home, port, insecure)
+    _configure(home, serving)
     log = AuditLog(home.path / FILE)
     link = family.children[0]
     stopping: list[int] = []
@@ -70,25 +89,27 @@ def start(
         signal.signal(kind, lambda number, frame: stopping.append(number))
     own = Door(home.members, log.record, home.streams, port)
     certificate = None if insecure else (home.key.read_bytes(), home.certificate.read_bytes())
-    opened = serve(own, f"{host}:{door}", certificate)
+    opened = serve(own, address(host, door), certificate)
     try:
         link.keep_alive()
-        wait_until_open(port, link)
+        wait_until_open(reachable(host), port, link)
         for number in under_way(home):  # who played them is gone; their folders can be resumed
             stop_run(home, number)
             log.record("ended_run", run=number)
+        for leftover in home.streams.iterdir():  # of runs that were killed
+            leftover.unlink()
         serving.write(home.started)
         log.record("started", port=port, door=door, tls=not insecure)
         registry = Registry(home, log, insecure=insecure)
+        expiry = Expiry(home, log, insecure=insecure)
         registry.follow()
         ready(serving)
-        told = insecure
         while not stopping:
             for child in family.children:
                 if child.keep_alive():
                     log.record("restarted", process=child.command[0])
-            registry.follow()
-            told = told or has_expired(home, log)
+            registry.keep_following()
+            expiry.look()
             time.sleep(0.2)
     finally:
         opened.stop(grace=None)
@@ -101,22 +122,25 @@ def serve_federation(
     home: Path, host: str, port: int, door: int, *, insecure: bool, say: Callable[[str], object]
 ) -> None:
     """Serve until told to stop, and say when clients can join."""
-    own = ServerHome(home)
-    require_stopped(own)
     if insecure:
         say(
-            "warning: no TLS and no authentication: everybody on the network can read and take part"
+            "warning: no TLS: everybody on the network can read along, and another server could pass "
+            "for this one"
         )
 
     def ready(serving: Serving) -> None:
         say(f"clients can join at port {door}; Flower listens at port {port}; folder {home}")
 
-    start(own, host=host, port=port, door=door, insecure=insecure, ready=ready)
+    start(ServerHome(home), host=host, port=port, door=door, insecure=insecure, ready=ready)
 
 
 def stop_server(home: Path) -> int:
-    """Tell the server in a folder to stop; return its process."""
-    return end(ServerHome(home).serving().pid)
+    """Tell the server in a folder to stop; return its process.
+
+    Raises:
+        ConnectionFailed: None runs there.
+    """
+    return end("server", ServerHome(home).lock)
 
 
 def stop_run(home: ServerHome, number: str) -> None:
@@ -136,11 +160,12 @@ def registered(home: ServerHome) -> dict[str, str]:
     return read_toml(path) if path.exists() else {}
 
 
-def _configure(home: ServerHome, port: int, insecure: bool) -> None:
+def _configure(home: ServerHome, serving: Serving) -> None:
     """Write the configuration by which Flower's command line finds the server."""
-    address = f"localhost:{port}"
-    link = {"address": address} | (
-        {"insecure": True} if insecure else {"root-certificates": str(home.authority.resolve())}
+    link = {"address": address(reachable(serving.host), serving.port)} | (
+        {"insecure": True}
+        if serving.insecure
+        else {"root-certificates": str(home.authority.resolve())}
     )
     table = {"superlink": {"default": LINK, LINK: link}}
     write_whole(home.flower / "config.toml", write_toml(table).encode())
@@ -175,7 +200,7 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
     starter = [
         "flower-superexec",
         *client,
-        *("--runtime-api-address", f"localhost:{serving.port}"),
+        *("--runtime-api-address", address(reachable(serving.host), serving.port)),
     ]
     environment = {"FLWR_HOME": str(flower.resolve())}
     return [
@@ -192,32 +217,70 @@ class Registry:
         self.path = home.path / REGISTERED
         self.nodes = registered(home)
         self._seen: list[Member] | None = None
+        self._again, self._noted = 0.0, False
 
     def follow(self) -> None:
-        """Register who was let in and remove who was revoked since the last call."""
+        """Register who was let in and remove who was revoked since the last call.
+
+        Raises:
+            FedloomError: The list cannot be read, or Flower not be told; what it was told is kept.
+        """
         members = self.home.members().members
         if self.insecure or members == self._seen:
             return
         for number, member in enumerate(members):
             if member.revoked and member.key in self.nodes:
-                flwr(self.home.flower, "supernode", "unregister", self.nodes.pop(member.key), LINK)
-                self.log.record("revoked", client=number, name=member.name)
+                self._remove(number, member)
             elif not member.revoked and member.key not in self.nodes:
-                public = self.home.path / f"client-{number:04d}.pub"
-                write_whole(public, f"{member.key}\n".encode(), 0o644)
-                found = flwr(
-                    self.home.flower,
-                    "supernode",
-                    "register",
-                    str(public),
-                    LINK,
-                    "--name",
-                    member.name,
-                )
-                self.nodes[member.key] = str(found["node-id"])
-                self.log.record("allowed", client=number, name=member.name)
-        write_whole(self.path, write_toml(self.nodes).encode())
+                self._add(number, member)
+        self._keep(self.nodes)  # a full disk may have kept the last from being written
         self._seen = members
+
+    def keep_following(self) -> None:
+        """Follow; what fails is noted in the audit log, once, and tried again after a while."""
+        if time.monotonic() < self._again:
+            return
+        try:
+            self.follow()
+            self._noted = False
+        except Exception as error:  # whatever it is, the runs go on
+            self._again = time.monotonic() + RETRY
+            if not self._noted:
+                with contextlib.suppress(OutputError):  # a full disk may be what failed
+                    self.log.record("registry_failed", reason=f"{type(error).__name__}: {error}")
+                    self._noted = True
+
+    def _add(self, number: int, member: Member) -> None:
+        public = self.home.path / f"client-{number:04d}.pub"
+        write_whole(public, f"{member.key}\n".encode(), 0o644)
+        words = ("supernode", "register", str(public), LINK, "--name", member.name)
+        found = flwr(self.home.flower, *words)
+        self._keep({**self.nodes, member.key: str(found["node-id"])})
+        self.log.record("allowed", client=number, name=member.name)
+
+    def _remove(self, number: int, member: Member) -> None:
+        flwr(self.home.flower, "supernode", "unregister", self.nodes[member.key], LINK)
+        self._keep({key: node for key, node in self.nodes.items() if key != member.key})
+        self.log.record("revoked", client=number, name=member.name)
+
+    def _keep(self, nodes: dict[str, str]) -> None:
+        """Keep what Flower was told: told the same again, it would refuse."""
+        self.nodes = nodes
+        write_whole(self.path, write_toml(nodes).encode())
+
+
+class Expiry:
+    """Looks now and then whether the certificate is still in force, until the log says that it is not."""
+
+    def __init__(self, home: ServerHome, log: AuditLog, *, insecure: bool) -> None:
+        self.home, self.log = home, log
+        self._told, self._next = insecure, 0.0
+
+    def look(self) -> None:
+        """Look, if the last time is some while ago."""
+        if not self._told and time.monotonic() >= self._next:
+            self._next = time.monotonic() + CHECK
+            self._told = has_expired(self.home, self.log)
 
 
 def has_expired(home: ServerHome, log: AuditLog) -> bool:
@@ -230,15 +293,18 @@ def has_expired(home: ServerHome, log: AuditLog) -> bool:
     return False
 
 
-def require_stopped(home: ServerHome) -> None:
-    """Check that no server runs in a home.
+def require_named(certificate: Path, host: str) -> None:
+    """Check that the server's certificate names the host at which its own machine reaches it.
 
     Raises:
-        SettingsError: One does.
+        IdentityError: It does not.
     """
-    try:
-        serving = home.serving()
-        os.kill(serving.pid, 0)
-    except (SettingsError, ProcessLookupError):
-        return
-    raise ConnectionFailed(f"a server runs in {home.path} already, as process {serving.pid}")
+    names: list[str] = []
+    with contextlib.suppress(ValueError):  # it names none
+        names = hosts_of(certificate.read_text())
+    if host.lower() not in names and f"*.{host.lower().partition('.')[2]}" not in names:
+        raise IdentityError(
+            f"the certificate {certificate} is for {', '.join(names) or 'no host'} and not for {host}, "
+            f"where this server is to be reached; `fedloom certs --host {host}`, and --host for each "
+            "other name, makes one that is"
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedloom.deployment.children import only
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import News, Order, go_on
 from fedloom.engines.flower import FlowerEngine
@@ -24,10 +25,13 @@ from fedloom.runner import RunResult, resume_run, run_experiment
 
 app = ServerApp()
 
+ENDING = 30.0
+"""Seconds that a run which was stopped may take to end before the next begins."""
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the run that was ordered."""
+    """Play the run that was ordered, as the only one: a client has the model of one run at a time."""
     path = Path(str(context.run_config["order"]))
     if not path.is_file():
         raise SettingsError(
@@ -38,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
     os.chdir(order.cwd)
     with contextlib.closing(News(path.with_suffix(".jsonl"))) as news:
         try:
-            result = _play(grid, order, news)
+            with only("run", ServerHome(Path(order.home)).playing, ENDING):
+                result = _play(grid, order, news)
         except FedloomError as error:
             news.tell("failed", text=str(error), exit_code=error.exit_code)
             raise

@@ -11,7 +11,6 @@ Run as ``python -m fedloom.deployment.worker HOME``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -26,7 +25,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
 from fedloom.audit import FILE, AuditLog, digest_of
@@ -41,6 +39,7 @@ from fedloom.engines.store import ClientStore
 from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
 from fedloom.errors import ConnectionFailed, DataError, FedloomError, MessageError, SettingsError
 from fedloom.experiment import Experiment
+from fedloom.files import lock
 from fedloom.identity import (
     is_signed,
     issued_key,
@@ -382,6 +381,7 @@ def serve(worker: Worker, home: ClientHome, idle: float) -> None:
                 connection, _ = listening.accept()
             except TimeoutError:
                 continue
+            worker.heard = time.monotonic()
             connection.settimeout(None)
             threading.Thread(target=_serve, args=(worker, connection), daemon=True).start()
     LOG.info("worker %d ends: nothing was asked for %g seconds", os.getpid(), idle)
@@ -397,30 +397,17 @@ def _serve(worker: Worker, connection: socket.socket) -> None:
             LOG.warning("a message was not answered: %s", error)
 
 
-def _lock(path: Path) -> TextIO | None:
-    """Return the held lock of the only worker of a home, or ``None`` where another holds it."""
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
 def main() -> None:
     """Run the worker of the home that the command line names."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = ClientHome(Path(sys.argv[1]))
-    lock = _lock(home.pid)
-    if lock is None:
-        return
     silence_transformers()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     try:
+        held = lock(home.pid)
+        if held is None:
+            return
         serve(Worker(home), home, home.own_file().worker.idle)
     except FedloomError as error:
         LOG.error("%s", error)

@@ -1,0 +1,141 @@
+"""One server and one client in a home: told by a lock that ends with its process, not by a number."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fedloom.deployment import client, server
+from fedloom.deployment.children import only
+from fedloom.deployment.homes import ClientHome, ServerHome, Serving
+from fedloom.errors import ConnectionFailed, OutputError
+from fedloom.files import holder, lock
+from fedloom.identity import make_key
+
+HOLD = "import sys, time; from pathlib import Path; from fedloom.files import lock\n"
+HOLD += "held = lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def started():
+    """Start a Python of some code; each is gone after the test."""
+    processes = []
+
+    def start(code, *words):
+        words = [sys.executable, "-c", code, *map(str, words)]
+        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE))
+        processes[-1].stdout.readline()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def bystander(started):
+    """A process that has nothing to do with us, and is to live."""
+    process = started("import time; print(flush=True); time.sleep(60)")
+    yield process
+    assert process.poll() is None
+
+
+def test_a_lock_is_one_processs_and_ends_with_it(tmp_path, started):
+    path = tmp_path / "home" / "a.pid"
+    assert holder(path) is None
+    other = started(HOLD, path)
+    assert lock(path) is None and holder(path) == other.pid
+    other.kill()
+    other.wait()
+    assert path.read_text() == str(other.pid) and holder(path) is None
+    with lock(path):
+        assert lock(path) is None and holder(path) == os.getpid()
+    assert holder(path) is None
+
+
+def test_a_lock_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot lock"):
+        lock(tmp_path / "file" / "a.pid")
+
+
+def test_a_server_that_was_killed_does_not_keep_the_next_from_starting(tmp_path):
+    """In a container all of them are process 1."""
+    home = ServerHome(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        Serving(host="127.0.0.1", port=port, door=1, insecure=True, pid=1).write(home.started)
+        home.lock.write_text(str(os.getpid()))
+        with pytest.raises(ConnectionFailed, match=f"cannot listen at 127.0.0.1:{port}"):
+            server.serve_federation(tmp_path, "127.0.0.1", port, 1, insecure=True, say=print)
+
+
+def test_a_second_server_changes_nothing(tmp_path):
+    home = ServerHome(tmp_path)
+    with lock(home.lock), pytest.raises(ConnectionFailed, match=r"there is a server in .* already"):
+        server.start(home, insecure=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["server.pid"]
+
+
+def test_a_second_client_changes_nothing(tmp_path):
+    home, key = ClientHome(tmp_path / "home"), tmp_path / "a.key"
+    make_key(key)
+    with lock(home.lock), pytest.raises(ConnectionFailed, match=r"there is a client in .* already"):
+        client.join(home, "localhost:9", key=key, authority=None)
+    assert [path.name for path in home.path.iterdir()] == ["client.pid"]
+
+
+def test_who_holds_no_lock_is_not_stopped(tmp_path, bystander):
+    home, own = ServerHome(tmp_path / "server"), ClientHome(tmp_path / "client")
+    own.path.mkdir()
+    Serving(host="x", port=1, door=2, insecure=True, pid=bystander.pid).write(home.started)
+    for path in (home.lock, own.lock, own.pid):
+        path.write_text(str(bystander.pid))
+    with pytest.raises(ConnectionFailed, match="no server runs in"):
+        server.stop_server(home.path)
+    with pytest.raises(ConnectionFailed, match="no client runs in"):
+        client.leave(own.path)
+    client.end_worker(own)
+
+
+def test_who_holds_the_lock_is_stopped(tmp_path, started):
+    home, own = ServerHome(tmp_path / "server"), ClientHome(tmp_path / "client")
+    ends = {
+        home.lock: lambda: server.stop_server(home.path),
+        own.lock: lambda: client.leave(own.path),
+        own.pid: lambda: client.end_worker(own),
+    }
+    for path, end in ends.items():
+        process = started(HOLD, path)
+        assert end() in (process.pid, None)
+        assert process.wait(10) == -signal.SIGTERM
+
+
+def test_a_server_of_another_user_is_told(tmp_path, monkeypatch):
+    def kill(process, kind):
+        raise PermissionError(1, "Operation not permitted")
+
+    home = ServerHome(tmp_path)
+    monkeypatch.setattr(os, "kill", kill)
+    with (
+        lock(home.lock),
+        pytest.raises(ConnectionFailed, match=r"cannot stop process .* permitted"),
+    ):
+        server.stop_server(home.path)
+
+
+def test_who_is_ending_is_waited_for(tmp_path):
+    path = tmp_path / "run.pid"
+    held = lock(path)
+    threading.Timer(0.3, held.close).start()
+    with pytest.raises(ConnectionFailed, match="there is a run in"), only("run", path):
+        pass
+    with only("run", path, patience=5.0):
+        assert lock(path) is None
+    assert holder(path) is None
