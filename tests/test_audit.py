@@ -172,6 +172,20 @@ def test_a_resumed_run_goes_on_with_its_log(experiment, tmp_path):
     assert states[0] == states[1]
     shown = CliRunner().invoke(app, ["audit", "verify", str(tmp_path / "run")])
     assert f"{len(lines)} lines hold together: 3 clients, 0 messages refused" in shown.output
+    assert "in all 5 exchanges all clients were sent the same" in shown.output
+
+
+def test_a_server_that_tells_clients_different_things_says_so_itself(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for round, action, messages in ((1, "train", "aaa"), (2, "train", "aab"), (2, "judge", "aa")):
+        for client, message in enumerate(messages):
+            log.record("sent", round=round, action=action, client=client, bytes=1, message=message)
+    found = verify(log.path)
+    assert found.exchanges == 3 and found.unequal == ((2, "train"),)
+    shown = CliRunner().invoke(app, ["audit", "verify", str(tmp_path)]).output
+    assert (
+        "in 1 of 3 exchanges not all clients were sent the same, first in round 2 (train)" in shown
+    )
 
 
 def test_threads_share_a_log(tmp_path):

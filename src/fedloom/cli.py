@@ -465,6 +465,14 @@ def verify(
         f"{found.lines} lines hold together: {found.clients} clients, {found.refused} messages refused; "
         f"the last hash is {found.last}"
     )
+    if found.unequal:
+        round, action = found.unequal[0]
+        typer.echo(
+            f"in {len(found.unequal)} of {found.exchanges} exchanges not all clients were sent the same, "
+            f"first in round {round} ({action})"
+        )
+    elif found.exchanges:
+        typer.echo(f"in all {found.exchanges} exchanges all clients were sent the same")
 
 
 @audit_app.command("match")
