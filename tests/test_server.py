@@ -99,6 +99,9 @@ class Engine:
                 Answer(client, error="broken") if client in self.broken else answer(client, client)
             )
 
+    def undo(self, clients):
+        """They keep nothing."""
+
 
 def server(engine, **settings):
     records = []

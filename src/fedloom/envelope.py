@@ -60,6 +60,9 @@ class RequestHeader(Settings):
     """Whether a stream for further messages of the run may be opened at the door."""
     certificate: str | None = None
     """PEM of the server's certificate, which the client checks with its authority's."""
+    undone: list[Count] = []
+    """Numbers of earlier messages to this client whose answers did not count: nor does what it kept over
+    them."""
     held: Count = 0
     """Bytes of the answer that are there already, from a stream that broke: the rest is asked for."""
     payload: str = ""

@@ -77,6 +77,10 @@ class Engine(Protocol):
         """Carry requests to clients and yield their answers, in any order."""
         ...
 
+    def undo(self, clients: Collection[int]) -> None:
+        """Have what these clients put aside over the last exchange not count, as their answers do not."""
+        ...
+
     def finish_round(self) -> None:
         """Let what clients have put aside in this round count."""
         ...
@@ -357,6 +361,7 @@ class _Play:
             self.server.audit,
         )
         self.rejected.update(rejected)
+        self.server.engine.undo(rejected.keys())
         self._tell()
         if last:
             self._require_quorum()

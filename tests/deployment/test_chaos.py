@@ -48,6 +48,9 @@ class Replay:
         left = {c: data for c, data in exchange.requests.items() if c not in gone}
         yield from self.engine.exchange(replace(exchange, requests=left))
 
+    def undo(self, clients):
+        self.engine.undo(clients)
+
 
 class SameCohorts(Server):
     """A server that asks whom a record says, of those that were there then."""

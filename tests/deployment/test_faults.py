@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+import tomllib
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from fedloom.audit import match
 from fedloom.deployment.worker import serve
 from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope, ReplyHeader, seal
-from fedloom.errors import ConnectionFailed, DataError, RoundFailed, SettingsError
+from fedloom.errors import ConnectionFailed, DataError, RoundFailed, SettingsError, TrainingError
 from fedloom.experiment import Experiment
+from fedloom.methods import METHODS
 from fedloom.runner import Silent, resume_run, run_experiment
 from loopback import Outcome, of, resealed, tampering
 
@@ -411,6 +413,52 @@ def test_the_engine_is_not_needed_to_replace_a_broken_header():
 
 def replace_payload(header, packed):
     return header.model_copy(update={"payload": Envelope.unpack(packed).read(ReplyHeader).payload})
+
+
+LOST = {
+    "refused": lambda e, h, f: resealed(f, 1, h, b"junk"),
+    "not trusted": lambda e, h, f: Envelope(e.header, e.payload),
+    "lost": lambda e, h, f: "gone",
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("method", ["scaffold", "fedpdpo"])
+def test_what_a_client_kept_over_an_answer_that_does_not_count_is_undone(
+    deployed, monkeypatch, method, how
+):
+    settings = {"method": {"name": method}, "federation": {"rounds": 4}}
+    found = deployed(break_=tampering(1, LOST[how], rounds=(2, 3)), **settings)
+    kind = METHODS[method][1]
+    plain = kind.handlers
+
+    def failing(self):
+        def train(client, payload):
+            if client.id == 1 and client.round in (2, 3):
+                raise TrainingError("it fell over")
+            return plain(self)["train"](client, payload)
+
+        return {**plain(self), "train": train}
+
+    monkeypatch.setattr(kind, "handlers", failing)
+    settings["output"] = {"folder": str(found.folder.with_name("failing"))}
+    for record in found.rounds:
+        assert (of(record, 1) is not None) == (record["round"] in (2, 3))
+    assert found.states == deployed(**settings).states
+    folder = found.folder.with_name("simulated")
+    written = tomllib.loads((found.folder / "experiment.toml").read_text())
+    written["output"]["folder"] = str(folder)
+    fedloom.run(Experiment.from_table(written))
+    lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
+    assert found.states == [line["state"] for line in lines if line["event"] == "round"]
+
+
+def test_a_message_that_a_worker_died_over_is_begun_as_if_it_had_not_come(deployed):
+    found = deployed(method={"name": "scaffold"})
+    last = [e for n, e in found.mail.pushed if n == 100 and e.payload][-1]
+    first = [e.payload for n, e in found.mail.pulled if n == 100 and e.payload][-1]
+    again = found.federation.worker(0).answer(last.pack(), streamed=False)
+    assert Envelope.unpack(again).payload == first
 
 
 def test_what_was_sent_before_a_run_was_resumed_is_not_done(deployed):

@@ -1,14 +1,15 @@
-"""What a client keeps between rounds, on its own disk, one version for each round it took part in.
+"""What a client keeps between rounds, on its own disk, one version for each message it took part in.
 
 A server that was stopped goes on after the last round that it saved, which may be before the last that
 this client has seen. So versions say in which stretch of the run (from one beginning to the next) they
-were made, and those of rounds that were given up are never used again.
+were made, and those of rounds that were given up are never used again. Nor are those of messages whose
+answers came too late or were refused: nobody else knows what was learnt then.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +28,23 @@ class Version:
     Attributes:
         began: How many times the run had begun or been resumed.
         round: In which round.
+        number: Over which message, counted in that stretch.
     """
 
     began: int
     round: int
+    number: int = 0
 
-    def counts(self, began: Sequence[int]) -> bool:
-        """Return whether it was kept in a round that counts.
+    def counts(self, began: Sequence[int], undone: Collection[int] = ()) -> bool:
+        """Return whether it was kept in a round, and over a message, that counts.
 
         Args:
             began: For each time that the run began or was resumed, the last round finished before.
+            undone: Numbers of messages in the present stretch whose answers did not count.
         """
         later = began[self.began :]
-        return self.began <= len(began) and all(self.round <= after for after in later)
+        told = self.began == len(began) and self.number in undone
+        return self.began <= len(began) and all(self.round <= after for after in later) and not told
 
 
 class Kept:
@@ -49,7 +54,9 @@ class Kept:
         """Look into ``folder``, which may not be there yet."""
         self.folder = folder
 
-    def latest(self, began: Sequence[int], round: int) -> tuple[Version, Tensors] | None:
+    def latest(
+        self, began: Sequence[int], round: int, undone: Collection[int] = ()
+    ) -> tuple[Version, Tensors] | None:
         """Return the newest version that counts in ``round``, and drop those that never will again.
 
         Raises:
@@ -57,12 +64,12 @@ class Kept:
         """
         versions = self._versions()
         for version in versions:
-            if not version.counts(began):
+            if not version.counts(began, undone):
                 self._path(version).unlink(missing_ok=True)
-        usable = [v for v in versions if v.counts(began) and v.round <= round]
+        usable = [v for v in versions if v.counts(began, undone) and v.round <= round]
         if not usable:
             return None
-        newest = max(usable, key=lambda version: (version.round, version.began))
+        newest = usable[-1]
         try:
             return newest, safetensors.torch.load_file(self._path(newest))
         except (OSError, SafetensorError) as error:
@@ -78,17 +85,20 @@ class Kept:
             OutputError: The disk is full or not writable.
         """
         write_whole(self._path(version), safetensors.torch.save(tensors))
-        before = [known for known in self._versions() if known.round <= oldest]
-        for known in before[:-1]:
+        versions = self._versions()
+        before = [known for known in versions if known.round <= oldest]
+        same = [known for known in versions if known.round == version.round]
+        for known in [*before[:-1], *same[:-2]]:  # the last may be undone
             self._path(known).unlink(missing_ok=True)
 
     def _versions(self) -> list[Version]:
         found = []
         for path in self.folder.glob("*.safetensors"):
-            match = re.fullmatch(r"(\d+)-(\d+)", path.stem)
+            match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", path.stem)
             if match:
-                found.append(Version(int(match[1]), int(match[2])))
-        return sorted(found, key=lambda version: (version.round, version.began))
+                found.append(Version(*map(int, match.groups())))
+        return sorted(found, key=lambda own: (own.round, own.began, own.number))
 
     def _path(self, version: Version) -> Path:
-        return self.folder / f"{version.began:04d}-{version.round:06d}.safetensors"
+        name = f"{version.began:04d}-{version.round:06d}-{version.number:09d}.safetensors"
+        return self.folder / name

@@ -278,19 +278,23 @@ class Worker:
         engine.finish_round()
         if number in engine.store.changed:
             oldest = header.round - (KEPT + 1) * run.every
-            now = Version(len(header.began), header.round)
+            now = Version(len(header.began), header.round, header.number)
             run.kept.put(now, engine.store.flat().get(number, {}), oldest=oldest)
             engine.store.changed.clear()
         return answer.data or b"", answer.error
 
     def _remember(self, run: Run, header: RequestHeader, round: int) -> None:
-        """Have in memory what this client kept before this message."""
+        """Have in memory what this client kept before this message, and counts."""
         now = Version(len(header.began), round)
-        if run.moment == now:
+        if run.moment == now and not header.undone:
             return
-        known = run.kept.latest(header.began, round)
-        flat = {self.joining.number: known[1]} if known is not None else None
-        run.parts.local.restart(ClientStore(flat))
+        # it may have been carried out before, by a worker that died before it answered
+        known = run.kept.latest(header.began, round, [*header.undone, header.number])
+        store = ClientStore({self.joining.number: known[1]} if known is not None else None)
+        if run.moment == now:
+            run.parts.local.store = store
+        else:
+            run.parts.local.restart(store)
         run.moment = now
 
     def _write_model(self, run: Run, header: RequestHeader, data: bytes) -> None:

@@ -71,6 +71,8 @@ class FlowerEngine:
     _messages: dict[str, int] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
     _number: int = 0
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _undone: dict[int, list[int]] = field(default_factory=dict)
     _briefing: Briefing | None = None
     _streams: Streams | None = None
     _ledger: Ledger = field(default_factory=Ledger)
@@ -113,9 +115,11 @@ class FlowerEngine:
             "reply": exchange.reply_schema.to_table(),
         }
         waiting: dict[int, _Asked] = {}
+        self._numbers = {}
         for client, data in exchange.requests.items():
             own = {**facts, "payload": exchange.digests[client]}
             header = self._header("exchange", client).model_copy(update=own)
+            self._numbers[client] = header.number
             asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
             if asked is None:
                 yield Answer(client, error="it is not there")
@@ -131,6 +135,14 @@ class FlowerEngine:
                     error = f"no answer within {deadline:g} seconds"
                     yield Answer(asked.client, error=error)
                 return
+
+    def undo(self, clients: Collection[int]) -> None:
+        """Tell these clients with the next message that what they kept over the last does not count."""
+        for client, number in self._numbers.items():
+            if client in clients:
+                self._undone.setdefault(client, []).append(number)
+            else:
+                self._undone.pop(client, None)  # it was told, and has answered
 
     def finish_round(self) -> None:
         """Do nothing: clients know by the next round's messages that this one is over."""
@@ -238,8 +250,14 @@ class FlowerEngine:
         self, kind: Literal["join", "exchange", "end"], client: int | None
     ) -> RequestHeader:
         self._number += 1
-        run, began = self.briefing.run, list(self.briefing.began)
-        return RequestHeader(kind=kind, run=run, began=began, client=client, number=self._number)
+        return RequestHeader(
+            kind=kind,
+            run=self.briefing.run,
+            began=list(self.briefing.began),
+            client=client,
+            number=self._number,
+            undone=self._undone.get(client, []) if client is not None else [],
+        )
 
     def _meet(self) -> None:
         """Ask nodes that are new here who they are, and hear those that have said so."""
@@ -254,15 +272,11 @@ class FlowerEngine:
 
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""
-        roster, streams = self.roster, self._streams
-        for client in roster.revoked():
+        streams = self._streams
+        for client in self.roster.revoked():
             if streams is not None:
                 streams.drop(client)
-        return sorted(
-            client
-            for client in roster.joined.keys() - set(roster.newcomers)
-            if client in roster.nodes or (streams is not None and client in streams)
-        )
+        return self.roster.there(() if streams is None else streams)
 
     @property
     def _quorum(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -56,6 +56,11 @@ class Roster:
     def lost(self, client: int) -> None:
         """Note that a client may be gone: it must say again that it is there."""
         self.nodes.pop(client, None)
+
+    def there(self, open: Container[int]) -> list[int]:
+        """Return the members that are ready and can be reached: by a message, or over an open stream."""
+        ready = self.joined.keys() - set(self.newcomers)
+        return sorted(client for client in ready if client in self.nodes or client in open)
 
     def revoked(self) -> list[int]:
         """Forget the clients that are let in no longer; return them."""

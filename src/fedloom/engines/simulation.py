@@ -7,7 +7,7 @@ ledger's bytes are those that would travel and no client sees another one's tens
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,7 @@ class SimulationEngine:
         """Carry out one action on every client asked, one after the other."""
         if exchange.round != self._round:
             self._sessions, self._round = {}, exchange.round
+        self.store.mark()
         for client, data in exchange.requests.items():
             yield self._answer(exchange, client, data)
 
@@ -104,6 +105,11 @@ class SimulationEngine:
     def restart(self, store: ClientStore) -> None:
         """Go on with what clients kept at some other time, as if no round were under way."""
         self.store, self._round = store, -1
+
+    def undo(self, clients: Collection[int]) -> None:
+        """Forget what these clients have put aside over the last exchange."""
+        for client in clients:
+            self.store.undo(client)
 
     def finish_round(self) -> None:
         """Let what clients have put aside in this round count."""

@@ -1,7 +1,8 @@
 """What each client keeps between rounds, in memory; a checkpoint writes it to disk.
 
 What clients store in a round counts once the round is over. Until then it is pending, so a run that
-is stopped in the middle of a round is saved as it was before that round.
+is stopped in the middle of a round is saved as it was before that round, and what a client stored over an
+answer that does not count can be undone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class ClientStore:
         self.changed: set[int] = set()
         self._slots: dict[int, Slots] = {}
         self._pending: dict[int, Slots] = {}
+        self._before: dict[int, Slots | None] = {}
         for client, tensors in (flat or {}).items():
             slots = self._slots.setdefault(client, {})
             for key, tensor in tensors.items():
@@ -40,13 +42,27 @@ class ClientStore:
         """Replace a client's slots, if they differ from what it had; pending until the round ends."""
         previous = self.slots(client)
         if slots.keys() != previous.keys() or any(slots[k] is not previous[k] for k in slots):
+            self._before.setdefault(client, self._pending.get(client))
             self._pending[client] = dict(slots)
+
+    def mark(self) -> None:
+        """Begin what :meth:`undo` goes back to."""
+        self._before.clear()
+
+    def undo(self, client: int) -> None:
+        """Forget what a client has stored since the mark."""
+        if client in self._before:
+            before = self._before.pop(client)
+            self._pending.pop(client)
+            if before is not None:
+                self._pending[client] = before
 
     def finish_round(self) -> None:
         """Let everything that is pending count."""
         self._slots.update(self._pending)
         self.changed.update(self._pending)
         self._pending.clear()
+        self._before.clear()
 
     def flat(self) -> dict[int, Tensors]:
         """Return every client's tensors as of the last finished round under ``slot|name``."""

@@ -121,7 +121,7 @@ class Streams:
             leftover.unlink()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __contains__(self, client: int) -> bool:
+    def __contains__(self, client: object) -> bool:
         """Return whether there is a stream to a client."""
         return client in self._streams
 
