@@ -1,5 +1,8 @@
 """A client's own file and folder: mistakes are named, and nothing of it is for others."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from fedloom.deployment.children import (
@@ -62,6 +65,9 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
     first.kill()
     first.wait()
     assert child.keep_alive() and child.process.pid != first.pid
+    words = Path(f"/proc/{child.process.pid}/cmdline")
+    while not words.read_bytes():  # it has just been started, and is not yet what it will be
+        time.sleep(0.001)
     again = Child(child.command, child.log, {})
     again.end_leftover()  # as after a kill of who started it
     assert child.process.wait(5) == -9
