@@ -24,7 +24,6 @@ from fedloom.messages import (
     Payload,
     Reply,
     decode,
-    largest_value,
     require_finite,
 )
 from fedloom.settings import Settings
@@ -143,7 +142,7 @@ class Admission:
         if answer.data is None:
             raise MessageError(answer.error or "no answer")
         payload = decode(answer.data, exchange.reply_schema)
-        require_finite(payload)
+        largest = require_finite(payload)
         if exchange.check is not None:
             exchange.check(answer.client, payload)
         examples = payload.numbers.get("examples")
@@ -151,13 +150,10 @@ class Admission:
             raise MessageError(
                 f"it claims {examples} examples and registered with {sizes[answer.client]}"
             )
-        for name, tensor in payload.tensors.items():
-            if not tensor.is_floating_point():
-                continue
-            largest = largest_value(tensor)
-            if largest > self.settings.max_value:
+        for name, value in largest.items():
+            if value > self.settings.max_value:
                 raise MessageError(
-                    f"tensor {name} holds {largest:.4g}, admission.max_value allows "
+                    f"tensor {name} holds {value:.4g}, admission.max_value allows "
                     f"{self.settings.max_value:g}"
                 )
         most = self.settings.max_examples

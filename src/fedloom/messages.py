@@ -331,15 +331,19 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(largest_value(tensor))
 
 
-def require_finite(payload: Payload) -> None:
-    """Check that every tensor is finite.
+def require_finite(payload: Payload) -> dict[str, float]:
+    """Check that every tensor is finite; return the largest absolute value of each that holds fractions.
 
     Raises:
         MessageError: A tensor holds NaN or infinity; the first such tensor is named.
     """
+    largest = {}
     for name, tensor in payload.tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise MessageError(f"tensor {name} holds NaN or infinity")
+        if tensor.is_floating_point():
+            largest[name] = largest_value(tensor)
+            if not math.isfinite(largest[name]):
+                raise MessageError(f"tensor {name} holds NaN or infinity")
+    return largest
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
