@@ -38,6 +38,11 @@ def test_there_and_back(header, payload):
     assert read.model_copy(update={"payload": ""}) == header
 
 
+def test_a_strangers_words_move_no_cursor():
+    said = REPLY.model_copy(update={"error": "löss ≥ 1\nsecond \x1b[2Jgone\r\x07"})
+    assert seal(said).read(ReplyHeader).error == "löss ≥ 1\nsecond ?[2Jgone??"
+
+
 def test_the_header_binds_the_payload():
     envelope = seal(REPLY, b"content")
     for other in (b"", b"Content"):

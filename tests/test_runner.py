@@ -433,6 +433,7 @@ def test_a_round_of_which_a_part_is_written_is_not_saved(experiment, tmp_path, m
         broken.setattr("fedloom.runner.round_record", full)
         with pytest.raises(OutputError):
             fedloom.run(built)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "round-0002"
     assert sha(resume_run(folder).folder) == sha(whole.folder)
 
 

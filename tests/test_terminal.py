@@ -15,7 +15,6 @@ from fedloom.terminal import ComparisonTerminal, LiveTerminal, Terminal
         ("cannot read [/data/rows.jsonl]", "cannot read [/data/rows.jsonl]"),
         ("[data] is missing", "[data] is missing"),
         ("[red]fine[/red]", "[red]fine[/red]"),
-        ("\x1b[2Jgone\r\x07", "?[2Jgone??"),
         ("löss ≥ 1\nsecond", "löss ≥ 1\nsecond"),
     ],
 )

@@ -46,7 +46,8 @@ class AuditResult:
         last: SHA-256 of the last, which stands for all of them.
         refused: Messages that were refused.
         clients: Clients that ever answered.
-        exchanges: Rounds and actions that clients were asked for.
+        exchanges: Rounds and actions that clients were asked for; played again after a resume they are
+            others.
         unequal: Those among them in which not all were sent the same, as by methods that send each client
             its own; of any other it would be a server that tells some of them something else.
     """
@@ -134,7 +135,7 @@ def verify(path: Path) -> AuditResult:
 
 def _verified(path: Path, lines: Iterable[bytes]) -> AuditResult:
     number, before, refused, clients = 0, START, 0, set()
-    sent: dict[tuple[int, str], set[str]] = {}
+    began, sent = 0, dict[tuple[int, int, str], set[str]]()
     for number, line in enumerate(lines, 1):
         try:
             body = json.loads(line)
@@ -151,9 +152,11 @@ def _verified(path: Path, lines: Iterable[bytes]) -> AuditResult:
         refused += body["event"] == "refused"
         if body["event"] in ("accepted", "refused"):
             clients.add(body["client"])
+        began += body["event"] == "began"
         if body["event"] == "sent":
-            sent.setdefault((body["round"], body["action"]), set()).add(body["message"])
-    unequal = tuple(exchange for exchange, messages in sent.items() if len(messages) > 1)
+            exchange = began, body["round"], body["action"]
+            sent.setdefault(exchange, set()).add(body["message"])
+    unequal = tuple(exchange[1:] for exchange, messages in sent.items() if len(messages) > 1)
     return AuditResult(number, before, refused, len(clients), len(sent), unequal)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fedloom.errors import MessageError
 from fedloom.settings import Settings
@@ -28,6 +28,15 @@ MAX_HEADER = 16 << 20
 
 MAX_REPLY_HEADER = 64 << 10
 """Bytes of the longest header that a client may send: it has no schema in it."""
+
+LONGEST = 4000
+"""Characters of what is said of an error."""
+
+
+def printable(text: str) -> str:
+    """Return a stranger's words without what moves a terminal's cursor, and not at any length."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:LONGEST])
+
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Amount = Annotated[float, Field(ge=0, le=1e30)]
@@ -60,9 +69,9 @@ class RequestHeader(Settings):
     """Whether a stream for further messages of the run may be opened at the door."""
     certificate: str | None = None
     """PEM of the server's certificate, which the client checks with its authority's."""
-    undone: list[Count] = []
-    """Numbers of earlier messages to this client whose answers did not count: nor does what it kept over
-    them."""
+    undone: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+    """Earlier messages to this client whose answers did not count, by how many times the run had begun or
+    been resumed and by their number: nor does what it kept over them."""
     held: Count = 0
     """Bytes of the answer that are there already, from a stream that broke: the rest is asked for."""
     payload: str = ""
@@ -104,7 +113,7 @@ class ReplyHeader(Settings):
     client: Count
     round: Count
     number: Count
-    error: str | None = Field(default=None, max_length=4000)
+    error: Annotated[str, Field(max_length=LONGEST), AfterValidator(printable)] | None = None
     """Why there is no payload."""
     work: list[WorkDone] = Field(default=[], max_length=16)
     joined: Joined | None = None

@@ -6,10 +6,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TextIO
 
 from fedloom.errors import OutputError
+
+TRIES, PAUSE = 5, 0.05
+"""Times that a lock is asked for, and seconds between: who only looks at it has it for a moment."""
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
@@ -55,9 +59,13 @@ def lock(path: Path) -> TextIO | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(TRIES):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(PAUSE)
+        else:
             file.close()
             return None
         file.truncate(0)

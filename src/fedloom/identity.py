@@ -11,7 +11,7 @@ import datetime
 import hmac
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedloom.errors import IdentityError, OutputError
+from fedloom.errors import IdentityError, OutputError, SettingsError
 from fedloom.files import write_whole
 from fedloom.settings import Settings, parse, read_toml, write_toml
 
@@ -114,6 +114,34 @@ class Members:
         self.members[number : number + 1] = [member]
         table = {"client": [own.model_dump() for own in self.members]}
         write_whole(self.path, write_toml(table).encode())
+
+
+class Current:
+    """Who is let in, as of when the list could last be read: a slip in it changes nothing."""
+
+    def __init__(self, read: Callable[[], Members], note: Callable[[str], object]) -> None:
+        """Ask ``read``; tell ``note`` what is wrong with the list, once."""
+        self._read, self._note = read, note
+        self._known: Members | None = None
+        self._slip = ""
+
+    def __call__(self) -> Members:
+        """Return it.
+
+        Raises:
+            SettingsError: The list could never be read.
+            IdentityError: As before.
+        """
+        try:
+            self._known, slip = self._read(), ""
+        except (IdentityError, SettingsError) as error:
+            if self._known is None:
+                raise
+            slip = str(error)
+            if slip != self._slip:
+                self._note(slip)
+        self._slip = slip
+        return self._known
 
 
 def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:

@@ -356,6 +356,10 @@ class _Run:
                 self.parts.model_digest,
                 (*(event["after"] for event in earlier if event.get("run") == id), done),
                 self.audit.record,
+                tuple(
+                    (event["client"], event["stretch"], event["message_number"])
+                    for event in audit.events(self.audit.path, "undone")
+                ),
             )
             self.remote.begin(briefing, self.parts.ledger)
         if known is None:
@@ -405,8 +409,6 @@ class _Run:
         return self._finish(state)
 
     def _finish_round(self, record: RoundRecord, state: State) -> None:
-        self.last = None  # a round of which only a part is written is not to be kept
-        self.parts.engine.finish_round()
         self.audit.record("round", round=record.round, state=state.digest())
         self.audit.sync()
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
@@ -418,6 +420,10 @@ class _Run:
             self.observer.warning(
                 f"round {record.round}: every row trained on was {which}; KTO sees one side only"
             )
+        self.last = (
+            None  # what clients keep is neither the last round's nor this one's for a moment
+        )
+        self.parts.engine.finish_round()
         self.last = (record.round, state)
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
@@ -435,9 +441,12 @@ class _Run:
         self.saved = round
 
     def _keep_last(self) -> None:
-        """Save the last whole round, if it was not due."""
+        """Save the last whole round, if it was not due; a full disk does not hide what ends the run."""
         if self.last is not None and self.last[0] > self.saved:
-            self._save(*self.last)
+            try:
+                self._save(*self.last)
+            except OutputError as error:
+                self.observer.warning(f"round {self.last[0]} is not saved: {error}")
 
     def _interrupted(self) -> Interrupted:
         """Say how to go on."""

@@ -97,6 +97,8 @@ class Briefing:
         model: SHA-256 of the backbone and tokenizer that all must have.
         began: For each time that the run began or was resumed, the last round finished before.
         audit: Told who joins and who is refused.
+        undone: Messages whose answers did not count: client, how many times the run had begun or been
+            resumed, number.
     """
 
     run: str
@@ -105,6 +107,7 @@ class Briefing:
     model: str
     began: tuple[int, ...]
     audit: Record = unheard
+    undone: tuple[tuple[int, int, int], ...] = ()
 
 
 class RemoteEngine(Engine, Protocol):

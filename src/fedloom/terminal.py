@@ -388,8 +388,5 @@ def _number(value: float | None) -> str:
 
 
 def _warn(console: Console, text: str) -> None:
-    """Print a warning that may hold a stranger's words: as they are, but for what moves the cursor."""
-    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    console.print(
-        f"warning: {plain}", style="yellow", highlight=False, soft_wrap=True, markup=False
-    )
+    """Print a warning that may hold a stranger's words, whose brackets are no markup."""
+    console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)

@@ -5,16 +5,24 @@ import json
 import threading
 import time
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fedloom
-from fedloom.audit import match
+from fedloom.audit import events, match
 from fedloom.deployment.worker import serve
 from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope, ReplyHeader, seal
-from fedloom.errors import ConnectionFailed, DataError, RoundFailed, SettingsError, TrainingError
+from fedloom.errors import (
+    ConnectionFailed,
+    DataError,
+    Interrupted,
+    RoundFailed,
+    SettingsError,
+    TrainingError,
+)
 from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.runner import Silent, resume_run, run_experiment
@@ -415,6 +423,21 @@ def replace_payload(header, packed):
     return header.model_copy(update={"payload": Envelope.unpack(packed).read(ReplyHeader).payload})
 
 
+def failing(monkeypatch, method, rounds):
+    """Have client 1 fail in some rounds, before it keeps anything."""
+    plain = method.handlers
+
+    def handlers(self):
+        def train(client, payload):
+            if client.id == 1 and client.round in rounds:
+                raise TrainingError("it fell over")
+            return plain(self)["train"](client, payload)
+
+        return {**plain(self), "train": train}
+
+    monkeypatch.setattr(method, "handlers", handlers)
+
+
 LOST = {
     "refused": lambda e, h, f: resealed(f, 1, h, b"junk"),
     "not trusted": lambda e, h, f: Envelope(e.header, e.payload),
@@ -429,18 +452,7 @@ def test_what_a_client_kept_over_an_answer_that_does_not_count_is_undone(
 ):
     settings = {"method": {"name": method}, "federation": {"rounds": 4}}
     found = deployed(break_=tampering(1, LOST[how], rounds=(2, 3)), **settings)
-    kind = METHODS[method][1]
-    plain = kind.handlers
-
-    def failing(self):
-        def train(client, payload):
-            if client.id == 1 and client.round in (2, 3):
-                raise TrainingError("it fell over")
-            return plain(self)["train"](client, payload)
-
-        return {**plain(self), "train": train}
-
-    monkeypatch.setattr(kind, "handlers", failing)
+    failing(monkeypatch, METHODS[method][1], rounds=(2, 3))
     settings["output"] = {"folder": str(found.folder.with_name("failing"))}
     for record in found.rounds:
         assert (of(record, 1) is not None) == (record["round"] in (2, 3))
@@ -451,6 +463,37 @@ def test_what_a_client_kept_over_an_answer_that_does_not_count_is_undone(
     fedloom.run(Experiment.from_table(written))
     lines = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
     assert found.states == [line["state"] for line in lines if line["event"] == "round"]
+
+
+class Stop(Silent):
+    def round_done(self, record):
+        if record.round == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_does_not_count_is_undone_by_a_run_that_is_resumed_too(
+    loopback, experiment, monkeypatch, tmp_path, anew
+):
+    settings = {"method": {"name": "scaffold"}, "training": {"local_steps": 1}}
+    settings["federation"] = {"rounds": 4, "patience": 1.0}
+    here, there = (
+        experiment(**settings, output={"folder": str(tmp_path / name)})
+        for name in ("here", "there")
+    )
+    federation = loopback(3)
+    mail = federation.mail()
+    tampering(1, LOST["refused"], rounds=(2,))(mail, federation)
+    with pytest.raises(Interrupted):
+        run_experiment(there, observer=Stop(), remote=federation.engine(there, mail))
+    mail = federation.mail() if anew else replace(mail, tamper=lambda node, envelope: envelope)
+    resume_run(tmp_path / "there", observer=Silent(), remote=federation.engine(there, mail))
+    failing(monkeypatch, METHODS["scaffold"][1], rounds=(2,))
+    run_experiment(here, observer=Silent())
+    states = [
+        [event["state"] for event in events(tmp_path / name, "round")] for name in ("here", "there")
+    ]
+    assert states[0] == states[1] and len(states[0]) == 5
 
 
 def test_a_message_that_a_worker_died_over_is_begun_as_if_it_had_not_come(deployed):

@@ -63,11 +63,12 @@ def test_what_was_kept_over_a_message_that_does_not_count_is_not_used(tmp_path):
     for round, number in ((1, 4), (2, 7), (2, 9)):
         kept.put(Version(1, round, number), {"x": torch.tensor(number)}, oldest=-100)
     assert value(kept.latest((-1,), 3)) == 9
-    assert value(kept.latest((-1,), 3, [9])) == 7
-    assert value(kept.latest((-1,), 3, [7])) == 4
-    kept.put(Version(2, 2, 4), {"x": torch.tensor(24)}, oldest=-100)
-    assert value(kept.latest((-1, 1), 3, [9])) == 24  # numbers begin again with each stretch
-    assert value(kept.latest((-1, 1), 3, [4])) == 4
+    assert value(kept.latest((-1,), 3, [(1, 9)])) == 7
+    assert value(kept.latest((-1, 2), 3, [(2, 7)])) == 7  # numbers begin again with each stretch
+    assert value(kept.latest((-1, 2), 3, [(1, 7)])) == 4
+    kept.put(Version(2, 3, 4), {"x": torch.tensor(34)}, oldest=-100)
+    assert value(kept.latest((-1, 2), 3, [(1, 4)])) == 34
+    assert value(kept.latest((-1, 2), 3, [(2, 4)])) is None
 
 
 def test_of_a_round_the_last_two_versions_stay(tmp_path):
@@ -75,4 +76,4 @@ def test_of_a_round_the_last_two_versions_stay(tmp_path):
     for number in range(1, 9):
         kept.put(Version(1, 1, number), {"x": torch.tensor(number)}, oldest=-100)
     assert len(list((tmp_path / "kept").iterdir())) == 2
-    assert value(kept.latest((-1,), 1, [8])) == 7
+    assert value(kept.latest((-1,), 1, [(1, 8)])) == 7

@@ -6,7 +6,8 @@ import pytest
 from flwr.app import Error
 from google.protobuf.message import DecodeError
 
-from fedloom.engines.post import LONGEST, Post
+from fedloom.engines.post import Post
+from fedloom.envelope import LONGEST
 
 
 class Mail:

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedloom.engines.frames import LENGTH, Read, connect, write_frame
 from fedloom.errors import ConnectionFailed, IdentityError
-from fedloom.identity import Members, hosts_of, is_signed, public_line, public_pem, sign
+from fedloom.identity import Current, Members, hosts_of, is_signed, public_line, public_pem, sign
 
 BEHIND, AHEAD = 300, 4
 """Seconds by which a client's clock may be behind the server's, and ahead of it.
@@ -134,7 +134,8 @@ class Door(grpc.GenericRpcHandler):
         flower_port: int,
     ) -> None:
         """Keep what it needs."""
-        self.members, self.note, self.refuse = members, note, Refusals(note)
+        self.members = Current(members, lambda reason: note("unread_members", reason=reason))
+        self.note, self.refuse = note, Refusals(note)
         self.streams, self.flower_port = streams, flower_port
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:

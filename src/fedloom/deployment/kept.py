@@ -35,16 +35,16 @@ class Version:
     round: int
     number: int = 0
 
-    def counts(self, began: Sequence[int], undone: Collection[int] = ()) -> bool:
+    def counts(self, began: Sequence[int], undone: Collection[tuple[int, int]] = ()) -> bool:
         """Return whether it was kept in a round, and over a message, that counts.
 
         Args:
             began: For each time that the run began or was resumed, the last round finished before.
-            undone: Numbers of messages in the present stretch whose answers did not count.
+            undone: Messages whose answers did not count, by stretch and number.
         """
-        later = began[self.began :]
-        told = self.began == len(began) and self.number in undone
-        return self.began <= len(began) and all(self.round <= after for after in later) and not told
+        if self.began > len(began) or (self.began, self.number) in undone:
+            return False
+        return all(self.round <= after for after in began[self.began :])
 
 
 class Kept:
@@ -55,9 +55,14 @@ class Kept:
         self.folder = folder
 
     def latest(
-        self, began: Sequence[int], round: int, undone: Collection[int] = ()
+        self, began: Sequence[int], round: int, undone: Collection[tuple[int, int]] = ()
     ) -> tuple[Version, Tensors] | None:
         """Return the newest version that counts in ``round``, and drop those that never will again.
+
+        Args:
+            began: As of :meth:`Version.counts`.
+            round: The round.
+            undone: As of :meth:`Version.counts`.
 
         Raises:
             CheckpointError: It is damaged.
@@ -81,6 +86,8 @@ class Kept:
     def put(self, version: Version, tensors: Tensors, *, oldest: int) -> None:
         """Keep tensors, and drop versions before the one that a server gone back to ``oldest`` needs.
 
+        Of one round the last two stay: the last may yet be undone.
+
         Raises:
             OutputError: The disk is full or not writable.
         """
@@ -88,7 +95,7 @@ class Kept:
         versions = self._versions()
         before = [known for known in versions if known.round <= oldest]
         same = [known for known in versions if known.round == version.round]
-        for known in [*before[:-1], *same[:-2]]:  # the last may be undone
+        for known in [*before[:-1], *same[:-2]]:
             self._path(known).unlink(missing_ok=True)
 
     def _versions(self) -> list[Version]:

@@ -24,7 +24,7 @@ from fedloom.deployment.children import (
 )
 from fedloom.deployment.door import Door, serve
 from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.errors import IdentityError, OutputError
+from fedloom.errors import FedloomError, IdentityError, OutputError
 from fedloom.files import write_whole
 from fedloom.identity import Member, hosts_of, require_current
 from fedloom.settings import read_toml, write_toml
@@ -97,7 +97,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
             stop_run(home, number)
             log.record("ended_run", run=number)
         for leftover in home.streams.iterdir():  # of runs that were killed
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         serving.write(home.started)
         log.record("started", port=port, door=door, tls=not insecure)
         registry = Registry(home, log, insecure=insecure)
@@ -228,12 +228,18 @@ class Registry:
         members = self.home.members().members
         if self.insecure or members == self._seen:
             return
+        failed: list[FedloomError] = []
         for number, member in enumerate(members):
-            if member.revoked and member.key in self.nodes:
-                self._remove(number, member)
-            elif not member.revoked and member.key not in self.nodes:
-                self._add(number, member)
+            try:
+                if member.revoked and member.key in self.nodes:
+                    self._remove(number, member)
+                elif not member.revoked and member.key not in self.nodes:
+                    self._add(number, member)
+            except FedloomError as error:  # the others are not to wait for this one
+                failed.append(error)
         self._keep(self.nodes)  # a full disk may have kept the last from being written
+        if failed:
+            raise failed[0]
         self._seen = members
 
     def keep_following(self) -> None:
@@ -301,7 +307,7 @@ def require_named(certificate: Path, host: str) -> None:
     """
     names: list[str] = []
     with contextlib.suppress(ValueError):  # it names none
-        names = hosts_of(certificate.read_text())
+        names = [name.lower() for name in hosts_of(certificate.read_text())]
     if host.lower() not in names and f"*.{host.lower().partition('.')[2]}" not in names:
         raise IdentityError(
             f"the certificate {certificate} is for {', '.join(names) or 'no host'} and not for {host}, "

@@ -36,7 +36,7 @@ from fedloom.deployment.homes import ClientHome, OwnFile
 from fedloom.deployment.kept import Kept, Version
 from fedloom.engines.frames import listen, read_frame, reader, write_frame
 from fedloom.engines.store import ClientStore
-from fedloom.envelope import Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
+from fedloom.envelope import LONGEST, Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
 from fedloom.errors import ConnectionFailed, DataError, FedloomError, MessageError, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.files import lock
@@ -59,6 +59,12 @@ PAUSE = 0.5
 
 RETURNING = 30.0
 """Seconds in which that is tried; after them the next message opens another."""
+
+
+def unforeseen(error: Exception) -> str:
+    """Return what the server is told of an error, whose words may quote rows: its kind alone."""
+    LOG.error("unforeseen", exc_info=error)
+    return f"{type(error).__name__}; {WORKER_LOG} on its machine says more"
 
 
 @dataclass
@@ -162,6 +168,9 @@ class Worker:
                 self._write_model(run, header, envelope.payload)
                 return reply, b""
             payload, error = self._exchanged(run, header, envelope.payload)
+            if error is not None:
+                LOG.warning("message %d: %s", header.number, error)
+                error = error[:LONGEST]
             work = [
                 WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
                 for cost in run.parts.ledger.take()
@@ -174,10 +183,9 @@ class Worker:
         except FedloomError as error:
             text = str(error)
         except Exception as error:  # whatever breaks here is this client's affair
-            LOG.exception("message %d failed", header.number)
-            text = f"{type(error).__name__}; {WORKER_LOG} on its machine says more"
+            text = unforeseen(error)
         LOG.warning("message %d: %s", header.number, text)
-        return reply.model_copy(update={"error": text[:4000]}), b""
+        return reply.model_copy(update={"error": text[:LONGEST]}), b""
 
     def _note(self, event: str, header: RequestHeader, payload: bytes, digest: str) -> None:
         """Note in this client's own log what it was asked, or what it answered."""
@@ -210,6 +218,7 @@ class Worker:
         number = self.joining.number
         division = self._divided(experiment, own, number, tuple(header.classes))
         parts = assemble(experiment, division, only=number, stage=LOG.info)
+        parts.local.tell = unforeseen
         LOG.info(
             "run %s: ready after %.1f s, backbone loaded from %s",
             header.run[:8],
@@ -284,12 +293,16 @@ class Worker:
         return answer.data or b"", answer.error
 
     def _remember(self, run: Run, header: RequestHeader, round: int) -> None:
-        """Have in memory what this client kept before this message, and counts."""
-        now = Version(len(header.began), round)
+        """Have in memory what this client kept before this message, and counts.
+
+        That is not what was kept over this very message by a worker that died before it answered.
+        """
+        stretch = len(header.began)
+        now = Version(stretch, round)
         if run.moment == now and not header.undone:
             return
-        # it may have been carried out before, by a worker that died before it answered
-        known = run.kept.latest(header.began, round, [*header.undone, header.number])
+        undone = {(began, number) for began, number in header.undone} | {(stretch, header.number)}
+        known = run.kept.latest(header.began, round, undone)
         store = ClientStore({self.joining.number: known[1]} if known is not None else None)
         if run.moment == now:
             run.parts.local.store = store

@@ -72,7 +72,7 @@ class FlowerEngine:
     _forgotten: set[str] = field(default_factory=set)
     _number: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
-    _undone: dict[int, list[int]] = field(default_factory=dict)
+    _undone: dict[int, list[list[int]]] = field(default_factory=dict)
     _briefing: Briefing | None = None
     _streams: Streams | None = None
     _ledger: Ledger = field(default_factory=Ledger)
@@ -92,6 +92,8 @@ class FlowerEngine:
         """Meet the clients; wait until all are ready, or patience is over and there is a quorum."""
         self._briefing, self._ledger = briefing, ledger
         self.roster.model, self.roster.audit = briefing.model, briefing.audit
+        for client, stretch, number in briefing.undone:
+            self._undone.setdefault(client, []).append([stretch, number])
         if self.post.open_streams is not None and self.federation.streams:
             self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
             self._streams.returned = lambda client, held: briefing.audit(
@@ -138,9 +140,11 @@ class FlowerEngine:
 
     def undo(self, clients: Collection[int]) -> None:
         """Tell these clients with the next message that what they kept over the last does not count."""
+        stretch = len(self.briefing.began)
         for client, number in self._numbers.items():
             if client in clients:
-                self._undone.setdefault(client, []).append(number)
+                self._undone.setdefault(client, []).append([stretch, number])
+                self.briefing.audit("undone", client=client, stretch=stretch, message_number=number)
             else:
                 self._undone.pop(client, None)  # it was told, and has answered
 
@@ -192,13 +196,8 @@ class FlowerEngine:
     def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
         """Yield what has come since the last look from those waited for, once for each."""
         yield from self._streamed(waiting)
-        due = [*self._messages, *self._forgotten, *self._joining]
-        for id, found in self.post.pull(due) if due else ():
-            if id in self._forgotten:
-                self._forgotten.discard(id)
-                self.late += 1
-                self.briefing.audit("late", replies=self.late)
-            elif id in self._joining:
+        for id, found in self.post.pull([*self._messages, *self._joining]):
+            if id in self._joining:
                 node, asked = self._joining.pop(id)
                 self.roster.welcome(node, found, asked)
             elif id in self._messages:
@@ -269,6 +268,10 @@ class FlowerEngine:
         if self._joining:
             for _ in self._arrivals({}):
                 pass
+        if self._forgotten and (late := self.post.come(self._forgotten)):
+            self._forgotten -= late
+            self.late += len(late)
+            self.briefing.audit("late", replies=self.late)
 
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,14 +12,11 @@ from google.protobuf.message import DecodeError
 
 from fedloom.engines.records import from_records, to_records
 from fedloom.engines.streams import Streams
-from fedloom.envelope import Envelope, RequestHeader, seal
+from fedloom.envelope import Envelope, RequestHeader, printable, seal
 from fedloom.errors import MessageError
 
 UNREADABLE = (DecodeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What Flower raises over a reply that is none; a link that is down is something else."""
-
-LONGEST = 4000
-"""Characters of what is kept of an error's text, which is a stranger's."""
 
 
 class Mail(Protocol):
@@ -67,6 +65,12 @@ class Post:
         (id,) = self.mail.push_messages([message])
         return id
 
+    def come(self, ids: Iterable[str]) -> set[str]:
+        """Return which of these have been replied to, where the replies are of no use any more."""
+        with contextlib.suppress(*UNREADABLE):
+            return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
+        return set()
+
     def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | str]]:
         """Yield the replies that have come, or why one is none, with the id of what each answers.
 
@@ -77,8 +81,7 @@ class Post:
             try:
                 found = list(self.mail.pull_messages([id]))
             except UNREADABLE as error:
-                text = f"its answer cannot be read: {type(error).__name__}: {error}"
-                yield id, text[:LONGEST]
+                yield id, printable(f"its answer cannot be read: {type(error).__name__}: {error}")
                 continue
             for message in found:
                 yield id, _read(message)
@@ -86,7 +89,7 @@ class Post:
 
 def _read(message: Message) -> Envelope | str:
     if message.has_error():
-        return (message.error.reason or "it failed")[:LONGEST]
+        return printable(message.error.reason or "it failed")
     try:
         return from_records(message.content)
     except MessageError as error:

@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 from fedloom.audit import Record, unheard
 from fedloom.envelope import MAX_REPLY_HEADER, Envelope, Joined, ReplyHeader, RequestHeader
-from fedloom.errors import IdentityError, MessageError, SettingsError
-from fedloom.identity import Members, is_signed
+from fedloom.errors import MessageError
+from fedloom.identity import Current, Members, is_signed
 
 AGAIN = 30.0
 """Seconds until a client that could not join is asked again."""
@@ -38,8 +38,11 @@ class Roster:
     nodes: dict[int, int] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
     _refused: dict[int, float] = field(default_factory=dict)
-    _let_in: Members | None = None
-    _slip: str = ""
+
+    def __post_init__(self) -> None:
+        """Have a slip in the list of members end no run."""
+        own = Current(self.members, lambda reason: self.audit("unread_members", reason=reason))
+        self.members = own
 
     @property
     def judged(self) -> Collection[int]:
@@ -64,7 +67,7 @@ class Roster:
 
     def revoked(self) -> list[int]:
         """Forget the clients that are let in no longer; return them."""
-        members = self._members()
+        members = self.members()
         gone = [client for client in self.joined if not members.lets_in(client)]
         for client in gone:
             del self.joined[client]
@@ -110,7 +113,7 @@ class Roster:
         """
         reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
         if stream != reply.client:
-            key = self._members().key(reply.client)
+            key = self.members().key(reply.client)
             if key is None or not is_signed(key, envelope.header, envelope.signature):
                 raise MessageError(f"it is not signed with the key of client {reply.client}")
         expected = (asked.run, len(asked.began), asked.round, asked.number)
@@ -122,19 +125,6 @@ class Roster:
                 f"{asked.number} of run {asked.run[:8]}"
             )
         return reply
-
-    def _members(self) -> Members:
-        """Return who is let in, as of when the list could last be read: a slip in it ends no run."""
-        try:
-            self._let_in, slip = self.members(), ""
-        except (IdentityError, SettingsError) as error:
-            if self._let_in is None:
-                raise
-            slip = str(error)
-            if slip != self._slip:
-                self.audit("unread_members", reason=slip)
-        self._slip = slip
-        return self._let_in
 
     def _require_fitting(self, reply: ReplyHeader) -> None:
         """Check that a client is ready for this run, with the same software and model.

@@ -7,7 +7,7 @@ ledger's bytes are those that would travel and no client sees another one's tens
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.engines.store import ClientStore
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, MessageError
 from fedloom.messages import Answer, Exchange, Payload, Tensors, decode, encode
 from fedloom.methods.base import EVALUATE, Client, Handler
 from fedloom.models.adapters import AdapterModel
@@ -25,6 +25,12 @@ from fedloom.training.memory import fitting
 from fedloom.training.optimizers import TrainingSettings
 
 LOG = logging.getLogger(__name__)
+
+
+def named(error: Exception) -> str:
+    """Return what is said of something that broke on a client."""
+    LOG.debug("a client failed", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class SimulationEngine:
         ledger: Where costs go.
         newcomers: Clients that are there and no members yet: only who names them reaches them.
         noise_seed: What noise that hides rows is drawn from, if not from the seed.
+        tell: What the server is told of an error that nobody foresaw.
     """
 
     equipment: Mapping[int, Equipment]
@@ -77,6 +84,7 @@ class SimulationEngine:
     ledger: Ledger
     newcomers: frozenset[int] = frozenset()
     noise_seed: int | None = None
+    tell: Callable[[Exception], str] = named
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -117,14 +125,15 @@ class SimulationEngine:
 
     def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
         try:
+            if exchange.action not in self.handlers:
+                raise MessageError(f"there is no action {exchange.action[:40]!r}")
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
         except FedloomError as error:
             return Answer(client, error=str(error))
         except Exception as error:  # whatever breaks on a client is that client's affair
-            LOG.debug("client %d failed", client, exc_info=True)
-            return Answer(client, error=f"{type(error).__name__}: {error}")
+            return Answer(client, error=self.tell(error))
 
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
         """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
