@@ -216,7 +216,9 @@ def few_threads(monkeypatch):
 def test_calls_without_a_message_hold_no_thread(few_threads, site, stranger):
     with contextlib.ExitStack() as stack:
         for method in [doors.KNOCK, doors.DISTRUST] * 2:
-            stack.enter_context(silent(stranger.stream_unary(method).future))
+            call = stack.enter_context(silent(stranger.stream_unary(method).future))
+            with contextlib.suppress(doors.grpc.RpcError):  # a knock is refused
+                call.result(timeout=5)
         assert site.caller().knock().number == 0
 
 
@@ -226,8 +228,11 @@ def opened(stack, site, channel, count):
         site.allow(f"site-{number}")
         claims = site.caller(f"site-{number}")._claims(RUN)
         stack.enter_context(silent(channel.stream_stream(doors.STREAM), metadata=claims))
-    time.sleep(0.5)
-    return sum(facts["what"] == "opens a stream" for _, facts in site.notes)
+    end, came = time.monotonic() + 2.0, 0
+    while came < count and time.monotonic() < end:
+        came = sum(facts["what"] == "opens a stream" for _, facts in site.notes)
+        time.sleep(0.01)
+    return came
 
 
 def test_who_comes_when_all_threads_are_held_is_told(few_threads, site, stranger):

@@ -111,7 +111,7 @@ def test_a_run_that_ends_meanwhile_leaves_nothing(site):
     streams.send(0, Question((b"0",), lambda held: (str(held).encode(),), len(ANSWER)))
     while 0 in streams:
         time.sleep(0.01)
-    assert {path.name for path in own.streams.iterdir()} == {RUN, f"{RUN}-000000"}
+    assert {path.name for path in own.streams.iterdir()} == {RUN, f"{RUN}-000000-000000001"}
     streams.close()
     assert list(own.streams.iterdir()) == []
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import resource
+import select
 import time
 
 import pytest
@@ -70,9 +71,27 @@ def test_of_an_answer_that_nobody_took_nothing_is_left(streams, path, end):
         asked(streams, connection)
         write_frame(connection, b"answer")
         waits(streams)
-        assert f"{path.name}-000000" in left(path)
+        assert f"{path.name}-000000-000000001" in left(path)
         end(streams)
-    assert f"{path.name}-000000" not in left(path)
+    assert not any("-" in name for name in left(path))
+
+
+def test_an_answer_that_came_late_does_not_touch_a_newer_one(streams, path):
+    with client(path) as connection:
+        asked(streams, connection)
+        write_frame(connection, b"answer")
+        waits(streams)
+        (late,) = streams.take(5.0)
+    while 0 in streams:
+        time.sleep(0.01)
+    with client(path) as connection:
+        asked(streams, connection)
+        write_frame(connection, b"newer")
+        while not streams._untaken:
+            time.sleep(0.01)
+        late.message.unlink()
+        (newer,) = (found.message for found in streams.take(5.0) if found.message)
+    assert taken(newer) == b"newer"
 
 
 def test_what_a_killed_process_left_of_the_same_run_is_swept(path):
@@ -93,9 +112,8 @@ def test_of_two_streams_of_a_client_at_once_one_is_closed(streams, path):
 
     streams._streams = Slow()
     with client(path) as one, client(path) as two:
-        while 0 not in streams:
-            time.sleep(0.01)
-        time.sleep(1.0)
+        superseded, _, _ = select.select([one, two], [], [], 10.0)
+        assert len(superseded) == 1
         streams.close()
         assert one.recv(1) == two.recv(1) == b""
 

@@ -60,10 +60,10 @@ class Roster:
         """Note that a client may be gone: it must say again that it is there."""
         self.nodes.pop(client, None)
 
-    def there(self, open: Container[int]) -> list[int]:
+    def there(self, streaming: Container[int]) -> list[int]:
         """Return the members that are ready and can be reached: by a message, or over an open stream."""
         ready = self.joined.keys() - set(self.newcomers)
-        return sorted(client for client in ready if client in self.nodes or client in open)
+        return sorted(client for client in ready if client in self.nodes or client in streaming)
 
     def revoked(self) -> list[int]:
         """Forget the clients that are let in no longer; return them."""

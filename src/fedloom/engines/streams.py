@@ -113,7 +113,7 @@ class Streams:
         self._patience = patience
         self._streams: dict[int, _Stream] = {}
         self._asked: dict[int, _Asked] = {}
-        self._untaken: set[int] = set()  # whose large answer has arrived, and was not taken
+        self._untaken: dict[Path, int] = {}  # large answers that have arrived, and whose they are
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
@@ -157,9 +157,12 @@ class Streams:
     def drop(self, client: int) -> None:
         """Close a client's stream, if it has one; an answer of it is neither waited for nor kept."""
         with self._lock:
-            if self._asked.pop(client, None) is not None or client in self._untaken:
-                self._file(client).unlink(missing_ok=True)
-            self._untaken.discard(client)
+            given_up = [path for path, owner in self._untaken.items() if owner == client]
+            if (asked := self._asked.pop(client, None)) is not None:
+                given_up.append(self._file(client, asked))
+            for path in given_up:
+                self._untaken.pop(path, None)
+                path.unlink(missing_ok=True)
             stream = self._streams.pop(client, None)
         if stream is not None:
             self._end(stream)
@@ -171,7 +174,7 @@ class Streams:
         self._listening.close()
         self._path.unlink(missing_ok=True)
         with self._lock:
-            clients = self._streams.keys() | self._asked.keys() | self._untaken
+            clients = self._streams.keys() | self._asked.keys() | set(self._untaken.values())
         for client in clients:
             self.drop(client)
 
@@ -240,7 +243,7 @@ class Streams:
                 return False
             del self._asked[client]
             if isinstance(message, Path):
-                self._untaken.add(client)
+                self._untaken[message] = client
             self.arrived.put(Arrival(client, asked.number, message))
         return True
 
@@ -249,20 +252,20 @@ class Streams:
         with self._lock:  # once its question is given up, no file of it comes to be
             if self._asked.get(client) is not asked:
                 return None
-            file: BinaryIO = self._file(client).open("ab" if asked.held else "wb")
+            file: BinaryIO = self._file(client, asked).open("ab" if asked.held else "wb")
         with file:
             for start in range(0, length, PART):
                 part = read(min(PART, length - start))
                 if part is None:
                     return None
                 asked.held += file.write(part)
-        return self._file(client)
+        return self._file(client, asked)
 
     def _handed(self, arrival: Arrival) -> Arrival:
         """Return an arrival, whose file is from now on the business of who takes it."""
         if isinstance(arrival.message, Path):
             with self._lock:
-                self._untaken.discard(arrival.client)
+                self._untaken.pop(arrival.message, None)
         return arrival
 
     def _room(self, client: int) -> int:
@@ -301,12 +304,13 @@ class Streams:
 
     def _fail(self, client: int) -> None:
         """Wait for the answer of a client no longer; the lock is held."""
-        self._file(client).unlink(missing_ok=True)
-        self.arrived.put(Arrival(client, self._asked.pop(client).number))
+        asked = self._asked.pop(client)
+        self._file(client, asked).unlink(missing_ok=True)
+        self.arrived.put(Arrival(client, asked.number))
 
-    def _file(self, client: int) -> Path:
-        """Return where a large answer of a client waits."""
-        return self._path.with_name(f"{self._path.name}-{client:06d}")
+    def _file(self, client: int, asked: _Asked) -> Path:
+        """Return where a large answer of a client to a question waits."""
+        return self._path.with_name(f"{self._path.name}-{client:06d}-{asked.number:09d}")
 
     @staticmethod
     def _end(stream: _Stream) -> None:
