@@ -107,7 +107,7 @@ class Worker:
         self.run: Run | None = None
         self.heard = time.monotonic()
         self._lock = threading.Lock()
-        self._last: tuple[str, int, int] | None = None
+        self._last: tuple[str | int, ...] | None = None
         self._reply: Envelope | None = None
         self._streaming: str | None = None
 
@@ -127,7 +127,9 @@ class Worker:
             header = envelope.read(RequestHeader)
             if not streamed:
                 self._require_server(envelope, header)
-            asked = (header.run, len(header.began), header.number)
+            # a run that was killed before it began counts its messages anew in the same stretch
+            counted = (header.run, len(header.began), header.number)
+            asked = (*counted, header.kind, header.round, header.action)
             if asked == self._last and self._reply is not None:  # it did not reach the server whole
                 return self._reply.pack()[header.held :]
             reply, payload = self._carried_out(envelope, header)
