@@ -28,7 +28,7 @@ def test_killed_at_random_moments(experiment, tmp_path, method):
     """Personal parts and control variates are on the clients' disks, in versions of several stretches."""
     settings = experiment(
         method={"name": method},
-        federation={"clients": 2, "rounds": ROUNDS, "patience": 120},
+        federation={"clients": 2, "rounds": ROUNDS, "patience": 120, "quorum": 1.0},
         training={"local_steps": 20},
         output={"folder": str(tmp_path / "here"), "checkpoint_every": 2},
     )
