@@ -281,18 +281,17 @@ class StoredTensors(dict[str, Tensor]):
     def __init__(self, path: Path, schema: Schema) -> None:
         """Find each tensor of ``schema`` in a file of bytes that :func:`decode` has accepted."""
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header, begin = header_of(file.read(8 + HEADER_BYTES), HEADER_BYTES)
+        buffers = buffers_of(header, path.stat().st_size - begin)
         self.path = path
         self._places: dict[str, tuple[int, TensorSpec, tuple[int, ...]]] = {}
         for dtype, specs in schema.groups.items():
-            start = 8 + size + header[dtype]["data_offsets"][0]
+            start = begin + buffers[dtype].start
             for spec in specs:
                 self._places[spec.name] = start, spec, spec.shape
                 start += spec.elements * spec.dtype.itemsize
         for key, spec in schema.ragged.items():
-            start = 8 + size + header[key]["data_offsets"][0]
-            self._places[spec.name] = start, spec, tuple(header[key]["shape"])
+            self._places[spec.name] = begin + buffers[key].start, spec, buffers[key].shape
         super().__init__(dict.fromkeys((spec.name for spec in schema.tensors), torch.empty(0)))
 
     def __getitem__(self, name: str) -> Tensor:
