@@ -348,18 +348,17 @@ class _Run:
         id = known["id"] if known else uuid.uuid4().hex
         if self.remote is not None:
             self.observer.stage("waiting for clients")
-            earlier = audit.events(self.audit.path, "began")
+            earlier = audit.events(self.audit.path, "began", "undone")
+            began = [e for e in earlier if e["event"] == "began" and e.get("run") == id]
+            undone = [e for e in earlier if e["event"] == "undone"]
             briefing = Briefing(
                 id,
                 self.experiment.to_toml(),
                 self.parts.division.classes,
                 self.parts.model_digest,
-                (*(event["after"] for event in earlier if event.get("run") == id), done),
+                (*(event["after"] for event in began), done),
                 self.audit.record,
-                tuple(
-                    (event["client"], event["stretch"], event["message_number"])
-                    for event in audit.events(self.audit.path, "undone")
-                ),
+                tuple((e["client"], e["stretch"], e["message_number"]) for e in undone),
             )
             self.remote.begin(briefing, self.parts.ledger)
         if known is None:

@@ -104,9 +104,11 @@ class FlowerEngine:
     def sizes(self) -> dict[int, int]:
         """Return the training rows of each client that is there now; waits for a quorum of them."""
         self._meet()
-        if len(self._there()) < self._quorum:
+        there = self._there()
+        if len(there) < self._quorum:
             self._wait_for(self._quorum)
-        return {client: self.roster.joined[client].rows for client in self._there()}
+            there = self._there()
+        return {client: self.roster.joined[client].rows for client in there}
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, all at once."""

@@ -41,8 +41,9 @@ class Roster:
 
     def __post_init__(self) -> None:
         """Have a slip in the list of members end no run."""
-        own = Current(self.members, lambda reason: self.audit("unread_members", reason=reason))
-        self.members = own
+        self.members = Current(
+            self.members, lambda reason: self.audit("unread_members", reason=reason)
+        )
 
     @property
     def judged(self) -> Collection[int]:
