@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, checksummed, and refused when they are not ours."""
 
+import contextlib
 import errno
 import json
 
@@ -84,16 +85,24 @@ def test_no_checkpoint_and_no_such_round_are_said(tmp_path):
         checkpoint.load(tmp_path, "f" * 64, 5)
 
 
-def test_a_full_disk_leaves_the_one_before_whole(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, state(1))
+@contextlib.contextmanager
+def full_disk(monkeypatch):
+    """What is done meets a full disk, and says so."""
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left on device"):
+    with monkeypatch.context() as own:
+        own.setattr(checkpoint.os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            yield
+
+
+def test_a_full_disk_leaves_the_one_before_whole(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1))
+
+    with full_disk(monkeypatch):
         checkpoint.save(tmp_path, state(2))
-    monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["round-0001"]
     assert checkpoint.load(tmp_path, "f" * 64).round == 1
 
@@ -131,13 +140,8 @@ def test_a_client_that_leaves_is_forgotten_in_every_checkpoint(tmp_path):
 def test_who_is_stopped_while_it_forgets_leaves_checkpoints_whole(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1))
 
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left on device"):
+    with full_disk(monkeypatch):
         checkpoint.forget(tmp_path, 7)
-    monkeypatch.undo()
     assert list(checkpoint.load(tmp_path, "f" * 64).clients) == [0, 7]
     assert checkpoint.forget(tmp_path, 7) == 1
     assert list(checkpoint.load(tmp_path, "f" * 64).clients) == [0]
