@@ -108,7 +108,7 @@ class Members:
 
     def key(self, number: int) -> ec.EllipticCurvePublicKey | None:
         """Return a client's public key, if it is let in."""
-        return _public(self.members[number].key) if self.lets_in(number) else None
+        return public_key(self.members[number].key) if self.lets_in(number) else None
 
     def _write(self, number: int, member: Member) -> None:
         self.members[number : number + 1] = [member]
@@ -313,7 +313,7 @@ def public_pem(line: str) -> bytes:
     Raises:
         IdentityError: It is none of this kind.
     """
-    return _public(line).public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    return public_key(line).public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
 
 
 def public_line(key: ec.EllipticCurvePrivateKey) -> str:
@@ -322,7 +322,12 @@ def public_line(key: ec.EllipticCurvePrivateKey) -> str:
     return public.public_bytes(pem.Encoding.OpenSSH, pem.PublicFormat.OpenSSH).decode()
 
 
-def _public(line: str) -> ec.EllipticCurvePublicKey:
+def public_key(line: str) -> ec.EllipticCurvePublicKey:
+    """Return the public key in a line of OpenSSH.
+
+    Raises:
+        IdentityError: It is none, or of another kind.
+    """
     try:
         key = pem.load_ssh_public_key(line.encode())
     except (ValueError, UnsupportedAlgorithm) as error:

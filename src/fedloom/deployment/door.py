@@ -26,11 +26,19 @@ from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedloom.engines.frames import LENGTH, Read, connect, write_frame
 from fedloom.errors import ConnectionFailed, IdentityError
-from fedloom.identity import Current, Members, hosts_of, is_signed, public_line, public_pem, sign
+from fedloom.identity import (
+    Current,
+    Members,
+    hosts_of,
+    is_signed,
+    public_key,
+    public_line,
+    public_pem,
+    sign,
+)
 
 BEHIND, AHEAD = 300, 4
 """Seconds by which a client's clock may be behind the server's, and ahead of it.
@@ -366,8 +374,7 @@ def _signed_by(claims: dict[str, Any]) -> str:
             f"its clock is {abs(behind):.1f} seconds {where} the server's, {allowed} are allowed: set "
             "the clock that is wrong"
         )
-    own: Any = load_pem_public_key(public_pem(key))
-    if not is_signed(own, _claim(key, moment, run), signature):
+    if not is_signed(public_key(key), _claim(key, moment, run), signature):
         raise IdentityError("the signature is not one of the key that it names")
     return key
 
