@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -24,6 +25,11 @@ from links import Link
 from machines import machines
 
 CLIENTS, ROUNDS, BAD = 8, 60, 7
+EARLY, LATE = range(25, 35), range(50, 60)
+"""Rounds played when memory is read, long after the server's last start and before the run is written
+out. It moves by some megabytes within seconds, so medians are compared: if all answers of the 25 rounds
+between were kept, they would be 14.8 MB apart."""
+
 BEHIND = (0, 1)
 """Clients whose link is cut now and then."""
 
@@ -100,7 +106,7 @@ def test_the_run_survives_all_of_it(monkeypatch):
         },
         "training": {"local_steps": 25, "batch_size": 8},
         "admission": {"offences": 2, "pause": 10},
-        "evaluation": {"per_client": False, "every": 5, "samples": 0},  # 45 is behind when memory is read
+        "evaluation": {"per_client": False, "every": 5, "samples": 0},
     }  # fmt: skip
     experiment, rng = Experiment.from_table(table), random.Random(0)
     start = time.monotonic()
@@ -135,19 +141,18 @@ def test_the_run_survives_all_of_it(monkeypatch):
             for client in [c for c, moment in again.items() if time.monotonic() > moment]:
                 del again[client]
                 start_client(client)
-            if down < 2 and done >= 20 * (down + 1):
+            if down < 2 and done >= 8 * (down + 1):
                 down += 1
                 own.kill("run")
                 own.kill("server")
-                sizes.clear()
                 time.sleep(2)
                 own.start_server()
                 own.start(
                     "run", "run", "--resume", folder, "--engine", "flower", "--home", own.server
                 )
                 continue
-            if (resident := memory(own)) and done > 45:
-                sizes.append(resident)
+            if resident := memory(own):
+                sizes.append((done, resident))
             if done >= 1 and rng.random() < 0.08:
                 link.cut(rng.uniform(0.5, 8))
             if done >= 1 and rng.random() < 0.06 and len(again) < 2:
@@ -171,10 +176,11 @@ def test_the_run_survives_all_of_it(monkeypatch):
     assert any(client != BAD for _, client, _ in lost) and killed >= 3
     last = [event["state"] for event in events if event["event"] == "round"][-1]
     assert replayed(experiment, found).digest() == last
-    assert max(sizes) - sizes[0] < 8 << 20
+    early, late = (median(size for done, size in sizes if done in when) for when in (EARLY, LATE))
+    assert late - early < 8 << 20, sizes
     seconds = time.monotonic() - start
     print(
         f"{seconds:.0f} s, {killed} clients killed, server killed {down} times, {len(lost)} answers lost; "
-        f"memory {sizes[0] >> 20} to {max(sizes) >> 20} MiB; {sorted({reason for *_, reason in lost})}"
+        f"memory {early / 2**20:.1f} to {late / 2**20:.1f} MiB; {sorted({reason for *_, reason in lost})}"
     )
     assert seconds < 900
