@@ -1,5 +1,6 @@
 """A client's own file and folder: mistakes are named, and nothing of it is for others."""
 
+import re
 import time
 from pathlib import Path
 
@@ -71,6 +72,25 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
     again = Child(child.command, child.log, {})
     again.end_leftover()  # as after a kill of who started it
     assert child.process.wait(5) == -9
+    child.stop()
+
+
+def test_a_child_that_says_that_it_is_stuck_is_started_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.children.PAUSE", 0.0)
+    command = ["python", "-c", "import time; time.sleep(60)"]
+    child = Child(command, tmp_path / "a.out", {}, stuck=re.compile(b"no use"))
+    child.log.write_text("no use\n")  # it was, at an earlier start
+    child.keep_alive()
+    first = child.process
+    for words, ends in [("all is well\n", False), ("no u", False), ("se", False), ("\n", True)]:
+        with child.log.open("a") as log:
+            log.write(words)
+        assert not child.keep_alive()
+        assert (first.poll() is not None) == ends
+    assert child.keep_alive() and child.process.pid != first.pid
+    assert not child.keep_alive()
+    child.log.unlink()
+    assert not child.keep_alive() and child.process.poll() is None
     child.stop()
 
 

@@ -59,6 +59,28 @@ def test_a_newcomer_makes_no_quorum(there):
         engine.sizes()
 
 
+def test_one_answer_of_a_node_is_enough_whichever_it_is(there, monkeypatch):
+    """A node of Flower can come to answer each message with what it had to say to the one before."""
+    engine, _ = there([])
+    pushed, told = [], []
+
+    def welcome(node, found, asked):
+        told.append((node, found, asked.number))
+        engine.roster.nodes[2] = node
+
+    monkeypatch.setattr(engine.roster, "welcome", welcome)
+    monkeypatch.setattr("fedloom.engines.roster.SILENT", 0.0)
+    engine.post.push = lambda node, header, payload: pushed.append(node) or f"id-{header.number}"
+    engine.post.online = lambda: {20}
+    engine.post.pull = lambda ids: [("id-1", "an answer")] if len(pushed) > 1 else []
+    engine._meet()
+    assert pushed == [20] and not told
+    engine._meet()
+    assert pushed == [20, 20] and told == [(20, "an answer", 1)]
+    engine._meet()
+    assert pushed == [20, 20] and engine._joining == {}
+
+
 def test_a_run_begins_as_soon_as_newcomers_and_all_others_are_there(there, monkeypatch):
     engine, _ = there([0, 1, 2], newcomers=(2,))
     monkeypatch.setattr("fedloom.engines.flower.time.sleep", None)  # it would have to wait

@@ -63,6 +63,27 @@ def test_who_could_not_join_is_left_alone_for_a_while(site):
     assert roster.unknown({10, 20, 30}) == [30] and sorted(roster.problems) == [10, 20]
 
 
+def test_who_says_nothing_is_asked_again_each_time_later(site, monkeypatch):
+    roster, reply = site
+    now = 0.0
+    monkeypatch.setattr("fedloom.engines.roster.time.monotonic", lambda: now)
+    asked_at = []
+    for second in range(300):
+        now = float(second)
+        for node in roster.unknown({10}):
+            roster.asked(node)
+            asked_at.append(second)
+    assert asked_at == [0, 15, 45, 105, 225]
+    joined = Joined(rows=3, held_out=1, model="m", version=version("fedloom"))
+    roster.welcome(10, reply(1, by=1, joined=joined), asked())
+    assert roster.unknown({10}) == []
+    roster.lost(1)  # it is asked at once, and so is one that was away
+    assert roster.unknown({10}) == [10]
+    roster.asked(10)
+    assert roster.unknown({10}) == [] and roster.unknown(set()) == []
+    assert roster.unknown({10}) == [10]
+
+
 def test_who_is_revoked_is_forgotten_and_his_stream_no_proof_any_more(site, tmp_path):
     roster, reply = site
     joined = Joined(rows=3, held_out=1, model="m", version=version("fedloom"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -49,19 +50,24 @@ class Child:
         command: Its arguments, program first.
         log: Where its output goes.
         environment: What it has beside ours.
+        stuck: Matches words of its output after which it is of no use until it is started anew.
     """
 
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str]
+    stuck: re.Pattern[bytes] | None = None
     process: subprocess.Popen[bytes] | None = None
     _deaths: int = 0
     _again: float = 0.0
+    _read: int = 0
 
     def keep_alive(self) -> bool:
-        """Start it if it does not run; return whether it had died."""
+        """Start it if it does not run, end it if it is stuck; return whether it had ended before."""
         if self.process is not None and self.process.poll() is None:
-            if time.monotonic() > self._again + 60:
+            if self._is_stuck():
+                self.stop()
+            elif time.monotonic() > self._again + 60:
                 self._deaths = 0
             return False
         if time.monotonic() < self._again:
@@ -71,6 +77,7 @@ class Child:
         self._again = time.monotonic() + min(60.0, PAUSE * 2**self._deaths)
         self._make_room()
         with self.log.open("ab") as log:
+            self._read = log.tell()
             self.process = subprocess.Popen(
                 [program(self.command[0]), *self.command[1:]],
                 stdin=subprocess.DEVNULL,
@@ -86,6 +93,19 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self.log.exists() and self.log.stat().st_size > LARGE:
             self.log.replace(self.log.with_name(f"{self.log.name}.1"))
+
+    def _is_stuck(self) -> bool:
+        """Look through what it has printed since the last look, line by line."""
+        if self.stuck is None:
+            return False
+        try:
+            with self.log.open("rb") as log:
+                log.seek(self._read)
+                lines, newline, _ = log.read().rpartition(b"\n")
+        except FileNotFoundError:  # somebody has tidied up
+            return False
+        self._read += len(lines + newline)
+        return self.stuck.search(lines) is not None
 
     @property
     def _pid(self) -> Path:

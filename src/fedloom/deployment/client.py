@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from fedloom.deployment.door import Caller
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.errors import ConnectionFailed
 from fedloom.identity import read_key, require_current
+
+STUCK = re.compile(rb"Ignoring message|Failed to receive message")
+"""Said by Flower's node when a server goes away while a message is on its way from it. The message may be
+answered all the same, by what had begun on it; the node sends that instead of the answer to the next
+message, the answer to the next instead of the one after that, and never catches up."""
 
 
 def join(
@@ -140,6 +146,6 @@ def _children(home: ClientHome, joining: Joining, flower: str) -> list[Child]:
     starter = ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
     environment = {"FLWR_HOME": str((home.path / "flower").resolve())}
     return [
-        Child(node, logs / "supernode.out", environment),
+        Child(node, logs / "supernode.out", environment, stuck=STUCK),
         Child(starter, logs / "clientapp.out", environment),
     ]

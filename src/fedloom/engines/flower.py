@@ -202,6 +202,8 @@ class FlowerEngine:
             if id in self._joining:
                 node, asked = self._joining.pop(id)
                 self.roster.welcome(node, found, asked)
+                if node in self.roster.nodes.values():  # and however often it was asked
+                    self._joining = {i: own for i, own in self._joining.items() if own[0] != node}
             elif id in self._messages:
                 yield self._messages.pop(id), found
 
@@ -261,12 +263,11 @@ class FlowerEngine:
         )
 
     def _meet(self) -> None:
-        """Ask nodes that are new here who they are, and hear those that have said so."""
-        asked = {node for node, _ in self._joining.values()}
+        """Ask nodes that have not said who they are, and hear those that have."""
         for node in self.roster.unknown(self.post.online()):
-            if node not in asked:
-                header = self._header("join", None)
-                self._joining[self._push(node, header, b"")] = node, header
+            header = self._header("join", None)
+            self._joining[self._push(node, header, b"")] = node, header
+            self.roster.asked(node)
         if self._joining:
             for _ in self._arrivals({}):
                 pass

@@ -15,6 +15,10 @@ from fedloom.identity import Current, Members, is_signed
 AGAIN = 30.0
 """Seconds until a client that could not join is asked again."""
 
+SILENT = 15.0
+"""Seconds until a node that does not say who it is is asked again; doubled each time. The question or its
+answer may have been lost on the client's machine."""
+
 
 @dataclass
 class Roster:
@@ -37,7 +41,7 @@ class Roster:
     joined: dict[int, Joined] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
-    _refused: dict[int, float] = field(default_factory=dict)
+    _waits: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Have a slip in the list of members end no run."""
@@ -53,9 +57,18 @@ class Roster:
     def unknown(self, online: Collection[int]) -> list[int]:
         """Return the nodes, of those online, that must be asked who they are; forget those that went."""
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
+        self._waits = {node: own for node, own in self._waits.items() if node in online}
         now = time.monotonic()
-        refused = {node for node, moment in self._refused.items() if now < moment + AGAIN}
-        return sorted(set(online) - refused - set(self.nodes.values()))
+        waiting = {node for node, (until, _) in self._waits.items() if now < until}
+        return sorted(set(online) - waiting - set(self.nodes.values()))
+
+    def asked(self, node: int) -> None:
+        """Note that a node has been asked who it is, and has a while to say so."""
+        _, before = self._waits.get(node, (0.0, SILENT / 2))
+        self._wait(node, 2 * before)
+
+    def _wait(self, node: int, seconds: float) -> None:
+        self._waits[node] = time.monotonic() + seconds, seconds
 
     def lost(self, client: int) -> None:
         """Note that a client may be gone: it must say again that it is there."""
@@ -91,11 +104,13 @@ class Roster:
             self._require_fitting(reply)
         except MessageError as error:
             self.audit("refused_join", node=node, reason=str(error))
-            self.problems[node], self._refused[node] = str(error), time.monotonic()
+            self.problems[node] = str(error)
+            self._wait(node, AGAIN)
             return
         assert reply.joined is not None, "it fits"
         self.joined[reply.client], self.nodes[reply.client] = reply.joined, node
         self.problems.pop(node, None)
+        self._waits.pop(node, None)
         facts = {"rows": reply.joined.rows, "model": reply.joined.model}
         self.audit("joined", client=reply.client, node=node, **facts)
 
