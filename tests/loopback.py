@@ -114,7 +114,7 @@ class Loopback:
         home.path.mkdir(exist_ok=True)
         home.write_joining(
             Joining(
-                door="localhost:9",
+                gateway="localhost:9",
                 number=number,
                 key=str(self.folder / f"{number}.key"),
                 authority=str(self.folder / "server" / "ca.pem"),

@@ -109,7 +109,7 @@ class Machines:
     def __init__(self, folder, clients, network):
         self.folder, self.clients, self.network = folder, clients, network
         self.server = folder / "server"
-        self.port, self.door = free_port(), free_port()
+        self.port = free_port()
         self.processes = {}
         self.call("certs", "--home", self.server, "--host", network.address)
         for client in range(clients):
@@ -149,13 +149,13 @@ class Machines:
         raise AssertionError(f"{text!r} is not in {log}: {log.read_text()[-2000:]}")
 
     def start_server(self):
-        where = ("--host", self.network.listen_at, "--port", self.port, "--door", self.door)
+        where = ("--host", self.network.listen_at, "--port", self.port)
         log = self.start("server", "server", "start", "--home", self.server, *where)
         self.wait(log, "clients can join")
 
     def joining(self, client, **options):
         own = {
-            "server": f"{self.network.address}:{self.door}", "key": f"{client}.key",
+            "server": f"{self.network.address}:{self.port}", "key": f"{client}.key",
             "ca": self.server / "ca.pem", "home": self.folder / f"c{client}",
         }  # fmt: skip
         chosen = {**own, **options}

@@ -24,10 +24,14 @@ IMPORTERS = {
     "flwr": (
         "engines/post.py",
         "engines/records.py",
-        "deployment/clientapp.py",
+        "deployment/app/",
+        "deployment/flower_node.py",
+        "deployment/flower_server.py",
         "deployment/serverapp.py",
     ),
-    "grpc": ("deployment/door.py",),
+    "h11": ("deployment/fleet.py",),
+    "httpcore": ("deployment/flower_node.py",),
+    "uvicorn": ("deployment/flower_server.py",),
 }
 # `fedloom --help`, a mistyped setting and a report must not wait seconds for torch.
 LIGHT = ("settings.py", "errors.py", "cli.py", "report/", "envelope.py", "engines/records.py")

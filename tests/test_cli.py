@@ -84,7 +84,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "keys allow": ["--home"],
         "keys revoke": ["--home"],
         "keys list": ["--home"],
-        "server start": ["--door", "--home", "--host", "--insecure", "--port"],
+        "server start": ["--home", "--host", "--insecure", "--port"],
         "server stop": ["--home"],
         "client join": ["--ca", "--data", "--home", "--insecure", "--key", "--server"],
         "client leave": ["--home"],

@@ -389,16 +389,15 @@ def list_keys(home: HomeOfServer = SERVER_HOME) -> None:
 def start_server(
     home: HomeOfServer = SERVER_HOME,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="Of Flower.", min=1, max=65535)] = 9092,
-    door: Annotated[
-        int, typer.Option(help="At which clients join and open streams.", min=1, max=65535)
-    ] = 9093,
+    port: Annotated[
+        int, typer.Option(help="The one port that clients connect to.", min=1, max=65535)
+    ] = 9092,
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
 ) -> None:
     """Start the server; it runs until it is stopped."""
     from fedloom.deployment.server import serve_federation
 
-    serve_federation(home, host, port, door, insecure=insecure, say=typer.echo)
+    serve_federation(home, host, port, insecure=insecure, say=typer.echo)
 
 
 @server_app.command("stop")
@@ -411,7 +410,9 @@ def stop_server(home: HomeOfServer = SERVER_HOME) -> None:
 
 @client_app.command("join")
 def join_federation(
-    server: Annotated[str, typer.Option(help="HOST:PORT of its door.", show_default=False)],
+    server: Annotated[
+        str, typer.Option(help="HOST:PORT of the server's gateway.", show_default=False)
+    ],
     data: Annotated[
         Path | None, typer.Option(help="This client's file: its rows, where the model lies.")
     ] = None,

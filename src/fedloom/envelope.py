@@ -66,7 +66,7 @@ class RequestHeader(Settings):
     """TOML; left out where the client has it already."""
     classes: list[str] = []
     streams: bool = False
-    """Whether a stream for further messages of the run may be opened at the door."""
+    """Whether a stream for further messages of the run may be opened at the gateway."""
     certificate: str | None = None
     """PEM of the server's certificate, which the client checks with its authority's."""
     undone: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []

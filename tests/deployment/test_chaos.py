@@ -111,7 +111,7 @@ def test_the_run_survives_all_of_it(monkeypatch):
     experiment, rng = Experiment.from_table(table), random.Random(0)
     start = time.monotonic()
     with machines(CLIENTS) as own:
-        link = Link(own.door)
+        link = Link(own.port)
         own.start_server()
 
         def start_client(client, wait=False):

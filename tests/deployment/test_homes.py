@@ -1,6 +1,5 @@
 """A client's own file and folder: mistakes are named, and nothing of it is for others."""
 
-import re
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from fedloom.deployment.children import (
     Child,
     address,
     free_port,
+    make_room,
     program,
     reachable,
     require_free,
@@ -47,7 +47,7 @@ def test_a_home_says_how_it_was_joined(tmp_path):
     home = ClientHome(tmp_path)
     with pytest.raises(SettingsError, match="file not found"):
         home.joining()
-    joining = Joining(door="localhost:1", number=3, key="k")
+    joining = Joining(gateway="localhost:1", number=3, key="k")
     home.write_joining(joining)
     assert home.joining() == joining and home.own_file() == OwnFile()
     assert (tmp_path / "client.toml").stat().st_mode & 0o777 == 0o600
@@ -75,39 +75,32 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
     child.stop()
 
 
-def test_a_child_that_says_that_it_is_stuck_is_started_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.deployment.children.PAUSE", 0.0)
-    command = ["python", "-c", "import time; time.sleep(60)"]
-    child = Child(command, tmp_path / "a.out", {}, stuck=re.compile(b"no use"))
-    child.log.write_text("no use\n")  # it was, at an earlier start
-    child.keep_alive()
-    first = child.process
-    for words, ends in [("all is well\n", False), ("no u", False), ("se", False), ("\n", True)]:
-        with child.log.open("a") as log:
-            log.write(words)
-        assert not child.keep_alive()
-        assert (first.poll() is not None) == ends
-    assert child.keep_alive() and child.process.pid != first.pid
-    assert not child.keep_alive()
-    child.log.unlink()
-    assert not child.keep_alive() and child.process.poll() is None
-    child.stop()
-
-
-def test_a_log_that_has_grown_large_is_begun_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.deployment.children.PAUSE", 0.0)
+def test_a_log_that_has_grown_large_is_begun_again_under_who_writes_it(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.deployment.children.LARGE", 10)
-    child, old = Child(["python", "-c", ""], tmp_path / "a.out", {}), tmp_path / "a.out.1"
-    for before, now, aside in [("small", "small", None), ("l" * 11, "", "l" * 11)]:
-        child.log.write_text(before)
-        child.keep_alive()
-        child.process.wait()
-        assert child.log.read_text() == now
-        assert (old.read_text() if old.exists() else None) == aside
-    child.log.write_text("m" * 12)
+    command = ["python", "-c", "while True: print(input(), flush=True)"]
+    child, old = Child(command, tmp_path / "a.out", {}), tmp_path / "a.out.1"
+    child.log.write_text("l" * 11)
     child.keep_alive()
+    assert child.log.read_text() == "" and old.read_text() == "l" * 11
+    process = child.process
     child.stop()
-    assert old.read_text() == "m" * 12
+    with child.log.open("ab") as log:
+        for line in (b"one\n", b"twelve bytes\n", b"three\n"):
+            log.write(line)
+            log.flush()
+            make_room(child.log)
+    assert process.returncode is not None
+    assert child.log.read_bytes() == b"three\n" and old.read_bytes() == b"one\ntwelve bytes\n"
+
+
+def test_a_full_disk_does_not_keep_a_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedloom.deployment.children.LARGE", 10)
+    log = tmp_path / "a.out"
+    log.write_text("l" * 11)
+    log.with_name("a.out.1").mkdir()  # cannot be written
+    make_room(log)
+    assert log.read_text() == ""
+    make_room(tmp_path / "there is none")
 
 
 def test_a_child_that_does_not_start_is_told(tmp_path):

@@ -11,9 +11,10 @@ import pytest
 
 import fedloom
 from fedloom.audit import events
-from fedloom.deployment import door, worker
+from fedloom.deployment import connections, gateway, worker
 from fedloom.deployment.children import free_port
-from fedloom.deployment.door import Caller, Door, serve
+from fedloom.deployment.gateway import Gateway
+from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.engines import streams as module
 from fedloom.engines.frames import read_frame
 from fedloom.engines.streams import Arrival, Question, Streams, taken
@@ -28,26 +29,28 @@ ANSWER = bytes(range(256)) * 80_000
 
 
 class Site:
-    """The door of a federation, and a link to it that breaks."""
+    """The gateway of a federation, and a link to it that breaks."""
 
     def __init__(self, loopback, cuts=()):
         self.loopback, self.server = loopback, loopback.folder / "server"
         self.streams = self.server / "streams"
-        port, pair = free_port(), (self.server / "server.key", self.server / "server.pem")
-        own = Door(loopback.members, lambda event, **facts: None, self.streams, 9092)
-        certificate = tuple(file.read_bytes() for file in pair)
-        self.door = serve(own, f"localhost:{port}", certificate)
+        port, pair = free_port(), (self.server / "server.pem", self.server / "server.key")
+        self.gateway = Gateway(loopback.members, lambda event, **facts: None, self.streams, None)
+        self.gateway.listen("127.0.0.1", port, pair)
         self.link = Link(port, cuts)
 
     def client(self, asked):
         """Connect as client 0 again and again, and send of ANSWER what is asked for."""
         key = read_key(self.loopback.folder / "0.key")
         authority = (self.server / "ca.pem").read_bytes()
-        caller = Caller(f"localhost:{self.link.port}", key, authority)
+        own = GatewayClient(f"localhost:{self.link.port}", key, authority)
 
         def stay():
             while True:
-                with contextlib.suppress(ConnectionFailed), caller.stream(RUN) as (read, send):
+                with (
+                    contextlib.suppress(ConnectionFailed, OSError),
+                    own.stream(RUN) as (read, send),
+                ):
                     while (message := read_frame(read, lambda: 1 << 30)) is not None:
                         asked.append(int(message))
                         send(ANSWER[int(message) :])
@@ -66,7 +69,7 @@ def site(loopback):
 
     yield make
     for own in made:
-        own.door.stop(None).wait(5)
+        own.gateway.stop()
 
 
 def answer(site, patience):
@@ -126,7 +129,8 @@ def test_who_only_ever_breaks_its_stream_is_lost(site, monkeypatch):
 def small_parts(monkeypatch):
     monkeypatch.setattr(module, "LARGE", 1 << 12)
     monkeypatch.setattr(module, "PART", 1 << 10)
-    monkeypatch.setattr(door, "CHUNK", 1 << 12)
+    for own in (connections, gateway):
+        monkeypatch.setattr(own, "CHUNK", 1 << 12)
     monkeypatch.setattr(worker, "PAUSE", 0.05)
 
 
@@ -134,7 +138,7 @@ def over_links(own, settings):
     """Run over streams through the link, each round begun when all clients have one."""
     mail, opened = own.loopback.mail(), []
     for one in mail.workers.values():
-        update = {"door": f"localhost:{own.link.port}"}
+        update = {"gateway": f"localhost:{own.link.port}"}
         one.joining = one.joining.model_copy(update=update)
     engine = own.loopback.engine(settings, mail)
     sizes = engine.sizes

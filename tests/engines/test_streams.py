@@ -5,12 +5,13 @@ import json
 import logging
 import resource
 import select
+import socket
 import time
 
 import pytest
 
 from fedloom.engines import streams as module
-from fedloom.engines.frames import connect, read_frame, reader, write_frame
+from fedloom.engines.frames import LENGTH, OVER, connect, read_frame, reader, write_frame
 from fedloom.engines.streams import Arrival, Question, Streams, taken
 
 
@@ -115,7 +116,8 @@ def test_of_two_streams_of_a_client_at_once_one_is_closed(streams, path):
         superseded, _, _ = select.select([one, two], [], [], 10.0)
         assert len(superseded) == 1
         streams.close()
-        assert one.recv(1) == two.recv(1) == b""
+        said = {own.recv(100, socket.MSG_WAITALL) for own in (one, two)}
+        assert said == {b"", LENGTH.pack(OVER)}  # who is let go of on purpose is told
 
 
 def test_a_disk_that_is_full_is_in_the_log(streams, path, caplog):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -39,7 +38,7 @@ PAUSE = 1.0
 """Seconds before a child that died is started again; doubled each time, up to a minute."""
 
 LARGE = 16 << 20
-"""Bytes of a log above which the next start of its child begins another; one old log is kept."""
+"""Bytes of a log above which it is begun anew; one old log is kept."""
 
 
 @dataclass
@@ -50,24 +49,20 @@ class Child:
         command: Its arguments, program first.
         log: Where its output goes.
         environment: What it has beside ours.
-        stuck: Matches words of its output after which it is of no use until it is started anew.
     """
 
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str]
-    stuck: re.Pattern[bytes] | None = None
     process: subprocess.Popen[bytes] | None = None
     _deaths: int = 0
     _again: float = 0.0
-    _read: int = 0
 
     def keep_alive(self) -> bool:
-        """Start it if it does not run, end it if it is stuck; return whether it had ended before."""
+        """Start it if it does not run; return whether it had ended before."""
+        make_room(self.log)
         if self.process is not None and self.process.poll() is None:
-            if self._is_stuck():
-                self.stop()
-            elif time.monotonic() > self._again + 60:
+            if time.monotonic() > self._again + 60:
                 self._deaths = 0
             return False
         if time.monotonic() < self._again:
@@ -75,9 +70,8 @@ class Child:
         died = self.process is not None
         self._deaths += died
         self._again = time.monotonic() + min(60.0, PAUSE * 2**self._deaths)
-        self._make_room()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self._read = log.tell()
             self.process = subprocess.Popen(
                 [program(self.command[0]), *self.command[1:]],
                 stdin=subprocess.DEVNULL,
@@ -89,24 +83,6 @@ class Child:
         self._pid.write_text(str(self.process.pid))
         return died
 
-    def _make_room(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        if self.log.exists() and self.log.stat().st_size > LARGE:
-            self.log.replace(self.log.with_name(f"{self.log.name}.1"))
-
-    def _is_stuck(self) -> bool:
-        """Look through what it has printed since the last look, line by line."""
-        if self.stuck is None:
-            return False
-        try:
-            with self.log.open("rb") as log:
-                log.seek(self._read)
-                lines, newline, _ = log.read().rpartition(b"\n")
-        except FileNotFoundError:  # somebody has tidied up
-            return False
-        self._read += len(lines + newline)
-        return self.stuck.search(lines) is not None
-
     @property
     def _pid(self) -> Path:
         return self.log.with_suffix(".pid")
@@ -116,7 +92,9 @@ class Child:
         with contextlib.suppress(OSError, ValueError):
             left = int(self._pid.read_text())
             words = Path(f"/proc/{left}/cmdline").read_bytes().decode().split("\0")
-            if any(Path(word).name == self.command[0] for word in words):
+            name = Path(self.command[0]).name
+            named = any(Path(word).name == name for word in words)
+            if named and set(self.command[1:3]) <= set(words):
                 os.killpg(left, signal.SIGKILL)
                 time.sleep(0.5)
 
@@ -148,6 +126,15 @@ class Family:
         """End all, the youngest first."""
         for child in reversed(self.children):
             child.stop()
+
+
+def make_room(log: Path) -> None:
+    """Begin a log anew once it is large; who appends to it goes on, and what was in it is kept once."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LARGE:
+            with contextlib.suppress(OSError):  # the disk may be full: the more reason to make room
+                shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
 
 
 def surroundings() -> dict[str, str]:

@@ -1,25 +1,22 @@
-"""A client of a federation: Flower's node, what starts its messages, the worker, kept going."""
+"""A client of a federation: what fetches Flower's messages, and the worker that answers them."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fedloom.deployment.calling import start_worker
-from fedloom.deployment.children import Child, Family, end, free_port, only
-from fedloom.deployment.door import Caller
+from fedloom.deployment.calling import LOG as WORKER_LOG
+from fedloom.deployment.calling import NO_LIMIT, ask_worker, start_worker
+from fedloom.deployment.children import end, make_room, only
+from fedloom.deployment.flower_node import FlowerNode
+from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.errors import ConnectionFailed
 from fedloom.identity import read_key, require_current
-
-STUCK = re.compile(rb"Ignoring message|Failed to receive message")
-"""Said by Flower's node when a server goes away while a message is on its way from it. The message may be
-answered all the same, by what had begun on it; the node sends that instead of the answer to the next
-message, the answer to the next instead of the one after that, and never catches up."""
 
 
 def join(
@@ -35,7 +32,7 @@ def join(
 
     Args:
         home: The client's folder.
-        server: HOST:PORT of the server's door.
+        server: HOST:PORT of the server's gateway.
         key: The client's private key.
         authority: The federation's ca.pem; ``None`` for no TLS.
         own: The client's file.
@@ -50,45 +47,42 @@ def join(
         OwnFile.read(own)
     if authority is not None:
         require_current(authority)
-    caller = Caller(server, read_key(key), authority.read_bytes() if authority else None)
+    gateway = GatewayClient(server, read_key(key), authority.read_bytes() if authority else None)
     with only("client", home.lock):
-        welcome = caller.knock()
         joining = Joining(
-            door=server,
-            number=welcome.number,
+            gateway=server,
+            number=gateway.register(),
             key=str(key.resolve()),
             authority=str(authority.resolve()) if authority else None,
             own=str(own.resolve()) if own else None,
         )
         home.write_joining(joining)
-        host = server.rpartition(":")[0]
-        family = Family(_children(home, joining, f"{host}:{welcome.flower_port}"))
-        _keep_going(home, caller, family, lambda: ready(joining))
+        _keep_going(home, gateway, lambda: ready(joining))
 
 
-def _keep_going(
-    home: ClientHome, caller: Caller, family: Family, ready: Callable[[], None]
-) -> None:
-    """Keep a client's processes going until told to stop."""
-    family.end_leftovers()
+def _keep_going(home: ClientHome, gateway: GatewayClient, ready: Callable[[], None]) -> None:
+    """Answer messages until told to stop.
+
+    Raises:
+        IdentityError: The server does not let this client in any more.
+    """
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
     end_worker(home)  # it may know another key or file
     start_worker(home.path)
+    node = FlowerNode(gateway, lambda envelope: ask_worker(home.path, envelope), NO_LIMIT)
     ready()
-    try:
-        while not stopping:
-            for child in family.children:
-                if child.keep_alive():
-                    with contextlib.suppress(
-                        ConnectionFailed
-                    ):  # but not that it is let in no longer
-                        caller.knock()
-            time.sleep(0.2)
-    finally:
-        family.stop()
-        end_worker(home)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(node.run)
+        try:
+            while not stopping and not running.done():
+                make_room(home.path / WORKER_LOG)
+                time.sleep(0.2)
+        finally:
+            node.stop()
+            end_worker(home)  # who waits for its answer is woken
+    running.result()
 
 
 def take_part(
@@ -125,27 +119,3 @@ def end_worker(home: ClientHome) -> None:
     """End the worker of a home, if it runs."""
     with contextlib.suppress(ConnectionFailed):
         end("worker", home.pid)
-
-
-def _children(home: ClientHome, joining: Joining, flower: str) -> list[Child]:
-    """Return Flower's node, and what starts a process for each of its messages."""
-    port, logs = free_port(), home.path / "logs"
-    if joining.authority is None:
-        proof = ["--insecure"]
-    else:
-        proof = ["--root-certificates", joining.authority]
-        proof += ["--auth-supernode-private-key", joining.key]
-    node = [
-        "flower-supernode",
-        *proof,
-        *("--isolation", "process"),
-        *("--superlink", flower),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--node-config", f'fedloom-home="{home.path.resolve()}"'),
-    ]
-    starter = ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
-    environment = {"FLWR_HOME": str((home.path / "flower").resolve())}
-    return [
-        Child(node, logs / "supernode.out", environment, stuck=STUCK),
-        Child(starter, logs / "clientapp.out", environment),
-    ]

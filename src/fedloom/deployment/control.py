@@ -57,7 +57,7 @@ def status(home: Path) -> Group:
     running = under_way(own)
     secrecy = "no TLS" if serving.insecure else "TLS"
     line = (
-        f"server in {home}: process {serving.pid}, ports {serving.port} and {serving.door}, {secrecy}, "
+        f"server in {home}: process {serving.pid}, port {serving.port}, {secrecy}, "
         f"{len(running)} run{'s' if len(running) != 1 else ''} under way"
     )
     table = Table(box=None)

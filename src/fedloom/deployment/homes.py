@@ -113,8 +113,8 @@ class Note(Settings):
 class Joining(Note):
     """How a client was joined, as its processes read it."""
 
-    door: str
-    """HOST:PORT of the server's door."""
+    gateway: str
+    """HOST:PORT of the server's gateway."""
     number: int
     key: str
     authority: str | None = None
@@ -171,9 +171,9 @@ class Serving(Note):
 
     host: str
     port: int
-    """Where Flower listens."""
-    door: int
-    """Where the door is."""
+    """Where the gateway listens."""
+    flower: int
+    """Where Flower's server listens, on this machine alone."""
     insecure: bool
     pid: int
 
@@ -216,13 +216,18 @@ class ServerHome:
 
     @property
     def streams(self) -> Path:
-        """Sockets of runs, where the door passes streams on to."""
+        """Sockets of runs, where the gateway passes streams on to."""
         return self.path / "streams"
 
     @property
     def requests(self) -> Path:
         """What was asked to be run, and how far it is."""
         return self.path / "requests"
+
+    @property
+    def settings(self) -> Path:
+        """Bounds of the gateway, where they are not the defaults."""
+        return self.path / "settings.toml"
 
     @property
     def started(self) -> Path:

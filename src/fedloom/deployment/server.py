@@ -1,10 +1,12 @@
-"""The server of a federation: Flower's link, the door beside it, and what keeps them going."""
+"""The server of a federation: the gateway, Flower's server behind it, and what keeps them going."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import ssl
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +19,34 @@ from fedloom.deployment.children import (
     address,
     end,
     flwr,
+    free_port,
     only,
+    program,
     reachable,
     require_free,
     wait_until_open,
 )
-from fedloom.deployment.door import Door, serve
+from fedloom.deployment.exposure import require_unexposed
+from fedloom.deployment.fleet import Upstream
+from fedloom.deployment.gateway import Gateway, GatewaySettings, Refusals
 from fedloom.deployment.homes import ServerHome, Serving
 from fedloom.errors import FedloomError, IdentityError, OutputError
 from fedloom.files import write_whole
-from fedloom.identity import Member, hosts_of, require_current
+from fedloom.identity import CA, CERTIFICATE, KEY, Member, hosts_of, make_authority, require_current
 from fedloom.settings import read_toml, write_toml
 
-PORT, DOOR = 9092, 9093
+PORT = 9092
+HERE = "127.0.0.1"
+"""Where Flower's server listens: on this machine alone."""
+
 REGISTERED = "registered.toml"
 
 RETRY = 5.0
 """Seconds before Flower is told again what it could not be told."""
+
+INTERNAL = 3650
+"""Days that the certificates are good for by which Flower's processes on this machine know each other;
+the server's is made anew at each start."""
 
 CHECK = 60.0
 """Seconds between looks at the certificate's last day."""
@@ -44,7 +57,6 @@ def start(
     *,
     host: str = "0.0.0.0",
     port: int = PORT,
-    door: int = DOOR,
     insecure: bool = False,
     ready: Callable[[Serving], None] = lambda serving: None,
 ) -> None:
@@ -53,8 +65,7 @@ def start(
     Args:
         home: The server's folder.
         host: Address to listen at.
-        port: Of Flower.
-        door: Of the door.
+        port: Of the gateway.
         insecure: Whether to do without TLS: what travels can be read then, and nothing proves to a
             client that this is its server; keys of clients are asked for all the same.
         ready: Called once clients can join.
@@ -67,18 +78,18 @@ def start(
         require_current(home.certificate)
         require_current(home.authority)
         require_named(home.certificate, reachable(host))
-    serving = Serving(host=host, port=port, door=door, insecure=insecure, pid=os.getpid())
+    serving = Serving(host=host, port=port, flower=free_port(), insecure=insecure, pid=os.getpid())
     with only("server", home.lock):
         _serve(home, serving, ready)
 
 
 def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None]) -> None:
     """Serve as the only one in a home."""
-    host, port, door, insecure = serving.host, serving.port, serving.door, serving.insecure
+    host, port, insecure = serving.host, serving.port, serving.insecure
+    settings = GatewaySettings.read(home.settings)
     family = Family(_children(home, serving))
     family.end_leftovers()
     require_free(host, port)
-    require_free(host, door)
     for folder in (home.path, home.flower, home.streams, home.requests):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _configure(home, serving)
@@ -87,39 +98,44 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
-    own = Door(home.members, log.record, home.streams, port)
-    certificate = None if insecure else (home.key.read_bytes(), home.certificate.read_bytes())
-    opened = serve(own, address(host, door), certificate)
+    context = ssl.create_default_context(cafile=str(home.flower / CA))
+    upstream = Upstream(HERE, serving.flower, context)
+    gateway = Gateway(home.members, log.record, home.streams, upstream, settings)
+    gateway.refuse = Refusals(lambda event, **facts: None)  # the next strangers are we ourselves
+    gateway.listen(host, port, None if insecure else (home.certificate, home.key))
     try:
         link.keep_alive()
-        wait_until_open(reachable(host), port, link)
+        wait_until_open(HERE, serving.flower, link)
+        require_unexposed(reachable(host), port, tls=not insecure, private=serving.flower)
+        gateway.refuse = Refusals(log.record)
         for number in under_way(home):  # who played them is gone; their folders can be resumed
             stop_run(home, number)
             log.record("ended_run", run=number)
         for leftover in home.streams.iterdir():  # of runs that were killed
             leftover.unlink(missing_ok=True)
         serving.write(home.started)
-        log.record("started", port=port, door=door, tls=not insecure)
-        registry = Registry(home, log, insecure=insecure)
+        log.record("started", port=port, tls=not insecure)
+        registry = Registry(home, log)
         expiry = Expiry(home, log, insecure=insecure)
         registry.follow()
         ready(serving)
         while not stopping:
             for child in family.children:
                 if child.keep_alive():
-                    log.record("restarted", process=child.command[0])
+                    log.record("restarted", process=" ".join(child.command[:3]))
             registry.keep_following()
+            gateway.follow()
             expiry.look()
             time.sleep(0.2)
     finally:
-        opened.stop(grace=None)
+        gateway.stop()
         family.stop()
         log.record("stopped")
         home.started.unlink(missing_ok=True)
 
 
 def serve_federation(
-    home: Path, host: str, port: int, door: int, *, insecure: bool, say: Callable[[str], object]
+    home: Path, host: str, port: int, *, insecure: bool, say: Callable[[str], object]
 ) -> None:
     """Serve until told to stop, and say when clients can join."""
     if insecure:
@@ -129,9 +145,9 @@ def serve_federation(
         )
 
     def ready(serving: Serving) -> None:
-        say(f"clients can join at port {door}; Flower listens at port {port}; folder {home}")
+        say(f"clients can join at port {port}; folder {home}")
 
-    start(ServerHome(home), host=host, port=port, door=door, insecure=insecure, ready=ready)
+    start(ServerHome(home), host=host, port=port, insecure=insecure, ready=ready)
 
 
 def stop_server(home: Path) -> int:
@@ -161,48 +177,37 @@ def registered(home: ServerHome) -> dict[str, str]:
 
 
 def _configure(home: ServerHome, serving: Serving) -> None:
-    """Write the configuration by which Flower's command line finds the server."""
-    link = {"address": address(reachable(serving.host), serving.port)} | (
-        {"insecure": True}
-        if serving.insecure
-        else {"root-certificates": str(home.authority.resolve())}
-    )
+    """Make certificates by which Flower's processes on this machine know each other, and tell them."""
+    make_authority(home.flower, [HERE, "localhost"], days=INTERNAL)
+    link = {
+        "address": address(HERE, serving.flower),
+        "root-certificates": str(home.flower.resolve() / CA),
+    }
     table = {"superlink": {"default": LINK, LINK: link}}
     write_whole(home.flower / "config.toml", write_toml(table).encode())
 
 
 def _children(home: ServerHome, serving: Serving) -> list[Child]:
-    """Return the link, and what starts a process for each run."""
-    logs, flower = home.path / "logs", home.flower
-    path = home.path.resolve()
-    if serving.insecure:
-        server, client = ["--insecure"], ["--insecure"]
-    else:
-        client = ["--root-certificates", str(path / home.authority.name)]
-        server = [
-            "--ssl-ca-certfile",
-            str(path / home.authority.name),
-            "--ssl-certfile",
-            str(path / home.certificate.name),
-            "--ssl-keyfile",
-            str(path / home.key.name),
-            "--enable-supernode-auth",
-        ]
+    """Return Flower's server, and what starts a process for each run."""
+    logs, flower = home.path / "logs", home.flower.resolve()
+    program("flower-superlink")  # or Flower is not installed
     link = [
-        "flower-superlink",
-        *server,
+        *(sys.executable, "-m", "fedloom.deployment.flower_server"),
+        *("--ssl-ca-certfile", str(flower / CA)),
+        *("--ssl-certfile", str(flower / CERTIFICATE)),
+        *("--ssl-keyfile", str(flower / KEY)),
+        "--enable-supernode-auth",
         *("--isolation", "process"),
-        *("--host", serving.host, "--port", str(serving.port)),
-        *("--database", str(path / "flower.db")),
-        *("--log-file", str(logs.resolve() / "flower-superlink.log")),
+        *("--host", HERE, "--port", str(serving.flower)),
+        *("--database", str(home.path.resolve() / "flower.db")),
         "--disable-runtime-dependency-installation",
     ]
     starter = [
         "flower-superexec",
-        *client,
-        *("--runtime-api-address", address(reachable(serving.host), serving.port)),
+        *("--root-certificates", str(flower / CA)),
+        *("--runtime-api-address", address(HERE, serving.flower)),
     ]
-    environment = {"FLWR_HOME": str(flower.resolve())}
+    environment = {"FLWR_HOME": str(flower)}
     return [
         Child(link, logs / "superlink.out", environment),
         Child(starter, logs / "serverapp.out", environment),
@@ -212,8 +217,8 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
 class Registry:
     """Tells Flower whom we let in, as often as that changes."""
 
-    def __init__(self, home: ServerHome, log: AuditLog, *, insecure: bool) -> None:
-        self.home, self.log, self.insecure = home, log, insecure
+    def __init__(self, home: ServerHome, log: AuditLog) -> None:
+        self.home, self.log = home, log
         self.path = home.path / REGISTERED
         self.nodes = registered(home)
         self._seen: list[Member] | None = None
@@ -226,7 +231,7 @@ class Registry:
             FedloomError: The list cannot be read, or Flower not be told; what it was told is kept.
         """
         members = self.home.members().members
-        if self.insecure or members == self._seen:
+        if members == self._seen:
             return
         failed: list[FedloomError] = []
         for number, member in enumerate(members):

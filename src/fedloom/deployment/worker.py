@@ -31,10 +31,10 @@ from fedloom.audit import FILE, AuditLog, digest_of
 from fedloom.checkpoint import KEPT
 from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.calling import NO_LIMIT
-from fedloom.deployment.door import Caller, RunIsOver
+from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.homes import ClientHome, OwnFile
 from fedloom.deployment.kept import Kept, Version
-from fedloom.engines.frames import listen, read_frame, reader, write_frame
+from fedloom.engines.frames import StreamOver, listen, read_frame, reader, write_frame
 from fedloom.engines.store import ClientStore
 from fedloom.envelope import LONGEST, Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
 from fedloom.errors import ConnectionFailed, DataError, FedloomError, MessageError, SettingsError
@@ -137,7 +137,7 @@ class Worker:
             self._last, self._reply = asked, seal(reply, payload, signing)
             self.heard = time.monotonic()
             if not streamed and header.streams:
-                self._open_stream(self.joining.door, header.run)
+                self._open_stream(self.joining.gateway, header.run)
             return self._reply.pack()
 
     def _require_server(self, envelope: Envelope, header: RequestHeader) -> None:
@@ -337,16 +337,16 @@ class Worker:
         """
         authority = self.joining.authority
         content = Path(authority).read_bytes() if authority else None
-        caller, until = Caller(address, self.key, content), math.inf
+        gateway, until = GatewayClient(address, self.key, content), math.inf
         while time.monotonic() < until:
             try:
-                with caller.stream(run) as (read, send), self._answering(send) as put:
+                with gateway.stream(run) as (read, send), self._answering(send) as put:
                     LOG.info("run %s: stream to %s", run[:8], address)
                     while (message := read_frame(read, lambda: NO_LIMIT)) is not None:
                         until = math.inf
                         put(message)
-                break
-            except RunIsOver:
+                raise ConnectionFailed("it ended")
+            except (RunIsOver, StreamOver):
                 break
             except ConnectionFailed as error:
                 until = min(until, time.monotonic() + RETURNING)
@@ -374,9 +374,12 @@ class Worker:
             while (message := messages.get()) is not None:
                 try:
                     send(self.answer(message, streamed=True))
+                except OSError:  # it broke: over another the same is asked again
+                    return
                 except Exception:
                     LOG.exception("a message of a stream cannot be answered")
-                    send(b"")
+                    with contextlib.suppress(OSError):
+                        send(b"")
 
         threading.Thread(target=answer_all, daemon=True).start()
         try:

@@ -8,10 +8,14 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from fedloom.errors import ConnectionFailed, MessageError
 
 LENGTH = struct.Struct("<Q")
+OVER = (1 << 64) - 1
+"""Stands for the length of a message where none will come: the stream is ended on purpose."""
+
 LONGEST = 100
 """Bytes of a socket's path that every system allows."""
 
@@ -19,7 +23,27 @@ Read = Callable[[int], bytes | None]
 """Returns so many bytes, or ``None`` where the stream has ended."""
 
 
-def write_frame(connection: socket.socket, *parts: bytes) -> None:
+class Readable(Protocol):
+    """What is used of a socket to read from it."""
+
+    def recv_into(self, buffer: memoryview, count: int = 0, /) -> int:
+        """Read at most so many bytes; 0 at the end."""
+        ...
+
+
+class Writable(Protocol):
+    """What is used of a socket to write to it."""
+
+    def sendall(self, content: bytes, /) -> None:
+        """Write all of it."""
+        ...
+
+
+class StreamOver(ConnectionFailed):
+    """The other side has ended a stream on purpose."""
+
+
+def write_frame(connection: Writable, *parts: bytes) -> None:
     """Send a message that consists of ``parts``; waits while the other side does not read.
 
     Raises:
@@ -39,6 +63,7 @@ def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
 
     Raises:
         MessageError: It is longer; nothing of it has been read.
+        StreamOver: None will come.
     """
     length = read_length(read, limit)
     return None if length is None else read(length)
@@ -50,12 +75,14 @@ def read_length(read: Read, limit: Callable[[], int]) -> int | None:
     if prefix is None:
         return None
     length = int(LENGTH.unpack(prefix)[0])
+    if length == OVER:
+        raise StreamOver("the stream was ended")
     if length > limit():
         raise MessageError(f"a message of {length} bytes, {limit()} are allowed")
     return length
 
 
-def reader(connection: socket.socket) -> Read:
+def reader(connection: Readable) -> Read:
     """Return how to read exactly so many bytes from a socket."""
 
     def read(count: int) -> bytes | None:

@@ -1,9 +1,9 @@
 """Open streams to clients: the server's end, inside the process that plays the rounds.
 
-Who may come in is decided at the door (``deployment/door.py``), which passes the bytes of a stream on to
-a socket of this process and says whose they are. A client whose stream breaks may come back within some
-seconds: what has arrived of a large answer is kept, and it sends the rest. If it does not, it is lost for
-the exchange that was under way, and nothing more: the next message goes another way.
+Who may come in is decided at the gateway (``deployment/gateway.py``), which passes the bytes of a stream
+to a socket of this process and says whose they are. A client whose stream breaks may come back within
+some seconds: what has arrived of a large answer is kept, and it sends the rest. If it does not, it is
+lost for the exchange that was under way, and nothing more: the next message goes another way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from fedloom.engines.frames import Read, listen, read_frame, read_length, reader, write_frame
+from fedloom.engines.frames import (
+    LENGTH,
+    OVER,
+    Read,
+    listen,
+    read_frame,
+    read_length,
+    reader,
+    write_frame,
+)
 from fedloom.errors import MessageError
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +45,7 @@ RETURNS = 8
 """Times that a client may come back over one question: one that only ever breaks its stream is lost."""
 
 GREETING = 1 << 10
-"""Bytes of the longest first message, by which the door says whose stream it is."""
+"""Bytes of the longest first message, by which the gateway says whose stream it is."""
 
 
 def taken(message: bytes | Path) -> bytes:
@@ -165,6 +174,8 @@ class Streams:
                 path.unlink(missing_ok=True)
             stream = self._streams.pop(client, None)
         if stream is not None:
+            with contextlib.suppress(OSError):  # it is not to come back by itself
+                stream.connection.send(LENGTH.pack(OVER), socket.MSG_DONTWAIT)
             self._end(stream)
 
     def close(self) -> None:

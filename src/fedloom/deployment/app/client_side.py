@@ -1,5 +1,5 @@
-"""A client's side of the Flower app: part of the installed package, nothing else is brought along."""
+"""A client's side of the Flower app: none. Clients of fedloom run nothing that a server brings."""
 
-from fedloom.deployment.clientapp import app
+from flwr.clientapp import ClientApp
 
-client = app
+client = ClientApp()

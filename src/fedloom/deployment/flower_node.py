@@ -1,0 +1,417 @@
+"""A client as a node of Flower: it fetches messages, has the worker answer them, and sends the answers.
+
+It speaks Flower's Fleet interface through the gateway, in this process. Nothing that Flower's server has
+is ever run here: no bundle is installed or loaded, no port is opened. The bundle of a run is looked at
+all the same, and a message of a run with any other than the app of this package is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import httpcore
+import httpx
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedloom.deployment.gateway_client import GatewayClient
+from fedloom.engines.records import from_records, to_records
+from fedloom.envelope import Envelope
+from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, MessageError
+
+LOG = logging.getLogger("fedloom.node")
+
+APP = "53d1758fbc427e3df0fb09950f3f4d9924ec7663a84e042ddda478a3b4fe1f7f"
+"""What a run's bundle must be: :func:`digest_of_bundle` of the app of this package (``app/``)."""
+
+BUNDLE = 64 << 10
+"""Bytes of the largest bundle that is looked at, packed and unpacked; the app's has 3 kB."""
+
+HEARTBEAT = 10.0
+"""Seconds within which Flower is told again that this node is there; after twice as many it counts as
+away. The least that Flower takes."""
+
+SOON, LATER, LIVELY = 0.5, 3.0, 60.0
+"""Seconds between looks for messages in the first minute after one, and from then on."""
+
+AGAIN = 0.5, 5.0
+"""Seconds until a lost server is looked for again: at first, and at most."""
+
+SMALL = 1 << 20
+"""Bytes of the longest response that carries no part of a message's content."""
+
+UNREACHABLE = (httpx.HTTPError, httpcore.NetworkError, ConnectionFailed, OSError)
+"""What is raised where the server cannot be reached, or does not answer as it should."""
+
+
+class RefusedApp(MessageError):
+    """The bundle of a run is another than the app of this package."""
+
+
+class FlowerNode:
+    """Answers Flower's messages to one client.
+
+    Attributes:
+        answer: Returns the reply to an envelope; takes as long as the work does.
+        max_bytes: Bytes that a message may have.
+    """
+
+    def __init__(
+        self,
+        gateway: GatewayClient,
+        answer: Callable[[Envelope], Envelope],
+        max_bytes: int,
+    ) -> None:
+        """Take part as the client of ``gateway``; see :meth:`run`."""
+        self.answer, self.max_bytes = answer, max_bytes
+        self._gateway = gateway
+        self._stopping = threading.Event()
+        self._apps: dict[int, bool] = {}
+        self._node: Node | None = None
+
+    def stop(self) -> None:
+        """End :meth:`run` at its next pause."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Take part until stopped; a server that goes away is waited for.
+
+        Raises:
+            IdentityError: It does not let this client in any more.
+        """
+        pause = AGAIN[0]
+        while not self._stopping.is_set():
+            begun = time.monotonic()
+            try:
+                with fleet_client(self._gateway, self.max_bytes) as client:
+                    self._take_part(client)
+            except UNREACHABLE as error:
+                LOG.info("the server cannot be reached: %s", _reason(error))
+            pause = AGAIN[0] if time.monotonic() - begun > AGAIN[1] else min(2 * pause, AGAIN[1])
+            self._stopping.wait(pause)
+        self._leave()
+
+    def _take_part(self, client: FleetHttpClient) -> None:
+        """Answer messages until Flower does not know this node any more, or cannot be reached."""
+        if self._node is None or not self._is_known(client, self._node):
+            public = public_key_to_bytes(self._gateway.key.public_key())
+            request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT)
+            self._node = Node(node_id=client.ActivateNode(request).node_id)
+            LOG.info("node %d of Flower", self._node.node_id)
+        over = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(self._node, over), daemon=True)
+        beating.start()
+        try:
+            self._answer_all(client, self._node, over)
+        finally:
+            over.set()
+
+    def _leave(self) -> None:
+        """Tell Flower that this node goes, if it can be told."""
+        if self._node is not None:
+            request = DeactivateNodeRequest(node_id=self._node.node_id)
+            with (
+                contextlib.suppress(*UNREACHABLE, IdentityError),
+                fleet_client(self._gateway, SMALL) as client,
+            ):
+                client.DeactivateNode(request)
+
+    @staticmethod
+    def _is_known(client: FleetHttpClient, node: Node) -> bool:
+        """Tell Flower that this node is there; return whether it knows it."""
+        request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT)
+        try:
+            return client.SendNodeHeartbeat(request).success
+        except httpx.HTTPStatusError:
+            return False
+
+    def _beat(self, node: Node, over: threading.Event) -> None:
+        """Say that this node is there, over a connection of its own, however long an answer takes."""
+        while not over.is_set():
+            try:
+                with fleet_client(self._gateway, SMALL) as client:
+                    while not over.wait(0.5 * HEARTBEAT):
+                        if not self._is_known(client, node):
+                            over.set()
+            except (*UNREACHABLE, IdentityError) as error:
+                LOG.info("no heartbeat: %s", _reason(error))
+                over.wait(AGAIN[0])
+
+    def _answer_all(self, client: FleetHttpClient, node: Node, over: threading.Event) -> None:
+        heard = time.monotonic()
+        while not (self._stopping.is_set() or over.is_set()):
+            found = client.PullMessages(PullMessagesRequest(node=node))
+            if found.messages_list:
+                message = message_from_proto(found.messages_list[0])
+                try:
+                    self._answer_one(client, node, message, found.message_object_trees[0])
+                except httpx.HTTPStatusError as error:  # its run may be over
+                    LOG.warning("a message was not answered: %s", _reason(error))
+                heard = time.monotonic()
+                continue
+            lively = time.monotonic() - heard < LIVELY
+            self._stopping.wait(SOON if lively else LATER)
+
+    def _answer_one(
+        self, client: FleetHttpClient, node: Node, message: Message, tree: ObjectTree
+    ) -> None:
+        """Answer a message; what goes wrong with it is said in the reply."""
+        run = message.metadata.run_id
+        try:
+            self._require_own_app(client, node, run)
+            envelope = from_records(self._pulled(client, node, message, tree).content)
+            confirmation = ConfirmMessageReceivedRequest(
+                node=node, run_id=run, message_object_id=message.metadata.message_id
+            )
+            client.ConfirmMessageReceived(confirmation)
+            content = to_records(self.answer(envelope))
+            reply = Message(content, reply_to=message)
+        except FedloomError as error:
+            LOG.warning("a message was not answered: %s", error)
+            said = str(error) if isinstance(error, RefusedApp) else "the message cannot be answered"
+            error_of_flower = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=said)
+            reply = Message(error_of_flower, reply_to=message)
+        self._push(client, node, reply)
+
+    def _require_own_app(self, client: FleetHttpClient, node: Node, run: int) -> None:
+        """Check that the bundle of a run is the app of this package, once for each run.
+
+        Raises:
+            RefusedApp: It is another.
+        """
+        if run not in self._apps:
+            about = client.GetRun(GetRunRequest(node=node, run_id=run)).run
+            request = GetFabRequest(node=node, hash_str=about.fab_hash, run_id=run)
+            content = client.GetFab(request).fab.content
+            self._apps = {
+                **dict(list(self._apps.items())[-9:]),
+                run: digest_of_bundle(content) == APP,
+            }
+        if not self._apps[run]:
+            raise RefusedApp("this client takes part in runs of fedloom's own app alone")
+
+    def _pulled(
+        self, client: FleetHttpClient, node: Node, message: Message, tree: ObjectTree
+    ) -> Message:
+        """Return a message with its content.
+
+        Raises:
+            MessageError: It is too large, not whole, or not what it says it is.
+        """
+        contents: dict[str, bytes] = {}
+        room = self.max_bytes
+        for own in iterate_object_tree(tree):
+            request = PullObjectRequest(
+                node=node, run_id=message.metadata.run_id, object_id=own.object_id
+            )
+            found = client.PullObject(request)
+            content = found.object_content
+            room -= len(content)
+            if not (found.object_found and found.object_available) or room < 0:
+                raise MessageError("the message is not there whole, or larger than is allowed")
+            if hashlib.sha256(content).hexdigest() != own.object_id:
+                raise MessageError("a part of the message is not what it says it is")
+            contents[own.object_id] = content
+        try:
+            whole = inflate_object_from_contents(tree.object_id, contents)
+        except Exception as error:  # whatever Flower raises over what is no message
+            raise MessageError(f"the message cannot be read: {type(error).__name__}") from None
+        if not isinstance(whole, Message) or not whole.has_content():
+            raise MessageError("the message holds nothing")
+        whole.metadata.__dict__["_message_id"] = tree.object_id
+        return whole
+
+    @staticmethod
+    def _push(client: FleetHttpClient, node: Node, reply: Message) -> None:
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        head = message_to_proto(remove_content_from_message(reply))
+        with no_object_id_recompute():
+            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+            asked = client.PushMessages(
+                PushMessagesRequest(
+                    node=node,
+                    messages_list=[head],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[0.0],
+                )
+            )
+            for id in asked.objects_to_push:
+                client.PushObject(
+                    PushObjectRequest(
+                        node=node,
+                        run_id=reply.metadata.run_id,
+                        object_id=id,
+                        object_content=objects[id].deflate(),
+                        session_id=asked.session_id,
+                    )
+                )
+
+
+def digest_of_bundle(content: bytes) -> str:
+    """Return the SHA-256 over the names and contents of a bundle's files, in the order of their names.
+
+    Not over the bundle itself, which is compressed: other versions of zlib make other bytes of the same.
+
+    Raises:
+        RefusedApp: It is too large, or cannot be read.
+    """
+    found = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as bundle:
+            infos = sorted(bundle.infolist(), key=lambda info: info.filename)
+            if len(content) + sum(info.file_size for info in infos) > BUNDLE:
+                raise RefusedApp("the bundle of the run is larger than fedloom's own app")
+            for info in infos:
+                own = hashlib.sha256(bundle.read(info)).hexdigest()
+                found.update(f"{info.filename}\n{own}\n".encode())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+        raise RefusedApp("the bundle of the run cannot be read") from None
+    return found.hexdigest()
+
+
+def fleet_client(gateway: GatewayClient, max_bytes: int) -> FleetHttpClient:
+    """Return Flower's client of its Fleet interface, through the gateway.
+
+    Args:
+        gateway: Where, and as whom.
+        max_bytes: Bytes of the longest response.
+    """
+    interceptors: list[ProtobufClientInterceptor] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(gateway.key, gateway.key.public_key()),
+    ]
+    client = FleetHttpClient("http://localhost", interceptors=interceptors)
+    client._client.close()
+    client._client = httpx.Client(transport=_Transport(gateway, max_bytes), timeout=30.0)
+    return client
+
+
+class _Transport(httpx.BaseTransport):
+    """HTTP over connections on which the gateway has let this client in."""
+
+    def __init__(self, gateway: GatewayClient, max_bytes: int) -> None:
+        self._inner = httpx.HTTPTransport()
+        self._inner.close()
+        self._inner._pool = httpcore.ConnectionPool(
+            max_connections=1, network_backend=_Backend(gateway)
+        )
+        self._max_bytes = max_bytes + SMALL
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = self._inner.handle_request(request)
+        stream = response.stream
+        assert isinstance(stream, httpx.SyncByteStream), "a client that waits has such streams"
+        response.stream = _Bounded(stream, self._max_bytes)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _Bounded(httpx.SyncByteStream):
+    """A response of which no more is read than is allowed."""
+
+    def __init__(self, stream: httpx.SyncByteStream, room: int) -> None:
+        self._stream, self._room = stream, room
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            self._room -= len(part)
+            if self._room < 0:
+                raise httpx.ReadError("the server's response is longer than is allowed")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Backend(httpcore.NetworkBackend):
+    """Opens connections at the gateway, whatever address is asked for."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        connection, _ = self._gateway.open("fleet")
+        return _Stream(connection)
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        self._connection.settimeout(timeout)
+        try:
+            content: bytes = self._connection.recv(max_bytes)
+        except TimeoutError as error:
+            raise httpcore.ReadTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.ReadError(str(error)) from error
+        return content
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._connection.settimeout(timeout)
+        try:
+            self._connection.sendall(buffer)
+        except TimeoutError as error:
+            raise httpcore.WriteTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.WriteError(str(error)) from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._connection if info == "socket" else None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"{error.response.status_code} {error.response.text[:200]}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,568 @@
+"""The gateway: the one port of a federation that faces the network.
+
+A connection comes to something in three steps, and each has a bound before it costs anything: TLS, within
+some seconds; a proof of the client's key (``handshake.py``), in one frame of at most a kilobyte; then
+what an admitted client may have: its number, calls of Flower's Fleet interface (``fleet.py``), or a
+stream of messages, passed on unread to the process that plays the rounds. Whoever has not proven a key by
+then, and whatever else is asked for, is disconnected. Flower itself listens on this machine alone.
+
+Connections that have proven nothing yet are the business of one thread, and of nothing else until their
+first byte is there: so thousands of idle ones cost a socket each, and the oldest give way to new ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import ipaddress
+import json
+import os
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fedloom.deployment import fleet, handshake
+from fedloom.deployment.connections import CHUNK, Duplex, notice_absence
+from fedloom.deployment.handshake import Claim, Distrust
+from fedloom.engines.frames import connect, write_frame
+from fedloom.envelope import printable
+from fedloom.errors import (
+    ConnectionFailed,
+    FedloomError,
+    IdentityError,
+    OutputError,
+    SettingsError,
+)
+from fedloom.identity import Current, Members, public_pem
+from fedloom.settings import Settings, parse, read_toml
+
+BURST, PACE = 100, 10.0
+"""Refusals that are noted at once, and seconds for one more from then on: 3 MB of audit log a day."""
+
+BATCH = 64
+"""Connections that are accepted at a time, before those that wait are looked at again."""
+
+SETTLING = 10.0
+"""Seconds in which a client that was let in must take the word of it."""
+
+
+class GatewaySettings(Settings):
+    """``[gateway]`` of ``settings.toml`` in the server's folder: bounds of what faces the network."""
+
+    unproven: int = Field(default=512, ge=1)
+    """Connections that may be open at a time without having proven a key; the oldest gives way to a new
+    one. Each takes some 30 kB once TLS has begun, 1 kB before."""
+    unproven_per_address: int = Field(default=64, ge=1)
+    """The same from one address; a hospital behind one address needs a handful, for a moment each."""
+    handshake_seconds: float = Field(default=10.0, gt=0)
+    """Seconds from the connection to the proof of a key, TLS included."""
+    handshakes_per_second: float = Field(default=20.0, gt=0)
+    """Handshakes that are begun for one address in the long run; more are closed at once."""
+    handshake_burst: int = Field(default=100, ge=1)
+    """Handshakes that are begun for one address at once."""
+    connections_per_client: int = Field(default=16, ge=2)
+    """Connections that one client may have open: it has one for Flower's calls and one for its run."""
+    connections: int = Field(default=4096, ge=2)
+    """Connections of all clients; each has two threads."""
+
+    @classmethod
+    def read(cls, path: Path) -> GatewaySettings:
+        """Return the settings in a file, the defaults where there is none.
+
+        Raises:
+            SettingsError: With every mistake in it.
+        """
+        if not path.is_file():
+            return cls()
+        table = read_toml(path)
+        found, problems = parse(cls, table.get("gateway", {}), "gateway")
+        problems += [
+            f"[{section}]: unknown section; there is [gateway]"
+            for section in table
+            if section != "gateway"
+        ]
+        if problems or found is None:
+            raise SettingsError(problems, str(path))
+        return found
+
+
+class Refusals:
+    """Notes who is not let in, no more than so often: strangers must not fill the disk.
+
+    From wherever they come, as addresses cost nothing. The next that is noted says how many before it
+    were not (``more``). Threads may share one.
+    """
+
+    def __init__(
+        self, note: Callable[..., None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Pass on to ``note``; ``clock`` gives seconds."""
+        self._note, self._clock = note, clock
+        self._room, self._since, self._more = float(BURST), clock(), 0
+        self._lock = threading.Lock()
+
+    def __call__(self, **facts: Any) -> None:
+        """Note a refusal, or count it."""
+        with self._lock:
+            now = self._clock()
+            self._room = min(BURST, self._room + (now - self._since) / PACE)
+            self._since = now
+            if self._room < 1:
+                self._more += 1
+                return
+            self._room -= 1
+            more = {"more": self._more} if self._more else {}
+            self._note("refused_client", **facts, **more)
+            self._more = 0
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Who is let in, by key: a look into a table, however many there are.
+
+    Attributes:
+        numbers: Of those let in, by their key as a line of OpenSSH.
+        revoked: Keys that once were.
+    """
+
+    numbers: dict[str, int]
+    revoked: frozenset[str]
+
+    @classmethod
+    def of(cls, members: Members) -> Allowed:
+        """Return the table of a list."""
+        numbers = {own.key: number for number, own in enumerate(members.members) if not own.revoked}
+        return cls(numbers, frozenset(own.key for own in members.members if own.revoked))
+
+    def number(self, key: str) -> int:
+        """Return the number of the client with a key.
+
+        Raises:
+            IdentityError: It is not let in.
+        """
+        if key not in self.numbers:
+            why = "has been revoked" if key in self.revoked else "is not known here"
+            raise IdentityError(
+                f"the key {key[-16:]} {why}; the coordinator lets it in with "
+                "`fedloom keys allow NAME FILE.pub`"
+            )
+        return self.numbers[key]
+
+
+@dataclass
+class _Unproven:
+    """A connection of somebody who has not proven a key yet."""
+
+    connection: socket.socket
+    address: str
+    end: float
+    nonce: bytes = b""
+    got: bytearray = field(default_factory=bytearray)
+    encrypted: bool = False
+    greeted: bool = False
+
+
+@dataclass
+class _Admitted:
+    """A connection of a client that has."""
+
+    client: int
+    key: str
+    end: Callable[[], None]
+
+
+class _Bucket:
+    """So many at once, and so many a second from then on."""
+
+    def __init__(self, pace: float, burst: int) -> None:
+        self._pace, self._burst = pace, burst
+        self._room, self._since = float(burst), time.monotonic()
+
+    def take(self, now: float) -> bool:
+        """Return whether there is room for one more, and take it."""
+        self._room = min(self._burst, self._room + (now - self._since) * self._pace)
+        self._since = now
+        if self._room < 1:
+            return False
+        self._room -= 1
+        return True
+
+    @property
+    def full(self) -> bool:
+        return self._room + (time.monotonic() - self._since) * self._pace >= self._burst
+
+
+def source(host: str) -> str:
+    """Return what counts as one address: of IPv6 a network of 64 bits, as addresses in it are free."""
+    own = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(own, ipaddress.IPv6Address):
+        if own.ipv4_mapped is not None:
+            return str(own.ipv4_mapped)
+        return str(ipaddress.ip_network((own, 64), strict=False))
+    return host
+
+
+class Gateway:
+    """Lets clients in.
+
+    Attributes:
+        settings: Bounds.
+        note: Told of each client that is let in, for the audit log.
+        refuse: Told of each that is not.
+        offend: Told of what a client that is let in gets wrong here: its number, kind and reason.
+        streams: Folder of the sockets of runs, by the run's id.
+        upstream: Flower's server.
+    """
+
+    def __init__(
+        self,
+        members: Callable[[], Members],
+        note: Callable[..., None],
+        streams: Path,
+        upstream: fleet.Upstream,
+        settings: GatewaySettings | None = None,
+        offend: Callable[[int, str, str], None] = lambda client, kind, reason: None,
+    ) -> None:
+        """Keep what it needs; see :meth:`listen`."""
+        self.settings = settings or GatewaySettings()
+        self.members = Current(members, lambda reason: note("unread_members", reason=reason))
+        self.note, self.refuse, self.offend = note, Refusals(note), offend
+        self.streams, self.upstream = streams, upstream
+        self._allowed: tuple[Members | None, Allowed] = None, Allowed({}, frozenset())
+        self._context: ssl.SSLContext | None = None
+        self._certificate = b""
+        self._unproven: dict[int, _Unproven] = {}  # oldest first
+        self._addresses: collections.Counter[str] = collections.Counter()
+        self._buckets: dict[str, _Bucket] = {}
+        self._admitted: set[int] = set()
+        self._connections: dict[int, _Admitted] = {}
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def listen(self, host: str, port: int, certificate: tuple[Path, Path] | None) -> None:
+        """Listen, and serve until :meth:`stop`.
+
+        Args:
+            host: Address.
+            port: Of the gateway.
+            certificate: Files of the certificate and its key; ``None`` for no TLS.
+
+        Raises:
+            ConnectionFailed: Something else listens there, or certificate and key do not fit together.
+        """
+        if certificate is not None:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.minimum_version = ssl.TLSVersion.TLSv1_3
+            self._context.num_tickets = 0  # no session is resumed: each connection proves its key
+            try:
+                self._context.load_cert_chain(*certificate)
+            except (ssl.SSLError, OSError) as error:
+                raise ConnectionFailed(
+                    f"the certificate {certificate[0]} and its key cannot be used: {error}"
+                ) from None
+            self._certificate = ssl.PEM_cert_to_DER_cert(certificate[0].read_text())
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen(1024)
+        except OSError as error:
+            listening.close()
+            raise ConnectionFailed(f"cannot listen at {host}:{port}: {error.strerror}") from None
+        listening.setblocking(False)
+        self._selector.register(listening, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._serve, args=(listening,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Listen no longer and end all connections."""
+        self._stopping = True
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            admitted = list(self._connections.values())
+        for own in admitted:
+            own.end()
+
+    def follow(self) -> None:
+        """End the connections of clients that are let in no longer."""
+        allowed = self._current()
+        with self._lock:
+            gone = [own for own in self._connections.values() if own.key not in allowed.numbers]
+        for own in gone:
+            own.end()
+
+    def _current(self) -> Allowed:
+        members = self.members()
+        known, allowed = self._allowed
+        if members is not known:
+            allowed = Allowed.of(members)
+            self._allowed = members, allowed
+        return allowed
+
+    # what comes in
+
+    def _serve(self, listening: socket.socket) -> None:
+        looked = time.monotonic()
+        while not self._stopping:
+            for key, _ in self._selector.select(0.2):
+                if key.data is None:
+                    self._accept(listening)
+                elif id(key.data) in self._unproven:  # it may have given way to another
+                    self._advance(key.data)
+            if time.monotonic() > looked + 0.2:
+                looked = time.monotonic()
+                self._expire(looked)
+        for own in list(self._unproven.values()):
+            self._drop(own)
+        listening.close()
+        self._selector.close()
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(BATCH):
+            try:
+                connection, (host, *_) = listening.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._shed()
+                return  # nobody else waits
+            now, address = time.monotonic(), source(host)
+            bucket = self._buckets.get(address)
+            if bucket is None:
+                bucket = self._buckets[address] = _Bucket(
+                    self.settings.handshakes_per_second, self.settings.handshake_burst
+                )
+            if not bucket.take(now):
+                connection.close()
+                self._noted("connects", address, "too many connections a second")
+                continue
+            self._make_room(address)
+            connection.setblocking(False)
+            own = _Unproven(connection, address, now + self.settings.handshake_seconds)
+            self._unproven[id(own)] = own
+            self._addresses[address] += 1
+            self._selector.register(connection, selectors.EVENT_READ, own)
+            if self._context is None:
+                self._advance(own)
+
+    def _shed(self) -> None:
+        """Close the oldest connection where the system has no room for more."""
+        if self._unproven:
+            self._refused(next(iter(self._unproven.values())), "the system has no room for more")
+        else:
+            time.sleep(0.05)
+
+    def _make_room(self, address: str) -> None:
+        """Have the oldest give way where there are too many, those of the busiest address first."""
+        if self._addresses[address] >= self.settings.unproven_per_address:
+            crowded = address
+        elif len(self._unproven) >= self.settings.unproven:
+            crowded = max(self._addresses, key=self._addresses.__getitem__)
+        else:
+            return
+        oldest = next(own for own in self._unproven.values() if own.address == crowded)
+        self._refused(oldest, "it gave way to newer connections before it proved a key")
+
+    def _expire(self, now: float) -> None:
+        while self._unproven:
+            oldest = next(iter(self._unproven.values()))
+            if now < oldest.end:
+                break
+            self._refused(
+                oldest, f"no proof of a key within {self.settings.handshake_seconds:g} seconds"
+            )
+        self._buckets = {
+            address: own
+            for address, own in self._buckets.items()
+            if self._addresses[address] or not own.full
+        }
+
+    def _advance(self, own: _Unproven) -> None:
+        """Go on with a connection as far as what has come allows."""
+        try:
+            if self._begun(own) and self._received(own):
+                self._decide(own)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            self._selector.modify(own.connection, selectors.EVENT_READ, own)
+        except ssl.SSLWantWriteError:
+            self._selector.modify(own.connection, selectors.EVENT_WRITE, own)
+        except IdentityError as error:
+            self._refused(own, str(error), tell=True)
+        except OSError as error:  # TLS says which alert, in words of its own
+            reason = getattr(error, "reason", None) or error.strerror or "it broke"
+            self._refused(own, f"no handshake: {str(reason)[:80]}")
+
+    def _begun(self, own: _Unproven) -> bool:
+        """Return whether TLS stands and the server has said its nonce."""
+        if self._context is not None and not own.encrypted:
+            self._selector.unregister(own.connection)
+            own.connection = self._context.wrap_socket(
+                own.connection, server_side=True, do_handshake_on_connect=False
+            )
+            own.encrypted = True
+            self._selector.register(own.connection, selectors.EVENT_READ, own)
+        if not own.greeted:
+            if isinstance(own.connection, ssl.SSLSocket):
+                own.connection.do_handshake()
+            own.nonce = own.nonce or os.urandom(handshake.NONCE)
+            own.connection.send(handshake.MAGIC + own.nonce)
+            own.greeted = True
+        return True
+
+    @staticmethod
+    def _received(own: _Unproven) -> bool:
+        """Return whether the first frame is here whole; no more than that is read.
+
+        Raises:
+            OSError: It is too long, or the connection has ended.
+        """
+        while True:
+            whole = handshake.LENGTH.size
+            if len(own.got) >= whole:
+                whole += handshake.LENGTH.unpack_from(own.got)[0]
+                if whole > handshake.LENGTH.size + handshake.LONGEST:
+                    raise ConnectionAbortedError(0, handshake.FOREIGN)
+                if len(own.got) == whole:
+                    return True
+            new = own.connection.recv(whole - len(own.got))
+            if not new:
+                raise ConnectionAbortedError(0, "it was closed")
+            own.got += new
+
+    def _decide(self, own: _Unproven) -> None:
+        """Let a client in, or not.
+
+        Raises:
+            IdentityError: It is not let in, for the reason given.
+        """
+        claim = handshake.read_claim(bytes(own.got[handshake.LENGTH.size :]))
+        if isinstance(claim, Distrust):
+            self._refused(own, "it does not trust this server: " + claim.reason, what="joins")
+            return
+        claim.require_proof(
+            own.nonce, self._certificate
+        )  # before it is told whether the key is known
+        number = self._current().number(claim.key)
+        with self._lock:
+            mine = sum(other.client == number for other in self._connections.values())
+            full = len(self._connections) >= self.settings.connections
+        if full or mine >= self.settings.connections_per_client:
+            raise IdentityError(
+                "the server has no room for more connections"
+                if full
+                else f"client {number} has {mine} connections open already"
+            )
+        self._forget(own)
+        own.connection.setblocking(True)
+        notice_absence(own.connection)
+        admitted = _Admitted(number, claim.key, lambda: _end(own.connection))
+        with self._lock:
+            self._connections[id(admitted)] = admitted
+        threading.Thread(
+            target=self._serve_client, args=(own.connection, claim, admitted), daemon=True
+        ).start()
+
+    def _forget(self, own: _Unproven) -> None:
+        """Watch a connection no longer."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(own.connection)
+        if self._unproven.pop(id(own), None) is not None:
+            self._addresses[own.address] -= 1
+            if not self._addresses[own.address]:
+                del self._addresses[own.address]
+
+    def _drop(self, own: _Unproven) -> None:
+        self._forget(own)
+        own.connection.close()
+
+    def _refused(
+        self, own: _Unproven, reason: str, *, tell: bool = False, what: str = "connects"
+    ) -> None:
+        """Close a connection; say why, to who began as a client does."""
+        if tell:
+            with contextlib.suppress(OSError):
+                own.connection.send(handshake.frame({"refused": reason}))
+            what = "joins"
+        self._drop(own)
+        self._noted(what, own.address, reason)
+
+    def _noted(self, what: str, address: str, reason: str) -> None:
+        """Note a refusal; strangers are refused all the same where the disk is full."""
+        with contextlib.suppress(OutputError):
+            self.refuse(what=what, peer=address, reason=printable(reason))
+
+    # what is let in
+
+    def _serve_client(self, connection: socket.socket, claim: Claim, own: _Admitted) -> None:
+        try:
+            connection.settimeout(SETTLING)
+            if claim.purpose == "stream":
+                self._stream(connection, claim.run, own)
+                return
+            connection.sendall(handshake.frame({"number": own.client}))
+            if claim.purpose == "register":
+                with contextlib.suppress(OutputError):
+                    self.note("client", what="joins", client=own.client)
+            else:
+                key = fleet.key_header(public_pem(claim.key))
+                fleet.pass_on(
+                    connection, self.upstream, key, lambda: claim.key in self._current().numbers
+                )
+        except fleet.Forbidden as error:
+            self.offend(own.client, "forbidden", str(error))
+        except (OSError, FedloomError):
+            pass  # it went, or Flower is being started again: it comes back
+        finally:
+            with self._lock:
+                self._connections.pop(id(own), None)
+            _end(connection)
+            connection.close()
+
+    def _stream(self, connection: socket.socket, run: str, own: _Admitted) -> None:
+        """Pass bytes on between a client and the process that plays a run."""
+        try:
+            inner = connect(self.streams / run)
+        except ConnectionFailed:
+            connection.sendall(
+                handshake.frame({"refused": f"run {run[:8]} is not under way", "over": True})
+            )
+            return
+        with inner:
+            connection.sendall(handshake.frame({"number": own.client}))
+            with contextlib.suppress(OutputError):
+                self.note("client", what="opens a stream", client=own.client)
+            write_frame(inner, json.dumps({"client": own.client}).encode())
+            connection.settimeout(None)
+            outer = Duplex(connection)
+            back = threading.Thread(target=_pass_on, args=(inner, outer), daemon=True)
+            back.start()
+            _pass_on(outer, inner)
+            back.join()
+
+
+def _pass_on(source: Duplex | socket.socket, target: Duplex | socket.socket) -> None:
+    """Pass on what comes until one of two connections ends; then the other ends as well."""
+    buffer = memoryview(bytearray(CHUNK))
+    with contextlib.suppress(OSError):
+        while count := source.recv_into(buffer):
+            target.sendall(buffer[:count])
+    for own in (source, target):
+        own.end() if isinstance(own, Duplex) else _end(own)
+
+
+def _end(connection: socket.socket) -> None:
+    """Break a connection, so that who waits for it is woken."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)

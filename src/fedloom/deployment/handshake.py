@@ -1,0 +1,153 @@
+"""How a client proves its key at the gateway, before anything else that it sends is read.
+
+Inside TLS the server speaks first: a greeting with a nonce of its own. The client answers with one claim:
+what the connection is for, and a signature with its key over the nonce, the server's certificate as the
+client was shown it, the purpose and the run. The server replies whether it lets the client in.
+
+The nonce makes a claim worthless at any other time, the certificate's hash (the channel binding
+``tls-server-end-point``, RFC 5929) at any other server: one that passes on the nonce of another server
+gets a signature that names its own certificate. This was chosen over certificates of clients (mutual TLS)
+because a client keeps the one key whose public half is registered and needs nothing back that expires;
+because a stranger costs no more than one signature's check, whatever it claims; and because who is
+refused is told why in words, which an alert of TLS cannot.
+
+Nothing here reads or writes a socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import Field, ValidationError
+
+from fedloom.errors import IdentityError
+from fedloom.identity import is_signed, public_key, public_line, sign
+from fedloom.settings import Settings
+
+MAGIC = b"fedloom gateway 1\n"
+NONCE = 32
+"""Bytes of a nonce, drawn from the system's source of randomness."""
+
+GREETING = len(MAGIC) + NONCE
+
+LENGTH = struct.Struct("<H")
+"""Before a claim and before the answer to it."""
+
+LONGEST = 1024
+"""Bytes of the longest claim; one of this package has about 650."""
+
+BEHIND, AHEAD = 300, 4
+"""Seconds by which a client's clock may be behind the server's, and ahead of it.
+
+A second less than Flower allows (``TIMESTAMP_TOLERANCE`` and ``SYSTEM_TIME_TOLERANCE`` in
+``flwr.common.constant``), which does not say why it lets in no other. Nothing of the proof rests on it.
+"""
+
+FOREIGN = "it does not begin as a client of fedloom does"
+
+Purpose = Literal["register", "fleet", "stream"]
+"""What a connection is for: to be told the client's number, calls of Flower's Fleet interface, or
+messages of a run."""
+
+
+class Claim(Settings):
+    """What a client says of itself."""
+
+    key: str = Field(max_length=300, pattern="^ecdsa-sha2-nistp(256|384|521) [A-Za-z0-9+/=]+$")
+    """Its public key as one line of OpenSSH."""
+    purpose: Purpose
+    run: str = Field(default="", pattern="^([0-9a-f]{32})?$")
+    """The run whose messages are to be streamed; empty for the other purposes."""
+    time: float
+    """Its clock, in seconds since 1970."""
+    signature: str = Field(max_length=256, pattern="^([0-9a-f]{2})*$")
+
+    def require_proof(self, nonce: bytes, certificate: bytes) -> None:
+        """Check the signature, and that the clocks of both sides agree.
+
+        Args:
+            nonce: The one that was sent over this connection.
+            certificate: The server's, in DER; empty where there is no TLS.
+
+        Raises:
+            IdentityError: It was signed by another key, for another server or connection; or the clock is
+                wrong.
+        """
+        behind = time.time() - self.time
+        if not -AHEAD <= behind <= BEHIND:  # NaN is in no range
+            where, allowed = ("behind", BEHIND) if behind > 0 else ("ahead of", AHEAD)
+            raise IdentityError(
+                f"its clock is {abs(behind):.1f} seconds {where} the server's, {allowed} are allowed: "
+                "set the clock that is wrong"
+            )
+        content = _signed(nonce, certificate, self.key, self.purpose, self.run, self.time)
+        if not is_signed(public_key(self.key), content, bytes.fromhex(self.signature)):
+            raise IdentityError(
+                "the signature is not one of the key that it names, for this server"
+            )
+
+
+@dataclass(frozen=True)
+class Distrust:
+    """A client that turns away says why, and nothing of itself: the server is not the one it expects."""
+
+    reason: str
+
+
+def make_claim(
+    key: ec.EllipticCurvePrivateKey,
+    nonce: bytes,
+    certificate: bytes,
+    purpose: Purpose,
+    run: str = "",
+) -> bytes:
+    """Return the frame in which a client says who it is; arguments as of :meth:`Claim.require_proof`."""
+    line, moment = public_line(key), time.time()
+    signature = sign(key, _signed(nonce, certificate, line, purpose, run, moment)).hex()
+    claim = Claim(key=line, purpose=purpose, run=run, time=moment, signature=signature)
+    return frame(claim.model_dump(mode="json"))
+
+
+def make_distrust(reason: str) -> bytes:
+    """Return the frame of a client that does not trust the server."""
+    return frame({"distrust": reason[:200]})
+
+
+def read_claim(content: bytes) -> Claim | Distrust:
+    """Return what a stranger's first frame says.
+
+    Raises:
+        IdentityError: It is none of this package.
+    """
+    try:
+        table = json.loads(content)
+        if isinstance(table, dict) and isinstance(table.get("distrust"), str):
+            return Distrust(table["distrust"][:200])
+        return Claim.model_validate(table)
+    except (ValueError, RecursionError, ValidationError):
+        raise IdentityError(FOREIGN) from None
+
+
+def nonce_of(greeting: bytes) -> bytes | None:
+    """Return the nonce in a server's greeting, or ``None`` where it is no gateway of this version."""
+    return greeting[len(MAGIC) :] if greeting.startswith(MAGIC) else None
+
+
+def frame(table: dict[str, Any]) -> bytes:
+    """Return a small table of plain values with its length before it."""
+    content = json.dumps(table).encode()
+    return LENGTH.pack(len(content)) + content
+
+
+def _signed(
+    nonce: bytes, certificate: bytes, key: str, purpose: str, run: str, moment: float
+) -> bytes:
+    binding = hashlib.sha256(certificate).hexdigest() if certificate else "no TLS"
+    words = ("fedloom gateway claim 1", nonce.hex(), binding, key, purpose, run, repr(moment))
+    return "\n".join(words).encode()
