@@ -110,10 +110,10 @@ def pass_on(
     flower: socket.socket | None = None
     try:
         while True:
-            request = _next(client, connection)
-            if not isinstance(request, h11.Request):
-                return
             try:
+                request = _next(client, connection, HEAD)
+                if not isinstance(request, h11.Request):
+                    return
                 _require_allowed(request, key, allowed())
             except Forbidden as error:
                 _refuse(client, connection, error)
@@ -192,15 +192,15 @@ def _exchange(
     return True
 
 
-def _next(side: h11.Connection, connection: socket.socket) -> h11.Event:
-    """Return the next event of a connection, reading as much as it needs.
+def _next(side: h11.Connection, connection: socket.socket, at_once: int = CHUNK) -> h11.Event:
+    """Return the next event of a connection, reading as much as it needs, so many bytes at a time.
 
     Raises:
         Forbidden: What comes is no HTTP.
     """
     try:
         while not isinstance(event := side.next_event(), h11.Event):
-            side.receive_data(connection.recv(CHUNK))
+            side.receive_data(connection.recv(at_once))
     except h11.RemoteProtocolError as error:
         raise Forbidden(400, f"no HTTP: {error}") from None
     return event

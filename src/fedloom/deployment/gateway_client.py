@@ -141,6 +141,11 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
             f"({error.verify_message}); ask the coordinator for its ca.pem of today, and for a server "
             "certificate in force that names this host (`fedloom certs --host`)"
         ) from None
+    except (ssl.SSLEOFError, ConnectionError):
+        plain.close()
+        raise ConnectionFailed(
+            f"the server at {address} closed the connection at once; has it too many from here?"
+        ) from None
     except OSError as error:
         plain.close()
         raise ConnectionFailed(
