@@ -119,10 +119,22 @@ class Members:
 class Current:
     """Who is let in, as of when the list could last be read: a slip in it changes nothing."""
 
-    def __init__(self, read: Callable[[], Members], note: Callable[[str], object]) -> None:
-        """Ask ``read``; tell ``note`` what is wrong with the list, once."""
-        self._read, self._note = read, note
+    def __init__(
+        self,
+        read: Callable[[], Members],
+        note: Callable[[str], object],
+        stamp: Callable[[], object] | None = None,
+    ) -> None:
+        """Ask ``read``; tell ``note`` what is wrong with the list, once.
+
+        Args:
+            read: Reads the list.
+            note: Is told why it could not be read.
+            stamp: Returns something else once the list has changed; without it, it is read each time.
+        """
+        self._read, self._note, self._stamp = read, note, stamp
         self._known: Members | None = None
+        self._seen: object = None
         self._slip = ""
 
     def __call__(self) -> Members:
@@ -132,6 +144,9 @@ class Current:
             SettingsError: The list could never be read.
             IdentityError: As before.
         """
+        seen = self._stamp() if self._stamp is not None else None
+        if self._known is not None and seen is not None and seen == self._seen:
+            return self._known
         try:
             self._known, slip = self._read(), ""
         except (IdentityError, SettingsError) as error:
@@ -140,8 +155,17 @@ class Current:
             slip = str(error)
             if slip != self._slip:
                 self._note(slip)
-        self._slip = slip
+        self._slip, self._seen = slip, seen
         return self._known
+
+
+def stamp_of(path: Path) -> object:
+    """Return what tells a file from what stood there before, or ``None`` where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:

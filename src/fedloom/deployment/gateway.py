@@ -231,10 +231,11 @@ class Gateway:
         upstream: fleet.Upstream,
         settings: GatewaySettings | None = None,
         offend: Callable[[int, str, str], None] = lambda client, kind, reason: None,
+        stamp: Callable[[], object] | None = None,
     ) -> None:
-        """Keep what it needs; see :meth:`listen`."""
+        """Keep what it needs; see :meth:`listen`, and :class:`Current` for ``stamp``."""
         self.settings = settings or GatewaySettings()
-        self.members = Current(members, lambda reason: note("unread_members", reason=reason))
+        self.members = Current(members, lambda reason: note("unread_members", reason=reason), stamp)
         self.note, self.refuse, self.offend = note, Refusals(note), offend
         self.streams, self.upstream = streams, upstream
         self._allowed: tuple[Members | None, Allowed] = None, Allowed({}, frozenset())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import ssl
 import sys
@@ -32,7 +33,17 @@ from fedloom.deployment.gateway import Gateway, GatewaySettings, Refusals
 from fedloom.deployment.homes import ServerHome, Serving
 from fedloom.errors import FedloomError, IdentityError, OutputError
 from fedloom.files import write_whole
-from fedloom.identity import CA, CERTIFICATE, KEY, Member, hosts_of, make_authority, require_current
+from fedloom.identity import (
+    CA,
+    CERTIFICATE,
+    CLIENTS,
+    KEY,
+    Member,
+    hosts_of,
+    make_authority,
+    require_current,
+    stamp_of,
+)
 from fedloom.settings import read_toml, write_toml
 
 PORT = 9092
@@ -98,9 +109,17 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
+    raise_limit_of_descriptors()
     context = ssl.create_default_context(cafile=str(home.flower / CA))
     upstream = Upstream(HERE, serving.flower, context)
-    gateway = Gateway(home.members, log.record, home.streams, upstream, settings)
+    gateway = Gateway(
+        home.members,
+        log.record,
+        home.streams,
+        upstream,
+        settings,
+        stamp=lambda: stamp_of(home.path / CLIENTS),
+    )
     gateway.refuse = Refusals(lambda event, **facts: None)  # the next strangers are we ourselves
     gateway.listen(host, port, None if insecure else (home.certificate, home.key))
     try:
@@ -132,6 +151,13 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         family.stop()
         log.record("stopped")
         home.started.unlink(missing_ok=True)
+
+
+def raise_limit_of_descriptors() -> None:
+    """Let this process have as many connections open as the system allows it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def serve_federation(

@@ -1,0 +1,307 @@
+"""A client as a node of Flower: what it answers, what it refuses, and that nothing of the server's is run."""
+
+import io
+import warnings
+import zipfile
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedloom.deployment
+from fedloom.deployment import flower_node
+from fedloom.deployment.flower_node import APP, FlowerNode, RefusedApp, digest_of_bundle
+from fedloom.engines.records import from_records, to_records
+from fedloom.envelope import Envelope
+from fedloom.errors import ConnectionFailed, IdentityError
+from fedloom.identity import make_key, read_key
+
+OWN = Path(fedloom.deployment.__file__).with_name("app")
+RUN = 7
+
+
+@cache
+def own_bundle():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what Flower uses to build it
+        return build_fab_from_disk(OWN)
+
+
+def bundle(**files):
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return written.getvalue()
+
+
+class Flower:
+    """Stands for the server's side of Flower's Fleet interface: messages that wait, and replies."""
+
+    def __init__(self, fab=None):
+        self.fab = fab if fab is not None else own_bundle()
+        self.waiting, self.objects, self.replies, self.pushed = [], {}, [], {}
+        self.confirmed, self.known, self.activated, self.left = [], set(), 0, 0
+        self.failing = []
+
+    def ask(self, content):
+        message = Message(content, dst_node_id=5, message_type="query")
+        message.metadata.__dict__["_message_id"] = message.object_id
+        objects = {id: own.deflate() for id, own in get_all_nested_objects(message).items()}
+        self.objects |= objects
+        tree = get_object_tree(message)
+        message.__dict__["_content"] = RecordDict()
+        self.waiting.append((message_to_proto(message), tree))
+        return tree.object_id
+
+    def answer(self, number=0):
+        """Return the envelope in a reply."""
+        head = self.replies[number]
+        whole = inflate_object_from_contents(head.metadata.message_id, dict(self.pushed))
+        return from_records(whole.content)
+
+    def fail(self):
+        if self.failing:
+            raise self.failing.pop(0)
+
+    def ActivateNode(self, request):
+        self.activated += 1
+        self.known.add(5)
+        return SimpleNamespace(node_id=5)
+
+    def DeactivateNode(self, request):
+        self.left += 1
+
+    def SendNodeHeartbeat(self, request):
+        return SimpleNamespace(success=request.node.node_id in self.known)
+
+    def PullMessages(self, request):
+        self.fail()
+        if not self.waiting:
+            self.stop()
+            return SimpleNamespace(messages_list=[], message_object_trees=[])
+        head, tree = self.waiting.pop(0)
+        return SimpleNamespace(messages_list=[head], message_object_trees=[tree])
+
+    def GetRun(self, request):
+        return SimpleNamespace(run=SimpleNamespace(fab_hash="any"))
+
+    def GetFab(self, request):
+        return SimpleNamespace(fab=SimpleNamespace(content=self.fab))
+
+    def PullObject(self, request):
+        content = self.objects.get(request.object_id)
+        return SimpleNamespace(
+            object_found=content is not None, object_available=True, object_content=content or b""
+        )
+
+    def ConfirmMessageReceived(self, request):
+        self.confirmed.append(request.message_object_id)
+
+    def PushMessages(self, request):
+        self.fail()
+        self.replies.append(message_from_proto(request.messages_list[0]))
+        self.replies[-1].metadata.__dict__["_message_id"] = request.message_object_trees[
+            0
+        ].object_id
+        ids = {request.message_object_trees[0].object_id}
+
+        def add(tree):
+            ids.update(child.object_id for child in tree.children)
+            for child in tree.children:
+                add(child)
+
+        add(request.message_object_trees[0])
+        return SimpleNamespace(objects_to_push=ids, session_id="s")
+
+    def PushObject(self, request):
+        self.pushed[request.object_id] = request.object_content
+        return SimpleNamespace(stored=True)
+
+
+@pytest.fixture
+def take_part(tmp_path, monkeypatch):
+    """Have a node answer what a server has, until that has nothing more."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, RUN)
+    monkeypatch.setattr(flower_node, "SOON", 0.0)
+    monkeypatch.setattr(flower_node, "AGAIN", (0.0, 0.01))
+    make_key(tmp_path / "c.key")
+
+    def run(flower, answer, max_bytes=1 << 20):
+        asked = []
+
+        def counted(envelope):
+            asked.append(envelope)
+            return answer(envelope)
+
+        gateway = SimpleNamespace(key=read_key(tmp_path / "c.key"))
+        node = FlowerNode(gateway, counted, max_bytes)
+
+        @contextmanager
+        def client(gateway, max_bytes):
+            yield flower
+
+        monkeypatch.setattr(flower_node, "fleet_client", client)
+        flower.stop = node.stop
+        node.run()
+        return asked
+
+    return run
+
+
+def reply(envelope):
+    return Envelope(b"reply to " + envelope.header, envelope.payload[::-1])
+
+
+def test_the_app_of_this_package_is_the_one_that_is_pinned():
+    assert digest_of_bundle(own_bundle()) == APP
+
+
+def test_a_message_is_answered(take_part):
+    flower = Flower()
+    id = flower.ask(to_records(Envelope(b"header", b"payload", b"signature")))
+    (asked,) = take_part(flower, reply)
+    assert asked == Envelope(b"header", b"payload", b"signature")
+    assert flower.answer() == Envelope(b"reply to header", b"daolyap")
+    assert flower.replies[0].metadata.reply_to_message_id == id
+    assert flower.confirmed == [id] and flower.left == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no zip",
+        bundle(),
+        bundle(**{"evil.py": "import os"}),
+        bundle(**{"pyproject.toml": "x" * 70_000}),
+        own_bundle()[:-30],
+    ],
+)
+def test_a_run_with_another_bundle_is_refused(take_part, content):
+    flower = Flower(content)
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+    assert take_part(flower, reply) == []
+    assert flower.replies[0].has_error()
+    reason = flower.replies[0].error.reason
+    assert "fedloom's own app" in reason or "cannot be read" in reason
+
+
+def test_one_changed_byte_of_the_app_is_another_bundle():
+    with zipfile.ZipFile(io.BytesIO(own_bundle())) as own:
+        files = {name: own.read(name) for name in own.namelist()}
+    assert digest_of_bundle(bundle(**files)) == APP  # compressed otherwise, it is the same
+    for name in files:
+        changed = {**files, name: files[name] + b"#"}
+        assert digest_of_bundle(bundle(**changed)) != APP
+    assert digest_of_bundle(bundle(**files, **{"more.py": b""})) != APP
+
+
+def test_a_bundle_that_unpacks_to_much_is_not_unpacked():
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(200 << 20))
+    with pytest.raises(RefusedApp, match="larger"):
+        digest_of_bundle(written.getvalue())
+
+
+def nothing(flower, id):
+    del flower.objects[id]
+
+
+def forged(flower, id):
+    flower.objects = dict.fromkeys(flower.objects, b"something else")
+
+
+@pytest.mark.parametrize("spoil", [nothing, forged])
+def test_a_message_that_is_not_whole_is_refused(take_part, spoil):
+    flower = Flower()
+    spoil(flower, flower.ask(to_records(Envelope(b"header", b"payload"))))
+    assert take_part(flower, reply) == [] and flower.replies[0].has_error()
+    assert flower.confirmed == []
+
+
+def test_a_message_larger_than_is_allowed_is_refused_before_the_rest_is_asked_for(take_part):
+    flower = Flower()
+    flower.ask(to_records(Envelope(b"header", bytes(1 << 20))))
+    assert take_part(flower, reply, max_bytes=1 << 16) == []
+    assert flower.replies[0].has_error()
+
+
+def test_a_message_that_holds_no_envelope_is_refused(take_part):
+    flower = Flower()
+    flower.ask(RecordDict({"x": ConfigRecord({"y": 1})}))
+    assert take_part(flower, reply) == [] and flower.replies[0].has_error()
+
+
+def test_what_the_worker_cannot_do_is_told_without_its_words(take_part):
+    flower = Flower()
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+
+    def fail(envelope):
+        raise ConnectionFailed("the worker gave no answer; see /home/secret/worker.log")
+
+    take_part(flower, fail)
+    assert flower.replies[0].error.reason == "the message cannot be answered"
+
+
+def status(code):
+    request = httpx.Request("POST", "http://x")
+    return httpx.HTTPStatusError(
+        "no", request=request, response=httpx.Response(code, request=request)
+    )
+
+
+def test_an_answer_that_is_not_taken_is_not_sent_in_place_of_the_next(take_part):
+    """Flower's own node did that, for ever, after a server that was killed at the wrong moment."""
+    flower = Flower()
+    flower.ask(to_records(Envelope(b"first", b"1")))
+    second = flower.ask(to_records(Envelope(b"second", b"2")))
+    flower.failing = []
+    pull, calls = flower.PushMessages, []
+
+    def refuse_first(request):
+        calls.append(request)
+        if len(calls) == 1:
+            raise status(409)
+        return pull(request)
+
+    flower.PushMessages = refuse_first
+    assert len(take_part(flower, reply)) == 2
+    (head,) = flower.replies
+    assert head.metadata.reply_to_message_id == second
+    assert flower.answer().header == b"reply to second"
+
+
+def test_a_server_that_goes_away_is_waited_for_and_knows_the_node_still(take_part):
+    flower = Flower()
+    flower.failing = [httpx.ConnectError("gone"), ConnectionFailed("gone"), status(503)]
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+    assert len(take_part(flower, reply)) == 1 and flower.activated == 1
+    flower.known.clear()  # another server's database
+
+
+def test_a_server_that_forgot_the_node_is_told_anew(take_part):
+    flower = Flower()
+    flower.failing = [httpx.ConnectError("gone")]
+    beat = flower.SendNodeHeartbeat
+    flower.SendNodeHeartbeat = lambda request: SimpleNamespace(success=False)
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+    take_part(flower, reply)
+    assert flower.activated == 2 and beat
+
+
+def test_a_client_that_is_let_in_no_longer_ends(take_part):
+    flower = Flower()
+    flower.failing = [IdentityError("the key has been revoked")]
+    with pytest.raises(IdentityError, match="revoked"):
+        take_part(flower, reply)
