@@ -34,7 +34,9 @@ class Site:
             self.members,
             lambda event, **facts: self.notes.append((event, facts)),
             folder / "s",
-            Upstream("127.0.0.1", self.flower, ssl.create_default_context()),
+            Upstream(
+                "127.0.0.1", self.flower, ssl.create_default_context(), folder / "db", 1 << 30
+            ),
             GatewaySettings(**settings),
             lambda *offence: self.offences.append(offence),
         )

@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import h11
 
@@ -39,6 +40,8 @@ KEY, SIGNED_HEADERS = b"flwr-public-key", {b"flwr-timestamp", b"flwr-signature"}
 HEADERS = {KEY, *SIGNED_HEADERS, b"content-type", b"accept", b"flwr-package-version"}
 """Headers that are passed on."""
 
+PUSH = b"/v1/fleet/push-object"
+
 HEAD = 16 << 10
 """Bytes of the longest head of a request or response."""
 
@@ -50,11 +53,26 @@ CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where Flower's server listens on this machine."""
+    """Where Flower's server listens on this machine.
+
+    Attributes:
+        context: By which it is known.
+        database: Its file, in which objects that clients push wait.
+        most: Bytes that the file may have before no more are taken.
+    """
 
     host: str
     port: int
     context: ssl.SSLContext
+    database: Path
+    most: int
+
+    def has_room(self) -> bool:
+        """Return whether the database may grow."""
+        try:
+            return self.database.stat().st_size < self.most
+        except OSError:
+            return True
 
     def connect(self) -> socket.socket:
         """Return a connection to it.
@@ -91,7 +109,11 @@ class Forbidden(MessageError):
 
 
 def pass_on(
-    connection: socket.socket, upstream: Upstream, key: bytes, allowed: Callable[[], bool]
+    connection: socket.socket,
+    upstream: Upstream,
+    key: bytes,
+    allowed: Callable[[], bool],
+    pace: Callable[[], object],
 ) -> None:
     """Pass the requests of a client on, one after the other, until it closes the connection.
 
@@ -100,6 +122,7 @@ def pass_on(
         upstream: Flower's server.
         key: The header that says the key which was proven.
         allowed: Returns whether the client is let in still; asked for each request.
+        pace: Waits until the client may make another request.
 
     Raises:
         Forbidden: It asked for something that it is not offered; it has been told so.
@@ -114,7 +137,10 @@ def pass_on(
                 request = _next(client, connection, HEAD)
                 if not isinstance(request, h11.Request):
                     return
+                pace()
                 _require_allowed(request, key, allowed())
+                if request.target == PUSH and not upstream.has_room():
+                    raise Forbidden(507, "Flower's database is as large as gateway.flower_bytes")
             except Forbidden as error:
                 _refuse(client, connection, error)
                 raise

@@ -71,6 +71,14 @@ class GatewaySettings(Settings):
     """Handshakes that are begun for one address at once."""
     connections_per_client: int = Field(default=16, ge=2)
     """Connections that one client may have open: it has one for Flower's calls and one for its run."""
+    requests_per_second: float = Field(default=20.0, gt=0)
+    """Calls of Flower's that are passed on for one client in the long run; more wait. A client looks for
+    messages twice a second at most."""
+    request_burst: int = Field(default=200, ge=1)
+    """Calls of Flower's that are passed on for one client at once."""
+    flower_bytes: int = Field(default=16 << 30, ge=1 << 20)
+    """Bytes of Flower's database above which it takes no more from clients: answers of large models that
+    travel as messages wait there; over streams none do."""
     connections: int = Field(default=4096, ge=2)
     """Connections of all clients; each has two threads."""
 
@@ -244,7 +252,7 @@ class Gateway:
         self._unproven: dict[int, _Unproven] = {}  # oldest first
         self._addresses: collections.Counter[str] = collections.Counter()
         self._buckets: dict[str, _Bucket] = {}
-        self._admitted: set[int] = set()
+        self._paces: dict[int, _Bucket] = {}
         self._connections: dict[int, _Admitted] = {}
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
@@ -519,7 +527,11 @@ class Gateway:
             else:
                 key = fleet.key_header(public_pem(claim.key))
                 fleet.pass_on(
-                    connection, self.upstream, key, lambda: claim.key in self._current().numbers
+                    connection,
+                    self.upstream,
+                    key,
+                    lambda: claim.key in self._current().numbers,
+                    self._pace_of(own.client),
                 )
         except fleet.Forbidden as error:
             self.offend(own.client, "forbidden", str(error))
@@ -530,6 +542,19 @@ class Gateway:
                 self._connections.pop(id(own), None)
             _end(connection)
             connection.close()
+
+    def _pace_of(self, client: int) -> Callable[[], object]:
+        """Return what waits until a client may make another call of Flower's, over any connection."""
+        with self._lock:
+            bucket = self._paces.setdefault(
+                client, _Bucket(self.settings.requests_per_second, self.settings.request_burst)
+            )
+
+        def wait() -> None:
+            while not bucket.take(time.monotonic()):
+                time.sleep(1 / self.settings.requests_per_second)
+
+        return wait
 
     def _stream(self, connection: socket.socket, run: str, own: _Admitted) -> None:
         """Pass bytes on between a client and the process that plays a run."""

@@ -50,7 +50,7 @@ PORT = 9092
 HERE = "127.0.0.1"
 """Where Flower's server listens: on this machine alone."""
 
-REGISTERED = "registered.toml"
+REGISTERED, DATABASE = "registered.toml", "flower.db"
 
 RETRY = 5.0
 """Seconds before Flower is told again what it could not be told."""
@@ -111,7 +111,8 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         signal.signal(kind, lambda number, frame: stopping.append(number))
     raise_limit_of_descriptors()
     context = ssl.create_default_context(cafile=str(home.flower / CA))
-    upstream = Upstream(HERE, serving.flower, context)
+    database = home.path.resolve() / DATABASE
+    upstream = Upstream(HERE, serving.flower, context, database, settings.flower_bytes)
     gateway = Gateway(
         home.members,
         log.record,
@@ -225,7 +226,7 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
         "--enable-supernode-auth",
         *("--isolation", "process"),
         *("--host", HERE, "--port", str(serving.flower)),
-        *("--database", str(home.path.resolve() / "flower.db")),
+        *("--database", str(home.path.resolve() / DATABASE)),
         "--disable-runtime-dependency-installation",
     ]
     starter = [
