@@ -152,12 +152,12 @@ class TestClaims:
         [
             (
                 -301,
-                r"its clock is 301\.\d seconds behind the server's, 300 are allowed: set the cl",
+                r"its clock is 30\d\.\d seconds behind the server's, 300 are allowed: set the cl",
             ),
-            (-86400, r"its clock is 86400\.\d seconds behind the server's"),
+            (-86400, r"its clock is 8640\d\.\d seconds behind the server's"),
             (
-                6,
-                r"its clock is [56]\.\d seconds ahead of the server's, 4 are allowed: set the clock",
+                19,
+                r"its clock is 1\d\.\d seconds ahead of the server's, 4 are allowed: set the clock",
             ),
             (299, r"its clock is 29\d\.\d seconds ahead of the server's"),
         ],
