@@ -33,9 +33,10 @@ REFUSED = "needs code of its own, which is never run"
 def calls():
     for path in Path(fedloom.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if node.func.attr in LOADERS and ast.unparse(node.func.value) not in OF_PEFT:
-                    yield path.name, node
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in LOADERS and ast.unparse(node.func.value) not in OF_PEFT:
+                yield path.name, node
 
 
 def test_every_call_of_a_loader_in_the_package_says_so():

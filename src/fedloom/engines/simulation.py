@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
@@ -29,6 +30,8 @@ LOG = logging.getLogger(__name__)
 
 def named(error: Exception) -> str:
     """Return what is said of something that broke on a client."""
+    if isinstance(error, FedloomError):
+        return str(error)
     LOG.debug("a client failed", exc_info=error)
     return f"{type(error).__name__}: {error}"
 
@@ -69,7 +72,8 @@ class SimulationEngine:
         ledger: Where costs go.
         newcomers: Clients that are there and no members yet: only who names them reaches them.
         noise_seed: What noise that hides rows is drawn from, if not from the seed.
-        tell: What the server is told of an error that nobody foresaw.
+        tell: What the server is told of an error.
+        allowance: What each request may compute.
     """
 
     equipment: Mapping[int, Equipment]
@@ -85,6 +89,7 @@ class SimulationEngine:
     newcomers: frozenset[int] = frozenset()
     noise_seed: int | None = None
     tell: Callable[[Exception], str] = named
+    allowance: Allowance = field(default_factory=Allowance)
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -127,11 +132,11 @@ class SimulationEngine:
         try:
             if exchange.action not in self.handlers:
                 raise MessageError(f"there is no action {exchange.action[:40]!r}")
+            self.allowance.begin(going_on=bool(self._sessions.get(client)))
+            self.equipment[client].model.allowance = self.allowance
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
-        except FedloomError as error:
-            return Answer(client, error=str(error))
         except Exception as error:  # whatever breaks on a client is that client's affair
             return Answer(client, error=self.tell(error))
 
