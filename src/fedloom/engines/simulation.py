@@ -115,6 +115,10 @@ class SimulationEngine:
         """Return the training rows of a client, a newcomer too."""
         return len(self.shares[client])
 
+    def under_way(self, client: int, round: int) -> bool:
+        """Return whether a client has begun something in this round that takes several exchanges."""
+        return round == self._round and bool(self._sessions.get(client))
+
     def restart(self, store: ClientStore) -> None:
         """Go on with what clients kept at some other time, as if no round were under way."""
         self.store, self._round = store, -1
@@ -132,7 +136,7 @@ class SimulationEngine:
         try:
             if exchange.action not in self.handlers:
                 raise MessageError(f"there is no action {exchange.action[:40]!r}")
-            self.allowance.begin(going_on=bool(self._sessions.get(client)))
+            self.allowance.begin(going_on=self.under_way(client, exchange.round))
             self.equipment[client].model.allowance = self.allowance
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
@@ -170,7 +174,7 @@ class SimulationEngine:
                 cost.flops += client.model.flops - before
                 _count_training(cost, client)
 
-        under_way = bool(self._sessions.get(number))
+        under_way = self.under_way(number, exchange.round)
         size = self._fits.get(number, self.training.micro_batch)
         return work(size) if under_way else fitting(work, size, f"client {number}")
 
