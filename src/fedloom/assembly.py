@@ -185,13 +185,16 @@ def divide(
         own: The rows of this one client instead, all of them; no others are dealt then.
 
     Raises:
-        DataError: The data cannot be read, or a client would be left without rows.
+        DataError: The data cannot be read, a client would be left without rows, or has others' classes.
     """
     seed = experiment.federation.seed
     rng = generator(seed, "data")
     if own is not None:
         loaded = load_examples(own.data, rng)
-        loaded = replace(loaded, train=[*loaded.train, *loaded.test], test=[])
+        # columns are for dealing rows, and of a client's own rows there is nothing to deal
+        rows = [replace(row, columns={}) for row in (*loaded.train, *loaded.test)]
+        _require_known(rows, own.classes)
+        loaded = replace(loaded, train=rows, test=[])
     else:
         loaded = source.load(rng) if source else load_examples(experiment.data, rng)
     classes = own.classes if own else _classes([*loaded.train, *loaded.test])
@@ -871,6 +874,20 @@ def _judged(
 
 def _classes(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(sorted({example.label for example in examples if isinstance(example, Labelled)}))
+
+
+def _require_known(rows: Sequence[Example], classes: tuple[str, ...]) -> None:
+    """Check that the coordinator knows the classes of a client's rows.
+
+    Raises:
+        DataError: A row is of another one.
+    """
+    other = [row for row in rows if isinstance(row, Labelled) and row.label not in classes]
+    if other:
+        raise DataError(
+            f"{len(other)} of {len(rows)} rows are of classes that the coordinator's held-out set does not "
+            f"have, such as {other[0].label!r} in row {other[0].row}; it has: {', '.join(classes)}"
+        )
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:
