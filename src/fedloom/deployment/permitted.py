@@ -170,9 +170,11 @@ class Examined:
             return []
         asked, own = dict(leaves(self.asked.to_table())), dict(leaves(self.experiment.to_table()))
         return sorted(
-            name
-            for name in asked.keys() | own.keys()
-            if asked.get(name) != own.get(name) and not _is_servers(name)
+            {
+                ".".join(name.split(".")[:2])
+                for name in asked.keys() | own.keys()
+                if asked.get(name) != own.get(name) and not _is_servers(name)
+            }
         )
 
 
