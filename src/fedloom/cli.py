@@ -574,7 +574,7 @@ def report(
 def main() -> NoReturn:
     """Run the command line; a fedloom error is one message and its exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except FedloomError as error:
         typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
@@ -584,13 +584,11 @@ def main() -> NoReturn:
         text = f"fedloom: {error.name} is missing: federations between machines are an extra"
         typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
         _usage_error(error)
-    sys.exit(0)
+    sys.exit(code or 0)  # of typer.Exit
 
 
 def _usage_error(error: Exception) -> NoReturn:

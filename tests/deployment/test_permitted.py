@@ -372,7 +372,7 @@ def test_objectives_may_be_listed(own):
         ("adapter.rank", 10**7), ("federation.clients", 10**8), ("training.batch_size", 10**6),
         ("data.max_length", 10**6), ("data.builtin_rows", 10**9), ("evaluation.batch_size", 10**6),
         ("evaluation.max_length", 10**6), ("evaluation.max_new_tokens", 10**6),
-        ("output.checkpoint_every", 10**6), ("clients.newcomer_steps", 10**9),
+        ("output.checkpoint_every", 10**6),
     ],
 )  # fmt: skip
 def test_numbers_above_their_bounds_are_refused_by_the_line_alone(own, name, value):
@@ -383,6 +383,13 @@ def test_numbers_above_their_bounds_are_refused_by_the_line_alone(own, name, val
     assert text == f"policy.{MOST[name]}: the experiment asks for more than this client allows"
     most = getattr(PolicySettings(), MOST[name])
     assert not lines(ask(own(SHARED), **{section: {key: most}}))  # of the very bound
+
+
+def test_steps_of_newcomers_are_bounded_for_those_who_are(own):
+    asked = {"clients": {"newcomers": [2], "newcomer_steps": 10**9}}
+    assert lines(ask(own(SHARED), client=2, **asked)) == ["policy.max_steps"]
+    assert not ask(own(SHARED), client=1, **asked).refusals
+    assert not ask(own(SHARED, max_steps=5)).refusals  # there are none, whatever the default
 
 
 @pytest.mark.parametrize(

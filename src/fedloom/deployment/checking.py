@@ -220,7 +220,7 @@ def _rows(
     shown: list[RenderableType] = [_table(facts)]
     if sample is not None:
         title, texts = _sample(sample, own, experiment)
-        shown += [Text(), Text(title, style="dim"), _table(texts)]
+        shown += [Text(), Text(printable(title), style="dim"), _table(texts)]
     return Group(*shown), False, count
 
 
@@ -380,9 +380,7 @@ def _leaves(experiment: Experiment) -> RenderableType:
     reveals = make_method(experiment.method).reveals
     facts = [("numbers", ALWAYS_SHOWN["numbers"])]
     for name in sorted(reveals):
-        said = ALWAYS_SHOWN.get(name) or (
-            _said(name) if name in REVEALING else ""
-        )
+        said = ALWAYS_SHOWN.get(name) or (_said(name) if name in REVEALING else "")
         facts.append((name, said))
     return _table(facts)
 

@@ -95,7 +95,6 @@ MOST = {
     "adapter.encoder_width": "max_width",
     "adapter.experts": "max_experts",
     "clients.groups.*.rank": "max_rank",
-    "clients.newcomer_steps": "max_steps",
     "method.fedavg_ft.passes": "max_steps",
     "method.fedpdpo.bottleneck": "max_width",
     "method.fedpdpo.head_rank": "max_rank",
@@ -121,7 +120,7 @@ MOST = {
 DECIDED = _names(
     {
         "model": "path revision",
-        "clients": "groups",
+        "clients": "groups newcomer_steps",
         "clients.groups.*": "model",
         "method.distillation": "server_model",
         "data": "source kind choices test_fraction",
@@ -415,7 +414,10 @@ class _Examiner:
             groups[name] = ClientGroup(**taken, model=group.model)
             if group.model is not None:
                 self._require_model(f"{place}.model", group.model, self._revision)
-        return ClientsSettings(groups=groups, **self._taken("clients", asked))
+        if self.client in asked.newcomers:
+            self._bounded("clients.newcomer_steps", asked.newcomer_steps, "max_steps")
+        taken = self._taken("clients", asked)
+        return ClientsSettings(groups=groups, newcomer_steps=asked.newcomer_steps, **taken)
 
     def _method(self) -> Settings:
         """Return the method; a server's model of its own reads the public rows here too."""
