@@ -113,6 +113,13 @@ def test_the_server_is_told_the_line_and_the_log_the_rest(server, small, caplog)
     assert "adapter.rank = 300 is above 256" in caplog.text
 
 
+def test_what_is_refused_costs_the_run_under_way_nothing(server, small):
+    found = server()
+    run, _, _ = found.join(small)
+    assert found.join({**small, "adapter": {"rank": 300}})[2].error
+    assert found.exchange(run).error is None
+
+
 def test_a_run_goes_on_without_a_client_that_refuses(loopback, small, table, tmp_path):
     federation = loopback(2)
     model = [table["model"]["path"]]

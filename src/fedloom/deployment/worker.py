@@ -206,7 +206,6 @@ class Worker:
             return self.run
         if header.experiment is None:
             raise Said(Sentence.ANEW)
-        self.run = None  # one model at a time
         start = time.monotonic()
         own, number = self.home.own_file(), self.joining.number
         experiment = permitted(header.experiment, own, number, len(header.classes))
@@ -214,6 +213,7 @@ class Worker:
             self.approvals.ask(header.run, header.experiment, len(header.classes))
             raise Said(Sentence.WAITS)
         self.day.begin_run(header.run, own.policy)
+        self.run = None  # one model at a time; what is refused costs the run under way nothing
         with failing_as(Sentence.READING):
             division = divided(experiment, own, number, tuple(header.classes))
         require_steps(experiment, own, len(division.train[number]))
