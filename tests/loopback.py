@@ -24,6 +24,34 @@ from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.experiment import Experiment
 from fedloom.identity import Members, make_authority, make_key, read_key, sign
 from fedloom.runner import Silent, run_experiment
+from fedloom.settings import write_toml
+
+OPEN = dict.fromkeys(
+    ("logits", "activations", "targets", "embeddings", "expert_probes", "public_rows"), True
+)
+"""Every line of a client's policy that lets something out."""
+
+MANY = {"max_rounds_a_day": 1_000_000, "max_runs_a_day": 1_000_000}
+
+
+BUILTIN = "builtin:preferences"
+
+
+def builtin(experiment):
+    """The built-in rows that clients offer for an experiment."""
+    source = experiment.data.source
+    return source if str(source).startswith("builtin:") else BUILTIN
+
+
+def client_file(path, source=BUILTIN, models=(), policy=None, **sections):
+    """Write a client's file that offers its share of built-in rows and opens every line; return its path."""
+    table = {
+        "data": {"source": source, "share": "experiment"},
+        "policy": {"models": list(map(str, models)), **OPEN, **MANY, **(policy or {})},
+        **sections,
+    }
+    path.write_text(write_toml(table))
+    return path
 
 
 @dataclass
@@ -94,6 +122,7 @@ class Loopback:
 
     folder: Path
     clients: int
+    models: tuple = ()
 
     def __post_init__(self):
         make_authority(self.folder / "server", ["localhost"])
@@ -108,32 +137,33 @@ class Loopback:
     def home(self, number):
         return ClientHome(self.folder / f"client-{number}")
 
-    def worker(self, number, own=None):
+    def worker(self, number, own=None, source=BUILTIN):
         """Return a client's worker as it is after a start of its machine."""
         home = self.home(number)
         home.path.mkdir(exist_ok=True)
+        own = own or client_file(home.path / "my.toml", source, self.models)
         home.write_joining(
             Joining(
                 gateway="localhost:9",
                 number=number,
                 key=str(self.folder / f"{number}.key"),
                 authority=str(self.folder / "server" / "ca.pem"),
-                own=str(own) if own else None,
+                own=str(own),
             )
         )
         return Worker(home)
 
-    def mail(self, **own):
-        files = own.pop("own", {})
-        workers = {100 + n: self.worker(n, files.get(n)) for n in range(self.clients)}
-        return LoopMail(workers, **own)
+    def mail(self, own=None, source=BUILTIN, **changes):
+        files = own or {}
+        workers = {100 + n: self.worker(n, files.get(n), source) for n in range(self.clients)}
+        return LoopMail(workers, **changes)
 
     def engine(self, experiment, mail=None):
         """Return the engine that reaches the clients by messages alone."""
         server = self.folder / "server"
         key = read_key(server / "server.key")
         post = Post(
-            mail or self.mail(),
+            mail or self.mail(source=builtin(experiment)),
             lambda header: sign(key, header),
             (server / "server.pem").read_text(),
         )
@@ -142,14 +172,15 @@ class Loopback:
 
 
 @pytest.fixture
-def loopback(tmp_path, monkeypatch):
+def loopback(tmp_path, monkeypatch, model_folder, mixture_folder):
     """Make a federation of so many clients."""
     monkeypatch.setattr("fedloom.engines.flower.POLL", 0.001)
     monkeypatch.setattr("fedloom.engines.flower.LOOK", 0.001)
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     folders = map("federation-{}".format, itertools.count())
-    return lambda clients: Loopback(tmp_path / next(folders), clients)
+    models = (model_folder, mixture_folder)
+    return lambda clients: Loopback(tmp_path / next(folders), clients, models)
 
 
 @pytest.fixture
@@ -168,7 +199,7 @@ def deployed(table, loopback, tmp_path):
         settings["federation"] = {**table["federation"], **own, **sections.get("federation", {})}
         experiment = Experiment.from_table(settings)
         federation = loopback(clients)
-        mail = federation.mail()
+        mail = federation.mail(source=builtin(experiment))
         break_(mail, federation)
         engine = federation.engine(experiment, mail)
         result = run_experiment(experiment, observer=Silent(), remote=engine)

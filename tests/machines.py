@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment.children import free_port
+from loopback import BUILTIN, builtin, client_file
 
 FEDLOOM = [sys.executable, "-m", "fedloom"]
 ENVIRONMENT = {
@@ -114,6 +115,13 @@ class Machines:
         self.call("certs", "--home", self.server, "--host", network.address)
         for client in range(clients):
             self.allow(client)
+        self.offer()
+
+    def offer(self, source=BUILTIN, models=()):
+        """Write the clients' files: their shares of built-in rows, these models, and wide bounds."""
+        for client in range(self.clients):
+            path = self.folder / f"c{client}.toml"
+            client_file(path, source, models, policy={"max_rank": 10_000})
 
     def call(self, *arguments, check=True, timeout=120):
         """Call fedloom and return what it says."""
@@ -157,6 +165,7 @@ class Machines:
         own = {
             "server": f"{self.network.address}:{self.port}", "key": f"{client}.key",
             "ca": self.server / "ca.pem", "home": self.folder / f"c{client}",
+            "data": self.folder / f"c{client % max(1, self.clients)}.toml",
         }  # fmt: skip
         chosen = {**own, **options}
         return ["client", "join", *(x for k, v in chosen.items() for x in (f"--{k}", v))]
@@ -177,6 +186,7 @@ class Machines:
         """Run an experiment over the machines; return its folder."""
         path = self.folder / f"{name}.toml"
         path.write_text(experiment.to_toml())
+        self.offer(builtin(experiment), [experiment.model.path])
         folder = self.folder / "runs" / name
         self.call(
             "run", path, "--engine", "flower", "--home", self.server,

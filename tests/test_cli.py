@@ -87,6 +87,8 @@ def test_the_commands_and_options_are_these_and_no_others():
         "server start": ["--home", "--host", "--insecure", "--port"],
         "server stop": ["--home"],
         "client join": ["--ca", "--data", "--home", "--insecure", "--key", "--server"],
+        "client check": ["--client"],
+        "client approve": ["--home", "--yes"],
         "client leave": ["--home"],
         "status": ["--home"],
         "stop": ["--home"],

@@ -185,13 +185,16 @@ def divide(
         own: The rows of this one client instead, all of them; no others are dealt then.
 
     Raises:
-        DataError: The data cannot be read, or a client would be left without rows.
+        DataError: The data cannot be read, a client would be left without rows, or has others' classes.
     """
     seed = experiment.federation.seed
     rng = generator(seed, "data")
     if own is not None:
         loaded = load_examples(own.data, rng)
-        loaded = replace(loaded, train=[*loaded.train, *loaded.test], test=[])
+        # columns are for dealing rows, and of a client's own rows there is nothing to deal
+        rows = [replace(row, columns={}) for row in (*loaded.train, *loaded.test)]
+        _require_known(rows, own.classes)
+        loaded = replace(loaded, train=rows, test=[])
     else:
         loaded = source.load(rng) if source else load_examples(experiment.data, rng)
     classes = own.classes if own else _classes([*loaded.train, *loaded.test])
@@ -645,6 +648,25 @@ def _with_model(experiment: Experiment, path: str, rank: int) -> Experiment:
     )
 
 
+def model_folder(path: str, stage: Callable[[str], None] = lambda text: None) -> str:
+    """Return where a model is: as it is named, or the folder of the tiny one, which is made first.
+
+    Raises:
+        OutputError: That folder cannot be written.
+    """
+    if path != TINY:
+        return path
+    texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
+    stage("preparing the tiny model (made once, a few seconds)")
+    try:
+        return str(tiny_model(cache_folder(), texts))
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep the tiny model in {cache_folder()}: {error.strerror}; set the variable "
+            "FEDLOOM_CACHE to a folder that can be written"
+        ) from error
+
+
 def prepare_model(
     experiment: Experiment,
     classes: tuple[str, ...],
@@ -653,17 +675,7 @@ def prepare_model(
     empty: bool = False,
 ) -> tuple[str, Any, torch.nn.Module]:
     """Return the backbone's path, its tokenizer and the backbone itself, on its device."""
-    path = experiment.model.path
-    if path == TINY:
-        texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
-        stage("preparing the tiny model (made once, a few seconds)")
-        try:
-            path = str(tiny_model(cache_folder(), texts))
-        except OSError as error:
-            raise OutputError(
-                f"cannot keep the tiny model in {cache_folder()}: {error.strerror}; set the variable "
-                "FEDLOOM_CACHE to a folder that can be written"
-            ) from error
+    path = model_folder(experiment.model.path, stage)
     stage(f"loading {experiment.model.path}")
     tokenizer = load_tokenizer(path, experiment.model.revision)
     backbone = _backbone(experiment, path, classes, tokenizer.pad_token_id, empty=empty)
@@ -871,6 +883,20 @@ def _judged(
 
 def _classes(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(sorted({example.label for example in examples if isinstance(example, Labelled)}))
+
+
+def _require_known(rows: Sequence[Example], classes: tuple[str, ...]) -> None:
+    """Check that the coordinator knows the classes of a client's rows.
+
+    Raises:
+        DataError: A row is of another one.
+    """
+    other = [row for row in rows if isinstance(row, Labelled) and row.label not in classes]
+    if other:
+        raise DataError(
+            f"{len(other)} of {len(rows)} rows are of classes that the coordinator's held-out set does "
+            f"not have, such as {other[0].label!r} in row {other[0].row}; it has: {', '.join(classes)}"
+        )
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:

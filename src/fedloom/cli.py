@@ -427,6 +427,59 @@ def join_federation(
     take_part(home, server, key, None if insecure else ca, data, say=typer.echo)
 
 
+@client_app.command("check")
+def check_client(
+    data: Annotated[Path, typer.Argument(help="This client's file.", show_default=False)],
+    experiment: Annotated[
+        Path | None, typer.Argument(help="An experiment in TOML.", show_default=False)
+    ] = None,
+    client: Annotated[int, typer.Option(help="This client's number.", min=0)] = 0,
+) -> None:
+    """Say what a server would learn and may ask for, on which rows, and what would be refused."""
+    from rich.console import Console
+
+    from fedloom.deployment.checking import check
+
+    console = Console()
+    with console.status("reading"):
+        look = check(data, experiment, client)
+    console.print(look.shown, highlight=False)
+    raise typer.Exit(0 if look.sound else 1)
+
+
+@client_app.command("approve")
+def approve_run(
+    run: Annotated[
+        str | None, typer.Argument(help="First letters of its id (default: list what waits).")
+    ] = None,
+    home: HomeOfClient = CLIENT_HOME,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Let a run in that waits for a person, once it is clear what it is."""
+    from rich.console import Console
+
+    from fedloom.deployment.checking import waiting_run, waiting_table
+    from fedloom.deployment.consent import Approvals
+    from fedloom.deployment.homes import ClientHome
+
+    own, console = ClientHome(home), Console()
+    if run is None:
+        console.print(waiting_table(own), highlight=False)
+        return
+    approvals = Approvals(own)
+    waiting = approvals.find(run)
+    with console.status("reading"):
+        look = waiting_run(own, waiting)
+    console.print(look.shown, highlight=False)
+    if not look.sound:
+        raise typer.Exit(1)
+    if not yes and not typer.confirm(f"let run {waiting.run[:8]} in?"):
+        typer.echo("it goes on waiting")
+        return
+    approvals.approve(waiting)
+    typer.echo(f"run {waiting.run[:8]} is let in; the server asks again within half a minute")
+
+
 @client_app.command("leave")
 def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
     """Stop taking part; what this client keeps stays on its disk."""
@@ -522,7 +575,7 @@ def report(
 def main() -> NoReturn:
     """Run the command line; a fedloom error is one message and its exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except FedloomError as error:
         typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
@@ -532,13 +585,11 @@ def main() -> NoReturn:
         text = f"fedloom: {error.name} is missing: federations between machines are an extra"
         typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
         _usage_error(error)
-    sys.exit(0)
+    sys.exit(code or 0)  # of typer.Exit
 
 
 def _usage_error(error: Exception) -> NoReturn:

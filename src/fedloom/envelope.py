@@ -26,6 +26,9 @@ PREFIX = struct.Struct("<8sIH")
 MAX_HEADER = 16 << 20
 """Bytes of the longest header: a schema of a hundred thousand tensors."""
 
+LONGEST_HEADER = PREFIX.size + MAX_HEADER + (1 << 16)
+"""Bytes of all that may stand before a payload, signature included."""
+
 MAX_REPLY_HEADER = 64 << 10
 """Bytes of the longest header that a client may send: it has no schema in it."""
 

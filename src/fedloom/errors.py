@@ -6,6 +6,7 @@
     ├── SettingsError       the experiment file: unknown key, wrong type, contradiction (all listed)
     ├── DataError           the data: missing file, absent column, malformed rows, empty client
     ├── ModelError          the model folder or the adapter: no weights, no tokenizer, no such target
+    ├── PolicyError         what a client's own file does not allow (all reasons listed)
     ├── MessageError        a payload that does not fit the schema of its exchange
     ├── TrainingError       local training on one client failed; the round goes on without it
     │   └── NonFiniteLoss   the loss became NaN or infinite: which client, step and examples
@@ -25,6 +26,7 @@ traceback and exits with the class's ``exit_code``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class FedloomError(Exception):
@@ -56,6 +58,28 @@ class ModelError(FedloomError):
     """The model or its adapter cannot be loaded as the experiment asks."""
 
     exit_code = 3
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that a client's own file does not allow.
+
+    Attributes:
+        line: The line of the file that decides: ``policy.max_rank``. It is all that the server is told.
+        reason: What was asked and what is allowed, in words for this machine's log alone.
+    """
+
+    line: str
+    reason: str
+
+
+class PolicyError(FedloomError):
+    """A client's own file does not allow what is asked; ``refusals`` has every reason."""
+
+    def __init__(self, *refusals: Refusal) -> None:
+        """Keep the reasons, at least one."""
+        self.refusals = refusals
+        super().__init__("; ".join(f"{one.line}: {one.reason}" for one in refusals))
 
 
 class MessageError(FedloomError):

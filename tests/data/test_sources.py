@@ -194,7 +194,8 @@ def test_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
 
     calls = []
 
-    def load_dataset(name, subset, data_dir, split):
+    def load_dataset(name, subset, data_dir, split, trust_remote_code):
+        assert trust_remote_code is False
         calls.append((name, subset, data_dir, split))
         return datasets.Dataset.from_list(ROWS)
 

@@ -14,6 +14,7 @@ from fedloom.experiment import Experiment
 from fedloom.identity import secret_number
 from fedloom.methods import METHODS
 from fedloom.runner import Silent, run_experiment
+from loopback import client_file
 
 QUICK = ["fedavg", "scaffold", "fedpdpo", "fedamole", "fedmoe", "distillation", "split", "flora"]
 OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK})
@@ -103,8 +104,11 @@ def test_noise_that_hides_rows_is_a_secret_of_the_client(
 ):
     table = suited(method)
     table["method"] |= noise
-    (tmp_path / "known.toml").write_text("[worker]\nsecret_noise = false\n")
-    own = dict.fromkeys(range(3), tmp_path / "known.toml")
+    models = (table["model"]["path"],)
+    known = client_file(
+        tmp_path / "known.toml", table["data"]["source"], models, worker={"secret_noise": False}
+    )
+    own = dict.fromkeys(range(3), known)
     drawn, replies = [], []
 
     def secret(key, *words):
@@ -119,7 +123,7 @@ def test_noise_that_hides_rows_is_a_secret_of_the_client(
         return Experiment.from_table({**table, "output": {"folder": str(tmp_path / name)}})
 
     def played(name, federation, **changes):
-        mail = federation.mail(**changes)
+        mail = federation.mail(source=table["data"]["source"], **changes)
         run_experiment(made(name), observer=Silent(), remote=federation.engine(made(name), mail))
         return states(tmp_path / name)[-1], mail.pushed
 
@@ -134,7 +138,7 @@ def test_noise_that_hides_rows_is_a_secret_of_the_client(
     headers = [envelope.read(RequestHeader) for envelope in asked]
     expected = {(h.run, h.payload) for h in headers if h.kind == "exchange"}
     assert expected <= set(drawn) and len(expected) > 2  # other noise for every other message
-    again = federation.worker(0)  # as after a start of its machine
+    again = federation.worker(0, source=table["data"]["source"])  # as after a start of its machine
     answers = [reply for node, reply in replies if node == 100]
     for envelope, header, answer in zip(asked, headers, answers, strict=True):
         if header.kind != "end":

@@ -288,9 +288,10 @@ def test_private_rows_stay_with_their_owners(deployed, rows_file, loopback, tabl
     own = {}
     for client in range(2):
         rows = rows_file(pairs(100 * client, 12 + client), f"own-{client}.jsonl")
-        text = f'[data]\nsource = "{rows}"\n'
+        text = f'[data]\nsource = "{rows}"\nkind = "preference"\n'
         text += "columns = " + json.dumps(columns).replace(":", " =") + "\n"
         own[client] = tmp_path / f"own-{client}.toml"
+        text += f'[policy]\nmodels = ["{table["model"]["path"]}"]\n'
         own[client].write_text(text)
     settings = {
         **table,
@@ -319,7 +320,11 @@ def test_what_is_wrong_with_private_rows_stays_with_their_owner(
     rows = [{"prompt": f"Q{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(9)]
     rows.append({"prompt": "Mrs Miller?", "chosen": {"HIV": True}, "rejected": "No."})
     path, own = rows_file(rows, "miller.jsonl"), tmp_path / "own.toml"
-    own.write_text(f'[data]\nsource = "{path if bad == "a row" else "/data/millr.jsonl"}"\n')
+    source = path if bad == "a row" else "/data/millr.jsonl"
+    own.write_text(
+        f'[data]\nsource = "{source}"\nkind = "preference"\nmax_bad_share = 0.0\n'
+        f'[policy]\nmodels = ["{table["model"]["path"]}"]\n'
+    )
     private = {
         "source": "clients", "kind": "preference", "max_bad_share": 0.0,
         "test_source": rows_file(rows[:6], "test.jsonl"),
@@ -360,7 +365,10 @@ def test_a_file_of_all_clients_can_be_dealt_as_a_simulation_deals_it(
         for i in range(60)
     ]
     path, own = rows_file(rows), tmp_path / "own.toml"
-    own.write_text(f'[data]\nsource = "{path}"\ndeal = true\n')
+    own.write_text(
+        f'[data]\nsource = "{path}"\nkind = "preference"\nshare = "experiment"\n'
+        f'[policy]\nmodels = ["{table["model"]["path"]}"]\n'
+    )
     table |= {"data": {"source": path, "kind": "preference"}, "training": {"local_steps": 1}}
     states = []
     for name in ("here", "there"):
@@ -376,7 +384,7 @@ def test_a_file_of_all_clients_can_be_dealt_as_a_simulation_deals_it(
 def test_rows_that_the_server_names_are_not_read(deployed, rows_file):
     rows = [{"prompt": f"Q {i}?", "chosen": f"Yes {i}.", "rejected": "No."} for i in range(40)]
     data = {"source": rows_file(rows), "kind": "preference", "builtin_rows": 60}
-    with pytest.raises(RoundFailed, match="reads only what its own file names"):
+    with pytest.raises(RoundFailed, match=r"data\.source: the experiment's is not this client's"):
         deployed(data=data, federation={"patience": 0.3})
 
 

@@ -16,6 +16,7 @@ from fedloom.deployment.children import (
     wait_until_open,
 )
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile, ServerHome
+from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import ConnectionFailed, SettingsError
 
 
@@ -28,12 +29,31 @@ def own(tmp_path, text):
 def test_a_file_with_everything(tmp_path):
     found = own(
         tmp_path,
-        '[data]\nsource = "rows.jsonl"\ncolumns = { prompt = "question" }\n[model]\npath = "m"\n'
+        '[data]\nsource = "rows.jsonl"\nkind = "preference"\ncolumns = { prompt = "question" }\n'
+        '[public]\nsource = "all.jsonl"\n[model]\npath = "m"\n[policy]\nmax_rank = 8\n'
         '[training]\ndevice = "cpu"\nthreads = 2\n[worker]\nidle = 60.0\n',
     )
     assert found.data.source == "rows.jsonl" and found.data.columns == {"prompt": "question"}
+    assert (found.public.source, found.policy.max_rank) == ("all.jsonl", 8)
     assert (found.model.path, found.training.threads, found.worker.idle) == ("m", 2, 60.0)
-    assert own(tmp_path, "").data is None
+    assert own(tmp_path, "").data is None and own(tmp_path, "").policy == PolicySettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "data.source: missing"),
+        ('source = "rows.jsonl"', "data.kind is missing"),
+        ('source = "clients"', "is for experiments"),
+        ('source = "builtin:labelled"', 'is nobody\'s own: data.share = "experiment"'),
+        ('source = "builtin:labelled"\nshare = "experiment"\nkind = "preference"', "data.kind ="),
+        ('source = "a.jsonl"\nkind = "labelled"\ntest_source = "b.jsonl"', "data.test_source"),
+        ('source = "a.jsonl"\nkind = "labelled"\ndeal = true', "data.deal: unknown key"),
+    ],
+)
+def test_rows_that_cannot_be_offered(tmp_path, text, wrong):
+    with pytest.raises(SettingsError, match=wrong):
+        own(tmp_path, f"[data]\n{text}\n")
 
 
 def test_all_mistakes_are_named_at_once(tmp_path):

@@ -38,6 +38,7 @@ def test_killed_at_random_moments(experiment, tmp_path, method):
         own.start_all()
         path, folder = own.folder / "run.toml", own.folder / "run"
         path.write_text(settings.to_toml())
+        own.offer(models=[settings.model.path])
         words = ["run", path, "--set", f"output.folder={folder}"]
         for kill in range(KILLS + 1):
             known, start = rounds(folder), time.monotonic()

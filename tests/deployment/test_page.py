@@ -1,5 +1,6 @@
 """docs/federation.md: its commands give a federation, its words are those of the program."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import typer
 
 from fedloom import cli
 from fedloom.deployment.homes import OWN_SECTIONS
+from fedloom.deployment.policy import PolicySettings
 from fedloom.experiment import SECTIONS
 from machines import ENVIRONMENT
 
@@ -46,6 +48,20 @@ def test_settings_on_the_page_are_settings():
         assert table.keys() <= SECTIONS[section].model_fields.keys()
     for name in re.findall(r"`federation\.(\w+)", PAGE):
         assert name in SECTIONS["federation"].model_fields
+
+
+def test_every_line_of_a_policy_is_on_the_page_with_its_default():
+    rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if line.startswith("| `")]
+    said = {}
+    for first, second, *_ in rows:
+        names = re.findall(r"`(\w+)`", first)
+        values = re.split(r", (?!\d{3})", second.strip())
+        said |= dict(itertools.zip_longest(names, values[: len(names)]))
+    for name, field in PolicySettings.model_fields.items():
+        assert name in said, name
+        if name.startswith("max_"):
+            value = "4 GiB" if field.default == 4 << 30 else f"{field.default:,.0f}"
+            assert said[name] == value, name
 
 
 def test_units_and_containers_call_what_there_is():

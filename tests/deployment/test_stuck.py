@@ -23,6 +23,7 @@ def test_a_client_is_there_after_a_server_was_killed_while_it_was_asked(experime
         own.start_all()
         path = own.folder / "run.toml"
         path.write_text(settings.to_toml())
+        own.offer(models=[settings.model.path])
         words = ["run", path, "--engine", "flower", "--home", own.server, "--set"]
         for kill in range(KILLS):
             said = own.folder / f"c{rng.randrange(2)}" / "worker.log"

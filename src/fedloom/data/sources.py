@@ -469,7 +469,9 @@ def read_hub(
     import datasets
 
     try:
-        rows: Iterable[Any] = datasets.load_dataset(name, subset, data_dir=data_dir, split=split)
+        rows: Iterable[Any] = datasets.load_dataset(
+            name, subset, data_dir=data_dir, split=split, trust_remote_code=False
+        )
     except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fedloom.audit import FILE, AuditLog
 from fedloom.deployment.calling import LOG as WORKER_LOG
-from fedloom.deployment.calling import NO_LIMIT, ask_worker, start_worker
+from fedloom.deployment.calling import ask_worker, start_worker
 from fedloom.deployment.children import end, make_room, only
 from fedloom.deployment.flower_node import FlowerNode
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
-from fedloom.errors import ConnectionFailed
+from fedloom.errors import AuditError, ConnectionFailed
 from fedloom.identity import read_key, require_current
 
 
@@ -39,16 +40,17 @@ def join(
         ready: Called once the server has let this client in.
 
     Raises:
+        AuditError: This client's own log does not hold together.
         IdentityError: The key cannot be read, or is not let in; the authority has expired.
         ConnectionFailed: The server cannot be reached or is another one; or a client runs in the folder.
         SettingsError: The client's file has mistakes.
     """
-    if own is not None:
-        OwnFile.read(own)
+    policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
     if authority is not None:
         require_current(authority)
     gateway = GatewayClient(server, read_key(key), authority.read_bytes() if authority else None)
     with only("client", home.lock):
+        _require_whole(home.path / FILE)
         joining = Joining(
             gateway=server,
             number=gateway.register(),
@@ -57,11 +59,28 @@ def join(
             own=str(own.resolve()) if own else None,
         )
         home.write_joining(joining)
-        _keep_going(home, gateway, lambda: ready(joining))
+        _keep_going(home, gateway, policy.max_bytes, lambda: ready(joining))
 
 
-def _keep_going(home: ClientHome, gateway: GatewayClient, ready: Callable[[], None]) -> None:
-    """Answer messages until told to stop.
+def _require_whole(log: Path) -> None:
+    """Check that what this client has written down so far holds together.
+
+    Raises:
+        AuditError: It does not; nobody would know what this client was asked.
+    """
+    try:
+        AuditLog(log)
+    except AuditError as error:
+        raise AuditError(
+            f"{error}. This client takes part again once that file is moved away, where it can still be "
+            "looked at; then it begins a new one"
+        ) from None
+
+
+def _keep_going(
+    home: ClientHome, gateway: GatewayClient, max_bytes: int, ready: Callable[[], None]
+) -> None:
+    """Answer messages of at most so many bytes until told to stop.
 
     Raises:
         IdentityError: The server does not let this client in any more.
@@ -71,7 +90,7 @@ def _keep_going(home: ClientHome, gateway: GatewayClient, ready: Callable[[], No
         signal.signal(kind, lambda number, frame: stopping.append(number))
     end_worker(home)  # it may know another key or file
     start_worker(home.path)
-    node = FlowerNode(gateway, lambda envelope: ask_worker(home.path, envelope), NO_LIMIT)
+    node = FlowerNode(gateway, lambda envelope: ask_worker(home.path, envelope), max_bytes)
     ready()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(node.run)

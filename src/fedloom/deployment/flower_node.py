@@ -54,7 +54,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.engines.records import from_records, to_records
-from fedloom.envelope import Envelope
+from fedloom.envelope import LONGEST_HEADER, Envelope
 from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, MessageError
 
 LOG = logging.getLogger("fedloom.node")
@@ -91,7 +91,7 @@ class FlowerNode:
 
     Attributes:
         answer: Returns the reply to an envelope; takes as long as the work does.
-        max_bytes: Bytes that a message may have.
+        max_bytes: Bytes that the payload of a message may have.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class FlowerNode:
             MessageError: It is too large, not whole, or not what it says it is.
         """
         contents: dict[str, bytes] = {}
-        room = self.max_bytes
+        room = LONGEST_HEADER + self.max_bytes
         for own in iterate_object_tree(tree):
             request = PullObjectRequest(
                 node=node, run_id=message.metadata.run_id, object_id=own.object_id
@@ -333,7 +333,7 @@ class _Transport(httpx.BaseTransport):
         self._inner._pool = httpcore.ConnectionPool(
             max_connections=1, network_backend=_Backend(gateway)
         )
-        self._max_bytes = max_bytes + SMALL
+        self._max_bytes = max_bytes + LONGEST_HEADER
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         response = self._inner.handle_request(request)

@@ -4,26 +4,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from fedloom.data.sources import SourceSettings
+from fedloom.data.examples import Kind
+from fedloom.data.sources import CLIENTS as ELSEWHERE
+from fedloom.data.sources import DataSettings
 from fedloom.deployment.calling import SOCKET
+from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import SettingsError
 from fedloom.files import write_whole
 from fedloom.identity import CA, CERTIFICATE, CLIENTS, KEY, Members
 from fedloom.settings import Settings, nearest, parse, read_toml, write_toml
 
 
-class OwnData(SourceSettings):
-    """``[data]`` of a client's file: its rows."""
+class OwnData(DataSettings):
+    """``[data]`` of a client's file: its rows and how they are read, which no server can change."""
+
+    share: Literal["own", "experiment"] = "own"
+    """own: all these rows are this client's. experiment: they are the rows of all clients, of which
+    this one takes its share as the experiment deals them, with its seed: for built-in rows, and for
+    trying things."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        if "source" not in self.model_fields_set and not self.domains:
+            return ["data.source: missing; it has no default"]
+        if ELSEWHERE in self.all_sources:
+            return [f'data.source = "{ELSEWHERE}" is for experiments; name this client\'s rows']
+        found = super().contradictions()
+        if self.share == "experiment":
+            return found
+        if self.is_builtin and not self.domains:
+            found.append(
+                f'data.source = {self.source!r} is nobody\'s own: data.share = "experiment"'
+            )
+        for name in ("test_source", "test_split", "test_kind"):
+            if getattr(self, name) is not None:
+                found.append(f'data.{name} is the coordinator\'s, unless data.share = "experiment"')
+        return found
+
+
+class OwnPublic(Settings):
+    """``[public]`` of a client's file: rows that all parties have, as they lie here."""
 
     source: str | list[str]
-    """A local file, a pattern of files, or a list of these."""
-    deal: bool = False
-    """Whether these are the rows of all clients, of which this one takes its share, as a simulation
-    deals them: for trying things."""
+    """As public.source of an experiment."""
+    kind: Kind | None = None
+    """As public.kind (default: data.kind)."""
+    columns: dict[str, str] = {}
+    """As public.columns."""
+    template: str | None = None
+    """As public.template."""
 
 
 class OwnModel(Settings):
@@ -31,6 +64,8 @@ class OwnModel(Settings):
 
     path: str
     """Where the experiment's model lies on this machine."""
+    revision: str | None = None
+    """Of a Hub name, its branch, tag or commit."""
 
 
 class OwnTraining(Settings):
@@ -48,14 +83,16 @@ class OwnWorker(Settings):
     idle: float = Field(default=3600, gt=0)
     """Seconds without a message after which it ends; the next message starts it again."""
     secret_noise: bool = True
-    """Whether noise that hides rows (method.embedding_noise, method.activation_noise) is drawn from this
-    client's key, so that the server cannot take it off again; false: from the experiment's seed, which
-    gives the bits of a simulation."""
+    """Whether noise that hides rows (method.embedding_noise, method.activation_noise) is drawn from
+    this client's key, so that the server cannot take it off again; false: from the experiment's seed,
+    which gives the bits of a simulation."""
 
 
 OWN_SECTIONS: dict[str, type[Settings]] = {
     "data": OwnData,
+    "public": OwnPublic,
     "model": OwnModel,
+    "policy": PolicySettings,
     "training": OwnTraining,
     "worker": OwnWorker,
 }
@@ -63,10 +100,12 @@ OWN_SECTIONS: dict[str, type[Settings]] = {
 
 @dataclass(frozen=True)
 class OwnFile:
-    """What a client says of itself: nothing of it leaves its machine."""
+    """What a client says of itself: nothing of it leaves its machine, and it decides."""
 
     data: OwnData | None = None
+    public: OwnPublic | None = None
     model: OwnModel | None = None
+    policy: PolicySettings = field(default_factory=PolicySettings)
     training: OwnTraining = field(default_factory=OwnTraining)
     worker: OwnWorker = field(default_factory=OwnWorker)
 
@@ -77,17 +116,19 @@ class OwnFile:
         Raises:
             SettingsError: With every mistake found in it.
         """
-        table, problems, parts = read_toml(path), [], {}
+        table, problems = read_toml(path), []
+        parts: dict[str, Any] = {}
         for section in sorted(table.keys() - OWN_SECTIONS.keys()):
             problems.append(f"[{section}]: unknown section; {nearest(section, OWN_SECTIONS)}")
         for section in sorted(table.keys() & OWN_SECTIONS.keys()):
             settings, complaints = parse(OWN_SECTIONS[section], table[section], section)
             problems += complaints
             parts[section] = settings
+        if isinstance(parts.get("data"), OwnData):
+            problems += parts["data"].contradictions()
         if problems:
             raise SettingsError(problems, str(path))
-        found: Any = parts
-        return cls(**found)
+        return cls(**parts)
 
 
 class Note(Settings):

@@ -1,7 +1,7 @@
 """The resident worker: one process on a client's host that keeps model and rows between messages.
 
-It is asked by the thin client that Flower starts for each message, over a socket that only this user can
-open, and by the server over a stream that the worker opened after a message told it where. Requests are
+It is asked by the process that fetches Flower's messages, over a socket that only this user can open, and
+by the server over a stream that the worker opened after a message told it where. Requests are
 the same in both: an envelope, answered by an envelope. It carries them out with the very engine that
 simulates, for its one client.
 
@@ -21,23 +21,43 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from fedloom.assembly import Division, OwnRows, Parts, assemble, divide, only
+from fedloom.accounting.allowance import Allowance
+from fedloom.assembly import Parts, assemble
 from fedloom.audit import FILE, AuditLog, digest_of
 from fedloom.checkpoint import KEPT
-from fedloom.deployment.calling import LOG as WORKER_LOG
-from fedloom.deployment.calling import NO_LIMIT
+from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
-from fedloom.deployment.homes import ClientHome, OwnFile
+from fedloom.deployment.homes import ClientHome
 from fedloom.deployment.kept import Kept, Version
+from fedloom.deployment.permitted import permitted, require_steps
+from fedloom.deployment.policy import PolicySettings
+from fedloom.deployment.rows import divided
+from fedloom.deployment.told import Said, Sentence, failing_as, told
 from fedloom.engines.frames import StreamOver, listen, read_frame, reader, write_frame
+from fedloom.engines.simulation import Equipment
 from fedloom.engines.store import ClientStore
-from fedloom.envelope import LONGEST, Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
-from fedloom.errors import ConnectionFailed, DataError, FedloomError, MessageError, SettingsError
+from fedloom.envelope import (
+    LONGEST_HEADER,
+    Envelope,
+    Joined,
+    ReplyHeader,
+    RequestHeader,
+    WorkDone,
+    seal,
+)
+from fedloom.errors import (
+    AuditError,
+    ConnectionFailed,
+    FedloomError,
+    MessageError,
+    PolicyError,
+    Refusal,
+)
 from fedloom.experiment import Experiment
 from fedloom.files import lock
 from fedloom.identity import (
@@ -50,7 +70,6 @@ from fedloom.identity import (
 )
 from fedloom.messages import Exchange, Schema, decode
 from fedloom.models.load import silence_transformers
-from fedloom.settings import parse_toml
 
 LOG = logging.getLogger("fedloom.worker")
 
@@ -59,12 +78,6 @@ PAUSE = 0.5
 
 RETURNING = 30.0
 """Seconds in which that is tried; after them the next message opens another."""
-
-
-def unforeseen(error: Exception) -> str:
-    """Return what the server is told of an error, whose words may quote rows: its kind alone."""
-    LOG.error("unforeseen", exc_info=error)
-    return f"{type(error).__name__}; {WORKER_LOG} on its machine says more"
 
 
 @dataclass
@@ -78,6 +91,7 @@ class Run:
         kept: What it keeps between rounds, on disk.
         every: Rounds between the server's checkpoints.
         secret_noise: Whether noise that hides rows is drawn from the client's key.
+        policy: What the client's file said when the run was made ready.
         moment: The stretch and round that the store in memory is of.
     """
 
@@ -87,6 +101,7 @@ class Run:
     kept: Kept
     every: int
     secret_noise: bool
+    policy: PolicySettings
     moment: Version | None = None
 
 
@@ -103,8 +118,9 @@ class Worker:
         self.key = read_key(Path(self.joining.key))
         authority = self.joining.authority
         self.authority = read_certificate(Path(authority)) if authority else None
-        self.log = AuditLog(home.path / FILE)
+        self.log, self.damage = _own_log(home)
         self.run: Run | None = None
+        self.day, self.approvals = Day.of(home), Approvals(home)
         self.heard = time.monotonic()
         self._lock = threading.Lock()
         self._last: tuple[str | int, ...] | None = None
@@ -140,6 +156,10 @@ class Worker:
                 self._open_stream(self.joining.gateway, header.run)
             return self._reply.pack()
 
+    def largest(self) -> int:
+        """Return the bytes that a message may have, by the client's own file as it is now."""
+        return LONGEST_HEADER + self.home.own_file().policy.max_bytes
+
     def _require_server(self, envelope: Envelope, header: RequestHeader) -> None:
         """Check that the message is from the server whose authority this client was given."""
         if self.authority is None:
@@ -161,7 +181,9 @@ class Worker:
         )
         try:
             if header.client not in (None, number):
-                raise MessageError(f"this is client {number}, the message is for {header.client}")
+                raise Said(Sentence.FOREIGN)
+            if self.damage is not None:
+                raise self.damage
             self._note("asked", header, envelope.payload, header.payload)
             run = self._ready(header)
             if header.kind == "join":
@@ -170,9 +192,6 @@ class Worker:
                 self._write_model(run, header, envelope.payload)
                 return reply, b""
             payload, error = self._exchanged(run, header, envelope.payload)
-            if error is not None:
-                LOG.warning("message %d: %s", header.number, error)
-                error = error[:LONGEST]
             work = [
                 WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
                 for cost in run.parts.ledger.take()
@@ -182,45 +201,46 @@ class Worker:
                 said["payload"] = digest = digest_of(payload)
                 self._note("answered", header, payload, digest)
             return reply.model_copy(update=said), payload
-        except FedloomError as error:
-            text = str(error)
         except Exception as error:  # whatever breaks here is this client's affair
-            text = unforeseen(error)
-        LOG.warning("message %d: %s", header.number, text)
-        return reply.model_copy(update={"error": text[:LONGEST]}), b""
+            LOG.info("message %d was not carried out", header.number)
+            return reply.model_copy(update={"error": told(error)}), b""
 
     def _note(self, event: str, header: RequestHeader, payload: bytes, digest: str) -> None:
         """Note in this client's own log what it was asked, or what it answered."""
-        if header.kind == "exchange":
+        if header.kind == "exchange" and self.log is not None:
             where = {"run": header.run, "client": self.joining.number}
             what = {"round": header.round, "action": header.action}
             self.log.record(event, **where, **what, bytes=len(payload), message=digest)
 
     def _ready(self, header: RequestHeader) -> Run:
-        """Return the run that a message is of, made ready."""
+        """Return the run that a message is of, made ready.
+
+        Raises:
+            PolicyError: The client's own file does not allow it.
+            Said: Its rows or its model cannot be used, or nobody has let it in yet.
+        """
         if self.run is not None and self.run.id == header.run:
             if len(header.began) < self.run.began:
-                raise MessageError("the run has been resumed since this was sent")
+                raise Said(Sentence.RESUMED)
             self.run.began = len(header.began)
             return self.run
         if header.experiment is None:
-            raise MessageError("this client was started anew and must be told of the run again")
-        self.run = None  # one model at a time
+            raise Said(Sentence.ANEW)
         start = time.monotonic()
-        table = parse_toml(header.experiment, "the experiment")
-        experiment = Experiment.from_table(table, source="the experiment that the server sent")
-        own = self.home.own_file()
-        experiment = replace(
-            experiment,
-            model=experiment.model.model_copy(update=own.model.model_dump() if own.model else {}),
-            training=experiment.training.model_copy(
-                update=own.training.model_dump(exclude_none=True)
-            ),
-        )
-        number = self.joining.number
-        division = self._divided(experiment, own, number, tuple(header.classes))
-        parts = assemble(experiment, division, only=number, stage=LOG.info)
-        parts.local.tell = unforeseen
+        own, number = self.home.own_file(), self.joining.number
+        experiment = permitted(header.experiment, own, number, len(header.classes))
+        if own.policy.approve and not self.approvals.has(header.run, header.experiment):
+            self.approvals.ask(header.run, header.experiment, len(header.classes))
+            raise Said(Sentence.WAITS)
+        self.day.begin_run(header.run, own.policy)
+        self.run = None  # one model at a time; what is refused costs the run under way nothing
+        with failing_as(Sentence.READING):
+            division = divided(experiment, own, number, tuple(header.classes))
+        require_steps(experiment, own, len(division.train[number]))
+        with failing_as(Sentence.LOADING):
+            parts = assemble(experiment, division, only=number, stage=LOG.info)
+        parts.local.tell = told
+        parts.local.allowance = _allowance(experiment, own.policy, parts.local.equipment[number])
         LOG.info(
             "run %s: ready after %.1f s, backbone loaded from %s",
             header.run[:8],
@@ -230,36 +250,9 @@ class Worker:
         kept = Kept(self.home.run(header.run) / "kept")
         every = experiment.output.checkpoint_every
         secret = own.worker.secret_noise
-        self.run = Run(header.run, len(header.began), parts, kept, every, secret)
+        stretch = len(header.began)
+        self.run = Run(header.run, stretch, parts, kept, every, secret, own.policy)
         return self.run
-
-    def _divided(
-        self, experiment: Experiment, own: OwnFile, number: int, classes: tuple[str, ...]
-    ) -> Division:
-        data = experiment.data
-        if data.is_builtin:
-            return only(divide(experiment), number)
-        if own.data is None:
-            raise SettingsError(
-                [
-                    f"[data] is missing: the run has data.source = {data.source!r}, and this client "
-                    "reads only what its own file names"
-                ],
-                "the client's file",
-            )
-        named = own.data.model_dump(exclude={"deal"}, exclude_unset=True)
-        if data.is_private or not own.data.deal:  # the held-out set is the coordinator's
-            named |= {"test_source": None, "test_split": None}
-        data = data.model_copy(update=named)
-        try:
-            if own.data.deal:
-                return only(divide(replace(experiment, data=data)), number)
-            return divide(experiment, own=OwnRows(number, data, classes))
-        except DataError as error:  # it may quote rows, and names files of this machine
-            LOG.warning("the client's rows: %s", error)
-            raise DataError(
-                f"its rows cannot be used as the experiment asks; {WORKER_LOG} on its machine says why"
-            ) from error
 
     def _joined(self, run: Run) -> Joined:
         parts, number = run.parts, self.joining.number
@@ -272,7 +265,10 @@ class Worker:
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
         number, engine = self.joining.number, run.parts.local
-        request, reply = header.request or {}, header.reply or {}
+        request, reply = _schemas(header, run.policy)
+        going_on = engine.under_way(number, header.round)
+        moment = (run.id, len(header.began), header.round)
+        self.day.begin_work(moment, header.action, run.policy, going_on=going_on)
         self._remember(run, header, header.round)
         if (
             run.secret_noise
@@ -281,8 +277,8 @@ class Worker:
         exchange = Exchange(
             header.action,
             header.round,
-            Schema.from_table(request),
-            Schema.from_table(reply),
+            request,
+            reply,
             {number: data},
         )
         (answer,) = engine.exchange(exchange)
@@ -318,7 +314,7 @@ class Worker:
             return
         engine, folder = run.parts.local, self.home.run(header.run) / "model"
         self._remember(run, header, run.parts.evaluator.rounds)
-        payload = decode(data, Schema.from_table(header.request))
+        payload = decode(data, _schemas(header, run.policy)[0])
         client = engine.client(self.joining.number, run.parts.evaluator.rounds)
         run.parts.method.load(client, payload)
         client.model.save(folder)
@@ -342,7 +338,7 @@ class Worker:
             try:
                 with gateway.stream(run) as (read, send), self._answering(send) as put:
                     LOG.info("run %s: stream to %s", run[:8], address)
-                    while (message := read_frame(read, lambda: NO_LIMIT)) is not None:
+                    while (message := read_frame(read, self.largest)) is not None:
                         until = math.inf
                         put(message)
                 raise ConnectionFailed("it ended")
@@ -393,6 +389,40 @@ class Worker:
         return self._lock.locked() or self._streaming is not None
 
 
+def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Schema]:
+    """Return the schemas of a request and its reply, once neither is larger than the policy allows.
+
+    Raises:
+        MessageError: One is none.
+        PolicyError: One is too large; nothing of that size has been made.
+    """
+    nothing = Schema().to_table()
+    both = tuple(Schema.from_table(table or nothing) for table in (header.request, header.reply))
+    for schema in both:
+        if any(size < 0 for spec in schema.tensors for size in spec.shape):
+            raise Said(Sentence.UNFIT)
+        if schema.max_bytes > policy.max_bytes:
+            reason = f"{schema.max_bytes} bytes, {policy.max_bytes} are allowed"
+            raise PolicyError(Refusal("policy.max_bytes", reason))
+    return both[0], both[1]
+
+
+def _allowance(experiment: Experiment, policy: PolicySettings, own: Equipment) -> Allowance:
+    """Return what one request may compute: of adapters, two of the largest rank side by side (feddpa)."""
+    numbers = sum(tensor.numel() for tensor in own.initial.values())
+    larger = max(1.0, policy.max_rank / experiment.adapter.rank)
+    return Allowance(policy.max_steps, policy.max_seconds, 2 * larger * numbers)
+
+
+def _own_log(home: ClientHome) -> tuple[AuditLog | None, AuditError | None]:
+    """Return the client's own log, or why there is none: then every message is answered by that."""
+    try:
+        return AuditLog(home.path / FILE), None
+    except AuditError as error:
+        LOG.error("%s", error)
+        return None, error
+
+
 def serve(worker: Worker, home: ClientHome, idle: float) -> None:
     """Answer at the home's socket until nothing has been asked for ``idle`` seconds."""
     with listen(home.socket) as listening:
@@ -412,7 +442,7 @@ def serve(worker: Worker, home: ClientHome, idle: float) -> None:
 def _serve(worker: Worker, connection: socket.socket) -> None:
     with connection:
         try:
-            message = read_frame(reader(connection), lambda: NO_LIMIT)
+            message = read_frame(reader(connection), worker.largest)
             if message is not None:
                 write_frame(connection, worker.answer(message, streamed=False))
         except (FedloomError, OSError) as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
@@ -29,6 +30,8 @@ LOG = logging.getLogger(__name__)
 
 def named(error: Exception) -> str:
     """Return what is said of something that broke on a client."""
+    if isinstance(error, FedloomError):
+        return str(error)
     LOG.debug("a client failed", exc_info=error)
     return f"{type(error).__name__}: {error}"
 
@@ -69,7 +72,8 @@ class SimulationEngine:
         ledger: Where costs go.
         newcomers: Clients that are there and no members yet: only who names them reaches them.
         noise_seed: What noise that hides rows is drawn from, if not from the seed.
-        tell: What the server is told of an error that nobody foresaw.
+        tell: What the server is told of an error.
+        allowance: What each request may compute.
     """
 
     equipment: Mapping[int, Equipment]
@@ -85,6 +89,7 @@ class SimulationEngine:
     newcomers: frozenset[int] = frozenset()
     noise_seed: int | None = None
     tell: Callable[[Exception], str] = named
+    allowance: Allowance = field(default_factory=Allowance)
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -110,6 +115,10 @@ class SimulationEngine:
         """Return the training rows of a client, a newcomer too."""
         return len(self.shares[client])
 
+    def under_way(self, client: int, round: int) -> bool:
+        """Return whether a client has begun something in this round that takes several exchanges."""
+        return round == self._round and bool(self._sessions.get(client))
+
     def restart(self, store: ClientStore) -> None:
         """Go on with what clients kept at some other time, as if no round were under way."""
         self.store, self._round = store, -1
@@ -127,11 +136,11 @@ class SimulationEngine:
         try:
             if exchange.action not in self.handlers:
                 raise MessageError(f"there is no action {exchange.action[:40]!r}")
+            self.allowance.begin(going_on=self.under_way(client, exchange.round))
+            self.equipment[client].model.allowance = self.allowance
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
-        except FedloomError as error:
-            return Answer(client, error=str(error))
         except Exception as error:  # whatever breaks on a client is that client's affair
             return Answer(client, error=self.tell(error))
 
@@ -165,7 +174,7 @@ class SimulationEngine:
                 cost.flops += client.model.flops - before
                 _count_training(cost, client)
 
-        under_way = bool(self._sessions.get(number))
+        under_way = self.under_way(number, exchange.round)
         size = self._fits.get(number, self.training.micro_batch)
         return work(size) if under_way else fitting(work, size, f"client {number}")
 

@@ -58,6 +58,7 @@ def run_harness(
                 peft=str(adapter) if adapter is not None else None,
                 device=device,
                 batch_size=batch_size,
+                trust_remote_code=False,
             )
             found = lm_eval.simple_evaluate(
                 model=backbone,

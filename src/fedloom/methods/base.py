@@ -48,6 +48,22 @@ ADAPTER = "adapter"
 """Where the adapter is, among the parts of a state, a payload or what a client keeps."""
 
 
+Reveal = Literal[
+    "adapters",
+    "control_variates",
+    "logits",
+    "activations",
+    "targets",
+    "embeddings",
+    "expert_probes",
+    "rows",
+]
+"""What a client's replies can hold beside numbers: each but the first two has a line of its own in a
+client's ``[policy]``, and rows have none."""
+
+ADAPTERS_ALONE: frozenset[Reveal] = frozenset({"adapters"})
+
+
 AFFORDABLE = 1e11
 """Floating point operations, two seconds of two cores, above which a round does not say what averaging
 LoRA's factors apart loses."""
@@ -285,6 +301,9 @@ class Method:
         mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
         moves_backbone: Whether weights that are frozen while training change between rounds.
         averages: Whether it takes means of adapters by :meth:`averaged`, which other rules may replace.
+        reveals: What replies hold beside numbers; each method's file says it, and a client's policy goes
+            by it. An object may narrow it by its settings.
+        trainings: How often a client goes over a round's work at most in one request.
         aggregation: The rule.
         server: What it has on the server, from :meth:`equip` on.
     """
@@ -296,6 +315,8 @@ class Method:
     mixed_ranks = False
     moves_backbone = False
     averages = False
+    reveals: frozenset[Reveal]
+    trainings = 1
     aggregation = AggregationSettings()
     server: ServerSide
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import Literal
 
 from fedloom.checkpoint import State
-from fedloom.methods.base import Cohort, Handler, Method, Round, train_and_upload, training_exchange
+from fedloom.methods.base import (
+    Cohort,
+    Handler,
+    Method,
+    Reveal,
+    Round,
+    train_and_upload,
+    training_exchange,
+)
 from fedloom.settings import Settings
 
 
@@ -21,6 +29,8 @@ class CentralisedSettings(Settings):
 
 class Centralised(Method):
     """One client with everybody's rows."""
+
+    reveals: frozenset[Reveal] = frozenset({"adapters", "rows"})
 
     pools_data = True
 

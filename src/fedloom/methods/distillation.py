@@ -39,6 +39,7 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Method,
+    Reveal,
     Round,
 )
 from fedloom.models.adapters import AdapterModel
@@ -94,6 +95,8 @@ class DistillationSettings(Settings):
 
 class DistillationMethod(Method):
     """Logits travel: up what clients say, down what the server's model has learnt from it."""
+
+    reveals: frozenset[Reveal] = frozenset({"logits"})
 
     own_models = True
     needs_public = True

@@ -15,6 +15,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Payload
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     Client,
     Cohort,
     Handler,
@@ -37,6 +38,9 @@ class DittoSettings(Settings):
 
 class Ditto(KeepsAdapter):
     """FedAvg with a personal adapter for each client."""
+
+    reveals = ADAPTERS_ALONE
+    trainings = 2
 
     averages = True
 

@@ -27,6 +27,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -72,6 +73,8 @@ class FDLoRASettings(Settings):
 
 class FDLoRA(KeepsAdapter):
     """An outer optimizer on the shared adapter, and a fitted mixture at the end."""
+
+    reveals = ADAPTERS_ALONE
 
     averages = True
 

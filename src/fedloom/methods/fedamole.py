@@ -52,6 +52,7 @@ from fedloom.methods.base import (
     Client,
     Cohort,
     Handler,
+    Reveal,
     Round,
     ServerSide,
     join_parts,
@@ -132,6 +133,8 @@ class FedAMoLESettings(Settings):
 
 class FedAMoLE(OwnMixture):
     """Experts averaged over their holders, and assigned anew."""
+
+    reveals: frozenset[Reveal] = frozenset({"adapters", "embeddings"})
 
     layers: tuple[str, ...]
     experts: int

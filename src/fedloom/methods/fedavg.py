@@ -11,6 +11,7 @@ from typing import Literal
 
 from fedloom.checkpoint import State
 from fedloom.methods.base import (
+    ADAPTERS_ALONE,
     Cohort,
     Handler,
     Method,
@@ -29,6 +30,8 @@ class FedAvgSettings(Settings):
 
 class FedAvg(Method):
     """Federated averaging of the adapter."""
+
+    reveals = ADAPTERS_ALONE
 
     averages = True
 

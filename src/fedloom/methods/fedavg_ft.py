@@ -16,6 +16,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Payload
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     Client,
     Cohort,
     Handler,
@@ -40,11 +41,14 @@ class FedAvgFTSettings(Settings):
 class FedAvgFT(KeepsAdapter):
     """FedAvg, then every client by itself."""
 
+    reveals = ADAPTERS_ALONE
+
     averages = True
 
     def __init__(self, settings: FedAvgFTSettings) -> None:
         """Keep the settings."""
         self.settings = settings
+        self.trainings = settings.passes
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Average; in the last round, have every client there is fine-tune."""

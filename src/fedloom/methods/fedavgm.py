@@ -16,6 +16,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Tensors
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     Cohort,
     Handler,
     Method,
@@ -40,6 +41,8 @@ class FedAvgMSettings(Settings):
 
 class FedAvgM(Method):
     """The server moves by a running mean of the clients' mean changes."""
+
+    reveals = ADAPTERS_ALONE
 
     averages = True
 

@@ -19,6 +19,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Payload
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     Client,
     Cohort,
     Handler,
@@ -43,11 +44,14 @@ class FedDPASettings(Settings):
 class FedDPA(KeepsAdapter):
     """FedAvg of one adapter, local training of another, and both in use."""
 
+    reveals = ADAPTERS_ALONE
+
     averages = True
 
     def __init__(self, settings: FedDPASettings) -> None:
         """Keep the settings."""
         self.settings = settings
+        self.trainings = 2 if settings.variant == "T" else 1
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Average the shared adapter; in the last round of F, have local ones trained."""

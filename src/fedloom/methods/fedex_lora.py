@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedloom.aggregation.lora import residual
 from fedloom.messages import Exchange, Reply, Tensors
-from fedloom.methods.base import Cohort, mean_adapter, training_exchange
+from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
 from fedloom.methods.merging import MERGES, MergesFactors
 from fedloom.settings import Settings
 
@@ -25,6 +25,8 @@ class FedExLoRASettings(Settings):
 
 class FedExLoRA(MergesFactors):
     """Averages the factors; the backbone takes what that loses."""
+
+    reveals = ADAPTERS_ALONE
 
     def __init__(self, settings: FedExLoRASettings) -> None:
         """Take no settings beyond the name."""

@@ -29,6 +29,7 @@ from fedloom.methods.base import (
     Client,
     Cohort,
     Handler,
+    Reveal,
     Round,
     ServerSide,
     join_parts,
@@ -59,6 +60,8 @@ class FedMoESettings(Settings):
 
 class FedMoE(OwnMixture):
     """Sub-mixtures of a backbone's experts, by use."""
+
+    reveals: frozenset[Reveal] = frozenset({"adapters", "expert_probes"})
 
     blocks: tuple[str, ...]
     held: int

@@ -28,6 +28,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Tensors
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     Cohort,
     Handler,
     Method,
@@ -79,6 +80,8 @@ class FedYogiSettings(_WithMomentum):
 
 class _FedOpt(Method):
     """What the three share; they differ in their moments."""
+
+    reveals = ADAPTERS_ALONE
 
     def __init__(self, settings: _Adaptive) -> None:
         """Keep the constants."""

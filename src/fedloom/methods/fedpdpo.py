@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedloom.methods.base import Client
+from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.parts import KeepsParts, one_after_the_other
 from fedloom.models.heads import HeadMode, PersonalParts, is_own
 from fedloom.settings import Settings
@@ -42,9 +42,12 @@ class FedPDPOSettings(Settings):
 class FedPDPO(KeepsParts):
     """Averages the adapter; a client's own parts stay with it."""
 
+    reveals = ADAPTERS_ALONE
+
     def __init__(self, settings: FedPDPOSettings) -> None:
         """Keep the settings."""
         self.settings = settings
+        self.trainings = 2 if settings.schedule == "alternating" else 1
 
     @property
     def parts(self) -> PersonalParts:

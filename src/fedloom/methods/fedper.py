@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedloom.methods.base import Client
+from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.parts import KeepsParts, one_after_the_other
 from fedloom.models.heads import PersonalParts, is_head
 from fedloom.settings import Settings
@@ -41,6 +41,8 @@ class FedRepSettings(FedPerSettings):
 class FedPer(KeepsParts):
     """Averages the body; body and head are trained together."""
 
+    reveals = ADAPTERS_ALONE
+
     def __init__(self, settings: FedPerSettings) -> None:
         """Keep the settings."""
         self.settings = settings
@@ -57,6 +59,8 @@ class FedPer(KeepsParts):
 
 class FedRep(FedPer):
     """Averages the body; each client fits its head to it, then the body to its head."""
+
+    trainings = 2
 
     def fit(self, client: Client, learning_rate: float) -> LocalResult:
         """Train the head, then the body, each for the whole of the client's work."""

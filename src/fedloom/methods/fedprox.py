@@ -13,6 +13,7 @@ from pydantic import Field
 from fedloom.checkpoint import State
 from fedloom.messages import Payload
 from fedloom.methods.base import (
+    ADAPTERS_ALONE,
     Client,
     Cohort,
     Handler,
@@ -34,6 +35,8 @@ class FedProxSettings(Settings):
 
 class FedProx(Method):
     """FedAvg with a proximal term on the clients."""
+
+    reveals = ADAPTERS_ALONE
 
     averages = True
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.methods.base import Client
+from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.parts import KeepsParts
 from fedloom.models.heads import is_head
 from fedloom.settings import Settings
@@ -34,6 +34,8 @@ class FFALoRASettings(Settings):
 class FedSALoRA(KeepsParts):
     """Averages A; B and the classifier are a client's own."""
 
+    reveals = ADAPTERS_ALONE
+
     def __init__(self, settings: FedSALoRASettings) -> None:
         """Take no settings beyond the name."""
 
@@ -44,6 +46,8 @@ class FedSALoRA(KeepsParts):
 
 class FFALoRA(KeepsParts):
     """Averages B; A is the same everywhere and is never trained."""
+
+    reveals = ADAPTERS_ALONE
 
     personal = False
 

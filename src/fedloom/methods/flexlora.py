@@ -23,7 +23,15 @@ from fedloom.aggregation.lora import norm, product_error, rank_of, resized, trun
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, encode
-from fedloom.methods.base import TRAIN_REPLY_NUMBERS, Client, Cohort, Handler, Method, Round
+from fedloom.methods.base import (
+    ADAPTERS_ALONE,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+)
 from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
 from fedloom.settings import Settings
 
@@ -42,6 +50,8 @@ class HetLoRASettings(Settings):
 
 class FlexLoRA(Method):
     """The nearest adapters of each client's rank to the mean of products."""
+
+    reveals = ADAPTERS_ALONE
 
     mixed_ranks = True
 

@@ -21,7 +21,7 @@ from fedloom.aggregation.lora import (
     without_factors,
 )
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
-from fedloom.methods.base import TRAIN_REPLY_NUMBERS, Client, Cohort
+from fedloom.methods.base import ADAPTERS_ALONE, TRAIN_REPLY_NUMBERS, Client, Cohort
 from fedloom.methods.merging import MERGES, MergesFactors
 from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
 from fedloom.randomness import derive_seed
@@ -36,6 +36,8 @@ class FLoRASettings(Settings):
 
 class FLoRA(MergesFactors):
     """Stacks the factors of all clients; begins every round with fresh ones."""
+
+    reveals = ADAPTERS_ALONE
 
     mixed_ranks = True
 

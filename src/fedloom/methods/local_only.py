@@ -18,6 +18,7 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Method,
+    Reveal,
     Round,
 )
 from fedloom.settings import Settings
@@ -31,6 +32,8 @@ class LocalOnlySettings(Settings):
 
 class LocalOnly(Method):
     """Each client trains its own adapter."""
+
+    reveals: frozenset[Reveal] = frozenset()
 
     own_models = True
 

@@ -22,6 +22,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Payload, Tensors
 from fedloom.methods.base import (
     ADAPTER,
+    ADAPTERS_ALONE,
     Client,
     Cohort,
     Handler,
@@ -51,11 +52,14 @@ class PFedMeSettings(Settings):
 class PFedMe(KeepsAdapter):
     """Averages w; a client's own model is theta."""
 
+    reveals = ADAPTERS_ALONE
+
     averages = True
 
     def __init__(self, settings: PFedMeSettings) -> None:
         """Keep the settings."""
         self.settings = settings
+        self.trainings = settings.steps
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send w, take (1 - beta) w + beta mean(w_k)."""

@@ -28,6 +28,7 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Method,
+    Reveal,
     Round,
     join_parts,
     part_of,
@@ -48,6 +49,8 @@ class ScaffoldSettings(Settings):
 
 class Scaffold(Method):
     """FedAvg with control variates c on the server and c_k on each client, all zero at first."""
+
+    reveals: frozenset[Reveal] = frozenset({"adapters", "control_variates"})
 
     def __init__(self, settings: ScaffoldSettings) -> None:
         """Take no settings beyond the name."""

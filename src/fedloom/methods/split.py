@@ -50,6 +50,7 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Method,
+    Reveal,
     Round,
     ServerSide,
     join_parts,
@@ -108,10 +109,14 @@ class SplitSettings(Settings):
 class Split(Method):
     """A model cut in two, or in three with both ends at the client."""
 
+    reveals: frozenset[Reveal] = frozenset({"adapters", "activations", "targets"})
+
     def __init__(self, settings: SplitSettings) -> None:
         """Keep the settings."""
         self.settings = settings
         self.u_shape = settings.labels == "client"
+        if self.u_shape:  # labels and the tokens to learn stay where they are
+            self.reveals = self.reveals - {"targets"}
 
     def equip(self, server: ServerSide) -> None:
         """View the server's blocks of its model."""

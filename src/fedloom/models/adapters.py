@@ -35,6 +35,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError
 from fedloom.messages import Tensors
@@ -133,6 +134,7 @@ class AdapterModel:
         pad: Token id for padding.
         shape: Its matrix products.
         flops: FLOPs of all passes so far, derived from shapes.
+        allowance: What may be computed with it; asked before every pass.
         own: A client's own parts at the output, where the model has any.
         base: The frozen weights under LoRA's factors.
     """
@@ -173,6 +175,7 @@ class AdapterModel:
         self.virtual_tokens = int(prompt or 0)
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
         self.flops = 0.0
+        self.allowance = Allowance()
         self.base = FrozenWeights(model)
 
     @property
@@ -205,7 +208,12 @@ class AdapterModel:
         return None
 
     def count(self, rows: int, length: int, positions: int) -> None:
-        """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any."""
+        """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any.
+
+        Raises:
+            PolicyError: There is no time left for it.
+        """
+        self.allowance.check()
         forward = forward_flops(self.shape, rows, length, positions)
         self.flops += forward
         if torch.is_grad_enabled():
@@ -220,7 +228,12 @@ class AdapterModel:
         }
 
     def hold(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Compute with these parameter objects from now on; graphs made with others stay valid."""
+        """Compute with these parameter objects from now on; graphs made with others stay valid.
+
+        Raises:
+            PolicyError: They are more than may be held.
+        """
+        self.allowance.hold(sum(parameter.numel() for parameter in parameters.values()))
         for name, parameter in parameters.items():
             module, leaf = self._owners[name]
             module._parameters[leaf] = parameter

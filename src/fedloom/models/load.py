@@ -1,11 +1,14 @@
 """Backbone and tokenizer from a local folder or the Hub; the one file that loads weights.
 
-Weights are read from safetensors only: a pickled checkpoint could run code.
+Weights are read from safetensors only: a pickled checkpoint could run code. Code that comes with a model
+is never run: every loader is told so, and a model that names code of its own is refused before anything
+of it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,12 @@ PLAIN_CHAT = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """For tokenizers without a chat template of their own: one line a message, after its role."""
+
+OWN_CODE = "auto_map"
+"""Where a configuration names classes that lie beside the weights."""
+
+CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json")
+"""Files of a model's folder that may name code."""
 
 SAMPLED_ABOVE = 256 * 1024**2
 """Files above this many bytes enter a fingerprint by size, first and last mebibyte."""
@@ -68,8 +77,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
             "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if _asks_to_run_code(error):
+            raise _needs_code(path) from None
         raise ModelError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT
@@ -109,11 +120,7 @@ def load_backbone(
         ModelError: The folder is missing, has no weights, its architecture is not known, or it cannot
             be quantised on this device.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     silence_transformers()
     device = device or torch.device("cpu")
@@ -125,11 +132,13 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classification head"))
         try:
-            shape: Any = AutoConfig.from_pretrained(path, revision=revision)
+            shape = _configuration(path, revision)
             _set_classes(shape, classes)
             if blocks is not None:
                 keep_blocks(shape, range(blocks))
-            model: nn.Module = factory.from_pretrained(path, config=shape, **options)
+            model: nn.Module = factory.from_pretrained(
+                path, config=shape, trust_remote_code=False, **options
+            )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load the model {path}: {_first_line(error)}") from error
     config: Any = model.config
@@ -169,23 +178,19 @@ def empty_backbone(
     Raises:
         ModelError: There is no configuration, or its architecture is not known.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     silence_transformers()
     _check_folder(path)
     factory: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     try:
-        config: Any = AutoConfig.from_pretrained(path, revision=revision)
+        config = _configuration(path, revision)
         _set_classes(config, classes)
         config.pad_token_id = pad_token_id
         if blocks is not None:
             keep_blocks(config, range(blocks))
         with torch.device("meta"):
-            model: nn.Module = factory.from_config(config, dtype=dtype)
+            model: nn.Module = factory.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
     return model.requires_grad_(False)
@@ -242,6 +247,51 @@ def _check_folder(path: str) -> None:
         raise ModelError(
             f'model.path {path!r} {state}; give a folder in Hugging Face layout, a Hub name, or "tiny"'
         )
+    _require_no_code(path)
+
+
+def _require_no_code(path: str) -> None:
+    """Check that a model's folder names no code of its own, by its configurations as plain JSON.
+
+    Raises:
+        ModelError: It does; nothing of it has been imported.
+    """
+    for name in CONFIGURATIONS:
+        try:
+            content = json.loads((Path(path) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # absent, or for the loader to complain about
+            continue
+        if isinstance(content, dict) and OWN_CODE in content:
+            raise _needs_code(path)
+
+
+def _needs_code(path: str) -> ModelError:
+    return ModelError(
+        f"the model {path} needs code of its own, which is never run; take one whose architecture "
+        f"transformers knows ({OWN_CODE} in its configuration names the code)"
+    )
+
+
+def _asks_to_run_code(error: Exception) -> bool:
+    """Return whether a loader fails since it may not run what comes with a model on the Hub."""
+    return "trust_remote_code" in str(error)
+
+
+def _configuration(path: str, revision: str | None) -> Any:
+    """Load a model's configuration.
+
+    Raises:
+        ModelError: It names code of its own.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        raise _needs_code(path) if _asks_to_run_code(error) else error from None
+    if getattr(config, OWN_CODE, None):  # of a Hub name, whose files were not here to be looked at
+        raise _needs_code(path)
+    return config
 
 
 def _check_weights(path: str) -> None:

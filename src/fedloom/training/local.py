@@ -119,6 +119,7 @@ def train_locally(
 
     Raises:
         NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
+        PolicyError: It took more steps, or longer, than ``model.allowance`` has.
     """
     objective = objective.for_client(share.tokens.labels)
 
@@ -184,6 +185,7 @@ def local_steps(
     for step, indices in enumerate(repeated, 1):
         if totals.reach(work):
             break
+        model.allowance.step()
         parts = _parts(model, share, indices, settings)
         loss = yield from noise.over(gradients(parts, totals))
         if not math.isfinite(loss):
@@ -300,6 +302,7 @@ def local_loss(
     totals = Totals()
     with model.evaluating():
         for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
+            model.allowance.step()
             parts = _parts(model, share, indices, settings)
             for part, loss, _, metrics in _losses(model, objective, parts):
                 own = objective.metric_weights(part)

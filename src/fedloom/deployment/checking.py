@@ -1,0 +1,442 @@
+"""What a client's file means, in words: for `fedloom client check` and `fedloom client approve`.
+
+Everything is shown before anything is sent: which rows there are and how one of them is trained on, what
+the server will be able to learn and to ask for, and what of an experiment would be refused.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.assembly import model_folder
+from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
+from fedloom.data.sources import DataSettings, LoadedData, load_examples
+from fedloom.data.tokenize import tokenize
+from fedloom.deployment.consent import Approvals, Waiting
+from fedloom.deployment.homes import ClientHome, OwnData, OwnFile
+from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
+from fedloom.deployment.policy import REVEALING, PolicySettings
+from fedloom.deployment.rows import divided
+from fedloom.envelope import printable
+from fedloom.errors import DataError, FedloomError, OutputError, PolicyError
+from fedloom.experiment import Experiment
+from fedloom.methods import make_method
+from fedloom.models.load import load_tokenizer
+from fedloom.objectives import OBJECTIVES
+from fedloom.randomness import generator
+from fedloom.report.tables import human_bytes, human_seconds
+
+ALWAYS_SHOWN = {
+    "numbers": "How many rows there are, mean losses and accuracies on them, and the time, memory and "
+    "compute of the work.",
+    "adapters": "What was trained here, after each round. It is made of the rows, and who looks for it "
+    "can find traces of them.",
+    "control_variates": "With scaffold: how training here differs from the others'.",
+}
+"""What the server learns whatever the policy says."""
+
+SHOWN_PROBLEMS = 3
+"""Malformed rows that are shown."""
+
+LONGEST_SAMPLE = 600
+"""Characters of each text of a sample row."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found.
+
+    Attributes:
+        shown: As it is printed.
+        sound: Whether this client could take part: its rows can be read and nothing is refused.
+    """
+
+    shown: Group
+    sound: bool
+
+
+def check(path: Path, experiment: Path | None, client: int) -> Look:
+    """Say what a client's file means and, of an experiment, whether this client could take part in it.
+
+    Args:
+        path: The client's file.
+        experiment: An experiment as the coordinator would run it.
+        client: The client's number.
+
+    Raises:
+        SettingsError: A file has mistakes.
+        OutputError: The experiment cannot be read.
+    """
+    own = OwnFile.read(path)
+    parts: list[RenderableType] = []
+    examined, problems = None, _unknown_names(own.policy)
+    if experiment is not None:
+        try:
+            examined = examine(experiment.read_text(encoding="utf-8"), own, client)
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"cannot read {experiment}: {error}") from None
+        except PolicyError as error:
+            problems += [one.reason for one in error.refusals]
+    asked = examined.experiment if examined is not None else None
+    rows, problem, count = _rows(own, asked, client)
+    parts += [_section("Rows", rows), *_what_may_be(own)]
+    sound = not problem
+    if examined is not None:
+        verdict, accepted = _verdict(examined, own, count)
+        parts.append(_section(f"The experiment {experiment}", verdict))
+        sound = sound and accepted
+    for text in problems:
+        parts.append(Text(f"problem: {printable(text)}", style="red"))
+    return Look(Group(*parts), sound and not problems)
+
+
+def waiting_table(home: ClientHome) -> RenderableType:
+    """Return the runs of a client's folder that wait for a person."""
+    found = Approvals(home).waiting()
+    if not found:
+        return Text("no run waits for approval")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("run", "what", "first asked", "last asked"):
+        table.add_column(name, no_wrap=name != "what")
+    own, number = home.own_file(), home.joining().number
+    for one in found:
+        try:
+            what = _words(examine(one.experiment, own, number, one.classes).asked)
+        except PolicyError:
+            what = "no experiment that this client can take part in"
+        table.add_row(one.run[:8], Text(what), _ago(one.first), _ago(one.last))
+    return table
+
+
+def waiting_run(home: ClientHome, waiting: Waiting) -> Look:
+    """Return what would run if a run were let in: what, on which rows, with which protection."""
+    own, joining = home.own_file(), home.joining()
+    try:
+        examined = examine(waiting.experiment, own, joining.number, waiting.classes)
+    except PolicyError as error:
+        return Look(Group(Text(printable(str(error)), style="red")), sound=False)
+    rows, problem, count = _rows(own, examined.experiment, joining.number)
+    verdict, accepted = _verdict(examined, own, count)
+    protection = _table(
+        [
+            (
+                "connection",
+                "TLS, and the server proves who it is" if joining.authority else "no TLS",
+            ),
+            *_protection(examined.asked, own),
+        ]
+    )
+    parts = [
+        _section(f"Run {waiting.run[:8]}", verdict),
+        _section("Rows", rows),
+        _section("What leaves this machine", _leaves(examined.asked)),
+        _section("Protection", protection),
+    ]
+    return Look(Group(*parts), sound=accepted and not problem)
+
+
+def _what_may_be(own: OwnFile) -> list[RenderableType]:
+    """Return what the server will be able to learn and to ask for."""
+    shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    shown.add_column(no_wrap=True)
+    shown.add_column(no_wrap=True)
+    shown.add_column()
+    policy = own.policy
+    for name, text in ALWAYS_SHOWN.items():
+        shown.add_row(Text("yes", style="yellow"), name, text)
+    for name in REVEALING:
+        open_ = getattr(policy, name)
+        mark = Text("yes", style="yellow") if open_ else Text("no", style="green")
+        style = "" if open_ else "dim"
+        shown.add_row(mark, Text(name, style), Text(_said(name), style))
+    asked = _table(
+        [
+            ("methods", ", ".join(open_methods(own)) or "none"),
+            ("objectives", ", ".join(policy.objectives or OBJECTIVES)),
+            ("models", ", ".join(_models(own))),
+            ("approval", "each run waits for a person here" if policy.approve else "not needed"),
+        ]
+    )
+    bounds = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    bounds.add_column(no_wrap=True, style="cyan")
+    bounds.add_column(no_wrap=True, justify="right")
+    bounds.add_column(style="dim")
+    for name in PolicySettings.model_fields:
+        if name.startswith("max_"):
+            first = re.split(r" \(|[:;.]", _said(name))[0]
+            bounds.add_row(name, _amount(name, policy), first)
+    return [
+        _section("What the server will be able to learn", shown),
+        _section("What the server may ask for", Group(asked, Text(), bounds)),
+    ]
+
+
+def _models(own: OwnFile) -> list[str]:
+    if own.model is not None:
+        return [f"{own.model.path} (whatever the experiment names)", *own.policy.models]
+    return ["tiny", *own.policy.models]
+
+
+def _unknown_names(policy: PolicySettings) -> list[str]:
+    """Return what a policy names that there is not, which opens nothing."""
+    from fedloom.methods import METHODS
+
+    known = {"objectives": OBJECTIVES.keys(), "methods": METHODS.keys()}
+    return [
+        f"policy.{field}: there is no {name!r}; there are {', '.join(names)}"
+        for field, names in known.items()
+        for name in getattr(policy, field) or []
+        if name not in names
+    ]
+
+
+def _rows(
+    own: OwnFile, experiment: Experiment | None, client: int
+) -> tuple[RenderableType, bool, int | None]:
+    """Return rows in words with a sample, whether they cannot be used, and how many are trained on."""
+    if own.data is None:
+        nothing = Text(
+            "This file has no [data]: no rows are offered, built-in ones neither.", style="red"
+        )
+        return nothing, True, None
+    facts = _how_read(own.data)
+    try:
+        loaded, count, sample = _read(own, experiment, client)
+    except FedloomError as error:
+        facts.append(("cannot be used", str(error)))
+        return _table(facts, wrong="cannot be used"), True, None
+    facts.append(("rows", _counted(loaded, count)))
+    facts += [("malformed", str(bad)) for bad in loaded.bad_rows[:SHOWN_PROBLEMS]]
+    shown: list[RenderableType] = [_table(facts)]
+    if sample is not None:
+        title, texts = _sample(sample, own, experiment)
+        shown += [Text(), Text(printable(title), style="dim"), _table(texts)]
+    return Group(*shown), False, count
+
+
+def _how_read(data: OwnData) -> list[tuple[str, str]]:
+    """Return where rows come from and how they are read."""
+    facts = []
+    for name, part in data.parts.items():
+        label = f"source {name}".strip()
+        facts.append((label, ", ".join(part.sources)))
+        named = [f"{ours} from column {theirs!r}" for ours, theirs in part.columns.items()]
+        named += [f"prompt by the template {part.template!r}"] if part.template else []
+        facts.append(("read as", ", ".join(named) or "by our names of columns"))
+        facts += [
+            ("only where", f"{column} is {' or '.join(values)}")
+            for column, values in part.only.items()
+        ]
+        if part.max_rows:
+            facts.append(("at most", f"{part.max_rows:,} rows, drawn"))
+    shares = {
+        "own": "all of them are this client's",
+        "experiment": "they are everybody's; the experiment deals this client its share",
+    }
+    return [("kind", data.kind or str(data.builtin_kind)), *facts, ("whose", shares[data.share])]
+
+
+def _read(
+    own: OwnFile, experiment: Experiment | None, client: int
+) -> tuple[LoadedData, int | None, Example | None]:
+    """Read the rows; return them all, how many this client trains on, and one of these."""
+    data = own.data
+    assert data is not None, "the caller has looked"
+    if experiment is None:
+        said = data.model_dump(exclude={"share"}, exclude_unset=True)
+        loaded = load_examples(DataSettings(**said), generator(0, "data"))
+        rows = [*loaded.train, *loaded.test]
+        return loaded, len(rows) if data.share == "own" else None, rows[0]
+    if data.share == "own":
+        first = load_examples(experiment.data, generator(experiment.federation.seed, "data"))
+        labels = {row.label for row in (*first.train, *first.test) if isinstance(row, Labelled)}
+        division = divided(experiment, own, client, tuple(sorted(labels)))
+    else:
+        if client >= experiment.federation.clients:
+            raise DataError(
+                f"there is no client {client} among {experiment.federation.clients}; give --client"
+            )
+        division = divided(experiment, own, client, ())
+    trained = division.train[client]
+    return division.loaded, len(trained), trained[0] if trained else None
+
+
+def _counted(loaded: LoadedData, count: int | None) -> str:
+    whole = len(loaded.train) + len(loaded.test)
+    text = f"{whole:,} can be used"
+    if loaded.bad_rows:
+        text += f", {len(loaded.bad_rows):,} malformed"
+    text += "".join(f", {number:,} dropped ({why})" for why, number in loaded.dropped.items())
+    return text if count in (None, whole) else f"{text}; {count:,} examples to train on"
+
+
+def _sample(
+    row: Example, own: OwnFile, experiment: Experiment | None
+) -> tuple[str, list[tuple[str, str]]]:
+    """Return a row as it is trained on: through the tokenizer where the model is there, else plainly."""
+    path = own.model.path if own.model else experiment.model.path if experiment else None
+    if path is not None:
+        try:
+            tokenizer = load_tokenizer(model_folder(path))
+            longest = (
+                experiment.data.max_length if experiment else own.data and own.data.max_length
+            ) or 1024
+            return f"row {row.row}, as {path} reads it", _tokens(row, tokenizer, longest)
+        except FedloomError as error:
+            why = str(error).splitlines()[0]
+            return f"row {row.row}, without a tokenizer ({why})", _plain(row)
+    return f"row {row.row}, as it is read", _plain(row)
+
+
+def _tokens(row: Example, tokenizer: Any, longest: int) -> list[tuple[str, str]]:
+    classes = (row.label,) if isinstance(row, Labelled) else ()
+    tokens = tokenize([row], tokenizer, longest, classes)
+    if not len(tokens):
+        return [("dropped", ", ".join(tokens.dropped)), *_plain(row)]
+    names = ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
+    found = []
+    for number in range(tokens.width):
+        sequence, prompt = tokens.sequence(number)
+        parts = [(f"prompt, {prompt} tokens", sequence[:prompt])] if number == 0 else []
+        if len(sequence) > prompt:
+            parts.append((f"{names[number]}, {len(sequence) - prompt} tokens", sequence[prompt:]))
+        found += [(name, _short(tokenizer.decode(part.tolist()))) for name, part in parts]
+    return [*found, *_judgement(row)]
+
+
+def _plain(row: Example) -> list[tuple[str, str]]:
+    texts = {
+        name: getattr(row, name, None)
+        for name in ("text", "prompt", "completion", "chosen", "rejected")
+    }
+    found = [(name, _short(plain_text(text))) for name, text in texts.items() if text is not None]
+    return [*found, *_judgement(row)]
+
+
+def _judgement(row: Example) -> list[tuple[str, str]]:
+    if isinstance(row, Labelled):
+        return [("label", row.label)]
+    return (
+        [("label", "desirable" if row.desirable else "undesirable")]
+        if isinstance(row, Feedback)
+        else []
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} ..."
+
+
+def _verdict(examined: Examined, own: OwnFile, rows: int | None) -> tuple[RenderableType, bool]:
+    """Return whether this client could take part in an experiment, and every reason why not."""
+    reasons = [(one.line, one.reason) for one in examined.refusals]
+    if rows is not None:
+        steps, most = fewest_steps(examined.asked, rows), own.policy.max_steps
+        if steps > most:
+            reasons.append(
+                ("policy.max_steps", f"{steps:,} batches in a request are above {most:,}")
+            )
+    what = Text(_words(examined.asked))
+    if reasons:
+        count = f"{len(reasons)} reason{'s' if len(reasons) > 1 else ''}"
+        refused = Text(
+            f"It would be refused, for {count}; the server is told the line alone:", "red"
+        )
+        return Group(what, refused, _table(reasons)), False
+    parts = [what, Text("This client could take part.", "green")]
+    if examined.set_aside:
+        parts.append(
+            Text(f"This file decides, not the experiment: {', '.join(examined.set_aside)}", "dim")
+        )
+    return Group(*parts), True
+
+
+def _words(experiment: Experiment) -> str:
+    """Return in a line what an experiment is."""
+    federation, training = experiment.federation, experiment.training
+    given = ("local_steps", "local_examples", "local_tokens", "total_epochs")
+    work = [
+        f"{getattr(training, name)} {name}" for name in given if getattr(training, name) is not None
+    ]
+    each = work[0] if work else f"{training.local_epochs or 1} local_epochs"
+    return printable(
+        f"{experiment.objective.name} with {experiment.method.name} on {experiment.model.path}, "
+        f"{federation.rounds:,} rounds among {federation.clients:,} clients, "
+        f"{each} of batches of {training.batch_size}"
+    ).replace("\n", " ")
+
+
+def _leaves(experiment: Experiment) -> RenderableType:
+    reveals = make_method(experiment.method).reveals
+    facts = [("numbers", ALWAYS_SHOWN["numbers"])]
+    for name in sorted(reveals):
+        said = ALWAYS_SHOWN.get(name) or (_said(name) if name in REVEALING else "")
+        facts.append((name, said))
+    return _table(facts)
+
+
+def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str]]:
+    """Yield what hides rows, and what bounds the work."""
+    noise = [
+        f"{name} = {value}"
+        for name, value in experiment.method.model_dump().items()
+        if name.endswith("_noise") and value not in (0, "none")
+    ]
+    if noise:
+        source = (
+            "this client's key"
+            if own.worker.secret_noise
+            else "the experiment's seed, which all know"
+        )
+        yield "noise", f"{', '.join(noise)}, drawn from {source}"
+    else:
+        yield "noise", "none is added to what leaves this machine"
+    policy = own.policy
+    yield (
+        "bounds",
+        (
+            f"{policy.max_steps:,} batches, {human_seconds(policy.max_seconds)} and "
+            f"{human_bytes(policy.max_bytes)} a request; {policy.max_rounds_a_day:,} rounds "
+            f"and {policy.max_runs_a_day:,} runs a day"
+        ),
+    )
+
+
+def _said(name: str) -> str:
+    """Return what the policy's own file says of one of its lines."""
+    return " ".join(str(PolicySettings.model_fields[name].description).split())
+
+
+def _amount(name: str, policy: PolicySettings) -> str:
+    value = getattr(policy, name)
+    if name == "max_bytes":
+        return human_bytes(value)
+    return human_seconds(value) if name == "max_seconds" else f"{value:,}"
+
+
+def _ago(when: float) -> str:
+    return f"{human_seconds(max(0.0, time.time() - when))} ago"
+
+
+def _section(title: str, content: RenderableType) -> RenderableType:
+    return Group(Text(title, style="bold"), Padding(content, (0, 0, 1, 2)))
+
+
+def _table(facts: Iterable[tuple[str, str]], wrong: str = "") -> Table:
+    """Return names beside words; none of the words is markup, and none moves a terminal's cursor."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True, style="cyan")
+    table.add_column(overflow="fold")
+    for name, text in facts:
+        table.add_row(Text(name), Text(printable(text), style="red" if name == wrong else ""))
+    return table

@@ -1,0 +1,468 @@
+"""What of a server's experiment a client takes over, and what of it its own file refuses.
+
+The client's experiment is made anew from an allow-list. Every setting of an experiment stands in one
+of four tables here: taken as it is (it can neither choose rows nor cost much), taken where it is no
+larger than a line of the client's ``[policy]``, decided by a function of this file, or left (the
+server's own affair, or this machine's). What stands in none is not taken, and a test fails over it.
+
+Nothing is read and nothing is loaded in this file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.data.public import PublicSettings
+from fedloom.data.sources import BUILTIN_PREFIX, DataSettings
+from fedloom.deployment.homes import OwnFile
+from fedloom.deployment.policy import REVEALING
+from fedloom.errors import PolicyError, Refusal, SettingsError
+from fedloom.experiment import SECTIONS, ClientGroup, ClientsSettings, Experiment, data_kind
+from fedloom.methods import METHODS, make_method
+from fedloom.methods.base import Method
+from fedloom.models.load import TINY, ModelSettings
+from fedloom.settings import Settings, parse_toml
+from fedloom.training.optimizers import Work
+
+LONGEST = 256 << 10
+"""Characters of an experiment's text: a share for each of ten thousand clients takes a third of that."""
+
+ALWAYS = frozenset({"adapters", "control_variates"})
+"""What replies may hold without a line of its own in the policy."""
+
+
+def _names(fields: Mapping[str, str]) -> frozenset[str]:
+    """Return the whole names of settings that are given by section."""
+    return frozenset(
+        f"{section}.{name}" for section, names in fields.items() for name in names.split()
+    )
+
+
+TAKEN = _names(
+    {
+        "model": "quantization",
+        "adapter": "kind alpha dropout targets layers initial_text top_k balance",
+        "public": "labelled",
+        "clients": "newcomers",
+        "clients.groups.*": "clients",
+        "partition": "client_test_fraction",
+        "objective.dpo": "beta label_smoothing sft_weight",
+        "objective.ipo": "beta",
+        "objective.orpo": "beta",
+        "objective.simpo": "beta gamma",
+        "objective.kto": "beta weights desirable_weight undesirable_weight",
+        "objective.bco": "beta",
+        "objective.pdpo": "beta gamma reward_mode label_smoothing sft_weight",
+        "objective.pkto": "beta weights desirable_weight undesirable_weight gamma",
+        "method.fedprox": "mu",
+        "method.fedavgm": "beta1",
+        "method.fedadagrad": "eta tau",
+        "method.fedadam": "eta tau beta1 beta2 second_moment",
+        "method.fedyogi": "eta tau beta1 beta2 second_moment",
+        "method.fedavg_ft": "learning_rate",
+        "method.fedpdpo": "head_mode schedule",
+        "method.fedper": "head_mode",
+        "method.fedrep": "head_mode",
+        "method.ditto": "strength",
+        "method.pfedme": "strength local_rate server_rate",
+        "method.feddpa": "variant mix",
+        "method.fdlora": "server_rate momentum private_every bound penalty",
+        "method.fedamole": "clients_per_expert max_experts_per_client min_experts_per_client "
+        "assignment homogeneous embedding_fraction embedding_rows embedding_noise epsilon delta "
+        "embedding_clip eta",
+        "method.fedmoe": "experts_per_client probe_rows",
+        "method.distillation": "rule temperature teacher_share top_k top_mass encoding down "
+        "rows_per_round server_epochs",
+        "method.split": "cut labels server average_every activations gradients activation_noise",
+        "federation": "rounds clients_per_round seed",
+        "training": "optimizer learning_rate schedule decay head_learning_rate min_learning_rate "
+        "weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
+        "accumulation local_epochs local_steps local_examples local_tokens total_epochs "
+        "keep_optimizer_state precision gradient_checkpointing",
+        "evaluation": "every max_examples per_client client_max_examples judged_by",
+    }
+)
+"""Settings that are taken as they are, beside the names of objective and method. How much is trained is
+bounded once the rows are known (:func:`require_steps`) and meanwhile (``accounting/allowance.py``)."""
+
+MOST = {
+    "adapter.rank": "max_rank",
+    "adapter.virtual_tokens": "max_width",
+    "adapter.encoder_width": "max_width",
+    "adapter.experts": "max_experts",
+    "clients.groups.*.rank": "max_rank",
+    "method.fedavg_ft.passes": "max_steps",
+    "method.fedpdpo.bottleneck": "max_width",
+    "method.fedpdpo.head_rank": "max_rank",
+    "method.fedper.head_rank": "max_rank",
+    "method.fedrep.head_rank": "max_rank",
+    "method.pfedme.steps": "max_steps",
+    "method.fdlora.budget": "max_steps",
+    "method.fdlora.batches": "max_steps",
+    "method.distillation.client_epochs": "max_steps",
+    "method.distillation.server_rank": "max_rank",
+    "federation.clients": "max_clients",
+    "training.batch_size": "max_batch",
+    "evaluation.batch_size": "max_batch",
+    "evaluation.max_length": "max_tokens",
+    "evaluation.max_new_tokens": "max_tokens",
+    "output.checkpoint_every": "max_checkpoint_every",
+    "public.rows": "max_rows",
+    "data.builtin_rows": "max_rows",
+    "data.max_length": "max_tokens",
+}
+"""Settings that are taken where they are no larger than a line of ``[policy]``."""
+
+DECIDED = _names(
+    {
+        "model": "path revision",
+        "clients": "groups newcomer_steps",
+        "clients.groups.*": "model",
+        "method.distillation": "server_model",
+        "data": "source kind choices test_fraction",
+        "public": "source kind",
+        "partition": "kind column alpha minimum sizes feedback",
+        "training": "device threads",
+    }
+)
+"""Settings that the functions of this file compare with the client's file, or take in some cases
+alone."""
+
+LEFT = _names(
+    {
+        "data": "subset data_dir split columns template only answers_between continuations "
+        "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains",
+        "public": "columns template",
+        "federation": "quorum replacements deadline streams reconnect patience",
+        "aggregation": "rule bad max_norm",
+        "admission": "max_value max_change on_excess max_examples offences pause",
+        "evaluation": "samples",
+        "output": "folder trackers",
+    }
+)
+"""Settings that are never taken: how rows are read is the client's to say, the others concern the
+server."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An experiment, held against a client's file.
+
+    Attributes:
+        asked: As the server sent it.
+        refusals: Everything that the file does not allow; where there is none, ``experiment`` is there.
+        experiment: As this client would take part in it.
+    """
+
+    asked: Experiment
+    refusals: tuple[Refusal, ...]
+    experiment: Experiment | None
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Settings about this client's rows, model and machine that its own file decides otherwise."""
+        if self.experiment is None:
+            return []
+        asked, own = dict(leaves(self.asked.to_table())), dict(leaves(self.experiment.to_table()))
+        return sorted(
+            {
+                ".".join(name.split(".")[:2])
+                for name in asked.keys() | own.keys()
+                if asked.get(name) != own.get(name) and not _is_servers(name)
+            }
+        )
+
+
+def permitted(text: str, own: OwnFile, client: int, classes: int) -> Experiment:
+    """Return a server's experiment as a client takes part in it.
+
+    Args:
+        text: The experiment as it was sent.
+        own: The client's file.
+        client: The client's number.
+        classes: How many classes the server says that there are.
+
+    Raises:
+        PolicyError: It is no experiment, or the file does not allow it; with every reason.
+    """
+    examined = examine(text, own, client, classes)
+    if examined.experiment is None:
+        raise PolicyError(*examined.refusals)
+    return examined.experiment
+
+
+def examine(text: str, own: OwnFile, client: int, classes: int = 0) -> Examined:
+    """Hold an experiment against a client's file; see :func:`permitted`.
+
+    Raises:
+        PolicyError: It is no experiment.
+    """
+    if len(text) > LONGEST:
+        reason = f"its text has {len(text)} characters, {LONGEST} are read"
+        raise PolicyError(Refusal("experiment", reason))
+    try:
+        source = "the experiment that the server sent"
+        asked = Experiment.from_table(parse_toml(text, source), source=source)
+    except (SettingsError, RecursionError) as error:
+        raise PolicyError(Refusal("experiment", str(error))) from None
+    return _Examiner(asked, own, client).examined(classes)
+
+
+def require_steps(experiment: Experiment, own: OwnFile, rows: int) -> None:
+    """Check that no request takes more batches than the policy allows, on so many rows.
+
+    Raises:
+        PolicyError: It does, however they are counted.
+    """
+    steps, most = fewest_steps(experiment, rows), own.policy.max_steps
+    if steps > most:
+        raise PolicyError(Refusal("policy.max_steps", f"{steps} batches, {most} are allowed"))
+
+
+def fewest_steps(experiment: Experiment, rows: int) -> int:
+    """Return how many batches the largest request takes on so many rows, at least.
+
+    Where work is counted in examples or tokens, this is with every batch as full as it can be.
+    """
+    method = make_method(experiment.method)
+    federation, training = experiment.federation, experiment.training
+    members = max(1, federation.clients - len(set(experiment.clients.newcomers)))
+    participations = federation.rounds * min(federation.cohort_size, members) / members
+    work = training.work(rows, participations)
+    longest = experiment.data.max_length or 1024
+    return method.trainings * _fewest(work, rows, training.batch_size, longest)
+
+
+def _fewest(work: Work, rows: int, batch: int, longest: int) -> int:
+    sequences = 2 * batch  # a pair has two
+    bounds = []
+    if work.steps is not None:
+        bounds.append(work.steps)
+    if work.examples is not None:
+        bounds.append(math.ceil(work.examples / sequences))
+    if work.tokens is not None:
+        bounds.append(math.ceil(work.tokens / (sequences * longest)))
+    if work.epochs is not None:
+        bounds.append(work.epochs * math.ceil(rows / batch))
+    return min(bounds)
+
+
+def open_methods(own: OwnFile) -> list[str]:
+    """Return the methods that a client's file allows with some settings of theirs."""
+    return [
+        name
+        for name, (settings, _) in METHODS.items()
+        if (own.policy.methods is None or name in own.policy.methods)
+        and any(not _closed(make_method(form), own) for form in _forms(settings))
+    ]
+
+
+def _forms(settings: type[Any]) -> list[Any]:
+    """Return a method's settings by default, and with labels at the client where that can be."""
+    forms = [settings()]
+    if "labels" in settings.model_fields:
+        forms.append(settings(labels="client"))
+    return forms
+
+
+def _closed(method: Method, own: OwnFile) -> list[str]:
+    """Return what a method's replies hold that a client's file does not open."""
+    needed = sorted(method.reveals - ALWAYS)
+    return [what for what in needed if what not in REVEALING or not getattr(own.policy, what)]
+
+
+class _Examiner:
+    """Makes a client's experiment section by section, and collects what is refused."""
+
+    def __init__(self, asked: Experiment, own: OwnFile, client: int) -> None:
+        self.asked, self.own, self.client = asked, own, client
+        self.policy = own.policy
+        self.refusals: list[Refusal] = []
+        self.shared = own.data is not None and own.data.share == "experiment"
+
+    def examined(self, classes: int) -> Examined:
+        """Return what came of it."""
+        self._bounded("the classes", classes, "max_width")
+        self._require_method()
+        data = self._data()
+        sections: dict[str, Any] = {
+            "model": self._model(),
+            "public": self._public(),
+            "clients": self._clients(),
+            "method": self._method(),
+            "partition": self._partition(),
+            "training": self._training(),
+        }
+        for name in SECTIONS.keys() - {"data", *sections}:
+            sections[name] = self._section(name)
+        experiment = None
+        if data is not None and not self.refusals:
+            try:
+                experiment = Experiment(data=data, **sections)
+            except SettingsError as error:
+                self.refuse("experiment", str(error))
+        return Examined(self.asked, tuple(self.refusals), experiment)
+
+    def refuse(self, line: str, reason: str) -> None:
+        """Note a reason."""
+        self.refusals.append(Refusal(line, reason))
+
+    def _section(self, name: str) -> Settings:
+        asked: Settings = getattr(self.asked, name)
+        return type(asked)(**self._taken(name, asked))
+
+    def _taken(self, section: str, asked: Settings, place: str | None = None) -> dict[str, Any]:
+        """Return the settings of a section that are taken; refuse those above their bounds."""
+        if not isinstance(SECTIONS.get(section, Settings), type):  # of one method or objective
+            section = f"{section}.{getattr(asked, 'name')}"  # noqa: B009 (a field of each of them)
+        taken = {}
+        for field in type(asked).model_fields:
+            rule, value = f"{section}.{field}", getattr(asked, field)
+            if rule in MOST:
+                self._bounded(f"{place or section}.{field}", value, MOST[rule])
+            if rule in TAKEN or rule in MOST or field == "name":
+                taken[field] = value
+        return taken
+
+    def _bounded(self, what: str, value: float | None, line: str) -> None:
+        most = getattr(self.policy, line)
+        if value is not None and value > most:
+            self.refuse(f"policy.{line}", f"{what} = {value} is above {most}")
+
+    def _require_method(self) -> None:
+        """Refuse objectives and methods that are not open to the server."""
+        method, objective = self.asked.method, self.asked.objective.name
+        if self.policy.objectives is not None and objective not in self.policy.objectives:
+            reason = f"objective.name = {objective!r} is none of {self.policy.objectives}"
+            self.refuse("policy.objectives", reason)
+        if self.policy.methods is not None and method.name not in self.policy.methods:
+            reason = f"method.name = {method.name!r} is none of {self.policy.methods}"
+            self.refuse("policy.methods", reason)
+        for what in _closed(make_method(method), self.own):
+            line = f"policy.{what}" if what in REVEALING else "policy.methods"
+            self.refuse(line, f"method.name = {method.name!r} sends {what.replace('_', ' ')}")
+
+    def _model(self) -> ModelSettings:
+        """Return the backbone: the client's own file's, or the experiment's where it may be loaded."""
+        own, asked = self.own.model, self.asked.model
+        if own is not None:
+            path, revision = own.path, own.revision
+        else:
+            path, revision = asked.path, asked.revision
+            self._require_model("model.path", path, revision)
+        taken = self._taken("model", asked)
+        return ModelSettings(path=path, revision=revision, **taken)
+
+    def _require_model(self, where: str, path: str, revision: str | None) -> None:
+        name = f"{path}@{revision}" if revision and path != TINY else path
+        allowed = {TINY, *self.policy.models, *([self.own.model.path] if self.own.model else [])}
+        if name not in allowed:
+            self.refuse("policy.models", f"{where} = {name!r} is none of {sorted(allowed)}")
+
+    def _data(self) -> DataSettings | None:
+        """Return how rows are read: by the client's own file, and numbers that choose none of them."""
+        own, asked = self.own.data, self.asked.data
+        if own is None:
+            self.refuse("data", "this client's file has no [data]: it offers no rows")
+            return None
+        if data_kind(asked) != data_kind(own):
+            self.refuse(
+                "data.kind", f"{data_kind(asked)!r} is asked for, here is {data_kind(own)!r}"
+            )
+        if asked.choices != own.choices:
+            self.refuse("data.choices", f"{asked.choices} are asked for, here are {own.choices}")
+        if self.shared and own.is_builtin and asked.sources != own.sources:
+            self.refuse("data.source", f"{asked.source!r} is asked for, here is {own.source!r}")
+        numbers: dict[str, float | None] = {"max_length": asked.max_length}
+        self._bounded("data.max_length", asked.max_length, MOST["data.max_length"])
+        if self.shared:
+            numbers |= {"builtin_rows": asked.builtin_rows, "test_fraction": asked.test_fraction}
+            self._bounded("data.builtin_rows", asked.builtin_rows, MOST["data.builtin_rows"])
+        said = own.model_dump(exclude={"share"}, exclude_unset=True)
+        return DataSettings(**{**numbers, **said})
+
+    def _public(self) -> PublicSettings:
+        """Return which rows are public: those that the client's file names, or built-in ones."""
+        asked, own = self.asked.public, self.own.public
+        if not METHODS[self.asked.method.name][1].needs_public:
+            return PublicSettings()
+        taken = self._taken("public", asked)
+        if own is not None and self.policy.public_rows:
+            return PublicSettings(**own.model_dump(), **taken)
+        sources = [asked.source] if isinstance(asked.source, str) else asked.source or []
+        builtin = all(source.startswith(BUILTIN_PREFIX) for source in sources)
+        if self.shared and self.own.data and self.own.data.is_builtin and builtin:
+            return PublicSettings(source=asked.source, **taken)
+        reason = "[public] is missing" if self.policy.public_rows else "they are not allowed"
+        self.refuse("policy.public_rows", f"the method needs public rows: {reason}")
+        return PublicSettings(**taken)
+
+    def _clients(self) -> ClientsSettings:
+        """Return what clients differ in: of the groups, those whose models are loaded here."""
+        asked = self.asked.clients
+        every = METHODS[self.asked.method.name][1].needs_public  # all models read the public rows
+        groups = {}
+        for name, group in asked.groups.items():
+            if not every and self.client not in group.clients:
+                continue
+            place = f"clients.groups.{name}"
+            taken = self._taken("clients.groups.*", group, place)
+            groups[name] = ClientGroup(**taken, model=group.model)
+            if group.model is not None:
+                self._require_model(f"{place}.model", group.model, self._revision)
+        if self.client in asked.newcomers:
+            self._bounded("clients.newcomer_steps", asked.newcomer_steps, "max_steps")
+        taken = self._taken("clients", asked)
+        return ClientsSettings(groups=groups, newcomer_steps=asked.newcomer_steps, **taken)
+
+    def _method(self) -> Settings:
+        """Return the method; a server's model of its own reads the public rows here too."""
+        asked = self.asked.method
+        taken, server = self._taken("method", asked), getattr(asked, "server_model", None)
+        if server is not None:
+            self._require_model("method.server_model", server, self._revision)
+            taken["server_model"] = server
+        return type(asked)(**taken)
+
+    @property
+    def _revision(self) -> str | None:
+        """The revision that all models are loaded of."""
+        return self.own.model.revision if self.own.model else self.asked.model.revision
+
+    def _partition(self) -> Settings:
+        """Return how rows are dealt: not at all, unless they are everybody's."""
+        asked = self.asked.partition
+        if self.shared:
+            return asked
+        return self._section("partition")
+
+    def _training(self) -> Settings:
+        """Return how this client trains; on which device and with how many threads is its own to say."""
+        own, asked = self.own.training, self.asked.training
+        threads = own.threads
+        if threads is None and asked.threads is not None:  # the same bits need as many
+            threads = min(asked.threads, os.cpu_count() or 1)
+        device = own.device or ("cpu" if asked.device == "cpu" else "auto")
+        taken = self._taken("training", asked)
+        return type(asked)(**taken, device=device, threads=threads)
+
+
+def leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a table of tables, under its whole name."""
+    for key, value in table.items():
+        name = f"{above}.{key}" if above else key
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, name)
+        else:
+            yield name, value
+
+
+def _is_servers(name: str) -> bool:
+    """Return whether a setting concerns the server alone."""
+    section = name.partition(".")[0]
+    own = ("federation", "aggregation", "admission", "output")
+    return section in own or name in ("name", "evaluation.samples")

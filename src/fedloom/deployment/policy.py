@@ -1,0 +1,90 @@
+"""``[policy]`` of a client's file: what the server may ask. What it does not say is closed.
+
+The defaults let in federations whose replies carry adapters, at sizes that the recipes stay below by
+far and that keep a client's machine usable. How an experiment is held against them is
+``permitted.py``'s business. No torch here: commands that only read a client's file need none.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fedloom.settings import Settings
+
+REVEALING = (
+    "logits",
+    "activations",
+    "targets",
+    "embeddings",
+    "expert_probes",
+    "public_rows",
+)
+"""Lines that open something; each says in its docstring what it shows the server."""
+
+
+class PolicySettings(Settings):
+    """``[policy]`` of a client's file."""
+
+    objectives: list[str] | None = None
+    """Objectives that may be trained (default: all there are). An objective sends nothing; it only
+    says how rows are learnt from."""
+    methods: list[str] | None = None
+    """Methods that may be used (default: all whose replies need none of the lines below that is
+    false)."""
+
+    logits: bool = False
+    """The model that was trained here says how likely every answer to public rows is. From that the
+    server can tell whether a row like one it has was trained on, and learn what this model learnt."""
+    activations: bool = False
+    """What the first layers make of every token of every row. Rows can be read back from it almost
+    word by word where the cut is early."""
+    targets: bool = False
+    """The class, or the tokens of the completion, of every row that is trained on, as they are. Split
+    learning needs them unless the experiment says method.labels = "client"."""
+    embeddings: bool = False
+    """Means of what the layers make of some rows, in every round. They show what rows are about and,
+    of few rows, more; method.embedding_noise hides single rows."""
+    expert_probes: bool = False
+    """How many tokens of some rows pass each expert of the model. It shows roughly what rows are
+    about."""
+    public_rows: bool = False
+    """Rows that all parties have are read from [public] of this file and learnt from, with what the
+    server says about them. They show the server nothing; what it says about them changes this client's
+    model."""
+
+    models: list[str] = []
+    """Folders and Hub names of models that may be loaded, beside "tiny" and [model] path of this file;
+    a Hub name as NAME or NAME@REVISION."""
+    max_rank: int = Field(default=256, ge=1)
+    """Largest rank of LoRA's factors (recipes: 30 at most; above 256 whole layers cost little more)."""
+    max_experts: int = Field(default=64, ge=1)
+    """Most experts of a layer, each with factors of its own (recipes: 30)."""
+    max_width: int = Field(default=16_384, ge=1)
+    """Largest width of what else is put beside the model: heads over so many classes, bottlenecks,
+    encoders, learnt prompts (recipes: 1,024)."""
+    max_steps: int = Field(default=10_000, ge=1)
+    """Most batches of a request (recipes: some hundred): hours on one GPU, not weeks."""
+    max_batch: int = Field(default=1_024, ge=1)
+    """Most examples of a batch (recipes: 16)."""
+    max_tokens: int = Field(default=8_192, ge=2)
+    """Longest sequence and longest answer, in tokens (recipes: 1,024)."""
+    max_rows: int = Field(default=100_000, ge=1)
+    """Most rows that the experiment may have generated here or taken as public (recipes: 2,400)."""
+    max_seconds: float = Field(default=43_200, gt=0)
+    """Longest time that one request may be worked on, in seconds (twelve hours: as long as the server
+    waits by default). What was computed until then is thrown away."""
+    max_bytes: int = Field(default=4 << 30, ge=1 << 16)
+    """Largest request and largest answer in bytes (4 GiB: LoRA on all layers of a 7B model takes 2.6
+    GB at rank 256, of a 70B model 3.3 GB at rank 64)."""
+    max_clients: int = Field(default=10_000, ge=1)
+    """Most clients of an experiment; a list of them is kept in memory (recipes: 747)."""
+    max_checkpoint_every: int = Field(default=100, ge=1)
+    """Most rounds between checkpoints of the server: of so many and twice as many more, what this
+    client keeps stays on its disk."""
+    max_rounds_a_day: int = Field(default=1_000, ge=1)
+    """Most rounds in a day (UTC): one every 86 seconds around the clock. Work that is asked for twice
+    in a round counts twice."""
+    max_runs_a_day: int = Field(default=50, ge=1)
+    """Most runs that are begun in a day (UTC); each loads the model and reads all rows."""
+    approve: bool = False
+    """Whether a run waits until somebody here has looked at it: `fedloom client approve`."""

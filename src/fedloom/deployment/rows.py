@@ -1,0 +1,26 @@
+"""A client's rows: those that its own file names, or its share of what the experiment deals."""
+
+from __future__ import annotations
+
+from fedloom.assembly import Division, OwnRows, divide, only
+from fedloom.deployment.homes import OwnFile
+from fedloom.experiment import Experiment
+
+
+def divided(
+    experiment: Experiment, own: OwnFile, client: int, classes: tuple[str, ...]
+) -> Division:
+    """Return what a client holds.
+
+    Args:
+        experiment: As the client takes part in it (``permitted.py``).
+        own: The client's file.
+        client: The client's number.
+        classes: Class names in the order of their ids, as the coordinator has them.
+
+    Raises:
+        DataError: The rows cannot be used; the text may quote them, and names files of this machine.
+    """
+    if own.data is not None and own.data.share == "experiment":
+        return only(divide(experiment), client)
+    return divide(experiment, own=OwnRows(client, experiment.data, classes))

@@ -1,0 +1,526 @@
+"""What a client takes over from a server's experiment: nothing that is not on the list, in the end nothing
+that chooses rows, and no number above its bounds."""
+
+import itertools
+import types
+import typing
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from fedloom.data.public import PublicSettings
+from fedloom.deployment.homes import OwnFile
+from fedloom.deployment.permitted import (
+    DECIDED,
+    LEFT,
+    LONGEST,
+    MOST,
+    TAKEN,
+    examine,
+    fewest_steps,
+    leaves,
+    open_methods,
+    permitted,
+    require_steps,
+)
+from fedloom.deployment.policy import REVEALING, PolicySettings
+from fedloom.deployment.told import LINES, told
+from fedloom.errors import PolicyError
+from fedloom.experiment import SECTIONS, Experiment
+from fedloom.methods import METHODS
+from fedloom.objectives import OBJECTIVES
+from fedloom.settings import Settings
+from loopback import OPEN
+
+ROOT = Path(__file__).parents[2]
+SHARED = {"data": {"source": "builtin:preferences", "share": "experiment"}}
+OWN = {"data": {"source": "own.jsonl", "kind": "preference"}}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Make a client's file of a table."""
+    from fedloom.settings import write_toml
+
+    def make(table, **policy):
+        path = tmp_path / "my.toml"
+        path.write_text(write_toml({**table, "policy": {**table.get("policy", {}), **policy}}))
+        return OwnFile.read(path)
+
+    return make
+
+
+def ask(own, client=0, classes=0, **sections):
+    return examine(Experiment.from_table(sections).to_toml(), own, client, classes)
+
+
+def lines(examined):
+    return sorted(one.line for one in examined.refusals)
+
+
+# Every setting there is
+
+
+def settings_within(annotation):
+    """The classes of settings that a field holds, alone or in a list, a union or a table."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    inner = typing.get_args(annotation)
+    return list(itertools.chain.from_iterable(map(settings_within, inner)))
+
+
+def names_of(kind, section):
+    """The names of all settings of a section, those of sections within it under ``*``."""
+    hints = typing.get_type_hints(kind)
+    for name in kind.model_fields:
+        full = f"{section}.{name}"
+        yield full
+        if full not in LEFT:
+            for inner in settings_within(hints[name]):
+                yield from names_of(inner, f"{full}.*")
+
+
+def every_setting():
+    for section, choice in SECTIONS.items():
+        if isinstance(choice, type):
+            yield from names_of(choice, section)
+            continue
+        for name, (kind, _) in choice.items():
+            own = names_of(kind, f"{section}.{name}")
+            yield from (full for full in own if not full.endswith(".name"))
+
+
+def test_every_setting_of_an_experiment_is_taken_bounded_decided_or_left():
+    known = [*TAKEN, *MOST, *DECIDED, *LEFT]
+    assert sorted(every_setting()) == sorted(
+        known
+    )  # none missing, none twice, none that is not there
+    assert {name.split(".")[0] for name in known} == SECTIONS.keys()
+    assert {field.name for field in fields(Experiment)} == SECTIONS.keys() | {"name"}
+
+
+def test_the_list_sees_new_settings(monkeypatch):
+    class New(Settings):
+        path: str = ""
+
+    class More(PublicSettings):
+        deep: dict[str, New | None] | None = None
+
+    monkeypatch.setitem(SECTIONS, "public", More)
+    assert set(every_setting()) - {*TAKEN, *MOST, *DECIDED, *LEFT} == {
+        "public.deep",
+        "public.deep.*.path",
+    }
+
+
+def test_every_bound_is_a_line_of_the_policy():
+    policy = PolicySettings.model_fields
+    bounds = {name for name in policy if name.startswith("max_")}
+    beyond = {"max_seconds", "max_bytes", "max_runs_a_day", "max_rounds_a_day"}  # asked for later
+    assert set(MOST.values()) == bounds - beyond
+    assert all(policy[name].description for name in policy)  # what `fedloom client check` says
+    assert set(REVEALING) | bounds | {"objectives", "methods", "models", "approve"} == policy.keys()
+
+
+def test_what_a_method_can_reveal_has_a_line():
+    from fedloom.methods.base import Reveal
+
+    said = set(typing.get_args(Reveal)) - {"adapters", "control_variates", "rows"}
+    assert said == set(REVEALING) - {"public_rows"}
+
+
+# Rows
+
+
+HOSTILE_ROWS = [
+    {"domains": {"a": {"source": "/etc/passwd.jsonl"}}},
+    {"template": "{ssn}"},
+    {"columns": {"prompt": "ssn"}},
+    {"only": {"name": ["Miller"]}},
+    {"max_rows": 1},
+    {"split": "secret", "subset": "other", "data_dir": "/data"},
+    {"answers_between": ";"},
+    {"continuations": {"chosen": "a", "rejected": "b"}},
+    {"test_split": "test"},
+    {"max_bad_share": 1.0, "incomplete_pairs": "feedback"},
+    {"source": "/home/else.jsonl"},
+    {"source": ["/home/a.jsonl", "/home/b.jsonl"]},
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE_ROWS, ids=lambda table: next(iter(table)))
+def test_nothing_about_rows_comes_from_the_server(own, hostile):
+    file = own({**OWN, "data": {**OWN["data"], "columns": {"prompt": "question"}, "max_rows": 50}})
+    domains = {"source": "builtin:preferences"} if "domains" in hostile else {}
+    asked = {"source": "rows.jsonl", "kind": "preference", "max_length": 99, **domains, **hostile}
+    objective = {"name": "kto"} if "incomplete_pairs" in hostile else {}
+    if "domains" in hostile:
+        del asked["source"]
+    found = ask(file, data=asked, objective=objective)
+    assert not found.refusals
+    named = {
+        "source": "own.jsonl",
+        "kind": "preference",
+        "columns": {"prompt": "question"},
+        "max_rows": 50,
+    }
+    left = {**Experiment().data.model_dump(), **named, "max_length": 99}
+    assert found.experiment.data.model_dump() == left
+    assert any(name.startswith("data.") for name in found.set_aside)
+
+
+def test_a_client_without_rows_offers_none(own):
+    found = ask(own({}))
+    assert lines(found) == ["data"] and found.experiment is None
+    assert told(PolicyError(*found.refusals)) == "data: this client offers no rows"
+
+
+def test_a_client_reads_its_own_rows_whatever_the_experiment_names(own):
+    found = ask(
+        own(OWN), partition={"kind": "column", "column": "ssn", "client_test_fraction": 0.2}
+    )
+    assert not found.refusals and found.experiment.data.source == "own.jsonl"
+    assert (found.experiment.partition.kind, found.experiment.partition.column) == ("iid", None)
+    assert found.experiment.partition.client_test_fraction == 0.2
+
+
+def test_the_kind_of_rows_and_their_choices_must_agree(own):
+    asked = {"data": {"source": "x.jsonl", "kind": "instruction"}, "objective": {"name": "sft"}}
+    assert lines(ask(own(OWN), **asked)) == ["data.kind"]
+    file = own({"data": {"source": "x.jsonl", "kind": "instruction", "choices": ["no", "yes"]}})
+    assert lines(ask(file, **asked)) == ["data.choices"]
+    asked["data"]["choices"] = ["no", "yes"]
+    assert not ask(file, **asked).refusals
+
+
+def test_what_the_clients_file_sets_stands_before_the_numbers_of_the_experiment(own):
+    file = own({"data": {**SHARED["data"], "max_length": 32, "test_fraction": 0.5}})
+    found = ask(file, data={"max_length": 64, "test_fraction": 0.3, "builtin_rows": 70}).experiment
+    assert (found.data.max_length, found.data.test_fraction, found.data.builtin_rows) == (
+        32,
+        0.5,
+        70,
+    )
+    whole = ask(own(OWN), data={"test_fraction": 0.3, "builtin_rows": 70}).experiment
+    assert (whole.data.test_fraction, whole.data.builtin_rows) == (0.2, 1600)
+
+
+def test_the_share_of_built_in_rows_is_the_experiments(own):
+    asked = Experiment.from_table(
+        {
+            "data": {"builtin_rows": 90, "max_length": 64},
+            "partition": {"kind": "dirichlet", "column": "domain", "alpha": 0.3},
+            "federation": {"clients": 5, "seed": 3},
+        }
+    )
+    assert examine(asked.to_toml(), own(SHARED), 0).experiment == asked
+    other = {"data": {"source": "builtin:opposed", "share": "experiment"}}
+    assert lines(examine(asked.to_toml(), own(other), 0)) == ["data.source"]
+
+
+# Public rows
+
+
+def distilling(**public):
+    return {
+        "method": {"name": "distillation"},
+        "objective": {"name": "classification"},
+        "data": {"source": "builtin:labelled"},
+        "public": public,
+    }
+
+
+LABELLED = {
+    "data": {"source": "builtin:labelled", "share": "experiment"},
+    "policy": {"logits": True},
+}
+
+
+def test_built_in_public_rows_need_no_file(own):
+    for public in ({"rows": 8}, {"source": "builtin:labelled", "rows": 8}):
+        found = ask(own(LABELLED), **distilling(**public))
+        assert not found.refusals and found.experiment.public.rows == 8
+        assert found.experiment.public.source == public.get("source")
+
+
+def test_public_rows_of_a_file_are_those_that_the_client_names(own):
+    hostile = distilling(
+        source="/home/secret.jsonl",
+        kind="labelled",
+        template="{ssn}",
+        columns={"text": "ssn"},
+        rows=8,
+    )
+    assert lines(ask(own(LABELLED), **hostile)) == ["policy.public_rows"]
+    named = {**LABELLED, "public": {"source": "all.jsonl", "columns": {"text": "said"}}}
+    assert lines(ask(own(named), **hostile)) == ["policy.public_rows"]
+    found = ask(own(named, public_rows=True), **hostile).experiment.public
+    expected = {"source": "all.jsonl", "columns": {"text": "said"}, "rows": 8}
+    assert found == PublicSettings(**expected)
+    assert lines(ask(own(LABELLED, public_rows=True), **hostile)) == ["policy.public_rows"]
+
+
+def test_a_clients_own_rows_never_become_public(own):
+    file = own({"data": {"source": "own.jsonl", "kind": "labelled"}}, logits=True, public_rows=True)
+    hostile = distilling(rows=8)  # in a simulation these are taken out of everybody's rows
+    assert lines(ask(file, **hostile)) == ["policy.public_rows"]
+
+
+def test_public_rows_are_of_no_interest_to_other_methods(own):
+    found = ask(own(SHARED), public={"source": "/home/secret.jsonl", "kind": "labelled"})
+    assert not found.refusals and found.experiment.public == PublicSettings()
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed", "refused"),
+    [
+        ({"path": "tiny"}, [], False),
+        ({"path": "/etc/passwd"}, [], True),
+        ({"path": "a/b"}, ["a/b"], False),
+        ({"path": "a/b", "revision": "refs/pr/1"}, ["a/b"], True),
+        ({"path": "a/b", "revision": "refs/pr/1"}, ["a/b@refs/pr/1"], False),
+        ({"path": "a/b"}, ["a/b@main"], True),
+        ({"path": "a/../a/b"}, ["a/b"], True),
+    ],
+)
+def test_models_that_may_be_loaded(own, asked, allowed, refused):
+    found = ask(own(SHARED, models=allowed), model=asked)
+    assert lines(found) == ["policy.models"] * refused
+    if not refused:
+        assert found.experiment.model.path == asked["path"]
+
+
+def test_the_clients_own_model_stands_for_the_experiments(own):
+    file = own({**SHARED, "model": {"path": "/models/own"}})
+    for path in ("a/b", "/etc/passwd", "/nowhere"):
+        found = ask(file, model={"path": path, "revision": "x", "quantization": "int8"})
+        assert not found.refusals
+        model = found.experiment.model
+        assert (model.path, model.revision, model.quantization) == ("/models/own", None, "int8")
+
+
+def test_models_of_groups_and_servers_are_checked_where_they_are_loaded(own):
+    groups = {"big": {"clients": [1], "model": "big/one", "rank": 4}, "other": {"clients": [0]}}
+    alone = {"method": {"name": "local_only"}, "clients": {"groups": groups}}
+    assert lines(ask(own(SHARED), client=1, **alone)) == ["policy.models"]
+    found = ask(own(SHARED), client=0, **alone)
+    assert not found.refusals and set(found.experiment.clients.groups) == {"other"}
+    public = distilling(rows=8)
+    public["method"]["server_model"] = "big/server"
+    public["clients"] = {"groups": groups}
+    assert lines(ask(own(LABELLED), **public)) == ["policy.models"] * 2
+    found = ask(own(LABELLED, models=["big/one", "big/server"]), **public)
+    assert not found.refusals and found.experiment == Experiment.from_table(public)
+
+
+# What may be asked for
+
+
+def test_by_default_replies_hold_adapters_and_control_variates(own):
+    allowed = set(open_methods(own(SHARED)))
+    closed = {"centralised", "fedamole", "fedmoe", "distillation", "split"}
+    assert allowed == METHODS.keys() - closed
+    assert set(open_methods(own(SHARED, **OPEN))) == METHODS.keys() - {"centralised"}
+    assert set(open_methods(own(SHARED, activations=True))) - allowed == {"split"}
+    assert open_methods(own(SHARED, methods=["fedavg", "split"])) == ["fedavg"]
+
+
+ADAPTERS = {"fedamole": {"kind": "experts"}, "fedmoe": {"kind": "submixture"}}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_each_method_needs_the_lines_that_it_says(own, method):
+    asked = {"method": {"name": method}, "adapter": ADAPTERS.get(method, {})}
+    table = SHARED
+    if method in ("distillation", "split"):
+        asked |= distilling(
+            rows=8,
+        ) | {"method": {"name": method}}
+        table = {"data": LABELLED["data"]}
+    if method == "fedamole":
+        asked["federation"] = {"clients": 4}
+    needed = {
+        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "distillation": ["logits"],
+        "split": ["activations", "targets"], "centralised": ["methods"],
+    }.get(method, [])  # fmt: skip
+    assert lines(ask(own(table), **asked)) == [f"policy.{name}" for name in needed]
+    for name in needed:
+        others = {other: True for other in REVEALING if other != name}
+        assert f"policy.{name}" in lines(ask(own(table, **others), **asked))
+    if method != "centralised":
+        assert not ask(own(table, **OPEN), **asked).refusals
+    assert "policy.methods" in lines(ask(own(table, **OPEN, methods=["none"]), **asked))
+
+
+def test_labels_at_the_client_need_no_targets(own):
+    asked = distilling() | {"method": {"name": "split", "labels": "client"}, "public": {}}
+    assert not ask(own({"data": LABELLED["data"]}, activations=True), **asked).refusals
+
+
+def test_objectives_may_be_listed(own):
+    assert lines(ask(own(SHARED, objectives=["kto"]))) == ["policy.objectives"]
+    assert not ask(own(SHARED, objectives=["kto", "dpo"])).refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("adapter.rank", 10**7), ("federation.clients", 10**8), ("training.batch_size", 10**6),
+        ("data.max_length", 10**6), ("data.builtin_rows", 10**9), ("evaluation.batch_size", 10**6),
+        ("evaluation.max_length", 10**6), ("evaluation.max_new_tokens", 10**6),
+        ("output.checkpoint_every", 10**6),
+    ],
+)  # fmt: skip
+def test_numbers_above_their_bounds_are_refused_by_the_line_alone(own, name, value):
+    section, key = name.split(".")
+    found = ask(own(SHARED), **{section: {key: value}})
+    assert lines(found) == [f"policy.{MOST[name]}"]
+    text = told(PolicyError(*found.refusals))
+    assert text == f"policy.{MOST[name]}: the experiment asks for more than this client allows"
+    most = getattr(PolicySettings(), MOST[name])
+    assert not lines(ask(own(SHARED), **{section: {key: most}}))  # of the very bound
+
+
+def test_steps_of_newcomers_are_bounded_for_those_who_are(own):
+    asked = {"clients": {"newcomers": [2], "newcomer_steps": 10**9}}
+    assert lines(ask(own(SHARED), client=2, **asked)) == ["policy.max_steps"]
+    assert not ask(own(SHARED), client=1, **asked).refusals
+    assert not ask(own(SHARED, max_steps=5)).refusals  # there are none, whatever the default
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "line"),
+    [
+        ("fedavg_ft", "passes", "max_steps"), ("pfedme", "steps", "max_steps"),
+        ("fdlora", "budget", "max_steps"), ("fdlora", "batches", "max_steps"),
+        ("fedpdpo", "bottleneck", "max_width"), ("fedpdpo", "head_rank", "max_rank"),
+        ("fedper", "head_rank", "max_rank"), ("fedrep", "head_rank", "max_rank"),
+    ],
+)  # fmt: skip
+def test_numbers_of_methods_are_bounded(own, method, key, line):
+    found = ask(own(SHARED), method={"name": method, key: 10**7})
+    assert lines(found) == [f"policy.{line}"]
+
+
+def test_all_reasons_are_given_at_once(own):
+    found = ask(
+        own(OWN), classes=10**6, method={"name": "split"}, objective={"name": "classification"},
+        data={"source": "builtin:labelled"}, adapter={"rank": 10**7}, model={"path": "/etc/passwd"},
+    )  # fmt: skip
+    expected = ["activations", "max_rank", "max_width", "models", "targets"]
+    assert lines(found) == ["data.kind", *(f"policy.{name}" for name in expected)]
+
+
+def test_what_is_no_experiment_is_refused(own):
+    for text in ("x = [", "[nothing]\na = 1", "a = " + "[" * 100_000, "#" * (LONGEST + 1)):
+        with pytest.raises(PolicyError) as refused:
+            permitted(text, own(SHARED), 0, 0)
+        assert told(refused.value) == "experiment: it is none that this client can take part in"
+
+
+def test_the_machine_is_the_clients(own):
+    asked = {"training": {"device": "cuda:7", "threads": 10**6}}
+    training = ask(own(SHARED), **asked).experiment.training
+    assert training.device == "auto" and training.threads <= 1024
+    file = own({**SHARED, "training": {"device": "cpu", "threads": 3}})
+    training = ask(file, **asked).experiment.training
+    assert (training.device, training.threads) == ("cpu", 3)
+    assert ask(own(SHARED), training={"device": "cpu"}).experiment.training.device == "cpu"
+
+
+# How much
+
+
+@pytest.mark.parametrize(
+    ("training", "method", "steps"),
+    [
+        ({"local_epochs": 3, "batch_size": 8}, "fedavg", 3 * 13),  # ceil(100 / 8) = 13
+        ({"local_steps": 10**9}, "fedavg", 10**9),
+        ({"local_steps": 40}, "ditto", 80),
+        ({"local_steps": 40}, "pfedme", 200),
+        ({"local_examples": 1600, "batch_size": 8}, "fedavg", 100),  # a pair counts as two
+        ({"local_tokens": 16 * 512 * 7, "batch_size": 8}, "fedavg", 7),
+        # ceil(4 passes of 100 rows in 10 rounds of all clients / 8) = 5
+        ({"total_epochs": 4.0, "batch_size": 8}, "fedavg", 5),
+    ],
+)
+def test_batches_are_counted_as_what_will_be_computed(own, training, method, steps):
+    asked = Experiment.from_table(
+        {"training": training, "method": {"name": method}, "data": {"max_length": 512}}
+    )
+    assert fewest_steps(asked, 100) == steps
+    require_steps(asked, own(SHARED, max_steps=steps), 100)
+    if steps > 1:
+        with pytest.raises(PolicyError, match=r"policy\.max_steps") as refused:
+            require_steps(asked, own(SHARED, max_steps=steps - 1), 100)
+        assert told(refused.value).startswith("policy.max_steps: the experiment asks for more")
+
+
+def arms():
+    """Every experiment in the recipes, those of comparisons too."""
+    from fedloom.comparison import read_comparison
+
+    for path in sorted(ROOT.glob("recipes/**/*.toml")):
+        if "[compare]" in path.read_text():
+            plan = read_comparison(path)
+            yield from ((f"{path.stem} {cell.name}", cell.experiment) for cell in plan.cells)
+        else:
+            yield path.stem, Experiment.from_toml(path)
+
+
+def test_every_recipe_fits_the_default_bounds(own):
+    count = 0
+    for name, asked in arms():
+        file = own(
+            {"data": {"source": "own.jsonl", "kind": asked.kind, "choices": asked.data.choices}},
+            **OPEN,
+        )
+        models = [asked.model.path, *(group.model for group in asked.clients.groups.values())]
+        models = [path for path in models if path]
+        models += [path for path in [getattr(asked.method, "server_model", None)] if path]
+        file = replace(file, policy=file.policy.model_copy(update={"models": models}))
+        found = examine(asked.to_toml(), file, 0)
+        wanted = {
+            "policy.public_rows",
+            "policy.methods",
+        }  # a file of the client's; all rows in one place
+        assert set(lines(found)) <= wanted, (name, found.refusals)
+        rows = 10_000
+        assert fewest_steps(asked, rows) <= file.policy.max_steps, name
+        count += 1
+    assert count > 100
+
+
+def test_lines_that_refuse_are_lines_of_the_file():
+    for line in LINES:
+        section, _, key = line.partition(".")
+        assert section in ("policy", "data", "experiment")
+        assert (
+            not key
+            or key in (PolicySettings if section == "policy" else SECTIONS["data"]).model_fields
+        )
+
+
+def test_values_of_a_table_have_whole_names():
+    assert dict(leaves({"a": {"b": {"c": 1}, "d": {}}, "e": [2]})) == {
+        "a.b.c": 1,
+        "a.d": {},
+        "e": [2],
+    }
+    assert isinstance(leaves({}), types.GeneratorType)
+
+
+def test_every_objective_can_be_trained_by_default(own):
+    kinds = {name: kind.accepts[0] for name, (_, kind) in OBJECTIVES.items()}
+    for name, kind in kinds.items():
+        file = own({"data": {"source": "own.jsonl", "kind": kind}})
+        asked = {"objective": {"name": name}, "data": {"source": "x.jsonl", "kind": kind}}
+        found = ask(file, **asked)
+        assert (
+            not found.refusals
+            and found.experiment.objective == Experiment.from_table(asked).objective
+        )

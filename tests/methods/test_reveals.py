@@ -1,0 +1,196 @@
+"""What replies hold is what each method's file says, and requests go over the work as often as it says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedloom.accounting.allowance import Allowance
+from fedloom.assembly import assemble, divide
+from fedloom.errors import PolicyError
+from fedloom.messages import Reply, decode
+from fedloom.methods import METHODS, make_method
+from fedloom.methods.base import Cohort
+from fedloom.methods.distillation import COUNTS, INDICES, VALUES
+from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
+from fedloom.methods.fedmoe import USED
+from fedloom.methods.scaffold import CONTROL
+from fedloom.methods.split import ROWS, TARGETS, SplitSettings
+
+HOLDS = {
+    VALUES: "logits", INDICES: "logits", COUNTS: "logits",
+    TOKENS: "embeddings", PROJECTED: "embeddings", SHARES: "embeddings",
+    USED: "expert_probes", "activations": "activations", "gradient": "activations",
+    ROWS: "activations", TARGETS: "targets",
+}  # fmt: skip
+"""Names of tensors in replies; all others are adapters' or, after ``control/``, control variates."""
+
+
+@pytest.fixture
+def suited(experiment, mixture_folder):
+    """Make a small experiment of a method, with settings of it."""
+
+    def make(method, **settings):
+        sections = {"method": {"name": method, **settings}, "federation": {"rounds": 1}}
+        sections["training"] = {"local_steps": 3}
+        if method == "fedamole":
+            sections["adapter"] = {"kind": "experts", "experts": 4}
+        if method == "fedmoe":
+            sections["adapter"] = {"kind": "submixture", "rank": 8}
+            sections["model"] = {"path": str(mixture_folder)}
+        if method in ("distillation", "split"):
+            sections["objective"] = {"name": "classification"}
+            sections["data"] = {"source": "builtin:labelled", "builtin_rows": 60}
+            sections["public"] = {"rows": 8}
+        if method == "split":
+            sections["evaluation"] = {"per_client": False}
+        return experiment(**sections)
+
+    return make
+
+
+def held(spec):
+    """What a tensor of a reply holds."""
+    if spec.name.startswith(f"{CONTROL}/"):
+        return {"control_variates"}
+    labels = {"targets"} if spec.name == ROWS and spec.shape[1] == 3 else set()
+    return {HOLDS.get(spec.name, "adapters")} | labels
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_method_says_in_its_own_file_what_it_reveals(method):
+    kind = METHODS[method][1]
+    own = [base for base in kind.__mro__ if base.__module__ == kind.__module__]
+    assert any("reveals" in vars(base) for base in own)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"centralised"}))
+def test_replies_hold_what_it_says(suited, federate, method):
+    found = set()
+
+    def watch(parts):
+        exchange = parts.engine.exchange
+
+        def watched(asked):
+            found.update(*map(held, asked.reply_schema.tensors))
+            return exchange(asked)
+
+        parts.engine.exchange = watched
+
+    played = federate(suited(method), watch, evaluate=True)
+    assert found == played.parts.method.reveals
+
+
+def test_a_centralised_run_has_the_rows(suited):
+    assert "rows" in make_method(suited("centralised").method).reveals
+
+
+def test_labels_at_the_client_are_not_revealed(suited, federate):
+    assert "targets" in make_method(SplitSettings()).reveals
+    assert "targets" not in make_method(SplitSettings(labels="client")).reveals
+    assert "targets" in make_method(SplitSettings()).reveals  # of one object, not of the class
+    seen = set()
+
+    def watch(parts):
+        exchange = parts.engine.exchange
+        parts.engine.exchange = lambda asked: (seen.add(asked.reply_schema), exchange(asked))[1]
+
+    federate(suited("split", labels="client"), watch)
+    tensors = {spec.name: spec.shape for schema in seen for spec in schema.tensors}
+    assert TARGETS not in tensors and tensors[ROWS][1] == 1  # lengths, no labels
+
+
+MOST = {
+    "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1),
+    "ditto": ({}, 2), "feddpa": ({}, 2), "fedrep": ({}, 2), "pfedme": ({"steps": 3}, 3),
+    "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
+}  # fmt: skip
+"""Methods whose requests go over the work more than once: settings, and how often."""
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"centralised", "split"}))
+def test_no_request_takes_more_batches_than_it_says(suited, federate, method, monkeypatch):
+    settings, times = MOST.get(method, ({}, 1))
+    own = suited(method, **settings)
+    assert make_method(own.method).trainings == times
+    taken = []
+    begin, step = Allowance.begin, Allowance.step
+    monkeypatch.setattr(
+        Allowance, "begin", lambda self, **k: (taken.append(0), begin(self, **k))[1]
+    )
+
+    def counted(self):
+        taken[-1] += bool(taken)
+        step(self)
+
+    monkeypatch.setattr(Allowance, "step", counted)
+    federate(own)
+    # five epochs of one batch of public rows; three mixtures on two batches each
+    other = {"distillation": 5, "fdlora": 6}.get(method, 0)
+    assert max(taken) == max(3 * times, other)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "line"), [({"steps": 2}, "max_steps"), ({"seconds": -1.0}, "max_seconds")]
+)
+@pytest.mark.parametrize(
+    "method", ["fedavg", "scaffold", "fedamole", "distillation", "split", "fdlora"]
+)
+def test_what_is_not_allowed_is_not_computed_and_nothing_is_kept(suited, method, allowed, line):
+    experiment = suited(method)
+    parts = assemble(experiment, divide(experiment))
+    engine, told = parts.local, None
+    engine.allowance = Allowance(**allowed)
+    engine.tell = lambda error: ";".join(one.line for one in error.refusals)
+    cohort = Cohort(1, (0,), engine.sizes(), 1e-3, last=True)
+    round = parts.method.round(parts.method.initial_state(parts.initial), cohort)
+    exchange = next(round)
+    while told is None:
+        answer = next(iter(engine.exchange(replace(exchange, requests=only(exchange.requests)))))
+        told = answer.error
+        if told is None:
+            reply = Reply(0, decode(answer.data, exchange.reply_schema))
+            exchange = round.send([reply])
+    assert told == f"policy.{line}"
+    engine.finish_round()
+    assert not engine.store.flat()
+
+
+def only(requests):
+    return {0: requests[0]}
+
+
+def test_an_adapter_of_a_larger_rank_than_allowed_is_not_held(experiment):
+    small, large = (
+        assemble(own, divide(own)).model
+        for own in (experiment(adapter={"rank": rank}) for rank in (2, 5))
+    )
+    numbers = sum(tensor.numel() for tensor in small.read().values())
+    small.allowance = Allowance(numbers=2 * numbers)
+    before = small.read()
+    with pytest.raises(PolicyError, match=r"policy\.max_rank"):
+        small.write(large.read())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.read().items())
+    small.allowance = Allowance(numbers=3 * numbers)
+    small.write(large.read())
+    assert sum(tensor.numel() for tensor in small.read().values()) == 5 * numbers // 2
+
+
+def test_an_allowance_counts():
+    own = Allowance(steps=2, numbers=10)
+    own.begin()
+    own.step(), own.step()
+    with pytest.raises(PolicyError, match=r"policy.max_steps: it takes more than 2 batches"):
+        own.step()
+    own.begin(going_on=True)
+    with pytest.raises(PolicyError):
+        own.step()
+    own.begin()
+    own.step(), own.hold(10)
+    with pytest.raises(PolicyError, match=r"policy.max_rank: an adapter of 11 numbers"):
+        own.hold(11)
+    late = Allowance(seconds=-1)
+    late.check()  # no request has begun
+    late.begin()
+    with pytest.raises(PolicyError, match=r"policy.max_seconds"):
+        late.check()
