@@ -15,7 +15,14 @@ from enum import StrEnum
 from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.policy import PolicySettings
 from fedloom.envelope import printable
-from fedloom.errors import AuditError, FedloomError, MessageError, NonFiniteLoss, PolicyError
+from fedloom.errors import (
+    AuditError,
+    DataError,
+    FedloomError,
+    MessageError,
+    NonFiniteLoss,
+    PolicyError,
+)
 
 LOG = logging.getLogger("fedloom.worker")
 
@@ -64,7 +71,7 @@ class Said(MessageError):
 
 @contextmanager
 def failing_as(sentence: Sentence) -> Iterator[None]:
-    """Have whatever goes wrong inside be told by one sentence, but for what the policy refuses.
+    """Have whatever goes wrong inside be told by one sentence, or be the rows' fault.
 
     Raises:
         Said: Something did; the client's log has what.
@@ -74,6 +81,8 @@ def failing_as(sentence: Sentence) -> Iterator[None]:
         yield
     except (PolicyError, Said):
         raise
+    except DataError as error:
+        raise Said(Sentence.READING) from error
     except Exception as error:
         raise Said(sentence) from error
 

@@ -274,13 +274,7 @@ class Worker:
             run.secret_noise
         ):  # asked the same again, the same noise; asked anything else, other noise
             engine.noise_seed = secret_number(self.key, run.id, header.payload)
-        exchange = Exchange(
-            header.action,
-            header.round,
-            request,
-            reply,
-            {number: data},
-        )
+        exchange = Exchange(header.action, header.round, request, reply, {number: data})
         (answer,) = engine.exchange(exchange)
         engine.finish_round()
         if number in engine.store.changed:
