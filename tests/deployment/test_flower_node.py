@@ -21,7 +21,7 @@ import fedloom.deployment
 from fedloom.deployment import flower_node
 from fedloom.deployment.flower_node import APP, FlowerNode, RefusedApp, digest_of_bundle
 from fedloom.engines.records import from_records, to_records
-from fedloom.envelope import Envelope
+from fedloom.envelope import LONGEST_HEADER, Envelope
 from fedloom.errors import ConnectionFailed, IdentityError
 from fedloom.identity import make_key, read_key
 
@@ -232,7 +232,7 @@ def test_a_message_that_is_not_whole_is_refused(take_part, spoil):
 
 def test_a_message_larger_than_is_allowed_is_refused_before_the_rest_is_asked_for(take_part):
     flower = Flower()
-    flower.ask(to_records(Envelope(b"header", bytes(1 << 20))))
+    flower.ask(to_records(Envelope(b"header", bytes(LONGEST_HEADER + 100_000))))
     assert take_part(flower, reply, max_bytes=1 << 16) == []
     assert flower.replies[0].has_error()
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1] if __name__ == "__main__" else "none")
 MODEL, OTHER, EVIL = (FOLDER / name for name in ("model", "other", "evil"))
 ROWS, SECRET = FOLDER / "rows.jsonl", FOLDER / "secret.jsonl"
 GONE = FOLDER / "gone.jsonl"
@@ -144,7 +144,7 @@ def worker(name, **sections):
     path = home.path / "my.toml"
     path.write_text(write_toml(sections))
     home.write_joining(
-        Joining(door="localhost:9", number=0, key=str(FOLDER / "client.key"), own=str(path))
+        Joining(gateway="localhost:9", number=0, key=str(FOLDER / "client.key"), own=str(path))
     )
     return Worker(home)
 

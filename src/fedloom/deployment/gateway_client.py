@@ -22,6 +22,10 @@ TIMEOUT = 4.0
 """Seconds for each step until a client is let in."""
 
 
+GREETED = 1.0
+"""Seconds for a server without TLS to begin."""
+
+
 class RunIsOver(ConnectionFailed):
     """The run that a stream was to be opened to is not under way."""
 
@@ -96,12 +100,15 @@ class GatewayClient:
         raise IdentityError(f"the server at {self.address} does not let this client in: {reason}")
 
     def _prove(self, connection: socket.socket, purpose: Purpose, run: str) -> dict[str, Any]:
+        if self.authority is None:  # a server that speaks TLS waits for it, and says nothing
+            connection.settimeout(GREETED)
         nonce = handshake.nonce_of(_read(connection, handshake.GREETING))
         if nonce is None:
             raise ConnectionFailed(
                 f"what listens at {self.address} is no gateway of this version of fedloom; upgrade "
                 "server and clients together"
             )
+        connection.settimeout(TIMEOUT)
         certificate = b""
         if isinstance(connection, ssl.SSLSocket):
             certificate = connection.getpeercert(binary_form=True) or b""
