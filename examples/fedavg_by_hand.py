@@ -50,8 +50,9 @@ def fedavg(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return the trained tensors after some rounds in which every client takes part."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    backbone = AutoModelForCausalLM.from_pretrained(model_folder).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    backbone = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False)
+    backbone.requires_grad_(False)
     torch.manual_seed(derive_seed(seed, "adapter"))
     config = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(backbone, config)

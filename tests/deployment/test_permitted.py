@@ -206,6 +206,34 @@ def test_what_the_clients_file_sets_stands_before_the_numbers_of_the_experiment(
     assert (whole.data.test_fraction, whole.data.builtin_rows) == (0.2, 1600)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"source": "a.jsonl", "continuations": {"chosen": "pos", "rejected": "neg", "words": 5}},
+        {
+            "domains": {
+                "a": {"source": "a.jsonl", "only": {"x": ["1"]}},
+                "b": {"source": ["c", "d"]},
+            }
+        },
+        {
+            "source": "all.jsonl",
+            "share": "experiment",
+            "test_source": "test.jsonl",
+            "only": {"x": ["1"]},
+        },
+    ],
+)
+def test_everything_about_reading_is_the_clients_own_to_say(own, said):
+    file = own({"data": {"kind": "preference", **said}})
+    asked = {"source": "x.jsonl", "kind": "preference", "max_length": 64, "test_fraction": 0.4}
+    data = ask(file, data=asked).experiment.data.model_dump(exclude_unset=True)
+    numbers = {"max_length": 64, "builtin_rows": 1600, "test_fraction": 0.4}
+    taken = numbers if said.get("share") else {"max_length": 64}
+    said = {name: value for name, value in said.items() if name != "share"}
+    assert data == {"kind": "preference", **taken, **said}
+
+
 def test_the_share_of_built_in_rows_is_the_experiments(own):
     asked = Experiment.from_table(
         {

@@ -114,6 +114,15 @@ def test_the_server_is_told_the_line_and_the_log_the_rest(server, small, caplog)
     assert "adapter.rank = 300 is above 256" in caplog.text
 
 
+def test_a_model_that_is_there_and_one_that_is_not_are_refused_in_the_same_bytes(server, small):
+    found, replies = server(models=[]), set()
+    for path in (small["model"]["path"], "/nowhere", "/etc/passwd", "someone/something"):
+        run, envelope, reply = found.join({**small, "model": {"path": str(path)}})
+        text = envelope.header.decode().replace(run, "RUN")
+        replies.add(text.replace(f'"number":{reply.number}', '"number":0'))
+    assert len(replies) == 1 and "policy.models" in replies.pop()
+
+
 def test_what_is_refused_costs_the_run_under_way_nothing(server, small):
     found = server()
     run, _, _ = found.join(small)

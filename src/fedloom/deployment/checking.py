@@ -393,6 +393,10 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
         if name.endswith("_noise") and value not in (0, "none")
     ]
     if noise:
+        if "embedding_noise = gaussian" in noise:
+            noise += [
+                f"{name} = {getattr(experiment.method, name):g}" for name in ("epsilon", "delta")
+            ]
         source = (
             "this client's key"
             if own.worker.secret_noise
