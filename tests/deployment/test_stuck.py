@@ -1,6 +1,5 @@
 """A server that goes away while a message is on its way must not leave a client that is never there again."""
 
-import random
 import time
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -11,9 +10,7 @@ from flwr.supernode import start_client_internal
 
 from fedloom.deployment.client import STUCK
 from machines import machines
-
-HITS, MOST = 3, 14
-"""Kills that come in time, and how many are tried for them."""
+from sampling import drawn, tries
 
 
 @pytest.mark.parametrize("error", [RunNotRunningException(), ConnectionError("gone")])
@@ -35,21 +32,25 @@ def test_flower_says_so_when_it_did_not_receive_a_message_whole(error, monkeypat
     assert STUCK.search(said[-1].encode()) and not any(STUCK.search(s.encode()) for s in said[:-1])
 
 
-@pytest.mark.slow
-def test_a_client_is_there_after_a_server_was_killed_while_it_was_asked(experiment):
-    """Killed between what a message holds and the word that it came, which is some milliseconds."""
+@pytest.mark.serial
+@pytest.mark.parametrize(("enough", "most"), tries((3, 14), (20, 60)))
+def test_a_client_is_there_after_a_server_was_killed_while_it_was_asked(experiment, enough, most):
+    """Killed between what a message holds and the word that it came, which is some milliseconds.
+
+    ``enough`` kills are to come in time, and so many at ``most`` are tried for them.
+    """
     settings = experiment(
         method={"name": "scaffold"},
         federation={"clients": 2, "rounds": 2, "patience": 60, "quorum": 1.0},
         training={"local_steps": 1},
     )
-    rng, waits, hits = random.Random(1), [], 0
+    rng, waits, hits = drawn("stuck"), [], 0
     with machines(2) as own:
         own.start_all()
         path = own.folder / "run.toml"
         path.write_text(settings.to_toml())
         words = ["run", path, "--engine", "flower", "--home", own.server, "--set"]
-        for kill in range(MOST):
+        for kill in range(most):
             said = own.folder / f"c{rng.randrange(2)}" / "logs" / "supernode.out"
             before = said.stat().st_size
             log = own.start("run", *words, f"output.folder={own.folder}/cut-{kill}")
@@ -65,7 +66,7 @@ def test_a_client_is_there_after_a_server_was_killed_while_it_was_asked(experime
             own.call(*words, f"output.folder={own.folder}/whole-{kill}")
             waits.append(time.monotonic() - start)
             hits += STUCK.search(said.read_bytes()[before:]) is not None
-            if hits == HITS:
+            if hits == enough:
                 break
     assert hits
     print(f"{hits} kills came in time; runs after: {[round(wait) for wait in waits]} s")

@@ -31,7 +31,7 @@ from fedloom.report.experts_section import history
 from fedloom.runner import Silent, resume_run
 
 MIXTURE = {
-    "data": {"source": "builtin:preferences", "builtin_rows": 100},
+    "data": {"source": "builtin:preferences", "builtin_rows": 60},
     "partition": {"kind": "column", "column": "domain", "client_test_fraction": 0.2},
     "federation": {"clients": 4, "rounds": 3},
     "adapter": {"kind": "experts", "rank": 2, "alpha": 4.0, "experts": 6},
