@@ -58,18 +58,20 @@ SETS = {
 }
 
 
+FEW = ("dpo", "kto", "sft", "classification")
+
 SHARED_LOSS = {"distillation", "split"}
 """Methods for losses that several parties share; tests/methods has them."""
 
-CLASSIC = ["fedavg", "centralised", "local_only"]
-OTHERS = sorted(METHODS.keys() - SHARED_LOSS - set(CLASSIC))
-TURNS = [(method, name) for method in CLASSIC for name in SETS] + [
+CLASSIC = ["centralised", "local_only"]
+OTHERS = sorted(METHODS.keys() - SHARED_LOSS - {"fedavg", *CLASSIC})
+TURNS = [("fedavg", name) for name in SETS] + [
     pytest.param(method, name, marks=[pytest.mark.slow] if (place + turn) % 3 else [])
-    for place, method in enumerate(OTHERS)
-    for turn, name in enumerate(("dpo", "kto", "sft", "classification"))
+    for place, method in enumerate(CLASSIC + OTHERS)
+    for turn, name in enumerate(SETS if method in CLASSIC else FEW)
     if name != "classification" or method not in ("fedpdpo", "fedamole", "fedmoe")
 ]
-"""Of the newer methods every third pair is quick, so that each runs under one objective or two."""
+"""Of all but FedAvg every third pair is quick, so that each method runs under one objective or more."""
 
 ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
 """What a method needs that does not do with LoRA."""
