@@ -4,24 +4,34 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow full clean
 
 demo: $(VENV)/.installed  ## the main job on embedded defaults: no network, no files
 	@$(BIN)/fedloom demo
 
-test: $(VENV)/.developing  ## the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(VENV)/.developing  ## the tests, within five minutes
+	@$(PYTEST) $(WORKERS)
 
 check: $(VENV)/.developing  ## formatting, lint, types, layers, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) $(WORKERS)
 
-slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes, a sample of the full ones
+	$(PYTEST) $(WORKERS) -m "slow and not serial"
+	$(PYTEST) -m "slow and serial"
+
+full: SHELL := /bin/bash
+full: $(VENV)/.developing  ## sweeps, long fuzzing, marathons of kills: up to two hours; its log is kept
+	@mkdir -p benchmarks/results
+	@set -o pipefail; { git log -1 --format="commit %H"; date --utc "+%F %H:%M UTC"; \
+		$(PYTEST) -m full --durations=0 --durations-min=1 -rP --show-capture=stdout --tb=short; } 2>&1 \
+		| tee benchmarks/results/full.log
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -2,46 +2,79 @@
 
 import json
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
-import torch
+from filelock import FileLock
 
-from fedloom.data.builtin import pretraining_texts
-from fedloom.experiment import Experiment
-from fedloom.models.tiny import TinyRecipe, make_tiny_model
+PLUGINS = ("federation", "judge_server", "loopback", "machines")
 
-pytest_plugins = ["federation", "judge_server", "loopback", "machines"]
-torch.set_num_threads(1)
+
+def pytest_configure(config):
+    """Load torch and the fixtures, but not in the process that only hands tests to workers."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    for name in PLUGINS:
+        config.pluginmanager.import_plugin(name)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of this session, the same one in all workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(folder, make):
+    """Return a folder that one of the workers makes for all."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
+def cache(shared_folder):
+    folder = shared_folder / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["FEDLOOM_CACHE"] = str(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def model_folder(shared_folder):
     """A Llama-shaped model of 2 layers that was hardly trained, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
+    import numpy as np
+
+    from fedloom.data.builtin import pretraining_texts
+    from fedloom.models.tiny import TinyRecipe, make_tiny_model
+
     texts = pretraining_texts(np.random.default_rng(0), 200)
     recipe = TinyRecipe(vocabulary=320, hidden=32, intermediate=64, layers=2, heads=2, steps=2)
-    make_tiny_model(folder, texts, recipe)
-    return folder
+    return made_once(shared_folder / "model", lambda own: make_tiny_model(own, texts, recipe))
 
 
 @pytest.fixture(scope="session")
-def mixture_folder(model_folder, tmp_path_factory):
+def mixture_folder(model_folder, shared_folder):
     """A Mixtral-shaped model of 2 blocks with 6 experts each, not trained, with the same tokenizer."""
+    return made_once(shared_folder / "mixture", lambda own: make_mixture(own, model_folder))
+
+
+def make_mixture(folder, model_folder):
+    import torch
     from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-    folder = tmp_path_factory.mktemp("mixture")
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
     tokenizer.save_pretrained(str(folder))
     config = MixtralConfig(
@@ -60,7 +93,19 @@ def mixture_folder(model_folder, tmp_path_factory):
     )
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(str(folder))
-    return folder
+
+
+@pytest.fixture(scope="module")
+def once():
+    """Do by name what several tests of a module need, the first time alone, and return what came of it."""
+    done = {}
+
+    def do(name, make):
+        if name not in done:
+            done[name] = make()
+        return done[name]
+
+    return do
 
 
 @pytest.fixture
@@ -72,7 +117,7 @@ def table(model_folder, tmp_path):
         "data": {"source": "builtin:preferences", "builtin_rows": 60},
         "federation": {"rounds": 2, "clients": 3},
         "training": {"learning_rate": 1e-3, "batch_size": 8},
-        "evaluation": {"samples": 2, "max_new_tokens": 4},
+        "evaluation": {"samples": 2, "max_new_tokens": 2},
         "output": {"folder": str(tmp_path / "run")},
     }
 
@@ -80,6 +125,7 @@ def table(model_folder, tmp_path):
 @pytest.fixture
 def experiment(table):
     """Make an experiment from the small table with some sections changed."""
+    from fedloom.experiment import Experiment
 
     def make(**sections):
         changed = {name: {**table.get(name, {}), **section} for name, section in sections.items()}

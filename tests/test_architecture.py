@@ -1,6 +1,7 @@
 """Who imports the heavy libraries. The layers of the package itself are import-linter's: `make check`."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,13 @@ def imported(tree, when_loaded=False):
     return found
 
 
+@cache
+def imported_by(file, when_loaded):
+    return imported(ast.parse(file.read_text("utf-8")), when_loaded)
+
+
 def importers(package, files=FILES, when_loaded=False):
-    return [f for f in files if package in imported(ast.parse(f.read_text("utf-8")), when_loaded)]
+    return [f for f in files if package in imported_by(f, when_loaded)]
 
 
 SOURCE = """

@@ -227,7 +227,7 @@ def test_the_live_table_draws(experiment):
 def comparison(experiment, tmp_path):
     import tomli_w
 
-    table = experiment(evaluation={"samples": 0}).to_table()
+    table = experiment(evaluation={"samples": 0}, data={"builtin_rows": 30}).to_table()
     table = tomllib.loads(Experiment.from_table(table).to_toml())
     del table["name"], table["output"]
     arms = {"dpo": {"objective": {"name": "dpo"}}, "kto": {"objective": {"name": "kto"}}}

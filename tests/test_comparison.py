@@ -32,6 +32,7 @@ def file(table, tmp_path):
     def write(base=None, **settings):
         del table["output"]
         table["evaluation"] = {"samples": 0}
+        table["data"]["builtin_rows"] = 30
         for section, values in (base or {}).items():
             table[section] = {**table.get(section, {}), **values}
         own = {"budget": "steps", "amount": 2, "seeds": [0, 1], "objectives": ARMS}
@@ -115,7 +116,12 @@ def test_other_budgets_hold_for_pairs_and_single_answers_alike(file, tmp_path, b
 
 def test_as_set_leaves_the_arms_their_own_work_and_says_so(file, tmp_path):
     folder = compare(
-        read_comparison(file({"training": {"total_epochs": 3.0}}, budget="as_set", amount=None, seeds=[0])),
+        read_comparison(
+            file(
+                {"training": {"total_epochs": 3.0}, "data": {"builtin_rows": 60}},
+                budget="as_set", amount=None, seeds=[0],
+            )
+        ),
         tmp_path / "out", workers=1,
     )  # fmt: skip
     steps = {r["objective"]: r["steps"]["mean"] for r in results(*read_cells(folder))["did"]}

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import sys
@@ -15,8 +14,9 @@ import pytest
 from fedloom.audit import events, verify
 from fedloom.experiment import Experiment
 from fedloom.runner import Silent, resume_run, run_experiment
+from sampling import drawn, tries
 
-KILLS, SIDES = 1000, 2
+SIDES = 2
 WRITES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 
 
@@ -68,8 +68,9 @@ def killed_until_it_ends(context, path, folder, rng, whole, operations):
         kills += 1
 
 
-@pytest.mark.slow
-def test_a_thousand_kills(experiment, tmp_path):
+@pytest.mark.serial
+@pytest.mark.parametrize("enough", tries(20, 1000))
+def test_a_thousand_kills(experiment, tmp_path, enough):
     """Half of them at random moments, half before random file operations, of which a run has hundreds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_kill_points", "fedloom.assembly"])
@@ -96,8 +97,8 @@ def test_a_thousand_kills(experiment, tmp_path):
     expected, runs = files(tmp_path / "quiet"), []
 
     def side(number):
-        rng, kills = random.Random(number), 0
-        while kills < KILLS // SIDES:
+        rng, kills = drawn("kill points", number), 0
+        while kills < enough // SIDES:
             path, folder = made(f"{number}-{kills}")
             kills += killed_until_it_ends(context, path, folder, rng, whole, counted.value)
             assert files(folder) == expected, folder

@@ -32,11 +32,12 @@ def suited(table, mixture_folder):
         if method in ("distillation", "split"):
             own |= {"objective": {"name": "classification"}}
             own |= {
-                "data": {"source": "builtin:labelled", "builtin_rows": 60},
+                "data": {"source": "builtin:labelled"},
                 "public": {"rows": 8},
             }
         if method == "split":
             own |= {"evaluation": {**table["evaluation"], "per_client": False}}
+        own["data"] = {**own["data"], "builtin_rows": 30}
         own["training"] = {**table["training"], "local_steps": 2}
         return {**own, "method": {"name": method}}
 

@@ -11,6 +11,7 @@ import fedloom
 from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
 from machines import machines
+from sampling import sampled
 
 FEDERATED = sorted(METHODS.keys() - {"centralised"})
 ADAPTERS = {
@@ -30,8 +31,8 @@ def read(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", FEDERATED)
+@pytest.mark.serial
+@pytest.mark.parametrize("method", sampled(FEDERATED, 3))
 def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path):
     table = {
         "adapter": ADAPTERS.get(method, {}),

@@ -10,6 +10,7 @@ from machines import can_have_namespaces, machines
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.serial,
     pytest.mark.skipif(not can_have_namespaces(), reason="no network namespaces on this machine"),
 ]
 

@@ -81,6 +81,7 @@ def test_units_and_containers_call_what_there_is():
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_who_follows_the_page_gets_a_federation(tmp_path):
     (script,) = [block for block in blocks("sh") if "make .venv" in block]
     lines = script.splitlines()

@@ -48,6 +48,7 @@ def test_status_shows_the_clients(federation_of_two):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):
     settings = experiment(
         federation={"clients": 2, "rounds": 24, "patience": 60},
@@ -70,6 +71,7 @@ def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_mistake_in_the_run_is_told_where_it_was_asked_for(federation_of_two, experiment):
     settings = small(experiment, model={"path": "/nowhere/at/all"})
     path = federation_of_two.folder / "wrong.toml"
@@ -156,6 +158,7 @@ def test_a_second_client_is_refused(federation_of_two):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_server_can_listen_at_one_address_alone():
     with machines(1) as own:
         own.network.listen_at = own.network.address = "127.0.0.2"

@@ -71,9 +71,15 @@ def test_a_local_task_gives_the_accuracy_computed_by_hand(experiment, task, mode
     assert limited["fedloom_colours"]["acc"] in (0.0, 0.5, 1.0)
 
 
-def test_what_is_no_task(task, model_folder, tmp_path, monkeypatch):
+@pytest.mark.slow  # lm-eval reads its thousands of tasks for it
+def test_a_name_near_a_task_of_lm_evals_is_told(model_folder):
     with pytest.raises(DataError, match="no task 'arc_eesy'; did you mean arc_easy"):
         run_harness(None, str(model_folder), ["arc_eesy"])
+
+
+def test_what_is_no_task(task, model_folder, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no task 'colours'; did you mean colour"):
+        harness._check_known(["colours"], ["colour", "shape"])
     with pytest.raises(DataError, match="cannot be read"):
         run_harness(None, str(model_folder), [str(tmp_path / "no.yaml")])
     with pytest.raises(DataError, match=r"cannot run fedloom_colours on .*nowhere"):

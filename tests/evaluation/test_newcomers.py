@@ -8,7 +8,7 @@ import fedloom
 from fedloom.errors import SettingsError
 
 PEOPLE = {
-    "data": {"source": "builtin:opposed", "builtin_rows": 120},
+    "data": {"source": "builtin:opposed", "builtin_rows": 60},
     "partition": {"kind": "column", "column": "side", "client_test_fraction": 0.2},
     "federation": {"clients": 4, "rounds": 2},
     "clients": {"newcomers": [1, 3], "newcomer_steps": 3},

@@ -55,11 +55,11 @@ def norm(found, other):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_attacker_of_five_moves_the_mean_far_and_no_robust_rule(
-    experiment, federate, attacked, rule
+    experiment, federate, attacked, once, rule
 ):
-    honest = federate(experiment(**FIVE)).adapter
+    honest = once("honest", lambda: federate(experiment(**FIVE)).adapter)
     attacked()
-    mean = federate(experiment(**FIVE))
+    mean = once("attacked", lambda: federate(experiment(**FIVE)))
     robust = federate(experiment(**FIVE, **settings(rule)))
     start = mean.parts.initial
     moved = norm(honest, start)
@@ -70,7 +70,8 @@ def test_one_attacker_of_five_moves_the_mean_far_and_no_robust_rule(
 
 @pytest.mark.parametrize("name", AVERAGING)
 def test_every_method_that_averages_knows_the_rules(experiment, federate, name):
-    own = {**FIVE, "method": {"name": name}}
+    own = {"method": {"name": name}, "federation": {"clients": 3, "rounds": 1}}
+    own |= {"data": {"builtin_rows": 30}, "training": {"batch_size": 4}}
     plain = federate(experiment(**own)).state.tensors
     robust = federate(experiment(**own, **settings("median"))).state.tensors
     assert plain.keys() == robust.keys()

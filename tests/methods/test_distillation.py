@@ -22,7 +22,7 @@ KINDS = {
         "objective": {"name": "sft"},
     },
     "classification": {
-        "data": {"source": "builtin:labelled", "builtin_rows": 200},
+        "data": {"source": "builtin:labelled", "builtin_rows": 100},
         "objective": {"name": "classification"},
     },
 }
@@ -328,8 +328,8 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(experiment, sections, 
 
 
 def test_a_public_set_that_takes_all_rows(federate, distil):
-    with pytest.raises(DataError, match=r"public.rows = 160: there are \d+ training rows"):
-        federate(distil(public={"rows": 160}))
+    with pytest.raises(DataError, match=r"public.rows = 80: there are \d+ training rows"):
+        federate(distil(public={"rows": 80}))
 
 
 def test_numbers_are_refused_by_name():

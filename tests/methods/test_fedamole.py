@@ -31,7 +31,7 @@ from fedloom.report.experts_section import history
 from fedloom.runner import Silent, resume_run
 
 MIXTURE = {
-    "data": {"source": "builtin:preferences", "builtin_rows": 100},
+    "data": {"source": "builtin:preferences", "builtin_rows": 60},
     "partition": {"kind": "column", "column": "domain", "client_test_fraction": 0.2},
     "federation": {"clients": 4, "rounds": 3},
     "adapter": {"kind": "experts", "rank": 2, "alpha": 4.0, "experts": 6},
@@ -58,6 +58,12 @@ def messages(monkeypatch):
 
     monkeypatch.setattr(SimulationEngine, "_answer", answer)
     return seen
+
+
+@pytest.fixture
+def usual(experiment, federate, messages, once):
+    """A run that several tests look at, and its messages."""
+    return once("usual", lambda: (federate(experiment(method=METHOD, **MIXTURE)), list(messages)))
 
 
 def of_round(messages, round):
@@ -91,10 +97,8 @@ def test_every_round_keeps_the_limits_and_everyone_is_judged_by_its_own(
             assert sum(is_domain(n) and n.startswith(f"{layer}.") for n in kept) == 2 * count
 
 
-def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(
-    experiment, federate, messages
-):
-    found = federate(experiment(method=METHOD, **MIXTURE))
+def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(usual):
+    found, messages = usual
     layers, like = found.parts.method.layers, found.parts.initial
     own = of_round(messages, 3)
     sent = {
@@ -119,8 +123,8 @@ def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(
         assert torch.equal(found.state.tensors[TOKENS][:, c], reply.tensors[TOKENS])
 
 
-def test_bytes_are_the_closed_form_of_each_clients_assignment(experiment, federate, messages):
-    found = federate(experiment(method=METHOD, **MIXTURE))
+def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
+    found, messages = usual
     shapes = found.parts.model.layers
     rank, sizes = 2, set()
     for round in (1, 2, 3):
@@ -363,8 +367,8 @@ def test_relevance_and_its_softmax_over_clients_by_hand():
     assert chances.sum(1) == pytest.approx([1.0, 1.0])
 
 
-def test_the_record_says_who_held_what_and_how_tokens_spread(experiment, federate, messages):
-    found = federate(experiment(method=METHOD, **MIXTURE))
+def test_the_record_says_who_held_what_and_how_tokens_spread(usual):
+    found, messages = usual
     for record in found.records[1:]:
         details = record.details["experts"]
         assert details["experts"] == 6 and len(details["layers"]) == len(found.parts.model.layers)

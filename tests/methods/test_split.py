@@ -54,8 +54,8 @@ def split(experiment):
     ],
     ids=str,
 )
-def test_one_client_is_centralised_training_bit_for_bit(federate, split, kind, method):
-    whole = federate(split(kind, name="centralised"))
+def test_one_client_is_centralised_training_bit_for_bit(federate, split, once, kind, method):
+    whole = once(kind, lambda: federate(split(kind, name="centralised")))
     found = federate(split(kind, **method))
     assert whole.adapter.keys() == found.adapter.keys()
     assert all(torch.equal(found.adapter[n], whole.adapter[n]) for n in whole.adapter)
@@ -120,11 +120,12 @@ def test_dropout_is_each_partys_own_and_repeatable(federate, experiment):
 
 
 @pytest.mark.parametrize("encoding", ["bf16", "fp16", "int8"])
-def test_every_encoding_learns_nearly_the_same(federate, split, encoding):
+def test_every_encoding_learns_nearly_the_same(federate, split, once, encoding):
     training = {"optimizer": "sgd", "learning_rate": 0.1}
-    plain = federate(split(training=training)).adapter
+    plain = once("plain", lambda: federate(split(training=training)).adapter)
     found = federate(split(training=training, activations=encoding, gradients=encoding)).adapter
-    start = federate(split(training={**training, "learning_rate": 1e-12})).adapter
+    still = {**training, "learning_rate": 1e-12}
+    start = once("start", lambda: federate(split(training=still)).adapter)
     way = sum(float((plain[n] - start[n]).norm()) ** 2 for n in plain) ** 0.5
     error = sum(float((plain[n] - found[n]).norm()) ** 2 for n in plain) ** 0.5
     assert 0 < error < 0.05 * way

@@ -2,26 +2,31 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 import fedloom
 from fedloom.errors import OutputError
+from fedloom.experiment import Experiment
 from fedloom.report.page import read_run, render, write_report
 from fedloom.report.run_folder import RunFolder
 
 
 @pytest.fixture
-def folder(experiment):
+def folder(experiment, once, tmp_path):
+    """A copy of the folder of a run."""
     built = experiment(partition={"kind": "dirichlet", "column": "domain"})
-    return fedloom.run(built).folder
+    made = once("run", lambda: fedloom.run(built).folder)
+    return shutil.copytree(made, tmp_path / "copy")
 
 
 def test_one_run(folder):
     page = write_report([folder]).read_text()
     assert page.count("<svg") == 7 and "</html>" in page
     assert "measured" in page and "derived" in page
-    assert f"fedloom run {folder}/experiment.toml" in page
+    made = Experiment.from_toml(folder / "experiment.toml").output.folder
+    assert f"fedloom run {made}/experiment.toml" in page
     summary = json.loads((folder / "summary.json").read_text())
     assert f"{summary['after']:.3f}" in page and summary["adapter"]["sha256"][:16] in page
 
@@ -100,7 +105,8 @@ def test_several_runs_are_compared(experiment, tmp_path):
     for seed in (0, 1):
         for method in ("fedavg", "local_only"):
             output = {"folder": str(tmp_path / f"{method}-{seed}")}
-            built = experiment(method={"name": method}, federation={"seed": seed}, output=output)
+            own = {"federation": {"seed": seed}, "data": {"builtin_rows": 30}, "output": output}
+            built = experiment(method={"name": method}, **own)
             folders.append(fedloom.run(built).folder)
     page = write_report(folders, tmp_path / "all.html").read_text()
     assert "4 runs compared" in page and "Over seeds" in page and "±" in page

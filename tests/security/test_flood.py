@@ -83,6 +83,7 @@ def on_disk(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_members_play_on_while_strangers_flood_the_gateway(experiment):
     settings = experiment(

@@ -182,6 +182,7 @@ def flwr(site):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_flowers_command_line_gets_no_answer(flwr, site, words):
     done = flwr(*words, "{link}")
@@ -224,6 +225,8 @@ def answered(port, request, authority=None):
     return answer
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_no_path_answers_over_http(site):
     table = []
     for tls in (site.server / "ca.pem", None):
@@ -238,6 +241,8 @@ def test_no_path_answers_over_http(site):
     assert len(table) == 4 * len(PATHS)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_no_method_answers_over_grpc(site):
     credentials = grpc.ssl_channel_credentials((site.server / "ca.pem").read_bytes())
     address = f"localhost:{site.port}"
@@ -254,6 +259,8 @@ def test_no_method_answers_over_grpc(site):
                     ), (service, method)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
     gateway = GatewayClient(
         f"localhost:{site.port}",
@@ -275,6 +282,8 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
         assert status == 403 if path not in fleet.CALLS else status in (400, 401, 415, 422), path
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("line", "headers", "status"),
     [
@@ -324,6 +333,8 @@ def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
             assert connection.recv(1 << 16) == b""  # and the connection is over
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_flowers_server_cannot_be_reached_from_outside(site):
     """Nor by another user of its own machine."""
     listening = []
@@ -336,6 +347,8 @@ def test_flowers_server_cannot_be_reached_from_outside(site):
     assert own == [f"0100007F:{int(private):04X}"]
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_another_user_of_the_servers_machine_gets_no_answer(site):
     private = int(re.search(r"flower = (\d+)", (site.server / "server.toml").read_text())[1])
