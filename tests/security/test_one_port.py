@@ -5,21 +5,31 @@ What a stranger may reach is listed by hand: a call that a later Flower adds is 
 """
 
 import contextlib
+import http.server
+import importlib
 import os
+import pkgutil
 import re
 import socket
 import ssl
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import flwr.proto
 import grpc
 import pytest
+from fastapi.routing import iter_route_contexts
+from flwr.cli.app import app
 from flwr.superlink.main import create_app
+from typer.main import get_command
 
 from fedloom.deployment import exposure, fleet
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.identity import make_authority, read_key
+from fedloom.errors import ConnectionFailed
+from fedloom.identity import public_pem, read_key
 from machines import machines
 
 # Every service and method in the protobuf files of flwr 1.42.0.
@@ -110,12 +120,6 @@ ELSEWHERE = {"new", "build", "install", "config", "app", "chat"}
 
 
 def test_every_call_that_flower_has_is_known_here():
-    import importlib
-    import pkgutil
-
-    import flwr.proto
-    from fastapi.routing import iter_route_contexts
-
     found = {}
     for module in pkgutil.iter_modules(flwr.proto.__path__):
         if module.name.endswith("_pb2"):
@@ -194,9 +198,6 @@ def test_flowers_command_line_gets_no_answer(flwr, site, words):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_these_are_all_commands_that_speak_to_a_server():
-    from flwr.cli.app import app
-    from typer.main import get_command
-
     def leaves(command, path=()):
         if not hasattr(command, "commands"):
             return [path]
@@ -268,8 +269,6 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
         (site.server / "ca.pem").read_bytes(),
     )
     own = (site.folder / "0.pub").read_text()
-    from fedloom.identity import public_pem
-
     header = fleet.key_header(public_pem(" ".join(own.split()[:2]))).decode()
     for path in PATHS:
         connection, _ = gateway.open("fleet")
@@ -311,8 +310,6 @@ def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
         read_key(site.folder / "0.key"),
         (site.server / "ca.pem").read_bytes(),
     )
-    from fedloom.identity import public_pem
-
     own = " ".join((site.folder / "0.pub").read_text().split()[:2])
     said = {
         "host": "x",
@@ -381,12 +378,8 @@ def test_another_user_of_the_servers_machine_gets_no_answer(site):
             ) or "closed" in done.stdout
 
 
-def test_a_server_that_would_show_flower_to_the_network_does_not_serve(tmp_path):
+def test_a_server_that_would_show_flower_to_the_network_does_not_serve():
     """The check at its start, against something that answers as Flower does."""
-    import http.server
-    import threading
-
-    from fedloom.errors import ConnectionFailed
 
     class Answers(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -405,9 +398,6 @@ def test_a_server_that_would_show_flower_to_the_network_does_not_serve(tmp_path)
         ):
             exposure.require_unexposed("127.0.0.1", other.server_port, tls=False, private=1)
         other.shutdown()
-    from concurrent.futures import ThreadPoolExecutor
-
-    make_authority(tmp_path, ["localhost"])
     own = grpc.server(ThreadPoolExecutor(1))
     port = own.add_insecure_port("127.0.0.1:0")
     own.start()
