@@ -40,19 +40,18 @@ def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
     Raises:
         MessageError: It is longer; nothing of it has been read.
     """
-    length = read_length(read, limit)
-    return None if length is None else read(length)
-
-
-def read_length(read: Read, limit: Callable[[], int]) -> int | None:
-    """Return the length of the next message; see :func:`read_frame`."""
-    prefix = read(LENGTH.size)
-    if prefix is None:
+    length = read_length(read)
+    if length is None:
         return None
-    length = int(LENGTH.unpack(prefix)[0])
     if length > limit():
-        raise MessageError(f"a message of {length} bytes, {limit()} are allowed")
-    return length
+        raise MessageError(f"a message of {length} bytes, {limit()} are allowed", "oversized")
+    return read(length)
+
+
+def read_length(read: Read) -> int | None:
+    """Return the length of the next message, or ``None`` where the stream has ended."""
+    prefix = read(LENGTH.size)
+    return None if prefix is None else int(LENGTH.unpack(prefix)[0])
 
 
 def reader(connection: socket.socket) -> Read:

@@ -48,6 +48,7 @@ from fedloom.errors import DataError, MessageError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -213,7 +214,7 @@ class FedAMoLE(OwnMixture):
             name: TensorSpec(name, tuple(t.shape), t.dtype, ragged=name.startswith(EXPERTS))
             for name, t in most.items()
         }
-        request = Schema(tuple(specs.values()), ("learning_rate",))
+        request = Schema(tuple(specs.values()), (LEARNING_RATE,))
         learnt = [spec for name, spec in specs.items() if name != HELD]
         size = (len(self.layers), self.rank)
         learnt.append(TensorSpec(TOKENS, size, torch.float32))
@@ -238,7 +239,7 @@ class FedAMoLE(OwnMixture):
                         f"tensor {name} has {len(tensor)} rows, this client's experts make {wanted[name]}"
                     )
 
-        reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, metrics=True)
+        reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, cohort.reported)
         return Exchange("train", cohort.round, request, reply, requests, check)
 
     def _means(

@@ -25,6 +25,7 @@ from fedloom.errors import ModelError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -124,13 +125,13 @@ class FedMoE(OwnMixture):
             TensorSpec(name, (self.held, *tensor.shape[1:]), tensor.dtype)
             for name, tensor in adapter.items()
         )
-        numbers = {"learning_rate": cohort.learning_rate}
-        request = Schema(specs, tuple(numbers))
+        numbers = {LEARNING_RATE.name: cohort.learning_rate}
+        request = Schema(specs, (LEARNING_RATE,))
         requests = {
             client: encode(Payload(part_of_experts(adapter, self.blocks, own), numbers), request)
             for client, own in held.items()
         }
-        reply = Schema(specs, TRAIN_REPLY_NUMBERS, metrics=True)
+        reply = Schema(specs, TRAIN_REPLY_NUMBERS, cohort.reported)
         return Exchange("train", cohort.round, request, reply, requests)
 
     def _means(

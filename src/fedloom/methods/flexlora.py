@@ -23,7 +23,15 @@ from fedloom.aggregation.lora import norm, product_error, rank_of, resized, trun
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, encode
-from fedloom.methods.base import TRAIN_REPLY_NUMBERS, Client, Cohort, Handler, Method, Round
+from fedloom.methods.base import (
+    LEARNING_RATE,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+    Handler,
+    Method,
+    Round,
+)
 from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
 from fedloom.settings import Settings
 
@@ -76,8 +84,8 @@ class FlexLoRA(Method):
 
     def _training(self, cohort: Cohort, adapter: Tensors) -> Exchange:
         ranks, specs = self.server.ranks, ragged_specs(adapter)
-        request = Schema(specs, ("learning_rate",))
-        reply = Schema(specs, TRAIN_REPLY_NUMBERS, metrics=True)
+        request = Schema(specs, (LEARNING_RATE,))
+        reply = Schema(specs, TRAIN_REPLY_NUMBERS, cohort.reported)
         numbers = {"learning_rate": cohort.learning_rate}
         parts = {
             rank: encode(Payload(pack(resized(adapter, rank)), numbers), request)
