@@ -12,11 +12,14 @@ from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import Interrupted, RoundFailed, SettingsError
 from fedloom.messages import Answer, Exchange, Payload, Schema, decode, encode
 from fedloom.methods import METHODS
+from fedloom.methods.base import EXAMPLES, LEARNING_RATE
+from fedloom.offences import Offence
 from fedloom.runner import Silent, resume_run
+from fedloom.training.local import LOSS
 
 START = {"a": torch.ones(2), "b": torch.zeros(1, 2)}
-REQUEST = Schema.of(START, ("learning_rate",))
-REPLY = Schema.of({**START, "more": torch.zeros(1)}, ("examples",), metrics=True)
+REQUEST = Schema.of(START, (LEARNING_RATE,))
+REPLY = Schema.of({**START, "more": torch.zeros(1)}, (EXAMPLES,), (LOSS,))
 SIZES = {0: 10, 1: 10}
 
 
@@ -37,7 +40,8 @@ def test_a_change_that_is_too_large_is_left_out_and_what_was_not_sent_is_no_chan
     replies, rejected = admission.accept([fits, beyond], exchange(), SIZES)
     assert [reply.client for reply in replies] == [0]
     assert rejected == {1: "it changed what it was sent by 5, admission.max_change allows 4"}
-    assert admission.offenders(1) == [1]
+    (offence,) = admission.close(1)
+    assert offence == Offence(1, "out_of_range", rejected[1], 1)
 
 
 def test_or_it_is_shortened():
@@ -48,7 +52,7 @@ def test_or_it_is_shortened():
     found = reply.payload.tensors
     assert found["a"].tolist() == [2.5, 1.0] and found["b"].tolist() == [[0.0, 2.0]]
     assert found["more"].tolist() == [9.0] and reply.payload.numbers["examples"] == 10
-    assert rejected == {1: "no answer"} and not admission.offences
+    assert rejected == {1: "no answer"} and not admission.close(1)
 
 
 def test_who_says_that_it_has_many_rows_weighs_no_more_than_is_allowed():
@@ -67,17 +71,23 @@ def test_missing_and_failing_clients_have_not_offended():
     answers = [Answer(0, error="it fell over")]
     assert set(admission.accept(answers, exchange(), SIZES)[1]) == {0, 1}
     admission.accept([answer(0, (math.nan, 0.0)), Answer(1, b"???")], exchange(2), SIZES)
-    assert admission.offences == {0: [2], 1: [2]}
+    assert [(o.client, o.kind, o.round) for o in admission.close(2)] == [
+        (0, "not_finite", 2),
+        (1, "malformed", 2),
+    ]
 
 
 def test_three_offences_pause_a_client_and_it_begins_anew():
-    admission = Admission(AdmissionSettings(offences=2, pause=3), {7: [1, 4, 9, 10], 8: [4]})
+    earlier = [Offence(7, "forged", "x", round) for round in (1, 4, 9, 10)] + [
+        Offence(8, "forged", "x", 4)
+    ]
+    admission = Admission(AdmissionSettings(offences=2, pause=3), earlier)
     paused = {round: admission.paused(round) for round in range(1, 16)}
     # the second offence, in round 4, pauses rounds 5 to 7; those of 9 and 10 pause 11 to 13
     assert [round for round, own in paused.items() if 7 in own] == [5, 6, 7, 11, 12, 13]
     assert paused[6] == {7: 7} and paused[12] == {7: 13}
     assert not any(8 in own for own in paused.values())
-    assert not Admission(AdmissionSettings(pause=0), {7: [1, 2, 3]}).paused(4)
+    assert not Admission(AdmissionSettings(pause=0, offences=2), earlier).paused(11)
 
 
 @pytest.fixture
@@ -117,13 +127,15 @@ def test_a_repeat_offender_is_not_asked_for_some_rounds(experiment, spoiled, tmp
     assert spoiled == [1, 2, 6, 7]
     lines = (result.folder / "rounds.jsonl").read_text().splitlines()
     records = {record["round"]: record for record in map(json.loads, lines)}
-    assert records[2]["rejected"][0]["offence"] is True and records[2]["clients"] == [0, 1, 2]
+    (offence,) = records[2]["offences"]
+    assert (offence["client"], offence["kind"], offence["count"]) == (1, "not_finite", 1)
+    assert records[2]["clients"] == [0, 1, 2] and records[3]["offences"] == []
     assert records[3]["clients"] == [0, 2] and records[3]["paused"] == {"1": 5}
     assert records[6]["clients"] == [0, 1, 2] and records[6]["paused"] == {}
-    told = [text for text in Hearing.heard if "left out until" in text]
+    told = [text for text in Hearing.heard if "quarantine" in text]
     assert told == [
-        "client 1 is left out until round 5: 2 unusable answers",
-        "client 1 is left out until round 10: 2 unusable answers",
+        "client 1 is in quarantine until round 5: offences in 2 rounds (admission.offences)",
+        "client 1 is in quarantine until round 10: offences in 2 rounds (admission.offences)",
     ]
 
 

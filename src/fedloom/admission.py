@@ -30,7 +30,7 @@ from fedloom.messages import (
     decode,
     require_finite,
 )
-from fedloom.offences import Offence, Watch, one_line, quarantined
+from fedloom.offences import WHY, Offence, Watch, one_line, quarantined
 from fedloom.settings import Settings
 
 TIMES, PART = 10, 10
@@ -152,13 +152,13 @@ class Admission:
                 facts |= {"bytes": len(answer.data), "message": digest}
             try:
                 if answer.data is None:
-                    rejected[client] = one_line(answer.error or "no answer")
+                    rejected[client] = one_line(answer.error or "no answer", WHY)
                     kind = answer.offence
                 else:
                     payload = self._checked(client, answer.data, exchange, sizes, heaviest)
                     replies[client], kind = Reply(client, keep(client, payload)), None
             except MessageError as error:
-                rejected[client], kind = one_line(str(error)), error.kind
+                rejected[client], kind = one_line(str(error), WHY), error.kind
             if kind is not None:
                 facts["kind"] = kind
                 self._note(Offence(client, kind, rejected[client], exchange.round, self.run))
@@ -239,8 +239,8 @@ class Admission:
             times = TIMES * quartile
             most = max(times, sum(min(rows, times) for rows in ordered) // PART)
             why = (
-                f"{TIMES} times the upper quartile of the rows registered ({quartile}), or a tenth of all; "
-                'admission.max_examples sets another bound, or "any"'
+                f"{TIMES} times the upper quartile of the rows registered ({quartile}), or a tenth of "
+                'all; admission.max_examples sets another bound, or "any"'
             )
         return Heaviest(most, {c: rows for c, rows in sorted(sizes.items()) if rows > most}, why)
 

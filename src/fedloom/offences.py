@@ -29,8 +29,8 @@ from fedloom.errors import OffenceKind
 KINDS: tuple[OffenceKind, ...] = get_args(OffenceKind)
 """All kinds there are."""
 
-REASON = 200
-"""Characters that are kept of why an offence is one."""
+REASON, WHY = 200, 500
+"""Characters that are kept of why an offence is one, and of why a client is left out."""
 
 
 def one_line(text: str, longest: int = REASON) -> str:

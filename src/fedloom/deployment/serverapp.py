@@ -86,12 +86,15 @@ def _post(grid: Grid, home: ServerHome) -> Post:
 
 
 def _owners(home: ServerHome) -> dict[int, int]:
-    """Return the client of each of Flower's nodes, by the key with which Flower had it prove itself."""
-    if home.serving().insecure:
-        return {}
-    nodes = registered(home)
-    members = enumerate(home.members().members)
-    return {int(nodes[own.key]): number for number, own in members if own.key in nodes}
+    """Return the client of each of Flower's nodes, by the key with which Flower had it prove itself.
+
+    None where nothing is proven, or the lists cannot be read.
+    """
+    with contextlib.suppress(FedloomError):
+        if not home.serving().insecure:
+            nodes, members = registered(home), enumerate(home.members().members)
+            return {int(nodes[own.key]): number for number, own in members if own.key in nodes}
+    return {}
 
 
 def _open_streams(home: ServerHome, run: str, patience: float) -> Streams:

@@ -36,7 +36,16 @@ from fedloom.deployment.homes import ClientHome, OwnFile
 from fedloom.deployment.kept import Kept, Version
 from fedloom.engines.frames import listen, read_frame, reader, write_frame
 from fedloom.engines.store import ClientStore
-from fedloom.envelope import LONGEST, Envelope, Joined, ReplyHeader, RequestHeader, WorkDone, seal
+from fedloom.envelope import (
+    LONGEST,
+    PHASES,
+    Envelope,
+    Joined,
+    ReplyHeader,
+    RequestHeader,
+    WorkDone,
+    seal,
+)
 from fedloom.errors import ConnectionFailed, DataError, FedloomError, MessageError, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.files import lock
@@ -175,7 +184,7 @@ class Worker:
                 error = error[:LONGEST]
             work = [
                 WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
-                for cost in run.parts.ledger.take()
+                for cost in run.parts.ledger.take()[-PHASES:]
             ]
             said = {"work": work, "error": error}
             if payload:

@@ -17,7 +17,7 @@ from fedloom.audit import Limited, Record, unheard
 from fedloom.envelope import MAX_REPLY_HEADER, Envelope, Joined, ReplyHeader, RequestHeader
 from fedloom.errors import MessageError
 from fedloom.identity import Current, Members, is_signed
-from fedloom.offences import Report, one_line
+from fedloom.offences import WHY, Report, one_line
 
 AGAIN = 30.0
 """Seconds until a client that could not join is asked again."""
@@ -131,7 +131,7 @@ class Roster:
         self._noted("joined", source=reply.client, client=reply.client, node=node, **facts)
 
     def _refuse(self, node: int, reason: str) -> None:
-        self.problems[node] = one_line(reason)
+        self.problems[node] = one_line(reason, WHY)
         self._noted("refused_join", source=node, node=node, reason=self.problems[node])
         self._wait(node, AGAIN)
 

@@ -76,6 +76,9 @@ SHARES = "shares"
 """``(held experts,)`` shares of the embedding set's tokens in the order of layers and ids, each layer's
 adding up to 1; for the record alone."""
 
+ROUNDING = 1e-3
+"""By which shares may miss 1."""
+
 
 class FedAMoLESettings(Settings):
     """``[method] name = "fedamole"``; defaults are the authors'. Experts are counted in ``[adapter]``."""
@@ -238,6 +241,8 @@ class FedAMoLE(OwnMixture):
                     raise MessageError(
                         f"tensor {name} has {len(tensor)} rows, this client's experts make {wanted[name]}"
                     )
+            if self._sends_shares:
+                _check_shares(payload.tensors[SHARES], held[client])
 
         reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, cohort.reported)
         return Exchange("train", cohort.round, request, reply, requests, check)
@@ -379,6 +384,20 @@ class FedAMoLE(OwnMixture):
         wanted = min(round(self.settings.embedding_fraction * count), self.settings.embedding_rows)
         rng = generator(client.seed, "embedding set", client.id)
         return np.sort(rng.choice(count, size=max(1, wanted), replace=False)).astype(np.int64)
+
+
+def _check_shares(shares: Tensor, held: Tensor) -> None:
+    """Check that in each layer the shares of a client's experts are at least 0 and add up to 1.
+
+    Raises:
+        MessageError: They do not, by more than rounding.
+    """
+    for layer, own in enumerate(torch.split(shares, held.sum(1).tolist())):
+        if len(own) and (float(own.min()) < 0 or abs(float(own.sum()) - 1) > ROUNDING):
+            raise MessageError(
+                f"shares of tokens in layer {layer} must be at least 0 and add up to 1",
+                "out_of_range",
+            )
 
 
 EXPERTS = "experts "

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
-from fedloom.errors import ModelError
+from fedloom.errors import MessageError, ModelError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
     ADAPTER,
@@ -46,6 +46,22 @@ HELD, KNOWN = "held", "known"
 
 USED = "used"
 """``(blocks, experts)`` tokens of a client's probing rows that pass each expert."""
+
+
+MOST_USED = 1 << 40
+"""Tokens that a client can have seen pass an expert; float32 orders them as they are, to one in ten
+million."""
+
+
+def _check_used(client: int, payload: Payload) -> None:
+    """Check that a client's counts of tokens can be ones.
+
+    Raises:
+        MessageError: One is below 0, or beyond all that a client has.
+    """
+    used = payload.tensors[USED]
+    if int(used.min()) < 0 or int(used.max()) > MOST_USED:
+        raise MessageError(f"counts of tokens must be 0 to {MOST_USED}", "out_of_range")
 
 
 class FedMoESettings(Settings):
@@ -99,7 +115,7 @@ class FedMoE(OwnMixture):
             size = TensorSpec(USED, (len(self.blocks), experts), torch.int64)
             reply = Schema((size,))
             asked = Exchange.broadcast(
-                "probe", cohort.round, tuple(new), Payload(), Schema(), reply
+                "probe", cohort.round, tuple(new), Payload(), Schema(), reply, _check_used
             )
             for found in (yield asked):
                 most = found.payload.tensors[USED].float().topk(self.held, 1).indices

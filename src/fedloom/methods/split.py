@@ -83,15 +83,16 @@ ROWS, TARGETS = "rows", "targets"
 LARGEST_EXPONENT = 126
 """Of the power of two that a gradient is divided by, either way."""
 
-EXPONENT = NumberSpec("exponent", -1100.0, 1100.0)
-"""Of the power of two that a gradient was divided by; float64 has no larger ones."""
-
-STEP_NUMBERS = (NumberSpec("loss"), EXPONENT, fraction("pause"))
+STEP_NUMBERS = (NumberSpec("loss"), NumberSpec("exponent", -1100.0, 1100.0), fraction("pause"))
 """Beside a gradient: the loss of the batch, the power of two it was divided by, whether to stop there.
-The loss is any finite number: a client's activations may make it as large as they like."""
+The first two are any finite number and any power that float64 has: what a client sent may lead to
+them."""
 
-OWN_LOSS_NUMBERS = (amount("loss"), EXPONENT)
-"""Beside a client's gradient, in U-shape."""
+OWN_LOSS_NUMBERS = (
+    amount("loss"),
+    NumberSpec("exponent", -LARGEST_EXPONENT, LARGEST_EXPONENT),
+)
+"""The first two of them, from a client in U-shape."""
 
 WAITING = fraction("waiting")
 """Whether a client has more steps to take."""
