@@ -10,9 +10,10 @@ a client in quarantine by sending in its name:
 
 - Over a stream: its client proved its key before the stream was passed on to here. (Without TLS, who
   controls the network in between may change what travels, as it may also cut the client off.)
-- By a message of Flower: where each node has proven a client's key (``Post.proven``, with TLS). The
-  signature alone proves who made a reply, not who sends it now: an old one can be replayed by whoever
-  has seen it.
+- By a message of Flower: where each node has proven a client's key (``Post.proven``, with TLS). A
+  signature that does not fit proves nothing, and one that fits proves who made a reply, not who sends it
+  now: an old one can be replayed by whoever has seen it. Once a reply is signed for this very question,
+  what is wrong with its content is its client's.
 - An answer that came in two parts, before and after its client came back, may be of two processes of an
   honest client: the first ended in the middle of it.
 """

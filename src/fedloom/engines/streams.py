@@ -215,9 +215,9 @@ class Streams:
             connection.close()
             return
         if kind is not None:
-            connection.close()
             if kind in KINDS:
                 self.report(client, kind, one_line(reason))
+            connection.close()  # it has been taken
             return
         self._welcome(client, stream)
         threading.Thread(target=self._write, args=(stream,), daemon=True).start()
