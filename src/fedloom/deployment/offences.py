@@ -177,8 +177,9 @@ def _take(found: Standings, line: dict[str, Any]) -> None:
         own = found.clients.setdefault(int(line["client"]), Standing())
         own.run = own.until = None
     elif line["kind"] in KINDS:
-        client = int(line["client"])
+        client, kind, count = int(line["client"]), line["kind"], 1 + int(line.get("more", 0))
+        last = kind, str(line["reason"]), str(line["time"])
         own = found.clients.pop(client, Standing())
-        own.kinds[line["kind"]] = own.kinds.get(line["kind"], 0) + 1 + int(line.get("more", 0))
-        own.kind, own.reason, own.time = line["kind"], str(line["reason"]), str(line["time"])
+        own.kinds[kind] = own.kinds.get(kind, 0) + count
+        own.kind, own.reason, own.time = last
         found.clients[client] = own  # who offended last is at the end
