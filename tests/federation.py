@@ -8,6 +8,7 @@ from fedloom.admission import Admission
 from fedloom.assembly import assemble, divide
 from fedloom.runner import Silent
 from fedloom.server import Server
+from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
 
 
@@ -41,6 +42,7 @@ def federate():
             records.append(record)
 
         rounds = experiment.federation.rounds
+        admission = Admission(experiment.admission)
         server = Server(
             parts.method,
             parts.engine,
@@ -50,7 +52,7 @@ def federate():
                 (
                     evaluate
                     and parts.evaluator.evaluate(
-                        state, round, parts.engine, parts.model, parts.ledger
+                        state, round, parts.engine, parts.model, parts.ledger, admission
                     )
                 )
                 or None
@@ -58,7 +60,8 @@ def federate():
             finish,
             parts.ledger,
             Silent(),
-            Admission(experiment.admission),
+            admission,
+            reported=reported(parts.objective),
         )
         state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
         return Federation(parts, state, records)

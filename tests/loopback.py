@@ -23,6 +23,7 @@ from fedloom.engines.roster import Roster
 from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.experiment import Experiment
 from fedloom.identity import Members, make_authority, make_key, read_key, sign
+from fedloom.offences import Watch
 from fedloom.runner import Silent, run_experiment
 from fedloom.settings import write_toml
 
@@ -158,17 +159,23 @@ class Loopback:
         workers = {100 + n: self.worker(n, files.get(n), source) for n in range(self.clients)}
         return LoopMail(workers, **changes)
 
-    def engine(self, experiment, mail=None):
-        """Return the engine that reaches the clients by messages alone."""
+    def engine(self, experiment, mail=None, proven=True, watch=None, streams=None):
+        """Return the engine that reaches the clients by messages, and by streams if there is a place.
+
+        ``proven``: whether a node's messages are known to be its client's, as with TLS.
+        """
         server = self.folder / "server"
         key = read_key(server / "server.key")
         post = Post(
             mail or self.mail(source=builtin(experiment)),
             lambda header: sign(key, header),
             (server / "server.pem").read_text(),
+            streams,
+            proven,
         )
-        roster = Roster(self.members, experiment.clients.newcomers)
-        return FlowerEngine(post, experiment.federation, roster)
+        owners = {100 + number: number for number in range(self.clients)} if proven else {}
+        roster = Roster(self.members, experiment.clients.newcomers, owners=lambda: owners)
+        return FlowerEngine(post, experiment.federation, roster, watch or Watch())
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedloom
-from fedloom.audit import AuditLog, events, match, verify
+from fedloom.audit import FILE, AuditLog, Limited, events, match, verify
 from fedloom.cli import app
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import AuditError, Interrupted, OutputError
@@ -273,3 +273,65 @@ class TestMatch:
     def test_what_differs_is_named(self, logs, own, reason):
         with pytest.raises(AuditError, match=reason):
             match(*logs(self.SENT, own))
+
+
+class Noting:
+    def __init__(self):
+        self.lines, self.now = [], 0.0
+
+    def __call__(self, event, **facts):
+        self.lines.append((event, facts))
+
+    def limited(self, **settings):
+        return Limited(self, clock=lambda: self.now, **settings)
+
+
+def test_of_each_source_and_event_a_hundred_are_noted_and_then_one_in_ten_seconds():
+    noting = Noting()
+    note = noting.limited()
+    for _ in range(150):
+        note("returned", source=3, client=3)
+    assert len(noting.lines) == 100 and noting.lines[-1] == ("returned", {"client": 3})
+    note("returned", source=4, client=4)
+    note("late", source=3, client=3)
+    assert len(noting.lines) == 102  # another client, another event: each has room of its own
+    noting.now = 9.9
+    note("returned", source=3, client=3)
+    assert len(noting.lines) == 102
+    noting.now = 10.1
+    note("returned", source=3, client=3)
+    assert noting.lines[-1] == ("returned", {"client": 3, "more": 51})
+    noting.now = 100_000.0  # a day later there is room for a hundred, no more
+    for _ in range(150):
+        note("returned", source=3, client=3)
+    assert len(noting.lines) == 203 and "more" not in noting.lines[-1][1]
+
+
+def test_sources_that_are_too_many_share_one():
+    noting = Noting()
+    note = noting.limited(burst=2, sources=10)
+    for source in range(1000):
+        for _ in range(3):
+            note("x", source=source)
+    assert len(noting.lines) == 2 * 10 + 2 and len(note._buckets) == 11
+    noting.now = (
+        1000.0  # those that have had nothing counted are forgotten: they are as good as new
+    )
+    quiet = noting.limited(burst=2, sources=10)
+    for source in range(10):
+        quiet("x", source=source)
+    noting.now += 100.0
+    quiet("x", source=11)
+    assert list(quiet._buckets) == [("x", 11)]
+
+
+def test_a_day_of_a_client_that_does_its_worst_in_bytes(tmp_path):
+    """As many events as it likes: 100 + 8640 lines of some 300 bytes."""
+    log, now = AuditLog(tmp_path / FILE), 0.0
+    note = Limited(log.record, clock=lambda: now)
+    for second in range(0, 86_400, 5):
+        now = float(second)
+        for _ in range(3):
+            note("returned", source=3, client=3, held=1 << 40)
+    assert log.path.stat().st_size < 3_000_000
+    assert verify(log.path).lines == 100 + 8639

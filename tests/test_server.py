@@ -7,22 +7,25 @@ import pytest
 import torch
 
 from fedloom.accounting.ledger import Ledger
-from fedloom.admission import accept
+from fedloom.admission import Admission
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
-from fedloom.messages import Answer, Exchange, Payload, Schema, encode
+from fedloom.messages import Answer, Exchange, Payload, Schema
+from fedloom.methods.base import EXAMPLES, LEARNING_RATE
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.server import Evaluation, FederationSettings, Server
+from fedloom.training.local import LOSS
+from unchecked import encode_anything
 
 START = {"w": torch.zeros(2, 3)}
-REQUEST = Schema.of(START, ("learning_rate",))
-REPLY = Schema.of(START, ("examples",), metrics=True)
+REQUEST = Schema.of(START, (LEARNING_RATE,))
+REPLY = Schema.of(START, (EXAMPLES,), (LOSS,))
 SIZES = {0: 10, 1: 10, 2: 10}
 
 
 def answer(client, value=1.0, examples=10, tensors=None, schema=REPLY):
     tensors = {"w": torch.full((2, 3), float(value))} if tensors is None else tensors
-    return Answer(client, encode(Payload(tensors, {"examples": examples}), schema))
+    return Answer(client, encode_anything(Payload(tensors, {"examples": examples}), schema))
 
 
 def exchange(clients=(0, 1, 2)):
@@ -32,7 +35,7 @@ def exchange(clients=(0, 1, 2)):
 
 def of_shape(*shape, dtype=torch.float32):
     tensors = {"w": torch.ones(shape, dtype=dtype)}
-    return answer(1, tensors=tensors, schema=Schema.of(tensors, ("examples",), metrics=True))
+    return answer(1, tensors=tensors, schema=Schema.of(tensors, (EXAMPLES,), (LOSS,)))
 
 
 BAD = {
@@ -42,14 +45,14 @@ BAD = {
     "an extra tensor": answer(
         1,
         tensors={"w": torch.ones(2, 3), "v": torch.ones(1)},
-        schema=Schema.of({"w": torch.ones(2, 3), "v": torch.ones(1)}, ("examples",), metrics=True),
+        schema=Schema.of({"w": torch.ones(2, 3), "v": torch.ones(1)}, (EXAMPLES,), (LOSS,)),
     ),
     "another name": answer(
         1,
         tensors={"v": torch.ones(2, 3)},
-        schema=Schema.of({"v": torch.ones(2, 3)}, ("examples",), metrics=True),
+        schema=Schema.of({"v": torch.ones(2, 3)}, (EXAMPLES,), (LOSS,)),
     ),
-    "no tensor": answer(1, tensors={}, schema=Schema((), ("examples",), metrics=True)),
+    "no tensor": answer(1, tensors={}, schema=Schema((), (EXAMPLES,), (LOSS,))),
     "bf16": of_shape(2, 3, dtype=torch.bfloat16),
     "wrong shape": of_shape(3, 3),
     "broadcastable shape": of_shape(1, 3),
@@ -67,20 +70,20 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_a_bad_answer_is_left_out_with_a_reason_and_the_others_count(bad):
-    replies, rejected = accept([answer(0), bad, answer(2)], exchange(), SIZES)
+    replies, rejected = Admission().accept([answer(0), bad, answer(2)], exchange(), SIZES)
     assert [reply.client for reply in replies] == [0, 2]
     assert list(rejected) == [1] and rejected[1]
 
 
 def test_replies_come_in_client_order_and_count_once():
     answers = [answer(2), answer(0, 1.0), answer(0, 5.0), answer(7), answer(1)]
-    replies, rejected = accept(answers, exchange(), SIZES)
+    replies, rejected = Admission().accept(answers, exchange(), SIZES)
     assert [reply.client for reply in replies] == [0, 1, 2] and not rejected
     assert replies[0].payload.tensors["w"][0, 0] == 1.0
 
 
 def test_a_client_that_says_nothing_is_named():
-    assert accept([answer(0)], exchange(), SIZES)[1] == {1: "no answer", 2: "no answer"}
+    assert Admission().accept([answer(0)], exchange(), SIZES)[1] == {1: "no answer", 2: "no answer"}
 
 
 class Engine:

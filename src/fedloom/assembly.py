@@ -348,6 +348,7 @@ def assemble(
         {c: rows for c, rows in client_held_out.items() if c in newcomers},
         experiment.clients.newcomer_steps,
         experiment.training.learning_rate,
+        judged_kind(experiment, division.loaded.kind),
     )
     evaluator = Evaluator(
         method,
@@ -357,6 +358,7 @@ def assemble(
         remote.judged if remote and judged else client_held_out.keys() - newcomers,
         experiment.evaluation.every,
         experiment.federation.rounds,
+        judged_kind(experiment, division.loaded.kind),
     )
     engine = SimulationEngine(
         equipment,

@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from typing import Any
 from fedloom.errors import AuditError, OutputError
 
 FILE = "audit.jsonl"
+
+BURST, PACE = 100, 10.0
+"""Events of one source and kind that are noted at once, and seconds for one more from then on: of 300
+bytes each that is 3 MB a day."""
+
+SOURCES = 4096
+"""Sources and kinds that are told apart at a time."""
 
 START = "0" * 64
 """What stands for the line before the first."""
@@ -35,6 +43,87 @@ Record = Callable[..., None]
 
 def unheard(event: str, **facts: Any) -> None:
     """Note nothing."""
+
+
+class Limited:
+    """Notes what others can cause at will: of each source and event no more than so often.
+
+    What is too much is counted, and the next that is noted says how many before it were not (``more``).
+    Of sources that cost nothing, such as addresses, all are one (``source=None``). Threads may share one.
+    """
+
+    def __init__(
+        self,
+        note: Record,
+        *,
+        burst: int = BURST,
+        pace: float = PACE,
+        sources: int = SOURCES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Pass on to ``note``.
+
+        Args:
+            note: Notes an event.
+            burst: Events of one kind and source that are noted at once.
+            pace: Seconds for one more from then on.
+            sources: Kinds and sources that are told apart; those beyond share one.
+            clock: Gives seconds.
+        """
+        self._note, self._burst, self._pace = note, float(burst), pace
+        self._sources, self._clock = sources, clock
+        self._buckets: dict[Hashable, _Bucket] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, *, source: Hashable = None, **facts: Any) -> None:
+        """Note an event of a source, or count it."""
+        with self._lock:
+            bucket = self._bucket((event, source))
+            if bucket.room < 1:
+                bucket.more += 1
+                return
+            bucket.room -= 1
+            more = {"more": bucket.more} if bucket.more else {}
+            bucket.more += 1  # what cannot be noted is counted still
+            self._note(event, **facts, **more)
+            bucket.more = 0
+
+    def _bucket(self, key: Hashable) -> _Bucket:
+        """Return what is left of a source's room by now; the lock is held."""
+        now = self._clock()
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            if len(self._buckets) >= self._sources:  # a full one without a count is as good as none
+                self._buckets = {
+                    other: own
+                    for other, own in self._buckets.items()
+                    if own.more or own.filled(now, self._pace) < self._burst
+                }
+            if len(self._buckets) >= self._sources:
+                key = None
+            bucket = self._buckets.setdefault(key, _Bucket(self._burst, now))
+        bucket.room = min(self._burst, bucket.filled(now, self._pace))
+        bucket.since = now
+        return bucket
+
+
+@dataclass
+class _Bucket:
+    """What one source may still have noted.
+
+    Attributes:
+        room: Events, as of ``since``.
+        since: Seconds of the clock.
+        more: Events that were counted since the last that was noted.
+    """
+
+    room: float
+    since: float
+    more: int = 0
+
+    def filled(self, now: float, pace: float) -> float:
+        """Return the room there is by now, if it had no end."""
+        return self.room + (now - self.since) / pace
 
 
 @dataclass(frozen=True)

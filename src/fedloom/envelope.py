@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from fedloom.errors import MessageError
+from fedloom.errors import MessageError, OffenceKind
 from fedloom.settings import Settings
 
 MAGIC = b"fedloom1"
@@ -42,8 +42,17 @@ def printable(text: str) -> str:
 
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
-Amount = Annotated[float, Field(ge=0, le=1e30)]
-"""Of work: a sum of many is finite still."""
+
+Tally = Annotated[int, Field(ge=0, le=1 << 50)]
+"""What a client counts in one phase of an exchange: rows, tokens, steps; bytes of memory. A thousand
+machines that train on a million tokens a second take twelve days for that many tokens."""
+
+FLOPS, SECONDS = 1e24, 1e8
+"""Most floating-point operations, and seconds, of one phase of an exchange: a thousand accelerators of
+1e15 operations a second for twelve days, and three years."""
+
+PHASES = 16
+"""Most phases that a client may speak of in one answer."""
 
 SchemaTable = dict[str, Any]
 
@@ -85,13 +94,13 @@ class WorkDone(Settings):
     """What one phase of an exchange cost a client; see ``accounting/ledger.py``."""
 
     phase: str = Field(max_length=32)
-    flops: Amount
-    seconds: Amount
-    peak_memory: Count
-    tokens: Count
-    targets: Count
-    examples: Count
-    steps: Count
+    flops: float = Field(ge=0, le=FLOPS)
+    seconds: float = Field(ge=0, le=SECONDS)
+    peak_memory: Tally
+    tokens: Tally
+    targets: Tally
+    examples: Tally
+    steps: Tally
 
 
 class Joined(Settings):
@@ -99,11 +108,11 @@ class Joined(Settings):
 
     rows: int = Field(ge=1, le=1 << 40)
     """It trains on."""
-    held_out: Count
+    held_out: int = Field(ge=0, le=1 << 40)
     """It is judged by."""
-    model: str = Field(max_length=64)
+    model: Annotated[str, Field(max_length=64), AfterValidator(printable)]
     """SHA-256 of its backbone and tokenizer."""
-    version: str = Field(max_length=32)
+    version: Annotated[str, Field(max_length=32), AfterValidator(printable)]
     """Of fedloom."""
 
 
@@ -118,12 +127,21 @@ class ReplyHeader(Settings):
     number: Count
     error: Annotated[str, Field(max_length=LONGEST), AfterValidator(printable)] | None = None
     """Why there is no payload."""
-    work: list[WorkDone] = Field(default=[], max_length=16)
+    work: list[WorkDone] = Field(default=[], max_length=PHASES)
     joined: Joined | None = None
     payload: str = ""
 
 
 HeaderT = TypeVar("HeaderT", RequestHeader, ReplyHeader)
+
+KIND_OF: dict[str, OffenceKind] = {
+    "finite_number": "not_finite",
+    "greater_than_equal": "out_of_range",
+    "less_than_equal": "out_of_range",
+    "string_too_long": "oversized",
+    "too_long": "oversized",
+}
+"""What pydantic calls the mistakes in a header that are not of its form."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +193,22 @@ class Envelope:
             MessageError: The header is too long, not of that form, or of another payload.
         """
         if len(self.header) > longest:
-            raise MessageError(f"header has {len(self.header)} bytes, {longest} are allowed")
+            raise MessageError(
+                f"header has {len(self.header)} bytes, {longest} are allowed", "oversized"
+            )
         try:
             header = form.model_validate(json.loads(self.header))
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            where = printable(".".join(map(str, first["loc"]))[:64])
+            raise MessageError(
+                f"header is not of the form it must have: {where}: {first['msg']}",
+                KIND_OF.get(first["type"], "malformed"),
+            ) from None
         except (ValueError, RecursionError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise MessageError(f"header is not of the form it must have: {reason}") from None
+            raise MessageError(f"header is not of the form it must have: {error}") from None
         if header.payload != _digest(self.payload):
-            raise MessageError("payload is not the one that its header speaks of")
+            raise MessageError("payload is not the one that its header speaks of", "forged")
         return header
 
 

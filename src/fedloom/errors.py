@@ -7,7 +7,7 @@
     ├── DataError           the data: missing file, absent column, malformed rows, empty client
     ├── ModelError          the model folder or the adapter: no weights, no tokenizer, no such target
     ├── PolicyError         what a client's own file does not allow (all reasons listed)
-    ├── MessageError        a payload that does not fit the schema of its exchange
+    ├── MessageError        a message that is not what it must be: form, schema, range, sender
     ├── TrainingError       local training on one client failed; the round goes on without it
     │   └── NonFiniteLoss   the loss became NaN or infinite: which client, step and examples
     ├── JudgeError          a judge that cannot work at all: a refused key, no server, a wrong address
@@ -27,6 +27,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+OffenceKind = Literal[
+    "forged",
+    "replayed",
+    "malformed",
+    "oversized",
+    "out_of_range",
+    "not_finite",
+    "too_many_names",
+    "forbidden",
+]
+"""What an admitted client can get wrong; ``offences.py`` says what each kind means."""
 
 
 class FedloomError(Exception):
@@ -83,7 +96,16 @@ class PolicyError(FedloomError):
 
 
 class MessageError(FedloomError):
-    """A payload does not fit the schema that its exchange declared."""
+    """What came from another machine is not what it must be.
+
+    Attributes:
+        kind: What kind of offence that is, if a client is proven to have sent it.
+    """
+
+    def __init__(self, text: str, kind: OffenceKind = "malformed") -> None:
+        """Say what is wrong, and of what kind that is."""
+        super().__init__(text)
+        self.kind: OffenceKind = kind
 
 
 class TrainingError(FedloomError):

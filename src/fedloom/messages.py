@@ -1,11 +1,11 @@
 """What travels between server and clients, and the checks on arrival.
 
 An :class:`Exchange` asks some clients for one action. Both directions have a :class:`Schema`, fixed
-before anything is sent: names, shapes, dtypes and numbers, and with them a cap on the bytes. A payload
-is encoded once, as safetensors (``packing.py``) without per-tensor names: all tensors of a dtype lie in
-one flat buffer in the order of the schema, whose digest travels in the header. So the header costs a few
-hundred bytes whatever the number of tensors, a payload of another model is refused before it is
-decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
+before anything is sent: names, shapes, dtypes, and numbers with their ranges, and with them a cap on the
+bytes. A payload is encoded once, as safetensors (``packing.py``) without per-tensor names: all tensors of
+a dtype lie in one flat buffer in the order of the schema, whose digest travels in the header. So the
+header costs a few hundred bytes whatever the number of tensors, a payload of another model is refused
+before it is decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
 
 Where a method cannot know how many rows will come (the tokens of a batch, the entries of a sparse
 table), a tensor is *ragged*: its schema gives the most rows there may be, and it has a buffer of its own.
@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.errors import MessageError
-from fedloom.packing import METADATA, Buffer, buffers_of, content, header_of, pack
+from fedloom.errors import MessageError, OffenceKind
+from fedloom.packing import DTYPES, METADATA, Buffer, buffers_of, content, header_of, pack
 
 Tensors = dict[str, Tensor]
 """Named tensors, in the order of their schema."""
 
 HEADER_BYTES = 8192
-"""Room for a header: schema digest, numbers and at most ``MAX_METRICS`` metrics."""
+"""Room for a header: schema digest, numbers and at most ``MAX_NUMBERS`` metrics."""
 
-MAX_METRICS = 64
+FINITE = 1e300
+"""Largest absolute value of a number that has no narrower range."""
+
+MAX_NUMBERS, MAX_NUMBER_NAME = 64, 64
+"""Most numbers, and most metrics, of a schema; and characters of the longest name of one."""
+
+MAX_TENSORS, MAX_TENSOR_NAME = 100_000, 512
+"""Most tensors of a schema, and characters of the longest name of one."""
+
+MAX_RANK, MAX_PAYLOAD = 8, 1 << 40
+"""Most dimensions of a tensor, and bytes of the largest payload that a schema may describe (1 TiB)."""
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""What the dtypes that can travel are called in a schema that is sent."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +73,68 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class NumberSpec:
+    """Name and range of one number in a payload; both ends belong to the range.
+
+    Attributes:
+        name: What it is called.
+        lowest: Its smallest value.
+        highest: Its largest value.
+    """
+
+    name: str
+    lowest: float = -FINITE
+    highest: float = FINITE
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value lies in the range; NaN lies in none."""
+        return self.lowest <= value <= self.highest
+
+
+def fraction(name: str) -> NumberSpec:
+    """Return the spec of a share of something: from 0 to 1."""
+    return NumberSpec(name, 0.0, 1.0)
+
+
+def amount(name: str, highest: float = 1e9) -> NumberSpec:
+    """Return the spec of a number that is never below 0: a loss, a norm, a divergence, a count."""
+    return NumberSpec(name, 0.0, highest)
+
+
+def score(name: str) -> NumberSpec:
+    """Return the spec of a number of either sign: a reward, a log-probability, a difference of them.
+
+    A token's log-probability is rarely below minus 100 nats: 1e9 is ten million tokens of these.
+    """
+    return NumberSpec(name, -1e9, 1e9)
+
+
+def prefixed(prefix: str, specs: tuple[NumberSpec, ...]) -> tuple[NumberSpec, ...]:
+    """Return specs of the same ranges whose names begin with ``prefix``."""
+    return tuple(replace(spec, name=prefix + spec.name) for spec in specs)
+
+
+@dataclass(frozen=True)
 class Schema:
     """What one direction of an exchange carries.
 
     Attributes:
         tensors: The tensors, in the order in which they are packed.
-        numbers: Names of the numbers that must be there, and no others.
-        metrics: Whether free-named numbers for the record may travel beside them.
+        numbers: The numbers that must be there, and no others.
+        metrics: The numbers for the record that may travel beside them; each may be absent.
     """
 
     tensors: tuple[TensorSpec, ...] = ()
-    numbers: tuple[str, ...] = ()
-    metrics: bool = False
+    numbers: tuple[NumberSpec, ...] = ()
+    metrics: tuple[NumberSpec, ...] = ()
 
     @classmethod
-    def of(cls, tensors: Tensors, numbers: tuple[str, ...] = (), metrics: bool = False) -> Schema:
+    def of(
+        cls,
+        tensors: Tensors,
+        numbers: tuple[NumberSpec, ...] = (),
+        metrics: tuple[NumberSpec, ...] = (),
+    ) -> Schema:
         """Return the schema that ``tensors`` fit."""
         specs = tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items())
         return cls(specs, numbers, metrics)
@@ -82,31 +142,43 @@ class Schema:
     def to_table(self) -> dict[str, Any]:
         """Return it as plain JSON, for a party that must be told."""
         rows = [[s.name, list(s.shape), _dtype_name(s.dtype), s.ragged] for s in self.tensors]
-        return {"tensors": rows, "numbers": list(self.numbers), "metrics": self.metrics}
+        return {
+            "tensors": rows,
+            "numbers": [[s.name, s.lowest, s.highest] for s in self.numbers],
+            "metrics": [[s.name, s.lowest, s.highest] for s in self.metrics],
+        }
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Schema:
-        """Return what :meth:`to_table` was given.
+        """Return what :meth:`to_table` was given, from a peer that is not trusted.
 
         Raises:
-            MessageError: It is no such table.
+            MessageError: It is no such table, or describes more than ``MAX_TENSORS`` tensors,
+                ``MAX_NUMBERS`` numbers or metrics, ``MAX_RANK`` dimensions or ``MAX_PAYLOAD`` bytes.
         """
         try:
-            specs = tuple(
-                TensorSpec(str(name), tuple(int(n) for n in shape), _dtype(dtype), bool(ragged))
-                for name, shape, dtype, ragged in table["tensors"]
-            )
-            numbers = tuple(str(name) for name in table["numbers"])
-            return cls(specs, numbers, bool(table["metrics"]))
+            specs = tuple(_tensor_spec(*row) for row in _few(table["tensors"], MAX_TENSORS))
+            numbers = tuple(_number_spec(*row) for row in _few(table["numbers"], MAX_NUMBERS))
+            metrics = tuple(_number_spec(*row) for row in _few(table["metrics"], MAX_NUMBERS))
+            for group in (specs, numbers, metrics):
+                if len({spec.name for spec in group}) < len(group):
+                    raise ValueError("a name occurs twice")
+            found = cls(specs, numbers, metrics)
+            if found.max_bytes > MAX_PAYLOAD:
+                raise ValueError(f"{found.max_bytes} bytes, {MAX_PAYLOAD} are allowed")
         except (KeyError, TypeError, ValueError) as error:
             raise MessageError(f"a schema is not of the form it must have: {error}") from None
+        return found
 
     @cached_property
     def digest(self) -> str:
         """64 bits of SHA-256 over names, shapes, dtypes and numbers, as 16 hex digits."""
         specs = [(s.name, s.shape, str(s.dtype)) + (("ragged",) * s.ragged) for s in self.tensors]
-        text = repr(specs) + repr((self.numbers, self.metrics))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        ranges = [
+            [(s.name, float(s.lowest), float(s.highest)) for s in group]
+            for group in (self.numbers, self.metrics)
+        ]
+        return hashlib.sha256((repr(specs) + repr(ranges)).encode()).hexdigest()[:16]
 
     @cached_property
     def max_bytes(self) -> int:
@@ -192,12 +264,15 @@ class Answer:
         data: Encoded payload.
         error: Why there is none.
         digest: SHA-256 of the payload, where the engine has found it already.
+        offence: Of what kind ``error`` is, where the engine has found that the client sent what it must
+            not, and it is proven that the client sent it; ``None`` where it failed.
     """
 
     client: int
     data: bytes | None = None
     error: str | None = None
     digest: str | None = None
+    offence: OffenceKind | None = None
 
 
 @dataclass(frozen=True)
@@ -211,8 +286,12 @@ class Reply:
 def encode(payload: Payload, schema: Schema) -> bytes:
     """Encode a payload as the bytes that travel.
 
+    A metric that is not finite or not in its range is left out: whoever decodes it would refuse the
+    whole, and an honest client whose training diverges has not offended.
+
     Raises:
-        MessageError: The payload does not fit ``schema`` (a mistake in a method, not of a peer).
+        MessageError: The payload does not fit ``schema`` (a mistake in a method, not of a peer), or a
+            number is not in its range.
     """
     _check_names(payload, schema)
     tensors = {spec.name: _checked(payload.tensors[spec.name], spec) for spec in schema.tensors}
@@ -225,9 +304,11 @@ def encode(payload: Payload, schema: Schema) -> bytes:
         buffers[key] = Buffer(spec.dtype, tuple(tensor.shape), [tensor])
     metadata = {"schema": schema.digest}
     if schema.numbers:
-        metadata["numbers"] = json.dumps([payload.numbers[name] for name in schema.numbers])
-    if payload.metrics:
-        metadata["metrics"] = json.dumps(dict(payload.metrics))
+        metadata["numbers"] = json.dumps([payload.numbers[spec.name] for spec in schema.numbers])
+    ranges = {spec.name: spec for spec in schema.metrics}
+    metrics = {name: v for name, v in payload.metrics.items() if ranges[name].holds(v)}
+    if metrics:
+        metadata["metrics"] = json.dumps(metrics)
     return pack(buffers, metadata)
 
 
@@ -239,13 +320,16 @@ def decode(data: bytes, schema: Schema) -> Payload:
         schema: What it must hold. Nothing is allocated for a payload of another schema.
 
     Returns:
-        Tensors that share memory with one buffer per dtype, finite numbers, and finite metrics.
+        Tensors that share memory with one buffer per dtype, and numbers and metrics in their ranges.
 
     Raises:
-        MessageError: Too large, not safetensors, another schema, or numbers that are not finite.
+        MessageError: Too large, not safetensors, another schema, or numbers or metrics that are not
+            declared, not finite or not in their ranges.
     """
     if len(data) > schema.max_bytes:
-        raise MessageError(f"payload has {len(data)} bytes, the schema allows {schema.max_bytes}")
+        raise MessageError(
+            f"payload has {len(data)} bytes, the schema allows {schema.max_bytes}", "oversized"
+        )
     header, start = header_of(data, HEADER_BYTES)
     metadata = header.get(METADATA)
     if not isinstance(metadata, dict) or metadata.get("schema") != schema.digest:
@@ -341,7 +425,7 @@ def require_finite(payload: Payload) -> dict[str, float]:
         if tensor.is_floating_point():
             largest[name] = largest_value(tensor)
             if not math.isfinite(largest[name]):
-                raise MessageError(f"tensor {name} holds NaN or infinity")
+                raise MessageError(f"tensor {name} holds NaN or infinity", "not_finite")
     return largest
 
 
@@ -349,20 +433,53 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
-    return dtype
+def _few(rows: object, most: int) -> list[Any]:
+    if not isinstance(rows, list) or len(rows) > most:
+        raise ValueError(f"a list of at most {most} rows is wanted")
+    return rows
+
+
+def _name(value: object, longest: int) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+        raise ValueError(f"{str(value)[:40]!r} is no name of 1 to {longest} characters")
+    return value
+
+
+def _tensor_spec(name: object, shape: object, dtype: object, ragged: object) -> TensorSpec:
+    """Return a tensor's spec from a row of a table, checked."""
+    sizes = tuple(_few(shape, MAX_RANK))
+    if not all(type(n) is int and 0 <= n <= MAX_PAYLOAD for n in sizes):
+        raise ValueError(f"{str(shape)[:80]} is no shape")
+    if not isinstance(dtype, str) or dtype not in DTYPE_NAMES:
+        raise ValueError(f"{str(dtype)[:40]!r} is no dtype that travels")
+    if not isinstance(ragged, bool) or (ragged and not sizes):
+        raise ValueError("a tensor is ragged, which has a dimension, or not")
+    return TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
+
+
+def _number_spec(name: object, lowest: object, highest: object) -> NumberSpec:
+    """Return a number's spec from a row of a table, checked."""
+    ends = []
+    for end in (lowest, highest):
+        if isinstance(end, bool) or not isinstance(end, int | float) or not abs(end) <= FINITE:
+            raise ValueError(f"{str(end)[:40]} is no end of a range")
+        ends.append(float(end))
+    return NumberSpec(_name(name, MAX_NUMBER_NAME), *ends)
 
 
 def _check_names(payload: Payload, schema: Schema) -> None:
     names = {spec.name for spec in schema.tensors}
-    if set(payload.tensors) != names or set(payload.numbers) != set(schema.numbers):
-        odd = set(payload.tensors) ^ names | set(payload.numbers) ^ set(schema.numbers)
+    numbers = {spec.name for spec in schema.numbers}
+    if set(payload.tensors) != names or set(payload.numbers) != numbers:
+        odd = set(payload.tensors) ^ names | set(payload.numbers) ^ numbers
         raise MessageError(f"payload and schema differ in {sorted(odd)[:5]}")
-    if payload.metrics and not schema.metrics:
-        raise MessageError("payload holds metrics, which the schema does not allow")
+    for spec in schema.numbers:
+        _require_in_range(f"number {spec.name}", payload.numbers[spec.name], spec)
+    if undeclared := payload.metrics.keys() - {spec.name for spec in schema.metrics}:
+        raise MessageError(
+            f"metrics {sorted(undeclared)[:5]} are not declared: what reports them (an objective in "
+            "`reported`, a method in its schema) declares the name and range of each"
+        )
 
 
 def _fits(tensor: Tensor | Buffer, spec: TensorSpec) -> bool:
@@ -387,30 +504,46 @@ def _checked(tensor: Tensor, spec: TensorSpec) -> Tensor:
 def _read_numbers(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
     if not schema.numbers:
         return {}
-    values = _json(metadata.get("numbers"))
-    if not isinstance(values, list) or len(values) != len(schema.numbers):
-        raise MessageError(f"payload must hold the numbers {', '.join(schema.numbers)}")
-    for name, value in zip(schema.numbers, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-            raise MessageError(f"number {name} is {value!r}, it must be finite")
-    return dict(zip(schema.numbers, values, strict=True))
+    values, names = _json(metadata.get("numbers")), [spec.name for spec in schema.numbers]
+    if not isinstance(values, list) or len(values) != len(names):
+        raise MessageError(f"payload must hold the numbers {', '.join(names)}")
+    for spec, value in zip(schema.numbers, values, strict=True):
+        _require_in_range(f"number {spec.name}", value, spec)
+    return dict(zip(names, values, strict=True))
 
 
 def _read_metrics(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
-    if not schema.metrics or "metrics" not in metadata:
+    if "metrics" not in metadata:
         return {}
-    values = _json(metadata["metrics"])
-    if not isinstance(values, dict) or len(values) > MAX_METRICS:
-        raise MessageError(f"metrics must be at most {MAX_METRICS} named numbers")
-    return {
-        str(name)[:64]: float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
-    }
+    values, declared = _json(metadata["metrics"]), {spec.name: spec for spec in schema.metrics}
+    if not isinstance(values, dict):
+        raise MessageError("metrics must be named numbers")
+    if len(values) > len(declared):
+        raise MessageError(
+            f"payload holds {len(values)} metrics, {len(declared)} are declared", "too_many_names"
+        )
+    for name, value in values.items():
+        if name not in declared:
+            raise MessageError(f"metric {name[:MAX_NUMBER_NAME]!r} is not declared")
+        _require_in_range(f"metric {name}", value, declared[name])
+    return {name: float(value) for name, value in values.items()}
 
 
-def _finite(value: float) -> bool:
-    return abs(value) <= 1e300
+def _require_in_range(what: str, value: object, spec: NumberSpec) -> None:
+    """Check one number.
+
+    Raises:
+        MessageError: It is none, not finite, or not in its range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MessageError(f"{what} is {str(value)[:40]!r}, it must be a number")
+    if not abs(value) <= FINITE:
+        raise MessageError(f"{what} must be finite, within {FINITE:g}", "not_finite")
+    if not spec.holds(value):
+        raise MessageError(
+            f"{what} is {float(value):.6g}, it must be {spec.lowest:g} to {spec.highest:g}",
+            "out_of_range",
+        )
 
 
 def _json(text: object) -> object:

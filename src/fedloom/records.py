@@ -216,12 +216,11 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
     return {
         "round": record.round,
         "clients": list(record.clients),
-        "rejected": [
-            {"client": c, "reason": why, "offence": c in record.offenders}
-            for c, why in record.rejected.items()
-        ],
+        "rejected": [{"client": c, "reason": why} for c, why in record.rejected.items()],
+        "offences": [offence.to_record() for offence in record.offences],
         "replaced": list(record.replaced),
         "paused": {str(client): until for client, until in record.paused.items()},
+        "weighed": {str(client): list(claim) for client, claim in record.weighed.items()},
         "learning_rate": record.learning_rate,
         "train": dict(record.train) or None,
         "client_train": {str(c): dict(m) for c, m in record.client_train.items()},
@@ -232,16 +231,6 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
         "seconds": record.seconds,
         "details": dict(record.details),
     }
-
-
-def offences_of(rounds: Iterable[Mapping[str, Any]]) -> dict[int, list[int]]:
-    """Return each client's rounds with an unusable answer, from the records of rounds."""
-    found: dict[int, list[int]] = {}
-    for record in rounds:
-        for item in record["rejected"]:
-            if item.get("offence"):
-                found.setdefault(item["client"], []).append(record["round"])
-    return found
 
 
 def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -31,12 +31,12 @@ from fedloom.messages import Payload
 from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
+from fedloom.offences import of_rounds
 from fedloom.records import (
     SIMULATION,
     answers_of,
     fingerprint,
     newcomers_record,
-    offences_of,
     partition_record,
     partition_table,
     prompt_of,
@@ -50,6 +50,7 @@ from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
 from fedloom.server import Briefing, Observer, RemoteEngine, RoundRecord, Server
 from fedloom.tracking import Tracker, open_trackers, round_numbers
+from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
 
 
@@ -341,11 +342,21 @@ class _Run:
     def __post_init__(self) -> None:
         """Open the audit log, or go on with it."""
         self.audit = AuditLog(self.folder.path / audit.FILE)
+        self.admission = Admission()
 
     def prepare(self, done: int) -> None:
         """Meet clients that are elsewhere, and write down what is known before the next round."""
         known = self.folder.read_json(names.RUN) if done >= 0 else None
         id = known["id"] if known else uuid.uuid4().hex
+        self.admission = Admission(
+            self.experiment.admission,
+            of_rounds(self.folder.read_lines(names.ROUNDS)),
+            rows_known=self.remote is None,
+            run=id,
+            watch=self.remote.watch if self.remote is not None else None,
+            audit=self.audit.record,
+        )
+        self.admission.watch.began(id)
         if self.remote is not None:
             self.observer.stage("waiting for clients")
             earlier = audit.events(self.audit.path, "began", "undone")
@@ -359,6 +370,7 @@ class _Run:
                 (*(event["after"] for event in began), done),
                 self.audit.record,
                 tuple((e["client"], e["stretch"], e["message_number"]) for e in undone),
+                self.admission.report,
             )
             self.remote.begin(briefing, self.parts.ledger)
         if known is None:
@@ -366,8 +378,22 @@ class _Run:
                 self.folder, self.experiment, self.parts, self.objective, id, _name_of(self.remote)
             )
         digest = fingerprint(self.experiment, self.parts.division, self.objective)
-        rows = {str(client): size for client, size in self.parts.engine.sizes().items()}
+        sizes = self.parts.engine.sizes()
+        rows = {str(client): size for client, size in sizes.items()}
         self.audit.record("began", run=id, experiment=digest, after=done, clients=rows)
+        self._tell_heaviest(sizes)
+
+    def _tell_heaviest(self, sizes: Mapping[int, int]) -> None:
+        """Say what a client weighs at most, if there is a bound, and whose rows are more."""
+        bound = self.admission.heaviest(sizes)
+        if bound.examples is None:
+            return
+        self.observer.stage(f"a client weighs as {bound.examples} examples at most: {bound.why}")
+        for client, registered in bound.cut.items():
+            self.observer.warning(
+                f"client {client} registered {registered} rows and weighs as {bound.examples}: "
+                f"{bound.why}"
+            )
 
     def go(self, state: State, done: int) -> RunResult:
         """Play the rounds that are left, then write what a finished run leaves."""
@@ -380,16 +406,21 @@ class _Run:
                 experiment.training, round, experiment.federation.rounds
             ),
             evaluate=lambda state, round: parts.evaluator.evaluate(
-                state, round, parts.engine, parts.model, parts.ledger, self.audit.record
+                state,
+                round,
+                parts.engine,
+                parts.model,
+                parts.ledger,
+                self.admission,
+                self.audit.record,
             ),
             finish=self._finish_round,
             ledger=parts.ledger,
             observer=self.observer,
             audit=self.audit.record,
             spool=self.folder.path / "spool",
-            admission=Admission(
-                experiment.admission, offences_of(self.folder.read_lines(names.ROUNDS))
-            ),
+            admission=self.admission,
+            reported=reported(parts.objective),
         )
         self.observer.begin(_plan(experiment, parts))
         self.saved = done
@@ -469,7 +500,9 @@ class _Run:
             adapter / "adapter_model.safetensors" if adapter else None,
         )
         rounds = self.experiment.federation.rounds
-        joined = self.parts.newcomers.welcome(state, rounds, self.parts.engine, self.audit.record)
+        joined = self.parts.newcomers.welcome(
+            state, rounds, self.parts.engine, self.admission, self.audit.record
+        )
         if joined:
             summary["newcomers"] = newcomers_record(joined, self._headline)
         if self.remote is not None:

@@ -20,10 +20,12 @@ from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import OutputError, RoundFailed
-from fedloom.messages import Answer, Exchange, Payload, Reply, StoredTensors, encode
+from fedloom.messages import Answer, Exchange, NumberSpec, Payload, Reply, StoredTensors, encode
 from fedloom.methods.base import Cohort, Method, Round
+from fedloom.offences import Offence, Report, Watch
 from fedloom.randomness import generator
 from fedloom.settings import Settings
+from fedloom.training.local import LOSS
 
 SPOOL_ABOVE = 512 << 20
 """Bytes of an exchange's answers above which they wait on disk until all are there."""
@@ -99,6 +101,7 @@ class Briefing:
         audit: Told who joins and who is refused.
         undone: Messages whose answers did not count: client, how many times the run had begun or been
             resumed, number.
+        report: Told of offences that are found outside of answers, by any thread.
     """
 
     run: str
@@ -108,6 +111,7 @@ class Briefing:
     began: tuple[int, ...]
     audit: Record = unheard
     undone: tuple[tuple[int, int, int], ...] = ()
+    report: Report = lambda client, kind, reason: None
 
 
 class RemoteEngine(Engine, Protocol):
@@ -116,6 +120,11 @@ class RemoteEngine(Engine, Protocol):
     @property
     def name(self) -> str:
         """What ``fedloom run --engine`` calls it."""
+        ...
+
+    @property
+    def watch(self) -> Watch:
+        """Who is told of offences and quarantine as they come."""
         ...
 
     @property
@@ -152,8 +161,9 @@ class RoundRecord:
         round: From 1; 0 is the evaluation before any training.
         clients: The cohort.
         rejected: Clients left out of the round, and why.
-        offenders: Those among them whose answer was unusable, rather than missing.
-        paused: Clients not asked for earlier offences, each with the last round of that.
+        offences: What clients got wrong in it, in an answer or otherwise; one of each client and kind.
+        paused: Clients in quarantine for earlier offences, each with the last round of that.
+        weighed: Clients that claimed more examples than one may weigh: claimed, and counted.
         replaced: Clients of the first draw in whose place others were drawn.
         learning_rate: Of the round.
         train: Mean training metrics over the clients' examples; empty for round 0.
@@ -167,8 +177,9 @@ class RoundRecord:
     round: int
     clients: tuple[int, ...] = ()
     rejected: Mapping[int, str] = field(default_factory=dict)
-    offenders: tuple[int, ...] = ()
+    offences: tuple[Offence, ...] = ()
     paused: Mapping[int, int] = field(default_factory=dict)
+    weighed: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     replaced: tuple[int, ...] = ()
     learning_rate: float = 0.0
     train: Mapping[str, float] = field(default_factory=dict)
@@ -211,6 +222,7 @@ class Server:
         admission: What answers are let in, and who has offended so far.
         audit: Told of every message that goes out, is let in or refused.
         spool: Folder for answers that together are too large for memory.
+        reported: Names and ranges of what clients report of a training.
     """
 
     method: Method
@@ -224,6 +236,7 @@ class Server:
     admission: Admission = field(default_factory=Admission)
     audit: Record = unheard
     spool: Path | None = None
+    reported: tuple[NumberSpec, ...] = (LOSS,)
 
     def run(self, state: State, done: int = -1) -> State:
         """Play all rounds after round ``done`` and return the last state.
@@ -239,7 +252,8 @@ class Server:
         if done < 0:
             start = time.perf_counter()
             evaluation = self.evaluate(state, 0)
-            self._finish(RoundRecord(0, evaluation=evaluation), state, start)
+            offences = self.admission.close(0)
+            self._finish(RoundRecord(0, offences=offences, evaluation=evaluation), state, start)
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):
             start = time.perf_counter()
             paused = self.admission.paused(round)
@@ -247,17 +261,20 @@ class Server:
             self._tell_paused(round, paused)
             play = _Play(self, cohort)
             state, cohort = play.run(state), play.cohort
+            evaluation = self.evaluate(state, round)
+            weighed = dict(sorted(self.admission.weighed.items()))
             record = RoundRecord(
                 round,
                 cohort.clients,
                 dict(sorted(play.rejected.items())),
-                tuple(self.admission.offenders(round)),
+                self.admission.close(round),
                 paused,
+                weighed,
                 play.replaced,
                 cohort.learning_rate,
                 _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
-                self.evaluate(state, round),
+                evaluation,
                 details=cohort.details,
             )
             self._finish(record, state, start)
@@ -271,21 +288,22 @@ class Server:
         self.observer.round_done(record)
 
     def _tell_paused(self, round: int, paused: Mapping[int, int]) -> None:
-        """Warn of each client that is left out from this round on."""
+        """Warn of each client that is in quarantine from this round on."""
         before = self.admission.paused(round - 1)
         for client, until in sorted(paused.items()):
             if before.get(client) != until:
                 self.observer.warning(
-                    f"client {client} is left out until round {until}: "
-                    f"{self.admission.settings.offences} unusable answers"
+                    f"client {client} is in quarantine until round {until}: "
+                    f"offences in {self.admission.settings.offences} rounds (admission.offences)"
                 )
+        self.admission.watch.quarantined(self.admission.run or "", round, paused)
 
     def _cohort(self, round: int, paused: Mapping[int, int]) -> Cohort:
         sizes = self.engine.sizes()
         there = sorted(sizes.keys() - paused.keys())
         if not there:
             raise RoundFailed(
-                f"round {round}: all clients are left out for repeated unusable answers ("
+                f"round {round}: all clients are in quarantine for repeated offences ("
                 f"admission.offences = {self.admission.settings.offences}): {sorted(paused)}"
             )
         size = min(self.federation.cohort_size, len(there))
@@ -293,7 +311,9 @@ class Server:
         drawn = rng.choice(there, size=size, replace=False)
         clients = tuple(sorted(int(client) for client in drawn))
         last = round == self.federation.rounds
-        return Cohort(round, clients, sizes, self.learning_rate(round), last=last)
+        return Cohort(
+            round, clients, sizes, self.learning_rate(round), last=last, reported=self.reported
+        )
 
 
 class _Play:
@@ -355,7 +375,11 @@ class _Play:
         return steps, sorted(replies, key=lambda reply: reply.client)
 
     def _replies(self, exchange: Exchange, *, last: bool = True) -> list[Reply]:
-        """Return the usable replies; unless others may yet be drawn, they must make a quorum."""
+        """Return the usable replies; unless others may yet be drawn, they must make a quorum.
+
+        Who is in quarantine is not asked, where a method asks all clients there are.
+        """
+        exchange = self.server.admission.without_paused(exchange)
         replies, rejected = self.server.admission.accept(
             self._arriving(exchange),
             exchange,

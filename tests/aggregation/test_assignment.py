@@ -8,7 +8,13 @@ import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from fedloom.aggregation.assignment import assign_experts, infeasible, similarity
+from fedloom.aggregation.assignment import (
+    assign_experts,
+    infeasible,
+    relevance_of,
+    similarity,
+    softmax,
+)
 
 
 def best_by_force(relevance, k, most, least):
@@ -33,6 +39,17 @@ def test_every_small_case_is_solved_exactly(k, most, least):
         assert (held.sum(1) == k).all() and held.sum(0).min() >= least and held.sum(0).max() <= most
         expected = best_by_force(relevance, k, most, least)
         assert (relevance * held).sum() == pytest.approx(expected, abs=1e-9)
+
+
+def test_embeddings_as_large_as_are_let_in_give_an_assignment():
+    """A client may send embeddings up to admission.max_value; r is 64 at most in practice, 4096 here."""
+    tokens, experts = torch.full((4, 4096), 1e-3), torch.full((4, 4096), 1e-3)
+    tokens[2], experts[1] = 1e6, -1e6
+    shares = softmax(relevance_of(experts, tokens))
+    assert np.isfinite(shares).all() and np.allclose(shares.sum(1), 1)
+    held = assign_experts(shares, 2, 4, 1)
+    assert (held.sum(1) == 2).all() and held.sum(0).min() >= 1
+    assert torch.isfinite(similarity(tokens[None], torch.ones(4))).all()
 
 
 def best_by_integers(relevance, k, most, least):

@@ -19,6 +19,7 @@ from fedloom.messages import Answer
 from fedloom.methods.base import Cohort
 from fedloom.runner import Silent
 from fedloom.server import Server
+from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
 from links import Link
 from machines import machines
@@ -64,7 +65,8 @@ class SameCohorts(Server):
     def _cohort(self, round, paused):
         clients = tuple(self.recorded[round])
         last = round == self.federation.rounds
-        return Cohort(round, clients, self.engine.sizes(), self.learning_rate(round), last=last)
+        rate, own = self.learning_rate(round), self.reported
+        return Cohort(round, clients, self.engine.sizes(), rate, last=last, reported=own)
 
 
 def replayed(experiment, records):
@@ -75,7 +77,7 @@ def replayed(experiment, records):
         parts.method, Replay(parts.engine, records), experiment.federation,
         lambda round: round_learning_rate(experiment.training, round, experiment.federation.rounds),
         lambda state, round: None, lambda record, state: parts.engine.finish_round(),
-        parts.ledger, Silent(), Admission(experiment.admission),
+        parts.ledger, Silent(), Admission(experiment.admission), reported=reported(parts.objective),
     )  # fmt: skip
     return server.run(parts.method.initial_state(parts.initial), 0)
 

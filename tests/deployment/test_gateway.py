@@ -14,7 +14,7 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from fedloom.deployment import gateway_client, handshake
 from fedloom.deployment.children import free_port
 from fedloom.deployment.fleet import Upstream
-from fedloom.deployment.gateway import Gateway, GatewaySettings, Refusals, source
+from fedloom.deployment.gateway import Gateway, GatewaySettings, source
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.engines.frames import StreamOver, read_frame
 from fedloom.engines.streams import Arrival, Question, Streams, taken
@@ -393,44 +393,6 @@ class TestBounds:
             assert word in str(error.value)
 
 
-def test_refusals_are_noted_so_often_and_no_more():
-    notes, now = [], [50.0]
-    refuse = Refusals(lambda event, **facts: notes.append((event, facts)), lambda: now[0])
-    for number in range(1000):
-        refuse(peer=number)
-    assert notes == [("refused_client", {"peer": number}) for number in range(100)]
-    now[0] += 9.0
-    refuse(peer="early")
-    now[0] += 1.0
-    refuse(peer="next")
-    refuse(peer="after it")
-    assert notes[100:] == [("refused_client", {"peer": "next", "more": 901})]
-    now[0] += 1e6
-    for number in range(101):
-        refuse(peer=number)
-    assert len(notes) == 201 and notes[101][1] == {"peer": 0, "more": 1}
-    assert notes[102][1] == {"peer": 1}
-
-
-def test_what_could_not_be_noted_is_counted_still():
-    notes, now = [], [0.0]
-
-    def note(event, **facts):
-        if now[0] == 10.0:
-            raise OutputError("cannot write audit.jsonl: No space left on device")
-        notes.append(facts)
-
-    refuse = Refusals(note, lambda: now[0])
-    for _ in range(103):
-        refuse()
-    now[0] = 10.0
-    with pytest.raises(OutputError):
-        refuse()
-    now[0] = 20.0
-    refuse()
-    assert notes[100:] == [{"more": 3}]
-
-
 def test_strangers_cannot_fill_the_log_and_clients_are_still_noted(bounded):
     site = bounded(handshake_burst=1000)
     for _ in range(130):
@@ -449,7 +411,7 @@ def test_a_full_disk_does_not_end_the_gateway(bounded):
     def full(event, **facts):
         raise OutputError("cannot write audit.jsonl: No space left on device")
 
-    site.gateway.note, site.gateway.refuse = full, Refusals(full)
+    site.gateway.note = full
     with contextlib.closing(socket.create_connection(("127.0.0.1", site.port))) as stranger:
         stranger.sendall(b"nonsense" * 100)
         assert until(lambda: not site.gateway._unproven)

@@ -10,12 +10,14 @@ import pytest
 from fedloom.accounting.ledger import Cost
 from fedloom.deployment.orders import ASK, News, Order, read_news, show
 from fedloom.errors import FedloomError, RoundFailed
+from fedloom.offences import Offence
 from fedloom.runner import Plan
 from fedloom.server import Evaluation, RoundRecord
 
 PLAN = Plan("who", "what", 3, "accuracy", True)
 RECORD = RoundRecord(
-    2, (0, 3), {3: "it failed"}, (3,), {5: 9}, (4,), 1e-3, {"loss": 0.5}, {0: {"loss": 0.5}},
+    2, (0, 3), {3: "it failed"}, (Offence(3, "forged", "why", 2, "r", 4),), {5: 9}, {0: (99.0, 7)}, (4,),
+    1e-3, {"loss": 0.5}, {0: {"loss": 0.5}},
     Evaluation({"accuracy": 0.5}, {0: {"accuracy": 0.25}}),
     (Cost(2, 0, "train", bytes_up=7),), 0.5, {"held": {"0": [1]}},
 )  # fmt: skip

@@ -9,7 +9,9 @@ from fedloom.accounting.ledger import Ledger
 from fedloom.assembly import assemble, divide
 from fedloom.deployment.told import Sentence
 from fedloom.messages import Exchange, Payload, Schema, decode
+from fedloom.methods.base import EXAMPLES, LEARNING_RATE
 from fedloom.server import Briefing
+from fedloom.training.local import reported
 
 
 def briefing(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
@@ -34,8 +36,8 @@ def training(parts, round=1, clients=(0, 1, 2)):
     """What FedAvg asks in a round, and the replies' schema."""
     adapter = parts.initial
     payload = Payload(adapter, {"learning_rate": 1e-3})
-    schema = Schema.of(adapter, ("learning_rate",))
-    reply = Schema.of(adapter, ("examples",), metrics=True)
+    schema = Schema.of(adapter, (LEARNING_RATE,))
+    reply = Schema.of(adapter, (EXAMPLES,), reported(parts.objective))
     return Exchange.broadcast("train", round, clients, payload, schema, reply)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import fedloom
+from fedloom.admission import Admission
 from fedloom.errors import SettingsError
 
 PEOPLE = {
@@ -51,7 +52,7 @@ def test_only_a_newcomers_own_parts_are_fitted(experiment, federate):
         return own
 
     parts.engine.client = watching
-    parts.newcomers.welcome(found.state, 2, parts.engine)
+    parts.newcomers.welcome(found.state, 2, parts.engine, Admission())
     assert len(trained) == 2
     assert all(name.startswith("own.") for names in trained for name in names)
 

@@ -171,6 +171,13 @@ def test_absent_clients_are_assigned_by_what_they_last_sent(experiment, federate
         assert torch.equal(found.state.tensors[TOKENS][:, client], tokens)
 
 
+def below_zero(shares):
+    """Shares that add up to what they did, two of the first layer's (it has two experts at least) moved."""
+    moved = shares.clone()
+    moved[0], moved[1] = shares[0] + 2, shares[1] - 2
+    return moved
+
+
 def failing(monkeypatch, round, clients, spoil=None):
     plain = SimulationEngine._answer
 
@@ -214,8 +221,10 @@ def test_an_expert_whose_holders_all_fail_keeps_its_value(experiment, federate, 
             lambda t: t.update({n: x[:-1] for n, x in t.items() if n.startswith("experts ")}),
             "tensor experts .* rows, this client's experts make",
         ),
+        (lambda t: t[SHARES].mul_(2), "shares of tokens in layer 0 must be .* add up to 1"),
+        (lambda t: t[SHARES].copy_(below_zero(t[SHARES])), "shares of tokens in layer 0 must be"),
     ],
-    ids=["tokens", "experts", "few embeddings", "few experts"],
+    ids=["tokens", "experts", "few embeddings", "few experts", "shares of 2", "shares below 0"],
 )
 def test_a_reply_that_does_not_fit_leaves_its_client_out(
     experiment, federate, monkeypatch, spoil, reason

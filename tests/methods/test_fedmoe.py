@@ -8,7 +8,7 @@ import torch
 import fedloom
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import Interrupted, ModelError, SettingsError
-from fedloom.messages import decode
+from fedloom.messages import Answer, decode, encode
 from fedloom.methods.base import ADAPTER, part_of
 from fedloom.methods.fedmoe import HELD, KNOWN, USED
 from fedloom.models.submixture import block_number
@@ -94,6 +94,24 @@ def test_bytes_are_the_held_experts_both_ways(mixture, federate):
     for client in range(3):
         cost = next(c for c in found.costs(client) if c.phase == "train")
         assert 0 <= cost.bytes_down - size < 1000 and 0 <= cost.bytes_up - size < 1000
+
+
+@pytest.mark.parametrize("value", [-1, (1 << 40) + 1])
+def test_counts_that_cannot_be_ones_leave_their_client_out(mixture, federate, monkeypatch, value):
+    plain = SimulationEngine._answer
+
+    def answer(self, exchange, client, data):
+        found = plain(self, exchange, client, data)
+        if exchange.action != "probe" or client != 1:
+            return found
+        payload = decode(found.data, exchange.reply_schema)
+        payload.tensors["used"][0, 0] = value
+        return Answer(client, encode(payload, exchange.reply_schema))
+
+    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    (record,) = federate(mixture(federation={"clients": 3, "rounds": 1})).records
+    assert record.rejected == {1: "counts of tokens must be 0 to 1099511627776"}
+    assert [(o.client, o.kind) for o in record.offences] == [(1, "out_of_range")]
 
 
 def test_absent_clients_probe_when_they_first_come(mixture, federate, messages):

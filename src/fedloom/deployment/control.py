@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Group
@@ -10,8 +11,11 @@ from rich.text import Text
 
 from fedloom.deployment.children import LINK, flwr
 from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.deployment.offences import Standings, read_standings
 from fedloom.deployment.server import registered, stop_run, under_way
 from fedloom.errors import FedloomError, OutputError
+from fedloom.offences import one_line
 
 
 def allow(home: Path, name: str, public: Path) -> int:
@@ -60,12 +64,34 @@ def status(home: Path) -> Group:
         f"server in {home}: process {serving.pid}, port {serving.port}, {secrecy}, "
         f"{len(running)} run{'s' if len(running) != 1 else ''} under way"
     )
-    table = Table(box=None)
-    table.add_column("client", justify="right")
-    table.add_column("name")
-    table.add_column("state")
-    nodes = registered(own)
+    nodes, rows = registered(own), []
     for number, member in enumerate(own.members().members):
         state = states.get(nodes.get(member.key, ""), "not seen")
-        table.add_row(str(number), member.name, "revoked" if member.revoked else state)
-    return Group(Text(line), table)
+        rows.append((number, member.name, "revoked" if member.revoked else state))
+    known = read_standings(own.path / OFFENCES)
+    return Group(Text(line), clients_table(rows, known, playing=bool(running)))
+
+
+def clients_table(
+    clients: Iterable[tuple[int, str, str]], known: Standings, *, playing: bool
+) -> Table:
+    """Return clients as a table, with what is known of their offences where there are any.
+
+    Args:
+        clients: Number, name and state of each.
+        known: What the log of offences says.
+        playing: Whether a run is under way: quarantine is of a run, and ends with it.
+    """
+    table = Table(box=None)
+    table.add_column("client", justify="right")
+    for column in ("name", "state", *(("offences", "quarantine", "last") if known.clients else ())):
+        table.add_column(column)
+    for number, name, state in clients:
+        cells, own = [str(number), name, state], known.clients.get(number)
+        if own is not None:
+            cells.append(", ".join(f"{kind} {count}" for kind, count in sorted(own.kinds.items())))
+            here = playing and own.until is not None and own.run == known.run
+            cells.append(f"until round {own.until} of run {str(own.run)[:8]}" if here else "no")
+            cells.append(one_line(f"{own.time} {own.kind}: {own.reason}"))
+        table.add_row(*map(Text, cells))  # what a stranger said is no markup
+    return table

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import h11
 
-from fedloom.errors import ConnectionFailed, MessageError
+from fedloom.errors import ConnectionFailed, MessageError, OffenceKind
 
 CALLS = {
     f"/v1/fleet/{name}": limit
@@ -95,6 +95,15 @@ def key_header(public_pem: bytes) -> bytes:
     return base64.b64encode(public_pem)
 
 
+KINDS: dict[int, OffenceKind] = {
+    400: "malformed",
+    411: "malformed",
+    413: "oversized",
+    507: "oversized",
+}
+"""What kind of offence a request is that is answered by a status; any other is forbidden."""
+
+
 class Forbidden(MessageError):
     """A request that is not passed on.
 
@@ -104,7 +113,7 @@ class Forbidden(MessageError):
 
     def __init__(self, status: int, reason: str) -> None:
         """Keep both."""
-        super().__init__(reason)
+        super().__init__(reason, KINDS.get(status, "forbidden"))
         self.status = status
 
 

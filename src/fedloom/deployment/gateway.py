@@ -26,15 +26,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
+from fedloom.audit import Limited
 from fedloom.deployment import fleet, handshake
 from fedloom.deployment.connections import CHUNK, Duplex, notice_absence
 from fedloom.deployment.handshake import Claim, Distrust
 from fedloom.engines.frames import connect, write_frame
-from fedloom.envelope import printable
 from fedloom.errors import (
     ConnectionFailed,
     FedloomError,
@@ -43,10 +42,8 @@ from fedloom.errors import (
     SettingsError,
 )
 from fedloom.identity import Current, Members, public_pem
+from fedloom.offences import Report, one_line
 from fedloom.settings import Settings, parse, read_toml
-
-BURST, PACE = 100, 10.0
-"""Refusals that are noted at once, and seconds for one more from then on: 3 MB of audit log a day."""
 
 BATCH = 64
 """Connections that are accepted at a time, before those that wait are looked at again."""
@@ -101,36 +98,6 @@ class GatewaySettings(Settings):
         if problems or found is None:
             raise SettingsError(problems, str(path))
         return found
-
-
-class Refusals:
-    """Notes who is not let in, no more than so often: strangers must not fill the disk.
-
-    From wherever they come, as addresses cost nothing. The next that is noted says how many before it
-    were not (``more``). Threads may share one.
-    """
-
-    def __init__(
-        self, note: Callable[..., None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Pass on to ``note``; ``clock`` gives seconds."""
-        self._note, self._clock = note, clock
-        self._room, self._since, self._more = float(BURST), clock(), 0
-        self._lock = threading.Lock()
-
-    def __call__(self, **facts: Any) -> None:
-        """Note a refusal, or count it."""
-        with self._lock:
-            now = self._clock()
-            self._room = min(BURST, self._room + (now - self._since) / PACE)
-            self._since = now
-            if self._room < 1:
-                self._more += 1
-                return
-            self._room -= 1
-            more = {"more": self._more} if self._more else {}
-            self._note("refused_client", **facts, **more)
-            self._more = 0
 
 
 @dataclass(frozen=True)
@@ -224,9 +191,9 @@ class Gateway:
 
     Attributes:
         settings: Bounds.
-        note: Told of each client that is let in, for the audit log.
-        refuse: Told of each that is not.
-        offend: Told of what a client that is let in gets wrong here: its number, kind and reason.
+        note: Told of each client that is let in, and of each stranger that is not, for the audit log; of
+            each client, and of all strangers together, no more than so often.
+        report: Told of what a client that is let in gets wrong here: its number, kind and reason.
         streams: Folder of the sockets of runs, by the run's id.
         upstream: Flower's server.
     """
@@ -238,13 +205,13 @@ class Gateway:
         streams: Path,
         upstream: fleet.Upstream,
         settings: GatewaySettings | None = None,
-        offend: Callable[[int, str, str], None] = lambda client, kind, reason: None,
+        report: Report = lambda client, kind, reason: None,
         stamp: Callable[[], object] | None = None,
     ) -> None:
         """Keep what it needs; see :meth:`listen`, and :class:`Current` for ``stamp``."""
         self.settings = settings or GatewaySettings()
         self.members = Current(members, lambda reason: note("unread_members", reason=reason), stamp)
-        self.note, self.refuse, self.offend = note, Refusals(note), offend
+        self.note, self.report = Limited(note), report
         self.streams, self.upstream = streams, upstream
         self._allowed: tuple[Members | None, Allowed] = None, Allowed({}, frozenset())
         self._context: ssl.SSLContext | None = None
@@ -510,7 +477,7 @@ class Gateway:
     def _noted(self, what: str, address: str, reason: str) -> None:
         """Note a refusal; strangers are refused all the same where the disk is full."""
         with contextlib.suppress(OutputError):
-            self.refuse(what=what, peer=address, reason=printable(reason))
+            self.note("refused_client", what=what, peer=address, reason=one_line(reason))
 
     # what is let in
 
@@ -523,7 +490,7 @@ class Gateway:
             connection.sendall(handshake.frame({"number": own.client}))
             if claim.purpose == "register":
                 with contextlib.suppress(OutputError):
-                    self.note("client", what="joins", client=own.client)
+                    self.note("client", source=own.client, what="joins", client=own.client)
             else:
                 key = fleet.key_header(public_pem(claim.key))
                 fleet.pass_on(
@@ -534,7 +501,7 @@ class Gateway:
                     self._pace_of(own.client),
                 )
         except fleet.Forbidden as error:
-            self.offend(own.client, "forbidden", str(error))
+            self.report(own.client, error.kind, str(error))
         except (OSError, FedloomError):
             pass  # it went, or Flower is being started again: it comes back
         finally:
@@ -568,7 +535,8 @@ class Gateway:
         with inner:
             connection.sendall(handshake.frame({"number": own.client}))
             with contextlib.suppress(OutputError):
-                self.note("client", what="opens a stream", client=own.client)
+                told = {"what": "opens a stream", "client": own.client}
+                self.note("client", source=own.client, **told)
             write_frame(inner, json.dumps({"client": own.client}).encode())
             connection.settimeout(None)
             outer = Duplex(connection)

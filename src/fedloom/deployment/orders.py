@@ -17,6 +17,7 @@ from typing import Any
 from fedloom.accounting.ledger import Cost
 from fedloom.deployment.homes import Note
 from fedloom.errors import FedloomError, RoundFailed
+from fedloom.offences import Offence
 from fedloom.runner import Plan, RunObserver
 from fedloom.server import Evaluation, RoundRecord
 
@@ -169,13 +170,15 @@ def _record(table: dict[str, Any]) -> RoundRecord:
         clients = {int(client): own for client, own in evaluation["clients"].items()}
         evaluation = Evaluation(evaluation["metrics"], clients)
     by_client = ("rejected", "paused", "client_train")
+    weighed = {int(c): (claimed, counted) for c, (claimed, counted) in table["weighed"].items()}
     numbered = {key: {int(c): own for c, own in table[key].items()} for key in by_client}
     return RoundRecord(
         **{
             **table,
             **numbered,
             "clients": tuple(table["clients"]),
-            "offenders": tuple(table["offenders"]),
+            "offences": tuple(Offence(**offence) for offence in table["offences"]),
+            "weighed": weighed,
             "replaced": tuple(table["replaced"]),
             "evaluation": evaluation,
             "costs": tuple(Cost(**cost) for cost in table["costs"]),

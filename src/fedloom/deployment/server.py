@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -10,9 +11,10 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from fedloom.audit import FILE, AuditLog
+from fedloom.audit import FILE, AuditLog, Limited, unheard
 from fedloom.deployment.children import (
     LINK,
     Child,
@@ -29,9 +31,12 @@ from fedloom.deployment.children import (
 )
 from fedloom.deployment.exposure import require_unexposed
 from fedloom.deployment.fleet import Upstream
-from fedloom.deployment.gateway import Gateway, GatewaySettings, Refusals
+from fedloom.deployment.gateway import Gateway, GatewaySettings
 from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.errors import FedloomError, IdentityError, OutputError
+from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.deployment.offences import OffenceLog
+from fedloom.engines.frames import connect, write_frame
+from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, OffenceKind, OutputError
 from fedloom.files import write_whole
 from fedloom.identity import (
     CA,
@@ -44,9 +49,13 @@ from fedloom.identity import (
     require_current,
     stamp_of,
 )
+from fedloom.offences import Offence, one_line
 from fedloom.settings import read_toml, write_toml
 
 PORT = 9092
+RUN_PATTERN = "[0-9a-f]" * 32
+"""Names of the sockets of runs."""
+
 HERE = "127.0.0.1"
 """Where Flower's server listens: on this machine alone."""
 
@@ -119,15 +128,16 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         home.streams,
         upstream,
         settings,
-        stamp=lambda: stamp_of(home.path / CLIENTS),
+        partial(report_offence, home),
+        lambda: stamp_of(home.path / CLIENTS),
     )
-    gateway.refuse = Refusals(lambda event, **facts: None)  # the next strangers are we ourselves
+    gateway.note = Limited(unheard)  # the next strangers are we ourselves
     gateway.listen(host, port, None if insecure else (home.certificate, home.key))
     try:
         link.keep_alive()
         wait_until_open(HERE, serving.flower, link)
         require_unexposed(reachable(host), port, tls=not insecure, private=serving.flower)
-        gateway.refuse = Refusals(log.record)
+        gateway.note = Limited(log.record)
         for number in under_way(home):  # who played them is gone; their folders can be resumed
             stop_run(home, number)
             log.record("ended_run", run=number)
@@ -152,6 +162,17 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         family.stop()
         log.record("stopped")
         home.started.unlink(missing_ok=True)
+
+
+def report_offence(home: ServerHome, client: int, kind: OffenceKind, reason: str) -> None:
+    """Have what a client got wrong at the gateway count: in the run under way, or in none."""
+    told, greeting = False, {"client": client, "offence": kind, "reason": one_line(reason)}
+    for path in home.streams.glob(RUN_PATTERN):
+        with contextlib.suppress(ConnectionFailed, OSError), connect(path, 1.0) as run:
+            write_frame(run, json.dumps(greeting).encode())
+            told = True
+    if not told:
+        OffenceLog(home.path / OFFENCES).offended(Offence(client, kind, one_line(reason)))
 
 
 def raise_limit_of_descriptors() -> None:

@@ -12,7 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedloom.deployment.children import only
 from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import News, Order, go_on
+from fedloom.deployment.server import registered
 from fedloom.engines.flower import FlowerEngine
 from fedloom.engines.post import Post
 from fedloom.engines.roster import Roster
@@ -61,8 +64,9 @@ def _play(grid: Grid, order: Order, news: News) -> RunResult:
     home, folder = ServerHome(Path(order.home)), Path(order.folder)
     file = Path(order.experiment) if order.experiment else folder / names.EXPERIMENT
     experiment = Experiment.from_toml(file)
-    roster = Roster(home.members, experiment.clients.newcomers)
-    engine = FlowerEngine(_post(grid, home), experiment.federation, roster)
+    roster = Roster(home.members, experiment.clients.newcomers, owners=partial(_owners, home))
+    watch = OffenceLog(home.path / OFFENCES)
+    engine = FlowerEngine(_post(grid, home), experiment.federation, roster, watch)
     try:
         if order.experiment is None:
             return resume_run(folder, from_round=order.from_round, observer=news, remote=engine)
@@ -78,7 +82,19 @@ def _post(grid: Grid, home: ServerHome) -> Post:
         return Post(grid, open_streams=streams)
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
-    return Post(grid, signing, certificate, streams)
+    return Post(grid, signing, certificate, streams, proven=True)
+
+
+def _owners(home: ServerHome) -> dict[int, int]:
+    """Return the client of each of Flower's nodes, by the key with which Flower had it prove itself.
+
+    None where nothing is proven, or the lists cannot be read.
+    """
+    with contextlib.suppress(FedloomError):
+        if not home.serving().insecure:
+            nodes, members = registered(home), enumerate(home.members().members)
+            return {int(nodes[own.key]): number for number, own in members if own.key in nodes}
+    return {}
 
 
 def _open_streams(home: ServerHome, run: str, patience: float) -> Streams:

@@ -43,6 +43,7 @@ from fedloom.engines.simulation import Equipment
 from fedloom.engines.store import ClientStore
 from fedloom.envelope import (
     LONGEST_HEADER,
+    PHASES,
     Envelope,
     Joined,
     ReplyHeader,
@@ -194,7 +195,7 @@ class Worker:
             payload, error = self._exchanged(run, header, envelope.payload)
             work = [
                 WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
-                for cost in run.parts.ledger.take()
+                for cost in run.parts.ledger.take()[-PHASES:]
             ]
             said = {"work": work, "error": error}
             if payload:

@@ -4,31 +4,47 @@ Of Flower it uses messages and the list of nodes (``post.py``), nothing else. Ea
 array (the encoded payload, bf16 and all) beside a signed header (``envelope.py``). The first message to
 a client brings it all it must know of the run, and, where streams are allowed, the place where it may
 open one; a client with an open stream is asked over that, any other by a message of Flower.
+
+An answer that is wrong is an offence (``offences.py``) where its sender is proven, so that nobody can put
+a client in quarantine by sending in its name:
+
+- Over a stream: its client proved its key before the stream was passed on to here. (Without TLS, who
+  controls the network in between may change what travels, as it may also cut the client off.)
+- By a message of Flower: where each node has proven a client's key (``Post.proven``, with TLS). A
+  signature that does not fit proves nothing, and one that fits proves who made a reply, not who sends it
+  now: an old one can be replayed by whoever has seen it. Once a reply is signed for this very question,
+  what is wrong with its content is its client's.
+- An answer that came in two parts, before and after its client came back, may be of two processes of an
+  honest client: the first ended in the middle of it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.audit import Limited, unheard
 from fedloom.engines.post import Post
 from fedloom.engines.roster import Roster
-from fedloom.engines.streams import Question, Streams, taken
+from fedloom.engines.simulation import REFERENCE
+from fedloom.engines.streams import Arrival, Question, Streams, taken
 from fedloom.envelope import (
     MAX_REPLY_HEADER,
     PREFIX,
     Envelope,
     RequestHeader,
+    WorkDone,
     seal,
 )
 from fedloom.errors import MessageError, RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
+from fedloom.offences import Watch
 from fedloom.server import Briefing, FederationSettings
 
 POLL = 0.1
@@ -49,6 +65,20 @@ class _Asked:
     header: RequestHeader
     sent: int
     question: int | None
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of a question: an envelope, what is wrong with what came, or why nothing did.
+
+    Attributes:
+        content: See above.
+        proven: Whether it is proven that the client sent it.
+    """
+
+    content: Envelope | MessageError | str
+    proven: bool
 
 
 @dataclass
@@ -59,6 +89,7 @@ class FlowerEngine:
         post: How they are reached.
         federation: How many there should be, how long they have.
         roster: Who is there.
+        watch: Told of offences and quarantine as they come.
         late: Replies that came after their round had gone on without them.
     """
 
@@ -66,6 +97,7 @@ class FlowerEngine:
     post: Post
     federation: FederationSettings
     roster: Roster
+    watch: Watch = field(default_factory=Watch)
     late: int = 0
     _joining: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
     _messages: dict[str, int] = field(default_factory=dict)
@@ -76,6 +108,7 @@ class FlowerEngine:
     _briefing: Briefing | None = None
     _streams: Streams | None = None
     _ledger: Ledger = field(default_factory=Ledger)
+    _noted: Limited = field(default_factory=lambda: Limited(unheard))
 
     @property
     def briefing(self) -> Briefing:
@@ -92,12 +125,14 @@ class FlowerEngine:
         """Meet the clients; wait until all are ready, or patience is over and there is a quorum."""
         self._briefing, self._ledger = briefing, ledger
         self.roster.model, self.roster.audit = briefing.model, briefing.audit
+        self.roster.report, self._noted = briefing.report, Limited(briefing.audit)
         for client, stretch, number in briefing.undone:
             self._undone.setdefault(client, []).append([stretch, number])
         if self.post.open_streams is not None and self.federation.streams:
             self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
-            self._streams.returned = lambda client, held: briefing.audit(
-                "returned", client=client, held=held
+            self._streams.report = briefing.report
+            self._streams.returned = lambda client, held: self._noted(
+                "returned", source=client, client=client, held=held
             )
         self._wait_for(self.federation.clients, set(self.roster.newcomers))
 
@@ -195,7 +230,7 @@ class FlowerEngine:
         }
         return self.post.push(node, header.model_copy(update=told), payload)
 
-    def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
+    def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
         """Yield what has come since the last look from those waited for, once for each."""
         yield from self._streamed(waiting)
         for id, found in self.post.pull([*self._messages, *self._joining]):
@@ -205,9 +240,9 @@ class FlowerEngine:
                 if node in self.roster.nodes.values():  # and however often it was asked
                     self._joining = {i: own for i, own in self._joining.items() if own[0] != node}
             elif id in self._messages:
-                yield self._messages.pop(id), found
+                yield self._messages.pop(id), _Found(found, self.post.proven)
 
-    def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, Envelope | str]]:
+    def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
         """Yield what came over streams; wait a moment if there is nothing."""
         streams = self._streams
         if streams is None:
@@ -218,27 +253,46 @@ class FlowerEngine:
             if arrival.message is None and arrival.client not in streams:
                 self.roster.lost(arrival.client)  # its machine may be gone
             if asked is not None and asked.question == arrival.question is not None:
-                yield arrival.client, _unpacked(arrival.message)
+                yield arrival.client, _Found(_unpacked(arrival), not arrival.resumed)
             elif isinstance(arrival.message, Path):  # it is waited for no longer
                 arrival.message.unlink(missing_ok=True)
 
-    def _answer(self, asked: _Asked, exchange: Exchange, found: Envelope | str) -> Answer:
-        client = asked.client
+    def _answer(self, asked: _Asked, exchange: Exchange, found: _Found) -> Answer:
+        client, content = asked.client, found.content
         cost = Cost(exchange.round, client, exchange.action, bytes_down=asked.sent, exchanges=1)
         self._ledger.costs.append(cost)
-        if isinstance(found, str):
-            return Answer(client, error=found)
+        if isinstance(content, str):
+            return Answer(client, error=content)
         try:
+            if isinstance(content, MessageError):
+                raise content
             stream = None if asked.question is None else client
-            reply = self.roster.trusted(found, asked.header, stream)
+            reply = self.roster.trusted(content, asked.header, stream)
         except MessageError as error:
-            return Answer(client, error=f"its answer cannot be trusted: {error}")
-        for work in reply.work:
-            self._ledger.costs.append(Cost(exchange.round, client, **work.model_dump()))
+            return Answer(
+                client,
+                error=f"its answer cannot be trusted: {error}",
+                offence=error.kind if found.proven else None,
+            )
+        self._count(reply.work, asked, exchange)
         if reply.error is not None:
             return Answer(client, error=reply.error)
-        cost.bytes_up = len(found.payload)
-        return Answer(client, found.payload, digest=reply.payload)
+        cost.bytes_up = len(content.payload)
+        return Answer(client, content.payload, digest=reply.payload)
+
+    def _count(self, work: Iterable[WorkDone], asked: _Asked, exchange: Exchange) -> None:
+        """Note what a client says that it has done.
+
+        Of the phases only those that an exchange has; and no more seconds in all than have passed here
+        since it was asked.
+        """
+        left = time.monotonic() - asked.since
+        for done in work:
+            if done.phase in (exchange.action, REFERENCE):
+                cost = Cost(exchange.round, asked.client, **done.model_dump())
+                cost.seconds = min(cost.seconds, left)
+                left -= cost.seconds
+                self._ledger.costs.append(cost)
 
     def _give_up(self, asked: _Asked) -> None:
         """Wait for an answer no longer: what still comes of it is dropped."""
@@ -274,7 +328,7 @@ class FlowerEngine:
         if self._forgotten and (late := self.post.come(self._forgotten)):
             self._forgotten -= late
             self.late += len(late)
-            self.briefing.audit("late", replies=self.late)
+            self._noted("late", replies=self.late)
 
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""
@@ -320,10 +374,14 @@ def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:
     return seal(header.model_copy(update={"held": held, "payload": ""})).parts()
 
 
-def _unpacked(frame: bytes | Path | None) -> Envelope | str:
-    if frame is None:
+def _unpacked(arrival: Arrival) -> Envelope | MessageError | str:
+    if arrival.fault is not None:
+        return arrival.fault
+    if arrival.message is None:
         return "its stream broke, and it did not come back in time"
+    if not (content := taken(arrival.message)):  # what a client sends that could not make an answer
+        return "it could not answer; its log says why"
     try:
-        return Envelope.unpack(taken(frame))
+        return Envelope.unpack(content)
     except MessageError as error:
-        return str(error)
+        return error

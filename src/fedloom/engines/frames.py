@@ -65,20 +65,22 @@ def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
         MessageError: It is longer; nothing of it has been read.
         StreamOver: None will come.
     """
-    length = read_length(read, limit)
-    return None if length is None else read(length)
+    length = read_length(read)
+    if length is None:
+        return None
+    if length > limit():
+        raise MessageError(f"a message of {length} bytes, {limit()} are allowed", "oversized")
+    return read(length)
 
 
-def read_length(read: Read, limit: Callable[[], int]) -> int | None:
-    """Return the length of the next message; see :func:`read_frame`."""
+def read_length(read: Read) -> int | None:
+    """Return the length of the next message, or ``None`` where the stream has ended."""
     prefix = read(LENGTH.size)
     if prefix is None:
         return None
     length = int(LENGTH.unpack(prefix)[0])
     if length == OVER:
         raise StreamOver("the stream was ended")
-    if length > limit():
-        raise MessageError(f"a message of {length} bytes, {limit()} are allowed")
     return length
 
 

@@ -45,12 +45,14 @@ class Post:
         certificate: That certificate in PEM.
         open_streams: Opens the place where streams of a run's clients come in, who may come back within
             so many seconds; ``None`` for no streams.
+        proven: Whether each node has proven a client's key, so that what it sends is that client's.
     """
 
     mail: Mail
     sign: Callable[[bytes], bytes] | None = None
     certificate: str | None = None
     open_streams: Callable[[str, float], Streams] | None = None
+    proven: bool = False
 
     def online(self) -> set[int]:
         """Return the nodes that can be reached."""
@@ -71,8 +73,12 @@ class Post:
             return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
         return set()
 
-    def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | str]]:
-        """Yield the replies that have come, or why one is none, with the id of what each answers.
+    def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | MessageError | str]]:
+        """Yield the replies that have come, with the id of what each answers.
+
+        In place of one that holds no envelope there is an error, and in place of one that Flower cannot
+        read or that says that the client failed, a text: Flower does not tell a transfer that broke from
+        a reply that never was one.
 
         Each is asked for by itself: Flower deletes what it hands out, and one that it cannot read would
         take with it those it has read before.
@@ -87,10 +93,10 @@ class Post:
                 yield id, _read(message)
 
 
-def _read(message: Message) -> Envelope | str:
+def _read(message: Message) -> Envelope | MessageError | str:
     if message.has_error():
         return printable(message.error.reason or "it failed")
     try:
         return from_records(message.content)
     except MessageError as error:
-        return str(error)
+        return error

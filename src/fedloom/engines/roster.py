@@ -1,4 +1,10 @@
-"""Who takes part in a run between machines: who is ready, where, and whose a reply is."""
+"""Who takes part in a run between machines: who is ready, where, and whose a reply is.
+
+What a node sends is proven to be a client's where the node has proven the client's key before anything of
+it is passed on (:attr:`Roster.owners`): without that, a third party may send anything in a client's name,
+and replay what the client once signed. So what is wrong with a reply to the question who a node is, is an
+offence of the client that owns the node, or nobody's.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,11 @@ from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from fedloom.audit import Record, unheard
+from fedloom.audit import Limited, Record, unheard
 from fedloom.envelope import MAX_REPLY_HEADER, Envelope, Joined, ReplyHeader, RequestHeader
 from fedloom.errors import MessageError
 from fedloom.identity import Current, Members, is_signed
+from fedloom.offences import WHY, Report, one_line
 
 AGAIN = 30.0
 """Seconds until a client that could not join is asked again."""
@@ -29,6 +36,8 @@ class Roster:
         newcomers: Clients that are there and no members yet: only who names them reaches them.
         model: SHA-256 of the backbone and tokenizer that all must have.
         audit: Told who joins and who is refused.
+        report: Told of what clients get wrong.
+        owners: Returns the client whose key each node has proven; empty where nodes prove nothing.
         joined: What each client said of itself when it was ready.
         nodes: Where a client can be reached by a message, while it can.
         problems: Why nodes that are there could not join.
@@ -38,6 +47,8 @@ class Roster:
     newcomers: Collection[int]
     model: str = ""
     audit: Record = unheard
+    report: Report = lambda client, kind, reason: None
+    owners: Callable[[], Mapping[int, int]] = dict
     joined: dict[int, Joined] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
@@ -48,6 +59,7 @@ class Roster:
         self.members = Current(
             self.members, lambda reason: self.audit("unread_members", reason=reason)
         )
+        self._noted = Limited(lambda event, **facts: self.audit(event, **facts))
 
     @property
     def judged(self) -> Collection[int]:
@@ -89,30 +101,39 @@ class Roster:
             self.audit("revoked", client=client)
         return gone
 
-    def welcome(self, node: int, found: Envelope | str, asked: RequestHeader) -> None:
+    def welcome(
+        self, node: int, found: Envelope | MessageError | str, asked: RequestHeader
+    ) -> None:
         """Take a client in that says it is ready, or note why not.
 
         Args:
             node: Where it is.
-            found: What it replied, or why it did not.
+            found: What it replied, what is wrong with that, or why it did not.
             asked: The question.
         """
         try:
-            if isinstance(found, str):
-                raise MessageError(found)
-            reply = self.trusted(found, asked)
-            self._require_fitting(reply)
+            if isinstance(found, MessageError):
+                raise found
+            reply = self.trusted(found, asked) if isinstance(found, Envelope) else None
         except MessageError as error:
-            self.audit("refused_join", node=node, reason=str(error))
-            self.problems[node] = str(error)
-            self._wait(node, AGAIN)
+            self._refuse(node, str(error))
+            if (owner := self.owners().get(node)) is not None:
+                self.report(owner, error.kind, f"its answer to who it is: {error}")
             return
-        assert reply.joined is not None, "it fits"
+        problem = str(found) if reply is None else self._problem(reply)
+        if reply is None or reply.joined is None or problem is not None:
+            self._refuse(node, problem or "it does not say what it has")
+            return
         self.joined[reply.client], self.nodes[reply.client] = reply.joined, node
         self.problems.pop(node, None)
         self._waits.pop(node, None)
         facts = {"rows": reply.joined.rows, "model": reply.joined.model}
-        self.audit("joined", client=reply.client, node=node, **facts)
+        self._noted("joined", source=reply.client, client=reply.client, node=node, **facts)
+
+    def _refuse(self, node: int, reason: str) -> None:
+        self.problems[node] = one_line(reason, WHY)
+        self._noted("refused_join", source=node, node=node, reason=self.problems[node])
+        self._wait(node, AGAIN)
 
     def trusted(
         self, envelope: Envelope, asked: RequestHeader, stream: int | None = None
@@ -131,34 +152,32 @@ class Roster:
         if stream != reply.client:
             key = self.members().key(reply.client)
             if key is None or not is_signed(key, envelope.header, envelope.signature):
-                raise MessageError(f"it is not signed with the key of client {reply.client}")
+                raise MessageError(
+                    f"it is not signed with the key of client {reply.client}", "forged"
+                )
         expected = (asked.run, len(asked.began), asked.round, asked.number)
         found = (reply.run, reply.began, reply.round, reply.number)
         if found != expected or asked.client not in (None, reply.client):
             raise MessageError(
                 f"it is of client {reply.client}, round {reply.round}, message {reply.number} of run "
                 f"{reply.run[:8]}, asked was client {asked.client}, round {asked.round}, message "
-                f"{asked.number} of run {asked.run[:8]}"
+                f"{asked.number} of run {asked.run[:8]}",
+                "replayed",
             )
         return reply
 
-    def _require_fitting(self, reply: ReplyHeader) -> None:
-        """Check that a client is ready for this run, with the same software and model.
-
-        Raises:
-            MessageError: It is not.
-        """
+    def _problem(self, reply: ReplyHeader) -> str | None:
+        """Return why a client cannot take part in this run, if so; it has not offended thereby."""
         if reply.error is not None or reply.joined is None:
-            raise MessageError(reply.error or "it does not say what it has")
+            return reply.error or "it does not say what it has"
         if reply.joined.version != (own := version("fedloom")):
-            raise MessageError(
-                f"it has fedloom {reply.joined.version}, the server {own}: upgrade one of them"
-            )
+            return f"it has fedloom {reply.joined.version}, the server {own}: upgrade one of them"
         if reply.joined.model != self.model:
-            raise MessageError(
+            return (
                 f"its model or tokenizer is another one: SHA-256 {reply.joined.model[:12]}, the "
                 f"server's is {self.model[:12]}"
             )
+        return None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from fedloom.training.optimizers import TrainingSettings
 
 LOG = logging.getLogger(__name__)
 
+REFERENCE = "reference"
+"""Phase of the costs of scoring a client's rows under the reference model."""
+
 
 def named(error: Exception) -> str:
     """Return what is said of something that broke on a client."""
@@ -208,7 +211,7 @@ class SimulationEngine:
         share = self.shares[client]
         if not self.objective.needs_reference or share.reference_logps is not None:
             return
-        with self.ledger.measure(round, client, "reference") as cost:
+        with self.ledger.measure(round, client, REFERENCE) as cost:
             model = self.equipment[client].model
             before = model.flops
             self.shares[client] = fitting(

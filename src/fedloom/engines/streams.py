@@ -4,6 +4,12 @@ Who may come in is decided at the gateway (``deployment/gateway.py``), which pas
 to a socket of this process and says whose they are. A client whose stream breaks may come back within
 some seconds: what has arrived of a large answer is kept, and it sends the rest. If it does not, it is
 lost for the exchange that was under way, and nothing more: the next message goes another way.
+
+What comes over a stream is proven to be its client's: it proved its key before the stream was passed on.
+So what is too long, or comes where nothing was asked, is an offence of that client; but not what comes
+over a stream that another of the same client has taken the place of, or that was given up here, as an
+honest client may have been about to answer then. The same socket takes reports of what a client does
+wrong at the gateway.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from fedloom.engines.frames import (
     write_frame,
 )
 from fedloom.errors import MessageError
+from fedloom.offences import KINDS, Report, one_line
 
 LOG = logging.getLogger(__name__)
 
@@ -44,8 +51,11 @@ PART = 1 << 20
 RETURNS = 8
 """Times that a client may come back over one question: one that only ever breaks its stream is lost."""
 
-GREETING = 1 << 10
-"""Bytes of the longest first message, by which the gateway says whose stream it is."""
+GREETING = 1 << 12
+"""Bytes of the longest first message, which says whose stream it is, or what a client got wrong."""
+
+SUPERSEDED = 5.0
+"""Seconds in which a stream that another takes the place of must have written down what came over it."""
 
 
 def taken(message: bytes | Path) -> bytes:
@@ -80,11 +90,17 @@ class Arrival:
         client: Who was asked.
         question: Which one it answers; ``None`` where a stream broke over none.
         message: See above.
+        resumed: Whether it came in two parts, over streams before and after the client came back. A
+            client whose process was started anew in between sends something else from there on, and has
+            not offended thereby.
+        fault: What is wrong with what came in its place, if something came.
     """
 
     client: int
     question: int | None = None
     message: bytes | Path | None = None
+    resumed: bool = False
+    fault: MessageError | None = None
 
 
 @dataclass
@@ -96,6 +112,7 @@ class _Asked:
     held: int = 0
     broken: float | None = None
     returns: int = 0
+    resumed: bool = False
 
 
 @dataclass
@@ -113,12 +130,14 @@ class Streams:
     Attributes:
         arrived: Answers, and what there will be none to.
         returned: Told of a client that came back, and how many bytes of its answer are here.
+        report: Told of what clients get wrong where nothing was asked, or before a stream was theirs.
     """
 
     def __init__(self, path: Path, patience: float = 0.0) -> None:
         """Listen at ``path``; who was asked something may come back within ``patience`` seconds."""
         self.arrived: queue.Queue[Arrival] = queue.Queue()
         self.returned: Callable[[int, int], object] = lambda client, held: None
+        self.report: Report = lambda client, kind, reason: None
         self._patience = patience
         self._streams: dict[int, _Stream] = {}
         self._asked: dict[int, _Asked] = {}
@@ -200,24 +219,30 @@ class Streams:
     def _serve(self, connection: socket.socket) -> None:
         read, stream = reader(connection), _Stream(connection)
         try:
-            greeting = read_frame(read, lambda: GREETING)
-            client = int(json.loads(greeting or b"{}")["client"])
-        except (MessageError, ValueError, KeyError, TypeError):
+            greeting = json.loads(read_frame(read, lambda: GREETING) or b"{}")
+            client = int(greeting["client"])
+            kind, reason = greeting.get("offence"), str(greeting.get("reason", ""))
+        except (MessageError, ValueError, KeyError, TypeError, AttributeError):
             connection.close()
+            return
+        if kind is not None:
+            if kind in KINDS:
+                self.report(client, kind, one_line(reason))
+            connection.close()  # it has been taken
             return
         self._welcome(client, stream)
         threading.Thread(target=self._write, args=(stream,), daemon=True).start()
-        hopeless = False
+        hopeless, fault = False, None
         try:
-            while self._received(read, client):
+            while self._received(read, client, stream):
                 pass
-        except MessageError:  # more than it may send
-            hopeless = True
+        except MessageError as error:
+            hopeless, fault = True, error
         except OSError as error:  # more than the disk can hold
             LOG.warning("client %d: its answer cannot be kept: %s", client, error)
             hopeless = True
         stream.over.set()
-        self._broke(client, stream, hopeless=hopeless)
+        self._broke(client, stream, hopeless=hopeless, fault=fault)
 
     def _welcome(self, client: int, stream: _Stream) -> None:
         """Let a stream take the place of the one before; what was asked is asked over it again."""
@@ -226,24 +251,39 @@ class Streams:
             self._streams[client] = stream
         if before is not None:
             self._end(before)
-            before.over.wait(1.0)  # it may be writing what came
+            if not before.over.wait(SUPERSEDED):  # it is writing what came, and nobody else may
+                self._end(stream)
+                return
         with self._lock:
             superseded = self._streams.get(client) is not stream
             if asked is None or superseded or self._asked.get(client) is not asked:
                 return
             asked.broken, asked.returns = None, asked.returns + 1
+            asked.resumed = asked.resumed or asked.held > 0
             if asked.returns > RETURNS:
                 self._fail(client)
                 return
         self.returned(client, asked.held)
         self._put(stream, asked.question.rest(asked.held) if asked.held else asked.question.message)
 
-    def _received(self, read: Read, client: int) -> bool:
-        """Take the next message, a large one into a file as it comes; return whether there was one."""
-        length = read_length(read, lambda: self._room(client))
-        asked = self._asked.get(client)
-        if length is None or asked is None:
-            return False
+    def _received(self, read: Read, client: int, stream: _Stream) -> bool:
+        """Take the next message, a large one into a file as it comes; return whether there was one.
+
+        Raises:
+            MessageError: It is longer than it may be, or nothing was asked.
+            OSError: It cannot be kept.
+        """
+        length = read_length(read)
+        with self._lock:
+            asked = self._asked.get(client)
+            if length is None or self._streams.get(client) is not stream:
+                return False
+            if asked is None:
+                raise MessageError(
+                    f"a message of {length} bytes where nothing was asked", "replayed"
+                )
+            if length > (room := asked.question.limit - asked.held):
+                raise MessageError(f"a message of {length} bytes, {room} are allowed", "oversized")
         message: bytes | Path | None
         if length <= LARGE and not asked.held:
             message = read(length)
@@ -255,7 +295,7 @@ class Streams:
             del self._asked[client]
             if isinstance(message, Path):
                 self._untaken[message] = client
-            self.arrived.put(Arrival(client, asked.number, message))
+            self.arrived.put(Arrival(client, asked.number, message, asked.resumed))
         return True
 
     def _written(self, read: Read, length: int, client: int, asked: _Asked) -> Path | None:
@@ -279,11 +319,6 @@ class Streams:
                 self._untaken.pop(arrival.message, None)
         return arrival
 
-    def _room(self, client: int) -> int:
-        """Return the bytes that a client may send now: none where it was asked nothing."""
-        asked = self._asked.get(client)
-        return 0 if asked is None else asked.question.limit - asked.held
-
     def _put(self, stream: _Stream, message: tuple[bytes, ...]) -> bool:
         with contextlib.suppress(queue.Full):
             stream.outgoing.put(message, timeout=1.0)
@@ -298,7 +333,9 @@ class Streams:
                 self._end(stream)  # who reads it sees that it is broken
                 return
 
-    def _broke(self, client: int, stream: _Stream, *, hopeless: bool) -> None:
+    def _broke(
+        self, client: int, stream: _Stream, *, hopeless: bool, fault: MessageError | None
+    ) -> None:
         """Count the seconds from now on in which a client may come back, if it was asked something."""
         self._end(stream)
         with self._lock:
@@ -309,15 +346,17 @@ class Streams:
             if asked is None:
                 self.arrived.put(Arrival(client))
             elif hopeless or not self._patience:
-                self._fail(client)
+                self._fail(client, fault)
             else:
                 asked.broken = time.monotonic()
+        if asked is None and fault is not None:
+            self.report(client, fault.kind, str(fault))
 
-    def _fail(self, client: int) -> None:
+    def _fail(self, client: int, fault: MessageError | None = None) -> None:
         """Wait for the answer of a client no longer; the lock is held."""
         asked = self._asked.pop(client)
         self._file(client, asked).unlink(missing_ok=True)
-        self.arrived.put(Arrival(client, asked.number))
+        self.arrived.put(Arrival(client, asked.number, resumed=asked.resumed, fault=fault))
 
     def _file(self, client: int, asked: _Asked) -> Path:
         """Return where a large answer of a client to a question waits."""

@@ -11,17 +11,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fedloom.accounting.ledger import SERVER, Ledger
-from fedloom.admission import accept
+from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
-from fedloom.messages import Exchange, Payload, Schema, Tensors
+from fedloom.evaluation.metrics import HELD_OUT, METRICS
+from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors, fraction, prefixed
 from fedloom.methods.base import EVALUATE, Client, Handler, Method
 from fedloom.models.adapters import AdapterModel
 from fedloom.server import Engine, Evaluation
 
 COMMON = "common."
 """Prefix of metrics on the global set that clients report for their own adapters."""
+
+ALSO_COMMON = fraction("common")
+"""Whether clients judge on the global set too."""
 
 CLIENTS = "clients_"
 """Prefix of the means of these over clients, where the server has figures of its own."""
@@ -39,6 +43,7 @@ class Evaluator:
         judged: Clients that have one, wherever they are.
         every: Rounds between evaluations.
         rounds: Rounds in all; the last is always evaluated.
+        kind: Kind of the clients' own held-out rows, as they are judged.
     """
 
     method: Method
@@ -48,6 +53,7 @@ class Evaluator:
     judged: Collection[int]
     every: int
     rounds: int
+    kind: str
 
     def handler(self) -> Handler:
         """Return the client side of the exchange."""
@@ -74,6 +80,7 @@ class Evaluator:
         engine: Engine,
         model: AdapterModel,
         ledger: Ledger,
+        admission: Admission,
         audit: Record = unheard,
     ) -> Evaluation | None:
         """Judge ``state`` after ``round``, or return ``None`` in a round that does not evaluate.
@@ -84,13 +91,14 @@ class Evaluator:
             engine: Where the clients are.
             model: The server's own model.
             ledger: Where the server's costs go.
+            admission: Checks the clients' answers; who is in quarantine is not asked.
             audit: Where messages are noted.
         """
         if round % self.every and round != self.rounds:
             return None
         adapter = self.method.shared(state)
         sent = self.method.travelling(state)
-        clients = {} if self.method.pools_data else self._ask(sent, round, engine, audit)
+        clients = {} if self.method.pools_data else self._ask(sent, round, engine, admission, audit)
         common = _means([_part(metrics, COMMON) for metrics in clients.values()])
         clients = {c: m for c, m in ((c, _without(m, COMMON)) for c, m in clients.items()) if m}
         if adapter is None:
@@ -105,8 +113,19 @@ class Evaluator:
             cost.flops, cost.examples = model.flops - before, len(self.held_out)
         return Evaluation({**metrics, **{CLIENTS + n: v for n, v in common.items()}}, clients)
 
+    def reported(self, *, common: bool) -> tuple[NumberSpec, ...]:
+        """Return names and ranges of what clients report, with ``common`` of the global set too."""
+        return METRICS[self.kind] + (
+            prefixed(COMMON, METRICS[self.held_out.kind]) if common else ()
+        )
+
     def _ask(
-        self, adapter: Tensors | None, round: int, engine: Engine, audit: Record
+        self,
+        adapter: Tensors | None,
+        round: int,
+        engine: Engine,
+        admission: Admission,
+        audit: Record,
     ) -> dict[int, dict[str, float]]:
         """Ask clients to judge what they make of ``adapter``; if ``None``, on the global set too."""
         sizes = engine.sizes()
@@ -118,10 +137,11 @@ class Evaluator:
             round,
             tuple(asked),
             Payload(adapter or {}, {"common": float(adapter is None)}),
-            Schema.of(adapter or {}, ("common",)),
-            Schema(numbers=("held_out",), metrics=True),
+            Schema.of(adapter or {}, (ALSO_COMMON,)),
+            Schema((), (HELD_OUT,), self.reported(common=adapter is None)),
         )
-        replies, _ = accept(engine.exchange(exchange), exchange, sizes, audit)
+        exchange = admission.without_paused(exchange)
+        replies, _ = admission.accept(engine.exchange(exchange), exchange, sizes, audit=audit)
         return {
             reply.client: dict(reply.payload.metrics)
             | ({"examples": reply.payload.numbers["held_out"]} if reply.payload.metrics else {})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import ModelError
+from fedloom.messages import NumberSpec, amount, fraction, score
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ HEADLINES = {
         "mean ROUGE-L (F1) of greedy answers to held-out prompts, each against the nearest accepted one",
     ),
 }
+
+
+METRICS: dict[str, tuple[NumberSpec, ...]] = {
+    "instruction": (amount("loss"), amount("perplexity", 1e12), fraction("token_accuracy")),
+    "preference": (
+        *map(fraction, ("preference_accuracy", "implicit_accuracy", "explicit_accuracy")),
+        *map(fraction, ("likelihood_accuracy", "longer_accuracy", "normalised_accuracy")),
+        score("reward_margin"),
+        amount("loss"),
+    ),
+    "feedback": (
+        *map(fraction, ("feedback_auc", "implicit_auc", "explicit_auc")),
+        score("reward_desirable"),
+        score("reward_undesirable"),
+    ),
+    "labelled": (fraction("accuracy"), amount("loss")),
+    "choice": (fraction("accuracy"), amount("loss")),
+    "answer": (fraction("rouge_l"),),
+}
+"""Names and ranges of what the functions below return, by kind of example."""
+
+HELD_OUT = amount("held_out", 2.0**40)
+"""Rows that a client has judged."""
 
 
 def instruction_metrics(token_logps: Tensor, mask: Tensor, correct: Tensor) -> dict[str, float]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedloom.admission import accept
+from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.evaluation.held_out import HeldOut
-from fedloom.messages import Exchange, Payload, Schema
+from fedloom.evaluation.metrics import HELD_OUT, METRICS
+from fedloom.messages import Exchange, Payload, Schema, prefixed
 from fedloom.methods.base import Client, Handler, Method
 from fedloom.server import Engine
 from fedloom.training.optimizers import Work
@@ -33,6 +34,7 @@ class Newcomers:
         held_out: Each one's held-out rows.
         steps: Optimizer steps that each makes.
         learning_rate: Of these.
+        kind: Kind of the held-out rows, as they are judged.
     """
 
     method: Method
@@ -40,6 +42,7 @@ class Newcomers:
     held_out: Mapping[int, HeldOut]
     steps: int
     learning_rate: float
+    kind: str
 
     def handler(self) -> Handler:
         """Return the client side of the exchange."""
@@ -56,21 +59,29 @@ class Newcomers:
         return join
 
     def welcome(
-        self, state: State, round: int, engine: Engine, audit: Record = unheard
+        self,
+        state: State,
+        round: int,
+        engine: Engine,
+        admission: Admission,
+        audit: Record = unheard,
     ) -> dict[int, dict[str, float]]:
         """Have them join after ``round``; return each one's metrics, those after under ``after.``."""
         shared = self.method.welcome(state)
         if not self.clients:
             return {}
+        own = METRICS[self.kind]
         exchange = Exchange.broadcast(
             ACTION,
             round,
             tuple(self.clients),
             Payload(shared or {}),
             Schema.of(shared or {}),
-            Schema(numbers=("held_out",), metrics=True),
+            Schema((), (HELD_OUT,), own + prefixed(AFTER, own)),
         )
-        replies, _ = accept(engine.exchange(exchange), exchange, engine.sizes(), audit)
+        replies, _ = admission.accept(
+            engine.exchange(exchange), exchange, engine.sizes(), audit=audit
+        )
         return {
             reply.client: {**reply.payload.metrics, "examples": reply.payload.numbers["held_out"]}
             for reply in replies

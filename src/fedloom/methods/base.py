@@ -25,18 +25,34 @@ from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.errors import RoundFailed
-from fedloom.messages import Exchange, Payload, Reply, Schema, StoredTensors, Tensors
+from fedloom.messages import (
+    FINITE,
+    Exchange,
+    NumberSpec,
+    Payload,
+    Reply,
+    Schema,
+    StoredTensors,
+    Tensors,
+    amount,
+)
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
 from fedloom.settings import Settings
-from fedloom.training.local import LocalResult, StepHook, local_loss, train_locally
+from fedloom.training.local import LOSS, LocalResult, StepHook, local_loss, train_locally
 from fedloom.training.optimizers import TrainingSettings, Work
 
 OPTIMIZER = "optimizer"
 """Where a client keeps its optimizer's tensors, if it does."""
 
-TRAIN_REPLY_NUMBERS = ("examples",)
+EXAMPLES = NumberSpec("examples", 1.0, 2.0**40)
+"""Training rows that a client weighs by; not more than it registered with (``admission.py``)."""
+
+TRAIN_REPLY_NUMBERS = (EXAMPLES,)
+
+LEARNING_RATE = amount("learning_rate", FINITE)
+"""Of a round, to clients."""
 
 EVALUATE = "evaluate"
 """The action that trains nothing."""
@@ -94,6 +110,7 @@ class Cohort:
         last: Whether no round follows.
         notes: What a method has to say about the round, beside its clients' metrics; for the record.
         details: Whatever more there is to show of it, as plain JSON.
+        reported: Names and ranges of what its clients report of a training.
     """
 
     round: int
@@ -104,6 +121,7 @@ class Cohort:
     last: bool = False
     notes: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    reported: tuple[NumberSpec, ...] = (LOSS,)
 
 
 @dataclass
@@ -447,17 +465,19 @@ def mean_adapter(
     return weighted_mean(adapters, weights, out)
 
 
-def training_exchange(cohort: Cohort, adapter: Tensors, **more: float) -> Exchange:
+def training_exchange(
+    cohort: Cohort, adapter: Tensors, more: Mapping[NumberSpec, float] | None = None
+) -> Exchange:
     """Ask the whole cohort to train ``adapter`` and send it back with the number of examples.
 
     Numbers in ``more`` travel with the learning rate.
     """
-    numbers = {"learning_rate": cohort.learning_rate, **more}
+    numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
     return Exchange.broadcast(
         "train",
         cohort.round,
         cohort.clients,
-        Payload(adapter, numbers),
+        Payload(adapter, {spec.name: value for spec, value in numbers.items()}),
         Schema.of(adapter, tuple(numbers)),
-        Schema.of(adapter, TRAIN_REPLY_NUMBERS, metrics=True),
+        Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
     )

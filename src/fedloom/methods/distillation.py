@@ -31,9 +31,10 @@ from fedloom.data.batches import TokenShare, collate
 from fedloom.data.public import PublicRows
 from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.errors import MessageError
-from fedloom.messages import Exchange, Payload, Schema, Tensors, TensorSpec
+from fedloom.messages import Exchange, Payload, Schema, Tensors, TensorSpec, prefixed
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -47,11 +48,14 @@ from fedloom.objectives.base import Head
 from fedloom.objectives.distillation import Distillation, scored_logits
 from fedloom.randomness import generator
 from fedloom.settings import Settings
-from fedloom.training.local import train_locally
+from fedloom.training.local import reported, train_locally
 from fedloom.training.optimizers import Work
 
 VALUES, INDICES, COUNTS = "values", "indices", "counts"
 """Names in the payloads: log-probabilities, which entries they are of, and how many a position has."""
+
+DISTIL = "distil_"
+"""Before the names of what clients report of learning from the server."""
 
 LEAST, LEAST_SURE = -1e4, 1e-3
 """Bounds of an honest log-probability, rounding included."""
@@ -117,8 +121,8 @@ class DistillationMethod(Method):
             cohort.round,
             cohort.clients,
             Payload(numbers={"learning_rate": cohort.learning_rate}),
-            Schema(numbers=("learning_rate",)),
-            Schema(wire.specs, TRAIN_REPLY_NUMBERS, metrics=True),
+            Schema(numbers=(LEARNING_RATE,)),
+            Schema(wire.specs, TRAIN_REPLY_NUMBERS, cohort.reported),
             lambda client, payload: wire.check(payload.tensors),
         )
         with server.ledger.measure(cohort.round, SERVER, "train") as cost:
@@ -155,8 +159,8 @@ class DistillationMethod(Method):
             cohort.round,
             tuple(reply.client for reply in replies),
             Payload(wire.pack(known), {"learning_rate": cohort.learning_rate}),
-            Schema(wire.specs, ("learning_rate",)),
-            Schema(metrics=True),
+            Schema(wire.specs, (LEARNING_RATE,)),
+            Schema(metrics=prefixed(DISTIL, reported(self._objective(public, head)))),
         )
         return State(tensors)
 
@@ -203,7 +207,7 @@ class DistillationMethod(Method):
         )
         client.kept[ADAPTER] = client.model.read()
         metrics = client.last.metrics
-        return Payload(metrics={f"distil_{name}": value for name, value in metrics.items()})
+        return Payload(metrics={DISTIL + name: value for name, value in metrics.items()})
 
     def _client_rows(self, client: Client) -> tuple[PublicRows, KnowledgeWire]:
         assert client.public is not None, "the engine gives clients the public rows"
@@ -287,7 +291,9 @@ class KnowledgeWire:
             self._check_counts(tensors)
         known = self.unpack(tensors)
         if float(known.values.max()) > LEAST_SURE or float(known.values.min()) < LEAST:
-            raise MessageError(f"logits: a log-probability is not between {LEAST:g} and 0")
+            raise MessageError(
+                f"logits: a log-probability is not between {LEAST:g} and 0", "out_of_range"
+            )
         if known.indices is not None:
             self._check_indices(known.indices, known.present)
 
@@ -303,7 +309,8 @@ class KnowledgeWire:
     def _check_indices(self, indices: Tensor, present: Tensor | None) -> None:
         if int(indices.min()) < 0 or int(indices.max()) >= self.width:
             raise MessageError(
-                f"logits: index {int(indices.max())} is not below the width of {self.width}"
+                f"logits: index {int(indices.max())} is not below the width of {self.width}",
+                "out_of_range",
             )
         rising = indices[:, 1:] > indices[:, :-1]
         if present is not None:

@@ -24,10 +24,11 @@ from scipy.optimize import minimize
 
 from fedloom.aggregation.server_optimizers import difference, nesterov_momentum
 from fedloom.checkpoint import State
-from fedloom.messages import Exchange, Payload, Schema, Tensors
+from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors
 from fedloom.methods.base import (
     ADAPTER,
     ADAPTERS_ALONE,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -45,6 +46,9 @@ MOMENTUM = "momentum"
 
 PRIVATE = "private"
 """Where a client keeps its private adapter; what it uses in the end is in ``ADAPTER``."""
+
+WEIGHTS = ("shared_weight", "private_weight")
+"""What a and b are called in a client's report."""
 
 SIMPLEX = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 """Mixtures that the search begins with: shared alone, private alone, both; not all on one line."""
@@ -82,6 +86,12 @@ class FDLoRA(KeepsAdapter):
         """Keep the settings."""
         self.settings = settings
 
+    @property
+    def mixed(self) -> tuple[NumberSpec, ...]:
+        """What clients report of the mixture that they have found."""
+        bound = self.settings.bound
+        return tuple(NumberSpec(name, -bound, bound) for name in WEIGHTS)
+
     def initial_state(self, adapter: Tensors) -> State:
         """Start without momentum."""
         return State(join_parts(adapter=adapter))
@@ -98,7 +108,7 @@ class FDLoRA(KeepsAdapter):
         rate = self.settings.server_rate
         adapter = {name: tensor + rate * step[name] for name, tensor in adapter.items()}
         if cohort.last:
-            yield ask_everybody("mix", cohort, adapter)
+            yield ask_everybody("mix", cohort, adapter, self.mixed)
         return State(join_parts(adapter=adapter, momentum=moved))
 
     def handlers(self) -> dict[str, Handler]:
@@ -116,8 +126,8 @@ class FDLoRA(KeepsAdapter):
             cohort.round,
             tuple(sorted(cohort.sizes)),
             Payload(numbers={"learning_rate": cohort.learning_rate}),
-            Schema(numbers=("learning_rate",)),
-            Schema.of(adapter, TRAIN_REPLY_NUMBERS, metrics=True),
+            Schema(numbers=(LEARNING_RATE,)),
+            Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
         )
 
     def _begin(self, client: Client, payload: Payload) -> Payload:
@@ -152,7 +162,7 @@ class FDLoRA(KeepsAdapter):
         )
         write(found.x)
         client.kept[ADAPTER] = client.model.read()
-        chosen = {"shared_weight": float(found.x[0]), "private_weight": float(found.x[1])}
+        chosen = {name: float(x) for name, x in zip(WEIGHTS, found.x, strict=True)}
         return Payload(numbers={"examples": len(client.share)}, metrics=chosen)
 
 

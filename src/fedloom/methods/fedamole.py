@@ -48,6 +48,7 @@ from fedloom.errors import DataError, MessageError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -75,6 +76,9 @@ PROJECTED = "projected"
 SHARES = "shares"
 """``(held experts,)`` shares of the embedding set's tokens in the order of layers and ids, each layer's
 adding up to 1; for the record alone."""
+
+ROUNDING = 1e-3
+"""By which shares may miss 1."""
 
 
 class FedAMoLESettings(Settings):
@@ -216,7 +220,7 @@ class FedAMoLE(OwnMixture):
             name: TensorSpec(name, tuple(t.shape), t.dtype, ragged=name.startswith(EXPERTS))
             for name, t in most.items()
         }
-        request = Schema(tuple(specs.values()), ("learning_rate",))
+        request = Schema(tuple(specs.values()), (LEARNING_RATE,))
         learnt = [spec for name, spec in specs.items() if name != HELD]
         size = (len(self.layers), self.rank)
         learnt.append(TensorSpec(TOKENS, size, torch.float32))
@@ -240,8 +244,10 @@ class FedAMoLE(OwnMixture):
                     raise MessageError(
                         f"tensor {name} has {len(tensor)} rows, this client's experts make {wanted[name]}"
                     )
+            if self._sends_shares:
+                _check_shares(payload.tensors[SHARES], held[client])
 
-        reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, metrics=True)
+        reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, cohort.reported)
         return Exchange("train", cohort.round, request, reply, requests, check)
 
     def _means(
@@ -381,6 +387,20 @@ class FedAMoLE(OwnMixture):
         wanted = min(round(self.settings.embedding_fraction * count), self.settings.embedding_rows)
         rng = generator(client.seed, "embedding set", client.id)
         return np.sort(rng.choice(count, size=max(1, wanted), replace=False)).astype(np.int64)
+
+
+def _check_shares(shares: Tensor, held: Tensor) -> None:
+    """Check that in each layer the shares of a client's experts are at least 0 and add up to 1.
+
+    Raises:
+        MessageError: They do not, by more than rounding.
+    """
+    for layer, own in enumerate(torch.split(shares, held.sum(1).tolist())):
+        if len(own) and (float(own.min()) < 0 or abs(float(own.sum()) - 1) > ROUNDING):
+            raise MessageError(
+                f"shares of tokens in layer {layer} must be at least 0 and add up to 1",
+                "out_of_range",
+            )
 
 
 EXPERTS = "experts "

@@ -55,7 +55,7 @@ class FedAvgFT(KeepsAdapter):
         replies = yield training_exchange(cohort, state.tensors)
         adapter = self.averaged(replies, cohort, state.tensors)
         if cohort.last:
-            yield ask_everybody("tune", cohort, adapter)
+            yield ask_everybody("tune", cohort, adapter, cohort.reported)
         return State(adapter)
 
     def handlers(self) -> dict[str, Handler]:

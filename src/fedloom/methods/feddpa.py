@@ -58,7 +58,7 @@ class FedDPA(KeepsAdapter):
         replies = yield training_exchange(cohort, state.tensors)
         adapter = self.averaged(replies, cohort, state.tensors)
         if cohort.last and self.settings.variant == "F":
-            yield ask_everybody("fit", cohort, adapter)
+            yield ask_everybody("fit", cohort, adapter, cohort.reported)
         return State(adapter)
 
     def handlers(self) -> dict[str, Handler]:

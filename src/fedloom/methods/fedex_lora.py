@@ -13,7 +13,7 @@ from typing import Literal
 from fedloom.aggregation.lora import residual
 from fedloom.messages import Exchange, Reply, Tensors
 from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
-from fedloom.methods.merging import MERGES, MergesFactors
+from fedloom.methods.merging import MERGE_COUNT, MergesFactors
 from fedloom.settings import Settings
 
 
@@ -33,7 +33,7 @@ class FedExLoRA(MergesFactors):
 
     def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
         """Have clients train the shared adapter."""
-        return training_exchange(cohort, adapter, **{MERGES: float(merges)})
+        return training_exchange(cohort, adapter, {MERGE_COUNT: float(merges)})
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
         """Average, and say what that loses: in the record, and as factors."""

@@ -21,10 +21,11 @@ from torch import Tensor
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.checkpoint import State
-from fedloom.errors import ModelError
+from fedloom.errors import MessageError, ModelError
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -46,6 +47,22 @@ HELD, KNOWN = "held", "known"
 
 USED = "used"
 """``(blocks, experts)`` tokens of a client's probing rows that pass each expert."""
+
+
+MOST_USED = 1 << 40
+"""Tokens that a client can have seen pass an expert; float32 orders them as they are, to one in ten
+million."""
+
+
+def _check_used(client: int, payload: Payload) -> None:
+    """Check that a client's counts of tokens can be ones.
+
+    Raises:
+        MessageError: One is below 0, or beyond all that a client has.
+    """
+    used = payload.tensors[USED]
+    if int(used.min()) < 0 or int(used.max()) > MOST_USED:
+        raise MessageError(f"counts of tokens must be 0 to {MOST_USED}", "out_of_range")
 
 
 class FedMoESettings(Settings):
@@ -101,7 +118,7 @@ class FedMoE(OwnMixture):
             size = TensorSpec(USED, (len(self.blocks), experts), torch.int64)
             reply = Schema((size,))
             asked = Exchange.broadcast(
-                "probe", cohort.round, tuple(new), Payload(), Schema(), reply
+                "probe", cohort.round, tuple(new), Payload(), Schema(), reply, _check_used
             )
             for found in (yield asked):
                 most = found.payload.tensors[USED].float().topk(self.held, 1).indices
@@ -127,13 +144,13 @@ class FedMoE(OwnMixture):
             TensorSpec(name, (self.held, *tensor.shape[1:]), tensor.dtype)
             for name, tensor in adapter.items()
         )
-        numbers = {"learning_rate": cohort.learning_rate}
-        request = Schema(specs, tuple(numbers))
+        numbers = {LEARNING_RATE.name: cohort.learning_rate}
+        request = Schema(specs, (LEARNING_RATE,))
         requests = {
             client: encode(Payload(part_of_experts(adapter, self.blocks, own), numbers), request)
             for client, own in held.items()
         }
-        reply = Schema(specs, TRAIN_REPLY_NUMBERS, metrics=True)
+        reply = Schema(specs, TRAIN_REPLY_NUMBERS, cohort.reported)
         return Exchange("train", cohort.round, request, reply, requests)
 
     def _means(

@@ -25,6 +25,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, encode
 from fedloom.methods.base import (
     ADAPTERS_ALONE,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -86,8 +87,8 @@ class FlexLoRA(Method):
 
     def _training(self, cohort: Cohort, adapter: Tensors) -> Exchange:
         ranks, specs = self.server.ranks, ragged_specs(adapter)
-        request = Schema(specs, ("learning_rate",))
-        reply = Schema(specs, TRAIN_REPLY_NUMBERS, metrics=True)
+        request = Schema(specs, (LEARNING_RATE,))
+        reply = Schema(specs, TRAIN_REPLY_NUMBERS, cohort.reported)
         numbers = {"learning_rate": cohort.learning_rate}
         parts = {
             rank: encode(Payload(pack(resized(adapter, rank)), numbers), request)

@@ -21,8 +21,14 @@ from fedloom.aggregation.lora import (
     without_factors,
 )
 from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
-from fedloom.methods.base import ADAPTERS_ALONE, TRAIN_REPLY_NUMBERS, Client, Cohort
-from fedloom.methods.merging import MERGES, MergesFactors
+from fedloom.methods.base import (
+    ADAPTERS_ALONE,
+    LEARNING_RATE,
+    TRAIN_REPLY_NUMBERS,
+    Client,
+    Cohort,
+)
+from fedloom.methods.merging import MERGE_COUNT, MERGES, MergesFactors
 from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
@@ -50,14 +56,14 @@ class FLoRA(MergesFactors):
 
     def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
         """Have clients train factors of their own ranks."""
-        numbers = {"learning_rate": cohort.learning_rate, MERGES: float(merges)}
+        numbers = {LEARNING_RATE.name: cohort.learning_rate, MERGES: float(merges)}
         return Exchange.broadcast(
             "train",
             cohort.round,
             cohort.clients,
             Payload(adapter, numbers),
-            Schema.of(adapter, tuple(numbers)),
-            Schema(ragged_specs(self.fresh), TRAIN_REPLY_NUMBERS, metrics=True),
+            Schema.of(adapter, (LEARNING_RATE, MERGE_COUNT)),
+            Schema(ragged_specs(self.fresh), TRAIN_REPLY_NUMBERS, cohort.reported),
             check_ranks(self.server.ranks),
         )
 

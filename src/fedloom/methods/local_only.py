@@ -13,6 +13,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -51,8 +52,8 @@ class LocalOnly(Method):
             cohort.round,
             cohort.clients,
             Payload(numbers={"learning_rate": cohort.learning_rate}),
-            Schema(numbers=("learning_rate",)),
-            Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
+            Schema(numbers=(LEARNING_RATE,)),
+            Schema((), TRAIN_REPLY_NUMBERS, cohort.reported),
         )
         return state
 

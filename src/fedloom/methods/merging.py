@@ -19,7 +19,7 @@ from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.lora import only_factors
 from fedloom.checkpoint import State
 from fedloom.errors import TrainingError
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
+from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, amount
 from fedloom.methods.base import (
     ADAPTER,
     TRAIN_REPLY_NUMBERS,
@@ -41,6 +41,9 @@ BASE = "base"
 
 MERGES = "merges"
 """How many rounds' products are in it."""
+
+MERGE_COUNT = amount(MERGES)
+"""That, as it travels."""
 
 BEHIND = "behind "
 """Before the id of a client that did not confirm the last of them."""
@@ -150,7 +153,7 @@ class MergesFactors(Method):
             cohort.round,
             tuple(sorted(clients)),
             Payload(tensors, {MERGES: float(merges)}),
-            Schema.of(tensors, (MERGES,)),
+            Schema.of(tensors, (MERGE_COUNT,)),
             Schema(numbers=TRAIN_REPLY_NUMBERS),
         )
 

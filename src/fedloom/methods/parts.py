@@ -13,7 +13,7 @@ from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.checkpoint import State
 from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
 from fedloom.data.tokenize import TokenSet
-from fedloom.messages import Exchange, Payload, Schema, Tensors
+from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors
 from fedloom.methods.base import (
     ADAPTER,
     TRAIN_REPLY_NUMBERS,
@@ -160,15 +160,20 @@ def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
         yield len(indices)
 
 
-def ask_everybody(action: str, cohort: Cohort, adapter: Tensors) -> Exchange:
-    """Send ``adapter`` to every client there is, in the cohort or not; only numbers come back."""
+def ask_everybody(
+    action: str, cohort: Cohort, adapter: Tensors, metrics: tuple[NumberSpec, ...]
+) -> Exchange:
+    """Send ``adapter`` to every client there is, in the cohort or not; only numbers come back.
+
+    They are the examples, and what is declared in ``metrics``.
+    """
     return Exchange.broadcast(
         action,
         cohort.round,
         tuple(sorted(cohort.sizes)),
         Payload(adapter),
         Schema.of(adapter),
-        Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=True),
+        Schema(numbers=TRAIN_REPLY_NUMBERS, metrics=metrics),
     )
 
 

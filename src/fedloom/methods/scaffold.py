@@ -23,6 +23,7 @@ from fedloom.checkpoint import State
 from fedloom.messages import Exchange, Payload, Schema, Tensors
 from fedloom.methods.base import (
     ADAPTER,
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -66,8 +67,8 @@ class Scaffold(Method):
             cohort.round,
             cohort.clients,
             Payload(state.tensors, {"learning_rate": cohort.learning_rate}),
-            Schema.of(state.tensors, ("learning_rate",)),
-            Schema.of(state.tensors, TRAIN_REPLY_NUMBERS, metrics=True),
+            Schema.of(state.tensors, (LEARNING_RATE,)),
+            Schema.of(state.tensors, TRAIN_REPLY_NUMBERS, cohort.reported),
         )
         adapters = [part_of(reply.payload.tensors, ADAPTER) for reply in replies]
         weights = [reply.payload.numbers["examples"] for reply in replies]

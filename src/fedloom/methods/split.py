@@ -35,16 +35,20 @@ from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.errors import MessageError
 from fedloom.messages import (
     Exchange,
+    NumberSpec,
     Payload,
     Reply,
     Schema,
     Tensors,
     TensorSpec,
+    amount,
     encode,
+    fraction,
     is_finite,
     largest_value,
 )
 from fedloom.methods.base import (
+    LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
@@ -80,8 +84,19 @@ ROWS, TARGETS = "rows", "targets"
 LARGEST_EXPONENT = 126
 """Of the power of two that a gradient is divided by, either way."""
 
-STEP_NUMBERS = ("loss", "exponent", "pause")
-"""Beside a gradient: the loss of the batch, the power of two it was divided by, whether to stop there."""
+STEP_NUMBERS = (NumberSpec("loss"), NumberSpec("exponent", -1100.0, 1100.0), fraction("pause"))
+"""Beside a gradient: the loss of the batch, the power of two it was divided by, whether to stop there.
+The first two are any finite number and any power that float64 has: what a client sent may lead to
+them."""
+
+OWN_LOSS_NUMBERS = (
+    amount("loss"),
+    NumberSpec("exponent", -LARGEST_EXPONENT, LARGEST_EXPONENT),
+)
+"""The first two of them, from a client in U-shape."""
+
+WAITING = fraction("waiting")
+"""Whether a client has more steps to take."""
 
 
 class SplitSettings(Settings):
@@ -345,7 +360,7 @@ class SplitWire:
         facts = [TensorSpec(ROWS, (rows, self.fields), torch.int32, ragged=True)]
         if self.told and not self.classifies:
             facts.append(TensorSpec(TARGETS, (tokens,), torch.int32, ragged=True))
-        self.step_schema = Schema((*self.activations, *facts), ("waiting",))
+        self.step_schema = Schema((*self.activations, *facts), (WAITING,))
 
     def step(self, tokens: Tensor, batch: Batch, pad: int) -> Payload:
         """Return what a client sends: activations of all tokens, and what the server must know."""
@@ -407,7 +422,9 @@ class SplitWire:
             return
         lengths = facts[:, 0]
         if int(lengths.min()) < 1 or int(lengths.max()) > self.max_length:
-            raise MessageError(f"a sequence must have 1 to {self.max_length} tokens")
+            raise MessageError(
+                f"a sequence must have 1 to {self.max_length} tokens", "out_of_range"
+            )
         if int(lengths.sum()) != tokens or any(
             len(payload.tensors[spec.name]) != tokens for spec in self.activations
         ):
@@ -415,16 +432,18 @@ class SplitWire:
         if self.told and self.classifies:
             last, labels = facts[:, 1], facts[:, 2]
             if bool((last < 0).any() or (last >= lengths).any()):
-                raise MessageError("the token to classify by lies outside its sequence")
+                raise MessageError(
+                    "the token to classify by lies outside its sequence", "out_of_range"
+                )
             if bool((labels < 0).any() or (labels >= self.width).any()):
-                raise MessageError(f"a label is not among the {self.width} classes")
+                raise MessageError(f"a label is not among the {self.width} classes", "out_of_range")
         elif self.told:
             targets = payload.tensors[TARGETS]
             left = lengths - facts[:, 1]
             if bool((facts[:, 1] < 1).any() or (left < 1).any()) or int(left.sum()) != len(targets):
                 raise MessageError("prompts, completions and targets do not add up")
             if int(targets.min()) < 0 or int(targets.max()) >= self.width:
-                raise MessageError(f"a target is not among the {self.width} tokens")
+                raise MessageError(f"a target is not among the {self.width} tokens", "out_of_range")
 
     def start(self, cohort: Cohort, clients: tuple[int, ...], front: Tensors) -> Exchange:
         """Hand out a front half and ask for the first activations."""
@@ -433,7 +452,7 @@ class SplitWire:
             cohort.round,
             clients,
             Payload(front, {"learning_rate": cohort.learning_rate}),
-            Schema.of(front, ("learning_rate",)),
+            Schema.of(front, (LEARNING_RATE,)),
             self.step_schema,
             lambda client, payload: self.check(payload),
         )
@@ -475,7 +494,7 @@ class SplitWire:
             "loss",
             cohort.round,
             schema,
-            Schema(self.gradient, ("loss", "exponent")),
+            Schema(self.gradient, OWN_LOSS_NUMBERS),
             {
                 c: encode(Payload(pack_rows("hidden", t, encoding)), schema)
                 for c, t in hidden.items()
@@ -491,7 +510,7 @@ class SplitWire:
             clients,
             Payload(),
             Schema(),
-            Schema.of(front, TRAIN_REPLY_NUMBERS, metrics=True),
+            Schema.of(front, TRAIN_REPLY_NUMBERS, cohort.reported),
         )
 
 
@@ -656,7 +675,9 @@ def unpack_gradient(payload: Payload, encoding: Encoding) -> Tensor:
     """
     exponent = payload.numbers["exponent"]
     if abs(exponent) > LARGEST_EXPONENT:
-        raise MessageError(f"a gradient's exponent is {exponent:g}, beyond {LARGEST_EXPONENT}")
+        raise MessageError(
+            f"a gradient's exponent is {exponent:g}, beyond {LARGEST_EXPONENT}", "out_of_range"
+        )
     scale: float = 2.0**exponent
     return unpack_rows("gradient", payload.tensors, encoding) * scale
 
@@ -689,7 +710,9 @@ def _check_gradient(rows: Tensor, tokens: int) -> None:
     if len(rows) != tokens:
         raise MessageError(f"gradient or activations of {len(rows)} tokens came back for {tokens}")
     if not is_finite(rows):
-        raise MessageError("gradient or activations that came back hold NaN or infinity")
+        raise MessageError(
+            "gradient or activations that came back hold NaN or infinity", "not_finite"
+        )
 
 
 def _mean_with(

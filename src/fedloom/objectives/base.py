@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import NumberSpec, score
 
 Metrics = dict[str, Tensor]
 """Named scalars, detached; means over the examples (or tokens) that the loss is a mean over."""
@@ -40,6 +41,8 @@ class Objective:
         needs_reference: Whether batches must carry the reference model's log-probs.
         needs_mismatched: Whether batches must carry mismatched completions (KTO).
         needs_reward: Whether the model must have an explicit reward head.
+        reported: Names and ranges of what training with it reports: ``loss``, and the metrics that
+            :meth:`loss` returns. A metric that is not declared here may not be sent.
         beta: Scale of implicit rewards, used when held-out pairs are judged.
         gamma: Scale of explicit rewards, likewise.
     """
@@ -50,6 +53,7 @@ class Objective:
     needs_reference: bool = False
     needs_mismatched: bool = False
     needs_reward: bool = False
+    reported: tuple[NumberSpec, ...] = (score("loss"),)
     beta: float = 0.1
     gamma: float = 0.0
 
@@ -70,7 +74,7 @@ class Objective:
         return None
 
     def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
-        """Return the mean loss of a micro-batch as a scalar, and metrics.
+        """Return the mean loss of a micro-batch as a scalar, and metrics (:attr:`reported`).
 
         Args:
             model: The policy, adapters on.

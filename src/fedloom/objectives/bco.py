@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount, fraction, score
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.settings import Settings
@@ -60,6 +61,7 @@ class BCO(Objective):
     kind = "feedback"
     accepts = ("feedback", "preference")
     needs_reference = True
+    reported = (amount("loss"), fraction("reward_accuracy"), score("reward_shift"))
 
     def __init__(self, settings: BCOSettings | None = None) -> None:
         """Keep beta."""

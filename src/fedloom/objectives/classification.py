@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Head, Metrics, Model, Objective
 from fedloom.settings import Settings
 
@@ -35,6 +36,7 @@ class Classification(Objective):
     kind = "labelled"
     accepts = ("labelled",)
     head: Head = "classification"
+    reported = (amount("loss"), fraction("accuracy"))
 
     def __init__(self, settings: ClassificationSettings | None = None) -> None:
         """Take no settings beyond the name."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import fraction, score
 from fedloom.objectives.base import Head, Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logits
 
@@ -54,6 +55,9 @@ class Distillation(Objective):
 
     Its examples carry a teacher's answers (``batch.teacher``).
     """
+
+    # of equal answers the divergence is 0 but for rounding, which may take it below
+    reported = (score("loss"), score("divergence"), fraction("agreement"))
 
     def __init__(self, head: Head, temperature: float, share: float, *, labelled: bool) -> None:
         """Take the head of the models, T, the share of the teacher and whether labels may be used."""

@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import completion_lengths, pair_metrics
+from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
 from fedloom.settings import Settings
 
 
@@ -71,6 +72,7 @@ class DPO(Objective):
     kind = "preference"
     accepts = ("preference",)
     needs_reference = True
+    reported = (amount("loss"), *PAIRS, amount("chosen_cross_entropy"))
 
     def __init__(self, settings: DPOSettings | None = None) -> None:
         """Keep beta and label smoothing."""

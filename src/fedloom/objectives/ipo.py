@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import completion_lengths, pair_metrics
+from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
 from fedloom.settings import Settings
 
 
@@ -47,6 +48,7 @@ class IPO(Objective):
     kind = "preference"
     accepts = ("preference",)
     needs_reference = True
+    reported = (amount("loss", 1e18), *PAIRS)  # a square
 
     def __init__(self, settings: IPOSettings | None = None) -> None:
         """Keep beta."""

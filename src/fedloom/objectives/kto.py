@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import NumberSpec, amount, fraction, score
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.settings import Settings
@@ -133,6 +134,15 @@ class KTO(Objective):
     accepts = ("feedback", "preference")
     needs_reference = True
     needs_mismatched = True
+    reported: tuple[NumberSpec, ...] = (
+        amount("loss"),
+        score("reward_desirable"),
+        score("reward_undesirable"),
+        fraction("desirable_share"),
+        amount("kl"),
+        fraction("single_class"),
+        fraction("without_kl"),
+    )
 
     def __init__(self, settings: KTOSettings | None = None) -> None:
         """Keep beta and how rows are weighed."""

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount, score
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import completion_lengths, pair_metrics
+from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
 from fedloom.settings import Settings
 
 
@@ -55,6 +56,7 @@ class ORPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    reported = (amount("loss"), *PAIRS, score("log_odds_ratio"))
 
     def __init__(self, settings: ORPOSettings | None = None) -> None:
         """Keep beta."""

@@ -24,9 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps, completion_rewards
-from fedloom.objectives.rewards import completion_lengths, pair_metrics
+from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
 from fedloom.settings import Settings
 
 RewardMode = Literal["combined", "separate", "implicit"]
@@ -102,6 +103,13 @@ class PDPO(Objective):
     kind = "preference"
     accepts = ("preference",)
     needs_reference = True
+    reported = (
+        amount("loss"),
+        *PAIRS,
+        fraction("implicit_accuracy"),
+        fraction("explicit_accuracy"),
+        amount("chosen_cross_entropy"),
+    )
 
     def __init__(self, settings: PDPOSettings | None = None) -> None:
         """Keep the settings."""

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import fraction
 from fedloom.objectives.base import Metrics, Model
 from fedloom.objectives.kto import KTO, KTOSettings, kto_loss
 from fedloom.objectives.logps import completion_rewards
@@ -37,6 +38,7 @@ class PKTO(KTO):
     """PKTO on single answers, against the frozen base model with its own output layer."""
 
     needs_reward = True
+    reported = (*KTO.reported, fraction("explicit_accuracy"))
 
     def __init__(self, settings: PKTOSettings | None = None) -> None:
         """Keep the settings."""

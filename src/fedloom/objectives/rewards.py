@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedloom.batch import Sequences
+from fedloom.messages import fraction, score
 from fedloom.objectives.base import Metrics
+
+PAIRS = (
+    score("reward_chosen"),
+    score("reward_rejected"),
+    score("reward_margin"),
+    fraction("reward_accuracy"),
+)
+"""Names and ranges of :func:`pair_metrics`."""
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:

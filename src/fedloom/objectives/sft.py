@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_token_logps
 from fedloom.settings import Settings
@@ -32,6 +33,7 @@ class SFT(Objective):
 
     kind = "instruction"
     accepts = ("instruction",)
+    reported = (amount("loss"), fraction("token_accuracy"))
 
     def __init__(self, settings: SFTSettings | None = None) -> None:
         """Take no settings beyond the name."""

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.batch import Batch
+from fedloom.messages import amount
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import completion_lengths, pair_metrics
+from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
 from fedloom.settings import Settings
 
 
@@ -49,6 +50,7 @@ class SimPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    reported = (amount("loss"), *PAIRS)
 
     def __init__(self, settings: SimPOSettings | None = None) -> None:
         """Keep beta and gamma."""

@@ -21,6 +21,9 @@ from fedloom.report.tables import human_bytes, human_count, human_flops, human_s
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import client_costs, server_costs, turns
 
+SHOWN = 100
+"""Answers that were left out which a page lists; of the others it says how many they are."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -134,6 +137,7 @@ def render(runs: Sequence[Run]) -> str:
 
 def _view(run: Run) -> dict[str, Any]:
     """Return what the template shows of one run."""
+    rejected = [(r["round"], x) for r in run.rounds for x in r["rejected"]]
     return {
         "label": run.label,
         "run": run.run,
@@ -146,10 +150,40 @@ def _view(run: Run) -> dict[str, Any]:
         "resources": _resources(run),
         "experts": experts_section(run.rounds, run.partition),
         "samples": run.samples,
-        "rejected": [(r["round"], x) for r in run.rounds for x in r["rejected"]],
+        "rejected": rejected[:SHOWN],
+        "more_rejected": max(0, len(rejected) - SHOWN),
+        "offences": _offences(run),
+        "weighed": _weighed(run),
         "done": run.rounds[-1]["round"] if run.rounds else None,
         "last": _last_known(run),
     }
+
+
+def _offences(run: Run) -> list[Record]:
+    """Return one row for each client that has offended: how often, of which kinds, and what followed."""
+    rows: dict[int, Record] = {}
+    for record in run.rounds:
+        for item in record.get("offences", []):
+            row = rows.setdefault(
+                item["client"], {"client": item["client"], "kinds": {}, "rounds": []}
+            )
+            kinds = row["kinds"]
+            kinds[item["kind"]] = kinds.get(item["kind"], 0) + item["count"]
+            row["rounds"] += [record["round"]] if record["round"] not in row["rounds"] else []
+            row["reason"] = item["reason"]
+    for client, row in rows.items():
+        row["paused"] = sum(str(client) in record.get("paused", {}) for record in run.rounds)
+    return [rows[client] for client in sorted(rows)]
+
+
+def _weighed(run: Run) -> dict[str, Record]:
+    """Return, for each client that claimed more examples than one may weigh, the last claim."""
+    found: dict[str, Record] = {}
+    for record in run.rounds:
+        for client, (claimed, counted) in record.get("weighed", {}).items():
+            rounds = found.get(client, {"rounds": 0})["rounds"] + 1
+            found[client] = {"claimed": claimed, "counted": counted, "rounds": rounds}
+    return found
 
 
 def _settings(experiment: str) -> Record:

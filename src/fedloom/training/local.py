@@ -27,7 +27,7 @@ from fedloom.data.batches import (
     sequence_numbers,
 )
 from fedloom.errors import NonFiniteLoss
-from fedloom.messages import Tensors
+from fedloom.messages import NumberSpec, Tensors, amount
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.objectives.logps import completion_logps
@@ -38,6 +38,12 @@ from fedloom.training.optimizers import (
     make_optimizer,
     optimizer_state,
 )
+
+LOSS = amount("loss")
+"""Name and range of the mean loss, where an objective does not say otherwise."""
+
+BALANCE = amount("balance")
+"""Of what a model adds to the loss, where it does."""
 
 StepHook = Callable[[Mapping[str, nn.Parameter]], None]
 """What a method does around an optimizer step, to the trained parameters by name."""
@@ -79,6 +85,11 @@ class LocalResult:
             tokens=self.tokens + earlier.tokens,
             targets=self.targets + earlier.targets,
         )
+
+
+def reported(objective: Objective) -> tuple[NumberSpec, ...]:
+    """Return names and ranges of the metrics of :class:`LocalResult` with an objective."""
+    return (*objective.reported, BALANCE)
 
 
 def train_locally(

@@ -1,0 +1,185 @@
+"""The log of what admitted clients get wrong, in the server's folder, and what is shown of it.
+
+Two kinds of processes append to it: the one that plays a run, and the one that faces the network. A lock
+keeps their lines apart. It is bounded: of each client and kind a hundred lines are written at once and
+one in ten seconds from then on, with a count of the rest (``more``), and when the file has grown to
+``LARGEST`` bytes it begins anew with one line that sums up what was in it (the file before is kept,
+once). Lines are JSON::
+
+    {"time": ..., "client": 3, "kind": "forged", "reason": "...", "run": ..., "round": 7, "more": 12}
+    {"time": ..., "event": "began", "run": ...}
+    {"time": ..., "event": "quarantine", "client": 3, "run": ..., "round": 8, "until": 17}
+    {"time": ..., "event": "return", "client": 3, "run": ..., "round": 18}
+    {"time": ..., "event": "earlier", "run": ..., "clients": {"3": {...}}}
+
+This file loads no torch: commands and the process that faces the network import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.audit import Limited
+from fedloom.errors import OutputError
+from fedloom.files import write_whole
+from fedloom.offences import KINDS, Offence, Watch, one_line
+
+LOG = logging.getLogger(__name__)
+
+FILE = "offences.jsonl"
+"""In the server's folder."""
+
+LARGEST = 4 << 20
+"""Bytes of the file, after which it begins anew."""
+
+SUMMED_UP = 4096
+"""Clients that are summed up at most when the file begins anew: those that offended last."""
+
+
+@dataclass
+class Standing:
+    """What is known of one client.
+
+    Attributes:
+        kinds: How often it offended, by kind.
+        kind: Of the last offence.
+        reason: Of the last offence.
+        time: Of the last offence (ISO 8601, UTC).
+        run: The run in which it is in quarantine, if it is.
+        until: The last round of that.
+    """
+
+    kinds: dict[str, int] = field(default_factory=dict)
+    kind: str = ""
+    reason: str = ""
+    time: str = ""
+    run: str | None = None
+    until: int | None = None
+
+
+@dataclass
+class Standings:
+    """What a log says.
+
+    Attributes:
+        run: The run that began or was resumed last.
+        clients: By number, those who offended last at the end.
+    """
+
+    run: str | None = None
+    clients: dict[int, Standing] = field(default_factory=dict)
+
+
+class OffenceLog(Watch):
+    """Appends to the log at a path; threads and processes may share one."""
+
+    def __init__(self, path: Path, largest: int = LARGEST) -> None:
+        """Write at ``path``, which begins anew at ``largest`` bytes."""
+        self.path, self.largest = path, largest
+        self._limited = Limited(self._write)
+        self._paused: dict[int, int] = {}
+        self._failed = False
+
+    def began(self, run: str) -> None:
+        """Note that a run began, or was resumed."""
+        self._paused = {}
+        self._append({"event": "began", "run": run})
+
+    def offended(self, offence: Offence) -> None:
+        """Note an offence, or count it."""
+        facts = {"reason": one_line(offence.reason), "run": offence.run, "round": offence.round}
+        self._limited(offence.kind, source=offence.client, client=offence.client, **facts)
+
+    def quarantined(self, run: str, round: int, paused: Mapping[int, int]) -> None:
+        """Note who is in quarantine from this round on, or until another than before, and who is back."""
+        for client, until in sorted(paused.items()):
+            if self._paused.get(client) != until:
+                facts = {"client": client, "run": run, "round": round, "until": until}
+                self._append({"event": "quarantine", **facts})
+        for client in sorted(self._paused.keys() - paused.keys()):
+            self._append({"event": "return", "client": client, "run": run, "round": round})
+        self._paused = dict(paused)
+
+    def _write(self, kind: str, client: int, **facts: Any) -> None:
+        self._append({"client": client, "kind": kind, **facts})
+
+    def _append(self, facts: Mapping[str, Any]) -> None:
+        """Write a line; that a disk is full ends neither a run nor the server, and is in a log once."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = json.dumps({"time": now, **facts}, ensure_ascii=False).encode() + b"\n"
+        try:
+            with self._locked():
+                if self.path.is_file() and self.path.stat().st_size + len(line) > self.largest:
+                    self._begin_anew()
+                with self.path.open("ab", buffering=0) as file:
+                    os.fchmod(file.fileno(), 0o600)
+                    file.write(line)
+            self._failed = False
+        except (OSError, OutputError) as error:
+            if not self._failed:
+                LOG.warning("offences cannot be written to %s: %s", self.path, error)
+            self._failed = True
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self.path.with_name(f".{self.path.name}.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _begin_anew(self) -> None:
+        """Keep the file as it is under another name, and what it says in one line; the lock is held."""
+        known = read_standings(self.path)
+        last = list(known.clients.items())[-SUMMED_UP:]
+        clients = {str(client): asdict(standing) for client, standing in last}
+        line = json.dumps({"event": "earlier", "run": known.run, "clients": clients})
+        self.path.replace(self.path.with_name(f"{self.path.name}.1"))
+        write_whole(self.path, line.encode() + b"\n")
+
+
+def read_standings(path: Path) -> Standings:
+    """Return what the log at ``path`` says, nothing where there is none; damaged lines are left out."""
+    found = Standings()
+    for line in _lines(path):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            _take(found, json.loads(line))
+    return found
+
+
+def _lines(path: Path) -> Iterable[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except FileNotFoundError:
+        return
+
+
+def _take(found: Standings, line: dict[str, Any]) -> None:
+    """Take one line into account."""
+    event = line.get("event")
+    if event == "began":
+        found.run = str(line["run"])
+    elif event == "earlier":
+        found.run = line["run"]
+        found.clients |= {int(c): Standing(**own) for c, own in line["clients"].items()}
+    elif event == "quarantine":
+        own = found.clients.setdefault(int(line["client"]), Standing())
+        own.run, own.until = str(line["run"]), int(line["until"])
+    elif event == "return":
+        own = found.clients.setdefault(int(line["client"]), Standing())
+        own.run = own.until = None
+    elif line["kind"] in KINDS:
+        client, kind, count = int(line["client"]), line["kind"], 1 + int(line.get("more", 0))
+        last = kind, str(line["reason"]), str(line["time"])
+        own = found.clients.pop(client, Standing())
+        own.kinds[kind] = own.kinds.get(kind, 0) + count
+        own.kind, own.reason, own.time = last
+        found.clients[client] = own  # who offended last is at the end

@@ -1,0 +1,182 @@
+"""The log of offences in the server's folder: bounded, shared by processes, and what is shown of it."""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+from rich.console import Console
+
+from fedloom.deployment.control import clients_table
+from fedloom.deployment.offences import FILE, OffenceLog, Standing, Standings, read_standings
+from fedloom.offences import KINDS, Offence
+
+RUN = "a" * 32
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / FILE
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def offence(client=3, kind="forged", reason="its signature", round=7):
+    return Offence(client, kind, reason, round, RUN)
+
+
+def test_what_is_written_is_what_is_read(path):
+    log = OffenceLog(path)
+    log.began(RUN)
+    log.offended(offence())
+    log.offended(offence(kind="oversized", reason="x" * 300))
+    log.offended(offence(client=1, round=None))
+    log.quarantined(RUN, 8, {3: 17})
+    log.quarantined(RUN, 9, {3: 17})  # nothing new
+    first, second = lines(path)[:2]
+    assert first == {"time": first["time"], "event": "began", "run": RUN}
+    assert {k: v for k, v in second.items() if k != "time"} == {
+        "client": 3, "kind": "forged", "reason": "its signature", "run": RUN, "round": 7,
+    }  # fmt: skip
+    assert len(lines(path)) == 5 and path.stat().st_mode & 0o777 == 0o600
+    found = read_standings(path)
+    assert found.run == RUN and list(found.clients) == [3, 1]
+    own = found.clients[3]
+    assert own.kinds == {"forged": 1, "oversized": 1} and own.kind == "oversized"
+    assert own.reason == "x" * 197 + "..." and (own.run, own.until) == (RUN, 17)
+    log.quarantined(RUN, 18, {})
+    assert read_standings(path).clients[3].until is None
+
+
+def test_a_client_that_does_its_worst_writes_a_hundred_lines_and_they_are_counted(path):
+    log = OffenceLog(path)
+    for _ in range(5000):
+        log.offended(offence(reason="x" * 5000))
+    log.offended(offence(client=4))
+    assert len(lines(path)) == 101 and path.stat().st_size < 101 * 400
+    log._limited._buckets[("forged", 3)].room = 1.0  # ten seconds later
+    log.offended(offence())
+    assert lines(path)[-1]["more"] == 4900
+    assert read_standings(path).clients[3].kinds == {"forged": 5001}
+
+
+def test_every_kind_of_every_client_for_ever_keeps_the_file_bounded(path):
+    log = OffenceLog(path, largest=100_000)
+    log.began(RUN)
+    log.quarantined(RUN, 8, {2: 17})
+    for turn in range(40):
+        for client in range(5):
+            for kind in KINDS:
+                log.offended(offence(client, kind, f"turn {turn}"))
+        assert path.stat().st_size <= 100_000
+    before = path.with_name(f"{FILE}.1")
+    assert before.stat().st_size <= 100_000 and lines(path)[0]["event"] == "earlier"
+    found = read_standings(path)
+    assert {c: own.kinds for c, own in found.clients.items()} == dict.fromkeys(
+        range(5), dict.fromkeys(KINDS, 40)
+    )
+    assert found.run == RUN and (found.clients[2].run, found.clients[2].until) == (RUN, 17)
+    assert sorted(p.name for p in path.parent.iterdir()) == [f".{FILE}.lock", FILE, f"{FILE}.1"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fedloom.deployment.offences import OffenceLog
+from fedloom.offences import Offence
+log = OffenceLog(Path(sys.argv[1]), largest=20_000)
+for number in range(100):
+    log.offended(Offence(int(sys.argv[2]), "forged", "x" * 150, number, "r" * 32))
+assert "torch" not in sys.modules
+"""
+
+
+def test_lines_of_several_processes_and_threads_do_not_mix(path):
+    """Some two hundred kB in all, so the file begins anew again and again in the middle of it."""
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(n)]) for n in (1, 2)]
+    log = OffenceLog(path, largest=20_000)
+
+    def write(client):
+        for number in range(100):
+            log.offended(offence(client, "malformed", "y" * 150, number))
+
+    threads = [threading.Thread(target=write, args=(client,)) for client in (3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert all(line["event"] == "earlier" or line["client"] for line in map(plain, lines(path)))
+    found = read_standings(path).clients
+    assert {client: sum(own.kinds.values()) for client, own in sorted(found.items())} == {
+        1: 100, 2: 100, 3: 100, 4: 100,
+    }  # fmt: skip
+
+
+def plain(line):
+    return {"event": None, "client": None, **line}
+
+
+def test_damaged_lines_are_left_out(path):
+    log = OffenceLog(path)
+    log.offended(offence())
+    whole = path.read_bytes()
+    path.write_bytes(
+        b"\xff\xfe\n[1]\n{}\n" + whole + b'{"client": 9, "kind": "dancing", "reason": "", "time": ""}\n'
+        + b'{"event": "earlier", "clients": 7}\n{"client": "x", "kind": "forged"}\n' + whole[:40]
+    )  # fmt: skip
+    assert read_standings(path) == Standings(
+        None, {3: Standing({"forged": 1}, "forged", "its signature", lines_time(whole))}
+    )
+    assert read_standings(path.parent / "none") == Standings()
+
+
+def lines_time(whole):
+    return json.loads(whole)["time"]
+
+
+def test_a_full_disk_ends_nothing_and_is_said_once(path, caplog, monkeypatch):
+    log = OffenceLog(path)
+    monkeypatch.setattr(
+        type(path), "open", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            log.offended(offence())
+    assert caplog.text.count("offences cannot be written") == 1
+
+
+def shown(table):
+    console = Console(width=200, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+CLIENTS = [(0, "site-a", "online"), (3, "site-b", "online")]
+
+
+def test_status_shows_what_clients_got_wrong_and_until_when_they_are_in_quarantine():
+    standing = Standing(
+        {"oversized": 2, "forged": 1}, "forged", "[red]its\nsignature", "2026-01-01", RUN, 17
+    )
+    known = Standings(RUN, {3: standing})
+    head, first, second = shown(clients_table(CLIENTS, known, playing=True))
+    assert head.split() == ["client", "name", "state", "offences", "quarantine", "last"]
+    assert first.split() == ["0", "site-a", "online"]
+    assert "forged 1, oversized 2" in second and "until round 17 of run aaaaaaaa" in second
+    assert "2026-01-01 forged: [red]its signature" in second
+    for playing, run in ((False, RUN), (True, "b" * 32)):  # quarantine is of a run that goes on
+        assert (
+            "until"
+            not in shown(clients_table(CLIENTS, Standings(run, {3: standing}), playing=playing))[2]
+        )
+
+
+def test_status_is_as_it_was_where_nobody_offended():
+    head, *rows = shown(clients_table(CLIENTS, Standings(), playing=True))
+    assert head.split() == ["client", "name", "state"] and len(rows) == 2
