@@ -4,8 +4,10 @@ import itertools
 
 from fedloom.envelope import Envelope, ReplyHeader, RequestHeader, seal
 from fedloom.experiment import Experiment
-from fedloom.messages import Payload, Schema, encode
+from fedloom.messages import NumberSpec, Payload, Schema, encode
+from fedloom.methods.base import TRAIN_REPLY_NUMBERS
 from fedloom.settings import write_toml
+from fedloom.training.local import reported
 
 
 class HostileServer:
@@ -35,8 +37,8 @@ class HostileServer:
         (equipment,) = parts.local.equipment.values()
         adapter = equipment.initial
         numbers = {"learning_rate": 1e-3} if numbers is None else numbers
-        schema = Schema.of(adapter, tuple(numbers))
-        answer = Schema.of(adapter, ("examples",), metrics=True)
+        schema = Schema.of(adapter, tuple(map(NumberSpec, numbers)))
+        answer = Schema.of(adapter, TRAIN_REPLY_NUMBERS, reported(parts.objective))
         _, header = self.send(
             encode(Payload(adapter, numbers), schema),
             kind="exchange", run=run, action=action, round=round, client=self.worker.joining.number,

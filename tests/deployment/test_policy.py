@@ -170,15 +170,17 @@ def test_work_that_takes_too_long_is_stopped_and_nothing_of_it_is_kept(server, s
 def ask_scaffold(found, run):
     """Ask a client of scaffold to train."""
     from fedloom.messages import Payload, encode
-    from fedloom.methods.base import join_parts
+    from fedloom.methods.base import LEARNING_RATE, TRAIN_REPLY_NUMBERS, join_parts
+    from fedloom.training.local import reported
 
     adapter = found.worker.run.parts.local.equipment[0].initial
     both = join_parts(adapter=adapter, control={n: 0 * t for n, t in adapter.items()})
-    schema = Schema.of(both, ("learning_rate",))
+    schema = Schema.of(both, (LEARNING_RATE,))
+    answer = Schema.of(both, TRAIN_REPLY_NUMBERS, reported(found.worker.run.parts.objective))
     return found.send(
         encode(Payload(both, {"learning_rate": 1e-3}), schema),
         kind="exchange", run=run, action="train", round=1, client=0,
-        request=schema.to_table(), reply=Schema.of(both, ("examples",), metrics=True).to_table(),
+        request=schema.to_table(), reply=answer.to_table(),
     )[1]  # fmt: skip
 
 
@@ -213,7 +215,7 @@ def test_schemas_beyond_the_bound_are_refused_before_anything_is_made(
 ):
     found = server()
     run, _, _ = found.join(small)
-    table = {"tensors": [["x", shape, "float32", True]], "numbers": [], "metrics": False}
+    table = {"tensors": [["x", shape, "float32", True]], "numbers": [], "metrics": []}
     assert found.exchange(run, **{which: table}).error == error
 
 

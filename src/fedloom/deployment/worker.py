@@ -185,7 +185,6 @@ class Worker:
                 raise Said(Sentence.FOREIGN)
             if self.damage is not None:
                 raise self.damage
-            self._note("asked", header, envelope.payload, header.payload)
             run = self._ready(header)
             if header.kind == "join":
                 return reply.model_copy(update={"joined": self._joined(run)}), b""
@@ -270,6 +269,7 @@ class Worker:
         going_on = engine.under_way(number, header.round)
         moment = (run.id, len(header.began), header.round)
         self.day.begin_work(moment, header.action, run.policy, going_on=going_on)
+        self._note("asked", header, data, header.payload)  # as often as the policy allows, and no more
         self._remember(run, header, header.round)
         if (
             run.secret_noise
