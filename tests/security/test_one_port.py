@@ -18,11 +18,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import flwr.proto
 import grpc
 import pytest
 from fastapi.routing import iter_route_contexts
-from flwr.cli.app import app
+from flwr import proto
 from flwr.superlink.main import create_app
 from typer.main import get_command
 
@@ -121,7 +120,7 @@ ELSEWHERE = {"new", "build", "install", "config", "app", "chat"}
 
 def test_every_call_that_flower_has_is_known_here():
     found = {}
-    for module in pkgutil.iter_modules(flwr.proto.__path__):
+    for module in pkgutil.iter_modules(proto.__path__):
         if module.name.endswith("_pb2"):
             described = importlib.import_module(f"flwr.proto.{module.name}").DESCRIPTOR
             for service in described.services_by_name.values():
@@ -198,6 +197,8 @@ def test_flowers_command_line_gets_no_answer(flwr, site, words):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_these_are_all_commands_that_speak_to_a_server():
+    from flwr.cli.app import app  # it warns
+
     def leaves(command, path=()):
         if not hasattr(command, "commands"):
             return [path]
