@@ -269,7 +269,9 @@ class Worker:
         going_on = engine.under_way(number, header.round)
         moment = (run.id, len(header.began), header.round)
         self.day.begin_work(moment, header.action, run.policy, going_on=going_on)
-        self._note("asked", header, data, header.payload)  # as often as the policy allows, and no more
+        self._note(
+            "asked", header, data, header.payload
+        )  # as often as the policy allows, and no more
         self._remember(run, header, header.round)
         if (
             run.secret_noise
