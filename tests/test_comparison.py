@@ -53,7 +53,8 @@ def shas(folder):
 
 
 def test_a_grid_is_run_once_and_reported(file, tmp_path):
-    comparison = read_comparison(file(methods=["fedavg", "scaffold"]))
+    once = {"federation": {"clients": 3, "rounds": 1}}
+    comparison = read_comparison(file(once, methods=["fedavg", "scaffold"]))
     assert len(comparison.cells) == 3 * 2 * 2
     folder = compare(comparison, tmp_path / "out", workers=1)
     first = shas(folder)

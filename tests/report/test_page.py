@@ -105,7 +105,11 @@ def test_several_runs_are_compared(experiment, tmp_path):
     for seed in (0, 1):
         for method in ("fedavg", "local_only"):
             output = {"folder": str(tmp_path / f"{method}-{seed}")}
-            own = {"federation": {"seed": seed}, "data": {"builtin_rows": 30}, "output": output}
+            own = {
+                "federation": {"seed": seed, "rounds": 1},
+                "data": {"builtin_rows": 30},
+                "output": output,
+            }
             built = experiment(method={"name": method}, **own)
             folders.append(fedloom.run(built).folder)
     page = write_report(folders, tmp_path / "all.html").read_text()
