@@ -277,9 +277,9 @@ def test_over_streams(loopback, table, tmp_path, alone, monkeypatch):
 
     federation_of, plain = [], type(loopback(1)).worker
 
-    def worker(self, number, own=None):
+    def worker(self, number, *own):
         federation_of[:] = [self]
-        return plain(self, number, own)
+        return plain(self, number, *own)
 
     monkeypatch.setattr(type(loopback(1)), "worker", worker)
 
