@@ -23,6 +23,7 @@ IMPORTERS = {
     "peft": ("models/",),
     "trl": (),
     "flwr": (
+        "engines/inflation.py",
         "engines/post.py",
         "engines/records.py",
         "deployment/app/",

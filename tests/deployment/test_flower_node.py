@@ -1,6 +1,7 @@
 """A client as a node of Flower: what it answers, what it refuses, and that nothing of the server's is run."""
 
 import io
+import os
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -230,9 +231,11 @@ def test_a_message_that_is_not_whole_is_refused(take_part, spoil):
     assert flower.confirmed == []
 
 
-def test_a_message_larger_than_is_allowed_is_refused_before_the_rest_is_asked_for(take_part):
+@pytest.mark.parametrize("content", [bytes, os.urandom])
+def test_a_message_larger_than_is_allowed_is_refused_before_it_is_put_together(take_part, content):
+    """Parts that are equal travel once: of zeros, little is pulled and much would be made."""
     flower = Flower()
-    flower.ask(to_records(Envelope(b"header", bytes(LONGEST_HEADER + 100_000))))
+    flower.ask(to_records(Envelope(b"header", content(LONGEST_HEADER + 200_000))))
     assert take_part(flower, reply, max_bytes=1 << 16) == []
     assert flower.replies[0].has_error()
 

@@ -565,8 +565,9 @@ def test_two_hundred_round_trips_a_second(streamed):
 
 def test_who_sends_more_than_it_may_is_cut_off(streamed):
     number = streamed.send(0, question(bytes(1000), limit=999))
-    assert streamed.arrived.get(timeout=10) == Arrival(0, number)
-    assert 0 not in streamed
+    arrival = streamed.arrived.get(timeout=10)
+    assert (arrival.client, arrival.question, arrival.message) == (0, number, None)
+    assert arrival.fault.kind == "oversized" and 0 not in streamed
 
 
 def test_a_client_that_is_let_go_of_on_purpose_is_told(site):

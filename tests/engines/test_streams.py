@@ -218,7 +218,7 @@ def test_what_comes_over_a_stream_that_another_has_replaced_is_no_offence(stream
 
 def test_while_the_stream_before_writes_down_what_came_nobody_else_does(path, monkeypatch):
     """Two that write to one file would make of two sound parts an answer that is none."""
-    monkeypatch.setattr(module, "OVER", 0.05)
+    monkeypatch.setattr(module, "SUPERSEDED", 0.05)
     with contextlib.closing(Streams(path, patience=10.0)) as streams:
         with client(path) as one:
             asked(streams, one)

@@ -53,6 +53,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.deployment.gateway_client import GatewayClient
+from fedloom.engines.inflation import Room, bound_arrays
 from fedloom.engines.records import from_records, to_records
 from fedloom.envelope import LONGEST_HEADER, Envelope
 from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, MessageError
@@ -102,6 +103,8 @@ class FlowerNode:
     ) -> None:
         """Take part as the client of ``gateway``; see :meth:`run`."""
         self.answer, self.max_bytes = answer, max_bytes
+        self._room = Room(LONGEST_HEADER + max_bytes)
+        bound_arrays(self._room)
         self._gateway = gateway
         self._stopping = threading.Event()
         self._apps: dict[int, bool] = {}
@@ -237,21 +240,23 @@ class FlowerNode:
             MessageError: It is too large, not whole, or not what it says it is.
         """
         contents: dict[str, bytes] = {}
-        room = LONGEST_HEADER + self.max_bytes
+        self._room.begin()
         for own in iterate_object_tree(tree):
             request = PullObjectRequest(
                 node=node, run_id=message.metadata.run_id, object_id=own.object_id
             )
             found = client.PullObject(request)
             content = found.object_content
-            room -= len(content)
-            if not (found.object_found and found.object_available) or room < 0:
-                raise MessageError("the message is not there whole, or larger than is allowed")
+            self._room.pull(len(content))
+            if not (found.object_found and found.object_available):
+                raise MessageError("the message is not there whole")
             if hashlib.sha256(content).hexdigest() != own.object_id:
                 raise MessageError("a part of the message is not what it says it is")
             contents[own.object_id] = content
         try:
             whole = inflate_object_from_contents(tree.object_id, contents)
+        except MessageError:
+            raise
         except Exception as error:  # whatever Flower raises over what is no message
             raise MessageError(f"the message cannot be read: {type(error).__name__}") from None
         if not isinstance(whole, Message) or not whole.has_content():

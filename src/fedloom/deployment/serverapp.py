@@ -6,6 +6,7 @@ import contextlib
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -17,7 +18,8 @@ from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import News, Order, go_on
 from fedloom.deployment.server import registered
 from fedloom.engines.flower import FlowerEngine
-from fedloom.engines.post import Post
+from fedloom.engines.inflation import Room, bound_arrays, bound_pulls
+from fedloom.engines.post import SMALL, Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
@@ -76,13 +78,16 @@ def _play(grid: Grid, order: Order, news: News) -> RunResult:
 
 
 def _post(grid: Grid, home: ServerHome) -> Post:
-    serving = home.serving()
+    serving, room = home.serving(), Room(SMALL)
+    bound_arrays(room)
+    runtime: Any = grid
+    bound_pulls(runtime._runtime_client, room)
     streams = partial(_open_streams, home)
     if serving.insecure:
-        return Post(grid, open_streams=streams)
+        return Post(grid, open_streams=streams, room=room)
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
-    return Post(grid, signing, certificate, streams, proven=True)
+    return Post(grid, signing, certificate, streams, proven=True, room=room)
 
 
 def _owners(home: ServerHome) -> dict[int, int]:

@@ -30,13 +30,11 @@ from typing import ClassVar, Literal
 
 from fedloom.accounting.ledger import Cost, Ledger
 from fedloom.audit import Limited, unheard
-from fedloom.engines.post import Post
+from fedloom.engines.post import SMALL, Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.simulation import REFERENCE
 from fedloom.engines.streams import Arrival, Question, Streams, taken
 from fedloom.envelope import (
-    MAX_REPLY_HEADER,
-    PREFIX,
     Envelope,
     RequestHeader,
     WorkDone,
@@ -52,9 +50,6 @@ POLL = 0.1
 
 LOOK = 1.0
 """Seconds between looks for clients, while a run waits for them."""
-
-SMALL = PREFIX.size + MAX_REPLY_HEADER
-"""Bytes that a reply without a payload may have."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +159,7 @@ class FlowerEngine:
                 yield Answer(client, error="it is not there")
             else:
                 waiting[client] = asked
+        self.post.room.limit = exchange.reply_schema.max_bytes + SMALL
         start, deadline = time.monotonic(), self.federation.deadline
         while waiting:
             for client, found in self._arrivals(waiting):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flwr.app import Message
 from google.protobuf.message import DecodeError
 
+from fedloom.engines.inflation import Room
 from fedloom.engines.records import from_records, to_records
 from fedloom.engines.streams import Streams
-from fedloom.envelope import Envelope, RequestHeader, printable, seal
+from fedloom.envelope import MAX_REPLY_HEADER, PREFIX, Envelope, RequestHeader, printable, seal
 from fedloom.errors import MessageError
 
 UNREADABLE = (DecodeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What Flower raises over a reply that is none; a link that is down is something else."""
+
+
+SMALL = PREFIX.size + MAX_REPLY_HEADER
+"""Bytes that a reply without a payload may have."""
 
 
 class Mail(Protocol):
@@ -53,6 +58,7 @@ class Post:
     certificate: str | None = None
     open_streams: Callable[[str, float], Streams] | None = None
     proven: bool = False
+    room: Room = field(default_factory=lambda: Room(SMALL))
 
     def online(self) -> set[int]:
         """Return the nodes that can be reached."""
@@ -69,7 +75,8 @@ class Post:
 
     def come(self, ids: Iterable[str]) -> set[str]:
         """Return which of these have been replied to, where the replies are of no use any more."""
-        with contextlib.suppress(*UNREADABLE):
+        self.room.begin()
+        with contextlib.suppress(*UNREADABLE, MessageError):
             return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
         return set()
 
@@ -84,8 +91,12 @@ class Post:
         take with it those it has read before.
         """
         for id in ids:
+            self.room.begin()
             try:
                 found = list(self.mail.pull_messages([id]))
+            except MessageError as error:
+                yield id, error
+                continue
             except UNREADABLE as error:
                 yield id, printable(f"its answer cannot be read: {type(error).__name__}: {error}")
                 continue
