@@ -11,6 +11,7 @@ import fedloom
 from fedloom.admission import Admission, AdmissionSettings
 from fedloom.aggregation.means import weighted_mean
 from fedloom.engines.simulation import SimulationEngine
+from fedloom.envelope import ReplyHeader
 from fedloom.errors import Interrupted, RoundFailed, SettingsError
 from fedloom.messages import Answer, Exchange, Payload, Schema, decode, encode
 from fedloom.methods import METHODS
@@ -19,6 +20,7 @@ from fedloom.offences import Offence, Watch
 from fedloom.report.page import write_report
 from fedloom.runner import Silent, resume_run
 from fedloom.training.local import LOSS
+from loopback import resealed
 from unchecked import rewritten
 
 START = {"a": torch.ones(2), "b": torch.zeros(1, 2)}
@@ -122,6 +124,38 @@ def test_a_claim_of_all_the_rows_in_the_world_does_not_become_the_mean():
     mean = weighted_mean([reply.payload.tensors for reply in replies], weights)
     assert weights == [10] * 9 + [100] and mean["a"][0] == pytest.approx(10 / 19)
     assert admission.weighed == {9: (2**40, 100)}
+
+
+def test_between_machines_a_claim_of_2_to_the_40_rows_is_cut_unless_any_is_allowed(
+    deployed, tmp_path
+):
+    def break_(mail, federation):
+        def tamper(node, envelope):
+            header = envelope.read(ReplyHeader)
+            if node != 102:
+                return envelope
+            if header.joined:
+                more = header.joined.model_copy(update={"rows": 2**40})
+                return resealed(federation, 2, header.model_copy(update={"joined": more}), b"")
+            lie = rewritten(envelope.payload, numbers=f"[{2**40}]") if header.round else b""
+            return resealed(federation, 2, header, lie)
+
+        mail.tamper = tamper
+
+    def play(name, most=None):
+        admission = {} if most is None else {"max_examples": most}
+        folder = {"folder": str(tmp_path / name)}
+        found = deployed(break_=break_, output=folder, admission=admission)
+        (began,) = found.events("began")
+        rows = sorted(began["clients"].values())
+        assert rows[-1] == 2**40 and not any(r["rejected"] for r in found.rounds)
+        return found, rows[1]
+
+    found, quartile = play("default")
+    assert [r["weighed"] for r in found.rounds] == [{"2": [2**40, 10 * quartile]}] * 2
+    free, _ = play("any", "any")
+    assert [r["weighed"] for r in free.rounds] == [{}] * 2
+    assert free.states != found.states
 
 
 def test_a_record_says_whose_claim_was_cut_and_a_run_says_so_when_it_begins(experiment):

@@ -65,12 +65,27 @@ def test_the_header_binds_the_payload():
         {"work": [{**json.loads(WORK.model_dump_json()), "seconds": 1e308}]},
         {"joined": {"rows": 0, "held_out": 0, "model": "", "version": ""}},
         {"joined": {"rows": 10**400, "held_out": 0, "model": "", "version": ""}},
+        {"joined": {"rows": 2**40 + 1, "held_out": 0, "model": "", "version": ""}},
+        {"joined": {"rows": 1, "held_out": 2**40 + 1, "model": "", "version": ""}},
+        {"joined": {"rows": 1, "held_out": 0, "model": "x" * 65, "version": ""}},
+        {"joined": {"rows": 1, "held_out": 0, "model": "", "version": "x" * 33}},
+        *(
+            {"work": [{**json.loads(WORK.model_dump_json()), name: 2**50 + 1}]}
+            for name in ("tokens", "targets", "examples", "steps", "peak_memory")
+        ),
     ],
 )
 def test_headers_of_another_form_are_refused(change):
     table = {**json.loads(REPLY.model_dump_json()), **change}
     with pytest.raises(MessageError, match="header is not of the form"):
         Envelope(json.dumps(table).encode(), b"").read(ReplyHeader)
+
+
+def test_what_a_client_calls_itself_moves_no_cursor():
+    said = {"rows": 1, "held_out": 0, "model": "\x1b[2J", "version": "1\u202e2"}
+    table = {**json.loads(REPLY.model_dump_json()), "joined": said}
+    joined = Envelope(json.dumps(table).encode(), b"").read(ReplyHeader).joined
+    assert (joined.model, joined.version) == ("?[2J", "1?2")
 
 
 @pytest.mark.parametrize("run", ["../../x", "/etc", "a" * 31, "A" * 32, "a" * 32 + "\n", ""])

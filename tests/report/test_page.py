@@ -64,10 +64,29 @@ def test_what_models_and_data_say_is_escaped(folder):
         .read_text()
         .replace('"rejected": []', json.dumps({"rejected": [{"client": 1, "reason": evil}]})[1:-1])
     )
+    offence = {"client": 1, "kind": evil, "reason": evil, "count": 2}
+    rounds = rounds.replace('"offences": []', json.dumps({"offences": [offence]})[1:-1])
+    rounds = rounds.replace('"weighed": {}', json.dumps({"weighed": {evil: [3.0, 2]}})[1:-1])
     (folder / "rounds.jsonl").write_text(rounds)
     page = write_report([folder]).read_text()
     assert "<script" not in page and "<img" not in page
-    assert page.count("&lt;script&gt;") >= 5
+    assert page.count("&lt;script&gt;") >= 8
+
+
+def test_offences_are_shown_by_client_and_answers_left_out_are_not_without_end(folder):
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    of = {"client": 1, "kind": "out_of_range", "reason": "it was -7", "count": 2}
+    last |= {"round": 2, "offences": [of, {**of, "kind": "forged", "count": 1}]}
+    last["rejected"] = [{"client": 1, "reason": f"reason {n}"} for n in range(130)]
+    later = {**last, "round": 3, "offences": [of], "rejected": [], "paused": {"1": 9}}
+    text = "\n".join([*lines[:-1], json.dumps(last), json.dumps(later)])
+    (folder / "rounds.jsonl").write_text(text + "\n")
+    page = write_report([folder]).read_text()
+    row = "<td>1</td><td>forged 1, out of range 4</td><td>2</td><td>1</td><td>it was -7</td>"
+    assert row in page
+    assert "reason 99" in page and "reason 100" not in page
+    assert "30 more answers were left out" in page
 
 
 def test_a_run_that_was_stopped_says_so(folder):
