@@ -313,7 +313,7 @@ def test_sources_that_are_too_many_share_one():
     for source in range(1000):
         for _ in range(3):
             note("x", source=source)
-    assert len(noting.lines) == 2 * 10 + 2 and len(note._buckets) == 11
+    assert len(noting.lines) == 2 * 10 + 2 and len(note._sources) == 11
     noting.now = (
         1000.0  # those that have had nothing counted are forgotten: they are as good as new
     )
@@ -322,7 +322,7 @@ def test_sources_that_are_too_many_share_one():
         quiet("x", source=source)
     noting.now += 100.0
     quiet("x", source=11)
-    assert list(quiet._buckets) == [("x", 11)]
+    assert list(quiet._sources) == [("x", 11)]
 
 
 def test_a_day_of_a_client_that_does_its_worst_in_bytes(tmp_path):

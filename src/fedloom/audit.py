@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import AuditError, OutputError
+from fedloom.token_bucket import TokenBucket
 
 FILE = "audit.jsonl"
 
@@ -71,59 +72,44 @@ class Limited:
             clock: Gives seconds.
         """
         self._note, self._burst, self._pace = note, float(burst), pace
-        self._sources, self._clock = sources, clock
-        self._buckets: dict[Hashable, _Bucket] = {}
+        self._most, self._clock = sources, clock
+        self._sources: dict[Hashable, _Counted] = {}
         self._lock = threading.Lock()
 
     def __call__(self, event: str, *, source: Hashable = None, **facts: Any) -> None:
         """Note an event of a source, or count it."""
         with self._lock:
-            bucket = self._bucket((event, source))
-            if bucket.room < 1:
-                bucket.more += 1
+            now = self._clock()
+            counted = self._counted((event, source), now)
+            if not counted.bucket.take(now):
+                counted.more += 1
                 return
-            bucket.room -= 1
-            more = {"more": bucket.more} if bucket.more else {}
-            bucket.more += 1  # what cannot be noted is counted still
+            more = {"more": counted.more} if counted.more else {}
+            counted.more += 1  # what cannot be noted is counted still
             self._note(event, **facts, **more)
-            bucket.more = 0
+            counted.more = 0
 
-    def _bucket(self, key: Hashable) -> _Bucket:
-        """Return what is left of a source's room by now; the lock is held."""
-        now = self._clock()
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            if len(self._buckets) >= self._sources:  # a full one without a count is as good as none
-                self._buckets = {
+    def _counted(self, key: Hashable, now: float) -> _Counted:
+        """Return what is known of a source; the lock is held."""
+        if key not in self._sources:
+            if len(self._sources) >= self._most:  # a full one without a count is as good as none
+                self._sources = {
                     other: own
-                    for other, own in self._buckets.items()
-                    if own.more or own.filled(now, self._pace) < self._burst
+                    for other, own in self._sources.items()
+                    if own.more or not own.bucket.is_full(now)
                 }
-            if len(self._buckets) >= self._sources:
+            if len(self._sources) >= self._most:
                 key = None
-            bucket = self._buckets.setdefault(key, _Bucket(self._burst, now))
-        bucket.room = min(self._burst, bucket.filled(now, self._pace))
-        bucket.since = now
-        return bucket
+        new = _Counted(TokenBucket(1 / self._pace, self._burst, now))
+        return self._sources.setdefault(key, new)
 
 
 @dataclass
-class _Bucket:
-    """What one source may still have noted.
+class _Counted:
+    """One source: what it may still have noted, and how much was counted since the last that was."""
 
-    Attributes:
-        room: Events, as of ``since``.
-        since: Seconds of the clock.
-        more: Events that were counted since the last that was noted.
-    """
-
-    room: float
-    since: float
+    bucket: TokenBucket
     more: int = 0
-
-    def filled(self, now: float, pace: float) -> float:
-        """Return the room there is by now, if it had no end."""
-        return self.room + (now - self.since) / pace
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import ipaddress
 import json
+import logging
 import os
 import selectors
 import socket
@@ -44,6 +45,9 @@ from fedloom.errors import (
 from fedloom.identity import Current, Members, public_pem
 from fedloom.offences import Report, one_line
 from fedloom.settings import Settings, parse, read_toml
+from fedloom.token_bucket import TokenBucket
+
+LOG = logging.getLogger("fedloom.gateway")
 
 BATCH = 64
 """Connections that are accepted at a time, before those that wait are looked at again."""
@@ -155,27 +159,6 @@ class _Admitted:
     end: Callable[[], None]
 
 
-class _Bucket:
-    """So many at once, and so many a second from then on."""
-
-    def __init__(self, pace: float, burst: int) -> None:
-        self._pace, self._burst = pace, burst
-        self._room, self._since = float(burst), time.monotonic()
-
-    def take(self, now: float) -> bool:
-        """Return whether there is room for one more, and take it."""
-        self._room = min(self._burst, self._room + (now - self._since) * self._pace)
-        self._since = now
-        if self._room < 1:
-            return False
-        self._room -= 1
-        return True
-
-    @property
-    def full(self) -> bool:
-        return self._room + (time.monotonic() - self._since) * self._pace >= self._burst
-
-
 def source(host: str) -> str:
     """Return what counts as one address: of IPv6 a network of 64 bits, as addresses in it are free."""
     own = ipaddress.ip_address(host.partition("%")[0])
@@ -218,8 +201,8 @@ class Gateway:
         self._certificate = b""
         self._unproven: dict[int, _Unproven] = {}  # oldest first
         self._addresses: collections.Counter[str] = collections.Counter()
-        self._buckets: dict[str, _Bucket] = {}
-        self._paces: dict[int, _Bucket] = {}
+        self._handshakes: dict[str, TokenBucket] = {}
+        self._requests: dict[int, TokenBucket] = {}
         self._connections: dict[int, _Admitted] = {}
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
@@ -294,10 +277,15 @@ class Gateway:
         looked = time.monotonic()
         while not self._stopping:
             for key, _ in self._selector.select(0.2):
-                if key.data is None:
-                    self._accept(listening)
-                elif id(key.data) in self._unproven:  # it may have given way to another
-                    self._advance(key.data)
+                try:
+                    if key.data is None:
+                        self._accept(listening)
+                    elif id(key.data) in self._unproven:  # it may have given way to another
+                        self._advance(key.data)
+                except Exception:  # whatever one of them brought about, the others go on
+                    LOG.exception("a connection was dropped")
+                    if key.data is not None:
+                        self._drop(key.data)
             if time.monotonic() > looked + 0.2:
                 looked = time.monotonic()
                 self._expire(looked)
@@ -315,12 +303,10 @@ class Gateway:
                     self._shed()
                 return  # nobody else waits
             now, address = time.monotonic(), source(host)
-            bucket = self._buckets.get(address)
-            if bucket is None:
-                bucket = self._buckets[address] = _Bucket(
-                    self.settings.handshakes_per_second, self.settings.handshake_burst
-                )
-            if not bucket.take(now):
+            new = TokenBucket(
+                self.settings.handshakes_per_second, self.settings.handshake_burst, now
+            )
+            if not self._handshakes.setdefault(address, new).take(now):
                 connection.close()
                 self._noted("connects", address, "too many connections a second")
                 continue
@@ -359,16 +345,17 @@ class Gateway:
             self._refused(
                 oldest, f"no proof of a key within {self.settings.handshake_seconds:g} seconds"
             )
-        self._buckets = {
+        self._handshakes = {
             address: own
-            for address, own in self._buckets.items()
-            if self._addresses[address] or not own.full
+            for address, own in self._handshakes.items()
+            if self._addresses[address] or not own.is_full(now)
         }
 
     def _advance(self, own: _Unproven) -> None:
         """Go on with a connection as far as what has come allows."""
         try:
-            if self._begun(own) and self._received(own):
+            self._begin(own)
+            if self._received(own):
                 self._decide(own)
         except (ssl.SSLWantReadError, BlockingIOError):
             self._selector.modify(own.connection, selectors.EVENT_READ, own)
@@ -376,12 +363,18 @@ class Gateway:
             self._selector.modify(own.connection, selectors.EVENT_WRITE, own)
         except IdentityError as error:
             self._refused(own, str(error), tell=True)
+        except FedloomError as error:  # the list of members was never whole
+            self._refused(own, f"it cannot be decided: {error}")
         except OSError as error:  # TLS says which alert, in words of its own
             reason = getattr(error, "reason", None) or error.strerror or "it broke"
             self._refused(own, f"no handshake: {str(reason)[:80]}")
 
-    def _begun(self, own: _Unproven) -> bool:
-        """Return whether TLS stands and the server has said its nonce."""
+    def _begin(self, own: _Unproven) -> None:
+        """Have TLS stand, and say the nonce.
+
+        Raises:
+            OSError: More must come first, or the connection is no good.
+        """
         if self._context is not None and not own.encrypted:
             self._selector.unregister(own.connection)
             own.connection = self._context.wrap_socket(
@@ -395,7 +388,6 @@ class Gateway:
             own.nonce = own.nonce or os.urandom(handshake.NONCE)
             own.connection.send(handshake.MAGIC + own.nonce)
             own.greeted = True
-        return True
 
     @staticmethod
     def _received(own: _Unproven) -> bool:
@@ -427,9 +419,7 @@ class Gateway:
         if isinstance(claim, Distrust):
             self._refused(own, "it does not trust this server: " + claim.reason, what="joins")
             return
-        claim.require_proof(
-            own.nonce, self._certificate
-        )  # before it is told whether the key is known
+        claim.require_proof(own.nonce, self._certificate)  # or it would learn which keys are known
         number = self._current().number(claim.key)
         with self._lock:
             mine = sum(other.client == number for other in self._connections.values())
@@ -513,9 +503,10 @@ class Gateway:
     def _pace_of(self, client: int) -> Callable[[], object]:
         """Return what waits until a client may make another call of Flower's, over any connection."""
         with self._lock:
-            bucket = self._paces.setdefault(
-                client, _Bucket(self.settings.requests_per_second, self.settings.request_burst)
+            new = TokenBucket(
+                self.settings.requests_per_second, self.settings.request_burst, time.monotonic()
             )
+            bucket = self._requests.setdefault(client, new)
 
         def wait() -> None:
             while not bucket.take(time.monotonic()):
