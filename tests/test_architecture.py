@@ -31,6 +31,7 @@ IMPORTERS = {
         "deployment/flower_server.py",
         "deployment/serverapp.py",
     ),
+    "grpc": (),
     "h11": ("deployment/fleet.py",),
     "httpcore": ("deployment/flower_node.py",),
     "uvicorn": ("deployment/flower_server.py",),

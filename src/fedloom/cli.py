@@ -580,7 +580,7 @@ def main() -> NoReturn:
         typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in ("flwr", "grpc", "cryptography"):
+        if str(error.name).partition(".")[0] not in ("flwr", "cryptography", "uvicorn"):
             raise
         text = f"fedloom: {error.name} is missing: federations between machines are an extra"
         typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)

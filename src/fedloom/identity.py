@@ -99,13 +99,6 @@ class Members:
         """Return whether the client of a number is let in."""
         return 0 <= number < len(self.members) and not self.members[number].revoked
 
-    def number_of(self, public: bytes) -> int | None:
-        """Return the number of the client with a public key in PEM, if it is let in."""
-        for number, member in enumerate(self.members):
-            if not member.revoked and public_pem(member.key).strip() == public.strip():
-                return number
-        return None
-
     def key(self, number: int) -> ec.EllipticCurvePublicKey | None:
         """Return a client's public key, if it is let in."""
         return public_key(self.members[number].key) if self.lets_in(number) else None

@@ -269,14 +269,13 @@ def test_an_answer_that_is_not_taken_is_not_sent_in_place_of_the_next(take_part)
     flower = Flower()
     flower.ask(to_records(Envelope(b"first", b"1")))
     second = flower.ask(to_records(Envelope(b"second", b"2")))
-    flower.failing = []
-    pull, calls = flower.PushMessages, []
+    push, calls = flower.PushMessages, []
 
     def refuse_first(request):
         calls.append(request)
         if len(calls) == 1:
             raise status(409)
-        return pull(request)
+        return push(request)
 
     flower.PushMessages = refuse_first
     assert len(take_part(flower, reply)) == 2
@@ -290,17 +289,15 @@ def test_a_server_that_goes_away_is_waited_for_and_knows_the_node_still(take_par
     flower.failing = [httpx.ConnectError("gone"), ConnectionFailed("gone"), status(503)]
     flower.ask(to_records(Envelope(b"header", b"payload")))
     assert len(take_part(flower, reply)) == 1 and flower.activated == 1
-    flower.known.clear()  # another server's database
 
 
 def test_a_server_that_forgot_the_node_is_told_anew(take_part):
     flower = Flower()
     flower.failing = [httpx.ConnectError("gone")]
-    beat = flower.SendNodeHeartbeat
     flower.SendNodeHeartbeat = lambda request: SimpleNamespace(success=False)
     flower.ask(to_records(Envelope(b"header", b"payload")))
     take_part(flower, reply)
-    assert flower.activated == 2 and beat
+    assert flower.activated == 2
 
 
 def test_a_client_that_is_let_in_no_longer_ends(take_part):

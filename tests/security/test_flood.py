@@ -151,5 +151,7 @@ def test_members_play_on_while_strangers_flood_the_gateway(experiment):
         )
         log = (own.server / "audit.jsonl").read_text()
         assert "gave way to newer" in log or "too many connections" in log
+    assert rate["connections"] > 50 and rate["handshakes"] > 20  # it was a flood
+    assert rate["claims"] > 1 and rate["body bytes"] > 1e5
     assert grown <= MOST_MEMORY and slower <= MOST_SLOWER
     assert each <= MOST_CPU and written <= MOST_DISK

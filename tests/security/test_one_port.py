@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from flwr import proto
 from flwr.superlink.main import create_app
 from typer.main import get_command
 
-from fedloom.deployment import exposure, fleet
+from fedloom.deployment import exposure, fleet, handshake
 from fedloom.deployment.gateway_client import GatewayClient
+from fedloom.deployment.offences import read_standings
 from fedloom.errors import ConnectionFailed
 from fedloom.identity import public_pem, read_key
 from machines import machines
@@ -193,6 +195,7 @@ def test_flowers_command_line_gets_no_answer(flwr, site, words):
     assert done.returncode != 0
     assert "Connection to the SuperLink is unavailable" in said
     assert not list((site.server / "flower").glob("apps/*evil*"))
+    assert client_of(site).register() == 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -209,6 +212,28 @@ def test_these_are_all_commands_that_speak_to_a_server():
     speaking = {leaf for leaf in leaves(get_command(app)) if leaf[0] not in ELSEWHERE}
     asked = {tuple(words[: len(leaf)]) for words in COMMANDS for leaf in speaking}
     assert speaking <= asked
+
+
+def client_of(site):
+    """The client that is let in."""
+    return GatewayClient(
+        f"localhost:{site.port}",
+        read_key(site.folder / "0.key"),
+        (site.server / "ca.pem").read_bytes(),
+    )
+
+
+def counted(site):
+    """How many offences of that client have been counted."""
+    standings = read_standings(site.server / "offences.jsonl").clients
+    return sum(standings[0].kinds.values()) if 0 in standings else 0
+
+
+def until_counted(site, count):
+    end = time.monotonic() + 10
+    while counted(site) < count and time.monotonic() < end:
+        time.sleep(0.05)
+    return counted(site) == count
 
 
 def answered(port, request, authority=None):
@@ -240,7 +265,10 @@ def test_no_path_answers_over_http(site):
                 answer = answered(site.port, request.encode(), tls)
                 table.append((method, path, tls is not None, answer))
                 assert b"HTTP" not in answer and len(answer) < 200, table[-1]
-    assert len(table) == 4 * len(PATHS)
+                assert tls is None or answer.startswith(
+                    handshake.MAGIC
+                )  # it is there, and says no more
+    assert len(table) == 4 * len(PATHS) and client_of(site).register() == 0
 
 
 @pytest.mark.slow
@@ -259,20 +287,16 @@ def test_no_method_answers_over_grpc(site):
                         grpc.StatusCode.UNAVAILABLE,
                         grpc.StatusCode.DEADLINE_EXCEEDED,
                     ), (service, method)
+    assert client_of(site).register() == 0
 
 
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
-    gateway = GatewayClient(
-        f"localhost:{site.port}",
-        read_key(site.folder / "0.key"),
-        (site.server / "ca.pem").read_bytes(),
-    )
     own = (site.folder / "0.pub").read_text()
     header = fleet.key_header(public_pem(" ".join(own.split()[:2]))).decode()
     for path in PATHS:
-        connection, _ = gateway.open("fleet")
+        connection, _ = client_of(site).open("fleet")
         with connection:
             request = f"POST {path} HTTP/1.1\r\nhost: x\r\nflwr-public-key: {header}\r\ncontent-length: 0\r\n\r\n"
             connection.sendall(request.encode())
@@ -306,11 +330,6 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
     ],
 )  # fmt: skip
 def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
-    gateway = GatewayClient(
-        f"localhost:{site.port}",
-        read_key(site.folder / "0.key"),
-        (site.server / "ca.pem").read_bytes(),
-    )
     own = " ".join((site.folder / "0.pub").read_text().split()[:2])
     said = {
         "host": "x",
@@ -321,7 +340,8 @@ def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
     text = f"{line} HTTP/1.1\r\n" + "".join(
         f"{k}: {v}\r\n" for k, v in said.items() if v is not None
     )
-    connection, _ = gateway.open("fleet")
+    before = counted(site)
+    connection, _ = client_of(site).open("fleet")
     with connection:
         connection.sendall(text.encode() + b"\r\n")
         connection.settimeout(10)
@@ -329,6 +349,7 @@ def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
         assert answer.startswith(b"HTTP/1.1 %d" % status), answer
         with contextlib.suppress(OSError):
             assert connection.recv(1 << 16) == b""  # and the connection is over
+    assert until_counted(site, before + 1)
 
 
 @pytest.mark.slow

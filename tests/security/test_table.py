@@ -1,4 +1,4 @@
-"""The table of docs/security.md: each line names a test that is there, and each test here has its line."""
+"""The table of docs/security.md: each line names a test that is there, and each file here has a line."""
 
 import ast
 import re

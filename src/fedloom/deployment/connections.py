@@ -30,6 +30,15 @@ def notice_absence(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def abort(connection: socket.socket) -> None:
+    """Break a connection, so that whoever waits for it is woken.
+
+    TLS is not told: by its own shutdown the connection would go on in clear.
+    """
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
 class Duplex:
     """A connection of which one thread may read while another writes.
 
@@ -86,10 +95,7 @@ class Duplex:
     def end(self) -> None:
         """Break the connection; who waits for it is woken. Called any number of times, by any thread."""
         self._over = True
-        with contextlib.suppress(
-            OSError
-        ):  # not TLS's own shutdown, after which it would go on in clear
-            socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+        abort(self._connection)
 
     def close(self) -> None:
         """Let go of it, once nobody uses it any more."""

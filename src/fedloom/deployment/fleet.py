@@ -16,6 +16,7 @@ from pathlib import Path
 
 import h11
 
+from fedloom.deployment.connections import CHUNK
 from fedloom.errors import ConnectionFailed, MessageError, OffenceKind
 
 CALLS = {
@@ -47,8 +48,6 @@ HEAD = 16 << 10
 
 IDLE = 120.0
 """Seconds that a connection may wait for its next request, and a request for its next bytes."""
-
-CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -95,26 +94,21 @@ def key_header(public_pem: bytes) -> bytes:
     return base64.b64encode(public_pem)
 
 
-KINDS: dict[int, OffenceKind] = {
-    400: "malformed",
-    411: "malformed",
-    413: "oversized",
-    507: "oversized",
-}
-"""What kind of offence a request is that is answered by a status; any other is forbidden."""
-
-
-class Forbidden(MessageError):
+class Refused(MessageError):
     """A request that is not passed on.
 
     Attributes:
         status: Of the HTTP response.
     """
 
-    def __init__(self, status: int, reason: str) -> None:
-        """Keep both."""
-        super().__init__(reason, KINDS.get(status, "forbidden"))
+    def __init__(self, status: int, reason: str, kind: OffenceKind = "forbidden") -> None:
+        """Keep status and reason; the kind counts where an honest client sends no such request."""
+        super().__init__(reason, kind)
         self.status = status
+
+
+class Forbidden(Refused):
+    """A request that no honest client sends."""
 
 
 def pass_on(
@@ -134,8 +128,10 @@ def pass_on(
         pace: Waits until the client may make another request.
 
     Raises:
-        Forbidden: It asked for something that it is not offered; it has been told so.
-        OSError: A connection broke.
+        Forbidden: It sent what no honest client sends.
+        Refused: It is let in no longer, or there is no room.
+        ConnectionFailed: Flower's server is not there, or gave no answer.
+        OSError: A connection ended or broke.
     """
     connection.settimeout(IDLE)
     client = h11.Connection(h11.SERVER, HEAD)
@@ -143,14 +139,18 @@ def pass_on(
     try:
         while True:
             try:
-                request = _next(client, connection, HEAD)
+                request = _next(client, connection, HEAD)  # or the connection ends here
                 if not isinstance(request, h11.Request):
                     return
                 pace()
                 _require_allowed(request, key, allowed())
                 if request.target == PUSH and not upstream.has_room():
-                    raise Forbidden(507, "Flower's database is as large as gateway.flower_bytes")
-            except Forbidden as error:
+                    raise Refused(507, "Flower's database is as large as gateway.flower_bytes")
+            except h11.RemoteProtocolError as error:
+                foreign = Forbidden(400, f"no HTTP: {error}", "malformed")
+                _refuse(client, connection, foreign)
+                raise foreign from None
+            except Refused as error:
                 _refuse(client, connection, error)
                 raise
             flower = flower or upstream.connect()
@@ -165,19 +165,21 @@ def _require_allowed(request: h11.Request, key: bytes, allowed: bool) -> None:
     headers = dict(request.headers)
     path = request.target.decode("latin-1")
     if not allowed:
-        raise Forbidden(401, "its key is let in no longer")
+        raise Refused(401, "its key is let in no longer")
     if request.method != b"POST" or path not in CALLS:
-        raise Forbidden(403, f"{request.method.decode('latin-1')[:8]} {path[:80]!r} is not offered")
+        method = request.method.decode("latin-1")[:8]
+        raise Forbidden(403, f"{method} {path[:80]!r} is not offered")
     if headers.get(KEY) != key:
         raise Forbidden(403, "the request names another key than the one that was proven")
     length = headers.get(b"content-length", b"")
     if not length.isdigit() or len(length) > 12:
-        raise Forbidden(411, "the request does not say how long it is")
+        raise Forbidden(411, "the request does not say how long it is", "malformed")
     if int(length) > CALLS[path]:
-        raise Forbidden(413, f"{int(length)} bytes to {path}, {CALLS[path]} are allowed")
+        reason = f"{int(length)} bytes to {path}, {CALLS[path]} are allowed"
+        raise Forbidden(413, reason, "oversized")
 
 
-def _refuse(client: h11.Connection, connection: socket.socket, error: Forbidden) -> None:
+def _refuse(client: h11.Connection, connection: socket.socket, error: Refused) -> None:
     """Tell the client, and read no more of it."""
     text = str(error).encode()
     headers = [
@@ -204,17 +206,18 @@ def _exchange(
     flower.sendall(
         server.send(h11.Request(method="POST", target=request.target, headers=headers)) or b""
     )
-    while not isinstance(event := _next(client, connection), h11.EndOfMessage):
-        if not isinstance(event, h11.Data):
-            return False
-        flower.sendall(server.send(event) or b"")
+    try:
+        while not isinstance(event := _next(client, connection), h11.EndOfMessage):
+            flower.sendall(server.send(event) or b"")
+    except h11.RemoteProtocolError as error:
+        raise Forbidden(400, f"no HTTP: {error}", "malformed") from None
     flower.sendall(server.send(h11.EndOfMessage()) or b"")
-    while not isinstance(event := _next(server, flower), h11.EndOfMessage):
-        if isinstance(event, h11.ConnectionClosed):
-            return False
-        if isinstance(event, h11.InformationalResponse):
-            continue
-        connection.sendall(client.send(event) or b"")
+    try:
+        while not isinstance(event := _next(server, flower), h11.EndOfMessage):
+            if not isinstance(event, h11.InformationalResponse):
+                connection.sendall(client.send(event) or b"")
+    except h11.RemoteProtocolError as error:
+        raise ConnectionFailed(f"Flower's server gave no answer: {error}") from None
     connection.sendall(client.send(h11.EndOfMessage()) or b"")
     if h11.MUST_CLOSE in (
         client.our_state,
@@ -231,11 +234,12 @@ def _next(side: h11.Connection, connection: socket.socket, at_once: int = CHUNK)
     """Return the next event of a connection, reading as much as it needs, so many bytes at a time.
 
     Raises:
-        Forbidden: What comes is no HTTP.
+        RemoteProtocolError: What comes is no HTTP.
+        OSError: The connection has ended, between two requests or in the middle of one.
     """
-    try:
-        while not isinstance(event := side.next_event(), h11.Event):
-            side.receive_data(connection.recv(at_once))
-    except h11.RemoteProtocolError as error:
-        raise Forbidden(400, f"no HTTP: {error}") from None
+    while not isinstance(event := side.next_event(), h11.Event):
+        content = connection.recv(at_once)
+        if not content:
+            raise ConnectionAbortedError("it was closed")
+        side.receive_data(content)
     return event

@@ -32,7 +32,7 @@ from pydantic import Field
 
 from fedloom.audit import Limited
 from fedloom.deployment import fleet, handshake
-from fedloom.deployment.connections import CHUNK, Duplex, notice_absence
+from fedloom.deployment.connections import CHUNK, Duplex, abort, notice_absence
 from fedloom.deployment.handshake import Claim, Distrust
 from fedloom.engines.frames import connect, write_frame
 from fedloom.errors import (
@@ -70,8 +70,9 @@ class GatewaySettings(Settings):
     """Handshakes that are begun for one address in the long run; more are closed at once."""
     handshake_burst: int = Field(default=100, ge=1)
     """Handshakes that are begun for one address at once."""
-    connections_per_client: int = Field(default=16, ge=2)
-    """Connections that one client may have open: it has one for Flower's calls and one for its run."""
+    connections_per_client: int = Field(default=16, ge=6)
+    """Connections that one client may have open. It has two for Flower's calls and one for its run, and
+    for a while others beside them that have broken without its machine's saying so."""
     requests_per_second: float = Field(default=20.0, gt=0)
     """Calls of Flower's that are passed on for one client in the long run; more wait. A client looks for
     messages twice a second at most."""
@@ -81,7 +82,7 @@ class GatewaySettings(Settings):
     """Bytes of Flower's database above which it takes no more from clients: answers of large models that
     travel as messages wait there; over streams none do."""
     connections: int = Field(default=4096, ge=2)
-    """Connections of all clients; each has two threads."""
+    """Connections of all clients; each has a thread, a stream two."""
 
     @classmethod
     def read(cls, path: Path) -> GatewaySettings:
@@ -433,7 +434,7 @@ class Gateway:
         self._forget(own)
         own.connection.setblocking(True)
         notice_absence(own.connection)
-        admitted = _Admitted(number, claim.key, lambda: _end(own.connection))
+        admitted = _Admitted(number, claim.key, lambda: abort(own.connection))
         with self._lock:
             self._connections[id(admitted)] = admitted
         threading.Thread(
@@ -497,7 +498,7 @@ class Gateway:
         finally:
             with self._lock:
                 self._connections.pop(id(own), None)
-            _end(connection)
+            abort(connection)
             connection.close()
 
     def _pace_of(self, client: int) -> Callable[[], object]:
@@ -544,10 +545,4 @@ def _pass_on(source: Duplex | socket.socket, target: Duplex | socket.socket) -> 
         while count := source.recv_into(buffer):
             target.sendall(buffer[:count])
     for own in (source, target):
-        own.end() if isinstance(own, Duplex) else _end(own)
-
-
-def _end(connection: socket.socket) -> None:
-    """Break a connection, so that who waits for it is woken."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        own.end() if isinstance(own, Duplex) else abort(own)

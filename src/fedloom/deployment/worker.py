@@ -396,8 +396,6 @@ def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Sch
     nothing = Schema().to_table()
     both = tuple(Schema.from_table(table or nothing) for table in (header.request, header.reply))
     for schema in both:
-        if any(size < 0 for spec in schema.tensors for size in spec.shape):
-            raise Said(Sentence.UNFIT)
         if schema.max_bytes > policy.max_bytes:
             reason = f"{schema.max_bytes} bytes, {policy.max_bytes} are allowed"
             raise PolicyError(Refusal("policy.max_bytes", reason))

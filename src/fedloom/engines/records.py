@@ -1,4 +1,4 @@
-"""An envelope as the content of a Flower message. No torch here: the thin client reads this too."""
+"""An envelope as the content of a Flower message. No torch here: clients fetch messages without it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,154 @@
+"""What is passed on of Flower's Fleet interface, over a pair of sockets and a server that stands for Flower's."""
+
+import contextlib
+import http.server
+import socket
+import threading
+
+import pytest
+
+from fedloom.deployment import fleet
+from fedloom.deployment.fleet import Forbidden, Refused
+from fedloom.errors import ConnectionFailed
+
+KEY = b"a2V5"
+
+
+class Flower:
+    """Answers with what it was asked; ``breaks`` closes the connection instead."""
+
+    def __init__(self, folder):
+        self.asked, self.breaks, outer = [], False, self
+
+        class Answers(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["content-length"]))
+                outer.asked.append((self.path, dict(self.headers), body))
+                if outer.breaks:
+                    self.close_connection = True
+                    return
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *words):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        self.database, self.most = folder / "db", 100
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def connect(self):
+        return socket.create_connection(self.server.server_address)
+
+    has_room = fleet.Upstream.has_room
+
+
+@pytest.fixture
+def flower(tmp_path):
+    own = Flower(tmp_path)
+    yield own
+    own.server.shutdown()
+    own.server.server_close()
+
+
+@pytest.fixture
+def passing(flower):
+    """Pass what is sent on; return what comes back and what the gateway learns of it."""
+
+    def send(content, allowed=True, close=True):
+        ours, theirs = socket.socketpair()
+        found = []
+
+        def serve():
+            try:
+                with theirs:
+                    fleet.pass_on(theirs, flower, KEY, lambda: allowed, lambda: None)
+            except Exception as error:
+                found.append(error)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with ours:
+            ours.sendall(content)
+            if close:
+                ours.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(OSError):
+                while part := ours.recv(1 << 16):
+                    answer += part
+        thread.join(10)
+        return answer, found[0]
+
+    return send
+
+
+def request(name="pull-messages", body=b"body", length=None, **headers):
+    said = {"host": "x", "flwr-public-key": KEY.decode(), "x-more": "1", **headers}
+    lines = "".join(f"{k}: {v}\r\n" for k, v in said.items())
+    length = len(body) if length is None else length
+    return (
+        f"POST /v1/fleet/{name} HTTP/1.1\r\n{lines}content-length: {length}\r\n\r\n".encode() + body
+    )
+
+
+def test_calls_go_through_one_after_the_other_and_a_client_that_leaves_has_done_nothing(
+    passing, flower
+):
+    answer, error = passing(request() + request("push-object", b"x" * 100_000))
+    assert answer.count(b"HTTP/1.1 200") == 2 and answer.endswith(b"x" * 100_000)
+    assert [path for path, _, _ in flower.asked] == [
+        "/v1/fleet/pull-messages",
+        "/v1/fleet/push-object",
+    ]
+    assert "x-more" not in flower.asked[0][1]  # of headers, those that are known
+    assert isinstance(error, OSError)
+
+
+@pytest.mark.parametrize("part", [30, -1])
+def test_a_link_that_ends_in_the_middle_is_no_offence(passing, part):
+    _, error = passing(request("push-object", b"x" * 1000)[:part])
+    assert isinstance(error, OSError)
+
+
+def test_a_server_of_flowers_that_goes_away_is_none_of_the_clients_doing(passing, flower):
+    flower.breaks = True
+    _, error = passing(request(), close=False)
+    assert isinstance(error, ConnectionFailed | OSError)
+
+
+def test_a_client_that_is_let_in_no_longer_is_told_and_has_committed_nothing(passing):
+    answer, error = passing(request(), allowed=False)
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert isinstance(error, Refused) and not isinstance(error, Forbidden)
+
+
+def test_no_more_is_taken_once_the_database_is_full_and_that_is_nobodys_offence(passing, flower):
+    flower.database.write_bytes(bytes(100))
+    answer, error = passing(request("push-object"))
+    assert answer.startswith(b"HTTP/1.1 507") and flower.asked == []
+    assert isinstance(error, Refused) and not isinstance(error, Forbidden)
+    assert passing(request())[0].startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "kind"),
+    [
+        (request("../control/list-runs"), 403, "forbidden"),
+        (request("register-node"), 403, "forbidden"),
+        (request(**{"flwr-public-key": "b3RoZXI="}), 403, "forbidden"),
+        (request(length=1 << 30), 413, "oversized"),
+        (request(length="x"), 400, "malformed"),
+        (b"\x16\x03\x01 no HTTP at all\r\n\r\n", 400, "malformed"),
+        (request(x="y" * 40_000), 400, "malformed"),
+    ],
+)
+def test_what_no_honest_client_sends_is_an_offence_of_its_kind(
+    passing, flower, content, status, kind
+):
+    answer, error = passing(content)
+    assert answer.startswith(b"HTTP/1.1 %d" % status) and flower.asked == []
+    assert isinstance(error, Forbidden) and error.kind == kind
