@@ -1,4 +1,4 @@
-"""How the process that fetches messages finds the worker of its host, and starts one where none runs. No torch here."""
+"""How the worker of a host is found, and one started where none runs. No torch here."""
 
 from __future__ import annotations
 
