@@ -27,6 +27,7 @@ IMPORTERS = {
         "engines/post.py",
         "engines/records.py",
         "deployment/app/",
+        "deployment/fleet.py",
         "deployment/flower_node.py",
         "deployment/flower_server.py",
         "deployment/serverapp.py",

@@ -71,7 +71,7 @@ class RequestHeader(Settings):
     round: Count = 0
     number: Count = 0
     """Of the message, since the run began or was resumed: the same number is the same message."""
-    action: str = ""
+    action: str = Field(default="", max_length=64)
     request: SchemaTable | None = None
     reply: SchemaTable | None = None
     experiment: str | None = None

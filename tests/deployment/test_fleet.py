@@ -4,8 +4,12 @@ import contextlib
 import http.server
 import socket
 import threading
+import time
 
 import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+from flwr.proto.node_pb2 import Node
 
 from fedloom.deployment import fleet
 from fedloom.deployment.fleet import Forbidden, Refused
@@ -59,23 +63,29 @@ def flower(tmp_path):
 def passing(flower):
     """Pass what is sent on; return what comes back and what the gateway learns of it."""
 
-    def send(content, allowed=True, close=True):
+    def send(*parts, allowed=True, close=True, wait=0.0):
         ours, theirs = socket.socketpair()
         found = []
 
         def serve():
             try:
                 with theirs:
-                    fleet.pass_on(theirs, flower, KEY, lambda: allowed, lambda: None)
+                    fleet.pass_on(
+                        theirs, flower, KEY, lambda: allowed, lambda: None, threading.Lock()
+                    )
             except Exception as error:
                 found.append(error)
 
         thread = threading.Thread(target=serve)
         thread.start()
         with ours:
-            ours.sendall(content)
+            for part in parts:
+                with contextlib.suppress(OSError):
+                    ours.sendall(part)
+                time.sleep(wait)
             if close:
-                ours.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):
+                    ours.shutdown(socket.SHUT_WR)
             answer = b""
             with contextlib.suppress(OSError):
                 while part := ours.recv(1 << 16):
@@ -84,6 +94,22 @@ def passing(flower):
         return answer, found[0]
 
     return send
+
+
+def message(**changed):
+    said = {
+        "src_node_id": 5, "dst_node_id": 1, "reply_to_message_id": "q", "message_id": "a", **changed
+    }  # fmt: skip
+    return Message(metadata=Metadata(**said))
+
+
+def pushed(*messages):
+    """What node 5 sends as messages."""
+    trees = [ObjectTree(object_id="a") for _ in messages]
+    whole = PushMessagesRequest(
+        node=Node(node_id=5), messages_list=messages, message_object_trees=trees
+    )
+    return whole.SerializeToString()
 
 
 def request(name="pull-messages", body=b"body", length=None, **headers):
@@ -105,6 +131,20 @@ def test_calls_go_through_one_after_the_other_and_a_client_that_leaves_has_done_
         "/v1/fleet/push-object",
     ]
     assert "x-more" not in flower.asked[0][1]  # of headers, those that are known
+    assert isinstance(error, OSError)
+
+
+def test_a_reply_of_the_clients_own_is_passed_on_as_it_came(passing, flower):
+    answer, _ = passing(request("push-messages", pushed(message())))
+    assert answer.startswith(b"HTTP/1.1 200") and flower.asked[0][2] == pushed(message())
+    assert flower.asked[0][1]["flwr-public-key"] == KEY.decode()
+
+
+def test_a_body_that_comes_too_slowly_is_not_waited_for(passing, monkeypatch):
+    monkeypatch.setattr(fleet, "IDLE", 0.3)
+    monkeypatch.setattr(fleet, "SLOWEST", 1e12)
+    whole = request("push-object", b"x" * 300)
+    _, error = passing(*[whole[start : start + 50] for start in range(0, len(whole), 50)], wait=0.1)
     assert isinstance(error, OSError)
 
 
@@ -143,6 +183,17 @@ def test_no_more_is_taken_once_the_database_is_full_and_that_is_nobodys_offence(
         (request(length=1 << 30), 413, "oversized"),
         (request(length="x"), 400, "malformed"),
         (b"\x16\x03\x01 no HTTP at all\r\n\r\n", 400, "malformed"),
+        (request(**{"flwr-Public-key": "b3RoZXI="}), 400, "malformed"),  # two of them
+        (request(**{"Content-length": "0"}, length=4), 400, "malformed"),
+        (request(**{"transfer-encoding": "chunked"}, length=0, body=b""), 411, "malformed"),
+        (request("push-messages", b"\xff no protobuf"), 400, "malformed"),
+        (request("push-messages", pushed()), 403, "forbidden"),
+        (request("push-messages", pushed(message(), message())), 403, "forbidden"),
+        (request("push-messages", pushed(message(src_node_id=1))), 403, "forged"),
+        (request("push-messages", pushed(message(src_node_id=6))), 403, "forged"),
+        (request("push-messages", pushed(message(dst_node_id=6))), 403, "forged"),
+        (request("push-messages", pushed(message(reply_to_message_id=""))), 403, "replayed"),
+        (request("push-messages", pushed(message(message_id="b"))), 403, "replayed"),
         (request(x="y" * 40_000), 400, "malformed"),
     ],
 )

@@ -1,5 +1,6 @@
 """A client as a node of Flower: what it answers, what it refuses, and that nothing of the server's is run."""
 
+import gzip
 import io
 import os
 import warnings
@@ -17,6 +18,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 import fedloom.deployment
 from fedloom.deployment import flower_node
@@ -305,3 +307,50 @@ def test_a_client_that_is_let_in_no_longer_ends(take_part):
     flower.failing = [IdentityError("the key has been revoked")]
     with pytest.raises(IdentityError, match="revoked"):
         take_part(flower, reply)
+
+
+def test_whatever_a_server_sends_the_client_goes_on(take_part):
+    flower = Flower()
+    flower.failing = [ValueError("no message"), IndexError("no tree"), DecodeError("no protobuf")]
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+    assert len(take_part(flower, reply)) == 1
+
+
+def test_a_response_that_is_packed_is_not_unpacked():
+    """Bounds are of what comes; a packed response would be a thousand times as much."""
+    packed = gzip.compress(bytes(50 << 20))
+
+    class Inner(httpx.BaseTransport):
+        def handle_request(self, request):
+            assert request.headers["accept-encoding"] == "identity"
+            headers = {"content-encoding": "gzip"}
+            return httpx.Response(200, headers=headers, stream=httpx.ByteStream(packed))
+
+    transport = flower_node._Transport(None, 1 << 20)
+    transport._inner = Inner()
+    with (
+        httpx.Client(transport=transport) as client,
+        pytest.raises(httpx.ReadError, match="packed"),
+    ):
+        client.get("http://localhost/")
+
+
+def test_a_response_that_is_too_long_is_not_read_to_its_end():
+    read = []
+
+    class Stream(httpx.SyncByteStream):
+        def __iter__(self):
+            for _ in range(1000):
+                read.append(1)
+                yield bytes(1 << 20)
+
+    class Inner(httpx.BaseTransport):
+        def handle_request(self, request):
+            return httpx.Response(200, stream=Stream())
+
+    transport = flower_node._Transport(None, 1 << 20)
+    transport._inner = Inner()
+    client = httpx.Client(transport=transport)
+    with client, pytest.raises(httpx.ReadError, match="longer than is allowed"):
+        client.get("http://localhost/")
+    assert len(read) < 25

@@ -356,12 +356,8 @@ class TestBounds:
             assert site.client().register() == 0
         with pytest.raises(ConnectionFailed):
             site.client().register()
-        assert until(
-            lambda: (
-                ("refused_client" in dict(site.notes))
-                and site.notes[-1][1]["reason"] == "too many connections a second"
-            )
-        )
+        reasons = lambda: [facts.get("reason") for _, facts in site.notes]  # noqa: E731
+        assert until(lambda: "too many connections a second" in reasons())
         time.sleep(1.1)
         assert site.client().register() == 0
 
@@ -394,15 +390,16 @@ class TestBounds:
 
 
 def test_strangers_cannot_fill_the_log_and_clients_are_still_noted(bounded):
-    site = bounded(handshake_burst=1000)
+    site, start = bounded(handshake_burst=1000), time.monotonic()
     for _ in range(130):
         with site.stranger() as connection:
             connection.recv(handshake.GREETING)
             connection.sendall(handshake.make_distrust("why"))
             connection.recv(1)
     site.client().register()
-    assert until(lambda: len(site.notes) == 101)
-    assert [event for event, _ in site.notes] == ["refused_client"] * 100 + ["client"]
+    assert until(lambda: "client" in [event for event, _ in site.notes])
+    refused = [event for event, _ in site.notes].count("refused_client")
+    assert 100 <= refused <= 101 + (time.monotonic() - start) / 10
 
 
 def test_a_full_disk_does_not_end_the_gateway(bounded):

@@ -243,10 +243,10 @@ def test_the_same_work_twice_in_a_round_counts_twice(server, small):
 
 def test_a_day_ends(server, tmp_path):
     day, policy = Day(tmp_path / "today.toml"), PolicySettings(max_rounds_a_day=1, max_runs_a_day=1)
-    day.begin_run("a", policy)
-    day.begin_run("a", policy)  # the worker idled in between
+    day.begin_run("a", "x", policy)
+    day.begin_run("a", "x", policy)  # the worker idled in between
     with pytest.raises(PolicyError, match="max_runs_a_day"):
-        day.begin_run("b", policy)
+        day.begin_run("b", "x", policy)
     day.begin_work(("a", 1, 1), "train", policy, going_on=False)
     day.begin_work(("a", 1, 1), "evaluate", policy, going_on=False)
     day.begin_work(("a", 1, 1), "evaluate", policy, going_on=True)
@@ -256,7 +256,7 @@ def test_a_day_ends(server, tmp_path):
     today = f"{datetime.now(UTC):%Y-%m-%d}"
     yesterday = f"{datetime.now(UTC) - timedelta(days=1):%Y-%m-%d}"
     (tmp_path / "today.toml").write_text(text.replace(today, yesterday))
-    day.begin_run("b", policy)
+    day.begin_run("b", "x", policy)
     day.begin_work(("b", 1, 1), "train", policy, going_on=False)
 
 
@@ -507,3 +507,43 @@ def test_a_sample_of_every_kind_is_shown(small, table, tmp_path):
         look = check(path, tmp_path / "x.toml", 2)
         assert look.sound and "tokens" in rendered(look.shown)
     assert not check(path, tmp_path / "x.toml", 9).sound
+
+
+def test_actions_that_the_method_does_not_have_are_neither_counted_nor_noted(server, small):
+    found = server()
+    run, _, _ = found.join(small)
+    log = found.worker.home.path / "audit.jsonl"
+    before = log.read_bytes() if log.exists() else b""
+    for action in ("x", "y" * 64, ""):
+        assert found.exchange(run, action=action).error == Sentence.UNFIT.value
+    assert (log.read_bytes() if log.exists() else b"") == before
+    with pytest.raises(ValueError, match="at most 64 characters"):
+        found.exchange(run, action="x" * 65)
+
+
+def test_rounds_do_not_run_backwards(server, small):
+    """Or nothing that a client keeps would ever be old enough to be let go of."""
+    found = server()
+    run, _, _ = found.join(small)
+    assert found.exchange(run, round=3).error is None
+    assert found.exchange(run, round=2).error == Sentence.UNFIT.value
+    assert found.exchange(run, round=4).error is None
+
+
+def test_a_key_of_a_thousand_parts_is_not_parsed(server):
+    found, start = server(), time.monotonic()
+    _, _, reply = found.join("a" + ".a" * 20_000 + " = 1")
+    assert "experiment" in reply.error and time.monotonic() - start < 2
+
+
+def test_what_failed_is_not_tried_again_at_once(server, small, monkeypatch):
+    found, tries = server(), []
+
+    def fail(*words, **named):
+        tries.append(words)
+        raise OSError("no room")
+
+    monkeypatch.setattr("fedloom.deployment.worker.assemble", fail)
+    run, _, first = found.join(small)
+    _, _, again = found.join(small, run=run)
+    assert first.error == again.error == Sentence.LOADING.value and len(tries) == 1

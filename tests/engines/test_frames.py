@@ -2,10 +2,12 @@
 
 import socket
 import threading
+import tracemalloc
 
 import pytest
 
-from fedloom.engines.frames import LENGTH, connect, listen, read_frame, reader, write_frame
+from fedloom.engines import frames
+from fedloom.engines.frames import LENGTH, TRUSTED, connect, listen, read_frame, reader, write_frame
 from fedloom.errors import ConnectionFailed, MessageError
 
 
@@ -61,3 +63,23 @@ def test_nobody_there_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConnectionFailed, match="cannot open the socket"):
         listen(tmp_path / "file" / "socket")
+
+
+def test_memory_is_made_for_what_comes_and_not_for_what_is_announced(pair, monkeypatch):
+    left, read = pair
+    tracemalloc.start()
+    left.sendall(LENGTH.pack(1 << 40) + bytes(1000))
+    left.shutdown(socket.SHUT_WR)
+    assert read_frame(read, lambda: 1 << 41) is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * TRUSTED
+
+
+def test_messages_beyond_what_is_trusted_come_whole(pair, monkeypatch):
+    monkeypatch.setattr(frames, "TRUSTED", 1000)
+    left, read = pair
+    for size in (999, 1000, 1001, 2000, 100_000):
+        message = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+        threading.Thread(target=write_frame, args=(left, message)).start()
+        assert read_frame(read, lambda: 1 << 20) == message

@@ -10,8 +10,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
 
+from fedloom.engines import inflation
 from fedloom.engines.inflation import HEADS, Room, bound_arrays, bound_pulls
-from fedloom.errors import MessageError
+from fedloom.errors import ConnectionFailed, MessageError
 
 MEGABYTE = 1 << 20
 
@@ -68,7 +69,11 @@ def test_a_terabyte_is_refused_before_it_is_made():
 def test_what_is_pulled_is_counted_for_each_message_anew():
     class Client:
         def PullObject(self, request):
-            return type("", (), {"object_content": bytes(request)})
+            return type(
+                "",
+                (),
+                {"object_content": bytes(request), "object_found": True, "object_available": True},
+            )
 
     client, room = Client(), Room(MEGABYTE)
     bound_pulls(client, room)
@@ -78,3 +83,24 @@ def test_what_is_pulled_is_counted_for_each_message_anew():
         client.PullObject(HEADS)
         with pytest.raises(MessageError, match="are allowed"):
             client.PullObject(1)
+
+
+def test_parts_that_do_not_come_are_waited_for_so_long_and_no_longer(monkeypatch):
+    """Whoever announces an answer and sends none of it holds up the loop of rounds for seconds."""
+    now = [100.0]
+    monkeypatch.setattr(inflation, "time", type("", (), {"monotonic": lambda: now[0]}))
+
+    class Client:
+        def PullObject(self, request):
+            return type(
+                "", (), {"object_content": b"", "object_found": True, "object_available": False}
+            )
+
+    client, room = Client(), Room(2_000_000)
+    bound_pulls(client, room)
+    room.begin()
+    for now[0] in (100.0, 106.9):
+        assert client.PullObject(None).object_content == b""
+    now[0] = 107.1
+    with pytest.raises(ConnectionFailed, match="did not come whole in time"):
+        client.PullObject(None)

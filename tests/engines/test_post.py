@@ -17,15 +17,25 @@ class Mail:
         self.there = there
 
     def pull_messages(self, ids):
-        found = [self.there.pop(id) for id in ids if id in self.there]
-        for message in found:
+        found = [(id, self.there.pop(id)) for id in ids if id in self.there]
+        for id, message in found:
             if isinstance(message, Exception):
                 raise message
-        return found
+            message.metadata = message.metadata or SimpleNamespace(reply_to_message_id=id)
+        return [message for _, message in found]
 
 
-def failed(reason):
-    return SimpleNamespace(has_error=lambda: True, error=Error(code=1, reason=reason))
+def failed(reason, to=None):
+    metadata = SimpleNamespace(reply_to_message_id=to) if to is not None else None
+    error = Error(code=1, reason=reason)
+    return SimpleNamespace(has_error=lambda: True, error=error, metadata=metadata)
+
+
+@pytest.mark.parametrize("to", ["", "b", "another"])
+def test_what_answers_something_else_is_nobodys_answer(to):
+    """Flower hands a run whatever is addressed to it, with the reply that was asked for."""
+    post = Post(Mail(a=failed("slipped in", to), b=failed("no room")))
+    assert dict(post.pull(["a", "b"])) == {"b": "no room"}
 
 
 @pytest.mark.parametrize("error", [ValueError("bad head"), KeyError("object"), DecodeError("wire")])

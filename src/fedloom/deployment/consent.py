@@ -6,12 +6,12 @@ while the worker idles sees them too.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedloom.audit import digest_of
 from fedloom.deployment.homes import ClientHome, Note
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import PolicyError, Refusal, SettingsError
@@ -52,7 +52,7 @@ class Approvals:
     def has(self, run: str, experiment: str) -> bool:
         """Return whether a person has let in this experiment as this run."""
         path = self._approved / f"{run}.toml"
-        return path.is_file() and Approved.read(path).experiment == _digest(experiment)
+        return path.is_file() and Approved.read(path).experiment == digest_of(experiment.encode())
 
     def ask(self, run: str, experiment: str, classes: int) -> None:
         """Note that a run waits."""
@@ -83,7 +83,7 @@ class Approvals:
 
     def approve(self, waiting: Waiting) -> None:
         """Let a run in; the server asks again by itself."""
-        approved = Approved(experiment=_digest(waiting.experiment), when=time.time())
+        approved = Approved(experiment=digest_of(waiting.experiment.encode()), when=time.time())
         approved.write(self._approved / f"{waiting.run}.toml")
         (self._waiting / f"{waiting.run}.toml").unlink(missing_ok=True)
 
@@ -96,7 +96,7 @@ class Today(Note):
     runs: int = 0
     rounds: int = 0
     last: str = ""
-    """The run that was begun last."""
+    """The run that was begun last, and the SHA-256 of its experiment's text."""
 
 
 @dataclass
@@ -116,19 +116,19 @@ class Day:
         """Return the count of a client's folder."""
         return cls(home.path / "today.toml")
 
-    def begin_run(self, run: str, policy: PolicySettings) -> None:
-        """Count a run, unless it is the one that was begun last.
+    def begin_run(self, run: str, experiment: str, policy: PolicySettings) -> None:
+        """Count a run, unless it is the one that was begun last, of the same experiment.
 
         Raises:
             PolicyError: There were enough today.
         """
-        today = self._today()
-        if today.last == run:
+        today, own = self._today(), f"{run} {digest_of(experiment.encode())}"
+        if today.last == own:
             return
         if today.runs >= policy.max_runs_a_day:
             reason = f"{today.runs} runs were begun on {today.day}"
             raise PolicyError(Refusal("policy.max_runs_a_day", reason))
-        self._write(today, runs=today.runs + 1, last=run)
+        self._write(today, runs=today.runs + 1, last=own)
 
     def begin_work(
         self, round: tuple[str, int, int], action: str, policy: PolicySettings, *, going_on: bool
@@ -162,10 +162,6 @@ class Day:
 
     def _write(self, today: Today, **changes: int | str) -> None:
         today.model_copy(update=changes).write(self.path)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _age(path: Path) -> float:

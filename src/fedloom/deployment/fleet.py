@@ -8,13 +8,19 @@ itself listens on this machine alone.
 from __future__ import annotations
 
 import base64
+import contextlib
 import socket
 import ssl
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import h11
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from google.protobuf.message import DecodeError
 
 from fedloom.deployment.connections import CHUNK
 from fedloom.errors import ConnectionFailed, MessageError, OffenceKind
@@ -37,14 +43,23 @@ CALLS = {
 """Paths that are passed on, each with the bytes that a request may have. Flower cuts an object into parts
 of 20 MB (``FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE``)."""
 
-KEY, SIGNED_HEADERS = b"flwr-public-key", {b"flwr-timestamp", b"flwr-signature"}
-HEADERS = {KEY, *SIGNED_HEADERS, b"content-type", b"accept", b"flwr-package-version"}
-"""Headers that are passed on."""
+KEY = b"flwr-public-key"
+HEADERS = {
+    b"flwr-timestamp",
+    b"flwr-signature",
+    b"flwr-package-version",
+    b"content-type",
+    b"accept",
+}
+"""Headers that are passed on beside the key that was proven."""
 
-PUSH = b"/v1/fleet/push-object"
+PUSH, PUSH_MESSAGES = b"/v1/fleet/push-object", b"/v1/fleet/push-messages"
 
 HEAD = 16 << 10
 """Bytes of the longest head of a request or response."""
+
+SLOWEST = 1 << 16
+"""Bytes a second that a body must come at, after the seconds of ``IDLE``."""
 
 IDLE = 120.0
 """Seconds that a connection may wait for its next request, and a request for its next bytes."""
@@ -117,6 +132,7 @@ def pass_on(
     key: bytes,
     allowed: Callable[[], bool],
     pace: Callable[[], object],
+    turn: AbstractContextManager[object],
 ) -> None:
     """Pass the requests of a client on, one after the other, until it closes the connection.
 
@@ -126,6 +142,7 @@ def pass_on(
         key: The header that says the key which was proven.
         allowed: Returns whether the client is let in still; asked for each request.
         pace: Waits until the client may make another request.
+        turn: Held while one of its large bodies is passed on, which Flower holds in memory.
 
     Raises:
         Forbidden: It sent what no honest client sends.
@@ -143,25 +160,28 @@ def pass_on(
                 if not isinstance(request, h11.Request):
                     return
                 pace()
-                _require_allowed(request, key, allowed())
-                if request.target == PUSH and not upstream.has_room():
+                length = _require_allowed(request, key, allowed())
+                if request.target in (PUSH, PUSH_MESSAGES) and not upstream.has_room():
                     raise Refused(507, "Flower's database is as large as gateway.flower_bytes")
-            except h11.RemoteProtocolError as error:
+                with turn if request.target == PUSH else contextlib.nullcontext():
+                    flower = flower or upstream.connect()
+                    going_on = _exchange(client, connection, request, length, key, flower)
+            except h11.ProtocolError as error:
                 foreign = Forbidden(400, f"no HTTP: {error}", "malformed")
                 _refuse(client, connection, foreign)
                 raise foreign from None
             except Refused as error:
                 _refuse(client, connection, error)
                 raise
-            flower = flower or upstream.connect()
-            if not _exchange(client, connection, request, flower):
+            if not going_on:
                 return
     finally:
         if flower is not None:
             flower.close()
 
 
-def _require_allowed(request: h11.Request, key: bytes, allowed: bool) -> None:
+def _require_allowed(request: h11.Request, key: bytes, allowed: bool) -> int:
+    """Return how long the body of a request is, if it may be passed on."""
     headers = dict(request.headers)
     path = request.target.decode("latin-1")
     if not allowed:
@@ -169,14 +189,38 @@ def _require_allowed(request: h11.Request, key: bytes, allowed: bool) -> None:
     if request.method != b"POST" or path not in CALLS:
         method = request.method.decode("latin-1")[:8]
         raise Forbidden(403, f"{method} {path[:80]!r} is not offered")
+    if len(headers) != len(request.headers):  # who reads the first and who the last would differ
+        raise Forbidden(400, "a header stands there twice", "malformed")
     if headers.get(KEY) != key:
         raise Forbidden(403, "the request names another key than the one that was proven")
     length = headers.get(b"content-length", b"")
-    if not length.isdigit() or len(length) > 12:
+    if b"transfer-encoding" in headers or not length.isdigit() or len(length) > 12:
         raise Forbidden(411, "the request does not say how long it is", "malformed")
     if int(length) > CALLS[path]:
         reason = f"{int(length)} bytes to {path}, {CALLS[path]} are allowed"
         raise Forbidden(413, reason, "oversized")
+    return int(length)
+
+
+def require_own_reply(body: bytes) -> None:
+    """Check that what a client sends as messages is one reply of its own to the server, and nothing else.
+
+    Flower proves which node calls, and takes what the messages inside say of their sender and target.
+
+    Raises:
+        Forbidden: It is something else.
+    """
+    try:
+        pushed = PushMessagesRequest.FromString(body)
+    except DecodeError as error:
+        raise Forbidden(400, f"no messages: {error}", "malformed") from None
+    if len(pushed.messages_list) != 1 or len(pushed.message_object_trees) != 1:
+        raise Forbidden(403, f"{len(pushed.messages_list)} messages at once, one is allowed")
+    said, tree = pushed.messages_list[0].metadata, pushed.message_object_trees[0]
+    if said.src_node_id != pushed.node.node_id or said.dst_node_id != SUPERLINK_NODE_ID:
+        raise Forbidden(403, "a message in the name of another node, or to another", "forged")
+    if not said.reply_to_message_id or said.message_id != tree.object_id:
+        raise Forbidden(403, "a message that is no reply", "replayed")
 
 
 def _refuse(client: h11.Connection, connection: socket.socket, error: Refused) -> None:
@@ -196,27 +240,36 @@ def _refuse(client: h11.Connection, connection: socket.socket, error: Refused) -
 
 
 def _exchange(
-    client: h11.Connection, connection: socket.socket, request: h11.Request, flower: socket.socket
+    client: h11.Connection,
+    connection: socket.socket,
+    request: h11.Request,
+    length: int,
+    key: bytes,
+    flower: socket.socket,
 ) -> bool:
-    """Pass one request on, and the response back; return whether another may follow."""
-    server = h11.Connection(h11.CLIENT, HEAD)
-    named = dict(request.headers)
+    """Pass one request on, and the response back; return whether another may follow.
+
+    Raises:
+        ProtocolError: The body is no HTTP.
+    """
+    server, end = h11.Connection(h11.CLIENT, HEAD), time.monotonic() + IDLE + length / SLOWEST
     kept = [(name, value) for name, value in request.headers if name in HEADERS]
-    headers = [(b"host", b"localhost"), (b"content-length", named[b"content-length"]), *kept]
-    flower.sendall(
-        server.send(h11.Request(method="POST", target=request.target, headers=headers)) or b""
-    )
-    try:
-        while not isinstance(event := _next(client, connection), h11.EndOfMessage):
-            flower.sendall(server.send(event) or b"")
-    except h11.RemoteProtocolError as error:
-        raise Forbidden(400, f"no HTTP: {error}", "malformed") from None
+    headers = [(b"host", b"localhost"), (KEY, key), (b"content-length", b"%d" % length), *kept]
+    head = server.send(h11.Request(method="POST", target=request.target, headers=headers)) or b""
+    body = _parts(client, connection, end)
+    if request.target == PUSH_MESSAGES:
+        whole = b"".join(body)
+        require_own_reply(whole)
+        body = iter([whole])
+    flower.sendall(head)
+    for part in body:
+        flower.sendall(server.send(h11.Data(data=part)) or b"")
     flower.sendall(server.send(h11.EndOfMessage()) or b"")
     try:
         while not isinstance(event := _next(server, flower), h11.EndOfMessage):
             if not isinstance(event, h11.InformationalResponse):
                 connection.sendall(client.send(event) or b"")
-    except h11.RemoteProtocolError as error:
+    except h11.ProtocolError as error:
         raise ConnectionFailed(f"Flower's server gave no answer: {error}") from None
     connection.sendall(client.send(h11.EndOfMessage()) or b"")
     if h11.MUST_CLOSE in (
@@ -228,6 +281,14 @@ def _exchange(
         return False
     client.start_next_cycle()
     return True
+
+
+def _parts(client: h11.Connection, connection: socket.socket, end: float) -> Iterator[bytes]:
+    """Yield the body of a request as it comes."""
+    while isinstance(event := _next(client, connection), h11.Data):
+        if time.monotonic() > end:
+            raise ConnectionAbortedError("it came too slowly")
+        yield bytes(event.data)
 
 
 def _next(side: h11.Connection, connection: socket.socket, at_once: int = CHUNK) -> h11.Event:

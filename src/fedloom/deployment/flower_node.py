@@ -126,8 +126,12 @@ class FlowerNode:
             try:
                 with fleet_client(self._gateway, self.max_bytes) as client:
                     self._take_part(client)
+            except IdentityError:
+                raise
             except UNREACHABLE as error:
                 LOG.info("the server cannot be reached: %s", _reason(error))
+            except Exception:  # whatever a server sends, this client goes on
+                LOG.exception("the server's answer cannot be used")
             pause = AGAIN[0] if time.monotonic() - begun > AGAIN[1] else min(2 * pause, AGAIN[1])
             self._stopping.wait(pause)
         self._leave()
@@ -174,7 +178,7 @@ class FlowerNode:
                     while not over.wait(0.5 * HEARTBEAT):
                         if not self._is_known(client, node):
                             over.set()
-            except (*UNREACHABLE, IdentityError) as error:
+            except Exception as error:  # whatever a server sends
                 LOG.info("no heartbeat: %s", _reason(error))
                 over.wait(AGAIN[0])
 
@@ -307,7 +311,9 @@ def digest_of_bundle(content: bytes) -> str:
             for info in infos:
                 own = hashlib.sha256(bundle.read(info)).hexdigest()
                 found.update(f"{info.filename}\n{own}\n".encode())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+    except RefusedApp:
+        raise
+    except Exception:  # of all that can be wrong with a file that is packed
         raise RefusedApp("the bundle of the run cannot be read") from None
     return found.hexdigest()
 
@@ -341,7 +347,11 @@ class _Transport(httpx.BaseTransport):
         self._max_bytes = max_bytes + LONGEST_HEADER
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.headers["accept-encoding"] = "identity"
         response = self._inner.handle_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            response.close()
+            raise httpx.ReadError("the server's response is packed, and was not to be")
         stream = response.stream
         assert isinstance(stream, httpx.SyncByteStream), "a client that waits has such streams"
         response.stream = _Bounded(stream, self._max_bytes)

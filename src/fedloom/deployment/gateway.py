@@ -52,6 +52,9 @@ LOG = logging.getLogger("fedloom.gateway")
 BATCH = 64
 """Connections that are accepted at a time, before those that wait are looked at again."""
 
+BODIES = 2
+"""Large bodies of one client that are passed on at a time: Flower holds each whole in memory."""
+
 SETTLING = 10.0
 """Seconds in which a client that was let in must take the word of it."""
 
@@ -204,6 +207,7 @@ class Gateway:
         self._addresses: collections.Counter[str] = collections.Counter()
         self._handshakes: dict[str, TokenBucket] = {}
         self._requests: dict[int, TokenBucket] = {}
+        self._turns: dict[int, threading.BoundedSemaphore] = {}
         self._connections: dict[int, _Admitted] = {}
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
@@ -490,6 +494,7 @@ class Gateway:
                     key,
                     lambda: claim.key in self._current().numbers,
                     self._pace_of(own.client),
+                    self._turn_of(own.client),
                 )
         except fleet.Forbidden as error:
             self.report(own.client, error.kind, str(error))
@@ -514,6 +519,11 @@ class Gateway:
                 time.sleep(1 / self.settings.requests_per_second)
 
         return wait
+
+    def _turn_of(self, client: int) -> threading.BoundedSemaphore:
+        """Return what lets so many large bodies of a client through at a time."""
+        with self._lock:
+            return self._turns.setdefault(client, threading.BoundedSemaphore(BODIES))
 
     def _stream(self, connection: socket.socket, run: str, own: _Admitted) -> None:
         """Pass bytes on between a client and the process that plays a run."""

@@ -28,6 +28,9 @@ from fedloom.models.load import TINY, ModelSettings
 from fedloom.settings import Settings, parse_toml
 from fedloom.training.optimizers import Work
 
+DEEPEST = 50
+"""Dots before the first "=" of a line: to read a key of many thousand takes a parser hours."""
+
 LONGEST = 256 << 10
 """Characters of an experiment's text: a share for each of ten thousand clients takes a third of that."""
 
@@ -204,6 +207,8 @@ def examine(text: str, own: OwnFile, client: int, classes: int = 0) -> Examined:
     if len(text) > LONGEST:
         reason = f"its text has {len(text)} characters, {LONGEST} are read"
         raise PolicyError(Refusal("experiment", reason))
+    if any(line.partition("=")[0].count(".") > DEEPEST for line in text.splitlines()):
+        raise PolicyError(Refusal("experiment", f"a key has more than {DEEPEST} dots"))
     try:
         source = "the experiment that the server sent"
         asked = Experiment.from_table(parse_toml(text, source), source=source)

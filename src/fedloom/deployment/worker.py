@@ -77,6 +77,10 @@ LOG = logging.getLogger("fedloom.worker")
 PAUSE = 0.5
 """Seconds between tries to open a stream that broke."""
 
+COOLING = 5.0
+"""Seconds in which rows and model are not read again after they could not be used: whoever asks for it
+again is told the same."""
+
 RETURNING = 30.0
 """Seconds in which that is tried; after them the next message opens another."""
 
@@ -94,6 +98,7 @@ class Run:
         secret_noise: Whether noise that hides rows is drawn from the client's key.
         policy: What the client's file said when the run was made ready.
         moment: The stretch and round that the store in memory is of.
+        latest: The last stretch and round that work was asked for in; there is none before them any more.
     """
 
     id: str
@@ -104,6 +109,19 @@ class Run:
     secret_noise: bool
     policy: PolicySettings
     moment: Version | None = None
+    latest: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a run and its experiment were refused with, and until when that is not tried again."""
+
+    asked: tuple[str, str]
+    error: PolicyError | Said
+    until: float
+
+    def again(self, asked: tuple[str, str]) -> bool:
+        return asked == self.asked and time.monotonic() < self.until
 
 
 class Worker:
@@ -127,6 +145,7 @@ class Worker:
         self._last: tuple[str | int, ...] | None = None
         self._reply: Envelope | None = None
         self._streaming: str | None = None
+        self._failed: _Failed | None = None
 
     def answer(self, packed: bytes, *, streamed: bool) -> bytes:
         """Return the packed reply to a packed request; whatever goes wrong is in it.
@@ -232,13 +251,20 @@ class Worker:
         if own.policy.approve and not self.approvals.has(header.run, header.experiment):
             self.approvals.ask(header.run, header.experiment, len(header.classes))
             raise Said(Sentence.WAITS)
-        self.day.begin_run(header.run, own.policy)
+        self.day.begin_run(header.run, header.experiment, own.policy)
         self.run = None  # one model at a time; what is refused costs the run under way nothing
-        with failing_as(Sentence.READING):
-            division = divided(experiment, own, number, tuple(header.classes))
-        require_steps(experiment, own, len(division.train[number]))
-        with failing_as(Sentence.LOADING):
-            parts = assemble(experiment, division, only=number, stage=LOG.info)
+        asked = header.run, header.experiment
+        if self._failed is not None and self._failed.again(asked):
+            raise self._failed.error
+        try:
+            with failing_as(Sentence.READING):
+                division = divided(experiment, own, number, tuple(header.classes))
+            require_steps(experiment, own, len(division.train[number]))
+            with failing_as(Sentence.LOADING):
+                parts = assemble(experiment, division, only=number, stage=LOG.info)
+        except (PolicyError, Said) as error:
+            self._failed = _Failed(asked, error, time.monotonic() + COOLING)
+            raise
         parts.local.tell = told
         parts.local.allowance = _allowance(experiment, own.policy, parts.local.equipment[number])
         LOG.info(
@@ -266,16 +292,15 @@ class Worker:
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
         number, engine = self.joining.number, run.parts.local
         request, reply = _schemas(header, run.policy)
+        moment = (len(header.began), header.round)
+        if header.action not in engine.handlers or moment < run.latest:
+            raise Said(Sentence.UNFIT)
+        run.latest = moment
         going_on = engine.under_way(number, header.round)
-        moment = (run.id, len(header.began), header.round)
-        self.day.begin_work(moment, header.action, run.policy, going_on=going_on)
-        self._note(
-            "asked", header, data, header.payload
-        )  # as often as the policy allows, and no more
+        self.day.begin_work((run.id, *moment), header.action, run.policy, going_on=going_on)
+        self._note("asked", header, data, header.payload)  # no more often than the policy allows
         self._remember(run, header, header.round)
-        if (
-            run.secret_noise
-        ):  # asked the same again, the same noise; asked anything else, other noise
+        if run.secret_noise:  # asked the same again, the same noise; anything else, other noise
             engine.noise_seed = secret_number(self.key, run.id, header.payload)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})
         (answer,) = engine.exchange(exchange)
@@ -361,10 +386,20 @@ class Worker:
         That is a thread's work, so that who reads sees at once that a stream breaks, and opens another
         while the answer is still being worked on; over that the server asks for it again.
         """
-        messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        messages: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
+
+        over = threading.Event()
+
+        def put(message: bytes) -> None:
+            try:
+                messages.put_nowait(message)
+            except queue.Full:
+                raise MessageError(
+                    "another message came while one waits; no server sends that"
+                ) from None
 
         def answer_all() -> None:
-            while (message := messages.get()) is not None:
+            while not over.is_set() and (message := messages.get()) is not None:
                 try:
                     send(self.answer(message, streamed=True))
                 except OSError:  # it broke: over another the same is asked again
@@ -376,9 +411,11 @@ class Worker:
 
         threading.Thread(target=answer_all, daemon=True).start()
         try:
-            yield messages.put
+            yield put
         finally:
-            messages.put(None)
+            with contextlib.suppress(queue.Full):
+                messages.put_nowait(None)
+            over.set()
 
     @property
     def busy(self) -> bool:

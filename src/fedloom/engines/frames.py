@@ -13,6 +13,9 @@ from typing import Protocol
 from fedloom.errors import ConnectionFailed, MessageError
 
 LENGTH = struct.Struct("<Q")
+TRUSTED = 64 << 20
+"""Bytes of memory that are made on the word of a length alone."""
+
 OVER = (1 << 64) - 1
 """Stands for the length of a message where none will come: the stream is ended on purpose."""
 
@@ -88,13 +91,15 @@ def reader(connection: Readable) -> Read:
     """Return how to read exactly so many bytes from a socket."""
 
     def read(count: int) -> bytes | None:
-        buffer = bytearray(count)
-        view, got = memoryview(buffer), 0
+        buffer, got = bytearray(min(count, TRUSTED)), 0
         while got < count:
-            try:
-                new = connection.recv_into(view[got:], min(count - got, 1 << 20))
-            except OSError:
-                return None
+            if got == len(buffer):  # memory for what came, and as much again
+                buffer.extend(bytes(min(count - got, got)))
+            with memoryview(buffer) as view:
+                try:
+                    new = connection.recv_into(view[got:], min(len(buffer) - got, 1 << 20))
+                except OSError:
+                    return None
             if not new:
                 return None
             got += new

@@ -8,7 +8,9 @@ while it is pulled and before an array is put together.
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +21,15 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
-from fedloom.errors import MessageError
+from fedloom.errors import ConnectionFailed, MessageError
 
 HEADS = 1 << 16
 """Bytes that Flower's own words about an envelope may have: some hundred, and a name for each part."""
+
+
+PATIENCE, SLOWEST = 5.0, 1e6
+"""Seconds that the parts of a message are waited for, and bytes a second beyond that: the loop of rounds
+stands still meanwhile."""
 
 
 class Room:
@@ -36,12 +43,23 @@ class Room:
         """Allow so many."""
         self.limit = limit
         self._pulled = self._made = 0
+        self._end = math.inf
         self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Count from nothing: another message comes."""
         with self._lock:
             self._pulled = self._made = 0
+            self._end = time.monotonic() + PATIENCE + self.limit / SLOWEST
+
+    def wait(self) -> None:
+        """Know that a part is not there yet.
+
+        Raises:
+            ConnectionFailed: It has been waited for long enough; others wait meanwhile.
+        """
+        if time.monotonic() > self._end:
+            raise ConnectionFailed("its answer did not come whole in time")
 
     def pull(self, count: int) -> None:
         """Count bytes that came.
@@ -92,6 +110,8 @@ def bound_pulls(client: Any, room: Room) -> None:
 
     def counted(request: Any) -> Any:
         response = pull(request)
+        if response.object_found and not response.object_available:
+            room.wait()
         room.pull(len(response.object_content))
         return response
 

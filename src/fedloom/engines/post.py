@@ -14,7 +14,7 @@ from fedloom.engines.inflation import Room
 from fedloom.engines.records import from_records, to_records
 from fedloom.engines.streams import Streams
 from fedloom.envelope import MAX_REPLY_HEADER, PREFIX, Envelope, RequestHeader, printable, seal
-from fedloom.errors import MessageError
+from fedloom.errors import ConnectionFailed, MessageError
 
 UNREADABLE = (DecodeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What Flower raises over a reply that is none; a link that is down is something else."""
@@ -76,7 +76,7 @@ class Post:
     def come(self, ids: Iterable[str]) -> set[str]:
         """Return which of these have been replied to, where the replies are of no use any more."""
         self.room.begin()
-        with contextlib.suppress(*UNREADABLE, MessageError):
+        with contextlib.suppress(*UNREADABLE, MessageError, ConnectionFailed):
             return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
         return set()
 
@@ -97,11 +97,15 @@ class Post:
             except MessageError as error:
                 yield id, error
                 continue
+            except ConnectionFailed as error:
+                yield id, str(error)
+                continue
             except UNREADABLE as error:
                 yield id, printable(f"its answer cannot be read: {type(error).__name__}: {error}")
                 continue
             for message in found:
-                yield id, _read(message)
+                if message.metadata.reply_to_message_id == id:  # and not what somebody slipped in
+                    yield id, _read(message)
 
 
 def _read(message: Message) -> Envelope | MessageError | str:
