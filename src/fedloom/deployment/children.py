@@ -58,6 +58,11 @@ class Child:
     _deaths: int = 0
     _again: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """The program, or the module that Python runs."""
+        return self.command[2] if self.command[1:2] == ["-m"] else self.command[0]
+
     def keep_alive(self) -> bool:
         """Start it if it does not run; return whether it had ended before."""
         make_room(self.log)
@@ -275,4 +280,4 @@ def wait_until_open(host: str, port: int, child: Child, seconds: float = 60.0) -
         if child.process is not None and child.process.poll() is not None:
             break
         time.sleep(0.1)
-    raise ConnectionFailed(f"{child.command[0]} did not start; see {child.log}")
+    raise ConnectionFailed(f"{child.name} did not start; see {child.log}")

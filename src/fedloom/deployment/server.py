@@ -152,7 +152,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         while not stopping:
             for child in family.children:
                 if child.keep_alive():
-                    log.record("restarted", process=" ".join(child.command[:3]))
+                    log.record("restarted", process=child.name)
             registry.keep_following()
             gateway.follow()
             expiry.look()
