@@ -305,11 +305,19 @@ def test_no_honest_client_is_over_a_generous_bound(experiment, federate, name):
             "do not travel",
         ),
         ({"admission": {"max_change": -1.0}}, "max_change"),
+        *(
+            (
+                {"admission": {"max_examples": value}},
+                'must be a whole number of at least 1, or "any"',
+            )
+            for value in (0, -3, "all", True, 2.5)
+        ),
     ],
 )
 def test_settings_that_make_no_sense(experiment, sections, words):
-    with pytest.raises(SettingsError, match=words):
+    with pytest.raises(SettingsError, match=words) as caught:
         experiment(**sections)
+    assert sum("admission" in problem for problem in caught.value.problems) == 1
 
 
 def test_a_report_from_outside_of_answers_counts_like_any_other():
