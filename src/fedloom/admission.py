@@ -12,6 +12,7 @@ What a client weighs is bounded, as nobody but the client can count its rows (:m
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from pydantic import Field, field_validator
 
 from fedloom.aggregation.robust import cut_change, distance
 from fedloom.audit import Limited, Record, digest_of, unheard
-from fedloom.errors import MessageError, OffenceKind
+from fedloom.errors import MessageError, OffenceKind, OutputError
 from fedloom.messages import (
     Answer,
     Exchange,
@@ -182,10 +183,13 @@ class Admission:
     def report(self, client: int, kind: OffenceKind, reason: str) -> None:
         """Count an offence that was found outside of an answer; any thread may.
 
-        It is one of the round under way, or where none is, of the next.
+        It is one of the round under way, or where none is, of the next. That a disk is full is not the
+        business of who reports: it ends the run where its records are written.
         """
-        self._note(Offence(client, kind, one_line(reason), None, self.run))
-        self._audit("offence", source=client, client=client, kind=kind, reason=one_line(reason))
+        why = one_line(reason)
+        self._note(Offence(client, kind, why, None, self.run))
+        with contextlib.suppress(OutputError):
+            self._audit("offence", source=client, client=client, kind=kind, reason=why)
 
     def close(self, round: int) -> tuple[Offence, ...]:
         """End a round: return its offences for the record, one of each client and kind.
