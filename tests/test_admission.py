@@ -12,7 +12,7 @@ from fedloom.admission import Admission, AdmissionSettings
 from fedloom.aggregation.means import weighted_mean
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.envelope import ReplyHeader
-from fedloom.errors import Interrupted, RoundFailed, SettingsError
+from fedloom.errors import Interrupted, OutputError, RoundFailed, SettingsError
 from fedloom.messages import Answer, Exchange, Payload, Schema, decode, encode
 from fedloom.methods import METHODS
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
@@ -305,11 +305,19 @@ def test_no_honest_client_is_over_a_generous_bound(experiment, federate, name):
             "do not travel",
         ),
         ({"admission": {"max_change": -1.0}}, "max_change"),
+        *(
+            (
+                {"admission": {"max_examples": value}},
+                'must be a whole number of at least 1, or "any"',
+            )
+            for value in (0, -3, "all", True, 2.5)
+        ),
     ],
 )
 def test_settings_that_make_no_sense(experiment, sections, words):
-    with pytest.raises(SettingsError, match=words):
+    with pytest.raises(SettingsError, match=words) as caught:
         experiment(**sections)
+    assert sum("admission" in problem for problem in caught.value.problems) == 1
 
 
 def test_a_report_from_outside_of_answers_counts_like_any_other():
@@ -345,6 +353,15 @@ def test_a_report_from_outside_of_answers_counts_like_any_other():
     assert len(told) == 602 and {o.run for o in told} == {"r"}
     assert len(noted) == 102 and noted[-1][0] == "offence"  # 100 of client 1, and no more for now
     assert Admission(AdmissionSettings(offences=2, pause=3), records).paused(3) == {}
+
+
+def test_a_full_disk_is_not_the_business_of_who_reports():
+    def full(event, **facts):
+        raise OutputError("full")
+
+    admission = Admission(audit=full)
+    admission.report(1, "forged", "x")
+    assert [(o.client, o.kind) for o in admission.close(1)] == [(1, "forged")]
 
 
 def test_what_comes_between_two_rounds_is_of_the_next():

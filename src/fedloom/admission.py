@@ -12,16 +12,17 @@ What a client weighs is bounded, as nobody but the client can count its rows (:m
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedloom.aggregation.robust import cut_change, distance
 from fedloom.audit import Limited, Record, digest_of, unheard
-from fedloom.errors import MessageError, OffenceKind
+from fedloom.errors import MessageError, OffenceKind, OutputError
 from fedloom.messages import (
     Answer,
     Exchange,
@@ -46,7 +47,7 @@ class AdmissionSettings(Settings):
     """Largest norm of what a client changed, over all tensors that it was sent (default: any)."""
     on_excess: Literal["reject", "clip"] = "reject"
     """What becomes of an answer above it: left out, or its change shortened to it."""
-    max_examples: Annotated[int, Field(ge=1)] | Literal["any"] | None = None
+    max_examples: int | Literal["any"] | None = None
     """Examples that a client weighs as at most, however many it says that it has; "any" for no bound
     (default: between machines ten times the upper quartile of the rows that clients registered with, or a
     tenth of all; in one process, where rows are counted and not claimed, no bound)."""
@@ -54,6 +55,13 @@ class AdmissionSettings(Settings):
     """Rounds with an offence after which a client is in quarantine."""
     pause: int = Field(default=10, ge=0)
     """Rounds that it lasts, in which the client is not asked anything; 0 for no quarantine."""
+
+    @field_validator("max_examples", mode="before")
+    @classmethod
+    def _bound_or_any(cls, value: object) -> object:
+        if value is None or value == "any" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError('must be a whole number of at least 1, or "any"')
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
@@ -175,10 +183,13 @@ class Admission:
     def report(self, client: int, kind: OffenceKind, reason: str) -> None:
         """Count an offence that was found outside of an answer; any thread may.
 
-        It is one of the round under way, or where none is, of the next.
+        It is one of the round under way, or where none is, of the next. That a disk is full is not the
+        business of who reports: it ends the run where its records are written.
         """
-        self._note(Offence(client, kind, one_line(reason), None, self.run))
-        self._audit("offence", source=client, client=client, kind=kind, reason=one_line(reason))
+        why = one_line(reason)
+        self._note(Offence(client, kind, why, None, self.run))
+        with contextlib.suppress(OutputError):
+            self._audit("offence", source=client, client=client, kind=kind, reason=why)
 
     def close(self, round: int) -> tuple[Offence, ...]:
         """End a round: return its offences for the record, one of each client and kind.
@@ -221,9 +232,8 @@ class Admission:
         - A client cannot move it by its own claim: in sorted order the quartile is the one at place
           3 (n - 1) / 4, rounded down, of two clients the smaller one. More than a quarter of the others
           would have to lie alike.
-        - A client at the bound weighs as ten others: of a round of ten equal ones 10 / 19 and not all, of
-          a
-          hundred a tenth. Who knows the rows of all sets a number; ``aggregation.rule`` and
+        - A client at the bound weighs as ten others: of a round of ten equal ones 10 / 19 and not all,
+          of a hundred a tenth. Who knows the rows of all sets a number; ``aggregation.rule`` and
           ``admission.max_change`` bound what any weight can do.
 
         Args:

@@ -176,6 +176,8 @@ def test_the_run_survives_all_of_it(monkeypatch, rounds):
     bad = [reason for _, client, reason in lost if client == BAD]
     assert bad and any("NaN" in reason for reason in bad)
     assert any(BAD in map(int, r["paused"]) for r in found)
+    offenders = {o["client"]: o for r in found for o in r["offences"]}
+    assert set(offenders) == {BAD}, offenders  # whatever befell the others, they did nothing wrong
     assert any(client != BAD for _, client, _ in lost) and killed >= 3
     last = [event["state"] for event in events if event["event"] == "round"][-1]
     assert replayed(experiment, found).digest() == last

@@ -20,6 +20,7 @@ a client in quarantine by sending in its name:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -40,7 +41,7 @@ from fedloom.envelope import (
     WorkDone,
     seal,
 )
-from fedloom.errors import MessageError, RoundFailed
+from fedloom.errors import MessageError, OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
 from fedloom.offences import Watch
 from fedloom.server import Briefing, FederationSettings
@@ -126,10 +127,13 @@ class FlowerEngine:
         if self.post.open_streams is not None and self.federation.streams:
             self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
             self._streams.report = briefing.report
-            self._streams.returned = lambda client, held: self._noted(
-                "returned", source=client, client=client, held=held
-            )
+            self._streams.returned = self._note_return
         self._wait_for(self.federation.clients, set(self.roster.newcomers))
+
+    def _note_return(self, client: int, held: int) -> None:
+        """Note that a client came back; a stream's thread must not end for a full disk."""
+        with contextlib.suppress(OutputError):
+            self._noted("returned", source=client, client=client, held=held)
 
     def sizes(self) -> dict[int, int]:
         """Return the training rows of each client that is there now; waits for a quorum of them."""
