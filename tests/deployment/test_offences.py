@@ -58,7 +58,7 @@ def test_a_client_that_does_its_worst_writes_a_hundred_lines_and_they_are_counte
         log.offended(offence(reason="x" * 5000))
     log.offended(offence(client=4))
     assert len(lines(path)) == 101 and path.stat().st_size < 101 * 400
-    log._limited._sources[("forged", 3)].room = 1.0  # ten seconds later
+    log._limited._sources[("forged", 3)].bucket.tokens = 1.0  # ten seconds later
     log.offended(offence())
     assert lines(path)[-1]["more"] == 4900
     assert read_standings(path).clients[3].kinds == {"forged": 5001}
