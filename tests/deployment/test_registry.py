@@ -1,10 +1,15 @@
 """Flower is told of who is let in, and of who is no longer, whenever that happens."""
 
+import contextlib
+import json
+import time
+
 import pytest
 
 from fedloom.audit import AuditLog, events
 from fedloom.deployment import server
 from fedloom.deployment.homes import ServerHome
+from fedloom.engines.streams import Streams
 from fedloom.errors import FedloomError, IdentityError, OutputError
 from fedloom.identity import make_authority, make_key
 
@@ -170,3 +175,20 @@ def test_without_tls_it_is_said_what_is_lost(home, monkeypatch):
     server.serve_federation(home.path, "0.0.0.0", 1, insecure=True, say=said.append)
     (warning,) = said
     assert "no TLS" in warning and "another server" in warning and "take part" not in warning
+
+
+def test_what_a_client_gets_wrong_at_the_gateway_counts_in_the_run_under_way_or_in_the_log(home):
+    log = server.OffenceLog(home.path / "offences.jsonl")
+    for _ in range(150):
+        server.report_offence(home, log, 3, "forbidden", "a path")
+    told = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert len(told) == 100 and told[0]["client"] == 3 and told[0]["kind"] == "forbidden"
+    found = []
+    with contextlib.closing(Streams(home.streams / ("a" * 32))) as run:
+        run.report = lambda *words: found.append(words)
+        server.report_offence(home, log, 3, "oversized", "a body")
+        end = time.monotonic() + 10
+        while not found and time.monotonic() < end:
+            time.sleep(0.01)
+    assert found == [(3, "oversized", "a body")]
+    assert len(log.path.read_text().splitlines()) == 100

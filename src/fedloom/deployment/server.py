@@ -128,7 +128,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         home.streams,
         upstream,
         settings,
-        partial(report_offence, home),
+        partial(report_offence, home, OffenceLog(home.path / OFFENCES)),
         lambda: stamp_of(home.path / CLIENTS),
     )
     gateway.note = Limited(unheard)  # the next strangers are we ourselves
@@ -164,15 +164,17 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         home.started.unlink(missing_ok=True)
 
 
-def report_offence(home: ServerHome, client: int, kind: OffenceKind, reason: str) -> None:
-    """Have what a client got wrong at the gateway count: in the run under way, or in none."""
+def report_offence(
+    home: ServerHome, log: OffenceLog, client: int, kind: OffenceKind, reason: str
+) -> None:
+    """Have what a client got wrong at the gateway count: in the run under way, or in the log alone."""
     told, greeting = False, {"client": client, "offence": kind, "reason": one_line(reason)}
     for path in home.streams.glob(RUN_PATTERN):
         with contextlib.suppress(ConnectionFailed, OSError), connect(path, 1.0) as run:
             write_frame(run, json.dumps(greeting).encode())
             told = True
     if not told:
-        OffenceLog(home.path / OFFENCES).offended(Offence(client, kind, one_line(reason)))
+        log.offended(Offence(client, kind, one_line(reason)))
 
 
 def raise_limit_of_descriptors() -> None:
