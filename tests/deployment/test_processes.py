@@ -56,6 +56,7 @@ def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_pat
         output={"folder": str(tmp_path / "here")},
     )
     own = federation_of_two
+    own.offer(models=[settings.model.path])
     path = own.folder / "long.toml"
     path.write_text(settings.to_toml())
     folder = own.folder / "runs" / "long"
