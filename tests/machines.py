@@ -119,9 +119,9 @@ class Machines:
 
     def offer(self, source=BUILTIN, models=()):
         """Write the clients' files: their shares of built-in rows, these models, and wide bounds."""
+        policy = {"max_rank": 10_000, "max_rounds_a_day": 1_000_000, "max_runs_a_day": 10_000}
         for client in range(self.clients):
-            path = self.folder / f"c{client}.toml"
-            client_file(path, source, models, policy={"max_rank": 10_000})
+            client_file(self.folder / f"c{client}.toml", source, models, policy=policy)
 
     def call(self, *arguments, check=True, timeout=120):
         """Call fedloom and return what it says."""
