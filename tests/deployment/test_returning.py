@@ -22,6 +22,7 @@ from fedloom.errors import ConnectionFailed
 from fedloom.identity import read_key
 from fedloom.runner import Silent, run_experiment
 from links import Link
+from loopback import builtin
 
 RUN = "0" * 32
 ANSWER = bytes(range(256)) * 80_000
@@ -136,7 +137,7 @@ def small_parts(monkeypatch):
 
 def over_links(own, settings):
     """Run over streams through the link, each round begun when all clients have one."""
-    mail, opened = own.loopback.mail(), []
+    mail, opened = own.loopback.mail(source=builtin(settings)), []
     for one in mail.workers.values():
         update = {"gateway": f"localhost:{own.link.port}"}
         one.joining = one.joining.model_copy(update=update)
