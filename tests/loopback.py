@@ -23,7 +23,7 @@ from fedloom.engines.roster import Roster
 from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.experiment import Experiment
 from fedloom.identity import Members, make_authority, make_key, read_key, sign
-from fedloom.offences import Watch
+from fedloom.offences import OffenceObserver
 from fedloom.runner import Silent, run_experiment
 from fedloom.settings import write_toml
 
@@ -175,7 +175,7 @@ class Loopback:
         )
         owners = {100 + number: number for number in range(self.clients)} if proven else {}
         roster = Roster(self.members, experiment.clients.newcomers, owners=lambda: owners)
-        return FlowerEngine(post, experiment.federation, roster, watch or Watch())
+        return FlowerEngine(post, experiment.federation, roster, watch or OffenceObserver())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fedloom.errors import Interrupted, OutputError, RoundFailed, SettingsError
 from fedloom.messages import Answer, Exchange, Payload, Schema, decode, encode
 from fedloom.methods import METHODS
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
-from fedloom.offences import Offence, Watch
+from fedloom.offences import Offence, OffenceObserver
 from fedloom.report.page import write_report
 from fedloom.runner import Silent, resume_run
 from fedloom.training.local import LOSS
@@ -100,12 +100,12 @@ def test_who_says_that_it_has_many_rows_weighs_no_more_than_is_allowed():
 )
 def test_what_a_client_weighs_at_most_by_hand(rows, most, cut):
     sizes = dict(enumerate(rows))
-    found = Admission(rows_known=False).heaviest(sizes)
+    found = Admission(rows_known=False).weight_bound(sizes)
     assert (found.examples, dict(found.cut)) == (most, cut)
     assert "admission.max_examples" in found.why
     for free in (Admission(), Admission(AdmissionSettings(max_examples="any"), rows_known=False)):
-        assert free.heaviest(sizes).examples is None and not free.heaviest(sizes).cut
-    set_to_5 = Admission(AdmissionSettings(max_examples=5)).heaviest({0: 5, 1: 6})
+        assert free.weight_bound(sizes).examples is None and not free.weight_bound(sizes).cut
+    set_to_5 = Admission(AdmissionSettings(max_examples=5)).weight_bound({0: 5, 1: 6})
     assert (set_to_5.examples, dict(set_to_5.cut)) == (5, {1: 6})
 
 
@@ -323,7 +323,7 @@ def test_settings_that_make_no_sense(experiment, sections, words):
 def test_a_report_from_outside_of_answers_counts_like_any_other():
     told, noted = [], []
 
-    class Hearing(Watch):
+    class Hearing(OffenceObserver):
         def offended(self, offence):
             told.append(offence)
 

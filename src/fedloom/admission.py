@@ -7,7 +7,8 @@ or says that it failed, has committed none. Offences outside of answers count al
 (:meth:`Admission.report`). Repeat offenders are in quarantine for some rounds. All of it follows from the
 records of rounds, so a resumed run decides the same.
 
-What a client weighs is bounded, as nobody but the client can count its rows (:meth:`Admission.heaviest`).
+What a client weighs is bounded, as nobody but the client can count its rows
+(:meth:`Admission.weight_bound`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from fedloom.messages import (
     decode,
     require_finite,
 )
-from fedloom.offences import WHY, Offence, Watch, one_line, quarantined
+from fedloom.offences import WHY, Offence, OffenceObserver, one_line, quarantined
 from fedloom.settings import Settings
 
 TIMES, PART = 10, 10
-"""Of the bound on what a client weighs where its rows are not known: see :meth:`Admission.heaviest`."""
+"""Of the bound on a client's weight where its rows are not known: see :meth:`Admission.weight_bound`."""
 
 
 class AdmissionSettings(Settings):
@@ -71,7 +72,7 @@ class AdmissionSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Heaviest:
+class WeightBound:
     """The largest weight of a client.
 
     Attributes:
@@ -104,12 +105,12 @@ class Admission:
         *,
         rows_known: bool = True,
         run: str | None = None,
-        watch: Watch | None = None,
+        watch: OffenceObserver | None = None,
         audit: Record = unheard,
     ) -> None:
         """Begin with the offences of earlier rounds."""
         self.settings = settings or AdmissionSettings()
-        self.rows_known, self.run, self.watch = rows_known, run, watch or Watch()
+        self.rows_known, self.run, self.watch = rows_known, run, watch or OffenceObserver()
         self.weighed: dict[int, tuple[float, int]] = {}
         self._audit = Limited(audit)
         self._offended: dict[int, set[int]] = {}
@@ -143,7 +144,7 @@ class Admission:
         replies: dict[int, Reply] = {}
         rejected: dict[int, str] = {}
         came: dict[int, dict[str, Any]] = {}
-        heaviest = self.heaviest(sizes).examples
+        weight_bound = self.weight_bound(sizes).examples
 
         def note(event: str, client: int, **facts: Any) -> None:
             audit(event, round=exchange.round, action=exchange.action, client=client, **facts)
@@ -163,7 +164,7 @@ class Admission:
                     rejected[client] = one_line(answer.error or "no answer", WHY)
                     kind = answer.offence
                 else:
-                    payload = self._checked(client, answer.data, exchange, sizes, heaviest)
+                    payload = self._checked(client, answer.data, exchange, sizes, weight_bound)
                     replies[client], kind = Reply(client, keep(client, payload)), None
             except MessageError as error:
                 rejected[client], kind = one_line(str(error), WHY), error.kind
@@ -216,7 +217,7 @@ class Admission:
         asked = {c: data for c, data in exchange.requests.items() if c not in paused}
         return replace(exchange, requests=asked)
 
-    def heaviest(self, sizes: Mapping[int, int]) -> Heaviest:
+    def weight_bound(self, sizes: Mapping[int, int]) -> WeightBound:
         """Return what a client may weigh at most, by what all have registered with.
 
         Where rows are claimed and not counted, one client's claim must not decide the mean: with 2^40
@@ -241,7 +242,7 @@ class Admission:
         """
         chosen = self.settings.max_examples
         if not sizes or chosen == "any" or (chosen is None and self.rows_known):
-            return Heaviest(None, {}, "")
+            return WeightBound(None, {}, "")
         most, why = chosen, "admission.max_examples"
         if most is None:
             ordered = sorted(sizes.values())
@@ -252,7 +253,7 @@ class Admission:
                 f"{TIMES} times the upper quartile of the rows registered ({quartile}), or a tenth of "
                 'all; admission.max_examples sets another bound, or "any"'
             )
-        return Heaviest(most, {c: rows for c, rows in sorted(sizes.items()) if rows > most}, why)
+        return WeightBound(most, {c: rows for c, rows in sorted(sizes.items()) if rows > most}, why)
 
     def _note(self, offence: Offence) -> None:
         """Keep an offence for the record of its round: the first of each client and kind, and a count."""
@@ -269,7 +270,7 @@ class Admission:
         data: bytes,
         exchange: Exchange,
         sizes: Mapping[int, int],
-        heaviest: int | None,
+        weight_bound: int | None,
     ) -> Payload:
         payload = decode(data, exchange.reply_schema)
         largest = require_finite(payload)
@@ -290,9 +291,9 @@ class Admission:
                 )
         if self.settings.max_change is not None:
             payload = self._bounded(client, payload, exchange, self.settings.max_change)
-        if examples is not None and heaviest is not None and examples > heaviest:
-            self.weighed[client] = (examples, heaviest)
-            payload = replace(payload, numbers={**payload.numbers, "examples": float(heaviest)})
+        if examples is not None and weight_bound is not None and examples > weight_bound:
+            self.weighed[client] = (examples, weight_bound)
+            payload = replace(payload, numbers={**payload.numbers, "examples": float(weight_bound)})
         return payload
 
     def _bounded(

@@ -109,7 +109,7 @@ class Members:
         write_whole(self.path, write_toml(table).encode())
 
 
-class Current:
+class CachedMembers:
     """Who is let in, as of when the list could last be read: a slip in it changes nothing."""
 
     def __init__(

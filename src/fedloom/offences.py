@@ -114,7 +114,7 @@ def quarantined(
     return found
 
 
-class Watch:
+class OffenceObserver:
     """Is told of offences and of what follows from them, as they come; this one does nothing with it."""
 
     def began(self, run: str) -> None:

@@ -359,20 +359,21 @@ def _shown(text: Text | None) -> str | None:
 def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:
     """Return what the command line prints at the end."""
     total = summary["totals"]
-    before, after = summary["before"], summary["after"]
-    lines = [
-        f"held-out {headline.name} before {before:.4f}  after {after:.4f}  ({after - before:+.4f})",
-    ]
+    lines = [_change(headline.name, summary["before"], summary["after"])]
     if "likelihood_accuracy" in summary["after_metrics"]:
         old, new = (
-            summary[when]["likelihood_accuracy"] for when in ("before_metrics", "after_metrics")
+            summary[when].get("likelihood_accuracy") for when in ("before_metrics", "after_metrics")
         )
-        lines.append(
-            f"held-out likelihood_accuracy before {old:.4f}  after {new:.4f}  ({new - old:+.4f})"
-        )
+        lines.append(_change("likelihood_accuracy", old, new))
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _change(name: str, before: float | None, after: float | None) -> str:
+    shown = ("not measured" if value is None else f"{value:.4f}" for value in (before, after))
+    change = "" if before is None or after is None else f"  ({after - before:+.4f})"
+    return f"held-out {name} before {next(shown)}  after {next(shown)}{change}"

@@ -385,7 +385,7 @@ class _Run:
 
     def _tell_heaviest(self, sizes: Mapping[int, int]) -> None:
         """Say what a client weighs at most, if there is a bound, and whose rows are more."""
-        bound = self.admission.heaviest(sizes)
+        bound = self.admission.weight_bound(sizes)
         if bound.examples is None:
             return
         self.observer.stage(f"a client weighs as {bound.examples} examples at most: {bound.why}")

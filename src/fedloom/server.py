@@ -22,7 +22,7 @@ from fedloom.checkpoint import State
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, NumberSpec, Payload, Reply, StoredTensors, encode
 from fedloom.methods.base import Cohort, Method, Round
-from fedloom.offences import Offence, Report, Watch
+from fedloom.offences import Offence, OffenceObserver, Report
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 from fedloom.training.local import LOSS
@@ -123,7 +123,7 @@ class RemoteEngine(Engine, Protocol):
         ...
 
     @property
-    def watch(self) -> Watch:
+    def watch(self) -> OffenceObserver:
         """Who is told of offences and quarantine as they come."""
         ...
 

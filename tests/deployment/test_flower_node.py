@@ -22,10 +22,10 @@ from google.protobuf.message import DecodeError
 
 import fedloom.deployment
 from fedloom.deployment import flower_node
-from fedloom.deployment.flower_node import APP, FlowerNode, RefusedApp, digest_of_bundle
+from fedloom.deployment.flower_node import APP, FlowerNode, digest_of_bundle
 from fedloom.engines.records import from_records, to_records
 from fedloom.envelope import LONGEST_HEADER, Envelope
-from fedloom.errors import ConnectionFailed, IdentityError
+from fedloom.errors import ConnectionFailed, IdentityError, MessageError
 from fedloom.identity import make_key, read_key
 
 OWN = Path(fedloom.deployment.__file__).with_name("app")
@@ -54,7 +54,7 @@ class Flower:
         self.fab = fab if fab is not None else own_bundle()
         self.waiting, self.objects, self.replies, self.pushed = [], {}, [], {}
         self.confirmed, self.known, self.activated, self.left = [], set(), 0, 0
-        self.failing = []
+        self.failing, self.fetched, self.going = [], 0, None
 
     def ask(self, content):
         message = Message(content, dst_node_id=5, message_type="query")
@@ -83,6 +83,8 @@ class Flower:
 
     def DeactivateNode(self, request):
         self.left += 1
+        if self.going is not None:
+            raise self.going
 
     def SendNodeHeartbeat(self, request):
         return SimpleNamespace(success=request.node.node_id in self.known)
@@ -99,6 +101,7 @@ class Flower:
         return SimpleNamespace(run=SimpleNamespace(fab_hash="any"))
 
     def GetFab(self, request):
+        self.fetched += 1
         return SimpleNamespace(fab=SimpleNamespace(content=self.fab))
 
     def PullObject(self, request):
@@ -191,12 +194,23 @@ def test_a_message_is_answered(take_part):
     ],
 )
 def test_a_run_with_another_bundle_is_refused(take_part, content):
+    """Each of its messages, and the bundle is asked for once."""
     flower = Flower(content)
-    flower.ask(to_records(Envelope(b"header", b"payload")))
-    assert take_part(flower, reply) == []
-    assert flower.replies[0].has_error()
-    reason = flower.replies[0].error.reason
-    assert "fedloom's own app" in reason or "cannot be read" in reason
+    for payload in (b"one", b"two"):
+        flower.ask(to_records(Envelope(b"header", payload)))
+    assert take_part(flower, reply) == [] and flower.fetched == 1
+    one, two = (own.error.reason for own in flower.replies)
+    assert one == two and ("fedloom's own app" in one or "cannot be read" in one)
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ReadError("away"), DecodeError("no protobuf"), KeyError(1)]
+)
+def test_a_node_goes_whatever_the_server_says_to_that(take_part, error):
+    flower = Flower()
+    flower.going = error
+    take_part(flower, reply)
+    assert flower.left == 1
 
 
 def test_one_changed_byte_of_the_app_is_another_bundle():
@@ -213,7 +227,7 @@ def test_a_bundle_that_unpacks_to_much_is_not_unpacked():
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("zeros", bytes(200 << 20))
-    with pytest.raises(RefusedApp, match="larger"):
+    with pytest.raises(MessageError, match="larger"):
         digest_of_bundle(written.getvalue())
 
 

@@ -10,7 +10,13 @@ import pytest
 from rich.console import Console
 
 from fedloom.deployment.control import clients_table
-from fedloom.deployment.offences import FILE, OffenceLog, Standing, Standings, read_standings
+from fedloom.deployment.offences import (
+    FILE,
+    OffenceLog,
+    OffenceSummaries,
+    OffenceSummary,
+    read_offences,
+)
 from fedloom.offences import KINDS, Offence
 
 RUN = "a" * 32
@@ -43,13 +49,13 @@ def test_what_is_written_is_what_is_read(path):
         "client": 3, "kind": "forged", "reason": "its signature", "run": RUN, "round": 7,
     }  # fmt: skip
     assert len(lines(path)) == 5 and path.stat().st_mode & 0o777 == 0o600
-    found = read_standings(path)
+    found = read_offences(path)
     assert found.run == RUN and list(found.clients) == [3, 1]
     own = found.clients[3]
     assert own.kinds == {"forged": 1, "oversized": 1} and own.kind == "oversized"
     assert own.reason == "x" * 197 + "..." and (own.run, own.until) == (RUN, 17)
     log.quarantined(RUN, 18, {})
-    assert read_standings(path).clients[3].until is None
+    assert read_offences(path).clients[3].until is None
 
 
 def test_a_client_that_does_its_worst_writes_a_hundred_lines_and_they_are_counted(path):
@@ -61,7 +67,7 @@ def test_a_client_that_does_its_worst_writes_a_hundred_lines_and_they_are_counte
     log._limited._sources[("forged", 3)].bucket.tokens = 1.0  # ten seconds later
     log.offended(offence())
     assert lines(path)[-1]["more"] == 4900
-    assert read_standings(path).clients[3].kinds == {"forged": 5001}
+    assert read_offences(path).clients[3].kinds == {"forged": 5001}
 
 
 def test_every_kind_of_every_client_for_ever_keeps_the_file_bounded(path):
@@ -75,7 +81,7 @@ def test_every_kind_of_every_client_for_ever_keeps_the_file_bounded(path):
         assert path.stat().st_size <= 100_000
     before = path.with_name(f"{FILE}.1")
     assert before.stat().st_size <= 100_000 and lines(path)[0]["event"] == "earlier"
-    found = read_standings(path)
+    found = read_offences(path)
     assert {c: own.kinds for c, own in found.clients.items()} == dict.fromkeys(
         range(5), dict.fromkeys(KINDS, 40)
     )
@@ -111,7 +117,7 @@ def test_lines_of_several_processes_and_threads_do_not_mix(path):
         thread.join()
     assert [writer.wait() for writer in writers] == [0, 0]
     assert all(line["event"] == "earlier" or line["client"] for line in map(plain, lines(path)))
-    found = read_standings(path).clients
+    found = read_offences(path).clients
     assert {client: sum(own.kinds.values()) for client, own in sorted(found.items())} == {
         1: 100, 2: 100, 3: 100, 4: 100,
     }  # fmt: skip
@@ -129,10 +135,10 @@ def test_damaged_lines_are_left_out(path):
         b"\xff\xfe\n[1]\n{}\n" + whole + b'{"client": 9, "kind": "dancing", "reason": "", "time": ""}\n'
         + b'{"event": "earlier", "clients": 7}\n{"client": "x", "kind": "forged"}\n' + whole[:40]
     )  # fmt: skip
-    assert read_standings(path) == Standings(
-        None, {3: Standing({"forged": 1}, "forged", "its signature", lines_time(whole))}
+    assert read_offences(path) == OffenceSummaries(
+        None, {3: OffenceSummary({"forged": 1}, "forged", "its signature", lines_time(whole))}
     )
-    assert read_standings(path.parent / "none") == Standings()
+    assert read_offences(path.parent / "none") == OffenceSummaries()
 
 
 def lines_time(whole):
@@ -161,10 +167,10 @@ CLIENTS = [(0, "site-a", "online"), (3, "site-b", "online")]
 
 
 def test_status_shows_what_clients_got_wrong_and_until_when_they_are_in_quarantine():
-    standing = Standing(
+    standing = OffenceSummary(
         {"oversized": 2, "forged": 1}, "forged", "[red]its\nsignature", "2026-01-01", RUN, 17
     )
-    known = Standings(RUN, {3: standing})
+    known = OffenceSummaries(RUN, {3: standing})
     head, first, second = shown(clients_table(CLIENTS, known, playing=True))
     assert head.split() == ["client", "name", "state", "offences", "quarantine", "last"]
     assert first.split() == ["0", "site-a", "online"]
@@ -173,10 +179,12 @@ def test_status_shows_what_clients_got_wrong_and_until_when_they_are_in_quaranti
     for playing, run in ((False, RUN), (True, "b" * 32)):  # quarantine is of a run that goes on
         assert (
             "until"
-            not in shown(clients_table(CLIENTS, Standings(run, {3: standing}), playing=playing))[2]
+            not in shown(
+                clients_table(CLIENTS, OffenceSummaries(run, {3: standing}), playing=playing)
+            )[2]
         )
 
 
 def test_status_is_as_it_was_where_nobody_offended():
-    head, *rows = shown(clients_table(CLIENTS, Standings(), playing=True))
+    head, *rows = shown(clients_table(CLIENTS, OffenceSummaries(), playing=True))
     assert head.split() == ["client", "name", "state"] and len(rows) == 2

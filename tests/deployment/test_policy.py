@@ -11,7 +11,7 @@ import pytest
 from fedloom.deployment.checking import check, waiting_run, waiting_table
 from fedloom.deployment.consent import MOST_WAITING, Approvals, Day
 from fedloom.deployment.policy import PolicySettings
-from fedloom.deployment.told import LINES, Said, Sentence, failing_as, told
+from fedloom.deployment.told import LINES, ReportedError, Sentence, failing_as, told
 from fedloom.envelope import ReplyHeader
 from fedloom.errors import (
     AuditError,
@@ -70,7 +70,7 @@ def test_few_sentences_are_ever_said(caplog):
         FileNotFoundError(2, secrets), SettingsError([secrets]), AuditError(secrets), MemoryError(),
         NonFiniteLoss(0, 3, [7, 8], float("nan")), RoundFailed(secrets),
         PolicyError(Refusal("policy.max_rank", secrets), Refusal("policy.models", secrets)),
-        PolicyError(Refusal(secrets, secrets)), Said(Sentence.WAITS),
+        PolicyError(Refusal(secrets, secrets)), ReportedError(Sentence.WAITS),
     ]  # fmt: skip
     allowed = {sentence.value for sentence in Sentence}
     allowed |= {f"{line}: {said}" for line, said in LINES.items()}
@@ -91,7 +91,7 @@ def test_which_error_it_was_is_not_said(error):
         try:
             with failing_as(sentence):
                 raise error
-        except Said as found:
+        except ReportedError as found:
             return told(found)
 
     assert said(Sentence.READING) == Sentence.READING.value

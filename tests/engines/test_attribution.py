@@ -16,7 +16,7 @@ from fedloom.errors import MessageError
 from fedloom.identity import read_key, sign
 from fedloom.messages import Exchange, Payload, Schema, decode, encode
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
-from fedloom.offences import Watch
+from fedloom.offences import OffenceObserver
 from fedloom.server import Briefing
 from fedloom.training.local import reported
 from loopback import resealed
@@ -25,7 +25,7 @@ from unchecked import rewritten
 BAD = 1
 
 
-class Told(Watch):
+class Told(OffenceObserver):
     def __init__(self):
         self.kinds = []
 

@@ -11,7 +11,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 
 from fedloom.engines import inflation
-from fedloom.engines.inflation import HEADS, Room, bound_arrays, bound_pulls
+from fedloom.engines.inflation import HEADS, ByteBudget, bound_arrays, bound_pulls
 from fedloom.errors import ConnectionFailed, MessageError
 
 MEGABYTE = 1 << 20
@@ -36,16 +36,16 @@ def packed(size, count=1):
 
 
 def test_what_has_room_is_what_it_was():
-    room = Room(MEGABYTE)
-    bound_arrays(room)
+    budget = ByteBudget(MEGABYTE)
+    bound_arrays(budget)
     id, contents = packed(MEGABYTE)
     assert inflate_object_from_contents(id, contents)["a"]["0"].data == bytes(MEGABYTE)
 
 
 @pytest.mark.parametrize(("size", "count"), [(64 * MEGABYTE, 1), (MEGABYTE, 64)])
 def test_parts_that_travel_once_are_counted_as_often_as_they_stand_there(size, count):
-    room = Room(MEGABYTE)
-    bound_arrays(room)
+    budget = ByteBudget(MEGABYTE)
+    bound_arrays(budget)
     id, contents = packed(size, count)
     assert sum(map(len, contents.values())) < 13 * MEGABYTE
     with pytest.raises(MessageError, match="1048576 are allowed") as error:
@@ -54,8 +54,8 @@ def test_parts_that_travel_once_are_counted_as_often_as_they_stand_there(size, c
 
 
 def test_a_terabyte_is_refused_before_it_is_made():
-    room = Room(MEGABYTE)
-    bound_arrays(room)
+    budget = ByteBudget(MEGABYTE)
+    bound_arrays(budget)
     id, contents = packed(64 * MEGABYTE)
     (name,) = (id for id, own in contents.items() if own.startswith(b"Array "))
     head, _, body = contents[name].partition(b"\x00")
@@ -75,10 +75,10 @@ def test_what_is_pulled_is_counted_for_each_message_anew():
                 {"object_content": bytes(request), "object_found": True, "object_available": True},
             )
 
-    client, room = Client(), Room(MEGABYTE)
-    bound_pulls(client, room)
+    client, budget = Client(), ByteBudget(MEGABYTE)
+    bound_pulls(client, budget)
     for _ in range(3):
-        room.begin()
+        budget.begin()
         client.PullObject(MEGABYTE)
         client.PullObject(HEADS)
         with pytest.raises(MessageError, match="are allowed"):
@@ -96,9 +96,9 @@ def test_parts_that_do_not_come_are_waited_for_so_long_and_no_longer(monkeypatch
                 "", (), {"object_content": b"", "object_found": True, "object_available": False}
             )
 
-    client, room = Client(), Room(2_000_000)
-    bound_pulls(client, room)
-    room.begin()
+    client, budget = Client(), ByteBudget(2_000_000)
+    bound_pulls(client, budget)
+    budget.begin()
     for now[0] in (100.0, 106.9):
         assert client.PullObject(None).object_content == b""
     now[0] = 107.1

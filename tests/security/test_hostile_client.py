@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedloom.deployment.offences import FILE, OffenceLog, read_standings
+from fedloom.deployment.offences import FILE, OffenceLog, read_offences
 from fedloom.deployment.worker import Worker
 from fedloom.engines.frames import LENGTH, connect, read_frame, reader, write_frame
 from fedloom.engines.streams import Streams
@@ -196,7 +196,7 @@ def test_over_messages(loopback, table, tmp_path, alone):
     assert first > 15
     paused = [record["paused"] for record in found]
     assert sum(map(bool, paused)) == ROUNDS - len(attacks.played)
-    standing = read_standings(log.path).clients
+    standing = read_offences(log.path).clients
     assert list(standing) == [BAD]
     assert sum(standing[BAD].kinds.values()) == sum(k in KINDS for *_, k in attacks.played)
     in_bytes(folder, tmp_path / "alone", log.path, len(attacks.played))
@@ -358,4 +358,4 @@ def test_reports_by_the_thousand_are_one_record_a_round(loopback, table, tmp_pat
     assert (folder / "audit.jsonl").stat().st_size < 110_000
     assert (folder / "rounds.jsonl").stat().st_size < 30_000
     assert log.path.stat().st_size < 60_000
-    assert read_standings(log.path).clients[BAD].kinds["forbidden"] >= 100
+    assert read_offences(log.path).clients[BAD].kinds["forbidden"] >= 100

@@ -28,7 +28,7 @@ from typer.main import get_command
 
 from fedloom.deployment import exposure, fleet, handshake
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.deployment.offences import read_standings
+from fedloom.deployment.offences import read_offences
 from fedloom.errors import ConnectionFailed
 from fedloom.identity import public_pem, read_key
 from machines import machines
@@ -225,7 +225,7 @@ def client_of(site):
 
 def counted(site):
     """How many offences of that client have been counted."""
-    standings = read_standings(site.server / "offences.jsonl").clients
+    standings = read_offences(site.server / "offences.jsonl").clients
     return sum(standings[0].kinds.values()) if 0 in standings else 0
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from fedloom.deployment.children import LINK, flwr
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.deployment.offences import Standings, read_standings
+from fedloom.deployment.offences import OffenceSummaries, read_offences
 from fedloom.deployment.server import registered, stop_run, under_way
 from fedloom.errors import FedloomError, OutputError
 from fedloom.offences import one_line
@@ -68,12 +68,12 @@ def status(home: Path) -> Group:
     for number, member in enumerate(own.members().members):
         state = states.get(nodes.get(member.key, ""), "not seen")
         rows.append((number, member.name, "revoked" if member.revoked else state))
-    known = read_standings(own.path / OFFENCES)
+    known = read_offences(own.path / OFFENCES)
     return Group(Text(line), clients_table(rows, known, playing=bool(running)))
 
 
 def clients_table(
-    clients: Iterable[tuple[int, str, str]], known: Standings, *, playing: bool
+    clients: Iterable[tuple[int, str, str]], known: OffenceSummaries, *, playing: bool
 ) -> Table:
     """Return clients as a table, with what is known of their offences where there are any.
 

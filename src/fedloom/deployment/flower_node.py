@@ -53,7 +53,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.engines.inflation import Room, bound_arrays
+from fedloom.engines.inflation import ByteBudget, bound_arrays
 from fedloom.engines.records import from_records, to_records
 from fedloom.envelope import LONGEST_HEADER, Envelope
 from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, MessageError
@@ -103,11 +103,11 @@ class FlowerNode:
     ) -> None:
         """Take part as the client of ``gateway``; see :meth:`run`."""
         self.answer, self.max_bytes = answer, max_bytes
-        self._room = Room(LONGEST_HEADER + max_bytes)
-        bound_arrays(self._room)
+        self._budget = ByteBudget(LONGEST_HEADER + max_bytes)
+        bound_arrays(self._budget)
         self._gateway = gateway
         self._stopping = threading.Event()
-        self._apps: dict[int, bool] = {}
+        self._apps: dict[int, str | None] = {}
         self._node: Node | None = None
 
     def stop(self) -> None:
@@ -155,11 +155,8 @@ class FlowerNode:
         """Tell Flower that this node goes, if it can be told."""
         if self._node is not None:
             request = DeactivateNodeRequest(node_id=self._node.node_id)
-            with (
-                contextlib.suppress(*UNREACHABLE, IdentityError),
-                fleet_client(self._gateway, SMALL) as client,
-            ):
-                client.DeactivateNode(request)
+            with contextlib.suppress(Exception), fleet_client(self._gateway, SMALL) as client:
+                client.DeactivateNode(request)  # whatever comes back, the client ends
 
     @staticmethod
     def _is_known(client: FleetHttpClient, node: Node) -> bool:
@@ -228,12 +225,9 @@ class FlowerNode:
             about = client.GetRun(GetRunRequest(node=node, run_id=run)).run
             request = GetFabRequest(node=node, hash_str=about.fab_hash, run_id=run)
             content = client.GetFab(request).fab.content
-            self._apps = {
-                **dict(list(self._apps.items())[-9:]),
-                run: digest_of_bundle(content) == APP,
-            }
-        if not self._apps[run]:
-            raise RefusedApp("this client takes part in runs of fedloom's own app alone")
+            self._apps = {**dict(list(self._apps.items())[-9:]), run: refusal_of_bundle(content)}
+        if (refusal := self._apps[run]) is not None:
+            raise RefusedApp(refusal)
 
     def _pulled(
         self, client: FleetHttpClient, node: Node, message: Message, tree: ObjectTree
@@ -244,14 +238,14 @@ class FlowerNode:
             MessageError: It is too large, not whole, or not what it says it is.
         """
         contents: dict[str, bytes] = {}
-        self._room.begin()
+        self._budget.begin()
         for own in iterate_object_tree(tree):
             request = PullObjectRequest(
                 node=node, run_id=message.metadata.run_id, object_id=own.object_id
             )
             found = client.PullObject(request)
             content = found.object_content
-            self._room.pull(len(content))
+            self._budget.pull(len(content))
             if not (found.object_found and found.object_available):
                 raise MessageError("the message is not there whole")
             if hashlib.sha256(content).hexdigest() != own.object_id:
@@ -294,27 +288,36 @@ class FlowerNode:
                 )
 
 
+def refusal_of_bundle(content: bytes) -> str | None:
+    """Return why a client takes no part in runs of this bundle; ``None`` for the app of this package."""
+    try:
+        own = digest_of_bundle(content) == APP
+    except MessageError as error:
+        return str(error)
+    return None if own else "this client takes part in runs of fedloom's own app alone"
+
+
 def digest_of_bundle(content: bytes) -> str:
     """Return the SHA-256 over the names and contents of a bundle's files, in the order of their names.
 
     Not over the bundle itself, which is compressed: other versions of zlib make other bytes of the same.
 
     Raises:
-        RefusedApp: It is too large, or cannot be read.
+        MessageError: It is too large, or cannot be read.
     """
     found = hashlib.sha256()
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as bundle:
             infos = sorted(bundle.infolist(), key=lambda info: info.filename)
             if len(content) + sum(info.file_size for info in infos) > BUNDLE:
-                raise RefusedApp("the bundle of the run is larger than fedloom's own app")
+                raise MessageError("the bundle of the run is larger than fedloom's own app")
             for info in infos:
                 own = hashlib.sha256(bundle.read(info)).hexdigest()
                 found.update(f"{info.filename}\n{own}\n".encode())
-    except RefusedApp:
+    except MessageError:
         raise
     except Exception:  # of all that can be wrong with a file that is packed
-        raise RefusedApp("the bundle of the run cannot be read") from None
+        raise MessageError("the bundle of the run cannot be read") from None
     return found.hexdigest()
 
 

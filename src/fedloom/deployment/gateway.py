@@ -42,7 +42,7 @@ from fedloom.errors import (
     OutputError,
     SettingsError,
 )
-from fedloom.identity import Current, Members, public_pem
+from fedloom.identity import CachedMembers, Members, public_pem
 from fedloom.offences import Report, one_line
 from fedloom.settings import Settings, parse, read_toml
 from fedloom.token_bucket import TokenBucket
@@ -195,9 +195,11 @@ class Gateway:
         report: Report = lambda client, kind, reason: None,
         stamp: Callable[[], object] | None = None,
     ) -> None:
-        """Keep what it needs; see :meth:`listen`, and :class:`Current` for ``stamp``."""
+        """Keep what it needs; see :meth:`listen`, and :class:`CachedMembers` for ``stamp``."""
         self.settings = settings or GatewaySettings()
-        self.members = Current(members, lambda reason: note("unread_members", reason=reason), stamp)
+        self.members = CachedMembers(
+            members, lambda reason: note("unread_members", reason=reason), stamp
+        )
         self.note, self.report = Limited(note), report
         self.streams, self.upstream = streams, upstream
         self._allowed: tuple[Members | None, Allowed] = None, Allowed({}, frozenset())

@@ -31,7 +31,7 @@ from typing import Any
 from fedloom.audit import Limited
 from fedloom.errors import OutputError
 from fedloom.files import write_whole
-from fedloom.offences import KINDS, Offence, Watch, one_line
+from fedloom.offences import KINDS, Offence, OffenceObserver, one_line
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ SUMMED_UP = 4096
 
 
 @dataclass
-class Standing:
+class OffenceSummary:
     """What is known of one client.
 
     Attributes:
@@ -67,7 +67,7 @@ class Standing:
 
 
 @dataclass
-class Standings:
+class OffenceSummaries:
     """What a log says.
 
     Attributes:
@@ -76,10 +76,10 @@ class Standings:
     """
 
     run: str | None = None
-    clients: dict[int, Standing] = field(default_factory=dict)
+    clients: dict[int, OffenceSummary] = field(default_factory=dict)
 
 
-class OffenceLog(Watch):
+class OffenceLog(OffenceObserver):
     """Appends to the log at a path; threads and processes may share one."""
 
     def __init__(self, path: Path, largest: int = LARGEST) -> None:
@@ -137,7 +137,7 @@ class OffenceLog(Watch):
 
     def _begin_anew(self) -> None:
         """Keep the file as it is under another name, and what it says in one line; the lock is held."""
-        known = read_standings(self.path)
+        known = read_offences(self.path)
         last = list(known.clients.items())[-SUMMED_UP:]
         clients = {str(client): asdict(standing) for client, standing in last}
         line = json.dumps({"event": "earlier", "run": known.run, "clients": clients})
@@ -145,9 +145,9 @@ class OffenceLog(Watch):
         write_whole(self.path, line.encode() + b"\n")
 
 
-def read_standings(path: Path) -> Standings:
+def read_offences(path: Path) -> OffenceSummaries:
     """Return what the log at ``path`` says, nothing where there is none; damaged lines are left out."""
-    found = Standings()
+    found = OffenceSummaries()
     for line in _lines(path):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             _take(found, json.loads(line))
@@ -162,24 +162,24 @@ def _lines(path: Path) -> Iterable[bytes]:
         return
 
 
-def _take(found: Standings, line: dict[str, Any]) -> None:
+def _take(found: OffenceSummaries, line: dict[str, Any]) -> None:
     """Take one line into account."""
     event = line.get("event")
     if event == "began":
         found.run = str(line["run"])
     elif event == "earlier":
         found.run = line["run"]
-        found.clients |= {int(c): Standing(**own) for c, own in line["clients"].items()}
+        found.clients |= {int(c): OffenceSummary(**own) for c, own in line["clients"].items()}
     elif event == "quarantine":
-        own = found.clients.setdefault(int(line["client"]), Standing())
+        own = found.clients.setdefault(int(line["client"]), OffenceSummary())
         own.run, own.until = str(line["run"]), int(line["until"])
     elif event == "return":
-        own = found.clients.setdefault(int(line["client"]), Standing())
+        own = found.clients.setdefault(int(line["client"]), OffenceSummary())
         own.run = own.until = None
     elif line["kind"] in KINDS:
         client, kind, count = int(line["client"]), line["kind"], 1 + int(line.get("more", 0))
         last = kind, str(line["reason"]), str(line["time"])
-        own = found.clients.pop(client, Standing())
+        own = found.clients.pop(client, OffenceSummary())
         own.kinds[kind] = own.kinds.get(kind, 0) + count
         own.kind, own.reason, own.time = last
         found.clients[client] = own  # who offended last is at the end

@@ -18,7 +18,7 @@ from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import News, Order, go_on
 from fedloom.deployment.server import registered
 from fedloom.engines.flower import FlowerEngine
-from fedloom.engines.inflation import Room, bound_arrays, bound_pulls
+from fedloom.engines.inflation import ByteBudget, bound_arrays, bound_pulls
 from fedloom.engines.post import SMALL, Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Streams
@@ -78,16 +78,16 @@ def _play(grid: Grid, order: Order, news: News) -> RunResult:
 
 
 def _post(grid: Grid, home: ServerHome) -> Post:
-    serving, room = home.serving(), Room(SMALL)
-    bound_arrays(room)
+    serving, budget = home.serving(), ByteBudget(SMALL)
+    bound_arrays(budget)
     runtime: Any = grid
-    bound_pulls(runtime._runtime_client, room)
+    bound_pulls(runtime._runtime_client, budget)
     streams = partial(_open_streams, home)
     if serving.insecure:
-        return Post(grid, open_streams=streams, room=room)
+        return Post(grid, open_streams=streams, budget=budget)
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
-    return Post(grid, signing, certificate, streams, proven=True, room=room)
+    return Post(grid, signing, certificate, streams, proven=True, budget=budget)
 
 
 def _owners(home: ServerHome) -> dict[int, int]:

@@ -60,7 +60,7 @@ class Sentence(StrEnum):
     ANEW = "this client was started anew and must be told of the run again"
 
 
-class Said(MessageError):
+class ReportedError(MessageError):
     """An error of which the server is told one of the sentences."""
 
     def __init__(self, sentence: Sentence) -> None:
@@ -74,22 +74,22 @@ def failing_as(sentence: Sentence) -> Iterator[None]:
     """Have whatever goes wrong inside be told by one sentence, or be the rows' fault.
 
     Raises:
-        Said: Something did; the client's log has what.
+        ReportedError: Something did; the client's log has what.
         PolicyError: The policy refuses it.
     """
     try:
         yield
-    except (PolicyError, Said):
+    except (PolicyError, ReportedError):
         raise
     except DataError as error:
-        raise Said(Sentence.READING) from error
+        raise ReportedError(Sentence.READING) from error
     except Exception as error:
-        raise Said(sentence) from error
+        raise ReportedError(sentence) from error
 
 
 def told(error: Exception) -> str:
     """Return what the server is told of an error, and write down all of it here."""
-    cause = error.__cause__ if isinstance(error, Said) and error.__cause__ else error
+    cause = error.__cause__ if isinstance(error, ReportedError) and error.__cause__ else error
     trace = None if isinstance(cause, FedloomError) else cause
     LOG.warning("%s", printable(str(cause) or type(cause).__name__), exc_info=trace)
     if isinstance(error, PolicyError):
@@ -100,7 +100,7 @@ def told(error: Exception) -> str:
 
 def _sentence(error: Exception) -> Sentence:
     match error:
-        case Said(sentence=sentence):
+        case ReportedError(sentence=sentence):
             return sentence
         case NonFiniteLoss():
             return Sentence.NOT_FINITE

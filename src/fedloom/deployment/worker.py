@@ -37,7 +37,7 @@ from fedloom.deployment.kept import Kept, Version
 from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.rows import divided
-from fedloom.deployment.told import Said, Sentence, failing_as, told
+from fedloom.deployment.told import ReportedError, Sentence, failing_as, told
 from fedloom.engines.frames import StreamOver, listen, read_frame, reader, write_frame
 from fedloom.engines.simulation import Equipment
 from fedloom.engines.store import ClientStore
@@ -117,7 +117,7 @@ class _Failed:
     """What a run and its experiment were refused with, and until when that is not tried again."""
 
     asked: tuple[str, str]
-    error: PolicyError | Said
+    error: PolicyError | ReportedError
     until: float
 
     def again(self, asked: tuple[str, str]) -> bool:
@@ -201,7 +201,7 @@ class Worker:
         )
         try:
             if header.client not in (None, number):
-                raise Said(Sentence.FOREIGN)
+                raise ReportedError(Sentence.FOREIGN)
             if self.damage is not None:
                 raise self.damage
             run = self._ready(header)
@@ -236,21 +236,21 @@ class Worker:
 
         Raises:
             PolicyError: The client's own file does not allow it.
-            Said: Its rows or its model cannot be used, or nobody has let it in yet.
+            ReportedError: Its rows or its model cannot be used, or nobody has let it in yet.
         """
         if self.run is not None and self.run.id == header.run:
             if len(header.began) < self.run.began:
-                raise Said(Sentence.RESUMED)
+                raise ReportedError(Sentence.RESUMED)
             self.run.began = len(header.began)
             return self.run
         if header.experiment is None:
-            raise Said(Sentence.ANEW)
+            raise ReportedError(Sentence.ANEW)
         start = time.monotonic()
         own, number = self.home.own_file(), self.joining.number
         experiment = permitted(header.experiment, own, number, len(header.classes))
         if own.policy.approve and not self.approvals.has(header.run, header.experiment):
             self.approvals.ask(header.run, header.experiment, len(header.classes))
-            raise Said(Sentence.WAITS)
+            raise ReportedError(Sentence.WAITS)
         self.day.begin_run(header.run, header.experiment, own.policy)
         self.run = None  # one model at a time; what is refused costs the run under way nothing
         asked = header.run, header.experiment
@@ -262,7 +262,7 @@ class Worker:
             require_steps(experiment, own, len(division.train[number]))
             with failing_as(Sentence.LOADING):
                 parts = assemble(experiment, division, only=number, stage=LOG.info)
-        except (PolicyError, Said) as error:
+        except (PolicyError, ReportedError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
         parts.local.tell = told
@@ -294,7 +294,7 @@ class Worker:
         request, reply = _schemas(header, run.policy)
         moment = (len(header.began), header.round)
         if header.action not in engine.handlers or moment < run.latest:
-            raise Said(Sentence.UNFIT)
+            raise ReportedError(Sentence.UNFIT)
         run.latest = moment
         going_on = engine.under_way(number, header.round)
         self.day.begin_work((run.id, *moment), header.action, run.policy, going_on=going_on)

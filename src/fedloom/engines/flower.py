@@ -43,7 +43,7 @@ from fedloom.envelope import (
 )
 from fedloom.errors import MessageError, OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
-from fedloom.offences import Watch
+from fedloom.offences import OffenceObserver
 from fedloom.server import Briefing, FederationSettings
 
 POLL = 0.1
@@ -93,7 +93,7 @@ class FlowerEngine:
     post: Post
     federation: FederationSettings
     roster: Roster
-    watch: Watch = field(default_factory=Watch)
+    watch: OffenceObserver = field(default_factory=OffenceObserver)
     late: int = 0
     _joining: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
     _messages: dict[str, int] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class FlowerEngine:
                 yield Answer(client, error="it is not there")
             else:
                 waiting[client] = asked
-        self.post.room.limit = exchange.reply_schema.max_bytes + SMALL
+        self.post.budget.limit = exchange.reply_schema.max_bytes + SMALL
         start, deadline = time.monotonic(), self.federation.deadline
         while waiting:
             for client, found in self._arrivals(waiting):

@@ -32,7 +32,7 @@ PATIENCE, SLOWEST = 5.0, 1e6
 stands still meanwhile."""
 
 
-class Room:
+class ByteBudget:
     """Bytes that one message may have; begun anew for each.
 
     Attributes:
@@ -88,7 +88,7 @@ class Room:
             )
 
 
-def bound_arrays(room: Room) -> None:
+def bound_arrays(budget: ByteBudget) -> None:
     """Have Flower make arrays of messages in this process only while there is room for them."""
 
     class Bounded:
@@ -97,22 +97,22 @@ def bound_arrays(room: Room) -> None:
             """Return what Flower makes of an array's parts, if that is not too large."""
             places = json.loads(get_object_body(content, Array))["arraychunk_ids"]
             names = get_object_children_ids_from_object_content(content)
-            room.make(sum(len((children or {})[names[place]].data) for place in places))
+            budget.make(sum(len((children or {})[names[place]].data) for place in places))
             return Array.inflate(content, children)
 
     registry: dict[str, Any] = inflatable_class_registry
     registry["Array"] = Bounded
 
 
-def bound_pulls(client: Any, room: Room) -> None:
+def bound_pulls(client: Any, budget: ByteBudget) -> None:
     """Count what Flower's client of a run pulls, as it comes."""
     pull: Callable[[Any], Any] = client.PullObject
 
     def counted(request: Any) -> Any:
         response = pull(request)
         if response.object_found and not response.object_available:
-            room.wait()
-        room.pull(len(response.object_content))
+            budget.wait()
+        budget.pull(len(response.object_content))
         return response
 
     client.PullObject = counted

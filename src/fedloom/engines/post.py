@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from flwr.app import Message
 from google.protobuf.message import DecodeError
 
-from fedloom.engines.inflation import Room
+from fedloom.engines.inflation import ByteBudget
 from fedloom.engines.records import from_records, to_records
 from fedloom.engines.streams import Streams
 from fedloom.envelope import MAX_REPLY_HEADER, PREFIX, Envelope, RequestHeader, printable, seal
@@ -58,7 +58,7 @@ class Post:
     certificate: str | None = None
     open_streams: Callable[[str, float], Streams] | None = None
     proven: bool = False
-    room: Room = field(default_factory=lambda: Room(SMALL))
+    budget: ByteBudget = field(default_factory=lambda: ByteBudget(SMALL))
 
     def online(self) -> set[int]:
         """Return the nodes that can be reached."""
@@ -75,7 +75,7 @@ class Post:
 
     def come(self, ids: Iterable[str]) -> set[str]:
         """Return which of these have been replied to, where the replies are of no use any more."""
-        self.room.begin()
+        self.budget.begin()
         with contextlib.suppress(*UNREADABLE, MessageError, ConnectionFailed):
             return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
         return set()
@@ -91,7 +91,7 @@ class Post:
         take with it those it has read before.
         """
         for id in ids:
-            self.room.begin()
+            self.budget.begin()
             try:
                 found = list(self.mail.pull_messages([id]))
             except MessageError as error:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from fedloom.audit import Limited, Record, unheard
 from fedloom.envelope import MAX_REPLY_HEADER, Envelope, Joined, ReplyHeader, RequestHeader
 from fedloom.errors import MessageError
-from fedloom.identity import Current, Members, is_signed
+from fedloom.identity import CachedMembers, Members, is_signed
 from fedloom.offences import WHY, Report, one_line
 
 AGAIN = 30.0
@@ -56,7 +56,7 @@ class Roster:
 
     def __post_init__(self) -> None:
         """Have a slip in the list of members end no run."""
-        self.members = Current(
+        self.members = CachedMembers(
             self.members, lambda reason: self.audit("unread_members", reason=reason)
         )
         self._noted = Limited(lambda event, **facts: self.audit(event, **facts))
