@@ -21,7 +21,7 @@ MOST_CPU = 3e-3
 MOST_DISK = 10e6
 SHARE = 0.5
 SLICE = 0.02
-ROUNDS = 24
+ROUNDS = 60
 
 
 class Held:

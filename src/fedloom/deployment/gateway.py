@@ -69,7 +69,7 @@ class GatewaySettings(Settings):
     """The same from one address; a hospital behind one address needs a handful, for a moment each."""
     handshake_seconds: float = Field(default=10.0, gt=0)
     """Seconds from the connection to the proof of a key, TLS included."""
-    handshakes_per_second: float = Field(default=20.0, gt=0)
+    handshakes_per_second: float = Field(default=10.0, gt=0)
     """Handshakes that are begun for one address in the long run; more are closed at once."""
     handshake_burst: int = Field(default=100, ge=1)
     """Handshakes that are begun for one address at once."""
