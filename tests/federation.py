@@ -6,7 +6,7 @@ import pytest
 
 from fedloom.admission import Admission
 from fedloom.assembly import assemble, divide
-from fedloom.runner import Silent
+from fedloom.progress import Silent
 from fedloom.server import Server
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate

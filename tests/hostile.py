@@ -19,7 +19,9 @@ class HostileServer:
 
     def send(self, payload=b"", **header):
         """Send a message; return the reply whole and its header."""
-        asked = RequestHeader(began=[-1], number=next(self.numbers), **header)
+        asked = RequestHeader(
+            **{"began": [-1], "client": 0, "number": next(self.numbers), **header}
+        )
         packed = self.worker.answer(seal(asked, payload).pack(), streamed=True)
         envelope = Envelope.unpack(packed)
         return envelope, envelope.read(ReplyHeader)

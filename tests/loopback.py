@@ -22,9 +22,11 @@ from fedloom.engines.records import from_records, to_records
 from fedloom.engines.roster import Roster
 from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.experiment import Experiment
-from fedloom.identity import Members, make_authority, make_key, read_key, sign
+from fedloom.identity import make_authority, make_key, read_key, sign
+from fedloom.members import Members
 from fedloom.offences import OffenceObserver
-from fedloom.runner import Silent, run_experiment
+from fedloom.progress import Participant, Silent
+from fedloom.runner import run_experiment
 from fedloom.settings import write_toml
 
 OPEN = dict.fromkeys(
@@ -133,7 +135,7 @@ class Loopback:
             members.allow(f"client-{number}", public.read_text())
 
     def members(self):
-        return Members(self.folder / "server" / "clients.toml")
+        return Members(self.folder / "server" / "members.toml")
 
     def home(self, number):
         return ClientHome(self.folder / f"client-{number}")
@@ -147,6 +149,7 @@ class Loopback:
             Joining(
                 gateway="localhost:9",
                 number=number,
+                name=f"client-{number}",
                 key=str(self.folder / f"{number}.key"),
                 authority=str(self.folder / "server" / "ca.pem"),
                 own=str(own),
@@ -173,8 +176,14 @@ class Loopback:
             streams,
             proven,
         )
-        owners = {100 + number: number for number in range(self.clients)} if proven else {}
-        roster = Roster(self.members, experiment.clients.newcomers, owners=lambda: owners)
+        owners = {100 + number: number for number in range(self.clients)}
+        roster = Roster(
+            self.members,
+            [Participant(number, f"client-{number}") for number in range(self.clients)],
+            experiment.clients.newcomers,
+            owners=lambda: owners,
+            proven=proven,
+        )
         return FlowerEngine(post, experiment.federation, roster, watch or OffenceObserver())
 
 
@@ -202,7 +211,7 @@ def deployed(table, loopback, tmp_path):
         }
         for name, section in sections.items():
             settings[name] = {**settings.get(name, {}), **section}
-        own = {"clients": clients, "patience": 1.0, "quorum": 0.3}
+        own = {"clients": clients, "patience": 1.0, "quorum": 0.3, "require": 1}
         settings["federation"] = {**table["federation"], **own, **sections.get("federation", {})}
         experiment = Experiment.from_table(settings)
         federation = loopback(clients)

@@ -136,7 +136,7 @@ class Machines:
 
     def allow(self, client):
         self.call("keys", "new", f"{client}.key")
-        self.call("keys", "allow", f"client-{client}", f"{client}.pub", "--home", self.server)
+        self.call("members", "allow", f"client-{client}", f"{client}.pub", "--home", self.server)
 
     def start(self, name, *arguments):
         """Start a process that stays, and wait until it says that it is there."""

@@ -17,8 +17,9 @@ from fedloom.messages import Answer, Exchange, Payload, Schema, decode, encode
 from fedloom.methods import METHODS
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
 from fedloom.offences import Offence, OffenceObserver
+from fedloom.progress import Silent
 from fedloom.report.page import write_report
-from fedloom.runner import Silent, resume_run
+from fedloom.runner import resume_run
 from fedloom.training.local import LOSS
 from loopback import resealed
 from unchecked import rewritten

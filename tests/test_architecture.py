@@ -28,8 +28,11 @@ IMPORTERS = {
         "engines/records.py",
         "deployment/app/",
         "deployment/fleet.py",
+        "deployment/flower_control.py",
         "deployment/flower_node.py",
+        "deployment/flower_nodes.py",
         "deployment/flower_server.py",
+        "deployment/flower_starter.py",
         "deployment/serverapp.py",
     ),
     "grpc": (),
@@ -38,7 +41,16 @@ IMPORTERS = {
     "uvicorn": ("deployment/flower_server.py",),
 }
 # `fedloom --help`, a mistyped setting and a report must not wait seconds for torch.
-LIGHT = ("settings.py", "errors.py", "cli.py", "report/", "envelope.py", "engines/records.py")
+LIGHT = (
+    "settings.py",
+    "errors.py",
+    "cli.py",
+    "progress.py",
+    "accounting/costs.py",
+    "report/",
+    "envelope.py",
+    "engines/records.py",
+)
 
 
 def stands_in(path, places):

@@ -15,7 +15,8 @@ from fedloom.cli import app
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import AuditError, Interrupted, OutputError
 from fedloom.messages import Answer
-from fedloom.runner import Silent, resume_run
+from fedloom.progress import Silent
+from fedloom.runner import resume_run
 
 
 def read(path):

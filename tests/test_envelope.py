@@ -26,7 +26,9 @@ WORK = WorkDone(
         RequestHeader(
             kind="exchange", run="a" * 32, began=[-1, 3], client=0, request={"tensors": []}
         ),
-        RequestHeader(kind="join", run="0f" * 16, began=[-1], experiment="x = 1", streams=True),
+        RequestHeader(
+            kind="join", run="0f" * 16, began=[-1], client=1, experiment="x = 1", streams=True
+        ),
     ],
 )
 @pytest.mark.parametrize("payload", [b"", b"content"])

@@ -8,9 +8,8 @@ from cryptography import x509
 from fedloom.audit import AuditLog, events
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.server import has_expired
-from fedloom.errors import IdentityError, OutputError, SettingsError
+from fedloom.errors import IdentityError, OutputError
 from fedloom.identity import (
-    Members,
     hosts_of,
     is_signed,
     issued_key,
@@ -118,32 +117,3 @@ def test_an_expired_certificate_is_named(tmp_path):
         issued_key((tmp_path / "server.pem").read_text(), read_certificate(tmp_path / "ca.pem"))
         is None
     )
-
-
-def test_numbers_of_members_stay(tmp_path):
-    lines = [make_key(tmp_path / f"{n}.key").read_text() for n in range(3)]
-    path = tmp_path / "clients.toml"
-    assert [Members(path).allow(f"site-{n}", line) for n, line in enumerate(lines)] == [0, 1, 2]
-    assert Members(path).revoke("site-1") == 1
-    members = Members(path)
-    assert members.key(1) is None and members.key(7) is None and members.key(2) is not None
-    assert Members(path).allow("site-1", lines[1]) == 1  # let in again, under its number
-    assert Members(path).key(1) is not None
-    with pytest.raises(IdentityError, match="this key is that of client 0, 'site-0'"):
-        Members(path).allow("other", lines[0])
-    with pytest.raises(IdentityError, match="this name is that of client 0"):
-        Members(path).allow("site-0", make_key(tmp_path / "new.key").read_text())
-    with pytest.raises(IdentityError, match="no client has the name 'x'; there are: site-0"):
-        Members(path).revoke("x")
-    with pytest.raises(IdentityError, match="no public key"):
-        Members(path).allow("y", "nonsense")
-
-
-def test_a_damaged_list_of_members_is_not_taken_for_an_empty_one(tmp_path):
-    path = tmp_path / "clients.toml"
-    path.write_text('[[client]]\nnam = "x"\n')
-    with pytest.raises(IdentityError, match="nam"):
-        Members(path)
-    path.write_text("[[client")
-    with pytest.raises(SettingsError):
-        Members(path)

@@ -13,7 +13,8 @@ import pytest
 
 from fedloom.audit import events, verify
 from fedloom.experiment import Experiment
-from fedloom.runner import Silent, resume_run, run_experiment
+from fedloom.progress import Silent
+from fedloom.runner import resume_run, run_experiment
 from sampling import drawn, tries
 
 SIDES = 2

@@ -23,7 +23,7 @@ from fedloom.messages import (
 )
 from fedloom.methods import make_method
 from fedloom.methods.fedavg import FedAvgSettings
-from fedloom.runner import Silent
+from fedloom.progress import Silent
 from fedloom.server import FederationSettings, Server
 
 ADAPTER = {
@@ -42,6 +42,12 @@ class Clients:
 
     def sizes(self):
         return dict.fromkeys(range(self.count), 10)
+
+    def absent(self):
+        return {}
+
+    def title(self, client):
+        return f"client {client}"
 
     def exchange(self, exchange):
         for client in reversed(range(self.count)):

@@ -32,7 +32,8 @@ from fedloom.errors import (
 from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import DPO
-from fedloom.runner import Silent, evaluate_adapter, resume_run
+from fedloom.progress import Silent
+from fedloom.runner import evaluate_adapter, resume_run
 from sampling import drawn, tries
 
 

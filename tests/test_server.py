@@ -13,7 +13,8 @@ from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
-from fedloom.server import Evaluation, FederationSettings, Server
+from fedloom.progress import Absence, Evaluation
+from fedloom.server import FederationSettings, Server
 from fedloom.training.local import LOSS
 from unchecked import encode_anything
 
@@ -105,6 +106,12 @@ class Engine:
     def undo(self, clients):
         """They keep nothing."""
 
+    def absent(self):
+        return {}
+
+    def title(self, client):
+        return f"client {client}"
+
 
 def server(engine, **settings):
     records = []
@@ -145,6 +152,31 @@ def test_below_the_quorum_the_run_stops_and_says_why():
     ):
         built.run(State(START))
     assert [record.round for record in records] == [0]
+
+
+def test_who_is_missing_is_recorded_each_round_and_told_when_it_changes():
+    class Missing(Engine):
+        def absent(self):
+            when = {1: {2: Absence(5.0, "it is away")}, 2: {2: Absence(5.0, "it is away")}}
+            when[3] = {2: Absence(5.0, "no rows")}
+            return when.get(len(self.asked) + 1, {})
+
+        def sizes(self):
+            return dict.fromkeys({0, 1, 2} - self.absent().keys(), 10)
+
+    told = []
+    built, records = server(Missing(), rounds=4)
+    built.observer.warning = told.append
+    built.run(State(START))
+    assert [{c: own.reason for c, own in r.absent.items()} for r in records] == [
+        {}, {2: "it is away"}, {2: "it is away"}, {2: "no rows"}, {},
+    ]  # fmt: skip
+    assert [len(record.clients) for record in records] == [0, 2, 2, 2, 3]
+    assert told == [
+        "round 1 begins without client 2: it is away",
+        "round 3 begins without client 2: no rows",
+        "client 2 is back in round 4",
+    ]
 
 
 def test_cohorts_are_drawn_from_seed_and_round_alone():

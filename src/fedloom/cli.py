@@ -12,7 +12,7 @@ from fedloom.errors import FedloomError
 
 if TYPE_CHECKING:
     from fedloom.experiment import Experiment
-    from fedloom.runner import RunObserver
+    from fedloom.progress import RunObserver
 
 app = typer.Typer(
     help="Fine-tune and align language models across parties whose data must not leave them.",
@@ -25,8 +25,10 @@ server_app = typer.Typer(help="The server of a federation between machines.", no
 app.add_typer(server_app, name="server")
 client_app = typer.Typer(help="A client of a federation between machines.", no_args_is_help=True)
 app.add_typer(client_app, name="client")
-keys_app = typer.Typer(help="Who is let in: keys of clients.", no_args_is_help=True)
+keys_app = typer.Typer(help="The key of a client.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+members_app = typer.Typer(help="Who is let in to a federation.", no_args_is_help=True)
+app.add_typer(members_app, name="members")
 audit_app = typer.Typer(
     help="The log of who sent what, and what became of it.", no_args_is_help=True
 )
@@ -39,6 +41,7 @@ Assignments = Annotated[
 ]
 HomeOfServer = Annotated[Path, typer.Option("--home", help="The server's folder.")]
 HomeOfClient = Annotated[Path, typer.Option("--home", help="The client's folder.")]
+MemberName = Annotated[str, typer.Argument(help="Of the member.", show_default=False)]
 SERVER_HOME, CLIENT_HOME = Path("fedloom-server"), Path("fedloom-client")
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
 
@@ -67,18 +70,15 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
+    if engine not in ("simulation", "flower"):
+        raise typer.BadParameter(f"{engine!r} is no engine; there are simulation and flower")
+    if engine == "flower":
+        _run_between_machines(
+            home, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
+        )
+        return
     from fedloom.runner import resume_run, run_experiment
 
-    if engine == "flower":
-        from fedloom.deployment.running import run_deployed
-
-        if experiment is None and resume is None:
-            raise typer.BadParameter("give an experiment file, or --resume FOLDER")
-        settings = _read(experiment, assignments) if experiment is not None else None
-        typer.echo(run_deployed(home, settings, resume, from_round, _observer(quiet)))
-        return
-    if engine != "simulation":
-        raise typer.BadParameter(f"{engine!r} is no engine; there are simulation and flower")
     if resume is not None:
         result = resume_run(
             resume,
@@ -93,6 +93,48 @@ def run(
     else:
         result = run_experiment(_read(experiment, assignments), observer=_observer(quiet))
     typer.echo(result.summary_text)
+
+
+def _run_between_machines(
+    home: Path,
+    experiment: Path | None,
+    assignments: list[str] | None,
+    resume: Path | None,
+    from_round: int | None,
+    fresh_clients: list[int] | None,
+    *,
+    quiet: bool,
+) -> None:
+    from fedloom.deployment.running import ask_for_run, before_it, follow
+
+    if (experiment is None) == (resume is None):
+        raise typer.BadParameter("give either an experiment file or --resume FOLDER")
+    asked = ask_for_run(
+        home,
+        experiment,
+        assignments or [],
+        resume=resume,
+        from_round=from_round,
+        fresh_clients=fresh_clients or [],
+    )
+    if waits := before_it(asked):
+        typer.echo(waits)
+    typer.echo(follow(home, asked, _observer(quiet)))
+
+
+@app.command("follow")
+def follow_run(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Name, or first letters of the id (default: the one under way)."),
+    ] = None,
+    home: HomeOfServer = SERVER_HOME,
+    quiet: Quiet = False,
+) -> None:
+    """Watch a run between machines, from its beginning; to end this ends nothing else."""
+    from fedloom.deployment.running import find_run, follow
+
+    typer.echo(follow(home, find_run(home, run), _observer(quiet)))
 
 
 @app.command()
@@ -353,36 +395,89 @@ def new_key(
     typer.echo(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")
 
 
-@keys_app.command("allow")
-def allow_key(
-    name: Annotated[str, typer.Argument(help="Of the client.", show_default=False)],
-    public: Annotated[Path, typer.Argument(help="Its public key.", show_default=False)],
+@members_app.command("allow")
+def allow_member(
+    name: Annotated[str | None, typer.Argument(help="Of the member.", show_default=False)] = None,
+    public: Annotated[
+        Path | None, typer.Argument(help="Its public key.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Let in all whose keys are here as NAME.pub.")
+    ] = None,
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
-    """Let a client in."""
-    from fedloom.deployment.control import allow
+    """Let a member in, or let it in again; or all of a folder at once."""
+    from fedloom.deployment.homes import ServerHome
+    from fedloom.members import keys_in, read_public
 
-    typer.echo(f"{name} is client {allow(home, name, public)}; it is let in")
+    members = ServerHome(home).members()
+    if folder is not None and name is None:
+        entries = keys_in(folder)
+        members.allow_all(entries)
+        typer.echo(
+            f"{len(entries)} members are let in: {', '.join(n for n, _ in entries[:5])}, ..."
+        )
+    elif folder is None and name is not None and public is not None:
+        typer.echo(f"{name} is member {members.allow(name, read_public(public))}; it is let in")
+    else:
+        raise typer.BadParameter("give either NAME and its public key, or --folder")
 
 
-@keys_app.command("revoke")
-def revoke_key(
-    name: Annotated[str, typer.Argument(help="Of the client.", show_default=False)],
+@members_app.command("revoke")
+def revoke_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
+    """Let a member in no longer; its name and number stay its own."""
+    from fedloom.deployment.homes import ServerHome
+
+    member = ServerHome(home).members().revoke(name)
+    typer.echo(
+        f"{name}, member {member.number}, is let in no longer; `fedloom members allow` lets it in again"
+    )
+
+
+@members_app.command("rename")
+def rename_member(
+    name: MemberName,
+    new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
-    """Let a client in no longer."""
+    """Give a member another name."""
     from fedloom.deployment.homes import ServerHome
 
-    typer.echo(f"{name}, client {ServerHome(home).members().revoke(name)}, is let in no longer")
+    member = ServerHome(home).members().rename(name, new)
+    typer.echo(f"{name}, member {member.number}, is called {new}")
 
 
-@keys_app.command("list")
-def list_keys(home: HomeOfServer = SERVER_HOME) -> None:
-    """Show who is let in."""
+@members_app.command("rotate")
+def rotate_member(
+    name: MemberName,
+    public: Annotated[Path, typer.Argument(help="Its new public key.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Give a member another key; the one before opens nothing from now on."""
+    from fedloom.deployment.homes import ServerHome
+    from fedloom.members import read_public
+
+    member = ServerHome(home).members().rotate(name, read_public(public))
+    typer.echo(f"{name}, member {member.number}, has this key from now on; it joins again with it")
+
+
+@members_app.command("remove")
+def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
+    """Forget a member that is let in no longer; its name, key and number may be another's then."""
     from fedloom.deployment.homes import ServerHome
 
-    for number, member in enumerate(ServerHome(home).members().members):
-        typer.echo(f"{number:4}  {member.name}{'  revoked' if member.revoked else ''}")
+    member = ServerHome(home).members().remove(name)
+    typer.echo(f"{name} is no member any more; number {member.number} is free")
+
+
+@members_app.command("list")
+def list_members(home: HomeOfServer = SERVER_HOME) -> None:
+    """Show the members: number, name, whether they are let in, and the end of their keys."""
+    from fedloom.deployment.homes import ServerHome
+
+    for member in ServerHome(home).members().members:
+        state = "" if member.state == "allowed" else f"  {member.state}"
+        typer.echo(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")
 
 
 @server_app.command("start")
@@ -489,21 +584,38 @@ def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
 
 
 @app.command()
-def status(home: HomeOfServer = SERVER_HOME) -> None:
-    """Show the server, its clients and the runs under way."""
+def status(
+    home: HomeOfServer = SERVER_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Show the server, its members, and the runs under way and waiting."""
+    from fedloom.deployment.control import ask
+    from fedloom.deployment.homes import ServerHome
+
+    found = ask(ServerHome(home), "status")
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, indent=2))
+        return
     from rich.console import Console
 
-    from fedloom.deployment.control import status as look
+    from fedloom.deployment.status import shown
 
-    Console().print(look(home))
+    Console().print(shown(found), highlight=False)
 
 
 @app.command()
-def stop(home: HomeOfServer = SERVER_HOME) -> None:
-    """Stop the run under way; every finished round is saved, and it can be resumed."""
-    from fedloom.deployment.control import stop_runs
+def stop(
+    run: Annotated[
+        str | None, typer.Argument(help="First letters of its id (default: all runs).")
+    ] = None,
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Stop the run under way and those that wait; finished rounds are saved, and it can be resumed."""
+    from fedloom.deployment.running import stop_runs
 
-    stopped = stop_runs(home)
+    stopped = stop_runs(home, run)
     typer.echo(f"stopped {len(stopped)} run{'s' if len(stopped) != 1 else ''}")
 
 

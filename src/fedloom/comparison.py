@@ -31,9 +31,10 @@ from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputErr
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS
 from fedloom.models.load import TINY, load_tokenizer
+from fedloom.progress import Silent
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
-from fedloom.runner import Silent, resume_run, run_experiment
+from fedloom.runner import resume_run, run_experiment
 from fedloom.settings import Settings, nearest, override, parse, read_toml, write_toml
 from fedloom.training.optimizers import AMOUNTS
 

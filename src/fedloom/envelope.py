@@ -21,6 +21,9 @@ from pydantic import AfterValidator, Field, ValidationError
 from fedloom.errors import MessageError, OffenceKind
 from fedloom.settings import Settings
 
+PROTOCOL = 2
+"""Of all that travels between machines; raised when older clients could not take part."""
+
 MAGIC = b"fedloom1"
 PREFIX = struct.Struct("<8sIH")
 MAX_HEADER = 16 << 20
@@ -66,8 +69,8 @@ class RequestHeader(Settings):
     """Tells the run from all others, and names a folder of the client's."""
     began: list[int]
     """For each time that the run began or was resumed, the last round finished before."""
-    client: Count | None = None
-    """Its number; left out where the server asks who it is."""
+    client: Count
+    """Its number in the run."""
     round: Count = 0
     number: Count = 0
     """Of the message, since the run began or was resumed: the same number is the same message."""
@@ -114,6 +117,8 @@ class Joined(Settings):
     """SHA-256 of its backbone and tokenizer."""
     version: Annotated[str, Field(max_length=32), AfterValidator(printable)]
     """Of fedloom."""
+    protocol: Count = 1
+    """What both sides must speak alike."""
 
 
 class ReplyHeader(Settings):

@@ -15,7 +15,7 @@
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
     ├── AuditError          an audit log that does not hold together
     ├── IdentityError       a key or certificate that is missing, expired, or not let in
-    ├── ConnectionFailed    another machine, or a process of our own, cannot be reached
+    ├── ConnectionFailed    another machine, or a process of our own, cannot be reached (now)
     ├── OutputError         the run folder cannot be written or read
     └── Interrupted         the user stopped the run; it can be resumed
 
@@ -140,17 +140,19 @@ class CheckpointError(FedloomError):
 
 
 class AuditError(FedloomError):
-    """An audit log was changed, or is none."""
+    """An audit log was changed, or is none; no restart mends that."""
+
+    exit_code = 6
 
 
 class IdentityError(FedloomError):
-    """A key or certificate is missing, has expired, or is not let in."""
+    """A key or certificate is missing, has expired, or is not let in; no restart mends that."""
 
-    exit_code = 4
+    exit_code = 5
 
 
 class ConnectionFailed(FedloomError):
-    """Another machine, or a process of our own, cannot be reached."""
+    """Another machine, or a process of our own, cannot be reached; it may be, later."""
 
     exit_code = 4
 

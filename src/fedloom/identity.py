@@ -1,4 +1,4 @@
-"""Who is who between machines: an authority, the server's certificate, clients' keys, who is let in.
+"""Who is who between machines: an authority, the server's certificate, clients' keys.
 
 The server proves itself by a certificate of the federation's own authority (``ca.pem``, which clients
 are given), a client by its private key, whose public half the server knows. Keys are elliptic curves:
@@ -11,7 +11,7 @@ import datetime
 import hmac
 import ipaddress
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,143 +22,13 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedloom.errors import IdentityError, OutputError, SettingsError
+from fedloom.errors import IdentityError, OutputError
 from fedloom.files import write_whole
-from fedloom.settings import Settings, parse, read_toml, write_toml
 
 CA, CA_KEY = "ca.pem", "ca.key"
 CERTIFICATE, KEY = "server.pem", "server.key"
-CLIENTS = "clients.toml"
 DAYS = 365
 ALGORITHM = ec.ECDSA(hashes.SHA384())
-
-
-class Member(Settings):
-    """A client that the server lets in."""
-
-    name: str
-    key: str
-    """Public, as one line of OpenSSH."""
-    revoked: bool = False
-    """No longer let in; its number is not given to another."""
-
-
-class Members:
-    """Who is let in, in a TOML file; a client's number is its place there."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the file, if there is one.
-
-        Raises:
-            SettingsError: It is no TOML.
-            IdentityError: It is not of that form.
-        """
-        self.path = path
-        self.members: list[Member] = []
-        rows: Any = read_toml(path).get("client", []) if path.exists() else []
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise IdentityError(f"{path}: clients must be tables, [[client]] with name and key")
-        for row in rows:
-            member, problems = parse(Member, row, "client")
-            if member is None:
-                raise IdentityError(f"{path}: {'; '.join(problems)}")
-            self.members.append(member)
-
-    def allow(self, name: str, public: str) -> int:
-        """Let a client in, or let it in again; return its number.
-
-        Raises:
-            IdentityError: The name or the key is another client's, or no key of this kind.
-        """
-        public = " ".join(public.split()[:2])
-        public_pem(public)
-        for number, member in enumerate(self.members):
-            if member.key == public and member.name == name:
-                self._write(number, member.model_copy(update={"revoked": False}))
-                return number
-            if member.key == public or member.name == name:
-                what = "key" if member.key == public else "name"
-                raise IdentityError(f"this {what} is that of client {number}, {member.name!r}")
-        self._write(len(self.members), Member(name=name, key=public))
-        return len(self.members) - 1
-
-    def revoke(self, name: str) -> int:
-        """Let a client in no longer; return its number.
-
-        Raises:
-            IdentityError: There is no client of that name.
-        """
-        for number, member in enumerate(self.members):
-            if member.name == name:
-                self._write(number, member.model_copy(update={"revoked": True}))
-                return number
-        known = ", ".join(member.name for member in self.members) or "nobody"
-        raise IdentityError(f"no client has the name {name!r}; there are: {known}")
-
-    def lets_in(self, number: int) -> bool:
-        """Return whether the client of a number is let in."""
-        return 0 <= number < len(self.members) and not self.members[number].revoked
-
-    def key(self, number: int) -> ec.EllipticCurvePublicKey | None:
-        """Return a client's public key, if it is let in."""
-        return public_key(self.members[number].key) if self.lets_in(number) else None
-
-    def _write(self, number: int, member: Member) -> None:
-        self.members[number : number + 1] = [member]
-        table = {"client": [own.model_dump() for own in self.members]}
-        write_whole(self.path, write_toml(table).encode())
-
-
-class CachedMembers:
-    """Who is let in, as of when the list could last be read: a slip in it changes nothing."""
-
-    def __init__(
-        self,
-        read: Callable[[], Members],
-        note: Callable[[str], object],
-        stamp: Callable[[], object] | None = None,
-    ) -> None:
-        """Ask ``read``; tell ``note`` what is wrong with the list, once.
-
-        Args:
-            read: Reads the list.
-            note: Is told why it could not be read.
-            stamp: Returns something else once the list has changed; without it, it is read each time.
-        """
-        self._read, self._note, self._stamp = read, note, stamp
-        self._known: Members | None = None
-        self._seen: object = None
-        self._slip = ""
-
-    def __call__(self) -> Members:
-        """Return it.
-
-        Raises:
-            SettingsError: The list could never be read.
-            IdentityError: As before.
-        """
-        seen = self._stamp() if self._stamp is not None else None
-        if self._known is not None and seen is not None and seen == self._seen:
-            return self._known
-        try:
-            self._known, slip = self._read(), ""
-        except (IdentityError, SettingsError) as error:
-            if self._known is None:
-                raise
-            slip = str(error)
-            if slip != self._slip:
-                self._note(slip)
-        self._slip, self._seen = slip, seen
-        return self._known
-
-
-def stamp_of(path: Path) -> object:
-    """Return what tells a file from what stood there before, or ``None`` where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:

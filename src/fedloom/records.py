@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fedloom.accounting.ledger import SERVER, SUMMED
+from fedloom.accounting.costs import SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
 from fedloom.assembly import Division, Parts, of_server
 from fedloom.data.examples import (
@@ -37,9 +37,9 @@ from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
 from fedloom.methods.base import EVALUATE
 from fedloom.objectives.base import Objective
+from fedloom.progress import Evaluation, RoundRecord
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
-from fedloom.server import Evaluation, RoundRecord
 from fedloom.training.memory import client_memory
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
@@ -154,17 +154,32 @@ def fingerprint(experiment: Experiment, division: Division, objective: Objective
 
 
 def partition_record(
-    experiment: Experiment, division: Division, sizes: Mapping[int, int] | None = None
+    experiment: Experiment,
+    division: Division,
+    sizes: Mapping[int, int] | None = None,
+    held_out: Mapping[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Return the content of ``partition.json``; ``sizes`` where clients alone know their rows."""
+    """Return the content of ``partition.json``.
+
+    Args:
+        experiment: Says how rows are dealt.
+        division: How they were dealt here.
+        sizes: Rows that each client says it trains on, where clients alone know them.
+        held_out: Rows that each says it is judged by, where clients alone know them.
+    """
     shares = division.shares
-    if sizes is not None and experiment.data.is_private:
+    if sizes is not None and held_out is not None and not _are_dealt(division, sizes):
         return {
             "kind": "own",
             "column": None,
             "values": ["all"],
             "clients": [
-                {"client": client, "train": rows, "held_out": 0, "counts": {"all": rows}}
+                {
+                    "client": client,
+                    "train": rows,
+                    "held_out": held_out.get(client, 0),
+                    "counts": {"all": rows},
+                }
                 for client, rows in sorted(sizes.items())
             ],
         }
@@ -182,6 +197,14 @@ def partition_record(
             for client, counts in enumerate(shares.counts)
         ],
     }
+
+
+def _are_dealt(division: Division, sizes: Mapping[int, int]) -> bool:
+    """Return whether clients elsewhere hold the rows that were dealt here."""
+    return bool(division.train) and all(
+        client in division.train and len(division.train[client]) == rows
+        for client, rows in sizes.items()
+    )
 
 
 def partition_table(record: Mapping[str, Any]) -> Table:
@@ -219,6 +242,10 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
         "rejected": [{"client": c, "reason": why} for c, why in record.rejected.items()],
         "offences": [offence.to_record() for offence in record.offences],
         "replaced": list(record.replaced),
+        "absent": [
+            {"client": client, "since": _moment(own.since), "reason": own.reason}
+            for client, own in sorted(record.absent.items())
+        ],
         "paused": {str(client): until for client, until in record.paused.items()},
         "weighed": {str(client): list(claim) for client, claim in record.weighed.items()},
         "learning_rate": record.learning_rate,
@@ -231,6 +258,12 @@ def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
         "seconds": record.seconds,
         "details": dict(record.details),
     }
+
+
+def _moment(seconds: float) -> str:
+    """Return a time (seconds since 1970) as ISO 8601, in UTC."""
+    when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return when.isoformat(timespec="seconds")
 
 
 def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -6,12 +6,11 @@ A run leaves a folder (``report/run_folder.py``) from which alone reports are ma
 from __future__ import annotations
 
 import shutil
-import sys
 import uuid
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.table import Table
 
@@ -22,7 +21,14 @@ from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
-from fedloom.errors import CheckpointError, DataError, Interrupted, OutputError, SettingsError
+from fedloom.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    OutputError,
+    RoundFailed,
+    SettingsError,
+)
 from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
@@ -32,6 +38,7 @@ from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.offences import of_rounds
+from fedloom.progress import Plan, RoundRecord, RunObserver, Silent
 from fedloom.records import (
     SIMULATION,
     answers_of,
@@ -48,68 +55,10 @@ from fedloom.records import (
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
-from fedloom.server import Briefing, Observer, RemoteEngine, RoundRecord, Server
+from fedloom.server import Briefing, RemoteEngine, Server
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do, for whoever watches.
-
-    Attributes:
-        headline: One line: who trains what how.
-        details: One line: sizes.
-        rounds: Rounds in all.
-        metric: Name of the metric the run is judged by.
-        higher_is_better: Its direction.
-    """
-
-    headline: str
-    details: str
-    rounds: int
-    metric: str
-    higher_is_better: bool
-
-
-class RunObserver(Observer, Protocol):
-    """Who watches a whole run; a terminal, for one."""
-
-    def stage(self, text: str) -> None:
-        """Something is being prepared."""
-        ...
-
-    def begin(self, plan: Plan) -> None:
-        """Training is about to start."""
-        ...
-
-    def end(self) -> None:
-        """The run is over, well or not."""
-        ...
-
-
-class Silent:
-    """An observer that shows nothing: the default in Python."""
-
-    def stage(self, text: str) -> None:
-        """Show nothing."""
-
-    def begin(self, plan: Plan) -> None:
-        """Show nothing."""
-
-    def client_done(self, round: int, client: int, done: int, of: int) -> None:
-        """Show nothing."""
-
-    def round_done(self, record: RoundRecord) -> None:
-        """Show nothing."""
-
-    def warning(self, text: str) -> None:
-        """Print the warning on standard error."""
-        print(f"fedloom: warning: {text}", file=sys.stderr)
-
-    def end(self) -> None:
-        """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +126,8 @@ def run_experiment(
         )
         run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
         run.prepare(-1)
+    except RoundFailed:
+        raise  # the folder's log says who could not take part
     except BaseException:
         shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: leave nothing behind
         raise
@@ -364,24 +315,40 @@ class _Run:
             undone = [e for e in earlier if e["event"] == "undone"]
             briefing = Briefing(
                 id,
-                self.experiment.to_toml(),
+                _for_clients(self.experiment).to_toml(),
                 self.parts.division.classes,
                 self.parts.model_digest,
                 (*(event["after"] for event in began), done),
                 self.audit.record,
                 tuple((e["client"], e["stretch"], e["message_number"]) for e in undone),
                 self.admission.report,
+                self.observer.warning,
             )
             self.remote.begin(briefing, self.parts.ledger)
         if known is None:
-            _write_start(
-                self.folder, self.experiment, self.parts, self.objective, id, _name_of(self.remote)
-            )
+            self._write_start(id)
         digest = fingerprint(self.experiment, self.parts.division, self.objective)
         sizes = self.parts.engine.sizes()
         rows = {str(client): size for client, size in sizes.items()}
         self.audit.record("began", run=id, experiment=digest, after=done, clients=rows)
         self._tell_heaviest(sizes)
+
+    def _write_start(self, id: str) -> None:
+        """Write down what is known before the first round."""
+        experiment, parts, remote = self.experiment, self.parts, self.remote
+        sizes = parts.engine.sizes()
+        held_out = remote.held_out() if remote is not None else None
+        partition = partition_record(experiment, parts.division, sizes, held_out)
+        self.folder.write_json(names.PARTITION, partition)
+        record = run_record(
+            self.folder.path, experiment, parts, self.objective, id, _name_of(remote)
+        )
+        if remote is not None:
+            record["members"] = [
+                {"client": client, "number": own.number, "name": own.name}
+                for client, own in enumerate(remote.participants)
+            ]
+        self.folder.write_json(names.RUN, record)
 
     def _tell_heaviest(self, sizes: Mapping[int, int]) -> None:
         """Say what a client weighs at most, if there is a bound, and whose rows are more."""
@@ -668,24 +635,23 @@ def _require_same_model(folder: RunFolder, parts: Parts) -> None:
         )
 
 
-def _write_start(
-    folder: RunFolder,
-    experiment: Experiment,
-    parts: Parts,
-    objective: Objective | None,
-    id: str,
-    engine: str,
-) -> None:
-    sizes = parts.engine.sizes()
-    folder.write_json(names.PARTITION, partition_record(experiment, parts.division, sizes))
-    folder.write_json(names.RUN, run_record(folder.path, experiment, parts, objective, id, engine))
+def _for_clients(experiment: Experiment) -> Experiment:
+    """Return an experiment as clients are told of it: not who else takes part."""
+    return replace(
+        experiment, federation=experiment.federation.model_copy(update={"members": None})
+    )
 
 
 def _plan(experiment: Experiment, parts: Parts) -> Plan:
     federation, sizes = experiment.federation, parts.engine.sizes()
     headline = HEADLINES[parts.division.judged]
     trained = sum(p.numel() for p in parts.model.parameters.values())
-    cohort = min(federation.cohort_size, len(sizes))
+    absent = parts.engine.absent()
+    there = len(sizes)
+    everybody = there + len(absent)
+    cohort = min(federation.cohort_size, there)
+    missing = ", ".join(parts.engine.title(client) for client in sorted(absent))
+    of = f"{there} of {everybody} clients, without {missing}" if absent else f"{there} clients"
     objective = type(parts.objective).__name__
     deal = parts.division.feedback
     pairs = ""
@@ -696,7 +662,7 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
         )
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
-        f"{cohort} of {len(sizes)} clients a round",
+        f"{cohort} of {of} a round",
         f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
         f"rows per client {min(sizes.values())} to {max(sizes.values())}, "
         f"{len(parts.division.test)} held out"
@@ -704,4 +670,5 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
         federation.rounds,
         headline.name,
         headline.higher_is_better,
+        {client: parts.engine.title(client) for client in sorted({*sizes, *absent})},
     )

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.accounting.ledger import Ledger
 from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, NumberSpec, Payload, Reply, StoredTensors, encode
 from fedloom.methods.base import Cohort, Method, Round
-from fedloom.offences import Offence, OffenceObserver, Report
+from fedloom.offences import OffenceObserver, Report
+from fedloom.progress import Absence, Evaluation, Observer, Participant, RoundRecord
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 from fedloom.training.local import LOSS
@@ -36,7 +37,12 @@ class FederationSettings(Settings):
 
     rounds: int = Field(default=10, ge=1)
     clients: int = Field(default=8, ge=1)
-    """Clients there are."""
+    """Clients there are (between machines by default the members that are let in)."""
+    members: list[str] | None = None
+    """Between machines, names of the members that take part, in the order of their clients' numbers
+    (default: all that are let in, by number). Clients are not told."""
+    require: Literal["all"] | int | float = "all"
+    """Between machines, clients without which a run does not begin: all, a number, or a share."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """Clients drawn for each round (default: all)."""
     seed: int = Field(default=0, ge=0)
@@ -59,6 +65,34 @@ class FederationSettings(Settings):
     """Seconds that a run waits for all of its clients on other machines when it begins, and a round for a
     quorum of them."""
 
+    @field_validator("require", mode="before")
+    @classmethod
+    def _all_number_or_share(cls, value: object) -> object:
+        whole = type(value) is int and value >= 1
+        if value == "all" or whole or (type(value) is float and 0 < value <= 1):
+            return value
+        raise ValueError('must be "all", a whole number of at least 1, or a share in (0, 1]')
+
+    @property
+    def required(self) -> int:
+        """Clients without which a run between machines does not begin."""
+        if self.require == "all":
+            return self.clients
+        if isinstance(self.require, int):
+            return min(self.require, self.clients)
+        return max(1, math.ceil(self.require * self.clients))
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        if isinstance(self.require, int) and self.require > self.clients:
+            found.append(
+                f"federation.require = {self.require}, but there are federation.clients = {self.clients}"
+            )
+        if self.members is not None and len(set(self.members)) < len(self.members):
+            found.append("federation.members names somebody twice")
+        return found
+
     @property
     def cohort_size(self) -> int:
         """Clients drawn for each round."""
@@ -73,6 +107,14 @@ class Engine(Protocol):
 
     def sizes(self) -> dict[int, int]:
         """Return the training rows of each client there is."""
+        ...
+
+    def absent(self) -> dict[int, Absence]:
+        """Return the clients that the run expects and that are not there."""
+        ...
+
+    def title(self, client: int) -> str:
+        """Return what a client is called in messages."""
         ...
 
     def exchange(self, exchange: Exchange) -> Iterable[Answer]:
@@ -102,6 +144,7 @@ class Briefing:
         undone: Messages whose answers did not count: client, how many times the run had begun or been
             resumed, number.
         report: Told of offences that are found outside of answers, by any thread.
+        warn: Told, in words, who is waited for.
     """
 
     run: str
@@ -112,6 +155,7 @@ class Briefing:
     audit: Record = unheard
     undone: tuple[tuple[int, int, int], ...] = ()
     report: Report = lambda client, kind, reason: None
+    warn: Callable[[str], None] = lambda text: None
 
 
 class RemoteEngine(Engine, Protocol):
@@ -132,77 +176,25 @@ class RemoteEngine(Engine, Protocol):
         """Clients that have held-out rows of their own."""
         ...
 
+    @property
+    def participants(self) -> Sequence[Participant]:
+        """The members that the run expects, in the order of their clients' numbers."""
+        ...
+
+    def held_out(self) -> dict[int, int]:
+        """Return the rows that each client which was met is judged by."""
+        ...
+
     def begin(self, briefing: Briefing, ledger: Ledger) -> None:
         """Meet the clients; their costs go to the ledger.
 
         Raises:
-            RoundFailed: Too few for a quorum came in time.
+            RoundFailed: Fewer than are required came in time.
         """
         ...
 
     def end(self, keep: Payload | None) -> None:
         """Tell clients that the run is over; with ``keep``, what they make their own models of."""
-        ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out metrics of one state: on the global set, and on each client's own."""
-
-    metrics: Mapping[str, float]
-    clients: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What is known about one round.
-
-    Attributes:
-        round: From 1; 0 is the evaluation before any training.
-        clients: The cohort.
-        rejected: Clients left out of the round, and why.
-        offences: What clients got wrong in it, in an answer or otherwise; one of each client and kind.
-        paused: Clients in quarantine for earlier offences, each with the last round of that.
-        weighed: Clients that claimed more examples than one may weigh: claimed, and counted.
-        replaced: Clients of the first draw in whose place others were drawn.
-        learning_rate: Of the round.
-        train: Mean training metrics over the clients' examples; empty for round 0.
-        client_train: The same for each client.
-        evaluation: Held-out metrics, in rounds that evaluate.
-        costs: What the round cost, by client and phase.
-        seconds: Wall-clock time of the round, evaluation included.
-        details: What else the method shows of it, as plain JSON.
-    """
-
-    round: int
-    clients: tuple[int, ...] = ()
-    rejected: Mapping[int, str] = field(default_factory=dict)
-    offences: tuple[Offence, ...] = ()
-    paused: Mapping[int, int] = field(default_factory=dict)
-    weighed: Mapping[int, tuple[float, int]] = field(default_factory=dict)
-    replaced: tuple[int, ...] = ()
-    learning_rate: float = 0.0
-    train: Mapping[str, float] = field(default_factory=dict)
-    client_train: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    evaluation: Evaluation | None = None
-    costs: tuple[Cost, ...] = ()
-    seconds: float = 0.0
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Observer(Protocol):
-    """Who watches a run: the terminal, an event file, a test."""
-
-    def client_done(self, round: int, client: int, done: int, of: int) -> None:
-        """Client ``client`` has answered, as number ``done`` of ``of`` in this exchange."""
-        ...
-
-    def round_done(self, record: RoundRecord) -> None:
-        """A round is over and its record is written."""
-        ...
-
-    def warning(self, text: str) -> None:
-        """Something the user should know, which does not stop the run."""
         ...
 
 
@@ -254,11 +246,13 @@ class Server:
             evaluation = self.evaluate(state, 0)
             offences = self.admission.close(0)
             self._finish(RoundRecord(0, offences=offences, evaluation=evaluation), state, start)
+        absent: Mapping[int, Absence] = {}
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):
             start = time.perf_counter()
             paused = self.admission.paused(round)
             cohort = self._cohort(round, paused)
             self._tell_paused(round, paused)
+            absent = self._tell_absent(round, absent)
             play = _Play(self, cohort)
             state, cohort = play.run(state), play.cohort
             evaluation = self.evaluate(state, round)
@@ -271,6 +265,7 @@ class Server:
                 paused,
                 weighed,
                 play.replaced,
+                absent,
                 cohort.learning_rate,
                 _mean(play.metrics, play.examples) | cohort.notes,
                 dict(sorted(play.metrics.items())),
@@ -293,10 +288,22 @@ class Server:
         for client, until in sorted(paused.items()):
             if before.get(client) != until:
                 self.observer.warning(
-                    f"client {client} is in quarantine until round {until}: "
+                    f"{self.engine.title(client)} is in quarantine until round {until}: "
                     f"offences in {self.admission.settings.offences} rounds (admission.offences)"
                 )
         self.admission.watch.quarantined(self.admission.run or "", round, paused)
+
+    def _tell_absent(self, round: int, before: Mapping[int, Absence]) -> Mapping[int, Absence]:
+        """Return who is missing in a round; warn of each who was not, and say who is back."""
+        absent = self.engine.absent()
+        for client, own in sorted(absent.items()):
+            if client not in before or before[client].reason != own.reason:
+                self.observer.warning(
+                    f"round {round} begins without {self.engine.title(client)}: {own.reason}"
+                )
+        for client in sorted(before.keys() - absent.keys()):
+            self.observer.warning(f"{self.engine.title(client)} is back in round {round}")
+        return absent
 
     def _cohort(self, round: int, paused: Mapping[int, int]) -> Cohort:
         sizes = self.engine.sizes()

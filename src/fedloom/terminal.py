@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from fedloom.advice import Option
     from fedloom.comparison import Comparison
-    from fedloom.runner import Plan
-    from fedloom.server import Evaluation, RoundRecord
+    from fedloom.progress import Evaluation, Plan, RoundRecord
 
 SHOWN_ROUNDS = 12
 """Rounds in the live table; earlier ones scroll away (all are in rounds.jsonl)."""
@@ -92,13 +91,21 @@ class Terminal:
         taken = len(record.clients) - len(record.rejected)
         return {
             "round": f"{record.round}/{self.plan.rounds}",
-            "clients": f"{taken}/{len(record.clients)}" if record.clients else "start",
+            "clients": self._clients(record, taken),
+            "missing": ", ".join(self.plan.names.get(c, str(c)) for c in sorted(record.absent)),
             "loss": _number(record.train.get("loss")),
             self.plan.metric: _number(metric),
             "worst client": _number(worst),
             "sent": f"{human_bytes(down)} down {human_bytes(up)} up" if down + up else "",
             "left": self._left(record.round),
         }
+
+    def _clients(self, record: RoundRecord, taken: int) -> str:
+        """Return how many answers were taken, of those asked or, where some are missing, of all."""
+        if not record.clients:
+            return "start"
+        expected = len(self.plan.names) if self.plan is not None and record.absent else 0
+        return f"{taken}/{max(expected, len(record.clients))}"
 
     def _judged(self, evaluation: Evaluation | None) -> tuple[float | None, float | None]:
         """Return the metric on the global held-out set and that of the worst client."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.errors import SettingsError
-from fedloom.server import RoundRecord
+from fedloom.progress import RoundRecord
 
 
 class Tracker(Protocol):

@@ -17,7 +17,7 @@ from fedloom.assembly import assemble, divide
 from fedloom.experiment import Experiment
 from fedloom.messages import Answer
 from fedloom.methods.base import Cohort
-from fedloom.runner import Silent
+from fedloom.progress import Silent
 from fedloom.server import Server
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
@@ -47,6 +47,12 @@ class Replay:
 
     def sizes(self):
         return self.engine.sizes()
+
+    def absent(self):
+        return {}
+
+    def title(self, client):
+        return f"client {client}"
 
     def exchange(self, exchange):
         gone = self.rejected[exchange.round] & exchange.requests.keys()

@@ -13,7 +13,8 @@ from fedloom.envelope import Envelope, RequestHeader
 from fedloom.experiment import Experiment
 from fedloom.identity import secret_number
 from fedloom.methods import METHODS
-from fedloom.runner import Silent, run_experiment
+from fedloom.progress import Silent
+from fedloom.runner import run_experiment
 from loopback import client_file
 
 QUICK = ["fedavg", "scaffold", "fedpdpo", "fedamole", "fedmoe", "distillation", "split", "flora"]

@@ -25,7 +25,8 @@ from fedloom.errors import (
 )
 from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
-from fedloom.runner import Silent, resume_run, run_experiment
+from fedloom.progress import Silent
+from fedloom.runner import resume_run, run_experiment
 from loopback import Outcome, of, resealed, tampering
 
 CASES = {
@@ -171,7 +172,7 @@ def test_who_is_not_let_in_does_not_take_part(deployed):
     ("claim", "reason"),
     [
         ({"model": "0" * 64}, "its model or tokenizer is another one: SHA-256 000000000000"),
-        ({"version": "0.0.9"}, "it has fedloom 0.0.9, the server"),
+        ({"version": "0.0.9", "protocol": 1}, "it has fedloom 0.0.9 (protocol 1), the server"),
     ],
 )
 def test_another_model_or_version_is_not_let_in(deployed, claim, reason):

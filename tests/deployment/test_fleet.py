@@ -1,5 +1,6 @@
 """What is passed on of Flower's Fleet interface, over a pair of sockets and a server that stands for Flower's."""
 
+import base64
 import contextlib
 import http.server
 import socket
@@ -7,15 +8,19 @@ import threading
 import time
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
 from fedloom.deployment import fleet
 from fedloom.deployment.fleet import Forbidden, Refused
+from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.errors import ConnectionFailed
+from fedloom.members import Member
 
-KEY = b"a2V5"
+NODE = NodeKey(5, Member(number=0, name="a", key=""), ec.generate_private_key(ec.SECP384R1()))
 
 
 class Flower:
@@ -71,7 +76,11 @@ def passing(flower):
             try:
                 with theirs:
                     fleet.pass_on(
-                        theirs, flower, KEY, lambda: allowed, lambda: None, threading.Lock()
+                        theirs,
+                        flower,
+                        lambda: NODE if allowed else None,
+                        lambda: None,
+                        threading.Lock(),
                     )
             except Exception as error:
                 found.append(error)
@@ -113,7 +122,7 @@ def pushed(*messages):
 
 
 def request(name="pull-messages", body=b"body", length=None, **headers):
-    said = {"host": "x", "flwr-public-key": KEY.decode(), "x-more": "1", **headers}
+    said = {"host": "x", "x-more": "1", **headers}
     lines = "".join(f"{k}: {v}\r\n" for k, v in said.items())
     length = len(body) if length is None else length
     return (
@@ -137,7 +146,9 @@ def test_calls_go_through_one_after_the_other_and_a_client_that_leaves_has_done_
 def test_a_reply_of_the_clients_own_is_passed_on_as_it_came(passing, flower):
     answer, _ = passing(request("push-messages", pushed(message())))
     assert answer.startswith(b"HTTP/1.1 200") and flower.asked[0][2] == pushed(message())
-    assert flower.asked[0][1]["flwr-public-key"] == KEY.decode()
+    assert (
+        flower.asked[0][1]["flwr-public-key"] == dict(NODE.headers())[b"flwr-public-key"].decode()
+    )
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(passing, monkeypatch):
@@ -174,16 +185,28 @@ def test_no_more_is_taken_once_the_database_is_full_and_that_is_nobodys_offence(
     assert passing(request())[0].startswith(b"HTTP/1.1 200")
 
 
+def test_what_a_client_says_of_who_it_is_to_flower_is_not_passed_on(passing, flower):
+    """The gateway signs for the node of the member that has proven its key."""
+    passing(
+        request(**{"flwr-public-key": "b3RoZXI=", "flwr-signature": "x", "flwr-timestamp": "y"})
+    )
+    said = flower.asked[0][1]
+    public, moment, signature = (
+        said[name] for name in ("flwr-public-key", "flwr-timestamp", "flwr-signature")
+    )
+    key = bytes_to_public_key(base64.b64decode(public))
+    assert key == NODE.private.public_key()
+    assert verify_signature(key, moment.encode(), base64.b64decode(signature))
+
+
 @pytest.mark.parametrize(
     ("content", "status", "kind"),
     [
         (request("../control/list-runs"), 403, "forbidden"),
         (request("register-node"), 403, "forbidden"),
-        (request(**{"flwr-public-key": "b3RoZXI="}), 403, "forbidden"),
         (request(length=1 << 30), 413, "oversized"),
         (request(length="x"), 400, "malformed"),
         (b"\x16\x03\x01 no HTTP at all\r\n\r\n", 400, "malformed"),
-        (request(**{"flwr-Public-key": "b3RoZXI="}), 400, "malformed"),  # two of them
         (request(**{"Content-length": "0"}, length=4), 400, "malformed"),
         (request(**{"transfer-encoding": "chunked"}, length=0, body=b""), 411, "malformed"),
         (request("push-messages", b"\xff no protobuf"), 400, "malformed"),

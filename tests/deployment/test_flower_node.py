@@ -15,6 +15,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -53,8 +54,9 @@ class Flower:
     def __init__(self, fab=None):
         self.fab = fab if fab is not None else own_bundle()
         self.waiting, self.objects, self.replies, self.pushed = [], {}, [], {}
-        self.confirmed, self.known, self.activated, self.left = [], set(), 0, 0
-        self.failing, self.fetched, self.going = [], 0, None
+        self.confirmed, self.known, self.opened, self.left = [], {5}, 0, 0
+        self.closed = []
+        self.failing, self.fetched, self.going, self.said = [], 0, None, []
 
     def ask(self, content):
         message = Message(content, dst_node_id=5, message_type="query")
@@ -75,11 +77,6 @@ class Flower:
     def fail(self):
         if self.failing:
             raise self.failing.pop(0)
-
-    def ActivateNode(self, request):
-        self.activated += 1
-        self.known.add(5)
-        return SimpleNamespace(node_id=5)
 
     def DeactivateNode(self, request):
         self.left += 1
@@ -141,6 +138,7 @@ def take_part(tmp_path, monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, RUN)
     monkeypatch.setattr(flower_node, "SOON", 0.0)
     monkeypatch.setattr(flower_node, "AGAIN", (0.0, 0.01))
+    monkeypatch.setattr(flower_node, "REFUSED", (0.0, 0.01))
     make_key(tmp_path / "c.key")
 
     def run(flower, answer, max_bytes=1 << 20):
@@ -151,11 +149,14 @@ def take_part(tmp_path, monkeypatch):
             return answer(envelope)
 
         gateway = SimpleNamespace(key=read_key(tmp_path / "c.key"))
-        node = FlowerNode(gateway, counted, max_bytes)
+        node = FlowerNode(gateway, counted, max_bytes, flower.said.append)
 
         @contextmanager
         def client(gateway, max_bytes):
-            yield flower
+            flower.opened += 1
+            if flower.closed:
+                raise flower.closed.pop(0)
+            yield flower, Node(node_id=5)
 
         monkeypatch.setattr(flower_node, "fleet_client", client)
         flower.stop = node.stop
@@ -304,23 +305,33 @@ def test_a_server_that_goes_away_is_waited_for_and_knows_the_node_still(take_par
     flower = Flower()
     flower.failing = [httpx.ConnectError("gone"), ConnectionFailed("gone"), status(503)]
     flower.ask(to_records(Envelope(b"header", b"payload")))
-    assert len(take_part(flower, reply)) == 1 and flower.activated == 1
+    assert len(take_part(flower, reply)) == 1 and flower.opened >= 4
 
 
-def test_a_server_that_forgot_the_node_is_told_anew(take_part):
+def test_a_server_that_cannot_be_reached_is_told_of_once_and_that_it_is_back(take_part):
     flower = Flower()
-    flower.failing = [httpx.ConnectError("gone")]
-    flower.SendNodeHeartbeat = lambda request: SimpleNamespace(success=False)
+    flower.closed = [ConnectionFailed("nobody answers"), ConnectionFailed("nobody answers")]
     flower.ask(to_records(Envelope(b"header", b"payload")))
-    take_part(flower, reply)
-    assert flower.activated == 2
+    assert len(take_part(flower, reply)) == 1
+    lost = "the server cannot be reached: nobody answers; trying again"
+    assert flower.said == [lost, "taking part again"]
 
 
-def test_a_client_that_is_let_in_no_longer_ends(take_part):
+def test_a_server_that_does_not_know_the_node_yet_is_asked_again(take_part):
+    """It was started anew, and is being told of its members; the gateway says which node this is now."""
+    flower, known = Flower(), iter([False, False])
+    flower.SendNodeHeartbeat = lambda request: SimpleNamespace(success=next(known, True))
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+    assert len(take_part(flower, reply)) == 1 and flower.opened >= 3
+
+
+def test_a_client_that_is_let_in_no_longer_says_so_once_and_comes_back_when_it_is(take_part):
     flower = Flower()
-    flower.failing = [IdentityError("the key has been revoked")]
-    with pytest.raises(IdentityError, match="revoked"):
-        take_part(flower, reply)
+    flower.closed = [IdentityError("the key has been revoked") for _ in range(3)]
+    flower.ask(to_records(Envelope(b"header", b"payload")))
+    assert len(take_part(flower, reply)) == 1
+    refused = "the key has been revoked; trying again every few minutes"
+    assert flower.said == [refused, "taking part again"]
 
 
 def test_whatever_a_server_sends_the_client_goes_on(take_part):
@@ -340,7 +351,7 @@ def test_a_response_that_is_packed_is_not_unpacked():
             headers = {"content-encoding": "gzip"}
             return httpx.Response(200, headers=headers, stream=httpx.ByteStream(packed))
 
-    transport = flower_node._Transport(None, 1 << 20)
+    transport = flower_node._Transport(SimpleNamespace(close=lambda: None), 1 << 20)
     transport._inner = Inner()
     with (
         httpx.Client(transport=transport) as client,
@@ -362,7 +373,7 @@ def test_a_response_that_is_too_long_is_not_read_to_its_end():
         def handle_request(self, request):
             return httpx.Response(200, stream=Stream())
 
-    transport = flower_node._Transport(None, 1 << 20)
+    transport = flower_node._Transport(SimpleNamespace(close=lambda: None), 1 << 20)
     transport._inner = Inner()
     client = httpx.Client(transport=transport)
     with client, pytest.raises(httpx.ReadError, match="longer than is allowed"):

@@ -7,9 +7,7 @@ import sys
 import threading
 
 import pytest
-from rich.console import Console
 
-from fedloom.deployment.control import clients_table
 from fedloom.deployment.offences import (
     FILE,
     OffenceLog,
@@ -156,35 +154,13 @@ def test_a_full_disk_ends_nothing_and_is_said_once(path, caplog, monkeypatch):
     assert caplog.text.count("offences cannot be written") == 1
 
 
-def shown(table):
-    console = Console(width=200, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return [line.rstrip() for line in captured.get().splitlines()]
-
-
-CLIENTS = [(0, "site-a", "online"), (3, "site-b", "online")]
-
-
-def test_status_shows_what_clients_got_wrong_and_until_when_they_are_in_quarantine():
-    standing = OffenceSummary(
-        {"oversized": 2, "forged": 1}, "forged", "[red]its\nsignature", "2026-01-01", RUN, 17
-    )
-    known = OffenceSummaries(RUN, {3: standing})
-    head, first, second = shown(clients_table(CLIENTS, known, playing=True))
-    assert head.split() == ["client", "name", "state", "offences", "quarantine", "last"]
-    assert first.split() == ["0", "site-a", "online"]
-    assert "forged 1, oversized 2" in second and "until round 17 of run aaaaaaaa" in second
-    assert "2026-01-01 forged: [red]its signature" in second
-    for playing, run in ((False, RUN), (True, "b" * 32)):  # quarantine is of a run that goes on
-        assert (
-            "until"
-            not in shown(
-                clients_table(CLIENTS, OffenceSummaries(run, {3: standing}), playing=playing)
-            )[2]
-        )
-
-
-def test_status_is_as_it_was_where_nobody_offended():
-    head, *rows = shown(clients_table(CLIENTS, OffenceSummaries(), playing=True))
-    assert head.split() == ["client", "name", "state"] and len(rows) == 2
+def test_a_client_is_noted_under_its_members_number(tmp_path):
+    """In a run it has another one, which the records of the run have."""
+    log = OffenceLog(tmp_path / "offences.jsonl", number_of={0: 7, 1: 4}.__getitem__)
+    log.began(RUN)
+    log.offended(Offence(1, "forged", "its signature", 2, RUN))
+    log.quarantined(RUN, 3, {1: 12})
+    log.quarantined(RUN, 13, {})
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [line.get("client") for line in lines] == [None, 4, 4, 4]
+    assert list(read_offences(log.path).clients) == [4]

@@ -1,22 +1,24 @@
 """How a run is told to who asked for it: what an observer sees there is what happened."""
 
 import contextlib
+import os
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from fedloom.accounting.ledger import Cost
-from fedloom.deployment.orders import ASK, News, Order, read_news, show
-from fedloom.errors import FedloomError, RoundFailed
+from fedloom.accounting.costs import Cost
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.orders import ASK, News, Order, news_file, order_file, read_news, show
+from fedloom.errors import FedloomError, ModelError, RoundFailed
 from fedloom.offences import Offence
-from fedloom.runner import Plan
-from fedloom.server import Evaluation, RoundRecord
+from fedloom.progress import Absence, Evaluation, Plan, RoundRecord
 
-PLAN = Plan("who", "what", 3, "accuracy", True)
+PLAN = Plan("who", "what", 3, "accuracy", True, {0: "north (client 0)", 3: "south (client 3)"})
 RECORD = RoundRecord(
     2, (0, 3), {3: "it failed"}, (Offence(3, "forged", "why", 2, "r", 4),), {5: 9}, {0: (99.0, 7)}, (4,),
+    {1: Absence(1e9, "not connected")},
     1e-3, {"loss": 0.5}, {0: {"loss": 0.5}},
     Evaluation({"accuracy": 0.5}, {0: {"accuracy": 0.25}}),
     (Cost(2, 0, "train", bytes_up=7),), 0.5, {"held": {"0": [1]}},
@@ -41,7 +43,7 @@ def test_what_is_told_is_what_happened(tmp_path):
     news.end()
     news.tell("finished", summary="all well")
     news.close()
-    assert show(read_news(tmp_path / "news.jsonl", lambda: True), seen, "f") == "all well"
+    assert show(read_news(tmp_path / "news.jsonl", lambda: True), seen) == "all well"
     assert seen.calls == [
         ("stage", (), {"text": "loading"}),
         ("begin", (PLAN,), {}),
@@ -56,14 +58,22 @@ def test_a_failure_is_told_with_its_exit_code(tmp_path):
     with contextlib.closing(News(tmp_path / "news.jsonl")) as news:
         news.tell("failed", text="no such model", exit_code=3)
     with pytest.raises(FedloomError, match="no such model") as failed:
-        show(read_news(tmp_path / "news.jsonl", lambda: True), Seen(), "f")
+        show(read_news(tmp_path / "news.jsonl", lambda: True), Seen())
     assert failed.value.exit_code == 3
 
 
-def test_a_run_that_is_gone_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "hint"),
+    [("runs/x", "go on with `fedloom run --resume runs/x "), ("", "nothing of it was trained")],
+)
+def test_a_run_that_is_gone_with_its_server_is_told(tmp_path, monkeypatch, folder, hint):
     monkeypatch.setattr("fedloom.deployment.orders.ASK", 0.0)
-    with pytest.raises(RoundFailed, match="go on with `fedloom run --resume runs/x "):
-        show(read_news(tmp_path / "absent.jsonl", lambda: False), Seen(), "runs/x")
+    with News(tmp_path / "news.jsonl") as news:
+        news.stage("loading")
+        if folder:
+            news.tell("folder", folder=folder)
+    with pytest.raises(RoundFailed, match=f"the server is gone, and the run with it; .*{hint}"):
+        show(read_news(tmp_path / "news.jsonl", lambda: False), Seen())
 
 
 def test_a_run_that_ends_while_it_is_asked_about_is_not_gone(tmp_path, monkeypatch):
@@ -76,7 +86,7 @@ def test_a_run_that_ends_while_it_is_asked_about_is_not_gone(tmp_path, monkeypat
         return False
 
     news, seen = News(tmp_path / "news.jsonl"), Seen()
-    assert show(read_news(tmp_path / "news.jsonl", ends_meanwhile), seen, "runs/x") == "all well"
+    assert show(read_news(tmp_path / "news.jsonl", ends_meanwhile), seen) == "all well"
     assert seen.calls == [("round_done", (RECORD,), {})]
 
 
@@ -95,29 +105,69 @@ def test_a_run_is_asked_about_only_when_it_is_quiet(tmp_path, monkeypatch):
     assert len(found) == 10 and asked == [10 + ASK + 1]
 
 
-@pytest.mark.parametrize("signal", [SystemExit(0), KeyboardInterrupt()])
-def test_a_run_that_flower_stops_says_how_to_go_on(tmp_path, monkeypatch, signal):
+@pytest.fixture
+def ordered(tmp_path, monkeypatch):
+    """An order for the process that plays runs, and how its play ends."""
     from fedloom.deployment import serverapp
 
-    def stopped(*_):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serverapp, "end_with_parent", lambda: None)
+    before = os.umask(0o022)
+    home = ServerHome(tmp_path / "server")
+    order = Order(id="a" * 32, home=str(home.path), name="x", cwd=str(tmp_path))
+    order.write(order_file(home, order.id))
+
+    def play(end):
+        def run(own):
+            own.folder = "runs/x"
+            return end()
+
+        monkeypatch.setattr(serverapp._Play, "run", run)
+        config = {"order": str(order_file(home, order.id))}
+        return serverapp.main(None, SimpleNamespace(run_config=config))
+
+    def told():
+        return show(read_news(news_file(home, order.id), lambda: False), Seen())
+
+    yield play, told
+    os.umask(before)
+
+
+@pytest.mark.parametrize("signal", [SystemExit(0), KeyboardInterrupt()])
+def test_a_run_that_flower_stops_says_how_to_go_on(ordered, signal):
+    play, told = ordered
+
+    def stopped():
         raise signal
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serverapp, "_play", stopped)
-    Order(home=str(tmp_path), folder="runs/x", cwd=str(tmp_path)).write(tmp_path / "order.toml")
     with pytest.raises(type(signal)):
-        serverapp.main(None, SimpleNamespace(run_config={"order": tmp_path / "order.toml"}))
-    with pytest.raises(FedloomError, match=r"stopped; .* `fedloom run --resume runs/x ") as told:
-        show(read_news(tmp_path / "order.jsonl", lambda: False), Seen(), "runs/x")
-    assert told.value.exit_code == 1
+        play(stopped)
+    with pytest.raises(FedloomError, match=r"stopped; .* `fedloom run --resume runs/x ") as said:
+        told()
+    assert said.value.exit_code == 1
 
 
-def test_a_run_that_does_not_begin_is_told_where_to_look(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.deployment.orders.SLOW", 0.0)
-    monkeypatch.setattr("fedloom.deployment.orders.ASK", 0.0)
-    path, asked = tmp_path / "requests" / "news.jsonl", iter([True, True, True, False])
-    (told,) = read_news(path, lambda: next(asked))
-    assert told["event"] == "warning" and str(tmp_path / "logs" / "serverapp.out") in told["text"]
+@pytest.mark.parametrize(
+    ("error", "text", "code"),
+    [(ModelError("no such model"), "no such model", 3), (KeyError("x"), "KeyError: 'x'", 1)],
+)
+def test_why_a_run_failed_is_told_with_its_exit_code(ordered, error, text, code):
+    play, told = ordered
+
+    def failed():
+        raise error
+
+    with pytest.raises(type(error)):
+        play(failed)
+    with pytest.raises(FedloomError) as said:
+        told()
+    assert (str(said.value), said.value.exit_code) == (text, code)
+
+
+def test_a_finished_run_ends_with_its_summary(ordered):
+    play, told = ordered
+    play(lambda: SimpleNamespace(summary_text="all well"))
+    assert told() == "all well"
 
 
 def test_half_a_line_is_waited_for(tmp_path):
@@ -137,7 +187,7 @@ def test_half_a_line_is_waited_for(tmp_path):
 
 
 def test_an_order_is_read_as_it_was_written(tmp_path):
-    order = Order(home="h", folder="f", cwd="c", from_round=3)
+    order = Order(id="1", home="h", name="n", cwd="c", resume="f", from_round=3, fresh_clients=[1])
     order.write(tmp_path / "order.toml")
     assert Order.read(tmp_path / "order.toml") == order
     (tmp_path / "order.toml").write_text('home = "h"\n')

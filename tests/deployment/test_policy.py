@@ -25,7 +25,8 @@ from fedloom.errors import (
 )
 from fedloom.experiment import Experiment
 from fedloom.messages import Schema
-from fedloom.runner import Silent, run_experiment
+from fedloom.progress import Silent
+from fedloom.runner import run_experiment
 from fedloom.settings import write_toml
 from hostile import HostileServer
 from loopback import client_file
@@ -134,7 +135,7 @@ def test_a_run_goes_on_without_a_client_that_refuses(loopback, small, table, tmp
     federation = loopback(2)
     model = [table["model"]["path"]]
     strict = client_file(tmp_path / "strict.toml", models=model, policy={"max_rank": 1})
-    small |= {"federation": {"clients": 2, "rounds": 1, "patience": 0.3, "quorum": 0.5}}
+    small |= {"federation": {"clients": 2, "rounds": 1, "patience": 0.3, "require": 1}}
     experiment = Experiment.from_table(small)
     engine = federation.engine(experiment, federation.mail(own={1: strict}))
     folder = run_experiment(experiment, observer=Silent(), remote=engine).folder

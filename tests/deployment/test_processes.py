@@ -1,5 +1,6 @@
 """The federation as its users start it: processes, sockets, TLS, authentication."""
 
+import json
 import re
 import time
 
@@ -44,7 +45,11 @@ def test_machines_give_the_bits_of_a_simulation(federation_of_two, experiment, t
 
 def test_status_shows_the_clients(federation_of_two):
     shown = federation_of_two.call("status", "--home", federation_of_two.server).stdout
-    assert re.search(r"0\s+client-0\s+online", shown) and "0 runs under way" in shown
+    assert re.search(r"0\s+client-0\s+connected", shown) and "no run is under way" in shown
+    found = json.loads(
+        federation_of_two.call("status", "--json", "--home", federation_of_two.server).stdout
+    )
+    assert [own["connected"] for own in found["members"][:2]] == [True, True]
 
 
 @pytest.mark.slow
@@ -91,7 +96,7 @@ class TestWhoIsNotLetIn:
         start = time.monotonic()
         done = own.call(*words, check=False, timeout=30)
         seconds = time.monotonic() - start
-        assert done.returncode == 4 and re.search(reason, " ".join(done.stderr.split()))
+        assert done.returncode == 5 and re.search(reason, " ".join(done.stderr.split()))
         assert "Traceback" not in done.stderr and seconds < 5
         return [e["reason"] for e in own.audit()[before:] if e["event"] == "refused_client"]
 
@@ -108,7 +113,7 @@ class TestWhoIsNotLetIn:
     def test_a_revoked_key(self, federation_of_two):
         own = federation_of_two
         own.allow(5)
-        own.call("keys", "revoke", "client-5", "--home", own.server)
+        own.call("members", "revoke", "client-5", "--home", own.server)
         (reason,) = self.refused(own, own.joining(5), "has been revoked")
         assert "has been revoked" in reason
 
@@ -122,25 +127,46 @@ class TestWhoIsNotLetIn:
         )
         assert reason.startswith("it does not trust this server: unable to get local issuer")
 
-    def test_no_tls_where_there_is_some(self, federation_of_two):
+    @pytest.mark.parametrize(
+        ("options", "words", "reason"),
+        [
+            ({}, ["--insecure"], "broke the connection: .*; trying again"),
+            ({"server": "localhost:9"}, [], "nobody answers at localhost:9: .*; trying again"),
+        ],
+    )
+    def test_a_server_that_may_come_is_waited_for(
+        self, federation_of_two, tmp_path, options, words, reason
+    ):
+        """Nobody there, or no TLS there: this machine may have booted first."""
         own = federation_of_two
-        words = [*own.joining(0, home="x"), "--insecure"]
-        self.refused(own, words, "broke the connection: .*")
+        log = own.start("x", *own.joining(0, home=tmp_path / "x", **options), *words)
+        own.wait(log, "trying again", 10)
+        process = own.processes.pop("x")
+        assert process.poll() is None and re.search(reason, " ".join(log.read_text().split()))
+        process.terminate()
+        assert process.wait(10) == 0 and "Traceback" not in log.read_text()
 
-    def test_nobody_there(self, federation_of_two):
+    def test_what_is_no_address_is_told(self, federation_of_two):
         own = federation_of_two
-        self.refused(
-            own, own.joining(0, server="localhost:9", home="x"), "nobody answers at localhost:9"
-        )
+        done = own.call(*own.joining(0, server="local host", home="x"), check=False)
+        assert done.returncode == 2 and "is no HOST:PORT" in done.stderr
+
+    def test_one_key_in_two_folders_takes_part_once(self, federation_of_two, tmp_path):
+        own = federation_of_two
+        log = own.start("x", *own.joining(0, home=tmp_path / "x"))
+        own.wait(log, "takes part already; stop that one first", 10)
+        process = own.processes.pop("x")
+        process.terminate()
+        assert process.wait(10) == 0 and "joined" not in log.read_text()
 
 
 def test_a_server_needs_certificates_in_force(federation_of_two, tmp_path):
     words = ("server", "start", "--home", tmp_path)
     done = federation_of_two.call(*words, check=False)
-    assert done.returncode == 4 and "`fedloom certs` makes them" in " ".join(done.stderr.split())
+    assert done.returncode == 5 and "`fedloom certs` makes them" in " ".join(done.stderr.split())
     make_authority(tmp_path, ["localhost"], days=0)
     done = federation_of_two.call(*words, check=False)
-    assert done.returncode == 4 and "has expired on" in done.stderr
+    assert done.returncode == 5 and "has expired on" in done.stderr
 
 
 def test_a_second_server_is_refused(federation_of_two):
@@ -165,11 +191,13 @@ def test_a_server_can_listen_at_one_address_alone():
         own.network.listen_at = own.network.address = "127.0.0.2"
         words = ("--home", own.server, "--port", own.port)
         done = own.call("server", "start", "--host", "127.0.0.2", *words, check=False)
-        assert done.returncode == 4 and "certs --host 127.0.0.2" in " ".join(done.stderr.split())
+        assert done.returncode == 5 and "certs --host 127.0.0.2" in " ".join(done.stderr.split())
         own.call("certs", "--home", own.server, "--host", "127.0.0.2")
         own.start_all()
         end = time.monotonic() + 30
-        while not re.search(r"client-0\s+online", own.call("status", "--home", own.server).stdout):
+        while not re.search(
+            r"client-0\s+connected", own.call("status", "--home", own.server).stdout
+        ):
             assert time.monotonic() < end
         own.kill("server")
         own.start_server()  # though server.toml and server.pid are still there

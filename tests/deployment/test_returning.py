@@ -20,7 +20,8 @@ from fedloom.engines.frames import read_frame
 from fedloom.engines.streams import Arrival, Question, Streams, taken
 from fedloom.errors import ConnectionFailed
 from fedloom.identity import read_key
-from fedloom.runner import Silent, run_experiment
+from fedloom.progress import Silent
+from fedloom.runner import run_experiment
 from links import Link
 from loopback import builtin
 
@@ -44,7 +45,7 @@ class Site:
         """Connect as client 0 again and again, and send of ANSWER what is asked for."""
         key = read_key(self.loopback.folder / "0.key")
         authority = (self.server / "ca.pem").read_bytes()
-        own = GatewayClient(f"localhost:{self.link.port}", key, authority)
+        own = GatewayClient(f"localhost:{self.link.port}", key, authority, "a" * 32)
 
         def stay():
             while True:

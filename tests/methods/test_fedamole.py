@@ -26,9 +26,10 @@ from fedloom.methods.fedamole import (
     pack,
     unpack,
 )
+from fedloom.progress import Silent
 from fedloom.records import partition_record
 from fedloom.report.experts_section import history
-from fedloom.runner import Silent, resume_run
+from fedloom.runner import resume_run
 
 MIXTURE = {
     "data": {"source": "builtin:preferences", "builtin_rows": 60},

@@ -12,7 +12,8 @@ from fedloom.messages import Answer, decode, encode
 from fedloom.methods.base import ADAPTER, part_of
 from fedloom.methods.fedmoe import HELD, KNOWN, USED
 from fedloom.models.submixture import block_number
-from fedloom.runner import Silent, resume_run
+from fedloom.progress import Silent
+from fedloom.runner import resume_run
 
 
 @pytest.fixture

@@ -92,7 +92,9 @@ async def wrong(port):
     try:
         COUNTS["handshakes"] += 1
         greeting = await reader.readexactly(handshake.GREETING)
-        writer.write(handshake.make_claim(KEY, greeting[-handshake.NONCE :], b"", "fleet"))
+        writer.write(
+            handshake.make_claim(KEY, greeting[-handshake.NONCE :], b"", "fleet", "a" * 32)
+        )
         await reader.read(2000)
         COUNTS["claims"] += 1
     finally:

@@ -8,7 +8,8 @@ from fedloom.deployment.homes import ClientHome
 from fedloom.errors import AuditError
 from fedloom.experiment import Experiment
 from fedloom.identity import make_key
-from fedloom.runner import Silent, run_experiment
+from fedloom.progress import Silent
+from fedloom.runner import run_experiment
 
 
 def damaged(path):

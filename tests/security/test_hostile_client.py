@@ -24,8 +24,9 @@ from fedloom.experiment import Experiment
 from fedloom.messages import METADATA
 from fedloom.offences import KINDS
 from fedloom.packing import header_of
+from fedloom.progress import Silent
 from fedloom.report.page import write_report
-from fedloom.runner import Silent, resume_run, run_experiment
+from fedloom.runner import resume_run, run_experiment
 from loopback import resealed
 from unchecked import rewritten
 

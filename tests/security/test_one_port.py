@@ -23,6 +23,8 @@ import grpc
 import pytest
 from fastapi.routing import iter_route_contexts
 from flwr import proto
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
 from flwr.superlink.main import create_app
 from typer.main import get_command
 
@@ -30,7 +32,7 @@ from fedloom.deployment import exposure, fleet, handshake
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.offences import read_offences
 from fedloom.errors import ConnectionFailed
-from fedloom.identity import public_pem, read_key
+from fedloom.identity import read_key
 from machines import machines
 
 # Every service and method in the protobuf files of flwr 1.42.0.
@@ -81,7 +83,7 @@ PATHS = [prefix + name for prefix, names in PATHS.items() for name in names.spli
 
 # What an admitted client's own connection may ask for.
 FLEET = """
-    activate-node deactivate-node send-node-heartbeat pull-messages push-messages get-run get-fab push-object
+    deactivate-node send-node-heartbeat pull-messages push-messages get-run get-fab push-object
     pull-object confirm-message-received
 """
 
@@ -195,7 +197,7 @@ def test_flowers_command_line_gets_no_answer(flwr, site, words):
     assert done.returncode != 0
     assert "Connection to the SuperLink is unavailable" in said
     assert not list((site.server / "flower").glob("apps/*evil*"))
-    assert client_of(site).register() == 0
+    assert client_of(site).register().number == 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -220,6 +222,7 @@ def client_of(site):
         f"localhost:{site.port}",
         read_key(site.folder / "0.key"),
         (site.server / "ca.pem").read_bytes(),
+        "a" * 32,
     )
 
 
@@ -268,7 +271,7 @@ def test_no_path_answers_over_http(site):
                 assert tls is None or answer.startswith(
                     handshake.MAGIC
                 )  # it is there, and says no more
-    assert len(table) == 4 * len(PATHS) and client_of(site).register() == 0
+    assert len(table) == 4 * len(PATHS) and client_of(site).register().number == 0
 
 
 @pytest.mark.slow
@@ -287,24 +290,39 @@ def test_no_method_answers_over_grpc(site):
                         grpc.StatusCode.UNAVAILABLE,
                         grpc.StatusCode.DEADLINE_EXCEEDED,
                     ), (service, method)
-    assert client_of(site).register() == 0
+    assert client_of(site).register().number == 0
 
 
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
-    own = (site.folder / "0.pub").read_text()
-    header = fleet.key_header(public_pem(" ".join(own.split()[:2]))).decode()
     for path in PATHS:
         connection, _ = client_of(site).open("fleet")
         with connection:
-            request = f"POST {path} HTTP/1.1\r\nhost: x\r\nflwr-public-key: {header}\r\ncontent-length: 0\r\n\r\n"
+            request = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
             connection.sendall(request.encode())
             connection.settimeout(10)
             status = int(re.match(rb"HTTP/1.1 (\d+)", connection.recv(1 << 16))[1])
-        # its own calls come to Flower, which misses its signature or its body; of messages there is none
+        # its own calls come to Flower, which misses what they are of; of messages there is none
         passed = path in fleet.CALLS and path != "/v1/fleet/push-messages"
         assert status in (400, 401, 415, 422) if passed else status == 403, path
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_client_is_no_other_node_than_its_own(site):
+    """The gateway signs for the node of whoever has proven its key, whatever the body says."""
+    for stranger, status in ((0, 200), (1, 401)):
+        connection, card = client_of(site).open("fleet")
+        node = Node(node_id=card.node + stranger)
+        body = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30).SerializeToString()
+        head = f"content-type: application/x-protobuf\r\ncontent-length: {len(body)}\r\n"
+        with connection:
+            request = f"POST /v1/fleet/send-node-heartbeat HTTP/1.1\r\nhost: x\r\n{head}\r\n"
+            connection.sendall(request.encode() + body)
+            connection.settimeout(10)
+            answer = connection.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 %d" % status), answer
 
 
 @pytest.mark.slow
@@ -320,8 +338,6 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
         ("POST http://localhost/v1/control/list-runs", {}, 403),
         ("GET /v1/fleet/pull-messages", {}, 403),
         ("CONNECT 127.0.0.1:22", {}, 403),
-        ("POST /v1/fleet/pull-messages", {"flwr-public-key": "b3RoZXI="}, 403),
-        ("POST /v1/fleet/pull-messages", {"flwr-public-key": None}, 403),
         ("POST /v1/fleet/pull-messages", {"content-length": None, "transfer-encoding": "chunked"}, 411),
         ("POST /v1/fleet/pull-messages", {"content-length": "1000000000"}, 413),
         ("POST /v1/fleet/push-object", {"content-length": str(1 << 30)}, 413),
@@ -331,13 +347,7 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
     ],
 )  # fmt: skip
 def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
-    own = " ".join((site.folder / "0.pub").read_text().split()[:2])
-    said = {
-        "host": "x",
-        "flwr-public-key": fleet.key_header(public_pem(own)).decode(),
-        "content-length": "0",
-        **headers,
-    }
+    said = {"host": "x", "content-length": "0", **headers}
     text = f"{line} HTTP/1.1\r\n" + "".join(
         f"{k}: {v}\r\n" for k, v in said.items() if v is not None
     )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from fedloom.deployment.children import surroundings
+from fedloom.deployment.parent import of_this_process
 from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope
 from fedloom.errors import ConnectionFailed
@@ -53,7 +54,7 @@ def reach_worker(home: Path) -> socket.socket:
 
 
 def start_worker(home: Path) -> subprocess.Popen[bytes]:
-    """Start a worker that outlives this process."""
+    """Start a worker that ends with this process."""
     with (home / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "fedloom.deployment.worker", str(home)],
@@ -61,5 +62,5 @@ def start_worker(home: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**surroundings(), "PYTHONUNBUFFERED": "1"},
+            env={**surroundings(), "PYTHONUNBUFFERED": "1", **of_this_process()},
         )

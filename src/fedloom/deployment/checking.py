@@ -108,10 +108,10 @@ def waiting_table(home: ClientHome) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("run", "what", "first asked", "last asked"):
         table.add_column(name, no_wrap=name != "what")
-    own, number = home.own_file(), home.joining().number
+    own = home.own_file()
     for one in found:
         try:
-            what = _words(examine(one.experiment, own, number, one.classes).asked)
+            what = _words(examine(one.experiment, own, one.client, one.classes).asked)
         except PolicyError:
             what = "no experiment that this client can take part in"
         table.add_row(one.run[:8], Text(what), _ago(one.first), _ago(one.last))
@@ -122,10 +122,10 @@ def waiting_run(home: ClientHome, waiting: Waiting) -> Look:
     """Return what would run if a run were let in: what, on which rows, with which protection."""
     own, joining = home.own_file(), home.joining()
     try:
-        examined = examine(waiting.experiment, own, joining.number, waiting.classes)
+        examined = examine(waiting.experiment, own, waiting.client, waiting.classes)
     except PolicyError as error:
         return Look(Group(Text(printable(str(error)), style="red")), sound=False)
-    rows, problem, count = _rows(own, examined.experiment, joining.number)
+    rows, problem, count = _rows(own, examined.experiment, waiting.client)
     verdict, accepted = _verdict(examined, own, count)
     protection = _table(
         [

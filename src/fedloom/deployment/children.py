@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -14,9 +13,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fedloom.errors import ConnectionFailed, FedloomError, SettingsError
+from fedloom.deployment.parent import of_this_process
+from fedloom.errors import ConnectionFailed, SettingsError
 from fedloom.files import holder, lock
 
 QUIET = {
@@ -30,9 +29,6 @@ QUIET = {
 """Flower tells nobody of us, fetches nothing, and looks for work often; updates that are done with are
 given back to the system at once (glibc would keep pieces of them), and lie in large pages while they are
 there (a copy of 54.5 MB: 18 to 4.5 ms, the rest were page faults)."""
-
-LINK = "here"
-"""What Flower's configuration calls the server."""
 
 PAUSE = 1.0
 """Seconds before a child that died is started again; doubled each time, up to a minute."""
@@ -82,7 +78,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**surroundings(), **self.environment},
+                env={**surroundings(), **self.environment, **of_this_process()},
                 start_new_session=True,
             )
         self._pid.write_text(str(self.process.pid))
@@ -167,28 +163,6 @@ def program(name: str) -> str:
             "the command",
         )
     return found
-
-
-def flwr(home: Path, *arguments: str) -> dict[str, Any]:
-    """Call Flower's command line with the configuration in ``home``; return the JSON that it prints.
-
-    Raises:
-        FedloomError: It failed; its own words are in the message.
-    """
-    result = subprocess.run(
-        [program("flwr"), *arguments, "--format", "json"],
-        env={**surroundings(), "FLWR_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    start = result.stdout.find("{")
-    with contextlib.suppress(ValueError):
-        found: dict[str, Any] = json.loads(result.stdout[start:]) if start >= 0 else {}
-        if found.get("success"):
-            return found
-    said = " ".join((result.stdout + result.stderr).split())[-400:]
-    raise FedloomError(f"flwr {' '.join(arguments[:2])} failed: {said}")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +14,13 @@ from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.calling import ask_worker, start_worker
 from fedloom.deployment.children import end, make_room, only
 from fedloom.deployment.flower_node import FlowerNode
-from fedloom.deployment.gateway_client import GatewayClient
+from fedloom.deployment.gateway_client import Card, GatewayClient, split_address
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.errors import AuditError, ConnectionFailed
 from fedloom.identity import read_key, require_current
+
+AGAIN = 1.0, 60.0
+"""Seconds until a server that cannot be reached at the start is looked for again: first, and at most."""
 
 
 def join(
@@ -28,8 +31,11 @@ def join(
     authority: Path | None,
     own: Path | None = None,
     ready: Callable[[Joining], None] = lambda joining: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Take part in a federation until told to stop (SIGTERM or SIGINT).
+
+    A server that cannot be reached is waited for, also at the start: this machine may have booted first.
 
     Args:
         home: The client's folder.
@@ -38,28 +44,63 @@ def join(
         authority: The federation's ca.pem; ``None`` for no TLS.
         own: The client's file.
         ready: Called once the server has let this client in.
+        say: Told who is waited for.
 
     Raises:
         AuditError: This client's own log does not hold together.
-        IdentityError: The key cannot be read, or is not let in; the authority has expired.
-        ConnectionFailed: The server cannot be reached or is another one; or a client runs in the folder.
-        SettingsError: The client's file has mistakes.
+        IdentityError: The key cannot be read, or is not let in; the authority has expired; the server is
+            another one, or speaks another protocol.
+        ConnectionFailed: A client runs in the folder.
+        SettingsError: The client's file has mistakes, or the server's address is none.
     """
+    split_address(server)
     policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
     if authority is not None:
         require_current(authority)
-    gateway = GatewayClient(server, read_key(key), authority.read_bytes() if authority else None)
+    content = authority.read_bytes() if authority else None
+    gateway = GatewayClient(server, read_key(key), content, home.id)
+    stopping = threading.Event()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopping.set())
     with only("client", home.lock):
         _require_whole(home.path / FILE)
+        card = _registered(gateway, stopping, say)
+        if card is None:
+            return
         joining = Joining(
             gateway=server,
-            number=gateway.register(),
+            number=card.number,
+            name=card.name,
             key=str(key.resolve()),
             authority=str(authority.resolve()) if authority else None,
             own=str(own.resolve()) if own else None,
         )
         home.write_joining(joining)
-        _keep_going(home, gateway, policy.max_bytes, lambda: ready(joining))
+        node = FlowerNode(
+            gateway, lambda envelope: ask_worker(home.path, envelope), policy.max_bytes, say
+        )
+        _keep_going(home, node, stopping, lambda: ready(joining))
+
+
+def _registered(
+    gateway: GatewayClient, stopping: threading.Event, say: Callable[[str], object]
+) -> Card | None:
+    """Return what the server says of this client once it lets it in; ``None`` where told to stop first.
+
+    Raises:
+        IdentityError: It does not, or is another server.
+    """
+    pause, said = AGAIN[0], ""
+    while not stopping.is_set():
+        try:
+            return gateway.register()
+        except ConnectionFailed as error:
+            if str(error) != said:
+                said = str(error)
+                say(f"{said}; trying again")
+            stopping.wait(pause)
+            pause = min(2 * pause, AGAIN[1])
+    return None
 
 
 def _require_whole(log: Path) -> None:
@@ -78,26 +119,17 @@ def _require_whole(log: Path) -> None:
 
 
 def _keep_going(
-    home: ClientHome, gateway: GatewayClient, max_bytes: int, ready: Callable[[], None]
+    home: ClientHome, node: FlowerNode, stopping: threading.Event, ready: Callable[[], None]
 ) -> None:
-    """Answer messages of at most so many bytes until told to stop.
-
-    Raises:
-        IdentityError: The server does not let this client in any more.
-    """
-    stopping: list[int] = []
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda number, frame: stopping.append(number))
+    """Answer messages until told to stop."""
     end_worker(home)  # it may know another key or file
     start_worker(home.path)
-    node = FlowerNode(gateway, lambda envelope: ask_worker(home.path, envelope), max_bytes)
     ready()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(node.run)
         try:
-            while not stopping and not running.done():
+            while not stopping.wait(0.2) and not running.done():
                 make_room(home.path / WORKER_LOG)
-                time.sleep(0.2)
         finally:
             node.stop()
             end_worker(home)  # who waits for its answer is woken
@@ -120,9 +152,9 @@ def take_part(
         )
 
     def ready(joining: Joining) -> None:
-        say(f"joined {address} as client {joining.number}; folder {home}")
+        say(f"joined {address} as {joining.name}, member {joining.number}; folder {home}")
 
-    join(ClientHome(home), address, key=key, authority=authority, own=own, ready=ready)
+    join(ClientHome(home), address, key=key, authority=authority, own=own, ready=ready, say=say)
 
 
 def leave(home: Path) -> int:

@@ -26,6 +26,8 @@ class Waiting(Note):
     run: str
     experiment: str
     """As the server sent it."""
+    client: int
+    """This client's number in the run."""
     classes: int = 0
     """How many classes the server says that there are."""
     first: float
@@ -54,13 +56,16 @@ class Approvals:
         path = self._approved / f"{run}.toml"
         return path.is_file() and Approved.read(path).experiment == digest_of(experiment.encode())
 
-    def ask(self, run: str, experiment: str, classes: int) -> None:
+    def ask(self, run: str, experiment: str, client: int, classes: int) -> None:
         """Note that a run waits."""
         path, now = self._waiting / f"{run}.toml", time.time()
         first = now
         if path.is_file() and (known := Waiting.read(path)).experiment == experiment:
             first = known.first
-        Waiting(run=run, experiment=experiment, classes=classes, first=first, last=now).write(path)
+        own = Waiting(
+            run=run, experiment=experiment, client=client, classes=classes, first=first, last=now
+        )
+        own.write(path)
         for old in sorted(self._waiting.glob("*.toml"), key=_age)[MOST_WAITING:]:
             old.unlink(missing_ok=True)
 

@@ -1,97 +1,148 @@
-"""What may be asked of a server that runs: who is let in, who is there, what is under way."""
+"""How commands speak with the server that runs in a folder: over a socket that is its user's alone.
+
+A command sends one question as JSON and gets one answer. Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import json
+import logging
+import os
+import pwd
+import socket
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
-from fedloom.deployment.children import LINK, flwr
 from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.deployment.offences import OffenceSummaries, read_offences
-from fedloom.deployment.server import registered, stop_run, under_way
-from fedloom.errors import FedloomError, OutputError
-from fedloom.offences import one_line
+from fedloom.engines.frames import connect, listen, read_frame, reader, write_frame
+from fedloom.errors import ConnectionFailed, FedloomError
+from fedloom.files import holder
+
+LOG = logging.getLogger("fedloom.control")
+
+SOCKET = Path("control") / "socket"
+"""In the server's folder."""
+
+LONGEST = 16 << 20
+"""Bytes of a question or an answer: an experiment, and what is known of ten thousand members."""
+
+TIMEOUT = 20.0
+"""Seconds that a command waits for an answer, and the server for a question."""
+
+Handler = Callable[[dict[str, Any]], object]
+"""Answers a question with what JSON can hold."""
 
 
-def allow(home: Path, name: str, public: Path) -> int:
-    """Let a client in; return its number.
+class ControlSocket:
+    """Where a server answers the commands of its user."""
+
+    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
+        """Answer at ``path`` what is asked, by name; until :meth:`close`.
+
+        Raises:
+            ConnectionFailed: The place cannot be made.
+        """
+        self._path, self._handlers = path, handlers
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._listening = listen(path)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Answer no longer."""
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(TIMEOUT)
+            with contextlib.suppress(FedloomError, OSError):
+                asked = read_frame(reader(connection), lambda: LONGEST)
+                if asked is not None:
+                    write_frame(connection, json.dumps(self._answer(asked)).encode())
+
+    def _answer(self, asked: bytes) -> dict[str, Any]:
+        try:
+            table = json.loads(asked)
+            return {"answer": self._handlers[table.pop("ask")](table)}
+        except FedloomError as error:
+            return {"error": str(error), "exit_code": error.exit_code}
+        except Exception as error:  # whatever a command sends, the server goes on
+            LOG.exception("a command was not answered")
+            return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
+
+
+def ask(home: ServerHome, question: str, **facts: Any) -> Any:
+    """Return what the server in a folder answers.
 
     Raises:
-        OutputError: The file cannot be read.
-        IdentityError: It holds no key, or the name is taken.
+        ConnectionFailed: No server runs there, or it is another user's.
+        FedloomError: It cannot do what it is asked, for the reason given.
+    """
+    require_own(home.path)
+    try:
+        connection = connect(home.path / SOCKET, TIMEOUT)
+    except ConnectionFailed:
+        if holder(home.lock) is not None:
+            raise ConnectionFailed(
+                f"the server in {home.path} is starting or ending; try again"
+            ) from None
+        raise ConnectionFailed(
+            f"no server runs in {home.path}: `fedloom server start --home {home.path}`"
+        ) from None
+    with connection:
+        connection.settimeout(TIMEOUT)
+        write_frame(connection, json.dumps({"ask": question, **facts}).encode())
+        content = read_frame(reader(connection), lambda: LONGEST)
+    if content is None:
+        raise ConnectionFailed(f"the server in {home.path} gave no answer within {TIMEOUT:.0f} s")
+    found = json.loads(content)
+    if "error" in found:
+        failed = FedloomError(found["error"])
+        failed.exit_code = int(found["exit_code"])
+        raise failed
+    return found["answer"]
+
+
+def require_own(folder: Path) -> None:
+    """Check that a folder is there and this user's own, or that this user is root.
+
+    Raises:
+        ConnectionFailed: It is another user's, or there is none.
     """
     try:
-        line = public.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"cannot read {public}: {error}") from None
-    return ServerHome(home).members().allow(name, line)
+        owner = folder.stat().st_uid
+    except FileNotFoundError:
+        raise ConnectionFailed(
+            f"no server was started in {folder}: `fedloom server start --home {folder}`, or give the "
+            "server's folder with --home"
+        ) from None
+    except PermissionError:
+        raise ConnectionFailed(
+            f"{folder} cannot be looked into by {_user(os.geteuid())}: run this command as the server's "
+            "user (`sudo -u USER fedloom ...`)"
+        ) from None
+    if owner != os.geteuid() != 0:
+        raise ConnectionFailed(
+            f"{folder} is {_user(owner)}'s and this is {_user(os.geteuid())}: run this command as the "
+            f"server's user: `sudo -u {_user(owner)} fedloom ...`"
+        )
 
 
-def is_running(home: ServerHome, number: str) -> bool:
-    """Return whether Flower says that a run is not over; also while it cannot be asked."""
+def _user(number: int) -> str:
     try:
-        runs = flwr(home.flower, "ls", LINK, "--run-id", number)["runs"]
-    except FedloomError:
-        return True
-    return any(not str(run["status"]).startswith("finished") for run in runs)
-
-
-def stop_runs(home: Path) -> list[str]:
-    """Stop all runs under way; return Flower's numbers of them."""
-    own = ServerHome(home)
-    own.serving()
-    running = under_way(own)
-    for number in running:
-        stop_run(own, number)
-    return running
-
-
-def status(home: Path) -> Group:
-    """Return the server, its clients and the runs under way as a table."""
-    own = ServerHome(home)
-    serving = own.serving()
-    states = {}
-    for node in flwr(own.flower, "supernode", "ls", LINK)["nodes"]:
-        states[str(node["node-id"])] = str(node["status"])
-    running = under_way(own)
-    secrecy = "no TLS" if serving.insecure else "TLS"
-    line = (
-        f"server in {home}: process {serving.pid}, port {serving.port}, {secrecy}, "
-        f"{len(running)} run{'s' if len(running) != 1 else ''} under way"
-    )
-    nodes, rows = registered(own), []
-    for number, member in enumerate(own.members().members):
-        state = states.get(nodes.get(member.key, ""), "not seen")
-        rows.append((number, member.name, "revoked" if member.revoked else state))
-    known = read_offences(own.path / OFFENCES)
-    return Group(Text(line), clients_table(rows, known, playing=bool(running)))
-
-
-def clients_table(
-    clients: Iterable[tuple[int, str, str]], known: OffenceSummaries, *, playing: bool
-) -> Table:
-    """Return clients as a table, with what is known of their offences where there are any.
-
-    Args:
-        clients: Number, name and state of each.
-        known: What the log of offences says.
-        playing: Whether a run is under way: quarantine is of a run, and ends with it.
-    """
-    table = Table(box=None)
-    table.add_column("client", justify="right")
-    for column in ("name", "state", *(("offences", "quarantine", "last") if known.clients else ())):
-        table.add_column(column)
-    for number, name, state in clients:
-        cells, own = [str(number), name, state], known.clients.get(number)
-        if own is not None:
-            cells.append(", ".join(f"{kind} {count}" for kind, count in sorted(own.kinds.items())))
-            here = playing and own.until is not None and own.run == known.run
-            cells.append(f"until round {own.until} of run {str(own.run)[:8]}" if here else "no")
-            cells.append(one_line(f"{own.time} {own.kind}: {own.reason}"))
-        table.add_row(*map(Text, cells))  # what a stranger said is no markup
-    return table
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"

@@ -1,13 +1,12 @@
 """Flower's Fleet interface, as far as a client that is let in needs it, and as nobody else.
 
-The gateway reads the head of each HTTP request, lets through what is named here and nothing else, for
-the key that was proven, and passes the body on as it comes: none is held in memory. Flower's server
-itself listens on this machine alone.
+The gateway reads the head of each HTTP request, lets through what is named here and nothing else, signs
+it as the node of the member that has proven its key (``flower_nodes.py``), and passes the body on as it
+comes: none is held in memory. Flower's server itself listens on this machine alone.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import socket
 import ssl
@@ -23,12 +22,12 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from google.protobuf.message import DecodeError
 
 from fedloom.deployment.connections import CHUNK
+from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.errors import ConnectionFailed, MessageError, OffenceKind
 
 CALLS = {
     f"/v1/fleet/{name}": limit
     for name, limit in {
-        "activate-node": 1 << 12,
         "deactivate-node": 1 << 12,
         "send-node-heartbeat": 1 << 12,
         "pull-messages": 1 << 12,
@@ -43,15 +42,8 @@ CALLS = {
 """Paths that are passed on, each with the bytes that a request may have. Flower cuts an object into parts
 of 20 MB (``FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE``)."""
 
-KEY = b"flwr-public-key"
-HEADERS = {
-    b"flwr-timestamp",
-    b"flwr-signature",
-    b"flwr-package-version",
-    b"content-type",
-    b"accept",
-}
-"""Headers that are passed on beside the key that was proven."""
+HEADERS = {b"flwr-package-version", b"content-type", b"accept"}
+"""Headers of a client that are passed on, beside those by which the gateway signs."""
 
 PUSH, PUSH_MESSAGES = b"/v1/fleet/push-object", b"/v1/fleet/push-messages"
 
@@ -104,11 +96,6 @@ class Upstream:
         return own
 
 
-def key_header(public_pem: bytes) -> bytes:
-    """Return the header by which Flower's node says which key it has."""
-    return base64.b64encode(public_pem)
-
-
 class Refused(MessageError):
     """A request that is not passed on.
 
@@ -129,8 +116,7 @@ class Forbidden(Refused):
 def pass_on(
     connection: socket.socket,
     upstream: Upstream,
-    key: bytes,
-    allowed: Callable[[], bool],
+    node: Callable[[], NodeKey | None],
     pace: Callable[[], object],
     turn: AbstractContextManager[object],
 ) -> None:
@@ -139,8 +125,7 @@ def pass_on(
     Args:
         connection: To the client, which has proven its key.
         upstream: Flower's server.
-        key: The header that says the key which was proven.
-        allowed: Returns whether the client is let in still; asked for each request.
+        node: Returns the client's node while it is let in; asked for each request.
         pace: Waits until the client may make another request.
         turn: Held while one of its large bodies is passed on, which Flower holds in memory.
 
@@ -160,12 +145,15 @@ def pass_on(
                 if not isinstance(request, h11.Request):
                     return
                 pace()
-                length = _require_allowed(request, key, allowed())
+                own = node()
+                if own is None:
+                    raise Refused(401, "its key is let in no longer")
+                length = _require_allowed(request)
                 if request.target in (PUSH, PUSH_MESSAGES) and not upstream.has_room():
                     raise Refused(507, "Flower's database is as large as gateway.flower_bytes")
                 with turn if request.target == PUSH else contextlib.nullcontext():
                     flower = flower or upstream.connect()
-                    going_on = _exchange(client, connection, request, length, key, flower)
+                    going_on = _exchange(client, connection, request, length, own, flower)
             except h11.ProtocolError as error:
                 foreign = Forbidden(400, f"no HTTP: {error}", "malformed")
                 _refuse(client, connection, foreign)
@@ -180,19 +168,15 @@ def pass_on(
             flower.close()
 
 
-def _require_allowed(request: h11.Request, key: bytes, allowed: bool) -> int:
+def _require_allowed(request: h11.Request) -> int:
     """Return how long the body of a request is, if it may be passed on."""
     headers = dict(request.headers)
     path = request.target.decode("latin-1")
-    if not allowed:
-        raise Refused(401, "its key is let in no longer")
     if request.method != b"POST" or path not in CALLS:
         method = request.method.decode("latin-1")[:8]
         raise Forbidden(403, f"{method} {path[:80]!r} is not offered")
     if len(headers) != len(request.headers):  # who reads the first and who the last would differ
         raise Forbidden(400, "a header stands there twice", "malformed")
-    if headers.get(KEY) != key:
-        raise Forbidden(403, "the request names another key than the one that was proven")
     length = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers or not length.isdigit() or len(length) > 12:
         raise Forbidden(411, "the request does not say how long it is", "malformed")
@@ -244,7 +228,7 @@ def _exchange(
     connection: socket.socket,
     request: h11.Request,
     length: int,
-    key: bytes,
+    node: NodeKey,
     flower: socket.socket,
 ) -> bool:
     """Pass one request on, and the response back; return whether another may follow.
@@ -254,7 +238,7 @@ def _exchange(
     """
     server, end = h11.Connection(h11.CLIENT, HEAD), time.monotonic() + IDLE + length / SLOWEST
     kept = [(name, value) for name, value in request.headers if name in HEADERS]
-    headers = [(b"host", b"localhost"), (KEY, key), (b"content-length", b"%d" % length), *kept]
+    headers = [(b"host", b"localhost"), (b"content-length", b"%d" % length), *node.headers(), *kept]
     head = server.send(h11.Request(method="POST", target=request.target, headers=headers)) or b""
     body = _parts(client, connection, end)
     if request.target == PUSH_MESSAGES:

@@ -1,6 +1,7 @@
 """A client as a node of Flower: it fetches messages, has the worker answer them, and sends the answers.
 
-It speaks Flower's Fleet interface through the gateway, in this process. Nothing that Flower's server has
+It speaks Flower's Fleet interface through the gateway, in this process, as the node that the gateway says
+and signs for (``flower_nodes.py``). Nothing that Flower's server has
 is ever run here: no bundle is installed or loaded, no port is opened. The bundle of a run is looked at
 all the same, and a message of a run with any other than the app of this package is refused.
 """
@@ -25,7 +26,6 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
@@ -47,10 +47,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.engines.inflation import ByteBudget, bound_arrays
@@ -76,6 +73,9 @@ SOON, LATER, LIVELY = 0.5, 3.0, 60.0
 AGAIN = 0.5, 5.0
 """Seconds until a lost server is looked for again: at first, and at most."""
 
+REFUSED = 30.0, 300.0
+"""The same where the server does not let this client in any more: it may, later."""
+
 SMALL = 1 << 20
 """Bytes of the longest response that carries no part of a message's content."""
 
@@ -93,6 +93,7 @@ class FlowerNode:
     Attributes:
         answer: Returns the reply to an envelope; takes as long as the work does.
         max_bytes: Bytes that the payload of a message may have.
+        say: Told, for people, when the server is lost and when it is found again.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class FlowerNode:
         gateway: GatewayClient,
         answer: Callable[[Envelope], Envelope],
         max_bytes: int,
+        say: Callable[[str], object] = lambda text: None,
     ) -> None:
         """Take part as the client of ``gateway``; see :meth:`run`."""
-        self.answer, self.max_bytes = answer, max_bytes
+        self.answer, self.max_bytes, self.say = answer, max_bytes, say
+        self._told = ""
         self._budget = ByteBudget(LONGEST_HEADER + max_bytes)
         bound_arrays(self._budget)
         self._gateway = gateway
@@ -115,48 +118,60 @@ class FlowerNode:
         self._stopping.set()
 
     def run(self) -> None:
-        """Take part until stopped; a server that goes away is waited for.
-
-        Raises:
-            IdentityError: It does not let this client in any more.
-        """
-        pause = AGAIN[0]
+        """Take part until stopped; a server that goes, or lets this client in no more, is waited for."""
+        soon, refused = AGAIN[0], REFUSED[0]
         while not self._stopping.is_set():
             begun = time.monotonic()
             try:
-                with fleet_client(self._gateway, self.max_bytes) as client:
-                    self._take_part(client)
-            except IdentityError:
-                raise
+                with fleet_client(self._gateway, self.max_bytes) as (client, node):
+                    self._take_part(client, node)
+                pause = AGAIN[0]
+            except IdentityError as error:
+                self._tell(f"{error}; trying again every few minutes")
+                pause, refused = refused, min(2 * refused, REFUSED[1])
             except UNREACHABLE as error:
                 LOG.info("the server cannot be reached: %s", _reason(error))
+                if not isinstance(error, httpx.HTTPStatusError):
+                    self._tell(f"the server cannot be reached: {_reason(error)}; trying again")
+                pause, soon = soon, min(2 * soon, AGAIN[1])
             except Exception:  # whatever a server sends, this client goes on
                 LOG.exception("the server's answer cannot be used")
-            pause = AGAIN[0] if time.monotonic() - begun > AGAIN[1] else min(2 * pause, AGAIN[1])
+                pause, soon = soon, min(2 * soon, AGAIN[1])
+            if time.monotonic() - begun > AGAIN[1]:
+                soon, refused = AGAIN[0], REFUSED[0]
             self._stopping.wait(pause)
         self._leave()
 
-    def _take_part(self, client: FleetHttpClient) -> None:
+    def _tell(self, text: str) -> None:
+        """Say something, unless it was said last."""
+        if text != self._told:
+            self._told = text
+            self.say(text)
+
+    def _take_part(self, client: FleetHttpClient, node: Node) -> None:
         """Answer messages until Flower does not know this node any more, or cannot be reached."""
-        if self._node is None or not self._is_known(client, self._node):
-            public = public_key_to_bytes(self._gateway.key.public_key())
-            request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT)
-            self._node = Node(node_id=client.ActivateNode(request).node_id)
-            LOG.info("node %d of Flower", self._node.node_id)
+        self._node = node
+        if not self._is_known(client, node):
+            raise ConnectionFailed("Flower's server does not know this node; it may be starting")
+        if self._told:
+            self._tell("taking part again")
+            self._told = ""
         over = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(self._node, over), daemon=True)
+        beating = threading.Thread(target=self._beat, args=(node, over), daemon=True)
         beating.start()
         try:
-            self._answer_all(client, self._node, over)
+            self._answer_all(client, node, over)
         finally:
             over.set()
 
     def _leave(self) -> None:
         """Tell Flower that this node goes, if it can be told."""
         if self._node is not None:
-            request = DeactivateNodeRequest(node_id=self._node.node_id)
-            with contextlib.suppress(Exception), fleet_client(self._gateway, SMALL) as client:
-                client.DeactivateNode(request)  # whatever comes back, the client ends
+            with (
+                contextlib.suppress(Exception),
+                fleet_client(self._gateway, SMALL) as (client, node),
+            ):
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
 
     @staticmethod
     def _is_known(client: FleetHttpClient, node: Node) -> bool:
@@ -171,7 +186,9 @@ class FlowerNode:
         """Say that this node is there, over a connection of its own, however long an answer takes."""
         while not over.is_set():
             try:
-                with fleet_client(self._gateway, SMALL) as client:
+                with fleet_client(self._gateway, SMALL) as (client, now):
+                    if now.node_id != node.node_id:  # the server was started anew
+                        over.set()
                     while not over.wait(0.5 * HEARTBEAT):
                         if not self._is_known(client, node):
                             over.set()
@@ -321,32 +338,37 @@ def digest_of_bundle(content: bytes) -> str:
     return found.hexdigest()
 
 
-def fleet_client(gateway: GatewayClient, max_bytes: int) -> FleetHttpClient:
-    """Return Flower's client of its Fleet interface, through the gateway.
+@contextlib.contextmanager
+def fleet_client(gateway: GatewayClient, max_bytes: int) -> Iterator[tuple[FleetHttpClient, Node]]:
+    """Yield Flower's client of its Fleet interface, through the gateway, and which node this is.
 
     Args:
         gateway: Where, and as whom.
         max_bytes: Bytes of the longest response.
+
+    Raises:
+        ConnectionFailed: The server cannot be reached, is another one, or is not ready yet.
+        IdentityError: It does not let this client in.
     """
-    interceptors: list[ProtobufClientInterceptor] = [
-        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-        NodeAuthHttpInterceptor(gateway.key, gateway.key.public_key()),
-    ]
-    client = FleetHttpClient("http://localhost", interceptors=interceptors)
+    backend = _Backend(gateway)
+    client = FleetHttpClient(
+        "http://localhost",
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode")],
+    )
     client._client.close()
-    client._client = httpx.Client(transport=_Transport(gateway, max_bytes), timeout=30.0)
-    return client
+    client._client = httpx.Client(transport=_Transport(backend, max_bytes), timeout=30.0)
+    with client:
+        yield client, Node(node_id=backend.node)
 
 
 class _Transport(httpx.BaseTransport):
     """HTTP over connections on which the gateway has let this client in."""
 
-    def __init__(self, gateway: GatewayClient, max_bytes: int) -> None:
+    def __init__(self, backend: _Backend, max_bytes: int) -> None:
+        self._backend = backend
         self._inner = httpx.HTTPTransport()
         self._inner.close()
-        self._inner._pool = httpcore.ConnectionPool(
-            max_connections=1, network_backend=_Backend(gateway)
-        )
+        self._inner._pool = httpcore.ConnectionPool(max_connections=1, network_backend=backend)
         self._max_bytes = max_bytes + LONGEST_HEADER
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -362,6 +384,7 @@ class _Transport(httpx.BaseTransport):
 
     def close(self) -> None:
         self._inner.close()
+        self._backend.close()
 
 
 class _Bounded(httpx.SyncByteStream):
@@ -382,10 +405,17 @@ class _Bounded(httpx.SyncByteStream):
 
 
 class _Backend(httpcore.NetworkBackend):
-    """Opens connections at the gateway, whatever address is asked for."""
+    """Opens connections at the gateway, whatever address is asked for; the first at once.
+
+    Attributes:
+        node: Flower's number of this client, as the gateway says with each connection.
+    """
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
+        self._first, card = gateway.open("fleet")
+        self.node = card.node
+        self._taken = False
 
     def connect_tcp(
         self,
@@ -395,8 +425,19 @@ class _Backend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        connection, _ = self._gateway.open("fleet")
+        if not self._taken:
+            self._taken = True
+            return _Stream(self._first)
+        connection, card = self._gateway.open("fleet")
+        if card.node != self.node:
+            connection.close()
+            raise ConnectionFailed("the server was started anew; this client is another node now")
         return _Stream(connection)
+
+    def close(self) -> None:
+        """Close the first connection, if nobody has it."""
+        if not self._taken:
+            self._first.close()
 
 
 class _Stream(httpcore.NetworkStream):
@@ -432,4 +473,6 @@ class _Stream(httpcore.NetworkStream):
 def _reason(error: BaseException) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         return f"{error.response.status_code} {error.response.text[:200]}"
+    if isinstance(error, FedloomError):
+        return str(error)
     return f"{type(error).__name__}: {error}"

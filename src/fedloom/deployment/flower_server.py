@@ -19,6 +19,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fedloom.deployment.parent import end_with_parent
+
 CONNECTIONS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 """Where Linux lists them, with the user whose process has each end."""
 
@@ -53,6 +55,7 @@ class OwnUserProtocol(HttpToolsProtocol):
 
 def main() -> None:
     """Run Flower's server; its log does not name every request."""
+    end_with_parent()
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     run: Any = uvicorn.run

@@ -27,13 +27,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from fedloom.audit import Limited
 from fedloom.deployment import fleet, handshake
 from fedloom.deployment.connections import CHUNK, Duplex, abort, notice_absence
-from fedloom.deployment.handshake import Claim, Distrust
+from fedloom.deployment.flower_nodes import NodeKey
+from fedloom.deployment.handshake import Claim, Distrust, Purpose
 from fedloom.engines.frames import connect, write_frame
 from fedloom.errors import (
     ConnectionFailed,
@@ -42,7 +44,7 @@ from fedloom.errors import (
     OutputError,
     SettingsError,
 )
-from fedloom.identity import CachedMembers, Members, public_pem
+from fedloom.members import CachedMembers, Members
 from fedloom.offences import Report, one_line
 from fedloom.settings import Settings, parse, read_toml
 from fedloom.token_bucket import TokenBucket
@@ -55,8 +57,14 @@ BATCH = 64
 BODIES = 2
 """Large bodies of one client that are passed on at a time: Flower holds each whole in memory."""
 
+NOT_YET = "the server is starting, or has just let this client in: it is tried again"
+
 SETTLING = 10.0
 """Seconds in which a client that was let in must take the word of it."""
+
+
+class _Later(IdentityError):
+    """A client is not let in now, and may be when it asks again."""
 
 
 class GatewaySettings(Settings):
@@ -123,8 +131,8 @@ class Allowed:
     @classmethod
     def of(cls, members: Members) -> Allowed:
         """Return the table of a list."""
-        numbers = {own.key: number for number, own in enumerate(members.members) if not own.revoked}
-        return cls(numbers, frozenset(own.key for own in members.members if own.revoked))
+        numbers = {own.key: own.number for own in members.allowed}
+        return cls(numbers, frozenset(own.key for own in members.members) - numbers.keys())
 
     def number(self, key: str) -> int:
         """Return the number of the client with a key.
@@ -136,7 +144,7 @@ class Allowed:
             why = "has been revoked" if key in self.revoked else "is not known here"
             raise IdentityError(
                 f"the key {key[-16:]} {why}; the coordinator lets it in with "
-                "`fedloom keys allow NAME FILE.pub`"
+                "`fedloom members allow NAME FILE.pub`"
             )
         return self.numbers[key]
 
@@ -160,6 +168,8 @@ class _Admitted:
 
     client: int
     key: str
+    home: str
+    purpose: Purpose
     end: Callable[[], None]
 
 
@@ -183,6 +193,7 @@ class Gateway:
         report: Told of what a client that is let in gets wrong here: its number, kind and reason.
         streams: Folder of the sockets of runs, by the run's id.
         upstream: Flower's server.
+        node: Returns the node by which Flower knows the client of a number, once there is one.
     """
 
     def __init__(
@@ -194,8 +205,10 @@ class Gateway:
         settings: GatewaySettings | None = None,
         report: Report = lambda client, kind, reason: None,
         stamp: Callable[[], object] | None = None,
+        node: Callable[[int], NodeKey | None] = lambda number: None,
     ) -> None:
         """Keep what it needs; see :meth:`listen`, and :class:`CachedMembers` for ``stamp``."""
+        self.node = node
         self.settings = settings or GatewaySettings()
         self.members = CachedMembers(
             members, lambda reason: note("unread_members", reason=reason), stamp
@@ -211,6 +224,9 @@ class Gateway:
         self._requests: dict[int, TokenBucket] = {}
         self._turns: dict[int, threading.BoundedSemaphore] = {}
         self._connections: dict[int, _Admitted] = {}
+        self._presence: dict[
+            int, tuple[int, float]
+        ] = {}  # connections that make it present, and since
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._stopping = False
@@ -269,6 +285,19 @@ class Gateway:
             gone = [own for own in self._connections.values() if own.key not in allowed.numbers]
         for own in gone:
             own.end()
+
+    def presence(self) -> dict[int, tuple[bool, float]]:
+        """Return of each client that was ever here whether it is, and since when (s since 1970)."""
+        with self._lock:
+            return {client: (count > 0, since) for client, (count, since) in self._presence.items()}
+
+    def _count_presence(self, client: int, change: int) -> None:
+        with self._lock:
+            before, since = self._presence.get(client, (0, 0.0))
+            count = before + change
+            if (before > 0) != (count > 0):
+                since = time.time()
+            self._presence[client] = count, since
 
     def _current(self) -> Allowed:
         members = self.members()
@@ -369,7 +398,7 @@ class Gateway:
         except ssl.SSLWantWriteError:
             self._selector.modify(own.connection, selectors.EVENT_WRITE, own)
         except IdentityError as error:
-            self._refused(own, str(error), tell=True)
+            self._refused(own, str(error), tell=True, later=isinstance(error, _Later))
         except FedloomError as error:  # the list of members was never whole
             self._refused(own, f"it cannot be decided: {error}")
         except OSError as error:  # TLS says which alert, in words of its own
@@ -429,10 +458,16 @@ class Gateway:
         claim.require_proof(own.nonce, self._certificate)  # or it would learn which keys are known
         number = self._current().number(claim.key)
         with self._lock:
-            mine = sum(other.client == number for other in self._connections.values())
+            all_mine = [other for other in self._connections.values() if other.client == number]
             full = len(self._connections) >= self.settings.connections
+        mine = len(all_mine)
+        if any(other.purpose == "fleet" and other.home != claim.home for other in all_mine):
+            raise _Later(
+                "with this key a client in another folder or on another machine takes part already; stop "
+                "that one first. If nobody knows of one, tell the coordinator: the key may be copied"
+            )
         if full or mine >= self.settings.connections_per_client:
-            raise IdentityError(
+            raise _Later(
                 "the server has no room for more connections"
                 if full
                 else f"client {number} has {mine} connections open already"
@@ -440,7 +475,9 @@ class Gateway:
         self._forget(own)
         own.connection.setblocking(True)
         notice_absence(own.connection)
-        admitted = _Admitted(number, claim.key, lambda: abort(own.connection))
+        admitted = _Admitted(
+            number, claim.key, claim.home, claim.purpose, lambda: abort(own.connection)
+        )
         with self._lock:
             self._connections[id(admitted)] = admitted
         threading.Thread(
@@ -461,12 +498,18 @@ class Gateway:
         own.connection.close()
 
     def _refused(
-        self, own: _Unproven, reason: str, *, tell: bool = False, what: str = "connects"
+        self,
+        own: _Unproven,
+        reason: str,
+        *,
+        tell: bool = False,
+        later: bool = False,
+        what: str = "connects",
     ) -> None:
         """Close a connection; say why, to who began as a client does."""
         if tell:
             with contextlib.suppress(OSError):
-                own.connection.send(handshake.frame({"refused": reason}))
+                own.connection.send(handshake.frame({"refused": reason, "later": later}))
             what = "joins"
         self._drop(own)
         self._noted(what, own.address, reason)
@@ -484,20 +527,27 @@ class Gateway:
             if claim.purpose == "stream":
                 self._stream(connection, claim.run, own)
                 return
-            connection.sendall(handshake.frame({"number": own.client}))
             if claim.purpose == "register":
+                connection.sendall(handshake.frame(self._card(own.client)))
                 with contextlib.suppress(OutputError):
                     self.note("client", source=own.client, what="joins", client=own.client)
-            else:
-                key = fleet.key_header(public_pem(claim.key))
+                return
+            node = self.node(own.client)
+            if node is None:
+                connection.sendall(handshake.frame({"refused": NOT_YET, "later": True}))
+                return
+            connection.sendall(handshake.frame({**self._card(own.client), "node": str(node.node)}))
+            self._count_presence(own.client, 1)
+            try:
                 fleet.pass_on(
                     connection,
                     self.upstream,
-                    key,
-                    lambda: claim.key in self._current().numbers,
+                    lambda: self.node(own.client) if claim.key in self._current().numbers else None,
                     self._pace_of(own.client),
                     self._turn_of(own.client),
                 )
+            finally:
+                self._count_presence(own.client, -1)
         except fleet.Forbidden as error:
             self.report(own.client, error.kind, str(error))
         except (OSError, FedloomError):
@@ -507,6 +557,11 @@ class Gateway:
                 self._connections.pop(id(own), None)
             abort(connection)
             connection.close()
+
+    def _card(self, number: int) -> dict[str, Any]:
+        """Return what a client is told of itself."""
+        member = self.members().numbered(number)
+        return {"number": number, "name": member.name if member else ""}
 
     def _pace_of(self, client: int) -> Callable[[], object]:
         """Return what waits until a client may make another call of Flower's, over any connection."""

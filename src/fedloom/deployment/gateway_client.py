@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -16,18 +17,56 @@ from fedloom.deployment import handshake
 from fedloom.deployment.connections import Duplex, notice_absence
 from fedloom.deployment.handshake import Purpose
 from fedloom.engines.frames import Read, reader, write_frame
-from fedloom.errors import ConnectionFailed, IdentityError
+from fedloom.envelope import PROTOCOL, printable
+from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
 
 TIMEOUT = 4.0
 """Seconds for each step until a client is let in."""
 
 
+PORT = 9092
+"""Where a gateway listens unless it is told otherwise."""
+
 GREETED = 1.0
 """Seconds for a server without TLS to begin."""
+
+OUT_OF_FORCE = 9, 10
+"""What OpenSSL calls a certificate that is not valid yet, or has expired."""
 
 
 class RunIsOver(ConnectionFailed):
     """The run that a stream was to be opened to is not under way."""
+
+
+class ProtocolMismatch(IdentityError):
+    """What listens at an address speaks another protocol."""
+
+    def __init__(self, address: str, protocol: int | None) -> None:
+        """Say which protocol it is, if it is one of this package."""
+        if protocol is None:
+            super().__init__(f"what listens at {address} is no gateway of fedloom")
+            return
+        older, newer = "an older", "a newer"
+        theirs = older if protocol < PROTOCOL else newer
+        super().__init__(
+            f"the server at {address} has {theirs} fedloom than this client (protocol {protocol}, here "
+            f"{PROTOCOL}): install the server's version here, or have the server upgraded"
+        )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the server says of a client that it lets in.
+
+    Attributes:
+        number: The member's number.
+        name: Its name.
+        node: Flower's number of it, where calls of Flower's were asked for.
+    """
+
+    number: int
+    name: str
+    node: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,22 +77,24 @@ class GatewayClient:
         address: HOST:PORT of the gateway.
         key: The client's.
         authority: PEM of the federation's authority; ``None`` for no TLS.
+        home: Tells the client's folder from all others; see :class:`Claim`.
     """
 
     address: str
     key: ec.EllipticCurvePrivateKey
     authority: bytes | None
+    home: str
 
-    def register(self) -> int:
-        """Say who this is; return the number that the server knows it by.
+    def register(self) -> Card:
+        """Say who this is; return what the server knows it by.
 
         Raises:
             ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
             IdentityError: It does not let this client in.
         """
-        connection, number = self.open("register")
+        connection, card = self.open("register")
         connection.close()
-        return number
+        return card
 
     @contextlib.contextmanager
     def stream(self, run: str) -> Iterator[tuple[Read, Callable[[bytes], None]]]:
@@ -73,8 +114,8 @@ class GatewayClient:
         finally:
             own.close()
 
-    def open(self, purpose: Purpose, run: str = "") -> tuple[socket.socket, int]:
-        """Return a connection on which the server has let this client in, and the client's number.
+    def open(self, purpose: Purpose, run: str = "") -> tuple[socket.socket, Card]:
+        """Return a connection on which the server has let this client in, and what it says of it.
 
         Raises:
             ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
@@ -88,31 +129,35 @@ class GatewayClient:
             raise ConnectionFailed(
                 f"the server at {self.address} broke the connection: {error}"
             ) from None
-        except ConnectionFailed:
+        except (ConnectionFailed, IdentityError):
             connection.close()
             raise
-        if "number" in answer:
-            return connection, int(answer["number"])
+        with contextlib.suppress(TypeError, ValueError):
+            if "number" in answer:
+                node = int(answer.get("node", 0))
+                return connection, Card(int(answer["number"]), str(answer.get("name", "")), node)
         connection.close()
-        reason = str(answer.get("refused", "no reason given"))[:1000]
+        reason = printable(str(answer.get("refused", "no reason given")))[:1000]
         if answer.get("over"):
             raise RunIsOver(reason)
+        if answer.get("later"):
+            raise ConnectionFailed(reason)
         raise IdentityError(f"the server at {self.address} does not let this client in: {reason}")
 
     def _prove(self, connection: socket.socket, purpose: Purpose, run: str) -> dict[str, Any]:
         if self.authority is None:  # a server that speaks TLS waits for it, and says nothing
             connection.settimeout(GREETED)
-        nonce = handshake.nonce_of(_read(connection, handshake.GREETING))
+        greeting = _read(connection, handshake.GREETING)
+        nonce = handshake.nonce_of(greeting)
         if nonce is None:
-            raise ConnectionFailed(
-                f"what listens at {self.address} is no gateway of this version of fedloom; upgrade "
-                "server and clients together"
-            )
+            raise ProtocolMismatch(self.address, handshake.protocol_of(greeting))
         connection.settimeout(TIMEOUT)
         certificate = b""
         if isinstance(connection, ssl.SSLSocket):
             certificate = connection.getpeercert(binary_form=True) or b""
-        connection.sendall(handshake.make_claim(self.key, nonce, certificate, purpose, run))
+        connection.sendall(
+            handshake.make_claim(self.key, nonce, certificate, purpose, self.home, run)
+        )
         (length,) = handshake.LENGTH.unpack(_read(connection, handshake.LENGTH.size))
         answer = json.loads(_read(connection, length))
         if not isinstance(answer, dict):
@@ -120,18 +165,36 @@ class GatewayClient:
         return answer
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of HOST:PORT or HOST, where an address of IPv6 stands in brackets.
+
+    Raises:
+        SettingsError: It is neither.
+    """
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+))(?::(\d{1,5}))?", address)
+    port = int(found[3] or PORT) if found else 0
+    if found is None or not 0 < port < 1 << 16:
+        raise SettingsError(
+            [
+                f"{address!r} is no HOST:PORT, such as fed.example.org:{PORT} or [2001:db8::1]:{PORT}"
+            ],
+            "the command",
+        )
+    return found[1] or found[2], port
+
+
 def connect(address: str, authority: bytes | None) -> socket.socket:
     """Return a connection to the server that the authority vouches for.
 
     Raises:
-        ConnectionFailed: Nobody answers, or someone else does: says which, and what to do.
+        ConnectionFailed: Nobody answers, or not as a server does that could let this client in.
+        IdentityError: Someone else answers.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = split_address(address)
     try:
-        plain = socket.create_connection((host, int(port)), TIMEOUT)
+        plain = socket.create_connection((host, port), TIMEOUT)
         notice_absence(plain)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConnectionFailed(
             f"nobody answers at {address}: {error}; is the server started, and is the port open?"
         ) from None
@@ -143,10 +206,15 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
         return context.wrap_socket(plain, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
         _complain(address, error.verify_message)
-        raise ConnectionFailed(
+        if error.verify_code in OUT_OF_FORCE:
+            raise ConnectionFailed(
+                f"the certificate of the server at {address} is not in force ({error.verify_message}): "
+                "the coordinator makes a new one with `fedloom certs`, or this machine's clock is wrong"
+            ) from None
+        raise IdentityError(
             f"the server at {address} is not the one that your authority vouches for "
             f"({error.verify_message}); ask the coordinator for its ca.pem of today, and for a server "
-            "certificate in force that names this host (`fedloom certs --host`)"
+            "certificate that names this host (`fedloom certs --host`)"
         ) from None
     except (ssl.SSLEOFError, ConnectionError):
         plain.close()
@@ -162,11 +230,11 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
 
 def _complain(address: str, reason: str) -> None:
     """Tell a server that is not trusted why, for its audit log, and nothing of who says so."""
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with contextlib.suppress(OSError, ValueError):
-        plain = socket.create_connection((host.strip("[]"), int(port)), 1.0)
+        plain = socket.create_connection((host, port), 1.0)
         with context.wrap_socket(plain) as connection:
             if handshake.nonce_of(_read(connection, handshake.GREETING)) is not None:
                 connection.sendall(handshake.make_distrust(reason))

@@ -18,19 +18,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, ValidationError
 
+from fedloom.envelope import PROTOCOL
 from fedloom.errors import IdentityError
 from fedloom.identity import is_signed, public_key, public_line, sign
 from fedloom.settings import Settings
 
-MAGIC = b"fedloom gateway 1\n"
+MAGIC = b"fedloom gateway %d\n" % PROTOCOL
 NONCE = 32
 """Bytes of a nonce, drawn from the system's source of randomness."""
 
@@ -40,13 +43,12 @@ LENGTH = struct.Struct("<H")
 """Before a claim and before the answer to it."""
 
 LONGEST = 1024
-"""Bytes of the longest claim; one of this package has about 650."""
+"""Bytes of the longest claim; one of this package has about 700."""
 
 BEHIND, AHEAD = 300, 4
 """Seconds by which a client's clock may be behind the server's, and ahead of it.
 
-A second less than Flower allows (``TIMESTAMP_TOLERANCE`` and ``SYSTEM_TIME_TOLERANCE`` in
-``flwr.common.constant``), which does not say why it lets in no other. Nothing of the proof rests on it.
+Nothing of the proof rests on it; but what is written down on both sides could not be compared.
 """
 
 FOREIGN = "it does not begin as a client of fedloom does"
@@ -64,6 +66,8 @@ class Claim(Settings):
     purpose: Purpose
     run: str = Field(default="", pattern="^([0-9a-f]{32})?$")
     """The run whose messages are to be streamed; empty for the other purposes."""
+    home: str = Field(pattern="^[0-9a-f]{32}$")
+    """Tells the folder from which it takes part from all others."""
     time: float
     """Its clock, in seconds since 1970."""
     signature: str = Field(max_length=256, pattern="^([0-9a-f]{2})*$")
@@ -86,7 +90,8 @@ class Claim(Settings):
                 f"its clock is {abs(behind):.1f} seconds {where} the server's, {allowed} are allowed: "
                 "set the clock that is wrong"
             )
-        content = _signed(nonce, certificate, self.key, self.purpose, self.run, self.time)
+        words = (self.key, self.purpose, self.run, self.home)
+        content = _signed(nonce, certificate, words, self.time)
         if not is_signed(public_key(self.key), content, bytes.fromhex(self.signature)):
             raise IdentityError(
                 "the signature is not one of the key that it names, for this server"
@@ -105,12 +110,13 @@ def make_claim(
     nonce: bytes,
     certificate: bytes,
     purpose: Purpose,
+    home: str,
     run: str = "",
 ) -> bytes:
-    """Return the frame in which a client says who it is; arguments as of :meth:`Claim.require_proof`."""
+    """Return the frame in which a client says who it is; arguments as of :class:`Claim`."""
     line, moment = public_line(key), time.time()
-    signature = sign(key, _signed(nonce, certificate, line, purpose, run, moment)).hex()
-    claim = Claim(key=line, purpose=purpose, run=run, time=moment, signature=signature)
+    signature = sign(key, _signed(nonce, certificate, (line, purpose, run, home), moment)).hex()
+    claim = Claim(key=line, purpose=purpose, run=run, home=home, time=moment, signature=signature)
     return frame(claim.model_dump(mode="json"))
 
 
@@ -135,8 +141,14 @@ def read_claim(content: bytes) -> Claim | Distrust:
 
 
 def nonce_of(greeting: bytes) -> bytes | None:
-    """Return the nonce in a server's greeting, or ``None`` where it is no gateway of this version."""
+    """Return the nonce in a server's greeting, or ``None`` where it is no gateway of this protocol."""
     return greeting[len(MAGIC) :] if greeting.startswith(MAGIC) else None
+
+
+def protocol_of(greeting: bytes) -> int | None:
+    """Return which protocol the gateway that greets so speaks, or ``None`` where it is no gateway."""
+    found = re.match(rb"fedloom gateway (\d{1,4})\n", greeting)
+    return int(found[1]) if found else None
 
 
 def frame(table: dict[str, Any]) -> bytes:
@@ -145,9 +157,7 @@ def frame(table: dict[str, Any]) -> bytes:
     return LENGTH.pack(len(content)) + content
 
 
-def _signed(
-    nonce: bytes, certificate: bytes, key: str, purpose: str, run: str, moment: float
-) -> bytes:
+def _signed(nonce: bytes, certificate: bytes, words: Sequence[str], moment: float) -> bytes:
     binding = hashlib.sha256(certificate).hexdigest() if certificate else "no TLS"
-    words = ("fedloom gateway claim 1", nonce.hex(), binding, key, purpose, run, repr(moment))
-    return "\n".join(words).encode()
+    all_words = ("fedloom gateway claim 2", nonce.hex(), binding, *words, repr(moment))
+    return "\n".join(all_words).encode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +18,9 @@ from fedloom.deployment.calling import SOCKET
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import SettingsError
 from fedloom.files import write_whole
-from fedloom.identity import CA, CERTIFICATE, CLIENTS, KEY, Members
+from fedloom.identity import CA, CERTIFICATE, KEY
+from fedloom.members import FILE as MEMBERS
+from fedloom.members import Members
 from fedloom.settings import Settings, nearest, parse, read_toml, write_toml
 
 
@@ -157,6 +162,9 @@ class Joining(Note):
     gateway: str
     """HOST:PORT of the server's gateway."""
     number: int
+    """Of the member."""
+    name: str
+    """Of the member."""
     key: str
     authority: str | None = None
     """File of the federation's authority; left out for no TLS."""
@@ -179,6 +187,21 @@ class ClientHome:
     def lock(self) -> Path:
         """The process that takes part, and the lock that makes it the only one."""
         return self.path / "client.pid"
+
+    @property
+    def id(self) -> str:
+        """What tells this folder from all others; made at the first look.
+
+        Raises:
+            OutputError: It cannot be written down.
+        """
+        path = self.path / "id"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if re.fullmatch("[0-9a-f]{32}", known := path.read_text().strip()):
+                return known
+        new = uuid.uuid4().hex
+        write_whole(path, new.encode())
+        return new
 
     @property
     def pid(self) -> Path:
@@ -217,6 +240,8 @@ class Serving(Note):
     """Where Flower's server listens, on this machine alone."""
     insecure: bool
     pid: int
+    since: float
+    """When it was started, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +286,16 @@ class ServerHome:
         return self.path / "streams"
 
     @property
+    def nodes(self) -> Path:
+        """The node by which Flower knows each member; see ``flower_nodes.py``."""
+        return self.path / "nodes.toml"
+
+    @property
+    def database(self) -> Path:
+        """What Flower's server keeps as long as this one runs."""
+        return self.path / "flower.db"
+
+    @property
     def requests(self) -> Path:
         """What was asked to be run, and how far it is."""
         return self.path / "requests"
@@ -277,7 +312,7 @@ class ServerHome:
 
     def members(self) -> Members:
         """Return who is let in, as of now."""
-        return Members(self.path / CLIENTS)
+        return Members(self.path / MEMBERS)
 
     def serving(self) -> Serving:
         """Return how the server was started.

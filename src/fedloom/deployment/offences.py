@@ -23,7 +23,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,20 @@ class OffenceSummaries:
 class OffenceLog(OffenceObserver):
     """Appends to the log at a path; threads and processes may share one."""
 
-    def __init__(self, path: Path, largest: int = LARGEST) -> None:
-        """Write at ``path``, which begins anew at ``largest`` bytes."""
-        self.path, self.largest = path, largest
+    def __init__(
+        self,
+        path: Path,
+        largest: int = LARGEST,
+        number_of: Callable[[int], int] = lambda client: client,
+    ) -> None:
+        """Write at ``path``, which begins anew at ``largest`` bytes.
+
+        Args:
+            path: The log.
+            largest: See above.
+            number_of: Returns the member's number of a client in the run that is told of.
+        """
+        self.path, self.largest, self.number_of = path, largest, number_of
         self._limited = Limited(self._write)
         self._paused: dict[int, int] = {}
         self._failed = False
@@ -97,16 +108,18 @@ class OffenceLog(OffenceObserver):
     def offended(self, offence: Offence) -> None:
         """Note an offence, or count it."""
         facts = {"reason": one_line(offence.reason), "run": offence.run, "round": offence.round}
-        self._limited(offence.kind, source=offence.client, client=offence.client, **facts)
+        number = self.number_of(offence.client)
+        self._limited(offence.kind, source=number, client=number, **facts)
 
     def quarantined(self, run: str, round: int, paused: Mapping[int, int]) -> None:
         """Note who is in quarantine from this round on, or until another than before, and who is back."""
         for client, until in sorted(paused.items()):
             if self._paused.get(client) != until:
-                facts = {"client": client, "run": run, "round": round, "until": until}
-                self._append({"event": "quarantine", **facts})
+                facts = {"run": run, "round": round, "until": until}
+                self._append({"event": "quarantine", "client": self.number_of(client), **facts})
         for client in sorted(self._paused.keys() - paused.keys()):
-            self._append({"event": "return", "client": client, "run": run, "round": round})
+            facts = {"client": self.number_of(client), "run": run, "round": round}
+            self._append({"event": "return", **facts})
         self._paused = dict(paused)
 
     def _write(self, kind: str, client: int, **facts: Any) -> None:

@@ -1,63 +1,115 @@
-"""How a run is asked of the server's processes, and how they tell what becomes of it.
+"""How a run is asked of the server, and how the process that plays it tells what becomes of it.
 
-``fedloom run --engine flower`` writes an order, Flower starts the process that plays the rounds, and
-that writes what happens as lines of JSON, which ``fedloom run`` shows as it shows a run in its own
-process.
+``fedloom run --engine flower`` has the server put an order into its queue; Flower starts the process that
+plays the rounds, and that writes what happens as lines of JSON, which ``fedloom run`` and
+``fedloom follow`` show as a run in one's own process is shown. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from fedloom.accounting.ledger import Cost
-from fedloom.deployment.homes import Note
-from fedloom.errors import FedloomError, RoundFailed
+from fedloom.accounting.costs import Cost
+from fedloom.deployment.homes import Note, ServerHome
+from fedloom.errors import FedloomError, OutputError, RoundFailed
 from fedloom.offences import Offence
-from fedloom.runner import Plan, RunObserver
-from fedloom.server import Evaluation, RoundRecord
+from fedloom.progress import Absence, Evaluation, Plan, RoundRecord, RunObserver
+from fedloom.settings import Settings
 
 LOOK = 0.1
 """Seconds between looks for news."""
 
-ASK = 5.0
-"""Seconds without news after which it is asked whether the run is still there."""
+ASK = 2.0
+"""Seconds without news after which it is looked whether the server is still there."""
 
 LAST = ("finished", "failed")
 """Events after which no other comes."""
 
-SLOW = 30.0
-"""Seconds after which a run that has not begun is worth a word."""
+
+class Asked(Settings):
+    """What the server is asked to run."""
+
+    name: str
+    """Of the experiment, for people."""
+    cwd: str
+    """Where paths in the experiment begin."""
+    text: str | None = None
+    """The experiment's TOML; left out to continue the run in ``resume``."""
+    assignments: list[str] = []
+    """As after ``--set``."""
+    resume: str | None = None
+    """The run folder that is continued."""
+    from_round: int | None = None
+    """Continue after the checkpoint of this round."""
+    fresh_clients: list[int] = []
+    """Clients who start afresh then."""
+
+    def order(self) -> dict[str, Any]:
+        """Return what an order takes over."""
+        return self.model_dump(exclude={"text"})
 
 
 class Order(Note):
-    """What is to be run."""
+    """What is to be run, for the process that plays it."""
 
+    id: str
+    """Of the request."""
     home: str
     """The server's folder."""
-    folder: str
-    """The run folder."""
+    name: str
     cwd: str
-    """Where paths in the experiment begin."""
-    experiment: str | None = None
-    """File of the experiment; left out to continue the run in the folder."""
+    assignments: list[str] = []
+    resume: str | None = None
     from_round: int | None = None
-    """Continue after the checkpoint of this round."""
+    fresh_clients: list[int] = []
+
+
+def order_file(home: ServerHome, id: str) -> Path:
+    """Return where the order of a request is."""
+    return home.requests.resolve() / f"{id}.order.toml"
+
+
+def experiment_file(home: ServerHome, id: str) -> Path:
+    """Return where the experiment of a request is."""
+    return home.requests.resolve() / f"{id}.experiment.toml"
+
+
+def news_file(home: ServerHome, id: str) -> Path:
+    """Return where it is told what becomes of a request."""
+    return home.requests.resolve() / f"{id}.jsonl"
 
 
 class News:
     """Tells what happens in a run as lines of JSON; an observer of it."""
 
     def __init__(self, path: Path) -> None:
-        """Begin the file at ``path``."""
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+        """Go on with the file at ``path``.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        try:
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+            path.chmod(0o600)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+        self.close()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._file.close()
 
     def tell(self, event: str, **facts: Any) -> None:
@@ -89,78 +141,87 @@ class News:
         self.tell("end")
 
 
-def read_news(path: Path, still_running: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Yield what is told, as it is; ends with the last word or when the run is no longer there.
+class NewsReader:
+    """Reads what is told in a file from where it stopped before."""
 
-    To ask takes seconds, in which a run may say its last word and end: what was told until the answer
-    came is read before a run counts as gone.
+    def __init__(self, path: Path) -> None:
+        """Read the file at ``path``, which may not be there yet."""
+        self._path, self._read = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what was told since the last call; half of a line that is being written is not."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._read += len(line)
+                    found.append(json.loads(line))
+        return found
+
+
+def read_news(path: Path, still_there: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Yield what is told, as it is; ends with the last word, or once the server is no longer there.
+
+    What was told until then is read before a run counts as gone.
     """
-    begun, asked, read = time.monotonic(), time.monotonic(), 0
-    running, warned = True, False
+    reader, looked, there = NewsReader(path), time.monotonic(), True
     while True:
-        lines = _whole_lines(path, read)
-        for line in lines:
-            told = json.loads(line)
+        news = reader.read()
+        for told in news:
             last = told["event"] in LAST
             yield told
             if last:
                 return
-        if lines:
-            read, asked = read + sum(map(len, lines)), time.monotonic()
-            continue
-        if not running:
+        if news:
+            looked = time.monotonic()
+        elif not there:
             return
-        if not warned and not path.exists() and time.monotonic() > begun + SLOW:
-            warned = True
-            log = path.parents[1] / "logs" / "serverapp.out"
-            text = f"Flower has not started the run after {SLOW:.0f} s; if it never does, {log} tells why"
-            yield {"event": "warning", "text": text}
-        if time.monotonic() > asked + ASK:
-            running, asked = still_running(), time.monotonic()
+        elif time.monotonic() > looked + ASK:
+            there, looked = still_there(), time.monotonic()
         else:
             time.sleep(LOOK)
 
 
-def _whole_lines(path: Path, start: int) -> list[bytes]:
-    """Return the lines of a file from a byte on, but half of one that is being written."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            return [line for line in file if line.endswith(b"\n")]
-    except FileNotFoundError:
-        return []
-
-
 def go_on(folder: str) -> str:
     """Return what to do about a run that was stopped."""
+    if not folder:
+        return "nothing of it was trained: ask for it again"
     return (
         "everything up to the last round is saved: go on with "
         f"`fedloom run --resume {folder} --engine flower`"
     )
 
 
-def show(news: Iterator[dict[str, Any]], observer: RunObserver, folder: str) -> str:
-    """Pass news of the run in ``folder`` on; return the summary that a finished run ends with.
+def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
+    """Pass news of a run on; return the summary that a finished run ends with.
 
     Raises:
         FedloomError: The run failed, for the reason told.
         RoundFailed: It ended without a word.
     """
+    folder = ""
     for told in news:
         event = told.pop("event")
-        if event == "finished":
-            return str(told["summary"])
-        if event == "failed":
-            error = FedloomError(told["text"])
-            error.exit_code = told["exit_code"]
-            raise error
-        if event == "begin":
-            observer.begin(Plan(**told["plan"]))
-        elif event == "round_done":
-            observer.round_done(_record(told["record"]))
-        else:
-            getattr(observer, event)(**told)
-    raise RoundFailed(f"the process that played the rounds is gone; {go_on(folder)}")
+        match event:
+            case "finished":
+                return str(told["summary"])
+            case "failed":
+                error = FedloomError(told["text"])
+                error.exit_code = told["exit_code"]
+                raise error
+            case "folder":
+                folder = str(told["folder"])
+            case "attendance":
+                pass  # of interest to `fedloom status`
+            case "begin":
+                names = {int(client): name for client, name in told["plan"]["names"].items()}
+                observer.begin(Plan(**{**told["plan"], "names": names}))
+            case "round_done":
+                observer.round_done(_record(told["record"]))
+            case _:
+                getattr(observer, event)(**told)
+    raise RoundFailed(f"the server is gone, and the run with it; {go_on(folder)}")
 
 
 def _record(table: dict[str, Any]) -> RoundRecord:
@@ -180,6 +241,7 @@ def _record(table: dict[str, Any]) -> RoundRecord:
             "offences": tuple(Offence(**offence) for offence in table["offences"]),
             "weighed": weighed,
             "replaced": tuple(table["replaced"]),
+            "absent": {int(client): Absence(**own) for client, own in table["absent"].items()},
             "evaluation": evaluation,
             "costs": tuple(Cost(**cost) for cost in table["costs"]),
         }

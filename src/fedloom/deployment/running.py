@@ -1,92 +1,121 @@
-"""Runs with the clients of a federation: asked for here, played by the process that Flower starts."""
+"""Runs with the clients of a federation: asked for here, played by a process that Flower starts.
+
+Who watches a run does nothing for it: it may be ended and begun again at any time.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from fedloom.deployment.children import LINK, flwr
-from fedloom.deployment.control import is_running
+from fedloom.deployment.control import ask
 from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import Order, go_on, read_news, show
-from fedloom.deployment.server import stop_run
-from fedloom.errors import Interrupted
-from fedloom.experiment import Experiment
-from fedloom.files import write_whole
-from fedloom.runner import RunObserver, free_folder
-from fedloom.settings import write_toml
-
-APP = Path(__file__).with_name("app")
-"""The Flower app."""
+from fedloom.deployment.orders import Asked, news_file, read_news, show
+from fedloom.errors import Interrupted, OutputError, SettingsError
+from fedloom.files import holder
+from fedloom.progress import RunObserver
+from fedloom.settings import parse_toml
 
 
-def run_deployed(
+def ask_for_run(
     home: Path,
-    experiment: Experiment | None,
-    resume: Path | None,
-    from_round: int | None,
-    observer: RunObserver,
-) -> str:
-    """Run an experiment with the clients of a federation, or continue one; return its summary.
+    experiment: Path | None,
+    assignments: Iterable[str] = (),
+    *,
+    resume: Path | None = None,
+    from_round: int | None = None,
+    fresh_clients: Iterable[int] = (),
+) -> dict[str, Any]:
+    """Put a run into the queue of a server; return what is known of it.
+
+    Args:
+        home: The server's folder.
+        experiment: An experiment in TOML; ``None`` to continue the run in ``resume``.
+        assignments: As after ``--set``.
+        resume: A run folder.
+        from_round: Continue after the checkpoint of this round.
+        fresh_clients: Clients who start afresh then.
 
     Raises:
-        FedloomError: See ``fedloom.errors`` for the tree.
+        ConnectionFailed: No server runs in the folder.
+        OutputError: The experiment cannot be read.
+        SettingsError: It is no TOML.
     """
-    own, file = ServerHome(home), None
-    own.serving()
-    if resume is not None:
-        folder = str(resume.resolve())
-    else:
-        assert experiment is not None, "the command line asks for one or the other"
-        folder = str(free_folder(experiment).resolve())
-        output = experiment.output.model_copy(update={"folder": folder})
-        file = own.requests / f"{experiment.name}-{os.getpid()}.toml"
-        write_whole(file, replace(experiment, output=output).to_toml().encode())
-    order = Order(
-        home=str(home.resolve()),
-        folder=folder,
+    text, name = None, resume.name if resume is not None else ""
+    if experiment is not None:
+        try:
+            text = experiment.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"cannot read the experiment {experiment}: {error}") from None
+        parse_toml(text, str(experiment))  # what can be told without loading anything
+        name = experiment.stem
+    asked = Asked(
+        name=name,
         cwd=str(Path.cwd()),
-        experiment=str(file.resolve()) if file is not None else None,
+        text=text,
+        assignments=list(assignments),
+        resume=str(resume.resolve()) if resume is not None else None,
         from_round=from_round,
+        fresh_clients=list(fresh_clients),
     )
-    observer.stage("asking Flower to start the run")
-    path, number = submit(own, order)
-    return follow(own, path, number, observer)
+    found: dict[str, Any] = ask(ServerHome(home), "submit", **asked.model_dump())
+    return found
 
 
-def submit(home: ServerHome, order: Order) -> tuple[Path, str]:
-    """Have Flower start a run; return the file of its order and Flower's number for it.
-
-    Raises:
-        SettingsError: No server was started here.
-        FedloomError: Flower refuses.
-    """
-    home.serving()
-    path = home.requests / f"{time.time_ns():x}.toml"
-    order.write(path)
-    config = path.with_suffix(".config.toml")
-    write_whole(config, write_toml({"order": str(path)}).encode())
-    found = flwr(home.flower, "run", str(APP), LINK, "--run-config", str(config))
-    return path, str(found["run-id"])
-
-
-def follow(home: ServerHome, order: Path, number: str, observer: RunObserver) -> str:
-    """Show a run until it is over; return its summary.
+def find_run(home: Path, run: str | None) -> dict[str, Any]:
+    """Return what is known of the run that is under way, or of the one whose id or name begins so.
 
     Raises:
-        FedloomError: It failed.
-        Interrupted: The user stopped it.
+        ConnectionFailed: No server runs in the folder.
+        SettingsError: There is no such run.
     """
-    folder = Order.read(order).folder
+    runs = ask(ServerHome(home), "runs")
+    for own in runs:
+        if run is None or own["id"].startswith(run) or own["name"] == run:
+            found: dict[str, Any] = own
+            return found
+    there = ", ".join(f"{own['name']} ({own['id'][:8]})" for own in runs) or "none"
+    what = "no run is under way" if run is None else f"no run is called {run!r}"
+    raise SettingsError([f"{what}; under way or waiting: {there}"], "the command")
+
+
+def follow(home: Path, run: dict[str, Any], observer: RunObserver) -> str:
+    """Show a run until it is over; return its summary. To end this ends nothing else.
+
+    Raises:
+        FedloomError: The run failed.
+        Interrupted: The user watches no longer.
+    """
+    own = ServerHome(home)
     try:
-        news = read_news(order.with_suffix(".jsonl"), lambda: is_running(home, number))
-        return show(news, observer, folder)
+        news = read_news(news_file(own, run["id"]), lambda: holder(own.lock) is not None)
+        return show(news, observer)
     except KeyboardInterrupt:
-        stop_run(home, number)
-        raise Interrupted(f"stopped; {go_on(folder)}") from None
+        at = "" if home == Path("fedloom-server") else f" --home {home}"
+        raise Interrupted(
+            f"the run goes on: `fedloom follow{at}` shows it again, `fedloom stop{at}` ends it"
+        ) from None
     finally:
         with contextlib.suppress(Exception):
             observer.end()
+
+
+def before_it(run: dict[str, Any]) -> str:
+    """Return what a run waits for, if it does."""
+    before = [own["name"] for own in run.get("before", [])]
+    if not before:
+        return ""
+    others = f", then {', '.join(before[1:])}" if len(before) > 1 else ""
+    return f"waiting for its turn: {before[0]} is under way{others}; `fedloom status` shows how far"
+
+
+def stop_runs(home: Path, run: str | None) -> list[str]:
+    """Stop a run, or all; return the names of those that were stopped.
+
+    Raises:
+        ConnectionFailed: No server runs in the folder.
+    """
+    stopped: list[str] = ask(ServerHome(home), "stop", run=run)
+    return stopped

@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedloom.audit import FILE, AuditLog, Limited, unheard
 from fedloom.deployment.children import (
-    LINK,
     Child,
     Family,
     address,
     end,
-    flwr,
     free_port,
     only,
     program,
@@ -29,40 +28,39 @@ from fedloom.deployment.children import (
     require_free,
     wait_until_open,
 )
+from fedloom.deployment.control import SOCKET, ControlSocket
 from fedloom.deployment.exposure import require_unexposed
 from fedloom.deployment.fleet import Upstream
+from fedloom.deployment.flower_control import FlowerControl
+from fedloom.deployment.flower_nodes import FlowerNodes
 from fedloom.deployment.gateway import Gateway, GatewaySettings
+from fedloom.deployment.gateway_client import PORT
 from fedloom.deployment.homes import ServerHome, Serving
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
+from fedloom.deployment.orders import Asked
+from fedloom.deployment.run_queue import RunQueue
+from fedloom.deployment.status import server_status
 from fedloom.engines.frames import connect, write_frame
-from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, OffenceKind, OutputError
-from fedloom.files import write_whole
+from fedloom.errors import ConnectionFailed, IdentityError, OffenceKind, SettingsError
 from fedloom.identity import (
     CA,
     CERTIFICATE,
-    CLIENTS,
     KEY,
-    Member,
     hosts_of,
     make_authority,
     require_current,
-    stamp_of,
 )
+from fedloom.members import FILE as MEMBERS
+from fedloom.members import stamp_of
 from fedloom.offences import Offence, one_line
-from fedloom.settings import read_toml, write_toml
+from fedloom.settings import parse
 
-PORT = 9092
 RUN_PATTERN = "[0-9a-f]" * 32
 """Names of the sockets of runs."""
 
 HERE = "127.0.0.1"
 """Where Flower's server listens: on this machine alone."""
-
-REGISTERED, DATABASE = "registered.toml", "flower.db"
-
-RETRY = 5.0
-"""Seconds before Flower is told again what it could not be told."""
 
 INTERNAL = 3650
 """Days that the certificates are good for by which Flower's processes on this machine know each other;
@@ -102,7 +100,14 @@ def start(
         require_current(home.certificate)
         require_current(home.authority)
         require_named(home.certificate, reachable(host))
-    serving = Serving(host=host, port=port, flower=free_port(), insecure=insecure, pid=os.getpid())
+    serving = Serving(
+        host=host,
+        port=port,
+        flower=free_port(),
+        insecure=insecure,
+        pid=os.getpid(),
+        since=time.time(),
+    )
     with only("server", home.lock):
         _serve(home, serving, ready)
 
@@ -116,7 +121,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
     require_free(host, port)
     for folder in (home.path, home.flower, home.streams, home.requests):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _configure(home, serving)
+    make_authority(home.flower, [HERE, "localhost"], days=INTERNAL)
     log = AuditLog(home.path / FILE)
     link = family.children[0]
     stopping: list[int] = []
@@ -124,49 +129,87 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         signal.signal(kind, lambda number, frame: stopping.append(number))
     raise_limit_of_descriptors()
     sys.setswitchinterval(TURN)
-    context = ssl.create_default_context(cafile=str(home.flower / CA))
-    database = home.path.resolve() / DATABASE
-    upstream = Upstream(HERE, serving.flower, context, database, settings.flower_bytes)
-    gateway = Gateway(
-        home.members,
-        log.record,
-        home.streams,
-        upstream,
-        settings,
-        partial(report_offence, home, OffenceLog(home.path / OFFENCES)),
-        lambda: stamp_of(home.path / CLIENTS),
-    )
-    gateway.note = Limited(unheard)  # the next strangers are we ourselves
-    gateway.listen(host, port, None if insecure else (home.certificate, home.key))
-    try:
+    authority = home.flower / CA
+    context = ssl.create_default_context(cafile=str(authority))
+    upstream = Upstream(HERE, serving.flower, context, home.database, settings.flower_bytes)
+    with contextlib.ExitStack() as closing:
+        control = closing.enter_context(
+            FlowerControl(address(HERE, serving.flower), authority.read_bytes())
+        )
+        nodes = FlowerNodes(control, home.members, home.nodes, log.record)
+        gateway = Gateway(
+            home.members,
+            log.record,
+            home.streams,
+            upstream,
+            settings,
+            partial(report_offence, home, OffenceLog(home.path / OFFENCES)),
+            lambda: stamp_of(home.path / MEMBERS),
+            nodes.of,
+        )
+        gateway.note = Limited(unheard)  # the next strangers are we ourselves
+        gateway.listen(host, port, None if insecure else (home.certificate, home.key))
+        closing.callback(log.record, "stopped")
+        closing.callback(home.started.unlink, missing_ok=True)
+        closing.callback(family.stop)
+        closing.callback(gateway.stop)
+        begin_anew(home)
         link.keep_alive()
         wait_until_open(HERE, serving.flower, link)
         require_unexposed(reachable(host), port, tls=not insecure, private=serving.flower)
         gateway.note = Limited(log.record)
-        for number in under_way(home):  # who played them is gone; their folders can be resumed
-            stop_run(home, number)
-            log.record("ended_run", run=number)
-        for leftover in home.streams.iterdir():  # of runs that were killed
-            leftover.unlink(missing_ok=True)
+        queue = RunQueue(home, control, log.record)
+        closing.callback(queue.close)
         serving.write(home.started)
         log.record("started", port=port, tls=not insecure)
-        registry = Registry(home, log)
         expiry = Expiry(home, log, insecure=insecure)
-        registry.follow()
+        nodes.follow()
+        closing.callback(_commands(home, serving, gateway, queue).close)
         ready(serving)
         while not stopping:
             for child in family.children:
                 if child.keep_alive():
                     log.record("restarted", process=child.name)
-            registry.keep_following()
+                    nodes.doubt()
+            nodes.keep_following()
+            queue.advance()
             gateway.follow()
             expiry.look()
             time.sleep(0.2)
-    finally:
-        gateway.stop()
-        family.stop()
-        log.record("stopped")
-        home.started.unlink(missing_ok=True)
+
+
+def _commands(
+    home: ServerHome, serving: Serving, gateway: Gateway, queue: RunQueue
+) -> ControlSocket:
+    """Answer the commands of the server's user."""
+
+    def submit(asked: dict[str, Any]) -> dict[str, Any]:
+        settings, problems = parse(Asked, asked, "request")
+        if settings is None:
+            raise SettingsError(problems, "the command")
+        before = queue.listed()
+        return {**queue.submit(settings).shown(), "before": before}
+
+    return ControlSocket(
+        home.path / SOCKET,
+        {
+            "status": lambda asked: server_status(home, serving, gateway, queue),
+            "submit": submit,
+            "runs": lambda asked: queue.listed(),
+            "stop": lambda asked: queue.stop(asked.get("run")),
+        },
+    )
+
+
+def begin_anew(home: ServerHome) -> None:
+    """Delete what Flower and runs of an earlier server have left: nothing in it is needed again.
+
+    Who is let in stands in our own file, and a run that was under way is resumed from its own folder.
+    """
+    for name in ("", "-wal", "-shm", "-journal"):
+        home.database.with_name(home.database.name + name).unlink(missing_ok=True)
+    for leftover in home.streams.iterdir():
+        leftover.unlink(missing_ok=True)
 
 
 def report_offence(
@@ -214,34 +257,6 @@ def stop_server(home: Path) -> int:
     return end("server", ServerHome(home).lock)
 
 
-def stop_run(home: ServerHome, number: str) -> None:
-    """Have Flower end a run; every finished round of it is saved."""
-    flwr(home.flower, "stop", number, LINK)
-
-
-def under_way(home: ServerHome) -> list[str]:
-    """Return Flower's numbers of the runs that are not over."""
-    runs = flwr(home.flower, "ls", LINK)["runs"]
-    return [str(r["run-id"]) for r in runs if not str(r["status"]).startswith("finished")]
-
-
-def registered(home: ServerHome) -> dict[str, str]:
-    """Return Flower's node of each public key that it was told of."""
-    path = home.path / REGISTERED
-    return read_toml(path) if path.exists() else {}
-
-
-def _configure(home: ServerHome, serving: Serving) -> None:
-    """Make certificates by which Flower's processes on this machine know each other, and tell them."""
-    make_authority(home.flower, [HERE, "localhost"], days=INTERNAL)
-    link = {
-        "address": address(HERE, serving.flower),
-        "root-certificates": str(home.flower.resolve() / CA),
-    }
-    table = {"superlink": {"default": LINK, LINK: link}}
-    write_whole(home.flower / "config.toml", write_toml(table).encode())
-
-
 def _children(home: ServerHome, serving: Serving) -> list[Child]:
     """Return Flower's server, and what starts a process for each run."""
     logs, flower = home.path / "logs", home.flower.resolve()
@@ -254,11 +269,11 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
         "--enable-supernode-auth",
         *("--isolation", "process"),
         *("--host", HERE, "--port", str(serving.flower)),
-        *("--database", str(home.path.resolve() / DATABASE)),
+        *("--database", str(home.database.resolve())),
         "--disable-runtime-dependency-installation",
     ]
     starter = [
-        "flower-superexec",
+        *(sys.executable, "-m", "fedloom.deployment.flower_starter"),
         *("--root-certificates", str(flower / CA)),
         *("--runtime-api-address", address(HERE, serving.flower)),
     ]
@@ -267,72 +282,6 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
         Child(link, logs / "superlink.out", environment),
         Child(starter, logs / "serverapp.out", environment),
     ]
-
-
-class Registry:
-    """Tells Flower whom we let in, as often as that changes."""
-
-    def __init__(self, home: ServerHome, log: AuditLog) -> None:
-        self.home, self.log = home, log
-        self.path = home.path / REGISTERED
-        self.nodes = registered(home)
-        self._seen: list[Member] | None = None
-        self._again, self._noted = 0.0, False
-
-    def follow(self) -> None:
-        """Register who was let in and remove who was revoked since the last call.
-
-        Raises:
-            FedloomError: The list cannot be read, or Flower not be told; what it was told is kept.
-        """
-        members = self.home.members().members
-        if members == self._seen:
-            return
-        failed: list[FedloomError] = []
-        for number, member in enumerate(members):
-            try:
-                if member.revoked and member.key in self.nodes:
-                    self._remove(number, member)
-                elif not member.revoked and member.key not in self.nodes:
-                    self._add(number, member)
-            except FedloomError as error:  # the others are not to wait for this one
-                failed.append(error)
-        self._keep(self.nodes)  # a full disk may have kept the last from being written
-        if failed:
-            raise failed[0]
-        self._seen = members
-
-    def keep_following(self) -> None:
-        """Follow; what fails is noted in the audit log, once, and tried again after a while."""
-        if time.monotonic() < self._again:
-            return
-        try:
-            self.follow()
-            self._noted = False
-        except Exception as error:  # whatever it is, the runs go on
-            self._again = time.monotonic() + RETRY
-            if not self._noted:
-                with contextlib.suppress(OutputError):  # a full disk may be what failed
-                    self.log.record("registry_failed", reason=f"{type(error).__name__}: {error}")
-                    self._noted = True
-
-    def _add(self, number: int, member: Member) -> None:
-        public = self.home.path / f"client-{number:04d}.pub"
-        write_whole(public, f"{member.key}\n".encode(), 0o644)
-        words = ("supernode", "register", str(public), LINK, "--name", member.name)
-        found = flwr(self.home.flower, *words)
-        self._keep({**self.nodes, member.key: str(found["node-id"])})
-        self.log.record("allowed", client=number, name=member.name)
-
-    def _remove(self, number: int, member: Member) -> None:
-        flwr(self.home.flower, "supernode", "unregister", self.nodes[member.key], LINK)
-        self._keep({key: node for key, node in self.nodes.items() if key != member.key})
-        self.log.record("revoked", client=number, name=member.name)
-
-    def _keep(self, nodes: dict[str, str]) -> None:
-        """Keep what Flower was told: told the same again, it would refuse."""
-        self.nodes = nodes
-        write_whole(self.path, write_toml(nodes).encode())
 
 
 class Expiry:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedloom.deployment.children import only
+from fedloom.deployment.flower_nodes import read_nodes
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
-from fedloom.deployment.orders import News, Order, go_on
-from fedloom.deployment.server import registered
+from fedloom.deployment.orders import News, Order, experiment_file, go_on, news_file
+from fedloom.deployment.parent import end_with_parent
+from fedloom.deployment.participants import chosen, known
 from fedloom.engines.flower import FlowerEngine
 from fedloom.engines.inflation import ByteBudget, bound_arrays, bound_pulls
 from fedloom.engines.post import SMALL, Post
@@ -25,8 +29,10 @@ from fedloom.engines.streams import Streams
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.identity import read_key, sign
+from fedloom.progress import Participant
 from fedloom.report import run_folder as names
-from fedloom.runner import RunResult, resume_run, run_experiment
+from fedloom.report.run_folder import RunFolder
+from fedloom.runner import RunResult, free_folder, resume_run, run_experiment
 
 app = ServerApp()
 
@@ -37,6 +43,7 @@ ENDING = 30.0
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Play the run that was ordered, as the only one: a client has the model of one run at a time."""
+    end_with_parent()
     path = Path(str(context.run_config["order"]))
     if not path.is_file():
         raise SettingsError(
@@ -44,16 +51,18 @@ def main(grid: Grid, context: Context) -> None:
             "the Flower app",
         )
     order = Order.read(path)
+    home = ServerHome(Path(order.home))
     os.chdir(order.cwd)
-    with contextlib.closing(News(path.with_suffix(".jsonl"))) as news:
+    os.umask(0o077)
+    with only("run", home.playing, ENDING), News(news_file(home, order.id)) as news:
+        play = _Play(grid, home, order, news)
         try:
-            with only("run", ServerHome(Path(order.home)).playing, ENDING):
-                result = _play(grid, order, news)
+            result = play.run()
         except FedloomError as error:
             news.tell("failed", text=str(error), exit_code=error.exit_code)
             raise
         except (SystemExit, KeyboardInterrupt):  # how Flower ends what plays a run that is stopped
-            text = f"the run was stopped; {go_on(order.folder)}"
+            text = f"the run was stopped; {go_on(play.folder)}"
             news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
             raise
         except BaseException as error:
@@ -62,19 +71,70 @@ def main(grid: Grid, context: Context) -> None:
         news.tell("finished", summary=result.summary_text)
 
 
-def _play(grid: Grid, order: Order, news: News) -> RunResult:
-    home, folder = ServerHome(Path(order.home)), Path(order.folder)
-    file = Path(order.experiment) if order.experiment else folder / names.EXPERIMENT
-    experiment = Experiment.from_toml(file)
-    roster = Roster(home.members, experiment.clients.newcomers, owners=partial(_owners, home))
-    watch = OffenceLog(home.path / OFFENCES)
-    engine = FlowerEngine(_post(grid, home), experiment.federation, roster, watch)
-    try:
-        if order.experiment is None:
-            return resume_run(folder, from_round=order.from_round, observer=news, remote=engine)
-        return run_experiment(experiment, observer=news, remote=engine)
-    finally:
-        engine.close()
+class _Play:
+    """Plays what was ordered.
+
+    Attributes:
+        folder: The run folder, once it is known.
+    """
+
+    def __init__(self, grid: Grid, home: ServerHome, order: Order, news: News) -> None:
+        self.grid, self.home, self.order, self.news = grid, home, order, news
+        self.folder = ""
+
+    def run(self) -> RunResult:
+        """Play it to its end."""
+        order = self.order
+        if order.resume is not None:
+            return self._resumed(Path(order.resume))
+        file = experiment_file(self.home, order.id)
+        experiment = Experiment.from_toml(file, order.assignments, order.name)
+        experiment, participants = chosen(experiment, self.home.members())
+        folder = free_folder(experiment).resolve()
+        output = experiment.output.model_copy(update={"folder": str(folder)})
+        experiment = replace(experiment, output=output)
+        self._tell_folder(folder)
+        with contextlib.closing(self._engine(experiment, participants)) as engine:
+            return run_experiment(experiment, observer=self.news, remote=engine)
+
+    def _resumed(self, folder: Path) -> RunResult:
+        experiment = Experiment.from_toml(folder / names.EXPERIMENT)
+        self._tell_folder(folder)
+        participants = known(RunFolder.existing(folder).read_json(names.RUN))
+        if participants is None:  # it was stopped before it began
+            participants = chosen(experiment, self.home.members())[1]
+        with contextlib.closing(self._engine(experiment, participants)) as engine:
+            return resume_run(
+                folder,
+                from_round=self.order.from_round,
+                fresh_clients=self.order.fresh_clients,
+                observer=self.news,
+                remote=engine,
+            )
+
+    def _tell_folder(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self.news.tell("folder", folder=self.folder)
+
+    def _engine(self, experiment: Experiment, participants: Sequence[Participant]) -> FlowerEngine:
+        home = self.home
+        roster = Roster(
+            home.members,
+            participants,
+            experiment.clients.newcomers,
+            owners=partial(read_nodes, home.nodes),
+            proven=not home.serving().insecure,
+        )
+        watch = OffenceLog(
+            home.path / OFFENCES, number_of=lambda client: participants[client].number
+        )
+        return FlowerEngine(
+            _post(self.grid, home),
+            experiment.federation,
+            roster,
+            watch,
+            attend=lambda attendance: self.news.tell("attendance", members=attendance),
+        )
 
 
 def _post(grid: Grid, home: ServerHome) -> Post:
@@ -88,18 +148,6 @@ def _post(grid: Grid, home: ServerHome) -> Post:
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
     return Post(grid, signing, certificate, streams, proven=True, budget=budget)
-
-
-def _owners(home: ServerHome) -> dict[int, int]:
-    """Return the client of each of Flower's nodes, by the key with which Flower had it prove itself.
-
-    None where nothing is proven, or the lists cannot be read.
-    """
-    with contextlib.suppress(FedloomError):
-        if not home.serving().insecure:
-            nodes, members = registered(home), enumerate(home.members().members)
-            return {int(nodes[own.key]): number for number, own in members if own.key in nodes}
-    return {}
 
 
 def _open_streams(home: ServerHome, run: str, patience: float) -> Streams:

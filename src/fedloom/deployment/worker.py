@@ -34,6 +34,7 @@ from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.homes import ClientHome
 from fedloom.deployment.kept import Kept, Version
+from fedloom.deployment.parent import end_with_parent
 from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.rows import divided
@@ -44,6 +45,7 @@ from fedloom.engines.store import ClientStore
 from fedloom.envelope import (
     LONGEST_HEADER,
     PHASES,
+    PROTOCOL,
     Envelope,
     Joined,
     ReplyHeader,
@@ -91,6 +93,7 @@ class Run:
 
     Attributes:
         id: Tells it from all others.
+        client: This client's number in it.
         began: How many times it had begun or been resumed when this client last heard of it.
         parts: Model, rows and handlers, for this client alone.
         kept: What it keeps between rounds, on disk.
@@ -102,6 +105,7 @@ class Run:
     """
 
     id: str
+    client: int
     began: int
     parts: Parts
     kept: Kept
@@ -191,17 +195,14 @@ class Worker:
             )
 
     def _carried_out(self, envelope: Envelope, header: RequestHeader) -> tuple[ReplyHeader, bytes]:
-        number = self.joining.number
         reply = ReplyHeader(
             run=header.run,
             began=len(header.began),
-            client=number,
+            client=header.client,
             round=header.round,
             number=header.number,
         )
         try:
-            if header.client not in (None, number):
-                raise ReportedError(Sentence.FOREIGN)
             if self.damage is not None:
                 raise self.damage
             run = self._ready(header)
@@ -227,7 +228,7 @@ class Worker:
     def _note(self, event: str, header: RequestHeader, payload: bytes, digest: str) -> None:
         """Note in this client's own log what it was asked, or what it answered."""
         if header.kind == "exchange" and self.log is not None:
-            where = {"run": header.run, "client": self.joining.number}
+            where = {"run": header.run, "client": header.client}
             what = {"round": header.round, "action": header.action}
             self.log.record(event, **where, **what, bytes=len(payload), message=digest)
 
@@ -239,6 +240,8 @@ class Worker:
             ReportedError: Its rows or its model cannot be used, or nobody has let it in yet.
         """
         if self.run is not None and self.run.id == header.run:
+            if header.client != self.run.client:
+                raise ReportedError(Sentence.FOREIGN)
             if len(header.began) < self.run.began:
                 raise ReportedError(Sentence.RESUMED)
             self.run.began = len(header.began)
@@ -246,10 +249,12 @@ class Worker:
         if header.experiment is None:
             raise ReportedError(Sentence.ANEW)
         start = time.monotonic()
-        own, number = self.home.own_file(), self.joining.number
+        own, number = self.home.own_file(), header.client
         experiment = permitted(header.experiment, own, number, len(header.classes))
+        if number >= experiment.federation.clients:
+            raise ReportedError(Sentence.UNFIT)
         if own.policy.approve and not self.approvals.has(header.run, header.experiment):
-            self.approvals.ask(header.run, header.experiment, len(header.classes))
+            self.approvals.ask(header.run, header.experiment, number, len(header.classes))
             raise ReportedError(Sentence.WAITS)
         self.day.begin_run(header.run, header.experiment, own.policy)
         self.run = None  # one model at a time; what is refused costs the run under way nothing
@@ -277,20 +282,21 @@ class Worker:
         every = experiment.output.checkpoint_every
         secret = own.worker.secret_noise
         stretch = len(header.began)
-        self.run = Run(header.run, stretch, parts, kept, every, secret, own.policy)
+        self.run = Run(header.run, number, stretch, parts, kept, every, secret, own.policy)
         return self.run
 
     def _joined(self, run: Run) -> Joined:
-        parts, number = run.parts, self.joining.number
+        parts, number = run.parts, run.client
         return Joined(
             rows=parts.local.rows(number),
             held_out=len(parts.division.held_out.get(number, [])),
             model=parts.model_digest,
             version=version("fedloom"),
+            protocol=PROTOCOL,
         )
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
-        number, engine = self.joining.number, run.parts.local
+        number, engine = run.client, run.parts.local
         request, reply = _schemas(header, run.policy)
         moment = (len(header.began), header.round)
         if header.action not in engine.handlers or moment < run.latest:
@@ -323,7 +329,7 @@ class Worker:
             return
         undone = {(began, number) for began, number in header.undone} | {(stretch, header.number)}
         known = run.kept.latest(header.began, round, undone)
-        store = ClientStore({self.joining.number: known[1]} if known is not None else None)
+        store = ClientStore({run.client: known[1]} if known is not None else None)
         if run.moment == now:
             run.parts.local.store = store
         else:
@@ -337,7 +343,7 @@ class Worker:
         engine, folder = run.parts.local, self.home.run(header.run) / "model"
         self._remember(run, header, run.parts.evaluator.rounds)
         payload = decode(data, _schemas(header, run.policy)[0])
-        client = engine.client(self.joining.number, run.parts.evaluator.rounds)
+        client = engine.client(run.client, run.parts.evaluator.rounds)
         run.parts.method.load(client, payload)
         client.model.save(folder)
         LOG.info("run %s: own model written to %s", header.run[:8], folder)
@@ -355,7 +361,7 @@ class Worker:
         """
         authority = self.joining.authority
         content = Path(authority).read_bytes() if authority else None
-        gateway, until = GatewayClient(address, self.key, content), math.inf
+        gateway, until = GatewayClient(address, self.key, content, self.home.id), math.inf
         while time.monotonic() < until:
             try:
                 with gateway.stream(run) as (read, send), self._answering(send) as put:
@@ -483,6 +489,7 @@ def _serve(worker: Worker, connection: socket.socket) -> None:
 
 def main() -> None:
     """Run the worker of the home that the command line names."""
+    end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = ClientHome(Path(sys.argv[1]))

@@ -23,13 +23,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.accounting.costs import Cost
+from fedloom.accounting.ledger import Ledger
 from fedloom.audit import Limited, unheard
 from fedloom.engines.post import SMALL, Post
 from fedloom.engines.roster import Roster
@@ -44,6 +45,7 @@ from fedloom.envelope import (
 from fedloom.errors import MessageError, OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
 from fedloom.offences import OffenceObserver
+from fedloom.progress import Absence, Participant
 from fedloom.server import Briefing, FederationSettings
 
 POLL = 0.1
@@ -51,6 +53,11 @@ POLL = 0.1
 
 LOOK = 1.0
 """Seconds between looks for clients, while a run waits for them."""
+
+NOTICE = 30.0
+"""Seconds after which it is said who is waited for, and again each time."""
+
+BROKEN = "its connection broke, and it has not come back"
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class FlowerEngine:
         federation: How many there should be, how long they have.
         roster: Who is there.
         watch: Told of offences and quarantine as they come.
+        attend: Told, whenever that changes, of each client whether it is there and why not.
         late: Replies that came after their round had gone on without them.
     """
 
@@ -94,7 +102,9 @@ class FlowerEngine:
     federation: FederationSettings
     roster: Roster
     watch: OffenceObserver = field(default_factory=OffenceObserver)
+    attend: Callable[[list[dict[str, object]]], object] = lambda attendance: None
     late: int = 0
+    _attendance: list[dict[str, object]] = field(default_factory=list)
     _joining: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
     _messages: dict[str, int] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
@@ -117,8 +127,21 @@ class FlowerEngine:
         """Clients that have held-out rows of their own, of those met so far."""
         return self.roster.judged
 
+    @property
+    def participants(self) -> Sequence[Participant]:
+        """The members that the run expects, in the order of their clients' numbers."""
+        return self.roster.participants
+
+    def held_out(self) -> dict[int, int]:
+        """Return the rows that each client which was met is judged by."""
+        return {client: own.held_out for client, own in sorted(self.roster.joined.items())}
+
+    def title(self, client: int) -> str:
+        """Return what a client is called in messages."""
+        return self.roster.title(client)
+
     def begin(self, briefing: Briefing, ledger: Ledger) -> None:
-        """Meet the clients; wait until all are ready, or patience is over and there is a quorum."""
+        """Meet the clients; wait until all are ready, or patience is over and those required are."""
         self._briefing, self._ledger = briefing, ledger
         self.roster.model, self.roster.audit = briefing.model, briefing.audit
         self.roster.report, self._noted = briefing.report, Limited(briefing.audit)
@@ -126,9 +149,11 @@ class FlowerEngine:
             self._undone.setdefault(client, []).append([stretch, number])
         if self.post.open_streams is not None and self.federation.streams:
             self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
+            self._streams.client_of = self.roster.client_of
             self._streams.report = briefing.report
             self._streams.returned = self._note_return
-        self._wait_for(self.federation.clients, set(self.roster.newcomers))
+        everybody = set(range(len(self.participants)))
+        self._wait_for(everybody, len(everybody), self.federation.required, "federation.require")
 
     def _note_return(self, client: int, held: int) -> None:
         """Note that a client came back; a stream's thread must not end for a full disk."""
@@ -140,9 +165,14 @@ class FlowerEngine:
         self._meet()
         there = self._there()
         if len(there) < self._quorum:
-            self._wait_for(self._quorum)
+            expected = set(range(len(self.participants))) - set(self.roster.newcomers)
+            self._wait_for(expected, self._quorum, self._quorum, "federation.quorum")
             there = self._there()
         return {client: self.roster.joined[client].rows for client in there}
+
+    def absent(self) -> dict[int, Absence]:
+        """Return the clients that the run expects and that cannot be asked, and why."""
+        return self.roster.absent(self._streaming())
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, all at once."""
@@ -165,15 +195,28 @@ class FlowerEngine:
                 waiting[client] = asked
         self.post.budget.limit = exchange.reply_schema.max_bytes + SMALL
         start, deadline = time.monotonic(), self.federation.deadline
+        notice = _Notice(self.briefing.warn)
         while waiting:
             for client, found in self._arrivals(waiting):
                 yield self._answer(waiting.pop(client), exchange, found)
+            notice.look(partial(self._asked_for, exchange.round, waiting))
             if time.monotonic() - start > deadline:
                 for asked in waiting.values():
                     self._give_up(asked)
                     error = f"no answer within {deadline:g} seconds"
                     yield Answer(asked.client, error=error)
                 return
+
+    def _asked_for(self, round: int, waiting: Mapping[int, _Asked]) -> str:
+        """Return whose answers a round waits for."""
+        now, streaming = time.monotonic(), self._streaming()
+        who = []
+        for client, asked in sorted(waiting.items()):
+            how = "its connection stands" if client in streaming else "its connection is gone"
+            if asked.question is None:
+                how = "by a message"
+            who.append(f"{self.title(client)}, asked {now - asked.since:.0f} s ago, {how}")
+        return f"round {round} waits for {'; '.join(who)}" if who else ""
 
     def undo(self, clients: Collection[int]) -> None:
         """Tell these clients with the next message that what they kept over the last does not count."""
@@ -251,7 +294,7 @@ class FlowerEngine:
         for arrival in streams.take(POLL):
             asked = waiting.get(arrival.client)
             if arrival.message is None and arrival.client not in streams:
-                self.roster.lost(arrival.client)  # its machine may be gone
+                self.roster.lost(arrival.client, BROKEN)  # its machine may be gone
             if asked is not None and asked.question == arrival.question is not None:
                 yield arrival.client, _Found(_unpacked(arrival), not arrival.resumed)
             elif isinstance(arrival.message, Path):  # it is waited for no longer
@@ -296,16 +339,16 @@ class FlowerEngine:
 
     def _give_up(self, asked: _Asked) -> None:
         """Wait for an answer no longer: what still comes of it is dropped."""
-        self.roster.lost(asked.client)
+        self.roster.lost(
+            asked.client, f"gave no answer within {self.federation.deadline:g} seconds"
+        )
         if asked.question is not None and self._streams is not None:
             self._streams.drop(asked.client)
         late = {id for id, client in self._messages.items() if client == asked.client}
         self._messages = {id: c for id, c in self._messages.items() if id not in late}
         self._forgotten |= late
 
-    def _header(
-        self, kind: Literal["join", "exchange", "end"], client: int | None
-    ) -> RequestHeader:
+    def _header(self, kind: Literal["join", "exchange", "end"], client: int) -> RequestHeader:
         self._number += 1
         return RequestHeader(
             kind=kind,
@@ -313,15 +356,15 @@ class FlowerEngine:
             began=list(self.briefing.began),
             client=client,
             number=self._number,
-            undone=self._undone.get(client, []) if client is not None else [],
+            undone=self._undone.get(client, []),
         )
 
     def _meet(self) -> None:
-        """Ask nodes that have not said who they are, and hear those that have."""
-        for node in self.roster.unknown(self.post.online()):
-            header = self._header("join", None)
+        """Ask clients that have not said whether they are ready, and hear those that have."""
+        for node, client in self.roster.unknown(self.post.online()).items():
+            header = self._header("join", client)
             self._joining[self._push(node, header, b"")] = node, header
-            self.roster.asked(node)
+            self.roster.asked(node, client)
         if self._joining:
             for _ in self._arrivals({}):
                 pass
@@ -332,41 +375,69 @@ class FlowerEngine:
 
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""
-        streams = self._streams
         for client in self.roster.revoked():
-            if streams is not None:
-                streams.drop(client)
-        return self.roster.there(() if streams is None else streams)
+            if self._streams is not None:
+                self._streams.drop(client)
+        attendance = self.roster.attendance(self._streaming())
+        if attendance != self._attendance:
+            self._attendance = attendance
+            self.attend(attendance)
+        return self.roster.there(self._streaming())
+
+    def _streaming(self) -> Container[int]:
+        return () if self._streams is None else self._streams
 
     @property
     def _quorum(self) -> int:
-        return max(1, math.ceil(self.federation.quorum * self.federation.cohort_size))
+        quorum = math.ceil(self.federation.quorum * self.federation.cohort_size)
+        return max(1, min(quorum, self.federation.required))
 
-    def _wait_for(self, needed: int, newcomers: Collection[int] = ()) -> None:
-        """Wait until so many clients are ready, as long as patience lasts; a quorum is enough then.
+    def _wait_for(self, clients: Collection[int], wanted: int, needed: int, setting: str) -> None:
+        """Wait until so many of these clients are ready, as long as patience lasts.
 
-        Of newcomers, who are no members yet, those given are waited for too.
+        Args:
+            clients: Who counts; newcomers may be among them.
+            wanted: How many end the wait.
+            needed: How many are enough once patience is over.
+            setting: What says so.
 
         Raises:
-            RoundFailed: There are fewer than a quorum.
+            RoundFailed: There are fewer; each that is missing is named, with the reason.
         """
         roster, patience = self.roster, self.federation.patience
-        end = time.monotonic() + patience
+        start = time.monotonic()
+        notice = _Notice(self.briefing.warn)
         while True:
             self._meet()
-            ready = len(self._there())
-            if ready + len(roster.joined.keys() & newcomers) >= needed:
+            self._there()
+            missing = {c: own for c, own in self.absent().items() if c in clients}
+            ready = len(clients) - len(missing)
+            if ready >= wanted:
                 return
-            if time.monotonic() > end:
+            who = "; ".join(f"{roster.title(c)}: {own.reason}" for c, own in missing.items())
+            if time.monotonic() > start + patience:
                 break
+            notice.look(partial("waiting for {}".format, who))
             time.sleep(LOOK)
-        if ready < self._quorum:
-            why = "; ".join(f"node {node}: {text}" for node, text in roster.problems.items())
+        if ready < needed:
             raise RoundFailed(
-                f"{ready} of {self.federation.clients} clients were ready within federation.patience = "
-                f"{patience:g} seconds, federation.quorum asks for {self._quorum}"
-                + (f". {why}" if why else "")
+                f"{ready} of {len(clients)} clients were ready within federation.patience = "
+                f"{patience:g} seconds, {setting} asks for {needed}. Missing: {who}"
             )
+
+
+class _Notice:
+    """Says now and then who is waited for."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn, self._next = warn, time.monotonic() + NOTICE
+
+    def look(self, text: Callable[[], str]) -> None:
+        """Say it, if the last time is some while ago."""
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + NOTICE
+            if said := text():
+                self._warn(said)
 
 
 def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedloom.accounting.allowance import Allowance
-from fedloom.accounting.ledger import Cost, Ledger
+from fedloom.accounting.costs import Cost
+from fedloom.accounting.ledger import Ledger
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.engines.store import ClientStore
@@ -21,6 +22,7 @@ from fedloom.messages import Answer, Exchange, Payload, Tensors, decode, encode
 from fedloom.methods.base import EVALUATE, Client, Handler
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
+from fedloom.progress import Absence
 from fedloom.training.local import add_reference_logps
 from fedloom.training.memory import fitting
 from fedloom.training.optimizers import TrainingSettings
@@ -105,6 +107,14 @@ class SimulationEngine:
             for client, share in sorted(self.shares.items())
             if client not in self.newcomers
         }
+
+    def absent(self) -> dict[int, Absence]:
+        """Return nobody: all clients are in this process."""
+        return {}
+
+    def title(self, client: int) -> str:
+        """Return what a client is called in messages."""
+        return f"client {client}"
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, one after the other."""

@@ -131,6 +131,7 @@ class Streams:
         arrived: Answers, and what there will be none to.
         returned: Told of a client that came back, and how many bytes of its answer are here.
         report: Told of what clients get wrong where nothing was asked, or before a stream was theirs.
+        client_of: Returns the client that the member of a number is in this run, if it is one.
     """
 
     def __init__(self, path: Path, patience: float = 0.0) -> None:
@@ -138,6 +139,7 @@ class Streams:
         self.arrived: queue.Queue[Arrival] = queue.Queue()
         self.returned: Callable[[int, int], object] = lambda client, held: None
         self.report: Report = lambda client, kind, reason: None
+        self.client_of: Callable[[int], int | None] = lambda number: number
         self._patience = patience
         self._streams: dict[int, _Stream] = {}
         self._asked: dict[int, _Asked] = {}
@@ -220,9 +222,12 @@ class Streams:
         read, stream = reader(connection), _Stream(connection)
         try:
             greeting = json.loads(read_frame(read, lambda: GREETING) or b"{}")
-            client = int(greeting["client"])
+            client = self.client_of(int(greeting["client"]))
             kind, reason = greeting.get("offence"), str(greeting.get("reason", ""))
         except (MessageError, ValueError, KeyError, TypeError, AttributeError):
+            connection.close()
+            return
+        if client is None:  # the run does not expect this member
             connection.close()
             return
         if kind is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fedloom.accounting.ledger import SERVER, Ledger
+from fedloom.accounting.costs import SERVER
+from fedloom.accounting.ledger import Ledger
 from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
@@ -19,7 +20,8 @@ from fedloom.evaluation.metrics import HELD_OUT, METRICS
 from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors, fraction, prefixed
 from fedloom.methods.base import EVALUATE, Client, Handler, Method
 from fedloom.models.adapters import AdapterModel
-from fedloom.server import Engine, Evaluation
+from fedloom.progress import Evaluation
+from fedloom.server import Engine
 
 COMMON = "common."
 """Prefix of metrics on the global set that clients report for their own adapters."""

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.accounting.ledger import SERVER
+from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import LogitTraffic, Traffic
 from fedloom.aggregation.knowledge import Knowledge, Rule, combine, joined, likeliest, shortened
 from fedloom.checkpoint import State

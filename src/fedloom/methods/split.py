@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedloom.accounting.ledger import SERVER
+from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import ActivationTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.batch import Batch, Sequences

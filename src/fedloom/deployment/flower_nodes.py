@@ -1,0 +1,158 @@
+"""Flower's nodes: one for each member that is let in, with a key of the server's making.
+
+Flower knows a node by a key, takes each key once and for ever, and forgets none. So the keys by which it
+knows nodes are not the members': the server makes one for each member that it lets in, keeps it in memory
+alone, and the gateway signs with it what a member sends to Flower, once the member has proven its own
+key. Who is let in again, comes with another key or after Flower's database was lost has another node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+
+from fedloom.audit import Record
+from fedloom.deployment.flower_control import FlowerControl
+from fedloom.errors import FedloomError, OutputError
+from fedloom.files import write_whole
+from fedloom.members import Member, Members
+from fedloom.settings import read_toml, write_toml
+
+RETRY = 5.0
+"""Seconds before Flower is told again what it could not be told."""
+
+
+@dataclass(frozen=True)
+class NodeKey:
+    """What Flower knows a member by.
+
+    Attributes:
+        node: Flower's number.
+        member: The member as it was let in.
+        private: The node's key.
+    """
+
+    node: int
+    member: Member
+    private: ec.EllipticCurvePrivateKey
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers by which a request to Flower proves to be this node's."""
+        moment = now().isoformat()
+        signature = sign_message(self.private, moment.encode())
+        public = public_key_to_bytes(self.private.public_key())
+        return [
+            (FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), b64encode(public)),
+            (TIMESTAMP_HEADER.encode(), moment.encode()),
+            (FLEET_HTTP_SIGNATURE_HEADER.encode(), b64encode(signature)),
+        ]
+
+
+class FlowerNodes:
+    """Has Flower know whom we let in, as often as that changes."""
+
+    def __init__(
+        self, control: FlowerControl, members: Callable[[], Members], path: Path, note: Record
+    ) -> None:
+        """Speak to a server of Flower that has no node yet.
+
+        Args:
+            control: Flower's server.
+            members: Returns who is let in, as of now.
+            path: File for the processes that play runs: the node of each member's number.
+            note: Told who was let in and who is no longer, for the audit log.
+        """
+        self.control, self.members, self.path, self.note = control, members, path, note
+        self._keys: dict[int, NodeKey] = {}
+        self._leftover: list[int] = []
+        self._seen: tuple[Member, ...] | None = None
+        self._doubtful = False
+        self._again, self._noted = 0.0, False
+
+    def of(self, number: int) -> NodeKey | None:
+        """Return the node of a member, once it has one; from any thread."""
+        return self._keys.get(number)
+
+    def doubt(self) -> None:
+        """Have the next look make sure that Flower, which was started again, knows its nodes still."""
+        self._doubtful = True
+
+    def follow(self) -> None:
+        """Make nodes for who was let in, and end those of who is no longer, since the last call.
+
+        Raises:
+            FedloomError: The list cannot be read, or Flower not be told; what was done stays done.
+        """
+        members = self.members().members
+        if self._doubtful:
+            known_to_flower = self.control.nodes().keys()
+            self._keys = {n: key for n, key in self._keys.items() if key.node in known_to_flower}
+            self._leftover = [node for node in self._leftover if node in known_to_flower]
+            self._seen, self._doubtful = (), False
+        if members == self._seen:
+            return
+        allowed = {member.number: member for member in members if member.state == "allowed"}
+        failed: list[FedloomError] = []
+        for number, known in list(self._keys.items()):
+            if number not in allowed or allowed[number].key != known.member.key:
+                del self._keys[number]  # the gateway passes nothing on from here
+                self._leftover.append(known.node)
+                self.note("revoked", client=number, name=known.member.name)
+        for node in list(self._leftover):
+            try:
+                self.control.unregister(node)
+                self._leftover.remove(node)
+            except FedloomError as error:  # the others are not to wait for this one
+                failed.append(error)
+        for number, member in allowed.items():
+            if number not in self._keys:
+                try:
+                    self._keys[number] = self._made(member)
+                except FedloomError as error:
+                    failed.append(error)
+                else:
+                    if self._seen is not None:
+                        self.note("allowed", client=number, name=member.name)
+        nodes = {str(number): str(key.node) for number, key in sorted(self._keys.items())}
+        write_whole(self.path, write_toml(nodes).encode())
+        if failed:
+            raise failed[0]
+        if self._seen is None:
+            self.note("members", allowed=len(self._keys))
+        self._seen = members
+
+    def keep_following(self) -> None:
+        """Follow; what fails is noted in the audit log, once, and tried again after a while."""
+        if time.monotonic() < self._again:
+            return
+        try:
+            self.follow()
+            self._noted = False
+        except Exception as error:  # whatever it is, the runs go on
+            self._again = time.monotonic() + RETRY
+            if not self._noted:
+                with contextlib.suppress(OutputError):  # a full disk may be what failed
+                    self.note("nodes_failed", reason=f"{type(error).__name__}: {error}")
+                    self._noted = True
+
+    def _made(self, member: Member) -> NodeKey:
+        private = ec.generate_private_key(ec.SECP384R1())
+        public = public_key_to_bytes(private.public_key())
+        return NodeKey(self.control.register(public, member.name), member, private)
+
+
+def read_nodes(path: Path) -> dict[int, int]:
+    """Return the member's number of each of Flower's nodes; nothing where the file cannot be read."""
+    with contextlib.suppress(FedloomError, ValueError):
+        return {int(node): int(number) for number, node in read_toml(path).items()}
+    return {}

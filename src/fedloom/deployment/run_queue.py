@@ -1,0 +1,229 @@
+"""Runs that were asked for: one is played at a time, the others wait their turn.
+
+The server's process keeps the queue. A run is played by a process that Flower starts, which tells what
+happens in a file of news; whoever watches reads that. Where that process dies, its last word is written
+here, so that a file of news always has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedloom.audit import Record
+from fedloom.deployment.flower_control import FlowerControl
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.orders import (
+    LAST,
+    Asked,
+    News,
+    NewsReader,
+    Order,
+    experiment_file,
+    go_on,
+    news_file,
+    order_file,
+)
+from fedloom.errors import FedloomError, RoundFailed
+from fedloom.files import holder, write_whole
+
+BEGINNING = 120.0
+"""Seconds in which Flower must have started the process that plays a run."""
+
+KEPT = 600.0
+"""Seconds that the files of a run which is over are kept, for who still watches."""
+
+
+@dataclass
+class QueuedRun:
+    """A run that was asked for.
+
+    Attributes:
+        order: What is to be run.
+        state: waiting, starting, playing, over.
+        flower: Flower's number of it, once it was started.
+        since: When the state began, in seconds since 1970.
+        folder: The run folder, once it is known.
+        round: The last finished round.
+        rounds: Rounds in all.
+        attendance: Who takes part, and why the others do not, by the client's number in the run.
+        begun: Whether the process that plays it has been there.
+    """
+
+    order: Order
+    state: str = "waiting"
+    flower: int | None = None
+    since: float = field(default_factory=time.time)
+    folder: str = ""
+    round: int | None = None
+    rounds: int | None = None
+    attendance: list[dict[str, Any]] = field(default_factory=list)
+    begun: bool = False
+    reader: NewsReader | None = None
+    deadline: float = 0.0
+
+    def shown(self) -> dict[str, Any]:
+        """Return what is shown of it."""
+        return {
+            "id": self.order.id,
+            "name": self.order.name,
+            "state": self.state,
+            "since": self.since,
+            "folder": self.folder,
+            "round": self.round,
+            "rounds": self.rounds,
+            "attendance": self.attendance,
+        }
+
+    def enter(self, state: str) -> None:
+        """Begin a state."""
+        self.state, self.since = state, time.time()
+
+
+class RunQueue:
+    """The runs of a server; threads may share it."""
+
+    def __init__(self, home: ServerHome, control: FlowerControl, note: Record) -> None:
+        """Begin with no runs: what an earlier server was asked for is over.
+
+        Args:
+            home: The server's folder.
+            control: Flower's server, which starts processes.
+            note: Told which runs began and ended, for the audit log.
+        """
+        self.home, self.control, self.note = home, control, note
+        self._runs: dict[str, QueuedRun] = {}
+        self._done: dict[str, float] = {}
+        self._lock = threading.RLock()
+        for leftover in home.requests.iterdir():
+            leftover.unlink(missing_ok=True)
+
+    def submit(self, asked: Asked) -> QueuedRun:
+        """Put a run at the end of the queue.
+
+        Raises:
+            OutputError: It cannot be written down.
+        """
+        id = uuid.uuid4().hex
+        order = Order(id=id, home=str(self.home.path.resolve()), **asked.order())
+        if asked.text is not None:
+            write_whole(experiment_file(self.home, id), asked.text.encode())
+        with News(news_file(self.home, id)):
+            pass  # who watches finds it
+        order.write(order_file(self.home, id))
+        run = QueuedRun(order)
+        with self._lock:
+            self._runs[id] = run
+        return run
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return what is shown of the runs that are not over, the one that is played first."""
+        with self._lock:
+            return [run.shown() for run in self._runs.values()]
+
+    def stop(self, id: str | None = None) -> list[str]:
+        """Stop a run, or all; those that wait are taken out of the queue. Return their names."""
+        with self._lock:
+            stopped = []
+            for run in list(self._runs.values()):
+                if id is None or run.order.id.startswith(id):
+                    stopped.append(run.order.name)
+                    self._stop(run)
+            return stopped
+
+    def advance(self) -> None:
+        """Take note of what has happened, and begin the next run if none is played."""
+        with self._lock:
+            for run in list(self._runs.values()):
+                if run.flower is not None:
+                    self._look(run)
+            if not any(run.flower is not None for run in self._runs.values()) and self._is_free():
+                waiting = next(iter(self._runs.values()), None)
+                if waiting is not None:
+                    self._begin(waiting)
+            now = time.monotonic()
+            for id, end in list(self._done.items()):
+                if now > end:
+                    del self._done[id]
+                    for path in self.home.requests.glob(f"{id}.*"):
+                        path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Say that all runs end with the server."""
+        with self._lock:
+            for run in list(self._runs.values()):
+                self._stop(run, "the server was stopped")
+
+    def _is_free(self) -> bool:
+        return holder(self.home.playing) is None
+
+    def _begin(self, run: QueuedRun) -> None:
+        try:
+            run.flower = self.control.start(order_file(self.home, run.order.id))
+        except FedloomError as error:
+            self._end(run, f"the run cannot be started: {error}")
+            return
+        run.enter("starting")
+        run.reader = NewsReader(news_file(self.home, run.order.id))
+        run.deadline = time.monotonic() + BEGINNING
+        self.note("run_started", run=run.order.id, name=run.order.name)
+
+    def _look(self, run: QueuedRun) -> None:
+        """Read what is new of a run, and see whether the process that plays it is there."""
+        assert run.reader is not None
+        alive = not self._is_free()
+        for told in run.reader.read():
+            self._take(run, told)
+            if told["event"] in LAST:
+                self._over(run)
+                return
+        run.begun = run.begun or alive
+        if run.begun and not alive and run.state != "over":
+            if run.deadline != 0.0:
+                run.deadline = 0.0  # one more look: its last word may have come in between
+                return
+            self._end(run, f"the process that played the rounds is gone; {go_on(run.folder)}")
+        elif not run.begun and time.monotonic() > run.deadline:
+            log = self.home.path / "logs" / "serverapp.out"
+            self._end(run, f"Flower has not started the run within {BEGINNING:.0f} s; see {log}")
+
+    @staticmethod
+    def _take(run: QueuedRun, told: dict[str, Any]) -> None:
+        match told["event"]:
+            case "folder":
+                run.folder = str(told["folder"])
+            case "begin":
+                run.enter("playing")
+                run.rounds = int(told["plan"]["rounds"])
+            case "round_done":
+                run.round = int(told["record"]["round"])
+            case "attendance":
+                run.attendance = list(told["members"])
+
+    def _stop(self, run: QueuedRun, why: str = "the run was stopped") -> None:
+        if run.flower is None:
+            self._end(run, f"{why} before it began")
+            return
+        with contextlib.suppress(FedloomError):  # it may have ended meanwhile
+            self.control.stop(run.flower)
+        hint = f"; {go_on(run.folder)}" if run.folder else ""
+        self._end(run, why + hint)
+
+    def _end(self, run: QueuedRun, text: str) -> None:
+        """Say the last word of a run in place of its process."""
+        with contextlib.suppress(FedloomError), News(news_file(self.home, run.order.id)) as news:
+            news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
+        if run.flower is not None:
+            with contextlib.suppress(FedloomError):
+                self.control.stop(run.flower)
+        self._over(run)
+
+    def _over(self, run: QueuedRun) -> None:
+        run.enter("over")
+        self._runs.pop(run.order.id, None)
+        self._done[run.order.id] = time.monotonic() + KEPT
+        self.note("run_ended", run=run.order.id, name=run.order.name)

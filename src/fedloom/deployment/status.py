@@ -1,0 +1,158 @@
+"""What a server that runs says of itself, as JSON, and how that is shown on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.deployment.gateway import Gateway
+from fedloom.deployment.homes import ServerHome, Serving
+from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.deployment.offences import OffenceSummaries, OffenceSummary, read_offences
+from fedloom.deployment.run_queue import RunQueue
+from fedloom.members import Member
+from fedloom.offences import one_line
+from fedloom.report.tables import human_seconds
+
+STATES = {"allowed": "", "revoked": "revoked", "withdrawn": "withdrawn"}
+
+
+def server_status(
+    home: ServerHome, serving: Serving, gateway: Gateway, queue: RunQueue
+) -> dict[str, Any]:
+    """Return what is known of the server, its members and the runs that were asked for."""
+    runs, known = queue.listed(), read_offences(home.path / OFFENCES)
+    playing = any(run["state"] in ("starting", "playing") for run in runs)
+    here = gateway.presence()
+    return {
+        "server": {
+            "folder": str(home.path.resolve()),
+            "process": serving.pid,
+            "port": serving.port,
+            "tls": not serving.insecure,
+            "since": serving.since,
+        },
+        "members": [
+            _member(member, here.get(member.number), known, playing=playing, since=serving.since)
+            for member in home.members().members
+        ],
+        "runs": runs,
+    }
+
+
+def _member(
+    member: Member,
+    presence: tuple[bool, float] | None,
+    known: OffenceSummaries,
+    *,
+    playing: bool,
+    since: float,
+) -> dict[str, Any]:
+    """Return what is known of a member.
+
+    Args:
+        member: As it is let in.
+        presence: Whether it is connected, and since when it is or is not.
+        known: What the log of offences says.
+        playing: Whether a run is under way: quarantine is of a run, and ends with it.
+        since: When the server was started.
+    """
+    connected, moment = presence or (False, since)
+    reason = ""
+    if member.state != "allowed":
+        reason = f"{member.state} since {member.since}" if member.since else member.state
+    elif presence is None:
+        reason = "not seen since the server was started"
+    elif not connected:
+        reason = "not connected: its machine, its network or `fedloom client join` is down"
+    return {
+        "number": member.number,
+        "name": member.name,
+        "state": member.state,
+        "connected": connected and member.state == "allowed",
+        "since": moment,
+        "reason": reason,
+        "offences": _offences(known.clients.get(member.number), known.run, playing=playing),
+    }
+
+
+def _offences(
+    own: OffenceSummary | None, run: str | None, *, playing: bool
+) -> dict[str, Any] | None:
+    if own is None:
+        return None
+    here = playing and own.until is not None and own.run == run
+    return {
+        "kinds": own.kinds,
+        "last": {"time": own.time, "kind": own.kind, "reason": one_line(own.reason)},
+        "quarantine": {"until": own.until, "run": own.run} if here else None,
+    }
+
+
+def shown(status: Mapping[str, Any]) -> RenderableType:
+    """Return a server's status as it is shown on a terminal."""
+    server, runs = status["server"], status["runs"]
+    secrecy = "TLS" if server["tls"] else "no TLS"
+    lines: list[RenderableType] = [
+        Text(
+            f"server in {server['folder']}: process {server['process']}, port {server['port']}, "
+            f"{secrecy}, for {_for(server['since'])}"
+        ),
+        members_table(status["members"]),
+    ]
+    if not runs:
+        lines.append(Text("no run is under way"))
+    for run in runs:
+        lines += _run(run)
+    return Group(*lines)
+
+
+def members_table(members: list[dict[str, Any]]) -> Table:
+    """Return members as a table, with what is known of their offences where there are any."""
+    offended = any(member["offences"] for member in members)
+    table = Table(box=None)
+    table.add_column("member", justify="right")
+    for column in ("name", "state", "since", "why"):
+        table.add_column(column)
+    for column in ("offences", "quarantine", "last") if offended else ():
+        table.add_column(column)
+    for member in members:
+        state = STATES[member["state"]] or ("connected" if member["connected"] else "away")
+        cells = [str(member["number"]), member["name"], state, _for(member["since"])]
+        cells.append(member["reason"])
+        if (own := member["offences"]) is not None:
+            kinds, last, quarantine = own["kinds"], own["last"], own["quarantine"]
+            cells.append(", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
+            cells.append(
+                f"until round {quarantine['until']} of run {str(quarantine['run'])[:8]}"
+                if quarantine
+                else "no"
+            )
+            cells.append(one_line(f"{last['time']} {last['kind']}: {last['reason']}"))
+        table.add_row(*map(Text, cells))  # what a stranger said is no markup
+    return table
+
+
+def _run(run: Mapping[str, Any]) -> list[RenderableType]:
+    """Return a run, and who of those that it expects is missing."""
+    where = f" in {run['folder']}" if run["folder"] else ""
+    progress = ""
+    if run["rounds"] is not None:
+        progress = f", round {run['round'] or 0} of {run['rounds']} done"
+    state = f"{run['state']} for {_for(run['since'])}{progress}{where}"
+    lines: list[RenderableType] = [Text(f"run {run['name']} ({run['id'][:8]}): {state}")]
+    for own in run["attendance"]:
+        if own["reason"]:
+            away = f"for {_for(own['since'])}" if own["since"] else ""
+            text = f"  {own['name']} (client {own['client']}) is missing {away}: {own['reason']}"
+            lines.append(Text(text, style="yellow"))
+    return lines
+
+
+def _for(since: float) -> str:
+    return human_seconds(max(0.0, time.time() - since))
