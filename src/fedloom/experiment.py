@@ -266,6 +266,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
                 f"federation.clients_per_round = {federation.clients_per_round} is above "
                 f"federation.clients = {federation.clients}"
             )
+        found += federation.contradictions()
         if "aggregation" in parts:
             found += parts["aggregation"].contradictions(federation.cohort_size)
         if "partition" in parts:

@@ -67,7 +67,7 @@ def test_a_home_says_how_it_was_joined(tmp_path):
     home = ClientHome(tmp_path)
     with pytest.raises(SettingsError, match="file not found"):
         home.joining()
-    joining = Joining(gateway="localhost:1", number=3, key="k")
+    joining = Joining(gateway="localhost:1", number=3, name="n", key="k")
     home.write_joining(joining)
     assert home.joining() == joining and home.own_file() == OwnFile()
     assert (tmp_path / "client.toml").stat().st_mode & 0o777 == 0o600

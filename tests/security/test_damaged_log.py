@@ -31,7 +31,7 @@ def test_the_operator_is_told_before_the_client_joins(tmp_path):
 def test_the_coordinator_is_told_and_the_run_goes_on(table, loopback, tmp_path):
     own = {
         **table,
-        "federation": {"clients": 3, "rounds": 1, "patience": 0.5, "quorum": 0.3},
+        "federation": {"clients": 3, "rounds": 1, "patience": 0.5, "quorum": 0.3, "require": 2},
         "evaluation": {"per_client": False, "samples": 0},
         "training": {**table["training"], "local_steps": 1},
     }

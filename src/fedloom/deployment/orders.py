@@ -39,6 +39,8 @@ class Asked(Settings):
     """Of the experiment, for people."""
     cwd: str
     """Where paths in the experiment begin."""
+    source: str = "the experiment"
+    """The experiment's file, as it is called in messages."""
     text: str | None = None
     """The experiment's TOML; left out to continue the run in ``resume``."""
     assignments: list[str] = []
@@ -64,6 +66,7 @@ class Order(Note):
     """The server's folder."""
     name: str
     cwd: str
+    source: str = "the experiment"
     assignments: list[str] = []
     resume: str | None = None
     from_round: int | None = None

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from fedloom.errors import SettingsError
 from fedloom.experiment import Experiment
 from fedloom.members import Members
 from fedloom.progress import Participant
+from fedloom.settings import override, read_toml
 
 
-def chosen(experiment: Experiment, members: Members) -> tuple[Experiment, list[Participant]]:
-    """Return the members that an experiment is for, and the experiment with their number.
+def experiment_of(
+    path: Path, assignments: Iterable[str], name: str, source: str, members: Members
+) -> Experiment:
+    """Return the experiment in a file, for as many clients as members are to take part in it.
+
+    Args:
+        path: The file.
+        assignments: As after ``--set``.
+        name: Names the run.
+        source: What the file is called in messages.
+        members: Who is let in.
+
+    Raises:
+        SettingsError: With every mistake in it.
+    """
+    table = override(read_toml(path), assignments)
+    federation = table.get("federation", {})
+    if isinstance(federation, dict) and "clients" not in federation:
+        named = federation.get("members")
+        count = len(named) if isinstance(named, list) else len(members.allowed)
+        table["federation"] = {**federation, "clients": max(1, count)}
+    return Experiment.from_table(table, name=name, source=source)
+
+
+def chosen(experiment: Experiment, members: Members) -> list[Participant]:
+    """Return the members that an experiment is for, in the order of their clients' numbers.
 
     Raises:
         SettingsError: Nobody is let in, somebody is named who is not, or the experiment is for another
@@ -35,7 +61,7 @@ def chosen(experiment: Experiment, members: Members) -> tuple[Experiment, list[P
         raise SettingsError(
             ["nobody is let in: `fedloom members allow NAME FILE.pub` for each client"]
         )
-    if "clients" in federation.model_fields_set and federation.clients != len(allowed):
+    if federation.clients != len(allowed):
         raise SettingsError(
             [
                 f"federation.clients is {federation.clients}, and {len(allowed)} members are to take "
@@ -43,9 +69,7 @@ def chosen(experiment: Experiment, members: Members) -> tuple[Experiment, list[P
                 "federation.members, or let others in"
             ]
         )
-    settings = federation.model_copy(update={"clients": len(allowed)})
-    participants = [Participant(member.number, member.name) for member in allowed]
-    return replace(experiment, federation=settings), participants
+    return [Participant(member.number, member.name) for member in allowed]
 
 
 def known(record: dict[str, Any] | None) -> list[Participant] | None:

@@ -140,7 +140,7 @@ LEFT = _names(
         "data": "subset data_dir split columns template only answers_between continuations "
         "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains",
         "public": "columns template",
-        "federation": "quorum replacements deadline streams reconnect patience",
+        "federation": "members require quorum replacements deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "evaluation": "samples",

@@ -54,6 +54,7 @@ def ask_for_run(
     asked = Asked(
         name=name,
         cwd=str(Path.cwd()),
+        source=str(experiment) if experiment is not None else "the experiment",
         text=text,
         assignments=list(assignments),
         resume=str(resume.resolve()) if resume is not None else None,

@@ -20,7 +20,7 @@ from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import News, Order, experiment_file, go_on, news_file
 from fedloom.deployment.parent import end_with_parent
-from fedloom.deployment.participants import chosen, known
+from fedloom.deployment.participants import chosen, experiment_of, known
 from fedloom.engines.flower import FlowerEngine
 from fedloom.engines.inflation import ByteBudget, bound_arrays, bound_pulls
 from fedloom.engines.post import SMALL, Post
@@ -88,8 +88,9 @@ class _Play:
         if order.resume is not None:
             return self._resumed(Path(order.resume))
         file = experiment_file(self.home, order.id)
-        experiment = Experiment.from_toml(file, order.assignments, order.name)
-        experiment, participants = chosen(experiment, self.home.members())
+        members = self.home.members()
+        experiment = experiment_of(file, order.assignments, order.name, order.source, members)
+        participants = chosen(experiment, members)
         folder = free_folder(experiment).resolve()
         output = experiment.output.model_copy(update={"folder": str(folder)})
         experiment = replace(experiment, output=output)
@@ -102,7 +103,7 @@ class _Play:
         self._tell_folder(folder)
         participants = known(RunFolder.existing(folder).read_json(names.RUN))
         if participants is None:  # it was stopped before it began
-            participants = chosen(experiment, self.home.members())[1]
+            participants = chosen(experiment, self.home.members())
         with contextlib.closing(self._engine(experiment, participants)) as engine:
             return resume_run(
                 folder,
