@@ -37,6 +37,22 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
+def make_private(folder: Path) -> bool:
+    """Make a folder, or have one that is there be its owner's alone; return whether others could look.
+
+    Raises:
+        OutputError: It cannot be made, or is another user's.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        open_to_others = bool(folder.stat().st_mode & 0o077)
+        if open_to_others:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder} private: {error.strerror}") from error
+    return open_to_others
+
+
 def sweep(folder: Path, name: str = "*") -> None:
     """Delete what writers of such a name that were killed have left in a folder: ``.NAME.PROCESS``."""
     for path in folder.glob(f".{name}.*"):

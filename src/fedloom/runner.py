@@ -561,6 +561,7 @@ def _new_folder(experiment: Experiment) -> Path:
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)  # held-out prompts and answers are in it
     except OSError as error:
         raise OutputError(
             f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"

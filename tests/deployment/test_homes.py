@@ -17,7 +17,8 @@ from fedloom.deployment.children import (
 )
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile, ServerHome
 from fedloom.deployment.policy import PolicySettings
-from fedloom.errors import ConnectionFailed, SettingsError
+from fedloom.errors import ConnectionFailed, OutputError, SettingsError
+from fedloom.files import make_private
 
 
 def own(tmp_path, text):
@@ -153,3 +154,48 @@ def test_flower_that_is_not_installed_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match=r"pip install 'fedloom\[flower\]'"):
         program("flower-superlink")
+
+
+def test_paths_are_those_beside_the_file_whatever_the_working_directory_is(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    for name in ("rows.jsonl", "more.jsonl", "public.jsonl"):
+        (tmp_path / "own" / name).write_text("")
+    (tmp_path / "own" / "model").mkdir()
+    path = tmp_path / "own" / "my.toml"
+    path.write_text(
+        '[data]\nkind = "preference"\n'
+        '[data.domains.a]\nsource = "rows.jsonl"\n[data.domains.b]\nsource = ["more.jsonl", "org/set"]\n'
+        '[public]\nsource = "public.jsonl"\n[model]\npath = "model"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    own, folder = OwnFile.read(path), tmp_path / "own"
+    assert own.data.domains["a"].source == str(folder / "rows.jsonl")
+    assert own.data.domains["b"].source == [str(folder / "more.jsonl"), "org/set"]  # of the Hub
+    assert own.public.source == str(folder / "public.jsonl")
+    assert own.model.path == str(folder / "model")
+    path.write_text(
+        '[data]\nsource = "rows.jsonl"\nkind = "preference"\n[model]\npath = "org/model"\n'
+    )
+    monkeypatch.chdir(folder)
+    own = OwnFile.read(Path("my.toml"))
+    assert own.data.source == str(folder / "rows.jsonl") and own.model.path == "org/model"
+    path.write_text('[data]\nsource = "builtin:preferences"\nshare = "experiment"\n')
+    assert OwnFile.read(path).data.source == "builtin:preferences"
+
+
+def test_folders_are_their_owners_alone(tmp_path):
+    folder = tmp_path / "home"
+    assert make_private(folder) is False and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    assert make_private(folder) is True and folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="private"):
+        make_private(tmp_path / "file" / "x")
+
+
+def test_a_clients_folder_is_told_from_all_others_and_keeps_that(tmp_path):
+    homes = [ClientHome(tmp_path / name) for name in ("a", "b")]
+    ids = [home.id for home in homes]
+    assert ids[0] != ids[1] and [home.id for home in homes] == ids
+    (tmp_path / "a" / "id").write_text("no id")
+    assert homes[0].id not in ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from fedloom.deployment.flower_node import FlowerNode
 from fedloom.deployment.gateway_client import Card, GatewayClient, split_address
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.errors import AuditError, ConnectionFailed
+from fedloom.files import make_private
 from fedloom.identity import read_key, require_current
 
 AGAIN = 1.0, 60.0
@@ -145,6 +147,9 @@ def take_part(
     say: Callable[[str], object],
 ) -> None:
     """Take part in a federation until told to stop, and say under which number."""
+    os.umask(0o077)
+    if make_private(home):
+        say(f"{home} could be read by other users of this machine, and cannot any more")
     if authority is None:
         say(
             "warning: no TLS: everybody on the network can read along, and another server could pass "

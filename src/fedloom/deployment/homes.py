@@ -133,7 +133,31 @@ class OwnFile:
             problems += parts["data"].contradictions()
         if problems:
             raise SettingsError(problems, str(path))
-        return cls(**parts)
+        return cls(**_beside(parts, path.resolve().parent))
+
+
+def _beside(parts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a file's sections with the paths in them that lie beside the file as absolute ones."""
+
+    def found(text: str) -> str:
+        return str(folder / text) if (folder / text).exists() else text
+
+    def every(source: str | list[str]) -> str | list[str]:
+        return found(source) if isinstance(source, str) else [found(one) for one in source]
+
+    def placed(own: Settings, name: str, changed: object) -> Settings:
+        return own if changed == getattr(own, name) else own.model_copy(update={name: changed})
+
+    everything = dict(parts)
+    for section in ("data", "public"):
+        if (own := parts.get(section)) is not None:
+            everything[section] = placed(own, "source", every(own.source))
+    if (data := everything.get("data")) is not None and data.domains:
+        domains = {n: placed(own, "source", every(own.source)) for n, own in data.domains.items()}
+        everything["data"] = placed(data, "domains", domains)
+    if (model := parts.get("model")) is not None:
+        everything["model"] = placed(model, "path", found(model.path))
+    return everything
 
 
 class Note(Settings):

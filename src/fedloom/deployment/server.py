@@ -43,6 +43,7 @@ from fedloom.deployment.run_queue import RunQueue
 from fedloom.deployment.status import server_status
 from fedloom.engines.frames import connect, write_frame
 from fedloom.errors import ConnectionFailed, IdentityError, OffenceKind, SettingsError
+from fedloom.files import make_private
 from fedloom.identity import (
     CA,
     CERTIFICATE,
@@ -119,8 +120,12 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
     family = Family(_children(home, serving))
     family.end_leftovers()
     require_free(host, port)
-    for folder in (home.path, home.flower, home.streams, home.requests):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.umask(0o077)
+    opened = [
+        folder
+        for folder in (home.path, home.flower, home.streams, home.requests, home.path / "logs")
+        if make_private(folder)
+    ]
     make_authority(home.flower, [HERE, "localhost"], days=INTERNAL)
     log = AuditLog(home.path / FILE)
     link = family.children[0]
@@ -162,6 +167,8 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         closing.callback(queue.close)
         serving.write(home.started)
         log.record("started", port=port, tls=not insecure)
+        for folder in opened:
+            log.record("made_private", folder=folder.name)
         expiry = Expiry(home, log, insecure=insecure)
         nodes.follow()
         closing.callback(_commands(home, serving, gateway, queue).close)

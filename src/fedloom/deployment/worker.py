@@ -490,6 +490,7 @@ def _serve(worker: Worker, connection: socket.socket) -> None:
 def main() -> None:
     """Run the worker of the home that the command line names."""
     end_with_parent()
+    os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = ClientHome(Path(sys.argv[1]))
