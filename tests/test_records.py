@@ -20,6 +20,7 @@ TOTALS = {"bytes_down": 2_000_000, "bytes_up": 1_000_000, "flops": 3e9, "seconds
 )
 def test_a_change_is_shown_where_both_ends_were_measured(before, after, shown):
     values = {"before": before, "after": after, "before_metrics": {}, "after_metrics": {}}
+    values |= {"judged_on": "global"}
     text = summary_text(values | {"totals": TOTALS}, HEADLINES["preference"], Path("run"))
     assert text.splitlines()[0] == f"held-out {HEADLINES['preference'].name} {shown}"
     assert "2 MB down, 1 MB up (measured)" in text

@@ -344,13 +344,15 @@ def summary_record(
     rounds = list(rounds)
     evaluated = [record["evaluation"] for record in rounds if record["evaluation"]]
     before, after = evaluated[0], evaluated[-1]
+    everywhere = all(metric in evaluation["global"] for evaluation in (before, after))
     digest = hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None
     return {
         "status": "finished",
         "rounds": rounds[-1]["round"],
         "metric": metric,
-        "before": before["global"].get(metric),
-        "after": after["global"].get(metric),
+        "judged_on": "global" if everywhere else "clients",
+        "before": _judged(before, metric, everywhere=everywhere),
+        "after": _judged(after, metric, everywhere=everywhere),
         "before_metrics": before["global"],
         "after_metrics": after["global"],
         "clients_before": before["clients"],
@@ -358,6 +360,14 @@ def summary_record(
         "totals": totals(costs),
         "adapter": {"path": "adapter", "sha256": digest} if adapter else None,
     }
+
+
+def _judged(evaluation: Mapping[str, Any], metric: str, *, everywhere: bool) -> float | None:
+    """Return a metric on the global held-out set or, where nobody was judged on that, on clients'."""
+    if everywhere:
+        return float(evaluation["global"][metric])
+    clients = evaluation["clients"]
+    return float(clients["mean"][metric]) if clients is not None else None
 
 
 def prompt_of(example: Example) -> Text:
@@ -392,7 +402,8 @@ def _shown(text: Text | None) -> str | None:
 def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:
     """Return what the command line prints at the end."""
     total = summary["totals"]
-    lines = [_change(headline.name, summary["before"], summary["after"])]
+    whose = " on clients' own rows (mean)" if summary["judged_on"] == "clients" else ""
+    lines = [_change(headline.name + whose, summary["before"], summary["after"])]
     if "likelihood_accuracy" in summary["after_metrics"]:
         old, new = (
             summary[when].get("likelihood_accuracy") for when in ("before_metrics", "after_metrics")
