@@ -87,6 +87,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "members rename": ["--home"],
         "members revoke": ["--home"],
         "members rotate": ["--home"],
+        "members withdraw": ["--again", "--home"],
         "server start": ["--home", "--host", "--insecure", "--port"],
         "server stop": ["--home"],
         "client join": ["--ca", "--data", "--home", "--insecure", "--key", "--server"],

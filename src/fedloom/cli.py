@@ -461,6 +461,33 @@ def rotate_member(
     typer.echo(f"{name}, member {member.number}, has this key from now on; it joins again with it")
 
 
+@members_app.command("withdraw")
+def withdraw_member(
+    name: MemberName,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Play those runs again from the last saved round without it."),
+    ] = False,
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Let a member in no longer, and say which runs and adapters hold its work."""
+    from fedloom.deployment.homes import ServerHome
+    from fedloom.deployment.running import play_again
+    from fedloom.deployment.withdrawal import works_of
+
+    own = ServerHome(home)
+    member = own.members().withdraw(name)
+    works = works_of(own, member)
+    typer.echo(
+        f"{name}, member {member.number}, is let in no longer; {len(works)} runs hold its work"
+    )
+    for work in works:
+        typer.echo(work.text())
+        if again and work.checkpoint is not None:
+            asked = play_again(home, work.folder, work.checkpoint)
+            typer.echo(f"  in the queue as {asked['id'][:8]}")
+
+
 @members_app.command("remove")
 def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
     """Forget a member that is let in no longer; its name, key and number may be another's then."""

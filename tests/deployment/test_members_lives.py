@@ -216,6 +216,33 @@ def test_a_new_authority_is_given_to_each_client(life):
     life.play("client-0", "client-1")
 
 
+def test_a_member_that_is_withdrawn_in_mid_run_is_in_nothing_that_is_played_again(life):
+    own = life.own
+    settings = life.experiment(
+        federation={"clients": 2, "rounds": 30, "patience": 60},
+        training={"local_steps": 4},
+        evaluation={"every": 30, "per_client": False, "samples": 0},
+    )
+    own.offer(models=[settings.model.path])
+    (own.folder / "long.toml").write_text(settings.to_toml())
+    folder = own.folder / "runs" / "long"
+    words = ("run", own.folder / "long.toml", "--engine", "flower", "--home", own.server)
+    log = own.start("long", *words, "--set", f"output.folder={folder}")
+    own.wait(log, "round 2/30")
+    said = life.members("withdraw", "client-1", "--again")
+    assert f"{folder}: in " in said and "--from-round 0" in said and "in the queue as" in said
+    assert own.processes.pop("long").wait(30) == 1  # it was stopped
+    again = own.start("again", "follow", "--home", own.server)
+    assert own.processes.pop("again").wait(90) == 0, again.read_text()
+    records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in records] == list(range(31))
+    assert all(record["clients"] == [0] for record in records[1:])
+    assert all("withdrawn" in record["absent"][0]["reason"] for record in records[1:])
+    life.members("allow", "client-1", "1.pub")
+    life.connected("client-0", "client-1", seconds=90)
+    life.play("client-0", "client-1")
+
+
 def test_one_member_of_two_federations_is_a_member_of_each(life, experiment):
     own = life.own
     with machines(0) as other:

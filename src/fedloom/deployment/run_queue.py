@@ -178,6 +178,8 @@ class RunQueue:
         alive = not self._is_free()
         for told in run.reader.read():
             self._take(run, told)
+            if told["event"] == "folder":
+                self.note("run_folder", run=run.order.id, folder=run.folder)
             if told["event"] in LAST:
                 self._over(run)
                 return

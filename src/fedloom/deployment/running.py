@@ -112,6 +112,18 @@ def before_it(run: dict[str, Any]) -> str:
     return f"waiting for its turn: {before[0]} is under way{others}; `fedloom status` shows how far"
 
 
+def play_again(home: Path, folder: Path, from_round: int) -> dict[str, Any]:
+    """Have a run played again from a round on; return what is known of it. One under way is stopped.
+
+    Raises:
+        ConnectionFailed: No server runs in the folder.
+    """
+    for own in ask(ServerHome(home), "runs"):
+        if own["folder"] == str(folder.resolve()):
+            stop_runs(home, own["id"])
+    return ask_for_run(home, None, resume=folder, from_round=from_round)
+
+
 def stop_runs(home: Path, run: str | None) -> list[str]:
     """Stop a run, or all; return the names of those that were stopped.
 

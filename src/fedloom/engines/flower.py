@@ -152,8 +152,9 @@ class FlowerEngine:
             self._streams.client_of = self.roster.client_of
             self._streams.report = briefing.report
             self._streams.returned = self._note_return
-        everybody = set(range(len(self.participants)))
-        self._wait_for(everybody, len(everybody), self.federation.required, "federation.require")
+        everybody = set(range(len(self.participants))) - self.roster.withdrawn()
+        needed = min(self.federation.required, len(everybody))
+        self._wait_for(everybody, len(everybody), needed, "federation.require")
 
     def _note_return(self, client: int, held: int) -> None:
         """Note that a client came back; a stream's thread must not end for a full disk."""
@@ -166,6 +167,7 @@ class FlowerEngine:
         there = self._there()
         if len(there) < self._quorum:
             expected = set(range(len(self.participants))) - set(self.roster.newcomers)
+            expected -= self.roster.withdrawn()
             self._wait_for(expected, self._quorum, self._quorum, "federation.quorum")
             there = self._there()
         return {client: self.roster.joined[client].rows for client in there}

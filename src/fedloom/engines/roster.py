@@ -43,6 +43,8 @@ UNSEEN = (
 GONE = "not connected: its machine, its network or `fedloom client join` is down"
 ASKED = "connected, and has not said yet whether it can take part"
 REVOKED = "let in no longer: `fedloom members list`"
+WITHDRAWN = "withdrawn: it takes part in no run any more"
+NOT_LET_IN = REVOKED, WITHDRAWN
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Roster:
             if node not in ready and now >= self._waits.get(node, (0.0, 0.0))[0]:
                 found[node] = client
         for client, absence in self._absences.items():
-            if client not in here and absence.reason not in (UNSEEN, GONE, REVOKED):
+            if client not in here and absence.reason not in (UNSEEN, GONE, *NOT_LET_IN):
                 self._absent(client, GONE)
         return dict(sorted(found.items()))
 
@@ -163,6 +165,15 @@ class Roster:
             for client, own in enumerate(self.participants)
         ]
 
+    def withdrawn(self) -> set[int]:
+        """Return the clients whose members were withdrawn: a run goes on without them on purpose."""
+        members, found = self.members(), set()
+        for client, own in enumerate(self.participants):
+            member = members.numbered(own.number)
+            if member is not None and member.state == "withdrawn":
+                found.add(client)
+        return found
+
     def _is_reached(self, client: int, streaming: Container[int]) -> bool:
         return client in self.nodes or client in streaming
 
@@ -175,13 +186,15 @@ class Roster:
         members, gone = self.members(), []
         for client, own in enumerate(self.participants):
             if members.lets_in(own.number):
-                if client in self._absences and self._absences[client].reason == REVOKED:
+                if client in self._absences and self._absences[client].reason in NOT_LET_IN:
                     self._absent(client, GONE)
                 continue
             if self.joined.pop(client, None) is not None:
                 gone.append(client)
                 self.audit("revoked", client=client)
-            self.lost(client, REVOKED)
+            member = members.numbered(own.number)
+            taken_back = member is not None and member.state == "withdrawn"
+            self.lost(client, WITHDRAWN if taken_back else REVOKED)
         return gone
 
     def welcome(

@@ -1,0 +1,97 @@
+"""Where a member's work is, and from which round on a run must be played again to be without it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.audit import events
+from fedloom.deployment.homes import ServerHome
+from fedloom.errors import OutputError
+from fedloom.members import Member
+from fedloom.report import run_folder as names
+from fedloom.report.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Work:
+    """A member's work in a run.
+
+    Attributes:
+        folder: The run folder.
+        client: The member's number in the run.
+        rounds: The rounds that took an answer of it.
+        adapter: SHA-256 of the adapter that came of them; ``None`` where there is none yet.
+        checkpoint: The last round that is saved and has nothing of it; ``None`` where there is none.
+    """
+
+    folder: Path
+    client: int
+    rounds: Sequence[int]
+    adapter: str | None
+    checkpoint: int | None
+
+    @property
+    def command(self) -> str:
+        """What plays the run again without the member."""
+        words = ["fedloom", "run"]
+        if self.checkpoint is None:
+            words += [
+                str(self.folder / names.EXPERIMENT),
+                "--set",
+                f"output.folder={self.folder}-again",
+            ]
+            words += ["--set", "federation.members=[...]"]
+        else:
+            words += ["--resume", str(self.folder), "--from-round", str(self.checkpoint)]
+        return shlex.join([*words, "--engine", "flower"])
+
+    def text(self) -> str:
+        """Return what is said of it."""
+        first, last, count = self.rounds[0], self.rounds[-1], len(self.rounds)
+        where = f"round {first}" if count == 1 else f"{count} rounds, {first} to {last}"
+        adapter = f", and in its adapter (SHA-256 {self.adapter[:12]})" if self.adapter else ""
+        how = (
+            f"round {self.checkpoint} is saved and has nothing of it"
+            if self.checkpoint is not None
+            else "no saved round is without it, so the run must be begun anew, with the others' names"
+        )
+        return f"{self.folder}: in {where}{adapter}; {how}:\n  {self.command}"
+
+
+def works_of(home: ServerHome, member: Member) -> list[Work]:
+    """Return where a member's work is, of the runs that this server has played and whose folders stand.
+
+    Raises:
+        OutputError: A run folder is damaged.
+    """
+    folders = dict.fromkeys(event["folder"] for event in events(home.path, "run_folder"))
+    found = (_work(Path(folder), member) for folder in folders)
+    return [work for work in found if work is not None]
+
+
+def _work(path: Path, member: Member) -> Work | None:
+    try:
+        folder = RunFolder.existing(path)
+    except OutputError:  # it was moved or deleted
+        return None
+    record: dict[str, Any] = folder.read_json(names.RUN) or {}
+    clients = [own["client"] for own in record.get("members", []) if own["number"] == member.number]
+    if not clients:
+        return None
+    rounds = [
+        line["round"]
+        for line in folder.read_lines(names.ROUNDS)
+        if clients[0] in line["clients"]
+        and clients[0] not in {refused["client"] for refused in line["rejected"]}
+    ]
+    if not rounds:
+        return None
+    saved = [int(own.name.removeprefix("round-")) for own in folder.checkpoints.glob("round-*")]
+    before = [round for round in saved if round < rounds[0]]
+    summary: dict[str, Any] = folder.read_json(names.SUMMARY) or {}
+    adapter = (summary.get("adapter") or {}).get("sha256")
+    return Work(path, clients[0], rounds, adapter, max(before, default=None))
