@@ -70,7 +70,9 @@ def test_a_server_that_was_killed_does_not_keep_the_next_from_starting(tmp_path)
     home = ServerHome(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        Serving(host="127.0.0.1", port=port, flower=1, insecure=True, pid=1).write(home.started)
+        Serving(host="127.0.0.1", port=port, flower=1, insecure=True, pid=1, since=0.0).write(
+            home.started
+        )
         home.lock.write_text(str(os.getpid()))
         with pytest.raises(ConnectionFailed, match=f"cannot listen at 127.0.0.1:{port}"):
             server.serve_federation(tmp_path, "127.0.0.1", port, insecure=True, say=print)
@@ -94,7 +96,9 @@ def test_a_second_client_changes_nothing(tmp_path):
 def test_who_holds_no_lock_is_not_stopped(tmp_path, bystander):
     home, own = ServerHome(tmp_path / "server"), ClientHome(tmp_path / "client")
     own.path.mkdir()
-    Serving(host="x", port=1, flower=2, insecure=True, pid=bystander.pid).write(home.started)
+    Serving(host="x", port=1, flower=2, insecure=True, pid=bystander.pid, since=0.0).write(
+        home.started
+    )
     for path in (home.lock, own.lock, own.pid):
         path.write_text(str(bystander.pid))
     with pytest.raises(ConnectionFailed, match="no server runs in"):

@@ -59,13 +59,13 @@ def join(
     policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
     if authority is not None:
         require_current(authority)
-    content = authority.read_bytes() if authority else None
-    gateway = GatewayClient(server, read_key(key), content, home.id)
+    content, own_key = authority.read_bytes() if authority else None, read_key(key)
     stopping = threading.Event()
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.set())
     with only("client", home.lock):
         _require_whole(home.path / FILE)
+        gateway = GatewayClient(server, own_key, content, home.id)
         card = _registered(gateway, stopping, say)
         if card is None:
             return
