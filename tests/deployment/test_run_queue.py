@@ -89,7 +89,7 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
     site.plays(False)
     site.queue.advance()
     assert site.flower.started == [order_file(site.home, first), order_file(site.home, second)]
-    assert site.notes == ["run_started", "run_ended", "run_started"]
+    assert site.notes == ["run_started", "run_folder", "run_ended", "run_started"]
 
 
 def test_what_is_ordered_is_what_was_asked(site):

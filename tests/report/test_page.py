@@ -66,6 +66,8 @@ def test_what_models_and_data_say_is_escaped(folder):
     )
     offence = {"client": 1, "kind": evil, "reason": evil, "count": 2}
     rounds = rounds.replace('"offences": []', json.dumps({"offences": [offence]})[1:-1])
+    gone = [{"client": 1, "since": evil, "reason": evil}]
+    rounds = rounds.replace('"absent": []', json.dumps({"absent": gone})[1:-1])
     rounds = rounds.replace('"weighed": {}', json.dumps({"weighed": {evil: [3.0, 2]}})[1:-1])
     (folder / "rounds.jsonl").write_text(rounds)
     page = write_report([folder]).read_text()
@@ -87,6 +89,23 @@ def test_offences_are_shown_by_client_and_answers_left_out_are_not_without_end(f
     assert row in page
     assert "reason 99" in page and "reason 100" not in page
     assert "30 more answers were left out" in page
+
+
+def test_who_was_missing_is_shown_with_rounds_and_reason(folder):
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    away = {"client": 1, "since": "2026-01-02T03:04:05+00:00", "reason": "no <rows>"}
+    records = [{**last, "round": n, "absent": [away] if n != 4 else []} for n in (2, 3, 4, 5)]
+    records[3]["absent"].append({**away, "client": 0, "reason": "not connected"})
+    text = "\n".join([*lines[:-1], *map(json.dumps, records)])
+    (folder / "rounds.jsonl").write_text(text + "\n")
+    run = json.loads((folder / "run.json").read_text())
+    run["members"] = [{"client": 1, "number": 7, "name": "south"}]
+    RunFolder(folder).write_json("run.json", run)
+    page = write_report([folder]).read_text()
+    row = "<tr><td>1</td><td>south</td><td>2 to 3, 5</td><td>2026-01-02T03:04:05+00:00</td>"
+    assert row + "<td>no &lt;rows&gt;</td></tr>" in page
+    assert "<tr><td>0</td><td></td><td>5</td>" in page
 
 
 def test_a_run_that_was_stopped_says_so(folder):

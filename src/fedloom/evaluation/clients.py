@@ -68,10 +68,10 @@ class Evaluator:
             if own is not None:
                 metrics |= own.score(client.model)
                 examples = len(own)
-            common = self.common[client.id]
-            if payload.numbers["common"] and len(common):  # elsewhere the coordinator alone has it
-                own_metrics = common.score(client.model)
-                metrics |= {COMMON + name: value for name, value in own_metrics.items()}
+            if payload.numbers["common"] and len(self.common[client.id]):
+                # elsewhere the coordinator alone has the set
+                common = self.common[client.id].score(client.model)
+                metrics |= {COMMON + name: value for name, value in common.items()}
             return Payload(numbers={"held_out": examples}, metrics=metrics)
 
         return evaluate

@@ -153,6 +153,7 @@ def _view(run: Run) -> dict[str, Any]:
         "rejected": rejected[:SHOWN],
         "more_rejected": max(0, len(rejected) - SHOWN),
         "offences": _offences(run),
+        "absent": _absent(run),
         "weighed": _weighed(run),
         "done": run.rounds[-1]["round"] if run.rounds else None,
         "last": _last_known(run),
@@ -174,6 +175,32 @@ def _offences(run: Run) -> list[Record]:
     for client, row in rows.items():
         row["paused"] = sum(str(client) in record.get("paused", {}) for record in run.rounds)
     return [rows[client] for client in sorted(rows)]
+
+
+def _absent(run: Run) -> list[Record]:
+    """Return one row for each client and reason that it was missing for: which rounds, since when."""
+    names = {own["client"]: own["name"] for own in run.run.get("members", [])}
+    rows: dict[tuple[int, str], Record] = {}
+    for record in run.rounds:
+        for item in record.get("absent", []):
+            client, reason = item["client"], item["reason"]
+            new = {"name": names.get(client, ""), "rounds": [], "since": item["since"]}
+            row = rows.setdefault((client, reason), {"client": client, "reason": reason, **new})
+            row["rounds"].append(record["round"])
+    return [{**rows[key], "rounds": _ranges(rows[key]["rounds"])} for key in sorted(rows)]
+
+
+def _ranges(rounds: Sequence[int]) -> str:
+    """Return rounds in words: ``1 to 3, 7``."""
+    parts: list[list[int]] = []
+    for round in rounds:
+        if parts and round == parts[-1][-1] + 1:
+            parts[-1].append(round)
+        else:
+            parts.append([round])
+    return ", ".join(
+        f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts
+    )
 
 
 def _weighed(run: Run) -> dict[str, Record]:
