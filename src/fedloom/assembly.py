@@ -31,6 +31,7 @@ from fedloom.data.examples import (
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
 from fedloom.data.partition import Indices, Shares, partition, shares, split_client
 from fedloom.data.public import PublicRows, as_task, read_public, take_public
+from fedloom.data.sources import CLIENTS as ELSEWHERE
 from fedloom.data.sources import DataSettings, LoadedData, few, load_examples
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.engines.simulation import Equipment, SimulationEngine
@@ -189,12 +190,12 @@ def divide(
     """
     seed = experiment.federation.seed
     rng = generator(seed, "data")
+    by_files = own is None and source is None and experiment.partition.kind == "files"
+    pools: dict[int, Sequence[Example]] = {}
     if own is not None:
-        loaded = load_examples(own.data, rng)
-        # columns are for dealing rows, and of a client's own rows there is nothing to deal
-        rows = [replace(row, columns={}) for row in (*loaded.train, *loaded.test)]
-        _require_known(rows, own.classes)
-        loaded = replace(loaded, train=rows, test=[])
+        loaded = _whole(own.data, seed, own.classes)
+    elif by_files:
+        loaded, pools = _by_files(experiment)
     else:
         loaded = source.load(rng) if source else load_examples(experiment.data, rng)
     classes = own.classes if own else _classes([*loaded.train, *loaded.test])
@@ -203,6 +204,8 @@ def divide(
     dealt: dict[int, Indices]
     if own is not None:
         dealt = {own.client: np.arange(len(loaded.train))}
+    elif by_files:
+        dealt = {client: np.arange(len(rows)) for client, rows in pools.items()}
     elif experiment.data.is_private:
         dealt = dict.fromkeys(range(count), np.zeros(0, np.int64))
     else:
@@ -212,11 +215,10 @@ def divide(
     train: dict[int, list[Example]] = {}
     held_out: dict[int, list[Example]] = {}
     for client, indices in dealt.items():
-        kept, aside = split_client(
-            indices, fraction, generator(seed, "client test", client), loaded.train
-        )
-        train[client] = [loaded.train[i] for i in kept]
-        held_out[client] = [loaded.train[i] for i in aside]
+        rows = pools.get(client, loaded.train)
+        kept, aside = split_client(indices, fraction, generator(seed, "client test", client), rows)
+        train[client] = [rows[i] for i in kept]
+        held_out[client] = [rows[i] for i in aside]
         if loaded.kind == "preference":  # single answers made of incomplete pairs are not judged
             train[client] += [row for row in held_out[client] if isinstance(row, Feedback)]
             held_out[client] = [row for row in held_out[client] if isinstance(row, Preference)]
@@ -240,6 +242,36 @@ def divide(
         tuple(public),
         judged_kind(experiment, loaded.held_out_kind),
     )
+
+
+def _whole(data: DataSettings, seed: int, classes: tuple[str, ...]) -> LoadedData:
+    """Return all rows of one client, as they are read on its own machine.
+
+    Raises:
+        DataError: They cannot be read, or are of other classes than the coordinator's.
+    """
+    loaded = load_examples(data, generator(seed, "data"))
+    # columns are for dealing rows, and of a client's own rows there is nothing to deal
+    rows = [replace(row, columns={}) for row in (*loaded.train, *loaded.test)]
+    _require_known(rows, classes)
+    return replace(loaded, train=rows, test=[])
+
+
+def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, Sequence[Example]]]:
+    """Return the held-out rows, and each client's own: those of a file, read as between machines.
+
+    Raises:
+        DataError: A file cannot be read, or holds other classes than the held-out rows.
+    """
+    data, seed = experiment.data, experiment.federation.seed
+    coordinators = data.model_copy(update={"source": ELSEWHERE})
+    loaded = load_examples(coordinators, generator(seed, "data"))
+    classes = _classes(loaded.test)
+    pools: dict[int, Sequence[Example]] = {}
+    for client, source in enumerate(data.sources):
+        apart = {"source": source, "test_source": None, "test_split": None, "test_kind": None}
+        pools[client] = _whole(data.model_copy(update=apart), seed, classes).train
+    return replace(loaded, train=[row for rows in pools.values() for row in rows]), pools
 
 
 def judged_kind(experiment: Experiment, kind: str) -> str:

@@ -285,6 +285,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += _newcomer_contradictions(parts)
     if "data" in parts:
         found += parts["data"].contradictions()
+    if parts.keys() >= {"data", "method", "partition", "federation"}:
+        found += _files_contradictions(parts)
     if "data" in parts and "method" in parts and parts["data"].is_private:
         found += _private_contradictions(parts)
     if "data" in parts and "objective" in parts:
@@ -305,6 +307,32 @@ def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
         )
     if "partition" in parts and parts["partition"].feedback == "spread":
         found.append('partition.feedback = "spread" deals rows anew; data.source = "clients"')
+    return found
+
+
+def _files_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what does not go with a file for each client."""
+    data, federation, found = parts["data"], parts["federation"], []
+    if parts["partition"].kind != "files":
+        return []
+    what = 'partition.kind = "files"'
+    if data.is_builtin or data.is_private or data.domains:
+        return [f"{what} needs data.source = [...], a file for each client"]
+    if len(data.sources) != federation.clients:
+        found.append(
+            f"{what}: data.source names {len(data.sources)} files, federation.clients is "
+            f"{federation.clients}"
+        )
+    if data.test_source is None:
+        found.append(f"{what}: all rows are the clients'; name a held-out set, data.test_source")
+    if parts["partition"].feedback == "spread":
+        found.append(f'partition.feedback = "spread" deals rows anew; {what}')
+    needs_public = METHODS[parts["method"].name][1].needs_public
+    if needs_public and "public" in parts and parts["public"].source is None:
+        found.append(
+            f"method.name = {parts['method'].name!r} needs public rows, and with {what} all are the "
+            "clients': name public.source"
+        )
     return found
 
 

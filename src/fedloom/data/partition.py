@@ -27,10 +27,11 @@ Indices = NDArray[np.int64]
 class PartitionSettings(Settings):
     """``[partition]``: who holds which rows."""
 
-    kind: Literal["iid", "dirichlet", "column", "size"] = "iid"
+    kind: Literal["iid", "dirichlet", "column", "size", "files"] = "iid"
     """iid: shuffled and dealt evenly. dirichlet: the values of `column` spread unevenly, by alpha.
     column: each value goes to one client. size: shuffled, with shares that grow from client to
-    client by `sizes`."""
+    client by `sizes`. files: each file of data.source is a client's, in their order, read as that client
+    would on its own machine: what hospitals with rows of their own play, simulated to the same bits."""
     column: str | None = None
     """What clients differ in; "label" is the class of labelled rows and the label of feedback."""
     alpha: float = Field(default=0.5, gt=0)
