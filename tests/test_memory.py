@@ -79,7 +79,8 @@ def grown(clients, folder):
     print(many[1] - few[1], many[0].tensors["layer.3.lora_A.weight"].unique().item())
 
 
-@pytest.mark.parametrize("clients", [24, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("clients", [24, 256])
 def test_memory_is_flat_from_4_clients_on(clients, tmp_path):
     found = subprocess.run(  # what its memory is taken from is chosen when a process of Flower's starts
         [sys.executable, __file__, str(clients), str(tmp_path)],

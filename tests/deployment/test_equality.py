@@ -99,7 +99,10 @@ def test_simulation_and_machines_give_the_same(suited, loopback, tmp_path, metho
 
 @pytest.mark.parametrize(
     ("method", "noise"),
-    [("fedamole", {"embedding_noise": "gaussian"}), ("split", {"activation_noise": 0.1})],
+    [
+        pytest.param("fedamole", {"embedding_noise": "gaussian"}, marks=pytest.mark.slow),
+        ("split", {"activation_noise": 0.1}),
+    ],
 )
 def test_noise_that_hides_rows_is_a_secret_of_the_client(
     suited, loopback, tmp_path, monkeypatch, method, noise

@@ -455,7 +455,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("how", LOST)
-@pytest.mark.parametrize("method", ["scaffold", "fedpdpo"])
+@pytest.mark.parametrize("method", [pytest.param("scaffold", marks=pytest.mark.slow), "fedpdpo"])
 def test_what_a_client_kept_over_an_answer_that_does_not_count_is_undone(
     deployed, once, monkeypatch, method, how
 ):

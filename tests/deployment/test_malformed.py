@@ -165,6 +165,7 @@ def bad(deployed):
     return play
 
 
+@pytest.mark.slow
 def test_fifteen_malformed_updates(bad, tmp_path):
     honest = bad(None, tmp_path / "honest").states
     lines = []

@@ -41,11 +41,12 @@ def test_files_on_the_page_are_there():
 
 
 def test_settings_on_the_page_are_settings():
-    client, coordinator = map(tomllib.loads, blocks("toml"))
+    client, *experiments = map(tomllib.loads, blocks("toml"))
     for section, table in client.items():
         assert table.keys() <= OWN_SECTIONS[section].model_fields.keys()
-    for section, table in coordinator.items():
-        assert table.keys() <= SECTIONS[section].model_fields.keys()
+    for coordinator in experiments:
+        for section, table in coordinator.items():
+            assert table.keys() <= SECTIONS[section].model_fields.keys()
     for name in re.findall(r"`federation\.(\w+)", PAGE):
         assert name in SECTIONS["federation"].model_fields
 

@@ -11,6 +11,8 @@ from fedloom.audit import events
 from fedloom.identity import make_authority
 from machines import machines
 
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
+
 
 def states(folder):
     return [event["state"] for event in events(folder, "round")]
@@ -52,8 +54,6 @@ def test_status_shows_the_clients(federation_of_two):
     assert [own["connected"] for own in found["members"][:2]] == [True, True]
 
 
-@pytest.mark.slow
-@pytest.mark.serial
 def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):
     settings = experiment(
         federation={"clients": 2, "rounds": 24, "patience": 60},
@@ -76,8 +76,6 @@ def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_pat
     assert states(folder)[-1] == states(tmp_path / "here")[-1]
 
 
-@pytest.mark.slow
-@pytest.mark.serial
 def test_a_mistake_in_the_run_is_told_where_it_was_asked_for(federation_of_two, experiment):
     settings = small(experiment, model={"path": "/nowhere/at/all"})
     path = federation_of_two.folder / "wrong.toml"
@@ -184,8 +182,6 @@ def test_a_second_client_is_refused(federation_of_two):
     assert worker.read_text() == before and int(before) in federation_of_two.pids("c0")
 
 
-@pytest.mark.slow
-@pytest.mark.serial
 def test_a_server_can_listen_at_one_address_alone():
     with machines(1) as own:
         own.network.listen_at = own.network.address = "127.0.0.2"

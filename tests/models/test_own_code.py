@@ -90,6 +90,7 @@ def test_every_loader_is_told_so(model_folder, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_harness_is_told_so(model_folder, monkeypatch):
     import lm_eval.models.huggingface
 
