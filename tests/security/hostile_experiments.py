@@ -144,7 +144,9 @@ def worker(name, **sections):
     path = home.path / "my.toml"
     path.write_text(write_toml(sections))
     home.write_joining(
-        Joining(gateway="localhost:9", number=0, key=str(FOLDER / "client.key"), own=str(path))
+        Joining(
+            gateway="localhost:9", number=0, name="n", key=str(FOLDER / "client.key"), own=str(path)
+        )
     )
     return Worker(home)
 

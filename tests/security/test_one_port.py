@@ -316,7 +316,7 @@ def test_a_client_is_no_other_node_than_its_own(site):
         connection, card = client_of(site).open("fleet")
         node = Node(node_id=card.node + stranger)
         body = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30).SerializeToString()
-        head = f"content-type: application/x-protobuf\r\ncontent-length: {len(body)}\r\n"
+        head = f"content-type: application/protobuf\r\ncontent-length: {len(body)}\r\n"
         with connection:
             request = f"POST /v1/fleet/send-node-heartbeat HTTP/1.1\r\nhost: x\r\n{head}\r\n"
             connection.sendall(request.encode() + body)
