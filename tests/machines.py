@@ -30,6 +30,11 @@ ENVIRONMENT = {
 }
 
 
+def heed_interrupts():
+    """Have a process be interrupted by SIGINT, also where these tests run in the background and are not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Loopback:
     """All machines at one address."""
 
@@ -145,6 +150,7 @@ class Machines:
             self.processes[name] = subprocess.Popen(
                 [*self.network.on(name), *FEDLOOM, *map(str, arguments)], cwd=self.folder,
                 env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out, start_new_session=True,
+                preexec_fn=heed_interrupts,
             )  # fmt: skip
         return log
 

@@ -466,7 +466,7 @@ def withdraw_member(
     name: MemberName,
     again: Annotated[
         bool,
-        typer.Option("--again", help="Play those runs again from the last saved round without it."),
+        typer.Option("--again", help="Play those runs again without it."),
     ] = False,
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
@@ -483,8 +483,8 @@ def withdraw_member(
     )
     for work in works:
         typer.echo(work.text())
-        if again and work.checkpoint is not None:
-            asked = play_again(home, work.folder, work.checkpoint)
+        if again and (work.checkpoint is not None or work.others):
+            asked = play_again(home, work)
             typer.echo(f"  in the queue as {asked['id'][:8]}")
 
 

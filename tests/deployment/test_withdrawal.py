@@ -65,5 +65,8 @@ def test_runs_and_adapters_that_hold_its_work_are_named_with_what_is_without_it(
 def test_where_nothing_saved_is_without_it_the_run_is_begun_anew(home, played):
     folder = played("first", [0, 1], {1: [0, 1], 2: [0, 1]}, [1, 2])
     (work,) = works_of(home, home.members().named("south"))
-    assert work.checkpoint is None and f"fedloom run {folder}/experiment.toml" in work.text()
+    assert work.checkpoint is None and work.others == ("north",)
+    anew = f"fedloom run {folder}/experiment.toml --set 'federation.members=[\"north\"]' --set "
+    anew += f"federation.clients=1 --set output.folder={folder}-without-client-1 --engine flower"
+    assert anew in work.text()
     assert works_of(home, home.members().named("north").model_copy(update={"number": 9})) == []

@@ -13,9 +13,11 @@ from typing import Any
 from fedloom.deployment.control import ask
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import Asked, news_file, read_news, show
+from fedloom.deployment.withdrawal import Work
 from fedloom.errors import Interrupted, OutputError, SettingsError
 from fedloom.files import holder
 from fedloom.progress import RunObserver
+from fedloom.report.run_folder import EXPERIMENT
 from fedloom.settings import parse_toml
 
 
@@ -112,16 +114,18 @@ def before_it(run: dict[str, Any]) -> str:
     return f"waiting for its turn: {before[0]} is under way{others}; `fedloom status` shows how far"
 
 
-def play_again(home: Path, folder: Path, from_round: int) -> dict[str, Any]:
-    """Have a run played again from a round on; return what is known of it. One under way is stopped.
+def play_again(home: Path, work: Work) -> dict[str, Any]:
+    """Have a run played again without a member; return what is known of it. One under way is stopped.
 
     Raises:
         ConnectionFailed: No server runs in the folder.
     """
     for own in ask(ServerHome(home), "runs"):
-        if own["folder"] == str(folder.resolve()):
+        if own["folder"] == str(work.folder.resolve()):
             stop_runs(home, own["id"])
-    return ask_for_run(home, None, resume=folder, from_round=from_round)
+    if work.checkpoint is None:
+        return ask_for_run(home, work.folder / EXPERIMENT, work.assignments)
+    return ask_for_run(home, None, resume=work.folder, from_round=work.checkpoint)
 
 
 def stop_runs(home: Path, run: str | None) -> list[str]:

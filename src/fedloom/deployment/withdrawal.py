@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from fedloom.audit import events
 from fedloom.deployment.homes import ServerHome
 from fedloom.errors import OutputError
-from fedloom.members import Member
+from fedloom.members import Member, Members
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 
@@ -26,6 +27,7 @@ class Work:
         rounds: The rounds that took an answer of it.
         adapter: SHA-256 of the adapter that came of them; ``None`` where there is none yet.
         checkpoint: The last round that is saved and has nothing of it; ``None`` where there is none.
+        others: Names of the run's other members, of those that are let in.
     """
 
     folder: Path
@@ -33,21 +35,25 @@ class Work:
     rounds: Sequence[int]
     adapter: str | None
     checkpoint: int | None
+    others: tuple[str, ...]
+
+    @property
+    def assignments(self) -> list[str]:
+        """What the experiment is begun anew with, where nothing saved is without the member."""
+        return [
+            f"federation.members={json.dumps(self.others)}",
+            f"federation.clients={len(self.others)}",
+            f"output.folder={self.folder}-without-client-{self.client}",
+        ]
 
     @property
     def command(self) -> str:
         """What plays the run again without the member."""
-        words = ["fedloom", "run"]
+        words = ["--resume", str(self.folder), "--from-round", str(self.checkpoint)]
         if self.checkpoint is None:
-            words += [
-                str(self.folder / names.EXPERIMENT),
-                "--set",
-                f"output.folder={self.folder}-again",
-            ]
-            words += ["--set", "federation.members=[...]"]
-        else:
-            words += ["--resume", str(self.folder), "--from-round", str(self.checkpoint)]
-        return shlex.join([*words, "--engine", "flower"])
+            words = [str(self.folder / names.EXPERIMENT)]
+            words += [word for text in self.assignments for word in ("--set", text)]
+        return shlex.join(["fedloom", "run", *words, "--engine", "flower"])
 
     def text(self) -> str:
         """Return what is said of it."""
@@ -57,7 +63,7 @@ class Work:
         how = (
             f"round {self.checkpoint} is saved and has nothing of it"
             if self.checkpoint is not None
-            else "no saved round is without it, so the run must be begun anew, with the others' names"
+            else "no saved round is without it, so it is begun anew with the others"
         )
         return f"{self.folder}: in {where}{adapter}; {how}:\n  {self.command}"
 
@@ -69,11 +75,11 @@ def works_of(home: ServerHome, member: Member) -> list[Work]:
         OutputError: A run folder is damaged.
     """
     folders = dict.fromkeys(event["folder"] for event in events(home.path, "run_folder"))
-    found = (_work(Path(folder), member) for folder in folders)
+    found = (_work(Path(folder), member, home.members()) for folder in folders)
     return [work for work in found if work is not None]
 
 
-def _work(path: Path, member: Member) -> Work | None:
+def _work(path: Path, member: Member, members: Members) -> Work | None:
     try:
         folder = RunFolder.existing(path)
     except OutputError:  # it was moved or deleted
@@ -94,4 +100,7 @@ def _work(path: Path, member: Member) -> Work | None:
     before = [round for round in saved if round < rounds[0]]
     summary: dict[str, Any] = folder.read_json(names.SUMMARY) or {}
     adapter = (summary.get("adapter") or {}).get("sha256")
-    return Work(path, clients[0], rounds, adapter, max(before, default=None))
+    numbers = [own["number"] for own in record["members"] if own["number"] != member.number]
+    others = [members.numbered(number) for number in numbers if members.lets_in(number)]
+    left = tuple(own.name for own in others if own is not None)
+    return Work(path, clients[0], rounds, adapter, max(before, default=None), left)
