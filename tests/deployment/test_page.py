@@ -94,5 +94,5 @@ def test_who_follows_the_page_gets_a_federation(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "round 3/3" in done.stdout and "site-1  online" in done.stdout
+    assert "round 3/3" in done.stdout and "site-1  connected" in done.stdout
     assert (tmp_path / "try/runs/experiment/adapter/adapter_model.safetensors").is_file()
