@@ -11,13 +11,20 @@ import logging
 import os
 import pwd
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.homes import ServerHome
-from fedloom.engines.frames import connect, listen, read_frame, reader, write_frame
+from fedloom.engines.frames import (
+    connect,
+    listen,
+    read_frame,
+    reader,
+    serve_each,
+    stop_listening,
+    write_frame,
+)
 from fedloom.errors import ConnectionFailed, FedloomError
 from fedloom.files import holder
 
@@ -46,24 +53,12 @@ class ControlSocket:
             ConnectionFailed: The place cannot be made.
         """
         self._path, self._handlers = path, handlers
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._listening = listen(path)
-        threading.Thread(target=self._accept, daemon=True).start()
+        serve_each(self._listening, self._serve)
 
     def close(self) -> None:
         """Answer no longer."""
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self._path.unlink(missing_ok=True)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        stop_listening(self._listening, self._path)
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:

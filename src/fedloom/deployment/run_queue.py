@@ -184,7 +184,7 @@ class RunQueue:
                 self._over(run)
                 return
         run.begun = run.begun or alive
-        if run.begun and not alive and run.state != "over":
+        if run.begun and not alive:
             if run.deadline != 0.0:
                 run.deadline = 0.0  # one more look: its last word may have come in between
                 return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -129,6 +130,28 @@ def listen(path: Path) -> socket.socket:
             f"cannot open the socket {path}: {error.strerror or error}; choose another folder"
         ) from None
     return listening
+
+
+def serve_each(listening: socket.socket, serve: Callable[[socket.socket], object]) -> None:
+    """Have each connection that comes be served by a thread of its own, until :func:`stop_listening`."""
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def stop_listening(listening: socket.socket, path: Path) -> None:
+    """Close a listening socket and take it away; who waits for connections of it is woken."""
+    with suppress(OSError):
+        listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+    path.unlink(missing_ok=True)
 
 
 def connect(path: Path, timeout: float | None = None) -> socket.socket:

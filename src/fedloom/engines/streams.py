@@ -35,6 +35,8 @@ from fedloom.engines.frames import (
     read_frame,
     read_length,
     reader,
+    serve_each,
+    stop_listening,
     write_frame,
 )
 from fedloom.errors import MessageError
@@ -149,7 +151,7 @@ class Streams:
         self._listening, self._path = listen(path), path
         for leftover in path.parent.glob(f"{path.name}-*"):  # of a process that was killed
             leftover.unlink()
-        threading.Thread(target=self._accept, daemon=True).start()
+        serve_each(self._listening, self._serve)
 
     def __contains__(self, client: object) -> bool:
         """Return whether there is a stream to a client."""
@@ -201,22 +203,11 @@ class Streams:
 
     def close(self) -> None:
         """Close all streams and listen no longer; of answers that were not taken nothing is left."""
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self._path.unlink(missing_ok=True)
+        stop_listening(self._listening, self._path)
         with self._lock:
             clients = self._streams.keys() | self._asked.keys() | set(self._untaken.values())
         for client in clients:
             self.drop(client)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         read, stream = reader(connection), _Stream(connection)
