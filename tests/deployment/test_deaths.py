@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from machines import machines
-
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 IMAGES = {
@@ -103,16 +101,9 @@ def ancestors(pid):
     return found
 
 
-@pytest.fixture(scope="module")
-def federation():
-    with machines(2) as own:
-        own.start_all()
-        yield own
-
-
 @pytest.fixture
-def site(federation, experiment):
-    return Site(federation, experiment)
+def site(federation_of_two, experiment):
+    return Site(federation_of_two, experiment)
 
 
 def test_a_server_that_is_killed_leaves_nothing_and_the_next_goes_on(site):

@@ -60,16 +60,9 @@ class Life:
         self.own.start_server()
 
 
-@pytest.fixture(scope="module")
-def federation():
-    with machines(2) as own:
-        own.start_all()
-        yield own
-
-
 @pytest.fixture
-def life(federation, experiment):
-    return Life(federation, experiment)
+def life(federation_of_two, experiment):
+    return Life(federation_of_two, experiment)
 
 
 def test_who_was_revoked_and_is_let_in_again_takes_part_again(life):
