@@ -211,6 +211,7 @@ def test_a_new_authority_is_given_to_each_client(life):
 
 def test_a_member_that_is_withdrawn_in_mid_run_is_in_nothing_that_is_played_again(life):
     own = life.own
+    shutil.rmtree(own.folder / "runs", ignore_errors=True)  # the earlier ones would be played again too
     settings = life.experiment(
         federation={"clients": 2, "rounds": 30, "patience": 60},
         training={"local_steps": 4},
@@ -226,7 +227,7 @@ def test_a_member_that_is_withdrawn_in_mid_run_is_in_nothing_that_is_played_agai
     assert f"{folder}: in " in said and "in the queue as" in said
     anew = folder.with_name("long-without-client-1")
     assert own.processes.pop("long").wait(30) == 1  # it was stopped
-    again = own.start("again", "follow", "--home", own.server)
+    again = own.start("again", "follow", anew.name, "--home", own.server)
     assert own.processes.pop("again").wait(90) == 0, again.read_text()
     lines = (anew / "rounds.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

@@ -29,6 +29,7 @@ def ask_for_run(
     resume: Path | None = None,
     from_round: int | None = None,
     fresh_clients: Iterable[int] = (),
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Put a run into the queue of a server; return what is known of it.
 
@@ -39,22 +40,24 @@ def ask_for_run(
         resume: A run folder.
         from_round: Continue after the checkpoint of this round.
         fresh_clients: Clients who start afresh then.
+        name: What the run is called in the queue; the name of the experiment's file or of the run
+            folder otherwise.
 
     Raises:
         ConnectionFailed: No server runs in the folder.
         OutputError: The experiment cannot be read.
         SettingsError: It is no TOML.
     """
-    text, name = None, resume.name if resume is not None else ""
+    text, called = None, resume.name if resume is not None else ""
     if experiment is not None:
         try:
             text = experiment.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"cannot read the experiment {experiment}: {error}") from None
         parse_toml(text, str(experiment))  # what can be told without loading anything
-        name = experiment.stem
+        called = experiment.stem
     asked = Asked(
-        name=name,
+        name=name or called,
         cwd=str(Path.cwd()),
         source=str(experiment) if experiment is not None else "the experiment",
         text=text,
@@ -124,7 +127,8 @@ def play_again(home: Path, work: Work) -> dict[str, Any]:
         if own["folder"] == str(work.folder.resolve()):
             stop_runs(home, own["id"])
     if work.checkpoint is None:
-        return ask_for_run(home, work.folder / EXPERIMENT, work.assignments)
+        again = work.folder / EXPERIMENT
+        return ask_for_run(home, again, work.assignments, name=work.anew.name)
     return ask_for_run(home, None, resume=work.folder, from_round=work.checkpoint)
 
 

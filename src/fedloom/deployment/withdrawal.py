@@ -38,12 +38,17 @@ class Work:
     others: tuple[str, ...]
 
     @property
+    def anew(self) -> Path:
+        """The run folder of the run that is begun anew, where nothing saved is without the member."""
+        return self.folder.with_name(f"{self.folder.name}-without-client-{self.client}")
+
+    @property
     def assignments(self) -> list[str]:
         """What the experiment is begun anew with, where nothing saved is without the member."""
         return [
             f"federation.members={json.dumps(self.others)}",
             f"federation.clients={len(self.others)}",
-            f"output.folder={self.folder}-without-client-{self.client}",
+            f"output.folder={self.anew}",
         ]
 
     @property
