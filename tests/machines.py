@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment.children import free_port
+from fedloom.files import holder
 from loopback import BUILTIN, builtin, client_file
 
 FEDLOOM = [sys.executable, "-m", "fedloom"]
@@ -211,6 +212,10 @@ class Machines:
                 if f"FLWR_HOME={home}/flower" in environment or command.endswith(f"\0{home}"):
                     found.add(int(entry.name))
         return found - {os.getpid()}
+
+    def player(self):
+        """Return the process that plays a run, or ``None``."""
+        return holder(self.server / "run.pid")
 
     def kill(self, name, kind=signal.SIGKILL):
         """End a whole machine at once."""

@@ -33,6 +33,7 @@ IMPORTERS = {
         "deployment/flower_nodes.py",
         "deployment/flower_server.py",
         "deployment/flower_starter.py",
+        "deployment/fork_server.py",
         "deployment/serverapp.py",
     ),
     "grpc": (),

@@ -105,7 +105,7 @@ def _run_between_machines(
     *,
     quiet: bool,
 ) -> None:
-    from fedloom.deployment.running import ask_for_run, before_it, follow
+    from fedloom.deployment.running import ask_for_run, before_it, follow, require_sound
 
     if (experiment is None) == (resume is None):
         raise typer.BadParameter("give either an experiment file or --resume FOLDER")
@@ -119,6 +119,7 @@ def _run_between_machines(
     )
     if waits := before_it(asked):
         typer.echo(waits)
+        require_sound(home, asked)
     typer.echo(follow(home, asked, _observer(quiet)))
 
 

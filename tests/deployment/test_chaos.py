@@ -90,11 +90,9 @@ def replayed(experiment, records):
 
 def memory(own):
     """Resident bytes of the process that plays the rounds."""
-    for pid in own.pids("server"):
-        with contextlib.suppress(OSError, TypeError):
-            if b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-                return int(found[1]) * 1024
+    with contextlib.suppress(OSError, TypeError):
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{own.player()}/status").read_text())
+        return int(found[1]) * 1024
     return None
 
 

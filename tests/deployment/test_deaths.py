@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.serial]
 IMAGES = {
     "superlink": b"fedloom.deployment.flower_server",
     "starter": b"fedloom.deployment.flower_starter",
-    "player": b"flwr-serverapp",
+    "fork server": b"fedloom.deployment.fork_server",
     "worker": b"fedloom.deployment.worker",
 }
 
@@ -26,9 +26,15 @@ class Site:
         """The process of a kind, or ``None``."""
         if kind in ("server", "client"):
             return self.own.processes[machine].pid
+        if kind == "player":
+            return self.own.player()
         for pid in self.own.pids(machine):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if IMAGES[kind] in words and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+            if (
+                pid != self.own.player()
+                and IMAGES[kind] in words
+                and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+            ):
                 return pid
         return None
 
@@ -108,11 +114,10 @@ def site(federation_of_two, experiment):
 
 def test_a_server_that_is_killed_leaves_nothing_and_the_next_goes_on(site):
     own, log = site.own, site.long_run("killed-server")
-    assert {site.pid("server", kind) for kind in ("superlink", "starter", "player")}.isdisjoint(
-        {None}
-    )
+    kinds = ("superlink", "starter", "fork server", "player")
+    assert None not in {site.pid("server", kind) for kind in kinds}
     below = site.kill("server", "server")
-    assert len(below) >= 3
+    assert len(below) >= 4
     own.wait(log, "the server is gone, and the run with it", 10)
     assert own.processes.pop("killed-server").wait(10) == 1
     done = own.call("status", "--home", own.server, check=False)
@@ -122,7 +127,7 @@ def test_a_server_that_is_killed_leaves_nothing_and_the_next_goes_on(site):
     site.goes_on("after-server")
 
 
-@pytest.mark.parametrize("kind", ["player", "starter"])
+@pytest.mark.parametrize("kind", ["player", "starter", "fork server"])
 def test_a_run_whose_process_is_killed_has_a_last_word_and_the_next_goes_on(site, kind):
     own, log = site.own, site.long_run(f"killed-{kind}")
     killed = time.monotonic()
@@ -193,6 +198,12 @@ def test_who_watches_may_go_and_come_back(site):
         "--set", f"output.folder={own.folder / 'second'}",
     )  # fmt: skip
     own.wait(second, "waiting for its turn: watched is under way", 5)
+    mistaken = own.call(
+        "run", own.folder / "watched.toml", "--engine", "flower", "--home", own.server,
+        "--set", "training.learning_rat=1", check=False,
+    )  # fmt: skip
+    assert mistaken.returncode == 2, mistaken
+    assert "training.learning_rat: unknown key; did you mean" in mistaken.stderr
     assert [run["state"] for run in site.status()["runs"]] == ["playing", "waiting"]
     assert "stopped 2 runs" in own.call("stop", "--home", own.server).stdout
     for name, words in (("again", "the run was stopped"), ("second", "stopped before it began")):

@@ -211,7 +211,9 @@ def test_a_new_authority_is_given_to_each_client(life):
 
 def test_a_member_that_is_withdrawn_in_mid_run_is_in_nothing_that_is_played_again(life):
     own = life.own
-    shutil.rmtree(own.folder / "runs", ignore_errors=True)  # the earlier ones would be played again too
+    shutil.rmtree(
+        own.folder / "runs", ignore_errors=True
+    )  # the earlier ones would be played again too
     settings = life.experiment(
         federation={"clients": 2, "rounds": 30, "patience": 60},
         training={"local_steps": 4},

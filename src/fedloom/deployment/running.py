@@ -6,6 +6,8 @@ Who watches a run does nothing for it: it may be ended and begun again at any ti
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from fedloom.deployment.control import ask
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import Asked, news_file, read_news, show
 from fedloom.deployment.withdrawal import Work
-from fedloom.errors import Interrupted, OutputError, SettingsError
+from fedloom.errors import FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.files import holder
 from fedloom.progress import RunObserver
 from fedloom.report.run_folder import EXPERIMENT
@@ -115,6 +117,22 @@ def before_it(run: dict[str, Any]) -> str:
         return ""
     others = f", then {', '.join(before[1:])}" if len(before) > 1 else ""
     return f"waiting for its turn: {before[0]} is under way{others}; `fedloom status` shows how far"
+
+
+def require_sound(home: Path, run: dict[str, Any]) -> None:
+    """Check the experiment of a run that waits for its turn; with a mistake it leaves the queue.
+
+    Raises:
+        FedloomError: With every mistake in it.
+    """
+    words = [sys.executable, "-m", "fedloom.deployment.order_check", str(home), run["id"]]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode and done.stdout:  # else it was its turn meanwhile, and that tells
+        with contextlib.suppress(FedloomError):
+            stop_runs(home, run["id"])
+        error = FedloomError(done.stdout.strip())
+        error.exit_code = done.returncode
+        raise error
 
 
 def play_again(home: Path, work: Work) -> dict[str, Any]:

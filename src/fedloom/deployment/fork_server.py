@@ -1,0 +1,51 @@
+"""A fork server: has imported what plays a run, and forks the process of each run from itself.
+
+To import all of that takes seconds, which no run has to wait for. Nothing else is done before the fork:
+no thread is started, no connection opened, no model loaded.
+
+Run as ``python -m fedloom.deployment.fork_server``; for each line of its standard input, the arguments of
+Flower's ``flwr-serverapp`` as a list in JSON, a process is forked. It ends with the one that started it,
+and with it the processes of runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+
+from fedloom.deployment.parent import end_with_parent
+
+NEEDED = ("fedloom.deployment.serverapp", "flwr.superlink.cli.flwr_serverapp")
+"""Modules that the process of a run imports."""
+
+
+def main() -> None:
+    """Fork until the input ends."""
+    end_with_parent()
+    for name in NEEDED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for how a run's process ends
+    for line in sys.stdin:
+        if os.fork() == 0:
+            play(json.loads(line))
+            return
+
+
+def play(arguments: list[str]) -> None:
+    """Be the process of a run."""
+    end_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):  # Flower sends the output of such a process nowhere
+        os.dup2(nowhere, descriptor)
+    from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
+
+    sys.argv = ["flwr-serverapp", *arguments]
+    flwr_serverapp()
+
+
+if __name__ == "__main__":
+    main()

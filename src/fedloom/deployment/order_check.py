@@ -1,0 +1,39 @@
+"""Checks an experiment that waits for its turn, so that a mistake in it is told now and not then.
+
+It is a process of its own, as it needs seconds and some hundred megabytes to import what knows every
+setting, and who watches a run is to need neither.
+
+Run as ``python -m fedloom.deployment.order_check HOME ID``; prints a mistake, and exits with its code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.orders import Order, experiment_file, order_file
+from fedloom.deployment.participants import chosen, experiment_of
+from fedloom.errors import FedloomError
+
+
+def main() -> int:
+    """Check the order that is named."""
+    home, id = ServerHome(Path(sys.argv[1])), sys.argv[2]
+    order, members = Order.read(order_file(home, id)), home.members()
+    file = experiment_file(home, id)
+    os.chdir(order.cwd)
+    try:
+        if order.resume is None:
+            chosen(
+                experiment_of(file, order.assignments, order.name, order.source, members), members
+            )
+    except FedloomError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
