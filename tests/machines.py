@@ -116,7 +116,7 @@ class Machines:
     def __init__(self, folder, clients, network):
         self.folder, self.clients, self.network = folder, clients, network
         self.server = folder / "server"
-        self.port = free_port()
+        self.port, self.metrics = free_port(), free_port()
         self.processes = {}
         self.call("certs", "--home", self.server, "--host", network.address)
         for client in range(clients):
@@ -165,6 +165,7 @@ class Machines:
 
     def start_server(self):
         where = ("--host", self.network.listen_at, "--port", self.port)
+        where += ("--metrics", f"127.0.0.1:{self.metrics}")
         log = self.start("server", "server", "start", "--home", self.server, *where)
         self.wait(log, "clients can join")
 

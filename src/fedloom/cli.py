@@ -516,11 +516,18 @@ def start_server(
         int, typer.Option(help="The one port that clients connect to.", min=1, max=65535)
     ] = 9092,
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT, at a private address, of /metrics for Prometheus, /healthz, /readyz.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Start the server; it runs until it is stopped."""
     from fedloom.deployment.server import serve_federation
 
-    serve_federation(home, host, port, insecure=insecure, say=typer.echo)
+    serve_federation(home, host, port, insecure=insecure, metrics=metrics, say=typer.echo)
 
 
 @server_app.command("stop")

@@ -198,7 +198,11 @@ class Members:
 
 
 class CachedMembers:
-    """Who is let in, as of when the list could last be read: a slip in it changes nothing."""
+    """Who is let in, as of when the list could last be read: a slip in it changes nothing.
+
+    Attributes:
+        slip: What is wrong with the list, as of the last look.
+    """
 
     def __init__(
         self,
@@ -216,7 +220,7 @@ class CachedMembers:
         self._read, self._note, self._stamp = read, note, stamp
         self._known: Members | None = None
         self._seen: object = None
-        self._slip = ""
+        self.slip = ""
 
     def __call__(self) -> Members:
         """Return it.
@@ -234,9 +238,9 @@ class CachedMembers:
             if self._known is None:
                 raise
             slip = str(error)
-            if slip != self._slip:
+            if slip != self.slip:
                 self._note(slip)
-        self._slip, self._seen = slip, seen
+        self.slip, self._seen = slip, seen
         return self._known
 
 

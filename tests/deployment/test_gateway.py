@@ -119,6 +119,7 @@ def test_unknown_and_revoked_keys_are_turned_away(site):
     with pytest.raises(IdentityError, match="has been revoked"):
         site.client().register()
     assert until(lambda: [event for event, _ in site.notes] == ["refused_client"] * 2)
+    assert site.gateway.counts.of("refusals") == {"identity": 2}
     with pytest.raises(IdentityError, match="revoked"), site.client().stream(RUN) as (read, _):
         read(1)
 
@@ -326,6 +327,7 @@ class TestBounds:
             assert connection.recv(1) == b""
         assert 0.4 < time.monotonic() - start < 3
         assert until(lambda: len(site.notes) == 3)
+        assert site.gateway.counts.of("refusals") == {"time": 3}
         assert {facts["reason"] for _, facts in site.notes} == {
             "no proof of a key within 0.5 seconds"
         }

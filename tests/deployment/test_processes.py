@@ -4,7 +4,9 @@ import json
 import re
 import time
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import fedloom
 from fedloom.audit import events
@@ -52,6 +54,35 @@ def test_status_shows_the_clients(federation_of_two):
         federation_of_two.call("status", "--json", "--home", federation_of_two.server).stdout
     )
     assert [own["connected"] for own in found["members"][:2]] == [True, True]
+
+
+def test_figures_are_given_to_prometheus(federation_of_two, experiment):
+    own = federation_of_two
+
+    def get(path):
+        return httpx.get(f"http://127.0.0.1:{own.metrics}/{path}", timeout=5)
+
+    def figures():
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(get("metrics").text)
+            for sample in family.samples
+        }
+
+    before = figures()
+    folder = own.run(small(experiment), "measured")
+    finished, end = ("fedloom_runs_total", "finished"), time.monotonic() + 5
+    while (after := figures()).get(finished, 0) == before.get(finished, 0):
+        assert time.monotonic() < end  # the server looks five times a second
+    rounds = ("fedloom_round_seconds_count",)
+    assert after[rounds] == before[rounds] + 2
+    costs = [json.loads(line) for line in (folder / "costs.jsonl").read_text().splitlines()]
+    for direction, side in (("received", "bytes_up"), ("sent", "bytes_down")):
+        payloads = sum(cost[side] for cost in costs)
+        name = ("fedloom_bytes_total", direction, "stream")
+        assert 1 <= (after[name] - before.get(name, 0)) / payloads < 2  # small ones: headers count
+    assert after["fedloom_member_connected", "client-0"] == 1
+    assert (get("healthz").text, get("readyz").text) == ("ok\n", "ok\n")
 
 
 def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):

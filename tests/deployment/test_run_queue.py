@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fedloom.deployment import run_queue
+from fedloom.deployment.counts import Counts
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import Asked, News, Order, experiment_file, news_file, order_file
 from fedloom.deployment.run_queue import RunQueue
@@ -32,7 +33,9 @@ class Site:
     def __init__(self, folder):
         self.home, self.flower, self.notes = ServerHome(folder), Flower(), []
         self.home.requests.mkdir(parents=True)
-        self.queue = RunQueue(self.home, self.flower, lambda event, **f: self.notes.append(event))
+        self.counts = Counts()
+        note = lambda event, **facts: self.notes.append(event)  # noqa: E731
+        self.queue = RunQueue(self.home, self.flower, note, self.counts)
         self.held = None
 
     def ask(self, name, **facts):
@@ -74,7 +77,7 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
     site.plays()
     site.tell(first, "folder", folder="/runs/first")
     site.tell(first, "begin", plan={"rounds": 7})
-    site.tell(first, "round_done", record={"round": 2})
+    site.tell(first, "round_done", record={"round": 2, "seconds": 0.5})
     attendance = [{"client": 0, "name": "north", "number": 0, "since": None, "reason": ""}]
     site.tell(first, "attendance", members=attendance)
     site.queue.advance()
@@ -83,6 +86,7 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
         "playing", "/runs/first", 2, 7,
     )  # fmt: skip
     assert shown["attendance"] == attendance
+    assert site.counts.of("rounds") == {"": 1} and site.counts.of("round_seconds") == {"": 0.5}
     site.tell(first, "finished", summary="all well")
     site.queue.advance()
     assert site.states() == {"second": "waiting"}  # the process of the first has not ended yet
@@ -158,7 +162,8 @@ def test_runs_are_stopped_or_taken_out_of_the_queue(site):
     site.queue.advance()
     assert site.queue.stop(second[:8]) == ["second"]
     assert "before it began" in site.news(second)[0]["text"]
-    assert site.queue.stop() == ["first", "third"] and site.flower.stopped == [1, 1]
+    assert site.queue.stop() == ["first", "third"] and site.flower.stopped == [1]
+    assert site.counts.of("runs") == {"stopped": 3}
     assert "the run was stopped" in site.news(first)[0]["text"]
     assert site.queue.stop() == [] and site.states() == {}
     del third
@@ -189,5 +194,5 @@ def test_requests_are_no_longer_kept_than_somebody_may_watch(site, monkeypatch):
     site.queue.advance()
     assert list(site.home.requests.iterdir()) == []
     (site.home.requests / "old.toml").write_text("of a server that was killed")
-    RunQueue(site.home, site.flower, lambda event, **facts: None)
+    RunQueue(site.home, site.flower, lambda event, **facts: None, Counts())
     assert list(site.home.requests.iterdir()) == []

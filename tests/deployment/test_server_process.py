@@ -45,7 +45,7 @@ def test_a_host_that_the_certificate_does_not_name_is_said_first(home, host):
 def test_without_tls_it_is_said_what_is_lost(home, monkeypatch):
     said = []
     monkeypatch.setattr(server, "start", lambda *args, **options: None)
-    server.serve_federation(home.path, "0.0.0.0", 1, insecure=True, say=said.append)
+    server.serve_federation(home.path, "0.0.0.0", 1, insecure=True, metrics=None, say=said.append)
     (warning,) = said
     assert "no TLS" in warning and "another server" in warning and "take part" not in warning
 

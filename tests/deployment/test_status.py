@@ -29,13 +29,14 @@ def home(tmp_path):
 def look(home):
     """The status as a table, and as lines of a terminal."""
 
-    def status(presence, runs=()):
+    def status(presence, runs=(), problems=(), warnings=()):
         serving = Serving(
             host="h", port=9, flower=1, insecure=False, pid=7, since=time.time() - 3700
         )
-        gateway = SimpleNamespace(presence=lambda: presence)
+        gateway = SimpleNamespace(presence=lambda: presence, open_connections=lambda: (3, 1))
+        health = SimpleNamespace(problems=lambda: list(problems), warnings=lambda: list(warnings))
         queue = SimpleNamespace(listed=lambda: list(runs))
-        found = server_status(home, serving, gateway, queue)
+        found = server_status(home, serving, gateway, queue, health)
         assert json.loads(json.dumps(found)) == found
         console = Console(width=220, color_system=None)
         with console.capture() as captured:
@@ -108,3 +109,10 @@ def test_what_members_got_wrong_and_until_when_they_are_in_quarantine(home, look
     assert "until round" not in look({})[1][3]  # quarantine is of a run that goes on
     log.began("b" * 32)
     assert "until round" not in look({}, [playing()])[1][3]
+
+
+def test_what_keeps_the_server_from_its_work_stands_first(look):
+    found, lines = look({}, problems=["Flower's server [red]is gone"], warnings=["a full disk"])
+    assert found["server"]["problems"] == ["Flower's server [red]is gone"]
+    assert lines[1:3] == ["problem: Flower's server [red]is gone", "warning: a full disk"]
+    assert found["server"]["connections"] == {"clients": 3, "unproven": 1}

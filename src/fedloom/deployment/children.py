@@ -59,10 +59,15 @@ class Child:
         """The program, or the module that Python runs."""
         return self.command[2] if self.command[1:2] == ["-m"] else self.command[0]
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.poll() is None
+
     def keep_alive(self) -> bool:
         """Start it if it does not run; return whether it had ended before."""
         make_room(self.log)
-        if self.process is not None and self.process.poll() is None:
+        if self.is_running:
             if time.monotonic() > self._again + 60:
                 self._deaths = 0
             return False

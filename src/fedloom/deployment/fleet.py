@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import h11
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -55,6 +56,22 @@ SLOWEST = 1 << 16
 
 IDLE = 120.0
 """Seconds that a connection may wait for its next request, and a request for its next bytes."""
+
+
+class Connection(Protocol):
+    """What is needed of a socket."""
+
+    def settimeout(self, seconds: float | None, /) -> None:
+        """See ``socket``."""
+        ...
+
+    def recv(self, count: int, /) -> bytes:
+        """See ``socket``."""
+        ...
+
+    def sendall(self, content: bytes, /) -> None:
+        """See ``socket``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ class Forbidden(Refused):
 
 
 def pass_on(
-    connection: socket.socket,
+    connection: Connection,
     upstream: Upstream,
     node: Callable[[], NodeKey | None],
     pace: Callable[[], object],
@@ -207,7 +224,7 @@ def require_own_reply(body: bytes) -> None:
         raise Forbidden(403, "a message that is no reply", "replayed")
 
 
-def _refuse(client: h11.Connection, connection: socket.socket, error: Refused) -> None:
+def _refuse(client: h11.Connection, connection: Connection, error: Refused) -> None:
     """Tell the client, and read no more of it."""
     text = str(error).encode()
     headers = [
@@ -225,7 +242,7 @@ def _refuse(client: h11.Connection, connection: socket.socket, error: Refused) -
 
 def _exchange(
     client: h11.Connection,
-    connection: socket.socket,
+    connection: Connection,
     request: h11.Request,
     length: int,
     node: NodeKey,
@@ -267,7 +284,7 @@ def _exchange(
     return True
 
 
-def _parts(client: h11.Connection, connection: socket.socket, end: float) -> Iterator[bytes]:
+def _parts(client: h11.Connection, connection: Connection, end: float) -> Iterator[bytes]:
     """Yield the body of a request as it comes."""
     while isinstance(event := _next(client, connection), h11.Data):
         if time.monotonic() > end:
@@ -275,7 +292,7 @@ def _parts(client: h11.Connection, connection: socket.socket, end: float) -> Ite
         yield bytes(event.data)
 
 
-def _next(side: h11.Connection, connection: socket.socket, at_once: int = CHUNK) -> h11.Event:
+def _next(side: h11.Connection, connection: Connection, at_once: int = CHUNK) -> h11.Event:
     """Return the next event of a connection, reading as much as it needs, so many bytes at a time.
 
     Raises:

@@ -59,7 +59,11 @@ class NodeKey:
 
 
 class FlowerNodes:
-    """Has Flower know whom we let in, as often as that changes."""
+    """Has Flower know whom we let in, as often as that changes.
+
+    Attributes:
+        problem: Why it could not be told at the last try.
+    """
 
     def __init__(
         self, control: FlowerControl, members: Callable[[], Members], path: Path, note: Record
@@ -77,7 +81,7 @@ class FlowerNodes:
         self._leftover: list[int] = []
         self._seen: tuple[Member, ...] | None = None
         self._doubtful = False
-        self._again, self._noted = 0.0, False
+        self._again, self.problem = 0.0, ""
 
     def of(self, number: int) -> NodeKey | None:
         """Return the node of a member, once it has one; from any thread."""
@@ -137,13 +141,14 @@ class FlowerNodes:
             return
         try:
             self.follow()
-            self._noted = False
+            self.problem = ""
         except Exception as error:  # whatever it is, the runs go on
             self._again = time.monotonic() + RETRY
-            if not self._noted:
+            reason = f"{type(error).__name__}: {error}"
+            if not self.problem:
                 with contextlib.suppress(OutputError):  # a full disk may be what failed
-                    self.note("nodes_failed", reason=f"{type(error).__name__}: {error}")
-                    self._noted = True
+                    self.note("nodes_failed", reason=reason)
+            self.problem = reason
 
     def _made(self, member: Member) -> NodeKey:
         private = ec.generate_private_key(ec.SECP384R1())

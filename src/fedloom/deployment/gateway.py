@@ -26,14 +26,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from fedloom.audit import Limited
 from fedloom.deployment import fleet, handshake
 from fedloom.deployment.connections import CHUNK, Duplex, abort, notice_absence
+from fedloom.deployment.counts import Counts
 from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.deployment.handshake import Claim, Distrust, Purpose
 from fedloom.engines.frames import connect, write_frame
@@ -61,6 +63,11 @@ NOT_YET = "the server is starting, or has just let this client in: it is tried a
 
 SETTLING = 10.0
 """Seconds in which a client that was let in must take the word of it."""
+
+
+Refusal = Literal["rate", "room", "time", "handshake", "identity", "distrust", "later"]
+"""Why a connection is closed before a client is let in: too many a second, no room, too late, no
+handshake, a key that is not let in, a client that does not trust this server, not now."""
 
 
 class _Later(IdentityError):
@@ -194,6 +201,8 @@ class Gateway:
         streams: Folder of the sockets of runs, by the run's id.
         upstream: Flower's server.
         node: Returns the node by which Flower knows the client of a number, once there is one.
+        counts: Connections of clients by what they are for, refusals by their kind, bytes of streams and
+            calls.
     """
 
     def __init__(
@@ -214,6 +223,7 @@ class Gateway:
             members, lambda reason: note("unread_members", reason=reason), stamp
         )
         self.note, self.report = Limited(note), report
+        self.counts = Counts()
         self.streams, self.upstream = streams, upstream
         self._allowed: tuple[Members | None, Allowed] = None, Allowed({}, frozenset())
         self._context: ssl.SSLContext | None = None
@@ -286,6 +296,10 @@ class Gateway:
         for own in gone:
             own.end()
 
+    def open_connections(self) -> tuple[int, int]:
+        """Return how many connections of clients are open, and how many that have proven nothing yet."""
+        return len(self._connections), len(self._unproven)
+
     def presence(self) -> dict[int, tuple[bool, float]]:
         """Return of each client that was ever here whether it is, and since when (s since 1970)."""
         with self._lock:
@@ -344,7 +358,7 @@ class Gateway:
             )
             if not self._handshakes.setdefault(address, new).take(now):
                 connection.close()
-                self._noted("connects", address, "too many connections a second")
+                self._noted("connects", address, "too many connections a second", "rate")
                 continue
             self._make_room(address)
             connection.setblocking(False)
@@ -358,7 +372,8 @@ class Gateway:
     def _shed(self) -> None:
         """Close the oldest connection where the system has no room for more."""
         if self._unproven:
-            self._refused(next(iter(self._unproven.values())), "the system has no room for more")
+            oldest = next(iter(self._unproven.values()))
+            self._refused(oldest, "the system has no room for more", "room")
         else:
             time.sleep(0.05)
 
@@ -371,16 +386,15 @@ class Gateway:
         else:
             return
         oldest = next(own for own in self._unproven.values() if own.address == crowded)
-        self._refused(oldest, "it gave way to newer connections before it proved a key")
+        self._refused(oldest, "it gave way to newer connections before it proved a key", "room")
 
     def _expire(self, now: float) -> None:
         while self._unproven:
             oldest = next(iter(self._unproven.values()))
             if now < oldest.end:
                 break
-            self._refused(
-                oldest, f"no proof of a key within {self.settings.handshake_seconds:g} seconds"
-            )
+            seconds = self.settings.handshake_seconds
+            self._refused(oldest, f"no proof of a key within {seconds:g} seconds", "time")
         self._handshakes = {
             address: own
             for address, own in self._handshakes.items()
@@ -398,12 +412,13 @@ class Gateway:
         except ssl.SSLWantWriteError:
             self._selector.modify(own.connection, selectors.EVENT_WRITE, own)
         except IdentityError as error:
-            self._refused(own, str(error), tell=True, later=isinstance(error, _Later))
+            later = isinstance(error, _Later)
+            self._refused(own, str(error), "later" if later else "identity", tell=True, later=later)
         except FedloomError as error:  # the list of members was never whole
-            self._refused(own, f"it cannot be decided: {error}")
+            self._refused(own, f"it cannot be decided: {error}", "later")
         except OSError as error:  # TLS says which alert, in words of its own
             reason = getattr(error, "reason", None) or error.strerror or "it broke"
-            self._refused(own, f"no handshake: {str(reason)[:80]}")
+            self._refused(own, f"no handshake: {str(reason)[:80]}", "handshake")
 
     def _begin(self, own: _Unproven) -> None:
         """Have TLS stand, and say the nonce.
@@ -453,7 +468,8 @@ class Gateway:
         """
         claim = handshake.read_claim(bytes(own.got[handshake.LENGTH.size :]))
         if isinstance(claim, Distrust):
-            self._refused(own, "it does not trust this server: " + claim.reason, what="joins")
+            reason = "it does not trust this server: " + claim.reason
+            self._refused(own, reason, "distrust", what="joins")
             return
         claim.require_proof(own.nonce, self._certificate)  # or it would learn which keys are known
         number = self._current().number(claim.key)
@@ -501,6 +517,7 @@ class Gateway:
         self,
         own: _Unproven,
         reason: str,
+        kind: Refusal,
         *,
         tell: bool = False,
         later: bool = False,
@@ -512,16 +529,18 @@ class Gateway:
                 own.connection.send(handshake.frame({"refused": reason, "later": later}))
             what = "joins"
         self._drop(own)
-        self._noted(what, own.address, reason)
+        self._noted(what, own.address, reason, kind)
 
-    def _noted(self, what: str, address: str, reason: str) -> None:
+    def _noted(self, what: str, address: str, reason: str, kind: Refusal) -> None:
         """Note a refusal; strangers are refused all the same where the disk is full."""
+        self.counts.add("refusals", kind)
         with contextlib.suppress(OutputError):
             self.note("refused_client", what=what, peer=address, reason=one_line(reason))
 
     # what is let in
 
     def _serve_client(self, connection: socket.socket, claim: Claim, own: _Admitted) -> None:
+        self.counts.add("connections", claim.purpose)
         try:
             connection.settimeout(SETTLING)
             if claim.purpose == "stream":
@@ -540,7 +559,7 @@ class Gateway:
             self._count_presence(own.client, 1)
             try:
                 fleet.pass_on(
-                    connection,
+                    _Counted(connection, self.counts),
                     self.upstream,
                     lambda: self.node(own.client) if claim.key in self._current().numbers else None,
                     self._pace_of(own.client),
@@ -599,17 +618,41 @@ class Gateway:
             write_frame(inner, json.dumps({"client": own.client}).encode())
             connection.settimeout(None)
             outer = Duplex(connection)
-            back = threading.Thread(target=_pass_on, args=(inner, outer), daemon=True)
+            sent = partial(self.counts.add, "sent", "stream")
+            back = threading.Thread(target=_pass_on, args=(inner, outer, sent), daemon=True)
             back.start()
-            _pass_on(outer, inner)
+            _pass_on(outer, inner, partial(self.counts.add, "received", "stream"))
             back.join()
 
 
-def _pass_on(source: Duplex | socket.socket, target: Duplex | socket.socket) -> None:
+class _Counted:
+    """A connection whose bytes are counted, for calls of Flower's."""
+
+    def __init__(self, connection: socket.socket, counts: Counts) -> None:
+        """Count what a client sends as received, and what it is sent as sent."""
+        self._connection, self._counts = connection, counts
+        self.settimeout = connection.settimeout
+
+    def recv(self, count: int) -> bytes:
+        """Read at most so many bytes."""
+        content = self._connection.recv(count)
+        self._counts.add("received", "calls", len(content))
+        return content
+
+    def sendall(self, content: bytes) -> None:
+        """Write all of it."""
+        self._connection.sendall(content)
+        self._counts.add("sent", "calls", len(content))
+
+
+def _pass_on(
+    source: Duplex | socket.socket, target: Duplex | socket.socket, passed: Callable[[int], object]
+) -> None:
     """Pass on what comes until one of two connections ends; then the other ends as well."""
     buffer = memoryview(bytearray(CHUNK))
     with contextlib.suppress(OSError):
         while count := source.recv_into(buffer):
             target.sendall(buffer[:count])
+            passed(count)
     for own in (source, target):
         own.end() if isinstance(own, Duplex) else abort(own)

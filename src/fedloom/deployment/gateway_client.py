@@ -165,18 +165,19 @@ class GatewayClient:
         return answer
 
 
-def split_address(address: str) -> tuple[str, int]:
+def split_address(address: str, default: int = PORT) -> tuple[str, int]:
     """Return host and port of HOST:PORT or HOST, where an address of IPv6 stands in brackets.
 
     Raises:
         SettingsError: It is neither.
     """
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+))(?::(\d{1,5}))?", address)
-    port = int(found[3] or PORT) if found else 0
+    port = int(found[3] or default) if found else 0
     if found is None or not 0 < port < 1 << 16:
         raise SettingsError(
             [
-                f"{address!r} is no HOST:PORT, such as fed.example.org:{PORT} or [2001:db8::1]:{PORT}"
+                f"{address!r} is no HOST:PORT, such as fed.example.org:{default} or "
+                f"[2001:db8::1]:{default}"
             ],
             "the command",
         )

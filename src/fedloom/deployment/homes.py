@@ -266,6 +266,8 @@ class Serving(Note):
     pid: int
     since: float
     """When it was started, in seconds since 1970."""
+    metrics: str | None = None
+    """Where it gives figures for Prometheus."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fedloom.audit import Record
+from fedloom.deployment.counts import Counts
 from fedloom.deployment.flower_control import FlowerControl
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import (
@@ -38,6 +39,9 @@ KEPT = 600.0
 """Seconds that the files of a run which is over are kept, for who still watches."""
 
 
+Outcome = Literal["finished", "failed", "stopped"]
+
+
 @dataclass
 class QueuedRun:
     """A run that was asked for.
@@ -52,6 +56,9 @@ class QueuedRun:
         rounds: Rounds in all.
         attendance: Who takes part, and why the others do not, by the client's number in the run.
         begun: Whether the process that plays it has been there.
+        gone: Whether that process was not there at the last look.
+        reader: Reads what it tells.
+        deadline: When that process must have begun, by the monotonic clock.
     """
 
     order: Order
@@ -63,6 +70,7 @@ class QueuedRun:
     rounds: int | None = None
     attendance: list[dict[str, Any]] = field(default_factory=list)
     begun: bool = False
+    gone: bool = False
     reader: NewsReader | None = None
     deadline: float = 0.0
 
@@ -87,15 +95,18 @@ class QueuedRun:
 class RunQueue:
     """The runs of a server; threads may share it."""
 
-    def __init__(self, home: ServerHome, control: FlowerControl, note: Record) -> None:
+    def __init__(
+        self, home: ServerHome, control: FlowerControl, note: Record, counts: Counts
+    ) -> None:
         """Begin with no runs: what an earlier server was asked for is over.
 
         Args:
             home: The server's folder.
             control: Flower's server, which starts processes.
             note: Told which runs began and ended, for the audit log.
+            counts: Runs by how they ended, rounds and their seconds.
         """
-        self.home, self.control, self.note = home, control, note
+        self.home, self.control, self.note, self.counts = home, control, note, counts
         self._runs: dict[str, QueuedRun] = {}
         self._done: dict[str, float] = {}
         self._lock = threading.RLock()
@@ -181,20 +192,19 @@ class RunQueue:
             if told["event"] == "folder":
                 self.note("run_folder", run=run.order.id, folder=run.folder)
             if told["event"] in LAST:
-                self._over(run)
+                self._over(run, "finished" if told["event"] == "finished" else "failed")
                 return
         run.begun = run.begun or alive
         if run.begun and not alive:
-            if run.deadline != 0.0:
-                run.deadline = 0.0  # one more look: its last word may have come in between
+            if not run.gone:
+                run.gone = True  # one more look: its last word may have come in between
                 return
             self._end(run, f"the process that played the rounds is gone; {go_on(run.folder)}")
         elif not run.begun and time.monotonic() > run.deadline:
             log = self.home.path / "logs" / "serverapp.out"
             self._end(run, f"Flower has not started the run within {BEGINNING:.0f} s; see {log}")
 
-    @staticmethod
-    def _take(run: QueuedRun, told: dict[str, Any]) -> None:
+    def _take(self, run: QueuedRun, told: dict[str, Any]) -> None:
         match told["event"]:
             case "folder":
                 run.folder = str(told["folder"])
@@ -203,29 +213,30 @@ class RunQueue:
                 run.rounds = int(told["plan"]["rounds"])
             case "round_done":
                 run.round = int(told["record"]["round"])
+                self.counts.add("rounds", amount=run.round > 0)
+                self.counts.add("round_seconds", amount=(run.round > 0) * told["record"]["seconds"])
             case "attendance":
                 run.attendance = list(told["members"])
 
     def _stop(self, run: QueuedRun, why: str = "the run was stopped") -> None:
         if run.flower is None:
-            self._end(run, f"{why} before it began")
+            self._end(run, f"{why} before it began", "stopped")
             return
-        with contextlib.suppress(FedloomError):  # it may have ended meanwhile
-            self.control.stop(run.flower)
         hint = f"; {go_on(run.folder)}" if run.folder else ""
-        self._end(run, why + hint)
+        self._end(run, why + hint, "stopped")
 
-    def _end(self, run: QueuedRun, text: str) -> None:
+    def _end(self, run: QueuedRun, text: str, outcome: Outcome = "failed") -> None:
         """Say the last word of a run in place of its process."""
         with contextlib.suppress(FedloomError), News(news_file(self.home, run.order.id)) as news:
             news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
         if run.flower is not None:
-            with contextlib.suppress(FedloomError):
+            with contextlib.suppress(FedloomError):  # it may have ended meanwhile
                 self.control.stop(run.flower)
-        self._over(run)
+        self._over(run, outcome)
 
-    def _over(self, run: QueuedRun) -> None:
+    def _over(self, run: QueuedRun, outcome: Outcome) -> None:
         run.enter("over")
+        self.counts.add("runs", outcome)
         self._runs.pop(run.order.id, None)
         self._done[run.order.id] = time.monotonic() + KEPT
         self.note("run_ended", run=run.order.id, name=run.order.name)

@@ -35,7 +35,9 @@ from fedloom.deployment.flower_control import FlowerControl
 from fedloom.deployment.flower_nodes import FlowerNodes
 from fedloom.deployment.gateway import Gateway, GatewaySettings
 from fedloom.deployment.gateway_client import PORT
+from fedloom.deployment.health import Health
 from fedloom.deployment.homes import ServerHome, Serving
+from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import Asked
@@ -81,6 +83,7 @@ def start(
     host: str = "0.0.0.0",
     port: int = PORT,
     insecure: bool = False,
+    metrics: str | None = None,
     ready: Callable[[Serving], None] = lambda serving: None,
 ) -> None:
     """Serve until told to stop (SIGTERM or SIGINT).
@@ -91,12 +94,16 @@ def start(
         port: Of the gateway.
         insecure: Whether to do without TLS: what travels can be read then, and nothing proves to a
             client that this is its server; keys of clients are asked for all the same.
+        metrics: HOST:PORT, at a private address, of figures for Prometheus and of whether it is alive
+            and ready; ``None`` for none.
         ready: Called once clients can join.
 
     Raises:
         IdentityError: A certificate is missing, has expired, or does not name the host.
         ConnectionFailed: A server runs in the folder, a port is taken, or Flower does not start.
     """
+    if metrics is not None:
+        require_free(*private_address(metrics))
     if not insecure:
         require_current(home.certificate)
         require_current(home.authority)
@@ -108,6 +115,7 @@ def start(
         insecure=insecure,
         pid=os.getpid(),
         since=time.time(),
+        metrics=metrics,
     )
     with only("server", home.lock):
         _serve(home, serving, ready)
@@ -163,15 +171,21 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
         wait_until_open(HERE, serving.flower, link)
         require_unexposed(reachable(host), port, tls=not insecure, private=serving.flower)
         gateway.note = Limited(log.record)
-        queue = RunQueue(home, control, log.record)
+        queue = RunQueue(home, control, log.record, gateway.counts)
         closing.callback(queue.close)
+        certificate = None if insecure else home.certificate
+        health = Health(home.path, certificate, family, nodes, gateway)
         serving.write(home.started)
         log.record("started", port=port, tls=not insecure)
         for folder in opened:
             log.record("made_private", folder=folder.name)
         expiry = Expiry(home, log, insecure=insecure)
         nodes.follow()
-        closing.callback(_commands(home, serving, gateway, queue).close)
+        status = partial(server_status, home, serving, gateway, queue, health)
+        closing.callback(_commands(home, status, queue).close)
+        if serving.metrics is not None:
+            collector = ServerCollector(status, gateway.counts, health)
+            closing.callback(MetricsServer(serving.metrics, collector, health).close)
         ready(serving)
         while not stopping:
             for child in family.children:
@@ -182,11 +196,12 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
             queue.advance()
             gateway.follow()
             expiry.look()
+            health.turn()
             time.sleep(0.2)
 
 
 def _commands(
-    home: ServerHome, serving: Serving, gateway: Gateway, queue: RunQueue
+    home: ServerHome, status: Callable[[], dict[str, Any]], queue: RunQueue
 ) -> ControlSocket:
     """Answer the commands of the server's user."""
 
@@ -200,7 +215,7 @@ def _commands(
     return ControlSocket(
         home.path / SOCKET,
         {
-            "status": lambda asked: server_status(home, serving, gateway, queue),
+            "status": lambda asked: status(),
             "submit": submit,
             "runs": lambda asked: queue.listed(),
             "stop": lambda asked: queue.stop(asked.get("run")),
@@ -240,7 +255,13 @@ def raise_limit_of_descriptors() -> None:
 
 
 def serve_federation(
-    home: Path, host: str, port: int, *, insecure: bool, say: Callable[[str], object]
+    home: Path,
+    host: str,
+    port: int,
+    *,
+    insecure: bool,
+    metrics: str | None,
+    say: Callable[[str], object],
 ) -> None:
     """Serve until told to stop, and say when clients can join."""
     if insecure:
@@ -252,7 +273,8 @@ def serve_federation(
     def ready(serving: Serving) -> None:
         say(f"clients can join at port {port}; folder {home}")
 
-    start(ServerHome(home), host=host, port=port, insecure=insecure, ready=ready)
+    own = ServerHome(home)
+    start(own, host=host, port=port, insecure=insecure, metrics=metrics, ready=ready)
 
 
 def stop_server(home: Path) -> int:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.deployment.gateway import Gateway
+from fedloom.deployment.health import Health
 from fedloom.deployment.homes import ServerHome, Serving
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceSummaries, OffenceSummary, read_offences
@@ -23,12 +24,12 @@ STATES = {"allowed": "", "revoked": "revoked", "withdrawn": "withdrawn"}
 
 
 def server_status(
-    home: ServerHome, serving: Serving, gateway: Gateway, queue: RunQueue
+    home: ServerHome, serving: Serving, gateway: Gateway, queue: RunQueue, health: Health
 ) -> dict[str, Any]:
     """Return what is known of the server, its members and the runs that were asked for."""
     runs, known = queue.listed(), read_offences(home.path / OFFENCES)
     playing = any(run["state"] in ("starting", "playing") for run in runs)
-    here = gateway.presence()
+    here, (clients, unproven) = gateway.presence(), gateway.open_connections()
     return {
         "server": {
             "folder": str(home.path.resolve()),
@@ -36,6 +37,10 @@ def server_status(
             "port": serving.port,
             "tls": not serving.insecure,
             "since": serving.since,
+            "metrics": serving.metrics,
+            "connections": {"clients": clients, "unproven": unproven},
+            "problems": health.problems(),
+            "warnings": health.warnings(),
         },
         "members": [
             _member(member, here.get(member.number), known, playing=playing, since=serving.since)
@@ -103,6 +108,8 @@ def shown(status: Mapping[str, Any]) -> RenderableType:
             f"server in {server['folder']}: process {server['process']}, port {server['port']}, "
             f"{secrecy}, for {_for(server['since'])}"
         ),
+        *(Text(f"problem: {text}", style="red") for text in server["problems"]),
+        *(Text(f"warning: {text}", style="yellow") for text in server["warnings"]),
         members_table(status["members"]),
     ]
     if not runs:

@@ -1,0 +1,95 @@
+"""Whether a server does its work, and what keeps it from it, in words that its operator can act on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from fedloom.deployment.children import Family
+from fedloom.deployment.flower_nodes import FlowerNodes
+from fedloom.deployment.gateway import Gateway
+from fedloom.errors import FedloomError, IdentityError
+from fedloom.identity import read_certificate, require_current
+
+STUCK = 30.0
+"""Seconds without a turn of the server's loop, which takes a fifth of one, after which it is stuck."""
+
+SOON = 14 * 86_400.0
+"""Seconds before the certificate's last day from which on that is said."""
+
+LITTLE = 256 << 20
+"""Bytes free on the disk below which that is said."""
+
+
+class Health:
+    """Looks after a server that runs; any thread may ask.
+
+    Attributes:
+        expires: When the certificate expires, in seconds since 1970; ``None`` without TLS.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        certificate: Path | None,
+        family: Family,
+        nodes: FlowerNodes,
+        gateway: Gateway,
+    ) -> None:
+        """Begin with a turn.
+
+        Args:
+            folder: The server's.
+            certificate: The server's; ``None`` without TLS.
+            family: Flower's processes.
+            nodes: Flower's nodes.
+            gateway: The gateway.
+        """
+        self.folder, self.certificate = folder, certificate
+        self.family, self.nodes, self.gateway = family, nodes, gateway
+        self.expires: float | None = None
+        if certificate is not None:
+            self.expires = read_certificate(certificate).not_valid_after_utc.timestamp()
+        self._turned = time.monotonic()
+
+    def turn(self) -> None:
+        """Take note that the server's loop has come round."""
+        self._turned = time.monotonic()
+
+    def is_alive(self) -> bool:
+        """Return whether the server's loop goes round."""
+        return time.monotonic() < self._turned + STUCK
+
+    def problems(self) -> list[str]:
+        """Return why clients cannot take part or runs not be played; nothing where all is well."""
+        found = []
+        for child in self.family.children:
+            if not child.is_running:
+                found.append(f"{child.name} does not run, it is started again: see {child.log}")
+        if self.nodes.problem:
+            found.append(f"Flower's server is not told who is let in: {self.nodes.problem}")
+        if self.certificate is not None:
+            try:
+                require_current(self.certificate)
+            except IdentityError as error:
+                found.append(str(error))
+        try:
+            if slip := self.gateway.members.slip:
+                found.append(f"the list of members is as it was when it could last be read: {slip}")
+        except FedloomError as error:
+            found.append(str(error))
+        return found
+
+    def warnings(self) -> list[str]:
+        """Return what will keep the server from its work if nothing is done."""
+        found = []
+        if self.expires is not None and 0 < (left := self.expires - time.time()) < SOON:
+            found.append(
+                f"the certificate expires in {left / 86_400:.0f} days: `fedloom certs` with the same "
+                "hosts makes a new one, which holds from the next start"
+            )
+        free = shutil.disk_usage(self.folder).free
+        if free < LITTLE:
+            found.append(f"the disk of {self.folder} has {free >> 20} MB left")
+        return found
