@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedloom
+from fedloom import audit
 from fedloom.audit import FILE, AuditLog, Limited, events, match, verify
 from fedloom.cli import app
 from fedloom.engines.simulation import SimulationEngine
@@ -336,3 +337,59 @@ def test_a_day_of_a_client_that_does_its_worst_in_bytes(tmp_path):
             note("returned", source=3, client=3, held=1 << 40)
     assert log.path.stat().st_size < 3_000_000
     assert verify(log.path).lines == 100 + 8639
+
+
+class TestFiles:
+    """A log that has become large goes on in another file."""
+
+    @pytest.fixture
+    def written(self, tmp_path, monkeypatch):
+        """A log of twenty lines whose files have some five each."""
+        monkeypatch.setattr(audit, "LARGE", 1000)
+        log = AuditLog(tmp_path / FILE)
+        for number in range(20):
+            log.record("accepted", client=number, note="x" * 40)
+        return log
+
+    def test_all_of_it_holds_together(self, written):
+        folder = written.path.parent
+        closed = audit.closed_files(written.path)
+        assert len(closed) >= 3 and all(path.stat().st_size < 1400 for path in closed)
+        found = verify(folder)
+        assert (found.lines, found.earlier, found.clients) == (20 + len(closed), 0, 20)
+        assert found.last == read(written.path)[-1]["sha256"]
+        assert [event["client"] for event in events(folder, "accepted")] == list(range(20))
+
+    def test_it_goes_on_after_a_start_and_after_a_kill_between_two_files(self, written):
+        AuditLog(written.path).record("stopped")
+        lines = verify(written.path).lines
+        closed = audit.closed_files(written.path)
+        number = read(written.path)[-1]["number"]
+        written.path.rename(written.path.with_name(f"audit-{number:012d}.jsonl"))
+        AuditLog(written.path).record("started")
+        assert [event["event"] for event in read(written.path)] == ["continued", "started"]
+        found = verify(written.path)
+        assert found.lines == lines + 2 and len(audit.closed_files(written.path)) == len(closed) + 1
+
+    def test_files_that_were_moved_away_are_counted(self, written):
+        first, second, *_ = audit.closed_files(written.path)
+        whole = verify(written.path)
+        moved = len(read(first))
+        first.unlink()
+        found = verify(written.path)
+        assert (found.earlier, found.lines) == (moved, whole.lines - moved)
+        assert found.last == whole.last
+        AuditLog(written.path).record("stopped")
+        result = CliRunner().invoke(app, ["audit", "verify", str(written.path)])
+        assert f"{moved} lines before these are in files that are not here" in result.output
+        second.write_text("\n".join(second.read_text().splitlines()[1:]) + "\n")
+        with pytest.raises(AuditError, match=f"{second.name}, line 1: it was changed, or lines"):
+            verify(written.path)
+
+    def test_a_file_in_the_middle_cannot_be_taken_out(self, written):
+        _, second, *_ = audit.closed_files(written.path)
+        second.unlink()
+        with pytest.raises(
+            AuditError, match="line 1: it was changed, or lines before it are missing"
+        ):
+            verify(written.path)

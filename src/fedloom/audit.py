@@ -4,18 +4,23 @@ One JSON object a line. Each holds the SHA-256 of the line before it and of itse
 changed, taken out or put in breaks the chain where it stands. What the log says of a message is its
 size and SHA-256, never its content. Cutting off the end cannot be seen from the log alone: keep the
 last hash, which ``fedloom audit verify`` prints, elsewhere.
+
+A log that has become large is closed: its file is named after its last line, and a new one goes on with
+the chain. Closed files may be moved elsewhere; what is left says how many lines came before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import hashlib
 import json
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,12 @@ bytes each that is 3 MB a day."""
 
 SOURCES = 4096
 """Sources and kinds that are told apart at a time."""
+
+LARGE = 64 << 20
+"""Bytes of a file of a log above which it is closed, and a new one begun."""
+
+CONTINUED = "continued"
+"""The event that each file but the first begins with."""
 
 START = "0" * 64
 """What stands for the line before the first."""
@@ -123,6 +134,7 @@ class AuditResult:
         clients: Clients that ever answered.
         exchanges: Rounds and actions that clients were asked for; played again after a resume they are
             others.
+        earlier: Lines before these, in files that are not here.
         unequal: Those among them in which not all were sent the same, as by methods that send each client
             its own; of any other it would be a server that tells some of them something else.
     """
@@ -132,6 +144,7 @@ class AuditResult:
     refused: int
     clients: int
     exchanges: int = 0
+    earlier: int = 0
     unequal: tuple[tuple[int, str], ...] = ()
 
 
@@ -149,8 +162,9 @@ class AuditLog:
         self._lock = threading.Lock()
         if path.is_file():
             _drop_torn_line(path)
-            known = verify(path)
-            self._last, self._count = known.last, known.lines
+        if last := [own for own in _files(path) if own.stat().st_size][-1:]:
+            known = _verified(last)
+            self._last, self._count = known.last, known.earlier + known.lines
 
     def record(self, event: str, **facts: Any) -> None:
         """Note an event: it survives this process at once, and the machine after :meth:`sync`.
@@ -162,12 +176,27 @@ class AuditLog:
         """
         assert not OWN & facts.keys(), f"{OWN & facts.keys()} are the log's own words"
         with self._lock:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            first = {"number": self._count + 1, "time": now, "event": event}
-            body = {**first, **facts, "before": self._last}
-            last = _digest(body)
-            self._append(json.dumps({**body, "sha256": last}) + "\n")
-            self._last, self._count = last, self._count + 1
+            if self._count and not (self.path.is_file() and self.path.stat().st_size):
+                self._add(CONTINUED, {})
+            if self._add(event, facts) > LARGE:
+                self._close()
+
+    def _add(self, event: str, facts: dict[str, Any]) -> int:
+        """Add a line; return how large the file is then."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        first = {"number": self._count + 1, "time": now, "event": event}
+        body = {**first, **facts, "before": self._last}
+        last = _digest(body)
+        size = self._append(json.dumps({**body, "sha256": last}) + "\n")
+        self._last, self._count = last, self._count + 1
+        return size
+
+    def _close(self) -> None:
+        """Name the file after its last line; the next line begins another."""
+        self._append("", sync=True)
+        stem, kind = self.path.stem, self.path.suffix
+        with contextlib.suppress(OSError):  # it is tried again with the next line
+            self.path.rename(self.path.with_name(f"{stem}-{self._count:012d}{kind}"))
 
     def sync(self) -> None:
         """Have what was noted reach the disk.
@@ -177,7 +206,7 @@ class AuditLog:
         """
         self._append("", sync=True)
 
-    def _append(self, text: str, *, sync: bool = False) -> None:
+    def _append(self, text: str, *, sync: bool = False) -> int:
         try:
             with self.path.open("ab", buffering=0) as file:
                 size, line = file.tell(), text.encode()
@@ -186,6 +215,7 @@ class AuditLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if sync:
                     os.fsync(file.fileno())
+                return size + len(line)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -202,26 +232,36 @@ def verify(path: Path) -> AuditResult:
     """
     path = _log(path)
     try:
-        with path.open("rb") as lines:
-            return _verified(path, lines)
+        return _verified(_files(path) or [path])
     except OSError as error:
         raise OutputError(f"no audit log can be read at {path}: {error}") from error
 
 
-def _verified(path: Path, lines: Iterable[bytes]) -> AuditResult:
-    number, before, refused, clients = 0, START, 0, set()
+def _lines(paths: Iterable[Path]) -> Iterator[tuple[Path, int, bytes]]:
+    """Yield the lines of files, each with its file and its number in it."""
+    for path in paths:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield path, number, line
+
+
+def _verified(paths: Iterable[Path]) -> AuditResult:
+    count, earlier, before, refused, clients = 0, 0, START, 0, set()
     began, sent = 0, dict[tuple[int, int, str], set[str]]()
-    for number, line in enumerate(lines, 1):
+    for path, number, line in _lines(paths):
         try:
             body = json.loads(line)
             claimed = body.pop("sha256")
-            chained = body["before"] == before and body["number"] == number
+            if count == 0 and body["event"] == CONTINUED:
+                earlier, before = int(body["number"]) - 1, str(body["before"])
+            count += 1
+            chained = body["before"] == before and body["number"] == earlier + count
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise AuditError(f"{path}, line {number}: it is no line of an audit log") from error
         if not chained or _digest(body) != claimed:
             raise AuditError(
-                f"{path}, line {number}: it was changed, or lines before it are missing or new; lines 1 "
-                f"to {number - 1} hold together"
+                f"{path}, line {number}: it was changed, or lines before it are missing or new; lines "
+                f"{earlier + 1} to {earlier + count - 1} hold together"
             )
         before = claimed
         refused += body["event"] == "refused"
@@ -232,7 +272,7 @@ def _verified(path: Path, lines: Iterable[bytes]) -> AuditResult:
             exchange = began, body["round"], body["action"]
             sent.setdefault(exchange, set()).add(body["message"])
     unequal = tuple(exchange[1:] for exchange, messages in sent.items() if len(messages) > 1)
-    return AuditResult(number, before, refused, len(clients), len(sent), unequal)
+    return AuditResult(count, before, refused, len(clients), len(sent), earlier, unequal)
 
 
 @dataclass(frozen=True)
@@ -307,11 +347,18 @@ def events(path: Path, *names: str) -> list[dict[str, Any]]:
         path: The log, or a folder that holds one.
         names: Of events.
     """
-    path = _log(path)
-    if not path.is_file():
-        return []
-    with path.open("rb") as lines:
-        return [event for event in map(json.loads, lines) if event["event"] in names]
+    found = (json.loads(line) for _, _, line in _lines(_files(_log(path))))
+    return [event for event in found if event["event"] in names]
+
+
+def closed_files(path: Path) -> list[Path]:
+    """Return the files of the log at ``path`` that were closed and are here, in their order."""
+    found = re.compile(rf"{re.escape(path.stem)}-[0-9]{{12}}{re.escape(path.suffix)}")
+    return sorted(own for own in path.parent.glob("*") if found.fullmatch(own.name))
+
+
+def _files(path: Path) -> list[Path]:
+    return [*closed_files(path), *([path] if path.is_file() else [])]
 
 
 def _log(path: Path) -> Path:

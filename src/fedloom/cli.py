@@ -538,6 +538,57 @@ def stop_server(home: HomeOfServer = SERVER_HOME) -> None:
     typer.echo(f"told process {stop(home)} to stop")
 
 
+Passphrase = Annotated[
+    Path | None,
+    typer.Option("--passphrase-file", help="File with the passphrase.", show_default=False),
+]
+
+
+@server_app.command("backup")
+def back_up_server(
+    target: Annotated[Path, typer.Argument(help="File to write.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="The run folders too, with their checkpoints.")
+    ] = False,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Ask for a passphrase.")] = False,
+    passphrase_file: Passphrase = None,
+) -> None:
+    """Write members, certificates, keys, settings and logs into one file; the server may run."""
+    from fedloom.deployment.backup import back_up, read_passphrase, size_text
+    from fedloom.deployment.homes import ServerHome
+
+    secret = None
+    if passphrase_file is not None:
+        secret = read_passphrase(passphrase_file)
+    elif encrypt:
+        secret = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True)
+    found = back_up(ServerHome(home), target, runs=runs, passphrase=secret)
+    typer.echo(f"wrote {target}: {size_text(found, target)}")
+    if secret is None:
+        typer.echo(
+            "it holds the private keys of the authority and the server: keep it as safe as those"
+        )
+
+
+@server_app.command("restore")
+def restore_server(
+    source: Annotated[Path, typer.Argument(help="A backup.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+    passphrase_file: Passphrase = None,
+) -> None:
+    """Make a server's folder from a backup."""
+    from fedloom.deployment.backup import is_encrypted, read_passphrase, restore, restored_text
+    from fedloom.deployment.homes import ServerHome
+
+    secret = None
+    if passphrase_file is not None:
+        secret = read_passphrase(passphrase_file)
+    elif is_encrypted(source):
+        secret = typer.prompt("passphrase", hide_input=True)
+    typer.echo(restored_text(home, restore(source, ServerHome(home), secret)))
+
+
 @client_app.command("join")
 def join_federation(
     server: Annotated[
@@ -666,6 +717,8 @@ def verify(
         f"{found.lines} lines hold together: {found.clients} clients, {found.refused} messages refused; "
         f"the last hash is {found.last}"
     )
+    if found.earlier:
+        typer.echo(f"{found.earlier} lines before these are in files that are not here")
     if found.unequal:
         round, action = found.unequal[0]
         typer.echo(

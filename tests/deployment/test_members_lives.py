@@ -119,13 +119,19 @@ def test_a_lost_database_is_no_loss(life):
     life.play("client-0", "client-1")
 
 
-def test_a_restored_list_of_members_is_the_truth(life):
-    """From a backup of before a third member came; nothing else of the folder is of that day."""
+def test_a_restored_backup_is_the_truth(life):
+    """From a backup of before a third member came, made while the server ran."""
     own = life.own
-    backup = (own.server / "members.toml").read_bytes()
+    own.call("server", "backup", own.folder / "fed.backup", "--home", own.server)
     own.call("keys", "new", "third.key")
     life.members("allow", "third", "third.pub")
-    (own.server / "members.toml").write_bytes(backup)
+    assert list(life.status()) == ["client-0", "client-1", "third"]
+    own.kill("server")
+    shutil.rmtree(own.server)
+    said = own.call("server", "restore", own.folder / "fed.backup", "--home", own.server).stdout
+    assert "2 members are let in" in said
+    own.start_server()
+    life.connected("client-0", "client-1")
     assert list(life.status()) == ["client-0", "client-1"]
     done = own.call(*own.joining(0, key="third.key", home=own.folder / "third"), check=False)
     assert done.returncode == 5 and "is not known here" in done.stderr

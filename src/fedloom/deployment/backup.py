@@ -1,0 +1,397 @@
+"""Everything of a server that cannot be made again, in one file, and a server's folder made from it.
+
+A backup is a tar archive, compressed: who is let in, the authority and the server's certificate with
+their keys, settings, the logs that must not be lost, and on request the run folders. What Flower keeps is
+derived from these and not in it. With a passphrase the archive is a file of age (age-encryption.org),
+which ``age --decrypt`` reads as well.
+
+A backup comes back from elsewhere: nothing in it is taken whose name, kind, size or hash is not as the
+manifest says, and nothing is in place before all of it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import pyrage
+from pydantic import Field
+
+from fedloom.audit import FILE as AUDIT
+from fedloom.audit import AuditLog, closed_files, events, verify
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, OutputError, SettingsError
+from fedloom.files import holder
+from fedloom.identity import CA, CA_KEY, CERTIFICATE, KEY, hosts_of
+from fedloom.members import FILE as MEMBERS
+from fedloom.settings import Settings, parse
+
+MANIFEST = "manifest.json"
+SETTINGS = "settings.toml"
+RUNS = "runs"
+
+FILES = (MEMBERS, CA, CA_KEY, CERTIFICATE, KEY, SETTINGS, AUDIT, OFFENCES)
+"""Of the server's folder."""
+
+NEEDED = (MEMBERS, CA, CERTIFICATE, KEY)
+"""Without which a folder is no server's."""
+
+AGE = b"age-encryption.org/"
+"""How an encrypted backup begins."""
+
+LONGEST = 16 << 20
+"""Bytes of the longest manifest: of a hundred thousand files."""
+
+FORM = 1
+"""Of backups; a reader takes those of its own and earlier forms."""
+
+
+class File(Settings):
+    """A file of a backup."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(Settings):
+    """What a backup holds."""
+
+    form: int
+    version: str
+    """Of the package that made it."""
+    time: float
+    """When it was made, in seconds since 1970."""
+    files: dict[str, File]
+    runs: dict[str, str] = {}
+    """Where each run folder was, by its name in ``runs``."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was restored.
+
+    Attributes:
+        members: How many are let in.
+        hosts: What the server's certificate names.
+        time: When the backup was made, in seconds since 1970.
+        runs: Run folders.
+    """
+
+    members: int
+    hosts: list[str]
+    time: float
+    runs: list[Path]
+
+
+def back_up(
+    home: ServerHome, target: Path, *, runs: bool = False, passphrase: str | None = None
+) -> Manifest:
+    """Write a backup of a server's folder, whether or not the server runs; return what it holds.
+
+    Args:
+        home: The folder.
+        target: File to write, for its owner alone.
+        runs: Whether the run folders that the server played in go with it.
+        passphrase: What it is encrypted with, in memory; ``None`` for not at all.
+
+    Raises:
+        OutputError: A file cannot be read or written, or there is something at ``target``.
+        SettingsError: The folder is no server's.
+    """
+    missing = [name for name in NEEDED if not (home.path / name).is_file()]
+    if missing:
+        raise SettingsError(
+            [f"{home.path} is no server's folder: {', '.join(missing)} missing"], "the command"
+        )
+    if target.exists():
+        raise OutputError(f"{target} is there already; choose another name")
+    paths = [home.path / name for name in FILES if (home.path / name).is_file()]
+    contents = [(path.name, path) for path in [*closed_files(home.path / AUDIT), *paths]]
+    folders = dict(_run_folders(home)) if runs else {}
+    for name, folder in folders.items():
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        contents += [
+            (f"{RUNS}/{name}/{path.relative_to(folder).as_posix()}", path) for path in files
+        ]
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "r+b") as file:
+            known = {name: str(folder) for name, folder in folders.items()}
+            if passphrase is None:
+                manifest = _write(file, contents, known)
+            else:
+                plain = io.BytesIO()
+                manifest = _write(plain, contents, known)
+                file.write(pyrage.passphrase.encrypt(plain.getvalue(), passphrase))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+    except OSError as error:
+        raise OutputError(f"cannot write the backup {target}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return manifest
+
+
+def _run_folders(home: ServerHome) -> Iterator[tuple[str, Path]]:
+    """Yield the run folders that a server played in and that stand, each with a name of its own."""
+    found = dict.fromkeys(Path(event["folder"]) for event in events(home.path, "run_folder"))
+    taken: set[str] = set()
+    for folder in found:
+        if folder.is_dir():
+            name, number = folder.name, 2
+            while name in taken:
+                name, number = f"{folder.name}-{number}", number + 1
+            taken.add(name)
+            yield name, folder
+
+
+def _write(file: IO[bytes], contents: list[tuple[str, Path]], folders: dict[str, str]) -> Manifest:
+    """Write an archive with the manifest last, as files are hashed while they are read."""
+    files = {}
+    with tarfile.open(fileobj=file, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
+        for name, path in contents:
+            with path.open("rb") as source:
+                size = os.fstat(source.fileno()).st_size
+                if path.name == AUDIT:
+                    size = _whole_lines(source, size)
+                hashing = _Hashing(source)
+                archive.addfile(_entry(name, size), hashing)
+                files[name] = File(size=size, sha256=hashing.digest.hexdigest())
+        manifest = Manifest(
+            form=FORM,
+            version=importlib.metadata.version("fedloom"),
+            time=time.time(),
+            files=files,
+            runs=folders,
+        )
+        text = manifest.model_dump_json().encode()
+        archive.addfile(_entry(MANIFEST, len(text)), io.BytesIO(text))
+    return manifest
+
+
+def _entry(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = size, 0o600, int(time.time())
+    return entry
+
+
+def _whole_lines(source: IO[bytes], size: int) -> int:
+    """Return how much of a log is whole lines: one may be written just now."""
+    content = source.read(size)
+    source.seek(0)
+    return content.rfind(b"\n") + 1
+
+
+class _Hashing(io.RawIOBase):
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int = -1, /) -> bytes:
+        content = self._file.read(size)
+        self.digest.update(content)
+        return content
+
+
+def is_encrypted(source: Path) -> bool:
+    """Return whether a backup asks for a passphrase.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
+    try:
+        with source.open("rb") as file:
+            return file.read(len(AGE)) == AGE
+    except OSError as error:
+        raise OutputError(f"cannot read the backup {source}: {error.strerror}") from error
+
+
+def restore(source: Path, home: ServerHome, passphrase: str | None = None) -> Restored:
+    """Make a server's folder from a backup; what is there already stays, and then nothing is done.
+
+    Args:
+        source: The backup.
+        home: The folder, which is not there or empty.
+        passphrase: Of an encrypted one.
+
+    Raises:
+        OutputError: The backup is damaged, or something cannot be written.
+        IdentityError: The passphrase is wrong.
+        SettingsError: The folder holds something, or the backup is none.
+        ConnectionFailed: A server runs there.
+    """
+    if holder(home.lock) is not None:
+        raise ConnectionFailed(f"a server runs in {home.path}; choose another --home")
+    if home.path.exists() and any(home.path.iterdir()):
+        raise SettingsError(
+            [f"{home.path} holds something already; choose a folder that is not there"],
+            "the command",
+        )
+    staging = home.path.with_name(f".{home.path.name}.{os.getpid()}")
+    try:
+        staging.mkdir(parents=True, mode=0o700)
+        manifest = _read(source, staging, passphrase)
+        restored = _checked(ServerHome(staging), manifest)
+        folders = [home.path / RUNS / name for name in manifest.runs]
+        log = AuditLog(staging / AUDIT)
+        log.record("restored", backup=manifest.time)
+        for folder in folders:  # where a member's work is looked for
+            log.record("run_folder", folder=str(folder.resolve()))
+        with contextlib.suppress(FileNotFoundError):
+            home.path.rmdir()
+        staging.rename(home.path)
+    except OSError as error:
+        raise OutputError(f"cannot restore {home.path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Restored(*restored, manifest.time, folders)
+
+
+def _read(source: Path, folder: Path, passphrase: str | None) -> Manifest:
+    """Unpack a backup into an empty folder."""
+    damaged = f"{source} is no whole backup of a server"
+    try:
+        with contextlib.ExitStack() as closing:
+            file: IO[bytes] = closing.enter_context(source.open("rb"))
+            if is_encrypted(source):
+                if passphrase is None:
+                    raise IdentityError(f"{source} is encrypted: a passphrase is needed")
+                file = io.BytesIO(pyrage.passphrase.decrypt(file.read(), passphrase))
+            found, manifest = {}, None
+            for entry, content in _entries(
+                closing.enter_context(tarfile.open(fileobj=file, mode="r|gz"))
+            ):
+                if manifest is not None:
+                    raise OutputError(f"{damaged}: something follows the manifest")
+                if entry.name == MANIFEST:
+                    manifest = _manifest(content.read(LONGEST + 1), source)
+                else:
+                    found[entry.name] = _place(folder, entry, content)
+    except pyrage.DecryptError:
+        raise IdentityError(f"the passphrase does not open {source}, or it is damaged") from None
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OutputError(f"cannot read the backup {source}: {error.strerror}") from error
+        raise OutputError(f"{damaged}: {error}") from None
+    if manifest is None or found != manifest.files:
+        raise OutputError(f"{damaged}: its files are not those of its manifest")
+    return manifest
+
+
+def _entries(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    for entry in archive:
+        content = archive.extractfile(entry) if entry.isreg() else None
+        if content is None or not _is_expected(entry.name):
+            raise OutputError(f"{entry.name[:80]!r} is nothing that a backup holds")
+        yield entry, content
+
+
+def _is_expected(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    if name in (*FILES, MANIFEST) or re.fullmatch(r"audit-[0-9]{12}\.jsonl", name):
+        return True
+    plain = all(part not in ("", ".", "..") and "\0" not in part for part in parts)
+    return len(parts) > 2 and parts[0] == RUNS and plain and name == "/".join(parts)
+
+
+def _place(folder: Path, entry: tarfile.TarInfo, content: IO[bytes]) -> File:
+    path, digest = folder / entry.name, hashlib.sha256()
+    if entry.size > shutil.disk_usage(folder).free:
+        raise OutputError(f"{entry.name[:80]} has {entry.size} bytes, for which there is no room")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        while part := content.read(1 << 20):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return File(size=entry.size, sha256=digest.hexdigest())
+
+
+def _manifest(text: bytes, source: Path) -> Manifest:
+    if len(text) > LONGEST:
+        raise OutputError(f"{source} has a manifest of more than {LONGEST} bytes")
+    table: Any = json.loads(text)
+    if isinstance(table, dict) and int(table.get("form", 0)) > FORM:
+        raise SettingsError(
+            [
+                f"{source} was made by fedloom {table.get('version')!s:.20}: install that version, or a "
+                "later one, to restore it"
+            ],
+            "the command",
+        )
+    found, problems = parse(Manifest, table, "manifest")
+    if found is None:
+        raise OutputError(
+            f"{source} has a manifest that cannot be read: {'; '.join(problems)[:400]}"
+        )
+    for name in found.runs:
+        if re.fullmatch(r"[^/\0]+", name) is None or name in (".", ".."):
+            raise OutputError(f"{source} has a run of the name {name[:80]!r}")
+    return found
+
+
+def _checked(home: ServerHome, manifest: Manifest) -> tuple[int, list[str]]:
+    """Return how many members a restored folder lets in and what its certificate names."""
+    for name in NEEDED:
+        if name not in manifest.files:
+            raise OutputError(f"the backup has no {name}")
+    try:
+        members, hosts = len(home.members().allowed), hosts_of(home.certificate.read_text())
+        if AUDIT in manifest.files:
+            verify(home.path)
+    except (FedloomError, ValueError) as error:
+        raise OutputError(f"the backup holds what cannot be used: {error}") from None
+    return members, hosts
+
+
+def read_passphrase(path: Path) -> str:
+    """Return the first line of a file.
+
+    Raises:
+        OutputError: It cannot be read, or the line is empty.
+    """
+    try:
+        first = path.read_text(encoding="utf-8").partition("\n")[0].strip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"cannot read the passphrase in {path}: {error}") from None
+    if not first:
+        raise OutputError(f"the first line of {path} is empty: it is to be the passphrase")
+    return first
+
+
+def size_text(manifest: Manifest, target: Path) -> str:
+    """Return how much a backup holds."""
+    runs = f", {len(manifest.runs)} run folders" if manifest.runs else ""
+    return f"{len(manifest.files)} files{runs}, {target.stat().st_size / 1e6:.1f} MB"
+
+
+def restored_text(folder: Path, restored: Restored) -> str:
+    """Return what an operator must know of what was restored."""
+    made = datetime.datetime.fromtimestamp(restored.time, datetime.UTC)
+    lines = [
+        f"restored {folder} as of {made:%Y-%m-%d %H:%M} UTC: {restored.members} members are let in, the "
+        f"certificate names {', '.join(restored.hosts)}",
+        "who was revoked or withdrawn since then is let in again: look at `fedloom members list`",
+        f"start it with `fedloom server start --home {folder}`, and never beside the one it comes from",
+    ]
+    lines += [f"run folder {path}" for path in restored.runs]
+    return "\n".join(lines)
