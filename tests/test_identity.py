@@ -1,6 +1,9 @@
 """Keys, certificates, and who is let in."""
 
 import datetime
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -69,6 +72,54 @@ def test_what_is_no_key_is_refused(tmp_path, content):
         read_key(path)
     with pytest.raises(IdentityError, match="no key can be read"):
         read_key(tmp_path / "absent.key")
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Have files and folders that another user owns be closed to us, whoever runs the tests."""
+
+    def close(files, folders=()):
+        def stat(path, **options):
+            if any(own in path.parents for own in folders):
+                raise PermissionError(13, "Permission denied")
+            return SimpleNamespace(st_uid=4_000_001 if path in {*files, *folders} else os.geteuid())
+
+        def read(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "stat", stat)
+        monkeypatch.setattr(Path, "read_bytes", read)
+
+    return close
+
+
+@pytest.mark.parametrize("read", [read_key, read_certificate])
+def test_a_file_of_another_user_is_said_to_be(tmp_path, closed, read):
+    path, here = tmp_path / "server" / "own", os.geteuid()
+    closed([path])
+    with pytest.raises(IdentityError) as found:
+        read(path)
+    text = str(found.value)
+    assert text.startswith(
+        f"{path} cannot be read: {path} belongs to user 4000001, and this runs as "
+    )
+    assert f"(user {here}); `chown -R {here} {path}`, or run it as user 4000001" in text
+    assert "\n" not in text
+
+
+def test_a_folder_of_another_user_is_said_to_be(tmp_path, closed):
+    folder = tmp_path / "server"
+    closed([], [folder])
+    with pytest.raises(
+        IdentityError, match=f"own cannot be read: {folder} belongs to user 4000001"
+    ):
+        read_key(folder / "own")
+
+
+def test_a_file_of_ones_own_that_is_closed_is_said_to_be(tmp_path, closed):
+    closed([])
+    with pytest.raises(IdentityError, match=r"though .*own belongs to .*; see its mode"):
+        read_key(tmp_path / "own")
 
 
 def test_the_authority_vouches_for_its_server_alone(tmp_path):

@@ -597,12 +597,17 @@ def join_federation(
     data: Annotated[
         Path | None, typer.Option(help="This client's file: its rows, where the model lies.")
     ] = None,
-    key: Annotated[Path, typer.Option(help="This client's private key.")] = Path("client.key"),
-    ca: Annotated[Path, typer.Option(help="The federation's authority.")] = Path("ca.pem"),
+    key: Annotated[Path, typer.Option(help="This client's private key.", readable=False)] = Path(
+        "client.key"
+    ),
+    ca: Annotated[Path, typer.Option(help="The federation's authority.", readable=False)] = Path(
+        "ca.pem"
+    ),
     home: HomeOfClient = CLIENT_HOME,
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
 ) -> None:
     """Take part in a federation; runs until it is stopped."""
+    # typer would refuse a key or authority that may not be read before we can say whose it is.
     from fedloom.deployment.client import take_part
 
     take_part(home, server, key, None if insecure else ca, data, say=typer.echo)

@@ -7,9 +7,12 @@ P-256 for certificates, P-384 for clients (what Flower asks for).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hmac
 import ipaddress
+import os
+import pwd
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +60,7 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None
         write_whole(folder / CA, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
     authority = read_certificate(folder / CA)
     try:
-        signer: Any = pem.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+        signer: Any = pem.load_pem_private_key(_read(folder / CA_KEY), None)
     except (OSError, ValueError, TypeError) as error:
         raise IdentityError(
             f"the authority's key {folder / CA_KEY} cannot be read: {error}"
@@ -91,22 +94,26 @@ def make_key(path: Path) -> Path:
     return path.with_suffix(".pub")
 
 
-def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def read_key(path: Path, maker: str = "fedloom keys new") -> ec.EllipticCurvePrivateKey:
     """Return the private key in a file, a client's or the server's.
 
+    Args:
+        path: The file.
+        maker: The command that makes such a key.
+
     Raises:
-        IdentityError: There is none, or it is of another kind.
+        IdentityError: There is none, it may not be read, or it is of another kind.
     """
     try:
-        content = path.read_bytes()
+        content = _read(path)
         load = pem.load_ssh_private_key if b"OPENSSH" in content else pem.load_pem_private_key
         key = load(content, None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise IdentityError(
-            f"no key can be read from {path}: {error}; `fedloom keys new` makes one"
+            f"no key can be read from {path}: {error}; `{maker}` makes one"
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"{path} holds a key of another kind; `fedloom keys new` makes one")
+        raise IdentityError(f"{path} holds a key of another kind; `{maker}` makes one")
     return key
 
 
@@ -114,10 +121,10 @@ def read_certificate(path: Path) -> x509.Certificate:
     """Return the certificate in a file.
 
     Raises:
-        IdentityError: There is none.
+        IdentityError: There is none, or it may not be read.
     """
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificate(_read(path))
     except (OSError, ValueError) as error:
         raise IdentityError(
             f"no certificate can be read from {path}: {error}; `fedloom certs` makes them"
@@ -222,6 +229,46 @@ def public_key(line: str) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IdentityError("the public key is of another kind; `fedloom keys new` makes one")
     return key
+
+
+def _read(path: Path) -> bytes:
+    """Return what is in a file.
+
+    Raises:
+        IdentityError: It may not be read: what to do differs from where there is none.
+        OSError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise IdentityError(_whose(path)) from None
+
+
+def _whose(path: Path) -> str:
+    """Return why a file may not be read: whose it is, or a folder that it lies in, and what to do."""
+    closed = path
+    while True:
+        with contextlib.suppress(PermissionError):
+            owner = closed.stat().st_uid
+            break
+        closed = closed.parent
+    number = os.geteuid()
+    here, there = _user(number), _user(owner)
+    if owner == number:
+        return (
+            f"{path} cannot be read, though {closed} belongs to {here}, as this does; see its mode"
+        )
+    return (
+        f"{path} cannot be read: {closed} belongs to {there}, and this runs as {here}; "
+        f"`chown -R {number} {closed}`, or run it as {there}"
+    )
+
+
+def _user(number: int) -> str:
+    """Return a user's number, and its name where it has one."""
+    with contextlib.suppress(KeyError):
+        return f"{pwd.getpwuid(number).pw_name} (user {number})"
+    return f"user {number}"
 
 
 def _name(text: str) -> x509.Name:

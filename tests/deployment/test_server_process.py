@@ -42,6 +42,13 @@ def test_a_host_that_the_certificate_does_not_name_is_said_first(home, host):
     server.require_named(home.certificate, "fed.example.com")
 
 
+def test_a_certificate_without_its_key_ends_the_start_for_good(home):
+    make_authority(home.path, ["localhost"])
+    home.key.unlink()
+    with pytest.raises(IdentityError, match=r"server.key: .*; `fedloom certs` makes one"):
+        server.start(home)
+
+
 def test_without_tls_it_is_said_what_is_lost(home, monkeypatch):
     said = []
     monkeypatch.setattr(server, "start", lambda *args, **options: None)

@@ -52,6 +52,7 @@ from fedloom.identity import (
     KEY,
     hosts_of,
     make_authority,
+    read_key,
     require_current,
 )
 from fedloom.members import FILE as MEMBERS
@@ -99,7 +100,8 @@ def start(
         ready: Called once clients can join.
 
     Raises:
-        IdentityError: A certificate is missing, has expired, or does not name the host.
+        IdentityError: A certificate or its key is missing or may not be read; the certificate has
+            expired, or does not name the host.
         ConnectionFailed: A server runs in the folder, a port is taken, or Flower does not start.
     """
     if metrics is not None:
@@ -107,6 +109,7 @@ def start(
     if not insecure:
         require_current(home.certificate)
         require_current(home.authority)
+        read_key(home.key, "fedloom certs")
         require_named(home.certificate, reachable(host))
     serving = Serving(
         host=host,
