@@ -20,7 +20,8 @@
     └── Interrupted         the user stopped the run; it can be resumed
 
 A message says what was wrong, the value, and what to do. The command line prints it without a
-traceback and exits with the class's ``exit_code``.
+traceback and exits with the class's ``exit_code``. What starts a server or client again by itself
+(``deploy/systemd``) leaves alone one that ended by an error of which ``restart_helps`` is false.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class FedloomError(Exception):
     """Base of every error that fedloom raises on purpose."""
 
     exit_code = 1
+    restart_helps = True
 
 
 class SettingsError(FedloomError):
     """The experiment file is wrong; ``problems`` lists every mistake found in it."""
 
     exit_code = 2
+    restart_helps = False
 
     def __init__(self, problems: Sequence[str], source: str = "the experiment") -> None:
         """Keep ``problems`` (one line each) and name the ``source`` they were found in."""
@@ -143,12 +146,14 @@ class AuditError(FedloomError):
     """An audit log was changed, or is none; no restart mends that."""
 
     exit_code = 6
+    restart_helps = False
 
 
 class IdentityError(FedloomError):
     """A key or certificate is missing, has expired, or is not let in; no restart mends that."""
 
     exit_code = 5
+    restart_helps = False
 
 
 class ConnectionFailed(FedloomError):
