@@ -432,9 +432,8 @@ class _Play:
     def _tell(self) -> None:
         """Warn of each client that was left out, once."""
         for client in sorted(self.rejected.keys() - self.told):
-            self.server.observer.warning(
-                f"round {self.cohort.round}: client {client} left out: {self.rejected[client]}"
-            )
+            title, reason = self.server.engine.title(client), self.rejected[client]
+            self.server.observer.warning(f"round {self.cohort.round}: {title} left out: {reason}")
         self.told |= self.rejected.keys()
 
     def _require_quorum(self) -> None:
@@ -443,7 +442,8 @@ class _Play:
         usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
         needed = max(1, math.ceil(self.server.federation.quorum * asked))
         if usable < needed:
-            reasons = "; ".join(f"client {c}: {why}" for c, why in sorted(self.rejected.items()))
+            title = self.server.engine.title
+            reasons = "; ".join(f"{title(c)}: {why}" for c, why in sorted(self.rejected.items()))
             raise RoundFailed(
                 f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
                 f"federation.quorum asks for {needed}. {reasons}"

@@ -89,10 +89,11 @@ class Terminal:
         up = sum(cost.bytes_up for cost in record.costs)
         metric, worst = self._judged(record.evaluation)
         taken = len(record.clients) - len(record.rejected)
+        missing = record.absent.keys() | record.rejected.keys() | record.paused.keys()
         return {
             "round": f"{record.round}/{self.plan.rounds}",
             "clients": self._clients(record, taken),
-            "missing": ", ".join(self.plan.names.get(c, str(c)) for c in sorted(record.absent)),
+            "missing": ", ".join(self.plan.names.get(c, str(c)) for c in sorted(missing)),
             "loss": _number(record.train.get("loss")),
             self.plan.metric: _number(metric),
             "worst client": _number(worst),
@@ -104,7 +105,8 @@ class Terminal:
         """Return how many answers were taken, of those asked or, where some are missing, of all."""
         if not record.clients:
             return "start"
-        expected = len(self.plan.names) if self.plan is not None and record.absent else 0
+        away = record.absent or record.paused
+        expected = len(self.plan.names) if self.plan is not None and away else 0
         return f"{taken}/{max(expected, len(record.clients))}"
 
     def _judged(self, evaluation: Evaluation | None) -> tuple[float | None, float | None]:

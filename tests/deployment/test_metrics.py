@@ -27,8 +27,10 @@ STATUS = {
     ],
     "runs": [
         {"name": "x", "state": "playing", "rounds": 9, "round": 3, "attendance": [
-            {"name": "north", "reason": ""}, {"name": "south", "reason": "its disk is full"}]},
-        {"name": "y", "state": "waiting", "rounds": None, "round": None, "attendance": []},
+            {"name": "north", "reason": ""}, {"name": "south", "reason": "its disk is full"}],
+         "left_out": [{"name": "south", "reason": "its disk is full"}, {"name": "north", "reason": "late"}]},
+        {"name": "y", "state": "waiting", "rounds": None, "round": None, "attendance": [],
+         "left_out": []},
     ],
 }  # fmt: skip
 
@@ -103,10 +105,11 @@ def test_figures_are_those_of_status_and_of_what_was_counted(site):
         ("fedloom_run_round", "x"): 3,
         ("fedloom_run_rounds", "x"): 9,
         ("fedloom_run_missing", "its disk is full", "south", "x"): 1,
+        ("fedloom_run_missing", "late", "north", "x"): 1,
         ("fedloom_offences_total", "forged", "south"): 2,
     }
     assert {key: found.get(key) for key in expected} == expected
-    assert not any("north" in key and "fedloom_run_missing" in key for key in found)
+    assert sum("fedloom_run_missing" in key for key in found) == 2
     assert found["fedloom_certificate_expiry_seconds",] == pytest.approx(
         time.time() + 90 * 86_400, abs=7200
     )

@@ -77,7 +77,11 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
     site.plays()
     site.tell(first, "folder", folder="/runs/first")
     site.tell(first, "begin", plan={"rounds": 7})
-    site.tell(first, "round_done", record={"round": 2, "seconds": 0.5})
+    site.tell(
+        first,
+        "round_done",
+        record={"round": 2, "seconds": 0.5, "rejected": {"1": "its disk is full"}, "paused": {}},
+    )
     attendance = [{"client": 0, "name": "north", "number": 0, "since": None, "reason": ""}]
     site.tell(first, "attendance", members=attendance)
     site.queue.advance()
@@ -86,6 +90,8 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
         "playing", "/runs/first", 2, 7,
     )  # fmt: skip
     assert shown["attendance"] == attendance
+    reasons = {own["client"]: own["reason"] for own in shown["left_out"]}
+    assert reasons == {1: "its disk is full"}
     assert site.counts.of("rounds") == {"": 1} and site.counts.of("round_seconds") == {"": 0.5}
     site.tell(first, "finished", summary="all well")
     site.queue.advance()

@@ -49,7 +49,8 @@ def look(home):
 def playing(**facts):
     return {
         "id": RUN, "name": "exp", "state": "playing", "since": time.time() - 60, "folder": "/r/exp",
-        "round": 3, "rounds": 9, "attendance": [], **facts,
+        "round": 3, "rounds": 9, "attendance": [], "left_out": [], "warning": "",
+        **facts,
     }  # fmt: skip
 
 
@@ -89,10 +90,14 @@ def test_a_run_names_who_is_missing_and_why(look):
         "rounds": None,
         "round": None,
     }
-    _, lines = look({0: (True, 0.0)}, [playing(attendance=attendance), waiting])
+    left_out = [{"client": 0, "name": "north", "round": 3, "reason": "its disk is full"}]
+    now = playing(attendance=attendance, left_out=left_out, warning="round 4 waits for north")
+    _, lines = look({0: (True, 0.0)}, [now, waiting])
     assert lines[5] == "run exp (aaaaaaaa): playing for 1 min 00 s, round 3 of 9 done in /r/exp"
     assert lines[6] == "  south (client 1) is missing for 1 min 05 s: [b]no rows"
-    assert lines[7] == "run next (aaaaaaaa): waiting for 1 min 00 s"
+    assert lines[7] == "  north (client 0) was left out of round 3: its disk is full"
+    assert lines[8] == "  round 4 waits for north"
+    assert lines[9] == "run next (aaaaaaaa): waiting for 1 min 00 s"
 
 
 def test_what_members_got_wrong_and_until_when_they_are_in_quarantine(home, look):

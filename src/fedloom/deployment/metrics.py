@@ -140,16 +140,17 @@ def _runs(runs: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
     done = GaugeMetricFamily("fedloom_run_round", "The last finished round.", labels=["run"])
     planned = GaugeMetricFamily("fedloom_run_rounds", "Rounds in all.", labels=["run"])
     missing = GaugeMetricFamily(
-        "fedloom_run_missing", "1 for each member that a run misses, with the reason.",
+        "fedloom_run_missing", "1 for each member that a run misses or has left out of its last round.",
         labels=["run", "member", "reason"],
     )  # fmt: skip
     for run in listed:
         if run["rounds"] is not None:
             done.add_metric([run["name"]], run["round"] or 0)
             planned.add_metric([run["name"]], run["rounds"])
-        for own in run["attendance"]:
-            if own["reason"]:
-                missing.add_metric([run["name"], own["name"], own["reason"]], 1)
+        away = [(own["name"], own["reason"]) for own in (*run["attendance"], *run["left_out"])]
+        for name, reason in dict.fromkeys(away):
+            if reason:
+                missing.add_metric([run["name"], name, reason], 1)
     return waiting, done, planned, missing
 
 

@@ -55,6 +55,8 @@ class QueuedRun:
         round: The last finished round.
         rounds: Rounds in all.
         attendance: Who takes part, and why the others do not, by the client's number in the run.
+        left_out: Who was left out of the last finished round or is in quarantine, and why.
+        warning: What was last warned of since that round.
         begun: Whether the process that plays it has been there.
         gone: Whether that process was not there at the last look.
         reader: Reads what it tells.
@@ -69,6 +71,8 @@ class QueuedRun:
     round: int | None = None
     rounds: int | None = None
     attendance: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    warning: str = ""
     begun: bool = False
     gone: bool = False
     reader: NewsReader | None = None
@@ -85,6 +89,8 @@ class QueuedRun:
             "round": self.round,
             "rounds": self.rounds,
             "attendance": self.attendance,
+            "left_out": self.left_out,
+            "warning": self.warning,
         }
 
     def enter(self, state: str) -> None:
@@ -212,11 +218,24 @@ class RunQueue:
                 run.enter("playing")
                 run.rounds = int(told["plan"]["rounds"])
             case "round_done":
-                run.round = int(told["record"]["round"])
-                self.counts.add("rounds", amount=run.round > 0)
-                self.counts.add("round_seconds", amount=(run.round > 0) * told["record"]["seconds"])
+                self._finish_round(run, told["record"])
+            case "warning":
+                run.warning = str(told["text"])
             case "attendance":
                 run.attendance = list(told["members"])
+
+    def _finish_round(self, run: QueuedRun, record: dict[str, Any]) -> None:
+        run.round, run.warning = int(record["round"]), ""
+        if run.round > 0:
+            self.counts.add("rounds")
+            self.counts.add("round_seconds", amount=float(record["seconds"]))
+        names = {int(own["client"]): own["name"] for own in run.attendance}
+        quarantine = {c: f"in quarantine until round {end}" for c, end in record["paused"].items()}
+        reasons = {int(c): why for c, why in {**record["rejected"], **quarantine}.items()}
+        run.left_out = [
+            {"client": c, "name": names.get(c, ""), "round": run.round, "reason": why}
+            for c, why in sorted(reasons.items())
+        ]
 
     def _stop(self, run: QueuedRun, why: str = "the run was stopped") -> None:
         if run.flower is None:

@@ -158,6 +158,11 @@ def _run(run: Mapping[str, Any]) -> list[RenderableType]:
             away = f"for {_for(own['since'])}" if own["since"] else ""
             text = f"  {own['name']} (client {own['client']}) is missing {away}: {own['reason']}"
             lines.append(Text(text, style="yellow"))
+    for own in run["left_out"]:
+        text = f"  {own['name']} (client {own['client']}) was left out of round {own['round']}: "
+        lines.append(Text(text + own["reason"], style="yellow"))
+    if run["warning"]:
+        lines.append(Text(f"  {run['warning']}", style="yellow"))
     return lines
 
 

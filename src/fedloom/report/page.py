@@ -151,6 +151,7 @@ def _view(run: Run) -> dict[str, Any]:
         "experts": experts_section(run.rounds, run.partition),
         "samples": run.samples,
         "rejected": rejected[:SHOWN],
+        "names": _names(run),
         "more_rejected": max(0, len(rejected) - SHOWN),
         "offences": _offences(run),
         "absent": _absent(run),
@@ -177,9 +178,14 @@ def _offences(run: Run) -> list[Record]:
     return [rows[client] for client in sorted(rows)]
 
 
+def _names(run: Run) -> dict[int, str]:
+    """Return the member that each client is, in a run between machines."""
+    return {own["client"]: own["name"] for own in run.run.get("members", [])}
+
+
 def _absent(run: Run) -> list[Record]:
     """Return one row for each client and reason that it was missing for: which rounds, since when."""
-    names = {own["client"]: own["name"] for own in run.run.get("members", [])}
+    names = _names(run)
     rows: dict[tuple[int, str], Record] = {}
     for record in run.rounds:
         for item in record.get("absent", []):

@@ -27,6 +27,7 @@ def fill(template: str, **content: Any) -> str:
         "count": human_count,
         "number": _number,
         "signed": lambda value: "-" if value is None else f"{value:+.3f}",
+        "member": lambda name: f" ({name})" if name else "",
         "words": lambda name: str(name).replace("_", " "),
     }
     return environment.get_template(template).render(**content)
