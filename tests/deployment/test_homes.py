@@ -1,5 +1,7 @@
 """A client's own file and folder: mistakes are named, and nothing of it is for others."""
 
+import errno
+import socket
 import time
 from pathlib import Path
 
@@ -133,12 +135,20 @@ def test_a_child_that_does_not_start_is_told(tmp_path):
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConnectionFailed, match=f"cannot listen at 127.0.0.1:{port}"):
             require_free("127.0.0.1", port)
+
+
+def test_a_port_that_needs_a_right_is_told_with_what_to_do(monkeypatch):
+    def refuse(probe, where):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    told = r"cannot listen at \[::\]:443: Permission denied; for a port below 1024 set Ambient"
+    with pytest.raises(ConnectionFailed, match=told):
+        require_free("::", 443)
 
 
 @pytest.mark.parametrize(

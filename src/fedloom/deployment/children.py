@@ -33,6 +33,13 @@ there (a copy of 54.5 MB: 18 to 4.5 ms, the rest were page faults)."""
 PAUSE = 1.0
 """Seconds before a child that died is started again; doubled each time, up to a minute."""
 
+PRIVILEGED = (
+    "for a port below 1024 set AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit, or run "
+    "`sysctl net.ipv4.ip_unprivileged_port_start=443` as root, or have the firewall forward it to a port "
+    "above"
+)
+"""What to do where a port may not be used."""
+
 LARGE = 16 << 20
 """Bytes of a log above which it is begun anew; one old log is kept."""
 
@@ -231,8 +238,9 @@ def require_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            what = PRIVILEGED if isinstance(error, PermissionError) else "choose another port"
             raise ConnectionFailed(
-                f"cannot listen at {address(host, port)}: {error.strerror}; choose another port"
+                f"cannot listen at {address(host, port)}: {error.strerror}; {what}"
             ) from None
 
 
