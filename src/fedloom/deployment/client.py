@@ -17,6 +17,7 @@ from fedloom.deployment.children import end, make_room, only
 from fedloom.deployment.flower_node import FlowerNode
 from fedloom.deployment.gateway_client import Card, GatewayClient, split_address
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
+from fedloom.deployment.proxy import find_proxy
 from fedloom.errors import AuditError, ConnectionFailed
 from fedloom.files import make_private
 from fedloom.identity import read_key, require_current
@@ -46,16 +47,19 @@ def join(
         authority: The federation's ca.pem; ``None`` for no TLS.
         own: The client's file.
         ready: Called once the server has let this client in.
-        say: Told who is waited for.
+        say: Told which proxy is used, and who is waited for.
 
     Raises:
         AuditError: This client's own log does not hold together.
         IdentityError: The key cannot be read, or is not let in; the authority has expired; the server is
             another one, or speaks another protocol.
         ConnectionFailed: A client runs in the folder.
-        SettingsError: The client's file has mistakes, or the server's address is none.
+        SettingsError: The client's file has mistakes, the server's address is none, or
+            the environment names a proxy that cannot be used.
     """
-    split_address(server)
+    proxy = find_proxy(*split_address(server))
+    if proxy is not None:
+        say(f"connecting to {server} through the proxy at {proxy}")
     policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
     if authority is not None:
         require_current(authority)

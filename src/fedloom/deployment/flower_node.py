@@ -351,14 +351,22 @@ def fleet_client(gateway: GatewayClient, max_bytes: int) -> Iterator[tuple[Fleet
         IdentityError: It does not let this client in.
     """
     backend = _Backend(gateway)
-    client = FleetHttpClient(
-        "http://localhost",
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode")],
-    )
-    client._client.close()
-    client._client = httpx.Client(transport=_Transport(backend, max_bytes), timeout=30.0)
-    with client:
+    with _FleetClient(_Transport(backend, max_bytes)) as client:
         yield client, Node(node_id=backend.node)
+
+
+class _FleetClient(FleetHttpClient):
+    """Flower's client over a transport of ours.
+
+    Its own constructor would make another first, with what the environment says of proxies, and fail over
+    one of a kind that httpx does not support.
+    """
+
+    def __init__(self, transport: httpx.BaseTransport) -> None:
+        self._base_url = "http://localhost"
+        self._interceptors = (RuntimeVersionHttpInterceptor(component_name="SuperNode"),)
+        self._retry_invoker = None
+        self._client = httpx.Client(transport=transport, timeout=30.0)
 
 
 class _Transport(httpx.BaseTransport):

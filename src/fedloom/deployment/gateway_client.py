@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedloom.deployment import handshake
 from fedloom.deployment.connections import Duplex, notice_absence
 from fedloom.deployment.handshake import Purpose
+from fedloom.deployment.proxy import find_proxy
 from fedloom.engines.frames import Read, reader, write_frame
 from fedloom.envelope import PROTOCOL, printable
 from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
@@ -32,6 +33,12 @@ GREETED = 1.0
 
 OUT_OF_FORCE = 9, 10
 """What OpenSSL calls a certificate that is not valid yet, or has expired."""
+
+INSPECTED = (
+    "; or the proxy answers with a certificate of its own (TLS inspection): have its administrator "
+    "exempt this host"
+)
+"""Why else a server behind a proxy may not be trusted."""
 
 
 class RunIsOver(ConnectionFailed):
@@ -127,7 +134,7 @@ class GatewayClient:
         except (OSError, ValueError) as error:
             connection.close()
             raise ConnectionFailed(
-                f"the server at {self.address} broke the connection: {error}"
+                f"the server at {described(self.address)} broke the connection: {error}"
             ) from None
         except (ConnectionFailed, IdentityError):
             connection.close()
@@ -142,7 +149,9 @@ class GatewayClient:
             raise RunIsOver(reason)
         if answer.get("later"):
             raise ConnectionFailed(reason)
-        raise IdentityError(f"the server at {self.address} does not let this client in: {reason}")
+        raise IdentityError(
+            f"the server at {described(self.address)} does not let this client in: {reason}"
+        )
 
     def _prove(self, connection: socket.socket, purpose: Purpose, run: str) -> dict[str, Any]:
         if self.authority is None:  # a server that speaks TLS waits for it, and says nothing
@@ -150,7 +159,7 @@ class GatewayClient:
         greeting = _read(connection, handshake.GREETING)
         nonce = handshake.nonce_of(greeting)
         if nonce is None:
-            raise ProtocolMismatch(self.address, handshake.protocol_of(greeting))
+            raise ProtocolMismatch(described(self.address), handshake.protocol_of(greeting))
         connection.settimeout(TIMEOUT)
         certificate = b""
         if isinstance(connection, ssl.SSLSocket):
@@ -184,16 +193,27 @@ def split_address(address: str, default: int = PORT) -> tuple[str, int]:
     return found[1] or found[2], port
 
 
+def described(address: str) -> str:
+    """Return HOST:PORT, and the proxy by which it is reached, for messages.
+
+    Raises:
+        SettingsError: The environment names a proxy that cannot be used.
+    """
+    proxy = find_proxy(*split_address(address))
+    return address if proxy is None else f"{address} (through the proxy at {proxy})"
+
+
 def connect(address: str, authority: bytes | None) -> socket.socket:
     """Return a connection to the server that the authority vouches for.
 
     Raises:
         ConnectionFailed: Nobody answers, or not as a server does that could let this client in.
         IdentityError: Someone else answers.
+        SettingsError: The environment names a proxy that cannot be used.
     """
-    host, port = split_address(address)
+    host, _ = split_address(address)
     try:
-        plain = socket.create_connection((host, port), TIMEOUT)
+        plain = _reach(address, TIMEOUT)
         notice_absence(plain)
     except OSError as error:
         raise ConnectionFailed(
@@ -201,6 +221,7 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
         ) from None
     if authority is None:
         return plain
+    where = described(address)
     context = ssl.create_default_context(cadata=authority.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
@@ -209,33 +230,47 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
         _complain(address, error.verify_message)
         if error.verify_code in OUT_OF_FORCE:
             raise ConnectionFailed(
-                f"the certificate of the server at {address} is not in force ({error.verify_message}): "
+                f"the certificate of the server at {where} is not in force ({error.verify_message}): "
                 "the coordinator makes a new one with `fedloom certs`, or this machine's clock is wrong"
             ) from None
         raise IdentityError(
-            f"the server at {address} is not the one that your authority vouches for "
+            f"the server at {where} is not the one that your authority vouches for "
             f"({error.verify_message}); ask the coordinator for its ca.pem of today, and for a server "
             "certificate that names this host (`fedloom certs --host`)"
+            f"{INSPECTED if where != address else ''}"
         ) from None
     except (ssl.SSLEOFError, ConnectionError):
         plain.close()
         raise ConnectionFailed(
-            f"the server at {address} closed the connection at once; has it too many from here?"
+            f"the server at {where} closed the connection at once; has it too many from here?"
         ) from None
     except OSError as error:
         plain.close()
         raise ConnectionFailed(
-            f"the server at {address} does not speak TLS: {error}; was it started with --insecure?"
+            f"the server at {where} does not speak TLS: {error}; was it started with --insecure?"
         ) from None
+
+
+def _reach(address: str, timeout: float) -> socket.socket:
+    """Return a connection without TLS, through the proxy if there is one.
+
+    Raises:
+        OSError: Nobody answers at the address.
+        ConnectionFailed: The proxy does not open the connection.
+    """
+    host, port = split_address(address)
+    proxy = find_proxy(host, port)
+    if proxy is not None:
+        return proxy.connect(host, port, timeout)
+    return socket.create_connection((host, port), timeout)
 
 
 def _complain(address: str, reason: str) -> None:
     """Tell a server that is not trusted why, for its audit log, and nothing of who says so."""
-    host, port = split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with contextlib.suppress(OSError, ValueError):
-        plain = socket.create_connection((host, port), 1.0)
+    with contextlib.suppress(OSError, ValueError, ConnectionFailed):
+        plain = _reach(address, 1.0)
         with context.wrap_socket(plain) as connection:
             if handshake.nonce_of(_read(connection, handshake.GREETING)) is not None:
                 connection.sendall(handshake.make_distrust(reason))

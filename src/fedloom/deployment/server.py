@@ -41,6 +41,7 @@ from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_a
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import Asked
+from fedloom.deployment.proxy import bypass_for_loopback
 from fedloom.deployment.run_queue import RunQueue
 from fedloom.deployment.status import server_status
 from fedloom.engines.frames import connect, write_frame
@@ -131,6 +132,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
     family = Family(_children(home, serving))
     family.end_leftovers()
     require_free(host, port)
+    bypass_for_loopback()  # Flower's own clients heed HTTPS_PROXY
     os.umask(0o077)
     opened = [
         folder
