@@ -8,7 +8,9 @@ that something is wrong with. Processes, and what takes time by the clock, have 
 import io
 import itertools
 import json
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -399,3 +401,17 @@ def test_a_member_that_is_back_is_said_to_be(site):
 def test_there_are_thirty_situations():
     assert len({*STARTS, *ROUNDS}) >= 30
     assert not set(itertools.chain(STARTS)) & set(ROUNDS)
+
+
+def test_operators_are_told_what_to_do_about_each():
+    page = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
+    table = page[page.index("## A member is missing") : page.index("## Backups")]
+    known = re.findall(
+        r"`([^`]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)
+    )
+    starts = [re.split(r"\.\.\.|\bLINE\b|\bA \(|\bN\b", reason)[0].strip() for reason in known]
+    for _, words in (*STARTS.values(), *ROUNDS.values()):
+        assert any(
+            (start and start in words) or words in reason
+            for start, reason in zip(starts, known, strict=True)
+        ), words

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 import typer
 
@@ -65,20 +66,18 @@ def test_every_line_of_a_policy_is_on_the_page_with_its_default():
             assert said[name] == value, name
 
 
-def test_units_and_containers_call_what_there_is():
-    command = typer.main.get_command(cli.app)
-    for path in (ROOT / "deploy").rglob("*"):
-        if path.is_file():
-            for group, name in re.findall(r"(server|client)\W+(start|join)\b", path.read_text()):
-                options = {o for p in command.commands[group].commands[name].params for o in p.opts}
-                used = set(re.findall(r"(?<![\w-])--[a-z]+", path.read_text()))
-                assert used - {"--no"} <= options | {
-                    "--create",
-                    "--constraint",
-                    "--rm",
-                    "--now",
-                    "--host",
-                }
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_commands_that_a_page_names_are_there(page):
+    top = typer.main.get_command(cli.app)
+    for words in re.findall(r"`fedloom ([a-z][^`]*)`", (ROOT / "docs" / page).read_text()):
+        command, *rest = words.split()
+        found = top.commands[command]
+        if isinstance(found, click.Group):
+            if not rest:  # `fedloom members`: all of them
+                continue
+            found = found.commands[rest[0]]
+        options = {name for own in found.params for name in own.opts}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", words)) <= options, words
 
 
 @pytest.mark.slow
