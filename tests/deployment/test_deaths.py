@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+from sampling import drawn, tries
+
+pytestmark = pytest.mark.serial
 
 IMAGES = {
     "superlink": b"fedloom.deployment.flower_server",
@@ -112,6 +115,7 @@ def site(federation_of_two, experiment):
     return Site(federation_of_two, experiment)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_leaves_nothing_and_the_next_goes_on(site):
     own, log = site.own, site.long_run("killed-server")
     kinds = ("superlink", "starter", "fork server", "player")
@@ -127,6 +131,7 @@ def test_a_server_that_is_killed_leaves_nothing_and_the_next_goes_on(site):
     site.goes_on("after-server")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["player", "starter", "fork server"])
 def test_a_run_whose_process_is_killed_has_a_last_word_and_the_next_goes_on(site, kind):
     own, log = site.own, site.long_run(f"killed-{kind}")
@@ -141,6 +146,7 @@ def test_a_run_whose_process_is_killed_has_a_last_word_and_the_next_goes_on(site
     site.goes_on(f"after-{kind}")
 
 
+@pytest.mark.slow
 def test_flowers_server_that_is_killed_is_started_again_and_the_run_goes_on(site):
     own, log = site.own, site.long_run("killed-superlink")
     before = site.pid("server", "superlink")
@@ -153,6 +159,7 @@ def test_flowers_server_that_is_killed_is_started_again_and_the_run_goes_on(site
     site.goes_on("after-superlink")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["client", "worker"])
 def test_a_client_that_is_killed_is_away_at_once_and_comes_back(site, kind):
     own, log = site.own, site.long_run(f"killed-{kind}")
@@ -170,6 +177,57 @@ def test_a_client_that_is_killed_is_away_at_once_and_comes_back(site, kind):
     site.goes_on(f"after-{kind}")
 
 
+@pytest.mark.parametrize("kills", tries(2, 20))
+def test_all_goes_on_whichever_process_is_killed_at_whatever_moment(site, kills):
+    own, rng = site.own, drawn("deaths")
+    kinds = ["server", "superlink", "starter", "fork server", "player", "client", "worker"]
+    for turn in range(kills):
+        kind, name = str(rng.choice(kinds)), f"random-{turn}"
+        own.offer(models=[site.settings(1).model.path])
+        path = own.folder / f"{name}.toml"
+        path.write_text(site.settings(400, 8).to_toml())
+        words = ("run", path, "--engine", "flower", "--home", own.server)
+        own.start(name, *words, "--set", f"output.folder={own.folder / name}")
+        moment = float(
+            rng.uniform(1.5, 8)
+        )  # before the run begins, while it meets clients, in rounds
+        time.sleep(moment)
+        where = "c1" if kind in ("client", "worker") else "server"
+        if site.pid(where, kind) is not None:
+            site.kill(where, kind)
+        if kind == "server":
+            own.start_server()
+        if kind == "client":
+            own.start_client(1)
+        if kind not in ("server", "player", "worker"):
+            there = partial(site.pid, where, kind)
+            site.until(lambda there=there: there() is not None)
+        own.call("stop", "--home", own.server, check=False)
+        assert own.processes.pop(name).wait(30) in (1, 4)
+        site.goes_on(f"after-{name}")
+        print(f"{kind} killed after {moment:.1f} s")
+
+
+@pytest.mark.full
+def test_a_worker_that_is_frozen_is_named_within_thirty_seconds(site):
+    """Found: a round stood for 66 s without a word."""
+    own, log = site.own, site.long_run("frozen")
+    worker = site.pid("c1", "worker")
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        own.wait(log, "waits for client-1 (client 1), asked", 35)
+        shown = own.call("status", "--home", own.server).stdout
+        assert "waits for client-1 (client 1), asked" in " ".join(shown.split())
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    reached = log.read_text().count("loss")
+    site.until(lambda: log.read_text().count("loss") > reached + 2)
+    own.call("stop", "--home", own.server)
+    assert own.processes.pop("frozen").wait(30) == 1
+    site.goes_on("after-frozen")
+
+
+@pytest.mark.slow
 def test_a_server_that_is_told_to_stop_ends_all_and_says_so(site):
     own, log = site.own, site.long_run("stopped")
     all_of_it = own.pids("server")
@@ -182,6 +240,7 @@ def test_a_server_that_is_told_to_stop_ends_all_and_says_so(site):
     site.goes_on("after-stop")
 
 
+@pytest.mark.slow
 def test_who_watches_may_go_and_come_back(site):
     own = site.own
     log = site.long_run("watched")

@@ -11,6 +11,8 @@ import time
 import pytest
 
 from fedloom.deployment.children import free_port
+from fedloom.deployment.flower_nodes import read_nodes
+from fedloom.identity import make_key
 from machines import ENVIRONMENT, machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
@@ -265,6 +267,20 @@ def test_one_member_of_two_federations_is_a_member_of_each(life, experiment):
         there.play("guest")
         life.play("client-0", "client-1")
         own.kill("guest", signal.SIGTERM)
+
+
+def test_two_hundred_new_keys_are_in_force_within_ten_seconds():
+    with machines(0) as own:
+        keys = own.folder / "keys"
+        for number in range(200):
+            make_key(keys / f"site-{number}.key")
+        own.start_server()
+        began = time.monotonic()
+        own.call("members", "allow", "--folder", keys, "--home", own.server)
+        while len(read_nodes(own.server / "nodes.toml")) < 200:
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+        print(f"200 keys in force after {time.monotonic() - began:.1f} s")
 
 
 def test_clients_that_booted_before_the_server_join_once_it_is_there(experiment):

@@ -85,6 +85,24 @@ def test_figures_are_given_to_prometheus(federation_of_two, experiment):
     assert (get("healthz").text, get("readyz").text) == ("ok\n", "ok\n")
 
 
+def test_a_run_begins_within_ten_seconds_and_status_answers_within_two(
+    federation_of_two, experiment
+):
+    own, settings = federation_of_two, small(experiment)
+    own.run(settings, "warm")
+    began = time.monotonic()
+    words = ("run", own.folder / "warm.toml", "--engine", "flower", "--home", own.server)
+    log = own.start("timed", *words, "--set", f"output.folder={own.folder / 'timed'}")
+    own.wait(log, "round 0/2", 10)
+    first = time.monotonic() - began
+    began = time.monotonic()
+    own.call("status", "--home", own.server)
+    second = time.monotonic() - began
+    print(f"round 0 after {first:.1f} s, status in {second:.1f} s")
+    assert first < 10 and second < 2
+    assert own.processes.pop("timed").wait(60) == 0
+
+
 def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):
     settings = experiment(
         federation={"clients": 2, "rounds": 24, "patience": 60},

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.deployment.gateway import Gateway
-from fedloom.deployment.health import Health
 from fedloom.deployment.homes import ServerHome, Serving
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceSummaries, OffenceSummary, read_offences
-from fedloom.deployment.run_queue import RunQueue
 from fedloom.members import Member
 from fedloom.offences import one_line
 from fedloom.report.tables import human_seconds
+
+if TYPE_CHECKING:  # who only shows a status needs nothing of a server
+    from fedloom.deployment.gateway import Gateway
+    from fedloom.deployment.health import Health
+    from fedloom.deployment.run_queue import RunQueue
 
 STATES = {"allowed": "", "revoked": "revoked", "withdrawn": "withdrawn"}
 
