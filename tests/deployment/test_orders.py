@@ -11,7 +11,9 @@ import pytest
 from fedloom.accounting.costs import Cost
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import ASK, News, Order, news_file, order_file, read_news, show
+from fedloom.deployment.running import follow
 from fedloom.errors import FedloomError, ModelError, RoundFailed
+from fedloom.files import lock
 from fedloom.offences import Offence
 from fedloom.progress import Absence, Evaluation, Plan, RoundRecord
 
@@ -193,3 +195,18 @@ def test_an_order_is_read_as_it_was_written(tmp_path):
     (tmp_path / "order.toml").write_text('home = "h"\n')
     with pytest.raises(FedloomError, match=r"order\.toml"):
         Order.read(tmp_path / "order.toml")
+
+
+@pytest.mark.parametrize("left", ["no server", "another server, which knows nothing of the run"])
+def test_who_watches_is_told_that_the_server_of_the_run_is_gone(tmp_path, monkeypatch, left):
+    monkeypatch.setattr("fedloom.deployment.orders.ASK", 0.1)
+    home = ServerHome(tmp_path)
+    home.requests.mkdir()
+    with News(news_file(home, "a" * 32)) as news:
+        news.stage("loading")
+    with contextlib.ExitStack() as closing:
+        if left != "no server":
+            closing.enter_context(lock(home.lock))
+            news_file(home, "a" * 32).unlink()
+        with pytest.raises(RoundFailed, match="the server is gone, and the run with it"):
+            follow(tmp_path, {"id": "a" * 32}, Seen())

@@ -97,9 +97,13 @@ def follow(home: Path, run: dict[str, Any], observer: RunObserver) -> str:
         Interrupted: The user watches no longer.
     """
     own = ServerHome(home)
+    path = news_file(own, run["id"])
+
+    def is_served() -> bool:  # another server that was started meanwhile has deleted the file
+        return holder(own.lock) is not None and path.exists()
+
     try:
-        news = read_news(news_file(own, run["id"]), lambda: holder(own.lock) is not None)
-        return show(news, observer)
+        return show(read_news(path, is_served), observer)
     except KeyboardInterrupt:
         at = "" if home == Path("fedloom-server") else f" --home {home}"
         raise Interrupted(
