@@ -197,6 +197,7 @@ def test_a_manifest_is_held_against_what_is_there(tmp_path, manifest, error, wor
         restore(path, ServerHome(tmp_path / "again"))
 
 
+@pytest.mark.slow
 def test_the_commands(home, tmp_path):
     def call(*words, **options):
         return CliRunner().invoke(app, [str(word) for word in words], **options)

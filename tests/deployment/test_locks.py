@@ -75,7 +75,7 @@ def test_a_server_that_was_killed_does_not_keep_the_next_from_starting(tmp_path)
         )
         home.lock.write_text(str(os.getpid()))
         with pytest.raises(ConnectionFailed, match=f"cannot listen at 127.0.0.1:{port}"):
-            server.serve_federation(tmp_path, "127.0.0.1", port, insecure=True, say=print)
+            server.start(home, host="127.0.0.1", port=port, insecure=True)
 
 
 def test_a_second_server_changes_nothing(tmp_path):
