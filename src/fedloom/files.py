@@ -7,8 +7,9 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from fedloom.errors import OutputError
 
@@ -16,8 +17,9 @@ TRIES, PAUSE = 5, 0.05
 """Times that a lock is asked for, and seconds between: who only looks at it has it for a moment."""
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file at once, for its owner alone unless ``mode`` says otherwise.
+@contextlib.contextmanager
+def written_whole(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Yield a file that is at ``path`` once it is whole; for its owner alone unless ``mode`` says else.
 
     Raises:
         OutputError: It cannot be written; what was there before still is.
@@ -28,13 +30,25 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a file at once, for its owner alone unless ``mode`` says otherwise.
+
+    Raises:
+        OutputError: It cannot be written; what was there before still is.
+    """
+    with written_whole(path, mode) as file:
+        file.write(content)
 
 
 def make_private(folder: Path) -> bool:

@@ -24,6 +24,8 @@ import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
+from os.path import samestat
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -35,7 +37,7 @@ from fedloom.audit import AuditLog, closed_files, events, verify
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, OutputError, SettingsError
-from fedloom.files import holder
+from fedloom.files import holder, written_whole
 from fedloom.identity import CA, CA_KEY, CERTIFICATE, KEY, hosts_of
 from fedloom.members import FILE as MEMBERS
 from fedloom.settings import Settings, parse
@@ -119,33 +121,24 @@ def back_up(
         )
     if target.exists():
         raise OutputError(f"{target} is there already; choose another name")
-    paths = [home.path / name for name in FILES if (home.path / name).is_file()]
-    contents = [(path.name, path) for path in [*closed_files(home.path / AUDIT), *paths]]
+    closed, lines = _log(home.path / AUDIT)
+    paths = [home.path / name for name in FILES if name != AUDIT and (home.path / name).is_file()]
+    contents: list[tuple[str, Path | bytes]] = [(path.name, path) for path in [*closed, *paths]]
+    if lines:
+        contents.append((AUDIT, lines))
     folders = dict(_run_folders(home)) if runs else {}
     for name, folder in folders.items():
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         contents += [
             (f"{RUNS}/{name}/{path.relative_to(folder).as_posix()}", path) for path in files
         ]
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "r+b") as file:
-            known = {name: str(folder) for name, folder in folders.items()}
-            if passphrase is None:
-                manifest = _write(file, contents, known)
-            else:
-                plain = io.BytesIO()
-                manifest = _write(plain, contents, known)
-                file.write(pyrage.passphrase.encrypt(plain.getvalue(), passphrase))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
-    except OSError as error:
-        raise OutputError(f"cannot write the backup {target}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    known = {name: str(folder) for name, folder in folders.items()}
+    with written_whole(target) as file:
+        if passphrase is None:
+            return _write(file, contents, known)
+        plain = io.BytesIO()
+        manifest = _write(plain, contents, known)
+        file.write(pyrage.passphrase.encrypt(plain.getvalue(), passphrase))
     return manifest
 
 
@@ -162,15 +155,34 @@ def _run_folders(home: ServerHome) -> Iterator[tuple[str, Path]]:
             yield name, folder
 
 
-def _write(file: IO[bytes], contents: list[tuple[str, Path]], folders: dict[str, str]) -> Manifest:
+def _log(path: Path) -> tuple[list[Path], bytes]:
+    """Return the closed files of a log and the whole lines of the open one, as of one moment.
+
+    The open one may be closed while it is read, and others after it: they are of a later moment.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:  # the next is not begun yet
+        return closed_files(path), b""
+    with file:
+        own = os.fstat(file.fileno())
+        earlier = takewhile(lambda other: not samestat(other.stat(), own), closed_files(path))
+        closed, content = list(earlier), file.read()
+    return closed, content[: content.rfind(b"\n") + 1]
+
+
+def _write(
+    file: IO[bytes], contents: list[tuple[str, Path | bytes]], folders: dict[str, str]
+) -> Manifest:
     """Write an archive with the manifest last, as files are hashed while they are read."""
     files = {}
     with tarfile.open(fileobj=file, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
-        for name, path in contents:
-            with path.open("rb") as source:
-                size = os.fstat(source.fileno()).st_size
-                if path.name == AUDIT:
-                    size = _whole_lines(source, size)
+        for name, content in contents:
+            with (
+                io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as source
+            ):
+                size = source.seek(0, os.SEEK_END)
+                source.seek(0)
                 hashing = _Hashing(source)
                 archive.addfile(_entry(name, size), hashing)
                 files[name] = File(size=size, sha256=hashing.digest.hexdigest())
@@ -190,13 +202,6 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.size, entry.mode, entry.mtime = size, 0o600, int(time.time())
     return entry
-
-
-def _whole_lines(source: IO[bytes], size: int) -> int:
-    """Return how much of a log is whole lines: one may be written just now."""
-    content = source.read(size)
-    source.seek(0)
-    return content.rfind(b"\n") + 1
 
 
 class _Hashing(io.RawIOBase):
@@ -304,9 +309,13 @@ def _entries(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, IO[byt
         yield entry, content
 
 
+def _is_log(name: str) -> bool:
+    return re.fullmatch(r"audit(-[0-9]{12})?\.jsonl", name) is not None
+
+
 def _is_expected(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    if name in (*FILES, MANIFEST) or re.fullmatch(r"audit-[0-9]{12}\.jsonl", name):
+    if name in (*FILES, MANIFEST) or _is_log(name):
         return True
     plain = all(part not in ("", ".", "..") and "\0" not in part for part in parts)
     return len(parts) > 2 and parts[0] == RUNS and plain and name == "/".join(parts)
@@ -356,7 +365,7 @@ def _checked(home: ServerHome, manifest: Manifest) -> tuple[int, list[str]]:
             raise OutputError(f"the backup has no {name}")
     try:
         members, hosts = len(home.members().allowed), hosts_of(home.certificate.read_text())
-        if AUDIT in manifest.files:
+        if any(map(_is_log, manifest.files)):
             verify(home.path)
     except (FedloomError, ValueError) as error:
         raise OutputError(f"the backup holds what cannot be used: {error}") from None
