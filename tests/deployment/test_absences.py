@@ -347,9 +347,9 @@ def require_told(told, words):
         assert "client-1" in text, (place, text[-3000:])
 
 
-@pytest.mark.parametrize("situation", STARTS)
-def test_a_run_that_begins_without_a_member_says_without_whom_and_why(site, situation):
-    change, words = STARTS[situation]
+@pytest.mark.parametrize("situation", [*STARTS, *ROUNDS])
+def test_a_round_without_a_member_says_without_whom_and_why(site, situation):
+    change, words = {**STARTS, **ROUNDS}[situation]
     change(site)
     told = site.play()
     assert "2/3" in told["terminal"]
@@ -369,15 +369,6 @@ def test_a_run_that_asks_for_all_does_not_begin_and_says_for_whom_it_waited(
     assert "2 of 3 clients were ready" in told["terminal"]
     assert "waiting for client-1 (client 1): " in told["terminal"]
     assert "waiting for client-1 (client 1): " in told["status"]
-
-
-@pytest.mark.parametrize("situation", ROUNDS)
-def test_a_round_without_a_member_says_without_whom_and_why(site, situation):
-    change, words = ROUNDS[situation]
-    change(site)
-    told = site.play()
-    assert "2/3" in told["terminal"]
-    require_told(told, words)
 
 
 def test_a_member_in_quarantine_is_named_with_the_round_of_its_end(site):

@@ -13,22 +13,19 @@ import sys
 from pathlib import Path
 
 from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import Order, experiment_file, order_file
-from fedloom.deployment.participants import chosen, experiment_of
+from fedloom.deployment.orders import Order, order_file
+from fedloom.deployment.participants import ordered
 from fedloom.errors import FedloomError
 
 
 def main() -> int:
     """Check the order that is named."""
-    home, id = ServerHome(Path(sys.argv[1])), sys.argv[2]
-    order, members = Order.read(order_file(home, id)), home.members()
-    file = experiment_file(home, id)
+    home, id = ServerHome(Path(sys.argv[1]).resolve()), sys.argv[2]
+    order = Order.read(order_file(home, id))
     os.chdir(order.cwd)
     try:
         if order.resume is None:
-            chosen(
-                experiment_of(file, order.assignments, order.name, order.source, members), members
-            )
+            ordered(home, order)
     except FedloomError as error:
         print(error)
         return error.exit_code

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.orders import Order, experiment_file
 from fedloom.errors import SettingsError
 from fedloom.experiment import Experiment
 from fedloom.members import Members
@@ -70,6 +72,17 @@ def chosen(experiment: Experiment, members: Members) -> list[Participant]:
             ]
         )
     return [Participant(member.number, member.name) for member in allowed]
+
+
+def ordered(home: ServerHome, order: Order) -> tuple[Experiment, list[Participant]]:
+    """Return the experiment that an order is for, and the members that take part in it.
+
+    Raises:
+        SettingsError: With every mistake in it.
+    """
+    members, file = home.members(), experiment_file(home, order.id)
+    experiment = experiment_of(file, order.assignments, order.name, order.source, members)
+    return experiment, chosen(experiment, members)
 
 
 def known(record: dict[str, Any] | None) -> list[Participant] | None:

@@ -18,9 +18,9 @@ from fedloom.deployment.flower_nodes import read_nodes
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
-from fedloom.deployment.orders import News, Order, experiment_file, go_on, news_file
+from fedloom.deployment.orders import News, Order, go_on, news_file
 from fedloom.deployment.parent import end_with_parent
-from fedloom.deployment.participants import chosen, experiment_of, known
+from fedloom.deployment.participants import chosen, known, ordered
 from fedloom.engines.flower import FlowerEngine
 from fedloom.engines.inflation import ByteBudget, bound_arrays, bound_pulls
 from fedloom.engines.post import SMALL, Post
@@ -87,10 +87,7 @@ class _Play:
         order = self.order
         if order.resume is not None:
             return self._resumed(Path(order.resume))
-        file = experiment_file(self.home, order.id)
-        members = self.home.members()
-        experiment = experiment_of(file, order.assignments, order.name, order.source, members)
-        participants = chosen(experiment, members)
+        experiment, participants = ordered(self.home, order)
         folder = free_folder(experiment).resolve()
         output = experiment.output.model_copy(update={"folder": str(folder)})
         experiment = replace(experiment, output=output)
