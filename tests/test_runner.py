@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fedloom
 from fedloom import checkpoint
 from fedloom.data.examples import Preference
-from fedloom.data.sources import LoadedData
+from fedloom.data.loading import LoadedData
 from fedloom.errors import (
     CheckpointError,
     DataError,

@@ -29,10 +29,11 @@ from fedloom.data.examples import (
     plain_text,
 )
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
+from fedloom.data.loading import LoadedData, few, load_examples
 from fedloom.data.partition import Indices, Shares, partition, shares, split_client
 from fedloom.data.public import PublicRows, as_task, read_public, take_public
 from fedloom.data.sources import CLIENTS as ELSEWHERE
-from fedloom.data.sources import DataSettings, LoadedData, few, load_examples
+from fedloom.data.sources import DataSettings
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from fedloom.data.sources import DataSettings, load_examples
+from fedloom.data.loading import load_examples
+from fedloom.data.sources import DataSettings
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.runner import run

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import fedloom
-from fedloom.data.sources import read_hub
+from fedloom.data.hub import read_hub
 from fedloom.errors import DataError, ModelError
 from fedloom.models.load import empty_backbone, load_backbone, load_tokenizer
 
@@ -44,7 +44,7 @@ def test_every_call_of_a_loader_says_so():
     found = list(calls())
     assert {name for name, _ in found} == {
         "load.py",
-        "sources.py",
+        "hub.py",
         "harness.py",
         "fedavg_by_hand.py",
     }

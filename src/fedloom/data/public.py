@@ -24,7 +24,8 @@ from fedloom.data.examples import (
     Preference,
     plain_text,
 )
-from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, load_examples
+from fedloom.data.loading import load_examples
+from fedloom.data.sources import BUILTIN_PREFIX, DataSettings
 from fedloom.errors import DataError
 from fedloom.settings import Settings
 

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from fedloom.assembly import model_folder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
-from fedloom.data.sources import DataSettings, LoadedData, load_examples
+from fedloom.data.loading import LoadedData, load_examples
+from fedloom.data.sources import DataSettings
 from fedloom.data.tokenize import tokenize
 from fedloom.deployment.consent import Approvals, Waiting
 from fedloom.deployment.homes import ClientHome, OwnData, OwnFile

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.data.sources import read_file
+from fedloom.data.files import read_file
 from fedloom.errors import DataError
 from fedloom.evaluation.agreement import Estimate, bootstrap
 from fedloom.evaluation.judges.base import Case, Judge

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.sources import read_file
+from fedloom.data.files import read_file
 from fedloom.errors import DataError
 
 FOLDER = "FEDLOOM_BENCHMARKS"

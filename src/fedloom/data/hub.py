@@ -1,0 +1,31 @@
+"""Sets on the Hub to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fedloom.errors import DataError
+
+
+def read_hub(
+    name: str, split: str, subset: str | None = None, data_dir: str | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a set on the Hub with their numbers from 1.
+
+    Raises:
+        DataError: It cannot be had.
+    """
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(
+            name, subset, data_dir=data_dir, split=split, trust_remote_code=False
+        )
+    except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name!r} (split {split!r}) cannot be had from the Hub: {reason}\n"
+            "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
+        ) from error
+    return iter(enumerate(rows, 1))
