@@ -896,8 +896,8 @@ class _Reader:
         cache = cache_folder() / "tokens"
         classes = self.division.classes
         tokens = tokenize(rows, self.tokenizer, max_length, classes, cache)
-        for reason, count in tokens.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        for lost in tokens.dropped:
+            self.dropped[lost.reason] = self.dropped.get(lost.reason, 0) + 1
         return tokens
 
 

@@ -58,7 +58,7 @@ def test_pairs_are_cut_alike():
 
 def test_an_empty_completion_is_dropped_and_counted(tokenizer):
     tokens = tokenize([Feedback(0, "Q:", "", True), Feedback(1, "Q:", " a", False)], tokenizer, 50)
-    assert tokens.dropped == {NOTHING_LEFT: 1}
+    assert [(lost.row, lost.reason) for lost in tokens.dropped] == [(0, NOTHING_LEFT)]
     assert tokens.rows.tolist() == [1] and tokens.index.tolist() == [1]
     assert tokens.labels.tolist() == [0]
 

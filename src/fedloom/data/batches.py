@@ -92,6 +92,7 @@ def mismatch(
     cycle = rng.permutation(len(tokens))
     prompts = [bytes(s[:p]) for s, p in (tokens.sequence(i) for i in range(len(tokens)))]
     parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(tokens)
+    masks: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)] * len(tokens)
     lengths = np.zeros(len(tokens), np.int64)
     for place, own in enumerate(cycle):
         other = _next_other(cycle, place, prompts)
@@ -101,9 +102,17 @@ def mismatch(
             sequence[:prompt].tolist(), [donor[donor_prompt:].tolist()], max_length, bos
         )
         parts[own] = np.array(opening + completion, np.int32)
+        trained = tokens.mask(other)[donor_prompt:][: len(completion)]
+        masks[own] = np.concatenate([np.zeros(len(opening), np.bool_), trained])
         lengths[own] = len(opening)
     starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-    return replace(tokens, tokens=np.concatenate(parts), starts=starts, prompts=lengths)
+    return replace(
+        tokens,
+        tokens=np.concatenate(parts),
+        trained=np.concatenate(masks),
+        starts=starts,
+        prompts=lengths,
+    )
 
 
 def epoch_batches(
@@ -192,9 +201,12 @@ def pad_sequences(
     lengths, prompts = ends - starts, tokens.prompts[numbers]
     columns = np.arange(int(lengths.max()))
     real = columns[None, :] < lengths[:, None]
-    completion = real & (columns[None, :] >= prompts[:, None])
     ids = np.full(real.shape, pad, np.int64)
     ids[real] = np.concatenate([tokens.tokens[a:b] for a, b in zip(starts, ends, strict=True)])
+    completion = np.zeros_like(real)
+    completion[real] = np.concatenate(
+        [tokens.trained[a:b] for a, b in zip(starts, ends, strict=True)]
+    )
     first = max(1, int(prompts.min()))
     sequences = Sequences(
         torch.from_numpy(ids),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,28 @@ from fedloom.data.examples import (
     Text,
 )
 
-FORMAT = "fedloom-tokens-1"
+FORMAT = "fedloom-tokens-2"
 """Changes whenever this file would give other tokens for the same input."""
 
 NOTHING_LEFT = "no completion token left"
 NO_PROMPT = "no token before the completion"
+
+
+@dataclass(frozen=True)
+class Untokenized:
+    """An example of which no tokens are trained on.
+
+    Attributes:
+        position: Where it stood in what was tokenised.
+        row: Its row number in the data.
+        reason: Why.
+        malformed: Whether the row itself is at fault.
+    """
+
+    position: int
+    row: int
+    reason: str
+    malformed: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,21 +65,25 @@ class TokenSet:
         index: ``(examples,)`` position of each example in what was tokenised (some were dropped).
         rows: ``(examples,)`` row number in the data.
         tokens: ``(total,)`` int32, all sequences one after another.
+        trained: ``(total,)`` bool, true on the tokens whose log-prob counts.
         starts: ``(examples * width + 1,)`` where each sequence begins.
-        prompts: ``(examples * width,)`` number of prompt tokens in each sequence.
+        prompts: ``(examples * width,)`` number of tokens before the first that counts, in each sequence.
+        cut: ``(examples * width, 2)`` tokens that ``max_length`` cut from prompt and completion.
         labels: ``(examples,)`` class id, number of the right choice, or 1 for desirable and 0 for not; -1
             where there is none.
-        dropped: Number of examples dropped, by reason.
+        dropped: The examples of which nothing is trained on.
     """
 
     width: int
     index: NDArray[np.int64]
     rows: NDArray[np.int64]
     tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_]
     starts: NDArray[np.int64]
     prompts: NDArray[np.int64]
+    cut: NDArray[np.int64]
     labels: NDArray[np.int64]
-    dropped: dict[str, int]
+    dropped: tuple[Untokenized, ...]
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -76,26 +97,33 @@ class TokenSet:
 
     @property
     def completion_lengths(self) -> NDArray[np.int64]:
-        """``(sequences,)`` completion tokens of each sequence."""
-        return np.diff(self.starts) - self.prompts
+        """``(sequences,)`` tokens that count in each sequence."""
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        return np.diff(before[self.starts]).astype(np.int64)
 
     def sequence(self, number: int) -> tuple[NDArray[np.int32], int]:
         """Return the tokens of sequence ``number`` and how many of them are prompt."""
         return self.tokens[self.starts[number] : self.starts[number + 1]], int(self.prompts[number])
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """Return which tokens of sequence ``number`` count."""
+        return self.trained[self.starts[number] : self.starts[number + 1]]
 
     def take(self, positions: NDArray[np.int64]) -> TokenSet:
         """Return the examples at ``positions`` (in this set), in that order."""
         numbers = (positions[:, None] * self.width + np.arange(self.width)).reshape(-1)
         parts = [self.sequence(int(number))[0] for number in numbers]
         starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-        tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        masks = [self.mask(int(number)) for number in numbers]
         return replace(
             self,
             index=self.index[positions],
             rows=self.rows[positions],
-            tokens=tokens,
+            tokens=np.concatenate(parts) if parts else np.zeros(0, np.int32),
+            trained=np.concatenate(masks) if masks else np.zeros(0, np.bool_),
             starts=starts,
             prompts=self.prompts[numbers],
+            cut=self.cut[numbers],
             labels=self.labels[positions],
         )
 
@@ -152,13 +180,15 @@ def _tokenize(
     width = _width(examples[0]) if examples else 1
     ids = {name: number for number, name in enumerate(classes)}
     encoded = _encode(examples, tokenizer)
-    index, rows, labels, parts, prompts = [], [], [], [], []
-    dropped: dict[str, int] = {}
+    index, rows, labels, parts, masks, prompts, cut = [], [], [], [], [], [], []
+    dropped: list[Untokenized] = []
     for position, (example, (prompt, completions)) in enumerate(
         zip(examples, encoded, strict=True)
     ):
+        whole = (len(prompt), [len(completion) for completion in completions])
         if isinstance(example, Labelled):
             prompt, completions = completions[0][:max_length], [[]]
+            whole = (whole[1][0], [0])
             reason = "" if prompt else NOTHING_LEFT
         else:
             reason = "" if prompt else NO_PROMPT
@@ -166,24 +196,28 @@ def _tokenize(
                 prompt, completions = fit(prompt, completions, max_length, tokenizer.bos_token_id)
                 reason = "" if all(completions) else NOTHING_LEFT
         if reason:
-            dropped[reason] = dropped.get(reason, 0) + 1
+            dropped.append(Untokenized(position, example.row, reason))
             continue
         index.append(position)
         rows.append(example.row)
         labels.append(_label(example, ids))
-        for completion in completions:
+        for completion, length in zip(completions, whole[1], strict=True):
             parts.append(np.array([*prompt, *completion], np.int32))
+            masks.append(np.arange(len(parts[-1])) >= len(prompt))
             prompts.append(len(prompt))
+            cut.append((whole[0] - len(prompt), length - len(completion)))
     starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
     return TokenSet(
         width,
         np.array(index, np.int64),
         np.array(rows, np.int64),
         np.concatenate(parts) if parts else np.zeros(0, np.int32),
+        np.concatenate(masks) if masks else np.zeros(0, np.bool_),
         starts.astype(np.int64),
         np.array(prompts, np.int64),
+        np.array(cut, np.int64).reshape(-1, 2),
         np.array(labels, np.int64),
-        dropped,
+        tuple(dropped),
     )
 
 
@@ -304,23 +338,23 @@ def _read(file: Path) -> TokenSet | None:
             index=arrays["index"],
             rows=arrays["rows"],
             tokens=arrays["tokens"],
+            trained=arrays["trained"],
             starts=arrays["starts"],
             prompts=arrays["prompts"],
+            cut=arrays["cut"],
             labels=arrays["labels"],
-            dropped=json.loads(arrays["dropped"].tobytes()),
+            dropped=tuple(Untokenized(**lost) for lost in json.loads(arrays["dropped"].tobytes())),
         )
     except Exception:  # a cache that is absent, torn or foreign is simply made again
         return None
 
 
 def _write(file: Path, tokens: TokenSet) -> None:
-    arrays = {name: getattr(tokens, name) for name in ("index", "rows", "tokens", "starts")}
-    arrays |= {
-        "prompts": tokens.prompts,
-        "labels": tokens.labels,
-        "width": np.array([tokens.width]),
-    }
-    arrays["dropped"] = np.frombuffer(json.dumps(tokens.dropped).encode() or b" ", np.uint8)
+    names = ("index", "rows", "tokens", "trained", "starts", "prompts", "cut", "labels")
+    arrays = {name: getattr(tokens, name) for name in names}
+    arrays["width"] = np.array([tokens.width])
+    lost = json.dumps([asdict(one) for one in tokens.dropped])
+    arrays["dropped"] = np.frombuffer(lost.encode(), np.uint8)
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # tokens are the rows themselves
         temporary = file.with_name(f".{file.name}.{id(tokens)}")

@@ -303,7 +303,7 @@ def _tokens(row: Example, tokenizer: Any, longest: int) -> list[tuple[str, str]]
     classes = (row.label,) if isinstance(row, Labelled) else ()
     tokens = tokenize([row], tokenizer, longest, classes)
     if not len(tokens):
-        return [("dropped", ", ".join(tokens.dropped)), *_plain(row)]
+        return [("dropped", ", ".join(lost.reason for lost in tokens.dropped)), *_plain(row)]
     names = ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
     found = []
     for number in range(tokens.width):

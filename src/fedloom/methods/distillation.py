@@ -361,8 +361,7 @@ def true_entries(public: PublicRows, head: Head) -> Tensor | None:
         return None
     if head == "classification":
         return torch.from_numpy(tokens.labels)
-    sequences = (tokens.sequence(number) for number in range(len(tokens)))
-    return torch.from_numpy(np.concatenate([s[p:] for s, p in sequences]).astype(np.int64))
+    return torch.from_numpy(tokens.tokens[tokens.trained].astype(np.int64))
 
 
 def _groups(public: TokenShare) -> Tensor:
