@@ -7,12 +7,21 @@ The column conventions are TRL's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-Message = Mapping[str, str]
-"""A chat message: ``{"role": "user" | "assistant" | "system", "content": text}``."""
+Message = Mapping[str, Any]
+"""A chat message as chat templates take it: ``{"role": ..., "content": ...}``.
+
+The role is user, assistant, system, developer or tool. The content is a text, a list of parts
+``{"type": "text", "text": ...}``, or ``None`` beside ``tool_calls``. Further keys that there may be:
+``tool_calls``, ``tool_call_id``, ``name`` and ``reasoning_content``.
+"""
+
+Tools = tuple[Mapping[str, Any], ...]
+"""JSON schemas of the functions that a conversation may call."""
 
 Text = str | tuple[Message, ...]
 """Plain text, or a conversation as a tuple of messages."""
@@ -21,8 +30,19 @@ Kind = Literal["instruction", "preference", "feedback", "labelled"]
 
 
 def plain_text(text: Text) -> str:
-    """Return a text, or what is said in a conversation as lines."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    """Return a text, or what is said and called in a conversation as lines."""
+    return text if isinstance(text, str) else "\n".join(map(_said, text))
+
+
+def _said(message: Message) -> str:
+    """Return a message as text: its content, and every call as ``name(arguments as JSON)``."""
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    parts += [
+        f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,7 @@ class Instruction:
     completion: Text
     columns: Mapping[str, str] = field(default_factory=dict)
     accepted: tuple[str, ...] = ()
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,7 @@ class Preference:
     chosen: Text
     rejected: Text
     columns: Mapping[str, str] = field(default_factory=dict)
+    tools: Tools = ()
 
     def __post_init__(self) -> None:
         """Refuse a pair that holds no preference."""
@@ -64,6 +86,7 @@ class Feedback:
     completion: Text
     desirable: bool
     columns: Mapping[str, str] = field(default_factory=dict)
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,7 @@ class Choice:
     choices: tuple[str, ...]
     right: int
     columns: Mapping[str, str] = field(default_factory=dict)
+    tools: Tools = ()
 
 
 Example = Instruction | Preference | Feedback | Labelled | Choice
@@ -97,7 +121,9 @@ def as_choice(example: Instruction, choices: Sequence[str]) -> Choice:
         ValueError: Its own is none of them.
     """
     right = choices.index(str(example.completion))
-    return Choice(example.row, example.prompt, tuple(choices), right, example.columns)
+    return Choice(
+        example.row, example.prompt, tuple(choices), right, example.columns, example.tools
+    )
 
 
 def unpair(pairs: Sequence[Preference]) -> list[Feedback]:
@@ -107,6 +133,8 @@ def unpair(pairs: Sequence[Preference]) -> list[Feedback]:
     """
     rows = []
     for pair in pairs:
-        rows.append(Feedback(pair.row, pair.prompt, pair.chosen, True, pair.columns))
-        rows.append(Feedback(pair.row, pair.prompt, pair.rejected, False, pair.columns))
+        for answer, desirable in ((pair.chosen, True), (pair.rejected, False)):
+            rows.append(
+                Feedback(pair.row, pair.prompt, answer, desirable, pair.columns, pair.tools)
+            )
     return rows

@@ -183,7 +183,7 @@ def _continued(row: Example) -> Example:
         case Labelled(text=text):
             return Instruction(row.row, "", text, row.columns)
         case Preference(prompt=prompt, chosen=chosen):
-            return Instruction(row.row, prompt, chosen, row.columns)
+            return Instruction(row.row, prompt, chosen, row.columns, tools=row.tools)
         case Feedback(prompt=prompt, completion=completion):
-            return Instruction(row.row, prompt, completion, row.columns)
+            return Instruction(row.row, prompt, completion, row.columns, tools=row.tools)
     return row
