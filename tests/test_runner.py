@@ -621,8 +621,8 @@ def test_a_client_without_a_row_left_is_named(experiment, rows_file):
 
     tokenize = assembly.tokenize
 
-    def lose_one_client(rows, *rest):
-        tokens = tokenize(rows, *rest)
+    def lose_one_client(rows, *rest, **settings):
+        tokens = tokenize(rows, *rest, **settings)
         return tokens.take(
             np.array([i for i in range(len(tokens)) if rows[i].columns["site"] != "1"])
         )

@@ -19,6 +19,7 @@ import torch
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import pretraining_texts
+from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import (
     Example,
     Feedback,
@@ -39,6 +40,7 @@ from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
 from fedloom.errors import DataError, ModelError, OutputError
 from fedloom.evaluation.clients import Evaluator
+from fedloom.evaluation.generate import load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.evaluation.newcomers import ACTION as JOIN
 from fedloom.evaluation.newcomers import Newcomers
@@ -63,7 +65,6 @@ from fedloom.models.load import (
     empty_backbone,
     fingerprint,
     load_backbone,
-    load_tokenizer,
 )
 from fedloom.models.submixture import SubMixtureModel, attach_submixture
 from fedloom.models.tiny import tiny_model
@@ -133,7 +134,7 @@ class Parts:
 
     division: Division
     model: AdapterModel
-    tokenizer: Any
+    encoder: TextEncoder
     initial: Tensors
     method: Method
     objective: Objective
@@ -409,7 +410,7 @@ def assemble(
     return Parts(
         division,
         own.model,
-        own.tokenizer,
+        own.reader.encoder,
         initial,
         method,
         objective,
@@ -436,7 +437,6 @@ class _Kit:
 
     key: tuple[str, int]
     path: str
-    tokenizer: Any
     model: AdapterModel
     reader: _Reader
     width: int
@@ -483,19 +483,18 @@ class _Kits:
         contexts = {key: context_length(model.model) for key, (_, _, model) in built.items()}
         if not division.classes:  # positions are tokens: all must cut their texts alike
             _require_same_vocabulary(
-                {key[0]: tokenizer for key, (_, tokenizer, _) in built.items()}
+                {key[0]: encoder.tokenizer for key, (_, encoder, _) in built.items()}
             )
             contexts = dict.fromkeys(contexts, min(contexts.values()))
         self.kits = {
             key: _Kit(
                 key,
                 path,
-                tokenizer,
                 model,
-                _Reader(experiment, division, objective, tokenizer, contexts[key]),
-                len(division.classes) or len(tokenizer),
+                _Reader(experiment, division, objective, encoder, contexts[key]),
+                len(division.classes) or len(encoder.tokenizer),
             )
-            for key, (path, tokenizer, model) in built.items()
+            for key, (path, encoder, model) in built.items()
         }
         self.of_server = self.kits[server]
         self._front: FrontHalf | None = None
@@ -554,7 +553,7 @@ class _Kits:
 
     def _built(
         self, key: tuple[str, int], stage: Callable[[str], None]
-    ) -> tuple[str, Any, AdapterModel]:
+    ) -> tuple[str, TextEncoder, AdapterModel]:
         experiment = _with_model(self.experiment, *key)
         empty = self.empty or self.halved  # a client of a split model never loads the whole
         return _build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
@@ -639,15 +638,15 @@ def assemble_saved(
     """
     experiment = of_server(experiment)
     objective = make_objective(experiment.objective)
-    tokenizer, model = load_saved(experiment, division.classes, adapter)
-    reader = _Reader(experiment, division, objective, tokenizer, context_length(model.model))
+    encoder, model = load_saved(experiment, division.classes, adapter)
+    reader = _Reader(experiment, division, objective, encoder, context_length(model.model))
     return model, reader.held_out(division.test)
 
 
 def load_saved(
     experiment: Experiment, classes: tuple[str, ...], adapter: Path | None
-) -> tuple[Any, AdapterModel]:
-    """Return the tokenizer and the backbone with a saved adapter and own parts, or fresh ones.
+) -> tuple[TextEncoder, AdapterModel]:
+    """Return how texts are read and the backbone with a saved adapter and own parts, or fresh ones.
 
     Raises:
         ModelError: ``adapter`` is no PEFT folder, or one for another model.
@@ -708,14 +707,15 @@ def prepare_model(
     stage: Callable[[str], None],
     *,
     empty: bool = False,
-) -> tuple[str, Any, torch.nn.Module]:
-    """Return the backbone's path, its tokenizer and the backbone itself, on its device."""
+) -> tuple[str, TextEncoder, torch.nn.Module]:
+    """Return the backbone's path, how texts are read for it and the backbone itself, on its device."""
     path = model_folder(experiment.model.path, stage)
     stage(f"loading {experiment.model.path}")
-    tokenizer = load_tokenizer(path, experiment.model.revision)
-    backbone = _backbone(experiment, path, classes, tokenizer.pad_token_id, empty=empty)
+    encoder = load_encoder(path, experiment.model.revision, experiment.data)
+    pad = encoder.tokenizer.pad_token_id
+    backbone = _backbone(experiment, path, classes, pad, empty=empty)
     _set_threads(experiment.training, sum(p.numel() for p in backbone.parameters()))
-    return path, tokenizer, backbone
+    return path, encoder, backbone
 
 
 def _backbone(
@@ -777,15 +777,16 @@ def _build_model(
     adapter: Path | None = None,
     *,
     empty: bool = False,
-) -> tuple[str, Any, AdapterModel]:
+) -> tuple[str, TextEncoder, AdapterModel]:
     classification = objective.head == "classification"
     classes = classes if classification else ()
-    path, tokenizer, backbone = prepare_model(experiment, classes, stage, empty=empty)
+    path, encoder, backbone = prepare_model(experiment, classes, stage, empty=empty)
     if experiment.training.gradient_checkpointing:
         anyone: Any = backbone
         anyone.activation_checkpointing_enable()
     parts = make_method(experiment.method).parts
     parts = replace(parts, reward=objective.needs_reward) if not classification else PersonalParts()
+    pad = encoder.tokenizer.pad_token_id
     autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
     checkpointed = experiment.training.gradient_checkpointing
     if experiment.adapter.kind == "submixture":
@@ -795,8 +796,7 @@ def _build_model(
                 "clients; what it saves is a whole model: give that as model.path"
             )
         whole = attach_submixture(backbone)
-        pad = tokenizer.pad_token_id
-        return path, tokenizer, SubMixtureModel(whole, pad, autocast, checkpointed)
+        return path, encoder, SubMixtureModel(whole, pad, autocast, checkpointed)
     if experiment.adapter.kind == "experts" or (adapter and is_expert_folder(adapter)):
         settings = experiment.adapter
         if classification or parts:
@@ -807,8 +807,8 @@ def _build_model(
             backbone, settings = load_experts(backbone, adapter)
         else:
             backbone = attach_experts(backbone, settings, seed=experiment.federation.seed)
-        experts = ExpertModel(backbone, settings, tokenizer.pad_token_id, autocast, checkpointed)
-        return path, tokenizer, experts
+        experts = ExpertModel(backbone, settings, pad, autocast, checkpointed)
+        return path, encoder, experts
     if adapter is not None:
         model = load_adapter(backbone, adapter)
         parts = saved_parts(adapter)
@@ -823,7 +823,7 @@ def _build_model(
         head = attach_personal(model, parts, experiment.federation.seed)
         if adapter is not None:
             load_personal(head, adapter)
-    return path, tokenizer, AdapterModel(model, tokenizer.pad_token_id, autocast, checkpointed)
+    return path, encoder, AdapterModel(model, pad, autocast, checkpointed)
 
 
 class _Reader:
@@ -834,11 +834,11 @@ class _Reader:
         experiment: Experiment,
         division: Division,
         objective: Objective,
-        tokenizer: Any,
+        encoder: TextEncoder,
         context: int,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
-        self.tokenizer = tokenizer
+        self.encoder = encoder
         self.max_length = min(experiment.data.max_length or 1024, context)
         self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
         self.dropped: dict[str, int] = {}
@@ -881,13 +881,13 @@ class _Reader:
             for row in rows
             if isinstance(row, Instruction)
         ]
-        return Answering(self.tokenizer, self.experiment.evaluation.max_new_tokens, texts)
+        return Answering(self.encoder, self.experiment.evaluation.max_new_tokens, texts)
 
     def _share(self, client: int, tokens: TokenSet) -> TokenShare:
         if not self.objective.needs_mismatched:
             return TokenShare(tokens)
         rng = generator(self.experiment.federation.seed, "mismatched", client)
-        bos = self.tokenizer.bos_token_id
+        bos = self.encoder.tokenizer.bos_token_id
         return TokenShare(tokens, mismatch(tokens, rng, self.max_length, bos))
 
     def tokens(self, rows: Sequence[Example], max_length: int | None = None) -> TokenSet:
@@ -895,7 +895,7 @@ class _Reader:
         max_length = max_length or self.max_length
         cache = cache_folder() / "tokens"
         classes = self.division.classes
-        tokens = tokenize(rows, self.tokenizer, max_length, classes, cache)
+        tokens = tokenize(rows, self.encoder, max_length, classes, cache)
         for lost in tokens.dropped:
             self.dropped[lost.reason] = self.dropped.get(lost.reason, 0) + 1
         return tokens

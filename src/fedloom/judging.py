@@ -23,7 +23,7 @@ from fedloom.data.templates import TEMPLATES, Template
 from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
 from fedloom.evaluation.agreement import agreement, model_scores
 from fedloom.evaluation.audit import AuditResult, audit, read_audit_sets
-from fedloom.evaluation.generate import Ask, generate
+from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.judges.base import Judge
 from fedloom.evaluation.judges.endpoint import KEY, EndpointJudge
 from fedloom.evaluation.judges.model import ModelJudge
@@ -42,7 +42,6 @@ from fedloom.models.load import (
     ModelSettings,
     fingerprint,
     load_backbone,
-    load_tokenizer,
 )
 from fedloom.models.quantize import Quantization
 from fedloom.models.tiny import tiny_model
@@ -269,10 +268,10 @@ def answer(
 ) -> list[str]:
     """Return one answer to each question, seeded by the question's id."""
     path = model_path(candidate.model)
-    tokenizer = load_tokenizer(path)
+    encoder = load_encoder(path)
     model: torch.nn.Module = load_backbone(
         path,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=encoder.tokenizer.pad_token_id,
         quantization=quantization,
         device=choose_device(settings.device),
     )
@@ -282,14 +281,14 @@ def answer(
     template = TEMPLATES[settings.template]
     asks = [
         Ask(
-            template(question.text, tokenizer),
+            tuple(encoder.prompt(template(question.text))),
             question.temperature if settings.temperature is None else settings.temperature,
             derive_seed(settings.seed, f"answer {question.id}"),
         )
         for question in benchmark.questions
     ]
     return generate(
-        model, tokenizer, asks, _length(benchmark, settings), settings.batch_size, advance
+        model, encoder, asks, _length(benchmark, settings), settings.batch_size, advance
     )
 
 

@@ -28,8 +28,10 @@ from fedloom.data.examples import (
     Example,
     Feedback,
     Instruction,
+    Labelled,
     Preference,
     Text,
+    Tools,
     plain_text,
 )
 from fedloom.evaluation.metrics import HEADLINES, Headline
@@ -368,6 +370,11 @@ def _judged(evaluation: Mapping[str, Any], metric: str, *, everywhere: bool) -> 
         return float(evaluation["global"][metric])
     clients = evaluation["clients"]
     return float(clients["mean"][metric]) if clients is not None else None
+
+
+def tools_of(example: Example) -> Tools:
+    """Return what an example's assistant may call."""
+    return () if isinstance(example, Labelled) else example.tools
 
 
 def prompt_of(example: Example) -> Text:

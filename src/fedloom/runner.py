@@ -19,7 +19,6 @@ from fedloom.admission import Admission
 from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide, of_server
 from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
-from fedloom.data.tokenize import render_prompt
 from fedloom.engines.store import ClientStore
 from fedloom.errors import (
     CheckpointError,
@@ -51,6 +50,7 @@ from fedloom.records import (
     run_record,
     summary_record,
     summary_text,
+    tools_of,
 )
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
@@ -524,16 +524,17 @@ class _Run:
 
     def _samples(self, state: State) -> list[dict[str, Any]]:
         parts, limit = self.parts, self.experiment.evaluation.max_new_tokens
-        texts = [render_prompt(prompt_of(example), parts.tokenizer) for example in parts.prompts]
+        given = [(prompt_of(example), tools_of(example)) for example in parts.prompts]
+        texts = [parts.encoder.prompt_text(*one) for one in given]
         parts.model.write(parts.initial)
-        asks = [Ask(text) for text in texts]
-        before = generate_answers(parts.model, parts.tokenizer, asks, limit)
+        asks = [Ask(tuple(parts.encoder.prompt(*one))) for one in given]
+        before = generate_answers(parts.model, parts.encoder, asks, limit)
         shared, model = parts.method.shared(state), parts.model
         if shared is None:  # every client has its own: show the first one's
             model = self._write_own(min(parts.local.shares), state)
         else:
             model.write(shared)
-        after = generate_answers(model, parts.tokenizer, asks, limit)
+        after = generate_answers(model, parts.encoder, asks, limit)
         return [
             {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)

@@ -13,19 +13,19 @@ from fedloom.data.batches import (
 )
 from fedloom.data.examples import Feedback, Preference, unpair
 from fedloom.data.tokenize import tokenize
-from fedloom.models.load import load_tokenizer
+from fedloom.evaluation.generate import load_encoder
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def tokenizer(model_folder):
-    return load_tokenizer(str(model_folder))
+def encoder(model_folder):
+    return load_encoder(str(model_folder))
 
 
-def feedback(tokenizer, count):
+def feedback(encoder, count):
     rows = [Feedback(i, f"Q{i}:", f" answer {i}" * (i % 3 + 1), i % 2 == 0) for i in range(count)]
-    return tokenize(rows, tokenizer, 100)
+    return tokenize(rows, encoder, 100)
 
 
 def test_every_epoch_sees_every_row_once_in_another_order():
@@ -41,8 +41,8 @@ def test_steps_end_wherever_they_fall_in_an_epoch(steps):
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4][:steps]
 
 
-def test_micro_batches_hold_rows_alike_in_length(tokenizer):
-    share = TokenShare(feedback(tokenizer, 9))
+def test_micro_batches_hold_rows_alike_in_length(encoder):
+    share = TokenShare(feedback(encoder, 9))
     parts = micro_batches(share, np.arange(9), 3)
     lengths = [share.tokens.lengths[part].tolist() for part in parts]
     assert sorted(np.concatenate(parts)) == list(range(9))
@@ -50,9 +50,9 @@ def test_micro_batches_hold_rows_alike_in_length(tokenizer):
     assert in_order == sorted(in_order, reverse=True)
 
 
-def test_collate_pads_right_and_marks_the_completion(tokenizer):
+def test_collate_pads_right_and_marks_the_completion(encoder):
     pairs = [Preference(7, "Q:", " yes yes yes", " no"), Preference(9, "A long one:", " a", " b c")]
-    share = TokenShare(tokenize(pairs, tokenizer, 100))
+    share = TokenShare(tokenize(pairs, encoder, 100))
     batch = collate(share, np.array([0, 1]), 0, CPU)
     assert batch.rows == (7, 9) and len(batch) == 2
     sequences = batch.sequences
@@ -67,8 +67,8 @@ def test_collate_pads_right_and_marks_the_completion(tokenizer):
     assert batch.tokens == len(share.tokens.tokens)
 
 
-def test_mismatched_rows_keep_their_prompt_and_take_each_completion_once(tokenizer):
-    tokens = feedback(tokenizer, 12)
+def test_mismatched_rows_keep_their_prompt_and_take_each_completion_once(encoder):
+    tokens = feedback(encoder, 12)
     mixed = mismatch(tokens, np.random.default_rng(0), 100, 1)
     own = [tokens.sequence(i) for i in range(12)]
     completions = [bytes(s[p:]) for s, p in own]
@@ -81,27 +81,27 @@ def test_mismatched_rows_keep_their_prompt_and_take_each_completion_once(tokeniz
     assert sorted(taken) == list(range(12))
 
 
-def test_the_other_answer_to_the_same_prompt_is_no_mismatch(tokenizer):
+def test_the_other_answer_to_the_same_prompt_is_no_mismatch(encoder):
     pairs = [Preference(i, f"Q{i}:", f" good {i}", f" bad {i}") for i in range(6)]
-    tokens = tokenize(unpair(pairs), tokenizer, 100)
+    tokens = tokenize(unpair(pairs), encoder, 100)
     mixed = mismatch(tokens, np.random.default_rng(0), 100, 1)
     for i in range(12):
         sequence, prompt = mixed.sequence(i)
-        assert str(i // 2) not in tokenizer.decode(sequence[prompt:])
+        assert str(i // 2) not in encoder.tokenizer.decode(sequence[prompt:])
 
 
-def test_one_row_has_no_mismatch(tokenizer):
-    assert mismatch(feedback(tokenizer, 1), np.random.default_rng(0), 100, 1) is None
+def test_one_row_has_no_mismatch(encoder):
+    assert mismatch(feedback(encoder, 1), np.random.default_rng(0), 100, 1) is None
 
 
-def test_taken_rows_keep_what_was_computed_about_them(tokenizer):
+def test_taken_rows_keep_what_was_computed_about_them(encoder):
     pairs = [Preference(i, f"Q{i}:", f" yes {i}", f" no {i}") for i in range(5)]
-    tokens = tokenize(pairs, tokenizer, 100)
+    tokens = tokenize(pairs, encoder, 100)
     logps = torch.arange(10.0)  # of the chosen and the rejected answer of each row in turn
     share = TokenShare(tokens, reference_logps=logps).take(np.array([3, 1]))
     assert share.reference_logps.tolist() == [6.0, 7.0, 2.0, 3.0]
     assert share.tokens.rows.tolist() == [3, 1]
-    single = feedback(tokenizer, 4)
+    single = feedback(encoder, 4)
     mismatched = mismatch(single, np.random.default_rng(0), 100, None)
     own = TokenShare(single, mismatched, torch.arange(4.0), 10 + torch.arange(4.0))
     taken = own.take(np.array([2, 0]))

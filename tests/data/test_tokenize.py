@@ -5,28 +5,28 @@ import pytest
 
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.tokenize import NOTHING_LEFT, fit, tokenize
-from fedloom.models.load import load_tokenizer
+from fedloom.evaluation.generate import load_encoder
 
 
 @pytest.fixture
-def tokenizer(model_folder):
-    return load_tokenizer(str(model_folder))
+def encoder(model_folder):
+    return load_encoder(str(model_folder))
 
 
-def text(tokenizer, tokens, number, part):
+def text(encoder, tokens, number, part):
     sequence, prompt = tokens.sequence(number)
-    return tokenizer.decode(sequence[:prompt] if part == "prompt" else sequence[prompt:])
+    return encoder.tokenizer.decode(sequence[:prompt] if part == "prompt" else sequence[prompt:])
 
 
-def test_a_completion_ends_with_the_end_token_and_the_prompt_begins_with_the_start(tokenizer):
-    tokens = tokenize([Instruction(3, "Ada asks:", " here it is.")], tokenizer, 100)
-    assert text(tokenizer, tokens, 0, "prompt") == "<s>Ada asks:"
-    assert text(tokenizer, tokens, 0, "completion") == " here it is.</s>"
+def test_a_completion_ends_with_the_end_token_and_the_prompt_begins_with_the_start(encoder):
+    tokens = tokenize([Instruction(3, "Ada asks:", " here it is.")], encoder, 100)
+    assert text(encoder, tokens, 0, "prompt") == "<s>Ada asks:"
+    assert text(encoder, tokens, 0, "completion") == " here it is.</s>"
     assert tokens.rows.tolist() == [3]
 
 
-def test_both_sides_of_a_pair_share_the_prompt(tokenizer):
-    tokens = tokenize([Preference(0, "Q:", " yes yes yes", " no")], tokenizer, 100)
+def test_both_sides_of_a_pair_share_the_prompt(encoder):
+    tokens = tokenize([Preference(0, "Q:", " yes yes yes", " no")], encoder, 100)
     assert tokens.width == 2 and len(tokens) == 1
     (chosen, p), (rejected, q) = tokens.sequence(0), tokens.sequence(1)
     assert p == q and chosen[:p].tolist() == rejected[:q].tolist()
@@ -56,50 +56,50 @@ def test_pairs_are_cut_alike():
     assert prompt == [7, 8] and chosen == [1, 2, 3] and rejected == [4]
 
 
-def test_an_empty_completion_is_dropped_and_counted(tokenizer):
-    tokens = tokenize([Feedback(0, "Q:", "", True), Feedback(1, "Q:", " a", False)], tokenizer, 50)
+def test_an_empty_completion_is_dropped_and_counted(encoder):
+    tokens = tokenize([Feedback(0, "Q:", "", True), Feedback(1, "Q:", " a", False)], encoder, 50)
     assert [(lost.row, lost.reason) for lost in tokens.dropped] == [(0, NOTHING_LEFT)]
     assert tokens.rows.tolist() == [1] and tokens.index.tolist() == [1]
     assert tokens.labels.tolist() == [0]
 
 
-def test_an_empty_prompt_still_has_a_token_before_the_completion(tokenizer):
-    tokens = tokenize([Instruction(0, "", "a text alone")], tokenizer, 50)
+def test_an_empty_prompt_still_has_a_token_before_the_completion(encoder):
+    tokens = tokenize([Instruction(0, "", "a text alone")], encoder, 50)
     assert tokens.prompts.tolist() == [1]
-    assert text(tokenizer, tokens, 0, "completion") == "a text alone</s>"
+    assert text(encoder, tokens, 0, "completion") == "a text alone</s>"
 
 
-def test_chat_messages_go_through_the_template(tokenizer):
+def test_chat_messages_go_through_the_template(encoder):
     prompt = ({"role": "user", "content": "hi"},)
     answer = ({"role": "assistant", "content": "hello"},)
-    tokens = tokenize([Instruction(0, prompt, answer)], tokenizer, 50)
-    assert text(tokenizer, tokens, 0, "prompt") == "<s>user: hi\nassistant:"
-    assert text(tokenizer, tokens, 0, "completion") == " hello</s>"
+    tokens = tokenize([Instruction(0, prompt, answer)], encoder, 50)
+    assert text(encoder, tokens, 0, "prompt") == "<s>user: hi\nassistant:"
+    assert text(encoder, tokens, 0, "completion") == " hello</s>"
 
 
-def test_labels_are_ids_in_the_order_of_the_classes(tokenizer):
-    tokens = tokenize([Labelled(0, "a", "x"), Labelled(1, "b", "y")], tokenizer, 50, ("x", "y"))
+def test_labels_are_ids_in_the_order_of_the_classes(encoder):
+    tokens = tokenize([Labelled(0, "a", "x"), Labelled(1, "b", "y")], encoder, 50, ("x", "y"))
     assert tokens.labels.tolist() == [0, 1]
 
 
-def test_take_keeps_rows_together(tokenizer):
+def test_take_keeps_rows_together(encoder):
     pairs = [Preference(i, f"Q{i}:", f" a{i}", f" b{i}") for i in range(5)]
-    tokens = tokenize(pairs, tokenizer, 50).take(np.array([3, 1]))
+    tokens = tokenize(pairs, encoder, 50).take(np.array([3, 1]))
     assert tokens.rows.tolist() == [3, 1]
-    assert text(tokenizer, tokens, 3, "completion") == " b1</s>"
+    assert text(encoder, tokens, 3, "completion") == " b1</s>"
 
 
-def test_the_cache_gives_the_same_and_survives_damage(tokenizer, tmp_path):
+def test_the_cache_gives_the_same_and_survives_damage(encoder, tmp_path):
     rows = [Preference(i, f"Q{i}:", f" a{i}", f" b{i}") for i in range(5)]
-    first = tokenize(rows, tokenizer, 50, cache=tmp_path)
+    first = tokenize(rows, encoder, 50, cache=tmp_path)
     (file,) = tmp_path.iterdir()
     written = file.stat().st_mtime_ns
-    again = tokenize(rows, tokenizer, 50, cache=tmp_path)
+    again = tokenize(rows, encoder, 50, cache=tmp_path)
     assert file.stat().st_mtime_ns == written
     file.write_bytes(file.read_bytes()[:40])
-    mended = tokenize(rows, tokenizer, 50, cache=tmp_path)
+    mended = tokenize(rows, encoder, 50, cache=tmp_path)
     for other in (again, mended):
         for name in ("index", "rows", "tokens", "starts", "prompts", "labels"):
             assert np.array_equal(getattr(first, name), getattr(other, name))
-    tokenize(rows, tokenizer, 49, cache=tmp_path)
+    tokenize(rows, encoder, 49, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another length is another entry

@@ -7,19 +7,19 @@ from fedloom.batch import Sequences
 from fedloom.data.batches import TokenShare
 from fedloom.data.examples import Choice, Instruction, as_choice
 from fedloom.data.tokenize import tokenize
-from fedloom.evaluation.generate import Ask, generate
+from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.evaluation.metrics import answer_metrics
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
-from fedloom.models.load import load_backbone, load_tokenizer
+from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
 
 CHOICES = (" yes", " no, not at all", " maybe")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return load_tokenizer(str(model_folder))
+def encoder(model_folder):
+    return load_encoder(str(model_folder))
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,16 @@ def model(model_folder):
     return AdapterModel(attach_adapter(backbone, AdapterSettings(rank=4)), pad=0)
 
 
-def test_choices_one_by_one(model, tokenizer):
+def test_choices_one_by_one(model, encoder):
     rows = [Instruction(i, f"Question {'more ' * i}?", CHOICES[i % 3]) for i in range(7)]
-    tokens = tokenize([as_choice(row, CHOICES) for row in rows], tokenizer, 64)
+    tokens = tokenize([as_choice(row, CHOICES) for row in rows], encoder, 64)
     assert tokens.width == 3 and tokens.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     found = HeldOut(TokenShare(tokens), "choice", 0.1, 1.0, batch_size=3).score(model)
     right = 0
     for row in rows:
         losses = []
         for choice in CHOICES:
-            alone = tokenize([Instruction(0, row.prompt, choice)], tokenizer, 64)
+            alone = tokenize([Instruction(0, row.prompt, choice)], encoder, 64)
             ids = torch.tensor(alone.tokens[None].astype("int64"))
             positions = torch.arange(ids.shape[1])[None]
             mask = positions >= int(alone.prompts[0])
@@ -54,19 +54,21 @@ def test_a_choice_that_is_none():
     assert as_choice(Instruction(4, "a", " maybe"), CHOICES) == Choice(4, "a", CHOICES, 2)
 
 
-def test_own_answers_are_judged(model, tokenizer):
+def test_own_answers_are_judged(model, encoder):
     rows = [Instruction(i, f"Ada asks {'again ' * i}:", " it is here") for i in range(5)]
     accepted = [(row.completion, "somewhere") for row in rows]
     held_out = HeldOut(
-        TokenShare(tokenize(rows, tokenizer, 64)),
+        TokenShare(tokenize(rows, encoder, 64)),
         "answer",
         0.1,
         1.0,
         2,
-        Answering(tokenizer, 6, accepted),
+        Answering(encoder, 6, accepted),
     )
     before = model.flops
     found = held_out.score(model)
-    answers = generate(model.model, tokenizer, [Ask(row.prompt) for row in rows], 6)
+    answers = generate(
+        model.model, encoder, [Ask(tuple(encoder.prompt(row.prompt))) for row in rows], 6
+    )
     assert found == answer_metrics(answers, accepted)
     assert model.flops > before

@@ -15,6 +15,7 @@ from trl import KTOConfig, KTOTrainer
 
 from fedloom.data.batches import TokenShare
 from fedloom.data.builtin import builtin_examples
+from fedloom.data.encode import TextEncoder
 from fedloom.data.tokenize import tokenize
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone, load_tokenizer
@@ -28,16 +29,23 @@ BATCH, STEPS, RATE = 8, 20, 2e-3
 
 def rotated(tokens):
     """Each row's prompt with the completion of the row before it in its batch, the first's with the last's."""
-    parts, prompts = [], []
+    parts, masks, prompts = [], [], []
     for i in range(len(tokens)):
         first = i - i % BATCH
         donor = i - 1 if i > first else first + BATCH - 1
         own, prompt = tokens.sequence(i)
         other, start = tokens.sequence(donor)
         parts.append(np.concatenate([own[:prompt], other[start:]]))
+        masks.append(np.arange(len(parts[-1])) >= prompt)
         prompts.append(prompt)
     starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-    return replace(tokens, tokens=np.concatenate(parts), starts=starts, prompts=np.array(prompts))
+    return replace(
+        tokens,
+        tokens=np.concatenate(parts),
+        trained=np.concatenate(masks),
+        starts=starts,
+        prompts=np.array(prompts),
+    )
 
 
 def test_twenty_steps(model_folder, tmp_path, monkeypatch):
@@ -64,7 +72,7 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     expected_kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
 
     ours = AdapterModel(model, tokenizer.pad_token_id)
-    tokens = tokenize(rows, tokenizer, 256)
+    tokens = tokenize(rows, TextEncoder(tokenizer), 256)
     assert len(tokens) == len(rows)
     share = add_reference_logps(ours, TokenShare(tokens, rotated(tokens)), BATCH)
     blocks = [np.arange(i, i + BATCH) for i in range(0, len(rows), BATCH)]

@@ -10,9 +10,10 @@ from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import builtin_examples
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import NonFiniteLoss
+from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.heads import PersonalParts, attach_personal
-from fedloom.models.load import load_backbone, load_tokenizer
+from fedloom.models.load import load_backbone
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
 from fedloom.training.local import add_reference_logps, local_loss, train_locally
@@ -35,11 +36,11 @@ def parts(model_folder):
         objective = OBJECTIVES[name]()
         examples = builtin_examples(SETS[name], rows, np.random.default_rng(seed))
         classes = tuple(sorted({e.label for e in examples})) if name == "classification" else ()
-        tokenizer = load_tokenizer(str(model_folder))
+        encoder = load_encoder(str(model_folder))
         backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
         adapter = attach_adapter(backbone, AdapterSettings(rank=2), classification=bool(classes))
         model = AdapterModel(adapter, 0)
-        tokens = tokenize(examples, tokenizer, 128, classes)
+        tokens = tokenize(examples, encoder, 128, classes)
         mixed = mismatch(tokens, np.random.default_rng(1), 128, 1) if name == "kto" else None
         share = TokenShare(tokens, mixed)
         if objective.needs_reference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +16,12 @@ from fedloom.settings import Settings
 BUILTIN_PREFIX = "builtin:"
 CLIENTS = "clients"
 """The source of rows that only their owners can read."""
+
+TrainOn = Literal["all_answers", "last_answer", "completion"]
+ControlTokens = Literal["text", "control"]
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""The day that chat templates with a clock take for today; the one that Llama 3.1's names itself."""
 
 
 class SourceSettings(Settings):
@@ -81,6 +88,15 @@ class DataSettings(SourceSettings):
     """Share of malformed rows above which the run does not start."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion together (default: the model's context, at most 1024)."""
+    train_on: TrainOn = "all_answers"
+    """Of a completion with several turns: every answer of the assistant ("all_answers"), the last one
+    ("last_answer"), or everything, users' turns too ("completion")."""
+    control_tokens: ControlTokens = "text"
+    """What control tokens of the tokenizer mean that stand in a row's text ("<|im_end|>", "</s>"): that
+    text, which nobody can end a turn with ("text"), or the token ("control", for rows that were rendered
+    with the chat template beforehand)."""
+    template_date: datetime.date = TEMPLATE_DATE
+    """The day that a chat template with a clock takes for today, so that a run is the same on any day."""
     builtin_rows: int = Field(default=1600, ge=1)
     """Rows that a built-in source generates."""
     choices: list[str] = []

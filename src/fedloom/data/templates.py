@@ -6,12 +6,14 @@ Source of the Alpaca form: Taori et al. 2023, https://github.com/tatsu-lab/stanf
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
+
+from fedloom.data.examples import Text
 
 Template = Literal["alpaca", "chat", "plain"]
 
 
-def alpaca(instruction: str, tokenizer: Any) -> str:
+def alpaca(instruction: str) -> Text:
     """Return the prompt that Alpaca models were trained on, without an input field."""
     return (
         "Below is an instruction that describes a task. Write a response that appropriately "
@@ -19,17 +21,15 @@ def alpaca(instruction: str, tokenizer: Any) -> str:
     )
 
 
-def chat(instruction: str, tokenizer: Any) -> str:
-    """Return the tokenizer's own chat template around one message of a user."""
-    messages = [{"role": "user", "content": instruction}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
+def chat(instruction: str) -> Text:
+    """Return a conversation of one message, for the tokenizer's chat template."""
+    return ({"role": "user", "content": instruction},)
 
 
-def plain(instruction: str, tokenizer: Any) -> str:
+def plain(instruction: str) -> Text:
     """Return the instruction as it is."""
     return instruction
 
 
-TEMPLATES: dict[str, Callable[[str, Any], str]] = {"alpaca": alpaca, "chat": chat, "plain": plain}
+TEMPLATES: dict[str, Callable[[str], Text]] = {"alpaca": alpaca, "chat": chat, "plain": plain}
 """Name in ``generation.template`` to its function."""

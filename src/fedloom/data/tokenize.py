@@ -1,12 +1,11 @@
 """Examples to token ids, once, with the truncation rule stated; cached on disk.
 
-Every example becomes one sequence (two for a pair): the prompt's tokens, then the completion's,
-ended by the tokenizer's end token. Prompt and completion are tokenised together and cut where the
-prompt's own tokens end, as TRL does, so that merges across the border stay natural.
+Every example becomes one sequence (two for a pair): the prompt's tokens, then the completion's, of which
+``encode.py`` says which are trained on.
 
 Truncation to ``max_length`` tokens keeps the completion and drops the prompt's start (a leading
-``<s>`` stays); a completion that alone is too long loses its end; a sample without a completion
-token left is dropped and counted. Both sides of a pair keep the same prompt tokens.
+``<s>`` stays); a completion that alone is too long loses its end; a sample without a trained token
+left is dropped and counted. Both sides of a pair keep the same prompt tokens.
 """
 
 from __future__ import annotations
@@ -16,27 +15,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fedloom.data.examples import (
-    Choice,
-    Example,
-    Feedback,
-    Instruction,
-    Labelled,
-    Preference,
-    Text,
-)
+from fedloom.data.encode import RenderingError, TextEncoder
+from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
 
-FORMAT = "fedloom-tokens-2"
+FORMAT = "fedloom-tokens-3"
 """Changes whenever this file would give other tokens for the same input."""
 
 NOTHING_LEFT = "no completion token left"
 NO_PROMPT = "no token before the completion"
+ALIKE = "answers alike within data.max_length"
 
 
 @dataclass(frozen=True)
@@ -130,29 +122,32 @@ class TokenSet:
 
 def tokenize(
     examples: Sequence[Example],
-    tokenizer: Any,
+    encoder: TextEncoder,
     max_length: int,
     classes: Sequence[str] = (),
     cache: Path | None = None,
+    *,
+    keep_alike: bool = False,
 ) -> TokenSet:
     """Tokenise examples of one kind.
 
     Args:
         examples: All of one kind.
-        tokenizer: A Hugging Face tokenizer.
+        encoder: Reads texts.
         max_length: Tokens a sequence may have, at least 2.
         classes: Class names in the order of their ids, for labelled examples.
         cache: Folder to keep the result in, found again by content; ``None`` keeps nothing.
+        keep_alike: Whether pairs are kept whose answers do not differ within ``max_length``.
 
     Returns:
         The examples that have a completion token, in order.
     """
     if cache is None:
-        return _tokenize(examples, tokenizer, max_length, classes)
-    file = cache / f"{_key(examples, tokenizer, max_length, classes)}.safetensors"
+        return _tokenize(examples, encoder, max_length, classes, keep_alike)
+    file = cache / f"{_key(examples, encoder, max_length, classes, keep_alike)}.safetensors"
     found = _read(file)
     if found is None:
-        found = _tokenize(examples, tokenizer, max_length, classes)
+        found = _tokenize(examples, encoder, max_length, classes, keep_alike)
         _write(file, found)
     return found
 
@@ -175,35 +170,46 @@ def fit(
 
 
 def _tokenize(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]
+    examples: Sequence[Example],
+    encoder: TextEncoder,
+    max_length: int,
+    classes: Sequence[str],
+    keep_alike: bool,
 ) -> TokenSet:
     width = _width(examples[0]) if examples else 1
     ids = {name: number for number, name in enumerate(classes)}
-    encoded = _encode(examples, tokenizer)
-    index, rows, labels, parts, masks, prompts, cut = [], [], [], [], [], [], []
+    bos = encoder.tokenizer.bos_token_id
+    index, rows, labels, prompts, cut = [], [], [], [], []
+    parts: list[NDArray[np.int32]] = []
+    masks: list[NDArray[np.bool_]] = []
     dropped: list[Untokenized] = []
-    for position, (example, (prompt, completions)) in enumerate(
-        zip(examples, encoded, strict=True)
+    for position, (example, encoded) in enumerate(
+        zip(examples, encoder.examples(examples), strict=True)
     ):
-        whole = (len(prompt), [len(completion) for completion in completions])
+        if isinstance(encoded, RenderingError):
+            dropped.append(Untokenized(position, example.row, str(encoded), malformed=True))
+            continue
         if isinstance(example, Labelled):
-            prompt, completions = completions[0][:max_length], [[]]
-            whole = (whole[1][0], [0])
-            reason = "" if prompt else NOTHING_LEFT
+            prompt, completions = encoded.completions[0][:max_length], list[list[int]]([[]])
+            whole = (len(encoded.completions[0]), [0])
+            trained: list[list[bool]] = [[]]
         else:
-            reason = "" if prompt else NO_PROMPT
+            prompt, completions = encoded.prompt, encoded.completions
+            whole = (len(prompt), [len(completion) for completion in completions])
             if prompt:
-                prompt, completions = fit(prompt, completions, max_length, tokenizer.bos_token_id)
-                reason = "" if all(completions) else NOTHING_LEFT
+                prompt, completions = fit(prompt, completions, max_length, bos)
+            kept = zip(encoded.masks, completions, strict=True)
+            trained = [mask[: len(completion)] for mask, completion in kept]
+        reason = _useless(example, prompt, completions, trained, keep_alike)
         if reason:
             dropped.append(Untokenized(position, example.row, reason))
             continue
         index.append(position)
         rows.append(example.row)
         labels.append(_label(example, ids))
-        for completion, length in zip(completions, whole[1], strict=True):
+        for completion, mask, length in zip(completions, trained, whole[1], strict=True):
             parts.append(np.array([*prompt, *completion], np.int32))
-            masks.append(np.arange(len(parts[-1])) >= len(prompt))
+            masks.append(np.array([False] * len(prompt) + mask, np.bool_))
             prompts.append(len(prompt))
             cut.append((whole[0] - len(prompt), length - len(completion)))
     starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
@@ -221,90 +227,28 @@ def _tokenize(
     )
 
 
+def _useless(
+    example: Example,
+    prompt: list[int],
+    completions: list[list[int]],
+    trained: list[list[bool]],
+    keep_alike: bool,
+) -> str:
+    """Return why nothing can be learnt of an example's tokens; empty where something can."""
+    if not prompt:
+        return NOTHING_LEFT if isinstance(example, Labelled) else NO_PROMPT
+    if isinstance(example, Labelled):
+        return ""
+    if not all(any(mask) for mask in trained):
+        return NOTHING_LEFT
+    alike = completions[0] == completions[-1] and trained[0] == trained[-1]
+    return ALIKE if isinstance(example, Preference) and alike and not keep_alike else ""
+
+
 def _width(example: Example) -> int:
     if isinstance(example, Choice):
         return len(example.choices)
     return 2 if isinstance(example, Preference) else 1
-
-
-def _encode(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
-    """Tokenise all prompts and all whole texts in two batched calls, then cut them apart."""
-    rendered = [_render(example, tokenizer) for example in examples]
-    prompts = _batch(tokenizer, [prompt for prompt, _ in rendered])
-    wholes = iter(_batch(tokenizer, [whole for _, wholes in rendered for whole in wholes]))
-    result = []
-    for example, prompt, (_, texts) in zip(examples, prompts, rendered, strict=True):
-        sequences = [list(next(wholes)) for _ in texts]
-        shared = min(_common(prompt, sequence) for sequence in sequences)
-        start, completions = list(prompt[:shared]), [sequence[shared:] for sequence in sequences]
-        if isinstance(example, Labelled):
-            result.append((start, sequences))
-            continue
-        if not start:  # an empty prompt: the completion's first token needs one before it
-            opening = tokenizer.bos_token_id
-            opening = tokenizer.eos_token_id if opening is None else opening
-            start = [] if opening is None else [opening]
-        result.append((start, [_ended(completion, tokenizer) for completion in completions]))
-    return result
-
-
-def _render(example: Example, tokenizer: Any) -> tuple[str, list[str]]:
-    """Return the prompt's text and the whole text of each of the example's sequences."""
-    match example:
-        case Labelled(text=text):
-            return "", [text]
-        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
-            completions = [chosen, rejected]
-        case Choice(prompt=prompt, choices=choices):
-            completions = list(choices)
-        case (
-            Instruction(prompt=prompt, completion=completion)
-            | Feedback(prompt=prompt, completion=completion)
-        ):
-            completions = [completion]
-    opening = render_prompt(prompt, tokenizer)
-    return opening, [_whole(prompt, opening, completion, tokenizer) for completion in completions]
-
-
-def render_prompt(prompt: Text, tokenizer: Any) -> str:
-    """Return a prompt as the text that the model continues (chat template for messages)."""
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt:
-        return ""
-    text: str = tokenizer.apply_chat_template(
-        [dict(m) for m in prompt], tokenize=False, add_generation_prompt=True
-    )
-    return text
-
-
-def _whole(prompt: Text, opening: str, completion: Text, tokenizer: Any) -> str:
-    if isinstance(completion, str):
-        return opening + completion
-    messages = [dict(m) for m in (*(prompt if not isinstance(prompt, str) else ()), *completion)]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    return text
-
-
-def _batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
-    return ids
-
-
-def _ended(completion: list[int], tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    if end is None or not completion or completion[-1] == end:
-        return completion
-    return [*completion, end]
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return min(len(left), len(right))
 
 
 def _label(example: Example, ids: dict[str, int]) -> int:
@@ -316,17 +260,16 @@ def _label(example: Example, ids: dict[str, int]) -> int:
 
 
 def _key(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, classes: Sequence[str]
+    examples: Sequence[Example],
+    encoder: TextEncoder,
+    max_length: int,
+    classes: Sequence[str],
+    keep_alike: bool,
 ) -> str:
-    digest = hashlib.sha256(f"{FORMAT}|{max_length}|{list(classes)}".encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update(
-        (backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode()
-    )
-    template = getattr(tokenizer, "chat_template", None)
-    digest.update(repr((template, tokenizer.bos_token_id, tokenizer.eos_token_id)).encode())
+    settings = f"{FORMAT}|{max_length}|{list(classes)}|{keep_alike}|{encoder.identity}"
+    digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
     for example in examples:
-        digest.update(repr(example).encode())
+        digest.update(repr(example).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

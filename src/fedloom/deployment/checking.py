@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.assembly import model_folder
+from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
 from fedloom.data.loading import LoadedData, load_examples
 from fedloom.data.sources import DataSettings
@@ -30,9 +30,9 @@ from fedloom.deployment.policy import REVEALING, PolicySettings
 from fedloom.deployment.rows import divided
 from fedloom.envelope import printable
 from fedloom.errors import DataError, FedloomError, OutputError, PolicyError
+from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
 from fedloom.methods import make_method
-from fedloom.models.load import load_tokenizer
 from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
 from fedloom.report.tables import human_bytes, human_seconds
@@ -288,20 +288,22 @@ def _sample(
     path = own.model.path if own.model else experiment.model.path if experiment else None
     if path is not None:
         try:
-            tokenizer = load_tokenizer(model_folder(path))
+            encoder = load_encoder(
+                model_folder(path), data=experiment.data if experiment else own.data
+            )
             longest = (
                 experiment.data.max_length if experiment else own.data and own.data.max_length
             ) or 1024
-            return f"row {row.row}, as {path} reads it", _tokens(row, tokenizer, longest)
+            return f"row {row.row}, as {path} reads it", _tokens(row, encoder, longest)
         except FedloomError as error:
             why = str(error).splitlines()[0]
             return f"row {row.row}, without a tokenizer ({why})", _plain(row)
     return f"row {row.row}, as it is read", _plain(row)
 
 
-def _tokens(row: Example, tokenizer: Any, longest: int) -> list[tuple[str, str]]:
+def _tokens(row: Example, encoder: TextEncoder, longest: int) -> list[tuple[str, str]]:
     classes = (row.label,) if isinstance(row, Labelled) else ()
-    tokens = tokenize([row], tokenizer, longest, classes)
+    tokens = tokenize([row], encoder, longest, classes)
     if not len(tokens):
         return [("dropped", ", ".join(lost.reason for lost in tokens.dropped)), *_plain(row)]
     names = ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
@@ -311,7 +313,7 @@ def _tokens(row: Example, tokenizer: Any, longest: int) -> list[tuple[str, str]]
         parts = [(f"prompt, {prompt} tokens", sequence[:prompt])] if number == 0 else []
         if len(sequence) > prompt:
             parts.append((f"{names[number]}, {len(sequence) - prompt} tokens", sequence[prompt:]))
-        found += [(name, _short(tokenizer.decode(part.tolist()))) for name, part in parts]
+        found += [(name, _short(encoder.tokenizer.decode(part.tolist()))) for name, part in parts]
     return [*found, *_judgement(row)]
 
 

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedloom.data.encode import TextEncoder
+from fedloom.data.sources import DataSettings
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.load import load_tokenizer, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,42 @@ class Ask:
     """A prompt and how it is to be answered.
 
     Attributes:
-        prompt: Rendered text that the model continues.
+        prompt: Tokens that the model continues, at least one.
         temperature: At least 0; 0 is greedy.
         seed: Of the draws, above a temperature of 0.
     """
 
-    prompt: str
+    prompt: tuple[int, ...]
     temperature: float = 0.0
     seed: int = 0
 
 
+def load_encoder(
+    path: str, revision: str | None = None, data: DataSettings | None = None
+) -> TextEncoder:
+    """Load a model's tokenizer, and how texts are read with it.
+
+    Args:
+        path: Folder or Hub name of the model.
+        revision: Branch, tag or commit on the Hub.
+        data: How examples are read (default: as ``[data]`` has it without being told).
+
+    Raises:
+        ModelError: The folder is missing, or holds no tokenizer.
+    """
+    data = data or DataSettings()
+    return TextEncoder(
+        load_tokenizer(path, revision),
+        stop_tokens(path, revision),
+        data.train_on,
+        data.control_tokens,
+        data.template_date,
+    )
+
+
 def generate_answers(
     model: AdapterModel,
-    tokenizer: Any,
+    encoder: TextEncoder,
     asks: Sequence[Ask],
     max_new_tokens: int,
     batch_size: int = 32,
@@ -44,18 +70,18 @@ def generate_answers(
 
     Args:
         model: A causal LM with the adapter to use.
-        tokenizer: Its tokenizer.
+        encoder: Of its tokenizer.
         asks: Prompts; one too long for the context loses its start.
         max_new_tokens: Most tokens of an answer, above 0.
         batch_size: Prompts answered together.
     """
     with model.evaluating():
-        return generate(model.model, tokenizer, asks, max_new_tokens, batch_size)
+        return generate(model.model, encoder, asks, max_new_tokens, batch_size)
 
 
 def continue_tokens(
     model: AdapterModel,
-    tokenizer: Any,
+    encoder: TextEncoder,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 32,
@@ -67,9 +93,8 @@ def continue_tokens(
     with model.evaluating():
         return _answered(
             model.model,
-            tokenizer,
-            [list(prompt) for prompt in prompts],
-            [Ask("")] * len(prompts),
+            encoder,
+            [Ask(tuple(prompt)) for prompt in prompts],
             max_new_tokens,
             batch_size,
             lambda rows, columns, new: model.count(rows, columns + model.virtual_tokens, new),
@@ -79,7 +104,7 @@ def continue_tokens(
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    tokenizer: Any,
+    encoder: TextEncoder,
     asks: Sequence[Ask],
     max_new_tokens: int,
     batch_size: int = 32,
@@ -90,11 +115,9 @@ def generate(
     An answer has at most half the context, so that a prompt keeps the other half. ``advance`` is
     called with the number of prompts answered, batch by batch.
     """
-    rows = [_tokens(ask.prompt, tokenizer) for ask in asks]
     return _answered(
         model,
-        tokenizer,
-        rows,
+        encoder,
         asks,
         max_new_tokens,
         batch_size,
@@ -104,8 +127,7 @@ def generate(
 
 def _answered(
     model: nn.Module,
-    tokenizer: Any,
-    rows: list[list[int]],
+    encoder: TextEncoder,
     asks: Sequence[Ask],
     max_new_tokens: int,
     batch_size: int,
@@ -115,7 +137,7 @@ def _answered(
     config: Any = model.config
     context = int(getattr(config, "max_position_embeddings", 2048))
     length = min(max_new_tokens, max(1, context // 2))
-    rows = [row[-max(1, context - length) :] for row in rows]
+    rows = [list(ask.prompt[-max(1, context - length) :]) for ask in asks]
     answers = [""] * len(asks)
     if _has_virtual_tokens(model):  # PEFT counts padding between them and the text as positions
         batch_size = 1
@@ -123,9 +145,10 @@ def _answered(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [rows[i] for i in chosen]
-        output = _batch(model, tokenizer, own, [asks[i] for i in chosen], length)
+        output = _batch(model, encoder, own, [asks[i] for i in chosen], length)
         before = max(map(len, own))
-        texts = tokenizer.batch_decode(output[:, before:], skip_special_tokens=True)
+        ends = [_until(row, encoder.stop_ids) for row in output[:, before:].tolist()]
+        texts = encoder.tokenizer.batch_decode(ends, skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
         done(len(chosen), output.shape[1], output.shape[1] - before)
@@ -133,12 +156,13 @@ def _answered(
 
 
 def _batch(
-    model: nn.Module, tokenizer: Any, rows: list[list[int]], asks: list[Ask], length: int
+    model: nn.Module, encoder: TextEncoder, rows: list[list[int]], asks: list[Ask], length: int
 ) -> Tensor:
     """Return prompts with padding before them, and what follows them."""
     longest = max(len(row) for row in rows)
     device = next(model.parameters()).device
-    ids = torch.full((len(rows), longest), int(tokenizer.pad_token_id), dtype=torch.long)
+    pad = int(encoder.tokenizer.pad_token_id)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(row)
@@ -152,8 +176,8 @@ def _batch(
             max_new_tokens=length,
             do_sample=False,
             use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+            eos_token_id=list(encoder.stop_ids) or None,
             logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
         )
     return output.cpu()
@@ -183,12 +207,6 @@ class _Sampler:
         return scores
 
 
-def _tokens(prompt: str, tokenizer: Any) -> list[int]:
-    """Return a prompt's tokens without an end token; never none at all."""
-    row: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    opening = (
-        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    )
-    if len(row) > 1 and row[-1] == tokenizer.eos_token_id:
-        row = row[:-1]
-    return row or [opening]
+def _until(row: list[int], stops: Sequence[int]) -> list[int]:
+    """Return what a model wrote before it stopped."""
+    return row[: next((i for i, token in enumerate(row) if token in stops), len(row))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from pydantic import Field
 
 from fedloom.batch import Batch
 from fedloom.data.batches import TokenShare, by_length, collate
+from fedloom.data.encode import TextEncoder
 from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
     answer_metrics,
@@ -58,12 +59,12 @@ class Answering:
     """How a model's own answers to held-out prompts are made and judged.
 
     Attributes:
-        tokenizer: The model's.
+        encoder: Of the model's tokenizer.
         max_new_tokens: Most tokens of an answer.
         accepted: Answers that are right, for each row as it was before tokenising.
     """
 
-    tokenizer: Any
+    encoder: TextEncoder
     max_new_tokens: int
     accepted: Sequence[tuple[str, ...]]
 
@@ -155,7 +156,7 @@ class HeldOut:
         tokens = self.share.tokens
         prompts = [s[:n].tolist() for s, n in map(tokens.sequence, range(len(tokens)))]
         answers = continue_tokens(
-            model, answering.tokenizer, prompts, answering.max_new_tokens, self.batch_size
+            model, answering.encoder, prompts, answering.max_new_tokens, self.batch_size
         )
         return answer_metrics(answers, [answering.accepted[i] for i in tokens.index])
 

@@ -29,12 +29,15 @@ from fedloom.settings import Settings
 TINY = "tiny"
 """Name of the model that the package makes itself."""
 
-PLAIN_CHAT = (
+START = "{{ bos_token }}"
+
+PLAIN_CHAT = START + (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-"""For tokenizers without a chat template of their own: one line a message, after its role."""
+"""For tokenizers without a chat template of their own: one line a message, after its role, behind the
+start token where the tokenizer writes one."""
 
 OWN_CODE = "auto_map"
 """Where a configuration names classes that lie beside the weights."""
@@ -83,12 +86,42 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
             raise _needs_code(path) from None
         raise ModelError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_CHAT
+        begins = tokenizer.bos_token_id in tokenizer("x")["input_ids"][:1]
+        tokenizer.chat_template = PLAIN_CHAT if begins else PLAIN_CHAT.removeprefix(START)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {path} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
+    """Return the tokens at which a model's generation stops, as its files say; empty where they do not.
+
+    Args:
+        path: Folder or Hub name.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ModelError: There is no configuration, or it names code of its own.
+    """
+    from transformers import GenerationConfig
+
+    silence_transformers()
+    _check_folder(path)
+    try:
+        own: Any = GenerationConfig
+        found = own.from_pretrained(path, revision=revision).eos_token_id
+    except (OSError, ValueError):  # most base models have none
+        found = None
+    if found is None:
+        try:
+            config = _configuration(path, revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
+        found = getattr(config.get_text_config(), "eos_token_id", None)
+    several = found if isinstance(found, list | tuple) else [found]
+    return tuple(token for token in several if isinstance(token, int))
 
 
 def load_backbone(

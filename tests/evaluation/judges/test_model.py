@@ -44,9 +44,13 @@ def test_an_unreadable_verdict_is_asked_for_again_with_another_seed(
     judge = ModelJudge(parrot(tmp_path / "judge", model_folder, "8 6"), temperature=0.5)
     seeds = []
 
-    def moody(model, tokenizer, asks, *_):
+    def moody(model, encoder, asks, *_):
         seeds.append([ask.seed for ask in asks])
-        return ["8 6" if ask.seed >= 1 and "Sky" in ask.prompt else "hm" for ask in asks]
+        texts = [encoder.tokenizer.decode(ask.prompt) for ask in asks]
+        return [
+            "8 6" if ask.seed >= 1 and "Sky" in text else "hm"
+            for ask, text in zip(asks, texts, strict=True)
+        ]
 
     monkeypatch.setattr("fedloom.evaluation.judges.model.generate", moody)
     found = judge.rate(CASES)

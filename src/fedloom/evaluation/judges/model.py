@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from fedloom.evaluation.generate import Ask, generate
+from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.judges.base import Case, Verdict
 from fedloom.evaluation.judges.prompts import judgelm_prompt, parse_judgelm
-from fedloom.models.load import context_length, load_backbone, load_tokenizer
+from fedloom.models.load import context_length, load_backbone
 
 SCALE = (1.0, 10.0)
 
@@ -45,10 +44,10 @@ class ModelJudge:
             ModelError: There is no such model.
         """
         self.name = path.rstrip("/").rpartition("/")[2]
-        self.tokenizer: Any = load_tokenizer(path)
+        self.encoder = load_encoder(path)
         device = device or torch.device("cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        pad = self.tokenizer.pad_token_id
+        pad = self.encoder.tokenizer.pad_token_id
         self.model = load_backbone(path, pad_token_id=pad, dtype=dtype, device=device).eval()
         self.room = context_length(self.model) - max_new_tokens
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
@@ -61,13 +60,13 @@ class ModelJudge:
 
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case; a prompt longer than the context is not asked at all."""
-        prompts = [judgelm_prompt(case) for case in cases]
+        prompts = [tuple(self.encoder.prompt(judgelm_prompt(case))) for case in cases]
         verdicts = [Verdict(None, "longer than the judge's context")] * len(cases)
-        open_cases = [i for i, prompt in enumerate(prompts) if self._length(prompt) <= self.room]
+        open_cases = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.room]
         for attempt in range(self.reparse + 1):
             asks = [Ask(prompts[i], self.temperature, cases[i].seed + attempt) for i in open_cases]
             self.asked += len(asks)
-            texts = generate(self.model, self.tokenizer, asks, self.max_new_tokens, self.batch_size)
+            texts = generate(self.model, self.encoder, asks, self.max_new_tokens, self.batch_size)
             for i, text in zip(open_cases, texts, strict=True):
                 verdicts[i] = parse_judgelm(text, len(cases[i].answers), self.scale)
             open_cases = [i for i in open_cases if verdicts[i].scores is None]
@@ -76,6 +75,3 @@ class ModelJudge:
     def costs(self) -> dict[str, float]:
         """Return how often it was asked."""
         return {"requests": float(self.asked)}
-
-    def _length(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt, verbose=False)["input_ids"])
