@@ -4,9 +4,10 @@
 so themselves (``{% generation %}``).
 """
 
+import json
 from dataclasses import dataclass, field
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
@@ -14,6 +15,10 @@ TEXTS = [
     "Tell me more about the weather in Paris", "system user assistant tool model function",
     "You are a helpful assistant.", "Sure! Here is what I found:", "<think>\nLet me think.\n</think>\n\n",
 ]  # fmt: skip
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Llama 3 and Qwen cut a text: line ends stay together, whatever follows."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,12 @@ def build(style, *, tagged=False):
         alphabet = [f"<0x{i:02X}>" for i in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=620, special_tokens=[*style.special, *alphabet])
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=400,
@@ -191,6 +201,9 @@ def build(style, *, tagged=False):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    whole = json.loads(tokenizer.to_str())  # bytes are words of the vocabulary, not added tokens
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if not t["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(whole))
     if style.bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{style.bos} $A", special_tokens=[(style.bos, tokenizer.token_to_id(style.bos))]
@@ -203,9 +216,14 @@ def _dressed(tokenizer, style, tagged):
 
     special = [AddedToken(t, special=True, rstrip=t in style.right_strip) for t in style.special]
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in style.added])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in style.added]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=style.bos, eos_token=style.eos, pad_token=style.special[0]
+        tokenizer_object=tokenizer,
+        bos_token=style.bos,
+        eos_token=style.eos,
+        pad_token=style.special[0],
     )
     fast.chat_template = style.source(tagged=tagged)
     return fast

@@ -20,7 +20,8 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fedloom.data.encode import RenderingError, TextEncoder
+from fedloom.data.chat import RenderingError
+from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
 
 FORMAT = "fedloom-tokens-3"

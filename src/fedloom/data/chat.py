@@ -1,0 +1,384 @@
+"""Conversations under a chat template: their text, and where the answers in it begin and end.
+
+Which characters are trained on is found by the template's ``{% generation %}`` blocks where it has them,
+else by rendering the conversation up to each turn. A border is taken only where the text around it is the
+same in both renderings; a conversation without one is refused, never cut elsewhere.
+
+Control tokens (special tokens, and added tokens that the template writes) that stand in somebody's text
+are found, so that they can be encoded as that text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedloom.data.examples import Message
+from fedloom.data.sources import ControlTokens, TrainOn
+
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PRIVATE_USE = (0xF0000, 0x100000)
+"""Where the characters that mark places in a conversation are taken from, while it is rendered."""
+
+NO_ANSWER = "no answer of the assistant in the completion"
+
+Span = tuple[int, int]
+Messages = tuple[Message, ...]
+Tools = Sequence[Mapping[str, Any]]
+
+
+class RenderingError(Exception):
+    """A conversation that the template refuses, or whose borders cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text, and what is known of its characters.
+
+    Attributes:
+        text: As it is tokenised.
+        spans: What is trained on.
+        prompt: The prompt as a text of its own, where ``text`` begins with it.
+        literals: Where control tokens stand in somebody's text.
+        chat: Whether the template wrote it, special tokens and all.
+    """
+
+    text: str
+    spans: tuple[Span, ...] = ()
+    prompt: str | None = None
+    literals: tuple[Span, ...] = ()
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+        control_tokens: Whether control tokens in somebody's text are text, or control tokens.
+        date: What the template's clock says.
+    """
+
+    tokenizer: Any
+    control_tokens: ControlTokens
+    date: datetime.date
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Finds special tokens in a text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return _any_of(token.content for token in added if token.special and self._guarded)
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Finds special tokens and added tokens that a chat template writes."""
+        written = self.tokenizer.chat_template or ""
+        written = "\0".join(written.values()) if isinstance(written, dict) else written
+        added = self.tokenizer.added_tokens_decoder.values()
+        return _any_of(
+            token.content
+            for token in added
+            if self._guarded
+            and (token.special or (not token.content.isspace() and token.content in written))
+        )
+
+    @property
+    def _guarded(self) -> bool:
+        return self.control_tokens == "text"
+
+    def source(self, tools: Tools) -> str:
+        """Return the chat template with its clock stopped."""
+        own: str = self.tokenizer.get_chat_template(tools=list(tools) or None)
+        return CLOCK.sub(lambda match: repr(self.date.strftime(match[2])), own)
+
+    def render(self, messages: Messages, tools: Tools, *, opened: bool) -> tuple[str, list[Span]]:
+        """Return a conversation as the template renders it, and its generation blocks.
+
+        Args:
+            messages: The conversation.
+            tools: What the assistant may call, as JSON schemas.
+            opened: Whether the assistant's next turn is opened.
+
+        Raises:
+            RenderingError: The template refuses it.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        own = [{name: value for name, value in m.items() if value is not None} for m in messages]
+        template = self.source(tools)
+        try:
+            found: Any = render_jinja_template(
+                [own],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=template,
+                return_assistant_tokens_mask=bool(GENERATION.search(template)),
+                add_generation_prompt=opened,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template raises whatever it likes, on purpose or not
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RenderingError(f"the chat template refuses it: {reason}") from error
+        texts, spans = found
+        return str(texts[0]), [(int(start), int(end)) for start, end in (spans[0] if spans else ())]
+
+
+class Chat:
+    """A conversation under a template, and where things are in its text."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: Messages, tools: Tools, *, opened: bool = False
+    ) -> None:
+        """Render it, with the assistant's next turn opened or not."""
+        self.template, self.messages, self.tools, self.opened = template, messages, tools, opened
+        self.text, self.blocks = template.render(messages, tools, opened=opened)
+
+    @property
+    def ends(self) -> Mapping[int, int]:
+        """Message to where its content ends; those that are found again once."""
+        return self._places[0] if self._places else {}
+
+    @property
+    def literals(self) -> tuple[Span, ...]:
+        """Where control tokens stand in somebody's text.
+
+        Raises:
+            RenderingError: There are some, and the template changes the text that they are in.
+        """
+        if not any(self._pattern(own).search(text) for own, text in self._texts):
+            return ()
+        if self._places is None:
+            raise RenderingError(
+                "control tokens of this tokenizer stand in its text, and the chat template changes that "
+                "text so that they are not found again"
+            )
+        found = (self.template.control.match(self.text, at) for at in self._places[1])
+        return tuple(match.span() for match in found if match)
+
+    @property
+    def _texts(self) -> Iterator[tuple[Mapping[str, Any], str]]:
+        """Every text of every message and tool, with the one that it is of."""
+        for own in (*self.messages, *self.tools):
+            texts: list[str] = []
+            _map_strings(own, lambda text, kept=texts: kept.append(text) or text)
+            yield from ((own, text) for text in texts)
+
+    def _pattern(self, own: Mapping[str, Any]) -> re.Pattern[str]:
+        """Return what is a control token in a message or tool.
+
+        The assistant may write added tokens of its template, such as those around reasoning.
+        """
+        answer = own.get("role") == "assistant"
+        return self.template.special if answer else self.template.control
+
+    @cached_property
+    def _places(self) -> tuple[Mapping[int, int], list[int]] | None:
+        """Where contents end and literals begin, by characters of private use put there and rendered.
+
+        ``None`` where the text is another one with them than without.
+        """
+        contents = [_text_of(message) for message in self.messages]
+        literal, ending = _marks(self.text, contents, len(self.messages))
+        marked = []
+        for number, message in enumerate(self.messages):
+            own = self._with_literals(message, literal)
+            if (contents[number] or "").strip():
+                own = {**own, "content": _ended(own["content"], chr(ending + number))}
+            marked.append(own)
+        tools = [self._with_literals(tool, literal) for tool in self.tools]
+        try:
+            text, _ = self.template.render(tuple(marked), tools, opened=self.opened)
+        except RenderingError:
+            return None
+        clean, found = _unmarked(text, literal, ending + len(self.messages))
+        if clean != self.text:
+            return None
+        count = Counter(mark for mark, _ in found)
+        ends = {mark - ending: at for mark, at in found if mark >= ending and count[mark] == 1}
+        return ends, [at for mark, at in found if mark == ord(literal)]
+
+    def _with_literals(self, own: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        """Return a message or tool with a mark before each control token in its texts."""
+        pattern = self._pattern(own)
+        marked: dict[str, Any] = _map_strings(
+            own, lambda text: pattern.sub(lambda match: mark + match[0], text)
+        )
+        return marked
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Finds what is trained on of a conversation.
+
+    Attributes:
+        template: Renders it.
+        train_on: Of the completion: every answer of the assistant, the last one, or everything.
+        shared: Returns how many characters two texts share from their beginning, in whole tokens.
+    """
+
+    template: ChatTemplate
+    train_on: TrainOn
+    shared: Callable[[str, str], int]
+
+    def find(self, prompt: Messages, completion: Messages, tools: Tools) -> Rendered:
+        """Return a conversation and what of it is trained on."""
+        messages = prompt + completion
+        answers = [i for i in range(len(prompt), len(messages)) if _is_answer(messages[i])]
+        if not answers:
+            raise RenderingError(NO_ANSWER)
+        whole = Chat(self.template, messages, tools)
+        chosen = answers[-1:] if self.train_on == "last_answer" else answers
+        if self.train_on == "completion":
+            spans: tuple[Span, ...] = ((self._start(whole, len(prompt)), len(whole.text)),)
+        elif GENERATION.search(self.template.source(tools)):
+            spans = self._generated(whole, chosen[0])
+        else:
+            spans = tuple(self._answer(whole, i) for i in chosen)
+        spans = tuple((start, end) for start, end in spans if end > start)
+        if len(chosen) == 1 and spans and prompt:
+            opened = Chat(self.template, messages[: chosen[0]], tools, opened=True)
+            if not whole.text.startswith(opened.text):
+                return _joined(opened, whole, spans[0][0])
+        before = whole.text[: spans[0][0]] if spans else None
+        return Rendered(whole.text, spans, before or None, whole.literals, chat=True)
+
+    def _generated(self, whole: Chat, first: int) -> tuple[Span, ...]:
+        """Return the template's own generation blocks, from the message ``first`` on."""
+        before = (
+            len(Chat(self.template, whole.messages[:first], whole.tools, opened=True).blocks)
+            if first
+            else 0
+        )
+        if len(whole.blocks) <= before:
+            raise RenderingError(
+                "the chat template's {% generation %} blocks do not hold the answers that are trained on"
+            )
+        return tuple(whole.blocks[before:])
+
+    def _answer(self, whole: Chat, number: int) -> Span:
+        """Return where an answer of the assistant begins and ends in the whole."""
+        start = self._start(whole, number)
+        if number == len(whole.messages) - 1:
+            return start, len(whole.text)
+        end = self._border(
+            Chat(self.template, whole.messages[: number + 1], whole.tools), whole, number
+        )
+        if end is None:
+            raise RenderingError(
+                f"where message {number + 1} ends cannot be told from the chat template, which renders "
+                "it otherwise when more follows; train on the last answer alone (data.train_on = "
+                '"last_answer")'
+            )
+        return start, end
+
+    def _start(self, whole: Chat, number: int) -> int:
+        """Return where the model takes over to write message ``number`` of the whole."""
+        if not number:
+            raise RenderingError("it begins with the assistant, and nothing stands before that")
+        opened = Chat(self.template, whole.messages[:number], whole.tools, opened=True)
+        start = self._border(opened, whole, number - 1)
+        if start is None:
+            raise RenderingError(
+                f"where message {number + 1} begins cannot be told from the chat template, which renders "
+                "what stands before it otherwise when it follows"
+            )
+        return start
+
+    def _border(self, part: Chat, whole: Chat, last: int) -> int | None:
+        """Return where the end of ``part``, whose last message is ``last``, lies in the whole.
+
+        The whole begins with the part; or what the part has behind the content of its last message stands
+        there in the whole too, or as many of its tokens as do. ``None`` where neither holds.
+        """
+        if whole.text.startswith(part.text):
+            return len(part.text)
+        if last not in part.ends or last not in whole.ends:
+            return None
+        own, there = part.text[part.ends[last] :], whole.text[whole.ends[last] :]
+        shared = len(own) if there.startswith(own) else self.shared(own, there)
+        return whole.ends[last] + shared if shared else None
+
+
+def _joined(opened: Chat, whole: Chat, start: int) -> Rendered:
+    """Return a prompt as generation has it, and after it what the whole has from ``start`` on.
+
+    A template may render what stands before an answer otherwise once that is there; what is trained is
+    what is asked at generation.
+    """
+    shift = len(opened.text) - start
+    literals = [(a + shift, b + shift) for a, b in whole.literals if a >= start]
+    text = opened.text + whole.text[start:]
+    spans = ((len(opened.text), len(text)),)
+    return Rendered(text, spans, opened.text, (*opened.literals, *literals), chat=True)
+
+
+def _is_answer(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _text_of(message: Message) -> str | None:
+    """Return a message's text, of its last part where it has several."""
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        return content
+    texts = [str(part["text"]) for part in content if isinstance(part.get("text"), str)]
+    return texts[-1] if texts else None
+
+
+def _ended(content: Any, mark: str) -> Any:
+    """Put a mark behind a content, before the blanks at its end, which templates may trim."""
+    if isinstance(content, str):
+        body = content.rstrip()
+        return body + mark + content[len(body) :]
+    last = max(i for i, part in enumerate(content) if isinstance(part.get("text"), str))
+    return [
+        {**part, "text": _ended(part["text"], mark)} if i == last else part
+        for i, part in enumerate(content)
+    ]
+
+
+def _map_strings(value: Any, change: Any) -> Any:
+    """Return a message or tool with every text in it changed, but for its role and kinds."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            name: own if name in ("role", "type") else _map_strings(own, change)
+            for name, own in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_map_strings(own, change) for own in value]
+    return value
+
+
+def _marks(text: str, contents: Sequence[str | None], count: int) -> tuple[str, int]:
+    """Return the mark of a literal and the number of the first end mark, none of them in the text."""
+    for base in PRIVATE_USE:
+        used = range(base, base + count + 1)
+        if not any(ord(c) in used for own in (text, *contents) for c in own or ""):
+            return chr(base), base + 1
+    raise RenderingError("it holds characters of both planes of private use (U+F0000, U+100000)")
+
+
+def _unmarked(text: str, literal: str, end: int) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text without marks, and each mark's number with where it stood in that text."""
+    clean: list[str] = []
+    found = []
+    length = last = 0
+    for match in re.finditer(f"[{literal}-{chr(end)}]", text):
+        clean.append(text[last : match.start()])
+        length += match.start() - last
+        last = match.end()
+        found.append((ord(match[0]), length))
+    return "".join([*clean, text[last:]]), found
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of tokens, longer ones first; of none, one that never matches."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
