@@ -29,6 +29,8 @@ keys_app = typer.Typer(help="The key of a client.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 members_app = typer.Typer(help="Who is let in to a federation.", no_args_is_help=True)
 app.add_typer(members_app, name="members")
+data_app = typer.Typer(help="The rows of an experiment.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 audit_app = typer.Typer(
     help="The log of who sent what, and what became of it.", no_args_is_help=True
 )
@@ -183,6 +185,20 @@ def partition(
     target = picture or Path(f"{settings.name}-partition.svg")
     Console().print(show_partition(settings, target))
     typer.echo(f"picture: {target}")
+
+
+@data_app.command("show")
+def show_data(
+    experiment: ExperimentFile,
+    row: Annotated[int, typer.Option(help="Which training example, from 0 on.")] = 0,
+    assignments: Assignments = None,
+) -> None:
+    """Show a row as the tokens that are trained on, before and after truncation."""
+    from rich.console import Console
+
+    from fedloom.inspecting import show_row
+
+    Console().print(show_row(_read(experiment, assignments), row), soft_wrap=False)
 
 
 @app.command()

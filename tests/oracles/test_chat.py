@@ -290,6 +290,9 @@ def test_control_tokens_in_a_users_text_are_text(name):
         token for token, counts in zip(ids, mask, strict=True) if counts and token in controls
     ]
     assert tokenizer.convert_tokens_to_ids(style.special[0]) not in counted[:-1]
+    assert tokenize(
+        [Instruction(0, tuple(prompt), tuple(chat((A, "No."))))], own, 4096
+    ).escaped.all()
     # in a plain text too
     ids = own.prompt(f"Say {names[-1]} {names[0]} twice")
     special = set(tokenizer.convert_tokens_to_ids(list(style.special)))

@@ -27,7 +27,8 @@ SCRIPT = """
         tokens = TokenSet(
             1, np.arange(rows), np.arange(rows), np.ones(rows * length, np.int32),
             np.arange(rows * length) % length > 0, np.arange(0, rows * length + 1, length),
-            np.full(rows, 1), np.zeros((rows, 2), np.int64), np.full(rows, -1), (),
+            np.full(rows, 1), np.zeros((rows, 2), np.int64), np.zeros(rows, bool),
+            np.full(rows, -1), (),
         )
         share, settings = TokenShare(tokens), TrainingSettings(batch_size=rows)
         model = AdapterModel(attach_adapter(load_backbone(folder, pad_token_id=0), AdapterSettings()), 0)

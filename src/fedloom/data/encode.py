@@ -31,11 +31,13 @@ class Encoded:
         prompt: Tokens that all of its sequences begin with.
         completions: What follows in each.
         masks: Which tokens of each completion are trained on.
+        escaped: Whether control tokens stand in its text, encoded as text.
     """
 
     prompt: list[int]
     completions: list[list[int]]
     masks: list[list[bool]]
+    escaped: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class TextEncoder:
             ]
             if isinstance(example, Labelled):
                 ids = [sequence.tokens.ids for sequence in sequences]
-                result.append(Encoded([], ids, [[False] * len(row) for row in ids]))
+                masks = [[False] * len(row) for row in ids]
+                result.append(Encoded([], ids, masks, bool(own[0].literals)))
             else:
                 result.append(self._divided(sequences))
         return result
@@ -173,7 +176,8 @@ class TextEncoder:
                 mask += [True] * len(end)
             completions.append(completion)
             masks.append(mask)
-        return Encoded(prompt or self._opening(), completions, masks)
+        escaped = any(sequence.rendered.literals for sequence in sequences)
+        return Encoded(prompt or self._opening(), completions, masks, escaped)
 
     def _ends(self, sequence: _Sequence) -> bool:
         """Return whether a sequence's last token, but for blanks, is one at which generation stops."""

@@ -49,11 +49,9 @@ class TextTokens:
         batch = self.tokenizer(
             list(texts), add_special_tokens=special, return_offsets_mapping=fast, verbose=False
         )
-        offsets = batch["offset_mapping"] if fast else map(self._offsets, texts, batch["input_ids"])
-        found = [
-            Tokens(list(i), list(map(tuple, o)))
-            for i, o in zip(batch["input_ids"], offsets, strict=True)
-        ]
+        given = batch["input_ids"]
+        offsets = batch["offset_mapping"] if fast else map(self._offsets, texts, given)
+        found = [Tokens(list(i), list(map(tuple, o))) for i, o in zip(given, offsets, strict=True)]
         if not special:
             return found
         twice = [self.tokenizer.bos_token_id] * 2  # a text that was rendered beforehand
@@ -114,8 +112,11 @@ class TextTokens:
 
     def _offsets(self, text: str, ids: Sequence[int]) -> list[Span]:
         """Return where tokens stand, for tokenizers that do not say: by the text of each beginning."""
-        ends = [len(self.tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]
-        return [(min(a, len(text)), min(b, len(text))) for a, b in itertools.pairwise(ends)]
+        own = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        before = next((n for n in range(len(ids)) if list(ids[n : n + len(own)]) == own), 0)
+        ends = [len(self.tokenizer.decode(own[:n])) for n in range(len(own) + 1)]
+        spans = [(min(a, len(text)), min(b, len(text))) for a, b in itertools.pairwise(ends)]
+        return [(0, 0)] * before + spans + [(0, 0)] * (len(ids) - before - len(own))
 
     def shared(self, own: str, there: str) -> int:
         """Return how many characters two texts share from their beginning, in whole tokens."""

@@ -24,7 +24,7 @@ from fedloom.data.chat import RenderingError
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
 
-FORMAT = "fedloom-tokens-3"
+FORMAT = "fedloom-tokens-4"
 """Changes whenever this file would give other tokens for the same input."""
 
 NOTHING_LEFT = "no completion token left"
@@ -62,6 +62,7 @@ class TokenSet:
         starts: ``(examples * width + 1,)`` where each sequence begins.
         prompts: ``(examples * width,)`` number of tokens before the first that counts, in each sequence.
         cut: ``(examples * width, 2)`` tokens that ``max_length`` cut from prompt and completion.
+        escaped: ``(examples,)`` bool, true where control tokens stand in the text, encoded as text.
         labels: ``(examples,)`` class id, number of the right choice, or 1 for desirable and 0 for not; -1
             where there is none.
         dropped: The examples of which nothing is trained on.
@@ -75,6 +76,7 @@ class TokenSet:
     starts: NDArray[np.int64]
     prompts: NDArray[np.int64]
     cut: NDArray[np.int64]
+    escaped: NDArray[np.bool_]
     labels: NDArray[np.int64]
     dropped: tuple[Untokenized, ...]
 
@@ -117,6 +119,7 @@ class TokenSet:
             starts=starts,
             prompts=self.prompts[numbers],
             cut=self.cut[numbers],
+            escaped=self.escaped[positions],
             labels=self.labels[positions],
         )
 
@@ -180,7 +183,7 @@ def _tokenize(
     width = _width(examples[0]) if examples else 1
     ids = {name: number for number, name in enumerate(classes)}
     bos = encoder.tokenizer.bos_token_id
-    index, rows, labels, prompts, cut = [], [], [], [], []
+    index, rows, labels, prompts, cut, escaped = [], [], [], [], [], []
     parts: list[NDArray[np.int32]] = []
     masks: list[NDArray[np.bool_]] = []
     dropped: list[Untokenized] = []
@@ -208,6 +211,7 @@ def _tokenize(
         index.append(position)
         rows.append(example.row)
         labels.append(_label(example, ids))
+        escaped.append(encoded.escaped)
         for completion, mask, length in zip(completions, trained, whole[1], strict=True):
             parts.append(np.array([*prompt, *completion], np.int32))
             masks.append(np.array([False] * len(prompt) + mask, np.bool_))
@@ -223,6 +227,7 @@ def _tokenize(
         starts.astype(np.int64),
         np.array(prompts, np.int64),
         np.array(cut, np.int64).reshape(-1, 2),
+        np.array(escaped, np.bool_),
         np.array(labels, np.int64),
         tuple(dropped),
     )
@@ -286,6 +291,7 @@ def _read(file: Path) -> TokenSet | None:
             starts=arrays["starts"],
             prompts=arrays["prompts"],
             cut=arrays["cut"],
+            escaped=arrays["escaped"],
             labels=arrays["labels"],
             dropped=tuple(Untokenized(**lost) for lost in json.loads(arrays["dropped"].tobytes())),
         )
@@ -294,7 +300,7 @@ def _read(file: Path) -> TokenSet | None:
 
 
 def _write(file: Path, tokens: TokenSet) -> None:
-    names = ("index", "rows", "tokens", "trained", "starts", "prompts", "cut", "labels")
+    names = ("index", "rows", "tokens", "trained", "starts", "prompts", "cut", "escaped", "labels")
     arrays = {name: getattr(tokens, name) for name in names}
     arrays["width"] = np.array([tokens.width])
     lost = json.dumps([asdict(one) for one in tokens.dropped])

@@ -231,7 +231,23 @@ def empty_backbone(
 
 def context_length(model: nn.Module) -> int:
     """Return how many tokens the model reads at most."""
-    config: Any = model.config
+    return _context(model.config)
+
+
+def context_of(path: str, revision: str | None = None) -> int:
+    """Return how many tokens a model reads at most, by its configuration alone.
+
+    Raises:
+        ModelError: There is no configuration, or it names code of its own.
+    """
+    _check_folder(path)
+    try:
+        return _context(_configuration(path, revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
+
+
+def _context(config: Any) -> int:
     return int(
         getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2048
     )
