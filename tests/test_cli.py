@@ -96,6 +96,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "client check": ["--client"],
         "client approve": ["--home", "--yes"],
         "client leave": ["--home"],
+        "data show": ["--row", "--set"],
         "follow": ["--home", "--quiet", "-q"],
         "status": ["--home", "--json"],
         "stop": ["--home"],

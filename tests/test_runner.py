@@ -430,10 +430,10 @@ def test_a_round_of_which_a_part_is_written_is_not_saved(experiment, tmp_path, m
     whole = fedloom.run(experiment(**settings))
     real = fedloom.runner.round_record
 
-    def full(record, headline):
+    def full(record, headline, title):
         if record.round == 3:
             raise OutputError("the disk is full")
-        return real(record, headline)
+        return real(record, headline, title)
 
     with monkeypatch.context() as broken:
         broken.setattr("fedloom.runner.round_record", full)

@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -235,17 +235,27 @@ def partition_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def round_record(record: RoundRecord, headline: Headline) -> dict[str, Any]:
-    """Return a round as one line of ``rounds.jsonl``."""
+def round_record(
+    record: RoundRecord, headline: Headline, title: Callable[[int], str]
+) -> dict[str, Any]:
+    """Return a round as one line of ``rounds.jsonl``; ``title`` says what a client is called."""
     costs = record.costs
     return {
         "round": record.round,
         "clients": list(record.clients),
-        "rejected": [{"client": c, "reason": why} for c, why in record.rejected.items()],
+        "rejected": [
+            {"client": client, "name": title(client), "reason": why}
+            for client, why in record.rejected.items()
+        ],
         "offences": [offence.to_record() for offence in record.offences],
         "replaced": list(record.replaced),
         "absent": [
-            {"client": client, "since": _moment(own.since), "reason": own.reason}
+            {
+                "client": client,
+                "name": title(client),
+                "since": _moment(own.since),
+                "reason": own.reason,
+            }
             for client, own in sorted(record.absent.items())
         ],
         "paused": {str(client): until for client, until in record.paused.items()},

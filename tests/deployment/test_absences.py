@@ -180,11 +180,12 @@ class Site:
         }
         reasons = []
         for record in map(json.loads, lines):
-            out = [(own["client"], own["reason"]) for own in record["absent"] + record["rejected"]]
+            out = [(own["name"], own["reason"]) for own in record["absent"] + record["rejected"]]
             out += [
-                (int(c), f"quarantine until round {end}") for c, end in record["paused"].items()
+                (members[int(c)], f"quarantine until round {end}")
+                for c, end in record["paused"].items()
             ]
-            reasons += [f"{members[client]}: {reason}" for client, reason in out]
+            reasons += [f"{name}: {reason}" for name, reason in out]
         page = write_report([result.folder]).read_text()
         return {
             "terminal": terminal,
