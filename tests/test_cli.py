@@ -181,6 +181,15 @@ def test_partition_shows_table_and_picture_without_a_model(call, file, tmp_path)
     assert picture.read_text().startswith("<svg") and "currentColor" not in picture.read_text()
 
 
+def test_partition_and_run_say_which_layout_was_recognised(call, file, rows_file):
+    rows = [{"question": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
+    options = ["--set", f"data.source={rows_file(rows)}", "--set", "data.kind=preference"]
+    options += ["--set", "partition.kind=iid"]
+    for command in ("partition", "run"):
+        code, out = call(command, file, *options)
+        assert code == 0 and "rows.jsonl: layout question/chosen/rejected" in out
+
+
 def test_evaluate_and_report(call, file, tmp_path):
     assert call("run", file, "--quiet")[0] == 0
     code, out = call("evaluate", file, "--adapter", tmp_path / "run" / "adapter")

@@ -12,14 +12,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from fedloom import audit, checkpoint
 from fedloom.admission import Admission
 from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide, of_server
 from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
+from fedloom.data.loading import LoadedData
 from fedloom.engines.store import ClientStore
+from fedloom.envelope import printable
 from fedloom.errors import (
     CheckpointError,
     DataError,
@@ -121,6 +124,7 @@ def run_experiment(
         observer.stage("reading data")
         _require_rows(experiment, remote)
         division = divide(experiment, data, objective)
+        _say_layouts(division.loaded, observer)
         parts = assemble(
             experiment, division, objective=objective, stage=observer.stage, remote=remote
         )
@@ -178,6 +182,7 @@ def resume_run(
     trackers = _open_trackers(experiment, folder)
     observer.stage("reading data")
     division = divide(experiment, data, objective)
+    _say_layouts(division.loaded, observer)
     saved = None
     if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
         saved = checkpoint.load(
@@ -264,16 +269,24 @@ def write_starting_file(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def show_partition(experiment: Experiment, picture: Path) -> Table:
-    """Return a table of what each client holds and write the picture of it."""
+def show_partition(experiment: Experiment, picture: Path) -> RenderableType:
+    """Return which layouts were recognised and what each client holds, and write the picture of it."""
     from fedloom.report.figures import partition_svg
 
-    record = partition_record(experiment, divide(experiment))
+    division = divide(experiment)
+    record = partition_record(experiment, division)
     try:
         picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {picture}: {error.strerror}") from error
-    return partition_table(record)
+    lines = [Text(printable(text), style="dim") for text in division.loaded.layouts]
+    return Group(*lines, partition_table(record))
+
+
+def _say_layouts(loaded: LoadedData, observer: RunObserver) -> None:
+    """Say by which layout each file was read."""
+    for text in loaded.layouts:
+        observer.stage(printable(text))
 
 
 @dataclass

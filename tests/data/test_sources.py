@@ -171,12 +171,21 @@ def test_an_absent_column_names_those_there_are_and_how_to_map(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answers": "b"}] * 5)
     with pytest.raises(
         DataError, match=r"no column 'answer'; did you mean 'answers'\? it has: answers, question"
-    ):
+    ) as caught:
         load(tmp_path / "x.jsonl", columns={"completion": "answer"})
-    with pytest.raises(
-        DataError, match=r"needs prompt\+completion\+label or messages\+label; map yours"
-    ):
+    assert 'Map yours with data.columns, such as { completion = "answers" }.' in str(caught.value)
+    with pytest.raises(DataError) as caught:
         load(tmp_path / "x.jsonl", kind="feedback")
+    first, how, other, *layouts = str(caught.value).splitlines()
+    assert first == "x.jsonl has no column 'label'; it has: answers, question."
+    assert (
+        how == 'Map yours with data.columns, such as { label = "YOUR COLUMN" }.'
+    )  # no word of prompts
+    assert other == (
+        'These columns read as instruction data (question/answers): data.kind = "instruction"'
+    )
+    assert layouts[:2] == ["Layouts of feedback data:", "  PROMPT + completion + LABEL"]
+    assert layouts[-1] == "  LABEL: label, kto_tag, final_label, feedback, thumbs, rating, score"
 
 
 def test_one_row_cannot_be_split(tmp_path):

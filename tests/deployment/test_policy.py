@@ -459,6 +459,26 @@ def test_checking_says_what_a_file_means(small, table, rows_file, tmp_path):
     assert "S-1" not in text
 
 
+def test_checking_says_by_which_layout_rows_are_read(tmp_path, call, rows_file):  # noqa: F811
+    rows = [{"prompt": f"p{i}", "response": "r", "rating": i % 5 + 1} for i in range(20)]
+    path = tmp_path / "own.toml"
+    own = f'[data]\nsource = "{rows_file(rows)}"\nkind = "feedback"\n'
+    path.write_text(own)
+    code, out = call("client", "check", path)
+    text = re.sub(r"\s+", " ", out)
+    assert code == 1 and 'data.values = { desirable = ["> 3"], undesirable = ["< 3"] }' in text
+    path.write_text(own + 'values = { desirable = ["> 3"], undesirable = ["< 3"] }\n')
+    code, out = call("client", "check", path)
+    text = re.sub(r"\s+", " ", out)
+    assert code == 0
+    for said in (
+        "rows.jsonl: layout prompt/response/rating",
+        "desirable where the label is > 3",
+        "16 can be used, 4 dropped (label is not among data.values)",
+    ):
+        assert said in text, said
+
+
 def test_checking_gives_every_reason_at_once(small, table, rows_file, tmp_path, call):  # noqa: F811
     path = own_rows(tmp_path / "own.toml", rows_file, table)
     experiment = tmp_path / "x.toml"

@@ -36,6 +36,8 @@ class LoadedData:
     dropped: dict[str, int] = field(default_factory=dict)
     test_kind: str | None = None
     """Kind of the held-out examples, where it is another one."""
+    layouts: tuple[str, ...] = ()
+    """Which layout was recognised in which files, a line for each."""
 
     @property
     def held_out_kind(self) -> str:
@@ -73,12 +75,15 @@ def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedDat
     test_kind = settings.test_kind or str(settings.kind)
     if settings.test_source is not None or settings.test_split is not None:
         tests = (settings.test_source,) if settings.test_source else settings.sources
-        judged = Reader(settings, settings, test_kind, Read(bad=read.bad, dropped=read.dropped))
+        judged = Reader(
+            settings, settings, test_kind, Read(0, read.bad, read.dropped, read.layouts)
+        )
         test = judged.read_all(tests, settings.test_split or "test")
     else:
         train, test = _hold_out(train, settings, rng)
     train = few(train, settings.max_rows, rng)
-    return _loaded(train, test, str(settings.kind), tuple(read.bad), read.dropped, test_kind)
+    loaded = _loaded(train, test, str(settings.kind), tuple(read.bad), read.dropped, test_kind)
+    return replace(loaded, layouts=read.layouts_in_words())
 
 
 def few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> list[Example]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedloom.data.columns import (
-    REQUIRED,
-    RowError,
-    first_answers,
+    Reading,
     make_example,
+    margins,
     pair_or_feedback,
     renamed,
     template_columns,
@@ -25,10 +27,27 @@ from fedloom.data.columns import (
 from fedloom.data.examples import Example, Instruction
 from fedloom.data.files import is_file, read_file
 from fedloom.data.hub import read_hub
+from fedloom.data.labels import GROUPS, LABEL, NOT_AMONG, example_line, number_of
+from fedloom.data.labels import in_words as values_in_words
+from fedloom.data.layouts import LAYOUTS, PROMPTS, Layout, nearest, other_kinds, recognise
+from fedloom.data.layouts import in_words as layouts_in_words
+from fedloom.data.rows import LONGEST_SHOWN, RowError
 from fedloom.data.sources import DataSettings, SourceSettings
 from fedloom.errors import DataError
 
 SHOWN_BAD_ROWS = 5
+
+LOOKED_AT = 100
+"""First rows of a file in which its layout is looked for."""
+
+MOST_VALUES = 1000
+"""Different labels of a file that are counted."""
+
+JUDGING = ("label", "best", "graded", "vote_1")
+"""Our names of what says which answers are good."""
+
+NEARLY_ALL = 0.9
+"""Share of rows that fail alike from which it is the settings that are wrong, not rows."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ class BadRow:
     source: str
     number: int
     reason: str
+    cause: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         """Return one line for a message."""
@@ -51,6 +71,15 @@ class Read:
     rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    layouts: dict[str, list[str]] = field(default_factory=dict)
+    """Files by the layout that was recognised in them."""
+
+    def layouts_in_words(self) -> tuple[str, ...]:
+        """Return one line for each layout: which files have it."""
+        return tuple(
+            f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {layout}"
+            for layout, files in self.layouts.items()
+        )
 
 
 class Reader:
@@ -69,6 +98,8 @@ class Reader:
         self.max_bad_share = data.max_bad_share
         self.incomplete = data.incomplete_pairs == "feedback" and kind == data.kind
         self.own = {"domain": domain} if domain else {}
+        self.meanings = GROUPS.get(kind, ())
+        self.met: Counter[str] = Counter()
         self.choices = data.choices
 
     def read_all(self, sources: Iterable[str], split: str) -> list[Example]:
@@ -99,9 +130,13 @@ class Reader:
         return self._usable(source, examples)
 
     def _usable(self, source: str, examples: list[Example]) -> list[Example]:
-        if not examples:
-            raise DataError(f"{source} holds no usable row (dropped: {self.so_far.dropped})")
-        return examples
+        if examples:
+            return examples
+        dropped = ", ".join(f"{count:,} {why}" for why, count in self.so_far.dropped.items())
+        met = ""
+        if NOT_AMONG in self.so_far.dropped and self.met:
+            met = f"; the values that there are: {values_in_words(self.met)}"
+        raise DataError(f"{source} holds no usable row (dropped: {dropped or 'none'}){met}")
 
     def _part(
         self,
@@ -114,23 +149,69 @@ class Reader:
         bad: list[BadRow] = []
         seen = last = 0
         offset = self.so_far.rows
-        for number, row in rows:
+        first = list(itertools.islice(rows, LOOKED_AT))
+        looked_at = [row for _, row in first if isinstance(row, dict)]
+        reading = self._reading(name, looked_at) if looked_at else None
+        self.met = Counter()
+        for number, row in itertools.chain(first, rows):
             seen += 1
-            if seen == 1 and isinstance(row, dict):
-                _check_columns(row, self.settings, self.kind, name)
             if isinstance(row, dict):
                 row = {**row, **(extra or {}), **self.own}
-            examples += self._examples(name, number, offset, row, bad)
+            examples += self._examples(name, number, offset, row, bad, reading)
             last = max(last, number)
         self.so_far.rows += last
         if not seen:
             raise DataError(f"{name} is empty: it holds no rows")
-        self._check_bad(name, bad, seen)
+        if reading is not None:
+            self._check_labels(name, bad, seen, reading)
+        self._check_bad(name, bad, seen, looked_at)
         self.so_far.bad += bad
         return examples
 
+    def _reading(self, name: str, rows: list[dict[str, Any]]) -> Reading:
+        """Return how a file's rows are read, by the first of them that has a layout.
+
+        Raises:
+            DataError: None has, or a column that the settings name is not there.
+        """
+        settings = self.settings
+        explicit = [*settings.columns, *(["prompt"] if settings.template else [])]
+        for row in rows:
+            if _absent(row, settings):
+                continue
+            found = recognise(self.kind, list(_ours(row, settings)), explicit)
+            if found is not None:
+                self.so_far.layouts.setdefault(str(found), []).append(name)
+                self._check_margin(name, found.layout, row)
+                return Reading(
+                    found.layout,
+                    {key: own for key, own in settings.values.items() if key in self.meanings},
+                    settings.min_margin,
+                    settings.template is not None,
+                    settings.answers_between,
+                )
+        raise DataError(_no_layout(name, rows[0], settings, self.kind))
+
+    def _check_margin(self, name: str, layout: Layout, row: Mapping[str, Any]) -> None:
+        """Refuse data.min_margin where there are no scores."""
+        scored = {"scores", "score_first"} & set(layout.columns)
+        if self.settings.min_margin is None or self.kind != "preference" or scored:
+            return
+        if margins(list(_ours(row, self.settings))) is None:
+            raise DataError(
+                f"{name} has no scores for data.min_margin = {self.settings.min_margin:g}; name their "
+                'columns: data.columns = { score_chosen = "...", score_rejected = "..." } (score_1 and '
+                f"score_2 of two answers); it has: {', '.join(sorted(map(str, row)))}"
+            )
+
     def _examples(
-        self, name: str, number: int, offset: int, row: object, bad: list[BadRow]
+        self,
+        name: str,
+        number: int,
+        offset: int,
+        row: object,
+        bad: list[BadRow],
+        reading: Reading | None,
     ) -> list[Example]:
         try:
             if isinstance(row, RowError):
@@ -140,11 +221,11 @@ class Reader:
             if any(str(row.get(name)) not in kept for name, kept in self.settings.only.items()):
                 raise RowError("not among data.only", malformed=False)
             own = renamed(row, self.settings.columns, self.settings.template)
-            own = first_answers(own, self.settings.answers_between)
             own = self._named_choice(own)
+            self._meet(own, reading)
             if self.incomplete and self.kind == "preference":
-                return pair_or_feedback(offset + number, own)
-            example = make_example(self.kind, offset + number, own)
+                return pair_or_feedback(offset + number, own, reading)
+            example = make_example(self.kind, offset + number, own, reading)
             if self.choices and isinstance(example, Instruction):
                 if example.completion not in self.choices:
                     raise RowError("the completion is not among data.choices")
@@ -153,7 +234,7 @@ class Reader:
             return [example]
         except RowError as error:
             if error.malformed:
-                bad.append(BadRow(name, number, str(error)))
+                bad.append(BadRow(name, number, str(error), error.cause))
             else:
                 dropped = self.so_far.dropped
                 dropped[str(error)] = dropped.get(str(error), 0) + 1
@@ -168,7 +249,38 @@ class Reader:
             raise RowError(f"the completion is {number}, no place in data.choices", malformed=False)
         return {**row, "completion": self.choices[number]}
 
-    def _check_bad(self, name: str, bad: list[BadRow], seen: int) -> None:
+    def _meet(self, row: Mapping[str, Any], reading: Reading | None) -> None:
+        """Count what stands where rows say what is good, to name it where it is not understood."""
+        if reading is None or not self.meanings:
+            return
+        theirs = _judging(reading)
+        value = str(row.get(theirs))[:LONGEST_SHOWN]
+        if theirs in row and (value in self.met or len(self.met) < MOST_VALUES):
+            self.met[value] += 1
+
+    def _label(self, reading: Reading) -> str:
+        """Return the column that says what is good, as the user calls it."""
+        return self.settings.columns.get(_judging(reading), _judging(reading))
+
+    def _check_labels(self, name: str, bad: list[BadRow], seen: int, reading: Reading) -> None:
+        """Name data.values where labels are a scale, or are most of what is wrong with too many rows."""
+        failed = sum(row.cause == LABEL for row in bad)
+        numbers = {number_of(value) for value in self.met} - {None, 0.0, 1.0}
+        scale = self.kind == "feedback" and failed and len(numbers) > 1
+        many = len(bad) > self.max_bad_share * seen and 2 * failed > len(bad)
+        if not scale and not many:
+            return
+        meant = " or ".join(GROUPS[self.kind][:2])
+        raise DataError(
+            f"{name}: {self._label(reading)!r} is not understood in {failed:,} of {seen:,} rows; it "
+            f"holds {values_in_words(self.met)}. What is {meant} is not guessed; say it, such as\n"
+            f"  {example_line(self.met, self.kind)}\n"
+            "rows with other values are then dropped and counted"
+        )
+
+    def _check_bad(
+        self, name: str, bad: list[BadRow], seen: int, looked_at: list[dict[str, Any]]
+    ) -> None:
         if len(bad) <= self.max_bad_share * seen:
             return
         first = "\n".join(f"  {row}" for row in bad[:SHOWN_BAD_ROWS])
@@ -176,30 +288,90 @@ class Reader:
         raise DataError(
             f"{len(bad)} of {seen} rows of {name} are malformed ({len(bad) / seen:.1%}), "
             f"data.max_bad_share allows {self.max_bad_share:.1%}:\n{first}{more}\n"
-            "mend these rows, or raise data.max_bad_share to leave them out"
+            + self._advice(bad, seen, looked_at)
+        )
+
+    def _advice(self, bad: list[BadRow], seen: int, looked_at: list[dict[str, Any]]) -> str:
+        """Return what to do: where nearly all rows fail alike it is a setting that is wrong, not rows."""
+        count = max(Counter(row.cause for row in bad).values())
+        if not looked_at or count < NEARLY_ALL * seen:
+            return "mend these rows, or raise data.max_bad_share to leave them out"
+        readable = [
+            kind
+            for kind in LAYOUTS
+            if kind != self.kind and _reads(kind, [_ours(row, self.settings) for row in looked_at])
+        ]
+        if readable:
+            kinds = " or ".join(f'data.kind = "{kind}"' for kind in readable)
+            return f"these rows read as {' or '.join(readable)} data: {kinds}"
+        there = ", ".join(sorted(map(str, looked_at[0])))
+        return (
+            "nearly all rows fail alike, so it is a setting that is wrong rather than the rows: is it "
+            f"{self.kind} data (data.kind)? Which columns are meant (data.columns = "
+            f'{{ prompt = "..." }}, data.template)? The columns are {there}'
         )
 
 
-def _check_columns(row: dict[str, Any], settings: SourceSettings, kind: str, name: str) -> None:
-    """Say at once, before any counting, that a column is not there."""
-    there = sorted(map(str, row))
+def _judging(reading: Reading) -> str:
+    """Return the column that says what is good: of annotators the first."""
+    columns = reading.layout.columns
+    return next((columns[name] for name in JUDGING if name in columns), "")
+
+
+def _ours(row: Mapping[str, Any], settings: SourceSettings) -> dict[str, Any]:
+    """Return a row under our names, without columns that are not there."""
+    columns = {ours: theirs for ours, theirs in settings.columns.items() if theirs in row}
+    template = settings.template
+    if template is not None and any(name not in row for name in template_columns(template)):
+        template = None
+    return renamed(row, columns, template)
+
+
+def _reads(kind: str, rows: list[dict[str, Any]]) -> bool:
+    """Return whether nearly all rows give examples of a kind."""
+    sound = 0
+    for number, row in enumerate(rows):
+        try:
+            make_example(kind, number, row)
+            sound += 1
+        except RowError as error:
+            sound += not error.malformed
+    return sound >= NEARLY_ALL * len(rows)
+
+
+def _absent(row: Mapping[str, Any], settings: SourceSettings) -> list[str]:
+    """Return the columns that settings name and a row does not have."""
     wanted = [
         *settings.columns.values(),
         *template_columns(settings.template or ""),
         *settings.only,
     ]
-    absent = [column for column in wanted if column not in row]
-    if not absent:
-        ours = set(row) | set(settings.columns) | ({"prompt"} if settings.template else set())
-        choices = REQUIRED[kind]
-        if any(all(column in ours for column in choice) for choice in choices):
-            return
-        absent = [column for column in choices[0] if column not in ours]
-    near = difflib.get_close_matches(absent[0], there, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise DataError(
-        f"{name} has no column {' nor '.join(repr(a) for a in absent)}; {hint}it has: "
-        f"{', '.join(there)}. {kind.capitalize()} data needs "
-        f"{' or '.join('+'.join(choice) for choice in REQUIRED[kind])}; map yours with "
-        'data.columns, such as { prompt = "question" }'
+    return [column for column in wanted if column not in row]
+
+
+def _no_layout(name: str, row: dict[str, Any], settings: SourceSettings, kind: str) -> str:
+    """Return at once, before any counting, what is not there and what would be read."""
+    there = sorted(map(str, row))
+    absent = _absent(row, settings)
+    ours = list(_ours(row, settings))
+    near = nearest(kind, ours)
+    missing = absent or (near.missing(ours) if near else [])
+    close = difflib.get_close_matches(missing[0], there, n=1) if missing else []
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    fits = f"has no column {' nor '.join(map(repr, missing))}; {hint}it has"
+    fits = fits if missing else f"fits no layout of {kind} data; it has"
+    also = "".join(
+        f'\nThese columns read as {other} data ({found.name}): data.kind = "{other}"'
+        for other, found in ({} if absent else other_kinds(kind, ours)).items()
+    )
+    said = {theirs: ours for ours, theirs in settings.columns.items()}
+    wanted = said.get(missing[0], missing[0] if not absent else "prompt") if missing else "prompt"
+    unused = [column for column in there if near is None or column not in near.columns.values()]
+    theirs = close[0] if close else unused[0] if len(unused) == 1 else "YOUR COLUMN"
+    line = f"{{ {wanted} = {json.dumps(theirs, ensure_ascii=False)} }}"
+    asked = wanted in {part.columns[0][1] for part in PROMPTS} and kind != "labelled"
+    made = ", or make the prompt with data.template." if asked else "."
+    return (
+        f"{name} {fits}: {', '.join(there)}.\nMap yours with data.columns, such as {line}{made}{also}\n"
+        f"Layouts of {kind} data:\n{layouts_in_words(kind)}"
     )

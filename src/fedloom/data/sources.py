@@ -8,9 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from fedloom.data.builtin import BUILTIN_KINDS
-from fedloom.data.columns import REQUIRED
 from fedloom.data.continuations import ContinuationSettings
 from fedloom.data.examples import Kind
+from fedloom.data.labels import wrong_values
+from fedloom.data.layouts import LAYOUTS
 from fedloom.settings import Settings
 
 BUILTIN_PREFIX = "builtin:"
@@ -38,7 +39,8 @@ class SourceSettings(Settings):
     split: str = "train"
     """Split of a set on the Hub."""
     columns: dict[str, str] = {}
-    """Our column name to yours, where they differ: { prompt = "question", label = "category" }."""
+    """Our column name to yours, where they differ: { prompt = "question", label = "category" }. Common
+    layouts (data/layouts.py) are recognised without it; what is said here comes first."""
     template: str | None = None
     """Makes the prompt from your columns: "Question: {question}\\nAnswer:"."""
     only: dict[str, list[str]] = {}
@@ -46,6 +48,13 @@ class SourceSettings(Settings):
     answers_between: str | None = None
     """What stands between the answers where chosen or rejected holds several ("; "): the first is
     taken. Of a list of texts it is taken in any case."""
+    values: dict[str, list[str | int | float | bool]] = {}
+    """What labels mean, where they are not true and false: of feedback { desirable = ["4", "5"],
+    undesirable = ["1"] }, of two answers { first = ["A"], second = ["B"], tie = ["both"] }. An entry may
+    be a comparison (">= 4", "<= 2"). Rows with other values are dropped and counted."""
+    min_margin: float | None = Field(default=None, ge=0)
+    """Of preferences with scores: answers whose scores are closer are a tie, dropped and counted
+    (default: only equal scores, where nothing else says which is better)."""
     continuations: ContinuationSettings | None = None
     """Of preferences: the source holds labelled texts, of which pairs are made."""
     max_rows: int | None = Field(default=None, ge=1)
@@ -130,6 +139,7 @@ class DataSettings(SourceSettings):
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
         found = []
+        kinds = [kind for kind in (self.kind, self.test_kind) if kind is not None]
         for name, part in self.parts.items():
             section = f"data.domains.{name}" if name else "data"
             if not part.sources:
@@ -140,6 +150,15 @@ class DataSettings(SourceSettings):
                 )
             if part.is_builtin and name:
                 found.append(f"{section}.source: a domain's rows come from files or the Hub")
+            found += [
+                text.replace("data.", f"{section}.", 1) for text in wrong_values(part.values, kinds)
+            ]
+            if part.min_margin is not None and "preference" not in kinds:
+                found.append(f"{section}.min_margin is for preferences with scores")
+            if part.is_builtin and (part.values or part.min_margin is not None):
+                found.append(
+                    f"{section}.values and min_margin are for rows that are read from files"
+                )
             if part.continuations and self.kind != "preference":
                 found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
         elsewhere = self.test_source is not None or self.test_split is not None
@@ -171,7 +190,7 @@ class DataSettings(SourceSettings):
                 found.append("data.test_kind: labelled texts are judged by labelled texts alone")
         if not builtin and self.kind is None:
             what = "what the domains hold" if self.domains else repr(self.source)
-            found.append(f"data.kind is missing: is {what} {', '.join(REQUIRED)}?")
+            found.append(f"data.kind is missing: is {what} {', '.join(LAYOUTS)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
         return found

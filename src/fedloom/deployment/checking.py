@@ -216,6 +216,7 @@ def _rows(
     except FedloomError as error:
         facts.append(("cannot be used", str(error)))
         return _table(facts, wrong="cannot be used"), True, None
+    facts += [("recognised", text) for text in loaded.layouts]
     facts.append(("rows", _counted(loaded, count)))
     facts += [("malformed", str(bad)) for bad in loaded.bad_rows[:SHOWN_PROBLEMS]]
     shown: list[RenderableType] = [_table(facts)]
@@ -233,7 +234,11 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
         facts.append((label, ", ".join(part.sources)))
         named = [f"{ours} from column {theirs!r}" for ours, theirs in part.columns.items()]
         named += [f"prompt by the template {part.template!r}"] if part.template else []
-        facts.append(("read as", ", ".join(named) or "by our names of columns"))
+        facts.append(("read as", ", ".join(named) or "by the layout of its columns"))
+        facts += [
+            (name, f"where the label is {' or '.join(map(str, values))}")
+            for name, values in part.values.items()
+        ]
         facts += [
             ("only where", f"{column} is {' or '.join(values)}")
             for column, values in part.only.items()

@@ -139,7 +139,8 @@ LEFT = _names(
     {
         "data": "subset data_dir split columns template only answers_between continuations "
         "train_on control_tokens template_date "
-        "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains",
+        "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains "
+        "values min_margin",
         "public": "columns template",
         "federation": "members require quorum replacements deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",

@@ -1,0 +1,38 @@
+"""A row as it was read, and what says why it gives no example."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+
+LONGEST_SHOWN = 40
+"""Characters of a value that a message shows."""
+
+
+class RowError(Exception):
+    """A row that gives no example, and why.
+
+    Attributes:
+        malformed: Whether the row is at fault; others are dropped and counted by reason.
+        cause: What rows that fail alike have in common, without what is each row's own.
+    """
+
+    def __init__(self, reason: str, *, malformed: bool = True, cause: str = "") -> None:
+        """Keep the reason."""
+        super().__init__(reason)
+        self.malformed = malformed
+        self.cause = cause or re.split(r", got |[:;(]| \d", reason)[0]
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it, shortened."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def as_list(value: Any) -> Any:
+    """Return what Parquet and the Hub give as an array as a list, anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
