@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.ambiguity import without_ambiguous
 from fedloom.data.columns import (
     Reading,
     make_example,
@@ -98,6 +99,7 @@ class Reader:
         self.max_bad_share = data.max_bad_share
         self.incomplete = data.incomplete_pairs == "feedback" and kind == data.kind
         self.own = {"domain": domain} if domain else {}
+        self.keep_ambiguous = data.ambiguous == "keep"
         self.meanings = GROUPS.get(kind, ())
         self.met: Counter[str] = Counter()
         self.choices = data.choices
@@ -166,7 +168,7 @@ class Reader:
             self._check_labels(name, bad, seen, reading)
         self._check_bad(name, bad, seen, looked_at)
         self.so_far.bad += bad
-        return examples
+        return self._unambiguous(examples)
 
     def _reading(self, name: str, rows: list[dict[str, Any]]) -> Reading:
         """Return how a file's rows are read, by the first of them that has a layout.
@@ -203,6 +205,15 @@ class Reader:
                 'columns: data.columns = { score_chosen = "...", score_rejected = "..." } (score_1 and '
                 f"score_2 of two answers); it has: {', '.join(sorted(map(str, row)))}"
             )
+
+    def _unambiguous(self, examples: list[Example]) -> list[Example]:
+        """Leave out what a file marks both ways, unless data.ambiguous keeps it."""
+        if self.keep_ambiguous:
+            return examples
+        kept, dropped = without_ambiguous(examples)
+        for reason, count in dropped.items():
+            self.so_far.dropped[reason] = self.so_far.dropped.get(reason, 0) + count
+        return kept
 
     def _examples(
         self,

@@ -140,7 +140,7 @@ LEFT = _names(
         "data": "subset data_dir split columns template only answers_between continuations "
         "train_on control_tokens template_date "
         "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains "
-        "values min_margin",
+        "values min_margin ambiguous",
         "public": "columns template",
         "federation": "members require quorum replacements deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",
