@@ -43,6 +43,19 @@ def test_a_conversation_with_tools_is_kept_as_chat_templates_take_it():
     assert repr(again) == repr(made)  # caches are found by it
 
 
+def test_messages_in_a_table_are_json_text():
+    talk = chat("q", "a")
+    made = make_example("instruction", 1, {"messages": json.dumps(talk)})
+    assert made == make_example("instruction", 1, {"messages": talk})
+    with pytest.raises(RowError, match="messages must be JSON, got "):
+        make_example("instruction", 1, {"messages": str(talk)})
+
+
+def test_text_parts_of_the_other_names():
+    (message,) = checked_messages([said("user", [{"type": "input_text", "text": "x"}])], "messages")
+    assert message["content"] == [{"type": "text", "text": "x"}]
+
+
 def test_the_answer_may_be_a_call():
     made = make_example("instruction", 1, {"messages": TALK[:3]})
     assert made.completion[0]["tool_calls"][0]["function"]["arguments"] == {"zone": "CET"}
@@ -109,6 +122,7 @@ def deep(levels):
         (said("user", [{"type": "video"}]), "message 1 of messages holds a video part; fedloom"),
         (said("user", "x", images=["a.png"]), "message 1 of messages holds images; fedloom trains"),
         (said("user", [{"type": "text", "text": 3}]), "has a text part whose text is 3"),
+        (said("user", [{"image": "a.png"}]), "no object with a type, got {'image': 'a.png'}"),
         (said("user", ["x"]), "has a part that is no object with a type, got 'x'"),
         (said("user", None), "role and content are needed, its content is None"),
         (said("user", 3), "role and content are needed, its content is 3"),

@@ -380,6 +380,14 @@ def test_choices_by_number(tmp_path):
     assert data.dropped == {"the completion is -1, no place in data.choices": 10}
 
 
+def test_choices_by_number_in_a_layout_that_is_recognised(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, [{"question": f"q{i}", "answer": i % 2} for i in range(10)])
+    data = load(path, choices=["no", "yes"])
+    rows = sorted([*data.train, *data.test], key=lambda row: row.row)
+    assert [row.completion for row in rows] == ["no", "yes"] * 5
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

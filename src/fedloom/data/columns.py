@@ -45,7 +45,17 @@ LONGEST_COLUMN = 200
 MISSING = (None, "")
 """What stands where an answer of a pair is not there."""
 
-TEXTS = ("prompt", "completion", "text", "chosen", "rejected", "first", "second", "answers")
+TEXTS = (
+    "prompt",
+    "completion",
+    "text",
+    "chosen",
+    "rejected",
+    "first",
+    "second",
+    "answers",
+    "messages",
+)
 """Our names of what is part of an example, and nothing to divide clients by."""
 
 PAIR = ("chosen", "rejected")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedloom.data.rows import Row
@@ -42,12 +43,12 @@ class Layout:
 
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, str]:
         """Our name to theirs."""
         return {ours: theirs for part in self.parts for ours, theirs in part.columns}
 
-    @property
+    @cached_property
     def optional(self) -> tuple[str, ...]:
         """Columns of the prompt that a row may have."""
         return tuple(name for part in self.parts for name in part.optional)

@@ -34,6 +34,9 @@ ROLES = {
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 """Keys beside a message's text that hold what is no text."""
 
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of parts that are text."""
+
 DEEPEST = 32
 """Levels of lists and objects in the arguments of a call or in a tool's schema."""
 
@@ -42,12 +45,14 @@ def checked_messages(value: Any, name: str) -> tuple[Message, ...]:
     """Return a conversation as chat templates take it.
 
     Args:
-        value: A list of messages in either form, or one message alone.
+        value: A list of messages in either form, one message alone, or JSON text of either (CSV).
         name: Of its column, for messages to the user.
 
     Raises:
         RowError: It is something else, or holds a picture, audio or video.
     """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = _parsed(value, name)
     value = as_list(value)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list | tuple) or not value:
@@ -135,19 +140,16 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
 
 
 def _part(part: Any, where: str) -> dict[str, str]:
-    if not isinstance(part, dict):
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise RowError(f"{where} has a part that is no object with a type, got {shown(part)}")
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
+    kind = part["type"]
+    if kind in TEXT_PARTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if kind == "text":
+    if kind in TEXT_PARTS:
         raise RowError(f"{where} has a text part whose text is {shown(part.get('text'))}")
+    article = "an" if kind[:1] in "aeiou" else "a"
     raise RowError(
-        f"{where} holds an {kind} part; fedloom trains text"
-        if isinstance(kind, str) and kind[:1] in "aeiou"
-        else f"{where} holds a {kind if isinstance(kind, str) else shown(kind)} part; "
-        "fedloom trains text",
-        cause=f"messages hold {shown(kind)} parts",
+        f"{where} holds {article} {kind} part; fedloom trains text", cause=f"parts of type {kind}"
     )
 
 

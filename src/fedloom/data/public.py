@@ -117,6 +117,8 @@ def read_public(
         kind=kind,
         columns=settings.columns or data.columns,
         template=settings.template,
+        values=data.values if kind == data.kind else {},
+        ambiguous=data.ambiguous,
         builtin_rows=data.builtin_rows,
     )
     loaded = load_examples(own, rng)

@@ -232,7 +232,7 @@ class Reader:
             if any(str(row.get(name)) not in kept for name, kept in self.settings.only.items()):
                 raise RowError("not among data.only", malformed=False)
             own = renamed(row, self.settings.columns, self.settings.template)
-            own = self._named_choice(own)
+            own = self._named_choice(own, reading)
             self._meet(own, reading)
             if self.incomplete and self.kind == "preference":
                 return pair_or_feedback(offset + number, own, reading)
@@ -251,14 +251,15 @@ class Reader:
                 dropped[str(error)] = dropped.get(str(error), 0) + 1
             return []
 
-    def _named_choice(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _named_choice(self, row: dict[str, Any], reading: Reading | None) -> dict[str, Any]:
         """Return a row with its choice in words where it is given as its number."""
-        number = row.get("completion")
+        name = reading.named("completion") if reading is not None else "completion"
+        number = row.get(name)
         if not self.choices or not isinstance(number, int):
             return row
         if not 0 <= number < len(self.choices):
             raise RowError(f"the completion is {number}, no place in data.choices", malformed=False)
-        return {**row, "completion": self.choices[number]}
+        return {**row, name: self.choices[number]}
 
     def _meet(self, row: Mapping[str, Any], reading: Reading | None) -> None:
         """Count what stands where rows say what is good, to name it where it is not understood."""
