@@ -1,15 +1,17 @@
 """Layouts that are recognised without a setting, in which order, and what is said where none is."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedloom.data.columns import make_example
+from fedloom.data.columns import Reading, make_example
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.layouts import FAMILIES, LAYOUTS, recognise
 from fedloom.data.loading import load_examples
+from fedloom.data.public import text_of
 from fedloom.data.rows import RowError
 from fedloom.data.sources import DataSettings
 from fedloom.errors import DataError
@@ -325,6 +327,35 @@ def test_another_kind_that_fits_is_named(path):
     assert (
         'These columns read as preference data (prompt/chosen/rejected): data.kind = "preference"'
     ) in text
+
+
+def test_the_setting_of_the_held_out_rows_is_named_for_them(path, tmp_path):
+    (tmp_path / "y.jsonl").write_text('{"question": "q", "answer": "a"}')
+    text = said(
+        path,
+        [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 3,
+        "preference",
+        test_source=str(tmp_path / "y.jsonl"),
+        test_kind="feedback",
+    )
+    assert "y.jsonl has no column 'label'" in text and 'data.test_kind = "instruction"' in text
+
+
+def test_no_row_brings_anything_but_its_reason():
+    rng = np.random.default_rng(0)
+    call = {"role": "assistant", "content": None, "tool_calls": [{}]}
+    values = [None, "", " ", "a", 0, 2, -1, 1.5, float("nan"), 10**400, True, [], {}, ["a", "b"]]
+    values += [[None], [[]], "[{", "{}", "1e999", [call], [{"role": []}], [{"from": "gpt"}]]
+    values += [[{"role": "assistant", "content": c}] for c in ("x", [], {}, [{"type": []}], 3)]
+    kinds = list(LAYOUTS)
+    for _ in range(4000):
+        kind = kinds[rng.integers(len(kinds))]
+        layout = LAYOUTS[kind][rng.integers(len(LAYOUTS[kind]))]
+        names = [*layout.columns.values(), *layout.optional, "tools", "system", "images"]
+        row = {name: values[rng.integers(len(values))] for name in names}
+        reading = Reading(layout, {}, [None, 1.0][rng.integers(2)])
+        with contextlib.suppress(RowError):
+            assert text_of(make_example(kind, 1, row, reading)).strip()
 
 
 def test_where_all_rows_fail_alike_the_advice_is_about_a_setting(path):

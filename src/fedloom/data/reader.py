@@ -99,6 +99,7 @@ class Reader:
         self.max_bad_share = data.max_bad_share
         self.incomplete = data.incomplete_pairs == "feedback" and kind == data.kind
         self.own = {"domain": domain} if domain else {}
+        self.kind_said_by = "data.test_kind" if kind == data.test_kind != data.kind else "data.kind"
         self.keep_ambiguous = data.ambiguous == "keep"
         self.meanings = GROUPS.get(kind, ())
         self.met: Counter[str] = Counter()
@@ -192,7 +193,7 @@ class Reader:
                     settings.template is not None,
                     settings.answers_between,
                 )
-        raise DataError(_no_layout(name, rows[0], settings, self.kind))
+        raise DataError(_no_layout(name, rows[0], settings, self.kind, self.kind_said_by))
 
     def _check_margin(self, name: str, layout: Layout, row: Mapping[str, Any]) -> None:
         """Refuse data.min_margin where there are no scores."""
@@ -314,12 +315,12 @@ class Reader:
             if kind != self.kind and _reads(kind, [_ours(row, self.settings) for row in looked_at])
         ]
         if readable:
-            kinds = " or ".join(f'data.kind = "{kind}"' for kind in readable)
+            kinds = " or ".join(f'{self.kind_said_by} = "{kind}"' for kind in readable)
             return f"these rows read as {' or '.join(readable)} data: {kinds}"
         there = ", ".join(sorted(map(str, looked_at[0])))
         return (
             "nearly all rows fail alike, so it is a setting that is wrong rather than the rows: is it "
-            f"{self.kind} data (data.kind)? Which columns are meant (data.columns = "
+            f"{self.kind} data ({self.kind_said_by})? Which columns are meant (data.columns = "
             f'{{ prompt = "..." }}, data.template)? The columns are {there}'
         )
 
@@ -361,7 +362,9 @@ def _absent(row: Mapping[str, Any], settings: SourceSettings) -> list[str]:
     return [column for column in wanted if column not in row]
 
 
-def _no_layout(name: str, row: dict[str, Any], settings: SourceSettings, kind: str) -> str:
+def _no_layout(
+    name: str, row: dict[str, Any], settings: SourceSettings, kind: str, said_by: str
+) -> str:
     """Return at once, before any counting, what is not there and what would be read."""
     there = sorted(map(str, row))
     absent = _absent(row, settings)
@@ -373,7 +376,7 @@ def _no_layout(name: str, row: dict[str, Any], settings: SourceSettings, kind: s
     fits = f"has no column {' nor '.join(map(repr, missing))}; {hint}it has"
     fits = fits if missing else f"fits no layout of {kind} data; it has"
     also = "".join(
-        f'\nThese columns read as {other} data ({found.name}): data.kind = "{other}"'
+        f'\nThese columns read as {other} data ({found.name}): {said_by} = "{other}"'
         for other, found in ({} if absent else other_kinds(kind, ours)).items()
     )
     said = {theirs: ours for ours, theirs in settings.columns.items()}
