@@ -14,12 +14,12 @@ from fedloom.inspecting import PROMPT, SPECIAL, TRAINED, show_row
 def shown(model_folder, rows_file):
     """Print a row of an experiment on these rows, with its colours if asked."""
 
-    def show(rows, number=0, *, colours=False, **data):
+    def show(rows, number=0, *, colours=False, objective="sft", **data):
         experiment = Experiment.from_table(
             {
                 "data": {"source": str(rows_file(rows)), "kind": "instruction", **data},
                 "model": {"path": str(model_folder)},
-                "objective": {"name": "sft"},
+                "objective": {"name": objective},
                 "federation": {"clients": 1},
                 "partition": {"client_test_fraction": 0.0},
             }
@@ -82,10 +82,11 @@ def test_what_max_length_cuts(shown):
 
 
 def test_a_row_of_which_nothing_is_trained_on(shown):
-    rows = [{"prompt": "Q", "completion": " a"} for _ in range(3)] + [{"prompt": "Q", "completion": [
-        {"role": "user", "content": "no answer"}]}] * 3  # fmt: skip
-    texts = [shown(rows, n) for n in range(4)]
-    assert any("it is left out: no answer of the assistant in the completion" in t for t in texts)
+    long = "the same words again and again " * 8
+    rows = [{"prompt": f"Q{i}", "chosen": long + "yes", "rejected": long + "no"} for i in range(4)]
+    text = shown(rows, kind="preference", objective="dpo", max_length=16)
+    assert "it is left out: answers alike within data.max_length (data.max_length = 16)" in text
+    assert "chosen:" in text and "rejected:" in text
 
 
 def test_there_is_no_such_row(shown):

@@ -27,6 +27,7 @@ from fedloom.data.examples import (
     Labelled,
     Preference,
     as_choice,
+    first_answer,
     plain_text,
 )
 from fedloom.data.feedback import FeedbackDeal, deal_feedback
@@ -877,7 +878,7 @@ class _Reader:
 
     def _answering(self, rows: Sequence[Example]) -> Answering:
         texts = [
-            tuple(plain_text(own) for own in (row.completion, *row.accepted))
+            tuple(plain_text(own) for own in (first_answer(row.completion), *row.accepted))
             for row in rows
             if isinstance(row, Instruction)
         ]

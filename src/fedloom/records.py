@@ -32,6 +32,7 @@ from fedloom.data.examples import (
     Preference,
     Text,
     Tools,
+    first_answer,
     plain_text,
 )
 from fedloom.evaluation.metrics import HEADLINES, Headline
@@ -402,7 +403,7 @@ def answers_of(example: Example) -> dict[str, Any]:
     if isinstance(example, Preference):
         wanted, unwanted = example.chosen, example.rejected
     elif isinstance(example, Instruction):
-        wanted = example.completion
+        wanted = first_answer(example.completion)
     elif isinstance(example, Choice):
         wanted = example.choices[example.right]
     elif isinstance(example, Feedback):

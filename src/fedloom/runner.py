@@ -422,7 +422,9 @@ class _Run:
         self.audit.record("round", round=record.round, state=state.digest())
         self.audit.sync()
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
-        self.folder.append(names.ROUNDS, [round_record(record, self._headline, self.parts.engine.title)])
+        self.folder.append(
+            names.ROUNDS, [round_record(record, self._headline, self.parts.engine.title)]
+        )
         for tracker in self.trackers:
             tracker.log(round_numbers(record), record.round)
         if record.train.get("desirable_share") in (0.0, 1.0):

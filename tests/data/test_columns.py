@@ -31,7 +31,12 @@ def assistant(text):
         (
             "instruction",
             {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]},
-            Instruction(1, (user("a"), assistant("b"), user("c")), (assistant("d"),)),
+            Instruction(1, (user("a"),), (assistant("b"), user("c"), assistant("d"))),
+        ),
+        (
+            "instruction",
+            {"messages": [assistant("hello"), user("a"), assistant("b")]},
+            Instruction(1, (assistant("hello"), user("a")), (assistant("b"),)),
         ),
         (
             "instruction",

@@ -34,10 +34,12 @@ def test_a_conversation_with_tools_is_kept_as_chat_templates_take_it():
     assert made.prompt == (
         said("developer", "Be brief."),
         said("user", [{"type": "text", "text": "Now?"}]),
+    )
+    assert made.completion == (
         said("assistant", None, tool_calls=[call({"zone": "CET"}, id="c1")]),
         {"role": "tool", "content": "12:00", "name": "clock", "tool_call_id": "c1"},
+        said("assistant", "Noon.", reasoning_content="12 is noon."),
     )
-    assert made.completion == (said("assistant", "Noon.", reasoning_content="12 is noon."),)
     assert made.tools == (WRAPPED,)
     again = make_example("instruction", 1, {"messages": TALK, "tools": [SCHEMA]})
     assert repr(again) == repr(made)  # caches are found by it
@@ -99,10 +101,12 @@ def test_sharegpt_with_calls_and_a_system_beside():
     assert made.prompt == (
         said("system", "Be brief."),
         said("user", "Now?"),
+    )
+    assert made.completion == (
         said("assistant", None, tool_calls=[call({})]),
         said("tool", "12:00"),
+        said("assistant", "Noon."),
     )
-    assert made.completion == (said("assistant", "Noon."),)
 
 
 def deep(levels):

@@ -32,7 +32,7 @@ from fedloom.data.labels import (
     require_margin,
 )
 from fedloom.data.layouts import Layout, recognise
-from fedloom.data.messages import MEDIA, checked_messages, checked_tools, last_answer
+from fedloom.data.messages import MEDIA, all_answers, checked_messages, checked_tools, last_answer
 from fedloom.data.rows import Row, as_list, shown
 from fedloom.data.rows import RowError as RowError
 
@@ -254,7 +254,8 @@ def _instruction(
         return Instruction(number, "", _string(own, "text", reading.named("text")), extra)
     prompt: Text
     if "messages" in own:
-        prompt, completion = last_answer(_messages(row, own, reading), reading.named("messages"))
+        messages, name = _messages(row, own, reading), reading.named("messages")
+        prompt, completion = all_answers(messages, name)
         return Instruction(number, prompt, completion, extra, tools=_tools(row, completion))
     name = reading.named("completion")
     first, *others = _answers(own["completion"])

@@ -29,6 +29,14 @@ Text = str | tuple[Message, ...]
 Kind = Literal["instruction", "preference", "feedback", "labelled"]
 
 
+def first_answer(text: Text) -> Text:
+    """Return a completion up to its first answer: what is asked for by the prompt alone."""
+    if isinstance(text, str):
+        return text
+    first = next((i for i, own in enumerate(text) if own["role"] == "assistant"), len(text) - 1)
+    return text[: first + 1]
+
+
 def plain_text(text: Text) -> str:
     """Return a text, or what is said and called in a conversation as lines."""
     return text if isinstance(text, str) else "\n".join(map(_said, text))

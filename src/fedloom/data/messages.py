@@ -76,6 +76,19 @@ def checked_tools(value: Any) -> Tools:
     return tuple(_tool(_parsed(item, "tools"), i) for i, item in enumerate(value, 1))
 
 
+def all_answers(
+    messages: tuple[Message, ...], name: str = "messages"
+) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Cut a conversation before its first answer to a user; what follows is the completion.
+
+    Which of its answers are trained on is ``data.train_on``'s to say.
+    """
+    last_answer(messages, name)
+    asked = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    first = next(i for i in range(asked, len(messages)) if messages[i]["role"] == "assistant")
+    return messages[:first], messages[first:]
+
+
 def last_answer(
     messages: tuple[Message, ...], name: str = "messages"
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
