@@ -896,7 +896,8 @@ class _Reader:
         max_length = max_length or self.max_length
         cache = cache_folder() / "tokens"
         classes = self.division.classes
-        tokens = tokenize(rows, self.encoder, max_length, classes, cache)
+        alike = self.experiment.data.ambiguous == "keep"
+        tokens = tokenize(rows, self.encoder, max_length, classes, cache, keep_alike=alike)
         for lost in tokens.dropped:
             self.dropped[lost.reason] = self.dropped.get(lost.reason, 0) + 1
         return tokens

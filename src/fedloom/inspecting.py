@@ -52,7 +52,8 @@ def show_row(experiment: Experiment, number: int) -> Group:
     encoder = load_encoder(path, experiment.model.revision, experiment.data)
     longest = min(experiment.data.max_length or 1024, context_of(path, experiment.model.revision))
     whole = tokenize([example], encoder, UNBOUNDED, division.classes, keep_alike=True)
-    cut = tokenize([example], encoder, longest, division.classes, keep_alike=True)
+    alike = experiment.data.ambiguous == "keep"
+    cut = tokenize([example], encoder, longest, division.classes, keep_alike=alike)
     kind = type(example).__name__.lower()
     lines = [
         Text(f"example {number} of {len(examples)}, {kind}, row {example.row} of the data"),
