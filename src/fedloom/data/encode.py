@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from fedloom.data.chat import Answers, Chat, ChatTemplate, Messages, Rendered, RenderingError, Tools
@@ -127,14 +129,17 @@ class TextEncoder:
                 rendered.append(error)
         texts = [one for own in rendered if isinstance(own, list) for one in own]
         wholes = iter(self.texts.of(texts))
-        prompts = iter(self.texts.of([_prompt_of(text) for text in texts if text.prompt]))
+        asked = dict.fromkeys(_prompt_of(text) for text in texts if text.prompt)  # a pair's is one
+        prompts = dict(zip(asked, self.texts.of(list(asked)), strict=True))
         result: list[Encoded | RenderingError] = []
         for example, own in zip(examples, rendered, strict=True):
             if isinstance(own, RenderingError):
                 result.append(own)
                 continue
             sequences = [
-                self._sequence(one, next(wholes), next(prompts).ids if one.prompt else None)
+                self._sequence(
+                    one, next(wholes), prompts[_prompt_of(one)].ids if one.prompt else None
+                )
                 for one in own
             ]
             if isinstance(example, Labelled):
@@ -246,15 +251,15 @@ class _Sequence:
     @cached_property
     def mask(self) -> list[bool]:
         """Which tokens have a character that is trained on."""
-        mask = [False] * len(self.tokens.ids)
-        spans = iter(self.rendered.spans)
-        span = next(spans, None)
-        for number, (start, end) in enumerate(self.tokens.offsets):
-            while span is not None and start >= span[1]:
-                span = next(spans, None)
-            if span is None:
-                break
-            mask[number] = end > span[0] and start < end
+        offsets = self.tokens.offsets
+        mask = [False] * len(offsets)
+        last = len(offsets)
+        while last and offsets[last - 1] == (0, 0):  # special tokens behind the text
+            last -= 1
+        for start, end in self.rendered.spans:
+            first = bisect_right(offsets, start, hi=last, key=itemgetter(1))
+            after = bisect_left(offsets, end, lo=first, hi=last, key=itemgetter(0))
+            mask[first:after] = [True] * (after - first)
         if self.added_end and True in mask:
             mask[-1] = True
         return mask

@@ -95,8 +95,8 @@ class DataSettings(SourceSettings):
     single answers for objectives that train on them (two that are alike pull against each other)."""
     ambiguous: Literal["drop", "keep"] = "drop"
     """What becomes, file by file, of pairs that are marked both ways or whose answers differ in white
-    space alone, and of single answers that are desirable in one row and undesirable in another:
-    dropped and counted, or kept."""
+    space alone, and of single answers that are desirable in one row and undesirable in another;
+    and of pairs that differ behind max_length alone: dropped and counted, or kept."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of malformed rows above which the run does not start."""
     max_length: int | None = Field(default=None, ge=2)

@@ -51,7 +51,7 @@ class TextTokens:
         )
         given = batch["input_ids"]
         offsets = batch["offset_mapping"] if fast else map(self._offsets, texts, given)
-        found = [Tokens(list(i), list(map(tuple, o))) for i, o in zip(given, offsets, strict=True)]
+        found = [Tokens(list(i), list(o)) for i, o in zip(given, offsets, strict=True)]
         if not special:
             return found
         twice = [self.tokenizer.bos_token_id] * 2  # a text that was rendered beforehand
@@ -127,7 +127,7 @@ class TextTokens:
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Return how many tokens two sequences share from their beginning."""
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return min(len(left), len(right))
+    count = min(len(left), len(right))
+    if left[:count] == right[:count]:
+        return count
+    return next(i for i in range(count) if left[i] != right[i])
