@@ -1,20 +1,23 @@
-"""Local files to rows: JSON lines, JSON, CSV and Parquet, also compressed.
+"""Local files to rows: JSON lines, JSON, CSV and Parquet, the text among them also compressed with gzip.
 
-What a row means is ``columns.py``'s business.
+A file that is not what its name says is one error; a row that is none is told of its number, and reading
+goes on. What a row means is ``columns.py``'s business.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
-import json
-from collections.abc import Iterable, Iterator
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.columns import RowError
+from fedloom.data.csv_rows import csv_rows
+from fedloom.data.json_rows import json_lines, json_whole
+from fedloom.data.opened import UnreadableError, opened, text_of
+from fedloom.data.parquet_rows import parquet_rows
 from fedloom.errors import DataError
+from fedloom.shown import named
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
@@ -22,28 +25,23 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parq
 def read_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a local file with their numbers (lines for JSONL, else rows, from 1).
 
-    A line that is no JSON is yielded as the :class:`RowError` that says so.
+    A row that cannot be read is yielded as the :class:`~fedloom.data.columns.RowError` that says why:
+    no JSON, not UTF-8, longer than 16 Mi characters, nested deeper than 100 brackets, a key twice, NaN or
+    Infinity, a number beyond all measure, half of a pair of surrogates; in CSV, wrong quotes or another
+    number of fields than the header has; in Parquet, values that Python cannot hold.
 
     Raises:
-        DataError: The file is missing, of an unknown ending, or cannot be read as what it claims.
+        DataError: The file is missing, no regular file, of an unknown ending, or cannot be read as what
+            it claims.
     """
-    _check_file(path)
-    ending = path.name.lower().removesuffix(".gz")
     try:
-        if ending.endswith(".parquet"):
-            yield from _parquet(path)
-        elif ending.endswith(".csv"):
-            with _opened(path) as file:
-                yield from enumerate(csv.DictReader(file), 1)
-        elif ending.endswith(".json"):
-            with _opened(path) as file:
-                whole = json.load(file)
-            yield from enumerate(_flattened(whole), 1)
-        else:
-            with _opened(path) as file:
-                yield from _json_lines(file)
-    except (OSError, UnicodeDecodeError, EOFError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        yield from _rows(path)
+    except UnreadableError as error:
+        raise DataError(f"{named(path)} {error}") from error
+    except OSError as error:
+        raise DataError(
+            f"{named(path)} cannot be read: {error.strerror or error}; look at the disk, or copy it"
+        ) from error
 
 
 def is_file(source: str) -> bool:
@@ -55,49 +53,27 @@ def is_file(source: str) -> bool:
     )
 
 
-def _check_file(path: Path) -> None:
-    if not path.name.lower().endswith(ENDINGS):
-        raise DataError(f"{path} has an unknown ending; there are: {', '.join(ENDINGS)}")
-    if not path.is_file():
-        folder = path.parent
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {folder / near[0]}?" if near else ""
-        hint = hint if folder.is_dir() else f"; there is no folder {folder}"
-        raise DataError(f"data file not found: {path}{hint}")
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    name = path.name.lower()
+    if not name.endswith(ENDINGS) and not _is_special(path):
+        raise UnreadableError(f"has an unknown ending; there are: {', '.join(ENDINGS)}")
+    with opened(path) as file:
+        match name.removesuffix(".gz").rpartition(".")[2]:
+            case "parquet":
+                yield from parquet_rows(file, os.fstat(file.fileno()).st_size)
+            case "csv":
+                with text_of(file, newline="") as text:
+                    yield from csv_rows(text)
+            case "json":
+                yield from json_whole(file)
+            case _:
+                with text_of(file, newline=None) as text:
+                    yield from json_lines(text)
 
 
-def _flattened(whole: Any) -> list[Any]:
-    """Return the rows of a JSON file: a list, one object, or lists by client (column "client")."""
-    if isinstance(whole, dict) and whole and all(isinstance(rows, list) for rows in whole.values()):
-        return [
-            {"client": client, **row} if isinstance(row, dict) else row
-            for client, rows in whole.items()
-            for row in rows
-        ]
-    return whole if isinstance(whole, list) else [whole]
-
-
-def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                yield number, RowError(f"not JSON ({error})")
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet
-
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
-def _opened(path: Path) -> Any:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def _is_special(path: Path) -> bool:
+    """Return whether something is there that is no file: that is said before its ending is."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False

@@ -28,4 +28,20 @@ def read_hub(
             f"{name!r} (split {split!r}) cannot be had from the Hub: {reason}\n"
             "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
         ) from error
-    return iter(enumerate(rows, 1))
+    return _told(name, iter(enumerate(rows, 1)))
+
+
+def _told(name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield rows; what goes wrong while one of them is had is an error of the set."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as above: whatever the files of the set raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{name!r} cannot be read on: {reason}\n"
+                "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
+            ) from error
+        yield row

@@ -172,9 +172,10 @@ def _layout(row: Any) -> tuple[str, Any, Any, int] | None:
         better = row["label"] if isinstance(row["label"], int) else 0
         return _asked(row), row["output_1"], row["output_2"], better
     if {"response1", "response2", "annotator1"} <= row.keys():
-        votes = Counter(row.get(f"annotator{i}") for i in (1, 2, 3))
-        winner, count = votes.most_common(1)[0]
-        better = winner if count >= 2 and isinstance(winner, int) else 0
+        given = (row.get(f"annotator{i}") for i in (1, 2, 3))
+        votes = Counter(vote for vote in given if isinstance(vote, int))
+        winner, count = (votes.most_common(1) or [(0, 0)])[0]
+        better = winner if count >= 2 else 0
         return _asked(row), row["response1"], row["response2"], better
     return None
 

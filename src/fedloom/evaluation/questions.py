@@ -8,12 +8,10 @@ https://arxiv.org/abs/2307.15043 (a CSV with a column ``goal``). Temperatures an
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedloom.data.files import read_file
 from fedloom.errors import DataError
@@ -196,19 +194,9 @@ def _references(path: Path) -> dict[str, str]:
     """Return the first turns of reference answers that lie beside a question file, by question."""
     found = {}
     for beside in sorted(path.parent.glob("reference_answer*.jsonl")):
-        for row in _json_rows(beside):
+        for _, row in read_file(beside):
             try:
                 found[str(row["question_id"])] = str(row["choices"][0]["turns"][0])
             except (KeyError, IndexError, TypeError):
                 continue  # a reference that is not there leaves its question without one
     return found
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row

@@ -1,0 +1,221 @@
+"""JSON to rows: a row a line, or a whole file; what is no value that a row may hold, is told of its row.
+
+Python's own reader takes more than JSON (NaN, the last of two equal keys, lone surrogates) and stops at
+depths and numbers where a row should only be counted as malformed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NoReturn, TextIO
+
+from fedloom.data.columns import RowError
+from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8, require_text
+from fedloom.shown import short
+
+DEEPEST = 100
+"""Brackets within brackets; messages with parts are 5 deep."""
+
+LONGEST_NUMBER = 100
+"""Digits of a whole number; those that name something have 39 at most (128 bits)."""
+
+LARGEST_WHOLE, MOST_VALUES = 128 * 2**20, 4_000_000
+"""Bytes of a .json file, which is read whole, and commas or brackets in it: below 1 GB of memory."""
+
+SKIPPED = 64 * LONGEST_ROW
+"""Characters after which the end of a line is waited for no longer: 1 Gi."""
+
+JSON_LINES = "write its rows as JSON lines, one a line: jq -c '.[]' FILE > FILE.jsonl"
+
+HALVES = re.compile("[\ud800-\udfff]")
+HALF_ESCAPES = re.compile(r"\\u[dD][89a-fA-F]")
+BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+"""Brackets that are no part of a string."""
+
+
+def json_lines(file: TextIO) -> Iterator[tuple[int, Any]]:
+    """Yield the row of each line that is not blank with the line's number from 1.
+
+    A line that is no row is yielded as the :class:`RowError` that says so.
+
+    Raises:
+        UnreadableError: A line has no end.
+    """
+    number = 0
+    while line := file.readline(LONGEST_ROW + 1):
+        number += 1
+        if len(line) > LONGEST_ROW and not line.endswith("\n"):
+            _skip_line(file, number)
+            yield number, RowError(f"longer than {LONGEST_ROW // 2**20} Mi characters")
+        elif not line.isspace():
+            yield number, _row(line)
+
+
+def json_whole(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a .json file with their numbers from 1.
+
+    It holds a list, one object, or lists by client (whose name becomes the column "client").
+
+    Raises:
+        UnreadableError: It is too large to be read whole, or no JSON.
+    """
+    require_text(file)
+    content = file.read(LARGEST_WHOLE + 1)
+    if len(content) > LARGEST_WHOLE:
+        raise UnreadableError(
+            f"is larger than {LARGEST_WHOLE // 2**20} MiB, and a .json file is read whole; {JSON_LINES}"
+        )
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    del content
+    if max(text.count(","), text.count("[") + text.count("{")) > MOST_VALUES:
+        raise UnreadableError(
+            f"holds more than {MOST_VALUES:,} values, and a .json file is read whole; {JSON_LINES}"
+        )
+    if is_deep(text):
+        raise UnreadableError(f"is nested deeper than {DEEPEST} brackets; no row needs that")
+    faults: list[RowError] = []
+
+    def place(reason: str) -> RowError:
+        faults.append(RowError(reason))
+        return faults[-1]
+
+    try:
+        whole = _decoder(place).decode(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"is not JSON ({error}); mend it there, or copy it again") from None
+    look = bool(faults) or not_utf8(text) is not None or HALF_ESCAPES.search(text) is not None
+    del text
+    for number, row in enumerate(_flattened(whole), 1):
+        yield number, (fault(row) if look else None) or row
+
+
+def is_deep(text: str) -> bool:
+    """Return whether brackets lie deeper in brackets than :data:`DEEPEST`."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return False
+    depth = 0
+    for match in BRACKETS.finditer(text):
+        found = match[0]
+        if found in ("[", "{"):
+            depth += 1
+            if depth > DEEPEST:
+                return True
+        elif found in ("]", "}"):
+            depth -= 1
+    return False
+
+
+def fault(row: object) -> RowError | None:
+    """Return what in a row is no value that a row may hold, however deep it lies."""
+    parts = row.items() if isinstance(row, dict) else [("", row)]
+    for name, part in parts:
+        reason = _fault((name, part))
+        if reason is not None:
+            return RowError(f"{short(name, 40)!r}: {reason}" if name else reason)
+    return None
+
+
+def _fault(part: object) -> str | None:
+    left: list[Any] = [part]
+    while left:
+        value = left.pop()
+        if isinstance(value, RowError):
+            return str(value)
+        if isinstance(value, str):
+            half = HALVES.search(value)
+            if half is not None:
+                return _half(half[0])
+        elif isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
+    return None
+
+
+def _half(half: str) -> str:
+    code = ord(half)
+    if 0xDC80 <= code <= 0xDCFF:  # as a byte that is no UTF-8 was read
+        return f"not UTF-8 (byte 0x{code - 0xDC00:02x}); save the file as UTF-8"
+    return f"holds \\u{code:04x}, half of a pair of surrogates, which is no character"
+
+
+def _row(line: str) -> Any:
+    """Return a line's row, or why it is none."""
+    try:
+        if reason := not_utf8(line):
+            return RowError(reason)
+        if is_deep(line):
+            return RowError(f"nested deeper than {DEEPEST} brackets")
+        row = LINE.decode(line.strip(" \t\r\n"))
+    except RowError as error:
+        return error
+    except (ValueError, RecursionError) as error:
+        return RowError(f"not JSON ({error})")
+    return (fault(row) if HALF_ESCAPES.search(line) else None) or row
+
+
+def _skip_line(file: TextIO, number: int) -> None:
+    skipped = 0
+    while part := file.readline(2**20):
+        skipped += len(part)
+        if part.endswith("\n"):
+            return
+        if skipped > SKIPPED:
+            raise UnreadableError(
+                f"holds no JSON lines: line {number} goes on beyond {SKIPPED // 2**20:,} Mi characters"
+            )
+
+
+def _flattened(whole: Any) -> Iterable[Any]:
+    """Return the rows of a JSON file: a list, one object, or lists by client (column "client")."""
+    if isinstance(whole, dict) and whole and all(isinstance(rows, list) for rows in whole.values()):
+        return (
+            {"client": client, **row} if isinstance(row, dict) else row
+            for client, rows in whole.items()
+            for row in rows
+        )
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _decoder(wrong: Callable[[str], Any]) -> json.JSONDecoder:
+    """Return a reader of JSON; what ``wrong`` returns stands for a value that is none."""
+
+    def pairs(found: list[tuple[str, Any]]) -> Any:
+        result = dict(found)
+        if len(result) == len(found):
+            return result
+        twice = Counter(key for key, _ in found).most_common(1)[0][0]
+        return wrong(f"the key {short(twice, 40)!r} stands twice in an object")
+
+    def whole(digits: str) -> Any:
+        if len(digits) <= LONGEST_NUMBER:
+            return int(digits)
+        return wrong(
+            f"holds a whole number of {len(digits):,} digits; at most {LONGEST_NUMBER} are read"
+        )
+
+    def broken(digits: str) -> Any:
+        number = float(digits)
+        return (
+            number
+            if math.isfinite(number)
+            else wrong(f"holds the number {short(digits, 24)}, which is too large")
+        )
+
+    def constant(name: str) -> Any:
+        return wrong(f"holds {name}, which is no number in JSON; write null, or a number")
+
+    return json.JSONDecoder(
+        object_pairs_hook=pairs, parse_int=whole, parse_float=broken, parse_constant=constant
+    )
+
+
+def _raise(reason: str) -> NoReturn:
+    raise RowError(reason)
+
+
+LINE = _decoder(_raise)
