@@ -30,7 +30,17 @@ from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES, ObjectiveSettings
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
-from fedloom.settings import Settings, Table, nearest, override, parse, read_toml, write_toml
+from fedloom.settings import (
+    Settings,
+    Table,
+    is_text,
+    nearest,
+    override,
+    parse,
+    read_toml,
+    require_section,
+    write_toml,
+)
 from fedloom.training.optimizers import TrainingSettings
 
 COMPARE = "compare"
@@ -136,7 +146,9 @@ class Experiment:
             SettingsError: With every mistake found in the file.
         """
         path = Path(path)
-        table = override(read_toml(path), assignments)
+        table = read_toml(path)
+        require_section(table, str(path))
+        table = override(table, assignments)
         return cls.from_table(table, name=name or path.stem, source=str(path))
 
     @classmethod
@@ -147,6 +159,9 @@ class Experiment:
         table = dict(table)
         problems: list[str] = []
         name = str(table.pop("name", name))
+        if not is_text(name):  # of a file whose name is no UTF-8
+            problems.append(f"the name {name!r} cannot be written; rename the file, or set name")
+            name = "experiment"
         if COMPARE in table:
             del table[COMPARE]
             problems.append(f"[{COMPARE}]: this is a comparison; run it with fedloom compare")

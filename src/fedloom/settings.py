@@ -22,6 +22,13 @@ Table = dict[str, Any]
 """A TOML table as ``tomllib`` reads it."""
 
 
+LARGEST = 16 * 2**20
+"""Bytes of a file of settings; one of TOML that names every member of a federation has some thousands."""
+
+NOT_TOML = (ValueError, RecursionError)
+"""What ``tomllib`` raises: no TOML, no UTF-8, a number of thousands of digits, brackets without end."""
+
+
 class Settings(BaseModel):
     """Base of every part's settings: unknown keys are errors, types are strict, values frozen."""
 
@@ -46,13 +53,16 @@ def read_toml(path: Path) -> Table:
     """
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise SettingsError([f"larger than {LARGEST >> 20} MiB, as no settings are"], str(path))
+        return tomllib.loads(content.decode())
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
         hint = f"; did you mean {near[0]!r}?" if near else "; `fedloom init` writes one"
         raise SettingsError([f"file not found: {path}{hint}"], "the command") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError([f"not TOML: {error}"], str(path)) from None
+    except NOT_TOML as error:
+        raise SettingsError([f"not TOML: {_why(error)}"], str(path)) from None
     except OSError as error:
         raise SettingsError([f"cannot be read: {error.strerror}"], str(path)) from None
 
@@ -65,8 +75,21 @@ def parse_toml(text: str, source: str) -> Table:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError([f"not TOML: {error}"], source) from None
+    except NOT_TOML as error:
+        raise SettingsError([f"not TOML: {_why(error)}"], source) from None
+
+
+def require_section(table: Table, source: str) -> None:
+    """Refuse the file of an experiment that says nothing: every setting has a default, a run has none.
+
+    Raises:
+        SettingsError: There is no section in it.
+    """
+    if not table.keys() - {"name"}:
+        raise SettingsError(
+            ["no section is in it, so it names no experiment; `fedloom init FILE` writes one"],
+            source,
+        )
 
 
 def write_toml(table: Mapping[str, Any]) -> str:
@@ -87,6 +110,9 @@ def override(table: Table, assignments: Iterable[str]) -> Table:
     result = _copy(table)
     problems = []
     for assignment in sorted(assignments, key=lambda text: ".name=" not in text.replace(" ", "")):
+        if not is_text(assignment):  # bytes of the command line that are no UTF-8
+            problems.append(f"--set {assignment!r}: write it in UTF-8")
+            continue
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
@@ -154,6 +180,19 @@ def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any])
     return f"{path} = {_shown(item['input'])}: {message[:1].lower()}{message[1:]}"
 
 
+def is_text(text: str) -> bool:
+    """Return whether a text can be written; bytes of a command line or name may be no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _why(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -162,7 +201,7 @@ def _shown(value: object) -> str:
 def _toml_value(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except NOT_TOML:
         return text
 
 

@@ -12,7 +12,7 @@ from fedloom.errors import SettingsError
 from fedloom.experiment import Experiment
 from fedloom.members import Members
 from fedloom.progress import Participant
-from fedloom.settings import override, read_toml
+from fedloom.settings import override, read_toml, require_section
 
 
 def experiment_of(
@@ -30,7 +30,9 @@ def experiment_of(
     Raises:
         SettingsError: With every mistake in it.
     """
-    table = override(read_toml(path), assignments)
+    table = read_toml(path)
+    require_section(table, source)
+    table = override(table, assignments)
     federation = table.get("federation", {})
     if isinstance(federation, dict) and "clients" not in federation:
         named = federation.get("members")

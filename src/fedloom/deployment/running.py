@@ -20,7 +20,7 @@ from fedloom.errors import FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.files import holder
 from fedloom.progress import RunObserver
 from fedloom.report.run_folder import EXPERIMENT
-from fedloom.settings import parse_toml
+from fedloom.settings import parse_toml, require_section
 
 
 def ask_for_run(
@@ -56,7 +56,7 @@ def ask_for_run(
             text = experiment.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"cannot read the experiment {experiment}: {error}") from None
-        parse_toml(text, str(experiment))  # what can be told without loading anything
+        require_section(parse_toml(text, str(experiment)), str(experiment))  # told without a server
         called = experiment.stem
     asked = Asked(
         name=name or called,
