@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from fedloom.errors import FedloomError
+from fedloom.shown import message, visible
 
 if TYPE_CHECKING:
     from fedloom.experiment import Experiment
@@ -94,7 +96,7 @@ def run(
         raise typer.BadParameter("give an experiment file, or --resume FOLDER")
     else:
         result = run_experiment(_read(experiment, assignments), observer=_observer(quiet))
-    typer.echo(result.summary_text)
+    _say(result.summary_text)
 
 
 def _run_between_machines(
@@ -120,9 +122,9 @@ def _run_between_machines(
         fresh_clients=fresh_clients or [],
     )
     if waits := before_it(asked):
-        typer.echo(waits)
+        _say(waits)
         require_sound(home, asked)
-    typer.echo(follow(home, asked, _observer(quiet)))
+    _say(follow(home, asked, _observer(quiet)))
 
 
 @app.command("follow")
@@ -137,7 +139,7 @@ def follow_run(
     """Watch a run between machines, from its beginning; to end this ends nothing else."""
     from fedloom.deployment.running import find_run, follow
 
-    typer.echo(follow(home, find_run(home, run), _observer(quiet)))
+    _say(follow(home, find_run(home, run), _observer(quiet)))
 
 
 @app.command()
@@ -153,8 +155,8 @@ def demo(
     experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
     result = run_experiment(experiment, observer=_observer(quiet))
     page = write_report([result.folder])
-    typer.echo(result.summary_text)
-    typer.echo(f"report: {page}  (open it in a browser)")
+    _say(result.summary_text)
+    _say(f"report: {page}  (open it in a browser)")
 
 
 @app.command()
@@ -165,7 +167,7 @@ def init(
     from fedloom.runner import write_starting_file
 
     write_starting_file(path)
-    typer.echo(f"wrote {path}; try: fedloom partition {path}; fedloom run {path}")
+    _say(f"wrote {path}; try: fedloom partition {path}; fedloom run {path}")
 
 
 @app.command()
@@ -177,14 +179,13 @@ def partition(
     ] = None,
 ) -> None:
     """Show which client holds what, before anything is trained."""
-    from rich.console import Console
-
     from fedloom.runner import show_partition
+    from fedloom.terminal import make_console
 
     settings = _read(experiment, assignments)
     target = picture or Path(f"{settings.name}-partition.svg")
-    Console().print(show_partition(settings, target))
-    typer.echo(f"picture: {target}")
+    make_console().print(show_partition(settings, target))
+    _say(f"picture: {target}")
 
 
 @data_app.command("show")
@@ -279,8 +280,6 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Run a grid of objectives or scenarios, methods and seeds; goes on where it was stopped."""
-    from rich.console import Console
-
     from fedloom import comparison as grid
     from fedloom.report.comparison_page import write_comparison
     from fedloom.report.frameworks_page import is_frameworks, write_frameworks
@@ -289,11 +288,12 @@ def compare(
         ComparisonTerminal,
         comparison_table,
         frameworks_table,
+        make_console,
         personal_table,
     )
 
     plan = grid.read_comparison(comparison, assignments or [])
-    console = Console()
+    console = make_console()
     observer = ComparisonTerminal(console, silent=quiet)
     folder = grid.compare(plan, target, workers=workers, observer=observer)
     if is_frameworks(folder):
@@ -305,7 +305,7 @@ def compare(
     else:
         page = write_comparison(folder)
         console.print(comparison_table(folder))
-    typer.echo(f"report: {page}  (open it in a browser)")
+    _say(f"report: {page}  (open it in a browser)")
 
 
 @app.command()
@@ -321,12 +321,10 @@ def advise(
     assignments: Assignments = None,
 ) -> None:
     """Say what each framework would cost a client in a round, which fit, which to try; trains nothing."""
-    from rich.console import Console
-
     from fedloom.accounting.network import Link, parse_quantity
     from fedloom.advice import advise as count
     from fedloom.advice import recommend
-    from fedloom.terminal import advice_table
+    from fedloom.terminal import advice_table, make_console, make_text
 
     try:
         link = Link(
@@ -338,9 +336,14 @@ def advise(
         memory = parse_quantity(client_memory, "B")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console = Console()
+    console = make_console()
     with console.status("reading") as status:
-        options = count(_read(experiment, assignments), link, memory, stage=status.update)
+        options = count(
+            _read(experiment, assignments),
+            link,
+            memory,
+            stage=lambda text: status.update(make_text(text)),
+        )
     console.print(advice_table(options))
     for framework, problem in dict.fromkeys((o.framework, o.problem) for o in options if o.problem):
         console.print(
@@ -367,7 +370,7 @@ def export(
     from fedloom.exporting import export as write
 
     written = write(run, client, target, reward=reward)
-    typer.echo(f"wrote {written.folder}; load it with transformers:\n  {written.loading}")
+    _say(f"wrote {written.folder}; load it with transformers:\n  {written.loading}")
 
 
 @app.command()
@@ -379,7 +382,7 @@ def forget(
     from fedloom.runner import forget_client
 
     count = forget_client(run, client)
-    typer.echo(f"deleted from {count} places in {run}; a resumed run starts client {client} afresh")
+    _say(f"deleted from {count} places in {run}; a resumed run starts client {client} afresh")
 
 
 @app.command()
@@ -396,7 +399,7 @@ def certs(
 
     hosts = list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"]))
     make_authority(home, hosts, days)
-    typer.echo(
+    _say(
         f"wrote {home / CERTIFICATE} for {', '.join(hosts)}, good for {days} days; give every client "
         f"{home / CA}"
     )
@@ -409,7 +412,7 @@ def new_key(
     """Make a client's key; its public half is what the coordinator needs."""
     from fedloom.identity import make_key
 
-    typer.echo(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")
+    _say(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")
 
 
 @members_app.command("allow")
@@ -431,11 +434,9 @@ def allow_member(
     if folder is not None and name is None:
         entries = keys_in(folder)
         members.allow_all(entries)
-        typer.echo(
-            f"{len(entries)} members are let in: {', '.join(n for n, _ in entries[:5])}, ..."
-        )
+        _say(f"{len(entries)} members are let in: {', '.join(n for n, _ in entries[:5])}, ...")
     elif folder is None and name is not None and public is not None:
-        typer.echo(f"{name} is member {members.allow(name, read_public(public))}; it is let in")
+        _say(f"{name} is member {members.allow(name, read_public(public))}; it is let in")
     else:
         raise typer.BadParameter("give either NAME and its public key, or --folder")
 
@@ -446,7 +447,7 @@ def revoke_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
     from fedloom.deployment.homes import ServerHome
 
     member = ServerHome(home).members().revoke(name)
-    typer.echo(
+    _say(
         f"{name}, member {member.number}, is let in no longer; `fedloom members allow` lets it in again"
     )
 
@@ -461,7 +462,7 @@ def rename_member(
     from fedloom.deployment.homes import ServerHome
 
     member = ServerHome(home).members().rename(name, new)
-    typer.echo(f"{name}, member {member.number}, is called {new}")
+    _say(f"{name}, member {member.number}, is called {new}")
 
 
 @members_app.command("rotate")
@@ -475,7 +476,7 @@ def rotate_member(
     from fedloom.members import read_public
 
     member = ServerHome(home).members().rotate(name, read_public(public))
-    typer.echo(f"{name}, member {member.number}, has this key from now on; it joins again with it")
+    _say(f"{name}, member {member.number}, has this key from now on; it joins again with it")
 
 
 @members_app.command("withdraw")
@@ -495,14 +496,12 @@ def withdraw_member(
     own = ServerHome(home)
     member = own.members().withdraw(name)
     works = works_of(own, member)
-    typer.echo(
-        f"{name}, member {member.number}, is let in no longer; {len(works)} runs hold its work"
-    )
+    _say(f"{name}, member {member.number}, is let in no longer; {len(works)} runs hold its work")
     for work in works:
-        typer.echo(work.text())
+        _say(work.text())
         if again and (work.checkpoint is not None or work.others):
             asked = play_again(home, work)
-            typer.echo(f"  in the queue as {asked['id'][:8]}")
+            _say(f"  in the queue as {asked['id'][:8]}")
 
 
 @members_app.command("remove")
@@ -511,7 +510,7 @@ def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
     from fedloom.deployment.homes import ServerHome
 
     member = ServerHome(home).members().remove(name)
-    typer.echo(f"{name} is no member any more; number {member.number} is free")
+    _say(f"{name} is no member any more; number {member.number} is free")
 
 
 @members_app.command("list")
@@ -521,7 +520,7 @@ def list_members(home: HomeOfServer = SERVER_HOME) -> None:
 
     for member in ServerHome(home).members().members:
         state = "" if member.state == "allowed" else f"  {member.state}"
-        typer.echo(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")
+        _say(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")
 
 
 @server_app.command("start")
@@ -543,7 +542,7 @@ def start_server(
     """Start the server; it runs until it is stopped."""
     from fedloom.deployment.server import serve_federation
 
-    serve_federation(home, host, port, insecure=insecure, metrics=metrics, say=typer.echo)
+    serve_federation(home, host, port, insecure=insecure, metrics=metrics, say=_say)
 
 
 @server_app.command("stop")
@@ -551,7 +550,7 @@ def stop_server(home: HomeOfServer = SERVER_HOME) -> None:
     """Stop the server; runs under way can be resumed."""
     from fedloom.deployment.server import stop_server as stop
 
-    typer.echo(f"told process {stop(home)} to stop")
+    _say(f"told process {stop(home)} to stop")
 
 
 Passphrase = Annotated[
@@ -580,11 +579,9 @@ def back_up_server(
     elif encrypt:
         secret = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True)
     found = back_up(ServerHome(home), target, runs=runs, passphrase=secret)
-    typer.echo(f"wrote {target}: {size_text(found, target)}")
+    _say(f"wrote {target}: {size_text(found, target)}")
     if secret is None:
-        typer.echo(
-            "it holds the private keys of the authority and the server: keep it as safe as those"
-        )
+        _say("it holds the private keys of the authority and the server: keep it as safe as those")
 
 
 @server_app.command("restore")
@@ -602,7 +599,7 @@ def restore_server(
         secret = read_passphrase(passphrase_file)
     elif is_encrypted(source):
         secret = typer.prompt("passphrase", hide_input=True)
-    typer.echo(restored_text(home, restore(source, ServerHome(home), secret)))
+    _say(restored_text(home, restore(source, ServerHome(home), secret)))
 
 
 @client_app.command("join")
@@ -626,7 +623,7 @@ def join_federation(
     # typer would refuse a key or authority that may not be read before we can say whose it is.
     from fedloom.deployment.client import take_part
 
-    take_part(home, server, key, None if insecure else ca, data, say=typer.echo)
+    take_part(home, server, key, None if insecure else ca, data, say=_say)
 
 
 @client_app.command("check")
@@ -638,11 +635,10 @@ def check_client(
     client: Annotated[int, typer.Option(help="This client's number.", min=0)] = 0,
 ) -> None:
     """Say what a server would learn and may ask for, on which rows, and what would be refused."""
-    from rich.console import Console
-
     from fedloom.deployment.checking import check
+    from fedloom.terminal import make_console
 
-    console = Console()
+    console = make_console()
     with console.status("reading"):
         look = check(data, experiment, client)
     console.print(look.shown, highlight=False)
@@ -658,13 +654,12 @@ def approve_run(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Let a run in that waits for a person, once it is clear what it is."""
-    from rich.console import Console
-
     from fedloom.deployment.checking import waiting_run, waiting_table
     from fedloom.deployment.consent import Approvals
     from fedloom.deployment.homes import ClientHome
+    from fedloom.terminal import make_console
 
-    own, console = ClientHome(home), Console()
+    own, console = ClientHome(home), make_console()
     if run is None:
         console.print(waiting_table(own), highlight=False)
         return
@@ -676,10 +671,10 @@ def approve_run(
     if not look.sound:
         raise typer.Exit(1)
     if not yes and not typer.confirm(f"let run {waiting.run[:8]} in?"):
-        typer.echo("it goes on waiting")
+        _say("it goes on waiting")
         return
     approvals.approve(waiting)
-    typer.echo(f"run {waiting.run[:8]} is let in; the server asks again within half a minute")
+    _say(f"run {waiting.run[:8]} is let in; the server asks again within half a minute")
 
 
 @client_app.command("leave")
@@ -687,7 +682,7 @@ def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
     """Stop taking part; what this client keeps stays on its disk."""
     from fedloom.deployment.client import leave
 
-    typer.echo(f"told process {leave(home)} to stop")
+    _say(f"told process {leave(home)} to stop")
 
 
 @app.command()
@@ -703,13 +698,12 @@ def status(
     if as_json:
         import json
 
-        typer.echo(json.dumps(found, indent=2))
+        _say(json.dumps(found, indent=2))
         return
-    from rich.console import Console
-
     from fedloom.deployment.status import shown
+    from fedloom.terminal import make_console
 
-    Console().print(shown(found), highlight=False)
+    make_console().print(shown(found), highlight=False)
 
 
 @app.command()
@@ -723,7 +717,7 @@ def stop(
     from fedloom.deployment.running import stop_runs
 
     stopped = stop_runs(home, run)
-    typer.echo(f"stopped {len(stopped)} run{'s' if len(stopped) != 1 else ''}")
+    _say(f"stopped {len(stopped)} run{'s' if len(stopped) != 1 else ''}")
 
 
 @audit_app.command()
@@ -734,20 +728,20 @@ def verify(
     from fedloom.audit import verify as check
 
     found = check(run)
-    typer.echo(
+    _say(
         f"{found.lines} lines hold together: {found.clients} clients, {found.refused} messages refused; "
         f"the last hash is {found.last}"
     )
     if found.earlier:
-        typer.echo(f"{found.earlier} lines before these are in files that are not here")
+        _say(f"{found.earlier} lines before these are in files that are not here")
     if found.unequal:
         round, action = found.unequal[0]
-        typer.echo(
+        _say(
             f"in {len(found.unequal)} of {found.exchanges} exchanges not all clients were sent the same, "
             f"first in round {round} ({action})"
         )
     elif found.exchanges:
-        typer.echo(f"in all {found.exchanges} exchanges all clients were sent the same")
+        _say(f"in all {found.exchanges} exchanges all clients were sent the same")
 
 
 @audit_app.command("match")
@@ -762,7 +756,7 @@ def match_logs(
 
     found = match(run, client)
     lost = f"; {found.lost} answers did not arrive" if found.lost else ""
-    typer.echo(
+    _say(
         f"run {found.run[:8]}: {found.asked} messages to the client and {found.answered} answers are the "
         f"same in both logs{lost}"
     )
@@ -790,15 +784,21 @@ def report(
         page = write_evaluation(folders[0], target)
     else:
         page = write_report(folders, target)
-    typer.echo(f"report: {page}")
+    _say(f"report: {page}")
 
 
 def main() -> NoReturn:
     """Run the command line; a fedloom error is one message and its exit code, never a traceback."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # what a terminal's encoding has not is shown as an escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except FedloomError as error:
-        typer.secho(f"fedloom: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(message(f"fedloom: {error}"), fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in ("flwr", "cryptography", "uvicorn"):
@@ -811,6 +811,11 @@ def main() -> NoReturn:
     except Exception as error:
         _usage_error(error)
     sys.exit(code or 0)  # of typer.Exit
+
+
+def _say(text: str) -> None:
+    """Print text in which names, paths and words of others may stand."""
+    typer.echo(visible(text))
 
 
 def _usage_error(error: Exception) -> NoReturn:
@@ -829,8 +834,6 @@ def _read(path: Path, assignments: list[str] | None) -> Experiment:
 
 
 def _observer(quiet: bool) -> RunObserver:
-    from rich.console import Console
+    from fedloom.terminal import make_console, make_observer
 
-    from fedloom.terminal import make_observer
-
-    return make_observer(Console(), quiet=quiet)
+    return make_observer(make_console(), quiet=quiet)

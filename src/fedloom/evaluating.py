@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fedloom import judging
@@ -19,13 +18,14 @@ from fedloom.report import run_folder as names
 from fedloom.report.evaluation_page import WARNINGS, write_evaluation
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.runner import evaluate_adapter
-from fedloom.terminal import Bars
+from fedloom.shown import visible
+from fedloom.terminal import Bars, make_console
 
 
 def show_held_out(experiment: Experiment, adapter: Path | None) -> None:
     """Print an adapter's metrics on an experiment's global held-out set."""
     for name, value in evaluate_adapter(experiment, adapter).items():
-        print(f"{name} = {value:.6f}")
+        print(visible(f"{name} = {value:.6f}"))
 
 
 def show_benchmark(
@@ -38,7 +38,7 @@ def show_benchmark(
     target: Path | None,
 ) -> None:
     """Let adapters answer a benchmark, judge them, print the scores and write the page."""
-    console = Console()
+    console = make_console()
     settings = judging.EvaluateSettings.read(assignments)
     benchmark = load_benchmark(name, questions).first(limit)
     for row in benchmark.bad_rows:
@@ -52,7 +52,7 @@ def show_benchmark(
     console.print(_score_table(record))
     for line in _doubts(record):
         console.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)
-    print(f"report: {page}  (open it in a browser)")
+    print(visible(f"report: {page}  (open it in a browser)"))
 
 
 def show_audit(
@@ -64,7 +64,7 @@ def show_audit(
     settings = judging.EvaluateSettings.read(assignments).judging
     chosen = judging.make_judges(judges, settings)
     for judge, results in judging.audit_judges(path, chosen, settings.seed, limit):
-        Console().print(_audit_table(judge.name, results))
+        make_console().print(_audit_table(judge.name, results))
     print(
         "accuracy: over pairs with usable verdicts in both orders, ties count half; longer: accuracy of "
         "'the longer answer is better'; steady: same winner in both orders"
@@ -93,7 +93,7 @@ def show_harness(
         for task, metrics in found.items():
             for metric, value in metrics.items():
                 table.add_row(candidate.label, task, metric, f"{value:.4f}")
-    Console().print(table)
+    make_console().print(table)
 
 
 def _names_model(assignments: Iterable[str]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fedloom.accounting.costs import Cost
 from fedloom.offences import Offence
+from fedloom.shown import message
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Silent:
 
     def warning(self, text: str) -> None:
         """Print the warning on standard error."""
-        print(f"fedloom: warning: {text}", file=sys.stderr)
+        print(message(f"fedloom: warning: {text}"), file=sys.stderr)
 
     def end(self) -> None:
         """Show nothing."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text as Shown
 
 from fedloom.accounting.costs import SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
@@ -43,6 +44,7 @@ from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
+from fedloom.shown import named
 from fedloom.training.memory import client_memory
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
@@ -216,11 +218,13 @@ def partition_table(record: Mapping[str, Any]) -> Table:
     few = len(values) <= 8
     columns = values if few else ["values", "commonest"]
     largest = max(client["train"] for client in clients)
-    table = Table(title=f"{record['kind']} partition by {record['column'] or 'row'}", box=None)
+    title = f"{record['kind']} partition by {named(record['column'] or 'row')}"
+    table = Table(title=Shown(title, "table.title"), box=None)
     table.padding = (0, 1, 0, 0)
     for column in ("client", "train", "test", "", *columns):
         left = column in ("", "commonest")
-        table.add_column(str(column), justify="left" if left else "right", no_wrap=column == "")
+        justify: Any = "left" if left else "right"
+        table.add_column(Shown(named(column)), justify=justify, no_wrap=column == "")
     for client in clients:
         counts = client["counts"]
         bar = "█" * max(1, round(10 * client["train"] / largest))
@@ -231,7 +235,11 @@ def partition_table(record: Mapping[str, Any]) -> Table:
             held = sum(1 for value in values if counts[value])
             cells = [str(held), ", ".join(f"{value} {counts[value]}" for value in top)]
         table.add_row(
-            str(client["client"]), str(client["train"]), str(client["held_out"]), bar, *cells
+            str(client["client"]),
+            str(client["train"]),
+            str(client["held_out"]),
+            bar,
+            *(Shown(named(cell)) for cell in cells),
         )
     return table
 

@@ -6,18 +6,21 @@ It only watches (see ``server.Observer``); no result depends on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
+from fedloom.shown import HIDDEN, message, visible
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +31,41 @@ if TYPE_CHECKING:
 
 SHOWN_ROUNDS = 12
 """Rounds in the live table; earlier ones scroll away (all are in rounds.jsonl)."""
+
+
+class PlainConsole(Console):
+    """A console that shows what it is given: no markup in it, nothing that moves a terminal's cursor."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Take the settings of rich's own console."""
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Return a text as it is laid out, in tables too."""
+        return super().render_str(visible(text), **settings)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Return what is written for something that is shown."""
+        if isinstance(renderable, Text) and HIDDEN.search(renderable.plain):
+            renderable = Text(visible(renderable.plain), renderable.style, end=renderable.end)
+        return super().render(renderable, options)
+
+    def status(self, status: RenderableType, **settings: Any) -> Status:
+        """Return a line that says what is under way."""
+        shown = Text(visible(status)) if isinstance(status, str) else status
+        return super().status(shown, **settings)
+
+
+def make_console() -> Console:
+    """Return the console of every command."""
+    return PlainConsole()
+
+
+def make_text(text: str) -> Text:
+    """Return words of others where rich would read markup in them."""
+    return Text(visible(text))
 
 
 def make_observer(console: Console, *, quiet: bool) -> Terminal:
@@ -55,14 +93,14 @@ class Terminal:
     def stage(self, text: str) -> None:
         """Say what is being prepared."""
         if not self.silent:
-            self.console.print(text, style="dim", highlight=False, markup=False)
+            _print(self.console, text, "dim")
 
     def begin(self, plan: Plan) -> None:
         """Say what is about to run."""
         self.plan, self.started = plan, time.perf_counter()
         if not self.silent:
             for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
-                self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+                _print(self.console, text, style)
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
         """Plain lines do not show single clients."""
@@ -72,7 +110,7 @@ class Terminal:
         if self.silent or self.plan is None:
             return
         cells = [f"{n} {v}" for n, v in self._cells(record).items() if v]
-        self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
+        _print(self.console, "  ".join(cells))
 
     def warning(self, text: str) -> None:
         """Print a warning, also when quiet."""
@@ -175,9 +213,9 @@ class LiveTerminal(Terminal):
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         columns = list(self.rows[-1]) if self.rows else ["round"]
         for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(Text(visible(column)), justify="right", no_wrap=True)
         for row in self.rows[-SHOWN_ROUNDS:]:
-            table.add_row(*row.values())
+            table.add_row(*(Text(visible(cell)) for cell in row.values()))
         return table
 
 
@@ -202,13 +240,12 @@ class ComparisonTerminal:
         settings, cells = comparison.settings, comparison.cells
         work = f"{settings.amount} {settings.budget} per client and round"
         what = "objectives" if settings.objectives else "scenarios"
-        self.console.print(
+        _print(
+            self.console,
             f"{comparison.name}: {len(settings.rows)} {what} x {len(settings.method_arms)} "
             f"methods x {len(settings.seeds)} seeds, "
             f"{'each as it is set' if settings.budget == 'as_set' else work}",
-            style="bold",
-            highlight=False,
-            soft_wrap=True,
+            "bold",
         )
         done = len(cells) - waiting
         note = f"{done} done before, " if done else ""
@@ -230,7 +267,7 @@ class ComparisonTerminal:
         """Print the run's result on one line and move the bar."""
         if self.silent:
             return
-        self.console.print(f"{done}/{of}  {name}  {metric} {value:.4f}", highlight=False)
+        _print(self.console, f"{done}/{of}  {name}  {metric} {value:.4f}")
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done)
 
@@ -251,7 +288,7 @@ class Bars:
         """Open nothing yet."""
         self.console = console
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(30),
             TextColumn("{task.completed} of {task.total}"),
             TimeRemainingColumn(compact=True),
@@ -271,8 +308,8 @@ class Bars:
     def begin(self, text: str, total: int) -> Callable[[int], None]:
         """Open a bar; what is returned moves it."""
         if not self.console.is_terminal:
-            self.console.print(f"{text}: {total}", style="dim", highlight=False)
-        task = self.progress.add_task(text, total=total)
+            _print(self.console, f"{text}: {total}", "dim")
+        task = self.progress.add_task(visible(text), total=total)
 
         def advance(count: int) -> None:
             self.progress.update(task, advance=count)
@@ -396,6 +433,11 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def _print(console: Console, text: str, style: str = "") -> None:
+    """Print a line whatever kind of console it is, which may be a caller's own."""
+    console.print(Text(visible(text), style), highlight=False, soft_wrap=True)
+
+
 def _warn(console: Console, text: str) -> None:
     """Print a warning that may hold a stranger's words, whose brackets are no markup."""
-    console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    console.print(Text(message(f"warning: {text}"), "yellow"), highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.orders import Order, order_file
 from fedloom.deployment.participants import ordered
 from fedloom.errors import FedloomError
+from fedloom.shown import message
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
         if order.resume is None:
             ordered(home, order)
     except FedloomError as error:
-        print(error)
+        print(message(str(error)))
         return error.exit_code
     return 0
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fedloom.shown import label as shown_label
+from fedloom.shown import visible
 
 INK = "#123456"
 """Stands for the page's text colour while drawing; replaced by ``currentColor`` at the end."""
@@ -43,6 +48,7 @@ STYLE: Any = {
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
     "patch.linewidth": 0.0,
+    "text.parse_math": False,  # a name may hold $, and is no formula
 }
 
 MANY_CLIENTS = 40
@@ -87,7 +93,7 @@ def line_chart(
         for number, (label, (x, y)) in enumerate(lines.items()):
             marker = "o" if len(x) <= 30 else None
             colour = PALETTE[number % len(PALETTE)]
-            axes.plot(x, y, label=label, color=colour, marker=marker, markersize=3.5)
+            axes.plot(x, y, label=shown_label(label), color=colour, marker=marker, markersize=3.5)
             if bands is not None and label in bands:
                 axes.fill_between(*bands[label], color=colour, alpha=0.13, linewidth=0)
         _finish_axes(axes, x_label, y_label, legend=len(lines) > 1 or band is not None)
@@ -100,7 +106,12 @@ def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_lab
         figure, axes = _figure()
         for number, (label, (x, y)) in enumerate(points.items()):
             axes.plot(
-                [x], [y], "o", label=label, markersize=8, color=PALETTE[number % len(PALETTE)]
+                [x],
+                [y],
+                "o",
+                label=shown_label(label),
+                markersize=8,
+                color=PALETTE[number % len(PALETTE)],
             )
         _log_if_wide(axes, [x for x, _ in points.values()])
         axes.margins(0.15)
@@ -132,9 +143,9 @@ def grid_scatter(
         if max(xs) - min(xs) < 0.05 * max(xs):  # alike but for headers: do not blow that up
             axes.set_xlim(0.9 * min(xs), 1.1 * max(xs))
         for name, colour in colours.items():
-            axes.plot([], [], "o", color=colour, label=name)
+            axes.plot([], [], "o", color=colour, label=shown_label(name))
         for name, shape in shapes.items():
-            axes.plot([], [], shape, color="#888888", label=name, mew=0)
+            axes.plot([], [], shape, color="#888888", label=shown_label(name), mew=0)
         _finish_axes(axes, x_label, y_label, legend=False)
         figure.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=0.8)
         return _svg(figure)
@@ -164,7 +175,7 @@ def pareto_scatter(
         for place, (x, y, name) in enumerate(front):
             above = place % 2 == 0
             axes.annotate(
-                name,
+                shown_label(name),
                 (x, y),
                 textcoords="offset points",
                 xytext=(0, 8 if above else -8),
@@ -175,7 +186,7 @@ def pareto_scatter(
         _log_if_wide(axes, [x for _, _, x, _, _ in points])
         axes.margins(0.16)
         for name, colour in colours.items():
-            axes.plot([], [], "o", color=colour, label=name)
+            axes.plot([], [], "o", color=colour, label=shown_label(name))
         _finish_axes(axes, x_label, y_label, legend=False)
         if len(groups) > 1:
             figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1, columnspacing=0.8)
@@ -203,7 +214,7 @@ def interval_chart(estimates: Mapping[str, tuple[float, float, float]], label: s
         for place, (middle, low, high) in enumerate(estimates.values()):
             axes.plot([low, high], [place, place], color=PALETTE[0], linewidth=2)
             axes.plot([middle], [place], "o", color=PALETTE[0], markersize=7)
-        axes.set_yticks(range(len(estimates)), list(estimates))
+        axes.set_yticks(range(len(estimates)), _labels(estimates))
         axes.set_ylim(len(estimates) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         _finish_axes(axes, label, "", legend=False)
@@ -221,7 +232,7 @@ def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -
                 values, [place] * len(values), "o", color=PALETTE[4], markersize=4.5, alpha=0.7
             )
             axes.plot([mean, mean], [place - 0.34, place + 0.34], color=PALETTE[0], linewidth=2.4)
-        axes.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
+        axes.set_yticks(range(len(order)), _labels(name.replace("_", " ") for name in order))
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         _finish_axes(axes, label, "", legend=False)
@@ -264,8 +275,8 @@ def matrix_chart(
         bar.outline.set_visible(False)
         axes.grid(visible=False)
         if len(labels) <= MANY_CLIENTS // 2:
-            axes.set_xticks(range(len(labels)), labels)
-            axes.set_yticks(range(len(labels)), labels)
+            axes.set_xticks(range(len(labels)), _labels(labels))
+            axes.set_yticks(range(len(labels)), _labels(labels))
         axes.set_xlabel("client")
         axes.set_ylabel("client")
         return _svg(figure)
@@ -281,7 +292,7 @@ def bar_chart(bars: Mapping[str, tuple[float, float, float]], x_label: str, y_la
         _finish_axes(axes, x_label, y_label, legend=False)
         if len(bars) <= MANY_CLIENTS:
             step = 1 if len(bars) <= 16 else 5
-            axes.set_xticks(range(0, len(bars), step), list(bars)[::step])
+            axes.set_xticks(range(0, len(bars), step), _labels(list(bars)[::step]))
         axes.grid(visible=False, axis="x")
         return _svg(figure)
 
@@ -306,7 +317,7 @@ def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], 
             [after[c] for c in clients], range(len(clients)), "o", color=PALETTE[0], label="after"
         )
         if len(clients) <= MANY_CLIENTS:
-            axes.set_yticks(range(len(clients)), [f"client {client}" for client in clients])
+            axes.set_yticks(range(len(clients)), _labels(f"client {c}" for c in clients))
         axes.grid(visible=False, axis="y")
         _finish_axes(axes, label, "" if len(clients) <= MANY_CLIENTS else "clients", legend=False)
         figure.legend(loc="outside upper right", ncols=2, handletextpad=0.2)
@@ -340,7 +351,7 @@ def _stacked(counts: Sequence[Sequence[int]], values: Sequence[str]) -> Figure:
     for number, value in enumerate(values):
         widths = [row[number] for row in counts]
         colour = PALETTE[number % len(PALETTE)]
-        axes.barh(places, widths, left=left, color=colour, label=value, height=0.8)
+        axes.barh(places, widths, left=left, color=colour, label=shown_label(value), height=0.8)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(places, [f"client {i}" for i in places])
     axes.invert_yaxis()
@@ -358,9 +369,13 @@ def _heat_map(counts: Sequence[Sequence[int]], column: str) -> Figure:
     bar.set_label("rows")
     bar.outline.set_visible(False)
     axes.grid(visible=False)
-    axes.set_xlabel(f"{column}: {len(counts[0])} values")
+    axes.set_xlabel(f"{shown_label(column)}: {len(counts[0])} values")
     axes.set_ylabel("client")
     return figure
+
+
+def _labels(names: Iterable[object]) -> list[str]:
+    return [shown_label(name) for name in names]
 
 
 def _figure(height: float = 2.9) -> tuple[Figure, Axes]:
@@ -383,8 +398,13 @@ def _finish_axes(axes: Axes, x_label: str, y_label: str, *, legend: bool) -> Non
 
 def _svg(figure: Figure) -> str:
     """Return the figure as an ``<svg>`` element that scales with its column."""
+    for written in figure.findobj(Text):
+        if isinstance(written, Text):
+            written.set_text(visible(written.get_text()))
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    with warnings.catch_warnings():  # browsers have the letters that the font here has not
+        warnings.filterwarnings("ignore", "Glyph .* missing from font|.*layout not applied")
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     return re.sub(

@@ -144,13 +144,20 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(f"{path} cannot be read: {error}") from error
 
     def read_text(self, name: str) -> str:
-        """Return a file's text, empty where there is no such file."""
+        """Return a file's text, empty where there is no such file.
+
+        Raises:
+            OutputError: It may not be read, or is no text in UTF-8.
+        """
         path = self.path / name
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else ""
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} cannot be read: {error}") from error
 
     def read_lines(self, name: str) -> list[Record]:
         """Return the records of a JSONL file; a last line torn by a kill is left out."""
@@ -159,7 +166,7 @@ class RunFolder:
         for number, line in enumerate(lines, 1):
             try:
                 records.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
                     raise OutputError(f"{self.path / name}, line {number}: {error}") from error
         return records

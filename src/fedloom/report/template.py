@@ -7,16 +7,18 @@ from typing import Any
 
 from fedloom.errors import OutputError
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
+from fedloom.shown import visible
 
 
 def fill(template: str, **content: Any) -> str:
-    """Return a template of ``templates/`` as HTML; whatever is filled in is escaped."""
+    """Return a template of ``templates/`` as HTML; whatever is filled in is escaped, and visible."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -45,6 +47,11 @@ def write_page(page: str, target: Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def _shown(value: Any) -> Any:
+    """Return what is filled in; text that is no markup of our own is shown with all that is in it."""
+    return visible(value) if type(value) is str else value
 
 
 def _number(value: float | None) -> str:
