@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 import xml.etree.ElementTree
 
 import pytest
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom import cli
+from fedloom.records import partition_table
 from fedloom.report import figures
 from fedloom.shown import HIDDEN, label, message, named, short, visible
 from fedloom.terminal import Bars, LiveTerminal, PlainConsole, Terminal, make_text
@@ -118,6 +120,25 @@ def test_a_figure_of_any_name_can_be_drawn_and_read(text, shown):
         tree = xml.etree.ElementTree.fromstring(svg)
         words = " ".join("".join(tree.itertext()).split())
         assert " ".join(shown.replace("_", " ").split()) in words.replace("_", " "), name
+
+
+def test_a_class_of_any_length_is_shown_at_once():
+    long = "x" * 200_000
+    record = {"kind": "iid", "column": long, "values": [long, "b"], "clients": []}
+    counts = {long: 1, "b": 2}
+    record["clients"].append({"client": 0, "train": 3, "held_out": 0, "counts": counts})
+    many = {**record, "values": [*"bcdefghij", long]}
+    many["clients"] = [
+        {**record["clients"][0], "counts": {**dict.fromkeys(many["values"], 1), long: 9}}
+    ]
+    for one in (record, many):
+        out = io.StringIO()
+        started = time.monotonic()
+        PlainConsole(file=out, width=200).print(partition_table(one), long[:60])
+        assert "x" * 59 + "…" in out.getvalue() and "x" * 61 not in out.getvalue()
+        PlainConsole(file=out, width=200).print(long)
+        figures.partition_svg(one)
+        assert time.monotonic() - started < 5
 
 
 def test_a_name_that_begins_with_an_underscore_stands_in_the_legend():

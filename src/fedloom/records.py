@@ -44,7 +44,7 @@ from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
-from fedloom.shown import named
+from fedloom.shown import label
 from fedloom.training.memory import client_memory
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
@@ -218,13 +218,13 @@ def partition_table(record: Mapping[str, Any]) -> Table:
     few = len(values) <= 8
     columns = values if few else ["values", "commonest"]
     largest = max(client["train"] for client in clients)
-    title = f"{record['kind']} partition by {named(record['column'] or 'row')}"
+    title = f"{record['kind']} partition by {label(record['column'] or 'row')}"
     table = Table(title=Shown(title, "table.title"), box=None)
     table.padding = (0, 1, 0, 0)
     for column in ("client", "train", "test", "", *columns):
         left = column in ("", "commonest")
         justify: Any = "left" if left else "right"
-        table.add_column(Shown(named(column)), justify=justify, no_wrap=column == "")
+        table.add_column(Shown(label(column)), justify=justify, no_wrap=column == "")
     for client in clients:
         counts = client["counts"]
         bar = "█" * max(1, round(10 * client["train"] / largest))
@@ -233,13 +233,13 @@ def partition_table(record: Mapping[str, Any]) -> Table:
         else:
             top = sorted(counts, key=lambda value: (-counts[value], value))[:3]
             held = sum(1 for value in values if counts[value])
-            cells = [str(held), ", ".join(f"{value} {counts[value]}" for value in top)]
+            cells = [str(held), ", ".join(f"{label(value)} {counts[value]}" for value in top)]
         table.add_row(
             str(client["client"]),
             str(client["train"]),
             str(client["held_out"]),
             bar,
-            *(Shown(named(cell)) for cell in cells),
+            *map(Shown, cells),
         )
     return table
 

@@ -38,7 +38,8 @@ class PlainConsole(Console):
 
     def __init__(self, **settings: Any) -> None:
         """Take the settings of rich's own console."""
-        super().__init__(markup=False, emoji=False, **settings)
+        # rich's search for what to highlight takes minutes on a word of 200,000 letters
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Return a text as it is laid out, in tables too."""
