@@ -164,7 +164,9 @@ def make_example(kind: str, number: int, row: Row, reading: Reading | None = Non
         return _feedback(number, row, own, extra, reading)
     label = own["label"]
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise RowError(f"{reading.named('label')} must be a class name or number, got {shown(label)}")
+        raise RowError(
+            f"{reading.named('label')} must be a class name or number, got {shown(label)}"
+        )
     return Labelled(number, _string(own, "text", reading.named("text")), str(label), extra)
 
 
