@@ -195,11 +195,10 @@ def show_data(
     assignments: Assignments = None,
 ) -> None:
     """Show a row as the tokens that are trained on, before and after truncation."""
-    from rich.console import Console
-
     from fedloom.inspecting import show_row
+    from fedloom.terminal import make_console
 
-    Console().print(show_row(_read(experiment, assignments), row), soft_wrap=False)
+    make_console().print(show_row(_read(experiment, assignments), row))
 
 
 @app.command()

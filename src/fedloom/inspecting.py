@@ -16,6 +16,7 @@ from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
 from fedloom.models.load import context_of
+from fedloom.shown import named
 
 PROMPT, TRAINED, SPECIAL = "grey50", "green", "bold magenta"
 UNBOUNDED = 1 << 30
@@ -86,7 +87,7 @@ def show_row(experiment: Experiment, number: int) -> Group:
 
 def _legend(example: Example) -> Text:
     if isinstance(example, Labelled):
-        return Text.assemble("class ", (example.label, TRAINED))
+        return Text.assemble("class ", (named(example.label), TRAINED))
     parts: list[Any] = [
         ("prompt", PROMPT),
         "  ",
@@ -128,9 +129,8 @@ def _coloured(ids: list[int], mask: list[bool], encoder: TextEncoder) -> Text:
         if place:
             text.append(BORDER if counts == before else f"{BORDER}{BORDER}", style="dim")
         before = counts
-        shown = piece.replace("\n", "\\n").replace("\t", "\\t")
         style = SPECIAL if token in special else TRAINED if counts else PROMPT
-        text.append(shown, style=f"{style} underline" if token in special and counts else style)
+        text.append(named(piece), style=f"{style} underline" if token in special and counts else style)
     return text
 
 
