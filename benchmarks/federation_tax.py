@@ -20,9 +20,10 @@ import torch
 from fedloom import checkpoint
 from fedloom.accounting.ledger import Ledger
 from fedloom.aggregation.means import weighted_mean
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
 from fedloom.checkpoint import Checkpoint
 from fedloom.data.batches import collate, epoch_batches
+from fedloom.division import divide
 from fedloom.experiment import Experiment
 from fedloom.objectives.dpo import dpo_loss
 from fedloom.objectives.logps import completion_logps

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from fedloom.admission import Admission
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
+from fedloom.division import divide
 from fedloom.progress import Silent
 from fedloom.server import Server
 from fedloom.training.local import reported

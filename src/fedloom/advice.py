@@ -17,8 +17,9 @@ import torch
 
 from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import Done, Sent
-from fedloom.assembly import Parts, assemble, divide
+from fedloom.assembly import Parts, assemble
 from fedloom.data.batches import TokenShare, collate, epoch_batches, micro_batches
+from fedloom.division import divide
 from fedloom.errors import FedloomError
 from fedloom.experiment import Experiment
 from fedloom.methods.base import TASKS

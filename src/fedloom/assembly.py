@@ -1,42 +1,37 @@
 """Where the parts meet: an experiment's settings become clients with rows, a model and a method.
 
-Two steps, so that the first can be shown before the second is paid for: :func:`divide` (who holds
-what) needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
+Two steps, so that the first can be shown before the second is paid for: ``division.py`` (who holds what)
+needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedloom.accounting.ledger import Ledger
+from fedloom.data.account import Accounts, Cut, cut_of, cut_warnings
 from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import (
     Example,
-    Feedback,
     Instruction,
-    Labelled,
-    Preference,
-    as_choice,
     first_answer,
     plain_text,
 )
-from fedloom.data.feedback import FeedbackDeal, deal_feedback
-from fedloom.data.loading import LoadedData, few, load_examples
-from fedloom.data.partition import Indices, Shares, partition, shares, split_client
-from fedloom.data.public import PublicRows, as_task, read_public, take_public
-from fedloom.data.sources import CLIENTS as ELSEWHERE
-from fedloom.data.sources import DataSettings
-from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.data.public import PublicRows
+from fedloom.data.reader import BadRow, check_bad
+from fedloom.data.tokenize import TokenSet, Untokenized, tokenize
+from fedloom.division import Division, judged_kind
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
 from fedloom.errors import DataError, ModelError, OutputError
@@ -82,41 +77,6 @@ SMALL_MODEL = 50_000_000
 """Parameters below which one CPU thread is faster than several (measured on 2 cores)."""
 
 
-class DataSource(Protocol):
-    """A user's own source of examples, passed to :func:`fedloom.run` as an object."""
-
-    def load(self, rng: np.random.Generator) -> LoadedData:
-        """Return training and held-out examples, all of one kind."""
-        ...
-
-
-@dataclass(frozen=True)
-class Division:
-    """Who holds which rows, before any model is loaded.
-
-    Attributes:
-        loaded: What was read.
-        train: Training rows of each client.
-        held_out: Rows of each client kept for its own evaluation.
-        test: The global held-out set.
-        classes: Class names in the order of their ids; empty unless the data is labelled.
-        shares: What each client trains on, for the table and the picture.
-        feedback: What became of pairs where single answers are trained on, else ``None``.
-        public: Rows that every party has; empty where no method needs them.
-        judged: Kind of the global held-out set.
-    """
-
-    loaded: LoadedData
-    train: dict[int, list[Example]]
-    held_out: dict[int, list[Example]]
-    test: list[Example]
-    classes: tuple[str, ...]
-    shares: Shares
-    feedback: FeedbackDeal | None = None
-    public: tuple[Example, ...] = ()
-    judged: str = ""
-
-
 @dataclass(frozen=True)
 class Parts:
     """Everything a run needs, built.
@@ -126,7 +86,8 @@ class Parts:
         initial: Its adapter as it was initialised.
         engine: Where clients run.
         local: Those of them that run in this process.
-        dropped: Rows dropped while reading and tokenising, by reason.
+        accounts: What became of every row, after tokenising.
+        bad_rows: Malformed rows, those among them that no chat template takes.
         prompts: Held-out examples to answer before and after.
         model_path: Folder or Hub name that the backbone came from.
         model_digest: Its fingerprint.
@@ -144,7 +105,8 @@ class Parts:
     evaluator: Evaluator
     newcomers: Newcomers
     ledger: Ledger
-    dropped: dict[str, int]
+    accounts: Accounts
+    bad_rows: tuple[BadRow, ...]
     prompts: list[Example]
     model_path: str
     model_digest: str
@@ -156,161 +118,6 @@ def cache_folder() -> Path:
     chosen = os.environ.get("FEDLOOM_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(base) / "fedloom"
-
-
-@dataclass(frozen=True)
-class OwnRows:
-    """The rows of one client on its own machine, which nobody else reads.
-
-    Attributes:
-        client: Its number.
-        data: Where they are and how they are read.
-        classes: Class names in the order of their ids, as the coordinator has them.
-    """
-
-    client: int
-    data: DataSettings
-    classes: tuple[str, ...]
-
-
-def divide(
-    experiment: Experiment,
-    source: DataSource | None = None,
-    objective: Objective | None = None,
-    *,
-    own: OwnRows | None = None,
-) -> Division:
-    """Read the data and deal it to the clients.
-
-    Args:
-        experiment: The settings.
-        source: A user's own source of examples instead of the one in the settings.
-        objective: A user's own objective: pairs are unrolled where it trains on feedback.
-        own: The rows of this one client instead, all of them; no others are dealt then.
-
-    Raises:
-        DataError: The data cannot be read, a client would be left without rows, or has others' classes.
-    """
-    seed = experiment.federation.seed
-    rng = generator(seed, "data")
-    by_files = own is None and source is None and experiment.partition.kind == "files"
-    pools: dict[int, Sequence[Example]] = {}
-    if own is not None:
-        loaded = _whole(own.data, seed, own.classes)
-    elif by_files:
-        loaded, pools = _by_files(experiment)
-    else:
-        loaded = source.load(rng) if source else load_examples(experiment.data, rng)
-    classes = own.classes if own else _classes([*loaded.train, *loaded.test])
-    loaded, public = _with_public(experiment, loaded, classes)
-    count = experiment.federation.clients
-    dealt: dict[int, Indices]
-    if own is not None:
-        dealt = {own.client: np.arange(len(loaded.train))}
-    elif by_files:
-        dealt = {client: np.arange(len(rows)) for client, rows in pools.items()}
-    elif experiment.data.is_private:
-        dealt = dict.fromkeys(range(count), np.zeros(0, np.int64))
-    else:
-        rng = generator(seed, "partition")
-        dealt = dict(enumerate(partition(loaded.train, experiment.partition, count, rng)))
-    fraction = experiment.partition.client_test_fraction
-    train: dict[int, list[Example]] = {}
-    held_out: dict[int, list[Example]] = {}
-    for client, indices in dealt.items():
-        rows = pools.get(client, loaded.train)
-        kept, aside = split_client(indices, fraction, generator(seed, "client test", client), rows)
-        train[client] = [rows[i] for i in kept]
-        held_out[client] = [rows[i] for i in aside]
-        if loaded.kind == "preference":  # single answers made of incomplete pairs are not judged
-            train[client] += [row for row in held_out[client] if isinstance(row, Feedback)]
-            held_out[client] = [row for row in held_out[client] if isinstance(row, Preference)]
-    feedback = None
-    if (objective or make_objective(experiment.objective)).kind == "feedback":
-        together = experiment.partition.feedback == "together"
-        feedback = deal_feedback(train, None if together else generator(seed, "feedback"))
-        train = {client: list(rows) for client, rows in feedback.rows.items()}
-    limit = experiment.evaluation
-    return Division(
-        loaded,
-        train,
-        {
-            c: _judged(rows, limit.client_max_examples, experiment, c)
-            for c, rows in held_out.items()
-        },
-        _judged(loaded.test, limit.max_examples, experiment),
-        classes,
-        shares(list(train.values()), experiment.partition),
-        feedback,
-        tuple(public),
-        judged_kind(experiment, loaded.held_out_kind),
-    )
-
-
-def _whole(data: DataSettings, seed: int, classes: tuple[str, ...]) -> LoadedData:
-    """Return all rows of one client, as they are read on its own machine.
-
-    Raises:
-        DataError: They cannot be read, or are of other classes than the coordinator's.
-    """
-    loaded = load_examples(data, generator(seed, "data"))
-    # columns are for dealing rows, and of a client's own rows there is nothing to deal
-    rows = [replace(row, columns={}) for row in (*loaded.train, *loaded.test)]
-    _require_known(rows, classes)
-    return replace(loaded, train=rows, test=[])
-
-
-def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, Sequence[Example]]]:
-    """Return the held-out rows, and each client's own: those of a file, read as between machines.
-
-    Raises:
-        DataError: A file cannot be read, or holds other classes than the held-out rows.
-    """
-    data, seed = experiment.data, experiment.federation.seed
-    coordinators = data.model_copy(update={"source": ELSEWHERE})
-    loaded = load_examples(coordinators, generator(seed, "data"))
-    classes = _classes(loaded.test)
-    pools: dict[int, Sequence[Example]] = {}
-    for client, source in enumerate(data.sources):
-        apart = {"source": source, "test_source": None, "test_split": None, "test_kind": None}
-        pools[client] = _whole(data.model_copy(update=apart), seed, classes).train
-    return replace(loaded, train=[row for rows in pools.values() for row in rows]), pools
-
-
-def judged_kind(experiment: Experiment, kind: str) -> str:
-    """Return what held-out rows of a kind are judged as: see the kinds of ``HEADLINES``."""
-    if kind != "instruction":
-        return kind
-    if experiment.data.choices:
-        return "choice"
-    return "answer" if experiment.evaluation.judged_by == "rouge_l" else kind
-
-
-def only(division: Division, client: int) -> Division:
-    """Return what is one client's of a division."""
-    return replace(
-        division,
-        train={client: division.train[client]},
-        held_out={client: division.held_out[client]},
-    )
-
-
-def _with_public(
-    experiment: Experiment, loaded: LoadedData, classes: tuple[str, ...]
-) -> tuple[LoadedData, list[Example]]:
-    """Return public rows where the method needs them, and the data without those taken from it."""
-    if not METHODS[experiment.method.name][1].needs_public:
-        return loaded, []
-    settings, seed = experiment.public, experiment.federation.seed
-    if settings.source is None:
-        public, train = take_public(
-            loaded.train, loaded.test, settings, generator(seed, "public rows")
-        )
-        loaded = replace(loaded, train=train)
-    else:
-        rng = generator(seed, "public rows")
-        public = read_public(settings, experiment.data, loaded.test, rng)
-    return loaded, as_task(public, classes, labelled=settings.labelled)
 
 
 def assemble(
@@ -385,9 +192,10 @@ def assemble(
         experiment.training.learning_rate,
         judged_kind(experiment, division.loaded.kind),
     )
+    held_out = reader.held_out(division.test)
     evaluator = Evaluator(
         method,
-        reader.held_out(division.test),
+        held_out,
         {c: kits.of_client(c).held_out for c in train} if method.own_models else {},
         {c: rows for c, rows in client_held_out.items() if c not in newcomers},
         remote.judged if remote and judged else client_held_out.keys() - newcomers,
@@ -395,6 +203,7 @@ def assemble(
         experiment.federation.rounds,
         judged_kind(experiment, division.loaded.kind),
     )
+    accounts, bad_rows = _accounted(experiment, division, kits, public.get(own.key), held_out)
     engine = SimulationEngine(
         equipment,
         train,
@@ -420,7 +229,8 @@ def assemble(
         evaluator,
         welcome,
         ledger,
-        {**division.loaded.dropped, **reader.dropped},
+        accounts,
+        bad_rows,
         [] if division.classes else division.test[: experiment.evaluation.samples],
         own.path,
         fingerprint(own.path),
@@ -498,6 +308,8 @@ class _Kits:
             for key, (path, encoder, model) in built.items()
         }
         self.of_server = self.kits[server]
+        self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
+        self.judged: dict[int, TokenSet] = {}
         self._front: FrontHalf | None = None
 
     def of_client(self, client: int) -> _Kit:
@@ -511,6 +323,10 @@ class _Kits:
         read = {
             key: self.kits[key].reader.training_shares(pooled=pooled)
             for key in dict.fromkeys(self.clients[client] for client in clients)
+        }
+        self.read = {
+            client: self.kits[self.clients[0 if pooled else client]].reader.read[client]
+            for client in self.division.train
         }
         return {client: read[self.clients[client]][client] for client in clients}
 
@@ -532,6 +348,7 @@ class _Kits:
             for client, rows in self.division.held_out.items()
             if rows
         }
+        self.judged = {client: held_out.share.tokens for client, held_out in sets.items()}
         return {client: held_out for client, held_out in sets.items() if len(held_out)}
 
     def public_rows(self) -> dict[tuple[str, int], PublicRows]:
@@ -558,6 +375,55 @@ class _Kits:
         experiment = _with_model(self.experiment, *key)
         empty = self.empty or self.halved  # a client of a split model never loads the whole
         return _build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
+
+
+def _accounted(
+    experiment: Experiment,
+    division: Division,
+    kits: _Kits,
+    public: PublicRows | None,
+    held_out: HeldOut,
+) -> tuple[Accounts, tuple[BadRow, ...]]:
+    """Return what became of every row, after tokenising, and all malformed rows.
+
+    Raises:
+        DataError: With those that cannot be tokenised, too many rows are malformed.
+    """
+    unread = len(division.public) - (len(public.share) if public is not None else 0)
+    judged = held_out.share.tokens
+    accounts = division.accounts.tokenised(kits.read, kits.judged, judged, unread)
+    told = cut_warnings(accounts, division.loaded.kind, kits.of_server.reader.max_length)
+    bad = _all_bad(experiment, division, kits.read, kits.judged, judged.dropped)
+    return replace(accounts, warnings=(*accounts.warnings, *told)), tuple(bad)
+
+
+def _all_bad(
+    experiment: Experiment,
+    division: Division,
+    read: Mapping[int, tuple[Cut, Sequence[Untokenized]]],
+    held_out: Mapping[int, TokenSet],
+    judged: Sequence[Untokenized] = (),
+) -> list[BadRow]:
+    """Return the malformed rows, those among them that cannot be tokenised.
+
+    Raises:
+        DataError: There are too many.
+    """
+    bad = list(division.loaded.bad_rows)
+    for client, (_, lost) in read.items():
+        more = held_out[client].dropped if client in held_out else ()
+        for one in (*lost, *more):
+            if one.malformed:
+                bad.append(BadRow(*division.place(client, one.row), one.reason))
+    accounts = division.accounts
+    for one in judged:
+        if one.malformed:
+            place = ("the test set", one.row) if accounts.test else division.place(-1, one.row)
+            bad.append(BadRow(*place, one.reason))
+    if len(bad) > len(division.loaded.bad_rows):
+        rows = accounts.source.rows + (accounts.test.rows if accounts.test else 0)
+        check_bad("the data", bad, rows, experiment.data.max_bad_share)
+    return bad
 
 
 def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
@@ -842,21 +708,33 @@ class _Reader:
         self.encoder = encoder
         self.max_length = min(experiment.data.max_length or 1024, context)
         self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
-        self.dropped: dict[str, int] = {}
+        self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
 
     def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
-        """Return each client's training rows, or all rows as client 0's."""
+        """Return each client's training rows, or all rows as client 0's.
+
+        What was cut from each client's rows, and which are lost, is kept in ``read``.
+        """
         clients = self.division.train
+        whole = self.tokens([row for rows in clients.values() for row in rows], self.max_length)
+        start = 0
+        for client, rows in clients.items():
+            end = start + len(rows)
+            positions = np.flatnonzero((whole.index >= start) & (whole.index < end))
+            lost = [one for one in whole.dropped if start <= one.position < end]
+            self.read[client] = cut_of(whole, positions), lost
+            start = end
+        _all_bad(self.experiment, self.division, self.read, {})
         if pooled:
             clients = {0: [row for rows in clients.values() for row in rows]}
-        whole = self.tokens([row for rows in clients.values() for row in rows], self.max_length)
         result, start = {}, 0
         for client, rows in clients.items():
             positions = np.flatnonzero((whole.index >= start) & (whole.index < start + len(rows)))
             start += len(rows)
             if not len(positions):
+                reasons = dict(Counter(one.reason for one in whole.dropped))
                 raise DataError(
-                    f"client {client} has no row left after tokenising ({self.dropped}); raise "
+                    f"client {client} has no row left after tokenising ({reasons}); raise "
                     "data.max_length or partition.minimum, or use fewer clients"
                 )
             result[client] = self._share(client, whole.take(positions))
@@ -892,48 +770,12 @@ class _Reader:
         return TokenShare(tokens, mismatch(tokens, rng, self.max_length, bos))
 
     def tokens(self, rows: Sequence[Example], max_length: int | None = None) -> TokenSet:
-        """Tokenise rows, counting those that are dropped."""
+        """Tokenise rows."""
         max_length = max_length or self.max_length
         cache = cache_folder() / "tokens"
-        classes = self.division.classes
         alike = self.experiment.data.ambiguous == "keep"
-        tokens = tokenize(rows, self.encoder, max_length, classes, cache, keep_alike=alike)
-        for lost in tokens.dropped:
-            self.dropped[lost.reason] = self.dropped.get(lost.reason, 0) + 1
-        return tokens
-
-
-def _judged(
-    rows: list[Example], limit: int, experiment: Experiment, client: int = -1
-) -> list[Example]:
-    """Return at most ``limit`` held-out rows, of a client or the global ones, drawn from the seed.
-
-    Where all completions are known they are choices.
-    """
-    choices = experiment.data.choices
-    drawn = few(rows, limit, generator(experiment.federation.seed, "held-out", client))
-    return [
-        as_choice(row, choices) if choices and isinstance(row, Instruction) else row
-        for row in drawn
-    ]
-
-
-def _classes(examples: Sequence[Example]) -> tuple[str, ...]:
-    return tuple(sorted({example.label for example in examples if isinstance(example, Labelled)}))
-
-
-def _require_known(rows: Sequence[Example], classes: tuple[str, ...]) -> None:
-    """Check that the coordinator knows the classes of a client's rows.
-
-    Raises:
-        DataError: A row is of another one.
-    """
-    other = [row for row in rows if isinstance(row, Labelled) and row.label not in classes]
-    if other:
-        raise DataError(
-            f"{len(other)} of {len(rows)} rows are of classes that the coordinator's held-out set does "
-            f"not have, such as {other[0].label!r} in row {other[0].row}; it has: {', '.join(classes)}"
-        )
+        classes = self.division.classes
+        return tokenize(rows, self.encoder, max_length, classes, cache, keep_alike=alike)
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:

@@ -184,7 +184,10 @@ def partition(
 
     settings = _read(experiment, assignments)
     target = picture or Path(f"{settings.name}-partition.svg")
-    make_console().print(show_partition(settings, target))
+    shown = show_partition(settings, target)
+    make_console().print(shown.tables)
+    for text in shown.warnings:
+        _observer(quiet=True).warning(text)
     _say(f"picture: {target}")
 
 

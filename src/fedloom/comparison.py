@@ -26,7 +26,8 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from fedloom.accounting.network import Link, parse_quantity
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
+from fedloom.division import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS

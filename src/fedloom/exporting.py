@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.assembly import divide, load_saved
+from fedloom.assembly import load_saved
+from fedloom.division import divide
 from fedloom.errors import OutputError
 from fedloom.experiment import Experiment
 from fedloom.models.export import export_causal, export_reward

@@ -8,10 +8,11 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from fedloom.assembly import divide, model_folder
+from fedloom.assembly import model_folder
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
 from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.division import divide
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
@@ -130,7 +131,9 @@ def _coloured(ids: list[int], mask: list[bool], encoder: TextEncoder) -> Text:
             text.append(BORDER if counts == before else f"{BORDER}{BORDER}", style="dim")
         before = counts
         style = SPECIAL if token in special else TRAINED if counts else PROMPT
-        text.append(named(piece), style=f"{style} underline" if token in special and counts else style)
+        text.append(
+            named(piece), style=f"{style} underline" if token in special and counts else style
+        )
     return text
 
 

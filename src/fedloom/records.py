@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as Shown
 
 from fedloom.accounting.costs import SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
-from fedloom.assembly import Division, Parts, of_server
+from fedloom.assembly import Parts, of_server
 from fedloom.data.examples import (
     Choice,
     Example,
@@ -36,12 +37,14 @@ from fedloom.data.examples import (
     first_answer,
     plain_text,
 )
+from fedloom.division import Division
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
 from fedloom.methods.base import EVALUATE
 from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
+from fedloom.report import account
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
 from fedloom.shown import label
@@ -99,9 +102,10 @@ def run_record(
             "train": sum(parts.engine.sizes().values()),
             "client_held_out": sum(len(rows) for rows in division.held_out.values()),
             "global_held_out": len(division.test),
-            "malformed": len(loaded.bad_rows),
-            "bad_rows": [str(row) for row in loaded.bad_rows[:20]],
-            "dropped": parts.dropped,
+            "malformed": len(parts.bad_rows),
+            "bad_rows": [str(row) for row in parts.bad_rows[:20]],
+            "dropped": parts.accounts.dropped,
+            "account": parts.accounts.to_record(),
             "digest": loaded.digest,
             "feedback": _feedback_record(experiment, division),
         },
@@ -242,6 +246,28 @@ def partition_table(record: Mapping[str, Any]) -> Table:
             *map(Shown, cells),
         )
     return table
+
+
+def account_tables(record: Mapping[str, Any]) -> RenderableType:
+    """Return all accounts for a terminal: of every source, and of every client."""
+    parts: list[RenderableType] = []
+    for name, own in account.sources(record).items():
+        table = Table(title=name, box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(overflow="fold")
+        table.add_column(justify="right", no_wrap=True)
+        for what, count in account.lines(own):
+            table.add_row(Shown(what), count)
+        parts += [Shown(), table]
+    clients = account.client_lines(record)
+    if clients:
+        columns = [key for key in clients[0] if any(row[key] for row in clients)]
+        table = Table(title="rows by client", box=None, padding=(0, 2, 0, 0))
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in clients:
+            table.add_row(*(row[column] for column in columns))
+        parts += [Shown(), table]
+    return Group(*parts)
 
 
 def round_record(

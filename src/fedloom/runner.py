@@ -17,10 +17,11 @@ from rich.text import Text
 
 from fedloom import audit, checkpoint
 from fedloom.admission import Admission
-from fedloom.assembly import DataSource, Parts, assemble, assemble_saved, divide, of_server
+from fedloom.assembly import Parts, assemble, assemble_saved, of_server
 from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.loading import LoadedData
+from fedloom.division import DataSource, divide
 from fedloom.engines.store import ClientStore
 from fedloom.envelope import printable
 from fedloom.errors import (
@@ -43,6 +44,7 @@ from fedloom.offences import of_rounds
 from fedloom.progress import Plan, RoundRecord, RunObserver, Silent
 from fedloom.records import (
     SIMULATION,
+    account_tables,
     answers_of,
     fingerprint,
     newcomers_record,
@@ -55,6 +57,7 @@ from fedloom.records import (
     summary_text,
     tools_of,
 )
+from fedloom.report import account
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
@@ -128,6 +131,7 @@ def run_experiment(
         parts = assemble(
             experiment, division, objective=objective, stage=observer.stage, remote=remote
         )
+        _tell_rows(parts, observer)
         run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
         run.prepare(-1)
     except RoundFailed:
@@ -201,6 +205,7 @@ def resume_run(
         remote=remote,
     )
     _require_same_model(folder, parts)
+    _tell_rows(parts, observer)
     done = saved.round if saved else -1
     folder.truncate_after(done)
     run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
@@ -269,8 +274,16 @@ def write_starting_file(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def show_partition(experiment: Experiment, picture: Path) -> RenderableType:
-    """Return which layouts were recognised and what each client holds, and write the picture of it."""
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of a division: tables, and what a user should know of it."""
+
+    tables: RenderableType
+    warnings: tuple[str, ...]
+
+
+def show_partition(experiment: Experiment, picture: Path) -> Shown:
+    """Return what each client holds and what became of every row, and write the picture of the former."""
     from fedloom.report.figures import partition_svg
 
     division = divide(experiment)
@@ -280,7 +293,8 @@ def show_partition(experiment: Experiment, picture: Path) -> RenderableType:
     except OSError as error:
         raise OutputError(f"cannot write {picture}: {error.strerror}") from error
     lines = [Text(printable(text), style="dim") for text in division.loaded.layouts]
-    return Group(*lines, partition_table(record))
+    accounts = account_tables(division.accounts.to_record())
+    return Shown(Group(*lines, partition_table(record), accounts), division.accounts.warnings)
 
 
 def _say_layouts(loaded: LoadedData, observer: RunObserver) -> None:
@@ -554,6 +568,14 @@ class _Run:
             {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)
         ]
+
+
+def _tell_rows(parts: Parts, observer: RunObserver) -> None:
+    """Say what became of every row, and warn of what a result would be mistaken by."""
+    for name, own in account.sources(parts.accounts.to_record()).items():
+        observer.stage(account.sentence(name, own))
+    for text in parts.accounts.warnings:
+        observer.warning(text)
 
 
 def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedloom.data.examples import Labelled, Preference, unpair
-from fedloom.data.partition import PartitionSettings, partition, shares, split_client
+from fedloom.data.partition import PartitionSettings, partition, shares
 from fedloom.errors import DataError
 
 
@@ -92,15 +92,35 @@ def test_the_halves_of_a_pair_stay_together():
         for part in deal(rows, 4, **settings):
             numbers = [rows[i].row for i in part]
             assert all(numbers.count(n) == 2 for n in numbers)
-            train, test = split_client(part, 0.2, np.random.default_rng(0), rows)
-            assert not {rows[i].row for i in train} & {rows[i].row for i in test}
 
 
-@pytest.mark.parametrize(("count", "kept"), [(4, 0), (5, 1), (20, 2), (100, 10)])
-def test_a_client_keeps_a_share_for_its_own_evaluation(count, kept):
-    rows = labelled(count)
-    train, test = split_client(np.arange(count), 0.1, np.random.default_rng(0), rows)
-    assert len(test) == kept and sorted([*train, *test]) == list(range(count))
+def test_groups_are_dealt_whole_and_their_rows_evenly():
+    sizes = [9, 1, 1, 4, 3, 2, 2, 2]  # 24 rows
+    users = [f"u{n}" for n, size in enumerate(sizes) for _ in range(size)]
+    rows = [Labelled(i, "t", "c", {"user": user}) for i, user in enumerate(users)]
+    for seed in range(20):
+        for settings, shares_ in (
+            ({}, [9, 8, 7]),
+            ({"kind": "size", "sizes": [1, 2, 3]}, [4, 8, 12]),
+        ):
+            dealt = partition(
+                rows, PartitionSettings(**settings), 3, np.random.default_rng(seed), "user"
+            )
+            assert sorted(np.concatenate(dealt).tolist()) == list(range(24))
+            held = [{users[i] for i in own} for own in dealt]
+            assert sum(map(len, held)) == len(sizes)
+            assert sorted(map(len, dealt)) == sorted(shares_)
+
+
+def test_groups_too_large_for_the_minimum_are_refused():
+    users = ["a"] * 18 + ["b"] * 2
+    rows = [Labelled(i, "t", "c", {"user": user}) for i, user in enumerate(users)]
+    with pytest.raises(DataError) as caught:
+        partition(rows, PartitionSettings(minimum=5), 2, np.random.default_rng(0), "user")
+    assert str(caught.value) == (
+        "data.group = 'user': dealt whole, the groups leave client 1 with 2 rows, partition.minimum is 5; "
+        "use fewer clients or a finer column"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fedloom.assembly import divide
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
+from fedloom.division import divide
 from fedloom.errors import DataError
 
 CLASSES = ("loss", "theft")

@@ -16,6 +16,7 @@ from fedloom.experiment import Experiment
 from fedloom.runner import run
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "site": "AB"[i % 2]} for i in range(10)]
+OTHERS = [{**row, "prompt": f"other {row['prompt']}"} for row in ROWS]
 
 
 def load(source, **settings):
@@ -78,7 +79,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, name):
 def test_nested_parquet_messages_are_read(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     write_parquet(tmp_path / "x.parquet", [{"messages": messages}] * 4)
-    assert load(tmp_path / "x.parquet").train[0].completion == (messages[1],)
+    other = [{**messages[0], "content": "other"}, messages[1]]
+    write_parquet(tmp_path / "y.parquet", [{"messages": other}])
+    data = load(tmp_path / "x.parquet", test_source=str(tmp_path / "y.parquet"))
+    assert data.train[0].completion == (messages[1],)
 
 
 def test_the_same_seed_holds_out_the_same_rows(tmp_path):
@@ -88,7 +92,7 @@ def test_the_same_seed_holds_out_the_same_rows(tmp_path):
 
 def test_a_test_source_leaves_all_rows_for_training(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", ROWS)
-    write_jsonl(tmp_path / "y.jsonl", ROWS[:3])
+    write_jsonl(tmp_path / "y.jsonl", OTHERS[:3])
     data = load(tmp_path / "x.jsonl", test_source=str(tmp_path / "y.jsonl"), max_rows=6)
     assert len(data.train) == 6 and len(data.test) == 3
 
@@ -150,7 +154,9 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
         (lambda p: (p / "x.jsonl").write_bytes(b'{"prompt": "\xff"}'), "x.jsonl", "not UTF-8"),
         (lambda p: None, "./x.txt", "unknown ending"),
         (
-            lambda p: write_jsonl(p / "x.jsonl", [{"promt": "a", "completion": "b"}] * 9),
+            lambda p: write_jsonl(
+                p / "x.jsonl", [{"promt": "a", "completion": f"b{i}"} for i in range(9)]
+            ),
             "x.jsonl",
             None,
         ),
@@ -207,7 +213,7 @@ def test_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
     def load_dataset(name, subset, data_dir, split, trust_remote_code):
         assert trust_remote_code is False
         calls.append((name, subset, data_dir, split))
-        return datasets.Dataset.from_list(ROWS)
+        return datasets.Dataset.from_list(ROWS if split == "train" else OTHERS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load("someone/something", subset="en", test_split="validation")
@@ -363,7 +369,9 @@ def test_a_written_experiment_with_domains_is_read_again(tmp_path):
 
 def test_choices_become_a_column_and_others_are_malformed(tmp_path):
     path = tmp_path / "x.jsonl"
-    write_jsonl(path, [{"prompt": "p", "completion": "yes" if i else "perhaps"} for i in range(9)])
+    write_jsonl(
+        path, [{"prompt": f"p{i}", "completion": "yes" if i else "perhaps"} for i in range(9)]
+    )
     with pytest.raises(DataError, match=r"row 1: the completion is not among data.choices"):
         load(path, choices=["yes", "no"])
     data = load(path, choices=["yes", "no"], max_bad_share=0.5)

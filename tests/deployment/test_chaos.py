@@ -13,7 +13,8 @@ from statistics import median
 import pytest
 
 from fedloom.admission import Admission
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
+from fedloom.division import divide
 from fedloom.experiment import Experiment
 from fedloom.messages import Answer
 from fedloom.methods.base import Cohort

@@ -10,7 +10,8 @@ from importlib.metadata import version
 import pytest
 
 from fedloom.admission import Admission
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
+from fedloom.division import divide
 from fedloom.envelope import Envelope, Joined, ReplyHeader, seal
 from fedloom.errors import MessageError
 from fedloom.identity import read_key, sign

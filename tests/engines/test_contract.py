@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fedloom.accounting.ledger import Ledger
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
 from fedloom.deployment.told import Sentence
+from fedloom.division import divide
 from fedloom.messages import Exchange, Payload, Schema, decode
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
 from fedloom.server import Briefing

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedloom.accounting.allowance import Allowance
-from fedloom.assembly import assemble, divide
+from fedloom.assembly import assemble
+from fedloom.division import divide
 from fedloom.errors import PolicyError
 from fedloom.messages import Reply, decode
 from fedloom.methods import METHODS, make_method

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import fedloom
-from fedloom.assembly import judged_kind
 from fedloom.comparison import compare, read_comparison
 from fedloom.data.columns import template_columns
+from fedloom.division import judged_kind
 from fedloom.experiment import Experiment
 from fedloom.report.frameworks_page import write_frameworks
 from fedloom.report.personal_page import write_personal
@@ -46,6 +46,14 @@ def filler(recipe):
     ]
 
 
+def held_out(recipe):
+    """Other rows in that layout."""
+    return [
+        {name: f"held out {value}" if name == "text" else value for name, value in row.items()}
+        for row in filler(recipe)
+    ]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path, rows_file, model_folder, tmp_path):
     command = path.read_text().splitlines()[0]
@@ -60,6 +68,8 @@ def test_recipe(path, rows_file, model_folder, tmp_path):
         "evaluation.max_new_tokens": 3,
         "output.folder": tmp_path / "run",
     }
+    if recipe.data.test_split or recipe.data.test_source:
+        changes["data.test_source"] = rows_file(held_out(recipe), "test.jsonl")
     experiment = Experiment.from_toml(path, [f"{key}={value}" for key, value in changes.items()])
     result = fedloom.run(experiment)
     assert result.metrics and result.adapter_path.is_dir()
@@ -171,16 +181,7 @@ def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     changes = {
         "model.path": model_folder,
         "data.source": rows_file(filler(recipe)),
-        "data.test_source": rows_file(
-            [
-                {
-                    name: f"held out {value}" if name == "text" else value
-                    for name, value in row.items()
-                }
-                for row in filler(recipe)
-            ],
-            "test.jsonl",
-        ),
+        "data.test_source": rows_file(held_out(recipe), "test.jsonl"),
         "data.kind": "labelled",
         "public.rows": 20,
         "partition.minimum": 1,

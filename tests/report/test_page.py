@@ -129,6 +129,7 @@ def test_rejected_clients_and_dropped_rows_are_shown(folder):
         "bad_rows": ["x.jsonl row 7: label"],
         "dropped": {"no completion": 3},
     }
+    del run["data"]["account"]  # as in folders of earlier versions
     RunFolder(folder).write_json("run.json", run)
     page = write_report([folder]).read_text()
     assert (
@@ -136,6 +137,18 @@ def test_rejected_clients_and_dropped_rows_are_shown(folder):
         and "x.jsonl row 7" in page
         and "3 rows dropped: no completion" in page
     )
+
+
+def test_the_account_of_rows_is_shown(folder):
+    run = json.loads((folder / "run.json").read_text())
+    account = run["data"]["account"]["source"]
+    account |= {"rows": 4321, "dropped": {"not among <b>": 7}, "unaccounted": 0}
+    run["data"]["account"]["warnings"] = ["mind <this>"]
+    RunFolder(folder).write_json("run.json", run)
+    page = write_report([folder]).read_text()
+    assert "What became of the rows" in page and "<td>read</td><td>4,321</td>" in page
+    assert "<td>dropped: not among &lt;b&gt;</td><td>7</td>" in page
+    assert "mind &lt;this&gt;" in page and "unaccounted for" not in page
 
 
 def test_several_runs_are_compared(experiment, tmp_path):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedloom.data.account import Account, added
 from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
 from fedloom.data.continuations import continuations
 from fedloom.data.examples import Example, Preference
 from fedloom.data.reader import BadRow, Read, Reader
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, SourceSettings
+from fedloom.data.splits import SAME_ROW, Limit, group_key, row_key, same, split
 from fedloom.errors import DataError
+
+PAIRS_OF_TEXTS = "texts to pairs (data.continuations)"
+OVER_MOST = "over evaluation.max_examples"
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,13 @@ class LoadedData:
         digest: SHA-256 over all examples, so that a resumed run notices changed data.
         bad_rows: Malformed rows, which were left out.
         dropped: Sound rows that were left out, by reason.
+        test_kind: Kind of the held-out examples, where it is another one.
+        account: Of the source, as far as it is read and the held-out set is set apart; ``None`` where a
+            user's own code gave the examples.
+        test_account: Of ``data.test_source``, where there is one.
+        warnings: What a user should know of the two.
+        places: Names of what was read, each with the number before that of its first row.
+        layouts: Which layout was recognised in which files, a line for each.
     """
 
     train: list[Example]
@@ -36,54 +50,142 @@ class LoadedData:
     dropped: dict[str, int] = field(default_factory=dict)
     test_kind: str | None = None
     """Kind of the held-out examples, where it is another one."""
+    account: Account | None = None
+    test_account: Account | None = None
+    warnings: tuple[str, ...] = ()
+    places: tuple[tuple[str, int], ...] = ()
     layouts: tuple[str, ...] = ()
-    """Which layout was recognised in which files, a line for each."""
 
     @property
     def held_out_kind(self) -> str:
         """Kind of the global held-out set."""
         return self.test_kind or self.kind
 
+    def place(self, row: int) -> tuple[str, int]:
+        """Return where a training row stands: the name of its file or set, and its number there."""
+        found = [(name, before) for name, before in self.places if before < row]
+        name, before = found[-1] if found else ("the data", 0)
+        return name, row - before
 
-def load_examples(settings: DataSettings, rng: np.random.Generator) -> LoadedData:
+
+def load_examples(
+    settings: DataSettings,
+    rng: np.random.Generator,
+    most: int | None = None,
+    *,
+    hold_out: bool = True,
+) -> LoadedData:
     """Read all examples and set the global held-out set apart.
 
     Args:
         settings: Where from, and which columns.
         rng: Draws held-out rows, ``max_rows`` and what built-in sources generate.
+        most: Rows of the source that are held out at most (default: as many as ``test_fraction`` says).
+        hold_out: Whether rows are held out at all; if not, all are training examples.
 
     Raises:
-        DataError: A missing or empty file, an absent column, or too many malformed rows.
+        DataError: A missing or empty file, an absent column, too many malformed rows, or rows of which
+            none can be held out.
     """
-    if settings.is_builtin and not settings.domains:
-        name = settings.sources[0].removeprefix(BUILTIN_PREFIX)
-        train = [
-            row
-            for row in builtin_examples(name, settings.builtin_rows, rng)
-            if all(row.columns.get(column) in kept for column, kept in settings.only.items())
-        ]
-        if not train:
-            raise DataError(f"data.only leaves no row of {settings.source!r}: {settings.only}")
-        return _loaded(*_hold_out(train, settings, rng), BUILTIN_KINDS[name], (), {})
-    read = Read()
-    train = []
-    for domain, part in settings.parts.items():
-        if part.is_private:
-            continue
-        rows = _read_part(settings, part, domain, read, rng)
-        train += few(rows, part.max_rows, rng) if domain else rows
-    test_kind = settings.test_kind or str(settings.kind)
-    if settings.test_source is not None or settings.test_split is not None:
+    order = int(rng.spawn(1)[0].integers(1 << 63))  # whatever else is drawn
+    read, judged = Read(), Read()
+    train, kind = _training_rows(settings, read, rng)
+    test: list[Example] = []
+    test_kind = settings.test_kind or kind
+    elsewhere = settings.test_source is not None or settings.test_split is not None
+    account = Account(read.seen, dict(read.made), len(read.bad), dict(read.dropped))
+    test_account = None
+    warnings: tuple[str, ...] = ()
+    if elsewhere:
         tests = (settings.test_source,) if settings.test_source else settings.sources
-        judged = Reader(
-            settings, settings, test_kind, Read(0, read.bad, read.dropped, read.layouts)
+        reader = Reader(settings, settings, test_kind, judged)
+        test = reader.read_all(tests, settings.test_split or "test")
+        test_account = Account(
+            judged.seen, dict(judged.made), len(judged.bad), dict(judged.dropped), judged=len(test)
         )
-        test = judged.read_all(tests, settings.test_split or "test")
-    else:
-        train, test = _hold_out(train, settings, rng)
-    train = few(train, settings.max_rows, rng)
-    loaded = _loaded(train, test, str(settings.kind), tuple(read.bad), read.dropped, test_kind)
-    return replace(loaded, layouts=read.layouts_in_words())
+        train, dropped, warnings = without_judged(train, test, settings.group)
+        account = account.dropping(dropped)
+    elif hold_out and not settings.is_private:
+        train, test, dropped, warnings = _hold_out(train, settings, order, most)
+        account = account.dropping(dropped)
+    examples = hashlib.sha256()
+    for example in (*train, *test):
+        examples.update(repr(example).encode("utf-8", "surrogatepass"))
+    return LoadedData(
+        train,
+        test,
+        kind,
+        examples.hexdigest(),
+        (*read.bad, *judged.bad),
+        added(account.dropped, judged.dropped),
+        test_kind,
+        replace(account, trained=len(train), judged=0 if elsewhere else len(test)),
+        test_account,
+        warnings,
+        tuple(read.places),
+        tuple(dict.fromkeys((*read.layouts_in_words(), *judged.layouts_in_words()))),
+    )
+
+
+def without_judged(
+    train: list[Example], test: Sequence[Example], column: str | None
+) -> tuple[list[Example], dict[str, int], tuple[str, ...]]:
+    """Return the training rows that have nothing in common with a held-out set from elsewhere.
+
+    Where half of them or more have a prompt of the held-out set, only exact duplicates are taken out, as
+    with one prompt for all rows.
+
+    Args:
+        train: Training rows.
+        test: The held-out set.
+        column: ``data.group``; held-out rows without it are compared by prompt.
+
+    Returns:
+        The rows that are left, how many were left out by reason, and warnings.
+
+    Raises:
+        DataError: No row is left.
+    """
+    if not train or not test:
+        return train, {}, ()
+    warnings: list[str] = []
+    known = [row for row in test if column is None or column in row.columns]
+    others = [row for row in test if column is not None and column not in row.columns]
+    groups = {group_key(row, column) for row in known} | {group_key(row) for row in others}
+    shared = [group_key(row, column) in groups for row in train]
+    if others:
+        shared = [own or group_key(row) in groups for own, row in zip(shared, train, strict=True)]
+        warnings.append(
+            f"{len(others):,} of {len(test):,} held-out rows have no column {column!r} (data.group): "
+            "training rows with the same prompt are left out in its place"
+        )
+    count = sum(shared)
+    reasons = {same(column): count}
+    if column is None and 2 * count >= len(train):
+        whole = {row_key(row) for row in test}
+        alike = [row_key(row) in whole for row in train]
+        if sum(alike) < count:
+            prompts = {group_key(row) for row in train}
+            both = sum(group_key(row) in prompts for row in test)
+            warnings.append(
+                f"{count:,} of {len(train):,} training rows have the prompt of a row of the test set: "
+                f"only exact duplicates are left out ({sum(alike):,}), and {both:,} of {len(test):,} "
+                "held-out rows have their prompt in training"
+            )
+        shared, reasons = alike, {SAME_ROW: sum(alike)}
+    elif column is not None:
+        whole = {row_key(row) for row in test}
+        alike = [not own and row_key(row) in whole for own, row in zip(shared, train, strict=True)]
+        shared = [own or also for own, also in zip(shared, alike, strict=True)]
+        reasons[SAME_ROW] = sum(alike)
+    kept = [row for row, own in zip(train, shared, strict=True) if not own]
+    if not kept:
+        why = " and ".join(reason for reason, number in reasons.items() if number)
+        raise DataError(
+            f"all {len(train)} training rows are left out: {why} of data.test_source; give another "
+            "data.test_source"
+        )
+    return kept, {reason: number for reason, number in reasons.items() if number}, tuple(warnings)
 
 
 def few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> list[Example]:
@@ -91,6 +193,44 @@ def few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> lis
     if limit is None or len(rows) <= limit:
         return rows
     return [rows[i] for i in np.sort(rng.choice(len(rows), size=limit, replace=False))]
+
+
+def _training_rows(
+    settings: DataSettings, read: Read, rng: np.random.Generator
+) -> tuple[list[Example], str]:
+    """Read or generate the rows of all sources, and their kind."""
+    if settings.is_builtin and not settings.domains:
+        name = settings.sources[0].removeprefix(BUILTIN_PREFIX)
+        rows = builtin_examples(name, settings.builtin_rows, rng)
+        train = [
+            row
+            for row in rows
+            if all(row.columns.get(column) in kept for column, kept in settings.only.items())
+        ]
+        if not train:
+            raise DataError(f"data.only leaves no row of {settings.source!r}: {settings.only}")
+        read.seen, read.places = len(rows), [(str(settings.sources[0]), 0)]
+        if len(train) < len(rows):
+            read.dropped["not among data.only"] = len(rows) - len(train)
+        return _at_most(train, settings.max_rows, "data.max_rows", read, rng), BUILTIN_KINDS[name]
+    train = []
+    for domain, part in settings.parts.items():
+        if part.is_private:
+            continue
+        rows = _read_part(settings, part, domain, read, rng)
+        name = f"data.domains.{domain}.max_rows" if domain else "data.max_rows"
+        train += _at_most(rows, part.max_rows, name, read, rng)
+    return train, str(settings.kind)
+
+
+def _at_most(
+    rows: list[Example], limit: int | None, name: str, read: Read, rng: np.random.Generator
+) -> list[Example]:
+    """Return at most so many of the rows, counting those that are left out."""
+    kept = few(rows, limit, rng)
+    if len(kept) < len(rows):
+        read.dropped[f"over {name}"] = len(rows) - len(kept)
+    return kept
 
 
 def _read_part(
@@ -112,35 +252,68 @@ def _read_part(
         for pair in continuations(rows, part.continuations, rng)
     ]
     read.rows = max(read.rows, first + len(pairs))
+    read.made |= added(read.made, {PAIRS_OF_TEXTS: len(pairs) - len(rows)})
     return list(pairs)
 
 
 def _hold_out(
-    rows: list[Example], settings: DataSettings, rng: np.random.Generator
-) -> tuple[list[Example], list[Example]]:
-    """Draw the global held-out set from the source itself."""
+    rows: list[Example], settings: DataSettings, order: int, most: int | None
+) -> tuple[list[Example], list[Example], dict[str, int], tuple[str, ...]]:
+    """Set the global held-out set of a source apart.
+
+    Returns:
+        Training rows, held-out rows, how many were left out by reason, and warnings.
+
+    Raises:
+        DataError: None can be held out.
+    """
     count = max(1, round(settings.test_fraction * len(rows)))
     if count >= len(rows):
         raise DataError(
             f"{settings.source} has {len(rows)} row(s), too few to hold out data.test_fraction = "
             f"{settings.test_fraction} of them"
         )
-    drawn = set(rng.choice(len(rows), size=count, replace=False).tolist())
-    if settings.kind == "preference":  # single answers made of incomplete pairs are not judged
-        drawn = {i for i in drawn if isinstance(rows[i], Preference)}
-    kept = [row for i, row in enumerate(rows) if i not in drawn]
-    return kept, [row for i, row in enumerate(rows) if i in drawn]
+    most = len(rows) if most is None else most
+    only = Preference if settings.kind == "preference" else None
+    found = split(
+        {-1: rows},
+        {-1: Limit(min(count, most), most)},
+        order,
+        settings.group,
+        only=only,  # single answers made of incomplete pairs are not judged
+        over=OVER_MOST,
+    )
+    held = [rows[i] for i in found.held_out[-1]]
+    if not held:
+        raise DataError(_cannot_hold_out(rows, settings, only))
+    warnings: tuple[str, ...] = ()
+    kept = [rows[i] for i in found.trained[-1]]
+    if found.by_row:
+        prompts = {group_key(row) for row in kept}
+        both = sum(group_key(row) in prompts for row in held)
+        warnings = (
+            f"the {len(rows):,} rows share {len(prompts):,} prompt(s), of which none can be held out: "
+            f"rows are held out by prompt and completion, and {both:,} of {len(held):,} held-out rows "
+            "have their prompt in training",
+        )
+    return kept, held, {r: n for r, n in found.dropped[-1].items() if n}, warnings
 
 
-def _loaded(
-    train: list[Example],
-    test: list[Example],
-    kind: str,
-    bad: tuple[BadRow, ...],
-    dropped: dict[str, int],
-    test_kind: str | None = None,
-) -> LoadedData:
-    digest = hashlib.sha256()
-    for example in (*train, *test):
-        digest.update(repr(example).encode())
-    return LoadedData(train, test, kind, digest.hexdigest(), bad, dropped, test_kind)
+def _cannot_hold_out(
+    rows: list[Example], settings: DataSettings, only: type[Preference] | None
+) -> str:
+    """Say why no row of a source can be held out."""
+    ways = "name a held-out set as data.test_source"
+    if only is not None and not any(isinstance(row, only) for row in rows):
+        return (
+            f"none of the {len(rows)} rows of {settings.source} is a whole pair, which alone can be held "
+            f"out; {ways}"
+        )
+    if settings.group is not None:
+        groups = Counter(group_key(row, settings.group) for row in rows)
+        return (
+            f"data.group = {settings.group!r}: the {len(rows)} rows of {settings.source} are of "
+            f"{len(groups)} group(s), the smallest of {min(groups.values())} rows, more than half of "
+            f"all; none can be held out: {ways}"
+        )
+    return f"the {len(rows)} rows of {settings.source} are all alike, none can be held out; {ways}"

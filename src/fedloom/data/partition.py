@@ -1,8 +1,10 @@
 """Who gets which rows: index arrays for each client, from an explicit generator.
 
 Every partition hands out every row exactly once. Rows that share a row number (the two halves of
-an unrolled pair) stay together. Source of the Dirichlet form: Hsu et al. 2019, "Measuring the
-Effects of Non-Identical Data Distribution", https://arxiv.org/abs/1909.06335.
+an unrolled pair) stay together, and so do those of a group (``data.group``) where rows are dealt by
+number. Which of its rows a client holds out is ``splits.py``'s business. Source of the Dirichlet form:
+Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution",
+https://arxiv.org/abs/1909.06335.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedloom.data.examples import Example, Feedback, Labelled
+from fedloom.data.splits import group_key
 from fedloom.errors import DataError
 from fedloom.settings import Settings
 
@@ -44,7 +47,8 @@ class PartitionSettings(Settings):
     """Where the two answers of a pair go when single answers are trained on: both stay with their
     client (KTOO), or all are dealt over the clients, whose numbers of rows stay as they are (KTOR)."""
     client_test_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of each client's rows kept for its own evaluation (none where it has under 5 rows)."""
+    """Share of each client's rows kept for its own evaluation, but no more rows than
+    evaluation.client_max_examples (none where it has under 5 rows, or evaluation.per_client is false)."""
 
     def contradictions(self, clients: int) -> list[str]:
         """Return what in these settings cannot both be meant."""
@@ -89,6 +93,7 @@ def partition(
     settings: PartitionSettings,
     clients: int,
     rng: np.random.Generator,
+    group: str | None = None,
 ) -> list[Indices]:
     """Deal all rows to the clients.
 
@@ -97,13 +102,17 @@ def partition(
         settings: How.
         clients: How many there are.
         rng: Draws the deal.
+        group: ``data.group``: the column of whose values the rows stay with one client, where rows are
+            dealt by number (iid, size) and not by a column of their own.
 
     Returns:
         For each client the ascending positions of its rows. Together they hold each row once.
 
     Raises:
-        DataError: More clients than rows, an absent column, or too few rows for the minimum.
+        DataError: More clients than rows or groups, an absent column, or too few rows for the minimum.
     """
+    if group is not None and settings.kind in ("iid", "size"):
+        return _deal_groups(examples, settings, clients, rng, group)
     groups = _groups(examples)
     _check_enough(len(groups), settings, clients)
     if settings.kind == "iid":
@@ -119,34 +128,6 @@ def partition(
             dealt = _dirichlet(by_value, settings.alpha, clients, rng)
     dealt = _top_up(dealt, settings.minimum, rng)
     return [np.sort(_rows(groups, numbers)) for numbers in dealt]
-
-
-def split_client(
-    indices: Indices,
-    fraction: float,
-    rng: np.random.Generator,
-    examples: Sequence[Example],
-) -> tuple[Indices, Indices]:
-    """Split a client's rows into those it trains on and those it keeps for its own evaluation.
-
-    Args:
-        indices: The client's rows, ascending positions in ``examples``.
-        fraction: Share to keep; at least one row, and none where the client has fewer than 5.
-        rng: Draws which.
-        examples: All rows; those that share a row number stay on one side.
-
-    Returns:
-        Two ascending arrays that together are ``indices``.
-    """
-    own = [examples[i] for i in indices]
-    groups = _groups(own)
-    if fraction == 0 or len(groups) < 5:
-        return indices, indices[:0]
-    order = rng.permutation(len(groups))
-    count = max(1, round(fraction * len(groups)))
-    kept = np.sort(_rows(groups, order[:count]))
-    trained = np.sort(_rows(groups, order[count:]))
-    return indices[trained], indices[kept]
 
 
 def column_values(examples: Sequence[Example], column: str) -> list[str]:
@@ -209,6 +190,52 @@ def _cut(order: Indices, weights: NDArray[np.float64]) -> list[Indices]:
     """Cut ``order`` in proportion to ``weights``; equal weights differ by one row at most."""
     bounds = np.round(np.cumsum(weights) / weights.sum() * len(order)).astype(np.int64)
     return np.split(order, bounds[:-1])
+
+
+def _deal_groups(
+    examples: Sequence[Example],
+    settings: PartitionSettings,
+    clients: int,
+    rng: np.random.Generator,
+    group: str,
+) -> list[Indices]:
+    """Deal whole groups so that rows are in proportion to the clients' shares, as far as they can be.
+
+    The largest group goes first, each to the client that is furthest from its share; of groups alike in
+    size the order is drawn.
+    """
+    by_key: dict[bytes, list[int]] = {}
+    for position, example in enumerate(examples):
+        by_key.setdefault(group_key(example, group), []).append(position)
+    units = [np.array(positions, np.int64) for positions in by_key.values()]
+    if len(units) < clients:
+        raise DataError(
+            f"data.group = {group!r}: the {len(examples)} training rows are of {len(units)} groups, "
+            f"fewer than federation.clients = {clients}, and a group stays with one client; use fewer "
+            "clients or a finer column"
+        )
+    _check_enough(len(examples), settings, clients)
+    shares = np.array(settings.sizes) if settings.kind == "size" else np.ones(clients)
+    wanted = shares / shares.sum() * len(examples)
+    drawn = [units[n] for n in rng.permutation(len(units))]
+    drawn.sort(key=len, reverse=True)
+    piles: list[list[Indices]] = [[] for _ in range(clients)]
+    held = np.zeros(clients)
+    for number, unit in enumerate(drawn):
+        empty = [client for client in range(clients) if not piles[client]]
+        behind = wanted - held
+        if len(drawn) - number == len(empty):  # each of the last groups is some client's only one
+            behind[[client for client in range(clients) if piles[client]]] = -np.inf
+        client = int(np.argmax(behind))
+        piles[client].append(unit)
+        held[client] += len(unit)
+    if held.min() < settings.minimum:
+        raise DataError(
+            f"data.group = {group!r}: dealt whole, the groups leave client {int(held.argmin())} with "
+            f"{int(held.min())} rows, partition.minimum is {settings.minimum}; use fewer clients or a "
+            "finer column"
+        )
+    return [np.sort(np.concatenate(pile)) for pile in piles]
 
 
 def _by_column(by_value: list[Indices], clients: int, rng: np.random.Generator) -> list[Indices]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
+from fedloom.data.account import Account
 from fedloom.data.batches import TokenShare
 from fedloom.data.examples import (
     Choice,
@@ -26,6 +27,7 @@ from fedloom.data.examples import (
 )
 from fedloom.data.loading import load_examples
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings
+from fedloom.data.splits import group_key
 from fedloom.errors import DataError
 from fedloom.settings import Settings
 
@@ -83,6 +85,9 @@ def take_public(
 ) -> tuple[list[Example], list[Example]]:
     """Take public rows out of the training rows; none of them is in the held-out set.
 
+    Rows with the same prompt are taken together, but for those of the last prompt that is needed: what is
+    public is trained on by all, and no client can then be judged by the rest.
+
     Returns:
         The public rows and the training rows that are left.
 
@@ -96,15 +101,23 @@ def take_public(
             f"public.rows = {settings.rows}: there are {len(candidates)} training rows to take them "
             "from, and clients need some; take fewer or name a public.source"
         )
-    drawn = sorted(rng.choice(candidates, size=settings.rows, replace=False).tolist())
+    prompts: dict[bytes, list[int]] = {}
+    for i in candidates:
+        prompts.setdefault(group_key(train[i]), []).append(i)
+    groups = list(prompts.values())
+    order = [i for number in rng.permutation(len(groups)) for i in groups[number]]
+    drawn = sorted(order[: settings.rows])
     taken = set(drawn)
     return [train[i] for i in drawn], [row for i, row in enumerate(train) if i not in taken]
 
 
 def read_public(
     settings: PublicSettings, data: DataSettings, test: Sequence[Example], rng: np.random.Generator
-) -> list[Example]:
+) -> tuple[list[Example], Account]:
     """Read public rows from their own source.
+
+    Returns:
+        The rows, and what became of all that were read.
 
     Raises:
         DataError: It cannot be read, is empty, or holds texts of the held-out set.
@@ -121,8 +134,8 @@ def read_public(
         ambiguous=data.ambiguous,
         builtin_rows=data.builtin_rows,
     )
-    loaded = load_examples(own, rng)
-    rows = [*loaded.train, *loaded.test]
+    loaded = load_examples(own, rng, hold_out=False)
+    rows = loaded.train
     if not rows:
         raise DataError(f"public.source {settings.source!r} holds no row; the public set is empty")
     held_out = {text_of(example) for example in test}
@@ -135,7 +148,11 @@ def read_public(
             "learnt from; take them out of either"
         )
     drawn = rng.permutation(len(rows))[: settings.rows]
-    return [rows[i] for i in sorted(drawn.tolist())]
+    assert loaded.account is not None, "it was read here"
+    account = loaded.account.dropping(
+        {"over public.rows": len(rows) - len(drawn)}, trained=0, public=len(drawn)
+    )
+    return [rows[i] for i in sorted(drawn.tolist())], account
 
 
 def as_task(rows: Sequence[Example], classes: Sequence[str], *, labelled: bool) -> list[Example]:

@@ -11,7 +11,7 @@ import glob
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from fedloom.errors import DataError
 
 SHOWN_BAD_ROWS = 5
 
+MEND = "mend these rows, or raise data.max_bad_share to leave them out"
+
 LOOKED_AT = 100
 """First rows of a file in which its layout is looked for."""
 
@@ -49,6 +51,9 @@ JUDGING = ("label", "best", "graded", "vote_1")
 
 NEARLY_ALL = 0.9
 """Share of rows that fail alike from which it is the settings that are wrong, not rows."""
+
+TWO_ANSWERS = "pairs alike as two single answers"
+"""Why a row is more than one example."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,14 @@ class BadRow:
 
 @dataclass
 class Read:
-    """What reading has met so far: rows, and what was wrong with some."""
+    """What reading has met so far: the last row number, how many rows, and what was wrong with some.
+
+    ``places`` are the files with the number before that of their first row; ``made`` are examples more
+    than rows, by reason.
+    """
 
     rows: int = 0
+    seen: int = 0
     bad: list[BadRow] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     layouts: dict[str, list[str]] = field(default_factory=dict)
@@ -81,6 +91,9 @@ class Read:
             f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {layout}"
             for layout, files in self.layouts.items()
         )
+
+    made: dict[str, int] = field(default_factory=dict)
+    places: list[tuple[str, int]] = field(default_factory=list)
 
 
 class Reader:
@@ -150,7 +163,7 @@ class Reader:
         """Read one file; its row numbers begin after those of the files before it."""
         examples: list[Example] = []
         bad: list[BadRow] = []
-        seen = last = 0
+        seen = last = several = 0
         offset = self.so_far.rows
         first = list(itertools.islice(rows, LOOKED_AT))
         looked_at = [row for _, row in first if isinstance(row, dict)]
@@ -160,14 +173,21 @@ class Reader:
             seen += 1
             if isinstance(row, dict):
                 row = {**row, **(extra or {}), **self.own}
-            examples += self._examples(name, number, offset, row, bad, reading)
+            found = self._examples(name, number, offset, row, bad, reading)
+            several += max(0, len(found) - 1)
+            examples += found
             last = max(last, number)
         self.so_far.rows += last
+        self.so_far.seen += seen
+        self.so_far.places.append((name, offset))
+        if several:
+            self.so_far.made[TWO_ANSWERS] = self.so_far.made.get(TWO_ANSWERS, 0) + several
         if not seen:
             raise DataError(f"{name} is empty: it holds no rows")
         if reading is not None:
             self._check_labels(name, bad, seen, reading)
-        self._check_bad(name, bad, seen, looked_at)
+        advice = self._advice(bad, seen, looked_at) if bad else MEND
+        check_bad(name, bad, seen, self.max_bad_share, advice)
         self.so_far.bad += bad
         return self._unambiguous(examples)
 
@@ -291,24 +311,11 @@ class Reader:
             "rows with other values are then dropped and counted"
         )
 
-    def _check_bad(
-        self, name: str, bad: list[BadRow], seen: int, looked_at: list[dict[str, Any]]
-    ) -> None:
-        if len(bad) <= self.max_bad_share * seen:
-            return
-        first = "\n".join(f"  {row}" for row in bad[:SHOWN_BAD_ROWS])
-        more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-        raise DataError(
-            f"{len(bad)} of {seen} rows of {name} are malformed ({len(bad) / seen:.1%}), "
-            f"data.max_bad_share allows {self.max_bad_share:.1%}:\n{first}{more}\n"
-            + self._advice(bad, seen, looked_at)
-        )
-
     def _advice(self, bad: list[BadRow], seen: int, looked_at: list[dict[str, Any]]) -> str:
         """Return what to do: where nearly all rows fail alike it is a setting that is wrong, not rows."""
         count = max(Counter(row.cause for row in bad).values())
         if not looked_at or count < NEARLY_ALL * seen:
-            return "mend these rows, or raise data.max_bad_share to leave them out"
+            return MEND
         readable = [
             kind
             for kind in LAYOUTS
@@ -323,6 +330,24 @@ class Reader:
             f"{self.kind} data ({self.kind_said_by})? Which columns are meant (data.columns = "
             f'{{ prompt = "..." }}, data.template)? The columns are {there}'
         )
+
+
+def check_bad(
+    name: str, bad: Sequence[BadRow], seen: int, max_bad_share: float, advice: str = MEND
+) -> None:
+    """Refuse data with too many malformed rows, and say what to do.
+
+    Raises:
+        DataError: With the first of them.
+    """
+    if len(bad) <= max_bad_share * seen:
+        return
+    first = "\n".join(f"  {row}" for row in bad[:SHOWN_BAD_ROWS])
+    more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
+    raise DataError(
+        f"{len(bad)} of {seen} rows of {name} are malformed ({len(bad) / seen:.1%}), "
+        f"data.max_bad_share allows {max_bad_share:.1%}:\n{first}{more}\n{advice}"
+    )
 
 
 def _judging(reading: Reading) -> str:

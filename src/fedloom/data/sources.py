@@ -58,7 +58,7 @@ class SourceSettings(Settings):
     continuations: ContinuationSettings | None = None
     """Of preferences: the source holds labelled texts, of which pairs are made."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Most training rows that are used, drawn from the seed."""
+    """Most rows of the source that are used, drawn from the seed before any is held out."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -88,8 +88,9 @@ class DataSettings(SourceSettings):
     judged (default: kind)."""
     kind: Kind | None = None
     """instruction, preference, feedback or labelled; built-in sets know theirs."""
-    test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the rows kept from training for the global held-out set."""
+    test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the rows kept from training for the global held-out set, but no more rows than
+    evaluation.max_examples; not used with a test_source, where it may be 0."""
     incomplete_pairs: Literal["drop", "feedback"] = "drop"
     """What becomes of a pair with one answer missing or both alike: dropped and counted, or turned into
     single answers for objectives that train on them (two that are alike pull against each other)."""
@@ -117,6 +118,13 @@ class DataSettings(SourceSettings):
     counts them from 0, and rows with other numbers are dropped. Held-out rows are then judged by
     whether the right one has the lowest mean loss a token among them, and clients may be divided by the
     column "completion"."""
+    group: str | None = None
+    """Column of what rows have in common that must not be both trained on and judged: a patient, a user,
+    a document (default: the prompt). With partition.kind iid or size the rows of a group stay with one
+    client."""
+    near_duplicates: float | None = Field(default=None, gt=0, le=1)
+    """Jaccard similarity of two rows' word 3-grams, such as 0.8, from which they are near-duplicates:
+    held-out rows that have one in training are counted, none is removed (needs fedloom[dedup])."""
     domains: dict[str, SourceSettings] = {}
     """Several sources, each read in its own way, in place of one; a row's domain is its column
     "domain"."""
@@ -130,6 +138,11 @@ class DataSettings(SourceSettings):
     def all_sources(self) -> tuple[str, ...]:
         """Every source of every domain."""
         return tuple(source for part in self.parts.values() for source in part.sources)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are one client's, and none is held out for all."""
+        return False
 
     @property
     def builtin_kind(self) -> str | None:
@@ -166,6 +179,11 @@ class DataSettings(SourceSettings):
             if part.continuations and self.kind != "preference":
                 found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
         elsewhere = self.test_source is not None or self.test_split is not None
+        if self.test_fraction == 0 and not elsewhere and not self.is_whole:
+            found.append(
+                "data.test_fraction = 0 leaves no global held-out set: name one as data.test_source, or "
+                "hold rows out, such as 0.2"
+            )
         if elsewhere and (self.domains or self.continuations):
             name = "domains" if self.domains else "continuations"
             found.append(f"data.{name}: the held-out set is drawn from them (test_fraction)")

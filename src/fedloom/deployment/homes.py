@@ -32,6 +32,11 @@ class OwnData(DataSettings):
     this one takes its share as the experiment deals them, with its seed: for built-in rows, and for
     trying things."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are this client's, and none is held out for all."""
+        return self.share == "own"
+
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
         if "source" not in self.model_fields_set and not self.domains:

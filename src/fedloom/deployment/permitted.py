@@ -139,8 +139,8 @@ LEFT = _names(
     {
         "data": "subset data_dir split columns template only answers_between continuations "
         "train_on control_tokens template_date "
-        "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains "
-        "values min_margin ambiguous",
+        "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains group "
+        "near_duplicates values min_margin ambiguous",
         "public": "columns template",
         "federation": "members require quorum replacements deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",
@@ -389,7 +389,9 @@ class _Examiner:
         if self.shared:
             numbers |= {"builtin_rows": asked.builtin_rows, "test_fraction": asked.test_fraction}
             self._bounded("data.builtin_rows", asked.builtin_rows, MOST["data.builtin_rows"])
-        said = own.model_dump(exclude={"share"}, exclude_unset=True)
+        # of rows of its own none are in a global held-out set, whatever share its file names
+        aside = {"share"} if self.shared else {"share", "test_fraction"}
+        said = own.model_dump(exclude=aside, exclude_unset=True)
         return DataSettings(**{**numbers, **said})
 
     def _public(self) -> PublicSettings:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedloom.assembly import Division, OwnRows, divide, only
 from fedloom.deployment.homes import OwnFile
+from fedloom.division import Division, OwnRows, divide, only
 from fedloom.experiment import Experiment
 
 

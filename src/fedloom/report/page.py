@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
+from fedloom.report import account
 from fedloom.report import run_folder as names
 from fedloom.report.experts_section import experts_section
 from fedloom.report.run_folder import Record, RunFolder
@@ -147,6 +148,7 @@ def _view(run: Run) -> dict[str, Any]:
         "metric": run.metric,
         "figures": _figures(run),
         "clients": _client_rows(run),
+        "accounts": _accounts(run),
         "resources": _resources(run),
         "experts": experts_section(run.rounds, run.partition),
         "samples": run.samples,
@@ -159,6 +161,13 @@ def _view(run: Run) -> dict[str, Any]:
         "done": run.rounds[-1]["round"] if run.rounds else None,
         "last": _last_known(run),
     }
+
+
+def _accounts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return what became of every row of each source; nothing of runs that did not write it down."""
+    record = run.run["data"].get("account")
+    found = account.sources(record) if record else {}
+    return [(name, account.lines(own)) for name, own in found.items()]
 
 
 def _offences(run: Run) -> list[Record]:
