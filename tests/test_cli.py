@@ -178,6 +178,7 @@ def test_partition_shows_table_and_picture_without_a_model(call, file, tmp_path)
     ]
     code, out = call("partition", file, "--set", "model.path=./gone", *options)
     assert code == 0 and "dirichlet partition by domain" in out and "workshop" in out and "█" in out
+    assert "rows by client" in out and "held out for all" in out and "unaccounted" not in out
     assert picture.read_text().startswith("<svg") and "currentColor" not in picture.read_text()
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+from rich.console import Console
 
 from fedloom.data.account import Account
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
@@ -13,6 +14,8 @@ from fedloom.data.loading import LoadedData
 from fedloom.division import divide
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment import Experiment
+from fedloom.progress import Silent
+from fedloom.runner import run_experiment, show_partition
 from sampling import drawn
 
 USED = ("public", "trained", "held_out", "judged")
@@ -519,8 +522,14 @@ def check(table, made, test):
     own_prompts = {c: {prompt(row) for row in rows} for c, rows in trained.items()}
     held = {c: {prompt(row) for row in rows} for c, rows in found.held_out.items()}
     if apart:
-        by_row = {c for c in held if held[c] & own_prompts[c]}
-        assert ("prompt and completion" in told) == bool(by_row)
+        named = re.search(r"clients? ([\d, ]+) ha[sv]e? too few prompts", told)
+        by_row = {int(c) for c in named[1].split(",")} if named else set()
+        assert {c for c in held if held[c] & own_prompts[c]} <= by_row
+        for c in (
+            by_row if table["objective"]["name"] != "kto" else ()
+        ):  # no prompt could be held out
+            sizes = Counter(prompt(row) for row in (*trained[c], *found.held_out[c]))
+            assert not any(2 * n <= len(found.files[c].train) and n <= most for n in sizes.values())
         claims = {c: {whole(row) for row in rows} if c in by_row else held[c] for c, rows in found.held_out.items()}  # fmt: skip
         others = {c: set().union(*(own for o, own in claims.items() if o != c)) for c in claims}
         in_test = {prompt(row) for row in judged_all}
@@ -577,3 +586,63 @@ def test_single_answers_beside_pairs_are_no_rows_to_judge(tmp_path):
     held = {prompt(r) for r in (*found.test, *(r for own in found.held_out.values() for r in own))}
     assert found.accounts.source.dropped == {"single answer beside held-out pairs": len(held)}
     assert not held & {prompt(row) for own in found.train.values() for row in own}
+
+
+def test_a_partition_is_readable_at_80_columns_with_few_clients_and_with_many(tmp_path):
+    rows = asks(400, 70, site=lambda i: f"s{i % 7}")
+    data = {"source": write(tmp_path / "x.jsonl", rows), "kind": "instruction", "only": {"site": ["s1", "s2", "s3"]}}  # fmt: skip
+    for clients in (3, 20):
+        shown = show_partition(
+            make(data, federation={"clients": clients}), tmp_path / "picture.svg"
+        )
+        console = Console(width=80, color_system=None, force_terminal=False)
+        with console.capture() as captured:
+            console.print(shown.tables)
+        lines = [line.strip() for line in captured.get().splitlines()]
+        assert max(map(len, lines)) <= 80
+        assert "dropped: not among data.only  229" in [
+            re.sub(r" {3,}", "  ", line) for line in lines
+        ]
+        assert ["client", "rows", "left out", "trained on", "held out"] in [re.split(r" {2,}", line) for line in lines]  # fmt: skip
+        whole = [
+            list(map(int, line.split())) for line in lines if re.fullmatch(r"\d+( +\d+){4}", line)
+        ]
+        assert len(whole) == clients
+        assert all(rows == lost + trained + held for _, rows, lost, trained, held in whole)
+
+
+class Watcher(Silent):
+    def __init__(self):
+        self.said, self.warned = [], []
+
+    def stage(self, text):
+        self.said.append(text)
+
+    def warning(self, text):
+        self.warned.append(text)
+
+
+def test_a_run_says_what_became_of_its_rows(experiment, rows_file, tmp_path):
+    rows = [{"prompt": f"where is {i}?", "completion": f" at {i}"} for i in range(60)]
+    rows.append({"prompt": "p", "completion": 3})
+    test = [*rows[:4], *({"prompt": f"who is {i}?", "completion": " me"} for i in range(9))]
+    data = {
+        "source": rows_file(rows),
+        "test_source": rows_file(test, "t.jsonl"),
+        "kind": "instruction",
+    }
+    own = experiment(data=data, objective={"name": "sft"}, federation={"clients": 2, "rounds": 1}, evaluation={"samples": 0, "max_examples": 10})  # fmt: skip
+    watcher = Watcher()
+    result = run_experiment(own, observer=watcher)
+    assert (
+        "rows: 61 read = 1 malformed + 4 dropped + 50 trained on + 6 held out by clients"
+        in watcher.said
+    )
+    assert "rows of the test set: 13 read = 3 dropped + 10 held out for all" in watcher.said
+    assert watcher.warned == ["training rows left out: 4 with the same prompt as a held-out row"]
+    record = json.loads((result.folder / "run.json").read_text())["data"]
+    assert record["account"]["source"]["dropped"] == {"same prompt as a held-out row": 4}
+    assert record["account"]["warnings"] == watcher.warned and record["malformed"] == 1
+    assert record["train"] == record["account"]["source"]["trained"] == 50
+    for account in (record["account"]["source"], *record["account"]["clients"]):
+        assert sums(account)[0] == sums(account)[1]

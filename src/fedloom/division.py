@@ -273,6 +273,9 @@ def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]
         bad_rows=(*loaded.bad_rows, *(bad for read in files.values() for bad in read.bad_rows)),
         dropped=dropped,
         account=account,
+        layouts=tuple(
+            dict.fromkeys(line for read in (loaded, *files.values()) for line in read.layouts)
+        ),
     )
     return together, files
 

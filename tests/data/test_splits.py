@@ -117,6 +117,15 @@ def test_one_prompt_for_all_is_divided_by_prompt_and_completion():
     assert len(found.held_out[0]) == 2 and len(found.trained[0]) == 8 and found.by_row == (0,)
 
 
+def test_texts_of_which_each_is_there_often_are_held_out_whole_and_not_all_judged():
+    rows = [Labelled(i, f"text {i % 4}", "a") for i in range(40)]
+    found = split({0: rows}, {0: Limit(4, 6)}, 1, over="over a bound")
+    (text,) = {rows[i].text for i in found.held_out[0]}
+    assert len(found.held_out[0]) == 6 and found.dropped[0]["over a bound"] == 4
+    assert len(found.trained[0]) == 30 and text not in {rows[i].text for i in found.trained[0]}
+    assert not found.by_row and not found.without
+
+
 def test_rows_all_alike_cannot_be_divided():
     rows = [Instruction(i, "p", "c") for i in range(10)]
     found = split({0: rows}, {0: Limit(2, 9)}, 1)

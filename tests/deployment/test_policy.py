@@ -450,7 +450,7 @@ def test_checking_says_what_a_file_means(small, table, rows_file, tmp_path):
     text = re.sub(r"\s+", " ", rendered(look.shown, 80))
     assert look.sound
     for said in (
-        "all of them are this client's", "30 can be used", "27 examples to train on",
+        "all of them are this client's", "30 can be used", "of which here: 30 read = 30 trained on",
         "prompt from column 'question'", "Who is", "No.", "yes adapters", "no logits",
         "no targets", "max_rank 256", "This client could take part",
         "This file decides, not the experiment: data.columns, data.max_bad_share, data.source",

@@ -175,21 +175,27 @@ def split(
     chooser = _Chooser(keys, judged, limits, order, never)
     chooser.together()
     chooser.least_harm(any_size=column is not None)
-    empty = chooser.empty()
+    found: dict[int, list[int]] = {}
+    if column is None:
+        for any_size in (
+            False,
+            True,
+        ):  # rows over the most that are judged are lost: the last way out
+            if chooser.empty():
+                taken = chooser.taken()
+                more = _by_row(rows, keys, judged, limits, order, chooser.empty(), taken, any_size)
+                found |= {client: own for client, own in more.items() if own}
+                chooser.settle({client: len(own) for client, own in more.items() if own})
+            if not any_size:
+                chooser.least_harm(any_size=True)
+    claimed = chooser.taken()
     held = {
         client: [i for i, key in enumerate(own) if key in chooser.chosen[client]]
         for client, own in keys.items()
-    }
-    claimed = frozenset().union(*chooser.chosen.values())
-    by_row: tuple[int, ...] = ()
-    if empty and column is None:
-        found = _by_row(rows, keys, judged, limits, order, empty, claimed)
-        held |= found
-        by_row = tuple(client for client in empty if found[client])
-    copies = by_row if column is None else tuple(rows)
+    } | found
+    copies = tuple(found if column is None else rows)
     sides = _sides(rows, keys, judged, limits, order, held, claimed, copies, column, over)
-    without = tuple(client for client in empty if client not in by_row)
-    return replace(sides, by_row=by_row, without=without)
+    return replace(sides, by_row=tuple(sorted(found)), without=tuple(chooser.empty()))
 
 
 def limit_of(count: int, fraction: float, most: int) -> Limit:
@@ -228,10 +234,25 @@ class _Chooser:
         self.places = {key: keyed(key, order) for key in self.holders}
         self.chosen: dict[int, set[Key]] = {client: set() for client in keys}
         self.left = {client: len(own) for client, own in keys.items()}
+        self.settled: set[int] = set()
 
     def empty(self) -> list[int]:
         """Return the clients that were to hold out rows and have none."""
-        return [c for c in self.chosen if self.limits[c].rows and not self.chosen[c]]
+        return [
+            client
+            for client, own in self.chosen.items()
+            if self.limits[client].rows and not own and client not in self.settled
+        ]
+
+    def taken(self) -> frozenset[Key]:
+        """Return all groups that are held out by somebody."""
+        return frozenset().union(*self.chosen.values())
+
+    def settle(self, held: Mapping[int, int]) -> None:
+        """Take note of clients that hold out so many rows otherwise."""
+        for client, rows in held.items():
+            self.settled.add(client)
+            self.left[client] -= rows
 
     def together(self) -> None:
         """Hold out groups that have room with everybody who has them, so that no row is lost."""
@@ -254,7 +275,7 @@ class _Chooser:
     def least_harm(self, *, any_size: bool) -> None:
         """Give each client that holds out nothing the group of which others have fewest rows."""
         whole = sum(self.left.values())
-        claimed: set[Key] = set()
+        claimed = set(self.taken())
         for client in self.empty():
             best: tuple[int, bool, int, tuple[bytes, Key]] | None = None
             own = sum(self.sizes[client].values())
@@ -310,6 +331,7 @@ def _by_row(
     order: int,
     empty: Collection[int],
     claimed: Collection[Key],
+    any_size: bool,
 ) -> dict[int, list[int]]:
     """Return the positions that clients with too few prompts hold out, by prompt and completion.
 
@@ -330,7 +352,8 @@ def _by_row(
     }
     chooser = _Chooser(whole, useful, own_limits, order, frozenset())
     chooser.together()
-    chooser.least_harm(any_size=True)
+    if any_size:
+        chooser.least_harm(any_size=True)
     return {
         client: [
             i

@@ -35,6 +35,7 @@ from fedloom.experiment import Experiment
 from fedloom.methods import make_method
 from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
+from fedloom.report import account
 from fedloom.report.tables import human_bytes, human_seconds
 from fedloom.shown import visible
 
@@ -213,12 +214,13 @@ def _rows(
         return nothing, True, None
     facts = _how_read(own.data)
     try:
-        loaded, count, sample = _read(own, experiment, client)
+        loaded, count, sample, became = _read(own, experiment, client)
     except FedloomError as error:
         facts.append(("cannot be used", str(error)))
         return _table(facts, wrong="cannot be used"), True, None
     facts += [("recognised", text) for text in loaded.layouts]
     facts.append(("rows", _counted(loaded, count)))
+    facts += [("of which", text) for text in became]
     facts += [("malformed", str(bad)) for bad in loaded.bad_rows[:SHOWN_PROBLEMS]]
     shown: list[RenderableType] = [_table(facts)]
     if sample is not None:
@@ -255,15 +257,15 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
 
 def _read(
     own: OwnFile, experiment: Experiment | None, client: int
-) -> tuple[LoadedData, int | None, Example | None]:
-    """Read the rows; return them all, how many this client trains on, and one of these."""
+) -> tuple[LoadedData, int | None, Example | None, list[str]]:
+    """Read the rows; return them all, how many this client trains on, one of these, and their account."""
     data = own.data
     assert data is not None, "the caller has looked"
     if experiment is None:
         said = data.model_dump(exclude={"share"}, exclude_unset=True)
-        loaded = load_examples(DataSettings(**said), generator(0, "data"))
+        loaded = load_examples(DataSettings(**said), generator(0, "data"), hold_out=False)
         rows = [*loaded.train, *loaded.test]
-        return loaded, len(rows) if data.share == "own" else None, rows[0]
+        return loaded, len(rows) if data.share == "own" else None, rows[0], []
     if data.share == "own":
         first = load_examples(experiment.data, generator(experiment.federation.seed, "data"))
         labels = {row.label for row in (*first.train, *first.test) if isinstance(row, Labelled)}
@@ -275,7 +277,9 @@ def _read(
             )
         division = divided(experiment, own, client, ())
     trained = division.train[client]
-    return division.loaded, len(trained), trained[0] if trained else None
+    accounts = division.accounts
+    became = [account.sentence("here", accounts.clients[client].to_record()), *accounts.warnings]
+    return division.loaded, len(trained), trained[0] if trained else None, became
 
 
 def _counted(loaded: LoadedData, count: int | None) -> str:

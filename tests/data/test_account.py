@@ -1,0 +1,165 @@
+"""Accounts of rows: they close, or say by how much they do not; what max_length cuts is counted."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from fedloom.assembly import assemble
+from fedloom.data.account import Account, Accounts, Cut, cut_of, cut_warnings
+from fedloom.data.examples import Instruction, Labelled, Preference
+from fedloom.data.tokenize import tokenize
+from fedloom.division import divide
+from fedloom.errors import DataError
+from fedloom.report import account
+
+
+def test_an_account_closes_or_says_what_is_missing():
+    own = Account(10, made={"x": 3}, malformed=1, dropped={"why": 2}, public=1, trained=4, held_out=3, judged=2)  # fmt: skip
+    assert own.closes and own.difference == 0
+    assert not Account(10, trained=9).closes and Account(10, trained=9).difference == 1
+    assert not Accounts(Account(1, trained=1), clients={0: Account(2, trained=1)}).closes
+    record = Account(10, trained=9).to_record()
+    assert record["unaccounted"] == 1 and ("unaccounted for", "1") in account.lines(record)
+
+
+def test_an_account_in_words():
+    own = Account(4000, {"a": 20}, 12, {"b": 100, "c": 8}, 0, 3320, 330, 250).to_record()
+    assert account.sentence("rows", own) == (
+        "rows: 4,000 read + 20 made of them = 12 malformed + 108 dropped + 3,320 trained on + 330 held out "
+        "by clients + 250 held out for all"
+    )
+    assert account.lines(own) == [
+        ("read", "4,000"), ("a", "+20"), ("malformed", "12"), ("dropped: b", "100"), ("dropped: c", "8"),
+        ("trained on", "3,320"), ("held out by clients", "330"), ("held out for all", "250"),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return AutoTokenizer.from_pretrained(str(model_folder))
+
+
+def ids(tokenizer, text):
+    return len(tokenizer(text)["input_ids"])
+
+
+def test_what_is_cut_is_counted_by_row(tokenizer):
+    long, short = " where is the key" * 20, "where?"
+    rows = [
+        Instruction(1, long, " here"),
+        Instruction(2, short, " here"),
+        Instruction(3, short, long),
+    ]
+    tokens = tokenize(rows, tokenizer, 24)
+    found = cut_of(tokens)
+    one = ids(tokenizer, long + " here") + 1 - 24
+    end = ids(tokenizer, short + long) - ids(tokenizer, short) + 1
+    assert (found.rows, found.prompt_rows, found.completion_rows, found.cut_rows) == (3, 2, 1, 2)
+    assert found.completion_tokens == end - 23  # one token of the prompt stays before it
+    assert found.prompt_tokens == one + ids(tokenizer, short) - 1
+    assert found.share == pytest.approx(2 / 3)
+    assert cut_of(tokens, tokens.index[:1]) == Cut(1, 1, 0, 1, one, 0)
+    assert cut_of(tokens, tokens.index[:1]) + cut_of(tokens, tokens.index[1:]) == found
+
+
+def test_a_pair_is_one_row_and_its_prompt_is_cut_once(tokenizer):
+    long = " where is the key" * 20
+    alone = cut_of(tokenize([Instruction(1, long, " here")], tokenizer, 24))
+    pair = cut_of(tokenize([Preference(1, long, " here", " her")], tokenizer, 24))
+    assert (pair.rows, pair.cut_rows, pair.prompt_rows) == (1, 1, 1)
+    assert abs(pair.prompt_tokens - alone.prompt_tokens) <= 3
+    assert cut_of(tokenize([], tokenizer, 24)) == Cut()
+
+
+def test_above_five_in_a_hundred_rows_it_is_warned_of():
+    def told(all_rows, kind="instruction", **clients):
+        own = {int(c[1:]): Account(0, cut=cut) for c, cut in clients.items()}
+        return cut_warnings(Accounts(Account(0, cut=all_rows), clients=own), kind, 96)
+
+    assert told(Cut(100, 5, 0, 5, 50, 0)) == [] == told(None)
+    assert told(Cut(1000, 60, 3, 61, 5000, 12)) == [
+        "96 tokens are too few for 61 of 1,000 training rows (6.1%): 5,000 tokens from the beginning of 60 "
+        "prompts and 12 tokens from the end of the answers of 3 rows are cut; raise data.max_length as far "
+        "as the model and memory allow"
+    ]
+    (text,) = told(Cut(100, 3, 0, 3, 30, 0), c1=Cut(20, 3, 0, 3, 30, 0), c2=Cut(80, 0, 0, 0, 0, 0))
+    assert text.startswith(
+        "96 tokens are too few for 3 of 100 training rows, of client 1 (15%) above all (3.0%): 30 tokens"
+    )
+    (text,) = told(Cut(10, 2, 0, 2, 9, 0), "labelled")
+    assert "9 tokens from the end of 2 texts are cut" in text
+
+
+def rows_of(count, long):
+    words = "where is the key of the old cupboard " * 12
+    return [
+        {"prompt": f"{words if i in long else ''}{i}?", "completion": f" place {i}"}
+        for i in range(count)
+    ]
+
+
+def test_cut_and_lost_rows_of_a_run_are_in_its_accounts(experiment, rows_file):
+    built = experiment(
+        data={
+            "source": rows_file(rows_of(80, range(0, 80, 4))),
+            "kind": "instruction",
+            "max_length": 40,
+        },
+        objective={"name": "sft"},
+        federation={"clients": 2},
+    )
+    division = divide(built)
+    parts = assemble(built, division)
+    accounts = parts.accounts
+    assert accounts.closes and accounts.source.trained == sum(parts.engine.sizes().values())
+    long = {c: sum(len(r.prompt) > 20 for r in rows) for c, rows in division.train.items()}
+    assert {c: own.cut.prompt_rows for c, own in accounts.clients.items()} == long
+    assert accounts.source.cut.prompt_rows == sum(long.values()) > 4
+    held = [*division.test, *(row for rows in division.held_out.values() for row in rows)]
+    assert accounts.source.held_out_cut.prompt_rows == sum(len(r.prompt) > 20 for r in held)
+    assert accounts.source.held_out_cut.rows == len(held)
+    (text,) = accounts.warnings
+    assert text.startswith(
+        f"40 tokens are too few for {sum(long.values())} of {accounts.source.trained} "
+    )
+
+
+def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkeypatch):
+    """As many as data.max_bad_share allows are left out; of more the first are named."""
+    from fedloom import assembly
+    from fedloom.data.tokenize import TokenSet, Untokenized
+
+    def picky(rows, tokenizer, max_length, classes=(), cache=None):
+        whole = tokenize(rows, tokenizer, max_length, classes)
+        bad = [p for p in range(len(whole)) if rows[int(whole.index[p])].row in refused]
+        lost = [Untokenized(p, rows[p].row, "no turn of a user", True) for p in bad]
+        kept = [p for p in range(len(whole)) if p not in bad]
+        taken: TokenSet = whole.take(whole.index[kept])
+        return type(whole)(**{**vars(taken), "dropped": tuple(lost)})
+
+    monkeypatch.setattr(assembly, "tokenize", picky)
+    path = rows_file(rows_of(80, ()))
+    built = experiment(
+        data={"source": path, "kind": "instruction"},
+        objective={"name": "sft"},
+        federation={"clients": 2},
+    )
+    division = divide(built)
+    refused = {division.train[0][3].row, division.train[1][0].row, division.test[2].row}
+    refused.add(division.held_out[1][0].row)
+    parts = assemble(built, division)
+    accounts = parts.accounts
+    assert accounts.closes and accounts.source.malformed == 4 and accounts.malformed == 4
+    assert [own.malformed for own in accounts.clients.values()] == [1, 2]
+    assert {str(bad) for bad in parts.bad_rows} == {
+        f"rows.jsonl row {row}: no turn of a user" for row in refused
+    }
+    refused |= {row.row for row in division.train[0][:9]}
+    with pytest.raises(DataError) as caught:
+        assemble(built, division)
+    assert "of 80 rows of the data are malformed" in str(caught.value)
+    assert f"rows.jsonl row {division.train[0][0].row}: no turn of a user" in str(caught.value)
+
+
+def test_labelled_texts_are_cut_at_their_end(tokenizer):
+    found = cut_of(tokenize([Labelled(1, "where is the key " * 20, "a")], tokenizer, 16, ("a",)))
+    assert found.cut_rows == found.prompt_rows == 1 and found.completion_rows == 0
