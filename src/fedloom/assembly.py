@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedloom.accounting.ledger import Ledger
-from fedloom.data.account import Accounts, Cut, cut_of, cut_warnings
+from fedloom.data.account import Accounts, Cut, cut_of, cut_warnings, escaped_warnings
 from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.encode import TextEncoder
@@ -393,6 +393,7 @@ def _accounted(
     judged = held_out.share.tokens
     accounts = division.accounts.tokenised(kits.read, kits.judged, judged, unread)
     told = cut_warnings(accounts, division.loaded.kind, kits.of_server.reader.max_length)
+    told += escaped_warnings(accounts)
     bad = _all_bad(experiment, division, kits.read, kits.judged, judged.dropped)
     return replace(accounts, warnings=(*accounts.warnings, *told)), tuple(bad)
 

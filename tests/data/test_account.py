@@ -1,7 +1,8 @@
 """Accounts of rows: they close, or say by how much they do not; what max_length cuts is counted."""
 
+from dataclasses import replace
+
 import pytest
-from transformers import AutoTokenizer
 
 from fedloom.assembly import assemble
 from fedloom.data.account import Account, Accounts, Cut, cut_of, cut_warnings
@@ -9,6 +10,7 @@ from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.tokenize import tokenize
 from fedloom.division import divide
 from fedloom.errors import DataError
+from fedloom.evaluation.generate import load_encoder
 from fedloom.report import account
 
 
@@ -34,40 +36,40 @@ def test_an_account_in_words():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return AutoTokenizer.from_pretrained(str(model_folder))
+def encoder(model_folder):
+    return load_encoder(str(model_folder))
 
 
-def ids(tokenizer, text):
-    return len(tokenizer(text)["input_ids"])
+def ids(encoder, text):
+    return len(encoder.tokenizer(text)["input_ids"])
 
 
-def test_what_is_cut_is_counted_by_row(tokenizer):
+def test_what_is_cut_is_counted_by_row(encoder):
     long, short = " where is the key" * 20, "where?"
     rows = [
         Instruction(1, long, " here"),
         Instruction(2, short, " here"),
         Instruction(3, short, long),
     ]
-    tokens = tokenize(rows, tokenizer, 24)
+    tokens = tokenize(rows, encoder, 24)
     found = cut_of(tokens)
-    one = ids(tokenizer, long + " here") + 1 - 24
-    end = ids(tokenizer, short + long) - ids(tokenizer, short) + 1
+    one = ids(encoder, long + " here") + 1 - 24
+    end = ids(encoder, short + long) - ids(encoder, short) + 1
     assert (found.rows, found.prompt_rows, found.completion_rows, found.cut_rows) == (3, 2, 1, 2)
     assert found.completion_tokens == end - 23  # one token of the prompt stays before it
-    assert found.prompt_tokens == one + ids(tokenizer, short) - 1
+    assert found.prompt_tokens == one + ids(encoder, short) - 1
     assert found.share == pytest.approx(2 / 3)
     assert cut_of(tokens, tokens.index[:1]) == Cut(1, 1, 0, 1, one, 0)
     assert cut_of(tokens, tokens.index[:1]) + cut_of(tokens, tokens.index[1:]) == found
 
 
-def test_a_pair_is_one_row_and_its_prompt_is_cut_once(tokenizer):
+def test_a_pair_is_one_row_and_its_prompt_is_cut_once(encoder):
     long = " where is the key" * 20
-    alone = cut_of(tokenize([Instruction(1, long, " here")], tokenizer, 24))
-    pair = cut_of(tokenize([Preference(1, long, " here", " her")], tokenizer, 24))
+    alone = cut_of(tokenize([Instruction(1, long, " here")], encoder, 24))
+    pair = cut_of(tokenize([Preference(1, long, " here", " her")], encoder, 24))
     assert (pair.rows, pair.cut_rows, pair.prompt_rows) == (1, 1, 1)
     assert abs(pair.prompt_tokens - alone.prompt_tokens) <= 3
-    assert cut_of(tokenize([], tokenizer, 24)) == Cut()
+    assert cut_of(tokenize([], encoder, 24)) == Cut()
 
 
 def test_above_five_in_a_hundred_rows_it_is_warned_of():
@@ -128,8 +130,8 @@ def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkey
     from fedloom import assembly
     from fedloom.data.tokenize import TokenSet, Untokenized
 
-    def picky(rows, tokenizer, max_length, classes=(), cache=None):
-        whole = tokenize(rows, tokenizer, max_length, classes)
+    def picky(rows, encoder, max_length, classes=(), cache=None, *, keep_alike=False):
+        whole = tokenize(rows, encoder, max_length, classes)
         bad = [p for p in range(len(whole)) if rows[int(whole.index[p])].row in refused]
         lost = [Untokenized(p, rows[p].row, "no turn of a user", True) for p in bad]
         kept = [p for p in range(len(whole)) if p not in bad]
@@ -160,6 +162,30 @@ def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkey
     assert f"rows.jsonl row {division.train[0][0].row}: no turn of a user" in str(caught.value)
 
 
-def test_labelled_texts_are_cut_at_their_end(tokenizer):
-    found = cut_of(tokenize([Labelled(1, "where is the key " * 20, "a")], tokenizer, 16, ("a",)))
+def test_labelled_texts_are_cut_at_their_end(encoder):
+    found = cut_of(tokenize([Labelled(1, "where is the key " * 20, "a")], encoder, 16, ("a",)))
     assert found.cut_rows == found.prompt_rows == 1 and found.completion_rows == 0
+
+
+def test_control_tokens_that_are_read_as_text_are_counted_and_told(experiment, rows_file):
+    rows = [
+        {"prompt": f"Q {i}:", "completion": f" x{'</s> y' if i % 2 else ''} {i}"} for i in range(80)
+    ]
+    built = experiment(
+        data={"source": rows_file(rows), "kind": "instruction"},
+        objective={"name": "sft"},
+        federation={"clients": 2},
+    )
+    division = divide(built)
+    odd = sum(
+        row.row % 2 == 0 for own in division.train.values() for row in own
+    )  # rows count from 1
+    accounts = assemble(built, division).accounts
+    assert accounts.source.cut.escaped_rows == odd > 0
+    assert accounts.warnings == (
+        "control tokens of the tokenizer, such as its end token, stand in the text of "
+        f"{odd} of {accounts.source.trained} training rows and are encoded as text; if these rows were "
+        'rendered with the chat template beforehand: data.control_tokens = "control"',
+    )
+    rendered = replace(built, data=built.data.model_copy(update={"control_tokens": "control"}))
+    assert not assemble(rendered, divide(rendered)).accounts.warnings

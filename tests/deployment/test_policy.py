@@ -319,7 +319,7 @@ def test_columns_that_are_not_named_reach_neither_tokens_nor_memory(
     small["data"] = {"source": "x.jsonl", "kind": "preference", **hostile}
     assert found.join(small)[2].error is None
     parts = found.worker.run.parts
-    texts = parts.tokenizer.decode(parts.local.shares[0].tokens.tokens.tolist())
+    texts = parts.encoder.tokenizer.decode(parts.local.shares[0].tokens.tokens.tolist())
     assert "Who is" in texts and "S-" not in texts
     assert not any(row.columns for row in parts.division.train[0])
 

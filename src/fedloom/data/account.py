@@ -32,7 +32,7 @@ SHOWN_CLIENTS = 5
 
 @dataclass(frozen=True)
 class Cut:
-    """What ``max_length`` cut; both sequences of a pair are one row.
+    """What ``max_length`` cut, and what was read as text; both sequences of a pair are one row.
 
     Attributes:
         rows: Rows that were tokenised.
@@ -41,6 +41,7 @@ class Cut:
         cut_rows: Rows that lost either.
         prompt_tokens: Tokens that prompts lost; of several sequences with one prompt, once.
         completion_tokens: Tokens that completions lost.
+        escaped_rows: Rows in whose text control tokens stand, which are encoded as text.
     """
 
     rows: int = 0
@@ -49,6 +50,7 @@ class Cut:
     cut_rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    escaped_rows: int = 0
 
     @property
     def share(self) -> float:
@@ -65,6 +67,7 @@ def cut_of(tokens: TokenSet, positions: NDArray[np.int64] | None = None) -> Cut:
     """Count what was cut from rows, all of them or those at ``positions`` in the set."""
     cut = tokens.cut.reshape(-1, tokens.width, 2)
     cut = cut if positions is None else cut[positions]
+    escaped = tokens.escaped if positions is None else tokens.escaped[positions]
     prompts, completions = cut[:, :, 0].max(axis=1, initial=0), cut[:, :, 1].sum(axis=1)
     return Cut(
         len(cut),
@@ -73,6 +76,7 @@ def cut_of(tokens: TokenSet, positions: NDArray[np.int64] | None = None) -> Cut:
         int(np.count_nonzero(prompts + completions)),
         int(prompts.sum()),
         int(completions.sum()),
+        int(np.count_nonzero(escaped)),
     )
 
 
@@ -249,6 +253,18 @@ def cut_warnings(accounts: Accounts, kind: str, max_length: int) -> list[str]:
         f"{max_length} tokens are too few for {cut.cut_rows:,} of {cut.rows:,} {whose} "
         f"({cut.share:.1%}): {told_cut(cut, kind)} are cut; raise data.max_length as far as the model "
         "and memory allow"
+    ]
+
+
+def escaped_warnings(accounts: Accounts) -> list[str]:
+    """Return a warning where control tokens stand in the text of rows that are trained on."""
+    cut = accounts.source.cut
+    if cut is None or not cut.escaped_rows:
+        return []
+    return [
+        f"control tokens of the tokenizer, such as its end token, stand in the text of "
+        f"{cut.escaped_rows:,} of {cut.rows:,} training rows and are encoded as text; if these rows were "
+        'rendered with the chat template beforehand: data.control_tokens = "control"'
     ]
 
 
