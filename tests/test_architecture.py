@@ -18,7 +18,7 @@ IMPORTERS = {
         "models/quantize.py",
         "models/tiny.py",
         "models/standalone.py",
-        "data/tokenize.py",
+        "data/chat.py",
     ),
     "peft": ("models/",),
     "trl": (),

@@ -63,7 +63,8 @@ def export(
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
     classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
     classes = divide(experiment).classes if classification else ()
-    tokenizer, model = load_saved(experiment, classes, adapter)
+    encoder, model = load_saved(experiment, classes, adapter)
+    tokenizer = encoder.tokenizer
     try:
         if reward:
             export_reward(model, tokenizer, target)

@@ -319,7 +319,9 @@ def test_what_is_wrong_with_private_rows_stays_with_their_owner(
     rows_file, loopback, table, tmp_path, caplog, bad
 ):
     rows = [{"prompt": f"Q{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(9)]
-    rows.append({"prompt": "Mrs Miller?", "chosen": {"HIV": True}, "rejected": "No."})
+    rows.append(
+        {"prompt": "Mrs Miller?", "chosen": {"role": "HIV", "content": "Yes."}, "rejected": "No."}
+    )
     path, own = rows_file(rows, "miller.jsonl"), tmp_path / "own.toml"
     source = path if bad == "a row" else "/data/millr.jsonl"
     own.write_text(

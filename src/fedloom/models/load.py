@@ -111,7 +111,8 @@ def stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
     _check_folder(path)
     try:
         own: Any = GenerationConfig
-        found = own.from_pretrained(path, revision=revision).eos_token_id
+        whole = own.from_pretrained(path, revision=revision, trust_remote_code=False)
+        found = whole.eos_token_id
     except (OSError, ValueError):  # most base models have none
         found = None
     if found is None:
