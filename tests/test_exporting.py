@@ -76,8 +76,8 @@ def run(experiment):
 
 def ours(result, client):
     experiment = Experiment.from_toml(result.folder / "experiment.toml")
-    tokenizer, model = load_saved(experiment, (), result.folder / "clients" / f"{client:04d}")
-    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
+    encoder, model = load_saved(experiment, (), result.folder / "clients" / f"{client:04d}")
+    batch = encoder.tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
     with model.evaluating():
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
