@@ -27,7 +27,8 @@ NOISES = (0.0, 0.1, 0.3, 1.0, 3.0)
 
 def front_half(cut: int) -> tuple[FrontHalf, object]:
     """Return the first blocks of the tiny model, as a client has them, and its tokenizer."""
-    path, tokenizer, _ = prepare_model(Experiment(), (), print)
+    path, encoder, _ = prepare_model(Experiment(), (), print)
+    tokenizer = encoder.tokenizer
     backbone = load_backbone(path, pad_token_id=tokenizer.pad_token_id, blocks=cut)
     model = attach_adapter(backbone, AdapterSettings())
     return FrontHalf(model, tokenizer.pad_token_id, tail=False), tokenizer

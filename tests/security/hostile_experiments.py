@@ -183,7 +183,7 @@ def main():
         if reply.error is None:
             asked = with_model.exchange(run)
             parts = with_model.worker.run.parts
-            texts = parts.tokenizer.decode(parts.local.shares[0].tokens.tokens.tolist())
+            texts = parts.encoder.tokenizer.decode(parts.local.shares[0].tokens.tokens.tolist())
             found["accepted"][name] = {
                 "rows": reply.joined.rows, "error": asked.error, "opened": sorted(set(opened)),
                 "texts": texts, "columns": [list(row.columns) for row in parts.division.train[0]],
