@@ -46,6 +46,7 @@ def row(question, answer):
 def test_a_row_as_tokens(shown):
     text = shown([row(f"What {i}?", f"It is {i}.") for i in range(4)], 1)
     assert re.search(r"example 1 of 3, instruction, row \d of the data", text)
+    assert "rows.jsonl: layout messages" in text
     assert "prompt  trained on  special" in text
     head, body = text.strip().splitlines()[-2:]
     pieces = body.replace("││", "│").split("│")

@@ -59,6 +59,7 @@ def show_row(experiment: Experiment, number: int) -> Group:
     kind = type(example).__name__.lower()
     lines = [
         Text(f"example {number} of {len(examples)}, {kind}, row {example.row} of the data"),
+        *(Text(named(layout), style="dim") for layout in division.loaded.layouts),
         Text(f"as {experiment.model.path} reads it", style="dim"),
         _legend(example),
     ]
