@@ -255,6 +255,7 @@ def comparison(experiment, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_compare_prints_a_table_and_goes_on_where_it_stopped(call, comparison, tmp_path):
     code, out = call("compare", comparison, "--to", tmp_path / "out", "--workers", 1)
     assert code == 0

@@ -105,6 +105,7 @@ def test_workers_change_nothing_and_a_stopped_grid_goes_on(file, tmp_path):
 
 
 @pytest.mark.parametrize(("budget", "amount"), [("examples", 16), ("tokens", 300)])
+@pytest.mark.slow
 def test_other_budgets_hold_for_pairs_and_single_answers_alike(file, tmp_path, budget, amount):
     base = {"training": {"batch_size": 4}}
     folder = compare(read_comparison(file(base, budget=budget, amount=amount, seeds=[0])), tmp_path / "out", workers=1)  # fmt: skip
@@ -115,6 +116,7 @@ def test_other_budgets_hold_for_pairs_and_single_answers_alike(file, tmp_path, b
     assert steps["dpo"] < steps["ktoo"]  # a pair is two answers
 
 
+@pytest.mark.slow
 def test_as_set_leaves_the_arms_their_own_work_and_says_so(file, tmp_path):
     folder = compare(
         read_comparison(
@@ -130,6 +132,7 @@ def test_as_set_leaves_the_arms_their_own_work_and_says_so(file, tmp_path):
     assert "the budget is not equal" in write_comparison(folder).read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_kept(file, tmp_path):
     rates = {
         "learning_rate": 1e30,

@@ -421,6 +421,7 @@ class Fail(Silent):
 
 
 @pytest.mark.parametrize("error", [SystemExit(), RoundFailed("no quorum"), KeyboardInterrupt()])
+@pytest.mark.slow
 def test_whatever_ends_a_run_its_last_whole_round_is_saved(experiment, tmp_path, once, error):
     settings = {"federation": {"rounds": 4}, "data": {"builtin_rows": 30}}
     whole = once("four rounds", lambda: fedloom.run(experiment(**settings)))
@@ -432,6 +433,7 @@ def test_whatever_ends_a_run_its_last_whole_round_is_saved(experiment, tmp_path,
     assert sha(resume_run(folder).folder) == sha(whole.folder)
 
 
+@pytest.mark.slow
 def test_a_round_of_which_a_part_is_written_is_not_saved(experiment, tmp_path, monkeypatch):
     folder = tmp_path / "ended"
     settings = {"federation": {"rounds": 4}, "method": {"name": "scaffold"}}

@@ -122,6 +122,7 @@ def test_nothing_is_written_over(home, tmp_path):
     assert not (tmp_path / "none.backup").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_passphrase_is_said_and_nothing_made(home, tmp_path):
     back_up(home, tmp_path / "fed.backup", passphrase="right")
     again = ServerHome(tmp_path / "again")

@@ -104,6 +104,7 @@ def test_simulation_and_machines_give_the_same(suited, loopback, tmp_path, metho
         ("split", {"activation_noise": 0.1}),
     ],
 )
+@pytest.mark.slow
 def test_noise_that_hides_rows_is_a_secret_of_the_client(
     suited, loopback, tmp_path, monkeypatch, method, noise
 ):

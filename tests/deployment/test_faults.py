@@ -207,6 +207,7 @@ def restarted(mail, federation, when):
 
 
 @pytest.mark.parametrize("method", ["fedpdpo", "scaffold", "local_only"])
+@pytest.mark.slow
 def test_a_client_that_is_started_anew_still_has_what_it_keeps(deployed, method):
     settings = {"method": {"name": method}, "federation": {"rounds": 3}}
     plain = deployed(**settings)
@@ -230,6 +231,7 @@ def test_a_message_that_comes_twice_is_answered_twice_and_done_once(deployed):
     assert worker.answer(last, streamed=False) == worker.answer(last, streamed=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_resumed_with_the_same_bits(deployed, table, tmp_path):
     plain = deployed(federation={"rounds": 3}, method={"name": "fedpdpo"})
 
@@ -488,6 +490,7 @@ class Stop(Silent):
 
 
 @pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.slow
 def test_what_does_not_count_is_undone_by_a_run_that_is_resumed_too(
     loopback, experiment, monkeypatch, tmp_path, anew
 ):
@@ -529,6 +532,7 @@ def test_what_was_sent_before_a_run_was_resumed_is_not_done(deployed):
     assert header.error == "the run has been resumed since this was sent"
 
 
+@pytest.mark.slow
 def test_a_worker_that_works_is_not_idle_however_long_it_takes(loopback):
     federation = loopback(1)
     worker, home = federation.worker(0), federation.home(0)

@@ -212,6 +212,7 @@ def site(loopback, experiment):
     return lambda proven: Site(loopback(3), settings, proven)
 
 
+@pytest.mark.slow
 def test_each_offence_has_its_kind_where_the_sender_is_proven(site):
     own = site(True)
     assert own.asked(lambda s, e, h: e) == (None, None)

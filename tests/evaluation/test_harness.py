@@ -58,6 +58,7 @@ def by_hand(model, tokenizer):
     return right / len(ROWS)
 
 
+@pytest.mark.slow
 def test_a_local_task_gives_the_accuracy_computed_by_hand(experiment, task, model_folder, capsys):
     result = fedloom.run(experiment(federation={"rounds": 1}))
     found = run_harness(result.adapter_path, str(model_folder), [task])

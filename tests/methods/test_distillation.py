@@ -87,6 +87,7 @@ RULES = ["mean", "mean_prob", "entropy", "confidence", "lowest_loss"]
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_every_rule_trains_server_and_clients(federate, distil, rule):
     method = {"rule": rule, "top_k": 5, "server_epochs": 4, "client_epochs": 2}
     found = federate(distil("sft", public={"labelled": True}, rounds=3, **method), evaluate=True)

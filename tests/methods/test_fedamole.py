@@ -396,6 +396,7 @@ def test_the_record_says_who_held_what_and_how_tokens_spread(usual):
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "ad_hoc"])
+@pytest.mark.slow
 def test_noise_is_on_embeddings_alone_and_new_in_every_round(experiment, federate, messages, noise):
     # drawn assignments, so that noise cannot change who holds what
     method = {**METHOD, "assignment": "random"}
@@ -427,6 +428,7 @@ def test_gaussian_noise_is_as_large_as_is_promised(experiment, federate, message
     assert "(2, 0.001)-differentially private over the whole run" in found.parts.method.promise()
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_when_a_run_is_repeated(experiment, federate):
     noisy = {**METHOD, "embedding_noise": "gaussian"}
     one, two = (federate(experiment(method=noisy, **MIXTURE)) for _ in range(2))
@@ -451,6 +453,7 @@ def test_kto_mixes_rows_so_no_row_is_kept_apart(experiment):
         experiment(method=noisy, objective={"name": "kto"}, **MIXTURE)
 
 
+@pytest.mark.slow
 def test_experts_find_the_clients_of_a_domain_that_nobody_told_them_of(experiment, federate):
     own = experiment(
         method={**METHOD, "embedding_fraction": 0.2},

@@ -110,6 +110,7 @@ MOST = {
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"centralised", "split"}))
+@pytest.mark.slow
 def test_no_request_takes_more_batches_than_it_says(suited, federate, method, monkeypatch):
     settings, times = MOST.get(method, ({}, 1))
     own = suited(method, **settings)

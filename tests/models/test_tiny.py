@@ -29,6 +29,7 @@ def test_made_once_and_found_again(tmp_path):
     assert not list(tmp_path.glob(".tiny-*"))
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process(tmp_path):
     make_tiny_model(tmp_path / "a", TEXTS, RECIPE)
     code = (
