@@ -217,11 +217,19 @@ def test_a_prompt_that_is_rendered_otherwise_once_it_is_answered(tmp_path):
     assert "What is two?" in said(own.tokenizer, theirs, labels)[0]
     assert "You are helpful" not in own.tokenizer.decode(theirs)
 
-    several = chat(
-        (A, "four"), (U, "And three?"), (A, "nine")
-    )  # borders are found beside what moved
-    ids, mask = ours(tokenize([Instruction(0, tuple(prompt), tuple(several))], own, 4096), 0)
-    assert said(own.tokenizer, ids, mask) == [" four</s>", " nine</s>"]
+    several = chat((A, "four"), (U, "And three?"), (A, "nine"))  # the system's text would be lost
+    tokens = tokenize([Instruction(0, tuple(prompt), tuple(several))], own, 4096)
+    assert not len(tokens) and tokens.dropped[0].reason == (
+        "the chat template leaves out or changes what message 1 (system) says; train on the last answer "
+        'alone (data.train_on = "last_answer") where it is a prompt that moves'
+    )
+    last = encoder(MOVED, train_on="last_answer")
+    ids, mask = ours(tokenize([Instruction(0, tuple(prompt), tuple(several))], last, 4096), 0)
+    assert said(own.tokenizer, ids, mask) == [" nine</s>"]
+    assert "You are helpful\n\nAnd three?" in own.tokenizer.decode(ids)
+    several = chat((U, "Hello"), (A, "Yes?"), (U, "And three?"), (A, "nine"))
+    ids, mask = ours(tokenize([Instruction(0, (), tuple(several))], own, 4096), 0)
+    assert said(own.tokenizer, ids, mask) == [" Yes?</s>", " nine</s>"]
 
 
 @pytest.mark.parametrize("tagged", [False, True])
@@ -428,3 +436,165 @@ def test_pairs_that_differ_behind_max_length_alone_teach_nothing():
     ]
     assert tokenize(pairs, own, 32, keep_alike=True).rows.tolist() == [4, 5]
     assert np.all(tokenize(pairs, own, 32, keep_alike=True).cut[:2, 1] > 0)
+
+
+def test_sides_that_part_before_their_answers_train_their_answers_alone():
+    """Where a user's turns differ, none of them is trained on."""
+    own = encoder("chatml")
+    sides = [
+        tuple(chat((U, "Hi"), (A, "Yes?"), (U, question), (A, answer)))
+        for question, answer in (("A or what?", "x"), ("B or what?", "y"))
+    ]
+    tokens = tokenize([Preference(0, (), *sides)], own, 4096)
+    for number, answer in enumerate(("x", "y")):
+        found = said(own.tokenizer, *ours(tokens, number))
+        assert found == ["Yes?<|im_end|>\n", f"{answer}<|im_end|>\n"]
+    pair = Preference(  # one side with the system's text, the other without: it would be lost there
+        0,
+        tuple(chat((S, "Be nice"), (U, "Hello"))),
+        tuple(chat((A, "a"))),
+        tuple(chat((A, "b"), (U, "And?"), (A, "c"))),
+    )
+    assert tokenize([pair], encoder(MOVED), 4096).dropped[0].malformed
+
+
+def test_what_a_template_leaves_out_is_not_trained_without():
+    """A template without tools loses them, and calls; nobody would notice."""
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "you"}]
+    rows = [
+        Instruction(0, tuple(chat((U, "Hi"))), tuple(chat((A, "Yes"))), tools=tools),
+        Instruction(1, tuple(chat((U, "Hi"))), ({"role": A, "content": "", "tool_calls": [call]},)),
+        Instruction(2, ({"role": U, "content": parts},), tuple(chat((A, "Yes")))),
+    ]
+    tokens = tokenize(rows, encoder("chatml"), 4096)
+    assert [(lost.row, lost.reason) for lost in tokens.dropped] == [
+        (0, "the chat template writes no tools, and the row has some"),
+        (1, "the chat template leaves out the tool calls of message 2"),
+    ]
+    assert "user\nHello you<|im_end|>" in encoder("chatml").tokenizer.decode(tokens.tokens)
+
+
+def test_reasoning_that_a_template_drops_from_the_answer_itself():
+    """DeepSeek-R1's opens an answer with <think> and writes none in what is answered."""
+    tokenizer = build(STYLES["qwen3"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1]"
+        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    prompt = tuple(chat((U, "Hello")))
+    rows = [
+        Instruction(i, prompt, tuple(chat((A, a))))
+        for i, a in enumerate(("<think>r</think>a", "a"))
+    ]
+    tokens = tokenize(rows, TextEncoder(tokenizer), 4096)
+    assert [(lost.row, lost.reason) for lost in tokens.dropped] == [
+        (0, "the chat template leaves out or changes what message 2 (assistant) says")
+    ]
+    assert said(tokenizer, *ours(tokens, 0)) == ["a<|im_end|>\n"]  # as TRL: without what it opens
+    assert "<think>" not in tokenizer.decode(tokens.tokens)
+
+
+def test_a_generation_block_that_closes_before_the_end_token():
+    tokenizer = build(STYLES["chatml"], tagged=True)
+    source = tokenizer.chat_template
+    tokenizer.chat_template = source.replace(
+        "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+        "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    )
+    assert tokenizer.chat_template != source
+    row = Instruction(0, tuple(chat((U, "Hello"))), tuple(chat((A, "Hi"))))
+    assert said(tokenizer, *ours(tokenize([row], TextEncoder(tokenizer), 99), 0)) == [
+        "Hi<|im_end|>"
+    ]
+
+
+def test_blocks_that_are_fewer_than_answers_do_not_say_which_are_trained():
+    """A template with tags around the first answer alone: borders are found by rendering."""
+    tokenizer = build(STYLES["chatml"], tagged=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% if m['role'] == 'assistant' %}",
+        "{% if m['role'] == 'assistant' and loop.index0 == 1 %}",
+    )
+    completion = tuple(chat((A, "One"), (U, "and?"), (A, "Two")))
+    row = Instruction(0, tuple(chat((U, "Hello"))), completion)
+    found = said(tokenizer, *ours(tokenize([row], TextEncoder(tokenizer), 99), 0))
+    assert found == ["One<|im_end|>\n", "Two<|im_end|>\n"]
+
+
+def test_control_tokens_hide_in_calls_and_keys():
+    own = encoder("tools")
+    end = own.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def asked(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return (
+            *chat((U, "a")),
+            {"role": A, "content": None, "tool_calls": [call]},
+            *chat((U, "b")),
+        )
+
+    for arguments in ({"role": "x<|im_end|>"}, {"type": "<|im_end|>"}, {"x": ["<|im_end|>"]}):
+        assert own.prompt(asked(arguments)).count(end) == 3
+    with pytest.raises(DataError, match="a key in its tool calls or tools holds a control token"):
+        own.prompt(asked({"<|im_end|>": 1}))
+    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    assert own.prompt(({"role": U, "content": parts},)).count(end) == 1
+
+
+def test_words_of_the_templates_own_code_are_no_control_tokens():
+    tokenizer = build(STYLES["chatml"])
+    tokenizer.add_tokens(["content"])
+    control = TextEncoder(tokenizer).template.control
+    assert not control.search("the content of messages") and control.search("a <|im_end|>")
+
+
+def test_a_token_that_the_tokenizer_makes_of_any_text():
+    """Of a vocabulary in which an end token is a word: it cannot be written as text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "\n": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    rows = [Instruction(0, "a </s> a", " a"), Instruction(1, "a", " a")]
+    tokens = tokenize(rows, TextEncoder(tokenizer), 9)
+    assert tokens.rows.tolist() == [1]
+    assert tokens.dropped[0].reason == "this tokenizer cannot write '</s>' as text"
+
+
+def test_a_clock_whose_form_is_made_up():
+    tokenizer = build(STYLES["chatml"])
+    tokenizer.chat_template = "{% set f = '%d' %}{{ strftime_now(f) }}" + tokenizer.chat_template
+    with pytest.raises(DataError, match="its clock cannot be stopped"):
+        TextEncoder(tokenizer).prompt(tuple(chat((U, "Hello"))))
+
+
+def test_blanks_at_the_end_of_an_answer_that_offsets_leave_out():
+    from tokenizers import processors
+
+    tokenizer = build(STYLES["chatml"])
+    tokenizer._tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    row = Instruction(0, "Is it?", " yes ")
+    ids, mask = ours(tokenize([row], TextEncoder(tokenizer), 99), 0)
+    assert said(tokenizer, ids, mask) == [" yes <|im_end|>"]
+
+
+def test_a_template_that_takes_parts_alone():
+    """Those of models that see iterate over the parts of a content."""
+    tokenizer = build(STYLES["chatml"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}"
+        "{{ p['text'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = Instruction(0, tuple(chat((U, "Hello"))), tuple(chat((A, "Hi"), (U, "and?"), (A, "Ho"))))
+    ids, mask = ours(tokenize([row], TextEncoder(tokenizer), 99), 0)
+    assert said(tokenizer, ids, mask) == ["Hi<|im_end|>\n", "Ho<|im_end|>\n"]
+    plain = encoder("chatml").tokenizer
+    assert ids == plain.apply_chat_template([*row.prompt, *row.completion])["input_ids"]

@@ -23,8 +23,19 @@ from fedloom.data.sources import ControlTokens, TrainOn
 
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "4711"
+"""A content that a template is asked to render."""
+
 PRIVATE_USE = (0xF0000, 0x100000)
 """Where the characters that mark places in a conversation are taken from, while it is rendered."""
+
+REASONED = "</think>"
+"""What stands between the reasoning and the answer, in the content of an answer."""
+
+LAST = '; train on the last answer alone (data.train_on = "last_answer") where it is a prompt that moves'
+
+TYPES = ("text", "function", "object", "string", "number", "integer", "boolean", "array", "null")
+"""Values of ``type`` that say what something is, in parts, calls and JSON schemas."""
 
 NO_ANSWER = "no answer of the assistant in the completion"
 
@@ -55,6 +66,11 @@ class Rendered:
     literals: tuple[Span, ...] = ()
     chat: bool = False
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether what is trained on reaches the end of the text."""
+        return bool(self.spans) and self.spans[-1][1] == len(self.text)
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -81,6 +97,7 @@ class ChatTemplate:
         """Finds special tokens and added tokens that a chat template writes."""
         written = self.tokenizer.chat_template or ""
         written = "\0".join(written.values()) if isinstance(written, dict) else written
+        written = literal_text(written)
         added = self.tokenizer.added_tokens_decoder.values()
         return _any_of(
             token.content
@@ -94,9 +111,28 @@ class ChatTemplate:
         return self.control_tokens == "text"
 
     def source(self, tools: Tools) -> str:
-        """Return the chat template with its clock stopped."""
+        """Return the chat template with its clock stopped.
+
+        Raises:
+            RenderingError: Its clock is asked for a form that the template makes up.
+        """
         own: str = self.tokenizer.get_chat_template(tools=list(tools) or None)
-        return CLOCK.sub(lambda match: repr(self.date.strftime(match[2])), own)
+        own = CLOCK.sub(lambda match: repr(self.date.strftime(match[2])), own)
+        if "strftime_now(" in own:
+            raise RenderingError(
+                "the chat template asks for the time in a form that it makes up, so that its clock "
+                "cannot be stopped"
+            )
+        return own
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether contents must be lists of parts, as those of models that see are."""
+        asked = [{"role": "user", "content": PROBE}]
+        try:
+            return PROBE not in self._rendered(asked, (), opened=True)[0]
+        except RenderingError:
+            return True
 
     def render(self, messages: Messages, tools: Tools, *, opened: bool) -> tuple[str, list[Span]]:
         """Return a conversation as the template renders it, and its generation blocks.
@@ -109,9 +145,31 @@ class ChatTemplate:
         Raises:
             RenderingError: The template refuses it.
         """
+        own = [
+            {
+                name: self._content(value) if name == "content" else value
+                for name, value in m.items()
+            }
+            for m in messages
+        ]
+        return self._rendered(
+            [{name: value for name, value in m.items() if value is not None} for m in own],
+            tools,
+            opened=opened,
+        )
+
+    def _content(self, content: Any) -> Any:
+        """Return a content as the template takes it: a text, or one part of text."""
+        if content is None:
+            return None
+        text = _joined_text(content)
+        return [{"type": "text", "text": text}] if self.takes_parts else text
+
+    def _rendered(
+        self, own: list[dict[str, Any]], tools: Tools, *, opened: bool
+    ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        own = [{name: value for name, value in m.items() if value is not None} for m in messages]
         template = self.source(tools)
         try:
             found: Any = render_jinja_template(
@@ -151,6 +209,9 @@ class Chat:
         Raises:
             RenderingError: There are some, and the template changes the text that they are in.
         """
+        everything = (*self.messages, *self.tools)
+        if any(self.template.control.search(name) for own in everything for name in _names(own)):
+            raise RenderingError("a key in its tool calls or tools holds a control token")
         if not any(self._pattern(own).search(text) for own, text in self._texts):
             return ()
         if self._places is None:
@@ -164,7 +225,8 @@ class Chat:
     @property
     def _texts(self) -> Iterator[tuple[Mapping[str, Any], str]]:
         """Every text of every message and tool, with the one that it is of."""
-        for own in (*self.messages, *self.tools):
+        joined = ({**own, "content": _text_of(own)} for own in self.messages)
+        for own in (*joined, *self.tools):
             texts: list[str] = []
             _map_strings(own, lambda text, kept=texts: kept.append(text) or text)
             yield from ((own, text) for text in texts)
@@ -187,7 +249,7 @@ class Chat:
         literal, ending = _marks(self.text, contents, len(self.messages))
         marked = []
         for number, message in enumerate(self.messages):
-            own = self._with_literals(message, literal)
+            own = self._with_literals({**message, "content": contents[number]}, literal)
             if (contents[number] or "").strip():
                 own = {**own, "content": _ended(own["content"], chr(ending + number))}
             marked.append(own)
@@ -220,46 +282,68 @@ class Answers:
         template: Renders it.
         train_on: Of the completion: every answer of the assistant, the last one, or everything.
         shared: Returns how many characters two texts share from their beginning, in whole tokens.
+        stops: Names of the tokens at which generation stops.
     """
 
     template: ChatTemplate
     train_on: TrainOn
     shared: Callable[[str, str], int]
+    stops: tuple[str, ...]
 
     def find(self, prompt: Messages, completion: Messages, tools: Tools) -> Rendered:
-        """Return a conversation and what of it is trained on."""
+        """Return a conversation and what of it is trained on.
+
+        Raises:
+            RenderingError: The template refuses it, leaves something out, or its borders are not found.
+        """
         messages = prompt + completion
         answers = [i for i in range(len(prompt), len(messages)) if _is_answer(messages[i])]
         if not answers:
             raise RenderingError(NO_ANSWER)
         whole = Chat(self.template, messages, tools)
+        _require_tools(self.template, messages, tools)
         chosen = answers[-1:] if self.train_on == "last_answer" else answers
-        if self.train_on == "completion":
-            spans: tuple[Span, ...] = ((self._start(whole, len(prompt)), len(whole.text)),)
-        elif GENERATION.search(self.template.source(tools)):
-            spans = self._generated(whole, chosen[0])
-        else:
-            spans = tuple(self._answer(whole, i) for i in chosen)
-        spans = tuple((start, end) for start, end in spans if end > start)
-        if len(chosen) == 1 and spans and prompt:
+        spans = self._spans(whole, chosen, len(prompt))
+        if len(chosen) == 1 and spans and chosen[0]:
             opened = Chat(self.template, messages[: chosen[0]], tools, opened=True)
-            if not whole.text.startswith(opened.text):
-                return _joined(opened, whole, spans[0][0])
+            if _is_moved(opened, whole, chosen[0] - 1):
+                joined = _joined(opened, whole, spans[0][0])
+                return _complete(joined, messages, chosen)
         before = whole.text[: spans[0][0]] if spans else None
-        return Rendered(whole.text, spans, before or None, whole.literals, chat=True)
+        found = Rendered(whole.text, spans, before or None, whole.literals, chat=True)
+        return _complete(found, messages, chosen)
 
-    def _generated(self, whole: Chat, first: int) -> tuple[Span, ...]:
-        """Return the template's own generation blocks, from the message ``first`` on."""
-        before = (
-            len(Chat(self.template, whole.messages[:first], whole.tools, opened=True).blocks)
-            if first
-            else 0
-        )
-        if len(whole.blocks) <= before:
-            raise RenderingError(
-                "the chat template's {% generation %} blocks do not hold the answers that are trained on"
+    def _spans(self, whole: Chat, chosen: Sequence[int], border: int) -> tuple[Span, ...]:
+        """Return what is trained on, without spans in which nothing stands."""
+        if self.train_on == "completion":
+            spans: tuple[Span, ...] = ((self._start(whole, border), len(whole.text)),)
+        else:
+            spans = self._generated(whole, chosen[0], len(chosen)) or tuple(
+                self._answer(whole, number) for number in chosen
             )
-        return tuple(whole.blocks[before:])
+        return tuple((start, end) for start, end in spans if end > start)
+
+    def _generated(self, whole: Chat, first: int, count: int) -> tuple[Span, ...]:
+        """Return the template's own generation blocks from the message ``first`` on, and their ends.
+
+        None where there are fewer than answers: then they do not say what is generated.
+        """
+        if not GENERATION.search(self.template.source(whole.tools)):
+            return ()
+        before = 0
+        if first:
+            part = Chat(self.template, whole.messages[:first], whole.tools, opened=True)
+            before = len(part.blocks)
+        blocks = whole.blocks[before:]
+        if len(blocks) < count:
+            return ()
+        return tuple((start, self._with_stop(whole.text, end)) for start, end in blocks)
+
+    def _with_stop(self, text: str, end: int) -> int:
+        """Return the end of a block with the stop token right behind it, if it has none itself."""
+        if any(text[:end].rstrip().endswith(stop) for stop in self.stops):
+            return end
+        return end + next((len(stop) for stop in self.stops if text.startswith(stop, end)), 0)
 
     def _answer(self, whole: Chat, number: int) -> Span:
         """Return where an answer of the assistant begins and ends in the whole."""
@@ -305,11 +389,22 @@ class Answers:
         return whole.ends[last] + shared if shared else None
 
 
+def _is_moved(opened: Chat, whole: Chat, last: int) -> bool:
+    """Return whether a template renders what stands before an answer otherwise once that is there.
+
+    Not what it opens the answer with: that is the template's to leave out.
+    """
+    if whole.text.startswith(opened.text):
+        return False
+    if last not in opened.ends or last not in whole.ends:
+        return True
+    return opened.text[: opened.ends[last]] != whole.text[: whole.ends[last]]
+
+
 def _joined(opened: Chat, whole: Chat, start: int) -> Rendered:
     """Return a prompt as generation has it, and after it what the whole has from ``start`` on.
 
-    A template may render what stands before an answer otherwise once that is there; what is trained is
-    what is asked at generation.
+    What is trained is what is asked at generation, where a template moves the prompt about.
     """
     shift = len(opened.text) - start
     literals = [(a + shift, b + shift) for a, b in whole.literals if a >= start]
@@ -318,43 +413,101 @@ def _joined(opened: Chat, whole: Chat, start: int) -> Rendered:
     return Rendered(text, spans, opened.text, (*opened.literals, *literals), chat=True)
 
 
+def _complete(rendered: Rendered, messages: Messages, chosen: Sequence[int]) -> Rendered:
+    """Return a rendered conversation in which everything stands that was said.
+
+    Of an answer the template may leave out the reasoning, but of the last one that is trained on.
+
+    Raises:
+        RenderingError: Something is left out or changed.
+    """
+    for number, message in enumerate(messages):
+        said = _joined_text(message.get("content") or "").strip()
+        if _is_answer(message) and number != chosen[-1] and said not in rendered.text:
+            said = said.rpartition(REASONED)[2].strip()
+        if said not in rendered.text and " ".join(said.split()) not in rendered.text:
+            raise RenderingError(
+                f"the chat template leaves out or changes what message {number + 1} "
+                f"({message['role']}) says{LAST if len(chosen) > 1 else ''}"
+            )
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in rendered.text:
+                raise RenderingError(
+                    f"the chat template leaves out the tool calls of message {number + 1}"
+                )
+    return rendered
+
+
+def _require_tools(template: ChatTemplate, messages: Messages, tools: Tools) -> None:
+    """Refuse tools that the template does not write.
+
+    Raises:
+        RenderingError: The text is the same without them.
+    """
+    if tools and template.render(messages, tools, opened=False) == template.render(
+        messages, (), opened=False
+    ):
+        raise RenderingError("the chat template writes no tools, and the row has some")
+
+
 def _is_answer(message: Message) -> bool:
     return bool(message["role"] == "assistant")
 
 
 def _text_of(message: Message) -> str | None:
-    """Return a message's text, of its last part where it has several."""
+    """Return a message's text, ``None`` where it has no content."""
     content = message.get("content")
-    if isinstance(content, str) or content is None:
-        return content
-    texts = [str(part["text"]) for part in content if isinstance(part.get("text"), str)]
-    return texts[-1] if texts else None
+    return None if content is None else _joined_text(content)
 
 
-def _ended(content: Any, mark: str) -> Any:
+def _ended(content: str, mark: str) -> str:
     """Put a mark behind a content, before the blanks at its end, which templates may trim."""
+    body = content.rstrip()
+    return body + mark + content[len(body) :]
+
+
+def _joined_text(content: Any) -> str:
+    """Return a content as one text."""
     if isinstance(content, str):
-        body = content.rstrip()
-        return body + mark + content[len(body) :]
-    last = max(i for i, part in enumerate(content) if isinstance(part.get("text"), str))
-    return [
-        {**part, "text": _ended(part["text"], mark)} if i == last else part
-        for i, part in enumerate(content)
-    ]
+        return content
+    return "".join(str(part["text"]) for part in content if isinstance(part.get("text"), str))
 
 
-def _map_strings(value: Any, change: Any) -> Any:
-    """Return a message or tool with every text in it changed, but for its role and kinds."""
+def _map_strings(value: Any, change: Any, *, within: bool = False) -> Any:
+    """Return a message or tool with every text in it changed, but for a message's own role."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
         return {
-            name: own if name in ("role", "type") else _map_strings(own, change)
+            name: own
+            if (name == "role" and not within) or (name == "type" and own in TYPES)
+            else _map_strings(own, change, within=True)
             for name, own in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_map_strings(own, change) for own in value]
+        return [_map_strings(own, change, within=True) for own in value]
     return value
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Yield every key in a message or tool."""
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+        yield from (name for own in value.values() for name in _names(own))
+    elif isinstance(value, list | tuple):
+        yield from (name for own in value for name in _names(own))
+
+
+def literal_text(template: str) -> str:
+    """Return what a template writes by itself: its text, and the text constants in its expressions."""
+    template = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    code = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+    constant = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+    key = re.compile(r"\[\s*(['\"])\w+\1\s*\]")  # m['content'] is written, and nothing of it
+    inside = [
+        text for found in code.findall(template) for text in constant.findall(key.sub("", found))
+    ]
+    return "\0".join([*code.split(template), *inside])
 
 
 def _marks(text: str, contents: Sequence[str | None], count: int) -> tuple[str, int]:

@@ -24,6 +24,11 @@ from fedloom.data.sources import TEMPLATE_DATE, ControlTokens, TrainOn
 from fedloom.data.text_tokens import TextTokens, Tokens, common_prefix
 from fedloom.errors import DataError
 
+SLOW = (
+    "this tokenizer does not say which characters its tokens stand for, so that one of several answers "
+    'cannot be told apart: a tokenizer.json is needed, or data.train_on = "last_answer"'
+)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -73,7 +78,8 @@ class TextEncoder:
     @cached_property
     def answers(self) -> Answers:
         """How answers are found in conversations."""
-        return Answers(self.template, self.train_on, self.texts.shared)
+        stops = tuple(self.tokenizer.convert_ids_to_tokens(list(self.stop_ids)))
+        return Answers(self.template, self.train_on, self.texts.shared, stops)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -100,7 +106,7 @@ class TextEncoder:
             DataError: The template refuses the conversation.
         """
         try:
-            rendered = self._prompt(prompt, tools)
+            (rendered,) = self._checked([self._prompt(prompt, tools)])
         except RenderingError as error:
             raise DataError(f"the prompt cannot be rendered: {error}") from error
         row = self.texts.of([rendered])[0].ids
@@ -124,7 +130,7 @@ class TextEncoder:
         rendered: list[list[Rendered] | RenderingError] = []
         for example in examples:
             try:
-                rendered.append(self._rendered(example))
+                rendered.append(self._checked(self._rendered(example)))
             except RenderingError as error:
                 rendered.append(error)
         texts = [one for own in rendered if isinstance(own, list) for one in own]
@@ -136,12 +142,15 @@ class TextEncoder:
             if isinstance(own, RenderingError):
                 result.append(own)
                 continue
-            sequences = [
-                self._sequence(
-                    one, next(wholes), prompts[_prompt_of(one)].ids if one.prompt else None
-                )
+            read = [
+                (one, next(wholes), prompts[_prompt_of(one)].ids if one.prompt else None)
                 for one in own
             ]
+            try:
+                sequences = [self._sequence(*one) for one in read]
+            except RenderingError as error:
+                result.append(error)
+                continue
             if isinstance(example, Labelled):
                 ids = [sequence.tokens.ids for sequence in sequences]
                 masks = [[False] * len(row) for row in ids]
@@ -151,9 +160,20 @@ class TextEncoder:
         return result
 
     def _sequence(self, rendered: Rendered, tokens: Tokens, prompt: list[int] | None) -> _Sequence:
-        """Return a sequence; a tokenizer may have ended a plain text by itself."""
-        added = bool(tokens.ids) and not rendered.chat and tokens.offsets[-1] == (0, 0)
-        return _Sequence(rendered, tokens, prompt, added and tokens.ids[-1] in self.stop_ids)
+        """Return a sequence; a tokenizer may have ended a plain text by itself.
+
+        Raises:
+            RenderingError: Which tokens are trained on cannot be told.
+        """
+        added = False
+        if tokens.offsets is None:
+            if len(rendered.spans) > 1 or (rendered.spans and not rendered.open_ended):
+                raise RenderingError(SLOW)
+        else:
+            added = bool(tokens.ids) and not rendered.chat and tokens.offsets[-1] == (0, 0)
+        begins = self.texts.begins and not rendered.chat
+        ended = added and tokens.ids[-1] in self.stop_ids
+        return _Sequence(rendered, tokens, prompt, ended, begins)
 
     def _divided(self, sequences: list[_Sequence]) -> Encoded:
         """Divide an example's sequences where the first token that is trained on stands in any."""
@@ -169,13 +189,14 @@ class TextEncoder:
             len(sequences[0].tokens.ids),
         )
         prompt = sequences[0].tokens.ids[:shared]
+        # after one prompt all answers begin with the token at which any does, as in TRL
+        begin = min(sequence.start or 0 for sequence in sequences)
+        alike = len({sequence.rendered.prompt for sequence in sequences}) == 1
         completions, masks = [], []
         for sequence in sequences:
             completion = sequence.tokens.ids[shared:]
-            mask = sequence.mask[shared:]
-            first = mask.index(True)
-            mask[:first] = [True] * first
-            if mask and mask[-1] and not self._ends(sequence):
+            mask = sequence.trained_from(begin if alike else sequence.start or 0)[shared:]
+            if sequence.rendered.open_ended and not self._ends(sequence):
                 end = self._end()
                 completion += end
                 mask += [True] * len(end)
@@ -186,11 +207,10 @@ class TextEncoder:
 
     def _ends(self, sequence: _Sequence) -> bool:
         """Return whether a sequence's last token, but for blanks, is one at which generation stops."""
-        text, tokens = sequence.rendered.text, sequence.tokens
-        for token, (start, end) in zip(reversed(tokens.ids), reversed(tokens.offsets), strict=True):
+        for token in reversed(sequence.tokens.ids):
             if token in self.stop_ids:
                 return True
-            if start < end and not text[start:end].isspace():
+            if self.tokenizer.decode([token]).strip():
                 return False
         return False
 
@@ -202,6 +222,13 @@ class TextEncoder:
         """Return what stands before a completion without a prompt: its first token needs one."""
         own = self.tokenizer.bos_token_id
         return self._end() if own is None else [own]
+
+    def _checked(self, rendered: list[Rendered]) -> list[Rendered]:
+        """Return rendered texts whose literals can be written as text."""
+        for one in rendered:
+            for start, end in one.literals:
+                self.texts.literal(one.text[start:end])
+        return rendered
 
     def _rendered(self, example: Example) -> list[Rendered]:
         match example:
@@ -247,18 +274,26 @@ class _Sequence:
     tokens: Tokens
     prompt: list[int] | None
     added_end: bool
+    begins: bool
 
     @cached_property
     def mask(self) -> list[bool]:
         """Which tokens have a character that is trained on."""
-        offsets = self.tokens.offsets
-        mask = [False] * len(offsets)
+        offsets, count = self.tokens.offsets, len(self.tokens.ids)
+        if offsets is None:  # all that follows the prompt, by the tokens that both begin with
+            start = int(self.begins)
+            if self.prompt is not None:
+                start = common_prefix(self.prompt, self.tokens.ids)
+            return [bool(self.rendered.spans) and number >= start for number in range(count)]
+        mask = [False] * count
         last = len(offsets)
         while last and offsets[last - 1] == (0, 0):  # special tokens behind the text
             last -= 1
         for start, end in self.rendered.spans:
             first = bisect_right(offsets, start, hi=last, key=itemgetter(1))
             after = bisect_left(offsets, end, lo=first, hi=last, key=itemgetter(0))
+            while after < last and offsets[after] == (end, end):  # blanks that offsets leave out
+                after += 1
             mask[first:after] = [True] * (after - first)
         if self.added_end and True in mask:
             mask[-1] = True
@@ -275,6 +310,11 @@ class _Sequence:
             if self.prompt is None
             else min(first, common_prefix(self.prompt, self.tokens.ids))
         )
+
+    def trained_from(self, begin: int) -> list[bool]:
+        """Return the mask, with what stands between ``begin`` and the first token in it."""
+        first = self.mask.index(True)
+        return [*self.mask[:begin], *[True] * (first - begin), *self.mask[first:]]
 
 
 def _prompt_of(rendered: Rendered) -> Rendered:

@@ -7,20 +7,20 @@ as ``apply_chat_template(sanitize_control_tokens=True)`` does.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from fedloom.data.chat import Rendered, Span
+from fedloom.data.chat import Rendered, RenderingError, Span
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and which characters each stands for."""
+    """Token ids and which characters each stands for, ``None`` where the tokenizer does not say."""
 
     ids: list[int]
-    offsets: list[Span]
+    offsets: list[Span] | None
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,22 @@ class TextTokens:
     tokenizer: Any
 
     def of(self, texts: Sequence[Rendered]) -> list[Tokens]:
-        """Tokenise texts in two batches: those that a template wrote and those that it did not."""
+        """Tokenise texts in two batches: those that a template wrote and those that it did not.
+
+        Raises:
+            RenderingError: A text cannot be tokenised without a control token of somebody's making.
+        """
         found = {i: self._in_pieces(text) for i, text in enumerate(texts) if text.literals}
         for chat in (False, True):
             own = [i for i, text in enumerate(texts) if text.chat is chat and i not in found]
             batch = self._tokens([texts[i].text for i in own], special=not chat)
             found |= dict(zip(own, batch, strict=True))
         return [found[i] for i in range(len(texts))]
+
+    @cached_property
+    def begins(self) -> bool:
+        """Whether the tokenizer puts a start token before a text."""
+        return self.tokenizer.bos_token_id in self.tokenizer("x")["input_ids"][:1]
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         if not texts:
@@ -49,31 +58,30 @@ class TextTokens:
         batch = self.tokenizer(
             list(texts), add_special_tokens=special, return_offsets_mapping=fast, verbose=False
         )
-        given = batch["input_ids"]
-        offsets = batch["offset_mapping"] if fast else map(self._offsets, texts, given)
-        found = [Tokens(list(i), list(o)) for i, o in zip(given, offsets, strict=True)]
+        offsets = batch["offset_mapping"] if fast else [None] * len(texts)
+        found = [
+            Tokens(list(ids), None if own is None else list(own))
+            for ids, own in zip(batch["input_ids"], offsets, strict=True)
+        ]
         if not special:
             return found
         twice = [self.tokenizer.bos_token_id] * 2  # a text that was rendered beforehand
-        return [Tokens(t.ids[1:], t.offsets[1:]) if t.ids[:2] == twice else t for t in found]
+        return [_without_first(own) if own.ids[:2] == twice else own for own in found]
 
     def _in_pieces(self, rendered: Rendered) -> Tokens:
         """Tokenise a text in which control tokens are somebody's text: piece by piece."""
         ids: list[int] = []
-        if (
-            not rendered.chat
-            and self.tokenizer.bos_token_id in self.tokenizer("x")["input_ids"][:1]
-        ):
+        if not rendered.chat and self.begins:
             ids.append(self.tokenizer.bos_token_id)
         offsets: list[Span] = [(0, 0)] * len(ids)
         last = 0
         for start, end in (*rendered.literals, (len(rendered.text), len(rendered.text))):
             piece = self._tokens_within(rendered.text, last, start)
-            literal = self._literal(rendered.text[start:end]) if end > start else []
+            literal = self.literal(rendered.text[start:end]) if end > start else []
             ids += [*piece.ids, *literal]
-            offsets += [*piece.offsets, *[(start, end)] * len(literal)]
+            offsets += [*(piece.offsets or ()), *[(start, end)] * len(literal)]
             last = end
-        return Tokens(ids, offsets)
+        return Tokens(ids, offsets if self.tokenizer.is_fast else None)
 
     def _tokens_within(self, text: str, start: int, end: int) -> Tokens:
         """Tokenise a part of a text: some tokenizers put a blank before whatever stands first."""
@@ -84,16 +92,25 @@ class TextTokens:
         (found,) = self._tokens([before + text[start:end]], special=False)
         if found.ids[: len(lead)] != lead:
             (found,), lead, before = self._tokens([text[start:end]], special=False), [], ""
+        if found.offsets is None:
+            return Tokens(found.ids[len(lead) :], None)
         shift = start - len(before)
         return Tokens(
             found.ids[len(lead) :], [(a + shift, b + shift) for a, b in found.offsets[len(lead) :]]
         )
 
-    def _literal(self, text: str) -> list[int]:
-        """Return a control token's name as the tokens of plain text within another text."""
+    def literal(self, text: str) -> list[int]:
+        """Return a control token's name as the tokens of plain text within another text.
+
+        Raises:
+            RenderingError: The tokenizer makes the control token of it in any case.
+        """
         lead = self._plain_ids("\n")
         ids = self._plain_ids("\n" + text)
-        return ids[len(lead) :] if ids[: len(lead)] == lead else self._plain_ids(text)
+        ids = ids[len(lead) :] if ids[: len(lead)] == lead else self._plain_ids(text)
+        if self.tokenizer.convert_tokens_to_ids(text) in ids:
+            raise RenderingError(f"this tokenizer cannot write {text!r} as text")
+        return ids
 
     def _plain_ids(self, text: str) -> list[int]:
         """Return a text's tokens, none of them an added one."""
@@ -110,19 +127,15 @@ class TextTokens:
             parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for part in parts for token in backend.model.tokenize(part)]
 
-    def _offsets(self, text: str, ids: Sequence[int]) -> list[Span]:
-        """Return where tokens stand, for tokenizers that do not say: by the text of each beginning."""
-        own = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        before = next((n for n in range(len(ids)) if list(ids[n : n + len(own)]) == own), 0)
-        ends = [len(self.tokenizer.decode(own[:n])) for n in range(len(own) + 1)]
-        spans = [(min(a, len(text)), min(b, len(text))) for a, b in itertools.pairwise(ends)]
-        return [(0, 0)] * before + spans + [(0, 0)] * (len(ids) - before - len(own))
-
     def shared(self, own: str, there: str) -> int:
         """Return how many characters two texts share from their beginning, in whole tokens."""
         first, second = self.of([Rendered(own, chat=True), Rendered(there, chat=True)])
         shared = common_prefix(first.ids, second.ids)
-        return second.offsets[shared - 1][1] if shared else 0
+        return second.offsets[shared - 1][1] if shared and second.offsets is not None else 0
+
+
+def _without_first(tokens: Tokens) -> Tokens:
+    return Tokens(tokens.ids[1:], None if tokens.offsets is None else tokens.offsets[1:])
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
