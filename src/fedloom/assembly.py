@@ -26,6 +26,7 @@ from fedloom.data.examples import (
     Example,
     Instruction,
     first_answer,
+    last_answer,
     plain_text,
 )
 from fedloom.data.public import PublicRows
@@ -193,6 +194,7 @@ def assemble(
         judged_kind(experiment, division.loaded.kind),
     )
     held_out = reader.held_out(division.test)
+    readable = held_out.share.tokens.index.tolist()
     evaluator = Evaluator(
         method,
         held_out,
@@ -204,6 +206,12 @@ def assemble(
         judged_kind(experiment, division.loaded.kind),
     )
     accounts, bad_rows = _accounted(experiment, division, kits, public.get(own.key), held_out)
+    if division.test and not readable:
+        reasons = sorted({lost.reason for lost in held_out.share.tokens.dropped})
+        raise DataError(
+            f"no row of the global held-out set is left after tokenising ({'; '.join(reasons)}); give "
+            "other rows as data.test_source, or raise evaluation.max_length"
+        )
     engine = SimulationEngine(
         equipment,
         train,
@@ -231,7 +239,9 @@ def assemble(
         ledger,
         accounts,
         bad_rows,
-        [] if division.classes else division.test[: experiment.evaluation.samples],
+        [division.test[i] for i in readable[: experiment.evaluation.samples]]
+        if not division.classes
+        else [],
         own.path,
         fingerprint(own.path),
         reader.max_length,
@@ -410,21 +420,24 @@ def _all_bad(
     Raises:
         DataError: There are too many.
     """
-    bad = list(division.loaded.bad_rows)
+    own: list[BadRow] = []
+    tests: list[BadRow] = []
     for client, (_, lost) in read.items():
         more = held_out[client].dropped if client in held_out else ()
         for one in (*lost, *more):
             if one.malformed:
-                bad.append(BadRow(*division.place(client, one.row), one.reason))
-    accounts = division.accounts
+                own.append(BadRow(*division.place(client, one.row), one.reason))
+    accounts, most = division.accounts, experiment.data.max_bad_share
     for one in judged:
-        if one.malformed:
-            place = ("the test set", one.row) if accounts.test else division.place(-1, one.row)
-            bad.append(BadRow(*place, one.reason))
-    if len(bad) > len(division.loaded.bad_rows):
-        rows = accounts.source.rows + (accounts.test.rows if accounts.test else 0)
-        check_bad("the data", bad, rows, experiment.data.max_bad_share)
-    return bad
+        if one.malformed and accounts.test:
+            tests.append(BadRow("the test set", one.row, one.reason))
+        elif one.malformed:
+            own.append(BadRow(*division.place(-1, one.row), one.reason))
+    own = list(dict.fromkeys(own))  # a pair whose answers are apart is one row
+    check_bad("the data", own, accounts.source.rows, most)
+    if accounts.test:
+        check_bad("the test set", tests, accounts.test.rows, most)
+    return [*division.loaded.bad_rows, *own, *tests]
 
 
 def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
@@ -756,8 +769,10 @@ class _Reader:
         )
 
     def _answering(self, rows: Sequence[Example]) -> Answering:
+        last = self.experiment.data.train_on == "last_answer"
+        asked = last_answer if last else first_answer  # what the prompt's tokens ask for
         texts = [
-            tuple(plain_text(own) for own in (first_answer(row.completion), *row.accepted))
+            tuple(plain_text(own) for own in (asked(row.completion), *row.accepted))
             for row in rows
             if isinstance(row, Instruction)
         ]

@@ -1,5 +1,6 @@
 """Accounts of rows: they close, or say by how much they do not; what max_length cuts is counted."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -189,3 +190,93 @@ def test_control_tokens_that_are_read_as_text_are_counted_and_told(experiment, r
     )
     rendered = replace(built, data=built.data.model_copy(update={"control_tokens": "control"}))
     assert not assemble(rendered, divide(rendered)).accounts.warnings
+
+
+CHATML = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def no_system(model_folder, tmp_path):
+    """The small model with a template that refuses a system's turn."""
+    import shutil
+
+    folder = tmp_path / "no-system"
+    shutil.copytree(model_folder, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": CHATML}))
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return str(folder)
+
+
+def said(number, *, system=False):
+    first = [{"role": "system", "content": "Be nice"}] if system else []
+    turns = [*first, {"role": "user", "content": f"Q {number}"}]
+    return {"messages": [*turns, {"role": "assistant", "content": f"A {number}"}]}
+
+
+def test_a_test_set_that_cannot_be_read_stops_the_run_before_it_begins(
+    experiment, rows_file, no_system
+):
+    """Its share of malformed rows is its own, not that of all rows."""
+    built = experiment(
+        data={
+            "source": rows_file([said(i) for i in range(400)]), "kind": "instruction",
+            "test_source": rows_file([said(i, system=True) for i in range(400, 410)], "test.jsonl"),
+        },
+        model={"path": no_system},
+        objective={"name": "sft"},
+        federation={"clients": 2},
+    )  # fmt: skip
+    with pytest.raises(DataError) as told:
+        assemble(built, divide(built))
+    assert "10 of 10 rows of the test set are malformed (100.0%)" in str(told.value)
+    assert "the test set row 1: the chat template refuses it: no system" in str(told.value)
+    lenient = replace(built, data=built.data.model_copy(update={"max_bad_share": 1.0}))
+    with pytest.raises(
+        DataError, match="no row of the global held-out set is left after tokenising"
+    ):
+        assemble(lenient, divide(lenient))
+
+
+def test_samples_are_rows_that_the_template_takes(experiment, rows_file, no_system):
+    import fedloom
+
+    tests = [said(i, system=i < 403) for i in range(400, 410)]
+    built = experiment(
+        data={
+            "source": rows_file([said(i) for i in range(40)]), "kind": "instruction",
+            "test_source": rows_file(tests, "test.jsonl"), "max_bad_share": 0.5,
+        },
+        model={"path": no_system},
+        objective={"name": "sft"},
+        federation={"clients": 2, "rounds": 1},
+        evaluation={"samples": 3, "max_new_tokens": 2},
+    )  # fmt: skip
+    record = json.loads((fedloom.run(built).folder / "samples.json").read_text())
+    assert [own["wanted"] for own in record] == ["A 403", "A 404", "A 405"]
+
+
+def test_a_refused_pair_is_one_malformed_row(experiment, rows_file, no_system):
+    def pair(number):
+        return {
+            "prompt": said(number, system=number < 3)["messages"][:-1],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+
+    built = experiment(
+        data={
+            "source": rows_file([pair(i) for i in range(100)]), "kind": "preference",
+            "test_source": rows_file([pair(i) for i in range(200, 210)], "test.jsonl"),
+        },
+        model={"path": no_system},
+        objective={"name": "kto"},
+        federation={"clients": 2},
+        partition={"client_test_fraction": 0.0},
+    )  # fmt: skip
+    parts = assemble(built, divide(built))
+    assert [bad.number for bad in parts.bad_rows] == [1, 2, 3]

@@ -37,6 +37,13 @@ def first_answer(text: Text) -> Text:
     return text[: first + 1]
 
 
+def last_answer(text: Text) -> Text:
+    """Return the last answer of a completion alone."""
+    if isinstance(text, str):
+        return text
+    return tuple(own for own in text if own["role"] == "assistant")[-1:]
+
+
 def plain_text(text: Text) -> str:
     """Return a text, or what is said and called in a conversation as lines."""
     return text if isinstance(text, str) else "\n".join(map(_said, text))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,11 +21,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fedloom.data.chat import RenderingError
-from fedloom.data.encode import TextEncoder
+from fedloom.data.encode import Encoded, TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
 
 FORMAT = "fedloom-tokens-4"
 """Changes whenever this file would give other tokens for the same input."""
+
+TOGETHER = 1024
+"""Examples that are tokenised together."""
 
 NOTHING_LEFT = "no completion token left"
 NO_PROMPT = "no token before the completion"
@@ -188,7 +191,7 @@ def _tokenize(
     masks: list[NDArray[np.bool_]] = []
     dropped: list[Untokenized] = []
     for position, (example, encoded) in enumerate(
-        zip(examples, encoder.examples(examples), strict=True)
+        zip(examples, _encoded(examples, encoder), strict=True)
     ):
         if isinstance(encoded, RenderingError):
             dropped.append(Untokenized(position, example.row, str(encoded), malformed=True))
@@ -231,6 +234,14 @@ def _tokenize(
         np.array(labels, np.int64),
         tuple(dropped),
     )
+
+
+def _encoded(
+    examples: Sequence[Example], encoder: TextEncoder
+) -> Iterator[Encoded | RenderingError]:
+    """Yield each example's tokens, some examples tokenised together: texts take more room than tokens."""
+    for start in range(0, len(examples), TOGETHER):
+        yield from encoder.examples(examples[start : start + TOGETHER])
 
 
 def _useless(
