@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedloom.assembly import model_folder
 from fedloom.data.encode import TextEncoder
-from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
+from fedloom.data.examples import Example, Feedback, Labelled, Preference
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.division import divide
 from fedloom.errors import DataError
@@ -116,8 +116,6 @@ def _sequences(example: Example, tokens: TokenSet, encoder: TextEncoder) -> list
 def _names(example: Example) -> Sequence[str]:
     if isinstance(example, Preference):
         return ("chosen", "rejected")
-    if isinstance(example, Choice):
-        return [f"choice {number}" for number in range(len(example.choices))]
     return ("text",) if isinstance(example, Labelled) else ("prompt and completion",)
 
 

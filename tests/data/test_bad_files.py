@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from fedloom.data import json_rows, opened
-from fedloom.data.columns import RowError
 from fedloom.data.files import read_file
 from fedloom.data.json_rows import is_deep
 from fedloom.data.loading import load_examples
+from fedloom.data.rows import RowError
 from fedloom.data.sources import DataSettings
 from fedloom.errors import DataError
 

@@ -5,7 +5,6 @@ from trl import extract_prompt as trl_extract_prompt
 from trl import unpair_preference_dataset
 
 from fedloom.data.columns import (
-    RowError,
     extract_prompt,
     fill_template,
     make_example,
@@ -13,6 +12,7 @@ from fedloom.data.columns import (
     renamed,
 )
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference, unpair
+from fedloom.data.rows import RowError
 
 
 def user(text):

@@ -33,8 +33,7 @@ from fedloom.data.labels import (
 )
 from fedloom.data.layouts import Layout, recognise
 from fedloom.data.messages import MEDIA, all_answers, checked_messages, checked_tools, last_answer
-from fedloom.data.rows import Row, as_list, shown
-from fedloom.data.rows import RowError as RowError
+from fedloom.data.rows import Row, RowError, as_list, shown
 
 TURN = "\n\nAssistant:"
 """Where an answer begins in dialogues written as plain text (the layout of HH-RLHF)."""

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from fedloom.data.columns import RowError
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8
+from fedloom.data.rows import RowError
 from fedloom.shown import short
 
 

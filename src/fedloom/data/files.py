@@ -25,7 +25,7 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parq
 def read_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a local file with their numbers (lines for JSONL, else rows, from 1).
 
-    A row that cannot be read is yielded as the :class:`~fedloom.data.columns.RowError` that says why:
+    A row that cannot be read is yielded as the :class:`~fedloom.data.rows.RowError` that says why:
     no JSON, not UTF-8, longer than 16 Mi characters, nested deeper than 100 brackets, a key twice, NaN or
     Infinity, a number beyond all measure, half of a pair of surrogates; in CSV, wrong quotes or another
     number of fields than the header has; in Parquet, values that Python cannot hold.

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn, TextIO
 
-from fedloom.data.columns import RowError
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8, require_text
+from fedloom.data.rows import RowError
 from fedloom.shown import short
 
 DEEPEST = 100

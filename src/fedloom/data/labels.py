@@ -145,7 +145,7 @@ def best_of(value: object, answers: Sequence[Any], label: str) -> int:
         raise RowError(NO_VERDICT, malformed=False)
     if isinstance(value, str) and list(answers).count(value) == 1:
         return list(answers).index(value)
-    number = _number(value)
+    number = number_of(value)
     if number is not None and number in range(len(answers)) and not isinstance(value, bool):
         return int(number)
     raise RowError(
@@ -167,7 +167,7 @@ def by_scores(scores: Any, count: int, margin: float | None, label: str) -> tupl
         RowError: A score is missing, or there is a tie (dropped and counted).
     """
     scores = as_list(scores)
-    numbers = [_number(score) for score in scores] if isinstance(scores, list | tuple) else []
+    numbers = [number_of(score) for score in scores] if isinstance(scores, list | tuple) else []
     whole = [number for number in numbers if number is not None]
     if len(whole) != len(numbers) or len(whole) != count:
         raise RowError(f"{label} must be {count} numbers, one an answer, got {shown(scores)}")
@@ -212,11 +212,6 @@ def majority(votes: Sequence[object], values: Values, names: Sequence[str], labe
     return int(most)
 
 
-def number_of(value: object) -> float | None:
-    """Return a number, also where it stands as text; ``None`` for anything else."""
-    return _number(value)
-
-
 def example_line(found: Mapping[str, int], kind: str) -> str:
     """Return a line of settings that says what values mean, to be pasted and put right.
 
@@ -225,7 +220,7 @@ def example_line(found: Mapping[str, int], kind: str) -> str:
         kind: feedback or preference.
     """
     first, second, *_ = GROUPS[kind]
-    numbers = [number for value in found if (number := _number(value)) is not None]
+    numbers = [number for value in found if (number := number_of(value)) is not None]
     if len(set(numbers)) > 2 and len(numbers) == len(found):
         middle = (min(numbers) + max(numbers)) / 2
         signs = (
@@ -258,9 +253,9 @@ def _marks(names: Sequence[str]) -> list[str]:
 
 def _fits(entry: str | int | float | bool, value: object) -> bool:
     comparison = COMPARISON.fullmatch(entry) if isinstance(entry, str) else None
-    number = _number(value)
+    number = number_of(value)
     if comparison is None:
-        wanted = _number(entry)
+        wanted = number_of(entry)
         if wanted is not None and number is not None:
             return wanted == number
         return _plain(entry) == _plain(value)
@@ -283,7 +278,8 @@ def _plain(value: object) -> str:
     return text.replace("thumbs up", "thumbs_up").replace("thumbs down", "thumbs_down")
 
 
-def _number(value: object) -> float | None:
+def number_of(value: object) -> float | None:
+    """Return a number, also where it stands as text; ``None`` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from fedloom.data.columns import RowError
 from fedloom.data.json_rows import DEEPEST
 from fedloom.data.opened import LONGEST_ROW, RATIO, UNPACKED, UnreadableError
+from fedloom.data.rows import RowError
 from fedloom.shown import short
 
 if TYPE_CHECKING:
