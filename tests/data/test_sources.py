@@ -136,6 +136,26 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
     assert data.dropped == {"chosen equals rejected": 1} and not data.bad_rows
 
 
+def test_an_incomplete_pair_among_the_held_out_rows_is_dropped_whatever_becomes_of_others(tmp_path):
+    def pair(i, rejected):
+        return {"prompt": f"p{i}", "chosen": "a", "rejected": rejected}
+
+    write_jsonl(tmp_path / "x.jsonl", [pair(i, "b" if i else "") for i in range(4)])
+    write_jsonl(tmp_path / "t.jsonl", [pair(i, "b" if i > 11 else "") for i in range(10, 15)])
+    data = load(
+        tmp_path / "x.jsonl",
+        kind="preference",
+        test_source=str(tmp_path / "t.jsonl"),
+        incomplete_pairs="feedback",
+    )
+    assert [type(row).__name__ for row in data.train] == ["Feedback", *["Preference"] * 3]
+    assert [(type(row).__name__, row.row) for row in data.test] == [
+        ("Preference", 3), ("Preference", 4), ("Preference", 5),
+    ]  # fmt: skip
+    assert data.test_account.dropped == {"rejected missing": 2}
+    assert data.test_account.difference == 0
+
+
 @pytest.mark.parametrize(
     ("prepare", "name", "message"),
     [
@@ -338,6 +358,19 @@ def test_each_domain_is_read_in_its_own_way(tmp_path):
     film = next(row for row in rows if row.columns["domain"] == "films")
     assert film.columns["prefers"] == "pos" and len(film.chosen.split()) == 5
     assert read(domains=domains(tmp_path)).digest == data.digest
+
+
+def test_where_domains_make_and_lose_as_many_examples_the_account_closes(tmp_path):
+    films = domains(tmp_path)["films"]
+    texts = {
+        "source": films["source"],
+        "continuations": {**films["continuations"], "prompt_words": 5},
+    }
+    twice = {**texts, "continuations": {**texts["continuations"], "passages": 3}}
+    # of 24 texts 12 pairs (-12); of 24 texts 3 passages, 36 pairs (+12)
+    data = read(domains={"few": texts, "many": twice})
+    assert (data.account.rows, data.account.made, data.account.difference) == (48, {}, 0)
+    assert len(data.train) + len(data.test) == 48 - sum(data.dropped.values())
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ class LoadedData:
     bad_rows: tuple[BadRow, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
     test_kind: str | None = None
-    """Kind of the held-out examples, where it is another one."""
     account: Account | None = None
     test_account: Account | None = None
     warnings: tuple[str, ...] = ()
@@ -98,7 +97,7 @@ def load_examples(
     warnings: tuple[str, ...] = ()
     if elsewhere:
         tests = (settings.test_source,) if settings.test_source else settings.sources
-        reader = Reader(settings, settings, test_kind, judged)
+        reader = Reader(settings, settings, test_kind, judged, judged=True)
         test = reader.read_all(tests, settings.test_split or "test")
         test_account = Account(
             judged.seen, dict(judged.made), len(judged.bad), dict(judged.dropped), judged=len(test)
@@ -252,7 +251,7 @@ def _read_part(
         for pair in continuations(rows, part.continuations, rng)
     ]
     read.rows = max(read.rows, first + len(pairs))
-    read.made |= added(read.made, {PAIRS_OF_TEXTS: len(pairs) - len(rows)})
+    read.made = added(read.made, {PAIRS_OF_TEXTS: len(pairs) - len(rows)})
     return list(pairs)
 
 

@@ -106,11 +106,16 @@ class Reader:
         kind: str,
         read: Read,
         domain: str = "",
+        *,
+        judged: bool = False,
     ) -> None:
-        """Read as ``settings`` say; what goes wrong is counted in ``read``."""
+        """Read as ``settings`` say; what goes wrong is counted in ``read``.
+
+        Of rows that are ``judged`` all are of their kind: an incomplete pair is dropped.
+        """
         self.settings, self.kind, self.so_far = settings, kind, read
         self.max_bad_share = data.max_bad_share
-        self.incomplete = data.incomplete_pairs == "feedback" and kind == data.kind
+        self.incomplete = data.incomplete_pairs == "feedback" and not judged
         self.own = {"domain": domain} if domain else {}
         self.kind_said_by = "data.test_kind" if kind == data.test_kind != data.kind else "data.kind"
         self.keep_ambiguous = data.ambiguous == "keep"
