@@ -148,22 +148,22 @@ def test_of_three_annotators_the_majority_decides():
         (
             {"1": 9, "2": 5, "5": 70},
             "feedback",
-            'data.values = { desirable = ["> 3"], undesirable = ["< 3"] }',
+            'values = { desirable = ["> 3"], undesirable = ["< 3"] }',
         ),
         (
             {"b": 5, "a": 4, "c": 1},
             "feedback",
-            'data.values = { desirable = ["a"], undesirable = ["b"] }',
+            'values = { desirable = ["a"], undesirable = ["b"] }',
         ),
         (
             {'say "x"': 5},
             "preference",
-            'data.values = { first = ["say \\"x\\""], second = ["..."] }',
+            'values = { first = ["say \\"x\\""], second = ["..."] }',
         ),
         (
             {"1.0": 9, "1.7": 5, "2.0": 7},
             "preference",
-            'data.values = { first = ["< 1.5"], second = ["> 1.5"] }',
+            'values = { first = ["< 1.5"], second = ["> 1.5"] }',
         ),
     ],
 )

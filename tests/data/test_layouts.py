@@ -18,6 +18,7 @@ from fedloom.errors import DataError
 
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+OTHER = {"role": "assistant", "content": "b"}
 SO = {"chosen": "a", "rejected": "b"}
 
 
@@ -67,6 +68,7 @@ def test_instructions(row, name, expected):
 
 
 PAIR = Preference(1, "q\n", "a", "b")
+TURNS = Preference(1, (USER,), (ASSISTANT,), (OTHER,))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,31 @@ PAIR = Preference(1, "q\n", "a", "b")
             {"Question": "q", "Best Answer": "a", "Incorrect Answers": "b; c"},
             "Question/Best Answer/Incorrect Answers",
             PAIR,
+        ),
+        (  # of what is no list of answers all is kept
+            {"Question": "q; r", "Best Answer": "a; b", "Incorrect Answers": "c; d"},
+            "Question/Best Answer/Incorrect Answers",
+            Preference(1, "q; r\n", "a; b", "c"),
+        ),
+        (  # beside conversations the prompt is a turn, without a line's end
+            {"instruction": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
+            "instruction/chosen/rejected",
+            TURNS,
+        ),
+        (
+            {"question": "q", "chosen": [ASSISTANT], "rejected": [OTHER]},
+            "question/chosen/rejected",
+            TURNS,
+        ),
+        (
+            {"question": "q", "chosen": "a", "rejected": [OTHER]},
+            "question/chosen/rejected",
+            TURNS,
+        ),
+        (
+            {"question": "q", "responses": [[OTHER], [ASSISTANT]], "best": 1},
+            "question/responses/best",
+            Preference(1, (USER,), (ASSISTANT,), (OTHER,), {"best": "1"}),
         ),
         (
             {"input": "q", "output_1": "b", "output_2": "a", "label": 2},
@@ -294,6 +321,38 @@ def test_one_odd_row_at_the_start_hides_no_layout(path):
     assert data.layouts == ("x.jsonl: layout question/answer",) and len(data.bad_rows) == 1
 
 
+def test_the_layout_is_that_of_most_rows(path):
+    rows = [{"completion": "x"}] + [{"prompt": f"p{i}", "completion": "c"} for i in range(30)]
+    data = load(path, rows, "instruction")
+    assert data.layouts == ("x.jsonl: layout prompt/completion",)
+    assert [str(row) for row in data.bad_rows] == ["x.jsonl row 1: prompt missing"]
+    assert {row.prompt for row in [*data.train, *data.test]} == {f"p{i}" for i in range(30)}
+
+
+@pytest.mark.parametrize("turned", [1, -1])
+def test_of_two_layouts_with_as_many_rows_the_first_of_the_table_is_taken(path, turned):
+    layouts = [{"text": "t"}, {"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"}]
+    rows = [{key: f"{text}{i}" for key, text in row.items()} for i in (1, 2) for row in layouts]
+    rows = [*rows[::turned], {"text": "t3"}]
+    data = load(path, rows, "instruction", max_bad_share=0.8)
+    assert data.layouts == ("x.jsonl: layout text",)
+    data = load(path, rows[:6], "instruction", max_bad_share=0.8)
+    assert data.layouts == ("x.jsonl: layout prompt/completion",)
+
+
+def test_messages_name_the_users_own_columns(path):
+    rows = [{"ask": f"q{i}", "reply": 3 if i else "a"} for i in range(5)]
+    text = said(path, rows, "instruction", columns={"prompt": "ask", "completion": "reply"})
+    assert "x.jsonl row 2: reply must be text, got 3" in text
+    rows = [{"ask": "q", "x": "a", "y": "b", "who": "z"}] * 5
+    columns = {"question": "ask", "output_1": "x", "output_2": "y", "label": "who"}
+    text = said(path, rows, "preference", columns=columns, max_bad_share=0.1)
+    assert text.startswith("x.jsonl: 'who' is not understood in 5 of 5 rows; it holds 'z' (5).")
+    columns["rating"] = columns.pop("label")
+    text = said(path, rows, "feedback", columns={"question": "ask", "answer": "x", "rating": "who"})
+    assert text.startswith("x.jsonl: 'who' is not understood in 5 of 5 rows; it holds 'z' (5).")
+
+
 def test_an_input_that_some_rows_lack_is_still_read(path):
     rows = [{"instruction": "do", "output": "a"}] * 5
     rows += [{"instruction": "do", "input": "this", "output": "a"}] * 5
@@ -384,8 +443,8 @@ def rated(values):
 def test_a_scale_names_the_setting_with_the_values_found_and_a_line_to_paste(path):
     assert said(path, rated([1, 2, 3, 4, 5] * 90), "feedback") == (
         "x.jsonl: 'label' is not understood in 360 of 450 rows; it holds '1' (90), '2' (90), '3' (90), "
-        "'4' (90), '5' (90). What is desirable or undesirable is not guessed; say it, such as\n"
-        '  data.values = { desirable = ["> 3"], undesirable = ["< 3"] }\n'
+        "'4' (90), '5' (90). What is desirable or undesirable is not guessed; say it in [data], such as\n"
+        '  values = { desirable = ["> 3"], undesirable = ["< 3"] }\n'
         "rows with other values are then dropped and counted"
     )
 
@@ -398,7 +457,7 @@ def test_a_scale_is_told_however_few_rows_show_that_it_is_one(path):
 def test_words_name_the_setting(path):
     text = said(path, rated(["full", "refusal", "full"] * 10), "feedback")
     assert "'full' (20), 'refusal' (10)" in text
-    assert '\n  data.values = { desirable = ["full"], undesirable = ["refusal"] }\n' in text
+    assert '\n  values = { desirable = ["full"], undesirable = ["refusal"] }\n' in text
 
 
 def test_the_line_that_was_pasted_is_heeded(path):
@@ -427,7 +486,7 @@ def judged(labels):
 def test_a_verdict_in_words_names_the_setting(path):
     text = said(path, judged(["left", "right", "none"] * 4), "preference")
     assert "'label' is not understood in 12 of 12 rows" in text
-    assert 'data.values = { first = ["left"], second = ["none"] }' in text
+    assert 'values = { first = ["left"], second = ["none"] }' in text
     values = {"first": ["left"], "second": ["right"], "tie": ["none"]}
     data = load(path, judged(["left", "right", "none"] * 4), "preference", values=values)
     assert sorted(row.chosen for row in [*data.train, *data.test]) == ["a"] * 4 + ["b"] * 4

@@ -214,6 +214,31 @@ def test_an_absent_column_names_those_there_are_and_how_to_map(tmp_path):
     assert layouts[-1] == "  LABEL: label, kto_tag, final_label, feedback, thumbs, rating, score"
 
 
+def test_a_file_without_a_usable_row_tells_what_was_dropped_of_it_alone(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": i % 3} for i in range(9)])
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "p", "completion": 7}] * 4)
+    own = DataSettings(
+        source=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+        kind="instruction",
+        choices=["no", "yes"],
+    )
+    with pytest.raises(DataError) as caught:
+        load_examples(own, np.random.default_rng(0))
+    assert str(caught.value) == (
+        f"{tmp_path}/b.jsonl holds no usable row (dropped: 4 the completion is a number that counts none of "
+        "data.choices)"
+    )
+
+
+def test_a_name_with_the_signs_of_a_pattern_is_a_file_where_there_is_one(tmp_path):
+    write_jsonl(tmp_path / "data[1].jsonl", ROWS)
+    assert len(load(tmp_path / "data[1].jsonl").train) == 8
+    write_jsonl(tmp_path / "data2.jsonl", ROWS[:5])
+    assert len(load(tmp_path / "data[2].jsonl").train) == 4
+    with pytest.raises(DataError, match="not found: ~nobody-has-this-name/x"):
+        load("~nobody-has-this-name/x.jsonl")
+
+
 def test_one_row_cannot_be_split(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", ROWS[:1])
     with pytest.raises(DataError, match="too few to hold out"):
@@ -418,7 +443,20 @@ def test_choices_by_number(tmp_path):
     data = load(path, choices=["no", "yes"])
     rows = sorted([*data.train, *data.test], key=lambda row: row.row)
     assert [row.completion for row in rows] == ["no", "yes"] * 10
-    assert data.dropped == {"the completion is -1, no place in data.choices": 10}
+    assert data.dropped == {"the completion is a number that counts none of data.choices": 10}
+
+
+def test_choices_by_number_in_a_table_are_digits(tmp_path):
+    path = tmp_path / "x.csv"
+    write_csv(path, [{"prompt": f"p{i}", "completion": i} for i in range(12)])
+    data = load(path, choices=["no", "yes"])
+    rows = sorted([*data.train, *data.test], key=lambda row: row.row)
+    assert [row.completion for row in rows] == ["no", "yes"]
+    assert data.dropped == {"the completion is a number that counts none of data.choices": 10}
+    write_csv(path, [{"prompt": f"p{i}", "completion": 1 + i % 2} for i in range(12)])
+    data = load(path, choices=["1", "2"])  # digits that are choices themselves count none
+    rows = sorted([*data.train, *data.test], key=lambda row: row.row)
+    assert [row.completion for row in rows] == ["1", "2"] * 6
 
 
 def test_choices_by_number_in_a_layout_that_is_recognised(tmp_path):

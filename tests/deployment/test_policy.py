@@ -466,7 +466,7 @@ def test_checking_says_by_which_layout_rows_are_read(tmp_path, call, rows_file):
     path.write_text(own)
     code, out = call("client", "check", path)
     text = re.sub(r"\s+", " ", out)
-    assert code == 1 and 'data.values = { desirable = ["> 3"], undesirable = ["< 3"] }' in text
+    assert code == 1 and 'values = { desirable = ["> 3"], undesirable = ["< 3"] }' in text
     path.write_text(own + 'values = { desirable = ["> 3"], undesirable = ["< 3"] }\n')
     code, out = call("client", "check", path)
     text = re.sub(r"\s+", " ", out)

@@ -77,7 +77,8 @@ class Reading:
         values: ``data.values``: what labels mean.
         min_margin: ``data.min_margin``: scores that are closer are a tie.
         exact: The prompt was made by ``data.template``.
-        between: What stands between several answers in one text.
+        between: ``data.answers_between``: what stands between several answers in one text.
+        theirs: ``data.columns``: our name to the user's.
     """
 
     layout: Layout
@@ -85,10 +86,22 @@ class Reading:
     min_margin: float | None = None
     exact: bool = False
     between: str | None = None
+    theirs: Mapping[str, str] = field(default_factory=dict)
+
+    def column(self, ours: str) -> str:
+        """Return the column of a row, after data.columns, that is one of ours."""
+        return self.layout.columns.get(ours, ours)
 
     def named(self, ours: str) -> str:
-        """Return what the user calls one of our columns."""
-        return self.layout.columns.get(ours, ours)
+        """Return what the user calls one of our columns, for messages."""
+        return self.theirs.get(self.column(ours), self.column(ours))
+
+    def first_of(self, answer: Any, ours: str) -> Any:
+        """Return one answer: the first of a list or of a text that holds several."""
+        between = self.between or self.layout.between.get(ours)
+        if isinstance(answer, str) and between:
+            return answer.split(between, 1)[0]
+        return _answers(answer)[0]
 
 
 def renamed(row: Row, columns: Mapping[str, str], template: str | None) -> dict[str, Any]:
@@ -230,7 +243,7 @@ def _own(kind: str, row: Row, reading: Reading) -> tuple[dict[str, Any], dict[st
     """Return a row's part of the example under our names, and its columns for partitions."""
     columns = reading.layout.columns
     needed = {ours: theirs for ours, theirs in columns.items() if ours not in PAIR}
-    missing = [theirs for theirs in needed.values() if theirs not in row]
+    missing = [reading.named(ours) for ours, theirs in needed.items() if theirs not in row]
     if missing:
         raise RowError(f"{' and '.join(missing)} missing")
     texts = {theirs for ours, theirs in columns.items() if ours in TEXTS}
@@ -311,7 +324,7 @@ def _sides(row: Row, own: dict[str, Any], reading: Reading) -> tuple[Any, Any]:
     else:
         answers = [own.get(name) for name in PAIR]
     best, worst = _places(row, own, answers, reading)
-    return _first(answers[best], reading.between), _first(answers[worst], reading.between)
+    return reading.first_of(answers[best], "chosen"), reading.first_of(answers[worst], "rejected")
 
 
 def _places(
@@ -323,16 +336,16 @@ def _places(
         return by_scores(own["scores"], len(answers), margin, reading.named("scores"))
     if "score_first" in own:
         scores = [own["score_first"], own["score_second"]]
-        columns = f"{names['score_first']} and {names['score_second']}"
+        columns = f"{reading.named('score_first')} and {reading.named('score_second')}"
         return by_scores(scores, 2, margin, columns)
     if "first" in own:
         pair = (names["first"], names["second"])
         if "vote_1" in own:
-            votes = {ours: theirs for ours, theirs in names.items() if ours.startswith("vote")}
-            label = ", ".join(votes.values())
+            votes = [ours for ours in names if ours.startswith("vote")]
+            label = ", ".join(map(reading.named, votes))
             best = majority([own[ours] for ours in votes], reading.values, pair, label)
         elif "graded" in own:
-            label = names["graded"]
+            label = reading.named("graded")
             best = better(own["graded"], pair, reading.values, label, zero_ties=True)
         else:
             best = better(own["best"], pair, reading.values, label)
@@ -355,13 +368,6 @@ def _require_margin(row: Row, best: int, margin: float | None) -> None:
     if scores[0] is None or scores[1] is None:
         raise RowError(f"{' and '.join(columns)} must be numbers, got {shown(row[columns[0]])}")
     require_margin((scores[0] - scores[1]) * (-1 if best else 1), margin)
-
-
-def _first(answer: Any, between: str | None) -> Any:
-    """Return one answer: the first of a list or of a text that holds several."""
-    if isinstance(answer, str) and between:
-        return answer.split(between, 1)[0]
-    return _answers(answer)[0]
 
 
 def _cut_last_answer(text: Text) -> tuple[Text, Text]:
@@ -460,7 +466,9 @@ def _messages(row: Row, own: dict[str, Any], reading: Reading) -> tuple[Message,
         if as_list(row.get(key)):
             raise RowError(f"{key} beside {name}; fedloom trains text")
     system = row.get("system")
-    beside = name == "conversations" and isinstance(system, str) and system.strip()
+    beside = (
+        reading.column("messages") == "conversations" and isinstance(system, str) and system.strip()
+    )
     if beside and messages[0]["role"] != "system":
         return ({"role": "system", "content": system}, *messages)
     return messages

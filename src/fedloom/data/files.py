@@ -49,8 +49,13 @@ def is_file(source: str) -> bool:
     return (
         source.lower().endswith(ENDINGS)
         or source.startswith(("/", "./", "../", "~"))
-        or Path(source).is_file()
+        or os.path.isfile(source)
     )
+
+
+def is_pattern(source: str) -> bool:
+    """Whether a source stands for the files that match it; a file of exactly this name is meant first."""
+    return any(sign in source for sign in "*?[") and not os.path.isfile(os.path.expanduser(source))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

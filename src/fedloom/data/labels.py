@@ -213,7 +213,7 @@ def majority(votes: Sequence[object], values: Values, names: Sequence[str], labe
 
 
 def example_line(found: Mapping[str, int], kind: str) -> str:
-    """Return a line of settings that says what values mean, to be pasted and put right.
+    """Return a line of the section [data] that says what values mean, to be pasted and put right.
 
     Args:
         found: Values as text, with how often each was met.
@@ -227,12 +227,12 @@ def example_line(found: Mapping[str, int], kind: str) -> str:
             "><" if kind == "feedback" else "<>"
         )  # the second of two answers has the larger number
         one, other = (json.dumps(f"{sign} {middle:g}") for sign in signs)
-        return f"data.values = {{ {first} = [{one}], {second} = [{other}] }}"
+        return f"values = {{ {first} = [{one}], {second} = [{other}] }}"
     often = sorted(found, key=lambda value: (-found[value], value))[:2]
     one, other, *_ = [json.dumps(value, ensure_ascii=False) for value in sorted(often)] + [
         '"..."'
     ] * 2
-    return f"data.values = {{ {first} = [{one}], {second} = [{other}] }}"
+    return f"values = {{ {first} = [{one}], {second} = [{other}] }}"
 
 
 def in_words(found: Mapping[str, int]) -> str:

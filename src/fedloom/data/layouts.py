@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedloom.data.rows import Row
+from fedloom.data.rows import Row, as_list
 
 TRL = {"prompt", "completion", "chosen", "rejected", "messages"}
 """TRL's names of prompt and answers: what stands there is put together as it is."""
@@ -29,12 +29,13 @@ class Part:
     Attributes:
         columns: Our name to theirs.
         optional: Columns that go with them where they are there.
-        between: What stands between several answers in one text, of which the first is taken.
+        between: Our name of a column to what stands between the answers in it, of which the first is
+            taken (``data.answers_between`` comes before it).
     """
 
     columns: tuple[tuple[str, str], ...]
     optional: tuple[str, ...] = ()
-    between: str | None = None
+    between: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Layout:
     def optional(self) -> tuple[str, ...]:
         """Columns of the prompt that a row may have."""
         return tuple(name for part in self.parts for name in part.optional)
+
+    @cached_property
+    def between(self) -> dict[str, str]:
+        """Our name of a column that holds several answers to what stands between them."""
+        return {ours: sign for part in self.parts for ours, sign in part.between}
 
     def name(self, there: Sequence[str] = ()) -> str:
         """Return its columns, with those optional ones that are ``there``: "question/answer"."""
@@ -73,10 +79,6 @@ class Layout:
             exact: The prompt was made by a template and is left as it is.
         """
         found = {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
-        for part in self.parts:
-            for ours, _ in part.columns:
-                if part.between and isinstance(found.get(ours), str):
-                    found[ours] = found[ours].split(part.between, 1)[0]
         texts = {theirs for ours, theirs in self.columns.items() if ours in ("prompt", *ANSWERED)}
         if not exact and isinstance(found.get("prompt"), str) and not texts <= TRL:
             more = [str(row[name]) for name in self.optional if row.get(name)]
@@ -87,17 +89,19 @@ class Layout:
 def _prompt(parts: list[str], answers: Mapping[str, Any]) -> str:
     """Return the parts of a prompt with an empty line between them and a line's end after them.
 
-    The line's end is left out where there is white space between prompt and answer as it is.
+    The line's end is left out where there is white space between prompt and answer as it is, and where an
+    answer is a conversation: the prompt is then a turn of it.
     """
     whole = "\n\n".join(parts)
-    texts = [text for name in ANSWERED for text in _texts(answers.get(name))]
-    apart = whole[-1:].isspace() or (texts and all(text[:1].isspace() for text in texts))
-    return whole if apart or not whole else whole + "\n"
+    given = [one for name in ANSWERED for one in _several(answers.get(name)) if one is not None]
+    texts = [one for one in given if isinstance(one, str)]
+    apart = whole[-1:].isspace() or all(text[:1].isspace() for text in texts)
+    return whole if apart or not whole or len(texts) < len(given) else whole + "\n"
 
 
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [text for text in values if isinstance(text, str)]
+def _several(value: Any) -> Sequence[Any]:
+    value = as_list(value)
+    return value if isinstance(value, list | tuple) else [value]
 
 
 ANSWERED = ("completion", "chosen", "rejected", "first", "second", "answers")
@@ -152,7 +156,7 @@ TRUTHFUL = (
             ("chosen", "Best Answer"),
             ("rejected", "Incorrect Answers"),
         ),
-        between=";",
+        between=(("rejected", ";"),),
     ),
 )
 """TruthfulQA's table (Lin et al. 2021, https://arxiv.org/abs/2109.07958)."""

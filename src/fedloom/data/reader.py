@@ -10,6 +10,8 @@ import difflib
 import glob
 import itertools
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +28,19 @@ from fedloom.data.columns import (
     template_columns,
 )
 from fedloom.data.examples import Example, Instruction
-from fedloom.data.files import is_file, read_file
+from fedloom.data.files import is_file, is_pattern, read_file
 from fedloom.data.hub import read_hub
 from fedloom.data.labels import GROUPS, LABEL, NOT_AMONG, example_line, number_of
 from fedloom.data.labels import in_words as values_in_words
-from fedloom.data.layouts import LAYOUTS, PROMPTS, Layout, nearest, other_kinds, recognise
+from fedloom.data.layouts import (
+    LAYOUTS,
+    PROMPTS,
+    Layout,
+    Recognised,
+    nearest,
+    other_kinds,
+    recognise,
+)
 from fedloom.data.layouts import in_words as layouts_in_words
 from fedloom.data.rows import LONGEST_SHOWN, RowError
 from fedloom.data.sources import DataSettings, SourceSettings
@@ -51,6 +61,11 @@ JUDGING = ("label", "best", "graded", "vote_1")
 
 NEARLY_ALL = 0.9
 """Share of rows that fail alike from which it is the settings that are wrong, not rows."""
+
+DIGITS = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
+"""A number as a table writes it."""
+
+OUTSIDE = "the completion is a number that counts none of data.choices"
 
 TWO_ANSWERS = "pairs alike as two single answers"
 """Why a row is more than one example."""
@@ -117,6 +132,7 @@ class Reader:
         self.max_bad_share = data.max_bad_share
         self.incomplete = data.incomplete_pairs == "feedback" and not judged
         self.own = {"domain": domain} if domain else {}
+        self.section = f"data.domains.{domain}" if domain else "data"
         self.kind_said_by = "data.test_kind" if kind == data.test_kind != data.kind else "data.kind"
         self.keep_ambiguous = data.ambiguous == "keep"
         self.meanings = GROUPS.get(kind, ())
@@ -128,36 +144,40 @@ class Reader:
         return [example for source in sources for example in self.read(source, split)]
 
     def read(self, source: str, split: str) -> list[Example]:
-        """Read a file, a pattern of files or a set on the Hub."""
+        """Read a file, a pattern of files or a set on the Hub.
+
+        Raises:
+            DataError: It cannot be read, or no row of it gives an example.
+        """
+        before = Counter(self.so_far.dropped)
+        examples = self._examples_of(source, split)
+        if examples:
+            return examples
+        here = Counter(self.so_far.dropped) - before
+        dropped = ", ".join(f"{count:,} {why}" for why, count in here.items())
+        met = ""
+        if NOT_AMONG in here and self.met:
+            met = f"; the values that there are: {values_in_words(self.met)}"
+        raise DataError(f"{source} holds no usable row (dropped: {dropped or 'none'}){met}")
+
+    def _examples_of(self, source: str, split: str) -> list[Example]:
+        """Read a file, a pattern of files or a set on the Hub, which may give no example."""
         if not is_file(source):
-            return self._usable(
-                source,
-                self._part(
-                    source, read_hub(source, split, self.settings.subset, self.settings.data_dir)
-                ),
-            )
-        if not any(sign in source for sign in "*?["):
-            path = Path(source).expanduser()
+            settings = self.settings
+            return self._part(source, read_hub(source, split, settings.subset, settings.data_dir))
+        if not is_pattern(source):
+            path = Path(os.path.expanduser(source))
             several = len(self.settings.sources) > 1
             extra = {"file": path.name.partition(".")[0]} if several else None
-            return self._usable(source, self._part(path.name, read_file(path), extra))
-        paths = [Path(name) for name in sorted(glob.glob(str(Path(source).expanduser())))]
+            return self._part(path.name, read_file(path), extra)
+        paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(source)))]
         if not paths:
             raise DataError(f"no data file matches {source}")
         examples: list[Example] = []
         for path in paths:
             label = path.name.partition(".")[0]
             examples += self._part(path.name, read_file(path), {"file": label})
-        return self._usable(source, examples)
-
-    def _usable(self, source: str, examples: list[Example]) -> list[Example]:
-        if examples:
-            return examples
-        dropped = ", ".join(f"{count:,} {why}" for why, count in self.so_far.dropped.items())
-        met = ""
-        if NOT_AMONG in self.so_far.dropped and self.met:
-            met = f"; the values that there are: {values_in_words(self.met)}"
-        raise DataError(f"{source} holds no usable row (dropped: {dropped or 'none'}){met}")
+        return examples
 
     def _part(
         self,
@@ -197,34 +217,55 @@ class Reader:
         return self._unambiguous(examples)
 
     def _reading(self, name: str, rows: list[dict[str, Any]]) -> Reading:
-        """Return how a file's rows are read, by the first of them that has a layout.
+        """Return how a file's rows are read: by the layout that most of them have.
 
         Raises:
-            DataError: None has, or a column that the settings name is not there.
+            DataError: None has any, or a column that the settings name is not there.
         """
         settings = self.settings
-        explicit = [*settings.columns, *(["prompt"] if settings.template else [])]
-        for row in rows:
-            if _absent(row, settings):
-                continue
-            found = recognise(self.kind, list(_ours(row, settings)), explicit)
-            if found is not None:
-                self.so_far.layouts.setdefault(str(found), []).append(name)
-                self._check_margin(name, found.layout, row)
-                return Reading(
-                    found.layout,
-                    {key: own for key, own in settings.values.items() if key in self.meanings},
-                    settings.min_margin,
-                    settings.template is not None,
-                    settings.answers_between,
-                )
-        raise DataError(_no_layout(name, rows[0], settings, self.kind, self.kind_said_by))
+        counts = Counter(tuple(row) for row in rows if not _absent(row, settings))
+        examples = {tuple(row): row for row in reversed(rows)}
+        found = self._recognised(
+            {tuple(_ours(examples[own], settings)): n for own, n in counts.items()}
+        )
+        if found is None:
+            raise DataError(_no_layout(name, rows[0], settings, self.kind, self.kind_said_by))
+        self.so_far.layouts.setdefault(str(found), []).append(name)
+        self._check_margin(name, found.layout, rows)
+        return Reading(
+            found.layout,
+            {key: own for key, own in settings.values.items() if key in self.meanings},
+            settings.min_margin,
+            settings.template is not None,
+            settings.answers_between,
+            settings.columns,
+        )
 
-    def _check_margin(self, name: str, layout: Layout, row: Mapping[str, Any]) -> None:
+    def _recognised(self, counts: Mapping[tuple[str, ...], int]) -> Recognised | None:
+        """Return the layout of most rows, of those alike in number the first of the table.
+
+        Args:
+            counts: Columns that rows have, under our names, to how many rows have them.
+        """
+        explicit = [*self.settings.columns, *(["prompt"] if self.settings.template else [])]
+        votes: Counter[Layout] = Counter()
+        recognised: dict[Layout, Recognised] = {}
+        for columns, count in counts.items():
+            found = recognise(self.kind, columns, explicit)
+            if found is not None:
+                recognised.setdefault(found.layout, found)
+                votes[found.layout] += count
+        if not votes:
+            return None
+        order = LAYOUTS[self.kind].index
+        return recognised[min(votes, key=lambda layout: (-votes[layout], order(layout)))]
+
+    def _check_margin(self, name: str, layout: Layout, rows: list[dict[str, Any]]) -> None:
         """Refuse data.min_margin where there are no scores."""
         scored = {"scores", "score_first"} & set(layout.columns)
         if self.settings.min_margin is None or self.kind != "preference" or scored:
             return
+        row = next(row for row in rows if not layout.missing(tuple(_ours(row, self.settings))))
         if margins(list(_ours(row, self.settings))) is None:
             raise DataError(
                 f"{name} has no scores for data.min_margin = {self.settings.min_margin:g}; name their "
@@ -278,13 +319,16 @@ class Reader:
             return []
 
     def _named_choice(self, row: dict[str, Any], reading: Reading | None) -> dict[str, Any]:
-        """Return a row with its choice in words where it is given as its number."""
-        name = reading.named("completion") if reading is not None else "completion"
+        """Return a row with its choice in words where it is given as its number, or as digits (CSV)."""
+        name = reading.column("completion") if reading is not None else "completion"
         number = row.get(name)
+        digits = isinstance(number, str) and DIGITS.fullmatch(number)
+        if digits and not any(DIGITS.fullmatch(choice) for choice in self.choices):
+            number = int(str(number))
         if not self.choices or not isinstance(number, int):
             return row
         if not 0 <= number < len(self.choices):
-            raise RowError(f"the completion is {number}, no place in data.choices", malformed=False)
+            raise RowError(OUTSIDE, malformed=False)
         return {**row, name: self.choices[number]}
 
     def _meet(self, row: Mapping[str, Any], reading: Reading | None) -> None:
@@ -311,7 +355,8 @@ class Reader:
         meant = " or ".join(GROUPS[self.kind][:2])
         raise DataError(
             f"{name}: {self._label(reading)!r} is not understood in {failed:,} of {seen:,} rows; it "
-            f"holds {values_in_words(self.met)}. What is {meant} is not guessed; say it, such as\n"
+            f"holds {values_in_words(self.met)}. What is {meant} is not guessed; say it in "
+            f"[{self.section}], such as\n"
             f"  {example_line(self.met, self.kind)}\n"
             "rows with other values are then dropped and counted"
         )

@@ -115,7 +115,7 @@ class DataSettings(SourceSettings):
     """Rows that a built-in source generates."""
     choices: list[str] = []
     """Of instructions: all the completions there are (verbalisers: ["no", "yes"]); a column of numbers
-    counts them from 0, and rows with other numbers are dropped. Held-out rows are then judged by
+    (of a table: of digits, unless completions are) counts them from 0; others are dropped. Held-out rows are then judged by
     whether the right one has the lowest mean loss a token among them, and clients may be divided by the
     column "completion"."""
     group: str | None = None
