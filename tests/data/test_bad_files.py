@@ -20,6 +20,8 @@ from fedloom.data.rows import RowError
 from fedloom.data.sources import DataSettings
 from fedloom.errors import DataError
 
+LATE = "has white space before a quoted field; take it out, or quote the whole field"
+TURN = {"role": "user", "content": "q"}
 GOOD = b'{"text": "a", "label": "x"}'
 PARQUET = pa.table({"text": ["a", "b"], "label": ["x", "y"]})
 
@@ -125,12 +127,75 @@ def test_lines_end_as_any_system_ends_them(tmp_path, ends, mark):
         (b"1", "has 1 field, the header names 2 (is a comma or a quote missing?)"),
         (b"1,2,3", "has 3 fields, the header names 2 (is a comma or a quote missing?)"),
         (b'"1"x,2', "not CSV (',' expected after '\"')"),
+        (b'1, "2"', LATE),
+        (b' "1",2', LATE),
+        (b'"1, ""a""",\t"2"', LATE),
+        ('1,\u00a0"2"'.encode(), LATE),
+        (b'1, ""', LATE),
         (b"\xff,2", "not UTF-8 (byte 0xff after 0 characters); save the file as UTF-8"),
     ],
 )
 def test_a_csv_row_that_breaks_the_rules_is_told(tmp_path, row, reason):
     (tmp_path / "x.csv").write_bytes(b"a,b\n1,2\n" + row + b"\n3,4\n")
     assert rows_of(tmp_path / "x.csv") == [{"a": "1", "b": "2"}, reason, {"a": "3", "b": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (b'1," ""2"""', ["1", ' "2"']),
+        (b'" ""1"",  ""1""", 2', [' "1",  "1"', " 2"]),
+        (b'"\n""1""",5" or 6"', ['\n"1"', '5" or 6"']),
+    ],
+)
+def test_what_only_looks_like_a_late_quote_is_a_row(tmp_path, row, fields):
+    (tmp_path / "x.csv").write_bytes(b"a,b\n" + row + b"\n")
+    assert rows_of(tmp_path / "x.csv") == [dict(zip("ab", fields, strict=True))]
+
+
+def test_a_header_with_white_space_before_a_quote_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b'a, "b"\n1,2\n')
+    with pytest.raises(
+        DataError, match="has a header that cannot be read: has white space before a"
+    ):
+        rows_of(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("whole", "rows"),
+    [
+        ({"messages": [TURN, TURN]}, [{"messages": [TURN, TURN]}]),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}], "tools": [{"name": "f"}]},
+            [{"conversations": [{"from": "gpt", "value": "a"}], "tools": [{"name": "f"}]}],
+        ),
+        (
+            {"ann": [{"text": "t"}, 7], "bob": [{"role": "r", "text": "u"}], "eve": []},
+            [{"client": "ann", "text": "t"}, 7, {"client": "bob", "role": "r", "text": "u"}],
+        ),
+        ({"text": "t", "tags": ["a", "b"]}, [{"text": "t", "tags": ["a", "b"]}]),
+    ],
+)
+def test_a_list_is_a_clients_where_it_holds_rows(tmp_path, whole, rows):
+    (tmp_path / "x.json").write_text(json.dumps(whole))
+    assert rows_of(tmp_path / "x.json") == rows
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}},
+        {"prompt": ["a", "b"], "completion": ["c", "d"]},
+    ],
+)
+def test_columns_in_place_of_rows_are_told(tmp_path, columns):
+    (tmp_path / "x.json").write_text(json.dumps(columns))
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path / "x.json")
+    assert str(caught.value).endswith(
+        "x.json holds columns, as pandas writes them, and no rows; write rows: "
+        'df.to_json("FILE.jsonl", orient="records", lines=True)'
+    )
 
 
 def test_csv_fields_may_be_long_and_columns_without_a_name_are_left_out(tmp_path):

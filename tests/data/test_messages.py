@@ -79,6 +79,43 @@ def test_arguments(given, kept):
     assert message["tool_calls"][0]["function"]["arguments"] == kept
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            r'{"a": "\ud800"}',
+            r"'a': holds \ud800, half of a pair of surrogates, which is no character",
+        ),
+        ('{"a": NaN}', "holds NaN, which is no number in JSON; write null, or a number"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice in an object"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested deeper than 100 brackets"),
+        ('{"a": 1e999}', "holds the number 1e999, which is too large"),
+        ('{"a": ' + "7" * 4000 + "}", "holds a whole number of 4,000 digits; at most 100 are read"),
+    ],
+)
+def test_json_in_a_text_is_read_by_the_rules_of_rows(text, reason):
+    answer = said("assistant", None, tool_calls=[call(text)])
+    row = {"messages": [said("user", "Now?"), answer]}
+    with pytest.raises(RowError) as caught:
+        make_example("instruction", 1, row)
+    assert str(caught.value) == f"message 2 of messages: arguments of 'clock': {reason}"
+    assert caught.value.malformed
+    with pytest.raises(RowError) as caught:
+        checked_tools(f'[{{"name": "clock", "parameters": {text}}}]')
+    assert str(caught.value) == f"tools: {reason}".replace("'a': holds \\u", "holds \\u")
+    with pytest.raises(RowError, match=r"^message 1 of talk: "):
+        checked_messages([{"from": "function_call", "value": text}], "talk")
+    with pytest.raises(RowError, match=r"^talk: "):
+        checked_messages(f'[{{"role": "user", "content": {text}}}]', "talk")
+
+
+def test_arguments_that_are_no_object_are_text_whatever_they_look_like():
+    for text in ("NaN", "7" * 4000, "Infinity", '{"a"', "[NaN]"):
+        answer = said("assistant", None, tool_calls=[call(text)])
+        (message,) = checked_messages([answer], "messages")
+        assert message["tool_calls"][0]["function"]["arguments"] == text
+
+
 def test_tools_of_parquet_hold_no_empty_keys():
     padded = {"type": "function", "function": {**SCHEMA, "strict": None}}
     assert checked_tools([padded]) == (WRAPPED,)

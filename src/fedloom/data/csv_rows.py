@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -10,6 +11,10 @@ from typing import Any, TextIO
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8
 from fedloom.data.rows import RowError
 from fedloom.shown import short
+
+QUOTED = re.compile(r'(?:\A|(?<=,))"(?:[^"]++|"")*+"')
+LATE = re.compile(r'(?:\A|,)[^\S\r\n]+"')
+"""Fields that are quoted; white space before a quote, where these are taken out."""
 
 
 def csv_rows(file: TextIO) -> Iterator[tuple[int, Any]]:
@@ -62,8 +67,22 @@ def _fields(lines: _Lines) -> Iterator[list[str] | RowError]:
                 ) from None
             yield RowError(lines.wrong or f"not CSV ({error})")
             continue
-        if fields:
-            yield RowError(lines.wrong) if lines.wrong else fields
+        if not fields:
+            continue
+        if not lines.wrong and any(map(_may_be_quoted, fields)) and _quoted_late(lines.text):
+            lines.wrong = (
+                "has white space before a quoted field; take it out, or quote the whole field"
+            )
+        yield RowError(lines.wrong) if lines.wrong else fields
+
+
+def _may_be_quoted(field: str) -> bool:
+    return field[:1].isspace() and field.lstrip()[:1] == '"'
+
+
+def _quoted_late(text: str) -> bool:
+    """Return whether a field of a row begins with white space and a quote, as Python reads it."""
+    return LATE.search(QUOTED.sub("", text)) is not None
 
 
 def _header(fields: list[str] | RowError) -> list[str]:
@@ -84,10 +103,17 @@ class _Lines:
     def __init__(self, file: TextIO) -> None:
         self.file, self.row, self.taken, self.line = file, 0, 0, 0
         self.first, self.ended, self.wrong = 1, False, ""
+        self.parts: list[str] = []
 
     def begin(self) -> None:
         """A row begins."""
         self.taken, self.first, self.wrong = 0, self.line + 1, ""
+        self.parts = []
+
+    @property
+    def text(self) -> str:
+        """The row that was read, as it stands there."""
+        return "".join(self.parts)
 
     @property
     def place(self) -> str:
@@ -104,6 +130,7 @@ class _Lines:
             raise StopIteration
         self.line += 1
         self.taken += len(line)
+        self.parts.append(line)
         self.wrong = self.wrong or not_utf8(line) or ""
         if self.taken > LONGEST_ROW:
             raise UnreadableError(

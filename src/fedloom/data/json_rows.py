@@ -29,6 +29,14 @@ LARGEST_WHOLE, MOST_VALUES = 128 * 2**20, 4_000_000
 SKIPPED = 64 * LONGEST_ROW
 """Characters after which the end of a line is waited for no longer: 1 Gi."""
 
+MESSAGE = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+"""Keys by which an object is a message and no row."""
+
+COLUMNS = (
+    "holds columns, as pandas writes them, and no rows; write rows: "
+    'df.to_json("FILE.jsonl", orient="records", lines=True)'
+)
+
 JSON_LINES = "write its rows as JSON lines, one a line: jq -c '.[]' FILE > FILE.jsonl"
 
 HALVES = re.compile("[\ud800-\udfff]")
@@ -58,10 +66,10 @@ def json_lines(file: TextIO) -> Iterator[tuple[int, Any]]:
 def json_whole(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a .json file with their numbers from 1.
 
-    It holds a list, one object, or lists by client (whose name becomes the column "client").
+    It holds a list, one object, or lists of objects by client (whose name becomes the column "client").
 
     Raises:
-        UnreadableError: It is too large to be read whole, or no JSON.
+        UnreadableError: It is too large to be read whole, no JSON, or holds columns in place of rows.
     """
     require_text(file)
     content = file.read(LARGEST_WHOLE + 1)
@@ -143,19 +151,35 @@ def _half(half: str) -> str:
     return f"holds \\u{code:04x}, half of a pair of surrogates, which is no character"
 
 
+def json_value(text: str) -> Any:
+    """Return what a JSON text holds, of a line or of JSON that stands in a row as text.
+
+    Raises:
+        ValueError: It is no JSON.
+        RowError: It holds what no row may hold.
+    """
+    if reason := not_utf8(text):
+        raise RowError(reason)
+    if is_deep(text):
+        raise RowError(f"nested deeper than {DEEPEST} brackets")
+    try:
+        value = LINE.decode(text.strip(" \t\r\n"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    wrong = fault(value) if HALF_ESCAPES.search(text) else None
+    if wrong is not None:
+        raise wrong
+    return value
+
+
 def _row(line: str) -> Any:
     """Return a line's row, or why it is none."""
     try:
-        if reason := not_utf8(line):
-            return RowError(reason)
-        if is_deep(line):
-            return RowError(f"nested deeper than {DEEPEST} brackets")
-        row = LINE.decode(line.strip(" \t\r\n"))
+        return json_value(line)
     except RowError as error:
         return error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return RowError(f"not JSON ({error})")
-    return (fault(row) if HALF_ESCAPES.search(line) else None) or row
 
 
 def _skip_line(file: TextIO, number: int) -> None:
@@ -171,14 +195,40 @@ def _skip_line(file: TextIO, number: int) -> None:
 
 
 def _flattened(whole: Any) -> Iterable[Any]:
-    """Return the rows of a JSON file: a list, one object, or lists by client (column "client")."""
-    if isinstance(whole, dict) and whole and all(isinstance(rows, list) for rows in whole.values()):
+    """Return the rows of a JSON file: a list, one object, or lists by client (column "client").
+
+    A list of messages is part of one object. Where there are columns in place of rows, that is told.
+    """
+    if not isinstance(whole, dict) or not whole:
+        return whole if isinstance(whole, list) else [whole]
+    if all(isinstance(rows, list) for rows in whole.values()):
+        items = [item for rows in whole.values() for item in rows]
+        if any(map(_is_message, items)):
+            return [whole]
+        if items and not any(isinstance(item, dict | RowError) for item in items):
+            raise UnreadableError(COLUMNS)
         return (
             {"client": client, **row} if isinstance(row, dict) else row
             for client, rows in whole.items()
             for row in rows
         )
-    return whole if isinstance(whole, list) else [whole]
+    if _is_table(list(whole.values())):
+        raise UnreadableError(COLUMNS)
+    return [whole]
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and any(names <= item.keys() for names in MESSAGE)
+
+
+def _is_table(columns: list[Any]) -> bool:
+    """Return whether these are columns as pandas writes them: objects by row number, alike in all."""
+    if not all(isinstance(column, dict) and column for column in columns):
+        return False
+    numbers = list(columns[0])
+    return all(list(column) == numbers for column in columns) and all(
+        number.isdecimal() for number in numbers
+    )
 
 
 def _decoder(wrong: Callable[[str], Any]) -> json.JSONDecoder:

@@ -10,11 +10,11 @@ written for (https://huggingface.co/docs/transformers/main/en/chat_extras).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from fedloom.data.examples import Message, Tools
+from fedloom.data.json_rows import json_value
 from fedloom.data.rows import RowError, as_list, shown
 
 ROLES = {
@@ -186,7 +186,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     arguments = {} if arguments is None else arguments
     if isinstance(arguments, str):
-        arguments = _object_or_text(arguments)
+        arguments = _object_or_text(arguments, f"{where}: arguments of {function['name']!r}")
     if not isinstance(arguments, dict | str):
         raise RowError(
             f"{where}: arguments of {function['name']!r} must be text or an object, "
@@ -228,17 +228,22 @@ def _parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return json_value(value)
+    except RowError as error:
+        raise RowError(f"{where}: {error}", cause=error.cause) from None
+    except ValueError:
         raise RowError(f"{where} must be JSON, got {shown(value)}") from None
 
 
-def _object_or_text(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+def _object_or_text(text: str, where: str) -> Any:
+    if text.lstrip()[:1] != "{":
         return text
-    return value if isinstance(value, dict) else text
+    try:
+        return json_value(text)
+    except RowError as error:
+        raise RowError(f"{where}: {error}", cause=error.cause) from None
+    except ValueError:
+        return text
 
 
 def _require_shallow(value: Any, where: str) -> None:

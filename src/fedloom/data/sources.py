@@ -115,9 +115,9 @@ class DataSettings(SourceSettings):
     """Rows that a built-in source generates."""
     choices: list[str] = []
     """Of instructions: all the completions there are (verbalisers: ["no", "yes"]); a column of numbers
-    (of a table: of digits, unless completions are) counts them from 0; others are dropped. Held-out rows are then judged by
-    whether the right one has the lowest mean loss a token among them, and clients may be divided by the
-    column "completion"."""
+    (of a table: of digits, unless completions are) counts them from 0; others are dropped.
+    Held-out rows are then judged by whether the right one has the lowest mean loss a token among them,
+    and clients may be divided by the column "completion"."""
     group: str | None = None
     """Column of what rows have in common that must not be both trained on and judged: a patient, a user,
     a document (default: the prompt). With partition.kind iid or size the rows of a group stay with one
