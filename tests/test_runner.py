@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import fedloom
 from fedloom import checkpoint
 from fedloom.data.examples import Preference
 from fedloom.data.loading import LoadedData
+from fedloom.data.tokenize import Untokenized
 from fedloom.division import divide
 from fedloom.errors import (
     CheckpointError,
@@ -634,14 +637,20 @@ def test_a_client_without_a_row_left_is_named(experiment, rows_file):
 
     def lose_one_client(rows, *rest, **settings):
         tokens = tokenize(rows, *rest, **settings)
-        return tokens.take(
-            np.array([i for i in range(len(tokens)) if rows[i].columns["site"] != "1"])
-        )
+        sites = [row.columns["site"] for row in rows]
+        lost = [i for i, site in enumerate(sites) if site == "1" or sites[: i + 1] == ["0"]]
+        dropped = tuple(Untokenized(i, rows[i].row, f"lost at {sites[i]}") for i in lost)
+        kept = tokens.take(np.array([i for i in range(len(tokens)) if i not in lost]))
+        return replace(kept, dropped=dropped)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "tokenize", lose_one_client)
-        with pytest.raises(DataError, match="client 1 has no row left"):
+        with pytest.raises(DataError) as caught:
             fedloom.run(built)
+    assert re.search(  # of what others lost, nothing
+        r"client 1 has no row left after tokenising \(\{'lost at 1': \d+\}\); raise",
+        str(caught.value),
+    )
 
 
 def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):

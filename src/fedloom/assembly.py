@@ -743,10 +743,12 @@ class _Reader:
             clients = {0: [row for rows in clients.values() for row in rows]}
         result, start = {}, 0
         for client, rows in clients.items():
-            positions = np.flatnonzero((whole.index >= start) & (whole.index < start + len(rows)))
-            start += len(rows)
+            end = start + len(rows)
+            positions = np.flatnonzero((whole.index >= start) & (whole.index < end))
+            lost = [one for one in whole.dropped if start <= one.position < end]
+            start = end
             if not len(positions):
-                reasons = dict(Counter(one.reason for one in whole.dropped))
+                reasons = dict(Counter(one.reason for one in lost))
                 raise DataError(
                     f"client {client} has no row left after tokenising ({reasons}); raise "
                     "data.max_length or partition.minimum, or use fewer clients"

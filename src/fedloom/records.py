@@ -102,7 +102,7 @@ def run_record(
             "train": sum(parts.engine.sizes().values()),
             "client_held_out": sum(len(rows) for rows in division.held_out.values()),
             "global_held_out": len(division.test),
-            "malformed": len(parts.bad_rows),
+            "malformed": parts.accounts.malformed,
             "bad_rows": [str(row) for row in parts.bad_rows[:20]],
             "dropped": parts.accounts.dropped,
             "account": parts.accounts.to_record(),

@@ -6,6 +6,7 @@ import torch
 
 from fedloom.data.batches import (
     TokenShare,
+    _next_others,
     collate,
     epoch_batches,
     micro_batches,
@@ -88,6 +89,37 @@ def test_the_other_answer_to_the_same_prompt_is_no_mismatch(encoder):
     for i in range(12):
         sequence, prompt = mixed.sequence(i)
         assert str(i // 2) not in encoder.tokenizer.decode(sequence[prompt:])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "others"),
+    [
+        ("aaba", [2, 2, 3, 2]),
+        ("abbc", [1, 3, 3, 0]),
+        ("aabb", [2, 2, 0, 0]),
+        ("aaaa", [1, 2, 3, 0]),  # of prompts all alike just the next row
+    ],
+)
+def test_the_next_row_with_another_prompt(prompts, others):
+    keys = [prompt.encode() for prompt in prompts]
+    assert _next_others(np.arange(4), keys) == others
+    cycle = np.array([2, 0, 3, 1])  # the same round, of rows with other numbers
+    moved = [keys[place] for place in np.argsort(cycle)]
+    assert _next_others(cycle, moved) == [cycle[place] for place in others]
+
+
+def test_of_prompts_all_alike_each_is_looked_at_twice():
+    class Counted(bytes):
+        compared = 0
+
+        def __ne__(self, other):
+            Counted.compared += 1
+            return bytes(self) != bytes(other)
+
+        __hash__ = bytes.__hash__
+
+    _next_others(np.arange(100), [Counted(b"a") for _ in range(100)])
+    assert Counted.compared == 200
 
 
 def test_one_row_has_no_mismatch(encoder):

@@ -80,6 +80,18 @@ def test_by_column_each_value_stays_whole_while_clients_are_few():
     assert all(len(clients) == 1 for clients in holders.values())
 
 
+def test_by_column_the_largest_value_left_goes_to_the_smallest_client():
+    rows = [Labelled(i, "t", label) for i, label in enumerate("aaaaabbbbcccddd")]
+    dealt = deal(rows, 2, kind="column", column="label")
+    assert [{rows[i].label for i in own} for own in dealt] == [{"a", "d"}, {"b", "c"}]
+
+
+def test_values_that_differ_in_a_nul_alone_are_two():
+    rows = [Labelled(i, "t", label) for i, label in enumerate(["a", "a\0", "a", "a\0"])]
+    dealt = deal(rows, 2, kind="column", column="label")
+    assert [own.tolist() for own in dealt] == [[0, 2], [1, 3]]
+
+
 def test_by_column_with_more_clients_than_values_each_client_has_one_value():
     rows = labelled(100)
     dealt = deal(rows, 5, kind="column", column="site")

@@ -36,10 +36,11 @@ class Cut:
 
     Attributes:
         rows: Rows that were tokenised.
-        prompt_rows: Of these, rows that lost the beginning of their prompt.
-        completion_rows: Rows that lost the end of a completion (or of a labelled text).
+        prompt_rows: Of these, rows that lost the beginning of a prompt, or the end of a labelled text.
+        completion_rows: Rows that lost the end of a completion.
         cut_rows: Rows that lost either.
-        prompt_tokens: Tokens that prompts lost; of several sequences with one prompt, once.
+        prompt_tokens: Tokens that prompts (or labelled texts) lost; of several sequences with one prompt,
+            once.
         completion_tokens: Tokens that completions lost.
         escaped_rows: Rows in whose text control tokens stand, which are encoded as text.
     """

@@ -94,8 +94,7 @@ def mismatch(
     parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(tokens)
     masks: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)] * len(tokens)
     lengths = np.zeros(len(tokens), np.int64)
-    for place, own in enumerate(cycle):
-        other = _next_other(cycle, place, prompts)
+    for own, other in zip(cycle, _next_others(cycle, prompts), strict=True):
         sequence, prompt = tokens.sequence(int(own))
         donor, donor_prompt = tokens.sequence(other)
         opening, (completion,) = fit(
@@ -217,14 +216,17 @@ def pad_sequences(
     return sequences.to(device), int(lengths.sum()), int(completion.sum())
 
 
-def _next_other(cycle: Indices, place: int, prompts: list[bytes]) -> int:
-    """Return the next row of the cycle with another prompt, or just the next one."""
-    own = int(cycle[place])
-    for step in range(1, len(cycle)):
-        other = int(cycle[(place + step) % len(cycle)])
-        if prompts[other] != prompts[own]:
-            return other
-    return int(cycle[(place + 1) % len(cycle)])
+def _next_others(cycle: Indices, prompts: list[bytes]) -> list[int]:
+    """Return for each place of the cycle the next row with another prompt, or just the next one."""
+    rows = cycle.tolist()
+    following = [*rows[1:], rows[0]]
+    found = list(following)
+    other: int | None = None
+    for place in [*range(len(rows))][::-1] * 2:  # twice round: the last ones look beyond the first
+        if prompts[following[place]] != prompts[rows[place]]:
+            other = following[place]
+        found[place] = following[place] if other is None else other
+    return found
 
 
 def _labels(labels: NDArray[np.int64], feedback: bool, device: torch.device) -> Tensor | None:

@@ -10,6 +10,7 @@ https://arxiv.org/abs/1909.06335.
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def partition(
         dealt = _cut(rng.permutation(len(groups)), np.array(settings.sizes))
     else:
         values = column_values([examples[group[0]] for group in groups], str(settings.column))
-        by_value = [np.flatnonzero(np.array(values) == value) for value in sorted(set(values))]
+        by_value = _positions(values)
         if settings.kind == "column":
             dealt = _by_column(by_value, clients, rng)
         else:
@@ -167,6 +168,14 @@ def _groups(examples: Sequence[Example]) -> list[Indices]:
     for position, example in enumerate(examples):
         groups.setdefault(example.row, []).append(position)
     return [np.array(positions, np.int64) for positions in groups.values()]
+
+
+def _positions(values: Sequence[str]) -> list[Indices]:
+    """Return the positions of each value, the values in order."""
+    found: dict[str, list[int]] = {}
+    for position, value in enumerate(values):
+        found.setdefault(value, []).append(position)
+    return [np.array(found[value], np.int64) for value in sorted(found)]
 
 
 def _rows(groups: list[Indices], numbers: Indices) -> Indices:
@@ -220,13 +229,14 @@ def _deal_groups(
     drawn = [units[n] for n in rng.permutation(len(units))]
     drawn.sort(key=len, reverse=True)
     piles: list[list[Indices]] = [[] for _ in range(clients)]
+    empty = clients
     held = np.zeros(clients)
     for number, unit in enumerate(drawn):
-        empty = [client for client in range(clients) if not piles[client]]
         behind = wanted - held
-        if len(drawn) - number == len(empty):  # each of the last groups is some client's only one
-            behind[[client for client in range(clients) if piles[client]]] = -np.inf
+        if len(drawn) - number == empty:  # each of the last groups is some client's only one
+            behind[held > 0] = -np.inf
         client = int(np.argmax(behind))
+        empty -= not piles[client]
         piles[client].append(unit)
         held[client] += len(unit)
     if held.min() < settings.minimum:
@@ -250,9 +260,11 @@ def _by_column(by_value: list[Indices], clients: int, rng: np.random.Generator) 
                 dealt[client] = part
         return dealt
     piles: list[list[Indices]] = [[] for _ in range(clients)]
+    sizes = [(0, client) for client in range(clients)]
     for rows in sorted(by_value, key=len, reverse=True):  # largest first, to the smallest pile
-        smallest = min(range(clients), key=lambda c: sum(len(part) for part in piles[c]))
+        held, smallest = sizes[0]
         piles[smallest].append(rows)
+        heapq.heapreplace(sizes, (held + len(rows), smallest))
     return [np.concatenate(pile) for pile in piles]
 
 
