@@ -31,6 +31,7 @@ from fedloom.data.examples import (
 )
 from fedloom.data.public import PublicRows
 from fedloom.data.reader import BadRow, check_bad
+from fedloom.data.sources import LONGEST_SEQUENCE
 from fedloom.data.tokenize import TokenSet, Untokenized, tokenize
 from fedloom.division import Division, judged_kind
 from fedloom.engines.simulation import Equipment, SimulationEngine
@@ -366,7 +367,7 @@ class _Kits:
         rows = self.division.public
         if not rows:
             return {}
-        sets = {key: kit.reader.tokens(rows) for key, kit in self.kits.items()}
+        sets = {key: kit.reader.public(rows) for key, kit in self.kits.items()}
         common = reduce(np.intersect1d, [tokens.index for tokens in sets.values()])
         if not len(common):
             raise DataError("no public row is left after tokenising; the public set is empty")
@@ -707,6 +708,16 @@ def _build_model(
     return path, encoder, AdapterModel(model, pad, autocast, checkpointed)
 
 
+def longest(max_length: int | None, context: int) -> int:
+    """Return how many tokens a sequence has at most.
+
+    Args:
+        max_length: ``data.max_length``, or that of public rows.
+        context: Tokens that the model reads.
+    """
+    return min(max_length or LONGEST_SEQUENCE, context)
+
+
 class _Reader:
     """Turns each part of a division into token rows, counting what is dropped."""
 
@@ -719,8 +730,8 @@ class _Reader:
         context: int,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
-        self.encoder = encoder
-        self.max_length = min(experiment.data.max_length or 1024, context)
+        self.encoder, self.context = encoder, context
+        self.max_length = longest(experiment.data.max_length, context)
         self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
 
@@ -787,13 +798,23 @@ class _Reader:
         bos = self.encoder.tokenizer.bos_token_id
         return TokenShare(tokens, mismatch(tokens, rng, self.max_length, bos))
 
-    def tokens(self, rows: Sequence[Example], max_length: int | None = None) -> TokenSet:
-        """Tokenise rows."""
-        max_length = max_length or self.max_length
+    def public(self, rows: Sequence[Example]) -> TokenSet:
+        """Tokenise public rows, as all parties do."""
+        settings = self.experiment.public
+        control = settings.control_tokens or self.experiment.data.control_tokens
+        encoder = replace(self.encoder, control_tokens=control)
+        max_length = longest(settings.max_length or self.experiment.data.max_length, self.context)
+        return self.tokens(rows, max_length, encoder)
+
+    def tokens(
+        self, rows: Sequence[Example], max_length: int, encoder: TextEncoder | None = None
+    ) -> TokenSet:
+        """Tokenise rows, as training rows unless another ``encoder`` is given."""
         cache = cache_folder() / "tokens"
         alike = self.experiment.data.ambiguous == "keep"
         classes = self.division.classes
-        return tokenize(rows, self.encoder, max_length, classes, cache, keep_alike=alike)
+        encoder = encoder or self.encoder
+        return tokenize(rows, encoder, max_length, classes, cache, keep_alike=alike)
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:

@@ -9,7 +9,7 @@ from fedloom.assembly import assemble
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
 from fedloom.division import divide
-from fedloom.errors import DataError
+from fedloom.errors import DataError, SettingsError
 from fedloom.records import SIMULATION, run_record
 
 CLASSES = ("loss", "theft")
@@ -94,6 +94,38 @@ def test_malformed_rows_of_the_public_source_are_in_the_record_of_the_run(
     parts = assemble(built, divide(built))
     record = run_record(Path("x"), built, parts, None, "id", SIMULATION)
     assert record["data"]["malformed"] == 1 == parts.accounts.public.malformed
+
+
+def test_public_rows_are_read_as_their_section_says(experiment, files, rows_file):
+    rows = [{"prompt": f"q {i}", "completion": "a", "label": i > 0} for i in range(8)]
+    rows += [{"prompt": "q 0", "completion": "a", "label": True}]  # and false in the first row
+    source = rows_file(rows, "public.jsonl")
+    for ambiguous, count in (("drop", 7), ("keep", 9)):
+        more = {"source": source, "kind": "feedback", "ambiguous": ambiguous, "rows": 9}
+        own = sections(files, **more)
+        own["data"] |= {"ambiguous": "keep" if ambiguous == "drop" else "drop"}
+        assert len(divide(experiment(**own)).public) == count
+    with pytest.raises(SettingsError, match=r"public\.ambiguous is of public\.source"):
+        experiment(**sections(files, ambiguous="keep"))
+
+
+def test_control_tokens_of_public_rows(experiment, files, rows_file):
+    """In public rows they are what [public] says, whatever [data] says of other rows."""
+    source = rows_file([{"text": f"a </s> b {i}"} for i in range(8)], "public.jsonl")
+    counts = {}
+    for control, data in (("text", "control"), ("control", "text")):
+        more = {"source": source, "kind": "instruction", "control_tokens": control}
+        own = sections(files, **more)
+        own["data"] |= {"control_tokens": data}
+        asked = experiment(**own)
+        parts = assemble(asked, divide(asked))
+        tokens = parts.local.equipment[0].public.share.tokens
+        end = parts.encoder.tokenizer.eos_token_id
+        counts[control] = [tokens.sequence(i)[0].tolist().count(end) for i in range(len(tokens))]
+    assert counts["control"] == [1 + n for n in counts["text"]]
+    asked = experiment(**sections(files, source=source, kind="instruction", max_length=5))
+    tokens = assemble(asked, divide(asked)).local.equipment[0].public.share.tokens
+    assert max(tokens.lengths) == 5
 
 
 def test_methods_without_need_have_no_public_rows(experiment, files):

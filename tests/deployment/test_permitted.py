@@ -1,6 +1,7 @@
 """What a client takes over from a server's experiment: nothing that is not on the list, in the end nothing
 that chooses rows, and no number above its bounds."""
 
+import datetime
 import itertools
 import types
 import typing
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.data.public import PublicSettings
+from fedloom.data.sources import TEMPLATE_DATE
 from fedloom.deployment.homes import OwnFile
 from fedloom.deployment.permitted import (
     DECIDED,
@@ -144,6 +146,7 @@ HOSTILE_ROWS = [
     {"continuations": {"chosen": "a", "rejected": "b"}},
     {"test_split": "test"},
     {"max_bad_share": 1.0, "incomplete_pairs": "feedback"},
+    {"ambiguous": "keep", "control_tokens": "control"},
     {"source": "/home/else.jsonl"},
     {"source": ["/home/a.jsonl", "/home/b.jsonl"]},
 ]
@@ -165,7 +168,8 @@ def test_nothing_about_rows_comes_from_the_server(own, hostile):
         "columns": {"prompt": "question"},
         "max_rows": 50,
     }
-    left = {**Experiment().data.model_dump(), **named, "max_length": 99}
+    everybodys = {"max_length": 99, "train_on": "all_answers"}
+    left = {**Experiment().data.model_dump(), **named, **everybodys}
     assert found.experiment.data.model_dump() == left
     assert any(name.startswith("data.") for name in found.set_aside)
 
@@ -228,10 +232,41 @@ def test_everything_about_reading_is_the_clients_own_to_say(own, said):
     file = own({"data": {"kind": "preference", **said}})
     asked = {"source": "x.jsonl", "kind": "preference", "max_length": 64, "test_fraction": 0.4}
     data = ask(file, data=asked).experiment.data.model_dump(exclude_unset=True)
-    numbers = {"max_length": 64, "builtin_rows": 1600, "test_fraction": 0.4}
-    taken = numbers if said.get("share") else {"max_length": 64}
+    taken = {"max_length": 64, "train_on": "all_answers", "template_date": TEMPLATE_DATE}
+    if said.get("share"):
+        taken |= {"builtin_rows": 1600, "test_fraction": 0.4, "ambiguous": "drop"}
     said = {name: value for name, value in said.items() if name != "share"}
     assert data == {"kind": "preference", **taken, **said}
+
+
+def test_what_is_trained_on_of_a_row_is_the_experiments(own):
+    """A client that says nothing of it trains as a simulation does; one that says otherwise refuses."""
+    asked = {"source": "x.jsonl", "kind": "preference", "train_on": "last_answer"}
+    asked["template_date"] = datetime.date(2025, 2, 3)
+    data = ask(own(OWN), data=asked).experiment.data
+    assert data.train_on == "last_answer" and str(data.template_date) == "2025-02-03"
+    same = {"data": {**OWN["data"], "train_on": "last_answer"}}
+    assert not ask(own(same), data=asked).refusals
+    other = {"data": {**OWN["data"], "train_on": "completion", "template_date": TEMPLATE_DATE}}
+    found = ask(own(other), data=asked)
+    assert [(one.line, one.reason) for one in found.refusals] == [
+        ("data.train_on", "'last_answer' is asked for, here is 'completion'"),
+        ("data.template_date", "'2025-02-03' is asked for, here is '2024-07-26'"),
+    ]
+    assert told(PolicyError(*found.refusals)) == (
+        "data.train_on: the experiment's is not this client's; "
+        "data.template_date: the experiment's is not this client's"
+    )
+
+
+def test_control_tokens_in_a_clients_rows_are_its_own_to_say(own):
+    for asked, here in (("control", "text"), ("text", "control")):
+        file = own({"data": {**OWN["data"], "control_tokens": here}})
+        data = {"source": "x.jsonl", "kind": "preference", "control_tokens": asked}
+        assert ask(file, data=data).experiment.data.control_tokens == here
+    assert ask(own(OWN), data=data | {"control_tokens": "control"}).experiment.data == (
+        ask(own(OWN), data=data).experiment.data
+    )
 
 
 def test_the_share_of_built_in_rows_is_the_experiments(own):
@@ -287,6 +322,28 @@ def test_public_rows_of_a_file_are_those_that_the_client_names(own):
     expected = {"source": "all.jsonl", "columns": {"text": "said"}, "rows": 8}
     assert found == PublicSettings(**expected)
     assert lines(ask(own(LABELLED, public_rows=True), **hostile)) == ["policy.public_rows"]
+
+
+def test_public_rows_are_read_as_the_experiment_says(own):
+    """Whatever the client's file says of its own rows: positions are the same for all."""
+    read = {"ambiguous": "keep", "control_tokens": "control", "max_length": 64}
+    file = {**LABELLED, "public": {"source": "all.jsonl"}}
+    asked = distilling(source="all.jsonl", rows=8)
+    asked["data"] = {"source": "clients", "kind": "labelled", "test_source": "t.jsonl", **read}
+    private = {"source": "own.jsonl", "kind": "labelled", "max_length": 32}
+    open_ = {"logits": True, "public_rows": True}
+    found = ask(own({**file, "data": private}, **open_), **asked).experiment
+    assert found.public.model_dump(include=set(read)) == read
+    assert (found.data.max_length, found.data.control_tokens) == (32, "text")
+    default = {name: value for name, value in asked["data"].items() if name not in read}
+    found = ask(own({**file, "data": private}, **open_), **{**asked, "data": default}).experiment
+    assert found.public.max_length == 1024  # which is the server's, of a file that does not say it
+    asked["public"] |= {"max_length": 16, "ambiguous": "drop"}
+    found = ask(own({**file, "data": private}, **open_), **asked).experiment.public
+    assert (found.max_length, found.ambiguous, found.control_tokens) == (16, "drop", "control")
+    asked["public"]["max_length"] = 10**6
+    refused = ask(own({**file, "data": private}, **open_), **asked)
+    assert lines(refused) == ["policy.max_tokens"]
 
 
 def test_a_clients_own_rows_never_become_public(own):

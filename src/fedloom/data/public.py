@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -26,7 +27,7 @@ from fedloom.data.examples import (
     plain_text,
 )
 from fedloom.data.loading import load_examples
-from fedloom.data.sources import BUILTIN_PREFIX, DataSettings
+from fedloom.data.sources import BUILTIN_PREFIX, ControlTokens, DataSettings
 from fedloom.data.splits import group_key
 from fedloom.errors import DataError
 from fedloom.settings import Settings
@@ -50,6 +51,12 @@ class PublicSettings(Settings):
     """As data.columns, for this source."""
     template: str | None = None
     """As data.template, for this source."""
+    ambiguous: Literal["drop", "keep"] | None = None
+    """As data.ambiguous, for this source (default: data.ambiguous)."""
+    control_tokens: ControlTokens | None = None
+    """As data.control_tokens, for these rows (default: data.control_tokens)."""
+    max_length: int | None = Field(default=None, ge=2)
+    """As data.max_length, for these rows (default: data.max_length)."""
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
@@ -57,7 +64,7 @@ class PublicSettings(Settings):
             return []
         return [
             f"public.{name} is of public.source, which is not given"
-            for name in ("kind", "columns", "template")
+            for name in ("kind", "columns", "template", "ambiguous")
             if getattr(self, name)
         ]
 
@@ -131,7 +138,7 @@ def read_public(
         columns=settings.columns or data.columns,
         template=settings.template,
         values=data.values if kind == data.kind else {},
-        ambiguous=data.ambiguous,
+        ambiguous=settings.ambiguous or data.ambiguous,
         builtin_rows=data.builtin_rows,
     )
     loaded = load_examples(own, rng, hold_out=False)

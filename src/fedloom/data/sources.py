@@ -18,6 +18,9 @@ BUILTIN_PREFIX = "builtin:"
 CLIENTS = "clients"
 """The source of rows that only their owners can read."""
 
+LONGEST_SEQUENCE = 1024
+"""Tokens of a sequence at most, where ``max_length`` does not say it."""
+
 TrainOn = Literal["all_answers", "last_answer", "completion"]
 ControlTokens = Literal["text", "control"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.data.public import PublicSettings
-from fedloom.data.sources import BUILTIN_PREFIX, DataSettings
+from fedloom.data.sources import BUILTIN_PREFIX, LONGEST_SEQUENCE, DataSettings
 from fedloom.deployment.homes import OwnFile
 from fedloom.deployment.policy import REVEALING
 from fedloom.errors import PolicyError, Refusal, SettingsError
@@ -115,6 +115,7 @@ MOST = {
     "evaluation.max_new_tokens": "max_tokens",
     "output.checkpoint_every": "max_checkpoint_every",
     "public.rows": "max_rows",
+    "public.max_length": "max_tokens",
     "data.builtin_rows": "max_rows",
     "data.max_length": "max_tokens",
 }
@@ -126,8 +127,8 @@ DECIDED = _names(
         "clients": "groups newcomer_steps",
         "clients.groups.*": "model",
         "method.distillation": "server_model",
-        "data": "source kind choices test_fraction",
-        "public": "source kind",
+        "data": "source kind choices test_fraction train_on template_date ambiguous",
+        "public": "source kind ambiguous control_tokens",
         "partition": "kind column alpha minimum sizes feedback",
         "training": "device threads",
     }
@@ -135,12 +136,18 @@ DECIDED = _names(
 """Settings that the functions of this file compare with the client's file, or take in some cases
 alone."""
 
+EVERYBODYS = ("train_on", "template_date")
+"""Of ``[data]``, what is trained on of a row: it chooses none and shows nothing, and must be the same for
+all. A client's file that says it otherwise refuses."""
+
+ALIKE = ("ambiguous", "control_tokens", "max_length")
+"""Of ``[data]``, what public rows are read by, which is the client's to say of its own rows alone."""
+
 LEFT = _names(
     {
         "data": "subset data_dir split columns template only answers_between continuations "
-        "train_on control_tokens template_date "
-        "max_rows test_source test_split test_kind incomplete_pairs max_bad_share domains group "
-        "near_duplicates values min_margin ambiguous",
+        "control_tokens max_rows test_source test_split test_kind incomplete_pairs max_bad_share "
+        "domains group near_duplicates values min_margin",
         "public": "columns template",
         "federation": "members require quorum replacements deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",
@@ -240,7 +247,7 @@ def fewest_steps(experiment: Experiment, rows: int) -> int:
     members = max(1, federation.clients - len(set(experiment.clients.newcomers)))
     participations = federation.rounds * min(federation.cohort_size, members) / members
     work = training.work(rows, participations)
-    longest = experiment.data.max_length or 1024
+    longest = experiment.data.max_length or LONGEST_SEQUENCE
     return method.trainings * _fewest(work, rows, training.batch_size, longest)
 
 
@@ -371,7 +378,7 @@ class _Examiner:
             self.refuse("policy.models", f"{where} = {name!r} is none of {sorted(allowed)}")
 
     def _data(self) -> DataSettings | None:
-        """Return how rows are read: by the client's own file, and numbers that choose none of them."""
+        """Return how rows are read: by the client's own file, but for what chooses none of them."""
         own, asked = self.own.data, self.asked.data
         if own is None:
             self.refuse("data", "this client's file has no [data]: it offers no rows")
@@ -384,22 +391,28 @@ class _Examiner:
             self.refuse("data.choices", f"{asked.choices} are asked for, here are {own.choices}")
         if self.shared and own.is_builtin and asked.sources != own.sources:
             self.refuse("data.source", f"{asked.source!r} is asked for, here is {own.source!r}")
-        numbers: dict[str, float | None] = {"max_length": asked.max_length}
+        for name in EVERYBODYS:
+            here, there = getattr(own, name), getattr(asked, name)
+            if name in own.model_fields_set and here != there:
+                self.refuse(f"data.{name}", f"{str(there)!r} is asked for, here is {str(here)!r}")
+        taken: dict[str, Any] = {"max_length": asked.max_length}
+        taken |= {name: getattr(asked, name) for name in EVERYBODYS}
         self._bounded("data.max_length", asked.max_length, MOST["data.max_length"])
         if self.shared:
-            numbers |= {"builtin_rows": asked.builtin_rows, "test_fraction": asked.test_fraction}
+            shared = ("builtin_rows", "test_fraction", "ambiguous")
+            taken |= {name: getattr(asked, name) for name in shared}
             self._bounded("data.builtin_rows", asked.builtin_rows, MOST["data.builtin_rows"])
         # of rows of its own none are in a global held-out set, whatever share its file names
         aside = {"share"} if self.shared else {"share", "test_fraction"}
         said = own.model_dump(exclude=aside, exclude_unset=True)
-        return DataSettings(**{**numbers, **said})
+        return DataSettings(**{**taken, **said})
 
     def _public(self) -> PublicSettings:
         """Return which rows are public: those that the client's file names, or built-in ones."""
         asked, own = self.asked.public, self.own.public
         if not METHODS[self.asked.method.name][1].needs_public:
             return PublicSettings()
-        taken = self._taken("public", asked)
+        taken = {**self._taken("public", asked), **self._read_alike()}
         if own is not None and self.policy.public_rows:
             return PublicSettings(**own.model_dump(), **taken)
         sources = [asked.source] if isinstance(asked.source, str) else asked.source or []
@@ -409,6 +422,20 @@ class _Examiner:
         reason = "[public] is missing" if self.policy.public_rows else "they are not allowed"
         self.refuse("policy.public_rows", f"the method needs public rows: {reason}")
         return PublicSettings(**taken)
+
+    def _read_alike(self) -> dict[str, Any]:
+        """Return what public rows are read by, so that all parties have the same tokens of them."""
+        asked, data, own = self.asked.public, self.asked.data, self.own.data
+        found = {}
+        for name in ALIKE:
+            there, default = getattr(asked, name), getattr(data, name)
+            if there is not None:
+                found[name] = there
+            elif own is not None and getattr(own, name) not in (None, default):
+                found[name] = default or LONGEST_SEQUENCE
+        if asked.source is None:  # they are dealt with the others, and read as these are
+            found.pop("ambiguous", None)
+        return found
 
     def _clients(self) -> ClientsSettings:
         """Return what clients differ in: of the groups, those whose models are loaded here."""

@@ -36,7 +36,9 @@ LINES = {
     f"policy.{name}": MORE if name.startswith("max_") else CLOSED
     for name in PolicySettings.model_fields
 }
-LINES |= dict.fromkeys(("data.kind", "data.choices", "data.source"), OTHER)
+LINES |= dict.fromkeys(
+    ("data.kind", "data.choices", "data.source", "data.train_on", "data.template_date"), OTHER
+)
 LINES |= {
     "data": "this client offers no rows",
     "experiment": "it is none that this client can take part in",
