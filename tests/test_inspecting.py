@@ -45,7 +45,7 @@ def row(question, answer):
 
 def test_a_row_as_tokens(shown):
     text = shown([row(f"What {i}?", f"It is {i}.") for i in range(4)], 1)
-    assert re.search(r"example 1 of 3, instruction, row \d of the data", text)
+    assert re.search(r"example 1 of 3, instruction, \S*rows.jsonl row \d", text)
     assert "rows.jsonl: layout messages" in text
     assert "prompt  trained on  special" in text
     head, body = text.strip().splitlines()[-2:]
@@ -58,6 +58,31 @@ def test_a_row_as_tokens(shown):
     prompt, answer = (half.replace("│", "") for half in body.split("││"))
     assert re.fullmatch(r"<s>user: What \d\?\\nassistant:", prompt)
     assert re.fullmatch(r" It is \d\.</s>", answer)
+
+
+def test_a_row_of_several_files_is_named_by_its_own(model_folder, rows_file):
+    """Its number is counted in its file, as every other message counts it."""
+    files = [
+        rows_file([row(f"{name} {i}?", "So it is.") for i in range(5)], f"{name}.jsonl")
+        for name in ("one", "two")
+    ]
+    experiment = Experiment.from_table(
+        {
+            "data": {"source": [str(file) for file in files], "kind": "instruction"},
+            "model": {"path": str(model_folder)},
+            "objective": {"name": "sft"},
+            "federation": {"clients": 1},
+            "partition": {"client_test_fraction": 0.0},
+        }
+    )
+    console = Console(width=400)
+    for number in range(8):
+        with console.capture() as captured:
+            console.print(show_row(experiment, number))
+        text = captured.get()
+        found = re.search(r"(one|two)\.jsonl row (\d)", text)
+        counted = int(re.search(r"(?:one|two) (\d)", text.replace("│", ""))[1])
+        assert int(found[2]) == counted + 1 and f"{found[1]} {counted}" in text.replace("│", "")
 
 
 def test_colours_tell_prompt_answer_and_special_tokens_apart(shown):

@@ -44,6 +44,7 @@ from fedloom.methods import METHODS
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.randomness import derive_seed, generator
+from fedloom.shown import placed
 
 UNROLLED = "pairs as two single answers"
 DEALT_ANEW = 'answers dealt anew (partition.feedback = "spread")'
@@ -101,12 +102,13 @@ class OwnRows:
     Attributes:
         client: Its number.
         data: Where they are and how they are read.
-        classes: Class names in the order of their ids, as the coordinator has them.
+        classes: Class names in the order of their ids, as the coordinator has them; ``None`` for those
+            that the rows have, where no coordinator was asked.
     """
 
     client: int
     data: DataSettings
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] | None
 
 
 def divide(
@@ -137,7 +139,9 @@ def divide(
         loaded, files = _by_files(experiment)
     else:
         loaded = _loaded(experiment, source)
-    classes = own.classes if own else _classes([*loaded.train, *loaded.test])
+    classes = own.classes if own else None
+    if classes is None:
+        classes = _classes([*loaded.train, *loaded.test])
     loaded, public, public_account = _with_public(experiment, loaded, classes)
     if own is not None:
         pools = {own.client: loaded.train}
@@ -223,7 +227,7 @@ def _loaded(experiment: Experiment, source: DataSource | None) -> LoadedData:
     )
 
 
-def _whole(data: DataSettings, seed: int, classes: tuple[str, ...]) -> LoadedData:
+def _whole(data: DataSettings, seed: int, classes: tuple[str, ...] | None) -> LoadedData:
     """Return all rows of one client, as they are read on its own machine.
 
     Raises:
@@ -236,7 +240,8 @@ def _whole(data: DataSettings, seed: int, classes: tuple[str, ...]) -> LoadedDat
         replace(row, columns={name: row.columns[name] for name in kept & row.columns.keys()})
         for row in loaded.train
     ]
-    _require_known(rows, classes)
+    if classes is not None:
+        _require_known(rows, classes)
     return replace(loaded, train=rows)
 
 
@@ -533,8 +538,7 @@ def _near(
 
 
 def _shown_place(division: Division, client: int, row: Example) -> str:
-    name, number = division.place(client, row.row)
-    return f"{name} row {number}"
+    return placed(*division.place(client, row.row))
 
 
 def _classes(examples: Sequence[Example]) -> tuple[str, ...]:

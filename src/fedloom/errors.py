@@ -43,6 +43,11 @@ OffenceKind = Literal[
 """What an admitted client can get wrong; ``offences.py`` says what each kind means."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; of one that says nothing, its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class FedloomError(Exception):
     """Base of every error that fedloom raises on purpose."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from fedloom.assembly import model_folder
+from fedloom.assembly import longest, model_folder
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference
 from fedloom.data.tokenize import TokenSet, tokenize
@@ -17,7 +17,7 @@ from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
 from fedloom.models.load import context_of
-from fedloom.shown import named
+from fedloom.shown import named, placed
 
 PROMPT, TRAINED, SPECIAL = "grey50", "green", "bold magenta"
 UNBOUNDED = 1 << 30
@@ -44,21 +44,23 @@ def show_row(experiment: Experiment, number: int) -> Group:
             "fedloom client check"
         )
     division = divide(experiment)
-    examples = [row for rows in division.train.values() for row in rows]
+    examples = [(client, row) for client, rows in division.train.items() for row in rows]
     if not 0 <= number < len(examples):
         raise DataError(
             f"--row {number}: there are {len(examples)} training examples; give 0 to {len(examples) - 1}"
         )
-    example = examples[number]
+    client, example = examples[number]
+    place = placed(*division.place(client, example.row))
     path = model_folder(experiment.model.path)
     encoder = load_encoder(path, experiment.model.revision, experiment.data)
-    longest = min(experiment.data.max_length or 1024, context_of(path, experiment.model.revision))
+    context = context_of(path, experiment.model.revision)
+    length = longest(experiment.data.max_length, context)
     whole = tokenize([example], encoder, UNBOUNDED, division.classes, keep_alike=True)
     alike = experiment.data.ambiguous == "keep"
-    cut = tokenize([example], encoder, longest, division.classes, keep_alike=alike)
+    cut = tokenize([example], encoder, length, division.classes, keep_alike=alike)
     kind = type(example).__name__.lower()
     lines = [
-        Text(f"example {number} of {len(examples)}, {kind}, row {example.row} of the data"),
+        Text(f"example {number} of {len(examples)}, {kind}, {place}"),
         *(Text(named(layout), style="dim") for layout in division.loaded.layouts),
         Text(f"as {experiment.model.path} reads it", style="dim"),
         _legend(example),
@@ -70,7 +72,7 @@ def show_row(experiment: Experiment, number: int) -> Group:
     if not len(cut):
         lines.append(
             Text(
-                f"it is left out: {cut.dropped[0].reason} (data.max_length = {longest})",
+                f"it is left out: {cut.dropped[0].reason} (data.max_length = {length})",
                 style="yellow",
             )
         )
@@ -78,7 +80,7 @@ def show_row(experiment: Experiment, number: int) -> Group:
         lost = cut.cut.sum(axis=0)
         lines.append(
             Text(
-                f"\ncut to data.max_length = {longest}: {lost[0]} tokens of the prompt's start, "
+                f"\ncut to data.max_length = {length}: {lost[0]} tokens of the prompt's start, "
                 f"{lost[1]} of the answer's end",
                 style="yellow",
             )

@@ -44,6 +44,11 @@ def named(name: object) -> str:
     return visible(str(name)).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def placed(name: object, row: int) -> str:
+    """Return where a row stands, as :meth:`fedloom.division.Division.place` says it."""
+    return f"{named(name)} row {row}"
+
+
 def short(text: str, longest: int) -> str:
     """Return a text of one line of at most so many characters, all of them visible."""
     line = " ".join(visible(text[: 4 * longest]).split())

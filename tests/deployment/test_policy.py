@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from fedloom.data.loading import load_examples
 from fedloom.deployment.checking import check, waiting_run, waiting_table
 from fedloom.deployment.consent import MOST_WAITING, Approvals, Day
 from fedloom.deployment.policy import PolicySettings
@@ -23,6 +24,7 @@ from fedloom.errors import (
     RoundFailed,
     SettingsError,
 )
+from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
 from fedloom.messages import Schema
 from fedloom.progress import Silent
@@ -528,6 +530,93 @@ def test_a_sample_of_every_kind_is_shown(small, table, tmp_path):
         look = check(path, tmp_path / "x.toml", 2)
         assert look.sound and "tokens" in rendered(look.shown)
     assert not check(path, tmp_path / "x.toml", 9).sound
+
+
+def test_checking_reads_rows_once_and_holds_none_out_for_all(
+    small, table, rows_file, tmp_path, monkeypatch
+):
+    """As the worker does: one row, or one patient alone, is enough to train on."""
+    reads = []
+
+    def counted(*words, **named):
+        reads.append(named)
+        return load_examples(*words, **named)
+
+    monkeypatch.setattr("fedloom.division.load_examples", counted)
+    monkeypatch.setattr("fedloom.deployment.checking.load_examples", counted)
+    path, experiment = tmp_path / "own.toml", tmp_path / "x.toml"
+    small["data"] = {"source": "x.jsonl", "kind": "preference"}
+    experiment.write_text(write_toml(small))
+    pair = {"prompt": "Who?", "chosen": "I am.", "rejected": "No.", "patient": "A"}
+    for count in (1, 3):
+        rows = rows_file([{**pair, "prompt": f"Who {i}?"} for i in range(count)])
+        own = {"source": str(rows), "kind": "preference", "group": "patient"}
+        path.write_text(write_toml({"data": own, "model": {"path": table["model"]["path"]}}))
+        look = check(path, experiment, 0)
+        text = re.sub(r"\s+", " ", rendered(look.shown))
+        assert look.sound and f"{count} read = {count} trained on" in text
+    assert reads == [{"hold_out": False}] * 2
+
+
+def test_classes_of_a_clients_rows_are_found_where_nobody_says_them(
+    small, table, rows_file, tmp_path
+):
+    rows = rows_file([{"text": f"t {i}", "label": "ab"[i % 2]} for i in range(4)])
+    path, experiment = tmp_path / "own.toml", tmp_path / "x.toml"
+    own = {"source": str(rows), "kind": "labelled"}
+    path.write_text(write_toml({"data": own, "model": {"path": table["model"]["path"]}}))
+    small["data"] = {"source": "x.jsonl", "kind": "labelled"}
+    small["objective"] = {"name": "classification"}
+    experiment.write_text(write_toml(small))
+    look = check(path, experiment, 0)
+    assert look.sound and re.search(r"label +a\b", rendered(look.shown))
+
+
+CHAT = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "I am."},
+    {"role": "user", "content": "SINCE WHEN?"},
+    {"role": "assistant", "content": "Since May."},
+]
+
+
+def test_of_a_sample_what_is_trained_on_is_shown(small, table, rows_file, tmp_path):
+    path, experiment = tmp_path / "own.toml", tmp_path / "x.toml"
+    own = {"source": str(rows_file([{"messages": CHAT}])), "kind": "instruction"}
+    path.write_text(write_toml({"data": own, "model": {"path": table["model"]["path"]}}))
+    small["objective"] = {"name": "sft"}
+    shown = {}
+    for train_on in ("all_answers", "last_answer", "completion"):
+        small["data"] = {"source": "x.jsonl", "kind": "instruction", "train_on": train_on}
+        experiment.write_text(write_toml(small))
+        text = rendered(check(path, experiment, 0).shown, 200)
+        shown[train_on] = (
+            re.search(r"completion, .*? {2,}(.*)", text)[1].replace("</s>", "").strip()
+        )
+    assert shown["all_answers"] == "I am. [...] Since May."
+    assert shown["last_answer"] == "Since May."
+    assert "SINCE WHEN?" in shown["completion"]
+
+
+def test_a_sample_is_read_by_the_models_revision_and_context(
+    small, table, rows_file, tmp_path, monkeypatch
+):
+    asked = []
+
+    def load(path, revision, data):
+        asked.append(revision)
+        return load_encoder(path, None, data)
+
+    monkeypatch.setattr("fedloom.deployment.checking.load_encoder", load)
+    monkeypatch.setattr("fedloom.deployment.checking.context_of", lambda path, revision: 12)
+    path = tmp_path / "own.toml"
+    rows = rows_file([{"prompt": "What? " * 30, "completion": " So."}])
+    own = {"data": {"source": str(rows), "kind": "instruction"}}
+    own["model"] = {"path": table["model"]["path"], "revision": "v2"}
+    path.write_text(write_toml(own))
+    text = rendered(check(path, None, 0).shown)
+    counts = [int(n) for n in re.findall(r"(?:prompt|completion), (\d+) tokens", text)]
+    assert asked == ["v2"] and sum(counts) == 12
 
 
 def test_actions_that_the_method_does_not_have_are_neither_counted_nor_noted(server, small):

@@ -12,32 +12,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.assembly import model_folder
+from fedloom.assembly import longest, model_folder
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
 from fedloom.data.loading import LoadedData, load_examples
 from fedloom.data.sources import DataSettings
-from fedloom.data.tokenize import tokenize
+from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.deployment.consent import Approvals, Waiting
 from fedloom.deployment.homes import ClientHome, OwnData, OwnFile
 from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.policy import REVEALING, PolicySettings
 from fedloom.deployment.rows import divided
 from fedloom.envelope import LONGEST
-from fedloom.errors import DataError, FedloomError, OutputError, PolicyError
+from fedloom.errors import DataError, FedloomError, OutputError, PolicyError, first_line
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
 from fedloom.methods import make_method
+from fedloom.models.load import context_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
 from fedloom.report import account
 from fedloom.report.tables import human_bytes, human_seconds
-from fedloom.shown import visible
+from fedloom.shown import placed, visible
 
 ALWAYS_SHOWN = {
     "numbers": "How many rows there are, mean losses and accuracies on them, and the time, memory and "
@@ -214,19 +216,20 @@ def _rows(
         return nothing, True, None
     facts = _how_read(own.data)
     try:
-        loaded, count, sample, became = _read(own, experiment, client)
+        read = _read(own, experiment, client)
     except FedloomError as error:
         facts.append(("cannot be used", str(error)))
         return _table(facts, wrong="cannot be used"), True, None
+    loaded = read.loaded
     facts += [("recognised", text) for text in loaded.layouts]
-    facts.append(("rows", _counted(loaded, count)))
-    facts += [("of which", text) for text in became]
+    facts.append(("rows", _counted(loaded, read.count)))
+    facts += [("of which", text) for text in read.became]
     facts += [("malformed", str(bad)) for bad in loaded.bad_rows[:SHOWN_PROBLEMS]]
     shown: list[RenderableType] = [_table(facts)]
-    if sample is not None:
-        title, texts = _sample(sample, own, experiment)
+    if read.sample is not None:
+        title, texts = _sample(read, read.sample, own, experiment)
         shown += [Text(), Text(_printed(title), style="dim"), _table(texts)]
-    return Group(*shown), False, count
+    return Group(*shown), False, read.count
 
 
 def _how_read(data: OwnData) -> list[tuple[str, str]]:
@@ -255,31 +258,48 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
     return [("kind", data.kind or str(data.builtin_kind)), *facts, ("whose", shares[data.share])]
 
 
-def _read(
-    own: OwnFile, experiment: Experiment | None, client: int
-) -> tuple[LoadedData, int | None, Example | None, list[str]]:
-    """Read the rows; return them all, how many this client trains on, one of these, and their account."""
+@dataclass(frozen=True)
+class _Read:
+    """What was read of a client's rows.
+
+    Attributes:
+        loaded: All of them.
+        count: How many this client trains on, where that can be said.
+        sample: One of these.
+        place: Where it stands.
+        classes: The classes of labelled rows.
+        became: What became of the rows.
+    """
+
+    loaded: LoadedData
+    count: int | None
+    sample: Example | None
+    place: str
+    classes: tuple[str, ...] = ()
+    became: tuple[str, ...] = ()
+
+
+def _read(own: OwnFile, experiment: Experiment | None, client: int) -> _Read:
+    """Read the rows, as the worker does."""
     data = own.data
     assert data is not None, "the caller has looked"
     if experiment is None:
         said = data.model_dump(exclude={"share"}, exclude_unset=True)
         loaded = load_examples(DataSettings(**said), generator(0, "data"), hold_out=False)
         rows = [*loaded.train, *loaded.test]
-        return loaded, len(rows) if data.share == "own" else None, rows[0], []
-    if data.share == "own":
-        first = load_examples(experiment.data, generator(experiment.federation.seed, "data"))
-        labels = {row.label for row in (*first.train, *first.test) if isinstance(row, Labelled)}
-        division = divided(experiment, own, client, tuple(sorted(labels)))
-    else:
-        if client >= experiment.federation.clients:
-            raise DataError(
-                f"there is no client {client} among {experiment.federation.clients}; give --client"
-            )
-        division = divided(experiment, own, client, ())
+        count = len(rows) if data.share == "own" else None
+        return _Read(loaded, count, rows[0], placed(*loaded.place(rows[0].row)))
+    if data.share == "experiment" and client >= experiment.federation.clients:
+        raise DataError(
+            f"there is no client {client} among {experiment.federation.clients}; give --client"
+        )
+    division = divided(experiment, own, client, None)
     trained = division.train[client]
     accounts = division.accounts
-    became = [account.sentence("here", accounts.clients[client].to_record()), *accounts.warnings]
-    return division.loaded, len(trained), trained[0] if trained else None, became
+    became = account.sentence("here", accounts.clients[client].to_record()), *accounts.warnings
+    sample = trained[0] if trained else None
+    place = placed(*division.place(client, sample.row)) if sample else ""
+    return _Read(division.loaded, len(trained), sample, place, division.classes, became)
 
 
 def _counted(loaded: LoadedData, count: int | None) -> str:
@@ -292,38 +312,45 @@ def _counted(loaded: LoadedData, count: int | None) -> str:
 
 
 def _sample(
-    row: Example, own: OwnFile, experiment: Experiment | None
+    read: _Read, row: Example, own: OwnFile, experiment: Experiment | None
 ) -> tuple[str, list[tuple[str, str]]]:
     """Return a row as it is trained on: through the tokenizer where the model is there, else plainly."""
-    path = own.model.path if own.model else experiment.model.path if experiment else None
-    if path is not None:
-        try:
-            encoder = load_encoder(
-                model_folder(path), data=experiment.data if experiment else own.data
-            )
-            longest = (
-                experiment.data.max_length if experiment else own.data and own.data.max_length
-            ) or 1024
-            return f"row {row.row}, as {path} reads it", _tokens(row, encoder, longest)
-        except FedloomError as error:
-            why = str(error).splitlines()[0]
-            return f"row {row.row}, without a tokenizer ({why})", _plain(row)
-    return f"row {row.row}, as it is read", _plain(row)
+    model = (
+        experiment.model if experiment else own.model
+    )  # an experiment's is this file's, if it has one
+    data = experiment.data if experiment else own.data
+    if model is None or data is None:
+        return f"{read.place}, as it is read", _plain(row)
+    try:
+        path = model_folder(model.path)
+        encoder = load_encoder(path, model.revision, data)
+        length = longest(data.max_length, context_of(path, model.revision))
+        tokens = tokenize([row], encoder, length, read.classes, keep_alike=data.ambiguous == "keep")
+    except FedloomError as error:
+        return f"{read.place}, without a tokenizer ({first_line(error)})", _plain(row)
+    return f"{read.place}, as {model.path} reads it", _tokens(row, tokens, encoder)
 
 
-def _tokens(row: Example, encoder: TextEncoder, longest: int) -> list[tuple[str, str]]:
-    classes = (row.label,) if isinstance(row, Labelled) else ()
-    tokens = tokenize([row], encoder, longest, classes)
+def _tokens(row: Example, tokens: TokenSet, encoder: TextEncoder) -> list[tuple[str, str]]:
+    """Return a row's prompt and, of each completion, what is trained on."""
     if not len(tokens):
         return [("dropped", ", ".join(lost.reason for lost in tokens.dropped)), *_plain(row)]
     names = ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
     found = []
     for number in range(tokens.width):
         sequence, prompt = tokens.sequence(number)
-        parts = [(f"prompt, {prompt} tokens", sequence[:prompt])] if number == 0 else []
-        if len(sequence) > prompt:
-            parts.append((f"{names[number]}, {len(sequence) - prompt} tokens", sequence[prompt:]))
-        found += [(name, _short(encoder.tokenizer.decode(part.tolist()))) for name, part in parts]
+        if number == 0:
+            text = encoder.tokenizer.decode(sequence[:prompt].tolist())
+            found.append((f"prompt, {prompt} tokens", _short(text)))
+        mask = tokens.mask(number)
+        if mask.any():
+            count, whole = int(mask.sum()), len(sequence) - prompt
+            told = f"{count} tokens" if count == whole else f"{count} of {whole} tokens trained on"
+            edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+            parts = [encoder.tokenizer.decode(sequence[a:b].tolist()) for a, b in edges]
+            found.append(
+                (f"{names[number]}, {told}", _short(" [...] ".join(map(str.strip, parts))))
+            )
     return [*found, *_judgement(row)]
 
 

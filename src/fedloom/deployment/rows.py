@@ -8,7 +8,7 @@ from fedloom.experiment import Experiment
 
 
 def divided(
-    experiment: Experiment, own: OwnFile, client: int, classes: tuple[str, ...]
+    experiment: Experiment, own: OwnFile, client: int, classes: tuple[str, ...] | None
 ) -> Division:
     """Return what a client holds.
 
@@ -16,7 +16,8 @@ def divided(
         experiment: As the client takes part in it (``permitted.py``).
         own: The client's file.
         client: The client's number.
-        classes: Class names in the order of their ids, as the coordinator has them.
+        classes: Class names in the order of their ids, as the coordinator has them; ``None`` for those
+            that the rows have.
 
     Raises:
         DataError: The rows cannot be used; the text may quote them, and names files of this machine.
