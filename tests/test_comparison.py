@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from fedloom.comparison import compare, read_comparison
+from fedloom.division import divide
 from fedloom.errors import DataError, FedloomError, ModelError, OutputError, SettingsError
 from fedloom.report.comparison_page import read_cells, results, write_comparison
 
@@ -189,6 +190,36 @@ def test_mistakes_are_said_before_anything_runs(file, settings, message):
     with pytest.raises(SettingsError) as caught:
         read_comparison(file(**settings))
     assert message in str(caught.value)
+
+
+def test_a_split_model_is_compared_on_the_same_rows(file):
+    """Its clients hold nothing out, so the others' must not either."""
+    arms = {"plain": {"objective": {"name": "sft"}}}
+    base = {"data": {"source": "builtin:instructions"}}
+    own = {"objectives": arms, "methods": ["fedavg", "split"], "seeds": [0]}
+    with pytest.raises(SettingsError) as caught:
+        read_comparison(file(base, **own))
+    assert caught.value.problems == (
+        "arm plain-split: clients of a split model are judged by no rows of their own and train on all, "
+        "and those of plain-fedavg hold some out: set evaluation.per_client = false for all arms",
+    )
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"evaluation": {"per_client": False}},
+        {"partition": {"client_test_fraction": 0.0}},
+    ],
+    ids=str,
+)
+def test_arms_that_hold_nothing_out_are_alike(file, base):
+    arms = {"plain": {"objective": {"name": "sft"}}}
+    own = {"objectives": arms, "methods": ["fedavg", "split"], "seeds": [0]}
+    base["data"] = {"source": "builtin:instructions"}
+    comparison = read_comparison(file(base, **own))
+    divided = [divide(cell.experiment).train for cell in comparison.cells]
+    assert divided[0] == divided[1]
 
 
 def test_a_comparison_is_no_experiment_and_the_other_way_round(file, tmp_path):

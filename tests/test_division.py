@@ -72,6 +72,14 @@ def test_rows_that_nobody_would_judge_are_trained_on(tmp_path):
     assert sum(map(len, found.train.values())) == 80 and not any(found.held_out.values())
 
 
+def test_clients_of_a_split_model_hold_nothing_out(tmp_path):
+    """No client has the whole model, so nobody would judge what it holds out."""
+    data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction"}
+    found = divide(make(data, method={"name": "split"}))
+    assert sum(map(len, found.train.values())) == 80 and not any(found.held_out.values())
+    assert found.accounts.source.held_out == 0 and found.accounts.closes
+
+
 def test_answers_of_five_models_to_ninety_prompts(tmp_path):
     """Found: 90 of 90 held-out rows had their prompt in training, and no word of it."""
     rows = asks(450, 90, model=lambda i: f"m{i // 90}")

@@ -180,7 +180,7 @@ def assemble(
             experiment.aggregation,
         )
     )
-    judged = experiment.evaluation.per_client and not isinstance(experiment.method, SplitSettings)
+    judged = experiment.judges_clients
     here = judged and (remote is None or method.pools_data)
     client_held_out = kits.client_held_out() if here else {}
     needing = train if method.personal and judged else {c: train[c] for c in newcomers}

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -235,9 +235,30 @@ def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
                     problems += [f"arm {objective}-{method}: {text}" for text in error.problems]
                     break
                 cells.append(Cell(objective, method, seed, experiment))
+    problems += _unlike_rows(cells)
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)), str(path))
     return Comparison(path.stem, settings, tuple(cells), table)
+
+
+def _unlike_rows(cells: Iterable[Cell]) -> list[str]:
+    """Return arms that train on rows which others of their row of the grid hold out."""
+    found = []
+    for objective, group in groupby(cells, key=lambda cell: cell.objective):
+        arms = [
+            (cell.method, cell.experiment)
+            for cell in group
+            if cell.experiment.partition.client_test_fraction
+        ]
+        holding = [method for method, experiment in arms if experiment.judges_clients]
+        for method, experiment in arms:
+            if holding and experiment.method.name == "split" and experiment.evaluation.per_client:
+                found.append(
+                    f"arm {objective}-{method}: clients of a split model are judged by no rows of their "
+                    f"own and train on all, and those of {objective}-{holding[0]} hold some out: set "
+                    "evaluation.per_client = false for all arms"
+                )
+    return found
 
 
 def compare(

@@ -333,7 +333,7 @@ def _sides(
     """
     column, evaluation = experiment.data.group, experiment.evaluation
     # where nobody judges them, rows are not kept from training
-    fraction = experiment.partition.client_test_fraction if evaluation.per_client else 0.0
+    fraction = experiment.partition.client_test_fraction if experiment.judges_clients else 0.0
     limits = {
         client: limit_of(len(rows), fraction, evaluation.client_max_examples)
         for client, rows in pools.items()

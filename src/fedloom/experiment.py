@@ -204,6 +204,11 @@ class Experiment:
         """Kind of example the data holds."""
         return data_kind(self.data)
 
+    @property
+    def judges_clients(self) -> bool:
+        """Whether clients are judged by rows of their own; no client of a split model has all of it."""
+        return self.evaluation.per_client and not isinstance(self.method, SplitSettings)
+
 
 SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
     "model": ModelSettings,

@@ -36,6 +36,7 @@ def split(experiment):
             **KINDS[kind],
             training={**TRAINING, **(training or {})},
             federation={"rounds": 2, "clients": clients},
+            evaluation={"per_client": False},  # or what it is compared with holds rows out
             method={"name": "split", **method} if "name" not in method else method,
         )
 

@@ -49,7 +49,8 @@ class PartitionSettings(Settings):
     client (KTOO), or all are dealt over the clients, whose numbers of rows stay as they are (KTOR)."""
     client_test_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of each client's rows kept for its own evaluation, but no more rows than
-    evaluation.client_max_examples (none where it has under 5 rows, or evaluation.per_client is false)."""
+    evaluation.client_max_examples (none where it has under 5 rows, evaluation.per_client is false, or
+    the model is split)."""
 
     def contradictions(self, clients: int) -> list[str]:
         """Return what in these settings cannot both be meant."""
