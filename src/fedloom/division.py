@@ -298,12 +298,17 @@ def _with_public(
     account = None
     if settings.source is None:
         public, train = take_public(
-            loaded.train, loaded.test, settings, generator(seed, "public rows")
+            loaded.train,
+            loaded.test,
+            settings,
+            generator(seed, "public rows"),
+            experiment.data.group,
         )
         loaded = replace(loaded, train=train)
     else:
         rng = generator(seed, "public rows")
-        public, account = read_public(settings, experiment.data, loaded.test, rng)
+        public, account, warnings = read_public(settings, experiment.data, loaded.test, rng)
+        loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
     return loaded, as_task(public, classes, labelled=settings.labelled), account
 
 
@@ -338,9 +343,13 @@ def _sides(
         client: limit_of(len(rows), fraction, evaluation.client_max_examples)
         for client, rows in pools.items()
     }
-    never = {group_key(row) for row in public}
+    never = {group_key(row) for row in public} | {row_key(row) for row in public}
     if column is not None:
-        never = {group_key(row, column) for row in public if column in row.columns}
+        ungrouped = {group_key(row) for row in public if column not in row.columns}
+        never |= {group_key(row, column) for row in public if column in row.columns}
+        if ungrouped:  # whoever has its prompt has it in the group's place
+            every = (row for own in pools.values() for row in own)
+            never |= {group_key(row, column) for row in every if group_key(row) in ungrouped}
     order = derive_seed(experiment.federation.seed, "client test")
     whole = Preference if loaded.kind == "preference" else None  # single answers are not judged
     parts = [

@@ -80,6 +80,103 @@ def test_a_source_that_shares_rows_with_the_held_out_set(experiment, files, rows
         divide(experiment(**sections(files, source=source, kind="labelled")))
 
 
+def test_texts_are_compared_as_everywhere(experiment, files, rows_file):
+    """Without regard to case, width and white space, and across kinds of rows."""
+    for text in ("ASKED  3 ", "asked 3", "asked\n3"):
+        rows = [{"text": text, "label": "loss"}]
+        rows += [{"text": f"new {i}", "label": "loss"} for i in range(20)]
+        source = rows_file(rows, "public.jsonl")
+        for kind in ("labelled", "instruction"):
+            columns = {} if kind == "labelled" else {"text": "text"}
+            with pytest.raises(DataError, match="shares 1 of its 21 rows"):
+                divide(experiment(**sections(files, source=source, kind=kind, columns=columns)))
+
+
+def test_rows_that_are_taken_are_compared_alike():
+    train = [Labelled(0, "Hello ", "loss"), *labelled(6, start=20)]
+    public, _ = take_public(
+        train, [Labelled(0, "hello", "loss")], PublicSettings(rows=5), np.random.default_rng(0)
+    )
+    assert "Hello " not in {text_of(row) for row in public}
+    with pytest.raises(DataError, match="there are 6 training rows"):
+        take_public(
+            train, [Labelled(0, "hello", "loss")], PublicSettings(rows=6), np.random.default_rng(0)
+        )
+
+
+CAUSAL = {"method": {"name": "distillation"}, "objective": {"name": "sft"}}
+
+
+def asks(prompts, **more):
+    return [{"prompt": p, "completion": f"c{i}", **more} for i, p in enumerate(prompts)]
+
+
+def test_prompts_and_groups_are_compared_too(experiment, rows_file):
+    wards = [
+        {**row, "ward": f"A{i % 8}"} for i, row in enumerate(asks(map("own {}".format, range(40))))
+    ]
+    train = rows_file(wards, "train.jsonl")
+    test = rows_file([{**row, "ward": "B"} for row in asks(["Why?"] * 2)], "test.jsonl")
+    new = asks([f"new {i}" for i in range(20)])
+    for more, message in (
+        (asks(["why? "]), "shares 1 of its 21 rows"),
+        ([{**row, "ward": "B"} for row in asks(["fresh", "other"])], "shares 2 of its 22 rows"),
+        (
+            [{**row, "ward": "C", "completion": "So."} for row in asks(["Why?"])],
+            None,
+        ),  # another ward's
+    ):
+        public = [{"ward": "-", **row} for row in [*new, *more]]
+        if message == "shares 1 of its 21 rows":
+            public = [{k: v for k, v in row.items() if k != "ward"} for row in public]
+        data = {"source": train, "test_source": test, "kind": "instruction", "group": "ward"}
+        own = {"source": rows_file(public, "public.jsonl"), "kind": "instruction", "rows": 5}
+        asked = experiment(**CAUSAL, data=data, public=own)
+        if message is None:
+            assert len(divide(asked).public) == 5
+        else:
+            with pytest.raises(DataError, match=message):
+                divide(asked)
+
+
+def test_one_prompt_for_all_says_nothing(experiment, rows_file):
+    """Then only rows that are equal are shared, and a warning says how many prompts are."""
+    train = rows_file(asks(["Say it"] * 40), "train.jsonl")
+    test = rows_file([{"prompt": "Say it", "completion": f"t{i}"} for i in range(4)], "test.jsonl")
+    rows = [{"prompt": "say  it", "completion": f"p{i}"} for i in range(9)]
+    data = {"source": train, "test_source": test, "kind": "instruction"}
+    own = {"kind": "instruction", "rows": 5, "source": rows_file(rows, "public.jsonl")}
+    found = divide(experiment(**CAUSAL, data=data, public=own))
+    assert len(found.public) == 5
+    assert any(
+        text.startswith("9 of the 9 rows of public.source") for text in found.accounts.warnings
+    )
+    rows[0]["completion"] = "T1 "
+    own["source"] = rows_file(rows, "public.jsonl")
+    with pytest.raises(DataError, match="shares 1 of its 9 rows"):
+        divide(experiment(**CAUSAL, data=data, public=own))
+
+
+@pytest.mark.parametrize("ward", [{}, {"ward": "ours"}], ids=["without", "with"])
+def test_no_client_is_judged_by_a_public_row(experiment, rows_file, ward):
+    """One that has no group (data.group) is told from the others by its prompt."""
+    rows = [{**row, "ward": f"w{i // 4}"} for i, row in enumerate(asks(map(str, range(80))))]
+    test = rows_file([{**row, "ward": "test"} for row in asks(["one", "two"])], "test.jsonl")
+    source = rows_file([{**row, **ward} for row in asks(map(str, range(0, 60, 4)))], "public.jsonl")
+    data = {"source": rows_file(rows), "test_source": test, "kind": "instruction", "group": "ward"}
+    asked = experiment(
+        **CAUSAL,
+        data=data,
+        public={"source": source, "kind": "instruction", "rows": 15},
+        partition={"client_test_fraction": 0.2},
+        federation={"clients": 1},
+    )
+    held = divide(asked).held_out[0]
+    assert held
+    if not ward:
+        assert {row.columns["ward"] for row in held} <= {f"w{i}" for i in range(15, 20)}
+
+
 def test_an_empty_source(experiment, files, rows_file):
     with pytest.raises(DataError):
         divide(experiment(**sections(files, source=rows_file([], "none.jsonl"), kind="labelled")))

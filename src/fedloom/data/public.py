@@ -1,8 +1,8 @@
 """Public rows: a set that every party of a federation has, beside its private ones.
 
 They come from a source of their own, labelled or not, of this domain or another; or a part of the
-training rows is given away before the rest is dealt to clients. They never share a text with the
-held-out set.
+training rows is given away before the rest is dealt to clients. They share nothing with the held-out
+set: no text, no group (``data.group``) and, unless half of them do, no prompt; see ``splits.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedloom.data.examples import (
 )
 from fedloom.data.loading import load_examples
 from fedloom.data.sources import BUILTIN_PREFIX, ControlTokens, DataSettings
-from fedloom.data.splits import group_key
+from fedloom.data.splits import group_key, normalised, row_key
 from fedloom.errors import DataError
 from fedloom.settings import Settings
 
@@ -89,11 +89,19 @@ def take_public(
     test: Sequence[Example],
     settings: PublicSettings,
     rng: np.random.Generator,
+    column: str | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Take public rows out of the training rows; none of them is in the held-out set.
 
     Rows with the same prompt are taken together, but for those of the last prompt that is needed: what is
     public is trained on by all, and no client can then be judged by the rest.
+
+    Args:
+        train: Training rows.
+        test: The global held-out set.
+        settings: How many.
+        rng: Draws them.
+        column: ``data.group``.
 
     Returns:
         The public rows and the training rows that are left.
@@ -101,8 +109,8 @@ def take_public(
     Raises:
         DataError: Too few rows.
     """
-    held_out = {text_of(example) for example in test}
-    candidates = [i for i, row in enumerate(train) if text_of(row) not in held_out]
+    shared, _ = _judged_too(train, test, column)
+    candidates = [i for i, own in enumerate(shared) if not own]
     if settings.rows >= len(candidates):
         raise DataError(
             f"public.rows = {settings.rows}: there are {len(candidates)} training rows to take them "
@@ -120,14 +128,14 @@ def take_public(
 
 def read_public(
     settings: PublicSettings, data: DataSettings, test: Sequence[Example], rng: np.random.Generator
-) -> tuple[list[Example], Account]:
+) -> tuple[list[Example], Account, tuple[str, ...]]:
     """Read public rows from their own source.
 
     Returns:
-        The rows, and what became of all that were read.
+        The rows, what became of all that were read, and warnings.
 
     Raises:
-        DataError: It cannot be read, is empty, or holds texts of the held-out set.
+        DataError: It cannot be read, is empty, or shares texts, groups or prompts with the held-out set.
     """
     assert settings.source is not None, "read_public is for a source of its own"
     first = settings.source if isinstance(settings.source, str) else settings.source[0]
@@ -145,21 +153,59 @@ def read_public(
     rows = loaded.train
     if not rows:
         raise DataError(f"public.source {settings.source!r} holds no row; the public set is empty")
-    held_out = {text_of(example) for example in test}
-    shared = [row for row in rows if text_of(row) in held_out]
+    judged, alike = _judged_too(rows, test, data.group)
+    shared = [row for row, own in zip(rows, judged, strict=True) if own]
     if shared:
         numbers = ", ".join(str(row.row) for row in shared[:5])
         raise DataError(
             f"public.source {settings.source!r} shares {len(shared)} of its {len(rows)} rows with the "
-            f"held-out set (rows {numbers}{', ...' if len(shared) > 5 else ''}): what is judged would be "
-            "learnt from; take them out of either"
+            f"held-out set, by text, prompt or data.group (rows {numbers}"
+            f"{', ...' if len(shared) > 5 else ''}): what is judged would be learnt from; take them out "
+            "of either"
         )
     drawn = rng.permutation(len(rows))[: settings.rows]
     assert loaded.account is not None, "it was read here"
     account = loaded.account.dropping(
         {"over public.rows": len(rows) - len(drawn)}, trained=0, public=len(drawn)
     )
-    return [rows[i] for i in sorted(drawn.tolist())], account
+    warnings = (
+        (
+            f"{alike:,} of the {len(rows):,} rows of public.source have the prompt of a row of the "
+            "held-out set: as half of them or more have, only equal texts are looked for",
+        )
+        if alike
+        else ()
+    )
+    return [rows[i] for i in sorted(drawn.tolist())], account, warnings
+
+
+def _judged_too(
+    rows: Sequence[Example], test: Sequence[Example], column: str | None
+) -> tuple[list[bool], int]:
+    """Return which rows have the text, the group or the prompt of a held-out row.
+
+    Prompts are compared where one of two rows has no group. Where half of the rows or more have the
+    prompt of a held-out row, as with one prompt for all, it says nothing.
+
+    Returns:
+        Of each row whether it has, and how many have a prompt for which they are not counted.
+    """
+    texts = {normalised(text_of(row)) for row in test}
+    whole = {row_key(row) for row in test}
+    grouped = [row for row in test if column is not None and column in row.columns]
+    groups = {group_key(row, column) for row in grouped}
+    every = {group_key(row) for row in test}
+    others = {group_key(row) for row in test if column is None or column not in row.columns}
+    same, by_prompt = [], []
+    for row in rows:
+        has_group = column is not None and column in row.columns
+        equal = normalised(text_of(row)) in texts or row_key(row) in whole
+        same.append(equal or (has_group and group_key(row, column) in groups))
+        by_prompt.append(group_key(row) in (others if has_group else every))
+    if 2 * sum(by_prompt) >= len(rows):
+        more = sum(prompt and not own for own, prompt in zip(same, by_prompt, strict=True))
+        return same, more
+    return [own or prompt for own, prompt in zip(same, by_prompt, strict=True)], 0
 
 
 def as_task(rows: Sequence[Example], classes: Sequence[str], *, labelled: bool) -> list[Example]:

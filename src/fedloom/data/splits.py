@@ -160,7 +160,7 @@ def split(
         limits: How many each may hold out.
         order: Key of the hash, in [0, 2**63).
         column: ``data.group``, which has no way out: who has one group alone holds out nothing.
-        never: Groups that are trained on in any case.
+        never: Groups, and rows by their key, that are trained on in any case.
         only: Kind of row that can be judged (default: any); others of a held-out group are dropped.
         over: What a row is that is held out with its group beyond the most that are judged.
 
@@ -183,7 +183,9 @@ def split(
         ):  # rows over the most that are judged are lost: the last way out
             if chooser.empty():
                 taken = chooser.taken()
-                more = _by_row(rows, keys, judged, limits, order, chooser.empty(), taken, any_size)
+                more = _by_row(
+                    rows, keys, judged, limits, order, chooser.empty(), taken, never, any_size
+                )
                 found |= {client: own for client, own in more.items() if own}
                 chooser.settle({client: len(own) for client, own in more.items() if own})
             if not any_size:
@@ -331,6 +333,7 @@ def _by_row(
     order: int,
     empty: Collection[int],
     claimed: Collection[Key],
+    never: Collection[Key],
     any_size: bool,
 ) -> dict[int, list[int]]:
     """Return the positions that clients with too few prompts hold out, by prompt and completion.
@@ -350,7 +353,7 @@ def _by_row(
         )
         for client, own in places.items()
     }
-    chooser = _Chooser(whole, useful, own_limits, order, frozenset())
+    chooser = _Chooser(whole, useful, own_limits, order, never)
     chooser.together()
     if any_size:
         chooser.least_harm(any_size=True)
