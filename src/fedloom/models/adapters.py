@@ -39,6 +39,7 @@ from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError
 from fedloom.messages import Tensors
+from fedloom.models.architecture import is_router, is_tied, needs_names, text_layers, untie
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.moved import MOVED, FrozenWeights
 from fedloom.models.shape import block_of, is_linear, model_shape
@@ -168,6 +169,7 @@ class AdapterModel:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         names = {n: _short_name(n, place) for n in trained}
         self.parameters = dict(sorted((names[n], p) for n, p in trained.items()))
+        self._factor_rows = {n: len(p) for n, p in self.parameters.items() if ".lora_A." in n}
         owners = {names[n]: _owner(model, n) for n in trained}
         self._owners = {name: owners[name] for name in self.parameters}
         config = getattr(model, "peft_config", {}).get("default")
@@ -320,11 +322,15 @@ class AdapterModel:
     def _true_rank(self) -> Iterator[None]:
         """Have the PEFT configuration say the rank the factors have now, with the same scaling."""
         config: Any = self.model.peft_config["default"]
-        ranks = {len(p) for name, p in self.parameters.items() if ".lora_A." in name}
-        rank = next(iter(ranks), None)
-        if rank is None or rank == config.r:
+        ranks = {
+            config.r * len(self.parameters[name]) // rows
+            for name, rows in self._factor_rows.items()
+            if name in self.parameters
+        }
+        if ranks <= {getattr(config, "r", None)}:
             yield
             return
+        (rank,) = ranks  # factors of a stack of experts have rows for each of these
         before = config.r, config.lora_alpha
         config.r, config.lora_alpha = rank, config.lora_alpha / config.r * rank
         try:
@@ -367,7 +373,18 @@ def attach_adapter(
     config = _peft_config(backbone, settings, "SEQ_CLS" if classification else "CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(derive_seed(seed, "adapter"))
-        return peft.get_peft_model(backbone, config)
+        try:
+            model = peft.get_peft_model(backbone, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"PEFT puts no adapter of this kind on this model: {reason}; name other layers as "
+                "adapter.targets, or take another adapter.kind"
+            ) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # whatever the backbone's precision
+    return model
 
 
 def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> peft.PeftConfig:
@@ -376,6 +393,8 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
     if settings.kind == "ia3":
         return _ia3_config(backbone, settings, task)
     targets = _targets(backbone, settings)
+    if is_tied(backbone) and _reaches_output(backbone, targets):
+        untie(backbone)  # what is added to the one is not added to the other
     if settings.kind == "full":
         names = _all_linear(backbone) if targets == "all-linear" else targets
         return peft.LNTuningConfig(task_type=task, target_modules=names)
@@ -435,7 +454,9 @@ def _targets(backbone: nn.Module, settings: AdapterSettings) -> str | list[str]:
     """Return what PEFT is told: "all-linear", names, or the full names of layers in chosen blocks."""
     if settings.layers is not None:
         return target_layers(backbone, settings)
-    return settings.targets if settings.targets == "all-linear" else _names(backbone, settings)
+    if settings.targets != "all-linear" or needs_names(backbone):
+        return _names(backbone, settings)
+    return settings.targets
 
 
 def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
@@ -464,7 +485,7 @@ def blocks_of(config: Any, settings: AdapterSettings) -> list[int]:
     Raises:
         ModelError: It has no such block.
     """
-    count, layers = int(config.num_hidden_layers), settings.layers
+    count, layers = int(config.get_text_config().num_hidden_layers), settings.layers
     if layers is None:
         return list(range(count))
     blocks = list(range(max(0, count - layers), count)) if isinstance(layers, int) else layers
@@ -478,11 +499,24 @@ def blocks_of(config: Any, settings: AdapterSettings) -> list[int]:
 
 def _all_linear(backbone: nn.Module) -> list[str]:
     """Return the full names of the linear layers inside blocks."""
+    read = text_layers(backbone)
     return [
         name
         for name, module in backbone.named_modules()
-        if is_linear(module) and block_of(name) is not None
+        if is_linear(module)
+        and block_of(name) is not None
+        and not is_router(module)
+        and (read is None or name in read)
     ]
+
+
+def _reaches_output(backbone: Any, targets: str | list[str]) -> bool:
+    """Return whether an adapter would be on the output layer."""
+    output = backbone.get_output_embeddings()
+    own = [name for name, module in backbone.named_modules() if module is output]
+    return not isinstance(targets, str) and any(
+        name == target or name.endswith(f".{target}") for name in own for target in targets
+    )
 
 
 def _named(backbone: nn.Module, targets: list[str], blocks: list[int]) -> list[str]:

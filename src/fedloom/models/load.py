@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedloom.errors import ModelError
+from fedloom.models.architecture import require_causal
 from fedloom.models.quantize import (
     Quantization,
     check_quantization,
@@ -179,7 +180,10 @@ def load_backbone(
     config.pad_token_id = pad_token_id
     config.use_cache = False
     model = quantize_loaded(model.requires_grad_(False), quantization, device)
-    return model if "device_map" in options else model.to(device)
+    model = model if "device_map" in options else model.to(device)
+    if not classes and blocks is None:
+        require_causal(model, path)
+    return model
 
 
 def keep_blocks(config: Any, blocks: range) -> None:
@@ -249,9 +253,9 @@ def context_of(path: str, revision: str | None = None) -> int:
 
 
 def _context(config: Any) -> int:
-    return int(
-        getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2048
-    )
+    text = config.get_text_config()  # of a model that reads more than text
+    names = ("max_position_embeddings", "n_positions", "context_length", "max_seq_len")
+    return int(next((own for name in names if (own := getattr(text, name, None))), 2048))
 
 
 def fingerprint(path: str) -> str:

@@ -1,0 +1,141 @@
+"""What a model is, found out by asking it: causal or not, tied or not, which of its layers read text.
+
+Configurations name the same thing in many ways, and some name it wrongly; what a model does with a few
+tokens is the same for all. Configurations are hints here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import ModelError
+
+PROBED_TOKENS = 8
+"""Length of a row that a model is asked about."""
+
+CHANGED = 1e-3
+"""Share of the spread of logits by which those of a causal model never change."""
+
+TOWERS = ("vision_config", "audio_config", "image_config", "speech_config")
+"""Sections of a configuration by which a model reads more than text."""
+
+DROPOUT = ("dropout", "pdrop", "drop_rate")
+"""Within the names of attributes that hold a probability of dropout."""
+
+
+@torch.no_grad()
+def require_causal(model: nn.Module, path: str) -> None:
+    """Check that what a model says of a token does not depend on later tokens.
+
+    Args:
+        model: With an LM head and weights, on its device.
+        path: Its name in the message.
+
+    Raises:
+        ModelError: It does: the model is an encoder, and its loss as a causal model would be a leak.
+    """
+    row = _probe(model)
+    other = row.clone()
+    other[0, -1] = row[0, 0]
+    first, second = (_logits(model, ids)[0, :-1].float() for ids in (row, other))
+    if (first - second).abs().max() > CHANGED * first.std():
+        raise ModelError(
+            f"{path} is no causal language model ({type(model).__name__}): what it says of a token "
+            "depends on tokens that come later. Take a decoder; an encoder can be trained with objective.name = "
+            '"classification"'
+        )
+
+
+@torch.no_grad()
+def text_layers(model: nn.Module) -> set[str] | None:
+    """Return the names of the modules that run when a model reads text.
+
+    Returns:
+        ``None`` where a model reads nothing else, or has no weights to run with.
+    """
+    if not any(getattr(model.config, tower, None) is not None for tower in TOWERS):
+        return None
+    row = _probe(model)
+    ran: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        _logits(model, row)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
+def needs_names(model: nn.Module) -> bool:
+    """Return whether "all linear layers" would be too many: some route tokens, or read no text."""
+    more = any(getattr(model.config, tower, None) is not None for tower in TOWERS)
+    return more or any(is_router(module) for module in model.modules())
+
+
+def is_router(module: nn.Module) -> bool:
+    """Return whether a linear layer chooses experts: it returns more than its product with the input."""
+    return type(module) is not nn.Linear and "Router" in type(module).__name__
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Return whether a model's output layer shares its weight with the input embeddings."""
+    output, inputs = _ends(model)
+    return output is not None and inputs is not None and output.weight is inputs.weight
+
+
+def untie(model: nn.Module) -> None:
+    """Give the output layer a weight of its own, equal to the input embeddings'."""
+    output, inputs = _ends(model)
+    if output is None or inputs is None or output.weight is not inputs.weight:
+        return
+    weight = inputs.weight.detach().clone()
+    output.weight = nn.Parameter(weight, requires_grad=False)
+    config: Any = model.config
+    for own in {id(c): c for c in (config, config.get_text_config())}.values():
+        own.tie_word_embeddings = False
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set every probability of dropout in a model to 0; adapters that are put on it have their own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(part in name for part in DROPOUT):
+                setattr(module, name, 0.0)
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    """Return output layer and input embeddings, ``None`` for one that is not there."""
+    try:
+        output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None, None
+    return (
+        output if hasattr(output, "weight") else None,
+        inputs if hasattr(inputs, "weight") else None,
+    )
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """Return ``(1, tokens)`` different ids that the model knows."""
+    config: Any = model.config
+    size = int(getattr(config.get_text_config(), "vocab_size", 0) or PROBED_TOKENS)
+    ids = torch.arange(PROBED_TOKENS) * max(1, size // PROBED_TOKENS) % size
+    return ids.unsqueeze(0).to(next(model.parameters()).device)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    try:
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    finally:
+        model.train(was_training)
+    return logits
