@@ -49,6 +49,7 @@ from fedloom.methods.base import EVALUATE, Method, ServerSide
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
+from fedloom.models.architecture import switch_dropout_off
 from fedloom.models.cut import FrontHalf, check_cut
 from fedloom.models.experts import (
     ExpertModel,
@@ -319,6 +320,7 @@ class _Kits:
             for key, (path, encoder, model) in built.items()
         }
         self.of_server = self.kits[server]
+        _require_linear(experiment, self.of_server.model)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
         self.judged: dict[int, TokenSet] = {}
         self._front: FrontHalf | None = None
@@ -441,6 +443,21 @@ def _all_bad(
     return [*division.loaded.bad_rows, *own, *tests]
 
 
+def _require_linear(experiment: Experiment, model: AdapterModel) -> None:
+    """Check that a method that multiplies LoRA's two factors may do so.
+
+    Raises:
+        ModelError: Some factors are of a stack of experts, whose change is not their product.
+    """
+    kind = METHODS[experiment.method.name][1]
+    if model.stacked and (kind.moves_backbone or kind.mixed_ranks):
+        raise ModelError(
+            f"method.name = {experiment.method.name!r} multiplies the two factors of linear layers, and "
+            f"{model.stacked} has factors for a stack of experts: name linear layers as "
+            'adapter.targets, such as ["q_proj", "v_proj"]'
+        )
+
+
 def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
     """Check that every client can be judged by rows of its own, which is what personal models are for.
 
@@ -476,6 +493,8 @@ def _front_half(experiment: Experiment, division: Division, kit: _Kit, *, empty:
         blocks=method.cut,
         empty=empty,
     )
+    if experiment.model.dropout is False:
+        switch_dropout_off(backbone)
     adapter = experiment.adapter
     blocks = blocks_of(config, adapter)
     front = [block for block in blocks if block < method.cut]
@@ -663,6 +682,11 @@ def _build_model(
     classification = objective.head == "classification"
     classes = classes if classification else ()
     path, encoder, backbone = prepare_model(experiment, classes, stage, empty=empty)
+    dropout = experiment.model.dropout
+    if dropout is None:
+        dropout = not objective.needs_reference
+    if not dropout:
+        switch_dropout_off(backbone)
     if experiment.training.gradient_checkpointing:
         anyone: Any = backbone
         anyone.activation_checkpointing_enable()

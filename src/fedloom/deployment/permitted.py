@@ -47,7 +47,7 @@ def _names(fields: Mapping[str, str]) -> frozenset[str]:
 
 TAKEN = _names(
     {
-        "model": "quantization",
+        "model": "quantization dropout",
         "adapter": "kind alpha dropout targets layers initial_text top_k balance",
         "public": "labelled",
         "clients": "newcomers",

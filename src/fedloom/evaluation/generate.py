@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedloom.data.encode import TextEncoder
 from fedloom.data.sources import DataSettings
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.architecture import pads_left
 from fedloom.models.load import load_tokenizer, stop_tokens
 
 
@@ -139,7 +140,8 @@ def _answered(
     length = min(max_new_tokens, max(1, context // 2))
     rows = [list(ask.prompt[-max(1, context - length) :]) for ask in asks]
     answers = [""] * len(asks)
-    if _has_virtual_tokens(model):  # PEFT counts padding between them and the text as positions
+    # PEFT counts padding between virtual tokens and the text as positions; recurrent models read it
+    if _has_virtual_tokens(model) or not pads_left(model, int(encoder.tokenizer.pad_token_id)):
         batch_size = 1
     order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import peft
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -187,6 +188,15 @@ class AdapterModel:
         return float(config.lora_alpha) / float(config.r)
 
     @property
+    def stacked(self) -> str | None:
+        """Name of a layer with factors for a stack of experts at once, ``None`` where there is none.
+
+        The product of such factors is not the layer's change.
+        """
+        found = (name for name, own in self.model.named_modules() if isinstance(own, ParamWrapper))
+        return next(found, None)
+
+    @property
     def has_reward(self) -> bool:
         """Whether the model has an explicit reward head."""
         return self.own is not None and self.own.reward is not None
@@ -201,6 +211,9 @@ class AdapterModel:
         self.count(rows, length + self.virtual_tokens, positions)
         with self._precision():
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+            logits = getattr(output, "logits", None)
+            if logits is not None and "logits_to_keep" in options and logits.ndim == 3:
+                output.logits = logits[:, -positions:]  # some models do not know the option
             if self.own is not None and self.own.states is not None:
                 output.rewards = self.own.rewards(attention_mask)
         return output
@@ -555,6 +568,8 @@ def _quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated", UserWarning)
+        # Of fused experts, whose layers PEFT adapts under other names than it then looks for.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
         # Of GPT-2's Conv1D, whose weights lie the other way round: PEFT sets it right by itself.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield

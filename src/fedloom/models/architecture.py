@@ -6,6 +6,7 @@ tokens is the same for all. Configurations are hints here.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def require_causal(model: nn.Module, path: str) -> None:
     if (first - second).abs().max() > CHANGED * first.std():
         raise ModelError(
             f"{path} is no causal language model ({type(model).__name__}): what it says of a token "
-            "depends on tokens that come later. Take a decoder; an encoder can be trained with objective.name = "
-            '"classification"'
+            "depends on tokens that come later. Take a decoder; an encoder can be trained with "
+            'objective.name = "classification"'
         )
 
 
@@ -78,9 +79,34 @@ def needs_names(model: nn.Module) -> bool:
     return more or any(is_router(module) for module in model.modules())
 
 
+@torch.no_grad()
+def pads_left(model: nn.Module, pad: int) -> bool:
+    """Return whether a model answers alike with padding before a row, as it must in a batch.
+
+    Recurrent models carry padding on in their state.
+
+    Args:
+        model: Causal, with weights.
+        pad: Token id to pad with.
+    """
+    row = _probe(model)
+    padding = torch.full_like(row, pad)
+    ids = torch.cat([padding, row], dim=1)
+    mask = torch.cat([torch.zeros_like(row), torch.ones_like(row)], dim=1)
+    was_training = model.training
+    model.eval()
+    try:
+        padded = _last_logits(model, ids, mask)
+        alone = _last_logits(model, row, torch.ones_like(row))
+    finally:
+        model.train(was_training)
+    return bool((padded - alone).abs().max() <= CHANGED * alone.std())
+
+
 def is_router(module: nn.Module) -> bool:
     """Return whether a linear layer chooses experts: it returns more than its product with the input."""
-    return type(module) is not nn.Linear and "Router" in type(module).__name__
+    kind = type(module)
+    return isinstance(module, nn.Linear) and kind is not nn.Linear and "Router" in kind.__name__
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -129,6 +155,19 @@ def _probe(model: nn.Module) -> Tensor:
     size = int(getattr(config.get_text_config(), "vocab_size", 0) or PROBED_TOKENS)
     ids = torch.arange(PROBED_TOKENS) * max(1, size // PROBED_TOKENS) % size
     return ids.unsqueeze(0).to(next(model.parameters()).device)
+
+
+def _last_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    options = {"position_ids": positions} if "position_ids" in _accepted(model) else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
+    return logits[0, -1].float()
+
+
+def _accepted(model: Any) -> set[str]:
+    """Return the names of what a model's forward pass takes."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(base.forward).parameters)
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

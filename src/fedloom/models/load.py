@@ -60,6 +60,10 @@ class ModelSettings(Settings):
     quantization: Quantization = "none"
     """"int8" or "int4": the frozen backbone in 8 bits (GPU or CPU) or 4 bits (GPU); the adapter is
     trained in full precision on it."""
+    dropout: bool | None = None
+    """Whether dropout of the backbone's own configuration acts in training (default: only where the
+    objective has no reference model, of which it would make another model; as TRL has it). The adapter's
+    own is adapter.dropout."""
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
@@ -168,6 +172,8 @@ def load_backbone(
         torch.manual_seed(derive_seed(seed, "classification head"))
         try:
             shape = _configuration(path, revision)
+            has_head = any("Classification" in name for name in shape.architectures or ())
+            known = tuple(own for _, own in sorted((shape.id2label or {}).items()))
             _set_classes(shape, classes)
             if blocks is not None:
                 keep_blocks(shape, range(blocks))
@@ -176,6 +182,10 @@ def load_backbone(
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load the model {path}: {_first_line(error)}") from error
+        if (
+            classes and has_head and known != classes
+        ):  # the checkpoint's own head is for other classes
+            _begin_head(model)
     config: Any = model.config
     config.pad_token_id = pad_token_id
     config.use_cache = False
@@ -184,6 +194,17 @@ def load_backbone(
     if not classes and blocks is None:
         require_causal(model, path)
     return model
+
+
+def _begin_head(model: Any) -> None:
+    """Initialise what a model has beside its backbone, as transformers does a head that is new."""
+    spread = float(getattr(model.config, "initializer_range", None) or 0.02)
+    backbone = f"{model.base_model_prefix}."
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not f"{name}.".startswith(backbone):
+            nn.init.normal_(module.weight, std=spread)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def keep_blocks(config: Any, blocks: range) -> None:
