@@ -569,7 +569,7 @@ def _quiet_peft() -> Iterator[None]:
         # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated", UserWarning)
         # Of fused experts, whose layers PEFT adapts under other names than it then looks for.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
         # Of GPT-2's Conv1D, whose weights lie the other way round: PEFT sets it right by itself.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
