@@ -74,6 +74,16 @@ def test_layouts_and_what_is_left_out(folder):
     assert len(read_audit_sets(folder / "llmbar/Own.jsonl", 2)[0].pairs) == 2
 
 
+def test_verdicts_are_understood_as_in_training(tmp_path):
+    rows = [
+        {"input": f"{i}", "output_1": "a", "output_2": "b", "label": label}
+        for i, label in enumerate([1, "2", "output_2", "tie", None, 7])
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = read_audit_sets(tmp_path)
+    assert [pair.better for pair in found.pairs] == [1, 2, 2] and found.undecided == 3
+
+
 @pytest.mark.parametrize(
     ("score", "accuracy", "consistent", "tied"),
     [

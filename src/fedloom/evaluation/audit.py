@@ -16,11 +16,18 @@ from typing import Any
 import numpy as np
 
 from fedloom.data.files import read_file
+from fedloom.data.labels import majority
+from fedloom.data.layouts import LAYOUTS
+from fedloom.data.rows import RowError
 from fedloom.errors import DataError
 from fedloom.evaluation.agreement import Estimate, bootstrap
 from fedloom.evaluation.judges.base import Case, Judge
 from fedloom.evaluation.questions import Question
 from fedloom.randomness import derive_seed
+
+NAMES = ("output_1/output_2/label", "response1/response2/annotator1/annotator2/annotator3")
+JUDGED = tuple(layout for layout in LAYOUTS["preference"] if layout.name() in NAMES)
+"""Layouts of pairs that people have judged (LLMBar, PandaLM), without the prompt."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def read_audit_sets(path: Path, limit: int | None = None) -> list[AuditSet]:
     if not sets:
         raise DataError(
             f"{path} holds no judged pairs: they need output_1, output_2 and label (LLMBar) or "
-            "response1, response2 and annotator1 (PandaLM)"
+            "response1, response2 and annotator1 to annotator3 (PandaLM)"
         )
     return [_limited(one, limit) for one in sets]
 
@@ -166,18 +173,19 @@ def _read_set(file: Path) -> AuditSet | None:
 
 
 def _layout(row: Any) -> tuple[str, Any, Any, int] | None:
-    if not isinstance(row, dict):
+    """Return what was asked, both answers and which is better (0: people do not say)."""
+    columns = list(row) if isinstance(row, dict) else []
+    layout = next((one for one in JUDGED if not one.missing(columns)), None)
+    if layout is None:
         return None
-    if {"output_1", "output_2", "label"} <= row.keys():
-        better = row["label"] if isinstance(row["label"], int) else 0
-        return _asked(row), row["output_1"], row["output_2"], better
-    if {"response1", "response2", "annotator1"} <= row.keys():
-        given = (row.get(f"annotator{i}") for i in (1, 2, 3))
-        votes = Counter(vote for vote in given if isinstance(vote, int))
-        winner, count = (votes.most_common(1) or [(0, 0)])[0]
-        better = winner if count >= 2 else 0
-        return _asked(row), row["response1"], row["response2"], better
-    return None
+    own = layout.ours(row)
+    votes = [own[name] for name in layout.columns if name.startswith(("best", "vote"))]
+    names = (layout.columns["first"], layout.columns["second"])
+    try:
+        better = 1 + majority(votes, {}, names, "label")
+    except RowError:
+        better = 0
+    return _asked(row), own["first"], own["second"], better
 
 
 def _asked(row: dict[str, Any]) -> str:
