@@ -329,6 +329,14 @@ def test_the_layout_is_that_of_most_rows(path):
     assert {row.prompt for row in [*data.train, *data.test]} == {f"p{i}" for i in range(30)}
 
 
+def test_prompts_that_few_rows_have_are_told_of(path):
+    rows = [{"completion": f"x{i}"} for i in range(30)] + [{"prompt": "p", "completion": "c"}] * 9
+    data = load(path, rows, "instruction")
+    assert data.layouts == (
+        "x.jsonl: layout completion (in some rows prompt/completion would fit as well)",
+    )
+
+
 @pytest.mark.parametrize("turned", [1, -1])
 def test_of_two_layouts_with_as_many_rows_the_first_of_the_table_is_taken(path, turned):
     layouts = [{"text": "t"}, {"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"}]

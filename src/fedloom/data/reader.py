@@ -244,21 +244,31 @@ class Reader:
     def _recognised(self, counts: Mapping[tuple[str, ...], int]) -> Recognised | None:
         """Return the layout of most rows, of those alike in number the first of the table.
 
+        Rows that it fits too, but which have another one with more columns, are told of: what stands
+        there is not read.
+
         Args:
             counts: Columns that rows have, under our names, to how many rows have them.
         """
         explicit = [*self.settings.columns, *(["prompt"] if self.settings.template else [])]
         votes: Counter[Layout] = Counter()
         recognised: dict[Layout, Recognised] = {}
-        for columns, count in counts.items():
-            found = recognise(self.kind, columns, explicit)
+        own = {columns: recognise(self.kind, columns, explicit) for columns in counts}
+        for columns, found in own.items():
             if found is not None:
                 recognised.setdefault(found.layout, found)
-                votes[found.layout] += count
+                votes[found.layout] += counts[columns]
         if not votes:
             return None
         order = LAYOUTS[self.kind].index
-        return recognised[min(votes, key=lambda layout: (-votes[layout], order(layout)))]
+        best = min(votes, key=lambda layout: (-votes[layout], order(layout)))
+        lost = [
+            f"in some rows {found.name}"
+            for columns, found in own.items()
+            if found is not None and found.layout != best and not best.missing(columns)
+        ]
+        first = recognised[best]
+        return replace(first, others=(*first.others, *lost[:1]))
 
     def _check_margin(self, name: str, layout: Layout, rows: list[dict[str, Any]]) -> None:
         """Refuse data.min_margin where there are no scores."""
