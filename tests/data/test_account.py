@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from fedloom.data.tokenize import tokenize
 from fedloom.division import divide
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
+from fedloom.records import SIMULATION, run_record
 from fedloom.report import account
 
 
@@ -280,3 +282,21 @@ def test_a_refused_pair_is_one_malformed_row(experiment, rows_file, no_system):
     )  # fmt: skip
     parts = assemble(built, divide(built))
     assert [bad.number for bad in parts.bad_rows] == [1, 2, 3]
+
+
+def test_malformed_rows_of_the_public_source_are_in_the_record_of_the_run(experiment, rows_file):
+    def texts(name, first=None):
+        rows = [{"text": f"{name} {i}", "label": ("loss", "theft")[i % 2]} for i in range(30)]
+        rows[0]["text"] = first or rows[0]["text"]
+        return rows_file(rows, f"{name}.jsonl")
+
+    data = {"source": texts("train"), "test_source": texts("test"), "kind": "labelled"}
+    built = experiment(
+        data=data,
+        public={"source": texts("public", 7), "rows": 6},
+        method={"name": "distillation"},
+        objective={"name": "classification"},
+    )
+    parts = assemble(built, divide(built))
+    record = run_record(Path("x"), built, parts, None, "id", SIMULATION)
+    assert record["data"]["malformed"] == 1 == parts.accounts.public.malformed

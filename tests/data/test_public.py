@@ -1,16 +1,12 @@
 """Public rows: taken or read, never shared with what is judged, and as the task needs them."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from fedloom.assembly import assemble
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
 from fedloom.division import divide
 from fedloom.errors import DataError, SettingsError
-from fedloom.records import SIMULATION, run_record
 
 CLASSES = ("loss", "theft")
 METHOD = {"method": {"name": "distillation"}, "objective": {"name": "classification"}}
@@ -180,17 +176,6 @@ def test_no_client_is_judged_by_a_public_row(experiment, rows_file, ward):
 def test_an_empty_source(experiment, files, rows_file):
     with pytest.raises(DataError):
         divide(experiment(**sections(files, source=rows_file([], "none.jsonl"), kind="labelled")))
-
-
-def test_malformed_rows_of_the_public_source_are_in_the_record_of_the_run(
-    experiment, files, rows_file
-):
-    rows = [{"text": f"new {i}" if i else 7, "label": "loss"} for i in range(30)]
-    source = rows_file(rows, "public.jsonl")
-    built = experiment(**sections(files, source=source, kind="labelled"))
-    parts = assemble(built, divide(built))
-    record = run_record(Path("x"), built, parts, None, "id", SIMULATION)
-    assert record["data"]["malformed"] == 1 == parts.accounts.public.malformed
 
 
 def test_public_rows_are_read_as_their_section_says(experiment, files, rows_file):
