@@ -361,6 +361,22 @@ def test_messages_name_the_users_own_columns(path):
     assert text.startswith("x.jsonl: 'who' is not understood in 5 of 5 rows; it holds 'z' (5).")
 
 
+def test_scores_are_named_as_the_user_names_them_with_the_wrong_one(path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "good": 3, "bad": "?"}] * 5
+    columns = {"score_chosen": "good", "score_rejected": "bad"}
+    text = said(path, rows, "preference", columns=columns, min_margin=1.0)
+    assert "x.jsonl row 1: good and bad must be numbers, got '?'" in text
+
+
+def test_the_line_to_paste_is_of_the_section_of_its_domain(path):
+    path.write_text("\n".join(map(json.dumps, rated(["full", "refusal"] * 9))))
+    own = DataSettings(domains={"care": {"source": str(path)}}, kind="feedback")
+    with pytest.raises(
+        DataError, match=r"say it in \[data\.domains\.care\], such as\n  values = \{"
+    ):
+        load_examples(own, np.random.default_rng(0))
+
+
 def test_an_input_that_some_rows_lack_is_still_read(path):
     rows = [{"instruction": "do", "output": "a"}] * 5
     rows += [{"instruction": "do", "input": "this", "output": "a"}] * 5

@@ -355,18 +355,20 @@ def _places(
         best = best_of(own["best"], answers, label)
     else:
         best = 0
-    _require_margin(row, best, margin)
+    _require_margin(row, best, reading)
     return best, 1 if best == 0 else 0
 
 
-def _require_margin(row: Row, best: int, margin: float | None) -> None:
+def _require_margin(row: Row, best: int, reading: Reading) -> None:
     """Refuse a pair with scores beside it that are closer than data.min_margin."""
-    columns = margins(list(row))
+    columns, margin = margins(list(row)), reading.min_margin
     if margin is None or columns is None:
         return
     scores = [number_of(row[name]) for name in columns]
     if scores[0] is None or scores[1] is None:
-        raise RowError(f"{' and '.join(columns)} must be numbers, got {shown(row[columns[0]])}")
+        names = " and ".join(map(reading.named, columns))
+        wrong = row[columns[scores.index(None)]]
+        raise RowError(f"{names} must be numbers, got {shown(wrong)}")
     require_margin((scores[0] - scores[1]) * (-1 if best else 1), margin)
 
 
