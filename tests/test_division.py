@@ -72,6 +72,19 @@ def test_rows_that_nobody_would_judge_are_trained_on(tmp_path):
     assert sum(map(len, found.train.values())) == 80 and not any(found.held_out.values())
 
 
+def test_only_rows_that_are_judged_take_training_rows_out(tmp_path):
+    """Of a test set with more rows than are judged, the others cost nothing."""
+    data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction"}
+    data["test_source"] = write(tmp_path / "t.jsonl", asks(40))  # p0 to p39
+    found = divide(make(data, evaluation={"max_examples": 10, "per_client": False}))
+    judged = {row.prompt for row in found.test}
+    trained = {row.prompt for rows in found.train.values() for row in rows}
+    assert len(judged) == 10 and trained == {f"p{i}" for i in range(100)} - judged
+    assert found.accounts.source.dropped == {"same prompt as a held-out row": 10}
+    assert found.accounts.test.dropped == {"over evaluation.max_examples": 30}
+    assert found.accounts.closes
+
+
 def test_clients_of_a_split_model_hold_nothing_out(tmp_path):
     """No client has the whole model, so nobody would judge what it holds out."""
     data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction"}
@@ -514,7 +527,7 @@ def check(table, made, test):
         lost_later = sum(source["dropped"].values()) - lost["filtered"] - lost["alike"]
         usable = len(lines) - lost["filtered"] - lost["alike"] - lost["malformed"]
         assert sum(there.values()) == usable - lost_later
-    judged_all = found.loaded.test
+    judged_all = found.test
     ways = set()
     told = " ".join(accounts["warnings"])
     ways |= {word for word in ("prompt and completion", "only exact duplicates") if word in told}

@@ -142,7 +142,9 @@ def divide(
     classes = own.classes if own else None
     if classes is None:
         classes = _classes([*loaded.train, *loaded.test])
-    loaded, public, public_account = _with_public(experiment, loaded, classes)
+    limit = experiment.evaluation
+    judged = few(loaded.test, limit.max_examples, _drawing(experiment))
+    loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
     if own is not None:
         pools = {own.client: loaded.train}
     elif by_files:
@@ -155,10 +157,9 @@ def divide(
     warnings = [
         *loaded.warnings,
         *_split_warnings(sides, train, held_out),
-        *(_overlaps(experiment, train, held_out, loaded.test, sides) if by_files else ()),
+        *(_overlaps(experiment, train, held_out, judged, sides) if by_files else ()),
     ]
-    limit = experiment.evaluation
-    test = _judged(loaded.test, limit.max_examples, experiment)
+    test = _judged(judged, experiment)
     feedback = None
     answers = train
     if (objective or make_objective(experiment.objective)).kind == "feedback":
@@ -174,7 +175,7 @@ def divide(
     division = Division(
         loaded,
         answers,
-        {c: _judged(rows, len(rows), experiment, c) for c, rows in held_out.items()},
+        {c: _judged(rows, experiment) for c, rows in held_out.items()},
         test,
         classes,
         shares(list(answers.values()), experiment.partition),
@@ -186,7 +187,7 @@ def divide(
     )
     threshold = experiment.data.near_duplicates
     if threshold is not None:
-        warnings += _near(division, train, held_out, loaded.test, threshold)
+        warnings += _near(division, train, held_out, judged, threshold)
     left_out = _left_out(accounts.source.dropped)
     warnings = [*left_out, *warnings]
     return replace(division, accounts=replace(accounts, warnings=tuple(warnings)))
@@ -215,11 +216,13 @@ def only(division: Division, client: int) -> Division:
 
 def _loaded(experiment: Experiment, source: DataSource | None) -> LoadedData:
     """Return what the experiment's sources hold, or a user's own, with the held-out set set apart."""
-    rng = generator(experiment.federation.seed, "data")
+    rng, most = generator(experiment.federation.seed, "data"), experiment.evaluation.max_examples
+    drawing = _drawing(experiment)
     if source is None:
-        return load_examples(experiment.data, rng, experiment.evaluation.max_examples)
+        return load_examples(experiment.data, rng, most, drawing=drawing)
     loaded = source.load(rng)
-    train, dropped, warnings = without_judged(loaded.train, loaded.test, experiment.data.group)
+    taken = few(loaded.test, most, drawing)
+    train, dropped, warnings = without_judged(loaded.train, taken, experiment.data.group)
     account = Account(len(loaded.train)).dropping(dropped, trained=len(train))
     judged = Account(len(loaded.test), judged=len(loaded.test))
     return replace(
@@ -286,7 +289,10 @@ def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]
 
 
 def _with_public(
-    experiment: Experiment, loaded: LoadedData, classes: tuple[str, ...]
+    experiment: Experiment,
+    loaded: LoadedData,
+    test: Sequence[Example],
+    classes: tuple[str, ...],
 ) -> tuple[LoadedData, list[Example], Account | None]:
     """Return the data without what is taken from it as public rows, these where the method needs them.
 
@@ -299,7 +305,7 @@ def _with_public(
     if settings.source is None:
         public, train = take_public(
             loaded.train,
-            loaded.test,
+            test,
             settings,
             generator(seed, "public rows"),
             experiment.data.group,
@@ -307,7 +313,7 @@ def _with_public(
         loaded = replace(loaded, train=train)
     else:
         rng = generator(seed, "public rows")
-        public, account, warnings = read_public(settings, experiment.data, loaded.test, rng)
+        public, account, warnings = read_public(settings, experiment.data, test, rng)
         loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
     return loaded, as_task(public, classes, labelled=settings.labelled), account
 
@@ -373,18 +379,16 @@ def _sides(
     )
 
 
-def _judged(
-    rows: list[Example], limit: int, experiment: Experiment, client: int = -1
-) -> list[Example]:
-    """Return at most ``limit`` held-out rows, of a client or the global ones, drawn from the seed.
+def _drawing(experiment: Experiment) -> np.random.Generator:
+    """Return what draws the global held-out rows that are judged, of more than there may be."""
+    return generator(experiment.federation.seed, "held-out", -1)
 
-    Where all completions are known they are choices.
-    """
+
+def _judged(rows: list[Example], experiment: Experiment) -> list[Example]:
+    """Return held-out rows as they are judged: choices, where all completions are known."""
     choices = experiment.data.choices
-    drawn = few(rows, limit, generator(experiment.federation.seed, "held-out", client))
     return [
-        as_choice(row, choices) if choices and isinstance(row, Instruction) else row
-        for row in drawn
+        as_choice(row, choices) if choices and isinstance(row, Instruction) else row for row in rows
     ]
 
 

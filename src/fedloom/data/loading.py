@@ -73,14 +73,18 @@ def load_examples(
     most: int | None = None,
     *,
     hold_out: bool = True,
+    drawing: np.random.Generator | None = None,
 ) -> LoadedData:
     """Read all examples and set the global held-out set apart.
 
     Args:
         settings: Where from, and which columns.
         rng: Draws held-out rows, ``max_rows`` and what built-in sources generate.
-        most: Rows of the source that are held out at most (default: as many as ``test_fraction`` says).
+        most: Rows that are judged at most (default: as many as ``test_fraction`` says, or as the test set
+            has).
         hold_out: Whether rows are held out at all; if not, all are training examples.
+        drawing: Draws ``most`` of the rows of a test set from elsewhere, as they will be judged: the
+            others take no training row out.
 
     Raises:
         DataError: A missing or empty file, an absent column, too many malformed rows, or rows of which
@@ -102,7 +106,8 @@ def load_examples(
         test_account = Account(
             judged.seen, dict(judged.made), len(judged.bad), dict(judged.dropped), judged=len(test)
         )
-        train, dropped, warnings = without_judged(train, test, settings.group)
+        taken = test if drawing is None else few(test, most, drawing)
+        train, dropped, warnings = without_judged(train, taken, settings.group)
         account = account.dropping(dropped)
     elif hold_out and not settings.is_private:
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
