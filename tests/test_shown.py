@@ -14,9 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom import cli
+from fedloom.assembly import choose_device
+from fedloom.errors import ModelError, first_line
+from fedloom.experiment import Experiment
 from fedloom.records import partition_table
 from fedloom.report import figures
-from fedloom.shown import HIDDEN, label, message, named, short, visible
+from fedloom.runner import show_partition
+from fedloom.shown import HIDDEN, label, message, named, placed, quoted, short, visible
 from fedloom.terminal import Bars, LiveTerminal, PlainConsole, Terminal, make_text
 
 STRANGE = {
@@ -41,6 +45,44 @@ def test_what_is_hidden_is_shown_as_an_escape(text, shown):
     assert visible(text) == shown.replace(r"\r", "\\x0d") and not HIDDEN.search(visible(text))
     assert visible(f"a\tb\r\n{text}\n") == f"a\tb\n{visible(text)}\n"
     visible(text).encode()
+
+
+def test_values_and_places_are_short():
+    assert quoted("x" * 38, 40) == f"'{'x' * 38}'" and quoted("x" * 39, 40) == f"'{'x' * 36}..."
+    assert placed("a\nb.jsonl", 7) == "a\\nb.jsonl row 7"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n\n  one \n two"), "one "),
+        (RuntimeError(""), "RuntimeError"),
+        (OSError(" \n "), "OSError"),
+    ],
+)
+def test_of_an_error_the_first_line_is_told(error, line):
+    assert first_line(error) == line
+
+
+def test_a_device_that_fails_without_a_word_is_an_error_and_no_traceback(monkeypatch):
+    def fail(*words, **named):
+        raise RuntimeError
+
+    monkeypatch.setattr("fedloom.assembly.torch.zeros", fail)
+    with pytest.raises(ModelError, match=r"training\.device .cpu.: RuntimeError"):
+        choose_device("cpu")
+
+
+def test_a_file_whose_name_has_two_lines_is_told_on_one(tmp_path, rows_file):
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]
+    source = rows_file(rows, "two\nlines.jsonl")
+    data = {"source": source, "kind": "instruction"}
+    experiment = Experiment.from_table({"data": data, "objective": {"name": "sft"}})
+    shown = show_partition(experiment, tmp_path / "x.svg")
+    console = Console(width=400, file=io.StringIO())
+    console.print(shown.tables)
+    assert "two\\nlines.jsonl: layout" in console.file.getvalue()
 
 
 def test_names_are_one_line_and_messages_are_bounded():

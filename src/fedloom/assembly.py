@@ -36,7 +36,7 @@ from fedloom.data.tokenize import TokenSet, Untokenized, tokenize
 from fedloom.division import Division, judged_kind
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
-from fedloom.errors import DataError, ModelError, OutputError
+from fedloom.errors import DataError, ModelError, OutputError, first_line
 from fedloom.evaluation.clients import Evaluator
 from fedloom.evaluation.generate import load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
@@ -660,7 +660,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f'training.device {name!r}: {reason}; "auto" takes what there is'
         ) from error

@@ -23,7 +23,6 @@ from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.loading import LoadedData
 from fedloom.division import DataSource, divide
 from fedloom.engines.store import ClientStore
-from fedloom.envelope import printable
 from fedloom.errors import (
     CheckpointError,
     DataError,
@@ -62,6 +61,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
 from fedloom.server import Briefing, RemoteEngine, Server
+from fedloom.shown import named
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
@@ -292,7 +292,7 @@ def show_partition(experiment: Experiment, picture: Path) -> Shown:
         picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {picture}: {error.strerror}") from error
-    lines = [Text(printable(text), style="dim") for text in division.loaded.layouts]
+    lines = [Text(named(text), style="dim") for text in division.loaded.layouts]
     accounts = account_tables(division.accounts.to_record())
     return Shown(Group(*lines, partition_table(record), accounts), division.accounts.warnings)
 
@@ -300,7 +300,7 @@ def show_partition(experiment: Experiment, picture: Path) -> Shown:
 def _say_layouts(loaded: LoadedData, observer: RunObserver) -> None:
     """Say by which layout each file was read."""
     for text in loaded.layouts:
-        observer.stage(printable(text))
+        observer.stage(named(text))
 
 
 @dataclass

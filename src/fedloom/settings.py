@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedloom.errors import SettingsError
+from fedloom.shown import quoted
 
 Table = dict[str, Any]
 """A TOML table as ``tomllib`` reads it."""
@@ -148,7 +149,7 @@ def parse(
         The settings, or ``None`` where there are complaints; and the complaints, one line each.
     """
     if not isinstance(table, Mapping):
-        return None, [f"[{where}] must be a section, not {_shown(table)}"]
+        return None, [f"[{where}] must be a section, not {quoted(table, 60)}"]
     try:
         return settings_class.model_validate(dict(table)), []
     except ValidationError as error:
@@ -174,10 +175,10 @@ def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any])
     if item["type"] == "literal_error":
         expected = str(item.get("ctx", {}).get("expected", ""))
         options = [word.strip(" '") for word in expected.replace(" or ", ", ").split(",")]
-        return f"{path} = {_shown(item['input'])}: {nearest(str(item['input']), options)}"
+        return f"{path} = {quoted(item['input'], 60)}: {nearest(str(item['input']), options)}"
     if not keys:
         return f"[{where}]: {message}"
-    return f"{path} = {_shown(item['input'])}: {message[:1].lower()}{message[1:]}"
+    return f"{path} = {quoted(item['input'], 60)}: {message[:1].lower()}{message[1:]}"
 
 
 def is_text(text: str) -> bool:
@@ -191,11 +192,6 @@ def is_text(text: str) -> bool:
 
 def _why(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _toml_value(text: str) -> object:

@@ -44,6 +44,12 @@ def named(name: object) -> str:
     return visible(str(name)).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def quoted(value: object, longest: int) -> str:
+    """Return a value as Python writes it, of at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def placed(name: object, row: int) -> str:
     """Return where a row stands, as :meth:`fedloom.division.Division.place` says it."""
     return f"{named(name)} row {row}"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedloom.assembly import assemble
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
 from fedloom.division import divide

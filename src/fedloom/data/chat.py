@@ -20,6 +20,7 @@ from typing import Any
 
 from fedloom.data.examples import Message
 from fedloom.data.sources import ControlTokens, TrainOn
+from fedloom.errors import first_line
 
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -181,7 +182,7 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # a template raises whatever it likes, on purpose or not
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RenderingError(f"the chat template refuses it: {reason}") from error
         texts, spans = found
         return str(texts[0]), [(int(start), int(end)) for start, end in (spans[0] if spans else ())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fedloom.errors import DataError
+from fedloom.errors import DataError, first_line
 
 
 def read_hub(
@@ -23,7 +23,7 @@ def read_hub(
             name, subset, data_dir=data_dir, split=split, trust_remote_code=False
         )
     except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(
             f"{name!r} (split {split!r}) cannot be had from the Hub: {reason}\n"
             "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
@@ -39,7 +39,7 @@ def _told(name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any
         except StopIteration:
             return
         except Exception as error:  # as above: whatever the files of the set raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise DataError(
                 f"{name!r} cannot be read on: {reason}\n"
                 "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from fedloom.data.json_rows import DEEPEST
 from fedloom.data.opened import LONGEST_ROW, RATIO, UNPACKED, UnreadableError
 from fedloom.data.rows import RowError
+from fedloom.errors import first_line
 from fedloom.shown import short
 
 if TYPE_CHECKING:
@@ -80,9 +81,8 @@ def parquet_rows(file: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of what a library says, or its kind of error."""
-    lines = str(error).strip().splitlines()
-    return short(lines[0].rstrip("."), 200) if lines else type(error).__name__
+    """Return the first line of what a library says, shortened, or its kind of error."""
+    return short(first_line(error).rstrip("."), 200)
 
 
 def _open(file: BinaryIO, dictionaries: list[str] | None = None) -> pyarrow.parquet.ParquetFile:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fedloom.shown import quoted
+
 Row = Mapping[str, Any]
 
 LONGEST_SHOWN = 40
@@ -29,8 +31,7 @@ class RowError(Exception):
 
 def shown(value: object) -> str:
     """Return a value as a message shows it, shortened."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+    return quoted(value, LONGEST_SHOWN)
 
 
 def as_list(value: Any) -> Any:

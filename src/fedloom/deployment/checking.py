@@ -29,7 +29,6 @@ from fedloom.deployment.homes import ClientHome, OwnData, OwnFile
 from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.policy import REVEALING, PolicySettings
 from fedloom.deployment.rows import divided
-from fedloom.envelope import LONGEST
 from fedloom.errors import DataError, FedloomError, OutputError, PolicyError, first_line
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
@@ -39,7 +38,7 @@ from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
 from fedloom.report import account
 from fedloom.report.tables import human_bytes, human_seconds
-from fedloom.shown import placed, visible
+from fedloom.shown import message, named, placed
 
 ALWAYS_SHOWN = {
     "numbers": "How many rows there are, mean losses and accuracies on them, and the time, memory and "
@@ -101,7 +100,7 @@ def check(path: Path, experiment: Path | None, client: int) -> Look:
         parts.append(_section(f"The experiment {experiment}", verdict))
         sound = sound and accepted
     for text in problems:
-        parts.append(Text(f"problem: {_printed(text)}", style="red"))
+        parts.append(Text(f"problem: {message(text)}", style="red"))
     return Look(Group(*parts), sound and not problems)
 
 
@@ -129,7 +128,7 @@ def waiting_run(home: ClientHome, waiting: Waiting) -> Look:
     try:
         examined = examine(waiting.experiment, own, waiting.client, waiting.classes)
     except PolicyError as error:
-        return Look(Group(Text(_printed(str(error)), style="red")), sound=False)
+        return Look(Group(Text(message(str(error)), style="red")), sound=False)
     rows, problem, count = _rows(own, examined.experiment, waiting.client)
     verdict, accepted = _verdict(examined, own, count)
     protection = _table(
@@ -228,7 +227,7 @@ def _rows(
     shown: list[RenderableType] = [_table(facts)]
     if read.sample is not None:
         title, texts = _sample(read, read.sample, own, experiment)
-        shown += [Text(), Text(_printed(title), style="dim"), _table(texts)]
+        shown += [Text(), Text(message(title), style="dim"), _table(texts)]
     return Group(*shown), False, read.count
 
 
@@ -409,11 +408,12 @@ def _words(experiment: Experiment) -> str:
         f"{getattr(training, name)} {name}" for name in given if getattr(training, name) is not None
     ]
     each = work[0] if work else f"{training.local_epochs or 1} local_epochs"
-    return _printed(
+    text = (
         f"{experiment.objective.name} with {experiment.method.name} on {experiment.model.path}, "
         f"{federation.rounds:,} rounds among {federation.clients:,} clients, "
         f"{each} of batches of {training.batch_size}"
-    ).replace("\n", " ")
+    )
+    return message(named(text))
 
 
 def _leaves(experiment: Experiment) -> RenderableType:
@@ -472,11 +472,6 @@ def _ago(when: float) -> str:
     return f"{human_seconds(max(0.0, time.time() - when))} ago"
 
 
-def _printed(text: str) -> str:
-    """Return words of others as they are shown, and not at any length."""
-    return visible(text[:LONGEST])
-
-
 def _section(title: str, content: RenderableType) -> RenderableType:
     return Group(Text(title, style="bold"), Padding(content, (0, 0, 1, 2)))
 
@@ -487,5 +482,5 @@ def _table(facts: Iterable[tuple[str, str]], wrong: str = "") -> Table:
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold")
     for name, text in facts:
-        table.add_row(Text(name), Text(_printed(text), style="red" if name == wrong else ""))
+        table.add_row(Text(name), Text(message(text), style="red" if name == wrong else ""))
     return table

@@ -14,7 +14,6 @@ from enum import StrEnum
 
 from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.policy import PolicySettings
-from fedloom.envelope import printable
 from fedloom.errors import (
     AuditError,
     DataError,
@@ -23,6 +22,7 @@ from fedloom.errors import (
     NonFiniteLoss,
     PolicyError,
 )
+from fedloom.shown import message
 
 LOG = logging.getLogger("fedloom.worker")
 
@@ -93,7 +93,7 @@ def told(error: Exception) -> str:
     """Return what the server is told of an error, and write down all of it here."""
     cause = error.__cause__ if isinstance(error, ReportedError) and error.__cause__ else error
     trace = None if isinstance(cause, FedloomError) else cause
-    LOG.warning("%s", printable(str(cause) or type(cause).__name__), exc_info=trace)
+    LOG.warning("%s", message(str(cause) or type(cause).__name__), exc_info=trace)
     if isinstance(error, PolicyError):
         lines = dict.fromkeys(one.line for one in error.refusals if one.line in LINES)
         return "; ".join(f"{line}: {LINES[line]}" for line in lines) or Sentence.WORKING.value

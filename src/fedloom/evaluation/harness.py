@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import DataError, ModelError
+from fedloom.errors import DataError, ModelError, first_line
 
 EXTRA = 'pip install "fedloom[harness]"'
 
@@ -73,7 +73,7 @@ def run_harness(
                 bootstrap_iters=1000,
             )
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise DataError(
                 f"lm-eval cannot run {', '.join(names)} on {adapter or model}: {reason}"
             ) from error

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.flops import backward_flops, forward_flops
-from fedloom.errors import ModelError
+from fedloom.errors import ModelError, first_line
 from fedloom.messages import Tensors
 from fedloom.models.architecture import is_router, is_tied, needs_names, text_layers, untie
 from fedloom.models.heads import OWN, PersonalHead, save_personal
@@ -557,7 +557,7 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
             trainable = kind not in prompts  # which PEFT loads for inference alone
             return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
 
 

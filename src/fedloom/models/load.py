@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fedloom.errors import ModelError
+from fedloom.errors import ModelError, first_line
 from fedloom.models.architecture import require_causal
 from fedloom.models.quantize import (
     Quantization,
@@ -89,7 +89,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if _asks_to_run_code(error):
             raise _needs_code(path) from None
-        raise ModelError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         begins = tokenizer.bos_token_id in tokenizer("x")["input_ids"][:1]
         tokenizer.chat_template = PLAIN_CHAT if begins else PLAIN_CHAT.removeprefix(START)
@@ -124,7 +124,7 @@ def stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
         try:
             config = _configuration(path, revision)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
+            raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
         found = getattr(config.get_text_config(), "eos_token_id", None)
     several = found if isinstance(found, list | tuple) else [found]
     return tuple(token for token in several if isinstance(token, int))
@@ -181,11 +181,9 @@ def load_backbone(
                 path, config=shape, trust_remote_code=False, **options
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"cannot load the model {path}: {_first_line(error)}") from error
-        if (
-            classes and has_head and known != classes
-        ):  # the checkpoint's own head is for other classes
-            _begin_head(model)
+            raise ModelError(f"cannot load the model {path}: {first_line(error)}") from error
+        if classes and has_head and known != classes:
+            _begin_head(model)  # the checkpoint's own is for other classes
     config: Any = model.config
     config.pad_token_id = pad_token_id
     config.use_cache = False
@@ -251,7 +249,7 @@ def empty_backbone(
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
     return model.requires_grad_(False)
 
 
@@ -270,7 +268,7 @@ def context_of(path: str, revision: str | None = None) -> int:
     try:
         return _context(_configuration(path, revision))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the model {path}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
 
 
 def _context(config: Any) -> int:
@@ -376,7 +374,3 @@ def _check_weights(path: str) -> None:
         pickled = [file.name for file in folder.glob("*.bin")]
         hint = f"; {pickled[0]} is pickled and is not read, convert it" if pickled else ""
         raise ModelError(f"no weights in {path}: it needs model.safetensors{hint}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
