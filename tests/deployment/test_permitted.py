@@ -332,8 +332,11 @@ def test_public_rows_are_read_as_the_experiment_says(own):
     asked["data"] = {"source": "clients", "kind": "labelled", "test_source": "t.jsonl", **read}
     private = {"source": "own.jsonl", "kind": "labelled", "max_length": 32}
     open_ = {"logits": True, "public_rows": True}
-    found = ask(own({**file, "data": private}, **open_), **asked).experiment
+    examined = ask(own({**file, "data": private}, **open_), **asked)
+    found = examined.experiment
     assert found.public.model_dump(include=set(read)) == read
+    assert {"data.max_length", "data.control_tokens"} <= set(examined.set_aside)
+    assert not {f"public.{name}" for name in read} & set(examined.set_aside)
     assert (found.data.max_length, found.data.control_tokens) == (32, "text")
     default = {name: value for name, value in asked["data"].items() if name not in read}
     found = ask(own({**file, "data": private}, **open_), **{**asked, "data": default}).experiment

@@ -184,7 +184,9 @@ class Examined:
             {
                 ".".join(name.split(".")[:2])
                 for name in asked.keys() | own.keys()
-                if asked.get(name) != own.get(name) and not _is_servers(name)
+                if asked.get(name) != own.get(name)
+                and not _is_servers(name)
+                and name not in {f"public.{field}" for field in ALIKE}  # as asked, but said
             }
         )
 
