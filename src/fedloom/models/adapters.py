@@ -389,9 +389,8 @@ def attach_adapter(
         try:
             model = peft.get_peft_model(backbone, config)
         except (ValueError, TypeError, NotImplementedError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"PEFT puts no adapter of this kind on this model: {reason}; name other layers as "
+                f"PEFT puts no adapter of this kind on this model: {first_line(error)}; name other layers as "
                 "adapter.targets, or take another adapter.kind"
             ) from error
     for parameter in model.parameters():
@@ -569,7 +568,9 @@ def _quiet_peft() -> Iterator[None]:
         # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated", UserWarning)
         # Of fused experts, whose layers PEFT adapts under other names than it then looks for.
-        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        warnings.filterwarnings(
+            "ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning
+        )
         # Of GPT-2's Conv1D, whose weights lie the other way round: PEFT sets it right by itself.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
