@@ -390,8 +390,8 @@ def attach_adapter(
             model = peft.get_peft_model(backbone, config)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ModelError(
-                f"PEFT puts no adapter of this kind on this model: {first_line(error)}; name other layers as "
-                "adapter.targets, or take another adapter.kind"
+                f"PEFT puts no adapter of this kind on this model: {first_line(error)}; name other "
+                "layers as adapter.targets, or take another adapter.kind"
             ) from error
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
