@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from fedloom.errors import MessageError, OffenceKind
 from fedloom.settings import Settings
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of all that travels between machines; raised when older clients could not take part."""
 
 MAGIC = b"fedloom1"

@@ -188,16 +188,19 @@ class Experiment:
         if problems:
             raise SettingsError(problems)
 
-    def to_table(self) -> Table:
-        """Return every setting, defaults included."""
-        return {
-            "name": self.name,
-            **{section: getattr(self, section).model_dump() for section in SECTIONS},
-        }
+    def to_table(self, *, defaults: bool = True) -> Table:
+        """Return every setting, or those that are not at their default and what sections are named."""
+        table: Table = {"name": self.name}
+        for section in SECTIONS:
+            own = getattr(self, section)
+            table[section] = own.model_dump(exclude_defaults=not defaults)
+            if hasattr(own, "name"):
+                table[section]["name"] = own.name
+        return table
 
-    def to_toml(self) -> str:
-        """Return the resolved experiment as TOML."""
-        return write_toml(self.to_table())
+    def to_toml(self, *, defaults: bool = True) -> str:
+        """Return the resolved experiment as TOML, with or without what is at its default."""
+        return write_toml(self.to_table(defaults=defaults))
 
     @property
     def kind(self) -> str:

@@ -342,7 +342,7 @@ class _Run:
             undone = [e for e in earlier if e["event"] == "undone"]
             briefing = Briefing(
                 id,
-                _for_clients(self.experiment).to_toml(),
+                _for_clients(self.experiment).to_toml(defaults=False),  # older ones know fewer
                 self.parts.division.classes,
                 self.parts.model_digest,
                 (*(event["after"] for event in began), done),

@@ -299,7 +299,7 @@ STARTS = {
     ),
     "its release is another": (
         lambda s: s.joins_otherwise(protocol=1, version="0.0.9"),
-        "it has fedloom 0.0.9 (protocol 1), the server 0.1.0 (protocol 2): upgrade the older one",
+        "it has fedloom 0.0.9 (protocol 1), the server 0.1.0 (protocol 3): upgrade the older one",
     ),
     "its method is not allowed": (
         lambda s: s.own(policy={"methods": ["scaffold"]}), "policy.methods: the experiment asks for what",

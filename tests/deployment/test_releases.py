@@ -1,0 +1,94 @@
+"""Clients of earlier releases at the server of today: they take part, or are told what to install."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import machines as other_machines
+from fedloom.experiment import Experiment
+from fedloom.runner import starting_file
+from machines import machines
+
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
+
+ROOT = Path(__file__).parents[2]
+ENVELOPE = "src/fedloom/envelope.py"
+
+
+def git(*words):
+    done = subprocess.run(
+        ["git", "-C", ROOT, *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def source_of(commit, folder):
+    """Write the package as it was; return where Python finds it."""
+    whole = subprocess.run(
+        ["git", "-C", ROOT, "archive", commit, "src"], capture_output=True, check=True, timeout=60
+    )
+    folder.mkdir()
+    subprocess.run(["tar", "-x", "-C", folder], input=whole.stdout, check=True, timeout=60)
+    return folder / "src"
+
+
+@pytest.fixture
+def client_of(monkeypatch):
+    """Let clients that are started from now on be of another release."""
+
+    def use(source):
+        paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setitem(other_machines.ENVIRONMENT, "PYTHONPATH", os.pathsep.join(paths))
+
+    return use
+
+
+def experiment():
+    settings = ["clients=2", "rounds=2"]
+    return Experiment.from_toml(
+        starting_file(),
+        [
+            *(f"federation.{own}" for own in settings),
+            "evaluation.samples=0",
+            "data.builtin_rows=60",
+        ],
+        name="released",
+    )
+
+
+def test_a_client_of_the_release_before(tmp_path, client_of):
+    """The last tag or, before there is one, the first commit that speaks today's protocol."""
+    tag = git("describe", "--tags", "--abbrev=0")
+    commit = tag or git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", ENVELOPE)
+    if not commit:
+        pytest.skip("no history of the project is here")
+    source = source_of(commit, tmp_path / "old")
+    ours = (ROOT / ENVELOPE).read_text().partition("PROTOCOL = ")[2].split()[0]
+    same = f"PROTOCOL = {ours}\n" in (source.parent / ENVELOPE).read_text()
+    with machines(2) as own:
+        own.start_server()
+        own.start_client(0)
+        client_of(source)
+        if same:
+            own.start_client(1)
+            folder = own.run(experiment(), "old")
+            assert (folder / "rounds.jsonl").read_text().count('"rejected": []') == 3
+            return
+        done = own.call(*own.joining(1), check=False)
+        assert done.returncode == 5 and "install the server's version here" in done.stderr
+
+
+def test_a_client_of_another_protocol_is_told_what_to_install(tmp_path, client_of):
+    changed = git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", ENVELOPE)
+    before = changed and git("rev-parse", f"{changed}^")
+    if not before:
+        pytest.skip("no history of the project is here")
+    with machines(1) as own:
+        own.start_server()
+        client_of(source_of(before, tmp_path / "older"))
+        done = own.call(*own.joining(0), check=False)
+        assert done.returncode != 0
+        assert "a newer fedloom than this client" in done.stderr
+        assert "install the server's version here" in done.stderr
