@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -170,3 +171,19 @@ def benchmarks(tmp_path):
     (tmp_path / "advbench").mkdir()
     (tmp_path / "advbench/advbench_prompts.csv").write_text("goal\nDo a bad thing\nDo another\n")
     return tmp_path
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run the command in this process; return exit code and what it printed."""
+
+    from fedloom import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out + captured.err
+
+    return run

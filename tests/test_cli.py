@@ -17,20 +17,6 @@ from fedloom.experiment import Experiment
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
-    """Run the command in this process; return exit code and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out + captured.err
-
-    return run
-
-
-@pytest.fixture
 def file(experiment, tmp_path):
     path = tmp_path / "x.toml"
     path.write_text(experiment().to_toml())

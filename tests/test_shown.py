@@ -206,20 +206,6 @@ def strange_rows(rows_file):
     return path
 
 
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Run the command in this process; return exit code and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out + captured.err
-
-    return run
-
-
 def test_rows_of_any_content_are_divided_trained_on_and_reported(
     experiment, strange_rows, call, tmp_path
 ):
