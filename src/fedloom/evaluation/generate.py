@@ -19,7 +19,7 @@ from fedloom.data.encode import TextEncoder
 from fedloom.data.sources import DataSettings
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.architecture import pads_left
-from fedloom.models.load import load_tokenizer, stop_tokens
+from fedloom.models.load import context_length, load_tokenizer, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,15 @@ def _answered(
     done: Callable[[int, int, int], None],
 ) -> list[str]:
     """Answer prompts given as tokens; ``done`` is told each batch's rows, columns and new columns."""
-    config: Any = model.config
-    context = int(getattr(config, "max_position_embeddings", 2048))
+    context = context_length(model)
     length = min(max_new_tokens, max(1, context // 2))
     rows = [list(ask.prompt[-max(1, context - length) :]) for ask in asks]
     answers = [""] * len(asks)
     # PEFT counts padding between virtual tokens and the text as positions; recurrent models read it
-    if _has_virtual_tokens(model) or not pads_left(model, int(encoder.tokenizer.pad_token_id)):
+    together = min(batch_size, len(asks)) > 1
+    if _has_virtual_tokens(model) or (
+        together and not pads_left(model, int(encoder.tokenizer.pad_token_id))
+    ):
         batch_size = 1
     order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):

@@ -57,7 +57,7 @@ def text_layers(model: nn.Module) -> set[str] | None:
     Returns:
         ``None`` where a model reads nothing else, or has no weights to run with.
     """
-    if not any(getattr(model.config, tower, None) is not None for tower in TOWERS):
+    if not _reads_more(model):
         return None
     row = _probe(model)
     ran: set[str] = set()
@@ -75,8 +75,12 @@ def text_layers(model: nn.Module) -> set[str] | None:
 
 def needs_names(model: nn.Module) -> bool:
     """Return whether "all linear layers" would be too many: some route tokens, or read no text."""
-    more = any(getattr(model.config, tower, None) is not None for tower in TOWERS)
-    return more or any(is_router(module) for module in model.modules())
+    return _reads_more(model) or any(is_router(module) for module in model.modules())
+
+
+def _reads_more(model: nn.Module) -> bool:
+    """Return whether a model reads more than text, by its configuration."""
+    return any(getattr(model.config, tower, None) is not None for tower in TOWERS)
 
 
 @torch.no_grad()
@@ -93,13 +97,7 @@ def pads_left(model: nn.Module, pad: int) -> bool:
     padding = torch.full_like(row, pad)
     ids = torch.cat([padding, row], dim=1)
     mask = torch.cat([torch.zeros_like(row), torch.ones_like(row)], dim=1)
-    was_training = model.training
-    model.eval()
-    try:
-        padded = _last_logits(model, ids, mask)
-        alone = _last_logits(model, row, torch.ones_like(row))
-    finally:
-        model.train(was_training)
+    padded, alone = _last_logits(model, ids, mask), _last_logits(model, row, torch.ones_like(row))
     return bool((padded - alone).abs().max() <= CHANGED * alone.std())
 
 
@@ -117,9 +115,9 @@ def is_tied(model: nn.Module) -> bool:
 
 def untie(model: nn.Module) -> None:
     """Give the output layer a weight of its own, equal to the input embeddings'."""
-    output, inputs = _ends(model)
-    if output is None or inputs is None or output.weight is not inputs.weight:
+    if not is_tied(model):
         return
+    output, inputs = _ends(model)
     weight = inputs.weight.detach().clone()
     output.weight = nn.Parameter(weight, requires_grad=False)
     config: Any = model.config
@@ -160,8 +158,7 @@ def _probe(model: nn.Module) -> Tensor:
 def _last_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     options = {"position_ids": positions} if "position_ids" in _accepted(model) else {}
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
-    return logits[0, -1].float()
+    return _logits(model, ids, mask, **options)[0, -1].float()
 
 
 def _accepted(model: Any) -> set[str]:
@@ -170,11 +167,13 @@ def _accepted(model: Any) -> set[str]:
     return set(inspect.signature(base.forward).parameters)
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Tensor) -> Tensor:
+    """Return a model's logits without dropout, of rows without padding where there is no mask."""
+    mask = torch.ones_like(ids) if mask is None else mask
     was_training = model.training
     model.eval()
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
     finally:
         model.train(was_training)
     return logits
