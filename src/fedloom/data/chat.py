@@ -149,20 +149,15 @@ class ChatTemplate:
         own = [
             {
                 name: self._content(value) if name == "content" else value
-                for name, value in m.items()
+                for name, value in message.items()
+                if value is not None
             }
-            for m in messages
+            for message in messages
         ]
-        return self._rendered(
-            [{name: value for name, value in m.items() if value is not None} for m in own],
-            tools,
-            opened=opened,
-        )
+        return self._rendered(own, tools, opened=opened)
 
     def _content(self, content: Any) -> Any:
         """Return a content as the template takes it: a text, or one part of text."""
-        if content is None:
-            return None
         text = _joined_text(content)
         return [{"type": "text", "text": text}] if self.takes_parts else text
 
@@ -197,6 +192,14 @@ class Chat:
         """Render it, with the assistant's next turn opened or not."""
         self.template, self.messages, self.tools, self.opened = template, messages, tools, opened
         self.text, self.blocks = template.render(messages, tools, opened=opened)
+        self._before: dict[int, Chat] = {}
+
+    def before(self, number: int) -> Chat:
+        """Return what stands before message ``number``, with that opened, as generation has it."""
+        if number not in self._before:
+            messages = self.messages[:number]
+            self._before[number] = Chat(self.template, messages, self.tools, opened=True)
+        return self._before[number]
 
     @property
     def ends(self) -> Mapping[int, int]:
@@ -306,7 +309,7 @@ class Answers:
         chosen = answers[-1:] if self.train_on == "last_answer" else answers
         spans = self._spans(whole, chosen, len(prompt))
         if len(chosen) == 1 and spans and chosen[0]:
-            opened = Chat(self.template, messages[: chosen[0]], tools, opened=True)
+            opened = whole.before(chosen[0])
             if _is_moved(opened, whole, chosen[0] - 1):
                 joined = _joined(opened, whole, spans[0][0])
                 return _complete(joined, messages, chosen)
@@ -333,8 +336,7 @@ class Answers:
             return ()
         before = 0
         if first:
-            part = Chat(self.template, whole.messages[:first], whole.tools, opened=True)
-            before = len(part.blocks)
+            before = len(whole.before(first).blocks)
         blocks = whole.blocks[before:]
         if len(blocks) < count:
             return ()
@@ -366,8 +368,7 @@ class Answers:
         """Return where the model takes over to write message ``number`` of the whole."""
         if not number:
             raise RenderingError("it begins with the assistant, and nothing stands before that")
-        opened = Chat(self.template, whole.messages[:number], whole.tools, opened=True)
-        start = self._border(opened, whole, number - 1)
+        start = self._border(whole.before(number), whole, number - 1)
         if start is None:
             raise RenderingError(
                 f"where message {number + 1} begins cannot be told from the chat template, which renders "
