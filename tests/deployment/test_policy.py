@@ -32,7 +32,6 @@ from fedloom.runner import run_experiment
 from fedloom.settings import write_toml
 from hostile import HostileServer
 from loopback import client_file
-from test_cli import call  # noqa: F401 (a fixture)
 
 MORE = "the experiment asks for more than this client allows"
 
