@@ -343,7 +343,7 @@ def test_classes_that_the_coordinator_does_not_have_are_its_own_affair(
 # Approval
 
 
-def test_a_run_waits_until_a_person_has_let_it_in(server, small, monkeypatch, call):  # noqa: F811
+def test_a_run_waits_until_a_person_has_let_it_in(server, small, monkeypatch, call):
     found = server(approve=True)
     home = found.worker.home
     text = write_toml(small)
@@ -460,7 +460,7 @@ def test_checking_says_what_a_file_means(small, table, rows_file, tmp_path):
     assert "S-1" not in text
 
 
-def test_checking_says_by_which_layout_rows_are_read(tmp_path, call, rows_file):  # noqa: F811
+def test_checking_says_by_which_layout_rows_are_read(tmp_path, call, rows_file):
     rows = [{"prompt": f"p{i}", "response": "r", "rating": i % 5 + 1} for i in range(20)]
     path = tmp_path / "own.toml"
     own = f'[data]\nsource = "{rows_file(rows)}"\nkind = "feedback"\n'
@@ -480,7 +480,7 @@ def test_checking_says_by_which_layout_rows_are_read(tmp_path, call, rows_file):
         assert said in text, said
 
 
-def test_checking_gives_every_reason_at_once(small, table, rows_file, tmp_path, call):  # noqa: F811
+def test_checking_gives_every_reason_at_once(small, table, rows_file, tmp_path, call):
     path = own_rows(tmp_path / "own.toml", rows_file, table)
     experiment = tmp_path / "x.toml"
     small |= {"adapter": {"rank": 300}, "training": {"local_steps": 10**9}}
@@ -497,7 +497,7 @@ def test_checking_gives_every_reason_at_once(small, table, rows_file, tmp_path, 
         assert said in text, said
 
 
-def test_checking_says_what_is_wrong_with_rows(tmp_path, call):  # noqa: F811
+def test_checking_says_what_is_wrong_with_rows(tmp_path, call):
     path = tmp_path / "own.toml"
     path.write_text('[data]\nsource = "/nowhere/rows.jsonl"\nkind = "preference"\n')
     code, out = call("client", "check", path)
