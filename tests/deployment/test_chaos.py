@@ -97,6 +97,11 @@ def memory(own):
     return None
 
 
+def workers(own, client):
+    """How many workers of a client have come so far as to listen."""
+    return (own.folder / f"c{client}" / "worker.log").read_text().count(" listens for client")
+
+
 def read(path):
     if not path.exists():
         return []
@@ -110,7 +115,7 @@ def test_the_run_survives_all_of_it(monkeypatch, rounds):
         "data": {"source": "builtin:preferences", "builtin_rows": 400},
         "federation": {
             "clients": CLIENTS, "clients_per_round": 5, "rounds": rounds, "quorum": 0.2, "require": 0.2,
-            "deadline": 20.0, "patience": 150.0, "reconnect": 2.0,  # eight workers begin on two cores
+            "deadline": 20.0, "patience": 60.0, "reconnect": 2.0,
         },
         "training": {"local_steps": 25, "batch_size": 8},
         "admission": {"offences": 2, "pause": 10},
@@ -142,6 +147,7 @@ def test_the_run_survives_all_of_it(monkeypatch, rounds):
         words = ["run", path, "--engine", "flower", "--home", own.server]
         own.start("run", *words, "--set", f"output.folder={folder}")
         records, again, down, sizes, killed = folder / "rounds.jsonl", {}, 0, [], 0
+        recovering = {}  # clients that were killed, and how many workers each had had by then
         while own.processes["run"].poll() is None:
             assert time.monotonic() - start < LONGEST, (own.folder / "run.log").read_text()[-3000:]
             time.sleep(1)
@@ -163,8 +169,10 @@ def test_the_run_survives_all_of_it(monkeypatch, rounds):
                 sizes.append((done, resident))
             if done >= 1 and rng.random() < 0.08:
                 link.cut(rng.uniform(0.5, 8))
-            if done >= 1 and rng.random() < 3.6 / rounds and len(again) < 2:
-                client = rng.choice([c for c in range(CLIENTS) if c not in again])
+            recovering = {c: count for c, count in recovering.items() if workers(own, c) == count}
+            if done >= 1 and rng.random() < 3.6 / rounds and len(recovering) < 2:
+                client = rng.choice([c for c in range(CLIENTS) if c not in recovering])
+                recovering[client] = workers(own, client)
                 own.kill(f"c{client}", signal.SIGKILL)
                 again[client] = time.monotonic() + rng.uniform(2, 10)
                 killed += 1

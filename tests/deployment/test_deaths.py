@@ -17,7 +17,7 @@ IMAGES = {
     "superlink": b"fedloom.deployment.flower_server",
     "starter": b"fedloom.deployment.flower_starter",
     "fork server": b"fedloom.deployment.fork_server",
-    "worker": b"fedloom.deployment.worker",
+    "worker": b"fedloom.deployment.worker_process",
 }
 
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from fedloom.deployment import client, server
+from fedloom.deployment import calling, client, server
 from fedloom.deployment.children import only
 from fedloom.deployment.homes import ClientHome, ServerHome, Serving
 from fedloom.errors import ConnectionFailed, OutputError
@@ -143,3 +143,60 @@ def test_who_is_ending_is_waited_for(tmp_path):
     with only("run", path, patience=5.0):
         assert lock(path) is None
     assert holder(path) is None
+
+
+def test_a_second_worker_ends_before_it_imports_what_takes_seconds(tmp_path):
+    home = ClientHome(tmp_path)
+    words = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "fedloom.deployment.worker_process",
+        tmp_path,
+    ]
+    with lock(home.pid):
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert holder(home.pid) == os.getpid()
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fedloom.files" in imported
+    assert not imported & {"fedloom.deployment.worker", "torch", "transformers", "pydantic"}
+
+
+def test_while_a_worker_begins_no_other_is_started(tmp_path, monkeypatch):
+    home, begun = ClientHome(tmp_path), []
+    monkeypatch.setattr(calling, "start_worker", lambda path: begun.append(path) or Ended(None))
+    monkeypatch.setattr(calling, "START", 0.3)
+    with lock(home.pid), pytest.raises(ConnectionFailed, match="cannot be started"):
+        calling.reach_worker(tmp_path)
+    assert begun == []
+    with pytest.raises(ConnectionFailed, match="cannot be started"):
+        calling.reach_worker(tmp_path)
+    assert begun == [tmp_path]
+
+
+@pytest.mark.parametrize(("code", "count"), [(3, 1), (0, 2)])
+def test_a_worker_that_ended_is_followed_by_another_unless_it_failed(
+    tmp_path, monkeypatch, code, count
+):
+    begun = []
+    monkeypatch.setattr(
+        calling,
+        "start_worker",
+        lambda path: begun.append(path) or Ended(code if len(begun) < 2 else None),
+    )
+    monkeypatch.setattr(calling, "START", 0.5)
+    with pytest.raises(ConnectionFailed, match="cannot be started"):
+        calling.reach_worker(tmp_path)
+    assert len(begun) == count
+
+
+class Ended:
+    """A process with an exit code."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def poll(self):
+        return self.code

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from fedloom.deployment.children import surroundings
 from fedloom.deployment.parent import of_this_process
+from fedloom.deployment.worker_process import LOCK
 from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope
 from fedloom.errors import ConnectionFailed
+from fedloom.files import holder
 
 SOCKET = Path("worker") / "socket"
 LOG = Path("worker.log")
@@ -38,17 +40,15 @@ def ask_worker(home: Path, envelope: Envelope) -> Envelope:
 
 def reach_worker(home: Path) -> socket.socket:
     """Return a connection to the worker of a client's home; start one if there is none."""
-    try:
-        return connect(home / SOCKET)
-    except ConnectionFailed:
-        process = start_worker(home)
-    end = time.monotonic() + START
+    process, end = None, time.monotonic() + START
     while time.monotonic() < end:
         try:
             return connect(home / SOCKET)
         except ConnectionFailed:
-            if process.poll() not in (None, 0):  # 0: another was there first
+            if process is not None and process.poll():
                 break
+            if holder(home / LOCK) is None and (process is None or process.poll() is not None):
+                process = start_worker(home)
             time.sleep(0.1)
     raise ConnectionFailed(f"the worker cannot be started; see {home / LOG}")
 
@@ -57,7 +57,7 @@ def start_worker(home: Path) -> subprocess.Popen[bytes]:
     """Start a worker that ends with this process."""
     with (home / LOG).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fedloom.deployment.worker", str(home)],
+            [sys.executable, "-m", "fedloom.deployment.worker_process", str(home)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

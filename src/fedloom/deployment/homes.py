@@ -14,6 +14,7 @@ from pydantic import Field
 from fedloom.data.examples import Kind
 from fedloom.data.sources import CLIENTS as ELSEWHERE
 from fedloom.data.sources import DataSettings
+from fedloom.deployment import worker_process
 from fedloom.deployment.calling import SOCKET
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import SettingsError
@@ -235,7 +236,7 @@ class ClientHome:
     @property
     def pid(self) -> Path:
         """The worker's process, and the lock that makes it the only one."""
-        return self.path / "worker.pid"
+        return self.path / worker_process.LOCK
 
     def run(self, run: str) -> Path:
         """Return the folder of what this client keeps of a run."""

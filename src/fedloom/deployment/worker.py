@@ -5,7 +5,7 @@ by the server over a stream that the worker opened after a message told it where
 the same in both: an envelope, answered by an envelope. It carries them out with the very engine that
 simulates, for its one client.
 
-Run as ``python -m fedloom.deployment.worker HOME``.
+Its process begins in ``worker_process.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import logging
 import math
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +32,6 @@ from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.homes import ClientHome
 from fedloom.deployment.kept import Kept, Version
-from fedloom.deployment.parent import end_with_parent
 from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.rows import divided
@@ -62,7 +59,6 @@ from fedloom.errors import (
     Refusal,
 )
 from fedloom.experiment import Experiment
-from fedloom.files import lock
 from fedloom.identity import (
     is_signed,
     issued_key,
@@ -487,24 +483,15 @@ def _serve(worker: Worker, connection: socket.socket) -> None:
             LOG.warning("a message was not answered: %s", error)
 
 
-def main() -> None:
-    """Run the worker of the home that the command line names."""
-    end_with_parent()
-    os.umask(0o077)
+def run(path: Path) -> int:
+    """Serve the client's folder at ``path`` until nothing is asked; return the process's exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    home = ClientHome(Path(sys.argv[1]))
     silence_transformers()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    home = ClientHome(path)
     try:
-        held = lock(home.pid)
-        if held is None:
-            return
         serve(Worker(home), home, home.own_file().worker.idle)
     except FedloomError as error:
         LOG.error("%s", error)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()
+        return error.exit_code
+    return 0

@@ -417,9 +417,9 @@ class FlowerEngine:
             if ready >= wanted:
                 return
             who = "; ".join(f"{roster.title(c)}: {own.reason}" for c, own in missing.items())
+            notice.look(partial("waiting for {}".format, who))
             if time.monotonic() > start + patience:
                 break
-            notice.look(partial("waiting for {}".format, who))
             time.sleep(LOOK)
         if ready < needed:
             raise RoundFailed(

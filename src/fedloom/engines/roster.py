@@ -33,8 +33,8 @@ AGAIN = 30.0
 """Seconds until a client that could not join is asked again."""
 
 SILENT = 15.0
-"""Seconds until a node that does not say who it is is asked again; doubled each time. The question or its
-answer may have been lost on the client's machine."""
+"""Seconds until a node that does not say who it is is asked again, and from then on every :data:`AGAIN`.
+The question or its answer may have been lost with the client's process; its successor is the same node."""
 
 
 UNSEEN = (
@@ -75,7 +75,7 @@ class Roster:
     joined: dict[int, Joined] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
     _absences: dict[int, Absence] = field(default_factory=dict)
-    _waits: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _waits: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Have a slip in the list of members end no run."""
@@ -114,7 +114,7 @@ class Roster:
             if client is None or node not in online:
                 continue
             here.add(client)
-            if node not in ready and now >= self._waits.get(node, (0.0, 0.0))[0]:
+            if node not in ready and now >= self._waits.get(node, 0.0):
                 found[node] = client
         for client, absence in self._absences.items():
             if client not in here and absence.reason not in (UNSEEN, GONE, *NOT_LET_IN):
@@ -123,13 +123,12 @@ class Roster:
 
     def asked(self, node: int, client: int) -> None:
         """Note that a client has been asked whether it is ready, and has a while to say so."""
-        _, before = self._waits.get(node, (0.0, SILENT / 2))
-        self._wait(node, 2 * before)
+        self._wait(node, AGAIN if node in self._waits else SILENT)
         if client in self._absences and self._absences[client].reason in (UNSEEN, GONE):
             self._absent(client, ASKED)
 
     def _wait(self, node: int, seconds: float) -> None:
-        self._waits[node] = time.monotonic() + seconds, seconds
+        self._waits[node] = time.monotonic() + seconds
 
     def lost(self, client: int, reason: str) -> None:
         """Note that a client may be gone, and why: it must say again that it is there."""

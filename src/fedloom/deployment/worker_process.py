@@ -1,0 +1,38 @@
+"""The process of a worker: the only one of its home before it imports what takes seconds.
+
+Run as ``python -m fedloom.deployment.worker_process HOME``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fedloom.deployment.parent import end_with_parent
+from fedloom.errors import FedloomError
+from fedloom.files import lock
+
+LOCK = "worker.pid"
+"""In the client's folder: the number of this process, and the lock that makes it the only one."""
+
+
+def main() -> None:
+    """Run the worker of the home that the command line names, unless another does."""
+    end_with_parent()
+    os.umask(0o077)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    home = Path(sys.argv[1])
+    try:
+        held = lock(home / LOCK)
+    except FedloomError as error:
+        sys.exit(f"ERROR {error}")
+    if held is not None:
+        from fedloom.deployment.worker import run
+
+        sys.exit(run(home))
+
+
+if __name__ == "__main__":
+    main()
