@@ -112,7 +112,7 @@ def test_a_run_leaves_its_folder_and_can_be_repeated_from_it(experiment, tmp_pat
     result = fedloom.run(experiment())
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
-        "adapter", "audit.jsonl", "checkpoints", "costs.jsonl", "experiment.toml", "partition.json", "rounds.jsonl",
+        ".lock", "adapter", "audit.jsonl", "checkpoints", "costs.jsonl", "experiment.toml", "partition.json", "rounds.jsonl",
         "run.json", "samples.json", "summary.json",
     }  # fmt: skip
     again = Experiment.from_toml(
@@ -397,6 +397,8 @@ def test_a_tensorboard_file_is_written_when_asked(experiment):
     assert list((result.folder / "events").iterdir())
 
 
+WORK = ("bytes_down", "bytes_up", "flops", "tokens", "targets", "examples", "steps", "exchanges")
+
 # --- resuming ---------------------------------------------------------------------------------
 
 
@@ -494,8 +496,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
         for left, right in zip(
             lines(whole.folder, "rounds.jsonl"), lines(broken, "rounds.jsonl"), strict=True
         ):
-            # Time differs, and a resumed run scores the reference model once more.
+            # Time differs, and a resumed run's evaluation scores the reference model once more.
             assert {**left, "seconds": 0, "flops": 0} == {**right, "seconds": 0, "flops": 0}
+        assert {n: result.costs[n] for n in WORK} == {n: whole.costs[n] for n in WORK}
 
 
 def test_resuming_a_finished_run_changes_nothing(experiment):
@@ -788,7 +791,7 @@ def test_what_killed_writers_left_is_swept_and_nothing_else(experiment, tmp_path
     (folder / ".mine").write_text("mine")
     (folder / "checkpoints" / ".round-0001.7").mkdir()
     resume_run(folder, from_round=1)
-    assert [path.name for path in folder.glob(".*")] == [".mine"]
+    assert sorted(path.name for path in folder.glob(".*")) == [".lock", ".mine"]
     assert not list((folder / "checkpoints").glob(".*"))
     other = tmp_path / "other"
     other.mkdir()

@@ -13,24 +13,27 @@ if TYPE_CHECKING:
     from fedloom.experiment import Experiment
     from fedloom.objectives.base import Objective
     from fedloom.runner import RunResult, run
+    from fedloom.runner import resume_run as resume
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Experiment": "fedloom.experiment",
-    "FedloomError": "fedloom.errors",
-    "Objective": "fedloom.objectives.base",
-    "RunResult": "fedloom.runner",
-    "run": "fedloom.runner",
+    "Experiment": ("fedloom.experiment", "Experiment"),
+    "FedloomError": ("fedloom.errors", "FedloomError"),
+    "Objective": ("fedloom.objectives.base", "Objective"),
+    "RunResult": ("fedloom.runner", "RunResult"),
+    "resume": ("fedloom.runner", "resume_run"),
+    "run": ("fedloom.runner", "run"),
 }
 
-__all__ = ["Experiment", "FedloomError", "Objective", "RunResult", "__version__", "run"]
+__all__ = ["Experiment", "FedloomError", "Objective", "RunResult", "__version__", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the file it lives in."""
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        module, own = _HOMES[name]
+        return getattr(importlib.import_module(module), own)
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
 
 

@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,25 @@ class AuditLog:
         if last := [own for own in _files(path) if own.stat().st_size][-1:]:
             known = _verified(last)
             self._last, self._count = known.last, known.earlier + known.lines
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """How many lines there are, and the SHA-256 of the last, which stands for all of them."""
+        return {"lines": self._count, "sha256": self._last}
+
+    def require(self, position: Mapping[str, Any]) -> None:
+        """Check that the log still holds the lines that it held when it was at a position.
+
+        Raises:
+            AuditError: It ends before, or is another log.
+        """
+        lines, last = int(position["lines"]), str(position["sha256"])
+        if self._count < lines:
+            raise AuditError(f"{self.path} has {self._count} lines, {lines} were written")
+        for path, number, line in _lines(_files(self.path)):
+            body = json.loads(line)
+            if body["number"] == lines and body["sha256"] != last:
+                raise AuditError(f"{path}, line {number}: it is another than was written")
 
     def record(self, event: str, **facts: Any) -> None:
         """Note an event: it survives this process at once, and the machine after :meth:`sync`.

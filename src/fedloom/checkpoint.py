@@ -3,7 +3,7 @@
 A checkpoint is a folder ``round-0003`` that appears all at once (written beside, synced, renamed)::
 
     state.safetensors       the server's tensors
-    state.json              the server's numbers, the round, the experiment's fingerprint
+    state.json              the server's numbers, the round, fingerprints of experiment and records
     client-0004.safetensors what client 4 keeps between rounds; linked, not copied, when unchanged
     manifest.json           SHA-256 of every file above
 
@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -59,12 +60,14 @@ class Checkpoint:
         state: The server's state.
         clients: What each client keeps.
         fingerprint: SHA-256 over everything that shapes the results of the experiment.
+        records: What the run's records were when it was saved, by the file's name; plain JSON.
     """
 
     round: int
     state: State
     clients: Mapping[int, Tensors]
     fingerprint: str
+    records: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) -> None:
@@ -139,7 +142,7 @@ def load(
     }
     tensors = safetensors.torch.load_file(path / "state.safetensors")
     state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
-    return Checkpoint(facts["round"], state, clients, fingerprint)
+    return Checkpoint(facts["round"], state, clients, fingerprint, facts.get("records", {}))
 
 
 def _write_files(
@@ -157,6 +160,7 @@ def _write_files(
         "fingerprint": checkpoint.fingerprint,
         "order": list(state.tensors),
         "numbers": dict(state.numbers),
+        "records": checkpoint.records,
     }
     sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
     for client, tensors in checkpoint.clients.items():

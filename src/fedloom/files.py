@@ -77,11 +77,15 @@ def sweep(folder: Path, name: str = "*") -> None:
                 path.unlink(missing_ok=True)
 
 
-def lock(path: Path) -> TextIO | None:
+def lock(path: Path, note: str = "") -> TextIO | None:
     """Return a lock that no other process has while the file is open, or ``None`` where another has it.
 
     The number of this process stands in the file. The system lets go of the lock when the process ends,
     however it does; the number alone would tell nothing, since it may be another process's by then.
+
+    Args:
+        path: The file.
+        note: What else stands in it, from the second line on.
 
     Raises:
         OutputError: The file cannot be written, or not locked.
@@ -99,7 +103,7 @@ def lock(path: Path) -> TextIO | None:
             file.close()
             return None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()}\n{note}" if note else str(os.getpid()))
         file.flush()
     except OSError as error:
         raise OutputError(f"cannot lock {path}: {error.strerror}") from error
@@ -112,5 +116,5 @@ def holder(path: Path) -> int | None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return int(file.read())
+            return int(file.readline())
     return None

@@ -22,7 +22,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as Shown
 
-from fedloom.accounting.costs import SERVER, SUMMED
+from fedloom.accounting.costs import REPEATED, SERVER, SUMMED
 from fedloom.accounting.traffic import to_record
 from fedloom.assembly import Parts, of_server
 from fedloom.data.examples import (
@@ -41,8 +41,8 @@ from fedloom.division import Division
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
+from fedloom.made_with import MadeWith
 from fedloom.methods.base import EVALUATE
-from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
 from fedloom.report import account
 from fedloom.report import run_folder as names
@@ -61,7 +61,7 @@ def run_record(
     folder: Path,
     experiment: Experiment,
     parts: Parts,
-    objective: Objective | None,
+    made: MadeWith,
     id: str,
     engine: str,
 ) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def run_record(
     loaded = division.loaded
     trained = sum(p.numel() for p in parts.model.parameters.values())
     everything = sum(p.numel() for p in parts.model.model.parameters())
+    own = versions()
     again = [
         "fedloom",
         "run",
@@ -81,11 +82,12 @@ def run_record(
     return {
         "name": experiment.name,
         "id": id,
-        "fedloom": importlib.metadata.version("fedloom"),
-        "versions": _versions(),
+        "fedloom": own.pop("fedloom"),
+        "versions": own,
         "seed": experiment.federation.seed,
         "engine": engine,
-        "command": shlex.join(again),
+        "command": made.call(f"{folder}/{names.EXPERIMENT}") if made else shlex.join(again),
+        "made_with": made.to_record(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "device": str(parts.model.device),
@@ -114,7 +116,7 @@ def run_record(
         "traffic": to_record(parts.method.traffic(parts.initial)),
         "promise": parts.method.promise(),
         "metric": asdict(HEADLINES[division.judged]),
-        "fingerprint": fingerprint(experiment, division, objective),
+        "fingerprint": fingerprint(experiment, division, made),
     }
 
 
@@ -147,17 +149,18 @@ def _feedback_record(experiment: Experiment, division: Division) -> dict[str, An
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what shapes results: fedloom, its dependencies, Python, the machine."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | {name: importlib.metadata.version(name) for name in ("fedloom", *PACKAGES)}
 
 
-def fingerprint(experiment: Experiment, division: Division, objective: Objective | None) -> str:
+def fingerprint(experiment: Experiment, division: Division, made: MadeWith) -> str:
     """SHA-256 over everything that shapes the results, except the model's weights (checked apart)."""
     table = experiment.to_table()
     del table["output"], table["name"]
-    own = type(objective).__qualname__ if objective is not None else ""
     public = hashlib.sha256(repr(division.public).encode()).hexdigest()
+    own = made.to_record()
     text = json.dumps([table, division.loaded.digest, own, public], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -274,7 +277,7 @@ def round_record(
     record: RoundRecord, headline: Headline, title: Callable[[int], str]
 ) -> dict[str, Any]:
     """Return a round as one line of ``rounds.jsonl``; ``title`` says what a client is called."""
-    costs = record.costs
+    costs = [cost for cost in record.costs if cost.phase != REPEATED]
     return {
         "round": record.round,
         "clients": list(record.clients),
@@ -315,7 +318,7 @@ def _moment(seconds: float) -> str:
 
 def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Add up the lines of ``costs.jsonl``: clients' work, and apart the server's and evaluation's."""
-    rows = list(costs)
+    rows = [row for row in costs if row["phase"] != REPEATED]
     judged = [row for row in rows if row["phase"] == EVALUATE]
     work = [row for row in rows if row["phase"] != EVALUATE and row["client"] != SERVER]
     server = [row for row in rows if row["phase"] != EVALUATE and row["client"] == SERVER]

@@ -5,9 +5,10 @@ A run leaves a folder (``report/run_folder.py``) from which alone reports are ma
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedloom import audit, checkpoint
+from fedloom.accounting.costs import REFERENCE, REPEATED
 from fedloom.admission import Admission
 from fedloom.assembly import Parts, assemble, assemble_saved, of_server
 from fedloom.audit import AuditLog
@@ -24,6 +26,7 @@ from fedloom.data.loading import LoadedData
 from fedloom.division import DataSource, divide
 from fedloom.engines.store import ClientStore
 from fedloom.errors import (
+    AuditError,
     CheckpointError,
     DataError,
     Interrupted,
@@ -35,6 +38,7 @@ from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.files import sweep
+from fedloom.made_with import MadeWith
 from fedloom.messages import Payload
 from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
@@ -55,8 +59,9 @@ from fedloom.records import (
     summary_record,
     summary_text,
     tools_of,
+    versions,
 )
-from fedloom.report import account
+from fedloom.report import account, marks
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
@@ -65,6 +70,9 @@ from fedloom.shown import named
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
+
+PUT_BACK = "put it back from a backup, or start a new run"
+"""What to do where a record of a run that is to be resumed is damaged."""
 
 
 @dataclass(frozen=True)
@@ -120,26 +128,32 @@ def run_experiment(
     remote: RemoteEngine | None = None,
 ) -> RunResult:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
-    folder = RunFolder(_new_folder(experiment))
-    try:
-        folder.write_text(names.EXPERIMENT, experiment.to_toml())
-        trackers = _open_trackers(experiment, folder)
-        observer.stage("reading data")
-        _require_rows(experiment, remote)
-        division = divide(experiment, data, objective)
-        _say_layouts(division.loaded, observer)
-        parts = assemble(
-            experiment, division, objective=objective, stage=observer.stage, remote=remote
-        )
-        _tell_rows(parts, observer)
-        run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
-        run.prepare(-1)
-    except RoundFailed:
-        raise  # the folder's log says who could not take part
-    except BaseException:
-        shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: leave nothing behind
-        raise
-    return run.go(parts.method.initial_state(parts.initial), -1)
+    with _new_folder(experiment) as folder:
+        try:
+            folder.write_text(names.EXPERIMENT, experiment.to_toml())
+            trackers = _open_trackers(experiment, folder)
+            observer.stage("reading data")
+            _require_rows(experiment, remote)
+            division = divide(experiment, data, objective)
+            _say_layouts(division.loaded, observer)
+            parts = assemble(
+                experiment, division, objective=objective, stage=observer.stage, remote=remote
+            )
+            _tell_rows(parts, observer)
+            log = AuditLog(folder.path / audit.FILE)
+            made = MadeWith(objective, data)
+            for text in made.warnings:
+                observer.warning(text)
+            run = _Run(experiment, folder, parts, observer, log, made, trackers, remote)
+            run.prepare(-1)
+        except RoundFailed:
+            raise  # the folder's log says who could not take part
+        except BaseException:
+            shutil.rmtree(
+                folder.path, ignore_errors=True
+            )  # nothing was trained: leave nothing behind
+            raise
+        return run.go(parts.method.initial_state(parts.initial), -1)
 
 
 def resume_run(
@@ -173,73 +187,134 @@ def resume_run(
     """
     observer = observer or Silent()
     folder = RunFolder.existing(path)
-    for place in (folder.path, folder.checkpoints):
-        sweep(place)
-    experiment = Experiment.from_toml(path / names.EXPERIMENT)
-    if experiment_file is not None:
-        given = Experiment.from_toml(experiment_file, assignments, name=experiment.name)
-        _require_same(given, experiment, path)
+    if not folder.is_begun:
+        raise OutputError(
+            f"no run was begun in {path}, it holds {names.EXPERIMENT} alone: start one with "
+            f"fedloom run {path / names.EXPERIMENT}"
+        )
+    with folder.locked():
+        for place in (folder.path, folder.checkpoints):
+            sweep(place)
+        experiment = _experiment_of(folder, experiment_file, assignments, observer)
+        _require_same_engine(folder, remote)
+        _require_rows(experiment, remote)
+        made = MadeWith(objective, data)
+        made.require_same(folder)
+        log = _log_of(folder)
+        trackers = _open_trackers(experiment, folder)
+        observer.stage("reading data")
+        division = divide(experiment, data, objective)
+        _say_layouts(division.loaded, observer)
+        digest = fingerprint(experiment, division, made)
+        saved = None
+        if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
+            saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
+            _require_records(folder, saved, log)
+        _require_same_start(folder, digest)
+        store = ClientStore(saved.clients if saved else None)
+        parts = assemble(
+            experiment,
+            division,
+            objective=objective,
+            store=store,
+            stage=observer.stage,
+            remote=remote,
+        )
+        _require_same_model(folder, parts)
+        _tell_rows(parts, observer)
+        _tell_versions(folder, observer)
+        done = saved.round if saved else -1
+        if cut := marks.cut_back(folder, saved.records["files"] if saved else {}):
+            observer.stage(f"cut off, as these rounds are played again: {', '.join(cut)}")
+        run = _Run(experiment, folder, parts, observer, log, made, trackers, remote)
+        run.prepare(done)
+        state = saved.state if saved else parts.method.initial_state(parts.initial)
+        observer.stage(_where(done, experiment.federation.rounds))
+        return run.go(state, done)
+
+
+def _experiment_of(
+    folder: RunFolder, file: Path | None, assignments: Iterable[str], observer: RunObserver
+) -> Experiment:
+    """Return the experiment of a run folder, after comparing it with one that was given.
+
+    Raises:
+        CheckpointError: They differ in more than name and output.
+        SettingsError: Settings were given without an experiment.
+    """
+    experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
+    if file is not None:
+        given = Experiment.from_toml(file, assignments, name=experiment.name)
+        _require_same(given, experiment, folder.path)
+        observer.stage(
+            f"the settings are those of {folder.path / names.EXPERIMENT}; {file} has the same, but for "
+            "its [output], which is not used"
+        )
     elif list(assignments):
         raise SettingsError(["--set cannot change a run that is resumed"], "the command")
-    _require_same_engine(folder, remote)
-    _require_rows(experiment, remote)
-    trackers = _open_trackers(experiment, folder)
-    observer.stage("reading data")
-    division = divide(experiment, data, objective)
-    _say_layouts(division.loaded, observer)
-    saved = None
-    if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
-        saved = checkpoint.load(
-            folder.checkpoints,
-            fingerprint(experiment, division, objective),
-            from_round,
-            fresh_clients,
-        )
-    store = ClientStore(saved.clients if saved else None)
-    parts = assemble(
-        experiment,
-        division,
-        objective=objective,
-        store=store,
-        stage=observer.stage,
-        remote=remote,
-    )
-    _require_same_model(folder, parts)
-    _tell_rows(parts, observer)
-    done = saved.round if saved else -1
-    folder.truncate_after(done)
-    run = _Run(experiment, folder, parts, observer, objective, trackers, remote)
-    run.prepare(done)
-    state = saved.state if saved else parts.method.initial_state(parts.initial)
-    observer.stage(
-        f"continuing after round {done}" if saved else "starting again from the beginning"
-    )
-    return run.go(state, done)
+    return experiment
+
+
+def _log_of(folder: RunFolder) -> AuditLog:
+    """Open the log of a run that is resumed.
+
+    Raises:
+        AuditError: It does not hold together.
+    """
+    try:
+        return AuditLog(folder.path / audit.FILE)
+    except AuditError as error:
+        raise AuditError(f"{error}; {PUT_BACK}") from None
+
+
+def _require_records(folder: RunFolder, saved: Checkpoint, log: AuditLog) -> None:
+    """Check that the records and the log are what they were when a checkpoint was saved.
+
+    Raises:
+        CheckpointError: A record is not.
+        AuditError: The log is not.
+    """
+    marks.require_unchanged(folder, saved.records.get("files", {}), saved.round)
+    try:
+        log.require(saved.records["audit"])
+    except AuditError as error:
+        raise AuditError(f"{error} by round {saved.round}; {PUT_BACK}") from None
+
+
+def _where(done: int, rounds: int) -> str:
+    """Say where a resumed run goes on."""
+    if done < 0:
+        return "starting again from the beginning"
+    if done == rounds:
+        return f"round {done} was the last: what a run leaves at its end is written again"
+    return f"continuing after round {done} of {rounds}"
 
 
 def forget_client(path: Path, client: int) -> int:
     """Delete all that a run folder holds of what a client keeps: its model and its checkpoints.
 
     Args:
-        path: A run folder; the run must not be under way.
+        path: A run folder.
         client: Its id.
 
     Returns:
         The number of places it was deleted from.
 
     Raises:
-        OutputError: It is no run folder, holds nothing of the client, or a file cannot be deleted.
+        OutputError: It is no run folder, its run is under way, it holds nothing of the client, or a file
+            cannot be deleted.
     """
     folder = RunFolder.existing(path)
-    found = checkpoint.forget(folder.checkpoints, client)
-    for own in (folder.client(client), folder.path / "exported" / f"client-{client:04d}"):
-        for place in (own, own.with_name(f"{own.name}-reward")):
-            if place.is_dir():
-                try:
-                    shutil.rmtree(place)
-                except OSError as error:
-                    raise OutputError(f"cannot delete {place}: {error.strerror}") from error
-                found += 1
+    with folder.locked():
+        found = checkpoint.forget(folder.checkpoints, client)
+        for own in (folder.client(client), folder.path / "exported" / f"client-{client:04d}"):
+            for place in (own, own.with_name(f"{own.name}-reward")):
+                if place.is_dir():
+                    try:
+                        shutil.rmtree(place)
+                    except OSError as error:
+                        raise OutputError(f"cannot delete {place}: {error.strerror}") from error
+                    found += 1
     if not found:
         raise OutputError(f"{path} holds nothing that client {client} keeps")
     return found
@@ -311,16 +386,19 @@ class _Run:
     folder: RunFolder
     parts: Parts
     observer: RunObserver
-    objective: Objective | None = None
+    audit: AuditLog
+    made: MadeWith
     trackers: list[Tracker] = field(default_factory=list)
     remote: RemoteEngine | None = None
-    last: tuple[int, State] | None = None
+    last: tuple[int, State, dict[str, Any]] | None = None
     saved: int = -1
 
     def __post_init__(self) -> None:
-        """Open the audit log, or go on with it."""
-        self.audit = AuditLog(self.folder.path / audit.FILE)
+        """Begin to follow the records."""
         self.admission = Admission()
+        self.marks = marks.Marks(self.folder)
+        lines = self.folder.read_lines(names.COSTS)  # of rounds before a resume
+        self.scored = {line["client"] for line in lines if line["phase"] == REFERENCE}
 
     def prepare(self, done: int) -> None:
         """Meet clients that are elsewhere, and write down what is known before the next round."""
@@ -354,10 +432,11 @@ class _Run:
             self.remote.begin(briefing, self.parts.ledger)
         if known is None:
             self._write_start(id)
-        digest = fingerprint(self.experiment, self.parts.division, self.objective)
+        digest = fingerprint(self.experiment, self.parts.division, self.made)
         sizes = self.parts.engine.sizes()
         rows = {str(client): size for client, size in sizes.items()}
-        self.audit.record("began", run=id, experiment=digest, after=done, clients=rows)
+        facts = {"run": id, "experiment": digest, "after": done, "clients": rows}
+        self.audit.record("began", **facts, versions=versions())
         self._tell_heaviest(sizes)
 
     def _write_start(self, id: str) -> None:
@@ -367,9 +446,7 @@ class _Run:
         held_out = remote.held_out() if remote is not None else None
         partition = partition_record(experiment, parts.division, sizes, held_out)
         self.folder.write_json(names.PARTITION, partition)
-        record = run_record(
-            self.folder.path, experiment, parts, self.objective, id, _name_of(remote)
-        )
+        record = run_record(self.folder.path, experiment, parts, self.made, id, _name_of(remote))
         if remote is not None:
             record["members"] = [
                 {"client": client, "number": own.number, "name": own.name}
@@ -435,6 +512,9 @@ class _Run:
     def _finish_round(self, record: RoundRecord, state: State) -> None:
         self.audit.record("round", round=record.round, state=state.digest())
         self.audit.sync()
+        for cost in record.costs:
+            if cost.phase == REFERENCE and cost.client in self.scored:
+                cost.phase = REPEATED
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
         self.folder.append(
             names.ROUNDS, [round_record(record, self._headline, self.parts.engine.title)]
@@ -450,17 +530,21 @@ class _Run:
             None  # what clients keep is neither the last round's nor this one's for a moment
         )
         self.parts.engine.finish_round()
-        self.last = (record.round, state)
+        self.last = (record.round, state, self._records())
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
-            self._save(record.round, state)
+            self._save(*self.last)
 
-    def _save(self, round: int, state: State) -> None:
+    def _records(self) -> dict[str, Any]:
+        """Return what the records are now."""
+        return {"files": self.marks.now(), "audit": self.audit.position}
+
+    def _save(self, round: int, state: State, records: dict[str, Any]) -> None:
         store = self.parts.local.store
-        digest = fingerprint(self.experiment, self.parts.division, self.objective)
+        digest = fingerprint(self.experiment, self.parts.division, self.made)
         checkpoint.save(
             self.folder.checkpoints,
-            Checkpoint(round, state, store.flat(), digest),
+            Checkpoint(round, state, store.flat(), digest, records),
             store.changed,
         )
         store.changed.clear()
@@ -503,6 +587,7 @@ class _Run:
             summary["newcomers"] = newcomers_record(joined, self._headline)
         if self.remote is not None:
             self.remote.end(self._own_models(state))
+        summary["records"] = self.marks.now()
         self.folder.write_json(names.SUMMARY, summary)
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
@@ -584,27 +669,46 @@ def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:
     )
 
 
-def _new_folder(experiment: Experiment) -> Path:
-    """Make the run folder.
+@contextlib.contextmanager
+def _new_folder(experiment: Experiment) -> Iterator[RunFolder]:
+    """Make the run folder, and be the only process that writes there.
 
     Raises:
-        OutputError: It holds something already, or cannot be made.
+        OutputError: It holds something already, another run begins there, or it cannot be made.
     """
     chosen, path = experiment.output.folder, free_folder(experiment)
-    sweep(path, names.EXPERIMENT)  # of a run that was killed before it began
-    if chosen and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    while True:
+        sweep(path, names.EXPERIMENT)  # of a run that was killed before it began
+        _require_empty(path, chosen)
+        try:
+            path.mkdir(parents=True, exist_ok=bool(chosen))
+            path.chmod(0o700)  # held-out prompts and answers are in it
+            break
+        except FileExistsError:  # another run was quicker
+            path = free_folder(experiment)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"
+            ) from error
+    folder = RunFolder(path)
+    with folder.locked():
+        _require_empty(path, chosen)
+        yield folder
+
+
+def _require_empty(path: Path, chosen: str | None) -> None:
+    """Check that nothing is in a folder that was chosen.
+
+    Raises:
+        OutputError: Something is.
+    """
+    if not chosen or not path.exists():
+        return
+    if not path.is_dir() or any(own.name != names.LOCK for own in path.iterdir()):
         raise OutputError(
             f"output.folder {chosen!r} is not empty: choose another, or go on with "
             f"fedloom run --resume {chosen}"
         )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)  # held-out prompts and answers are in it
-    except OSError as error:
-        raise OutputError(
-            f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"
-        ) from error
-    return path
 
 
 def free_folder(experiment: Experiment) -> Path:
@@ -662,6 +766,38 @@ def _require_same_engine(folder: RunFolder, remote: RemoteEngine | None) -> None
                 f"with {now}: resume it with --engine {made}"
             ],
             "the command",
+        )
+
+
+def _require_same_start(folder: RunFolder, digest: str) -> None:
+    """Check that a run which has no checkpoint is the one that began here.
+
+    Raises:
+        CheckpointError: Settings or data have changed since.
+    """
+    run = folder.read_json(names.RUN)
+    if run is not None and run["fingerprint"] != digest:
+        raise CheckpointError(
+            f"settings or data have changed since {folder.path} was started (fingerprint "
+            f"{run['fingerprint'][:12]}, now {digest[:12]}); start a new run"
+        )
+
+
+def _tell_versions(folder: RunFolder, observer: RunObserver) -> None:
+    """Say which versions are others than those that a run was begun with."""
+    run, now = folder.read_json(names.RUN), versions()
+    if run is None:
+        return
+    begun = {"fedloom": run["fedloom"], **run["versions"]}
+    others = [
+        f"{name} {now.get(name, 'none')} (it was {begun[name]})"
+        for name in begun
+        if now.get(name) != begun[name]
+    ]
+    if others:
+        observer.warning(
+            f"resumed with other versions than the run was begun with: {', '.join(others)}; results may "
+            "differ from those of a run without a break"
         )
 
 

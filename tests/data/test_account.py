@@ -13,6 +13,7 @@ from fedloom.data.tokenize import tokenize
 from fedloom.division import divide
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
+from fedloom.made_with import MadeWith
 from fedloom.records import SIMULATION, run_record
 from fedloom.report import account
 
@@ -298,5 +299,5 @@ def test_malformed_rows_of_the_public_source_are_in_the_record_of_the_run(experi
         objective={"name": "classification"},
     )
     parts = assemble(built, divide(built))
-    record = run_record(Path("x"), built, parts, None, "id", SIMULATION)
+    record = run_record(Path("x"), built, parts, MadeWith(), "id", SIMULATION)
     assert record["data"]["malformed"] == 1 == parts.accounts.public.malformed

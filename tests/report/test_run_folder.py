@@ -16,17 +16,6 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     assert folder.read_lines("rounds.jsonl") == [{"round": 0, "x": None}]
 
 
-def test_later_rounds_are_dropped_for_a_resumed_run(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.append("rounds.jsonl", [{"round": i} for i in range(5)])
-    folder.append("costs.jsonl", [{"round": i // 2} for i in range(8)])
-    with (tmp_path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 5, "tor')
-    folder.truncate_after(2)
-    assert [r["round"] for r in folder.read_lines("rounds.jsonl")] == [0, 1, 2]
-    assert [r["round"] for r in folder.read_lines("costs.jsonl")] == [0, 0, 1, 1, 2, 2]
-
-
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     (tmp_path / "rounds.jsonl").write_text('{"round": 0}\n{"rou\n{"round": 2}\n')
     with pytest.raises(OutputError, match="line 2"):

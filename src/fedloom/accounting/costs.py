@@ -7,6 +7,13 @@ from dataclasses import dataclass
 SERVER = -1
 """Client id of costs that the server bears."""
 
+REFERENCE = "reference"
+"""The phase in which a client scores its rows under the reference model, once in a run."""
+
+REPEATED = "reference_again"
+"""The same after a resume, by a client that had done it before: on record, and in no total, so that the
+totals of a run do not depend on whether it was stopped."""
+
 
 @dataclass
 class Cost:

@@ -29,12 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fedloom.accounting.costs import Cost
+from fedloom.accounting.costs import REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.audit import Limited, unheard
 from fedloom.engines.post import SMALL, Post
 from fedloom.engines.roster import Roster
-from fedloom.engines.simulation import REFERENCE
 from fedloom.engines.streams import Arrival, Question, Streams, taken
 from fedloom.envelope import (
     Envelope,

@@ -34,7 +34,7 @@ AGAIN = 30.0
 
 SILENT = 15.0
 """Seconds until a node that does not say who it is is asked again, and from then on every :data:`AGAIN`.
-The question or its answer may have been lost with the client's process; its successor is the same node."""
+The question or its answer may have been lost with the client's process; who follows is the same node."""
 
 
 UNSEEN = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedloom.accounting.allowance import Allowance
-from fedloom.accounting.costs import Cost
+from fedloom.accounting.costs import REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
@@ -28,9 +28,6 @@ from fedloom.training.memory import fitting
 from fedloom.training.optimizers import TrainingSettings
 
 LOG = logging.getLogger(__name__)
-
-REFERENCE = "reference"
-"""Phase of the costs of scoring a client's rows under the reference model."""
 
 
 def named(error: Exception) -> str:

@@ -12,6 +12,7 @@
     adapter/          the global adapter as a PEFT folder
     clients/          models of single clients, where they have something of their own
     checkpoints/      what a resumed run starts from
+    .lock             held by the process that writes here, with its host and since when
 
 Files are JSON with numbers that are not finite as null. Whole files appear at once; lines are
 synced one by one, so that a killed run loses none that it reported.
@@ -19,15 +20,19 @@ synced one by one, so that a killed run loses none that it reported.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
+from fedloom.files import lock
 
 Record = dict[str, Any]
 """One JSON object; its keys are those that the runner wrote, listed in docs/run-folder.md."""
@@ -49,6 +54,8 @@ ANSWERS = "answers.jsonl"
 ANSWERED = "answered.json"
 """What the answers depend on: as long as it is the same, they are not made again."""
 JUDGEMENTS = "judgements.jsonl"
+LOCK = ".lock"
+"""The file that makes the process which writes to a folder the only one."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,38 @@ class RunFolder:
         if not (path / EXPERIMENT).is_file():
             raise OutputError(f"{path} is no run folder: it has no {EXPERIMENT}")
         return cls(path)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run was ever started here; an experiment file alone is none."""
+        return (self.path / RUN).is_file() or (self.path / LOCK).is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes here.
+
+        The system lets go of a lock whose process has ended, however it did, so none is ever left over.
+
+        Raises:
+            OutputError: Another process writes here, or this file system has no locks.
+        """
+        since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        held = lock(self.path / LOCK, f"{socket.gethostname()}\n{since}")
+        if held is None:
+            raise OutputError(
+                f"{self.path} is being written by {self._writer()}; wait until it has ended"
+            )
+        with held:
+            yield
+            held.truncate(0)
+
+    def _writer(self) -> str:
+        """Return who has the lock, as far as it says so."""
+        try:
+            process, host, since = (self.path / LOCK).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError):
+            return "another process"
+        return f"process {process} on {host}, since {since}"
 
     @property
     def checkpoints(self) -> Path:
@@ -126,12 +165,6 @@ class RunFolder:
                 os.fsync(file.fileno())
 
         _guarded(write, self.path / name)
-
-    def truncate_after(self, round: int) -> None:
-        """Drop what was recorded after ``round``: a resumed run will record it again."""
-        for name in (ROUNDS, COSTS):
-            kept = [record for record in self.read_lines(name) if record["round"] <= round]
-            self.write_text(name, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_json(self, name: str) -> Any:
         """Return a JSON file's content, or ``None`` where there is no such file.

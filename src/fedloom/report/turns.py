@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedloom.accounting.costs import REFERENCE, REPEATED, SERVER
 from fedloom.accounting.traffic import Done, Sent, from_record
 from fedloom.report.run_folder import Record
 
-SERVER = -1
 EVALUATION = "evaluate"
 
 
@@ -58,13 +58,14 @@ def turns(run: Record, costs: Iterable[Record]) -> list[Turn]:
             max(row["peak_memory"] for row in rows),
         )
         for (round, client), rows in found.items()
-        if any(row["phase"] != "reference" for row in rows)
+        if any(row["phase"] != REFERENCE for row in rows)
     ]
 
 
 def client_costs(costs: Iterable[Record]) -> list[Record]:
     """Return what clients bore, without evaluation."""
-    return [c for c in costs if c["phase"] != EVALUATION and c["client"] != SERVER]
+    left_out = EVALUATION, REPEATED
+    return [c for c in costs if c["phase"] not in left_out and c["client"] != SERVER]
 
 
 def server_costs(costs: Iterable[Record]) -> list[Record]:
