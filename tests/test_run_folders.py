@@ -13,6 +13,8 @@ import fedloom
 from fedloom.errors import AuditError, CheckpointError, Interrupted, OutputError
 from fedloom.objectives.dpo import DPO
 from fedloom.progress import Silent
+from fedloom.report import marks
+from fedloom.report.page import write_report
 from fedloom.report.run_folder import RunFolder
 from fedloom.runner import forget_client, resume_run
 
@@ -251,3 +253,48 @@ def test_an_object_whose_source_cannot_be_read_is_told_at_once(experiment, tmp_p
 def test_the_lock_is_empty_once_a_run_has_ended(stopped):
     assert (stopped[1].folder / ".lock").read_text() == ""
     assert RunFolder(stopped[1].folder).is_begun
+
+
+@pytest.mark.parametrize(
+    "damage", [d for d in DAMAGES if not d.startswith("audit") and d != "run: half"]
+)
+def test_figures_of_a_damaged_folder_are_doubted(stopped, tmp_path, damage):
+    for name, folder in (("run", stopped[0]), ("whole", stopped[1].folder)):
+        run = shutil.copytree(folder, tmp_path / name)
+        assert marks.doubts(RunFolder(run)) == []
+        DAMAGES[damage](run)
+        said = "; ".join(marks.doubts(RunFolder(run)))
+        assert f"{damage.partition(':')[0]}.json" in said
+
+
+def test_a_page_says_what_is_doubted(stopped, tmp_path):
+    run = shutil.copytree(stopped[1].folder, tmp_path / "run")
+    said = "not to be relied on, as its records are not what was written: costs.jsonl was changed"
+    assert said not in write_report([run]).read_text()
+    put(run / "costs.jsonl", (run / "costs.jsonl").read_text().replace('"round": 1', '"round": 3'))
+    assert said in write_report([run]).read_text()
+    both = write_report([run, stopped[1].folder], tmp_path / "both.html").read_text()
+    assert f"The figures of run are {said}" in both and both.count(said) == 2
+
+
+def test_another_adapter_is_doubted(stopped, tmp_path):
+    run = shutil.copytree(stopped[1].folder, tmp_path / "run")
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert marks.doubts(RunFolder(run)) == [
+        "adapter/adapter_model.safetensors is another than the run wrote"
+    ]
+    weights.unlink()
+    assert marks.doubts(RunFolder(run)) == ["adapter/adapter_model.safetensors is missing"]
+    (run / "rounds.jsonl").write_text(
+        "".join([*lines(run / "rounds.jsonl"), *lines(run / "rounds.jsonl")[-1:]])
+    )
+    assert "rounds.jsonl has the rounds 0, 1, 2, 3, 4, 4, in this order" in marks.doubts(
+        RunFolder(run)
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["records"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "an earlier release wrote this run, without hashes of its records" in marks.doubts(
+        RunFolder(run)
+    )

@@ -9,13 +9,22 @@ missing or changed before is an error.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import CheckpointError, OutputError
-from fedloom.report.run_folder import COSTS, EXPERIMENT, PARTITION, ROUNDS, RUN, RunFolder
+from fedloom.report.run_folder import (
+    COSTS,
+    EXPERIMENT,
+    PARTITION,
+    ROUNDS,
+    RUN,
+    SUMMARY,
+    RunFolder,
+)
 
 GROWING = ROUNDS, COSTS
 """Records to which each round adds lines."""
@@ -25,6 +34,8 @@ WHOLE = EXPERIMENT, RUN, PARTITION
 
 Mark = Mapping[str, Any]
 """``bytes`` and ``sha256`` of a file's beginning, or of a whole file."""
+
+WEIGHTS = "adapter_model.safetensors"
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
@@ -147,6 +158,45 @@ def cut_back(folder: RunFolder, marks: Mapping[str, Mark]) -> list[str]:
     except OSError as error:
         raise OutputError(f"{folder.path}: the records cannot be cut back: {error}") from error
     return told
+
+
+def doubts(folder: RunFolder) -> list[str]:
+    """Return why figures of a run folder are not to be relied on, for people; empty where they are.
+
+    A run that has ended is compared with what its summary says of the records, one that has not with its
+    newest checkpoint.
+
+    Raises:
+        OutputError: A record cannot be read.
+    """
+    summary = folder.read_json(SUMMARY)
+    try:
+        if summary is not None:
+            found = _of_summary(folder, summary)
+        else:
+            newest = max(folder.checkpoints.glob("round-*/state.json"), default=None)
+            known = json.loads(newest.read_text(encoding="utf-8")) if newest is not None else {}
+            found = changes(folder, known.get("records", {}).get("files", {}))
+        rounds = [record["round"] for record in folder.read_lines(ROUNDS)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{folder.path}: the records cannot be read: {error}") from error
+    if rounds != list(range(len(rounds))):
+        found.append(f"{ROUNDS} has the rounds {', '.join(map(str, rounds))}, in this order")
+    return found
+
+
+def _of_summary(folder: RunFolder, summary: Mapping[str, Any]) -> list[str]:
+    if "records" not in summary:
+        return ["an earlier release wrote this run, without hashes of its records"]
+    found = changes(folder, summary["records"], ended=True)
+    if summary["adapter"] is not None:
+        path = folder.adapter / WEIGHTS
+        digest = hashlib.sha256()
+        if not path.is_file():
+            found.append(f"adapter/{WEIGHTS} is missing")
+        elif _add(digest, path, 0, None) and digest.hexdigest() != summary["adapter"]["sha256"]:
+            found.append(f"adapter/{WEIGHTS} is another than the run wrote")
+    return found
 
 
 def _add(digest: Any, path: Path, start: int, length: int | None) -> int:

@@ -16,6 +16,7 @@ from fedloom.errors import OutputError
 from fedloom.report import account
 from fedloom.report import run_folder as names
 from fedloom.report.experts_section import experts_section
+from fedloom.report.marks import doubts
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
@@ -39,6 +40,7 @@ class Run:
         samples: samples.json.
         summary: summary.json, or ``None`` for a run that has not finished.
         experiment: experiment.toml as text.
+        doubts: Why its figures are not to be relied on, if they are not.
     """
 
     label: str
@@ -49,6 +51,7 @@ class Run:
     samples: list[Record]
     summary: Record | None
     experiment: str
+    doubts: Sequence[str] = ()
 
     @property
     def metric(self) -> str:
@@ -105,6 +108,7 @@ def read_run(folder: Path) -> Run:
         samples=files.read_json(names.SAMPLES) or [],
         summary=files.read_json(names.SUMMARY),
         experiment=files.read_text(names.EXPERIMENT),
+        doubts=doubts(files),
     )
 
 
@@ -141,6 +145,7 @@ def _view(run: Run) -> dict[str, Any]:
     rejected = [(r["round"], x) for r in run.rounds for x in r["rejected"]]
     return {
         "label": run.label,
+        "doubts": run.doubts,
         "run": run.run,
         "settings": _settings(run.experiment),
         "experiment": run.experiment,
