@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo test check slow full clean
+.PHONY: demo test check slow full docs clean
 
 demo: $(VENV)/.installed  ## the main job on embedded defaults: no network, no files
 	@$(BIN)/fedloom demo
@@ -33,8 +33,14 @@ full: $(VENV)/.developing  ## sweeps, long fuzzing, marathons of kills: up to tw
 		$(PYTEST) -m full --durations=0 --durations-min=1 -rP --show-capture=stdout --tb=short; } 2>&1 \
 		| tee benchmarks/results/full.log
 
+docs: $(VENV)/.developing  ## the documentation as a site in site/; warnings are errors
+	@$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	@$(BIN)/python docs/reference.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build site dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "fedloom needs Python 3.11 or newer; none was found"; exit 1; }

@@ -80,6 +80,7 @@ class ClientsSettings(Settings):
     """Clients that join when training is over: given what is shared, they make newcomer_steps on their
     own rows and are judged before and after."""
     newcomer_steps: int = Field(default=20, ge=1)
+    """Optimizer steps that each of them makes."""
 
     def contradictions(self, clients: int) -> list[str]:
         """Return what in these settings cannot both be meant."""

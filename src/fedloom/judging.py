@@ -65,9 +65,11 @@ class GenerationSettings(Settings):
     temperature: float | None = Field(default=None, ge=0)
     """For all questions (default: the benchmark's, by category)."""
     batch_size: int = Field(default=16, ge=1)
+    """Questions that are answered at once."""
     seed: int = Field(default=0, ge=0)
     """Every question draws from it and its own id."""
     device: str = "auto"
+    """Of the models that answer."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class FederationSettings(Settings):
     """``[federation]``: who takes part, and how often."""
 
     rounds: int = Field(default=10, ge=1)
+    """Rounds in all."""
     clients: int = Field(default=8, ge=1)
     """Clients there are (between machines by default the members that are let in)."""
     members: list[str] | None = None

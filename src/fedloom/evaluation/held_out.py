@@ -44,6 +44,7 @@ class EvaluationSettings(Settings):
     client_max_examples: int = Field(default=64, ge=1)
     """Most held-out rows of a client that are used."""
     batch_size: int = Field(default=32, ge=1)
+    """Held-out examples in one forward pass."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of a held-out prompt and completion together (default: data.max_length)."""
     samples: int = Field(default=6, ge=0)

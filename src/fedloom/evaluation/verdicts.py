@@ -40,6 +40,7 @@ class JudgingSettings(EndpointSettings):
     one_by_one: bool = False
     """Whether judges see one answer at a time: no order to be biased by, and nothing to compare with."""
     seed: int = Field(default=0, ge=0)
+    """Draws orders, and a local judge's answers."""
     device: str = "auto"
     """Of a local judge."""
 

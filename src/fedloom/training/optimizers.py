@@ -60,9 +60,11 @@ class TrainingSettings(Settings):
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Where cosine and linear end (2502.14187 uses a tenth of the first)."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled from the gradient with adamw, added to it with adam and sgd."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """First moment of adam and adamw; momentum of sgd is `momentum`."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Second moment of adam and adamw."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Of adam and adamw, beside the root of the second moment (FedAMoLE: 1e-6)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)

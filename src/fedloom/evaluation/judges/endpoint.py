@@ -50,6 +50,7 @@ class EndpointSettings(Settings):
     temperature: float = Field(default=0.2, ge=0)
     """Of the judge's answers (2502.14187: 0.2)."""
     max_new_tokens: int = Field(default=512, ge=1)
+    """Length of the judge's answer."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds for one request."""
     retries: int = Field(default=4, ge=0)

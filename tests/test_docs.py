@@ -1,0 +1,56 @@
+"""The documentation: reference pages are the code's, commands exist, quoted messages are raised somewhere."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from fedloom.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
+
+
+@pytest.mark.parametrize("page", ["settings", "commands"])
+def test_reference_pages_are_what_the_code_says(page):
+    written = runpy.run_path(str(DOCS / "reference.py"))[f"{page}_page"]()
+    assert (DOCS / f"{page}.md").read_text() == written, "run: python docs/reference.py"
+
+
+def test_every_setting_says_what_it_is():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| *(.*?) *\|$", (DOCS / "settings.md").read_text(), re.M)
+    assert len(rows) > 200
+    assert [name for name, words in rows if not words] == []
+
+
+def commands_in(page):
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["fedloom"]:
+                yield words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_on_a_page_exist_with_their_options(page):
+    for words in commands_in(page):
+        command, rest = typer.main.get_command(app), words[1:]
+        while getattr(command, "commands", None) and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, words
+            command, rest = command.commands[rest[0]], rest[1:]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in rest if word.startswith("-") and word != "-"}
+        assert given <= known, (words, given - known)
+
+
+def test_messages_that_are_explained_are_messages_of_the_code():
+    quoted = re.findall(r"^\| (`.*?`) \|", (DOCS / "troubleshooting.md").read_text(), re.M)
+    source = " ".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # texts that go over several lines
+    messages = [text for cell in quoted for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) >= 20
+    assert [text for text in messages if text not in source] == []
