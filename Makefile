@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo test check slow full docs clean
+.PHONY: demo test check slow full docs release clean
 
 demo: $(VENV)/.installed  ## the main job on embedded defaults: no network, no files
 	@$(BIN)/fedloom demo
@@ -38,6 +38,17 @@ docs: $(VENV)/.developing  ## the documentation as a site in site/; warnings are
 	@$(BIN)/python docs/reference.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "site/index.html"
+
+release: $(VENV)/.developing  ## all checks, then a wheel that runs the demo in an empty environment
+	$(BIN)/python tests/release.py
+	$(MAKE) check
+	@rm -rf dist build/release
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip --disable-pip-version-check --quiet install \
+		--constraint constraints.txt dist/fedloom-*.whl
+	cd build && release/bin/fedloom --version && release/bin/fedloom demo --set output.folder=release/demo
+	@ls dist
 
 clean:
 	rm -rf $(VENV) build site dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

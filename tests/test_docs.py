@@ -54,3 +54,8 @@ def test_messages_that_are_explained_are_messages_of_the_code():
     messages = [text for cell in quoted for text in re.findall(r"`([^`]+)`", cell)]
     assert len(messages) >= 20
     assert [text for text in messages if text not in source] == []
+
+
+def test_package_and_citation_say_one_version():
+    problems = runpy.run_path(str(ROOT / "tests" / "release.py"))["problems"]()
+    assert [text for text in problems if not text.startswith("CHANGELOG")] == []
