@@ -256,6 +256,8 @@ class Server:
             absent = self._tell_absent(round, absent)
             play = _Play(self, cohort)
             state, cohort = play.run(state), play.cohort
+            for text in cohort.warnings:
+                self.observer.warning(text)
             evaluation = self.evaluate(state, round)
             weighed = dict(sorted(self.admission.weighed.items()))
             record = RoundRecord(
@@ -368,7 +370,9 @@ class _Play:
             rng = generator(federation.seed, "replacement", round=cohort.round)
             drawn = [int(client) for client in rng.choice(free, size=count, replace=False)]
             kept = [client for client in cohort.clients if client not in lost[:count]]
-            other = replace(cohort, clients=tuple(sorted([*kept, *drawn])), notes={}, details={})
+            other = replace(
+                cohort, clients=tuple(sorted([*kept, *drawn])), notes={}, details={}, warnings=[]
+            )
             again = self.server.method.round(state, other)
             first = next(again)
             asked = [reply.client for reply in replies]

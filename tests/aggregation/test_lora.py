@@ -6,13 +6,13 @@ import torch
 from fedloom.aggregation.lora import (
     averaging_error,
     error_flops,
+    nearest,
     norm,
     product_error,
     rank_of,
     residual,
     resized,
     stacked,
-    truncated,
 )
 from fedloom.aggregation.means import weighted_mean
 
@@ -108,15 +108,15 @@ def test_the_residual_is_what_averaging_loses():
 def test_truncation_is_the_nearest_of_its_rank_and_holds_all_smaller_ones(rank):
     """The distance to the dense mean is what its singular values beyond the rank make (Eckart, Young)."""
     some = [*adapters(2, rank=2), *adapters(1, rank=3)]
-    weights = [1.0, 3.0, 4.0]
-    whole = truncated(some, weights, 4)
+    weights, shares = [1.0, 3.0, 4.0], [0.125, 0.375, 0.5]
+    whole = nearest(stacked(some, shares), 4)
     found = products(resized(whole, rank))
     lost = total = 0.0
     for one, dense in zip(found, mean_of_products(some, weights), strict=True):
         beyond = torch.linalg.svdvals(dense)[rank:].square().sum()
         assert float((one - dense).square().sum()) == pytest.approx(float(beyond), abs=1e-6)
         lost, total = lost + float(beyond), total + float(dense.square().sum())
-    error = product_error(resized(whole, rank), some, weights)
+    error = product_error(resized(whole, rank), some, shares)
     assert error == pytest.approx((lost / total) ** 0.5, abs=1e-5)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,30 +69,73 @@ def residual(adapters: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     return stacked([*pairs, weighted_mean(pairs, weights)], [*shares, -1.0])
 
 
-def truncated(adapters: Sequence[Tensors], weights: Sequence[float], rank: int) -> Tensors:
-    """Return the adapter of a rank whose products are nearest to sum_k p_k B_k A_k (Frobenius norm).
+def nearest(adapter: Tensors, rank: int, before: Tensors | None = None) -> Tensors:
+    """Return the adapter of a rank whose products are nearest to those of ``adapter`` (Frobenius norm).
 
     The singular values' roots go to either factor, largest first, so its first rows and columns are the
-    nearest of every smaller rank. The product is never formed: with QR decompositions of the stacked
-    factors, the singular values of a small matrix are those of the product. Source: Bai et al. 2024,
-    "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
-    (FlexLoRA), https://arxiv.org/abs/2402.11505, algorithm 1.
+    nearest of every smaller rank. The product is never formed: with QR decompositions of the factors,
+    the singular values of a small matrix are those of the product. Source: Bai et al. 2024, "Federated
+    Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources" (FlexLoRA),
+    https://arxiv.org/abs/2402.11505, algorithm 1.
 
     Args:
-        adapters: Of any ranks; what is no factor is averaged.
-        weights: One a client, at least 0, not all 0.
+        adapter: Of any rank; what is no factor stays as it is.
         rank: Of the result; where the product has a smaller one, the rest is zero.
+        before: Adapter of that rank; the rest then has its rows of A, beside zeros in B: where both
+            factors are zero, no gradient ever moves either.
     """
-    shares = [weight / sum(weights) for weight in weights]
-    result = stacked(adapters, shares)
-    for a, b in factor_pairs(result).values():
-        left, small_left = torch.linalg.qr(result[b].double())
-        right, small_right = torch.linalg.qr(result[a].double().T)
-        u, values, v = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    result = dict(adapter)
+    for a, b in factor_pairs(adapter).values():
+        left, values, right = _decomposed(adapter[b], adapter[a])
         roots = values[:rank].sqrt()
-        up, down = left @ u[:, :rank] * roots, (right @ v[:rank].T * roots).T
-        result[b], result[a] = up.to(result[b].dtype), down.to(result[a].dtype)
+        up, down = left[:, :rank] * roots, (right[:rank].T * roots).T
+        if before is not None:
+            used = _rank(values[:rank])
+            up = torch.nn.functional.pad(up[:, :used], (0, rank - used))
+            down = torch.cat([down[:used], before[a][used:rank].double()])
+        result[b], result[a] = up.to(adapter[b].dtype), down.to(adapter[a].dtype)
     return resized(result, rank)
+
+
+def rank_in_use(adapter: Tensors) -> float:
+    """Return the rank of the products B A, as a mean over the layers.
+
+    A singular value counts if float32 can tell it from zero beside the layer's largest.
+    """
+    pairs = factor_pairs(adapter).values()
+    ranks = [_rank(_decomposed(adapter[b], adapter[a])[1]) for a, b in pairs]
+    return sum(ranks) / len(ranks)
+
+
+def slices(ranks: Sequence[int], rank: int) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return the slices of ranks by who holds them: first row, the one after, positions of holders.
+
+    They go up to ``rank``, the largest there is; of the last there may be no holder.
+    """
+    bounds = [0, *sorted({*ranks, rank})]
+    return [
+        (low, high, tuple(k for k, own in enumerate(ranks) if own >= high))
+        for low, high in pairwise(bounds)
+    ]
+
+
+def part_of_ranks(adapter: Tensors, low: int, high: int) -> Tensors:
+    """Return the rows ``low`` to ``high - 1`` of every A and those columns of every B, nothing else."""
+    factors = only_factors(adapter)
+    return {n: t[low:high] if A in n else t[:, low:high] for n, t in factors.items()}
+
+
+def _decomposed(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, the singular values and V^T of B A in float64."""
+    left, small_left = torch.linalg.qr(b.double())
+    right, small_right = torch.linalg.qr(a.double().T)
+    u, values, v = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    return left @ u, values, v @ right.T
+
+
+def _rank(values: Tensor) -> int:
+    """Return how many singular values, the largest first, float32 can tell from zero beside that."""
+    return int((values > torch.finfo(torch.float32).eps * values[0]).sum())
 
 
 def resized(adapter: Tensors, rank: int) -> Tensors:
@@ -140,7 +184,7 @@ def averaging_error(adapters: Sequence[Tensors], weights: Sequence[float]) -> fl
     """
     if not all(b in adapters[0] for _, b in factor_pairs(adapters[0]).values()):
         return None
-    return product_error(None, adapters, weights)
+    return product_error(None, adapters, [weight / sum(weights) for weight in weights])
 
 
 def error_flops(adapters: Sequence[Tensors]) -> float:
@@ -156,14 +200,14 @@ def error_flops(adapters: Sequence[Tensors]) -> float:
 
 
 def product_error(
-    found: Mapping[str, Tensor] | None, adapters: Sequence[Tensors], weights: Sequence[float]
+    found: Mapping[str, Tensor] | None, adapters: Sequence[Tensors], shares: Sequence[float]
 ) -> float | None:
     """Return ||B A - sum_k p_k B_k A_k||_F / ||sum_k p_k B_k A_k||_F for the factors of ``found``.
 
-    Over all layers together, in float64. ``None`` for ``found`` are the mean factors as they are before
-    they are rounded to be sent; the result is ``None`` as in :func:`averaging_error`.
+    Over all layers together, in float64, for adapters of any ranks with shares p_k. ``None`` for
+    ``found`` are the mean factors as they are before they are rounded to be sent; the result is ``None``
+    as in :func:`averaging_error`.
     """
-    shares = [weight / sum(weights) for weight in weights]
 
     def squares(pair: tuple[str, str]) -> tuple[float, float]:
         downs, ups = ([adapter[name].double() for adapter in adapters] for name in pair)

@@ -110,6 +110,7 @@ class Cohort:
         last: Whether no round follows.
         notes: What a method has to say about the round, beside its clients' metrics; for the record.
         details: Whatever more there is to show of it, as plain JSON.
+        warnings: What the user should know of it at once.
         reported: Names and ranges of what its clients report of a training.
     """
 
@@ -121,6 +122,7 @@ class Cohort:
     last: bool = False
     notes: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     reported: tuple[NumberSpec, ...] = (LOSS,)
 
 
