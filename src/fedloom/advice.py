@@ -29,6 +29,7 @@ from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.randomness import generator
+from fedloom.training.local import within
 from fedloom.training.memory import client_memory
 
 CLOSE = 1.5
@@ -194,19 +195,15 @@ def _own_rows(
     training = experiment.training
     work = training.work(len(share), parts.local.participations)
     order = generator(experiment.federation.seed, "batches", client, 1)
-    steps = rows = answers = tokens = targets = 0
+    steps = rows = tokens = targets = 0
     flops = 0.0
-    for indices in epoch_batches(
+    batches = epoch_batches(
         len(share), training.batch_size, order, epochs=work.epochs, steps=work.steps
-    ):
-        if (work.examples is not None and answers >= work.examples) or (
-            work.tokens is not None and tokens >= work.tokens
-        ):
-            break
+    )
+    for indices in within(share, batches, work):
         flops += _pass(share, indices, model, training.micro_batch)
         part = share.take(indices).tokens
         steps, rows = steps + 1, rows + len(indices)
-        answers += len(part.prompts)
         tokens += len(part.tokens)
         targets += int(part.completion_lengths.sum()) or len(indices)
     return Done(steps, rows, tokens, targets), flops

@@ -36,7 +36,7 @@ from fedloom.data.tokenize import TokenSet, Untokenized, tokenize
 from fedloom.division import Division, judged_kind
 from fedloom.engines.simulation import Equipment, SimulationEngine
 from fedloom.engines.store import ClientStore
-from fedloom.errors import DataError, ModelError, OutputError, first_line
+from fedloom.errors import DataError, ModelError, OutputError, SettingsError, first_line
 from fedloom.evaluation.clients import Evaluator
 from fedloom.evaluation.generate import load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
@@ -71,6 +71,7 @@ from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
 from fedloom.server import Engine, RemoteEngine
+from fedloom.training.local import row_tokens
 from fedloom.training.optimizers import TrainingSettings
 
 TINY_TEXTS = 4000
@@ -149,6 +150,7 @@ def assemble(
     Raises:
         ModelError: The model or its adapter cannot be built.
         DataError: A client has no row left after tokenising.
+        SettingsError: A round's tokens are too few for its trainings.
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
@@ -157,6 +159,7 @@ def assemble(
     reader = own.reader
     stage("tokenising")
     train = {} if remote else kits.training_shares(pooled=method.pools_data)
+    _require_tokens(experiment, method, train)
     public = kits.public_rows()
     ledger = Ledger()
     federation = experiment.federation
@@ -510,6 +513,30 @@ def _front_half(experiment: Experiment, division: Division, kit: _Kit, *, empty:
     )
     tail = method.labels == "client"
     return FrontHalf(model, kit.model.pad, tail=tail, autocast=kit.model.autocast)
+
+
+def _require_tokens(
+    experiment: Experiment, method: Method, shares: Mapping[int, TokenShare]
+) -> None:
+    """Check that each of the trainings that share a round's tokens has enough for any row.
+
+    Raises:
+        SettingsError: The tokens are too few; the least that works is named.
+    """
+    training, rounds = experiment.training, experiment.federation.rounds
+    if training.local_tokens is None or training.amount_per == "model" or not shares:
+        return
+    most = max(method.trainings_of(round, rounds) for round in {1, rounds}) * method.repeats
+    longest, client = max((int(row_tokens(share).max()), c) for c, share in shares.items())
+    if training.local_tokens < most * longest:
+        raise SettingsError(
+            [
+                f"tokens: {training.local_tokens} a client and round is too little for method.name = "
+                f"{experiment.method.name!r}: it makes {most} optimizer steps on a row in a round, and "
+                f"client {client} has one of {longest} tokens: give {most * longest} at least "
+                "(training.local_tokens, or compare.amount)"
+            ]
+        )
 
 
 def _require_same_vocabulary(tokenizers: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from fedloom.assembly import assemble
 from fedloom.division import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
-from fedloom.methods import METHODS
+from fedloom.methods import METHODS, make_method
 from fedloom.models.load import TINY, load_tokenizer
 from fedloom.progress import Silent
 from fedloom.report import run_folder as names
@@ -82,6 +82,9 @@ class CompareSettings(Settings):
     pair counts as the two answers it holds) or tokens. as_set: what each arm's own settings say."""
     amount: int | None = Field(default=None, ge=1)
     """How many of them, per client and round; not with as_set."""
+    per_model: bool = False
+    """Whether the amount is of each model that a client trains, a batch counted once; else it is of all
+    that a client computes in a round: its personal model too, and each of several steps on a batch."""
     objectives: dict[str, Overrides] = {}
     """Arms by name, each with the sections in which it differs from the base experiment."""
     scenarios: dict[str, Overrides] = {}
@@ -103,6 +106,8 @@ class CompareSettings(Settings):
         if (self.amount is None) != (self.budget == "as_set"):
             needs = "takes no" if self.budget == "as_set" else "needs a"
             found.append(f"compare.budget = {self.budget!r} {needs} compare.amount")
+        if self.per_model and self.budget == "as_set":
+            found.append('compare.per_model says what a budget is of; compare.budget = "as_set"')
         if bool(self.objectives) == bool(self.scenarios):
             found.append("compare needs objectives or scenarios, one of the two")
         if not self.methods or not self.seeds:
@@ -462,6 +467,7 @@ def _write_record(folder: Path, comparison: Comparison) -> None:
             "name": comparison.name,
             "budget": comparison.settings.budget,
             "amount": comparison.settings.amount,
+            "per_model": comparison.settings.per_model,
             "seeds": comparison.settings.seeds,
             "kind": comparison.settings.kind,
             "links": {name: asdict(own.link()) for name, own in comparison.settings.links.items()},
@@ -495,8 +501,26 @@ def _budgeted(table: dict[str, Any], settings: CompareSettings) -> dict[str, Any
     """Return ``table`` with the work per client and round that the comparison prescribes."""
     if settings.budget == "as_set":
         return table
-    training = {k: v for k, v in table.get("training", {}).items() if k not in AMOUNTS}
-    return {**table, "training": {**training, f"local_{settings.budget}": settings.amount}}
+    per = "amount_per"
+    training = {k: v for k, v in table.get("training", {}).items() if k not in (*AMOUNTS, per)}
+    training[f"local_{settings.budget}"] = settings.amount
+    if not settings.per_model and _trains_more_than_once(table):
+        training[per] = "round"
+    return {**table, "training": training}
+
+
+def _trains_more_than_once(table: Mapping[str, Any]) -> bool:
+    """Return whether a client of an arm trains several models in a round, or steps again on a batch.
+
+    Mistakes in the arm's settings are told by the experiment that is made of it.
+    """
+    sections = {name: table[name] for name in ("method", "federation") if name in table}
+    try:
+        own = Experiment.from_table({**table, **sections, "training": {}})
+    except SettingsError:
+        return False
+    method, rounds = make_method(own.method), own.federation.rounds
+    return method.repeats > 1 or max(method.trainings_of(r, rounds) for r in {1, rounds}) > 1
 
 
 def _default_workers(comparison: Comparison) -> int:

@@ -19,7 +19,7 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
-from fedloom.methods import METHODS, MethodSettings
+from fedloom.methods import METHODS, MethodSettings, make_method
 from fedloom.methods.base import TASKS, AggregationSettings
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.fedamole import FedAMoLESettings
@@ -305,6 +305,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "method" in parts and "objective" in parts:
         found += _framework_contradictions(parts)
         found += _parameter_contradictions(parts)
+        found += _amount_contradictions(parts)
     if "method" in parts and "clients" in parts and parts["clients"].newcomers:
         found += _newcomer_contradictions(parts)
     if "data" in parts:
@@ -476,6 +477,40 @@ def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
             f"clients.groups: method.name = {method.name!r} averages parameters, so all clients need the "
             "same model and rank; flora, flexlora and hetlora allow different ranks, distillation and "
             "local_only both"
+        )
+    return found
+
+
+def _amount_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return why what a client does in a round cannot be shared by the trainings of its method."""
+    if not {"training", "federation"} <= parts.keys() or parts["training"].amount_per == "model":
+        return []
+    training: TrainingSettings = parts["training"]
+    name, rounds = parts["method"].name, parts["federation"].rounds
+    method = make_method(parts["method"])
+    most = max(method.trainings_of(round, rounds) for round in {1, rounds})
+    width = 2 if OBJECTIVES[parts["objective"].name][1].kind == "preference" else 1
+    why = " and ".join(
+        [f"{most} trainings in a round"] * (most > 1)
+        + [f"{method.repeats} optimizer steps on each batch"] * (method.repeats > 1)
+    )
+    found = []
+    for amount, key, least in (
+        (training.local_steps, "optimizer steps", most * method.repeats),
+        (training.local_examples, "examples", most * method.repeats * width),
+    ):
+        if amount is not None and amount < least:
+            found.append(
+                f"{key}: {amount} a client and round is too little for method.name = {name!r}, which "
+                f"makes {why}: give {least} at least (training.local_{key.split()[-1]}, or "
+                "compare.amount)"
+            )
+    steps, repeats = training.local_steps, method.repeats
+    if steps is not None and steps >= most * repeats and steps % repeats:
+        found.append(
+            f"optimizer steps: {steps} a client and round do not part into batches for method.name = "
+            f"{name!r}, which makes {why}: give {steps // repeats * repeats} or "
+            f"{(steps // repeats + 1) * repeats} (training.local_steps, or compare.amount)"
         )
     return found
 

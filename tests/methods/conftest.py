@@ -37,7 +37,15 @@ class QuadraticClient(Client):
     steps: int = 2
 
     def train(
-        self, learning_rate, before_step=None, after_step=None, *, purpose="", frozen=(), repeats=1
+        self,
+        learning_rate,
+        before_step=None,
+        after_step=None,
+        *,
+        purpose="",
+        frozen=(),
+        repeats=1,
+        part=None,
     ):
         w = self.model.parameters["lora_w"]
         target = torch.tensor(TARGETS[self.id], dtype=torch.float64)

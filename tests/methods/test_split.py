@@ -43,6 +43,7 @@ def split(experiment):
     return make
 
 
+@pytest.mark.parametrize("clipped", [0.0, 0.05], ids="clipped to {}".format)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "method",
@@ -56,9 +57,17 @@ def split(experiment):
     ],
     ids=str,
 )
-def test_one_client_is_centralised_training_bit_for_bit(federate, split, once, kind, method):
-    whole = once(kind, lambda: federate(split(kind, name="centralised")))
-    found = federate(split(kind, **method))
+def test_one_client_is_centralised_training_bit_for_bit(
+    federate, split, once, kind, method, clipped
+):
+    """Gradients are some .2 long: each step is clipped, by the norm of both halves."""
+    training = {"max_grad_norm": clipped}
+    name = f"{kind} {clipped}"
+    whole = once(name, lambda: federate(split(kind, name="centralised", training=training)))
+    found = federate(split(kind, training=training, **method))
+    if clipped:
+        free = once(kind, lambda: federate(split(kind, name="centralised")))
+        assert any(not torch.equal(free.adapter[n], whole.adapter[n]) for n in whole.adapter)
     assert whole.adapter.keys() == found.adapter.keys()
     assert all(torch.equal(found.adapter[n], whole.adapter[n]) for n in whole.adapter)
     loss = found.records[-1].train["loss"]

@@ -1,6 +1,7 @@
 """The local loop: what must not change the result, what must stop it, what it keeps."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,25 @@ from fedloom.data.tokenize import tokenize
 from fedloom.errors import NonFiniteLoss
 from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.experts import ExpertModel, attach_experts
 from fedloom.models.heads import PersonalParts, attach_personal
 from fedloom.models.load import load_backbone
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
-from fedloom.training.local import add_reference_logps, local_loss, train_locally
-from fedloom.training.optimizers import TrainingSettings, Work, make_optimizer, round_learning_rate
+from fedloom.training.local import (
+    add_reference_logps,
+    local_loss,
+    row_tokens,
+    train_locally,
+    within,
+)
+from fedloom.training.optimizers import (
+    Part,
+    TrainingSettings,
+    Work,
+    make_optimizer,
+    round_learning_rate,
+)
 
 SETS = {
     "sft": "instructions",
@@ -87,6 +101,34 @@ def test_micro_batches_change_nothing_beyond_rounding(parts, name):
             whole.examples,
             whole.tokens,
         )
+
+
+def test_micro_batches_of_a_mixture_change_nothing_either(parts, model_folder):
+    """Its balance term is a mean over sequences beside a loss that is one over tokens."""
+    objective, _, share = parts("sft", rows=8)
+    settings = AdapterSettings(kind="experts", rank=2, experts=4, balance=1.0)
+    backbone = attach_experts(load_backbone(str(model_folder), pad_token_id=0), settings, seed=0)
+    model = ExpertModel(backbone, settings, 0)
+    start = model.read()
+    whole, expected = train(objective, model, share, start, optimizer="sgd")
+    assert whole.metrics["balance"] > 0.1 and distance(expected, start) > 1e-4
+    for micro in (1, 3):
+        part, found = train(objective, model, share, start, optimizer="sgd", micro_batch_size=micro)
+        assert distance(found, expected) < 2e-6
+        for name in ("loss", "balance"):
+            assert part.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5)
+    model.write(start)
+    alone = local_loss(
+        model,
+        share,
+        objective,
+        TrainingSettings(batch_size=8),
+        seed=0,
+        client=0,
+        round=1,
+        batches=1,
+    )
+    assert whole.metrics["loss"] == pytest.approx(alone + whole.metrics["balance"], rel=1e-5)
 
 
 def test_accumulation_is_another_way_to_say_it():
@@ -287,17 +329,56 @@ def test_the_budget_of_the_published_study():
 def test_a_pair_counts_as_the_two_answers_it_holds(parts):
     objective, model, share = parts("dpo")
     result, _ = train(objective, model, share, model.read(), local_examples=33)
-    assert (result.steps, result.examples) == (3, 20)  # 16, 32, then the epoch's last 4 pairs: 40
+    assert (result.steps, result.examples) == (3, 17)  # 16, 32, then one pair: 34
     objective, model, share = parts("kto")
     result, _ = train(objective, model, share, model.read(), local_examples=33)
-    assert (result.steps, result.examples) == (5, 36)  # 8, 16, 20 | 28, 36
+    assert (result.steps, result.examples) == (5, 33)  # 8, 16, 20 | 28, then 5 rows
 
 
-def test_tokens_end_a_round_at_the_step_that_reaches_them(parts):
+def test_tokens_end_a_round_with_the_row_that_reaches_them(parts):
     objective, model, share = parts("sft")
     everything, _ = train(objective, model, share, model.read())
     result, _ = train(objective, model, share, model.read(), local_tokens=everything.tokens + 1)
-    assert result.steps == everything.steps + 1 and result.tokens > everything.tokens
+    assert result.steps == everything.steps + 1 and result.examples == everything.examples + 1
+    result, _ = train(objective, model, share, model.read(), local_tokens=everything.tokens)
+    assert result.steps == everything.steps and result.tokens == everything.tokens
+
+
+def test_batches_are_cut_to_what_is_left():
+    """Rows of 3, 1, 2 and 4 tokens in batches of two."""
+    rows = np.arange(10, dtype=np.int32)
+    starts = np.array([0, 3, 4, 6, 10])
+    share = TokenShare(SimpleNamespace(width=1, starts=starts, tokens=rows))
+    batches = [np.array([0, 1]), np.array([2, 3])]
+
+    def cut(**work):
+        return [part.tolist() for part in within(share, iter(batches), Work(**work))]
+
+    assert row_tokens(share).tolist() == [3, 1, 2, 4]
+    assert cut(examples=1) == [[0]] and cut(examples=2) == [[0, 1]]
+    assert cut(examples=3) == [[0, 1], [2]] and cut(examples=9) == [[0, 1], [2, 3]]
+    assert cut(tokens=3) == [[0]] and cut(tokens=4) == [[0, 1]]
+    assert cut(tokens=5) == cut(tokens=6) == [[0, 1], [2]]
+    assert cut(tokens=7) == cut(tokens=99) == cut() == [[0, 1], [2, 3]]
+    pairs = TokenShare(SimpleNamespace(width=2, starts=starts, tokens=rows))
+    found = within(pairs, iter([np.array([0, 1])]), Work(examples=2))
+    assert [part.tolist() for part in found] == [[0]] and row_tokens(pairs).tolist() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("whole", "repeats", "expected"),
+    [(8, 1, [4, 4]), (9, 1, [4, 5]), (40, 5, [4, 4]), (1, 1, [1, 1])],
+)
+def test_trainings_share_an_amount(whole, repeats, expected):
+    """Two of them: halves, of batches that are each gone over so often, and never nothing."""
+    work, begun = Work(steps=whole), Part(0, 2)
+    first = work.part(begun, begun, Work(), repeats)
+    spent = Work(steps=first.steps * repeats)
+    assert [first.steps, work.part(Part(1, 2), begun, spent, repeats).steps] == expected
+    # in a request of its own the second knows nothing of the first, and takes what it must have left
+    assert Work(tokens=9).part(Part(1, 2), Part(1, 2), Work(), 1) == Work(tokens=5)
+    # of what the first took beyond its half, the second takes less
+    assert Work(tokens=90).part(Part(1, 2), begun, Work(tokens=60), 1) == Work(tokens=30)
 
 
 def test_hooks_run_around_every_step_and_see_gradients(parts):

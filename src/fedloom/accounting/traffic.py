@@ -158,9 +158,9 @@ class ActivationTraffic:
         answer = 1 + (self.activations == "int8") + 1 + self.targets
         gradient = 1 + (self.gradients == "int8")
         down = legs * (self.front + header(1, 1) + header(0))
-        down += backward + done.steps * header(gradient, 3)
+        down += backward + done.steps * header(gradient, 5)
         up = legs * (self.front + header(1, 1, 1))
-        up += forward + known + (done.steps + legs) * header(answer, 1)
+        up += forward + known + (done.steps + legs) * header(answer, 3)
         exchanges = done.steps + 2 * legs
         if self.u_shape:
             down += forward + done.steps * header(1 + (self.activations == "int8"))

@@ -85,6 +85,7 @@ TAKEN = _names(
         "training": "optimizer learning_rate schedule decay head_learning_rate min_learning_rate "
         "weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
         "accumulation local_epochs local_steps local_examples local_tokens total_epochs "
+        "amount_per "
         "keep_optimizer_state precision gradient_checkpointing",
         "evaluation": "every max_examples per_client client_max_examples judged_by",
     }
@@ -250,7 +251,8 @@ def fewest_steps(experiment: Experiment, rows: int) -> int:
     participations = federation.rounds * min(federation.cohort_size, members) / members
     work = training.work(rows, participations)
     longest = experiment.data.max_length or LONGEST_SEQUENCE
-    return method.trainings * _fewest(work, rows, training.batch_size, longest)
+    trainings = method.trainings if training.amount_per == "model" else 1
+    return trainings * _fewest(work, rows, training.batch_size, longest)
 
 
 def _fewest(work: Work, rows: int, batch: int, longest: int) -> int:

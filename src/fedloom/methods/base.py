@@ -41,7 +41,7 @@ from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
 from fedloom.settings import Settings
 from fedloom.training.local import LOSS, LocalResult, StepHook, local_loss, train_locally
-from fedloom.training.optimizers import TrainingSettings, Work
+from fedloom.training.optimizers import ALONE, Part, TrainingSettings, Work
 
 OPTIMIZER = "optimizer"
 """Where a client keeps its optimizer's tensors, if it does."""
@@ -149,7 +149,8 @@ class Client:
         width: Classes, or tokens of the vocabulary.
         public: The public rows that every party has, where the experiment has some.
         session: What lives from one exchange to the next and ends with the round; never saved.
-        last: What the last training did, for the ledger.
+        last: What the trainings of this request did, for the ledger.
+        begun: The first of them.
     """
 
     id: int
@@ -169,11 +170,23 @@ class Client:
     public: PublicRows | None = None
     session: dict[str, Any] = field(default_factory=dict)
     last: LocalResult | None = None
+    begun: Part | None = None
 
     @property
     def work(self) -> Work:
         """How much the client does on its own rows in a round."""
         return self.training.work(len(self.share), self.participations)
+
+    def due(self, part: Part, repeats: int = 1) -> Work:
+        """Return how much one of a round's trainings is: each the whole, or all together."""
+        if self.training.amount_per == "model":
+            return self.work
+        self.begun, done = self.begun or part, self.last
+        spent = Work()
+        if done is not None:
+            answers = done.examples * self.share.tokens.width
+            spent = Work(steps=done.steps, examples=answers, tokens=done.tokens)
+        return self.work.part(part, self.begun, spent, repeats)
 
     def train(
         self,
@@ -184,6 +197,7 @@ class Client:
         purpose: str = "",
         frozen: Collection[str] = (),
         repeats: int = 1,
+        part: Part = ALONE,
         work: Work | None = None,
     ) -> LocalResult:
         """Train the adapter that the model holds on this client's rows, in place.
@@ -195,7 +209,8 @@ class Client:
             purpose: Tells several trainings in one round apart.
             frozen: Names of the tensors that stay as they are.
             repeats: Optimizer steps on each batch.
-            work: How much (default: a round's).
+            part: Which of the round's trainings it is.
+            work: How much (default: what is due of a round's).
         """
         slot = f"{OPTIMIZER} {purpose}".strip()
         with self.model.frozen(frozen):
@@ -208,7 +223,7 @@ class Client:
                 seed=self.seed,
                 client=self.id,
                 round=self.round,
-                work=work or self.work,
+                work=work or self.due(part, repeats),
                 purpose=purpose,
                 repeats=repeats,
                 state=self.kept.get(slot),
@@ -324,6 +339,7 @@ class Method:
         reveals: What replies hold beside numbers; each method's file says it, and a client's policy goes
             by it. An object may narrow it by its settings.
         trainings: How often a client goes over a round's work at most in one request.
+        repeats: Optimizer steps on each batch.
         aggregation: The rule.
         server: What it has on the server, from :meth:`equip` on.
     """
@@ -337,6 +353,7 @@ class Method:
     averages = False
     reveals: frozenset[Reveal]
     trainings = 1
+    repeats = 1
     aggregation = AggregationSettings()
     server: ServerSide
 
@@ -374,6 +391,10 @@ class Method:
             raise RoundFailed(
                 f"round {cohort.round}: aggregation.rule = {own.rule!r} has too few updates: {error}"
             ) from error
+
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Return how many trainings a client makes in a round (from 1) of so many, in all requests."""
+        return 1
 
     def promise(self) -> str | None:
         """Return what may be said about privacy beyond that rows stay with their clients, if anything."""
@@ -441,10 +462,10 @@ def tensor_bytes(tensors: Tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def train_and_upload(client: Client, payload: Payload) -> Payload:
+def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Payload:
     """Start from the adapter received, train, send the adapter back: the client of FedAvg."""
     client.model.write(payload.tensors)
-    result = client.train(payload.numbers["learning_rate"])
+    result = client.train(payload.numbers["learning_rate"], part=part)
     return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
 
 

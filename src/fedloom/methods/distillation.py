@@ -49,7 +49,7 @@ from fedloom.objectives.distillation import Distillation, scored_logits
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 from fedloom.training.local import reported, train_locally
-from fedloom.training.optimizers import Work
+from fedloom.training.optimizers import Part, Work
 
 VALUES, INDICES, COUNTS = "values", "indices", "counts"
 """Names in the payloads: log-probabilities, which entries they are of, and how many a position has."""
@@ -164,6 +164,10 @@ class DistillationMethod(Method):
         )
         return State(tensors)
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train on the client's own rows, then on the public ones."""
+        return 2
+
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": self._train, "distil": self._distil}
@@ -182,7 +186,7 @@ class DistillationMethod(Method):
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         self.load(client, payload)
-        result = client.train(payload.numbers["learning_rate"])
+        result = client.train(payload.numbers["learning_rate"], part=Part(0, 2))
         client.kept[ADAPTER] = client.model.read()
         public, wire = self._client_rows(client)
         said = answers(client.model, public, client.objective.head, self.settings)
@@ -202,12 +206,18 @@ class DistillationMethod(Method):
             seed=client.seed,
             client=client.id,
             round=client.round,
-            work=Work(epochs=self.settings.client_epochs),
+            work=self._distilling(client),
             purpose="distil ",
         )
         client.kept[ADAPTER] = client.model.read()
         metrics = client.last.metrics
         return Payload(metrics={DISTIL + name: value for name, value in metrics.items()})
+
+    def _distilling(self, client: Client) -> Work:
+        """Return how much a client distils: what is left of its round, or passes over public rows."""
+        if client.training.amount_per == "round":
+            return client.due(Part(1, 2))
+        return Work(epochs=self.settings.client_epochs)
 
     def _client_rows(self, client: Client) -> tuple[PublicRows, KnowledgeWire]:
         assert client.public is not None, "the engine gives clients the public rows"

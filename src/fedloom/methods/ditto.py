@@ -26,6 +26,7 @@ from fedloom.methods.base import (
 )
 from fedloom.methods.parts import KeepsAdapter
 from fedloom.settings import Settings
+from fedloom.training.optimizers import Part
 
 
 class DittoSettings(Settings):
@@ -53,18 +54,23 @@ class Ditto(KeepsAdapter):
         replies = yield training_exchange(cohort, state.tensors)
         return State(self.averaged(replies, cohort, state.tensors))
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train the shared adapter and the personal one."""
+        return 2
+
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": self._train}
 
     def _train(self, client: Client, payload: Payload) -> Payload:
-        reply = train_and_upload(client, payload)
+        reply = train_and_upload(client, payload, Part(0, 2))
         self.load(client, payload)
         shared = {n: t.to(client.model.device) for n, t in payload.tensors.items()}
         client.train(
             payload.numbers["learning_rate"],
             before_step=proximal_gradient(shared, self.strength),
             purpose="personal ",
+            part=Part(1, 2),
         )
         client.kept[ADAPTER] = client.model.read()
         return reply

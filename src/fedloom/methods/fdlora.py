@@ -41,6 +41,7 @@ from fedloom.methods.base import (
 )
 from fedloom.methods.parts import KeepsAdapter, ask_everybody
 from fedloom.settings import Settings
+from fedloom.training.optimizers import Part
 
 MOMENTUM = "momentum"
 
@@ -111,6 +112,10 @@ class FDLoRA(KeepsAdapter):
             yield ask_everybody("mix", cohort, adapter, self.mixed)
         return State(join_parts(adapter=adapter, momentum=moved))
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train the shared adapter, and before the first round the private one."""
+        return 2 if round == 1 else 1
+
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"start": self._begin, "train": self._train, "mix": self._mix}
@@ -132,12 +137,13 @@ class FDLoRA(KeepsAdapter):
 
     def _begin(self, client: Client, payload: Payload) -> Payload:
         client.model.write(client.initial)
-        result = client.train(payload.numbers["learning_rate"], purpose="private ")
+        result = client.train(payload.numbers["learning_rate"], purpose="private ", part=Part(0, 2))
         client.kept[PRIVATE] = client.model.read()
         return Payload(client.kept[PRIVATE], {"examples": len(client.share)}, result.metrics)
 
     def _train(self, client: Client, payload: Payload) -> Payload:
-        reply = train_and_upload(client, payload)
+        of = self.trainings_of(client.round, client.rounds)
+        reply = train_and_upload(client, payload, Part(of - 1, of))
         if client.round % self.settings.private_every == 0:
             client.kept[PRIVATE] = reply.tensors
         return reply

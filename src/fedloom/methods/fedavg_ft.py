@@ -26,6 +26,7 @@ from fedloom.methods.base import (
 )
 from fedloom.methods.parts import KeepsAdapter, ask_everybody
 from fedloom.settings import Settings
+from fedloom.training.optimizers import Part
 
 
 class FedAvgFTSettings(Settings):
@@ -58,14 +59,24 @@ class FedAvgFT(KeepsAdapter):
             yield ask_everybody("tune", cohort, adapter, cohort.reported)
         return State(adapter)
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train the shared adapter, and after the last round the client's own."""
+        return 1 + self.settings.passes * (round == rounds)
+
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
-        return {"train": train_and_upload, "tune": self._tune}
+        return {"train": self._train, "tune": self._tune}
+
+    def _train(self, client: Client, payload: Payload) -> Payload:
+        return train_and_upload(
+            client, payload, Part(0, self.trainings_of(client.round, client.rounds))
+        )
 
     def _tune(self, client: Client, payload: Payload) -> Payload:
         client.model.write(payload.tensors)
         rate = self.settings.learning_rate or client.training.learning_rate
+        of = 1 + self.settings.passes
         for number in range(self.settings.passes):
-            result = client.train(rate, purpose=f"tuning {number} ")
+            result = client.train(rate, purpose=f"tuning {number} ", part=Part(1 + number, of))
         client.kept[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

@@ -29,6 +29,7 @@ from fedloom.methods.base import (
 )
 from fedloom.methods.parts import KeepsAdapter, ask_everybody
 from fedloom.settings import Settings
+from fedloom.training.optimizers import Part
 
 
 class FedDPASettings(Settings):
@@ -61,6 +62,10 @@ class FedDPA(KeepsAdapter):
             yield ask_everybody("fit", cohort, adapter, cohort.reported)
         return State(adapter)
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train the shared adapter, and the local one in every round or after the last."""
+        return 2 if self.settings.variant == "T" or round == rounds else 1
+
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
         return {"train": self._train, "fit": self._fit}
@@ -73,15 +78,16 @@ class FedDPA(KeepsAdapter):
         client.model.write(both)
 
     def _train(self, client: Client, payload: Payload) -> Payload:
-        reply = train_and_upload(client, payload)
+        of = self.trainings_of(client.round, client.rounds)
+        reply = train_and_upload(client, payload, Part(0, of))
         if self.settings.variant == "T":
             client.model.write(client.kept.get(ADAPTER, client.initial))
-            client.train(payload.numbers["learning_rate"], purpose="local ")
+            client.train(payload.numbers["learning_rate"], purpose="local ", part=Part(1, 2))
             client.kept[ADAPTER] = client.model.read()
         return reply
 
     def _fit(self, client: Client, payload: Payload) -> Payload:
         client.model.write(payload.tensors)
-        result = client.train(client.training.learning_rate, purpose="local ")
+        result = client.train(client.training.learning_rate, purpose="local ", part=Part(1, 2))
         client.kept[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

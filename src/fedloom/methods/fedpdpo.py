@@ -55,6 +55,10 @@ class FedPDPO(KeepsParts):
         own = self.settings
         return PersonalParts(own.bottleneck, own.head_mode, own.head_rank)
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train jointly, or a client's own parts and the adapter in turns."""
+        return self.trainings
+
     def keeps(self, name: str) -> bool:
         """Keep whatever is not the adapter's."""
         return is_own(name)

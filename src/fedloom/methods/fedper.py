@@ -62,6 +62,10 @@ class FedRep(FedPer):
 
     trainings = 2
 
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Train the head and the body."""
+        return 2
+
     def fit(self, client: Client, learning_rate: float) -> LocalResult:
         """Train the head, then the body, each for the whole of the client's work."""
         names = client.model.parameters

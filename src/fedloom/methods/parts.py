@@ -29,7 +29,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.training.local import LocalResult
-from fedloom.training.optimizers import Work
+from fedloom.training.optimizers import Part, Work
 
 PERSONAL = "personal"
 """Where a client keeps its own tensors."""
@@ -182,7 +182,8 @@ def one_after_the_other(
 ) -> LocalResult:
     """Train a client's own tensors with the shared ones frozen, then the other way round (FedRep).
 
-    Each part gets the whole of the client's work, so a round costs two trainings.
+    Each part gets the whole of the client's work, or half of it where an amount is of the round.
     """
-    first = client.train(learning_rate, purpose=PERSONAL_FIRST, frozen=common)
-    return client.train(learning_rate, frozen=own) if common else first
+    of = 2 if common else 1
+    first = client.train(learning_rate, purpose=PERSONAL_FIRST, frozen=common, part=Part(0, of))
+    return client.train(learning_rate, frozen=own, part=Part(1, of)) if common else first

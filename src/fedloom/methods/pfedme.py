@@ -59,7 +59,7 @@ class PFedMe(KeepsAdapter):
     def __init__(self, settings: PFedMeSettings) -> None:
         """Keep the settings."""
         self.settings = settings
-        self.trainings = settings.steps
+        self.trainings = self.repeats = settings.steps
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send w, take (1 - beta) w + beta mean(w_k)."""

@@ -4,14 +4,19 @@ Source: arXiv 2501.04436 (third framework); its steps are those of SplitFed (Tha
 https://arxiv.org/abs/2004.12088) on LoRA, as in SplitLoRA (Lin et al. 2024,
 https://arxiv.org/abs/2407.00952), whose code cuts GPT-2 after block 3 and averages every 100 steps.
 
-A step: the client sends the activations of its last block; the server goes on, takes the loss, makes its
-own optimizer step and sends back the gradient of what it got; the client goes on with that and makes its
-step. With ``labels = "server"`` the client sends what is true too. With ``labels = "client"`` (U-shape)
-norm and head are the client's: the server sends its last block's activations, and gets their gradient.
+A step: the client sends the activations of its last block; the server goes on, takes the loss and sends
+back the gradient of what it got; the client goes on with that. Then both make their optimizer steps.
+With ``labels = "server"`` the client sends what is true too. With ``labels = "client"`` (U-shape) norm
+and head are its own: the server sends its last block's activations, and gets their gradient.
 
 All clients take a step at a time. ``server = "sequential"`` (SplitFedV2): one back half, which steps
 after every client's batch, in client order. ``"parallel"`` (V1): a copy for every client, averaged with
-the front halves. Either party clips its own gradient; padding does not travel.
+the front halves. Padding does not travel.
+
+Gradients are clipped by their norm over both halves, as those of a whole model are: the server sends the
+squared norm of its own with the gradient, the client that of its own with its next activations, and the
+back half steps when that has come. A back half that learns from client after client therefore asks one
+at a time, unless ``training.max_grad_norm`` is 0. The batch of a client lost in between does not count.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from fedloom.checkpoint import State
 from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.errors import MessageError
 from fedloom.messages import (
+    FINITE,
     Exchange,
     NumberSpec,
     Payload,
@@ -68,9 +74,11 @@ from fedloom.settings import Settings
 from fedloom.training.local import (
     DropoutStream,
     Elsewhere,
+    Gradients,
     LocalResult,
     Totals,
     local_steps,
+    squared_norm,
     update,
 )
 from fedloom.training.optimizers import make_optimizer
@@ -84,7 +92,15 @@ ROWS, TARGETS = "rows", "targets"
 LARGEST_EXPONENT = 126
 """Of the power of two that a gradient is divided by, either way."""
 
-STEP_NUMBERS = (NumberSpec("loss"), NumberSpec("exponent", -1100.0, 1100.0), fraction("pause"))
+SQUARED_NORM = amount("squared_norm", FINITE)
+"""Of the gradients of a half's own parameters, 0 where nothing is clipped."""
+
+STEP_NUMBERS = (
+    NumberSpec("loss"),
+    NumberSpec("exponent", -1100.0, 1100.0),
+    fraction("pause"),
+    SQUARED_NORM,
+)
 """Beside a gradient: the loss of the batch, the power of two it was divided by, whether to stop there.
 The first two are any finite number and any power that float64 has: what a client sent may lead to
 them."""
@@ -137,6 +153,11 @@ class Split(Method):
         """View the server's blocks of its model."""
         super().equip(server)
         self.back = BackHalf(server.model, self.settings.cut, tail=self.u_shape)
+
+    @property
+    def clips(self) -> bool:
+        """Whether the halves need each other's norm before they step."""
+        return bool(self.server.training.max_grad_norm)
 
     def initial_state(self, adapter: Tensors) -> State:
         """Part the adapter in the clients' half and the server's."""
@@ -210,6 +231,7 @@ class Split(Method):
                 answers: list[Reply] = []
                 if learnt:
                     answers = yield wire.answer(cohort, learnt, desk.bounds, pause=step >= last)
+                    desk.settle(learnt, answers)
                 trained -= asked - {reply.client for reply in answers}
                 going += [r for r in answers if r.payload.numbers["waiting"]]
             paused = tuple(reply.client for reply in going)
@@ -218,8 +240,9 @@ class Split(Method):
         return collected, paused if step >= last else ()
 
     def _turns(self, replies: list[Reply]) -> list[list[Reply]]:
-        """Return who is answered together: one back half cannot wait for two clients' losses at once."""
-        alone = self.u_shape and self.settings.server == "sequential"
+        """Return who is answered together: one back half cannot wait for two clients' words at once."""
+        waits = self.u_shape or self.clips
+        alone = waits and self.settings.server == "sequential"
         return [[reply] for reply in replies] if alone else [replies]
 
     def handlers(self) -> dict[str, Handler]:
@@ -251,12 +274,13 @@ class Split(Method):
         gradient = unpack_gradient(payload, self.settings.gradients)
         _check_gradient(gradient, session["tokens"])
         try:
-            session["steps"].send((gradient, payload.numbers["loss"]))
+            numbers = payload.numbers
+            session["steps"].send((gradient, numbers["loss"], numbers["squared_norm"]))
         except StopIteration as stop:
             client.last = session["result"] = stop.value
-            return _wire(client, self.settings).nothing(waiting=False)
+            return _wire(client, self.settings).nothing(session.get("norm", 0.0), waiting=False)
         if payload.numbers["pause"]:
-            return _wire(client, self.settings).nothing(waiting=True)
+            return _wire(client, self.settings).nothing(session.get("norm", 0.0), waiting=True)
         return self._forward(client)
 
     def _loss(self, client: Client, payload: Payload) -> Payload:
@@ -279,7 +303,8 @@ class Split(Method):
     def _forward(self, client: Client) -> Payload:
         tokens, batch = client.session["steps"].send(None)
         client.session["tokens"] = len(tokens)
-        return _wire(client, self.settings).step(tokens, batch, client.model.pad)
+        norm = client.session.get("norm", 0.0)
+        return _wire(client, self.settings).step(tokens, batch, client.model.pad, norm)
 
     def _client_steps(
         self, client: Client, learning_rate: float
@@ -299,10 +324,12 @@ class Split(Method):
             answer = yield self._noisy(tokens.detach(), noise), batch
             if self.u_shape:
                 answer = yield _own_loss(model, objective, batch, answer)
-            gradient, loss = answer
+            gradient, loss, norm = answer
             torch.autograd.backward(tokens, gradient.to(tokens.device))
+            if client.training.max_grad_norm:
+                client.session["norm"] = squared_norm(model.parameters)
             totals.add(batch, {"loss": torch.tensor(loss)}, objective.weight(batch), {})
-            return float(loss)
+            return Gradients(float(loss), norm)
 
         return local_steps(
             model,
@@ -360,10 +387,13 @@ class SplitWire:
         facts = [TensorSpec(ROWS, (rows, self.fields), torch.int32, ragged=True)]
         if self.told and not self.classifies:
             facts.append(TensorSpec(TARGETS, (tokens,), torch.int32, ragged=True))
-        self.step_schema = Schema((*self.activations, *facts), (WAITING,))
+        self.step_schema = Schema((*self.activations, *facts), (WAITING, SQUARED_NORM))
 
-    def step(self, tokens: Tensor, batch: Batch, pad: int) -> Payload:
-        """Return what a client sends: activations of all tokens, and what the server must know."""
+    def step(self, tokens: Tensor, batch: Batch, pad: int, norm: float) -> Payload:
+        """Return what a client sends: activations of all tokens, and what the server must know.
+
+        ``norm`` is the squared norm of its gradients in the step before, 0 in the first.
+        """
         sequences = batch.sequences
         lengths = sequences.attention_mask.sum(-1)
         fields = [lengths]
@@ -376,15 +406,15 @@ class SplitWire:
         tensors[ROWS] = torch.stack(fields, -1).to(torch.int32).cpu()
         if self.told and not self.classifies:
             tensors[TARGETS] = sequences.input_ids[sequences.completion_mask].to(torch.int32).cpu()
-        return Payload(tensors, {"waiting": 1.0})
+        return Payload(tensors, {"waiting": 1.0, "squared_norm": norm})
 
-    def nothing(self, *, waiting: bool) -> Payload:
+    def nothing(self, norm: float, *, waiting: bool) -> Payload:
         """Return what a client sends that has no batch under way: whether it has more to do."""
         tensors = pack_rows("activations", torch.zeros(0, self.hidden), self.settings.activations)
         tensors[ROWS] = torch.zeros(0, self.fields, dtype=torch.int32)
         if self.told and not self.classifies:
             tensors[TARGETS] = torch.zeros(0, dtype=torch.int32)
-        return Payload(tensors, {"waiting": float(waiting)})
+        return Payload(tensors, {"waiting": float(waiting), "squared_norm": norm})
 
     def batch(self, tensors: Tensors) -> tuple[Tensor, Batch, Tensor | None]:
         """Return padded activations, their batch as far as it is known, and its rows' last columns."""
@@ -473,6 +503,7 @@ class SplitWire:
         for one in learnt:
             packed, exponent = pack_gradient(one.gradient, self.settings.gradients)
             numbers = {"loss": one.loss, "exponent": exponent, "pause": float(pause)}
+            numbers["squared_norm"] = one.norm
             requests[one.client] = encode(Payload(packed, numbers), schema)
 
         def check(client: int, payload: Payload) -> None:
@@ -516,11 +547,19 @@ class SplitWire:
 
 @dataclass(frozen=True)
 class _Learnt:
-    """What the server has for a client after a batch: gradient of its activations, and the loss."""
+    """What the server has for a client after a batch.
+
+    Attributes:
+        client: Its id.
+        gradient: Of its activations.
+        loss: Of the batch.
+        norm: Squared, of the gradients of the back half.
+    """
 
     client: int
     gradient: Tensor
     loss: float
+    norm: float
 
 
 @dataclass
@@ -574,7 +613,7 @@ class _Desk:
                 with self.copies[reply.client].stream.drawing():
                     loss, _ = self.server.objective.loss(ending, batch, None)
                     loss.backward()  # type: ignore[no-untyped-call]
-                learnt += self._step(reply.client, entered, mask, float(loss.detach()))
+                learnt += self._learnt(reply.client, entered, mask, float(loss.detach()))
         return learnt
 
     def continue_with(self, replies: Sequence[Reply]) -> dict[int, Tensor]:
@@ -600,7 +639,7 @@ class _Desk:
                 self.model.hold(self.copies[reply.client].parameters)
                 torch.autograd.backward(hidden[mask], gradient.to(hidden.device))
                 loss = reply.payload.numbers["loss"]
-                learnt += self._step(reply.client, entered, mask, loss)
+                learnt += self._learnt(reply.client, entered, mask, loss)
         self.waiting.clear()  # of clients that were lost on the way
         return learnt
 
@@ -627,8 +666,11 @@ class _Desk:
             hidden = self.model(input_ids=entered, attention_mask=mask)
         return entered, mask.bool(), hidden
 
-    def _step(self, client: int, entered: Tensor, mask: Tensor, loss: float) -> list[_Learnt]:
-        """Make a step and return what the client gets; nothing of both if its batch was of no use."""
+    def _learnt(self, client: int, entered: Tensor, mask: Tensor, loss: float) -> list[_Learnt]:
+        """Return what the client gets, or nothing if its batch was of no use.
+
+        The back half steps at once where nothing is clipped, and else in :meth:`settle`.
+        """
         copy = self.copies[client]
         assert entered.grad is not None, "the loss depends on the activations"
         gradients = [
@@ -641,9 +683,27 @@ class _Desk:
                 f"the loss of its batch is {loss}, or has no finite gradient"
             )
             return []
-        update(copy.parameters, copy.optimizer, self.server.training)
         self.bounds[client] -= 1
-        return [_Learnt(client, entered.grad[mask], loss)]
+        norm = 0.0
+        if self.method.clips:
+            norm = squared_norm(copy.parameters)
+        else:
+            update(copy.parameters, copy.optimizer, self.server.training)
+        return [_Learnt(client, entered.grad[mask], loss, norm)]
+
+    def settle(self, learnt: Sequence[_Learnt], answers: Sequence[Reply]) -> None:
+        """Make the steps that waited for the norms of the clients' halves, of those that answered."""
+        if not self.method.clips:
+            return
+        norms = {reply.client: reply.payload.numbers["squared_norm"] for reply in answers}
+        with self._measured():
+            for one in learnt:
+                copy = self.copies[one.client]
+                if one.client in norms:
+                    training, norm = self.server.training, norms[one.client]
+                    update(copy.parameters, copy.optimizer, training, elsewhere=norm)
+                else:
+                    copy.optimizer.zero_grad()
 
     @contextmanager
     def _measured(self) -> Iterator[None]:

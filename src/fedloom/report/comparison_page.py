@@ -17,6 +17,7 @@ from fedloom.errors import OutputError
 from fedloom.report import run_folder as names
 from fedloom.report.page import Run, read_run
 from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.spent import budget_words, comparison_words, spent_rows
 from fedloom.report.statistics import holm, mean_interval, paired_test
 from fedloom.report.template import fill, write_page
 
@@ -117,7 +118,7 @@ def results(record: Record, cells: Sequence[Cell]) -> Record:
         "planned": len(record["cells"]),
         "arms": _arm_rows(record, cells),
         "paired": paired_rows(record, cells),
-        "did": _did(record, cells),
+        "did": spent_by_arm(record, cells),
     }
 
 
@@ -136,7 +137,7 @@ def render(record: Record, cells: Sequence[Cell]) -> str:
         rounds=cells[0].summary["rounds"],
         clients=len(cells[0].run.partition["clients"]),
         lengths=lengths,
-        did=_did(record, cells),
+        **spent_words(record, cells),
         feedback=_feedback_rows(record, cells),
         arms=_arm_rows(record, cells),
         means=_means_by_objective(record, cells),
@@ -256,37 +257,19 @@ def _means_by_objective(record: Record, cells: Sequence[Cell]) -> list[Record]:
     return rows
 
 
-def _did(record: Record, cells: Sequence[Cell]) -> list[Record]:
-    """Return what each objective arm really did per client and round, from its ledger."""
-    rows = []
-    for objective in record["objectives"]:
-        turns = [
-            cost
-            for cell in cells_of(cells, objective)
-            for cost in cell.run.costs
-            if cost["phase"] == "train"
-        ]
-        if turns:
-            width = 2 if _needs_pairs(cells, objective) else 1
-            rows.append(
-                {
-                    "objective": objective,
-                    "steps": _range(c["steps"] for c in turns),
-                    "examples": _range(c["examples"] * width for c in turns),
-                    "tokens": _range(c["tokens"] for c in turns),
-                }
-            )
-    return rows
+def spent_by_arm(record: Record, cells: Sequence[Cell]) -> list[Record]:
+    """Return what each arm really spent per client and round."""
+    return spent_rows(
+        (objective, method, [cell.run for cell in cells_of(cells, objective, method)])
+        for objective in record["objectives"]
+        for method in record["methods"]
+    )
 
 
-def _needs_pairs(cells: Sequence[Cell], objective: str) -> bool:
-    data = cells_of(cells, objective)[0].run.run["data"]
-    return data["kind"] == "preference" and data.get("feedback") is None
-
-
-def _range(values: Iterable[float]) -> Record:
-    found = list(values)
-    return {"lowest": min(found), "mean": fmean(found), "highest": max(found)}
+def spent_words(record: Record, cells: Sequence[Cell]) -> Record:
+    """Return what ``spent.html.j2`` shows: the arms' figures, what was held equal, and what is."""
+    rows = spent_by_arm(record, cells)
+    return {"spent": rows, "budget": budget_words(record), "equality": comparison_words(rows)}
 
 
 def _feedback_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:

@@ -14,7 +14,14 @@ from typing import Any
 
 from fedloom.accounting.network import Link
 from fedloom.report import run_folder as names
-from fedloom.report.comparison_page import Cell, cells_of, is_of_kind, read_cells
+from fedloom.report.comparison_page import (
+    Cell,
+    cells_of,
+    is_of_kind,
+    read_cells,
+    spent_by_arm,
+    spent_words,
+)
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_flops
@@ -110,6 +117,7 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
         "metric": cells[0].run.metric,
         "finished": len(cells),
         "planned": len(record["cells"]),
+        "did": spent_by_arm(record, cells),
         "arms": [
             {**arm.__dict__, "mean": arm.mean, "half": arm.half, **_marks(arm, found)}
             for arm in found
@@ -257,6 +265,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         "frameworks.html.j2",
         title=record["name"],
         record=record,
+        **spent_words(record, cells),
         metric=cells[0].run.run["metric"],
         finished=len(cells),
         models=list(dict.fromkeys(cell.run.run["model"]["name"] for cell in cells)),

@@ -14,7 +14,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedloom.report import run_folder as names
-from fedloom.report.comparison_page import Cell, cells_of, is_of_kind, read_cells
+from fedloom.report.comparison_page import (
+    Cell,
+    cells_of,
+    is_of_kind,
+    read_cells,
+    spent_by_arm,
+    spent_words,
+)
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.statistics import mean_interval, paired_test
 from fedloom.report.template import fill, write_page
@@ -123,6 +130,7 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
         "name": record["name"],
         "finished": len(cells),
         "planned": len(record["cells"]),
+        "did": spent_by_arm(record, cells),
         "arms": [
             {
                 **arm.__dict__,
@@ -200,6 +208,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         "personal.html.j2",
         title=record["name"],
         record=record,
+        **spent_words(record, cells),
         finished=len(cells),
         references=[n for n in REFERENCES if any(arm.method == n for arm in found)],
         models=sorted({str(cell.run.run["model"]["name"]) for cell in cells}),

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,9 +49,22 @@ StepHook = Callable[[Mapping[str, nn.Parameter]], None]
 """What a method does around an optimizer step, to the trained parameters by name."""
 
 
-Elsewhere = Generator[Any, Any, float]
+@dataclass(frozen=True)
+class Gradients:
+    """What is known of gradients once they are in the parameters.
+
+    Attributes:
+        loss: Of the optimizer batch.
+        elsewhere: Squared norm of those that another party holds, of the same batch.
+    """
+
+    loss: float
+    elsewhere: float = 0.0
+
+
+Elsewhere = Generator[Any, Any, Gradients]
 """Gradients that are worked out with another party: yields what to send, is sent what came back, and
-returns the loss of the optimizer batch."""
+returns what is known of the optimizer batch."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def train_locally(
         round: From 1.
         work: How much is done.
         purpose: Tells several trainings of one client in one round apart.
-        repeats: Optimizer steps on each batch.
+        repeats: Optimizer steps on each batch, which are all made once they have begun.
         state: The optimizer's tensors from this client's last round.
         before_step: Called with the parameters before each optimizer step, gradients ready and not
             yet clipped: a method adds its own term here.
@@ -135,7 +148,7 @@ def train_locally(
     objective = objective.for_client(share.tokens.labels)
 
     def own_gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
-        return _accumulate_gradients(model, objective, parts, totals)
+        return Gradients(_accumulate_gradients(model, objective, parts, totals))
         yield  # nobody else is needed
 
     steps = local_steps(
@@ -183,7 +196,8 @@ def local_steps(
 
     Args are those of :func:`train_locally`, but for:
         gradients: Leaves the gradients of an optimizer batch (given as micro-batches) in the
-            parameters and returns its loss. What it yields is yielded, what is sent it receives.
+            parameters and returns :class:`Gradients`. What it yields is yielded, what is sent it
+            receives.
     """
     order = generator(seed, f"{purpose}batches", client, round)
     optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
@@ -192,21 +206,50 @@ def local_steps(
     batches = epoch_batches(
         len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
     )
-    repeated = chain.from_iterable(repeat(indices, repeats) for indices in batches)
-    for step, indices in enumerate(repeated, 1):
-        if totals.reach(work):
-            break
-        model.allowance.step()
+    for indices in within(share, batches, work):
         parts = _parts(model, share, indices, settings)
-        loss = yield from noise.over(gradients(parts, totals))
-        if not math.isfinite(loss):
-            optimizer.zero_grad()
-            rows = [row for part in parts for row in part.rows]
-            raise NonFiniteLoss(client, step, rows, loss)
-        update(model.parameters, optimizer, settings, before_step, after_step)
-        totals.steps += 1
+        for _ in range(repeats):
+            model.allowance.step()
+            found = yield from noise.over(gradients(parts, totals))
+            if not math.isfinite(found.loss):
+                optimizer.zero_grad()
+                rows = [row for part in parts for row in part.rows]
+                raise NonFiniteLoss(client, totals.steps + 1, rows, found.loss)
+            update(
+                model.parameters,
+                optimizer,
+                settings,
+                before_step,
+                after_step,
+                elsewhere=found.elsewhere,
+            )
+            totals.steps += 1
     kept = optimizer_state(model.parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
+
+
+def within(share: TokenShare, batches: Iterator[Indices], work: Work) -> Iterator[Indices]:
+    """Yield batches until the examples or tokens of ``work`` are reached; the last is cut to fit."""
+    width = share.tokens.width
+    answers = tokens = 0
+    for drawn in batches:
+        sizes = row_tokens(share)[drawn].cumsum()
+        count = len(drawn)
+        if work.examples is not None:
+            count = min(count, -(-(work.examples - answers) // width))
+        if work.tokens is not None:
+            # the rows that do not reach what is left, and the one that does
+            count = min(count, int((sizes < work.tokens - tokens).sum()) + (tokens < work.tokens))
+        if count < 1:
+            return
+        yield drawn[:count]
+        answers, tokens = answers + count * width, tokens + int(sizes[count - 1])
+
+
+def row_tokens(share: TokenShare) -> Indices:
+    """Return ``(examples,)`` tokens of each example's sequences together."""
+    lengths: Indices = np.diff(share.tokens.starts).reshape(-1, share.tokens.width).sum(1)
+    return lengths
 
 
 def update(
@@ -215,16 +258,51 @@ def update(
     settings: TrainingSettings,
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
+    *,
+    elsewhere: float = 0.0,
 ) -> None:
-    """Make one optimizer step with the gradients that are in ``parameters``, and clear them."""
+    """Make one optimizer step with the gradients that are in ``parameters``, and clear them.
+
+    Args:
+        parameters: By name, gradients ready.
+        optimizer: Theirs.
+        settings: With the norm that gradients are scaled down to.
+        before_step: See :func:`train_locally`.
+        after_step: Likewise.
+        elsewhere: Squared norm of the gradients that another party holds, which count in the norm.
+    """
     if before_step is not None:
         before_step(parameters)
     if settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+        clip(parameters, squared_norm(parameters) + elsewhere, settings.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     if after_step is not None:
         after_step(parameters)
+
+
+def squared_norm(parameters: Mapping[str, nn.Parameter]) -> float:
+    """Return the squared norm of the gradients of all parameters together.
+
+    Each tensor's norm is float32's, the sum of their squares float64's: parties that hold some of the
+    tensors each add their sums up to the same norm as one that holds all.
+    """
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = torch.stack(torch._foreach_norm(gradients))
+    return math.fsum(norm * norm for norm in norms.tolist())
+
+
+def clip(parameters: Mapping[str, nn.Parameter], squared: float, largest: float) -> None:
+    """Scale gradients, of which all together have this squared norm, so that it is ``largest`` at most.
+
+    As ``torch.nn.utils.clip_grad_norm_`` does, but for the last bit.
+    """
+    factor = largest / (math.sqrt(squared) + 1e-6)
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if gradients and not factor >= 1:  # NaN too
+        torch._foreach_mul_(gradients, factor)
 
 
 class DropoutStream:
@@ -262,8 +340,8 @@ class DropoutStream:
                 try:
                     given = steps.send(sent)
                 except StopIteration as stop:
-                    loss: float = stop.value
-                    return loss
+                    found: Gradients = stop.value
+                    return found
             sent = yield given
 
 
@@ -315,9 +393,8 @@ def local_loss(
         for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
             model.allowance.step()
             parts = _parts(model, share, indices, settings)
-            for part, loss, _, metrics in _losses(model, objective, parts):
-                own = objective.metric_weights(part)
-                totals.add(part, {"loss": loss, **metrics}, objective.weight(part), own)
+            for part, _, metrics in _losses(model, objective, parts):
+                totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
     return totals.result({}).metrics["loss"]
 
 
@@ -333,17 +410,28 @@ def _parts(
 
 def _losses(
     model: AdapterModel, objective: Objective, parts: list[Batch]
-) -> Iterator[tuple[Batch, Tensor, float, dict[str, Tensor]]]:
-    """Yield each micro-batch with its loss, its share of the optimizer batch, and its metrics."""
+) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+    """Yield each micro-batch with its term of the optimizer batch's loss, and its metrics.
+
+    The objective's loss is a mean over what its weight counts, what a model adds to it one over
+    sequences: each counts by its own share of the optimizer batch.
+    """
     statistics = objective.statistics(model, parts)
     weights = [objective.weight(part) for part in parts]
-    whole = sum(weights)
+    whole, rows = sum(weights), sum(map(len, parts))
     for part, weight in zip(parts, weights, strict=True):
         loss, metrics = objective.loss(model, part, statistics)
-        penalty = model.penalty()
+        metrics = {"loss": loss.detach(), **metrics}
+        term, penalty = loss * (weight / whole), model.penalty()
         if penalty is not None:
-            loss, metrics = loss + penalty, {**metrics, "balance": penalty.detach()}
-        yield part, loss, weight / whole, metrics
+            term = term + penalty * (len(part) / rows)
+            metrics[BALANCE.name] = penalty.detach()
+        yield part, term, metrics
+
+
+def _own_weights(objective: Objective, part: Batch) -> dict[str, float]:
+    """Return what metrics of a micro-batch are means over, where it is not the objective's weight."""
+    return {BALANCE.name: float(len(part)), **objective.metric_weights(part)}
 
 
 def _accumulate_gradients(
@@ -355,11 +443,10 @@ def _accumulate_gradients(
     over the optimizer batch however it was cut (the mistake of torchtune issue 2307).
     """
     step_loss = torch.zeros((), device=model.device)
-    for part, loss, share, metrics in _losses(model, objective, parts):
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        step_loss += loss.detach() * share
-        own = objective.metric_weights(part)
-        totals.add(part, {"loss": loss.detach(), **metrics}, objective.weight(part), own)
+    for part, term, metrics in _losses(model, objective, parts):
+        term.backward()  # type: ignore[no-untyped-call]
+        step_loss += term.detach()
+        totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
     return float(step_loss)
 
 
@@ -369,7 +456,6 @@ class Totals:
 
     steps: int = 0
     examples: int = 0
-    answers: int = 0
     tokens: int = 0
     targets: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -380,7 +466,6 @@ class Totals:
     ) -> None:
         """Count a micro-batch, and its metrics by ``weight`` or by the weight they have of their own."""
         self.examples += len(batch)
-        self.answers += len(batch.sequences.input_ids)
         self.tokens += batch.tokens
         self.targets += batch.completion_tokens or len(batch)
         for name, value in metrics.items():
@@ -388,15 +473,11 @@ class Totals:
             self.sums[name] = self.sums[name] + term if name in self.sums else term
             self.weights[name] = self.weights.get(name, 0.0) + own.get(name, weight)
 
-    def reach(self, work: Work) -> bool:
-        """Return whether the examples or tokens of ``work`` are done."""
-        return (work.examples is not None and self.answers >= work.examples) or (
-            work.tokens is not None and self.tokens >= work.tokens
-        )
-
     def result(self, kept: Tensors) -> LocalResult:
         """Return the sums as means."""
         means = {
             n: float(total) / self.weights[n] for n, total in self.sums.items() if self.weights[n]
         }
+        if BALANCE.name in means and "loss" in means:
+            means["loss"] += means[BALANCE.name]
         return LocalResult(self.examples, self.steps, self.tokens, self.targets, means, kept)

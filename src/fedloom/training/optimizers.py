@@ -14,25 +14,68 @@ from fedloom.messages import Tensors
 from fedloom.models.heads import is_head
 from fedloom.settings import Settings
 
+BOUNDED = ("local_steps", "local_examples", "local_tokens")
+"""Those that can be shared by several trainings of a round."""
+
 AMOUNTS = ("local_epochs", "local_steps", "local_examples", "local_tokens", "total_epochs")
 """Settings that say how much a client does in a round; one of them at most is given."""
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the trainings that a client makes in a round.
+
+    Attributes:
+        index: From 0.
+        of: How many there are, in all of the round's requests.
+    """
+
+    index: int
+    of: int
+
+
+ALONE = Part(0, 1)
+
+
+@dataclass(frozen=True)
 class Work:
-    """How much a client does in a round: it stops at the first bound it reaches.
+    """How much a training is: it stops at the first bound it reaches.
+
+    Where a method makes several optimizer steps on each batch, a batch counts once.
 
     Attributes:
         epochs: Passes over its rows.
-        steps: Optimizer steps.
-        examples: Answers trained on; the step that reaches them is the last.
-        tokens: Tokens trained on; the step that reaches them is the last.
+        steps: Batches.
+        examples: Answers trained on; the last batch has no more rows than reach them.
+        tokens: Tokens trained on; the last batch has no more rows than reach them.
     """
 
     epochs: int | None = None
     steps: int | None = None
     examples: int | None = None
     tokens: int | None = None
+
+    def part(self, part: Part, begun: Part, spent: Work, repeats: int) -> Work:
+        """Return what is left for one of the trainings that share this work in equal parts.
+
+        Args:
+            part: Which training.
+            begun: The first training of the same request, which ``spent`` begins with.
+            spent: Steps, answers and tokens of the request's trainings so far, repetitions counted.
+            repeats: Optimizer steps on each batch. There is always a batch of a row at least.
+        """
+
+        def left(whole: int | None, used: int | None) -> int | None:
+            if whole is None:
+                return None
+            before = whole * begun.index // begun.of + (used or 0)
+            return max(1, (whole * (part.index + 1) // part.of - before) // repeats)
+
+        return Work(
+            steps=left(self.steps, spent.steps),
+            examples=left(self.examples, spent.examples),
+            tokens=left(self.tokens, spent.tokens),
+        )
 
     def most_steps(self, rows: int, batch_size: int) -> int:
         """Return how many optimizer steps this can take at most on ``rows`` rows."""
@@ -82,9 +125,15 @@ class TrainingSettings(Settings):
     local_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps in a round, instead of local_epochs."""
     local_examples: int | None = Field(default=None, ge=1)
-    """Examples in a round, instead of local_epochs; a pair counts as the two answers it holds."""
+    """Examples in a round, instead of local_epochs; a pair counts as the two answers it holds. The last
+    step has no more rows than are left."""
     local_tokens: int | None = Field(default=None, ge=1)
-    """Tokens in a round, padding not counted, instead of local_epochs."""
+    """Tokens in a round, padding not counted, instead of local_epochs. The last step has no more rows
+    than it takes to reach them."""
+    amount_per: Literal["model", "round"] = "model"
+    """Where a method trains several models in a round, or steps several times on a batch, what these
+    amounts are of. model: of each model, a batch counted once. round: of all that a client computes in a
+    round, in equal parts, every step counted (with local_steps, local_examples or local_tokens)."""
     total_epochs: float | None = Field(default=None, gt=0)
     """Passes over a client's rows in the whole run, instead of local_epochs: every round makes
     ceil(total_epochs n_k / (rounds x clients_per_round / clients) / batch_size) steps (the "dynamic
@@ -127,6 +176,10 @@ class TrainingSettings(Settings):
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) > 1:
             found.append(f"training: give {' or '.join(given)}, not both")
+        if self.amount_per == "round" and not set(given) & set(BOUNDED):
+            found.append(
+                f'training.amount_per = "round" shares {", ".join(BOUNDED[:2])} or {BOUNDED[2]}: give one'
+            )
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             found.append(
                 f"training.micro_batch_size = {self.micro_batch_size} is above "
