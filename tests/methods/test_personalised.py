@@ -44,8 +44,15 @@ def test_ditto_trains_fedavg_and_a_personal_adapter_near_what_it_received(play):
             assert own(found, client)[axis] == pytest.approx(v, abs=1e-7)
 
 
-def test_pfedme_moves_w_by_the_envelopes_gradient_after_every_k_steps(play):
-    settings = PFedMeSettings(strength=2.0, steps=3, local_rate=0.1, server_rate=0.5)
+COUNTS = pytest.mark.parametrize(
+    ("counted", "rows"), [({}, 1), ({"weights": "equal"}, 1), ({"weights": "rows"}, 3)]
+)
+"""What clients count: alike by default, as in the papers; the second has three times the first's rows."""
+
+
+@COUNTS
+def test_pfedme_moves_w_by_the_envelopes_gradient_after_every_k_steps(play, counted, rows):
+    settings = PFedMeSettings(strength=2.0, steps=3, local_rate=0.1, server_rate=0.5, **counted)
     found = play(PFedMe(settings), rounds=1)
     for axis, start in enumerate((0.0, 1.0)):
         local = {}
@@ -56,7 +63,7 @@ def test_pfedme_moves_w_by_the_envelopes_gradient_after_every_k_steps(play):
                 w = w - 0.1 * 2.0 * (w - theta)
             local[client] = w
             assert own(found, client)[axis] == pytest.approx(theta, abs=1e-7)
-        mean = (local[0] + 3 * local[1]) / 4
+        mean = (local[0] + rows * local[1]) / (1 + rows)
         assert found.adapters[0][axis] == pytest.approx(start + 0.5 * (mean - start), abs=1e-7)
 
 
@@ -93,16 +100,17 @@ def test_feddpa_trains_its_adapters_apart(play):
     assert own(after, 0) == pytest.approx(fitted, abs=1e-12)
 
 
-def test_fdlora_starts_from_local_training_and_moves_by_nesterov(play):
+@COUNTS
+def test_fdlora_starts_from_local_training_and_moves_by_nesterov(play, counted, rows):
     """The first change is counted one and a half times, the second with three quarters of it beside."""
-    found = play(FDLoRA(FDLoRASettings(private_every=2)), rounds=2)
+    found = play(FDLoRA(FDLoRASettings(private_every=2, **counted)), rounds=2)
     for axis in (0, 1):
 
         def mean(w, axis=axis):
             ends = [descend(w, TARGETS[client][axis]) for client in (0, 1)]
-            return (ends[0] + 3 * ends[1]) / 4
+            return (ends[0] + rows * ends[1]) / (1 + rows)
 
-        start = FEDAVG[0][axis]  # the mean of what clients made of the start by themselves
+        start = mean((0.0, 1.0)[axis])  # of what clients made of the start by themselves
         first = mean(start) - start
         one = start + 1.5 * first
         second = mean(one) - one

@@ -71,9 +71,9 @@ TAKEN = _names(
         "method.fedper": "head_mode",
         "method.fedrep": "head_mode",
         "method.ditto": "strength",
-        "method.pfedme": "strength local_rate server_rate",
+        "method.pfedme": "weights strength local_rate server_rate",
         "method.feddpa": "variant mix",
-        "method.fdlora": "server_rate momentum private_every bound penalty",
+        "method.fdlora": "weights server_rate momentum private_every bound penalty",
         "method.fedamole": "clients_per_expert max_experts_per_client min_experts_per_client "
         "assignment homogeneous embedding_fraction embedding_rows embedding_noise epsilon delta "
         "embedding_clip eta",

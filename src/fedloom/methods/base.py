@@ -335,6 +335,7 @@ class Method:
         needs_public: Whether all parties must have public rows.
         mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
         moves_backbone: Whether weights that are frozen while training change between rounds.
+        by_rows: Whether clients weigh by their rows in means of adapters, or all alike.
         averages: Whether it takes means of adapters by :meth:`averaged`, which other rules may replace.
         reveals: What replies hold beside numbers; each method's file says it, and a client's policy goes
             by it. An object may narrow it by its settings.
@@ -351,6 +352,7 @@ class Method:
     mixed_ranks = False
     moves_backbone = False
     averages = False
+    by_rows = True
     reveals: frozenset[Reveal]
     trainings = 1
     repeats = 1
@@ -381,9 +383,9 @@ class Method:
         own = self.aggregation
         if own.rule == "mean":
             first = replies[0].payload.tensors
-            return mean_adapter(replies, cohort if noted else None, out=first)
+            return mean_adapter(replies, cohort if noted else None, out=first, by_rows=self.by_rows)
         adapters = [reply.payload.tensors for reply in replies]
-        weights = [reply.payload.numbers["examples"] for reply in replies]
+        weights = _weights(replies, by_rows=self.by_rows)
         largest = own.max_norm or math.inf
         try:
             return combined(own.rule, adapters, weights, start, own.bad, largest)
@@ -470,9 +472,13 @@ def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Pa
 
 
 def mean_adapter(
-    replies: Sequence[Reply], cohort: Cohort | None = None, out: Tensors | None = None
+    replies: Sequence[Reply],
+    cohort: Cohort | None = None,
+    out: Tensors | None = None,
+    *,
+    by_rows: bool = True,
 ) -> Tensors:
-    """Return the mean of the adapters that clients sent back, weighted by their rows.
+    """Return the mean of the adapters that clients sent back, weighted by their rows or all alike.
 
     It is written to ``out``, which may be the first of them, if given.
 
@@ -480,12 +486,16 @@ def mean_adapter(
     are so many and large that they wait on disk or that it takes more than :data:`AFFORDABLE`.
     """
     adapters = [reply.payload.tensors for reply in replies]
-    weights = [reply.payload.numbers["examples"] for reply in replies]
+    weights = _weights(replies, by_rows=by_rows)
     stored = isinstance(adapters[0], StoredTensors)
     if cohort is not None and not stored and error_flops(adapters) <= AFFORDABLE:
         error = averaging_error(adapters, weights)
         cohort.notes.update({} if error is None else {"aggregation_error": error})
     return weighted_mean(adapters, weights, out)
+
+
+def _weights(replies: Sequence[Reply], *, by_rows: bool) -> list[float]:
+    return [reply.payload.numbers["examples"] if by_rows else 1.0 for reply in replies]
 
 
 def training_exchange(

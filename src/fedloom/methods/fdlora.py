@@ -59,6 +59,8 @@ class FDLoRASettings(Settings):
     """``[method] name = "fdlora"``; defaults are those of FedAMoLE's authors."""
 
     name: Literal["fdlora"] = "fdlora"
+    weights: Literal["equal", "rows"] = "equal"
+    """What clients count in the mean: all alike (the paper), or by their rows."""
     server_rate: float = Field(default=1.0, gt=0)
     """Of the outer optimizer."""
     momentum: float = Field(default=0.5, ge=0, lt=1)
@@ -86,6 +88,7 @@ class FDLoRA(KeepsAdapter):
     def __init__(self, settings: FDLoRASettings) -> None:
         """Keep the settings."""
         self.settings = settings
+        self.by_rows = settings.weights == "rows"
 
     @property
     def mixed(self) -> tuple[NumberSpec, ...]:

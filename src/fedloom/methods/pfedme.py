@@ -5,6 +5,8 @@ https://arxiv.org/abs/2006.08848, algorithm 1. On each batch a client makes K st
 f(theta) + lambda/2 ||theta - w||^2 and then w <- w - eta lambda (w - theta); the server takes
 (1 - beta) w + beta mean(w_k). A client's own model is theta.
 
+Clients count alike in the mean, or with ``weights = "rows"`` by their rows.
+
 With ``steps`` K, a batch costs K optimizer steps. eta is ``local_rate``; the optimizer's own learning
 rate is that of theta.
 """
@@ -39,6 +41,8 @@ class PFedMeSettings(Settings):
     """``[method] name = "pfedme"``."""
 
     name: Literal["pfedme"] = "pfedme"
+    weights: Literal["equal", "rows"] = "equal"
+    """What clients count in the mean: all alike (the paper), or by their rows."""
     strength: float = Field(default=15.0, gt=0)
     """lambda, the pull of the client's w on theta (the authors' experiments: 15 to 30)."""
     steps: int = Field(default=5, ge=1)
@@ -60,6 +64,7 @@ class PFedMe(KeepsAdapter):
         """Keep the settings."""
         self.settings = settings
         self.trainings = self.repeats = settings.steps
+        self.by_rows = settings.weights == "rows"
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send w, take (1 - beta) w + beta mean(w_k)."""

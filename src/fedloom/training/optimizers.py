@@ -93,15 +93,16 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(default=1e-3, gt=0)
     """In the first round; constant inside a round."""
     schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
-    """How it falls over the rounds: cosine and linear to min_learning_rate in the last, exponential by
-    the factor decay in each."""
+    """How it falls over the rounds, t of T being done: cosine and linear towards min_learning_rate, which
+    they would reach in round T + 1 (2502.14187), exponential by the factor decay in each."""
     decay: float = Field(default=0.99, gt=0, le=1)
     """Of the exponential schedule (FedAMoLE: 0.99)."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """Of heads and a client's other own parts, at the first round (default: learning_rate). They are
     as they were pretrained or small: a rate that suits LoRA's factors is often too high for them."""
     min_learning_rate: float = Field(default=0.0, ge=0)
-    """Where cosine and linear end (2502.14187 uses a tenth of the first)."""
+    """What cosine and linear fall towards (2502.14187 uses a tenth of the first); the last round's rate
+    is above it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled from the gradient with adamw, added to it with adam and sgd."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -209,7 +210,8 @@ class TrainingSettings(Settings):
 def round_learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:
     """Return the learning rate of ``round`` (from 1) of ``rounds``.
 
-    Cosine: ``min + (first - min) (1 + cos(pi t / T)) / 2`` with t = round - 1, as in 2502.14187.
+    Cosine: ``min + (first - min) (1 + cos(pi t / T)) / 2`` with t = round - 1, as in 2502.14187; linear:
+    ``first + (min - first) t / T``. Neither reaches min in the last round, in which t is T - 1.
     """
     first, last = settings.learning_rate, settings.min_learning_rate
     share = (round - 1) / rounds
