@@ -201,3 +201,25 @@ def test_parties_in_turn_hold_parameters_of_their_own(model_folder):
     model.hold(own)
     model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.square().sum().backward()
     assert all(torch.equal(again[n], p.grad) for n, p in own.items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_adapter_on_a_tied_output_layer_is_untied_when_it_is_loaded(
+    model_folder, tmp_path, kind
+):
+    """Merged into the output layer, it would be in the embeddings too."""
+    ids = torch.tensor([[1, 5, 9, 7]])
+    settings = AdapterSettings(kind=kind, targets=["lm_head"])
+    model = AdapterModel(
+        attach_adapter(load_backbone(str(model_folder), pad_token_id=0), settings), 0
+    )
+    with torch.no_grad():
+        for parameter in model.parameters.values():
+            parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+    model.save(tmp_path)
+    loaded = load_adapter(load_backbone(str(model_folder), pad_token_id=0), tmp_path)
+    with torch.no_grad():
+        before = loaded(input_ids=ids).logits
+        merged = loaded.merge_and_unload()
+        assert torch.allclose(merged(input_ids=ids).logits, before, atol=1e-4)
+    assert not merged.config.tie_word_embeddings

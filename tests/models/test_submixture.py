@@ -1,5 +1,7 @@
 """A part of a backbone's own experts: the same as a smaller model, and back again."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,3 +89,11 @@ def test_flops_are_those_that_torch_counts(mixture_folder):
 def test_backbones_without_experts_are_refused(model_folder):
     with pytest.raises(ModelError, match=r"Mixtral, Qwen's and OLMoE have; this model is 'llama'"):
         build(model_folder)
+
+
+def test_what_is_saved_caches_when_it_generates(mixture_folder, tmp_path):
+    """It is off while the model is trained, and was off for whoever loaded it too."""
+    model = build(mixture_folder)
+    model.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
+    assert model.model.config.use_cache is False

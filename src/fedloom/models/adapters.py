@@ -32,6 +32,7 @@ from typing import Any, Literal
 import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -554,10 +555,14 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
             kind = peft.PeftConfig.from_pretrained(str(folder)).peft_type
             prompts = (peft.PeftType.PROMPT_TUNING, peft.PeftType.P_TUNING)
             trainable = kind not in prompts  # which PEFT loads for inference alone
-            return peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+            model = peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = first_line(error)
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
+    anyone: Any = backbone
+    if isinstance(anyone.get_output_embeddings(), BaseTunerLayer):
+        untie(backbone)  # what is merged into the one is not merged into the other
+    return model
 
 
 @contextmanager
@@ -571,9 +576,15 @@ def _quiet_peft() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning
         )
+        # Of an adapter on an output layer that is tied: it is untied before anything is merged.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         # Of GPT-2's Conv1D, whose weights lie the other way round: PEFT sets it right by itself.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
+
+
+def _no_card(folder: str) -> None:
+    """Stand for what PEFT writes beside an adapter."""
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

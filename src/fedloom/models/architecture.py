@@ -114,12 +114,13 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def untie(model: nn.Module) -> None:
-    """Give the output layer a weight of its own, equal to the input embeddings'."""
+    """Give the output layer, under an adapter or not, a weight of its own, equal to the embeddings'."""
     if not is_tied(model):
         return
     output, inputs = _ends(model)
     weight = inputs.weight.detach().clone()
-    output.weight = nn.Parameter(weight, requires_grad=False)
+    bare = output.get_base_layer() if hasattr(output, "get_base_layer") else output
+    bare.weight = nn.Parameter(weight, requires_grad=False)
     config: Any = model.config
     for own in {id(c): c for c in (config, config.get_text_config())}.values():
         own.tie_word_embeddings = False

@@ -86,13 +86,15 @@ class SubMixtureModel(AdapterModel):
         """Write a model that ``transformers`` loads, with as many experts as are held."""
         config: Any = self.model.config
         name = next(name for name in COUNTS if hasattr(config, name))
-        before = getattr(config, name)
+        before = getattr(config, name), config.use_cache
         setattr(config, name, len(next(iter(self._parts.values())).gate.weight))
+        config.use_cache = True  # off while it is trained; who loads it generates
         try:
             anyone: Any = self.model
             anyone.save_pretrained(str(folder))
         finally:
-            setattr(config, name, before)
+            setattr(config, name, before[0])
+            config.use_cache = before[1]
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
