@@ -119,7 +119,7 @@ def table(model_folder, tmp_path):
         "federation": {"rounds": 2, "clients": 3},
         "training": {"learning_rate": 1e-3, "batch_size": 8},
         "evaluation": {"samples": 2, "max_new_tokens": 2},
-        "output": {"folder": str(tmp_path / "run")},
+        "output": {"folder": str(tmp_path / "run"), "verify": False},  # test_verifying.py does
     }
 
 

@@ -596,6 +596,13 @@ def of_server(experiment: Experiment) -> Experiment:
     )
 
 
+def client_base(experiment: Experiment, client: int) -> str:
+    """Return the backbone of a client, as the experiment names it."""
+    groups = experiment.clients.groups.values()
+    own = (group.model for group in groups if client in group.clients)
+    return next(own, None) or experiment.model.path
+
+
 def _with_model(experiment: Experiment, path: str, rank: int) -> Experiment:
     """Return the experiment of a party that has this model and rank; it knows of no other groups."""
     adapter = experiment.adapter

@@ -372,7 +372,9 @@ def export(
     from fedloom.exporting import export as write
 
     written = write(run, client, target, reward=reward)
-    _say(f"wrote {written.folder}; load it with transformers:\n  {written.loading}")
+    _say(
+        f"wrote {written.folder}; load it with transformers:\n  {written.loading}\n{written.verified}"
+    )
 
 
 @app.command()

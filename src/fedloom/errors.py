@@ -6,6 +6,7 @@
     ├── SettingsError       the experiment file: unknown key, wrong type, contradiction (all listed)
     ├── DataError           the data: missing file, absent column, malformed rows, empty client
     ├── ModelError          the model folder or the adapter: no weights, no tokenizer, no such target
+    │   └── VerificationError   a saved folder is not the model that was trained
     ├── PolicyError         what a client's own file does not allow (all reasons listed)
     ├── MessageError        a message that is not what it must be: form, schema, range, sender
     ├── TrainingError       local training on one client failed; the round goes on without it
@@ -79,6 +80,13 @@ class ModelError(FedloomError):
     """The model or its adapter cannot be loaded as the experiment asks."""
 
     exit_code = 3
+
+
+class VerificationError(ModelError):
+    """What was saved and loaded again is not the model that was trained."""
+
+    exit_code = 7
+    restart_helps = False
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ class OutputSettings(Settings):
     """Rounds between checkpoints; the last two are kept."""
     trackers: list[Tracker] = []
     """Also send figures to "tensorboard" (files in the run folder), "wandb" or "mlflow"."""
+    verify: bool = True
+    """Whether what was saved is loaded afresh at the end, by transformers and PEFT, and compared with the
+    model that was trained; a difference is an error. At clients too."""
 
 
 class ClientGroup(Settings):

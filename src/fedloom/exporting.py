@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fedloom.assembly import load_saved
+from fedloom.assembly import client_base, load_saved, model_folder, of_server
 from fedloom.division import divide
 from fedloom.errors import OutputError
 from fedloom.experiment import Experiment
+from fedloom.model_cards import UNKNOWN_PROMPT, evaluation_facts, facts_of
+from fedloom.models.card import Facts, base_facts, describe
 from fedloom.models.export import export_causal, export_reward
+from fedloom.models.saved import FACTS
 from fedloom.objectives import OBJECTIVES
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
+from fedloom.verifying import ExportCheck, sentence
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,14 @@ class Exported:
         own_code: Whether loading it needs ``trust_remote_code=True``.
         reward: Whether it is a reward model.
         classification: Whether it is a classifier.
+        verified: What came of comparing it with the model that was merged, in one line.
     """
 
     folder: Path
     own_code: bool
     reward: bool
     classification: bool
+    verified: str = ""
 
     @property
     def loading(self) -> str:
@@ -53,6 +60,7 @@ def export(
     Raises:
         OutputError: It is no run folder, has no such model, or the target is not empty.
         ModelError: The model cannot be had, or has no such head.
+        VerificationError: What was written, loaded again, is not the model that was merged.
     """
     folder = RunFolder.existing(run)
     adapter = _adapter_of(folder, client)
@@ -65,14 +73,45 @@ def export(
     classes = divide(experiment).classes if classification else ()
     encoder, model = load_saved(experiment, classes, adapter)
     tokenizer = encoder.tokenizer
+    check = ExportCheck(experiment, model, reward=reward) if experiment.output.verify else None
     try:
         if reward:
             export_reward(model, tokenizer, target)
-            return Exported(target, True, True, False)
-        own_code = export_causal(model, tokenizer, target)
+            own_code = True
+        else:
+            own_code = export_causal(model, tokenizer, target)
+        describe(target, _facts(folder, adapter, experiment, client, classes, reward, own_code))
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    return Exported(target, own_code, False, classification)
+    del model  # it is merged, and of no more use
+    outcome: dict[str, Any] = {"left_out": "output.verify = false"}
+    if check is not None:
+        del check.model
+        outcome = check.verify(target, sequence=reward or classification)
+    return Exported(target, own_code, reward, classification, sentence(outcome))
+
+
+def _facts(
+    folder: RunFolder,
+    adapter: Path,
+    experiment: Experiment,
+    client: int | None,
+    classes: tuple[str, ...],
+    reward: bool,
+    own_code: bool,
+) -> Facts:
+    """Return the facts of an export: those of the adapter, or what a run from before has of them."""
+    known = RunFolder(adapter).read_json(FACTS)
+    if known is None:
+        path = (
+            of_server(experiment).model.path if client is None else client_base(experiment, client)
+        )
+        base = base_facts(model_folder(path), experiment.model.revision)
+        known = facts_of(experiment, client, base, UNKNOWN_PROMPT, classes)
+        test = (folder.read_json(names.RUN) or {}).get("data", {}).get("global_held_out", 0)
+        known["evaluation"] = evaluation_facts(client, folder.read_json(names.SUMMARY), test)
+    task = "reward" if reward else known["task"]
+    return {**known, "task": task, "own_code": own_code, "tokenizer_of_base": False}
 
 
 def _adapter_of(folder: RunFolder, client: int | None) -> Path:

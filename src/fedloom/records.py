@@ -49,6 +49,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
 from fedloom.shown import label
 from fedloom.training.memory import client_memory
+from fedloom.verifying import sentence
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
 
@@ -467,6 +468,7 @@ def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
+        sentence(summary["verified"]),
         f"run folder: {folder}",
     ]
     return "\n".join(lines)

@@ -41,6 +41,7 @@ from fedloom.files import sweep
 from fedloom.made_with import MadeWith
 from fedloom.messages import Payload
 from fedloom.methods import METHODS
+from fedloom.model_cards import ModelCards
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.offences import of_rounds
@@ -70,6 +71,7 @@ from fedloom.shown import named
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
+from fedloom.verifying import Verifier
 
 PUT_BACK = "put it back from a backup, or start a new run"
 """What to do where a record of a run that is to be resumed is damaged."""
@@ -399,6 +401,8 @@ class _Run:
         self.marks = marks.Marks(self.folder)
         lines = self.folder.read_lines(names.COSTS)  # of rounds before a resume
         self.scored = {line["client"] for line in lines if line["phase"] == REFERENCE}
+        self.verifier = Verifier(self.experiment, self.parts)
+        self.cards = ModelCards(self.experiment, self.parts, self.made.objective)
 
     def prepare(self, done: int) -> None:
         """Meet clients that are elsewhere, and write down what is known before the next round."""
@@ -588,6 +592,10 @@ class _Run:
         if self.remote is not None:
             self.remote.end(self._own_models(state))
         summary["records"] = self.marks.now()
+        self._write_cards(summary)
+        if self.experiment.output.verify:
+            self.observer.stage("verifying what was saved")
+        summary["verified"] = self.verifier.verify()
         self.folder.write_json(names.SUMMARY, summary)
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
@@ -608,12 +616,22 @@ class _Run:
             if shared is not None:
                 self.parts.model.write(shared)
                 self.parts.model.save(self.folder.adapter)
+                self.verifier.note(self.folder.adapter, self.parts.model)
             for client in self._owners():
                 model = self._write_own(client, state)
                 model.save(self.folder.client(client))
+                self.verifier.note(self.folder.client(client), model, client)
         except OSError as error:
             raise OutputError(f"cannot write the adapter: {error}") from error
         return self.folder.adapter if shared is not None else None
+
+    def _write_cards(self, summary: Mapping[str, Any]) -> None:
+        """Write the model cards of all that was saved."""
+        if self.folder.adapter.is_dir():
+            self.cards.write(self.folder.adapter, self.parts.model, None, summary)
+        for client in self._owners():
+            model = self.parts.local.equipment[client].model
+            self.cards.write(self.folder.client(client), model, client, summary)
 
     def _owners(self) -> list[int]:
         """Return the clients that have something of their own to be judged by."""

@@ -44,6 +44,7 @@ def test_every_call_of_a_loader_says_so():
     found = list(calls())
     assert {name for name, _ in found} == {
         "load.py",
+        "verify.py",
         "hub.py",
         "harness.py",
         "fedavg_by_hand.py",

@@ -88,6 +88,7 @@ TAKEN = _names(
         "amount_per "
         "keep_optimizer_state precision gradient_checkpointing",
         "evaluation": "every max_examples per_client client_max_examples judged_by",
+        "output": "verify",
     }
 )
 """Settings that are taken as they are, beside the names of objective and method. How much is trained is

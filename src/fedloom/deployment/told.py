@@ -21,6 +21,7 @@ from fedloom.errors import (
     MessageError,
     NonFiniteLoss,
     PolicyError,
+    VerificationError,
 )
 from fedloom.shown import message
 
@@ -55,6 +56,7 @@ class Sentence(StrEnum):
     WORKING = "its work failed" + WHY
     NOT_FINITE = "its loss became NaN or infinite" + WHY
     MEMORY = "not even one example at a time fits into its memory"
+    UNVERIFIED = "its own model, saved and loaded again, is not the one that was trained" + WHY
     AUDIT = "its own audit log does not hold together" + WHY
     UNFIT = "what was sent is not what this client was told of the run" + WHY
     FOREIGN = "the message is for another client"
@@ -106,6 +108,8 @@ def _sentence(error: Exception) -> Sentence:
             return sentence
         case NonFiniteLoss():
             return Sentence.NOT_FINITE
+        case VerificationError():
+            return Sentence.UNVERIFIED
         case MemoryError():
             return Sentence.MEMORY
         case AuditError():

@@ -57,6 +57,7 @@ from fedloom.errors import (
     MessageError,
     PolicyError,
     Refusal,
+    VerificationError,
 )
 from fedloom.experiment import Experiment
 from fedloom.identity import (
@@ -68,7 +69,9 @@ from fedloom.identity import (
     sign,
 )
 from fedloom.messages import Exchange, Schema, decode
+from fedloom.model_cards import ModelCards
 from fedloom.models.load import silence_transformers
+from fedloom.verifying import Verifier, sentence
 
 LOG = logging.getLogger("fedloom.worker")
 
@@ -91,6 +94,7 @@ class Run:
         id: Tells it from all others.
         client: This client's number in it.
         began: How many times it had begun or been resumed when this client last heard of it.
+        experiment: As this client takes part in it.
         parts: Model, rows and handlers, for this client alone.
         kept: What it keeps between rounds, on disk.
         every: Rounds between the server's checkpoints.
@@ -103,6 +107,7 @@ class Run:
     id: str
     client: int
     began: int
+    experiment: Experiment
     parts: Parts
     kept: Kept
     every: int
@@ -278,7 +283,9 @@ class Worker:
         every = experiment.output.checkpoint_every
         secret = own.worker.secret_noise
         stretch = len(header.began)
-        self.run = Run(header.run, number, stretch, parts, kept, every, secret, own.policy)
+        self.run = Run(
+            header.run, number, stretch, experiment, parts, kept, every, secret, own.policy
+        )
         return self.run
 
     def _joined(self, run: Run) -> Joined:
@@ -342,7 +349,20 @@ class Worker:
         client = engine.client(run.client, run.parts.evaluator.rounds)
         run.parts.method.load(client, payload)
         client.model.save(folder)
+        verifier = Verifier(run.experiment, run.parts)
+        verifier.note(folder, client.model, run.client)
+        ModelCards(run.experiment, run.parts).write(folder, client.model, run.client)
         LOG.info("run %s: own model written to %s", header.run[:8], folder)
+        about = {"run": header.run, "client": run.client}
+        try:
+            outcome = verifier.verify()
+        except VerificationError as error:
+            if self.log is not None:
+                self.log.record("differs", **about, reason=str(error))
+            raise
+        LOG.info("run %s: %s", header.run[:8], sentence(outcome))
+        if self.log is not None:
+            self.log.record("verified", **about, **outcome)
 
     def _open_stream(self, address: str, run: str) -> None:
         if self._streaming == run:

@@ -329,8 +329,15 @@ class AdapterModel:
             save_personal(self.own, folder)
 
     def _save_adapter(self, folder: Path) -> None:
-        with self._true_rank():
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        anyone: Any = self.model
+        anyone.create_or_update_model_card = (
+            _no_card  # PEFT's is empty; card.py writes one that is not
+        )
+        try:
+            with self._true_rank():
+                self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        finally:
+            del anyone.create_or_update_model_card
 
     @contextmanager
     def _true_rank(self) -> Iterator[None]:
