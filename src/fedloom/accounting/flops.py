@@ -59,24 +59,26 @@ class ModelShape:
     Attributes:
         linears: Every linear layer in the blocks.
         head: The output layer (LM head or classification head), applied to some positions only.
-        before_head: Linear layers that those positions pass first (a bottleneck adapter).
+        before_head: Linear layers that those positions pass first (a bottleneck adapter, a pooler).
         reward: The explicit reward head, applied to one position of a sequence; ``None`` without one.
         encoder: Linear layers that virtual tokens pass before the blocks, once for all sequences.
         encoded: Number of these tokens.
-        attention_layers: Number of attention layers.
-        attention_layers_reached: Those among them that the backward pass runs through.
-        attention_width: Query heads times head size.
+        attention_width: Query heads times head size, added up over attention layers.
+        attention_width_reached: The same of those that the backward pass runs through.
+        pooled: Whether the output layer is applied to one position of a sequence, whatever is kept.
+        once: Products that are made once a pass, as linear layers that one token passes.
     """
 
     linears: tuple[LinearShape, ...]
     head: LinearShape
-    attention_layers: int
-    attention_layers_reached: int
     attention_width: int
+    attention_width_reached: int
     before_head: tuple[LinearShape, ...] = ()
     reward: LinearShape | None = None
     encoder: tuple[LinearShape, ...] = ()
     encoded: int = 0
+    pooled: bool = False
+    once: tuple[LinearShape, ...] = ()
 
 
 def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
@@ -90,22 +92,26 @@ def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int
     """
     tokens = rows * length
     per_token = sum(_forward_per_token(x) for x in shape.linears)
-    attention = 4.0 * length * shape.attention_width * shape.attention_layers
+    attention = 4.0 * length * shape.attention_width
+    positions = 1 if shape.pooled else head_positions
     heads = sum(_forward_per_token(x) for x in (*shape.before_head, shape.head))
     reward = _forward_per_token(shape.reward) if shape.reward else 0.0
     before = shape.encoded * sum(_forward_per_token(x) for x in shape.encoder)
-    return tokens * (per_token + attention) + rows * (head_positions * heads + reward) + before
+    before += sum(_forward_per_token(x) for x in shape.once)
+    return tokens * (per_token + attention) + rows * (positions * heads + reward) + before
 
 
 def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
     """FLOPs of the backward pass that belongs to :func:`forward_flops` of the same arguments."""
     tokens = rows * length
     per_token = sum(_backward_per_token(x) for x in shape.linears if x.reached)
-    attention = 8.0 * length * shape.attention_width * shape.attention_layers_reached
+    attention = 8.0 * length * shape.attention_width_reached
+    positions = 1 if shape.pooled else head_positions
     heads = sum(_backward_per_token(x) for x in (*shape.before_head, shape.head) if x.reached)
     reward = _backward_per_token(shape.reward) if shape.reward else 0.0
     before = shape.encoded * sum(_backward_per_token(x) for x in shape.encoder)
-    return tokens * (per_token + attention) + rows * (head_positions * heads + reward) + before
+    before += sum(_backward_per_token(x) for x in shape.once if x.reached)
+    return tokens * (per_token + attention) + rows * (positions * heads + reward) + before
 
 
 def _forward_per_token(linear: LinearShape) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import ModelError
+from fedloom.models.configuration import text_part, vocabulary
 
 PROBED_TOKENS = 8
 """Length of a row that a model is asked about."""
@@ -22,6 +23,9 @@ CHANGED = 1e-3
 
 TOWERS = ("vision_config", "audio_config", "image_config", "speech_config")
 """Sections of a configuration by which a model reads more than text."""
+
+TOWER_NAMES = ("vision", "visual", "audio", "image", "speech", "multi_modal", "mm_projector")
+"""Within the names of modules that read no text; asked only of a model without weights."""
 
 DROPOUT = ("dropout", "pdrop", "drop_rate")
 """Within the names of attributes that hold a probability of dropout."""
@@ -55,10 +59,13 @@ def text_layers(model: nn.Module) -> set[str] | None:
     """Return the names of the modules that run when a model reads text.
 
     Returns:
-        ``None`` where a model reads nothing else, or has no weights to run with.
+        ``None`` where a model reads nothing else. Of one without weights, which cannot always be run,
+        those that are not named as what reads something else.
     """
     if not _reads_more(model):
         return None
+    if next(model.parameters()).is_meta:
+        return {n for n, _ in model.named_modules() if not any(own in n for own in TOWER_NAMES)}
     row = _probe(model)
     ran: set[str] = set()
     hooks = [
@@ -122,7 +129,7 @@ def untie(model: nn.Module) -> None:
     bare = output.get_base_layer() if hasattr(output, "get_base_layer") else output
     bare.weight = nn.Parameter(weight, requires_grad=False)
     config: Any = model.config
-    for own in {id(c): c for c in (config, config.get_text_config())}.values():
+    for own in {id(c): c for c in (config, text_part(config))}.values():
         own.tie_word_embeddings = False
 
 
@@ -151,7 +158,7 @@ def _ends(model: Any) -> tuple[Any, Any]:
 def _probe(model: nn.Module) -> Tensor:
     """Return ``(1, tokens)`` different ids that the model knows."""
     config: Any = model.config
-    size = int(getattr(config.get_text_config(), "vocab_size", 0) or PROBED_TOKENS)
+    size = vocabulary(config, PROBED_TOKENS)
     ids = torch.arange(PROBED_TOKENS) * max(1, size // PROBED_TOKENS) % size
     return ids.unsqueeze(0).to(next(model.parameters()).device)
 

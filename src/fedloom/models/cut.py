@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.load import keep_blocks
+from fedloom.models.configuration import keep_blocks
 from fedloom.models.shape import block_of, model_shape
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from fedloom.errors import ModelError, first_line
 from fedloom.models.architecture import require_causal
+from fedloom.models.configuration import context, keep_blocks, text_part
 from fedloom.models.quantize import (
     Quantization,
     check_quantization,
@@ -125,7 +126,7 @@ def stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
             config = _configuration(path, revision)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
-        found = getattr(config.get_text_config(), "eos_token_id", None)
+        found = getattr(text_part(config), "eos_token_id", None)
     several = found if isinstance(found, list | tuple) else [found]
     return tuple(token for token in several if isinstance(token, int))
 
@@ -205,13 +206,6 @@ def _begin_head(model: Any) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def keep_blocks(config: Any, blocks: range) -> None:
-    """Change a configuration to that of a model that has only these of its blocks."""
-    config.num_hidden_layers = len(blocks)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[block] for block in blocks]
-
-
 def _set_classes(config: Any, classes: tuple[str, ...]) -> None:
     if classes:
         config.num_labels = len(classes)
@@ -255,7 +249,7 @@ def empty_backbone(
 
 def context_length(model: nn.Module) -> int:
     """Return how many tokens the model reads at most."""
-    return _context(model.config)
+    return context(model.config)
 
 
 def context_of(path: str, revision: str | None = None) -> int:
@@ -266,15 +260,9 @@ def context_of(path: str, revision: str | None = None) -> int:
     """
     _check_folder(path)
     try:
-        return _context(_configuration(path, revision))
+        return context(_configuration(path, revision))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
-
-
-def _context(config: Any) -> int:
-    text = config.get_text_config()  # of a model that reads more than text
-    names = ("max_position_embeddings", "n_positions", "context_length", "max_seq_len")
-    return int(next((own for name in names if (own := getattr(text, name, None))), 2048))
 
 
 def fingerprint(path: str) -> str:

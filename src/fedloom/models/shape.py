@@ -6,22 +6,43 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from fedloom.accounting.flops import LinearShape, ModelShape
+from fedloom.models.architecture import text_layers
+from fedloom.models.configuration import HEADS, WIDTH, number, text_part
 from fedloom.models.heads import LowRankHead, PersonalHead
 
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
-    ("gate", "gate_up_proj"),
+    ("gate", "router", "gate_up_proj"),
+    ("q_a_proj", "q_proj", "kv_a_proj_with_mqa"),
 )
 """Layers of a block that read one input: a gradient flows into it for all of them or for none."""
 
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query")
-"""Layers that feed attention: where one of them is adapted, the backward pass crosses attention."""
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo", "o")
+"""What an attention module's output projection is called; its other layers feed attention."""
 
+QUERIES = ("q_proj", "query", "query_proj", "q_lin", "q")
+"""Layers that make queries alone."""
+
+NO_PRODUCTS = ("Rwkv", "Lightning", "Linear")
+"""Within the names of modules called attention that multiply no queries with keys."""
+
+MLP_INPUTS = ("dense_h_to_4h", "fc_in", "fc1", "gate_proj", "up_proj", "gate_up_proj")
+"""Layers by which an MLP reads; in a parallel block what they read is what attention reads."""
+
+ALL_EXPERTS = ("Llama4TextExperts",)
+"""Stacks of experts that every token passes whole, to be weighted by the router."""
+
+STACKS = ("gate_up_proj", "down_proj")
+"""Weights of all experts of a block, each in one parameter."""
 
 PROMPT_ENCODER = "prompt_encoder"
 
@@ -44,6 +65,10 @@ class _Layer:
         return self.name.rpartition(".")[2]
 
     @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
     def source(self) -> tuple[int, object]:
         """What the layer reads: equal for layers that read the same tensor."""
         group = next((names for names in SHARED_INPUTS if self.leaf in names), self.name)
@@ -64,38 +89,160 @@ def model_shape(
         gradient_enters: Whether what the first block reads wants a gradient (virtual tokens, the
             activations of another party).
     """
-    config: Any = model.config
-    *linears, output = _layers(model)
+    read = text_layers(model)
+    attentions = _attentions(model, read)
+    *linears, output = _in_order(_layers(model, read), attentions)
     own = next((m for m in model.modules() if isinstance(m, PersonalHead)), None)
-    count = _number(config, ("num_hidden_layers", "n_layer"), 1)
-    heads = _number(config, ("num_attention_heads", "n_head"), 1)
-    width = _number(config, ("head_dim",), 0) * heads or _number(
-        config, ("hidden_size", "n_embd"), 1
-    )
     if blocks is not None:
         linears = [layer for layer in linears if layer.block in blocks]
-        count = len(blocks)
+        attentions = {n: w for n, w in attentions.items() if (block_of(n) or 0) in blocks}
+    linears, pooling = _pooling(linears) if is_pooled(model) else (linears, ())
+    first = next((layer for layer in linears if layer.adapted), None)
     if gradient_enters:
         reached = tuple(replace(x.shape, reached=True, input_gradient=True) for x in linears)
-        crossed, enters = count, True
+        crossed = sum(attentions.values())
+    elif first is None:
+        reached = tuple(replace(x.shape, reached=False, input_gradient=False) for x in linears)
+        crossed = 0
     else:
-        first = next((layer for layer in linears if layer.adapted), None)
-        enters = first is not None
-        if first is None:
-            reached = tuple(replace(x.shape, reached=False, input_gradient=False) for x in linears)
-            crossed = 0
-        else:
-            position = linears.index(first)
-            reached = tuple(_reached(layer, i, first, position) for i, layer in enumerate(linears))
-            crossed = count - first.block - (0 if first.leaf in ATTENTION_INPUTS else 1)
+        feeds = first.parent in attentions and first.leaf not in ATTENTION_OUTPUTS
+        beside = feeds and _is_parallel(model, first.block)
+        position = linears.index(first)
+        reached = tuple(
+            _reached(layer, i, first, position, beside) for i, layer in enumerate(linears)
+        )
+        lowest = 0 if block_of(first.name) is None else first.block + (not feeds)
+        crossed = sum(w for n, w in attentions.items() if (block_of(n) or 0) >= lowest)
     return ModelShape(
         reached,
-        attention_layers=count,
-        attention_layers_reached=crossed,
-        attention_width=width,
+        attention_width=sum(attentions.values()),
+        attention_width_reached=crossed,
+        once=_made_once(model),
+        pooled=is_pooled(model),
         **_encoder(model),
-        **_heads(own, output.shape, enters=enters),
+        **_heads(own, output.shape, pooling, enters=gradient_enters or first is not None),
     )
+
+
+def is_pooled(model: nn.Module) -> bool:
+    """Return whether a classifier's head reads one position of each row, as those of encoders do.
+
+    The others apply their head, ``score``, to all positions and take one of what comes out.
+    """
+    names = {leaf for name, _ in model.named_modules() for leaf in name.split(".")[-1:]}
+    return "classifier" in names and "lm_head" not in names
+
+
+def _pooling(layers: list[_Layer]) -> tuple[list[_Layer], tuple[LinearShape, ...]]:
+    """Part layers from those between the blocks and the output layer, which that one position passes."""
+    inside = [place for place, layer in enumerate(layers) if block_of(layer.name) is not None]
+    end = inside[-1] + 1 if inside else len(layers)
+    return layers[:end], tuple(layer.shape for layer in layers[end:])
+
+
+def uncounted(model: nn.Module) -> list[str]:
+    """Return the classes of a backbone's modules that compute with weights and are no matrix products.
+
+    Recurrent and convolutional layers: what they compute beside linear layers is not in a model's shape.
+    """
+    counted, read = (nn.Embedding, PersonalHead), text_layers(model)
+    names = {
+        type(module).__name__
+        for name, module in model.named_modules()
+        if any(p.ndim > 1 for p in module._parameters.values() if p is not None)
+        and (read is None or name in read)
+        and not any(part in name for part in BESIDE)
+        and not (is_linear(module) or isinstance(module, counted))
+        and not (_is_stack(module) or _is_router(module) or hasattr(module, "base_layer"))
+        and "Embedding" not in type(module).__name__
+    }
+    return sorted(names)
+
+
+def _attentions(model: nn.Module, read: set[str] | None) -> dict[str, int]:
+    """Return the attention modules that read text, by name, and the width of each.
+
+    Half of what queries and keys, and what values have together; equal in most models.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "Attention" not in kind or any(part in kind for part in NO_PRODUCTS):
+            continue
+        if read is not None and name not in read:
+            continue
+        linears = {leaf: _base(own) for leaf, own in module.named_children()}
+        linears = {leaf: own for leaf, own in linears.items() if is_linear(own)}
+        if linears:
+            found[_clean(name)] = _attention_width(module, linears, model.config)
+    return found
+
+
+def _attention_width(module: Any, linears: dict[str, nn.Module], config: Any) -> int:
+    output = next((linears[leaf] for leaf in ATTENTION_OUTPUTS if leaf in linears), None)
+    if output is not None:
+        values = linear_widths(output)[0]
+        keys: int | None = getattr(module, "qk_head_dim", None)
+        each: int | None = getattr(module, "v_head_dim", None)
+        return (values + values // each * keys) // 2 if keys and each else values
+    queries = next((linears[leaf] for leaf in QUERIES if leaf in linears), None)
+    if queries is not None:
+        return linear_widths(queries)[1]
+    text = text_part(config)
+    heads = number(text, HEADS, 1)
+    return number(text, ("head_dim",), 0) * heads or number(text, WIDTH, 1)
+
+
+def _in_order(layers: list[_Layer], attentions: dict[str, int]) -> list[_Layer]:
+    """Return layers as they run: some models register an attention's output before its inputs."""
+    ordered = list(layers)
+    for parent in attentions:
+        places = [place for place, layer in enumerate(layers) if layer.parent == parent]
+        own = sorted((layers[i] for i in places), key=lambda layer: layer.leaf in ATTENTION_OUTPUTS)
+        for place, layer in zip(places, own, strict=True):
+            ordered[place] = layer
+    return ordered
+
+
+def _is_parallel(model: nn.Module, block: int) -> bool:
+    """Return whether attention and MLP of a block read the same, and are added up."""
+    text = text_part(model.config)
+    if any(getattr(text, name, False) for name in ("use_parallel_residual", "parallel_attn")):
+        return True
+    for name, module in model.named_modules():
+        if re.search(rf"\.{block}$", name) and any(m for m in module.children()):
+            norms = [m for m in module.children() if "Norm" in type(m).__name__]
+            return len(norms) == 1
+    return False
+
+
+def _made_once(model: nn.Module) -> tuple[LinearShape, ...]:
+    """Return the products of LoRA's factors beside a stack of experts or a router, made once a pass."""
+    found = []
+    for module in model.modules():
+        if not isinstance(module, ParamWrapper) or "default" not in module.lora_A:
+            continue
+        factors: Any = module.lora_A["default"].weight, module.lora_B["default"].weight
+        (rows, inputs), outputs = factors[0].shape, len(factors[1])
+        down, up = (bool(factor.requires_grad) for factor in factors)
+        shape = LinearShape(rows, inputs * outputs, input_gradient=down, trained=up)
+        found.append(replace(shape, reached=down or up))
+        if _is_stack(_base(module)):  # PEFT makes it twice: the first time to look at its size
+            found.append(replace(shape, reached=False))
+    return tuple(found)
+
+
+def _base(module: Any) -> nn.Module:
+    """Return the layer of the backbone that an adapter is around."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module  # type: ignore[no-any-return]
+
+
+def _clean(name: str) -> str:
+    """Return a module's name without those of adapters around it."""
+    name = re.sub(r"\.(modules_to_save|ln_tuning_layers)\.default$", "", name)
+    return re.sub(r"(\.base_layer)+(?=$|\.)", "", name)
 
 
 def _encoder(model: nn.Module) -> dict[str, Any]:
@@ -117,18 +264,32 @@ def block_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _reached(layer: _Layer, index: int, first: _Layer, position: int) -> LinearShape:
+def _reached(
+    layer: _Layer, index: int, first: _Layer, position: int, parallel: bool
+) -> LinearShape:
     """Mark how far the backward pass goes; ``first`` is the lowest layer with an adapter."""
-    if layer.source == first.source:
+    beside = parallel and layer.block == first.block and layer.leaf in MLP_INPUTS
+    if layer.source == first.source or beside:
         return replace(layer.shape, reached=layer.adapted, input_gradient=False)
     beyond = index > position
     return replace(layer.shape, reached=beyond, input_gradient=beyond)
 
 
-def _heads(own: PersonalHead | None, output: LinearShape, *, enters: bool) -> dict[str, Any]:
+def _heads(
+    own: PersonalHead | None,
+    output: LinearShape,
+    pooling: tuple[LinearShape, ...],
+    *,
+    enters: bool,
+) -> dict[str, Any]:
     """Return the shapes behind the blocks; ``enters`` says whether a gradient must reach the blocks."""
     if own is None:
-        return {"head": replace(output, input_gradient=enters)}
+        passed, flows = [], enters
+        for shape in pooling:
+            inside = flows or shape.trained or (shape.rank > 0 and shape.up_trained)
+            passed.append(replace(shape, reached=inside, input_gradient=flows))
+            flows = inside
+        return {"head": replace(output, input_gradient=flows), "before_head": tuple(passed)}
     before: tuple[LinearShape, ...] = ()
     reward, inside = None, enters  # whether a gradient must reach what the heads read
     if own.bottleneck is not None:
@@ -156,22 +317,28 @@ def _own_shape(layer: Any, input_gradient: bool) -> LinearShape:
     )
 
 
-def _layers(model: nn.Module) -> list[_Layer]:
-    """Return every linear layer in order, the output layer last; not a client's own parts."""
+def _layers(model: nn.Module, read: set[str] | None) -> list[_Layer]:
+    """Return every linear layer in order, the output layer last; not a client's own parts.
+
+    Of a model that reads more than text those modules alone that ``read`` names.
+    """
     modules = dict(model.named_modules())
     own = [f"{name}." for name, module in modules.items() if isinstance(module, PersonalHead)]
     layers = []
-    stacks = expert_blocks(model)
     for name, module in modules.items():
-        if name in stacks:
-            layers += _stacked_layers(name, module)
-        if not is_linear(module) or any(part in name for part in BESIDE):
+        if any(part in name for part in BESIDE):
+            continue
+        if _is_stack(module):
+            layers += _stacked_layers(name, module, modules)
+        if _is_router(module):
+            layers.append(_router_layer(name, module, modules))
+        if not is_linear(module) or (read is not None and name not in read):
             continue
         if any(name.startswith(prefix) and name != f"{prefix}original" for prefix in own):
             continue
         if name.endswith(".base_layer") and f"{name[:-11]}.ln_tuning_layers" in modules:
             continue  # a layer that is trained whole: its copy computes, not itself
-        clean = re.sub(r"\.(base_layer|(modules_to_save|ln_tuning_layers)\.default)$", "", name)
+        clean = _clean(name)
         weight: Any = module.weight
         inputs, outputs = linear_widths(module)
         owner: Any = modules[clean]
@@ -204,23 +371,60 @@ def expert_blocks(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_stack(experts: Any) -> bool:
-    return all(
-        getattr(getattr(experts, name, None), "ndim", 0) == 3
-        for name in ("gate_up_proj", "down_proj")
-    )
+    return all(getattr(getattr(experts, name, None), "ndim", 0) == 3 for name in STACKS)
 
 
-def _stacked_layers(name: str, block: Any) -> list[_Layer]:
-    """Return a block's router, and the experts that a token passes as if they were one."""
-    experts, top_k = block.experts, int(block.gate.top_k)
-    parts = {"gate": (1, block.gate.weight)}
-    parts |= {leaf: (top_k, getattr(experts, leaf)) for leaf in ("gate_up_proj", "down_proj")}
+def _is_router(module: Any) -> bool:
+    """Return whether a module that is no linear layer chooses experts by a matrix of weights."""
+    weight = module._parameters.get("weight")
+    kind = type(module).__name__
+    named = "Router" in kind or "Gate" in kind
+    return named and weight is not None and weight.ndim == 2 and not isinstance(module, nn.Linear)
+
+
+def _stacked_layers(name: str, experts: Any, modules: dict[str, nn.Module]) -> list[_Layer]:
+    """Return the experts that a token passes as if they were one."""
+    clean = _clean(name)
+    times = _passed(clean, experts, modules)
     found = []
-    for leaf, (times, weight) in parts.items():
+    for leaf in STACKS:
+        weight = getattr(experts, leaf)
         outputs, inputs = weight.shape[-2:]
-        trained = bool(weight.requires_grad)
+        trained = bool(weight.requires_grad) or leaf in _factored(clean, modules)
         shape = LinearShape(inputs, times * outputs, trained=trained)
-        found.append(_Layer(f"{name}.{leaf}", shape, trained))
+        found.append(_Layer(f"{clean.rpartition('.')[0]}.{leaf}", shape, trained))
+    return found
+
+
+def _router_layer(name: str, router: Any, modules: dict[str, nn.Module]) -> _Layer:
+    outputs, inputs = router.weight.shape
+    clean = _clean(name)
+    trained = bool(router.weight.requires_grad) or "weight" in _factored(clean, modules)
+    return _Layer(clean, LinearShape(inputs, outputs, trained=trained), trained)
+
+
+def _passed(name: str, experts: Any, modules: dict[str, nn.Module]) -> int:
+    """Return how many experts of a stack a token passes."""
+    if type(experts).__name__ in ALL_EXPERTS:
+        return len(experts.gate_up_proj)
+    block = name.rpartition(".")[0]
+    for own, module in modules.items():
+        chosen = getattr(module, "top_k", None)
+        if own.startswith(f"{block}.") and isinstance(chosen, int):
+            return chosen
+    chosen = getattr(modules[block], "top_k", None)
+    return chosen if isinstance(chosen, int) else 1
+
+
+def _factored(name: str, modules: dict[str, nn.Module]) -> set[str]:
+    """Return which parameters of a module have LoRA's factors beside them that are trained."""
+    found, module = set(), modules.get(name)
+    while module is not None and hasattr(module, "base_layer"):
+        if isinstance(module, ParamWrapper) and any(
+            _wanted(module, factor) for factor in ("lora_A", "lora_B")
+        ):
+            found.add(module.parameter_name)
+        module = module.base_layer  # type: ignore[assignment]
     return found
 
 
@@ -255,7 +459,3 @@ def linear_widths(module: Any) -> tuple[int, int]:
     """Return the inputs and outputs of a linear layer."""
     inputs, outputs = module.weight.shape[:: 1 if type(module).__name__ == "Conv1D" else -1]
     return int(inputs), int(outputs)
-
-
-def _number(config: Any, names: tuple[str, ...], default: int) -> int:
-    return next((int(v) for v in (getattr(config, name, None) for name in names) if v), default)
