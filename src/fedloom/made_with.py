@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.errors import CheckpointError
+from fedloom.objectives.base import Objective
 from fedloom.report.run_folder import RUN, RunFolder
 
 
@@ -20,7 +21,7 @@ class MadeWith:
         data: A user's own source of examples, or ``None``.
     """
 
-    objective: object | None = None
+    objective: Objective | None = None
     data: object | None = None
 
     def __bool__(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedloom.accounting.costs import Cost
+from fedloom.intervals import Sample
 from fedloom.offences import Offence
 from fedloom.shown import message
 
@@ -38,10 +39,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out metrics of one state: on the global set, and on each client's own."""
+    """Held-out metrics of one state: on the global set, and on each client's own.
+
+    Attributes:
+        metrics: On the global set.
+        clients: On each client's own rows.
+        sample: What each row of the global set adds to the headline metric, where the server has a model.
+        kept: Whether that goes into the record, as at the start and after the last round.
+    """
 
     metrics: Mapping[str, float]
     clients: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    sample: Sample | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import platform
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from fedloom.division import Division
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
+from fedloom.intervals import sample_interval
 from fedloom.made_with import MadeWith
 from fedloom.methods.base import EVALUATE
 from fedloom.progress import Evaluation, RoundRecord
@@ -110,6 +111,9 @@ def run_record(
             "dropped": parts.accounts.dropped,
             "account": parts.accounts.to_record(),
             "digest": loaded.digest,
+            "held_out_rows": held_out_rows(
+                [division.test[i] for i in parts.evaluator.held_out.share.tokens.index]
+            ),
             "feedback": _feedback_record(experiment, division),
         },
         "method": experiment.method.name,
@@ -119,6 +123,17 @@ def run_record(
         "metric": asdict(HEADLINES[division.judged]),
         "fingerprint": fingerprint(experiment, division, made),
     }
+
+
+def held_out_rows(rows: Iterable[Example]) -> list[str]:
+    """Return a name for each row by its content, so that runs are compared by rows that both have."""
+    seen: dict[str, int] = {}
+    found = []
+    for row in rows:
+        name = hashlib.sha256(repr(replace(row, row=0)).encode()).hexdigest()[:12]
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return found
 
 
 def _client_memory(experiment: Experiment, parts: Parts) -> float | None:
@@ -356,7 +371,13 @@ def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dic
             "fairness": {headline.name: _jain_index(values)},
             "each": each,
         }
-    return {"global": dict(evaluation.metrics), "clients": clients}
+    found_rows: dict[str, Any] = {}
+    if evaluation.sample is not None:
+        own = asdict(sample_interval(evaluation.sample))
+        found_rows["interval"] = {key: own[key] for key in ("low", "high", "units", "missing")}
+        if evaluation.kept:
+            found_rows["rows"] = evaluation.sample.to_record()
+    return {"global": dict(evaluation.metrics), **found_rows, "clients": clients}
 
 
 def newcomers_record(

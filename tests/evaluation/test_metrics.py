@@ -35,7 +35,7 @@ def test_preference():
     # -1/1 > -6/2, -5/5 < -4/5, -9/3 < -1/1
     assert found["normalised_accuracy"] == pytest.approx(1 / 3)
     assert found["likelihood_accuracy"] == pytest.approx(1 / 3)
-    assert found["reward_margin"] == pytest.approx(2 / 3)
+    assert found["reward_margin"] == pytest.approx(0.5 * 2 / 3)  # beta times, as in training
     losses = [math.log(1 + math.exp(-m)) for m in (2.0, 0.0, -1.0)]
     assert found["loss"] == pytest.approx(sum(losses) / 3)
 
@@ -43,8 +43,8 @@ def test_preference():
 def test_feedback():
     # rewards 2 and 0 against 1 and 0: won, lost nothing: (2>1, 2>0, 0<1, 0=0) = (1 + 1 + 0 + 0.5) / 4
     policy, desirable = t(2, 0, 1, 0), torch.tensor([True, True, False, False])
-    found = feedback_metrics(policy, torch.zeros(4), desirable)
-    assert found == {"feedback_auc": 0.625, "reward_desirable": 1.0, "reward_undesirable": 0.5}
+    found = feedback_metrics(policy, torch.zeros(4), desirable, beta=0.5)
+    assert found == {"feedback_auc": 0.625, "reward_desirable": 0.5, "reward_undesirable": 0.25}
     alone = feedback_metrics(policy, torch.zeros(4), torch.ones(4).bool())
     assert alone["feedback_auc"] == 0.5
 

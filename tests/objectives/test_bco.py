@@ -16,7 +16,7 @@ def test_loss():
     assert shift.item() == pytest.approx(0.25)
     loss, metrics = bco_loss(REWARDS, LABELS, shift)
     assert loss.item() == pytest.approx(0.26634, abs=1e-5)
-    assert metrics["reward_accuracy"] == 1.0
+    assert metrics["sided_accuracy"] == 1.0
 
 
 def test_a_class_that_is_not_there_counts_nothing():

@@ -9,8 +9,8 @@ from fedloom.objectives.ipo import ipo_loss
 def test_loss_and_metrics():
     loss, metrics = ipo_loss(torch.tensor([1.5, 0.5]), torch.tensor([-0.5, 0.25]), beta=0.5)
     assert loss.item() == pytest.approx(0.78125)
-    assert metrics["reward_margin"].item() == pytest.approx(0.5 * (2 + 0.25) / 2)
-    assert metrics["reward_accuracy"] == 1.0
+    assert metrics["token_reward_margin"].item() == pytest.approx(0.5 * (2 + 0.25) / 2)
+    assert metrics["token_reward_accuracy"] == 1.0
 
 
 def test_at_the_start_it_is_the_squared_aim():

@@ -35,7 +35,7 @@ def test_either_reward_is_judged_apart():
     rewards = torch.tensor([-1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0])
     _, metrics = pdpo_loss(ratios, rewards, beta=0.1, gamma=1.0)
     assert metrics["implicit_accuracy"].item() == pytest.approx(2 / 3)
-    assert metrics["explicit_accuracy"].item() == pytest.approx(1 / 3)
+    assert metrics["explicit_accuracy"].item() == pytest.approx((0 + 1 + 0.5) / 3)  # a tie is half
     assert metrics["reward_accuracy"].item() == pytest.approx(2 / 3)  # margins -0.8, 0.9, 0.1
 
 

@@ -207,6 +207,6 @@ def test_simpo():
     losses, *_ = CPOTrainer.cpo_loss(self, means[:6], means[6:])
     loss, metrics = simpo_loss(means[:6], means[6:], beta=2.0, gamma=1.0)
     torch.testing.assert_close(loss, losses.mean(), **TOLERANCE)
-    assert metrics["reward_margin"].item() == pytest.approx(
+    assert metrics["token_reward_margin"].item() == pytest.approx(
         2.0 * (means[:6] - means[6:]).mean().item()
     )

@@ -114,7 +114,12 @@ class Evaluator:
                 for client, rows in self.client_held_out.items():
                     clients[client] = {**rows.score(model), "examples": len(rows)}
             cost.flops, cost.examples = model.flops - before, len(self.held_out)
-        return Evaluation({**metrics, **{CLIENTS + n: v for n, v in common.items()}}, clients)
+        return Evaluation(
+            {**metrics, **{CLIENTS + n: v for n, v in common.items()}},
+            clients,
+            self.held_out.sample,
+            kept=round in (0, self.rounds),
+        )
 
     def reported(self, *, common: bool) -> tuple[NumberSpec, ...]:
         """Return names and ranges of what clients report, with ``common`` of the global set too."""

@@ -15,13 +15,18 @@ from fedloom.data.batches import TokenShare, by_length, collate
 from fedloom.data.encode import TextEncoder
 from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
-    answer_metrics,
+    answer_scores,
     choice_metrics,
     feedback_metrics,
     instruction_metrics,
     labelled_metrics,
+    of_answers,
+    of_pairs,
+    of_rows,
     preference_metrics,
+    rewards,
 )
+from fedloom.intervals import SHARE, Sample
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.logps import (
     completion_logps,
@@ -70,6 +75,10 @@ class Answering:
     accepted: Sequence[tuple[str, ...]]
 
 
+Scored = tuple[dict[str, float], Sample | None]
+"""Metrics, and what each row added to the headline one."""
+
+
 @dataclass
 class HeldOut:
     """A held-out set of one kind; reference log-probs are computed once, when first needed.
@@ -89,7 +98,7 @@ class HeldOut:
     gamma: float
     batch_size: int
     answering: Answering | None = None
-    _last: tuple[str, dict[str, float]] = ("", {})
+    _last: tuple[str, Scored] = ("", ({}, None))
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -103,9 +112,14 @@ class HeldOut:
         digest = model.digest()
         if digest != self._last[0]:
             self._last = digest, self._score(model)
-        return dict(self._last[1])
+        return dict(self._last[1][0])
 
-    def _score(self, model: AdapterModel) -> dict[str, float]:
+    @property
+    def sample(self) -> Sample | None:
+        """What each row added to the headline metric when a model was last scored; ``None`` before."""
+        return self._last[1][1]
+
+    def _score(self, model: AdapterModel) -> Scored:
         if self.kind in ("preference", "feedback") and self.share.reference_logps is None:
             self.share = add_reference_logps(model, self.share, self.batch_size)
         with model.evaluating():
@@ -125,43 +139,53 @@ class HeldOut:
             for indices in by_length(self.share.tokens, self.batch_size)
         ]
 
-    def _labelled(self, model: AdapterModel) -> dict[str, float]:
-        logits, labels = [], []
-        for _, batch in self._batches(model):
+    def _labelled(self, model: AdapterModel) -> Scored:
+        logits, labels, places = [], [], []
+        for indices, batch in self._batches(model):
             sequences = batch.sequences
             output = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask)
             logits.append(output.logits.float().cpu())
             assert batch.labels is not None
             labels.append(batch.labels.cpu())
-        return labelled_metrics(torch.cat(logits), torch.cat(labels))
+            places.append(torch.from_numpy(indices))
+        found, known = torch.cat(logits), torch.cat(labels)
+        right = torch.zeros(len(known))
+        right[torch.cat(places)] = (found.argmax(-1) == known).float()
+        return labelled_metrics(found, known), of_rows("accuracy", right, bounds=SHARE)
 
-    def _instruction(self, model: AdapterModel) -> dict[str, float]:
-        parts = [
-            completion_token_logps(model, batch.sequences) for _, batch in self._batches(model)
-        ]
+    def _instruction(self, model: AdapterModel) -> Scored:
+        parts, rows = [], torch.zeros(2, len(self.share), dtype=torch.float64)
+        for indices, batch in self._batches(model):
+            parts.append(completion_token_logps(model, batch.sequences))
+            own, mask = (part.double().cpu() for part in parts[-1][:2])
+            rows[:, torch.from_numpy(indices)] = torch.stack([-(own * mask).sum(-1), mask.sum(-1)])
         logps, masks, corrects = (
             torch.cat([p[i].reshape(-1).cpu() for p in parts]) for i in range(3)
         )
-        return instruction_metrics(logps, masks, corrects)
+        return instruction_metrics(logps, masks, corrects), of_rows("loss", rows[0], rows[1])
 
-    def _choice(self, model: AdapterModel) -> dict[str, float]:
+    def _choice(self, model: AdapterModel) -> Scored:
         tokens = self.share.tokens
         logps = torch.zeros(tokens.width, len(tokens))
         for indices, batch in self._batches(model):
             scores = completion_logps(model, batch.sequences)
             logps[:, torch.from_numpy(indices)] = scores.cpu().view(tokens.width, -1)
-        lengths = torch.from_numpy(tokens.completion_lengths).view(-1, tokens.width)
-        return choice_metrics(logps.T, lengths, torch.from_numpy(tokens.labels))
+        lengths = torch.from_numpy(tokens.completion_lengths).view(-1, tokens.width).T
+        right = torch.from_numpy(tokens.labels)
+        won = ((-logps / lengths).double().argmin(0) == right).float()
+        return choice_metrics(logps.T, lengths.T, right), of_rows("accuracy", won, bounds=SHARE)
 
-    def _answers(self, model: AdapterModel, answering: Answering) -> dict[str, float]:
+    def _answers(self, model: AdapterModel, answering: Answering) -> Scored:
         tokens = self.share.tokens
         prompts = [s[:n].tolist() for s, n in map(tokens.sequence, range(len(tokens)))]
         answers = continue_tokens(
             model, answering.encoder, prompts, answering.max_new_tokens, self.batch_size
         )
-        return answer_metrics(answers, [answering.accepted[i] for i in tokens.index])
+        scores = answer_scores(answers, [answering.accepted[i] for i in tokens.index])
+        metrics = {"rouge_l": sum(scores) / len(scores)}
+        return metrics, of_rows("rouge_l", scores, bounds=SHARE)
 
-    def _rewards(self, model: AdapterModel) -> dict[str, float]:
+    def _rewards(self, model: AdapterModel) -> Scored:
         tokens = self.share.tokens
         logps = torch.zeros(tokens.width, len(tokens))
         explicit = torch.zeros_like(logps) if model.has_reward else None
@@ -170,17 +194,23 @@ class HeldOut:
             if explicit is None:
                 scores = completion_logps(model, batch.sequences)
             else:
-                scores, rewards = completion_rewards(model, batch.sequences)
-                explicit[:, rows] = rewards.cpu().view(tokens.width, -1)
+                scores, extra = completion_rewards(model, batch.sequences)
+                explicit[:, rows] = extra.cpu().view(tokens.width, -1)
             logps[:, rows] = scores.cpu().view(tokens.width, -1)
         assert self.share.reference_logps is not None
         reference = self.share.reference_logps.view(-1, tokens.width).T
         if self.kind == "feedback":
             desirable = torch.from_numpy(tokens.labels).bool()
             own = None if explicit is None else explicit[0]
-            return feedback_metrics(logps[0], reference[0], desirable, self.beta, own, self.gamma)
+            whole = rewards(logps[0] - reference[0], self.beta, own, self.gamma)
+            metrics = feedback_metrics(
+                logps[0], reference[0], desirable, self.beta, own, self.gamma
+            )
+            return metrics, of_answers(whole, desirable)
         completions = torch.from_numpy(tokens.completion_lengths).view(-1, 2).T
-        return preference_metrics(
+        ratios = logps - reference
+        gap = None if explicit is None else explicit[0] - explicit[1]
+        metrics = preference_metrics(
             logps[0],
             logps[1],
             reference[0],
@@ -190,3 +220,4 @@ class HeldOut:
             None if explicit is None else (explicit[0], explicit[1]),
             self.gamma,
         )
+        return metrics, of_pairs(rewards(ratios[0] - ratios[1], self.beta, gap, self.gamma))

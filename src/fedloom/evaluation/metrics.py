@@ -1,6 +1,7 @@
-"""Held-out metrics, pure: tensors in, numbers out.
+"""Held-out metrics, pure: tensors in, numbers out, and what each row adds to the headline one.
 
-The headline metric of each kind of example is in :data:`HEADLINES`.
+The headline metric of each kind of example is in :data:`HEADLINES`; what each name means, with its
+formula, unit and range, stands in ``glossary.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import ModelError
+from fedloom.intervals import SHARE, UNBOUNDED, Sample
 from fedloom.messages import NumberSpec, amount, fraction, score
+from fedloom.objectives.rewards import outcomes
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,16 @@ def instruction_metrics(token_logps: Tensor, mask: Tensor, correct: Tensor) -> d
     }
 
 
+def rewards(log_ratios: Tensor, beta: float, explicit: Tensor | None, gamma: float) -> Tensor:
+    """Return beta times the log-ratios, plus gamma times explicit rewards, ``(rows,)`` each, float64.
+
+    This is the reward of training too (DPO, KTO and those that add a reward head); of differences of
+    log-ratios and of explicit rewards it is the difference of rewards.
+    """
+    implicit = beta * log_ratios.double()
+    return implicit if explicit is None else implicit + gamma * explicit.double()
+
+
 def preference_metrics(
     chosen: Tensor,
     rejected: Tensor,
@@ -116,23 +129,21 @@ def preference_metrics(
         itself gives the chosen answer the higher probability), ``normalised_accuracy`` (the same of
         mean log-probs a token, as SimPO and ORPO reward them: length does not count), ``longer_accuracy``
         (the rule that the longer answer is the chosen one: no model is asked, all must beat it),
-        ``reward_margin`` (mean difference of the log-ratios in nats, not scaled by beta) and ``loss``
-        (the DPO loss at ``beta``). With explicit rewards ``preference_accuracy`` and ``loss`` are those
+        ``reward_margin`` (mean difference of the rewards, as in training) and ``loss`` (the DPO loss at
+        ``beta``). With explicit rewards ``preference_accuracy``, ``reward_margin`` and ``loss`` are those
         of both rewards together, and ``implicit_accuracy`` and ``explicit_accuracy`` of either alone.
     """
     margin = ((chosen - reference_chosen) - (rejected - reference_rejected)).double()
-    whole, alone = beta * margin, {}
-    if explicit is not None:
-        own = (explicit[0] - explicit[1]).double()
-        whole = whole + gamma * own
-        alone = {"implicit_accuracy": _won(margin), "explicit_accuracy": _won(own)}
+    own = None if explicit is None else (explicit[0] - explicit[1]).double()
+    whole = rewards(margin, beta, own, gamma)
+    alone = {} if own is None else {"implicit_accuracy": won(margin), "explicit_accuracy": won(own)}
     return {
-        "preference_accuracy": _won(whole),
+        "preference_accuracy": won(whole),
         **alone,
-        "likelihood_accuracy": _won((chosen - rejected).double()),
-        "longer_accuracy": _won((lengths[0] - lengths[1]).double()),
-        "normalised_accuracy": _won((chosen / lengths[0] - rejected / lengths[1]).double()),
-        "reward_margin": float(margin.mean()),
+        "likelihood_accuracy": won((chosen - rejected).double()),
+        "longer_accuracy": won((lengths[0] - lengths[1]).double()),
+        "normalised_accuracy": won((chosen / lengths[0] - rejected / lengths[1]).double()),
+        "reward_margin": float(whole.mean()),
         "loss": float(-F.logsigmoid(whole).mean()),
     }
 
@@ -148,19 +159,18 @@ def feedback_metrics(
     """Judge single answers, each ``(rows,)``, by their rewards; see :func:`preference_metrics`.
 
     Returns:
-        ``feedback_auc`` (0.5 where one class is missing) and the mean log-ratio of either class in
-        nats (0 where it is missing). With explicit rewards ``feedback_auc`` is that of both rewards
-        together, and ``implicit_auc`` and ``explicit_auc`` of either alone.
+        ``feedback_auc`` (0.5 where one class is missing) and the mean reward of either class, as in
+        training (0 where it is missing). With explicit rewards these are of both rewards together, and
+        ``implicit_auc`` and ``explicit_auc`` of either alone.
     """
-    rewards = (policy - reference).double()
-    whole, alone = beta * rewards, {}
+    ratios = (policy - reference).double()
+    whole, alone = rewards(ratios, beta, explicit, gamma), {}
     if explicit is not None:
-        whole = whole + gamma * explicit.double()
         alone = {
-            "implicit_auc": _auc(rewards, desirable),
+            "implicit_auc": _auc(ratios, desirable),
             "explicit_auc": _auc(explicit.double(), desirable),
         }
-    good, bad = rewards[desirable], rewards[~desirable]
+    good, bad = whole[desirable], whole[~desirable]
     return {
         "feedback_auc": _auc(whole, desirable),
         **alone,
@@ -191,8 +201,8 @@ def choice_metrics(logps: Tensor, lengths: Tensor, right: Tensor) -> dict[str, f
     return {"accuracy": float(correct), "loss": float(losses.gather(1, right[:, None]).mean())}
 
 
-def answer_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the mean ROUGE-L of answers, each against the one of its accepted answers nearest to it.
+def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> list[float]:
+    """Return the ROUGE-L of each answer, against the one of its accepted answers nearest to it.
 
     Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", as the library rouge-score
     computes it, words not stemmed.
@@ -208,17 +218,68 @@ def answer_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) ->
             'pip install "fedloom[rouge]"'
         ) from error
     scorer = RougeScorer(["rougeL"])
-    scores = [
-        scorer.score_multi(list(own), answer)["rougeL"].fmeasure
+    return [
+        float(scorer.score_multi(list(own), answer)["rougeL"].fmeasure)
         for answer, own in zip(answers, accepted, strict=True)
     ]
+
+
+def answer_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the mean of :func:`answer_scores`."""
+    scores = answer_scores(answers, accepted)
     return {"rouge_l": sum(scores) / len(scores)}
 
 
-def _auc(rewards: Tensor, desirable: Tensor) -> float:
-    good, bad = rewards[desirable], rewards[~desirable]
-    return _won(good[:, None] - bad[None, :]) if len(good) and len(bad) else 0.5
+def _auc(scores: Tensor, desirable: Tensor) -> float:
+    good, bad = scores[desirable], scores[~desirable]
+    return won(good[:, None] - bad[None, :]) if len(good) and len(bad) else 0.5
 
 
-def _won(margins: Tensor) -> float:
-    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+def won(margins: Tensor) -> float:
+    """Return the share of margins above 0, ties half."""
+    return float(outcomes(margins).mean())
+
+
+def of_rows(
+    metric: str,
+    totals: Tensor | Sequence[float],
+    weights: Tensor | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
+) -> Sample:
+    """Return what each row adds to a metric; see :class:`Sample`.
+
+    Args:
+        metric: Its name.
+        totals: ``(rows,)``.
+        weights: ``(rows,)``; 1 each if ``None``.
+        bounds: Of a row's total over its weight.
+    """
+    own = [float(value) for value in totals]
+    return Sample(
+        metric,
+        tuple(own),
+        tuple(weights.tolist()) if weights is not None else (1.0,) * len(own),
+        (),
+        bounds,
+    )
+
+
+def of_pairs(scores: Tensor) -> Sample:
+    """Return what pairs add to their accuracy, by the difference of their rewards, ``(pairs,)``."""
+    return of_rows("preference_accuracy", outcomes(scores), bounds=SHARE)
+
+
+def of_answers(scores: Tensor, desirable: Tensor) -> Sample | None:
+    """Return what answers add to the area under the ROC curve of their rewards, each ``(rows,)``.
+
+    An answer adds the share of the other class that stands on the right side of it (DeLong et al. 1988);
+    ``None`` where one class is missing.
+    """
+    good, bad = scores[desirable], scores[~desirable]
+    if not len(good) or not len(bad):
+        return None
+    beats = outcomes(good[:, None] - bad[None, :])
+    totals = torch.empty(len(scores), dtype=torch.float64)
+    totals[desirable], totals[~desirable] = beats.mean(1), beats.mean(0)
+    groups = tuple(int(label) for label in desirable)
+    return Sample("feedback_auc", tuple(totals.tolist()), (1.0,) * len(scores), groups, SHARE)

@@ -51,7 +51,7 @@ def bco_loss(rewards: Tensor, desirable: Tensor, shift: Tensor) -> tuple[Tensor,
         shift: Scalar delta.
     """
     margins = torch.where(desirable, rewards - shift, shift - rewards)
-    metrics = {"reward_accuracy": (margins.detach() > 0).float().mean(), "reward_shift": shift}
+    metrics = {"sided_accuracy": (margins.detach() > 0).float().mean(), "reward_shift": shift}
     return -F.logsigmoid(margins).mean(), metrics  # equation 12
 
 
@@ -61,7 +61,7 @@ class BCO(Objective):
     kind = "feedback"
     accepts = ("feedback", "preference")
     needs_reference = True
-    reported = (amount("loss"), fraction("reward_accuracy"), score("reward_shift"))
+    reported = (amount("loss"), fraction("sided_accuracy"), score("reward_shift"))
 
     def __init__(self, settings: BCOSettings | None = None) -> None:
         """Keep beta."""

@@ -16,7 +16,7 @@ from fedloom.batch import Batch
 from fedloom.messages import amount
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
+from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
 from fedloom.settings import Settings
 
 
@@ -39,7 +39,7 @@ def ipo_loss(
         beta: Above 0.
     """
     losses = (chosen_ratios - rejected_ratios - 1 / (2 * beta)).square()  # equation 17
-    return losses.mean(), pair_metrics(beta * chosen_ratios, beta * rejected_ratios)
+    return losses.mean(), token_pair_metrics(beta * chosen_ratios, beta * rejected_ratios)
 
 
 class IPO(Objective):
@@ -48,7 +48,7 @@ class IPO(Objective):
     kind = "preference"
     accepts = ("preference",)
     needs_reference = True
-    reported = (amount("loss", 1e18), *PAIRS)  # a square
+    reported = (amount("loss", 1e18), *TOKEN_PAIRS)  # a square
 
     def __init__(self, settings: IPOSettings | None = None) -> None:
         """Keep beta."""

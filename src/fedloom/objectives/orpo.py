@@ -17,7 +17,7 @@ from fedloom.batch import Batch
 from fedloom.messages import amount, score
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
+from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
 from fedloom.settings import Settings
 
 
@@ -41,7 +41,7 @@ def orpo_loss(
     """
     log_odds = _log_odds(chosen_means) - _log_odds(rejected_means)  # equation 4
     losses = -chosen_means - beta * F.logsigmoid(log_odds)  # equations 6 and 7
-    metrics = pair_metrics(beta * chosen_means, beta * rejected_means)
+    metrics = token_pair_metrics(beta * chosen_means, beta * rejected_means)
     return losses.mean(), metrics | {"log_odds_ratio": log_odds.detach().mean()}
 
 
@@ -56,7 +56,7 @@ class ORPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
-    reported = (amount("loss"), *PAIRS, score("log_odds_ratio"))
+    reported = (amount("loss"), *TOKEN_PAIRS, score("log_odds_ratio"))
 
     def __init__(self, settings: ORPOSettings | None = None) -> None:
         """Keep beta."""

@@ -27,7 +27,7 @@ from fedloom.batch import Batch
 from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps, completion_rewards
-from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
+from fedloom.objectives.rewards import PAIRS, completion_lengths, outcomes, pair_metrics
 from fedloom.settings import Settings
 
 RewardMode = Literal["combined", "separate", "implicit"]
@@ -71,11 +71,11 @@ def pdpo_loss(
 
     Returns:
         The scalar loss; :func:`pair_metrics` of the sum of both rewards; ``implicit_accuracy`` and
-        ``explicit_accuracy``: shares of pairs that either reward wins.
+        ``explicit_accuracy``: shares of pairs that either reward wins, ties half as on held-out pairs.
     """
     implicit = [beta * ratio for ratio in log_ratios]
     margin = beta * (log_ratios[0] - log_ratios[1])
-    metrics = {"implicit_accuracy": (margin.detach() > 0).float().mean()}
+    metrics = {"implicit_accuracy": outcomes(margin).mean()}
     if rewards is None:
         return _surprise(margin, label_smoothing), pair_metrics(*implicit) | metrics
     explicit = [gamma * reward for reward in rewards]
@@ -85,7 +85,7 @@ def pdpo_loss(
         loss = _surprise(margin, label_smoothing) + gamma * own
     else:
         loss = _surprise(margins[0] + margins[1], label_smoothing)
-    won = (rewards[0] > rewards[1]).detach().float().mean()
+    won = outcomes(rewards[0] - rewards[1]).mean()
     both = [a + b for a, b in zip(implicit, explicit, strict=True)]
     return loss, pair_metrics(*both) | metrics | {"explicit_accuracy": won}
 

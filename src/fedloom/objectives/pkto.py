@@ -38,7 +38,7 @@ class PKTO(KTO):
     """PKTO on single answers, against the frozen base model with its own output layer."""
 
     needs_reward = True
-    reported = (*KTO.reported, fraction("explicit_accuracy"))
+    reported = (*KTO.reported, fraction("explicit_sided_accuracy"))
 
     def __init__(self, settings: PKTOSettings | None = None) -> None:
         """Keep the settings."""
@@ -62,7 +62,7 @@ class PKTO(KTO):
             undesirable_weight=self.undesirable_weight,
         )
         signs = torch.where(batch.labels, 1.0, -1.0)
-        metrics["explicit_accuracy"] = (explicit.detach() * signs > 0).float().mean()
+        metrics["explicit_sided_accuracy"] = (explicit.detach() * signs > 0).float().mean()
         metrics["single_class"] = statistics.new_tensor(self.single_class)
         metrics["without_kl"] = statistics.new_tensor(batch.mismatched is None)
         return loss, metrics

@@ -16,7 +16,7 @@ from fedloom.batch import Batch
 from fedloom.messages import amount
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
-from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
+from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
 from fedloom.settings import Settings
 
 
@@ -42,7 +42,7 @@ def simpo_loss(
         gamma: Margin, at least 0.
     """
     losses = -F.logsigmoid(beta * (chosen_means - rejected_means) - gamma)  # equation 6
-    return losses.mean(), pair_metrics(beta * chosen_means, beta * rejected_means)
+    return losses.mean(), token_pair_metrics(beta * chosen_means, beta * rejected_means)
 
 
 class SimPO(Objective):
@@ -50,7 +50,7 @@ class SimPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
-    reported = (amount("loss"), *PAIRS)
+    reported = (amount("loss"), *TOKEN_PAIRS)
 
     def __init__(self, settings: SimPOSettings | None = None) -> None:
         """Keep beta and gamma."""
