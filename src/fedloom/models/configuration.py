@@ -42,8 +42,8 @@ def number(config: Any, names: tuple[str, ...], default: int) -> int:
 def context(config: Any) -> int:
     """Return how many tokens a model reads at most, by its configuration.
 
-    :data:`UNLIMITED` where it names no limit. Rotary embeddings that are stretched read more than the number
-    of positions that they were trained with.
+    :data:`UNLIMITED` where it names no limit. Rotary embeddings that are stretched read more than the
+    number of positions that they were trained with.
     """
     text = text_part(config)
     named = number(text, CONTEXT, UNLIMITED)
