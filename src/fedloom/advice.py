@@ -29,6 +29,7 @@ from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.randomness import generator
+from fedloom.start import find_start, settled
 from fedloom.training.local import within
 from fedloom.training.memory import client_memory
 
@@ -88,7 +89,7 @@ def advise(
     Raises:
         FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
     """
-    options = []
+    experiment, options = settled(experiment, find_start(experiment)), []
     for name, framework, changes in _variants(experiment):
         stage(f"counting {name}")
         try:

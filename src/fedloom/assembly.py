@@ -71,7 +71,8 @@ from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
 from fedloom.server import Engine, RemoteEngine
-from fedloom.training.local import row_tokens
+from fedloom.start import Start
+from fedloom.training.local import add_reference_logps, row_tokens
 from fedloom.training.optimizers import TrainingSettings
 
 TINY_TEXTS = 4000
@@ -134,6 +135,7 @@ def assemble(
     empty: bool = False,
     remote: RemoteEngine | None = None,
     only: int | None = None,
+    start: Start | None = None,
 ) -> Parts:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -146,15 +148,16 @@ def assemble(
         empty: Build models without weights, to count by; nothing can be run then.
         remote: Where the clients are, if not in this process: their rows are not touched then.
         only: The one client that is in this process, on its own machine; there is no server here.
+        start: The adapter that training goes on from; its settings are those of the experiment.
 
     Raises:
-        ModelError: The model or its adapter cannot be built.
+        ModelError: The model or its adapter cannot be built, or what it starts from is of another.
         DataError: A client has no row left after tokenising.
         SettingsError: A round's tokens are too few for its trainings.
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
-    kits = _Kits(experiment, division, objective, stage, empty=empty, only=only)
+    kits = _Kits(experiment, division, objective, stage, empty=empty, only=only, start=start)
     own = kits.of_server
     reader = own.reader
     stage("tokenising")
@@ -198,12 +201,12 @@ def assemble(
         experiment.training.learning_rate,
         judged_kind(experiment, division.loaded.kind),
     )
-    held_out = reader.held_out(division.test)
+    held_out = own.held_out
     readable = held_out.share.tokens.index.tolist()
     evaluator = Evaluator(
         method,
         held_out,
-        {c: kits.of_client(c).held_out for c in train} if method.own_models else {},
+        {c: kits.common_held_out(c) for c in train} if method.own_models else {},
         {c: rows for c, rows in client_held_out.items() if c not in newcomers},
         remote.judged if remote and judged else client_held_out.keys() - newcomers,
         experiment.evaluation.every,
@@ -259,6 +262,7 @@ class _Kit:
 
     Attributes:
         key: What tells it from others: model and rank.
+        starts: Whether the reference model has the adapter as it is at first.
     """
 
     key: tuple[str, int]
@@ -266,16 +270,22 @@ class _Kit:
     model: AdapterModel
     reader: _Reader
     width: int
+    starts: bool
 
     @cached_property
     def initial(self) -> Tensors:
-        """The adapter as it was initialised; first read before anything is trained."""
+        """The adapter as it is at first; first read before anything is trained."""
         return self.model.read()
+
+    @property
+    def reference(self) -> Tensors | None:
+        """What the reference model has for an adapter, ``None`` for the base model."""
+        return self.initial if self.starts else None
 
     @cached_property
     def held_out(self) -> HeldOut:
         """The global held-out set."""
-        return self.reader.held_out(self.reader.division.test)
+        return replace(self.reader.held_out(self.reader.division.test), start=self.reference)
 
 
 class _Kits:
@@ -290,9 +300,10 @@ class _Kits:
         *,
         empty: bool = False,
         only: int | None = None,
+        start: Start | None = None,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
-        self.empty = empty
+        self.empty, self.start = empty, None if empty else start
         self.halved = only is not None and isinstance(experiment.method, SplitSettings)
         base = (experiment.model.path, experiment.adapter.rank)
         self.clients = dict.fromkeys(range(experiment.federation.clients), base)
@@ -319,17 +330,56 @@ class _Kits:
                 model,
                 _Reader(experiment, division, objective, encoder, contexts[key]),
                 len(division.classes) or len(encoder.tokenizer),
+                self.start is not None and experiment.reference == "start",
             )
             for key, (path, encoder, model) in built.items()
         }
+        self._begin()
         self.of_server = self.kits[server]
         _require_linear(experiment, self.of_server.model)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
         self.judged: dict[int, TokenSet] = {}
+        self.own: dict[int, Tensors] = {}
         self._front: FrontHalf | None = None
 
     def of_client(self, client: int) -> _Kit:
         return self.kits[self.clients[client]]
+
+    def _begin(self) -> None:
+        """Write what is started from into every model, and read it back as what is there at first.
+
+        Raises:
+            ModelError: It is of another model, or has other layers or classes.
+        """
+        if self.start is None:
+            return
+        classes = self.start.record.get("classes")
+        if self.division.classes and classes not in (None, list(self.division.classes)):
+            raise ModelError(
+                f"adapter.start = {self.start.name!r} tells the classes {', '.join(map(str, classes))} "
+                f"apart, and the data has {', '.join(self.division.classes)}: its output layer has them "
+                "in that order"
+            )
+        any_rank = METHODS[self.experiment.method.name][1].mixed_ranks
+        for kit in self.kits.values():
+            if kit.model.device.type != "meta":
+                tensors = self.start.tensors(kit.model, any_rank=any_rank)
+                if tensors is not None:
+                    kit.model.write(tensors)
+            _ = kit.initial
+
+    def _own_start(self, client: int) -> Tensors | None:
+        """Return what of an earlier run is a client's own, ``None`` where it starts as all do."""
+        model = self.of_client(client).model
+        if self.start is None or model.device.type == "meta":
+            return None
+        model.write(self.of_client(client).initial)  # own parts that it lacks are those of all
+        return self.start.own(client, model)
+
+    def common_held_out(self, client: int) -> HeldOut:
+        """Return the global held-out set for a client that is judged by its own model."""
+        kit, own = self.of_client(client), self.own.get(client)
+        return kit.held_out if own is None or not kit.starts else replace(kit.held_out, start=own)
 
     def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
         """Return each client's training rows as its model reads them, or all rows as client 0's."""
@@ -348,22 +398,35 @@ class _Kits:
 
     def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> Equipment:
         kit = self.of_client(client)
-        model = kit.model
+        model, initial, own = kit.model, kit.initial, self._own_start(client)
+        if own is not None:
+            self.own[client] = initial = own
         if isinstance(self.experiment.method, SplitSettings):
-            self._front = self._front or _front_half(
-                self.experiment, self.division, kit, empty=self.empty
-            )
+            if self._front is None:
+                self._front = _front_half(self.experiment, self.division, kit, empty=self.empty)
+                if self.start is not None:
+                    self._front.write(self.start.part(self._front))
             model = self._front
-        return Equipment(model, model.read(), kit.reader.max_length, kit.width, public.get(kit.key))
+            initial = model.read()
+        return Equipment(
+            model,
+            initial,
+            kit.reader.max_length,
+            kit.width,
+            public.get(kit.key),
+            initial if kit.starts else None,
+            own is not None,
+        )
 
     def client_held_out(self) -> dict[int, HeldOut]:
         """Return each client's own held-out set, where it has one, as its model reads it."""
         kind = judged_kind(self.experiment, self.division.loaded.kind)
-        sets = {
-            client: self.of_client(client).reader.held_out(rows, kind)
-            for client, rows in self.division.held_out.items()
-            if rows
-        }
+        sets = {}
+        for client, rows in self.division.held_out.items():
+            if rows:
+                kit = self.of_client(client)
+                start = self.own.get(client, kit.reference) if kit.starts else None
+                sets[client] = replace(kit.reader.held_out(rows, kind), start=start)
         self.judged = {client: held_out.share.tokens for client, held_out in sets.items()}
         return {client: held_out for client, held_out in sets.items() if len(held_out)}
 
@@ -557,18 +620,32 @@ def _require_same_vocabulary(tokenizers: dict[str, Any]) -> None:
 
 
 def assemble_saved(
-    experiment: Experiment, division: Division, adapter: Path | None
+    experiment: Experiment, division: Division, adapter: Path | None, start: Path | None = None
 ) -> tuple[AdapterModel, HeldOut]:
     """Return the backbone with a saved adapter (or a fresh one, which is the base model), and the set.
 
+    Args:
+        experiment: The settings.
+        division: Has the held-out rows.
+        adapter: A PEFT folder.
+        start: That of the reference model, where it is not the base model.
+
     Raises:
-        ModelError: ``adapter`` is no PEFT folder, or one for another model.
+        ModelError: A folder is no PEFT folder, or one for another model.
     """
     experiment = of_server(experiment)
     objective = make_objective(experiment.objective)
+    scored: TokenShare | None = None
+    if start is not None and division.judged in ("preference", "feedback"):
+        encoder, model = load_saved(experiment, division.classes, start)
+        reader = _Reader(experiment, division, objective, encoder, context_length(model.model))
+        held_out = reader.held_out(division.test)
+        own = model.read()
+        scored = add_reference_logps(model, held_out.share, held_out.batch_size, own)
     encoder, model = load_saved(experiment, division.classes, adapter)
     reader = _Reader(experiment, division, objective, encoder, context_length(model.model))
-    return model, reader.held_out(division.test)
+    held_out = reader.held_out(division.test)
+    return model, held_out if scored is None else replace(held_out, share=scored)
 
 
 def load_saved(

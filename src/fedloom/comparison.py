@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +37,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.runner import resume_run, run_experiment
 from fedloom.settings import Settings, nearest, override, parse, read_toml, write_toml
+from fedloom.start import find_start, settled
 from fedloom.training.optimizers import AMOUNTS
 
 Overrides = dict[str, dict[str, Any]]
@@ -288,10 +289,11 @@ def compare(
     Raises:
         OutputError: The folder holds another comparison.
         DataError: The data cannot be read.
-        ModelError: The model is not there.
+        ModelError: The model is not there, or what an arm starts from is not, or has changed.
         FedloomError: Some runs failed; the others are done and kept.
     """
     folder = folder or Path("comparisons") / comparison.name
+    comparison = replace(comparison, cells=tuple(map(_settled, comparison.cells)))
     waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
     _check_reachable(waiting)
     _write_record(folder, comparison)
@@ -329,6 +331,20 @@ def compare(
             f"{failed[first]}\nthe others are kept in {folder}: the same command goes on with the rest"
         )
     return folder
+
+
+def _settled(cell: Cell) -> Cell:
+    """Return a cell with the settings of the adapter that it starts from.
+
+    Raises:
+        SettingsError: It says otherwise.
+    """
+    try:
+        start = find_start(cell.experiment)
+        return replace(cell, experiment=settled(cell.experiment, start))
+    except SettingsError as error:
+        arm = f"arm {cell.objective}-{cell.method}"
+        raise SettingsError([f"{arm}: {text}" for text in error.problems]) from None
 
 
 @dataclass
@@ -443,6 +459,13 @@ def _is_done(folder: Path, cell: Cell) -> bool:
         raise OutputError(
             f"{path} holds a run with other settings in [{'], ['.join(different)}]; give another "
             "folder with --to, or delete that one"
+        )
+    known = (RunFolder(path).read_json(names.RUN) or {}).get("start") or {}
+    start = find_start(cell.experiment) if known else None
+    if start is not None and start.digest() != known["sha256"]:
+        raise OutputError(
+            f"{path} holds a run that started from adapter.start = {start.name!r} as it was before it "
+            "changed; give another folder with --to, or delete that one"
         )
     return (path / names.SUMMARY).is_file()
 

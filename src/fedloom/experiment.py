@@ -212,6 +212,12 @@ class Experiment:
         return data_kind(self.data)
 
     @property
+    def reference(self) -> Literal["start", "base"]:
+        """Which model is the reference: as set, or what the run starts from, or the base model."""
+        chosen = getattr(self.objective, "reference", None)
+        return chosen or ("base" if self.adapter.start is None else "start")
+
+    @property
     def judges_clients(self) -> bool:
         """Whether clients are judged by rows of their own; no client of a split model has all of it."""
         return self.evaluation.per_client and not isinstance(self.method, SplitSettings)
@@ -309,6 +315,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += _framework_contradictions(parts)
         found += _parameter_contradictions(parts)
         found += _amount_contradictions(parts)
+    if "adapter" in parts:
+        found += _start_contradictions(parts)
     if "method" in parts and "clients" in parts and parts["clients"].newcomers:
         found += _newcomer_contradictions(parts)
     if "data" in parts:
@@ -320,6 +328,42 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
         found += _feedback_contradictions(parts)
+    return found
+
+
+def _start_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what cannot start from an adapter that exists, or needs one."""
+    adapter: AdapterSettings = parts["adapter"]
+    if adapter.start is None:
+        if getattr(parts.get("objective"), "reference", None) == "start":
+            return [
+                'objective.reference = "start" is the model that adapter.start gives: set that too'
+            ]
+        return []
+    found = []
+    if adapter.kind == "submixture":
+        found.append(
+            'adapter.start: adapter.kind = "submixture" trains the model\'s own experts; give a trained '
+            "model as model.path"
+        )
+    if "method" not in parts:
+        return found
+    method: Any = parts["method"]
+    kind = METHODS[method.name][1]
+    if kind.no_start:
+        found.append(f"adapter.start: method.name = {method.name!r} cannot: {kind.no_start}")
+    for name in ("server_model", "server_rank"):
+        if getattr(method, name, None) is not None:
+            found.append(f"adapter.start is of one model and rank: leave method.{name} out")
+    groups = parts["clients"].groups if "clients" in parts else {}
+    for name, group in groups.items():
+        if group.model is not None:
+            found.append(f"adapter.start is of one model: leave clients.groups.{name}.model out")
+        if group.rank is not None and not kind.mixed_ranks:
+            found.append(
+                f"adapter.start is of one rank, which method.name = {method.name!r} does not change: "
+                f"leave clients.groups.{name}.rank out"
+            )
     return found
 
 

@@ -44,11 +44,13 @@ from fedloom.experiment import Experiment
 from fedloom.intervals import sample_interval
 from fedloom.made_with import MadeWith
 from fedloom.methods.base import EVALUATE
+from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
 from fedloom.report import account
 from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
 from fedloom.shown import label
+from fedloom.start import Start
 from fedloom.training.memory import client_memory
 from fedloom.verifying import sentence
 
@@ -116,6 +118,7 @@ def run_record(
             ),
             "feedback": _feedback_record(experiment, division),
         },
+        "classes": list(division.classes),
         "method": experiment.method.name,
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
@@ -134,6 +137,21 @@ def held_out_rows(rows: Iterable[Example]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return found
+
+
+def start_record(
+    experiment: Experiment, start: Start | None, objective: Objective
+) -> dict[str, Any] | None:
+    """Return what a run starts from and which model its reference is; ``None`` where it starts afresh."""
+    if start is None:
+        return None
+    return {
+        "name": start.name,
+        "run": start.run,
+        "sha256": start.digest(),
+        "clients": sorted(start.clients),
+        "reference": experiment.reference if objective.needs_reference else None,
+    }
 
 
 def _client_memory(experiment: Experiment, parts: Parts) -> float | None:

@@ -17,9 +17,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedloom import audit, checkpoint
-from fedloom.accounting.costs import REFERENCE, REPEATED
+from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, Cost
 from fedloom.admission import Admission
-from fedloom.assembly import Parts, assemble, assemble_saved, of_server
+from fedloom.assembly import Parts, assemble, assemble_saved, model_folder, of_server
 from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.loading import LoadedData
@@ -39,10 +39,11 @@ from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.files import sweep
 from fedloom.made_with import MadeWith
-from fedloom.messages import Payload
+from fedloom.messages import Payload, Schema, Tensors, encode
 from fedloom.methods import METHODS
 from fedloom.model_cards import ModelCards
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.start import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.offences import of_rounds
 from fedloom.progress import Plan, RoundRecord, RunObserver, Silent
@@ -57,6 +58,7 @@ from fedloom.records import (
     prompt_of,
     round_record,
     run_record,
+    start_record,
     summary_record,
     summary_text,
     tools_of,
@@ -68,6 +70,16 @@ from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
 from fedloom.server import Briefing, RemoteEngine, Server
 from fedloom.shown import named
+from fedloom.start import (
+    Start,
+    check_base,
+    find_start,
+    kept_start,
+    sent,
+    settled,
+    told,
+    travels,
+)
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
@@ -130,6 +142,8 @@ def run_experiment(
     remote: RemoteEngine | None = None,
 ) -> RunResult:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
+    start = find_start(experiment)
+    experiment = settled(experiment, start)
     with _new_folder(experiment) as folder:
         try:
             folder.write_text(names.EXPERIMENT, experiment.to_toml())
@@ -138,15 +152,24 @@ def run_experiment(
             _require_rows(experiment, remote)
             division = divide(experiment, data, objective)
             _say_layouts(division.loaded, observer)
+            if start is not None:
+                _require_base(experiment, start, observer)
+                start = start.kept_in(folder)
             parts = assemble(
-                experiment, division, objective=objective, stage=observer.stage, remote=remote
+                experiment,
+                division,
+                objective=objective,
+                stage=observer.stage,
+                remote=remote,
+                start=start,
             )
             _tell_rows(parts, observer)
+            _tell_start(experiment, parts.objective, observer)
             log = AuditLog(folder.path / audit.FILE)
             made = MadeWith(objective, data)
             for text in made.warnings:
                 observer.warning(text)
-            run = _Run(experiment, folder, parts, observer, log, made, trackers, remote)
+            run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
             run.prepare(-1)
         except RoundFailed:
             raise  # the folder's log says who could not take part
@@ -197,7 +220,7 @@ def resume_run(
     with folder.locked():
         for place in (folder.path, folder.checkpoints):
             sweep(place)
-        experiment = _experiment_of(folder, experiment_file, assignments, observer)
+        experiment, start = _experiment_of(folder, experiment_file, assignments, observer)
         _require_same_engine(folder, remote)
         _require_rows(experiment, remote)
         made = MadeWith(objective, data)
@@ -212,7 +235,7 @@ def resume_run(
         if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
             saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
             _require_records(folder, saved, log)
-        _require_same_start(folder, digest)
+        _require_same_data(folder, digest)
         store = ClientStore(saved.clients if saved else None)
         parts = assemble(
             experiment,
@@ -221,14 +244,16 @@ def resume_run(
             store=store,
             stage=observer.stage,
             remote=remote,
+            start=start,
         )
         _require_same_model(folder, parts)
         _tell_rows(parts, observer)
+        _tell_start(experiment, parts.objective, observer)
         _tell_versions(folder, observer)
         done = saved.round if saved else -1
         if cut := marks.cut_back(folder, saved.records["files"] if saved else {}):
             observer.stage(f"cut off, as these rounds are played again: {', '.join(cut)}")
-        run = _Run(experiment, folder, parts, observer, log, made, trackers, remote)
+        run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
         run.prepare(done)
         state = saved.state if saved else parts.method.initial_state(parts.initial)
         observer.stage(_where(done, experiment.federation.rounds))
@@ -237,16 +262,19 @@ def resume_run(
 
 def _experiment_of(
     folder: RunFolder, file: Path | None, assignments: Iterable[str], observer: RunObserver
-) -> Experiment:
-    """Return the experiment of a run folder, after comparing it with one that was given.
+) -> tuple[Experiment, Start | None]:
+    """Return the experiment of a run folder and what it starts from, after comparing it with one given.
 
     Raises:
         CheckpointError: They differ in more than name and output.
         SettingsError: Settings were given without an experiment.
     """
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
+    start = kept_start(experiment, folder)
     if file is not None:
         given = Experiment.from_toml(file, assignments, name=experiment.name)
+        if given.adapter.start == experiment.adapter.start:
+            given = settled(given, start)
         _require_same(given, experiment, folder.path)
         observer.stage(
             f"the settings are those of {folder.path / names.EXPERIMENT}; {file} has the same, but for "
@@ -254,7 +282,7 @@ def _experiment_of(
         )
     elif list(assignments):
         raise SettingsError(["--set cannot change a run that is resumed"], "the command")
-    return experiment
+    return experiment, start
 
 
 def _log_of(folder: RunFolder) -> AuditLog:
@@ -328,7 +356,12 @@ def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> dict[str, 
     Raises:
         ModelError: The folder is no adapter, or one for another model.
     """
-    model, held_out = assemble_saved(experiment, divide(experiment), adapter)
+    start = find_start(experiment)
+    experiment = settled(experiment, start)
+    reference = None
+    if start is not None and experiment.reference == "start":
+        reference = start.shared if isinstance(start.shared, Path) else None
+    model, held_out = assemble_saved(experiment, divide(experiment), adapter, reference)
     return held_out.score(model)
 
 
@@ -392,6 +425,7 @@ class _Run:
     made: MadeWith
     trackers: list[Tracker] = field(default_factory=list)
     remote: RemoteEngine | None = None
+    start: Start | None = None
     last: tuple[int, State, dict[str, Any]] | None = None
     saved: int = -1
 
@@ -417,6 +451,7 @@ class _Run:
             audit=self.audit.record,
         )
         self.admission.watch.began(id)
+        start = sent(self.start, self.parts.initial)
         if self.remote is not None:
             self.observer.stage("waiting for clients")
             earlier = audit.events(self.audit.path, "began", "undone")
@@ -424,7 +459,7 @@ class _Run:
             undone = [e for e in earlier if e["event"] == "undone"]
             briefing = Briefing(
                 id,
-                _for_clients(self.experiment).to_toml(defaults=False),  # older ones know fewer
+                self._for_clients(start).to_toml(defaults=False),  # older ones know fewer
                 self.parts.division.classes,
                 self.parts.model_digest,
                 (*(event["after"] for event in began), done),
@@ -432,8 +467,11 @@ class _Run:
                 tuple((e["client"], e["stretch"], e["message_number"]) for e in undone),
                 self.admission.report,
                 self.observer.warning,
+                start if travels(self.experiment) else None,
             )
             self.remote.begin(briefing, self.parts.ledger)
+        elif known is None and travels(self.experiment):
+            self._count_start(start)
         if known is None:
             self._write_start(id)
         digest = fingerprint(self.experiment, self.parts.division, self.made)
@@ -443,6 +481,18 @@ class _Run:
         self.audit.record("began", **facts, versions=versions())
         self._tell_heaviest(sizes)
 
+    def _for_clients(self, start: Tensors) -> Experiment:
+        """Return the experiment as clients are told of it: neither who else takes part nor any path."""
+        own = told(self.experiment, self.start, start)
+        return replace(own, federation=own.federation.model_copy(update={"members": None}))
+
+    def _count_start(self, start: Tensors) -> None:
+        """Count what each client would be sent before the first round."""
+        size = len(encode(Payload(start), Schema.of(start)))
+        for client in self.parts.local.equipment:
+            cost = Cost(0, client, BEGIN, bytes_down=size, exchanges=1)
+            self.parts.ledger.costs.append(cost)
+
     def _write_start(self, id: str) -> None:
         """Write down what is known before the first round."""
         experiment, parts, remote = self.experiment, self.parts, self.remote
@@ -451,6 +501,7 @@ class _Run:
         partition = partition_record(experiment, parts.division, sizes, held_out)
         self.folder.write_json(names.PARTITION, partition)
         record = run_record(self.folder.path, experiment, parts, self.made, id, _name_of(remote))
+        record["start"] = start_record(experiment, self.start, parts.objective)
         if remote is not None:
             record["members"] = [
                 {"client": client, "number": own.number, "name": own.name}
@@ -581,7 +632,9 @@ class _Run:
             self.folder.read_lines(names.ROUNDS),
             self.folder.read_lines(names.COSTS),
             self._headline.name,
-            adapter / "adapter_model.safetensors" if adapter else None,
+            next(adapter / name for name in WEIGHTS if (adapter / name).is_file())
+            if adapter
+            else None,
         )
         rounds = self.experiment.federation.rounds
         joined = self.parts.newcomers.welcome(
@@ -671,6 +724,30 @@ class _Run:
             {"prompt": text, "before": old, "after": new, **answers_of(example)}
             for example, text, old, new in zip(parts.prompts, texts, before, after, strict=True)
         ]
+
+
+def _require_base(experiment: Experiment, start: Start, observer: RunObserver) -> None:
+    """Check that what a run starts from is of its model; warn where nobody can know.
+
+    Raises:
+        ModelError: It is of another.
+    """
+    owned = of_server(experiment)
+    doubt = check_base(owned, start, model_folder(owned.model.path, observer.stage))
+    if doubt is not None:
+        observer.warning(doubt)
+
+
+def _tell_start(experiment: Experiment, objective: Objective, observer: RunObserver) -> None:
+    """Say what a run starts from, and which model its reference is."""
+    name = experiment.adapter.start
+    if name is not None:
+        observer.stage(f"starting from the adapter {named(name)}")
+    if objective.needs_reference:
+        told = f"the adapter it starts from, {named(name)}"
+        observer.stage(
+            f"reference: {told if experiment.reference == 'start' else 'the base model'}"
+        )
 
 
 def _tell_rows(parts: Parts, observer: RunObserver) -> None:
@@ -787,7 +864,7 @@ def _require_same_engine(folder: RunFolder, remote: RemoteEngine | None) -> None
         )
 
 
-def _require_same_start(folder: RunFolder, digest: str) -> None:
+def _require_same_data(folder: RunFolder, digest: str) -> None:
     """Check that a run which has no checkpoint is the one that began here.
 
     Raises:
@@ -826,13 +903,6 @@ def _require_same_model(folder: RunFolder, parts: Parts) -> None:
             f"the model {run['model']['name']} has changed since {folder.path} was started "
             f"(SHA-256 {run['model']['sha256'][:12]}, now {parts.model_digest[:12]}); start a new run"
         )
-
-
-def _for_clients(experiment: Experiment) -> Experiment:
-    """Return an experiment as clients are told of it: not who else takes part."""
-    return replace(
-        experiment, federation=experiment.federation.model_copy(update={"members": None})
-    )
 
 
 def _plan(experiment: Experiment, parts: Parts) -> Plan:

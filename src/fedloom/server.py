@@ -20,7 +20,16 @@ from fedloom.admission import Admission
 from fedloom.audit import Record, unheard
 from fedloom.checkpoint import State
 from fedloom.errors import OutputError, RoundFailed
-from fedloom.messages import Answer, Exchange, NumberSpec, Payload, Reply, StoredTensors, encode
+from fedloom.messages import (
+    Answer,
+    Exchange,
+    NumberSpec,
+    Payload,
+    Reply,
+    StoredTensors,
+    Tensors,
+    encode,
+)
 from fedloom.methods.base import Cohort, Method, Round
 from fedloom.offences import OffenceObserver, Report
 from fedloom.progress import Absence, Evaluation, Observer, Participant, RoundRecord
@@ -146,6 +155,7 @@ class Briefing:
             resumed, number.
         report: Told of offences that are found outside of answers, by any thread.
         warn: Told, in words, who is waited for.
+        start: What every client is sent once of what the run starts from; ``None`` where nothing is.
     """
 
     run: str
@@ -157,6 +167,7 @@ class Briefing:
     undone: tuple[tuple[int, int, int], ...] = ()
     report: Report = lambda client, kind, reason: None
     warn: Callable[[str], None] = lambda text: None
+    start: Tensors | None = None
 
 
 class RemoteEngine(Engine, Protocol):

@@ -14,6 +14,9 @@ REPEATED = "reference_again"
 """The same after a resume, by a client that had done it before: on record, and in no total, so that the
 totals of a run do not depend on whether it was stopped."""
 
+BEGIN = "begin"
+"""Phase in which a client is sent what the run starts from."""
+
 
 @dataclass
 class Cost:

@@ -48,6 +48,8 @@ class Equipment:
         max_length: Tokens a training sequence has at most.
         width: Classes, or tokens of the vocabulary.
         public: The public rows under this model's tokenizer.
+        reference: What the reference model has for an adapter, where it is not the base model.
+        own_start: Whether ``initial`` is this client's own model, of an earlier run.
     """
 
     model: AdapterModel
@@ -55,6 +57,8 @@ class Equipment:
     max_length: int
     width: int
     public: PublicRows | None = None
+    reference: Tensors | None = None
+    own_start: bool = False
 
 
 @dataclass
@@ -210,6 +214,7 @@ class SimulationEngine:
             max_length=own.max_length,
             width=own.width,
             public=own.public,
+            own_start=own.own_start,
             session=self._sessions.setdefault(number, {}),
         )
 
@@ -219,10 +224,10 @@ class SimulationEngine:
         if not self.objective.needs_reference or share.reference_logps is not None:
             return
         with self.ledger.measure(round, client, REFERENCE) as cost:
-            model = self.equipment[client].model
-            before = model.flops
+            own = self.equipment[client]
+            model, before = own.model, own.model.flops
             self.shares[client] = fitting(
-                lambda size: add_reference_logps(model, share, size),
+                lambda size: add_reference_logps(model, share, size, own.reference),
                 max(self.training.micro_batch, 16),
                 f"client {client}, the reference model",
             )

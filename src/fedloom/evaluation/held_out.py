@@ -27,6 +27,7 @@ from fedloom.evaluation.metrics import (
     rewards,
 )
 from fedloom.intervals import SHARE, Sample
+from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.logps import (
     completion_logps,
@@ -90,6 +91,7 @@ class HeldOut:
         gamma: Scale of explicit ones.
         batch_size: Examples in one forward pass.
         answering: How own answers are made and judged, where they are.
+        start: What the reference model has for an adapter, where it is not the base model.
     """
 
     share: TokenShare
@@ -98,6 +100,7 @@ class HeldOut:
     gamma: float
     batch_size: int
     answering: Answering | None = None
+    start: Tensors | None = None
     _last: tuple[str, Scored] = ("", ({}, None))
 
     def __len__(self) -> int:
@@ -121,7 +124,7 @@ class HeldOut:
 
     def _score(self, model: AdapterModel) -> Scored:
         if self.kind in ("preference", "feedback") and self.share.reference_logps is None:
-            self.share = add_reference_logps(model, self.share, self.batch_size)
+            self.share = add_reference_logps(model, self.share, self.batch_size, self.start)
         with model.evaluating():
             if self.kind == "labelled":
                 return self._labelled(model)

@@ -134,7 +134,7 @@ class Client:
         id: The client's id.
         round: From 1; 0 for the evaluation before any training.
         model: The backbone with the adapter; it holds another client's leftovers until written.
-        initial: The adapter as every party initialises it from the seed.
+        initial: The adapter as every party initialises it from the seed, or what the run starts from.
         share: The client's training rows.
         objective: What it minimises.
         training: How.
@@ -148,6 +148,7 @@ class Client:
         max_length: Tokens a training sequence has at most.
         width: Classes, or tokens of the vocabulary.
         public: The public rows that every party has, where the experiment has some.
+        own_start: Whether ``initial`` is this client's own model, of an earlier run.
         session: What lives from one exchange to the next and ends with the round; never saved.
         last: What the trainings of this request did, for the ledger.
         begun: The first of them.
@@ -168,6 +169,7 @@ class Client:
     max_length: int = 0
     width: int = 0
     public: PublicRows | None = None
+    own_start: bool = False
     session: dict[str, Any] = field(default_factory=dict)
     last: LocalResult | None = None
     begun: Part | None = None
@@ -341,6 +343,7 @@ class Method:
             by it. An object may narrow it by its settings.
         trainings: How often a client goes over a round's work at most in one request.
         repeats: Optimizer steps on each batch.
+        no_start: Why it cannot start from an adapter that exists, and what can be done, where it cannot.
         aggregation: The rule.
         server: What it has on the server, from :meth:`equip` on.
     """
@@ -356,6 +359,7 @@ class Method:
     reveals: frozenset[Reveal]
     trainings = 1
     repeats = 1
+    no_start = ""
     aggregation = AggregationSettings()
     server: ServerSide
 

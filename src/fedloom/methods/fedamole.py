@@ -139,6 +139,7 @@ class FedAMoLE(OwnMixture):
     """Experts averaged over their holders, and assigned anew."""
 
     reveals: frozenset[Reveal] = frozenset({"adapters", "embeddings"})
+    no_start = "it deals all experts out anew; fedavg can, with such an adapter"
 
     layers: tuple[str, ...]
     experts: int

@@ -72,7 +72,7 @@ class FedDPA(KeepsAdapter):
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write both adapters as one of twice the rank; before there is a local one, the shared one."""
-        local = client.kept.get(ADAPTER)
+        local = client.kept.get(ADAPTER, client.initial if client.own_start else None)
         mix = self.settings.mix
         both = stacked([payload.tensors, local], [1 - mix, mix]) if local else payload.tensors
         client.model.write(both)

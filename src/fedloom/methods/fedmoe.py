@@ -79,6 +79,7 @@ class FedMoE(OwnMixture):
     """Sub-mixtures of a backbone's experts, by use."""
 
     reveals: frozenset[Reveal] = frozenset({"adapters", "expert_probes"})
+    no_start = "it trains the model's own experts; give a trained model as model.path"
 
     blocks: tuple[str, ...]
     held: int

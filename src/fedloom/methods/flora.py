@@ -44,6 +44,10 @@ class FLoRA(MergesFactors):
     """Stacks the factors of all clients; begins every round with fresh ones."""
 
     reveals = ADAPTERS_ALONE
+    no_start = (
+        "every round begins with fresh factors; merge the adapter into its model (fedloom export) and "
+        "give that as model.path, or use fedex_lora"
+    )
 
     mixed_ranks = True
 

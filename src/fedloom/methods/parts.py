@@ -124,7 +124,8 @@ class KeepsAdapter(Method):
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the client's own adapter once there is one, the shared one before."""
-        client.model.write(client.kept.get(ADAPTER, payload.tensors))
+        before = client.initial if client.own_start else payload.tensors
+        client.model.write(client.kept.get(ADAPTER, before))
 
 
 class OwnMixture(Method):

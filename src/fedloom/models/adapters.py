@@ -55,6 +55,10 @@ PROMPTS = ("prompt", "ptuning")
 class AdapterSettings(Settings):
     """``[adapter]``: what is trained on the frozen backbone."""
 
+    start: str | None = None
+    """Adapter that the run starts from: a run folder (its global adapter, and each client's own model
+    where it has one), a PEFT folder, or a Hub name as NAME or NAME@REVISION. Kind, rank, alpha and
+    targets are the adapter's, and need not be set."""
     kind: Literal["lora", "full", "ia3", "prompt", "ptuning", "experts", "submixture"] = "lora"
     """LoRA, the chosen layers themselves, (IA)3, prompt or p-tuning, mixtures of LoRA experts, or the
     experts that a backbone has itself."""
@@ -285,14 +289,18 @@ class AdapterModel:
                 parameter.copy_(tensors[name])
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Switch the adapter and own parts off: inside, the model is the base model as it was loaded."""
+    def reference(self, start: Tensors | None = None) -> Iterator[None]:
+        """Compute as the reference model does, without dropout and gradients.
+
+        Args:
+            start: What the model has inside, adapter and own parts alike; by default neither: the
+                base model as it was loaded.
+        """
         was_training = self.model.training
         self.model.eval()
-        self._stand_aside(True)
-        with torch.no_grad(), self._without_adapter(), self.base.as_loaded():
+        instead = self._as_loaded() if start is None else self._holding(start)
+        with torch.no_grad(), self.base.as_loaded(), instead:
             yield
-        self._stand_aside(False)
         self.model.train(was_training)
 
     @contextmanager
@@ -358,6 +366,26 @@ class AdapterModel:
             yield
         finally:
             config.r, config.lora_alpha = before
+
+    @contextmanager
+    def _as_loaded(self) -> Iterator[None]:
+        self._stand_aside(True)
+        with self._without_adapter():
+            yield
+        self._stand_aside(False)
+
+    @contextmanager
+    def _holding(self, tensors: Tensors) -> Iterator[None]:
+        """Inside, the trained tensors are these; afterwards the same parameter objects as before."""
+        own, shape, changes = self.parameters, self.shape, self.base.changes
+        self.base.changes = {}  # they stand as loaded, and are put back by who moved them
+        self.hold({name: nn.Parameter(p.detach().clone()) for name, p in own.items()})
+        try:
+            self.write(tensors)
+            yield
+        finally:
+            self.hold(own)
+            self.shape, self.base.changes = shape, changes
 
     def _without_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter does nothing."""

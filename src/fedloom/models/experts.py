@@ -352,6 +352,14 @@ class ExpertModel(AdapterModel):
         safetensors.torch.save_file(self.read(), folder / FILE)
 
     @contextmanager
+    def _holding(self, tensors: Tensors) -> Iterator[None]:
+        held = {name: layer.ids for name, layer in self.layers.items()}
+        with super()._holding(tensors):
+            yield
+        for name, ids in held.items():
+            self.layers[name].ids = ids
+
+    @contextmanager
     def _without_adapter(self) -> Iterator[None]:
         self.routing.off = True
         try:

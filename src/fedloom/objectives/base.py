@@ -16,11 +16,20 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import NumberSpec, score
+from fedloom.settings import Settings
 
 Metrics = dict[str, Tensor]
 """Named scalars, detached; means over the examples (or tokens) that the loss is a mean over."""
 
 Head = Literal["causal", "classification"]
+
+
+class ReferenceSettings(Settings):
+    """What settings of objectives with a reference model have in common."""
+
+    reference: Literal["start", "base"] | None = None
+    """The reference model: "start", the base model with the adapter that the run starts from, or "base",
+    the base model alone (default: "start" where there is an adapter.start)."""
 
 
 class Model(Protocol):

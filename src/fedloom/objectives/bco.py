@@ -18,12 +18,11 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import amount, fraction, score
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
-from fedloom.settings import Settings
 
 
-class BCOSettings(Settings):
+class BCOSettings(ReferenceSettings):
     """``[objective] name = "bco"``."""
 
     name: Literal["bco"] = "bco"

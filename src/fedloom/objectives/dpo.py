@@ -16,13 +16,12 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import amount
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
-from fedloom.settings import Settings
 
 
-class DPOSettings(Settings):
+class DPOSettings(ReferenceSettings):
     """``[objective] name = "dpo"``."""
 
     name: Literal["dpo"] = "dpo"

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import amount
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
-from fedloom.settings import Settings
 
 
-class IPOSettings(Settings):
+class IPOSettings(ReferenceSettings):
     """``[objective] name = "ipo"``."""
 
     name: Literal["ipo"] = "ipo"

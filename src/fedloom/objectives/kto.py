@@ -25,12 +25,11 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import NumberSpec, amount, fraction, score
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
-from fedloom.settings import Settings
 
 
-class KTOSettings(Settings):
+class KTOSettings(ReferenceSettings):
     """``[objective] name = "kto"``."""
 
     name: Literal["kto"] = "kto"

@@ -25,15 +25,14 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import amount, fraction
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps, completion_rewards
 from fedloom.objectives.rewards import PAIRS, completion_lengths, outcomes, pair_metrics
-from fedloom.settings import Settings
 
 RewardMode = Literal["combined", "separate", "implicit"]
 
 
-class PDPOSettings(Settings):
+class PDPOSettings(ReferenceSettings):
     """``[objective] name = "pdpo"``."""
 
     name: Literal["pdpo"] = "pdpo"

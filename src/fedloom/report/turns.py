@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedloom.accounting.costs import REFERENCE, REPEATED, SERVER
+from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, SERVER
 from fedloom.accounting.traffic import Done, Sent, from_record
 from fedloom.report.run_folder import Record
 
@@ -58,7 +58,7 @@ def turns(run: Record, costs: Iterable[Record]) -> list[Turn]:
             max(row["peak_memory"] for row in rows),
         )
         for (round, client), rows in found.items()
-        if any(row["phase"] != REFERENCE for row in rows)
+        if any(row["phase"] not in (REFERENCE, BEGIN) for row in rows)
     ]
 
 

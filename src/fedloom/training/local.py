@@ -345,12 +345,20 @@ class DropoutStream:
             sent = yield given
 
 
-def add_reference_logps(model: AdapterModel, share: TokenShare, batch_size: int) -> TokenShare:
-    """Return ``share`` with the log-probs of its completions under the frozen base model.
+def add_reference_logps(
+    model: AdapterModel, share: TokenShare, batch_size: int, start: Tensors | None = None
+) -> TokenShare:
+    """Return ``share`` with the log-probs of its completions under the reference model.
 
     Computed once per client: the reference does not change over the rounds.
+
+    Args:
+        model: Holds anything.
+        share: The rows.
+        batch_size: Examples in one forward pass.
+        start: What the reference model has for an adapter and own parts; by default it is the base model.
     """
-    with model.reference():
+    with model.reference(start):
         own = _all_logps(model, share, batch_size)
         mismatched = None
         if share.mismatched is not None:
