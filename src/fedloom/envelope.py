@@ -39,6 +39,10 @@ LONGEST = 4000
 """Characters of what is said of an error."""
 
 
+LACKS_START = "it has not been sent yet what the run starts from"
+"""What a client says that must be sent it before it can be ready."""
+
+
 def printable(text: str) -> str:
     """Return a stranger's words without what moves a terminal's cursor, and not at any length."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:LONGEST])

@@ -560,6 +560,17 @@ def arms():
             yield path.stem, Experiment.from_toml(path)
 
 
+def test_a_run_starts_from_what_is_sent_and_from_no_path(own):
+    named = {"data": {"source": "own.jsonl", "kind": "preference"}}
+    for start in ("runs/sft", "somebody/adapter", "/etc", "sha256:12", f"sha256:{'0' * 64}/.."):
+        asked = Experiment.from_table({**named, "adapter": {"start": start}}).to_toml()
+        assert lines(examine(asked, own(named), 0)) == ["experiment"]
+    for start in (f"sha256:{'0' * 64}", f"sha256:{'0' * 64}@{'1' * 32}"):
+        asked = Experiment.from_table({**named, "adapter": {"start": start}}).to_toml()
+        found = examine(asked, own(named), 0)
+        assert found.experiment.adapter.start == start
+
+
 def test_every_recipe_fits_the_default_bounds(own):
     count = 0
     for name, asked in arms():
@@ -571,7 +582,7 @@ def test_every_recipe_fits_the_default_bounds(own):
         models = [path for path in models if path]
         models += [path for path in [getattr(asked.method, "server_model", None)] if path]
         file = replace(file, policy=file.policy.model_copy(update={"models": models}))
-        found = examine(asked.to_toml(), file, 0)
+        found = examine(asked.to_toml(), file, 0, sent=False)
         wanted = {
             "policy.public_rows",
             "policy.methods",

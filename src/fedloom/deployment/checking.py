@@ -86,7 +86,8 @@ def check(path: Path, experiment: Path | None, client: int) -> Look:
     examined, problems = None, _unknown_names(own.policy)
     if experiment is not None:
         try:
-            examined = examine(experiment.read_text(encoding="utf-8"), own, client)
+            text = experiment.read_text(encoding="utf-8")
+            examined = examine(text, own, client, sent=False)
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"cannot read {experiment}: {error}") from None
         except PolicyError as error:

@@ -24,8 +24,10 @@ from fedloom.errors import PolicyError, Refusal, SettingsError
 from fedloom.experiment import SECTIONS, ClientGroup, ClientsSettings, Experiment, data_kind
 from fedloom.methods import METHODS, make_method
 from fedloom.methods.base import Method
+from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import TINY, ModelSettings
 from fedloom.settings import Settings, parse_toml
+from fedloom.start import SENT
 from fedloom.training.optimizers import Work
 
 DEEPEST = 50
@@ -53,14 +55,14 @@ TAKEN = _names(
         "clients": "newcomers",
         "clients.groups.*": "clients",
         "partition": "client_test_fraction",
-        "objective.dpo": "beta label_smoothing sft_weight",
-        "objective.ipo": "beta",
+        "objective.dpo": "reference beta label_smoothing sft_weight",
+        "objective.ipo": "reference beta",
         "objective.orpo": "beta",
         "objective.simpo": "beta gamma",
-        "objective.kto": "beta weights desirable_weight undesirable_weight",
-        "objective.bco": "beta",
-        "objective.pdpo": "beta gamma reward_mode label_smoothing sft_weight",
-        "objective.pkto": "beta weights desirable_weight undesirable_weight gamma",
+        "objective.kto": "reference beta weights desirable_weight undesirable_weight",
+        "objective.bco": "reference beta",
+        "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
+        "objective.pkto": "reference beta weights desirable_weight undesirable_weight gamma",
         "method.fedprox": "mu",
         "method.fedavgm": "beta1",
         "method.fedadagrad": "eta tau",
@@ -126,6 +128,7 @@ MOST = {
 DECIDED = _names(
     {
         "model": "path revision",
+        "adapter": "start",
         "clients": "groups newcomer_steps",
         "clients.groups.*": "model",
         "method.distillation": "server_model",
@@ -211,8 +214,13 @@ def permitted(text: str, own: OwnFile, client: int, classes: int) -> Experiment:
     return examined.experiment
 
 
-def examine(text: str, own: OwnFile, client: int, classes: int = 0) -> Examined:
+def examine(
+    text: str, own: OwnFile, client: int, classes: int = 0, *, sent: bool = True
+) -> Examined:
     """Hold an experiment against a client's file; see :func:`permitted`.
+
+    Args are those of :func:`permitted`, but for:
+        sent: Whether a server sent it, and it is not one that a server would be asked to run.
 
     Raises:
         PolicyError: It is no experiment.
@@ -227,7 +235,7 @@ def examine(text: str, own: OwnFile, client: int, classes: int = 0) -> Examined:
         asked = Experiment.from_table(parse_toml(text, source), source=source)
     except (SettingsError, RecursionError) as error:
         raise PolicyError(Refusal("experiment", str(error))) from None
-    return _Examiner(asked, own, client).examined(classes)
+    return _Examiner(asked, own, client, sent=sent).examined(classes)
 
 
 def require_steps(experiment: Experiment, own: OwnFile, rows: int) -> None:
@@ -297,8 +305,8 @@ def _closed(method: Method, own: OwnFile) -> list[str]:
 class _Examiner:
     """Makes a client's experiment section by section, and collects what is refused."""
 
-    def __init__(self, asked: Experiment, own: OwnFile, client: int) -> None:
-        self.asked, self.own, self.client = asked, own, client
+    def __init__(self, asked: Experiment, own: OwnFile, client: int, *, sent: bool) -> None:
+        self.asked, self.own, self.client, self.sent = asked, own, client, sent
         self.policy = own.policy
         self.refusals: list[Refusal] = []
         self.shared = own.data is not None and own.data.share == "experiment"
@@ -310,6 +318,7 @@ class _Examiner:
         data = self._data()
         sections: dict[str, Any] = {
             "model": self._model(),
+            "adapter": self._adapter(),
             "public": self._public(),
             "clients": self._clients(),
             "method": self._method(),
@@ -375,6 +384,14 @@ class _Examiner:
             self._require_model("model.path", path, revision)
         taken = self._taken("model", asked)
         return ModelSettings(path=path, revision=revision, **taken)
+
+    def _adapter(self) -> AdapterSettings:
+        """Return the adapter; it starts from what the server sends, and from no path or Hub name."""
+        asked = self.asked.adapter
+        if self.sent and asked.start is not None and SENT.fullmatch(asked.start) is None:
+            reason = f"adapter.start = {asked.start!r} is nothing that a server sends"
+            self.refuse("experiment", reason)
+        return AdapterSettings(**self._taken("adapter", asked), start=asked.start)
 
     def _require_model(self, where: str, path: str, revision: str | None) -> None:
         name = f"{path}@{revision}" if revision and path != TINY else path

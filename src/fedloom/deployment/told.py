@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.policy import PolicySettings
+from fedloom.envelope import LACKS_START
 from fedloom.errors import (
     AuditError,
     DataError,
@@ -61,6 +62,7 @@ class Sentence(StrEnum):
     UNFIT = "what was sent is not what this client was told of the run" + WHY
     FOREIGN = "the message is for another client"
     RESUMED = "the run has been resumed since this was sent"
+    START = LACKS_START
     ANEW = "this client was started anew and must be told of the run again"
 
 

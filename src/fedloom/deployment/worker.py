@@ -24,6 +24,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import safetensors.torch
+from safetensors import SafetensorError
+
 from fedloom.accounting.allowance import Allowance
 from fedloom.assembly import Parts, assemble
 from fedloom.audit import FILE, AuditLog, digest_of
@@ -60,6 +63,7 @@ from fedloom.errors import (
     VerificationError,
 )
 from fedloom.experiment import Experiment
+from fedloom.files import write_whole
 from fedloom.identity import (
     is_signed,
     issued_key,
@@ -71,12 +75,17 @@ from fedloom.identity import (
 from fedloom.messages import Exchange, Schema, decode
 from fedloom.model_cards import ModelCards
 from fedloom.models.load import silence_transformers
+from fedloom.models.start import holds_adapter
+from fedloom.start import SENT, Start, digest_of_tensors, own_models
 from fedloom.verifying import Verifier, sentence
 
 LOG = logging.getLogger("fedloom.worker")
 
 PAUSE = 0.5
 """Seconds between tries to open a stream that broke."""
+
+START_FILE = "start.safetensors"
+"""In the folder of a run: what it starts from."""
 
 COOLING = 5.0
 """Seconds in which rows and model are not read again after they could not be used: whoever asks for it
@@ -206,7 +215,7 @@ class Worker:
         try:
             if self.damage is not None:
                 raise self.damage
-            run = self._ready(header)
+            run = self._ready(header, envelope.payload)
             if header.kind == "join":
                 return reply.model_copy(update={"joined": self._joined(run)}), b""
             if header.kind == "end":
@@ -233,7 +242,7 @@ class Worker:
             what = {"round": header.round, "action": header.action}
             self.log.record(event, **where, **what, bytes=len(payload), message=digest)
 
-    def _ready(self, header: RequestHeader) -> Run:
+    def _ready(self, header: RequestHeader, payload: bytes) -> Run:
         """Return the run that a message is of, made ready.
 
         Raises:
@@ -249,7 +258,7 @@ class Worker:
             return self.run
         if header.experiment is None:
             raise ReportedError(Sentence.ANEW)
-        start = time.monotonic()
+        begun = time.monotonic()
         own, number = self.home.own_file(), header.client
         experiment = permitted(header.experiment, own, number, len(header.classes))
         if number >= experiment.federation.clients:
@@ -257,6 +266,7 @@ class Worker:
         if own.policy.approve and not self.approvals.has(header.run, header.experiment):
             self.approvals.ask(header.run, header.experiment, number, len(header.classes))
             raise ReportedError(Sentence.WAITS)
+        start = self._start(header, payload, experiment, own.policy)
         self.day.begin_run(header.run, header.experiment, own.policy)
         self.run = None  # one model at a time; what is refused costs the run under way nothing
         asked = header.run, header.experiment
@@ -267,7 +277,7 @@ class Worker:
                 division = divided(experiment, own, number, tuple(header.classes))
             require_steps(experiment, own, len(division.train[number]))
             with failing_as(Sentence.LOADING):
-                parts = assemble(experiment, division, only=number, stage=LOG.info)
+                parts = assemble(experiment, division, only=number, stage=LOG.info, start=start)
         except (PolicyError, ReportedError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
@@ -276,7 +286,7 @@ class Worker:
         LOG.info(
             "run %s: ready after %.1f s, backbone loaded from %s",
             header.run[:8],
-            time.monotonic() - start,
+            time.monotonic() - begun,
             parts.model_path,
         )
         kept = Kept(self.home.run(header.run) / "kept")
@@ -287,6 +297,37 @@ class Worker:
             header.run, number, stretch, experiment, parts, kept, every, secret, own.policy
         )
         return self.run
+
+    def _start(
+        self, header: RequestHeader, payload: bytes, experiment: Experiment, policy: PolicySettings
+    ) -> Start | None:
+        """Return what the run starts from: as it is sent now or was before, and this client's own model.
+
+        Raises:
+            PolicyError: It is larger than the policy allows.
+            ReportedError: It has not been sent yet, or is not what the experiment names.
+        """
+        match = SENT.fullmatch(experiment.adapter.start or "")
+        if match is None:
+            return None
+        digest, earlier = match.groups()
+        file = self.home.run(header.run) / START_FILE
+        if header.kind == "join" and header.request is not None:
+            shared = decode(payload, _schemas(header, policy)[0]).tensors
+            if digest_of_tensors(shared) != digest:
+                raise ReportedError(Sentence.UNFIT)
+            write_whole(file, safetensors.torch.save(shared))
+        try:
+            shared = safetensors.torch.load_file(file)
+        except (OSError, SafetensorError):
+            raise ReportedError(Sentence.START) from None
+        if digest_of_tensors(shared) != digest:
+            raise ReportedError(Sentence.START)
+        own = {}
+        if earlier is not None and own_models(experiment):
+            folder = self.home.run(earlier) / "model"
+            own = {header.client: folder} if holds_adapter(folder) else {}
+        return Start(match[0], shared or None, own)
 
     def _joined(self, run: Run) -> Joined:
         parts, number = run.parts, run.client

@@ -29,13 +29,14 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fedloom.accounting.costs import REFERENCE, Cost
+from fedloom.accounting.costs import BEGIN, REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.audit import Limited, unheard
 from fedloom.engines.post import SMALL, Post
 from fedloom.engines.roster import Roster
 from fedloom.engines.streams import Arrival, Question, Streams, taken
 from fedloom.envelope import (
+    LACKS_START,
     Envelope,
     RequestHeader,
     WorkDone,
@@ -112,6 +113,7 @@ class FlowerEngine:
     _undone: dict[int, list[list[int]]] = field(default_factory=dict)
     _briefing: Briefing | None = None
     _streams: Streams | None = None
+    _start: tuple[Schema, bytes] | None = None
     _ledger: Ledger = field(default_factory=Ledger)
     _noted: Limited = field(default_factory=lambda: Limited(unheard))
 
@@ -144,6 +146,9 @@ class FlowerEngine:
         self._briefing, self._ledger = briefing, ledger
         self.roster.model, self.roster.audit = briefing.model, briefing.audit
         self.roster.report, self._noted = briefing.report, Limited(briefing.audit)
+        if briefing.start is not None:
+            schema = Schema.of(briefing.start)
+            self._start = schema, encode(Payload(briefing.start), schema)
         for client, stretch, number in briefing.undone:
             self._undone.setdefault(client, []).append([stretch, number])
         if self.post.open_streams is not None and self.federation.streams:
@@ -280,11 +285,30 @@ class FlowerEngine:
         for id, found in self.post.pull([*self._messages, *self._joining]):
             if id in self._joining:
                 node, asked = self._joining.pop(id)
+                if self._start is not None and self._lacks_start(found, asked):
+                    self._send_start(node, asked.client, *self._start)
+                    continue
                 self.roster.welcome(node, found, asked)
                 if node in self.roster.nodes.values():  # and however often it was asked
                     self._joining = {i: own for i, own in self._joining.items() if own[0] != node}
             elif id in self._messages:
                 yield self._messages.pop(id), _Found(found, self.post.proven)
+
+    def _lacks_start(self, found: Envelope | MessageError | str, asked: RequestHeader) -> bool:
+        """Return whether a client says that it must be sent what the run starts from; once a question."""
+        if asked.request is not None or not isinstance(found, Envelope):
+            return False
+        try:
+            return self.roster.trusted(found, asked).error == LACKS_START
+        except MessageError:
+            return False  # whoever takes clients in says what is wrong with it
+
+    def _send_start(self, node: int, client: int, schema: Schema, data: bytes) -> None:
+        """Ask a client again whether it is ready, with what the run starts from."""
+        told = {"request": schema.to_table()}
+        header = self._header("join", client).model_copy(update=told)
+        self._joining[self._push(node, header, data)] = node, header
+        self._ledger.costs.append(Cost(0, client, BEGIN, bytes_down=len(data), exchanges=1))
 
     def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
         """Yield what came over streams; wait a moment if there is nothing."""
@@ -320,6 +344,8 @@ class FlowerEngine:
             )
         self._count(reply.work, asked, exchange)
         if reply.error is not None:
+            if reply.error == LACKS_START:  # its copy is lost: it is asked again, and sent another
+                self.roster.lost(client, LACKS_START)
             return Answer(client, error=reply.error)
         cost.bytes_up = len(content.payload)
         return Answer(client, content.payload, digest=reply.payload)
