@@ -54,25 +54,44 @@ def held_out(recipe):
     ]
 
 
+@pytest.fixture
+def ran(rows_file, model_folder, tmp_path):
+    """Run a round of a recipe on a random model, after the one that it starts from."""
+
+    def run(path):
+        recipe = Experiment.from_toml(path)
+        changes = {
+            "model.path": model_folder,
+            "data.source": rows_file(filler(recipe), f"{path.stem}.jsonl"),
+            "data.kind": recipe.kind,
+            "federation.rounds": 1,
+            "evaluation.samples": 1,
+            "evaluation.max_new_tokens": 3,
+            "output.folder": tmp_path / path.stem,
+        }
+        if recipe.data.test_split or recipe.data.test_source:
+            changes["data.test_source"] = rows_file(held_out(recipe), "test.jsonl")
+        if recipe.adapter.start:
+            before = path.with_name(f"{Path(recipe.adapter.start).name}.toml")
+            changes["adapter.start"] = run(before).folder
+        settings = [f"{key}={value}" for key, value in changes.items()]
+        return fedloom.run(Experiment.from_toml(path, settings))
+
+    return run
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe(path, rows_file, model_folder, tmp_path):
+def test_recipe(path, ran):
     command = path.read_text().splitlines()[0]
     assert command == f"# fedloom run {path.relative_to(ROOT)}"
-    recipe = Experiment.from_toml(path)
-    rows = filler(recipe)
-    changes = {
-        "model.path": model_folder,
-        "data.source": rows_file(rows),
-        "federation.rounds": 1,
-        "evaluation.samples": 1,
-        "evaluation.max_new_tokens": 3,
-        "output.folder": tmp_path / "run",
-    }
-    if recipe.data.test_split or recipe.data.test_source:
-        changes["data.test_source"] = rows_file(held_out(recipe), "test.jsonl")
-    experiment = Experiment.from_toml(path, [f"{key}={value}" for key, value in changes.items()])
-    result = fedloom.run(experiment)
+    result = ran(path)
     assert result.metrics and result.adapter_path.is_dir()
+
+
+def test_two_commands_align_what_was_tuned(ran):
+    result = ran(ROOT / "recipes" / "sft_then_dpo_dpo.toml")
+    assert result.metrics_before["reward_margin"] == 0
+    assert (result.folder / "start" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 PERSONAL = [path for path in COMPARISONS if "judged_by" in path.read_text()]
