@@ -49,6 +49,7 @@ from fedloom.methods.base import EVALUATE, Method, ServerSide
 from fedloom.methods.distillation import DistillationSettings
 from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
+from fedloom.models.agreement import disagreements, embedded, length_warnings, require_tokens
 from fedloom.models.architecture import switch_dropout_off
 from fedloom.models.cut import FrontHalf, check_cut
 from fedloom.models.experts import (
@@ -328,7 +329,7 @@ class _Kits:
                 key,
                 path,
                 model,
-                _Reader(experiment, division, objective, encoder, contexts[key]),
+                _Reader(experiment, division, objective, encoder, model, contexts[key]),
                 len(division.classes) or len(encoder.tokenizer),
                 self.start is not None and experiment.reference == "start",
             )
@@ -341,6 +342,21 @@ class _Kits:
         self.judged: dict[int, TokenSet] = {}
         self.own: dict[int, Tensors] = {}
         self._front: FrontHalf | None = None
+
+    def warnings(self) -> list[str]:
+        """Return where models, tokenizers, files and settings do not say the same; each once."""
+        experiment, told = self.experiment, []
+        lengths = {
+            "data.max_length": experiment.data.max_length,
+            "evaluation.max_length": experiment.evaluation.max_length,
+            "public.max_length": experiment.public.max_length,
+        }
+        for kit in self.kits.values():
+            tokenizer = kit.reader.encoder.tokenizer
+            revision, classes = experiment.model.revision, self.division.classes
+            told += disagreements(kit.model.model, tokenizer, kit.path, revision, classes)
+            told += length_warnings(lengths, kit.reader.context, tokenizer, kit.path)
+        return list(dict.fromkeys(told))
 
     def of_client(self, client: int) -> _Kit:
         return self.kits[self.clients[client]]
@@ -472,7 +488,7 @@ def _accounted(
     judged = held_out.share.tokens
     accounts = division.accounts.tokenised(kits.read, kits.judged, judged, unread)
     told = cut_warnings(accounts, division.loaded.kind, kits.of_server.reader.max_length)
-    told += escaped_warnings(accounts)
+    told += escaped_warnings(accounts) + kits.warnings()
     bad = _all_bad(experiment, division, kits.read, kits.judged, judged.dropped)
     return replace(accounts, warnings=(*accounts.warnings, *told)), tuple(bad)
 
@@ -562,7 +578,7 @@ def _front_half(experiment: Experiment, division: Division, kit: _Kit, *, empty:
     if experiment.model.dropout is False:
         switch_dropout_off(backbone)
     adapter = experiment.adapter
-    blocks = blocks_of(config, adapter)
+    blocks = blocks_of(kit.model.model.get_base_model(), adapter)
     front = [block for block in blocks if block < method.cut]
     if not front:
         raise ModelError(
@@ -638,12 +654,14 @@ def assemble_saved(
     scored: TokenShare | None = None
     if start is not None and division.judged in ("preference", "feedback"):
         encoder, model = load_saved(experiment, division.classes, start)
-        reader = _Reader(experiment, division, objective, encoder, context_length(model.model))
+        reader = _Reader(
+            experiment, division, objective, encoder, model, context_length(model.model)
+        )
         held_out = reader.held_out(division.test)
         own = model.read()
         scored = add_reference_logps(model, held_out.share, held_out.batch_size, own)
     encoder, model = load_saved(experiment, division.classes, adapter)
-    reader = _Reader(experiment, division, objective, encoder, context_length(model.model))
+    reader = _Reader(experiment, division, objective, encoder, model, context_length(model.model))
     held_out = reader.held_out(division.test)
     return model, held_out if scored is None else replace(held_out, share=scored)
 
@@ -726,6 +744,7 @@ def prepare_model(
     encoder = load_encoder(path, experiment.model.revision, experiment.data)
     pad = encoder.tokenizer.pad_token_id
     backbone = _backbone(experiment, path, classes, pad, empty=empty)
+    require_tokens(backbone, encoder.tokenizer, path)
     _set_threads(experiment.training, sum(p.numel() for p in backbone.parameters()))
     return path, encoder, backbone
 
@@ -862,10 +881,12 @@ class _Reader:
         division: Division,
         objective: Objective,
         encoder: TextEncoder,
+        model: AdapterModel,
         context: int,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
         self.encoder, self.context = encoder, context
+        self.embedded = embedded(model.model)
         self.max_length = longest(experiment.data.max_length, context)
         self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
@@ -949,7 +970,16 @@ class _Reader:
         alike = self.experiment.data.ambiguous == "keep"
         classes = self.division.classes
         encoder = encoder or self.encoder
-        return tokenize(rows, encoder, max_length, classes, cache, keep_alike=alike)
+        found = tokenize(rows, encoder, max_length, classes, cache, keep_alike=alike)
+        most = int(found.tokens.max(initial=-1))
+        if self.embedded is not None and most >= self.embedded:
+            name = encoder.tokenizer.convert_ids_to_tokens(most)
+            raise ModelError(
+                f"a row has the token {name!r} ({most}), and the model embeds {self.embedded} tokens: "
+                "take it out of the rows or of the chat template, or let it be text: "
+                'data.control_tokens = "text"'
+            )
+        return found
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:

@@ -37,6 +37,7 @@ from fedloom.evaluation.verdicts import (
     suspicious_answers,
 )
 from fedloom.models.adapters import load_adapter
+from fedloom.models.agreement import require_tokens
 from fedloom.models.load import (
     TINY,
     ModelSettings,
@@ -277,6 +278,7 @@ def answer(
         quantization=quantization,
         device=choose_device(settings.device),
     )
+    require_tokens(model, encoder.tokenizer, path)
     if candidate.adapter is not None:
         model = load_adapter(model, candidate.adapter)
     model.eval()

@@ -41,7 +41,16 @@ from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError, first_line
 from fedloom.messages import Tensors
-from fedloom.models.architecture import is_router, is_tied, needs_names, text_layers, untie
+from fedloom.models.architecture import (
+    has_long_head,
+    head_parts,
+    is_router,
+    is_tied,
+    needs_names,
+    text_layers,
+    untie,
+)
+from fedloom.models.configuration import BLOCKS, number, text_part
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.moved import MOVED, FrozenWeights
 from fedloom.models.shape import block_of, is_linear, model_shape
@@ -440,19 +449,26 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
         return _prompt_config(backbone, settings, task)
     if settings.kind == "ia3":
         return _ia3_config(backbone, settings, task)
-    targets = _targets(backbone, settings)
+    head = _head_of(backbone, task)
+    targets = _targets(backbone, settings) if head is None else target_layers(backbone, settings)
     if is_tied(backbone) and _reaches_output(backbone, targets):
         untie(backbone)  # what is added to the one is not added to the other
     if settings.kind == "full":
         names = _all_linear(backbone) if targets == "all-linear" else targets
-        return peft.LNTuningConfig(task_type=task, target_modules=names)
+        return peft.LNTuningConfig(task_type=task, target_modules=names, modules_to_save=head)
     return peft.LoraConfig(
         task_type=task,
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, any number will do
         lora_dropout=settings.dropout,
         target_modules=targets,
+        modules_to_save=head,
     )
+
+
+def _head_of(backbone: nn.Module, task: str) -> list[str] | None:
+    """Return what is trained and saved whole beside the adapter, beyond what PEFT takes for the head."""
+    return head_parts(backbone) if task == "SEQ_CLS" and has_long_head(backbone) else None
 
 
 def _prompt_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> peft.PeftConfig:
@@ -492,10 +508,15 @@ def _ia3_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> pe
     outputs, inputs = IA3_TARGETS[config.model_type]
     targets = [*outputs, *inputs]
     if settings.layers is not None:
-        blocks = blocks_of(backbone.config, settings)
+        blocks = blocks_of(backbone, settings)
         targets = _named(backbone, targets, blocks)
         inputs = _named(backbone, inputs, blocks)
-    return peft.IA3Config(task_type=task, target_modules=targets, feedforward_modules=inputs)
+    return peft.IA3Config(
+        task_type=task,
+        target_modules=targets,
+        feedforward_modules=inputs,
+        modules_to_save=_head_of(backbone, task),
+    )
 
 
 def _targets(backbone: nn.Module, settings: AdapterSettings) -> str | list[str]:
@@ -514,7 +535,7 @@ def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
         ModelError: No layer matches the targets.
     """
     names = _names(backbone, settings)
-    return _named(backbone, names, blocks_of(backbone.config, settings))
+    return _named(backbone, names, blocks_of(backbone, settings))
 
 
 def _names(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
@@ -527,15 +548,22 @@ def _names(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
     return targets
 
 
-def blocks_of(config: Any, settings: AdapterSettings) -> list[int]:
+def blocks_of(model: Any, settings: AdapterSettings) -> list[int]:
     """Return the blocks of a model that get an adapter.
 
     Raises:
-        ModelError: It has no such block.
+        ModelError: It has no such block, or not as many blocks as its configuration says.
     """
-    count, layers = int(config.get_text_config().num_hidden_layers), settings.layers
+    own = {block for name in _all_linear(model) if (block := block_of(name)) is not None}
+    count, layers = max(own, default=-1) + 1, settings.layers
     if layers is None:
         return list(range(count))
+    told = number(text_part(model.config), BLOCKS, count)
+    if told != count:
+        raise ModelError(
+            f"adapter.layers = {layers}: this model has {told} blocks by its configuration and {count} "
+            "with layers of their own; leave adapter.layers out and name layers as adapter.targets"
+        )
     blocks = list(range(max(0, count - layers), count)) if isinstance(layers, int) else layers
     beyond = [block for block in blocks if block >= count]
     if beyond or (isinstance(layers, int) and layers > count):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.errors import ModelError
 from fedloom.models.configuration import text_part, vocabulary
@@ -26,6 +27,12 @@ TOWERS = ("vision_config", "audio_config", "image_config", "speech_config")
 
 TOWER_NAMES = ("vision", "visual", "audio", "image", "speech", "multi_modal", "mm_projector")
 """Within the names of modules that read no text; asked only of a model without weights."""
+
+POSITIONS = ("pos", "wpe")
+"""Within the names of tables that are looked up by position."""
+
+OWN_HEADS = ("score", "classifier")
+"""What PEFT takes for the head of a classifier by itself."""
 
 DROPOUT = ("dropout", "pdrop", "drop_rate")
 """Within the names of attributes that hold a probability of dropout."""
@@ -106,6 +113,81 @@ def pads_left(model: nn.Module, pad: int) -> bool:
     mask = torch.cat([torch.zeros_like(row), torch.ones_like(row)], dim=1)
     padded, alone = _last_logits(model, ids, mask), _last_logits(model, row, torch.ones_like(row))
     return bool((padded - alone).abs().max() <= CHANGED * alone.std())
+
+
+@torch.no_grad()
+def positions(model: Any) -> int | None:
+    """Return for how many tokens a model has embeddings of positions, by looking what a row looks up.
+
+    Returns:
+        ``None`` where it looks up none, or has no weights.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tables = [
+        module.weight
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Embedding) and any(own in name.lower() for own in POSITIONS)
+    ]
+    if not tables or tables[0].is_meta:
+        return None
+    row = _probe(base)
+    pad = getattr(base.get_input_embeddings(), "padding_idx", None)
+    if pad is not None:
+        row[row == pad] = row[0, -1]  # some count no positions of padding
+    was_training = base.training
+    base.eval()
+    try:
+        with _Lookups() as lookups:
+            getattr(base, base.base_model_prefix, base)(
+                input_ids=row, attention_mask=torch.ones_like(row)
+            )
+    finally:
+        base.train(was_training)
+    room = [
+        rows - int(found.min())
+        for rows, found in lookups.seen
+        if len(found) == row.shape[1] and int(found.max() - found.min()) == len(found) - 1
+    ]
+    return min(room, default=None)
+
+
+class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the rows of every table that is looked up inside, and which of these are.
+
+    Attributes:
+        seen: Rows and the different indices, ascending, of each lookup.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.seen.append((len(args[0]), args[1].unique()))
+        return func(*args, **(kwargs or {}))
+
+
+def head_parts(model: Any) -> list[str]:
+    """Return the modules with weights that a classifier has between its blocks and its classes, by name.
+
+    A checkpoint without a classifier has none of them, so they are trained and travel whole.
+    """
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    if not hasattr(model, prefix):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if (name and "." not in name and name != prefix)
+        or (name.startswith(f"{prefix}.") and name.endswith(".pooler"))
+        if next(module.parameters(), None) is not None
+    ]
+
+
+def has_long_head(model: Any) -> bool:
+    """Return whether a classifier's head is more than what PEFT takes for one."""
+    return not set(head_parts(model)) <= set(OWN_HEADS)
 
 
 def is_router(module: nn.Module) -> bool:

@@ -35,15 +35,16 @@ def text_part(config: Any) -> Any:
 
 
 def number(config: Any, names: tuple[str, ...], default: int) -> int:
-    """Return the first of these numbers that a configuration has and that is not 0."""
-    return next((int(v) for v in (getattr(config, name, None) for name in names) if v), default)
+    """Return the first of these numbers that a configuration has and that is above 0."""
+    given = (getattr(config, name, None) for name in names)
+    return next((int(own) for own in given if isinstance(own, int) and own > 0), default)
 
 
 def context(config: Any) -> int:
     """Return how many tokens a model reads at most, by its configuration.
 
     :data:`UNLIMITED` where it names no limit. Rotary embeddings that are stretched read more than the
-    number of positions that they were trained with.
+    positions that they were trained with.
     """
     text = text_part(config)
     named = number(text, CONTEXT, UNLIMITED)

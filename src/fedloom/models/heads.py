@@ -34,6 +34,13 @@ OWN = "own."
 """How the names of a client's own parts begin, whatever the model calls its output layer."""
 
 
+CLASSIFIERS = frozenset(
+    {"score", "classifier", "pre_classifier", "pooler", "head", "classification_head"}
+    | {"sequence_summary", "logits_proj"}
+)
+"""What models call the parts between their blocks and the classes."""
+
+
 def is_own(name: str) -> bool:
     """Return whether a trained tensor belongs to a client's own parts."""
     return name.startswith(OWN)
@@ -41,7 +48,7 @@ def is_own(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Return whether a trained tensor belongs to an output layer: a client's own or a classifier."""
-    return is_own(name) or not {"score", "classifier"}.isdisjoint(name.split("."))
+    return is_own(name) or not CLASSIFIERS.isdisjoint(name.split("."))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedloom.errors import ModelError, first_line
-from fedloom.models.architecture import require_causal
+from fedloom.models.architecture import head_parts, positions, require_causal
 from fedloom.models.configuration import context, keep_blocks, text_part
 from fedloom.models.quantize import (
     Quantization,
@@ -95,10 +96,27 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         begins = tokenizer.bos_token_id in tokenizer("x")["input_ids"][:1]
         tokenizer.chat_template = PLAIN_CHAT if begins else PLAIN_CHAT.removeprefix(START)
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer of {path} has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = _padding(tokenizer, path, revision)
     return tokenizer
+
+
+def _padding(tokenizer: Any, path: str, revision: str | None) -> str:
+    """Return what to pad with if a tokenizer does not say: as the model's configuration does, or its end.
+
+    Raises:
+        ModelError: There is neither.
+    """
+    try:
+        number = getattr(text_part(_configuration(path, revision)), "pad_token_id", None)
+    except (OSError, ValueError, KeyError):  # for the model's loader to complain about
+        number = None
+    if isinstance(number, int) and number >= 0:
+        found = tokenizer.convert_ids_to_tokens(number)
+        if isinstance(found, str):
+            return found
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {path} has neither a padding nor an end token")
+    return str(tokenizer.eos_token)
 
 
 def stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
@@ -122,11 +140,7 @@ def stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
     except (OSError, ValueError):  # most base models have none
         found = None
     if found is None:
-        try:
-            config = _configuration(path, revision)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
-        found = getattr(text_part(config), "eos_token_id", None)
+        found = getattr(text_part(configuration_of(path, revision)), "eos_token_id", None)
     several = found if isinstance(found, list | tuple) else [found]
     return tuple(token for token in several if isinstance(token, int))
 
@@ -175,14 +189,23 @@ def load_backbone(
             shape = _configuration(path, revision)
             has_head = any("Classification" in name for name in shape.architectures or ())
             known = tuple(own for _, own in sorted((shape.id2label or {}).items()))
+            if has_head and known == classes:
+                _require_one_order(path, shape)
             _set_classes(shape, classes)
             if blocks is not None:
                 keep_blocks(shape, range(blocks))
-            model: nn.Module = factory.from_pretrained(
-                path, config=shape, trust_remote_code=False, **options
+            loaded: tuple[nn.Module, dict[str, Any]] = factory.from_pretrained(
+                path,
+                config=shape,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # which would be random: looked at below
+                output_loading_info=True,
+                **options,
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load the model {path}: {first_line(error)}") from error
+        model, report = loaded
+        _require_whole(path, model, report, begins=head_parts(model) if classes else [])
         if classes and has_head and known != classes:
             _begin_head(model)  # the checkpoint's own is for other classes
     config: Any = model.config
@@ -193,6 +216,54 @@ def load_backbone(
     if not classes and blocks is None:
         require_causal(model, path)
     return model
+
+
+def _require_whole(
+    path: str, model: nn.Module, report: dict[str, Any], begins: Sequence[str]
+) -> None:
+    """Check that a checkpoint has all of a model's weights: others would be random.
+
+    Args:
+        path: Its name in the message.
+        model: As loaded.
+        report: What transformers says of loading it.
+        begins: Modules that may begin anew.
+
+    Raises:
+        ModelError: Some are not there, or of another size.
+    """
+
+    def needed(names: Iterable[str]) -> list[str]:
+        own = tuple(f"{name}." for name in begins)
+        return sorted(name for name in names if not name.startswith(own))
+
+    sizes = {name: (there, here) for name, there, here in report["mismatched_keys"]}
+    if missing := needed(report["missing_keys"]):
+        raise ModelError(
+            f"the weights of {path} lack {len(missing)} of {type(model).__name__}'s tensors, such as "
+            f"{missing[0]}: they would be random; take a whole checkpoint of this kind of model"
+        )
+    if other := needed(sizes):
+        there, here = (" x ".join(map(str, size)) for size in sizes[other[0]])
+        raise ModelError(
+            f"the weights of {path} do not fit its config.json: {other[0]} is {there} in the file and "
+            f"{here} by the configuration ({len(other)} such tensors)"
+        )
+
+
+def _require_one_order(path: str, config: Any) -> None:
+    """Check that a classifier's two tables of classes are the same, where its head is kept.
+
+    Raises:
+        ModelError: They number a class differently.
+    """
+    numbers = config.label2id or {}
+    for number, name in (config.id2label or {}).items():
+        if numbers.get(name, number) != number:
+            raise ModelError(
+                f"the classes of {path} have two orders: id2label says {number} is {name!r}, label2id "
+                f"that {name!r} is {numbers[name]}; mend its config.json as its classifier was trained"
+            )
 
 
 def _begin_head(model: Any) -> None:
@@ -211,6 +282,7 @@ def _set_classes(config: Any, classes: tuple[str, ...]) -> None:
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}
+        config.problem_type = "single_label_classification"  # a checkpoint's may be regression
 
 
 def empty_backbone(
@@ -248,8 +320,28 @@ def empty_backbone(
 
 
 def context_length(model: nn.Module) -> int:
-    """Return how many tokens the model reads at most."""
-    return context(model.config)
+    """Return how many tokens of a text the model reads at most.
+
+    Its embeddings of positions may be fewer than its configuration says; virtual tokens take places.
+    """
+    config: Any = model.config
+    adapter = getattr(model, "active_peft_config", None)
+    virtual = int(getattr(adapter, "num_virtual_tokens", None) or 0)
+    named, table = context(config), positions(model)
+    return (named if table is None else min(named, table)) - virtual
+
+
+def configuration_of(path: str, revision: str | None = None) -> Any:
+    """Return a model's configuration as its files have it.
+
+    Raises:
+        ModelError: There is none, or it names code of its own.
+    """
+    _check_folder(path)
+    try:
+        return _configuration(path, revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
 
 
 def context_of(path: str, revision: str | None = None) -> int:
@@ -258,11 +350,7 @@ def context_of(path: str, revision: str | None = None) -> int:
     Raises:
         ModelError: There is no configuration, or it names code of its own.
     """
-    _check_folder(path)
-    try:
-        return context(_configuration(path, revision))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
+    return context(configuration_of(path, revision))
 
 
 def fingerprint(path: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.judges.base import Case, Verdict
 from fedloom.evaluation.judges.prompts import judgelm_prompt, parse_judgelm
+from fedloom.models.agreement import require_tokens
 from fedloom.models.load import context_length, load_backbone
 
 SCALE = (1.0, 10.0)
@@ -49,6 +50,7 @@ class ModelJudge:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         pad = self.encoder.tokenizer.pad_token_id
         self.model = load_backbone(path, pad_token_id=pad, dtype=dtype, device=device).eval()
+        require_tokens(self.model, self.encoder.tokenizer, path)
         self.room = context_length(self.model) - max_new_tokens
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.batch_size = batch_size
