@@ -79,7 +79,11 @@ def test_a_grid_is_run_once_and_reported(file, tmp_path):
     assert [(r["left"], r["right"], r["units"], r["runs"]) for r in overall] == [
         ("dpo", "ktoo", 2, 4), ("dpo", "ktor", 2, 4), ("ktoo", "ktor", 2, 4)
     ]  # fmt: skip
-    assert all(row["p"] <= row["p_adjusted"] <= 1 for row in found["paired"])
+    for row in found["paired"]:  # two seeds say nothing of others, but of rows there are enough
+        assert row["seeds"]["missing"] == "not estimable from 2 seeds: needs at least 5"
+        assert row["seeds"]["p"] is None and row["models"]["low"] <= row["models"]["high"]
+        assert row["models"]["p"] <= row["models"]["p_adjusted"] <= 1
+        assert row["models"]["units"] == 2 * found["held_out_rows"] == 12  # other rows in each seed
     page = write_comparison(folder).read_text()
     assert page.count("<figure>") == 2 + 2  # two scatters and a curve a method
     assert "against bytes sent (measured)" in page and "against client compute (derived)" in page

@@ -97,7 +97,7 @@ def test_a_length_loving_judge_is_caught(tmp_path, serve, settings, answers):
     server = serve(lambda body: verdict(body, [min(10, len(a) / 3) for a in shown(body)[1]]))
     record, page = evaluate(tmp_path, [server.url], settings)
     bias = record["judges"][0]["bias"]
-    assert bias["flags"] == ["length"] and bias["longer_preferred"]["low"] == 1.0
+    assert bias["flags"] == ["length"] and bias["longer_preferred"]["low"] > 0.6
     assert "length:</b> the longer answer wins again and again" in page
 
 
@@ -139,7 +139,8 @@ def test_lost_verdicts_are_counted_and_in_no_mean(tmp_path, serve, settings, ans
     record, page = evaluate(tmp_path, [serve(moody).url], settings)
     (judge,) = record["judges"]
     assert judge["reasons"] == {"unparsable": 2} and judge["usable"] == 14
-    assert judge["models"]["dpo"] == {"mean": 4.0, "low": 4.0, "high": 4.0, "count": 7}
+    dpo = judge["models"]["dpo"]
+    assert (dpo["mean"], dpo["count"]) == (4.0, 7) and 2 < dpo["low"] < 4 < dpo["high"] < 7
     assert "2 of 16 verdicts could not be used: 2 unparsable" in page
 
 
@@ -258,7 +259,8 @@ def test_the_three_benchmarks_end_to_end(
     assert {e["mean"] for e in folder["models"].values()} == {
         7.0
     }  # 8 first, 6 second: places balanced
-    assert "position" in folder["bias"]["flags"] and rule["usable"] == 2 * count
+    assert folder["bias"]["first_preferred"]["mean"] == 1.0 and rule["usable"] == 2 * count
+    assert folder["bias"]["flags"] == []  # of so few questions nothing is said for certain
     assert "report:" in capsys.readouterr().out and (tmp_path / "out/report.html").is_file()
 
 

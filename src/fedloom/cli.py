@@ -787,7 +787,7 @@ def report(
     elif len(folders) == 1 and is_evaluation(folders[0]):
         page = write_evaluation(folders[0], target)
     else:
-        page = write_report(folders, target)
+        page = write_report(folders, target, _observer(quiet=True).warning)
     _say(f"report: {page}")
 
 

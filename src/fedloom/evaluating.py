@@ -17,6 +17,7 @@ from fedloom.experiment import Experiment
 from fedloom.report import run_folder as names
 from fedloom.report.evaluation_page import WARNINGS, write_evaluation
 from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.template import interval
 from fedloom.runner import evaluate_adapter
 from fedloom.shown import visible
 from fedloom.terminal import Bars, make_console
@@ -44,6 +45,9 @@ def show_benchmark(
     for row in benchmark.bad_rows:
         console.print(f"warning: left out: {row}", style="yellow", highlight=False)
     candidates = judging.find_candidates(given, settings.model, _names_model(assignments))
+    if len(candidates) < len(given):
+        text = "warning: a model that is given twice counts once"
+        console.print(text, style="yellow", highlight=False)
     chosen = judging.make_judges(judges or judging.default_judges(benchmark), settings.judging)
     with Bars(console) as bars:
         folder = judging.evaluate_benchmark(candidates, benchmark, chosen, settings, target, bars)
@@ -109,7 +113,7 @@ def _score_table(record: Record) -> Table:
         for model, found in judge["models"].items():
             cells = ("-", "-")
             if found["mean"] is not None:
-                cells = (f"{found['mean']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}")
+                cells = (f"{found['mean']:.3f}", interval(found, "{:.3f}"))
             count = f"{found['count']} of {record['questions']}"
             table.add_row(judge["name"], model, *cells, count)
     return table

@@ -152,7 +152,7 @@ HELD_OUT = (
 TRAINING = (
     Metric(
         "training loss",
-        "the objective's own loss, with all of its terms (in records `loss` below `train`)",
+        "the objective's own loss, with all of its terms",
         "nats, or as the objective has it",
         None,
         None,

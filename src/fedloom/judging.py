@@ -142,7 +142,7 @@ def _begin(progress: Progress | None, text: str, total: int) -> Callable[[int], 
 def find_candidates(
     given: Sequence[Path], settings: ModelSettings, assigned: bool
 ) -> list[Candidate]:
-    """Return what the paths on the command line stand for.
+    """Return what the paths on the command line stand for; a path that is given twice stands once.
 
     Args:
         given: PEFT folders, run folders with an ``adapter`` in them, or ``base``.
@@ -153,9 +153,11 @@ def find_candidates(
         ModelError: A path is none of these, or the base model cannot be told.
     """
     found: list[Candidate] = []
-    for path in given:
+    for path in dict.fromkeys(given):
         if str(path) != BASE:
             folder = path / "adapter" if (path / "adapter").is_dir() else path
+            if any(own.adapter and own.adapter.resolve() == folder.resolve() for own in found):
+                continue
             model = settings.path if assigned else _base_of(folder)
             label = path.resolve().parent.name if path.name == "adapter" else path.resolve().name
             found.append(Candidate(_free(label, found), folder, model))

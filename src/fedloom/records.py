@@ -41,7 +41,7 @@ from fedloom.division import Division
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
-from fedloom.intervals import sample_interval
+from fedloom.intervals import Sample, change, sample_interval
 from fedloom.made_with import MadeWith
 from fedloom.methods.base import EVALUATE
 from fedloom.objectives.base import Objective
@@ -435,6 +435,8 @@ def summary_record(
     evaluated = [record["evaluation"] for record in rounds if record["evaluation"]]
     before, after = evaluated[0], evaluated[-1]
     everywhere = all(metric in evaluation["global"] for evaluation in (before, after))
+    both = [e["rows"] for e in (before, after) if e.get("rows")]
+    gain = change(*map(Sample.from_record, both)) if len(both) == 2 else None
     digest = hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None
     return {
         "status": "finished",
@@ -443,6 +445,8 @@ def summary_record(
         "judged_on": "global" if everywhere else "clients",
         "before": _judged(before, metric, everywhere=everywhere),
         "after": _judged(after, metric, everywhere=everywhere),
+        "after_interval": after.get("interval"),
+        "change": asdict(gain) if gain else None,
         "before_metrics": before["global"],
         "after_metrics": after["global"],
         "clients_before": before["clients"],
@@ -498,7 +502,10 @@ def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -
     """Return what the command line prints at the end."""
     total = summary["totals"]
     whose = " on clients' own rows (mean)" if summary["judged_on"] == "clients" else ""
-    lines = [_change(headline.name + whose, summary["before"], summary["after"])]
+    lines = [
+        _change(headline.name + whose, summary["before"], summary["after"])
+        + _sure(summary.get("change"))
+    ]
     if "likelihood_accuracy" in summary["after_metrics"]:
         old, new = (
             summary[when].get("likelihood_accuracy") for when in ("before_metrics", "after_metrics")
@@ -511,6 +518,16 @@ def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _sure(gain: Mapping[str, Any] | None) -> str:
+    """Return the interval of a change after its line, or why there is none."""
+    if gain is None:
+        return ""
+    if gain["low"] is None:
+        return f", {gain['missing']}"
+    told = "" if not gain["low"] <= 0 <= gain["high"] else ": no change is shown"
+    return f", 95 % over {gain['units']} rows {gain['low']:+.4f} to {gain['high']:+.4f}{told}"
 
 
 def _change(name: str, before: float | None, after: float | None) -> str:

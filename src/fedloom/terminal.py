@@ -319,13 +319,15 @@ class Bars:
 
 
 def comparison_table(folder: Path) -> Table:
-    """Return a comparison's metric as methods by objectives, with intervals over seeds."""
+    """Return a comparison's metric as methods by objectives, with intervals over held-out rows."""
     from fedloom.report.comparison_page import read_cells, results
 
     found = results(*read_cells(folder))
     objectives = list(dict.fromkeys(row["objective"] for row in found["arms"]))
     table = Table(
-        title=f"{found['metric']}, mean ± 95 % over seeds", box=None, padding=(0, 2, 0, 0)
+        title=f"{found['metric']}, mean (95 % over {found['held_out_rows']} rows: these trained models)",
+        box=None,
+        padding=(0, 2, 0, 0),
     )
     table.add_column("method")
     for objective in objectives:
@@ -353,11 +355,10 @@ def frameworks_table(folder: Path) -> Table:
     for scenario in dict.fromkeys(row["scenario"] for row in found["arms"]):
         table.add_row(Text(scenario, style="bold"))
         for row in (row for row in found["arms"] if row["scenario"] == scenario):
-            half = f" ± {row['half']:.3f}" if row["half"] is not None else ""
             fronts = [word for word in ("bytes", "flops") if row[f"front_{word}"]]
             table.add_row(
                 f" {row['name']}",
-                f"{row['mean']:.3f}{half}",
+                f"{row['mean']:.3f}{_ends(row['over_rows'])}",
                 human_bytes(row["down"] + row["up"]),
                 human_flops(row["flops"]),
                 human_bytes(row["memory"]),
@@ -375,7 +376,7 @@ def personal_table(folder: Path) -> Table:
     record, cells = read_cells(folder)
     found = results(record, cells, arms(record, cells))
     table = Table(
-        title="clients judged on their own rows, mean ± 95 % over seeds",
+        title="clients judged on their own rows, mean (95 % over clients)",
         box=None,
         padding=(0, 1, 0, 0),
     )
@@ -390,7 +391,7 @@ def personal_table(folder: Path) -> Table:
             over = [row["gains"].get(name) for name in others]
             table.add_row(
                 f" {row['name']}",
-                f"{row['mean']:.3f}" + (f" ± {row['half']:.3f}" if row["half"] is not None else ""),
+                f"{row['mean']:.3f}{_ends(row['over_clients'])}",
                 *(f"{gain['difference']:+.3f}" if gain else "-" for gain in over),
                 f"{row['worst_decile']:.3f}",
                 human_bytes(row["sent"]),
@@ -427,7 +428,14 @@ def advice_table(options: Sequence[Option]) -> Table:
 def _mean_cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    return f"{row['mean']:.4f}" + (f" ± {row['half']:.4f}" if row["half"] is not None else "")
+    return f"{row['mean']:.3f}{_ends(row['models'])}"
+
+
+def _ends(interval: Mapping[str, Any]) -> str:
+    """Return an interval after its mean, or that there is none."""
+    if interval["low"] is None:
+        return " (-)"
+    return f" ({interval['low']:.3f}-{interval['high']:.3f})"
 
 
 def _number(value: float | None) -> str:

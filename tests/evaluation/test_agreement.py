@@ -53,9 +53,22 @@ def test_the_bootstrap_holds_the_mean_and_narrows():
     assert np.isnan(bootstrap([], rng()).mean)
 
 
+def test_few_or_equal_questions_do_not_look_certain():
+    none = bootstrap([0.0] * 6, rng())  # 0 of 6 answers refused
+    assert (none.mean, none.low) == (0, 0) and none.high == pytest.approx(0.39033, abs=1e-5)
+    two = bootstrap([9.0, 9.0], rng(), (1, 10))
+    assert two.low < 6 and two.high > 9.0 == two.mean
+    assert bootstrap([10.0] * 3, rng(), (1, 10)).high == 10.0
+    lengths = bootstrap([120.0, 80.0], rng(), (0, float("inf")))
+    assert (
+        np.isnan(lengths.low)
+        and lengths.missing == "not estimable from 2 questions: needs at least 5"
+    )
+
+
 def test_a_fair_judge_has_no_bias():
     ratings = rate(lambda model, place, q: {"a": 3, "b": 8, "c": 5}[model])
-    assert all(e.mean == pytest.approx(0) for e in position_bias(ratings, rng()))
+    assert all(e.mean == pytest.approx(0) for e in position_bias(ratings, rng(), (1, 10)))
     assert first_preference(ratings, rng()).mean == pytest.approx(0.5)
     assert consistency(ratings) == 1.0 and tied_share(ratings) == 0.0
     assert model_scores(ratings)["b"]["q0"] == 8
@@ -64,8 +77,9 @@ def test_a_fair_judge_has_no_bias():
 
 def test_a_judge_that_likes_the_first_place():
     ratings = rate(lambda model, place, q: 9 if place == 0 else 5)
-    first, second, third = position_bias(ratings, rng())
-    assert first.low == pytest.approx(8 / 3) and second.high < 0 and third.high < 0
+    first, second, third = position_bias(ratings, rng(), (1, 10))
+    assert 1 < first.low < first.mean == pytest.approx(8 / 3)  # equal questions are no certainty
+    assert second.high < 0 and third.high < 0
     assert first_preference(ratings, rng()).mean == 1.0
     assert consistency(ratings) == 0.0
     assert length_preference(ratings, rng()).mean == pytest.approx(0.5)
@@ -74,13 +88,16 @@ def test_a_judge_that_likes_the_first_place():
 def test_questions_with_lost_showings_do_not_unbalance_the_places():
     ratings = rate(lambda model, place, q: {"a": 3, "b": 8, "c": 5}[model])
     lost = [r for r in ratings if not (r.question == "q0" and r.showing in (0, 1))]
-    assert all(e.mean == pytest.approx(0) and e.count == 29 for e in position_bias(lost, rng()))
+    assert all(
+        e.mean == pytest.approx(0) and e.count == 29 for e in position_bias(lost, rng(), (1, 10))
+    )
 
 
 def test_a_judge_that_likes_length():
     ratings = rate(lambda model, place, q: LENGTHS[model] / 5)
     found = length_preference(ratings, rng())
-    assert (found.mean, found.low) == (1.0, 1.0)
+    assert found.mean == found.high == 1.0
+    assert found.low == pytest.approx(30 / (30 + 1.959964**2))  # Wilson
 
 
 def test_ties():
@@ -90,7 +107,7 @@ def test_ties():
 
 
 def test_nothing_was_rated():
-    assert position_bias([], rng()) == [] and np.isnan(consistency([]))
+    assert position_bias([], rng(), (1, 10)) == [] and np.isnan(consistency([]))
     assert np.isnan(tied_share([])) and length_preference([], rng()).count == 0
 
 

@@ -1,15 +1,18 @@
 """Held-out sets of instructions that are judged by choices and by own answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedloom.batch import Sequences
 from fedloom.data.batches import TokenShare
-from fedloom.data.examples import Choice, Instruction, as_choice
+from fedloom.data.examples import Choice, Feedback, Instruction, Preference, as_choice
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
-from fedloom.evaluation.metrics import answer_metrics
+from fedloom.evaluation.metrics import HEADLINES, answer_metrics
+from fedloom.intervals import sample_interval
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
@@ -46,6 +49,32 @@ def test_choices_one_by_one(model, encoder):
                 losses.append(float(-completion_logps(model, batch)) / int(mask.sum()))
         right += losses.index(min(losses)) == CHOICES.index(row.completion)
     assert found["accuracy"] == pytest.approx(right / 7)
+
+
+KINDS = {
+    "instruction": lambda i: Instruction(i, f"Ask {'more ' * (9 - i)}:", f" it is {'so ' * i}"),
+    "preference": lambda i: Preference(i, f"Ask {'more ' * i}:", " yes" * (i + 1), " no"),
+    "feedback": lambda i: Feedback(i, f"Ask {'more ' * (9 - i)}:", f" word {i}", i % 3 == 0),
+    "choice": lambda i: Choice(i, f"Ask {'more ' * (9 - i)}:", CHOICES, i % 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_rows_add_makes_the_metric_whatever_their_batches(kind, model, encoder):
+    """Batches are made by length, and each row stands where it stood."""
+    tokens = tokenize([KINDS[kind](i) for i in range(9)], encoder, 64)
+    one, other = (HeldOut(TokenShare(tokens), kind, 0.1, 1.0, size) for size in (9, 2))
+    for held_out in (one, other):
+        assert held_out.sample is None
+        held_out.share = replace(held_out.share, reference_logps=torch.zeros(9 * tokens.width))
+    metrics = one.score(model)
+    other.score(model)
+    name = HEADLINES[kind].name
+    assert one.sample.metric == name and len(one.sample.totals) == 9
+    assert sample_interval(one.sample).estimate == pytest.approx(metrics[name])
+    assert one.sample.totals == pytest.approx(other.sample.totals, abs=1e-4)
+    if kind == "instruction":
+        assert one.sample.weights == tuple(map(float, tokens.completion_lengths))
 
 
 def test_a_choice_that_is_none():

@@ -6,13 +6,15 @@ import pytest
 
 from fedloom.comparison import compare, read_comparison
 from fedloom.errors import SettingsError
+from fedloom.intervals import Interval
 from fedloom.report.frameworks_page import Arm, on_front, verdicts, write_frameworks
 from fedloom.settings import write_toml
 
 
-def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0):
+def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0, higher=True):
+    sure = Interval(accuracy, None, None, 1, "seeds")
     return Arm(
-        scenario, name, framework, (accuracy,), None, sent, 0.0, sent, 0.0, flops, 0.0, memory, 0.0,
+        scenario, name, framework, higher, (accuracy,), sure, sure, None, sent, 0.0, sent, 0.0, flops, 0.0, memory, 0.0,
         {"slow": sent},
     )  # fmt: skip
 
@@ -37,11 +39,17 @@ def test_the_front_is_what_nobody_beats_in_both():
 def test_wins_are_counted_at_the_most_accurate_arm():
     rows = {row["framework"]: row for row in verdicts(ARMS)}
     assert rows.keys() == {"FedLLM", "KD-FedLLM", "Split-FedLLM"}
-    assert rows["FedLLM"]["wins"]["is the most accurate"] == 1
+    assert rows["FedLLM"]["wins"]["has the best mean"] == 1
     assert rows["KD-FedLLM"]["wins"]["sends the least"] == 1
     assert rows["KD-FedLLM"]["wins"]["has the shortest round on slow"] == 1
     assert rows["Split-FedLLM"]["wins"]["computes the least on clients"] == 1
-    assert "Of 1 scenario, it is the most accurate in 1; " in rows["FedLLM"]["text"]
+    assert "Of 1 scenario, it has the best mean in 1; " in rows["FedLLM"]["text"]
+
+
+def test_a_loss_is_better_where_it_is_lower():
+    low, high = (arm("a", "FedLLM", value, 10, 1, higher=False) for value in (0.2, 0.7))
+    assert on_front(low, [low, high], lambda x: x.sent)
+    assert not on_front(high, [low, high], lambda x: x.sent)
 
 
 @pytest.fixture

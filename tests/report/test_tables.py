@@ -1,8 +1,5 @@
 """Numbers as people read them."""
 
-import pytest
-
-from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 
 
@@ -21,11 +18,3 @@ def test_units():
         "2 h 07 min",
     ]
     assert human_count(12345) == "12\u202f345"
-
-
-def test_interval_by_hand():
-    # 1, 2, 3: mean 2, deviation 1, error 1/sqrt(3), t(0.975, 2) = 4.302653
-    mean, half = mean_interval([1, 2, 3])
-    assert mean == 2 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    with pytest.raises(ValueError, match="at least two"):
-        mean_interval([1])

@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,6 +133,9 @@ class News:
 
     def round_done(self, record: RoundRecord) -> None:
         """A round is over."""
+        own = record.evaluation
+        if own is not None:  # rows are for the run folder
+            record = replace(record, evaluation=replace(own, sample=None))
         self.tell("round_done", record=asdict(record))
 
     def warning(self, text: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.intervals import SHARE, mean_interval, share_interval
+
 RESAMPLES = 2000
 """Of the bootstrap."""
 
@@ -42,19 +44,21 @@ class Rating:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over questions with its 95 % bootstrap interval.
+    """A mean over questions with its 95 % interval.
 
     Attributes:
         mean: The estimate.
-        low: Lower end.
-        high: Upper end.
+        low: Lower end; NaN where there is no interval.
+        high: Upper end, likewise.
         count: Questions it rests on.
+        missing: Why there is no interval; empty where there is one.
     """
 
     mean: float
     low: float
     high: float
     count: int
+    missing: str = ""
 
 
 def orders(count: int, limit: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
@@ -75,15 +79,37 @@ def orders(count: int, limit: int, rng: np.random.Generator) -> list[tuple[int, 
     return [tuple(base[i:] + base[:i]) for base in bases for i in range(count)]
 
 
-def bootstrap(values: Sequence[float], rng: np.random.Generator) -> Estimate:
-    """Return the mean of one value a question, with its interval by resampling questions."""
+def bootstrap(
+    values: Sequence[float], rng: np.random.Generator, bounds: tuple[float, float] = SHARE
+) -> Estimate:
+    """Return the mean of one value a question, and its interval over questions.
+
+    A share (of values that are 0, 0.5 or 1) has Wilson's. Others are resampled with one question more at
+    either bound, so that equal questions, or few, do not look certain. Without bounds it is Student's t.
+
+    Args:
+        values: One a question, within ``bounds``.
+        rng: Draws the resamples.
+        bounds: Least and largest value that there may be.
+    """
+    nan = float("nan")
     if not values:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    array = np.asarray(values, dtype=np.float64)
+        return Estimate(nan, nan, nan, 0, "not estimable without questions")
+    mean, share = float(np.mean(values)), bounds == SHARE and set(values) <= {0.0, 0.5, 1.0}
+    if share or not all(map(np.isfinite, bounds)):
+        found = (
+            share_interval(sum(values), len(values), "questions")
+            if share
+            else mean_interval(values, "questions", bounds)
+        )
+        if found.low is None or found.high is None:
+            return Estimate(mean, nan, nan, len(values), found.missing)
+        return Estimate(mean, found.low, found.high, len(values))
+    array = np.asarray([*values, *bounds], dtype=np.float64)
     drawn = rng.integers(0, len(array), size=(RESAMPLES, len(array)))
-    means = array[drawn].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(array.mean()), float(low), float(high), len(array))
+    low, high = np.quantile(array[drawn].mean(axis=1), [0.025, 0.975])
+    # the added questions pull the middle inwards, and the estimate lies in its interval
+    return Estimate(mean, min(mean, float(low)), max(mean, float(high)), len(values))
 
 
 def model_scores(ratings: Iterable[Rating]) -> dict[str, dict[str, float]]:
@@ -113,8 +139,10 @@ def by_showing(ratings: Iterable[Rating]) -> dict[tuple[str, int], list[Rating]]
     return dict(found)
 
 
-def position_bias(ratings: Sequence[Rating], rng: np.random.Generator) -> list[Estimate]:
-    """Return, for each place, how much more an answer gets there than on average.
+def position_bias(
+    ratings: Sequence[Rating], rng: np.random.Generator, scale: tuple[float, float]
+) -> list[Estimate]:
+    """Return, for each place, how much more an answer gets there than on average, on a judge's scale.
 
     Only questions all of whose showings have a verdict count: in them every answer stands equally
     often at every place, so a fair judge gives zero everywhere.
@@ -131,8 +159,13 @@ def position_bias(ratings: Sequence[Rating], rng: np.random.Generator) -> list[E
             for rating in together:
                 excess[question][rating.place].append(rating.score - middle)
     places = sorted({rating.place for rating in ratings})
+    width = scale[1] - scale[0]
     return [
-        bootstrap([float(np.mean(own[place])) for own in excess.values() if place in own], rng)
+        bootstrap(
+            [float(np.mean(own[place])) for own in excess.values() if place in own],
+            rng,
+            (-width, width),
+        )
         for place in places
     ]
 

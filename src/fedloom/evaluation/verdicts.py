@@ -148,7 +148,7 @@ def judge_record(
     def rng() -> Any:
         return generator(settings.seed, "bootstrap")
 
-    scores = model_scores(outcome.ratings)
+    scores, scale = model_scores(outcome.ratings), outcome.judge.scale
     comparing = outcome.judge.compares and len(models) > 1 and not settings.one_by_one
     categories = {question.id: question.category for question in benchmark.questions}
     return {
@@ -159,12 +159,14 @@ def judge_record(
         "reasons": dict(sorted(outcome.reasons.items())),
         "costs": outcome.judge.costs(),
         "models": {
-            model: asdict(bootstrap(list(scores.get(model, {}).values()), rng()))
+            model: asdict(bootstrap(list(scores.get(model, {}).values()), rng(), scale))
             for model in models
         },
         "categories": _by_category(scores, categories),
-        "differences": _differences(scores, models, rng),
-        "bias": _bias_record(outcome.ratings, rng) if comparing and outcome.ratings else None,
+        "differences": _differences(scores, models, rng, scale),
+        "bias": _bias_record(outcome.ratings, rng, scale)
+        if comparing and outcome.ratings
+        else None,
     }
 
 
@@ -182,10 +184,13 @@ def _by_category(
 
 
 def _differences(
-    scores: Mapping[str, Mapping[str, float]], models: list[str], rng: Callable[[], Any]
+    scores: Mapping[str, Mapping[str, float]],
+    models: list[str],
+    rng: Callable[[], Any],
+    scale: tuple[float, float],
 ) -> list[dict[str, Any]]:
     """Return how each two models differ on the questions that both have scores for."""
-    rows = []
+    rows, width = [], scale[1] - scale[0]
     for i, left in enumerate(models):
         for right in models[i + 1 :]:
             both = scores.get(left, {}).keys() & scores.get(right, {}).keys()
@@ -195,7 +200,7 @@ def _differences(
                     {
                         "left": left,
                         "right": right,
-                        **asdict(bootstrap(gaps, rng())),
+                        **asdict(bootstrap(gaps, rng(), (-width, width))),
                         "right_wins": sum(gap > 0 for gap in gaps),
                         "ties": sum(gap == 0 for gap in gaps),
                     }
@@ -203,8 +208,10 @@ def _differences(
     return rows
 
 
-def _bias_record(ratings: list[Rating], rng: Callable[[], Any]) -> dict[str, Any]:
-    places = position_bias(ratings, rng())
+def _bias_record(
+    ratings: list[Rating], rng: Callable[[], Any], scale: tuple[float, float]
+) -> dict[str, Any]:
+    places = position_bias(ratings, rng(), scale)
     longer, first = length_preference(ratings, rng()), first_preference(ratings, rng())
     tied = tied_share(ratings)
     flags = []
@@ -226,7 +233,8 @@ def _bias_record(ratings: list[Rating], rng: Callable[[], Any]) -> dict[str, Any
 
 def _excludes(estimate: Estimate, value: float) -> bool:
     """Return whether an interval lies beside ``value``, rounding aside."""
-    return estimate.count > 0 and not estimate.low - 1e-9 <= value <= estimate.high + 1e-9
+    known = estimate.count > 0 and not estimate.missing
+    return known and not estimate.low - 1e-9 <= value <= estimate.high + 1e-9
 
 
 def suspicious_answers(

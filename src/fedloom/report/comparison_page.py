@@ -15,10 +15,17 @@ from typing import Any
 
 from fedloom.errors import OutputError
 from fedloom.report import run_folder as names
+from fedloom.report.judged import (
+    difference_over_rows,
+    duplicates,
+    over_rows,
+    over_seeds,
+    rows_of,
+)
 from fedloom.report.page import Run, read_run
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.spent import budget_words, comparison_words, spent_rows
-from fedloom.report.statistics import holm, mean_interval, paired_test
+from fedloom.report.statistics import holm
 from fedloom.report.template import fill, write_page
 
 RESOURCES = ("steps", "examples", "tokens", "flops", "seconds")
@@ -89,7 +96,9 @@ def write_comparison(folder: Path, target: Path | None = None) -> Path:
 
 
 def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
-    """Return the comparison's record and its finished runs.
+    """Return the comparison's record and its finished runs; of runs that are one, the first.
+
+    The record also holds how many runs have ``finished``, and ``notes`` on those that are left out.
 
     Raises:
         OutputError: It is no comparison, or no run in it has finished.
@@ -104,7 +113,13 @@ def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
             cells.append(Cell(cell["objective"], cell["method"], cell["seed"], read_run(path)))
     if not cells:
         raise OutputError(f"no run of the comparison in {folder} has finished")
-    return record, cells
+    again: dict[int, str] = {}
+    for arm in dict.fromkeys((cell.objective, cell.method) for cell in cells):
+        places = [i for i, cell in enumerate(cells) if (cell.objective, cell.method) == arm]
+        found = duplicates([cells[place].run for place in places])
+        again |= {places[place]: f"{why}: they count as one seed" for place, why in found.items()}
+    kept = [cell for place, cell in enumerate(cells) if place not in again]
+    return {**record, "finished": len(cells), "notes": list(again.values())}, kept
 
 
 def results(record: Record, cells: Sequence[Cell]) -> Record:
@@ -114,8 +129,9 @@ def results(record: Record, cells: Sequence[Cell]) -> Record:
         "metric": cells[0].run.metric,
         "budget": record["budget"],
         "amount": record["amount"],
-        "finished": len(cells),
+        "finished": record["finished"],
         "planned": len(record["cells"]),
+        "held_out_rows": rows_of(cells[0].run),
         "arms": _arm_rows(record, cells),
         "paired": paired_rows(record, cells),
         "did": spent_by_arm(record, cells),
@@ -131,7 +147,11 @@ def render(record: Record, cells: Sequence[Cell]) -> str:
         title=record["name"],
         record=record,
         metric=cells[0].run.run["metric"],
-        finished=len(cells),
+        finished=record["finished"],
+        notes=record["notes"],
+        held_out=rows_of(cells[0].run),
+        shown=[cells[0].run.metric, *cells[0].metrics, "bytes", "flops", "seconds", "peak_memory"],
+        tests=_tests(record, cells),
         model=cells[0].run.run["model"],
         data=cells[0].run.run["data"],
         rounds=cells[0].summary["rounds"],
@@ -150,57 +170,75 @@ def render(record: Record, cells: Sequence[Cell]) -> str:
 def paired_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
     """Return, for every two objective arms, how they differ over the same seeds.
 
-    The units of the first test are seeds: a seed's value is the mean over the methods that both arms
-    finished, since runs that share a seed share data and start and are no independent evidence. Each
-    method by itself follows. p values of one column are adjusted for their number (Holm).
+    The first rows take the mean over the methods that both arms finished, each method by itself follows.
+    ``models`` is the difference of these trained models, over held-out rows; ``seeds`` that of the arms
+    trained again, over seeds, whose runs share data and start. p values of one column are adjusted for
+    their number (Holm).
     """
     rows: list[Record] = []
-    for left, right in combinations(record["objectives"], 2):
-        blocks = _blocks(cells, left, right)
-        if blocks:
-            rows.append({"left": left, "right": right, "method": None, **_overall(blocks)})
-    for method in record["methods"]:
+    for method in (None, *record["methods"]):
         for left, right in combinations(record["objectives"], 2):
-            blocks = [b for b in _blocks(cells, left, right) if b[0] == method]
+            blocks = _blocks(cells, left, right)
+            blocks = [b for b in blocks if method in (None, b[0].method)]
             if blocks:
-                test = paired_test([b[2] for b in blocks], [b[3] for b in blocks])
-                wins = _wins(blocks)
-                rows.append(
-                    {"left": left, "right": right, "method": method, **asdict(test), **wins}
-                )
+                rows.append({"left": left, "right": right, "method": method, **_paired(blocks)})
     for overall in (True, False):
-        some = [r for r in rows if (r["method"] is None) == overall and r["p"] is not None]
-        for row, adjusted in zip(some, holm([r["p"] for r in some]), strict=True):
-            row["p_adjusted"] = adjusted
-    return [{"p_adjusted": None, **row} for row in rows]
+        for kind in ("models", "seeds"):
+            some = [r[kind] for r in rows if (r["method"] is None) == overall]
+            tested = [own for own in some if own["p"] is not None]
+            for own, p in zip(tested, holm([own["p"] for own in tested]), strict=True):
+                own["p_adjusted"] = p
+    return rows
 
 
-Block = tuple[str, int, float, float]
-"""Method, seed, and the value of either arm."""
+def _tests(record: Record, cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
+    """Return over how many p values those of each column are adjusted: of all methods, and of each."""
+    rows = paired_rows(record, cells)
+    return {
+        name: {
+            kind: sum(r[kind]["p"] is not None for r in rows if (r["method"] is None) == overall)
+            for kind in ("models", "seeds")
+        }
+        for name, overall in (("overall", True), ("single", False))
+    }
+
+
+Block = tuple[Cell, Cell]
+"""Two runs that differ in their objective arm alone."""
 
 
 def _blocks(cells: Sequence[Cell], left: str, right: str) -> list[Block]:
-    values = {(c.objective, c.method, c.seed): c.value for c in cells}
+    others = {(c.method, c.seed): c for c in cells if c.objective == right}
     return [
-        (method, seed, value, values[right, method, seed])
-        for (objective, method, seed), value in values.items()
-        if objective == left and (right, method, seed) in values
+        (cell, others[cell.method, cell.seed])
+        for cell in cells
+        if cell.objective == left and (cell.method, cell.seed) in others
     ]
 
 
-def _overall(blocks: Sequence[Block]) -> Record:
-    seeds = sorted({block[1] for block in blocks})
-    lefts = [fmean(left for _, own, left, _ in blocks if own == seed) for seed in seeds]
-    rights = [fmean(right for _, own, _, right in blocks if own == seed) for seed in seeds]
-    return {**asdict(paired_test(lefts, rights)), **_wins(blocks)}
-
-
-def _wins(blocks: Sequence[Block]) -> Record:
+def _paired(blocks: Sequence[Block]) -> Record:
+    by_seed: dict[int, list[float]] = {}
+    for one, other in blocks:
+        by_seed.setdefault(one.seed, []).append(other.value - one.value)
+    gaps = [fmean(own) for own in by_seed.values()]
+    pairs = [(one.run, other.run) for one, other in blocks]
+    models = difference_over_rows(pairs, fmean(gaps))
+    seeds = over_seeds(gaps, blocks[0][0].run, differences=True)
     return {
+        "units": len(gaps),
+        "difference": fmean(gaps),
+        "models": {**asdict(models), "p_adjusted": None},
+        "seeds": {**asdict(seeds), "p_adjusted": None},
         "runs": len(blocks),
-        "right_wins": sum(b[3] > b[2] for b in blocks),
-        "ties": sum(b[3] == b[2] for b in blocks),
+        "right_wins": sum(_better(one, other) for one, other in blocks),
+        "ties": sum(other.value == one.value for one, other in blocks),
     }
+
+
+def _better(one: Cell, other: Cell) -> bool:
+    """Return whether the second run is better, whichever way its metric goes."""
+    higher = bool(other.run.run["metric"]["higher_is_better"])
+    return other.value > one.value if higher else other.value < one.value
 
 
 def cells_of(
@@ -227,13 +265,13 @@ def _arm_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
 
 def _arm(some: Sequence[Cell]) -> Record:
     values = [cell.value for cell in some]
-    half = mean_interval(values)[1] if len(values) > 1 else None
     totals = [cell.summary["totals"] for cell in some]
     return {
         "runs": len(values),
         "before": fmean(float(cell.summary["before"]) for cell in some),
         "mean": fmean(values),
-        "half": half,
+        "models": asdict(over_rows([cell.run for cell in some], values)),
+        "seeds": asdict(over_seeds(values, some[0].run)),
         "lowest": min(values),
         "highest": max(values),
         "metrics": {n: fmean(cell.metrics[n] for cell in some) for n in some[0].metrics},
@@ -251,8 +289,8 @@ def _means_by_objective(record: Record, cells: Sequence[Cell]) -> list[Record]:
         seeds = sorted({cell.seed for cell in some})
         values = [fmean(c.value for c in some if c.seed == seed) for seed in seeds]
         if values:
-            half = mean_interval(values)[1] if len(values) > 1 else None
-            row = {"objective": objective, **_arm(some), "mean": fmean(values), "half": half}
+            sure = asdict(over_seeds(values, some[0].run))
+            row = {"objective": objective, **_arm(some), "mean": fmean(values), "seeds": sure}
             rows.append({**row, "runs": len(some)})
     return rows
 
@@ -313,6 +351,11 @@ def _curves(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     return charts
 
 
+def drawn(own: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the ends of a recorded interval for a chart, where it has any."""
+    return None if own["low"] is None else (own["low"], own["high"])
+
+
 def _scatters(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     """Return quality against traffic and against compute, a point an arm."""
     from fedloom.report import figures
@@ -321,13 +364,14 @@ def _scatters(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     rows: Sequence[Mapping[str, Any]] = _arm_rows(record, cells)
     by_bytes = [(r["objective"], r["method"], r["sent"] / 1e6, r["mean"]) for r in rows]
     by_flops = [(r["objective"], r["method"], r["flops"] / 1e9, r["mean"]) for r in rows]
+    spans = [drawn(r["models"]) for r in rows]
     return [
         (
-            f"{words.capitalize()} against bytes sent (measured)",
-            figures.grid_scatter(by_bytes, "MB sent in a run", words),
+            f"{words.capitalize()} against bytes sent (measured), 95 % over held-out rows",
+            figures.grid_scatter(by_bytes, "MB sent in a run", words, spans),
         ),
         (
-            f"{words.capitalize()} against client compute (derived)",
-            figures.grid_scatter(by_flops, "GFLOP computed by clients in a run", words),
+            f"{words.capitalize()} against client compute (derived), 95 % over held-out rows",
+            figures.grid_scatter(by_flops, "GFLOP computed by clients in a run", words, spans),
         ),
     ]

@@ -57,5 +57,8 @@ def _chart(judge: Mapping[str, Any]) -> str | None:
     found = {m: e for m, e in judge["models"].items() if e["mean"] is not None}
     if not found:
         return None
-    estimates = {m: (e["mean"], e["low"], e["high"]) for m, e in found.items()}
+    estimates = {
+        m: (e["mean"], *((e["mean"], e["mean"]) if e["low"] is None else (e["low"], e["high"])))
+        for m, e in found.items()
+    }
     return figures.interval_chart(estimates, "mean score, 95 % interval over questions")

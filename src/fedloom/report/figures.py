@@ -89,7 +89,7 @@ def line_chart(
         if limits is not None:
             axes.set_ylim(*limits)
         if band is not None:
-            axes.fill_between(*band, color=PALETTE[0], alpha=0.15, label=band_label, linewidth=0)
+            axes.fill_between(*band, color="#888888", alpha=0.18, label=band_label, linewidth=0)
         for number, (label, (x, y)) in enumerate(lines.items()):
             marker = "o" if len(x) <= 30 else None
             colour = PALETTE[number % len(PALETTE)]
@@ -100,11 +100,28 @@ def line_chart(
         return _svg(figure)
 
 
-def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
-    """Return one labelled point a run; x is logarithmic where it spans more than a decade."""
+Span = tuple[float, float] | None
+"""The ends of a point's interval in y, where it has one."""
+
+
+def scatter_chart(
+    points: Mapping[str, tuple[float, float]],
+    x_label: str,
+    y_label: str,
+    spans: Mapping[str, Span] | None = None,
+) -> str:
+    """Return one labelled point a run; x is logarithmic where it spans more than a decade.
+
+    Args:
+        points: Label to x and y.
+        x_label: Of the x axis.
+        y_label: Of the y axis.
+        spans: Label to the ends of an interval, drawn as a line.
+    """
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
         for number, (label, (x, y)) in enumerate(points.items()):
+            _whisker(axes, x, (spans or {}).get(label), PALETTE[number % len(PALETTE)])
             axes.plot(
                 [x],
                 [y],
@@ -119,8 +136,17 @@ def scatter_chart(points: Mapping[str, tuple[float, float]], x_label: str, y_lab
         return _svg(figure)
 
 
+def _whisker(axes: Axes, x: float, span: Span, colour: str) -> None:
+    """Draw the interval of a point behind it."""
+    if span is not None:
+        axes.plot([x, x], list(span), color=colour, linewidth=1.2, alpha=0.6, zorder=1)
+
+
 def grid_scatter(
-    points: Sequence[tuple[str, str, float, float]], x_label: str, y_label: str
+    points: Sequence[tuple[str, str, float, float]],
+    x_label: str,
+    y_label: str,
+    spans: Sequence[Span] = (),
 ) -> str:
     """Return points that say two things beside where they are: by colour and by shape.
 
@@ -128,12 +154,14 @@ def grid_scatter(
         points: What the colour means, what the shape means, x and y.
         x_label: Of the x axis, logarithmic where it spans more than a decade.
         y_label: Of the y axis.
+        spans: The ends of each point's interval, in the order of the points; none are drawn if empty.
     """
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(_first_seen(points, 0))}
     shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(_first_seen(points, 1))}
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=3.6)
-        for colour, shape, x, y in points:
+        for place, (colour, shape, x, y) in enumerate(points):
+            _whisker(axes, x, spans[place] if spans else None, colours[colour])
             axes.plot(
                 [x], [y], shapes[shape], color=colours[colour], markersize=7, alpha=0.85, mew=0
             )
@@ -152,7 +180,10 @@ def grid_scatter(
 
 
 def pareto_scatter(
-    points: Sequence[tuple[str, str, float, float, bool]], x_label: str, y_label: str
+    points: Sequence[tuple[str, str, float, float, bool]],
+    x_label: str,
+    y_label: str,
+    spans: Sequence[Span] = (),
 ) -> str:
     """Return arms by cost and quality, a line through those that no other beats in both.
 
@@ -160,6 +191,7 @@ def pareto_scatter(
         points: What the colour means, the arm's name, x, y, and whether it is on the front.
         x_label: Of the x axis (less is better), logarithmic where it spans more than a decade.
         y_label: Of the y axis (more is better).
+        spans: The ends of each point's interval, in the order of the points; none are drawn if empty.
     """
     groups = list(dict.fromkeys(point[0] for point in points))
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(groups)}
@@ -169,7 +201,8 @@ def pareto_scatter(
         axes.plot(
             [x for x, _, _ in front], [y for _, y, _ in front], color="#888888", lw=1, zorder=1
         )
-        for group, _, x, y, chosen in points:
+        for place, (group, _, x, y, chosen) in enumerate(points):
+            _whisker(axes, x, spans[place] if spans else None, colours[group])
             face = colours[group] if chosen else "none"
             axes.plot([x], [y], "o", mec=colours[group], mfc=face, mew=1.4, markersize=7)
         for place, (x, y, name) in enumerate(front):

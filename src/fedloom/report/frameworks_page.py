@@ -7,12 +7,13 @@ stands beside its closed form; compute, memory and the time on a link are derive
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedloom.accounting.network import Link
+from fedloom.intervals import Interval
 from fedloom.report import run_folder as names
 from fedloom.report.comparison_page import (
     Cell,
@@ -22,8 +23,8 @@ from fedloom.report.comparison_page import (
     spent_by_arm,
     spent_words,
 )
+from fedloom.report.judged import over_rows, over_seeds, rows_of
 from fedloom.report.run_folder import Record, RunFolder
-from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_flops
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import Turn, server_costs, turns
@@ -40,7 +41,10 @@ class Arm:
         scenario: Its name.
         name: The arm's.
         framework: FedLLM, KD-FedLLM, Split-FedLLM, or a baseline.
+        higher_is_better: The direction of its metric.
         values: The metric of each seed after the last round.
+        over_rows: Their mean with its interval over held-out rows: these trained models.
+        over_seeds: The same over seeds: the arm, trained again.
         clients: The mean of the clients' own models on the same set, where they keep their own.
         down: Bytes to a client in a round, measured, mean.
         up: Bytes from it.
@@ -56,7 +60,10 @@ class Arm:
     scenario: str
     name: str
     framework: str
+    higher_is_better: bool
     values: tuple[float, ...]
+    over_rows: Interval
+    over_seeds: Interval
     clients: float | None
     down: float
     up: float
@@ -74,9 +81,9 @@ class Arm:
         return fmean(self.values)
 
     @property
-    def half(self) -> float | None:
-        """Half-width of its 95 % interval; ``None`` for one seed."""
-        return mean_interval(self.values)[1] if len(self.values) > 1 else None
+    def quality(self) -> float:
+        """The mean, signed so that more is better."""
+        return self.mean if self.higher_is_better else -self.mean
 
     @property
     def sent(self) -> float:
@@ -115,13 +122,10 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
     return {
         "name": record["name"],
         "metric": cells[0].run.metric,
-        "finished": len(cells),
+        "finished": record["finished"],
         "planned": len(record["cells"]),
         "did": spent_by_arm(record, cells),
-        "arms": [
-            {**arm.__dict__, "mean": arm.mean, "half": arm.half, **_marks(arm, found)}
-            for arm in found
-        ],
+        "arms": [{**asdict(arm), "mean": arm.mean, **_marks(arm, found)} for arm in found],
         "frameworks": verdicts(found),
     }
 
@@ -149,7 +153,10 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell], links: dict[str, Link]
         scenario,
         name,
         BASELINES.get(method, str(run.run["traffic"]["framework"])),
+        bool(run.run["metric"]["higher_is_better"]),
         tuple(cell.value for cell in cells),
+        over_rows([cell.run for cell in cells], [cell.value for cell in cells]),
+        over_seeds([cell.value for cell in cells], run),
         fmean(cell.metrics[own] for cell in cells) if own in cells[0].metrics else None,
         fmean(turn.sent.down for turn in every),
         fmean(turn.sent.up for turn in every),
@@ -186,7 +193,8 @@ def _round_seconds(found: Sequence[Turn], link: Link) -> list[float]:
 def on_front(arm: Arm, others: Sequence[Arm], cost: Callable[[Arm], float]) -> bool:
     """Return whether no other arm of the scenario is as good for less, or better for no more."""
     return not any(
-        (cost(o) <= cost(arm) and o.mean > arm.mean) or (cost(o) < cost(arm) and o.mean >= arm.mean)
+        (cost(o) <= cost(arm) and o.quality > arm.quality)
+        or (cost(o) < cost(arm) and o.quality >= arm.quality)
         for o in others
         if o.scenario == arm.scenario and o.is_framework
     )
@@ -202,13 +210,13 @@ def _marks(arm: Arm, found: Sequence[Arm]) -> Record:
 def verdicts(found: Sequence[Arm]) -> list[Record]:
     """Say for each framework where it wins in these measurements, as counts and as a sentence.
 
-    Frameworks meet at their most accurate arm in each scenario.
+    Frameworks meet at their arm of the best mean in each scenario.
     """
     frameworks = list(dict.fromkeys(arm.framework for arm in found if arm.is_framework))
     best: dict[tuple[str, str], Arm] = {}
     for arm in found:
         key = (arm.scenario, arm.framework)
-        if arm.is_framework and (key not in best or arm.mean > best[key].mean):
+        if arm.is_framework and (key not in best or arm.quality > best[key].quality):
             best[key] = arm
     scenarios = [
         s
@@ -226,7 +234,7 @@ def _verdict(framework: str, best: dict[tuple[str, str], Arm], found: Sequence[A
     rivals = {f for _, f in best}
     mine = [best[scenario, framework] for scenario in scenarios]
     criteria: dict[str, Callable[[Arm], float]] = {
-        "is the most accurate": lambda arm: -arm.mean,
+        "has the best mean": lambda arm: -arm.quality,
         "sends the least": lambda arm: arm.sent,
         "computes the least on clients": lambda arm: arm.flops,
         "needs the least client memory": lambda arm: arm.memory,
@@ -244,7 +252,7 @@ def _verdict(framework: str, best: dict[tuple[str, str], Arm], found: Sequence[A
     total = len(scenarios)
     won = [f"{text} in {count}" for text, count in wins.items() if count]
     text = (
-        f"At its most accurate it reaches {fmean(a.mean for a in mine):.3f} on average, sends "
+        f"At its best mean it reaches {fmean(a.mean for a in mine):.3f} on average, sends "
         f"{human_bytes(fmean(a.sent for a in mine))} a client and round and lets a client compute "
         f"{human_flops(fmean(a.flops for a in mine))}. "
         if mine
@@ -267,7 +275,10 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         record=record,
         **spent_words(record, cells),
         metric=cells[0].run.run["metric"],
-        finished=len(cells),
+        finished=record["finished"],
+        notes=record["notes"],
+        held_out=rows_of(cells[0].run),
+        shown=[cells[0].run.metric, "bytes", "flops", "peak_memory"],
         models=list(dict.fromkeys(cell.run.run["model"]["name"] for cell in cells)),
         data=cells[0].run.run["data"],
         rounds=cells[0].summary["rounds"],
@@ -292,15 +303,17 @@ def _scenario(name: str, found: Sequence[Arm], cells: Sequence[Cell]) -> Record:
         for a in compared
     ]
     charts = []
+    sure = [a.over_rows for a in compared]
+    spans = [None if one.low is None or one.high is None else (one.low, one.high) for one in sure]
     if compared:
         charts = [
             (
-                f"{metric.capitalize()} against bytes (measured)",
-                figures.pareto_scatter(by_bytes, "MB of a client in a round", metric),
+                f"{metric.capitalize()} against bytes (measured), 95 % over held-out rows",
+                figures.pareto_scatter(by_bytes, "MB of a client in a round", metric, spans),
             ),
             (
-                f"{metric.capitalize()} against client compute (derived)",
-                figures.pareto_scatter(by_flops, "GFLOP of a client in a round", metric),
+                f"{metric.capitalize()} against client compute (derived), 95 % over held-out rows",
+                figures.pareto_scatter(by_flops, "GFLOP of a client in a round", metric, spans),
             ),
         ]
     clients = next((len(c.run.partition["clients"]) for c in cells if c.objective == name), 0)
@@ -308,8 +321,7 @@ def _scenario(name: str, found: Sequence[Arm], cells: Sequence[Cell]) -> Record:
         "name": name,
         "clients": clients,
         "arms": [
-            {"arm": arm, "mean": arm.mean, "half": arm.half, "sent": arm.sent, **_marks(arm, found)}
-            for arm in own
+            {"arm": arm, "mean": arm.mean, "sent": arm.sent, **_marks(arm, found)} for arm in own
         ],
         "charts": charts,
     }

@@ -6,19 +6,29 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
+from fedloom.intervals import Interval
 from fedloom.report import account
 from fedloom.report import run_folder as names
 from fedloom.report.experts_section import experts_section
+from fedloom.report.judged import (
+    counted_interval,
+    duplicates,
+    interval_of,
+    outcome,
+    over_clients,
+    over_rows,
+    over_seeds,
+    rows_of,
+)
 from fedloom.report.marks import doubts
 from fedloom.report.run_folder import Record, RunFolder
-from fedloom.report.statistics import mean_interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import client_costs, server_costs, turns
@@ -71,6 +81,20 @@ class Run:
         kept = [(x, y) for x, y in found if y is not None]
         return [x for x, _ in kept], [y for _, y in kept]
 
+    def global_band(self) -> tuple[list[float], list[float], list[float]]:
+        """Return rounds, and the ends of the metric's interval over rows where it has one."""
+        found = [
+            (record["round"], interval_of(self, record["evaluation"]))
+            for record in self.evaluated
+            if record["evaluation"]["global"].get(self.metric) is not None
+        ]
+        kept = [(x, own.low, own.high) for x, own in found if own.low is not None]
+        return (
+            [float(x) for x, _, _ in kept],
+            [float(low) for _, low, _ in kept],
+            [float(high) for _, _, high in kept if high is not None],
+        )
+
     def train_line(self, name: str = "loss") -> tuple[list[float], list[float]]:
         """Return rounds and a training metric over them."""
         kept = [
@@ -112,12 +136,17 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path],
+    target: Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Write one page about one run, or one that compares several.
 
     Args:
-        folders: Run folders.
+        folders: Run folders; one that is given twice counts once.
         target: File to write (default: report.html in the folder, or comparison.html here).
+        warn: Told what counts once though it is there more often.
 
     Returns:
         The file.
@@ -125,9 +154,22 @@ def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
     Raises:
         OutputError: A folder is no run folder, or the page cannot be written.
     """
+    once = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    for folder in once:
+        times = sum(other.resolve() == folder.resolve() for other in folders)
+        if times > 1:
+            warn(f"{folder} is given {times} times and counts once")
+    runs = [read_run(folder) for folder in once]
+    for text in counted_once(runs):
+        warn(text)
     if target is None:
-        target = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
-    return write_page(render([read_run(folder) for folder in folders]), target)
+        target = once[0] / "report.html" if len(once) == 1 else Path("comparison.html")
+    return write_page(render(runs), target)
+
+
+def counted_once(runs: Sequence[Run]) -> list[str]:
+    """Return a warning for each run that is another one again; over seeds it does not count."""
+    return [f"{why}: they count as one run" for why in duplicates(runs).values()]
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -164,7 +206,10 @@ def _view(run: Run) -> dict[str, Any]:
         "absent": _absent(run),
         "weighed": _weighed(run),
         "done": run.rounds[-1]["round"] if run.rounds else None,
-        "last": _last_known(run),
+        "outcome": outcome(run),
+        "likelihood": _likelihood(run),
+        "worst": _worst_client(run),
+        "shown": _shown_metrics(run),
     }
 
 
@@ -239,10 +284,49 @@ def _settings(experiment: str) -> Record:
     return tomllib.loads(experiment)
 
 
-def _last_known(run: Run) -> tuple[float | None, float | None]:
-    """Return the metric at the start and as last evaluated, of a run finished or not."""
-    _, values = run.global_line(run.metric)
-    return (values[0], values[-1]) if values else (None, None)
+def _likelihood(run: Run) -> Record | None:
+    """Return how many pairs the model itself finds likelier the right way round, with its interval."""
+    name = "likelihood_accuracy"
+    _, values = run.global_line(name)
+    if not values:
+        return None
+    interval = counted_interval(name, values[-1], rows_of(run))
+    return {"before": values[0], "after": values[-1], "interval": interval}
+
+
+def _worst_client(run: Run) -> Record | None:
+    """Return what the worst client reached, by how many rows, and how the others fare."""
+    clients: Record = (run.evaluated[-1]["evaluation"]["clients"] if run.evaluated else None) or {}
+    each = _each(run.evaluated[-1], run.metric) if clients else {}
+    if not each:
+        return None
+    choose = min if run.run["metric"]["higher_is_better"] else max
+    client = choose(each, key=lambda name: each[name])
+    rows = int(clients["each"][client].get("examples", 0))
+    return {
+        "client": client,
+        "value": each[client],
+        "rows": rows,
+        "interval": _client_interval(run, each[client], rows),
+        "clients": len(each),
+        "mean": clients["mean"][run.metric],
+        "spread": clients["spread"][run.metric],
+        "over_clients": over_clients(list(each.values()), run.metric),
+    }
+
+
+def _client_interval(run: Run, value: float | None, rows: int) -> Interval | None:
+    """Return the interval of a client's share of its own rows; of other metrics there is none."""
+    found = None if value is None or not rows else counted_interval(run.metric, value, rows)
+    return found if found is not None and found.low is not None else None
+
+
+def _shown_metrics(run: Run) -> list[str]:
+    """Return the names that the page of a run shows, for their definitions."""
+    trained = {name for record in run.rounds for name in record["train"] or () if name != "loss"}
+    judged = {name for record in run.evaluated for name in record["evaluation"]["global"]}
+    costs = ("bytes", "flops", "seconds", "peak_memory", "worst", "spread", "training loss")
+    return [run.metric, *judged, *trained, *costs]
 
 
 def _figures(run: Run) -> list[tuple[str, str]]:
@@ -252,6 +336,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     name, words = run.metric, run.metric.replace("_", " ")
     charts: list[tuple[str, str]] = []
     lines = {"global held-out set": run.global_line(name)}
+    sure = run.global_band()
     own = run.global_line(f"clients_{name}")
     if own[0]:
         lines["clients' models on it"] = own
@@ -265,8 +350,10 @@ def _figures(run: Run) -> list[tuple[str, str]]:
             words,
             band=band[:3] if band else None,
             band_label="worst to best client",
+            bands={"global held-out set": sure} if sure[0] else None,
         )
-        charts.append((f"Held-out {words} by round", chart))
+        note = "; its band: 95 % over held-out rows" if sure[0] else ""
+        charts.append((f"Held-out {words} by round{note}", chart))
     pairs = run.run["data"]["kind"] == "preference"
     judged = "held-out pairs (DPO loss)" if pairs else "held-out"
     losses = {"training (objective)": run.train_line(), judged: run.global_line("loss")}
@@ -333,6 +420,7 @@ def _client_rows(run: Run) -> list[Record]:
                 "rounds": sum(client in record["clients"] for record in run.rounds),
                 "before": before.get(str(client)),
                 "after": after.get(str(client)),
+                "interval": _client_interval(run, after.get(str(client)), share["held_out"]),
                 "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in costs),
                 "flops": sum(c["flops"] or 0 for c in costs),
                 "seconds": sum(c["seconds"] or 0 for c in costs),
@@ -392,28 +480,49 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     same = {label: run for label, run in zip(labels, runs, strict=True) if run.metric == metric}
     rows = [_comparison_row(label, run) for label, run in zip(labels, runs, strict=True)]
     curves = {label: run.global_line(metric) for label, run in same.items()}
+    bands = {label: band for label, run in same.items() if (band := run.global_band())[0]}
     cost = {row["label"]: row for row in rows if row["label"] in same and row["after"] is not None}
-    charts = [(f"Held-out {words} by round", figures.line_chart(curves, "round", words))]
+    charts = [
+        (
+            f"Held-out {words} by round; bands: 95 % over held-out rows",
+            figures.line_chart(curves, "round", words, bands=bands),
+        )
+    ]
     if cost:
         by_bytes = {label: (row["bytes"] / 1e6, row["after"]) for label, row in cost.items()}
         by_flops = {label: (row["flops"] / 1e9, row["after"]) for label, row in cost.items()}
+        spans = {label: _span(row["interval"]) for label, row in cost.items()}
         charts.append(
             (
-                f"{words.capitalize()} against traffic",
-                figures.scatter_chart(by_bytes, "MB sent", words),
+                f"{words.capitalize()} against traffic, 95 % over held-out rows",
+                figures.scatter_chart(by_bytes, "MB sent", words, spans),
             )
         )
         charts.append(
             (
-                f"{words.capitalize()} against client compute",
-                figures.scatter_chart(by_flops, "GFLOP (derived)", words),
+                f"{words.capitalize()} against client compute, 95 % over held-out rows",
+                figures.scatter_chart(by_flops, "GFLOP (derived)", words, spans),
             )
         )
-    return {"rows": rows, "figures": charts, "metric": metric, "groups": _groups(runs)}
+    return {
+        "rows": rows,
+        "figures": charts,
+        "metric": metric,
+        "groups": _groups(runs),
+        "notes": counted_once(runs),
+        "shown": list(dict.fromkeys(run.metric for run in runs)),
+    }
+
+
+def _span(interval: Interval | None) -> tuple[float, float] | None:
+    """Return the ends of an interval to be drawn, where it has any."""
+    if interval is None or interval.low is None or interval.high is None:
+        return None
+    return interval.low, interval.high
 
 
 def _comparison_row(label: str, run: Run) -> Record:
-    before, after = _last_known(run)
+    reached = outcome(run)
     settings = _settings(run.experiment)
     work = client_costs(run.costs)
     clients = (run.summary or {}).get("clients_after")
@@ -422,8 +531,10 @@ def _comparison_row(label: str, run: Run) -> Record:
         "method": settings["method"]["name"],
         "objective": settings["objective"]["name"],
         "seed": run.run["seed"],
-        "before": before,
-        "after": after,
+        "before": reached.before if reached else None,
+        "after": reached.after if reached else None,
+        "held_out": reached.rows if reached else None,
+        "interval": reached.interval if reached else None,
         "worst": clients["worst"][run.metric] if clients else None,
         "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in work),
         "flops": sum(c["flops"] or 0 for c in work),
@@ -434,7 +545,7 @@ def _comparison_row(label: str, run: Run) -> Record:
 
 
 def _groups(runs: Sequence[Run]) -> list[Record]:
-    """Return mean and 95 % interval of runs that differ in their seed alone."""
+    """Return mean and intervals of runs that differ in their seed alone; one made twice counts once."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = _settings(run.experiment)
@@ -444,12 +555,22 @@ def _groups(runs: Sequence[Run]) -> list[Record]:
         groups.setdefault(repr(settings), []).append(run)
     rows = []
     for members in groups.values():
-        values = [after for _, after in map(_last_known, members) if after is not None]
-        if len(values) > 1:
-            mean, half = mean_interval(values)
-            settings = _settings(members[0].experiment)
-            name = f"{settings['objective']['name']} by {settings['method']['name']}"
-            rows.append({"name": name, "runs": len(values), "mean": mean, "half": half})
+        again = duplicates(members)
+        alone = [run for place, run in enumerate(members) if place not in again]
+        found = [(run, reached.after) for run in alone if (reached := outcome(run)) is not None]
+        if len(found) > 1:
+            kept, values = [run for run, _ in found], [value for _, value in found]
+            settings = _settings(kept[0].experiment)
+            sure = over_seeds(values, kept[0])
+            rows.append(
+                {
+                    "name": f"{settings['objective']['name']} by {settings['method']['name']}",
+                    "runs": len(values),
+                    "mean": sure.estimate,
+                    "models": over_rows(kept, values),
+                    "method": sure,
+                }
+            )
     return rows
 
 

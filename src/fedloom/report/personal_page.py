@@ -8,11 +8,13 @@ over clients; intervals and tests are over seeds, whose runs share data, clients
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fedloom.glossary import entry
+from fedloom.intervals import UNBOUNDED, Interval, mean_interval
 from fedloom.report import run_folder as names
 from fedloom.report.comparison_page import (
     Cell,
@@ -22,8 +24,8 @@ from fedloom.report.comparison_page import (
     spent_by_arm,
     spent_words,
 )
+from fedloom.report.judged import over_clients
 from fedloom.report.run_folder import Record, RunFolder
-from fedloom.report.statistics import mean_interval, paired_test
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import turns
 
@@ -43,6 +45,7 @@ class Arm:
         name: The arm's.
         method: The name of its method.
         metric: What its runs are judged by; scenarios may differ in it.
+        higher_is_better: Its direction.
         values: Mean over clients after the last round, by seed.
         best: The same after the best of the rounds that were judged, by seed; which round that is is seen
             with the held-out rows themselves, so it flatters.
@@ -60,6 +63,7 @@ class Arm:
     name: str
     method: str
     metric: str
+    higher_is_better: bool
     values: dict[int, float]
     best: dict[int, float]
     newcomer: float | None
@@ -77,9 +81,19 @@ class Arm:
         return fmean(self.values.values())
 
     @property
-    def half(self) -> float | None:
-        """Half-width of its 95 % interval over seeds; ``None`` for one seed."""
-        return mean_interval(list(self.values.values()))[1] if len(self.values) > 1 else None
+    def quality(self) -> float:
+        """The mean, signed so that more is better."""
+        return self.mean if self.higher_is_better else -self.mean
+
+    @property
+    def over_clients(self) -> Interval:
+        """Its interval over clients: other clients, these trained models."""
+        return over_clients(list(self.clients.values()), self.metric)
+
+    @property
+    def over_seeds(self) -> Interval:
+        """Its interval over seeds: these clients, trained again."""
+        return _over_seeds(list(self.values.values()), self.metric, differences=False)
 
     @property
     def best_mean(self) -> float:
@@ -128,14 +142,15 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
     """Return everything the comparison says, as plain numbers."""
     return {
         "name": record["name"],
-        "finished": len(cells),
+        "finished": record["finished"],
         "planned": len(record["cells"]),
         "did": spent_by_arm(record, cells),
         "arms": [
             {
                 **arm.__dict__,
                 "mean": arm.mean,
-                "half": arm.half,
+                "over_clients": asdict(arm.over_clients),
+                "over_seeds": asdict(arm.over_seeds),
                 "best_mean": arm.best_mean,
                 "best_deviation": arm.best_deviation,
                 "gains": gains(arm, found),
@@ -146,23 +161,34 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
 
 
 def gains(arm: Arm, found: Sequence[Arm]) -> dict[str, Record]:
-    """Return how much better a method's clients fare than under each reference, over shared seeds."""
+    """Return how a method's clients fare beside each reference, over shared seeds.
+
+    ``over_clients`` is about these trained models, ``over_seeds`` about the method, trained again.
+    """
     result = {}
     for name in REFERENCES:
         other = next((a for a in found if (a.scenario, a.method) == (arm.scenario, name)), None)
         shared = sorted(arm.values.keys() & other.values.keys()) if other else []
         if other is None or not shared or other is arm:
             continue
-        test = paired_test([other.values[s] for s in shared], [arm.values[s] for s in shared])
-        better = [arm.clients[c] > other.clients[c] for c in arm.clients if c in other.clients]
+        gaps = [arm.values[s] - other.values[s] for s in shared]
+        by_client = [arm.clients[c] - other.clients[c] for c in arm.clients if c in other.clients]
+        sign = 1 if arm.higher_is_better else -1
         result[name] = {
-            "difference": test.difference,
-            "half": test.half,
-            "p": test.p,
-            "better": sum(better),
-            "clients": len(better),
+            "difference": fmean(gaps),
+            "over_clients": asdict(over_clients(by_client, arm.metric, differences=True)),
+            "over_seeds": asdict(_over_seeds(gaps, arm.metric, differences=True)),
+            "better": sum(sign * gap > 0 for gap in by_client),
+            "clients": len(by_client),
         }
     return result
+
+
+def _over_seeds(values: Sequence[float], metric: str, *, differences: bool) -> Interval:
+    own = entry(metric)
+    low, high = own.bounds if own else UNBOUNDED
+    bounds = (low - high, high - low) if differences else (low, high)
+    return mean_interval(values, "seeds", bounds)
 
 
 def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
@@ -179,6 +205,10 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         words = str(metric["name"]).replace("_", " ")
         dots = {arm.name: (list(arm.clients.values()), arm.mean) for arm in own}
         costs = [("arm", arm.name, arm.sent / 1e3, arm.mean, _on_front(arm, own)) for arm in own]
+        sure = [arm.over_clients for arm in own]
+        spans = [
+            None if one.low is None or one.high is None else (one.low, one.high) for one in sure
+        ]
         scenarios.append(
             {
                 "name": name,
@@ -186,11 +216,9 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
                 "run": first.run.run,
                 "clients": len(own[0].clients),
                 "rounds": first.summary["rounds"],
-                "best": max(own, key=lambda a: a.mean * (1 if metric["higher_is_better"] else -1)),
-                "arms": [
-                    {"arm": arm, "mean": arm.mean, "half": arm.half, "gains": gains(arm, found)}
-                    for arm in own
-                ],
+                "best": max(own, key=lambda a: a.quality),
+                "alike": _not_told_apart(own),
+                "arms": [{"arm": arm, "mean": arm.mean, "gains": gains(arm, found)} for arm in own],
                 "apart": [n for n in APART if any(n in arm.apart for arm in own)],
                 "charts": [
                     (
@@ -198,8 +226,9 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
                         figures.strip_chart(dots, words),
                     ),
                     (
-                        f"Mean {words} against what a client sends and is sent in a round (measured)",
-                        figures.pareto_scatter(costs, "kB", words),
+                        f"Mean {words} against what a client sends and is sent in a round (measured); "
+                        "95 % over clients",
+                        figures.pareto_scatter(costs, "kB", words, spans),
                     ),
                 ],
             }
@@ -209,11 +238,28 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         title=record["name"],
         record=record,
         **spent_words(record, cells),
-        finished=len(cells),
+        finished=record["finished"],
+        notes=record["notes"],
+        shown=[
+            *dict.fromkeys(arm.metric for arm in found),
+            *APART,
+            *("worst_decile", "spread", "fairness", "bytes", "flops"),
+        ],
         references=[n for n in REFERENCES if any(arm.method == n for arm in found)],
         models=sorted({str(cell.run.run["model"]["name"]) for cell in cells}),
         scenarios=scenarios,
     )
+
+
+def _not_told_apart(own: Sequence[Arm]) -> list[str]:
+    """Return the arms whose difference from the one of the best mean, over clients, may be none."""
+    best = max(own, key=lambda a: a.quality)
+    found = []
+    for arm in own:
+        gaps = [best.clients[c] - arm.clients[c] for c in best.clients if c in arm.clients]
+        if arm is not best and not over_clients(gaps, arm.metric, differences=True).excludes(0.0):
+            found.append(arm.name)
+    return found
 
 
 def _best_round(cell: Cell) -> float:
@@ -225,7 +271,7 @@ def _best_round(cell: Cell) -> float:
 
 def _on_front(arm: Arm, arms: Sequence[Arm]) -> bool:
     """Return whether no other arm is at least as good for less."""
-    return not any(a.sent < arm.sent and a.mean >= arm.mean for a in arms if a is not arm)
+    return not any(a.sent < arm.sent and a.quality >= arm.quality for a in arms if a is not arm)
 
 
 def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
@@ -244,6 +290,7 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
         name,
         str(cells[0].run.run["method"]),
         metric,
+        bool(cells[0].run.run["metric"]["higher_is_better"]),
         {cell.seed: float(own["mean"][metric]) for cell, own in zip(cells, judged, strict=True)},
         {cell.seed: _best_round(cell) for cell in cells},
         fmean(known) if known else None,

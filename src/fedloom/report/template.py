@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
+from fedloom.glossary import INTERVALS, entries
+from fedloom.intervals import Interval
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 from fedloom.shown import visible
 
@@ -29,9 +33,13 @@ def fill(template: str, **content: Any) -> str:
         "count": human_count,
         "number": _number,
         "signed": lambda value: "-" if value is None else f"{value:+.3f}",
+        "interval": lambda own: interval(own, "{:.3f}"),
+        "signed_interval": lambda own: interval(own, "{:+.3f}"),
+        "p": lambda value: "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "member": lambda name: f" ({name})" if name else "",
         "words": lambda name: str(name).replace("_", " "),
     }
+    environment.globals |= {"definitions": entries, "intervals": INTERVALS}
     return environment.get_template(template).render(**content)
 
 
@@ -52,6 +60,16 @@ def write_page(page: str, target: Path) -> Path:
 def _shown(value: Any) -> Any:
     """Return what is filled in; text that is no markup of our own is shown with all that is in it."""
     return visible(value) if type(value) is str else value
+
+
+def interval(own: Interval | Mapping[str, Any] | None, form: str) -> str:
+    """Return an interval as it is read, or why there is none: ``0.478 to 0.576``."""
+    if own is None:
+        return "-"
+    record = own if isinstance(own, Mapping) else asdict(own)
+    if record["low"] is None or record["high"] is None:
+        return str(record.get("missing") or "-")
+    return f"{form.format(record['low'])} to {form.format(record['high'])}"
 
 
 def _number(value: float | None) -> str:
