@@ -39,6 +39,7 @@ from fedloom.runner import resume_run, run_experiment
 from fedloom.settings import Settings, nearest, override, parse, read_toml, write_toml
 from fedloom.start import find_start, settled
 from fedloom.training.optimizers import AMOUNTS
+from fedloom.unread import unread_in_all, unread_settings
 
 Overrides = dict[str, dict[str, Any]]
 """Sections of an experiment, with the settings in which an arm differs from the base."""
@@ -300,6 +301,8 @@ def compare(
     workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
     if observer is not None:
         observer.begin(comparison, len(waiting), workers)
+        for text in unread_in_all(cell.experiment for cell in comparison.cells):
+            observer.warning(text)
     failed: dict[str, str] = {}
     try:
         by_clients = comparison.settings.judged_by == "clients"
@@ -402,6 +405,7 @@ def _die_with(parent: int) -> None:
 def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
     """Run or continue one cell; whatever goes wrong in it is told, not raised."""
     observer = _Collecting()
+    known = set(unread_settings(Experiment.from_table(table)).values())  # told of the comparison
     table = {**table, "output": {**table["output"], "folder": path}, "name": name}
     try:
         if (Path(path) / names.RUN).is_file():
@@ -418,7 +422,8 @@ def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> 
     summary = json.loads((result.folder / names.SUMMARY).read_text(encoding="utf-8"))
     metric, clients = summary["metric"], summary["clients_after"]
     value = clients["mean"][metric] if by_clients and clients else summary["after"]
-    return _Outcome(name, metric, value, warnings=observer.warnings)
+    told = [text for text in observer.warnings if text not in known]
+    return _Outcome(name, metric, value, warnings=told)
 
 
 def _check_reachable(cells: Sequence[Cell]) -> None:

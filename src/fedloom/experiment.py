@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,7 @@ from fedloom.objectives import OBJECTIVES, ObjectiveSettings
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
 from fedloom.settings import (
+    Of,
     Settings,
     Table,
     is_text,
@@ -82,7 +83,9 @@ class ClientsSettings(Settings):
     newcomers: list[int] = []
     """Clients that join when training is over: given what is shared, they make newcomer_steps on their
     own rows and are judged before and after."""
-    newcomer_steps: int = Field(default=20, ge=1)
+    newcomer_steps: Annotated[int, Of("joins", (True,), "clients.newcomers names nobody")] = Field(
+        default=20, ge=1
+    )
     """Optimizer steps that each of them makes."""
 
     def contradictions(self, clients: int) -> list[str]:

@@ -83,6 +83,7 @@ from fedloom.start import (
 from fedloom.tracking import Tracker, open_trackers, round_numbers
 from fedloom.training.local import reported
 from fedloom.training.optimizers import round_learning_rate
+from fedloom.unread import unread_settings
 from fedloom.verifying import Verifier
 
 PUT_BACK = "put it back from a backup, or start a new run"
@@ -163,6 +164,8 @@ def run_experiment(
                 remote=remote,
                 start=start,
             )
+            for text in unread_settings(experiment).values():
+                observer.warning(text)
             _tell_rows(parts, observer)
             _tell_start(experiment, parts.objective, observer)
             log = AuditLog(folder.path / audit.FILE)

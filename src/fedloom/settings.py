@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,21 @@ class Settings(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+
+@dataclass(frozen=True)
+class Of:
+    """Stands beside a setting's type: it is read where another setting, or a fact, has such a value.
+
+    Attributes:
+        what: Section and key, or the name of a fact (``unread.py``).
+        values: Those with which it is read.
+        otherwise: Why it is not, for a fact; of a setting, the value says it.
+    """
+
+    what: str
+    values: tuple[object, ...]
+    otherwise: str = ""
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

@@ -14,7 +14,7 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from pydantic import Field
 from fedloom.data.examples import Example, Feedback, Labelled
 from fedloom.data.splits import group_key
 from fedloom.errors import DataError
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 
 Indices = NDArray[np.int64]
 
@@ -38,7 +38,7 @@ class PartitionSettings(Settings):
     would on its own machine: what hospitals with rows of their own play, simulated to the same bits."""
     column: str | None = None
     """What clients differ in; "label" is the class of labelled rows and the label of feedback."""
-    alpha: float = Field(default=0.5, gt=0)
+    alpha: Annotated[float, Of("partition.kind", ("dirichlet",))] = Field(default=0.5, gt=0)
     """Of dirichlet: 0.1 gives each client few values, 100 gives all clients alike."""
     minimum: int = Field(default=1, ge=1)
     """Rows every client gets at least."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -30,32 +30,35 @@ from fedloom.data.loading import load_examples
 from fedloom.data.sources import BUILTIN_PREFIX, ControlTokens, DataSettings
 from fedloom.data.splits import group_key, normalised, row_key
 from fedloom.errors import DataError
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 
 NO_LABEL = ""
 """Label of a text whose class nobody knows."""
 
 
+PUBLIC = Of("public rows", (True,), "this method has no public rows")
+
+
 class PublicSettings(Settings):
     """``[public]``: rows that every party has, for methods that need them."""
 
-    source: str | list[str] | None = None
+    source: Annotated[str | list[str] | None, PUBLIC] = None
     """Like data.source (default: rows are taken out of the training rows before these are dealt)."""
-    rows: int = Field(default=256, ge=1)
+    rows: Annotated[int, PUBLIC] = Field(default=256, ge=1)
     """How many there are, drawn from the seed."""
-    labelled: bool = False
+    labelled: Annotated[bool, PUBLIC] = False
     """Whether their labels (for causal models: their completions as the truth) may be learnt from."""
-    kind: Kind | None = None
+    kind: Annotated[Kind | None, PUBLIC] = None
     """Kind of the source, where it is not data.kind: plain texts are "instruction"."""
-    columns: dict[str, str] = {}
+    columns: Annotated[dict[str, str], PUBLIC] = {}
     """As data.columns, for this source."""
-    template: str | None = None
+    template: Annotated[str | None, PUBLIC] = None
     """As data.template, for this source."""
-    ambiguous: Literal["drop", "keep"] | None = None
+    ambiguous: Annotated[Literal["drop", "keep"] | None, PUBLIC] = None
     """As data.ambiguous, for this source (default: data.ambiguous)."""
-    control_tokens: ControlTokens | None = None
+    control_tokens: Annotated[ControlTokens | None, PUBLIC] = None
     """As data.control_tokens, for these rows (default: data.control_tokens)."""
-    max_length: int | None = Field(default=None, ge=2)
+    max_length: Annotated[int | None, PUBLIC] = Field(default=None, ge=2)
     """As data.max_length, for these rows (default: data.max_length)."""
 
     def contradictions(self) -> list[str]:

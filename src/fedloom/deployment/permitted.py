@@ -75,6 +75,8 @@ TAKEN = _names(
         "method.ditto": "strength",
         "method.pfedme": "weights strength local_rate server_rate",
         "method.feddpa": "variant mix",
+        "method.flexlora": "slices",
+        "method.hetlora": "slices",
         "method.fdlora": "weights server_rate momentum private_every bound penalty",
         "method.fedamole": "clients_per_expert max_experts_per_client min_experts_per_client "
         "assignment homogeneous embedding_fraction embedding_rows embedding_noise epsilon delta "

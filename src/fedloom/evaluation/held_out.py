@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from fedloom.objectives.logps import (
     completion_rewards,
     completion_token_logps,
 )
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 from fedloom.training.local import add_reference_logps
 
 
@@ -47,15 +47,21 @@ class EvaluationSettings(Settings):
     """Most examples of the global held-out set that are used (drawn once from the seed)."""
     per_client: bool = True
     """Whether each client's own held-out rows are judged too."""
-    client_max_examples: int = Field(default=64, ge=1)
+    client_max_examples: Annotated[
+        int, Of("judges clients", (True,), "no client is judged by rows of its own")
+    ] = Field(default=64, ge=1)
     """Most held-out rows of a client that are used."""
     batch_size: int = Field(default=32, ge=1)
     """Held-out examples in one forward pass."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of a held-out prompt and completion together (default: data.max_length)."""
-    samples: int = Field(default=6, ge=0)
+    samples: Annotated[int, Of("head", ("causal",), "a classifier answers no prompts")] = Field(
+        default=6, ge=0
+    )
     """Held-out prompts answered before and after, for the report (causal models only)."""
-    max_new_tokens: int = Field(default=48, ge=1)
+    max_new_tokens: Annotated[int, Of("generates", (True,), "nothing is generated")] = Field(
+        default=48, ge=1
+    )
     """Length of those answers, and of those that are judged, in tokens."""
     judged_by: Literal["loss", "rouge_l"] = "loss"
     """Of instructions: the loss of the completion, or ROUGE-L of the model's own greedy answer."""

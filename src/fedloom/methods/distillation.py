@@ -16,7 +16,7 @@ keeps its adapter from round to round.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Head
 from fedloom.objectives.distillation import Distillation, scored_logits
 from fedloom.randomness import generator
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 from fedloom.training.local import reported, train_locally
 from fedloom.training.optimizers import Part, Work
 
@@ -74,7 +74,7 @@ class DistillationSettings(Settings):
     needs public.labelled."""
     temperature: float = Field(default=2.0, gt=0)
     """T of the distillation loss."""
-    teacher_share: float = Field(default=0.5, gt=0, le=1)
+    teacher_share: Annotated[float, Of("public.labelled", (True,))] = Field(default=0.5, gt=0, le=1)
     """Share of the teacher in the loss on labelled public rows, the labels having the rest; on unlabelled
     ones the teacher is alone."""
     top_k: int | None = Field(default=None, ge=1)
@@ -89,7 +89,7 @@ class DistillationSettings(Settings):
     """Public rows of a round, drawn anew (default: all of them)."""
     server_epochs: int = Field(default=5, ge=1)
     """Passes of the server over the round's public rows."""
-    client_epochs: int = Field(default=5, ge=1)
+    client_epochs: Annotated[int, Of("training.amount_per", ("model",))] = Field(default=5, ge=1)
     """Passes of a client over them."""
     server_model: str | None = None
     """Backbone of the server (default: model.path)."""

@@ -12,14 +12,14 @@ logits.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.parts import KeepsParts, one_after_the_other
 from fedloom.models.heads import HeadMode, PersonalParts, is_own
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 from fedloom.training.local import LocalResult
 
 
@@ -32,7 +32,7 @@ class FedPDPOSettings(Settings):
     head_mode: HeadMode = "full"
     """A client's LM head: "full", a copy of the output layer (its size in memory, for every client);
     "lowrank", a low-rank change of it; "none" (ablation)."""
-    head_rank: int = Field(default=8, ge=1)
+    head_rank: Annotated[int, Of("method.head_mode", ("lowrank",))] = Field(default=8, ge=1)
     """Of a lowrank head."""
     schedule: Literal["joint", "alternating"] = "joint"
     """joint: everything at once. alternating: a client's own parts first with the LoRA frozen, then

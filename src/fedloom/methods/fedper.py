@@ -11,24 +11,28 @@ client's own; the original papers have a small classifier in its place.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.parts import KeepsParts, one_after_the_other
 from fedloom.models.heads import PersonalParts, is_head
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 from fedloom.training.local import LocalResult
+
+CAUSAL = Of("head", ("causal",), "the head of this objective is its classifier")
+
+LOW_RANK = Of("method.head_mode", ("lowrank",))
 
 
 class FedPerSettings(Settings):
     """``[method] name = "fedper"``."""
 
     name: Literal["fedper"] = "fedper"
-    head_mode: Literal["full", "lowrank"] = "full"
+    head_mode: Annotated[Literal["full", "lowrank"], CAUSAL] = "full"
     """Of causal models, a client's LM head: "full" or "lowrank"; see fedpdpo."""
-    head_rank: int = Field(default=8, ge=1)
+    head_rank: Annotated[int, CAUSAL, LOW_RANK] = Field(default=8, ge=1)
     """Of a lowrank head."""
 
 

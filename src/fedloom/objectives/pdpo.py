@@ -17,7 +17,7 @@ zero at first, so the loss starts at ln 2.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -28,6 +28,7 @@ from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps, completion_rewards
 from fedloom.objectives.rewards import PAIRS, completion_lengths, outcomes, pair_metrics
+from fedloom.settings import Of
 
 RewardMode = Literal["combined", "separate", "implicit"]
 
@@ -38,7 +39,9 @@ class PDPOSettings(ReferenceSettings):
     name: Literal["pdpo"] = "pdpo"
     beta: float = Field(default=0.1, gt=0)
     """Scale of the implicit reward, and strength of the pull towards the reference model."""
-    gamma: float = Field(default=1.0, ge=0)
+    gamma: Annotated[float, Of("objective.reward_mode", ("combined", "separate"))] = Field(
+        default=1.0, ge=0
+    )
     """Scale of the explicit reward; 0 is DPO."""
     reward_mode: RewardMode = "combined"
     """combined: the sum of both rewards in one sigmoid. separate: DPO's loss and, gamma times, the

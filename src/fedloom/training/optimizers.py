@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import nn
 
 from fedloom.messages import Tensors
 from fedloom.models.heads import is_head
-from fedloom.settings import Settings
+from fedloom.settings import Of, Settings
 
 BOUNDED = ("local_steps", "local_examples", "local_tokens")
 """Those that can be shared by several trainings of a round."""
@@ -85,6 +85,13 @@ class Work:
         return min(bounds)
 
 
+ADAM = Of("training.optimizer", ("adam", "adamw"))
+
+HEADED = Of("heads", (True,), "no head is trained, by this objective and method")
+
+SHARED = Of("trains again", (True,), "this method trains one model once in a round")
+
+
 class TrainingSettings(Settings):
     """``[training]``: what a client does in a round."""
 
@@ -97,19 +104,21 @@ class TrainingSettings(Settings):
     they would reach in round T + 1 (2502.14187), exponential by the factor decay in each."""
     decay: float = Field(default=0.99, gt=0, le=1)
     """Of the exponential schedule (FedAMoLE: 0.99)."""
-    head_learning_rate: float | None = Field(default=None, gt=0)
+    head_learning_rate: Annotated[float | None, HEADED] = Field(default=None, gt=0)
     """Of heads and a client's other own parts, at the first round (default: learning_rate). They are
     as they were pretrained or small: a rate that suits LoRA's factors is often too high for them."""
-    min_learning_rate: float = Field(default=0.0, ge=0)
+    min_learning_rate: Annotated[float, Of("training.schedule", ("cosine", "linear"))] = Field(
+        default=0.0, ge=0
+    )
     """What cosine and linear fall towards (2502.14187 uses a tenth of the first); the last round's rate
     is above it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled from the gradient with adamw, added to it with adam and sgd."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta1: Annotated[float, ADAM] = Field(default=0.9, ge=0, lt=1)
     """First moment of adam and adamw; momentum of sgd is `momentum`."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
+    beta2: Annotated[float, ADAM] = Field(default=0.999, ge=0, lt=1)
     """Second moment of adam and adamw."""
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: Annotated[float, ADAM] = Field(default=1e-8, gt=0)
     """Of adam and adamw, beside the root of the second moment (FedAMoLE: 1e-6)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of sgd."""
@@ -131,7 +140,7 @@ class TrainingSettings(Settings):
     local_tokens: int | None = Field(default=None, ge=1)
     """Tokens in a round, padding not counted, instead of local_epochs. The last step has no more rows
     than it takes to reach them."""
-    amount_per: Literal["model", "round"] = "model"
+    amount_per: Annotated[Literal["model", "round"], SHARED] = "model"
     """Where a method trains several models in a round, or steps several times on a batch, what these
     amounts are of. model: of each model, a batch counted once. round: of all that a client computes in a
     round, in equal parts, every step counted (with local_steps, local_examples or local_tokens)."""
