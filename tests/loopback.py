@@ -39,6 +39,8 @@ MANY = {"max_rounds_a_day": 1_000_000, "max_runs_a_day": 1_000_000}
 
 BUILTIN = "builtin:preferences"
 
+ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
+
 
 def builtin(experiment):
     """The built-in rows that clients offer for an experiment."""
@@ -222,6 +224,29 @@ def deployed(table, loopback, tmp_path):
         return Outcome(result.folder, engine, mail, federation)
 
     return run
+
+
+@pytest.fixture
+def suited(table, mixture_folder):
+    """Make the experiment of a method."""
+
+    def make(method):
+        own = {**table, "adapter": {**table["adapter"], **ADAPTERS.get(method, {})}}
+        if method == "fedmoe":
+            own |= {"adapter": {"kind": "submixture"}, "model": {"path": str(mixture_folder)}}
+        if method in ("distillation", "split"):
+            own |= {"objective": {"name": "classification"}}
+            own |= {
+                "data": {"source": "builtin:labelled"},
+                "public": {"rows": 8},
+            }
+        if method == "split":
+            own |= {"evaluation": {**table["evaluation"], "per_client": False}}
+        own["data"] = {**own["data"], "builtin_rows": 30}
+        own["training"] = {**table["training"], "local_steps": 2}
+        return {**own, "method": {"name": method}}
+
+    return make
 
 
 class Outcome:

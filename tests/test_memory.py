@@ -23,6 +23,7 @@ from fedloom.messages import (
 )
 from fedloom.methods import make_method
 from fedloom.methods.fedavg import FedAvgSettings
+from fedloom.presence import Membership
 from fedloom.progress import Silent
 from fedloom.server import FederationSettings, Server
 
@@ -42,6 +43,9 @@ class Clients:
 
     def sizes(self):
         return dict.fromkeys(range(self.count), 10)
+
+    def membership(self):
+        return Membership(tuple(range(self.count)), rows=self.sizes())
 
     def absent(self):
         return {}

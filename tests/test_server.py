@@ -13,6 +13,7 @@ from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
+from fedloom.presence import Membership
 from fedloom.progress import Absence, Evaluation
 from fedloom.server import FederationSettings, Server
 from fedloom.training.local import LOSS
@@ -105,6 +106,9 @@ class Engine:
 
     def undo(self, clients):
         """They keep nothing."""
+
+    def membership(self):
+        return Membership(tuple(range(self.clients)), rows=dict.fromkeys(range(self.clients), 10))
 
     def absent(self):
         return {}
@@ -204,6 +208,9 @@ def test_a_thousand_orders_of_arrival_give_the_same_bits():
     class Shuffled(Engine):
         def sizes(self):
             return sizes
+
+        def membership(self):
+            return Membership(tuple(sizes), rows=sizes)
 
         def exchange(self, exchange):
             first = [a for a in answers if not (a.client == 3 and a.data is None)]

@@ -3,7 +3,8 @@
 A checkpoint is a folder ``round-0003`` that appears all at once (written beside, synced, renamed)::
 
     state.safetensors       the server's tensors
-    state.json              the server's numbers, the round, fingerprints of experiment and records
+    state.json              the server's numbers, the round, who was there, fingerprints of experiment
+                            and records
     client-0004.safetensors what client 4 keeps between rounds; linked, not copied, when unchanged
     manifest.json           SHA-256 of every file above
 
@@ -61,6 +62,8 @@ class Checkpoint:
         clients: What each client keeps.
         fingerprint: SHA-256 over everything that shapes the results of the experiment.
         records: What the run's records were when it was saved, by the file's name; plain JSON.
+        presence: What is remembered of who was there in the rounds so far; plain JSON, and ``None`` where
+            an earlier release saved it.
     """
 
     round: int
@@ -68,6 +71,7 @@ class Checkpoint:
     clients: Mapping[int, Tensors]
     fingerprint: str
     records: Mapping[str, Any] = field(default_factory=dict)
+    presence: Mapping[str, Any] | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) -> None:
@@ -142,7 +146,8 @@ def load(
     }
     tensors = safetensors.torch.load_file(path / "state.safetensors")
     state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
-    return Checkpoint(facts["round"], state, clients, fingerprint, facts.get("records", {}))
+    records, presence = facts.get("records", {}), facts.get("presence")
+    return Checkpoint(facts["round"], state, clients, fingerprint, records, presence)
 
 
 def _write_files(
@@ -161,6 +166,7 @@ def _write_files(
         "order": list(state.tensors),
         "numbers": dict(state.numbers),
         "records": checkpoint.records,
+        "presence": checkpoint.presence,
     }
     sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
     for client, tensors in checkpoint.clients.items():

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from fedloom.accounting.costs import Cost
 from fedloom.intervals import Sample
 from fedloom.offences import Offence
+from fedloom.presence import NOBODY_YET, Presence
 from fedloom.shown import message
 
 
@@ -100,6 +101,7 @@ class RoundRecord:
         costs: What the round cost, by client and phase.
         seconds: Wall-clock time of the round, evaluation included.
         details: What else the method shows of it, as plain JSON.
+        presence: What is remembered of who was there, for the rounds to come.
     """
 
     round: int
@@ -117,6 +119,7 @@ class RoundRecord:
     costs: tuple[Cost, ...] = ()
     seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
+    presence: Presence = NOBODY_YET
 
 
 class Observer(Protocol):

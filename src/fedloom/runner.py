@@ -46,6 +46,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.start import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.offences import of_rounds
+from fedloom.presence import NOBODY_YET, Presence
 from fedloom.progress import Plan, RoundRecord, RunObserver, Silent
 from fedloom.records import (
     SIMULATION,
@@ -258,9 +259,18 @@ def resume_run(
             observer.stage(f"cut off, as these rounds are played again: {', '.join(cut)}")
         run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
         run.prepare(done)
+        if saved is not None:
+            run.presence = _presence_of(saved, parts)
         state = saved.state if saved else parts.method.initial_state(parts.initial)
         observer.stage(_where(done, experiment.federation.rounds))
         return run.go(state, done)
+
+
+def _presence_of(saved: Checkpoint, parts: Parts) -> Presence:
+    """Return what a checkpoint remembers of who was there."""
+    if saved.presence is None:
+        return Presence.assumed(parts.engine.membership(), saved.round)
+    return Presence.from_table(saved.presence)
 
 
 def _experiment_of(
@@ -429,7 +439,8 @@ class _Run:
     trackers: list[Tracker] = field(default_factory=list)
     remote: RemoteEngine | None = None
     start: Start | None = None
-    last: tuple[int, State, dict[str, Any]] | None = None
+    presence: Presence = NOBODY_YET
+    last: tuple[int, State, dict[str, Any], Presence] | None = None
     saved: int = -1
 
     def __post_init__(self) -> None:
@@ -550,6 +561,7 @@ class _Run:
             spool=self.folder.path / "spool",
             admission=self.admission,
             reported=reported(parts.objective),
+            presence=self.presence,
         )
         self.observer.begin(_plan(experiment, parts))
         self.saved = done
@@ -588,7 +600,7 @@ class _Run:
             None  # what clients keep is neither the last round's nor this one's for a moment
         )
         self.parts.engine.finish_round()
-        self.last = (record.round, state, self._records())
+        self.last = (record.round, state, self._records(), record.presence)
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
             self._save(*self.last)
@@ -597,12 +609,12 @@ class _Run:
         """Return what the records are now."""
         return {"files": self.marks.now(), "audit": self.audit.position}
 
-    def _save(self, round: int, state: State, records: dict[str, Any]) -> None:
+    def _save(self, round: int, state: State, records: dict[str, Any], presence: Presence) -> None:
         store = self.parts.local.store
         digest = fingerprint(self.experiment, self.parts.division, self.made)
         checkpoint.save(
             self.folder.checkpoints,
-            Checkpoint(round, state, store.flat(), digest, records),
+            Checkpoint(round, state, store.flat(), digest, records, presence.to_table()),
             store.changed,
         )
         store.changed.clear()

@@ -25,13 +25,13 @@ from fedloom.messages import (
     Exchange,
     NumberSpec,
     Payload,
-    Reply,
     StoredTensors,
     Tensors,
     encode,
 )
-from fedloom.methods.base import Cohort, Method, Round
+from fedloom.methods.base import Cohort, Method, Replies, Round
 from fedloom.offences import OffenceObserver, Report
+from fedloom.presence import NOBODY_YET, Membership, Presence
 from fedloom.progress import Absence, Evaluation, Observer, Participant, RoundRecord
 from fedloom.randomness import generator
 from fedloom.settings import Settings
@@ -116,7 +116,11 @@ class Engine(Protocol):
     """
 
     def sizes(self) -> dict[int, int]:
-        """Return the training rows of each client there is."""
+        """Return the training rows of each client that can be asked now."""
+        ...
+
+    def membership(self) -> Membership:
+        """Return who belongs to the federation, whether it can be asked now or not."""
         ...
 
     def absent(self) -> dict[int, Absence]:
@@ -227,6 +231,7 @@ class Server:
         audit: Told of every message that goes out, is let in or refused.
         spool: Folder for answers that together are too large for memory.
         reported: Names and ranges of what clients report of a training.
+        presence: What is remembered of who was there in the rounds before.
     """
 
     method: Method
@@ -241,6 +246,7 @@ class Server:
     audit: Record = unheard
     spool: Path | None = None
     reported: tuple[NumberSpec, ...] = (LOSS,)
+    presence: Presence = NOBODY_YET
 
     def run(self, state: State, done: int = -1) -> State:
         """Play all rounds after round ``done`` and return the last state.
@@ -259,16 +265,19 @@ class Server:
             offences = self.admission.close(0)
             self._finish(RoundRecord(0, offences=offences, evaluation=evaluation), state, start)
         absent: Mapping[int, Absence] = {}
+        presence = self.presence
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):
             start = time.perf_counter()
             paused = self.admission.paused(round)
-            cohort = self._cohort(round, paused)
+            presence = self._present(round, paused, presence)
+            cohort = self._cohort(round, presence)
             self._tell_paused(round, paused)
             absent = self._tell_absent(round, absent)
             play = _Play(self, cohort)
             state, cohort = play.run(state), play.cohort
             for text in cohort.warnings:
                 self.observer.warning(text)
+            presence = presence.closed(round, play.answered - play.rejected.keys(), play.rejected)
             evaluation = self.evaluate(state, round)
             weighed = dict(sorted(self.admission.weighed.items()))
             record = RoundRecord(
@@ -285,6 +294,7 @@ class Server:
                 dict(sorted(play.metrics.items())),
                 evaluation,
                 details=cohort.details,
+                presence=presence,
             )
             self._finish(record, state, start)
         return state
@@ -319,9 +329,13 @@ class Server:
             self.observer.warning(f"{self.engine.title(client)} is back in round {round}")
         return absent
 
-    def _cohort(self, round: int, paused: Mapping[int, int]) -> Cohort:
-        sizes = self.engine.sizes()
-        there = sorted(sizes.keys() - paused.keys())
+    def _present(self, round: int, paused: Mapping[int, int], before: Presence) -> Presence:
+        """Return who is there as a round begins; the engine may first wait for a quorum."""
+        reachable = self.engine.sizes()
+        return before.begun(round, self.engine.membership(), reachable, paused)
+
+    def _cohort(self, round: int, presence: Presence) -> Cohort:
+        there, paused = presence.available, presence.suspended
         if not there:
             raise RoundFailed(
                 f"round {round}: all clients are in quarantine for repeated offences ("
@@ -333,7 +347,7 @@ class Server:
         clients = tuple(sorted(int(client) for client in drawn))
         last = round == self.federation.rounds
         return Cohort(
-            round, clients, sizes, self.learning_rate(round), last=last, reported=self.reported
+            round, clients, presence, self.learning_rate(round), last=last, reported=self.reported
         )
 
 
@@ -347,6 +361,7 @@ class _Play:
         self.replaced: tuple[int, ...] = ()
         self.metrics: dict[int, dict[str, float]] = {}
         self.examples: dict[int, float] = {}
+        self.answered: set[int] = set()
 
     def run(self, state: State) -> State:
         steps = self.server.method.round(state, self.cohort)
@@ -365,8 +380,8 @@ class _Play:
             replies = self._replies(exchange)
 
     def _with_replacements(
-        self, state: State, steps: Round, exchange: Exchange, replies: list[Reply]
-    ) -> tuple[Round, list[Reply]]:
+        self, state: State, steps: Round, exchange: Exchange, replies: Replies
+    ) -> tuple[Round, Replies]:
         """Draw others for who gave no usable answer, and ask them what the round began with.
 
         The round starts again with them in the cohort. That costs the others nothing if they are asked
@@ -374,8 +389,7 @@ class _Play:
         """
         federation, cohort = self.server.federation, self.cohort
         lost = sorted(self.rejected.keys() & set(cohort.clients))
-        paused = self.server.admission.paused(cohort.round)
-        free = sorted(cohort.sizes.keys() - paused.keys() - set(cohort.clients))
+        free = sorted(set(cohort.presence.available) - set(cohort.clients))
         count = min(len(lost), len(free), federation.replacements)
         if count:
             rng = generator(federation.seed, "replacement", round=cohort.round)
@@ -386,18 +400,18 @@ class _Play:
             )
             again = self.server.method.round(state, other)
             first = next(again)
-            asked = [reply.client for reply in replies]
-            if all(first.requests.get(c) == exchange.requests[c] for c in asked):
+            new = {c: data for c, data in first.requests.items() if c not in exchange.requests}
+            if _goes_on(exchange, first, replies, new.keys() <= set(drawn)):
                 self.cohort, self.replaced = other, tuple(lost[:count])
-                new = {client: first.requests[client] for client in drawn}
-                replies += self._replies(replace(first, requests=new), last=False)
+                if new:
+                    replies += self._replies(replace(first, requests=new), last=False)
                 steps = again
             else:
                 again.close()
         self._require_quorum()
-        return steps, sorted(replies, key=lambda reply: reply.client)
+        return steps, Replies(sorted(replies, key=lambda reply: reply.client), self.rejected)
 
-    def _replies(self, exchange: Exchange, *, last: bool = True) -> list[Reply]:
+    def _replies(self, exchange: Exchange, *, last: bool = True) -> Replies:
         """Return the usable replies; unless others may yet be drawn, they must make a quorum.
 
         Who is in quarantine is not asked, where a method asks all clients there are.
@@ -406,11 +420,12 @@ class _Play:
         replies, rejected = self.server.admission.accept(
             self._arriving(exchange),
             exchange,
-            self.cohort.sizes,
+            self.cohort.presence.rows,
             self._keeping(exchange),
             self.server.audit,
         )
         self.rejected.update(rejected)
+        self.answered.update(reply.client for reply in replies)
         self.server.engine.undo(rejected.keys())
         self._tell()
         if last:
@@ -419,7 +434,7 @@ class _Play:
             self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
             if "examples" in reply.payload.numbers or reply.client not in self.examples:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
-        return replies
+        return Replies(replies, rejected)
 
     def _arriving(self, exchange: Exchange) -> Iterator[Answer]:
         """Pass answers on as they come, and show that they do."""
@@ -464,6 +479,19 @@ class _Play:
                 f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
                 f"federation.quorum asks for {needed}. {reasons}"
             )
+
+
+def _goes_on(exchange: Exchange, first: Exchange, replies: Replies, only_drawn: bool) -> bool:
+    """Return whether a round that is begun anew asks those who have answered nothing else than before.
+
+    Args:
+        exchange: What the round began with.
+        first: What it begins with now.
+        replies: Answers to the former.
+        only_drawn: Whether who is asked now and was not before has been drawn since.
+    """
+    same = all(first.requests.get(c) == exchange.requests[c] for c in replies.answered)
+    return same and only_drawn and first.action == exchange.action
 
 
 def _mean(

@@ -49,6 +49,9 @@ class Replay:
     def sizes(self):
         return self.engine.sizes()
 
+    def membership(self):
+        return self.engine.membership()
+
     def absent(self):
         return {}
 
@@ -69,11 +72,11 @@ class Replay:
 class SameCohorts(Server):
     """A server that asks whom a record says, of those that were there then."""
 
-    def _cohort(self, round, paused):
+    def _cohort(self, round, presence):
         clients = tuple(self.recorded[round])
         last = round == self.federation.rounds
         rate, own = self.learning_rate(round), self.reported
-        return Cohort(round, clients, self.engine.sizes(), rate, last=last, reported=own)
+        return Cohort(round, clients, presence, rate, last=last, reported=own)
 
 
 def replayed(experiment, records):

@@ -19,30 +19,6 @@ from loopback import client_file
 
 QUICK = ["fedavg", "scaffold", "fedpdpo", "fedamole", "fedmoe", "distillation", "split", "flora"]
 OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK})
-ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
-
-
-@pytest.fixture
-def suited(table, mixture_folder):
-    """Make the experiment of a method."""
-
-    def make(method):
-        own = {**table, "adapter": {**table["adapter"], **ADAPTERS.get(method, {})}}
-        if method == "fedmoe":
-            own |= {"adapter": {"kind": "submixture"}, "model": {"path": str(mixture_folder)}}
-        if method in ("distillation", "split"):
-            own |= {"objective": {"name": "classification"}}
-            own |= {
-                "data": {"source": "builtin:labelled"},
-                "public": {"rows": 8},
-            }
-        if method == "split":
-            own |= {"evaluation": {**table["evaluation"], "per_client": False}}
-        own["data"] = {**own["data"], "builtin_rows": 30}
-        own["training"] = {**table["training"], "local_steps": 2}
-        return {**own, "method": {"name": method}}
-
-    return make
 
 
 def rounds(folder):

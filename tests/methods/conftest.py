@@ -8,6 +8,7 @@ import torch
 
 from fedloom.messages import Reply, decode, encode, require_finite
 from fedloom.methods.base import Client, Cohort
+from fedloom.presence import Presence
 from fedloom.training.local import LocalResult
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
@@ -75,7 +76,7 @@ def play():
         states = []
         for number in range(1, rounds + 1):
             generator = method.round(
-                state, Cohort(number, cohort, ROWS, RATE, last=number == rounds)
+                state, Cohort(number, cohort, Presence.of(ROWS), RATE, last=number == rounds)
             )
             exchange = next(generator)
             try:

@@ -15,10 +15,11 @@ from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import Interrupted, ModelError, SettingsError
 from fedloom.exporting import export
 from fedloom.messages import Answer, decode, encode
-from fedloom.methods.base import ADAPTER, part_of
+from fedloom.methods.base import ADAPTER, by_client, part_of
 from fedloom.methods.fedamole import (
+    ASSIGNMENT,
+    EMBEDDING,
     HELD,
-    KNOWN,
     PROJECTED,
     SHARES,
     TOKENS,
@@ -120,8 +121,9 @@ def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(
         if held[layer, expert]:
             rows.append(reply.tensors[PROJECTED][int(held[layer, :expert].sum())])
     assert torch.allclose(projected[layer, expert], torch.stack(rows).mean(0), atol=1e-6)
+    embeddings = by_client(found.state.tensors, EMBEDDING)
     for c, (_, reply) in own.items():
-        assert torch.equal(found.state.tensors[TOKENS][:, c], reply.tensors[TOKENS])
+        assert torch.equal(embeddings[c], reply.tensors[TOKENS])
 
 
 def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
@@ -165,11 +167,11 @@ def test_absent_clients_are_assigned_by_what_they_last_sent(experiment, federate
     some = {**MIXTURE, "federation": {"clients": 4, "rounds": 3, "clients_per_round": 2}}
     found = federate(experiment(method=METHOD, **some))
     there = {client for _, client, _, _ in messages}
-    known = found.state.tensors[KNOWN]
-    assert {c for c in range(4) if known[c]} == there
+    embeddings = by_client(found.state.tensors, EMBEDDING)
+    assert embeddings.keys() == there
     last = {client: reply.tensors[TOKENS] for _, client, _, reply in messages}
     for client, tokens in last.items():
-        assert torch.equal(found.state.tensors[TOKENS][:, client], tokens)
+        assert torch.equal(embeddings[client], tokens)
 
 
 def below_zero(shares):
@@ -199,8 +201,8 @@ def test_an_expert_whose_holders_all_fail_keeps_its_value(experiment, federate, 
     one = {**MIXTURE, "federation": {"clients": 4, "rounds": 1}}
     failing(monkeypatch, 1, {0, 1})
     found = federate(experiment(method=METHOD, **one))
-    held = found.state.tensors[HELD].bool()
-    lost = held[:, :, 0] & held[:, :, 1]
+    held = by_client(found.state.tensors, ASSIGNMENT)
+    lost = held[0].bool() & held[1].bool()
     assert lost.any()
     adapter, initial = part_of(found.state.tensors, ADAPTER), found.parts.initial
     for number, layer in enumerate(found.parts.method.layers):

@@ -9,8 +9,8 @@ import fedloom
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import Interrupted, ModelError, SettingsError
 from fedloom.messages import Answer, decode, encode
-from fedloom.methods.base import ADAPTER, part_of
-from fedloom.methods.fedmoe import HELD, KNOWN, USED
+from fedloom.methods.base import ADAPTER, by_client, part_of
+from fedloom.methods.fedmoe import EXPERTS, USED
 from fedloom.models.submixture import block_number
 from fedloom.progress import Silent
 from fedloom.runner import resume_run
@@ -53,7 +53,7 @@ def messages(monkeypatch):
 
 def test_a_client_holds_what_its_rows_use_most_and_keeps_it(mixture, federate, messages):
     found = federate(mixture())
-    held = found.state.tensors[HELD]
+    held = by_client(found.state.tensors, EXPERTS)
     probes = [(client, reply) for action, _, client, _, reply in messages if action == "probe"]
     assert [client for client, _ in probes] == [0, 1, 2]  # once, in the first round
     for client, reply in probes:
@@ -61,7 +61,7 @@ def test_a_client_holds_what_its_rows_use_most_and_keeps_it(mixture, federate, m
         rows = found.parts.engine.shares[client].tokens
         assert (used.sum(1) == 2 * len(rows.tokens)).all()  # two experts a token
         for block in range(2):
-            chosen = held[client, block].tolist()
+            chosen = held[client][block].tolist()
             others = [e for e in range(6) if e not in chosen]
             assert len(chosen) == 3 and chosen == sorted(chosen)
             assert used[block, chosen].min() >= used[block, others].max()
@@ -69,7 +69,7 @@ def test_a_client_holds_what_its_rows_use_most_and_keeps_it(mixture, federate, m
 
 def test_experts_are_means_over_their_holders_and_others_stay(mixture, federate, messages):
     found = federate(mixture(federation={"clients": 3, "rounds": 1}))
-    held, blocks = found.state.tensors[HELD], found.parts.method.blocks
+    held, blocks = by_client(found.state.tensors, EXPERTS), found.parts.method.blocks
     final, start = part_of(found.state.tensors, ADAPTER), found.parts.initial
     replies = {c: reply for action, _, c, _, reply in messages if action == "train"}
     stayed = 0
@@ -78,7 +78,7 @@ def test_experts_are_means_over_their_holders_and_others_stay(mixture, federate,
         for expert in range(6):
             rows, total = [], 0.0
             for client, reply in replies.items():
-                where = (held[client, block] == expert).nonzero()
+                where = (held[client][block] == expert).nonzero()
                 if len(where):
                     weight = reply.numbers["examples"]
                     rows.append(weight * reply.tensors[name][int(where)])
@@ -121,8 +121,7 @@ def test_absent_clients_probe_when_they_first_come(mixture, federate, messages):
     trained = [(round, client) for action, round, client, _, _ in messages if action == "train"]
     assert len({client for _, client in probed}) == len(probed)
     assert {client for _, client in probed} == {client for _, client in trained}
-    known = found.state.tensors[KNOWN]
-    assert [c for c in range(3) if known[c]] == sorted(c for _, c in probed)
+    assert list(by_client(found.state.tensors, EXPERTS)) == sorted(c for _, c in probed)
 
 
 def test_own_models_load_in_transformers_and_a_resumed_run_is_the_same(mixture, tmp_path):

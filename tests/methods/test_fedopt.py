@@ -14,6 +14,7 @@ import torch
 from fedloom.messages import Payload, Reply
 from fedloom.methods import METHODS
 from fedloom.methods.base import Cohort, part_of
+from fedloom.presence import Presence
 
 EXPECTED = {
     ("fedadagrad", None): [[0.09740304, 0.90997383], [0.1650258, 0.85151971], [0.21951302, 0.80705035]],
@@ -58,7 +59,9 @@ def test_a_head_that_is_shared_takes_the_plain_mean(adapter):
     fedadam = method(settings())
     head = "model.score.weight"
     start = {adapter: torch.zeros(2), head: torch.zeros(2)}
-    generator = fedadam.round(fedadam.initial_state(start), Cohort(1, (0, 1), {0: 1, 1: 3}, 0.1))
+    generator = fedadam.round(
+        fedadam.initial_state(start), Cohort(1, (0, 1), Presence.of({0: 1, 1: 3}), 0.1)
+    )
     next(generator)
     sent = [{n: torch.full((2,), v) for n in start} for v in (1.0, 3.0)]
     replies = [Reply(i, Payload(t, {"examples": 1})) for i, t in enumerate(sent)]

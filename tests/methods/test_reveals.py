@@ -17,6 +17,7 @@ from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
 from fedloom.methods.fedmoe import USED
 from fedloom.methods.scaffold import CONTROL
 from fedloom.methods.split import ROWS, TARGETS, SplitSettings
+from fedloom.presence import Presence
 
 HOLDS = {
     VALUES: "logits", INDICES: "logits", COUNTS: "logits",
@@ -144,7 +145,7 @@ def test_what_is_not_allowed_is_not_computed_and_nothing_is_kept(suited, method,
     engine, told = parts.local, None
     engine.allowance = Allowance(**allowed)
     engine.tell = lambda error: ";".join(one.line for one in error.refusals)
-    cohort = Cohort(1, (0,), engine.sizes(), 1e-3, last=True)
+    cohort = Cohort(1, (0,), Presence.of(engine.sizes()), 1e-3, last=True)
     round = parts.method.round(parts.method.initial_state(parts.initial), cohort)
     exchange = next(round)
     while told is None:

@@ -59,6 +59,26 @@ def infeasible(
     return found
 
 
+def nearest_limits(
+    experts: int,
+    clients: int,
+    clients_per_expert: int,
+    max_experts_per_client: int,
+    min_experts_per_client: int = 2,
+) -> tuple[int, int, int]:
+    """Return limits that so few clients can keep, each as near as can be to what is asked for.
+
+    For clients that leave: they are the same wherever those asked for can be kept.
+
+    Returns:
+        Clients per expert, most and least experts per client.
+    """
+    holders = min(clients_per_expert, clients)
+    placed = experts * holders
+    most = max(max_experts_per_client, math.ceil(placed / clients))
+    return holders, most, min(min_experts_per_client, placed // clients)
+
+
 def assign_experts(
     relevance: NDArray[np.float64],
     clients_per_expert: int,

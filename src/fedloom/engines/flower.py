@@ -45,6 +45,7 @@ from fedloom.envelope import (
 from fedloom.errors import MessageError, OutputError, RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema, encode
 from fedloom.offences import OffenceObserver
+from fedloom.presence import Membership
 from fedloom.progress import Absence, Participant
 from fedloom.server import Briefing, FederationSettings
 
@@ -175,6 +176,13 @@ class FlowerEngine:
             self._wait_for(expected, self._quorum, self._quorum, "federation.quorum")
             there = self._there()
         return {client: self.roster.joined[client].rows for client in there}
+
+    def membership(self) -> Membership:
+        """Return the clients that the run expects, who is let in no longer, and rows of those met."""
+        enrolled = set(range(len(self.participants))) - set(self.roster.newcomers)
+        rows = {c: own.rows for c, own in self.roster.joined.items() if c in enrolled}
+        left = frozenset(self.roster.not_let_in() & enrolled)
+        return Membership(tuple(sorted(enrolled)), left, rows)
 
     def absent(self) -> dict[int, Absence]:
         """Return the clients that the run expects and that cannot be asked, and why."""

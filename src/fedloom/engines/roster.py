@@ -173,6 +173,15 @@ class Roster:
                 found.add(client)
         return found
 
+    def not_let_in(self) -> set[int]:
+        """Return the clients whose members are let in no longer, withdrawn ones among them."""
+        members = self.members()
+        return {
+            client
+            for client, own in enumerate(self.participants)
+            if not members.lets_in(own.number)
+        }
+
     def _is_reached(self, client: int, streaming: Container[int]) -> bool:
         return client in self.nodes or client in streaming
 

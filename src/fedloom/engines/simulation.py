@@ -22,6 +22,7 @@ from fedloom.messages import Answer, Exchange, Payload, Tensors, decode, encode
 from fedloom.methods.base import EVALUATE, Client, Handler
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
+from fedloom.presence import Membership
 from fedloom.progress import Absence
 from fedloom.training.local import add_reference_logps
 from fedloom.training.memory import fitting
@@ -108,6 +109,11 @@ class SimulationEngine:
             for client, share in sorted(self.shares.items())
             if client not in self.newcomers
         }
+
+    def membership(self) -> Membership:
+        """Return all clients but newcomers: in one process nobody leaves."""
+        rows = self.sizes()
+        return Membership(tuple(rows), rows=rows)
 
     def absent(self) -> dict[int, Absence]:
         """Return nobody: all clients are in this process."""

@@ -2,19 +2,20 @@
 
 The server side of a round is a generator: it yields an :class:`Exchange`, receives the replies that
 passed every check (perhaps fewer than it asked for, sorted by client), may do so again, and returns
-the next state. The client side is a set of handlers, one for each action. Whatever must outlive
-a round is in the state or in what the client keeps; a generator is never saved.
+the next state. What it keeps of a client is named by the client's id (:func:`of_clients`). The client
+side is a set of handlers, one for each action. Whatever must outlive a round is in the state or in what
+the client keeps; a generator is never saved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
@@ -24,7 +25,7 @@ from fedloom.aggregation.rules import NEEDED, combined
 from fedloom.checkpoint import State
 from fedloom.data.batches import TokenShare
 from fedloom.data.public import PublicRows
-from fedloom.errors import RoundFailed
+from fedloom.errors import CheckpointError, RoundFailed
 from fedloom.messages import (
     FINITE,
     Exchange,
@@ -39,6 +40,7 @@ from fedloom.messages import (
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
+from fedloom.presence import Presence
 from fedloom.settings import Settings
 from fedloom.training.local import LOSS, LocalResult, StepHook, local_loss, train_locally
 from fedloom.training.optimizers import ALONE, Part, TrainingSettings, Work
@@ -96,6 +98,31 @@ def part_of(tensors: Tensors, part: str) -> Tensors:
     return {n.removeprefix(opening): t for n, t in tensors.items() if n.startswith(opening)}
 
 
+def of_clients(part: str, tensors: Mapping[int, Tensor]) -> Tensors:
+    """Return a tensor of each of some clients, named by its id: ``PART/000007``."""
+    return {f"{part}/{client:06d}": tensor for client, tensor in sorted(tensors.items())}
+
+
+def by_client(tensors: Tensors, part: str) -> dict[int, Tensor]:
+    """Return the tensors that :func:`of_clients` named, by client id ascending."""
+    return {int(name): tensor for name, tensor in sorted(part_of(tensors, part).items())}
+
+
+def by_place(tensor: Tensor, dimension: int, presence: Presence) -> dict[int, Tensor]:
+    """Return by client id what a release before kept by place, along a dimension of clients.
+
+    Raises:
+        CheckpointError: It has not a place for each client, so that whose they are cannot be told.
+    """
+    clients, places = presence.enrolled, tensor.shape[dimension]
+    if places != len(clients):
+        raise CheckpointError(
+            f"the checkpoint keeps what it knows of {places} clients by their place, as fedloom did "
+            f"before, and {len(clients)} take part: whose it is cannot be told; start a new run"
+        )
+    return dict(zip(clients, tensor.unbind(dimension), strict=True))
+
+
 @dataclass(frozen=True)
 class Cohort:
     """The clients of one round.
@@ -103,7 +130,7 @@ class Cohort:
     Attributes:
         round: From 1.
         clients: Sampled client ids, ascending.
-        sizes: Training rows of every client of the federation, as registered with the server.
+        presence: Who belongs to the federation and who is there as the round begins.
         learning_rate: Of this round.
         rejected: Clients left out so far, and why. A method adds those whose answers passed every check
             and turned out to be of no use.
@@ -116,7 +143,7 @@ class Cohort:
 
     round: int
     clients: tuple[int, ...]
-    sizes: Mapping[int, int]
+    presence: Presence
     learning_rate: float
     rejected: dict[int, str] = field(default_factory=dict)
     last: bool = False
@@ -124,6 +151,37 @@ class Cohort:
     details: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     reported: tuple[NumberSpec, ...] = (LOSS,)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Training rows of each client that can be asked in this round, as it registered them."""
+        return {client: self.presence.rows[client] for client in self.presence.available}
+
+    @property
+    def returned(self) -> tuple[int, ...]:
+        """Sampled clients that answered in an earlier round and not in the last that they could have.
+
+        What they keep is as old as that answer.
+        """
+        earlier = self.presence.interrupted & self.presence.answered_last.keys()
+        return tuple(client for client in self.clients if client in earlier)
+
+
+class Replies(list[Reply]):
+    """The replies to an exchange that passed every check, by client id ascending.
+
+    Attributes:
+        missing: Each other client that was asked, and why its answer does not count.
+    """
+
+    def __init__(self, replies: Iterable[Reply] = (), missing: Mapping[int, str] | None = None):
+        super().__init__(replies)
+        self.missing = dict(missing or {})
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """Clients whose answers count, ascending."""
+        return tuple(reply.client for reply in self)
 
 
 @dataclass
@@ -323,7 +381,7 @@ class AggregationSettings(Settings):
 Handler = Callable[[Client, Payload], Payload]
 """Client side of one action."""
 
-Round = Generator[Exchange, list[Reply], State]
+Round = Generator[Exchange, Replies, State]
 """Server side of one round."""
 
 

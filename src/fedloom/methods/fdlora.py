@@ -2,7 +2,7 @@
 
 Source: Qi et al. 2024, "FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA
 Tuning", https://arxiv.org/abs/2406.07925, as FedAMoLE's authors ran it (``specs/methods.md`` 5.7).
-Before the first round every client trains by itself; that is its private adapter, and the mean of all
+Before its first round every client trains by itself; that is its private adapter, and the mean of all
 is the shared one's start. Then clients train the shared adapter, which the server moves by their mean
 change with Nesterov's momentum, and every few rounds a client's private adapter becomes the shared one
 as it has just trained it. After the last round a client looks for a and b, so that a times the shared
@@ -15,6 +15,7 @@ adapter alone, the private one alone, and the sum of both.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -104,8 +105,10 @@ class FDLoRA(KeepsAdapter):
         """Move the shared adapter; before the first round start it, after the last have all mix."""
         adapter, before = self.shared(state), part_of(state.tensors, MOMENTUM)
         if not before:
-            replies = yield self._start(cohort, adapter)
+            replies = yield self._start(cohort, adapter, cohort.presence.available)
             adapter = self.averaged(replies, cohort, adapter)
+        elif late := [c for c in cohort.clients if c not in cohort.presence.answered_last]:
+            yield self._start(cohort, adapter, late)  # for their own sake: the shared one has begun
         replies = yield training_exchange(cohort, adapter)
         change = difference(self.averaged(replies, cohort, adapter), adapter)
         moved, step = nesterov_momentum(before, change, self.settings.momentum)
@@ -127,12 +130,12 @@ class FDLoRA(KeepsAdapter):
         """Return the shared adapter without the momentum."""
         return part_of(state.tensors, ADAPTER)
 
-    def _start(self, cohort: Cohort, adapter: Tensors) -> Exchange:
-        """Ask every client there is to train by itself from the adapter all have, and send it."""
+    def _start(self, cohort: Cohort, adapter: Tensors, clients: Collection[int]) -> Exchange:
+        """Ask clients to train by themselves from the adapter that all begin with, and send it."""
         return Exchange.broadcast(
             "start",
             cohort.round,
-            tuple(sorted(cohort.sizes)),
+            tuple(clients),
             Payload(numbers={"learning_rate": cohort.learning_rate}),
             Schema(numbers=(LEARNING_RATE,)),
             Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),

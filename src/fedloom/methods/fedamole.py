@@ -14,10 +14,12 @@ whoever does not know what it is drawn from (``Client.noise_seed``); of a row it
 nothing. It takes the mean over rows of each row's means over its tokens, all layers being one vector, so
 that one row counts once.
 
-Ours: clients may be absent in a round; then present holders are averaged, an expert without any keeps
+Ours: clients may be absent in a round; then holders that answer are averaged, an expert without any keeps
 its value, and an absent client is assigned by its last embeddings, or by drawn ones before its first
-round. A newcomer gets all experts. Embeddings are sent after the last round too, for the record, and,
-where they carry no noise, with them the share of tokens that each expert gets.
+round, so that it finds experts of its own when it is back. One that left for good is assigned nothing;
+where those that remain are too few for the limits, these give way as little as they must. A newcomer gets
+all experts. Embeddings are sent after the last round too, for the record, and, where they carry no noise,
+with them the share of tokens that each expert gets.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.assignment import (
     assign_experts,
     infeasible,
+    nearest_limits,
     relevance_of,
     similarity,
     softmax,
@@ -56,19 +59,33 @@ from fedloom.methods.base import (
     Reveal,
     Round,
     ServerSide,
+    by_client,
+    by_place,
     join_parts,
+    of_clients,
     part_of,
 )
 from fedloom.methods.parts import OwnMixture, passes
 from fedloom.models.experts import ExpertModel, split_name
+from fedloom.presence import Presence
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 
 HELD = "held"
-"""``(layers, experts, clients)`` uint8: who holds which expert now."""
+"""Of a request: ``(layers, experts)`` uint8, which experts its client holds."""
 
-TOKENS, KNOWN = "tokens", "known"
-"""``(layers, clients, r)`` mean token embeddings, and ``(clients,)`` whether a client has sent any."""
+ASSIGNMENT = "assignment"
+"""Part of the state: for each client ``(layers, experts)`` uint8, the experts that it holds now."""
+
+TOKENS = "tokens"
+"""Of a reply: ``(layers, r)`` mean token embeddings."""
+
+EMBEDDING = "embedding"
+"""Part of the state: the last of these that each client has sent; without an entry it has sent none."""
+
+KNOWN = "known"
+"""In checkpoints of an earlier release, which kept all of this by place: ``(clients,)`` whether a client
+has sent any, beside ``HELD`` with a last and ``TOKENS`` with a second dimension of clients."""
 
 PROJECTED = "projected"
 """``(layers, experts, r)`` mean embeddings of experts."""
@@ -135,6 +152,21 @@ class FedAMoLESettings(Settings):
         return found
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the server keeps of clients and experts beside the adapter.
+
+    Attributes:
+        assigned: By client id ``(layers, experts)`` uint8, not 0 where it holds the expert.
+        tokens: By client id its last ``(layers, r)`` mean token embeddings; it has sent none otherwise.
+        projected: ``(layers, experts, r)`` mean embeddings of experts.
+    """
+
+    assigned: dict[int, Tensor]
+    tokens: dict[int, Tensor]
+    projected: Tensor
+
+
 class FedAMoLE(OwnMixture):
     """Experts averaged over their holders, and assigned anew."""
 
@@ -175,20 +207,26 @@ class FedAMoLE(OwnMixture):
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send everyone its experts, take means, let experts choose."""
-        clients = sorted(cohort.sizes)
         adapter = part_of(state.tensors, ADAPTER)
-        known = self._known(state, len(clients))
-        if HELD not in known:
-            known[HELD] = self._assigned(known, cohort.round - 1)
-        columns = {client: place for place, client in enumerate(clients)}
-        held = {c: known[HELD][:, :, columns[c]] for c in cohort.clients}
+        known = self._known(state, cohort.presence)
+        assigned = known.assigned
+        if not assigned.keys() >= set(cohort.presence.members):
+            assigned = self._assigned(known, cohort, cohort.round - 1)
+        held = {client: assigned[client] for client in cohort.clients}
         replies = yield self._exchange(cohort, adapter, held)
         adapter = self._means(adapter, replies, held)
-        self._learn(known, replies, held, columns)
-        cohort.details["experts"] = self._details(known, replies, held, columns)
+        known = self._learnt(known, replies, held)
+        cohort.details["experts"] = self._details(known, replies, held, cohort.presence.enrolled)
         if not cohort.last and self.settings.assignment != "static":
-            known[HELD] = self._assigned(known, cohort.round)
-        return State({**join_parts(adapter=adapter), **known})
+            assigned = self._assigned(known, cohort, cohort.round)
+        return State(
+            {
+                **join_parts(adapter=adapter),
+                **of_clients(ASSIGNMENT, assigned),
+                **of_clients(EMBEDDING, known.tokens),
+                PROJECTED: known.projected,
+            }
+        )
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
@@ -205,15 +243,16 @@ class FedAMoLE(OwnMixture):
         embeddings += 4 * len(self.layers) * self.experts * share * self._sends_shares
         return ParameterTraffic(int(size) + len(self.layers) * self.experts, int(size + embeddings))
 
-    def _known(self, state: State, clients: int) -> Tensors:
+    def _known(self, state: State, presence: Presence) -> Known:
         """Return who holds what and the embeddings so far."""
-        names = (HELD, TOKENS, KNOWN, PROJECTED)
-        found = {name: state.tensors[name] for name in names if name in state.tensors}
-        layers = len(self.layers)
-        found.setdefault(TOKENS, torch.zeros(layers, clients, self.rank))
-        found.setdefault(KNOWN, torch.zeros(clients, dtype=torch.uint8))
-        found.setdefault(PROJECTED, torch.zeros(layers, self.experts, self.rank))
-        return found
+        own = state.tensors
+        projected = own.get(PROJECTED, torch.zeros(len(self.layers), self.experts, self.rank))
+        if HELD not in own:
+            return Known(by_client(own, ASSIGNMENT), by_client(own, EMBEDDING), projected)
+        sent = by_place(own[KNOWN], 0, presence)
+        tokens = by_place(own[TOKENS], 1, presence)
+        tokens = {client: embedding for client, embedding in tokens.items() if sent[client]}
+        return Known(by_place(own[HELD], 2, presence), tokens, projected)
 
     def _exchange(self, cohort: Cohort, adapter: Tensors, held: Mapping[int, Tensor]) -> Exchange:
         most = pack(adapter, self.layers, torch.ones(len(self.layers), self.experts))
@@ -266,26 +305,18 @@ class FedAMoLE(OwnMixture):
                 result |= weighted_mean(having, [1.0] * len(having))
         return result
 
-    def _learn(
-        self,
-        known: Tensors,
-        replies: Sequence[Reply],
-        held: Mapping[int, Tensor],
-        columns: Mapping[int, int],
-    ) -> None:
-        """Put the replies' embeddings into what is known, an expert's as the mean over its holders."""
-        tokens, there = known[TOKENS].clone(), known[KNOWN].clone()
-        sums = torch.zeros_like(known[PROJECTED], dtype=torch.float64)
+    def _learnt(self, known: Known, replies: Sequence[Reply], held: Mapping[int, Tensor]) -> Known:
+        """Return what is known with the replies' embeddings, an expert's as the mean over its holders."""
+        tokens = dict(known.tokens)
+        sums = torch.zeros_like(known.projected, dtype=torch.float64)
         counts = torch.zeros(*sums.shape[:2], 1, dtype=torch.float64)
         for reply in replies:
             own = held[reply.client].bool()
-            tokens[:, columns[reply.client]] = reply.payload.tensors[TOKENS]
-            there[columns[reply.client]] = 1
+            tokens[reply.client] = reply.payload.tensors[TOKENS]
             sums[own] += reply.payload.tensors[PROJECTED].double()
             counts[own] += 1
         means = (sums / counts.clamp(min=1)).float()
-        known[PROJECTED] = torch.where(counts > 0, means, known[PROJECTED])
-        known[TOKENS], known[KNOWN] = tokens, there
+        return Known(known.assigned, tokens, torch.where(counts > 0, means, known.projected))
 
     @property
     def _sends_shares(self) -> bool:
@@ -294,10 +325,10 @@ class FedAMoLE(OwnMixture):
 
     def _details(
         self,
-        known: Tensors,
+        known: Known,
         replies: Sequence[Reply],
         held: Mapping[int, Tensor],
-        columns: Mapping[int, int],
+        clients: Sequence[int],
     ) -> dict[str, Any]:
         """Return what the report shows: who held what in this round, how tokens spread, who is alike."""
         shares: dict[str, list[list[float]]] = {}
@@ -305,7 +336,7 @@ class FedAMoLE(OwnMixture):
             counts = held[reply.client].sum(1).tolist()
             parts = torch.split(reply.payload.tensors[SHARES], counts)
             shares[str(reply.client)] = [[round(x, 3) for x in part.tolist()] for part in parts]
-        alike = similarity(known[TOKENS], known[KNOWN])
+        alike = similarity(*self._stacked(known, clients))
         return {
             "layers": list(self.layers),
             "experts": self.experts,
@@ -314,25 +345,47 @@ class FedAMoLE(OwnMixture):
                 for client, own in held.items()
             },
             "shares": shares,
-            "clients": list(columns),
+            "clients": list(clients),
             "similarity": [[round(x, 3) for x in row] for row in alike.tolist()],
         }
 
-    def _assigned(self, known: Tensors, round: int) -> Tensor:
-        """Return the next assignment; clients that are not known yet have drawn relevances."""
+    def _stacked(self, known: Known, clients: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return ``(layers, clients, r)`` embeddings, and ``(clients,)`` whether each has sent any."""
+        none = torch.zeros(len(self.layers), self.rank)
+        tokens = torch.stack([known.tokens.get(client, none) for client in clients], 1)
+        return tokens, torch.tensor([client in known.tokens for client in clients])
+
+    def _assigned(self, known: Known, cohort: Cohort, round: int) -> dict[int, Tensor]:
+        """Return the next assignment; clients that have sent no embeddings have drawn relevances.
+
+        One is drawn for every client that ever belonged to the federation, so that a client's does not
+        depend on who else is there.
+        """
+        members, enrolled = cohort.presence.members, cohort.presence.enrolled
         rng = generator(self.server.seed, "assignment", round=round)
-        drawn = rng.random((len(self.layers), self.experts, known[KNOWN].numel()))
+        drawn = rng.random((len(self.layers), self.experts, len(enrolled)))
+        drawn = drawn[:, :, [enrolled.index(client) for client in members]]
+        tokens, sent = self._stacked(known, members)
+        limits = self._limits(cohort)
         layers = []
         for layer, relevance in enumerate(drawn):
             if self.settings.assignment == "relevance":
-                own = relevance_of(known[PROJECTED][layer], known[TOKENS][layer])
-                relevance = np.where(known[KNOWN].numpy().astype(bool)[None], own, relevance)
-            layers.append(self._solved(relevance))
-        return torch.stack(layers)
+                own = relevance_of(known.projected[layer], tokens[layer])
+                relevance = np.where(sent.numpy()[None], own, relevance)
+            layers.append(torch.from_numpy(assign_experts(softmax(relevance), *limits)))
+        columns = torch.stack(layers).to(torch.uint8).unbind(2)
+        return dict(zip(members, columns, strict=True))
 
-    def _solved(self, relevance: NDArray[np.float64]) -> Tensor:
-        limits = self.settings.limits(*relevance.shape)
-        return torch.from_numpy(assign_experts(softmax(relevance), *limits)).to(torch.uint8)
+    def _limits(self, cohort: Cohort) -> tuple[int, int, int]:
+        """Return the limits that an assignment keeps; the round's notes have those that gave way."""
+        members = len(cohort.presence.members)
+        limits = self.settings.limits(self.experts, members)
+        kept = nearest_limits(self.experts, members, *limits)
+        names = ("clients_per_expert", "max_experts_per_client", "min_experts_per_client")
+        for name, asked, found in zip(names, limits, kept, strict=True):
+            if found != asked:
+                cohort.notes[name] = float(found)
+        return kept
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         model = client.model

@@ -6,6 +6,11 @@ through all of them, and the server gives it, in each block, those that most of 
 keeps. What it trains are these experts whole, and the router's rows for them. An expert becomes the mean
 over its holders, weighted by their rows. FedMoE's search for the size of each sub-mixture is not built
 (everyone holds ``experts_per_client``), nor does a sub-mixture change in later rounds.
+
+Ours: clients may be absent. Who has not been probed is probed in the first round that it is drawn for,
+again if its counts are lost, and trains nothing before. It keeps its experts from then on, however long
+it is away. An expert that no client which answers holds keeps its value, so those of a client that left
+stay with their other holders.
 """
 
 from __future__ import annotations
@@ -33,17 +38,25 @@ from fedloom.methods.base import (
     Reveal,
     Round,
     ServerSide,
+    by_client,
+    by_place,
     join_parts,
+    of_clients,
     part_of,
     tensor_bytes,
 )
 from fedloom.methods.parts import OwnMixture, passes
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
+from fedloom.presence import Presence
 from fedloom.randomness import generator
 from fedloom.settings import Settings
 
-HELD, KNOWN = "held", "known"
-"""``(clients, blocks, n)`` ids of a client's experts, ascending; ``(clients,)`` whether it has any."""
+EXPERTS = "experts"
+"""Part of the state: for each client that was probed ``(blocks, n)`` ids of its experts, ascending."""
+
+PLACES, PROBED = "held", "known"
+"""The same by place, in checkpoints of an earlier release: ``(clients, blocks, n)``; ``(clients,)``
+whether it was probed."""
 
 USED = "used"
 """``(blocks, experts)`` tokens of a client's probing rows that pass each expert."""
@@ -63,6 +76,15 @@ def _check_used(client: int, payload: Payload) -> None:
     used = payload.tensors[USED]
     if int(used.min()) < 0 or int(used.max()) > MOST_USED:
         raise MessageError(f"counts of tokens must be 0 to {MOST_USED}", "out_of_range")
+
+
+def _held(state: State, presence: Presence) -> dict[int, Tensor]:
+    """Return the experts of each client that was probed, by its id."""
+    if PLACES not in state.tensors:
+        return by_client(state.tensors, EXPERTS)
+    places = by_place(state.tensors[PLACES], 0, presence)
+    probed = by_place(state.tensors[PROBED], 0, presence)
+    return {client: own for client, own in places.items() if probed[client]}
 
 
 class FedMoESettings(Settings):
@@ -107,14 +129,10 @@ class FedMoE(OwnMixture):
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Find out what new clients use, send everyone its experts, take means over holders."""
-        clients = sorted(cohort.sizes)
-        columns = {client: place for place, client in enumerate(clients)}
         adapter = part_of(state.tensors, ADAPTER)
         experts = len(next(iter(adapter.values())))
-        nobody = torch.zeros(len(clients), len(self.blocks), self.held, dtype=torch.int64)
-        held = state.tensors.get(HELD, nobody).clone()
-        known = state.tensors.get(KNOWN, torch.zeros(len(clients), dtype=torch.uint8)).clone()
-        new = [client for client in cohort.clients if not known[columns[client]]]
+        held = _held(state, cohort.presence)
+        new = [client for client in cohort.clients if client not in held]
         if new:
             size = TensorSpec(USED, (len(self.blocks), experts), torch.int64)
             reply = Schema((size,))
@@ -123,12 +141,11 @@ class FedMoE(OwnMixture):
             )
             for found in (yield asked):
                 most = found.payload.tensors[USED].float().topk(self.held, 1).indices
-                held[columns[found.client]] = most.sort(1).values
-                known[columns[found.client]] = 1
-        there = {c: held[columns[c]] for c in cohort.clients if known[columns[c]]}
+                held[found.client] = most.sort(1).values
+        there = {client: held[client] for client in cohort.clients if client in held}
         replies = yield self._exchange(cohort, adapter, there)
         adapter = self._means(adapter, replies, there)
-        return State({**join_parts(adapter=adapter), HELD: held, KNOWN: known})
+        return State({**join_parts(adapter=adapter), **of_clients(EXPERTS, held)})
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""

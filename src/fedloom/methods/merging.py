@@ -5,13 +5,19 @@ factors of one low rank cannot hold is sent to every client as stacked factors a
 server and clients add the product to the frozen weights. A client keeps the sum of these products, as
 large as the layers that LoRA is beside, and the weights as they were loaded stay the reference model's.
 
-Each addition has a number. A client that missed one would train another model, so it says so and is
-left out; the server then sends it the whole sum before the next round.
+Each addition has a number. A client that was away for some is sent those before it trains, in the same
+round: one by one, or the sum of all there have been where that is smaller. The server keeps, by client
+id, who has made how many, and the additions that somebody lacks, while they are smaller than the sum. A
+client that comes for the first time is sent the sum, and so is one that was asked to make an addition and
+did not confirm it, as nothing is known of it then. One that turns out to lack some after all (its store
+is gone) would train another model: it says so, and is left out until the next round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +33,7 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Method,
+    Replies,
     Round,
     ServerSide,
     join_parts,
@@ -45,8 +52,14 @@ MERGES = "merges"
 MERGE_COUNT = amount(MERGES)
 """That, as it travels."""
 
+MADE = "made/"
+"""Before the id of a client that has not made all of them: how many it has; 0 where that is not known."""
+
+ADDITION = "addition/"
+"""Before the number of an addition that some client lacks: its packed factors."""
+
 BEHIND = "behind "
-"""Before the id of a client that did not confirm the last of them."""
+"""Before the id of such a client in checkpoints of an earlier release, which did not say how many."""
 
 
 class MergesFactors(Method):
@@ -96,16 +109,24 @@ class MergesFactors(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Bring those up to date who are behind; train; have everybody add what is to be added."""
         adapter, base = part_of(state.tensors, ADAPTER), part_of(state.tensors, BASE)
-        merges = int(state.numbers[MERGES])
-        behind = [c for c in sorted(cohort.sizes) if f"{BEHIND}{c}" in state.numbers]
-        if behind:
-            yield self._send("catch_up", cohort, behind, base, merges)
-        replies = yield self.training(cohort, adapter, merges)
+        merges, earlier = int(state.numbers[MERGES]), _additions(state)
+        behind = yield from self._catch_up_all(cohort, base, earlier, merges, _behind(state))
+        there = tuple(client for client in cohort.clients if client not in behind)
+        replies = yield self.training(replace(cohort, clients=there), adapter, merges)
         adapter, factors = self.combined(replies, cohort)
-        confirmed = yield self._send("merge", cohort, cohort.sizes, pack(factors), merges + 1)
-        missing = cohort.sizes.keys() - {reply.client for reply in confirmed}
-        numbers = {MERGES: merges + 1.0, **{f"{BEHIND}{c}": 1.0 for c in sorted(missing)}}
-        return State(join_parts(adapter=adapter, base=self._moved(base, factors)), numbers)
+        added, base = pack(factors), self._moved(base, factors)
+        asked = [client for client in cohort.presence.available if client not in behind]
+        confirmed = yield self._send("merge", cohort, asked, added, merges + 1)
+        made = {client: behind.get(client, merges) for client in cohort.presence.members}
+        made |= dict.fromkeys(cohort.presence.left, 0)  # if it is ever let in again
+        made |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, merges + 1)
+        lacking = {client: count for client, count in made.items() if count <= merges}
+        kept = _still_wanted({**earlier, merges + 1: added}, lacking, tensor_bytes(base))
+        numbers = {f"{MADE}{client:06d}": float(count) for client, count in lacking.items()}
+        tensors = join_parts(adapter=adapter, base=base)
+        for number, factors in kept.items():
+            tensors |= {f"{ADDITION}{number:06d}/{name}": t for name, t in factors.items()}
+        return State(tensors, {MERGES: merges + 1.0, **numbers})
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
@@ -144,6 +165,30 @@ class MergesFactors(Method):
     def stacked(self) -> int:
         """Return how many clients' factors are sent to everybody after a round; here a cohort's."""
         return self.server.cohort
+
+    def _catch_up_all(
+        self,
+        cohort: Cohort,
+        base: Tensors,
+        earlier: Mapping[int, Tensors],
+        merges: int,
+        behind: Mapping[int, int],
+    ) -> Generator[Exchange, Replies, dict[int, int]]:
+        """Send clients that can be asked what they lack; return who is behind then, with what it has."""
+        left = dict(behind)
+        there = [client for client in cohort.presence.available if client in left]
+        size = tensor_bytes(base)
+        in_parts = {c for c in there if _bytes_lacking(earlier, left[c], merges) < size}
+        whole = [client for client in there if client not in in_parts]
+        if whole:
+            confirmed = yield self._send("catch_up", cohort, whole, base, merges)
+            left |= dict.fromkeys(confirmed.answered, merges)
+        for number in sorted(earlier):
+            asked = [client for client in in_parts if left[client] == number - 1]
+            if asked:
+                confirmed = yield self._send("merge", cohort, asked, earlier[number], number)
+                left |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, number)
+        return {client: count for client, count in left.items() if count < merges}
 
     def _send(
         self, action: str, cohort: Cohort, clients: Collection[int], tensors: Tensors, merges: int
@@ -197,3 +242,39 @@ class MergesFactors(Method):
     def _keep(self, client: Client, base: Tensors, merges: int) -> Payload:
         client.kept[BASE] = {**base, MERGES: torch.tensor([merges])}
         return Payload(numbers={"examples": len(client.share)})
+
+
+def _behind(state: State) -> dict[int, int]:
+    """Return the clients that have not made all additions, each with how many it has made."""
+    found = {int(n.removeprefix(BEHIND)): 0 for n in state.numbers if n.startswith(BEHIND)}
+    made = {n.removeprefix(MADE): v for n, v in state.numbers.items() if n.startswith(MADE)}
+    return found | {int(client): int(count) for client, count in made.items()}
+
+
+def _additions(state: State) -> dict[int, Tensors]:
+    """Return the additions that are kept, by their numbers, ascending."""
+    names = [n.removeprefix(ADDITION) for n in state.tensors if n.startswith(ADDITION)]
+    numbers = sorted({name.partition("/")[0] for name in names})
+    return {int(number): part_of(state.tensors, f"{ADDITION}{number}") for number in numbers}
+
+
+def _bytes_lacking(earlier: Mapping[int, Tensors], made: int, merges: int) -> float:
+    """Return the bytes of the additions after the first ``made``; infinite where one is not kept."""
+    lacking = range(made + 1, merges + 1)
+    if any(number not in earlier for number in lacking):
+        return math.inf
+    return sum(tensor_bytes(earlier[number]) for number in lacking)
+
+
+def _still_wanted(
+    additions: Mapping[int, Tensors], lacking: Mapping[int, int], most: int
+) -> dict[int, Tensors]:
+    """Return the newest additions that some client lacks, as many as are together below ``most``."""
+    kept: dict[int, Tensors] = {}
+    known = [count for count in lacking.values() if count]
+    for number in range(max(additions), min(known, default=max(additions)), -1):
+        size = sum(map(tensor_bytes, kept.values()))
+        if number not in additions or size + tensor_bytes(additions[number]) >= most:
+            break
+        kept[number] = additions[number]
+    return dict(sorted(kept.items()))

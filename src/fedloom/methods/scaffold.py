@@ -3,6 +3,10 @@
 Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
 https://arxiv.org/abs/1910.06378, algorithm 1 with option II and a server rate of 1.
 
+N counts all clients of the federation, as in the paper: those that are away, those that have not come yet
+(their c_k is 0, as all are at first) and those that left, whose last c_k stays in c. So N c is the sum of
+all c_k whoever is there, and the answer that does not count moves neither: its client forgets it.
+
 The paper's local step is w - lr (g - c_k + c). As in 2502.14187, the correction lr (c - c_k) is taken
 off after the optimizer's own step, which is the same for SGD and a heuristic for Adam: option II
 infers the client's mean gradient from how far it moved, as if each step had been SGD's. The control
@@ -61,7 +65,7 @@ class Scaffold(Method):
         return State(join_parts(adapter=adapter, control=_zeros(adapter)))
 
     def round(self, state: State, cohort: Cohort) -> Round:
-        """Average the adapters; c moves by the mean change of c_k over all clients there are."""
+        """Average the adapters; c moves by the changes of c_k, over the number of all clients."""
         replies = yield Exchange.broadcast(
             "train",
             cohort.round,
@@ -75,7 +79,7 @@ class Scaffold(Method):
         adapter = weighted_mean(adapters, weights, out=adapters[0])
         changes = [part_of(reply.payload.tensors, CONTROL) for reply in replies]
         change = weighted_mean(changes, [1.0] * len(changes), out=changes[0])
-        share = len(changes) / len(cohort.sizes)  # |S| / N
+        share = len(changes) / len(cohort.presence.enrolled)  # |S| / N
         control = {n: c + share * change[n] for n, c in part_of(state.tensors, CONTROL).items()}
         return State(join_parts(adapter=adapter, control=control))
 
