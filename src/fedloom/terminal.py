@@ -346,7 +346,9 @@ def frameworks_table(folder: Path) -> Table:
     record, cells = read_cells(folder)
     found = results(record, cells, arms(record, cells))
     table = Table(
-        title=f"{found['metric']}, and costs of a client in a round", box=None, padding=(0, 1, 0, 0)
+        title=f"{found['metric']} (95 % over rows), and costs of a client in a round",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("arm", no_wrap=True)
     for column in (found["metric"], "sent", "compute", "memory", *record["links"]):

@@ -6,9 +6,13 @@ import shutil
 import pytest
 
 import fedloom
+from fedloom.report.comparison_page import write_comparison
+from fedloom.report.frameworks_page import write_frameworks
 from fedloom.report.judged import difference_over_rows, duplicates, outcome
 from fedloom.report.page import read_run, write_report
+from fedloom.report.personal_page import write_personal
 from fedloom.report.run_folder import RunFolder
+from fedloom.terminal import comparison_table, frameworks_table, personal_table
 
 
 @pytest.fixture
@@ -110,3 +114,30 @@ def test_arms_that_were_judged_by_other_rows_are_not_paired(folder, tmp_path):
     assert difference_over_rows(pair, 0.1).missing == (
         "not estimable: the arms were judged by different rows"
     )
+
+
+def test_comparisons_of_few_seeds_say_what_is_missing(folder, tmp_path):
+    """One run that stands for two seeds is one seed, on every page of a comparison."""
+    cells = [
+        {"name": f"a-m-s{seed}", "objective": "a", "method": "m", "seed": seed} for seed in (0, 1)
+    ]
+    for cell in cells:
+        shutil.copytree(folder, tmp_path / "grid/runs" / cell["name"])
+    record = {"name": "grid", "budget": "as_set", "amount": None, "seeds": [0, 1], "links": {}}
+    record |= {"objectives": ["a"], "methods": ["m"], "cells": cells}
+    files = RunFolder(tmp_path / "grid")
+    note = "a-m-s1 has the seed and settings of a-m-s0: they count as one seed."
+    for kind, write, table in (
+        ("objectives", write_comparison, comparison_table),
+        ("personal", write_personal, personal_table),
+        ("scenarios", write_frameworks, frameworks_table),
+    ):
+        files.write_json("comparison.json", {**record, "kind": kind})
+        page = write(files.path).read_text()
+        assert note in page and "What these figures mean" in page
+        assert "not estimable from 1 seed: needs at least 5" in page and "±" not in page
+        found = files.read_json("results.json")
+        assert (found["finished"], found["planned"]) == (2, 2)
+        assert "95 %" in str(table(files.path).title)
+    found = found["arms"][0]["over_rows"]
+    assert 0 <= found["low"] < found["estimate"] < found["high"] <= 1

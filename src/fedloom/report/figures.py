@@ -130,8 +130,8 @@ def scatter_chart(
                 markersize=8,
                 color=PALETTE[number % len(PALETTE)],
             )
-        _log_if_wide(axes, [x for x, _ in points.values()])
         axes.margins(0.15)
+        _scale_x(axes, [x for x, _ in points.values()])
         _finish_axes(axes, x_label, y_label, legend=True)
         return _svg(figure)
 
@@ -166,10 +166,8 @@ def grid_scatter(
                 [x], [y], shapes[shape], color=colours[colour], markersize=7, alpha=0.85, mew=0
             )
         xs = [x for _, _, x, _ in points]
-        _log_if_wide(axes, xs)
         axes.margins(0.1)
-        if max(xs) - min(xs) < 0.05 * max(xs):  # alike but for headers: do not blow that up
-            axes.set_xlim(0.9 * min(xs), 1.1 * max(xs))
+        _scale_x(axes, xs)
         for name, colour in colours.items():
             axes.plot([], [], "o", color=colour, label=shown_label(name))
         for name, shape in shapes.items():
@@ -216,8 +214,8 @@ def pareto_scatter(
                 va="bottom" if above else "top",
                 fontsize=8,
             )
-        _log_if_wide(axes, [x for _, _, x, _, _ in points])
         axes.margins(0.16)
+        _scale_x(axes, [x for _, _, x, _, _ in points])
         for name, colour in colours.items():
             axes.plot([], [], "o", color=colour, label=shown_label(name))
         _finish_axes(axes, x_label, y_label, legend=False)
@@ -226,8 +224,10 @@ def pareto_scatter(
         return _svg(figure)
 
 
-def _log_if_wide(axes: Axes, xs: Sequence[float]) -> None:
-    """Make x logarithmic where its values span more than a decade."""
+def _scale_x(axes: Axes, xs: Sequence[float]) -> None:
+    """Make x logarithmic where its values span more than a decade, and wide where they hardly differ."""
+    if max(xs) - min(xs) < 0.05 * max(xs):  # alike but for headers: do not blow that up
+        axes.set_xlim(0.9 * min(xs), 1.1 * max(xs))
     if min(xs) > 0 and max(xs) > 10 * min(xs):
         axes.set_xscale("log")
         subs = (1, 3) if max(xs) < 1000 * min(xs) else (1,)
