@@ -86,7 +86,6 @@ class VerificationError(ModelError):
     """What was saved and loaded again is not the model that was trained."""
 
     exit_code = 7
-    restart_helps = False
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@
     rounds.jsonl      one line a round; the first is the evaluation before any training
     costs.jsonl       one line a round, client and phase
     samples.json      held-out prompts answered before and after
-    summary.json      before, after, totals and the adapter's checksum; written at the end
-    adapter/          the global adapter as a PEFT folder
+    summary.json      before, after, totals, the adapter's checksum and what was verified; at the end
+    adapter/          the global adapter as a PEFT folder, with its card
     clients/          models of single clients, where they have something of their own
     checkpoints/      what a resumed run starts from
     .lock             held by the process that writes here, with its host and since when
