@@ -514,7 +514,7 @@ def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
-        sentence(summary["verified"]),
+        *([sentence(summary["verified"])] if "verified" in summary else []),
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
