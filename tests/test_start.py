@@ -21,9 +21,10 @@ from fedloom.experiment import Experiment
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
 from fedloom.progress import Silent
-from fedloom.runner import evaluate_adapter, resume_run, run_experiment
+from fedloom.report.run_folder import RunFolder
+from fedloom.runner import evaluate_adapter, forget_client, resume_run, run_experiment
 from fedloom.settings import write_toml
-from fedloom.start import find_start, settled
+from fedloom.start import find_start, kept_start, settled
 from fedloom.training.local import add_reference_logps
 
 SFT = {"data": {"source": "builtin:instructions", "builtin_rows": 30}, "objective": {"name": "sft"}}
@@ -352,7 +353,7 @@ def test_a_resumed_run_depends_on_its_own_copy_alone(build, copied, tmp_path):
     file = folder / "start" / "adapter" / "adapter_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"which this run started from, has changed"):
+    with pytest.raises(CheckpointError, match=r"adapter, which this run started from, has changed"):
         resume_run(folder)
     file.unlink()
     shutil.rmtree(folder / "start")
@@ -410,6 +411,11 @@ def test_clients_start_from_what_is_their_own(build, tmp_path, method):
     record = json.loads((second.folder / "rounds.jsonl").read_text().splitlines()[0])
     each = record["evaluation"]["clients"]["each"].values()
     assert all(metrics["reward_margin"] == 0 for metrics in each)
+    # what a client started from is forgotten with the rest, and the run can still be gone on with
+    forget_client(second.folder, 1)
+    assert not (second.folder / "start" / "clients" / "0001").exists()
+    again = Experiment.from_toml(second.folder / "experiment.toml")
+    assert kept_start(again, RunFolder(second.folder)).clients.keys() == {0, 2}
 
 
 @pytest.mark.slow
@@ -419,6 +425,17 @@ def test_a_run_without_a_global_adapter_needs_a_method_that_has_none(build):
         fedloom.run(build("x", adapter={"start": str(first.folder)}))
     one = build("x", adapter={"start": str(first.folder / "clients" / "0001")})
     assert fedloom.run(one).metrics_before["reward_margin"] == 0
+
+
+@pytest.mark.slow
+def test_a_client_s_own_model_of_another_shape_is_told_with_a_way_out(build):
+    method = {
+        "method": {"name": "feddpa"}
+    }  # a client's own are two adapters as one of twice the rank
+    first = fedloom.run(build("first", adapter=ADAPTER, **SFT, **method)).folder
+    with pytest.raises(ModelError, match=r"client 0' does not fit.*leaves clients' own models out"):
+        begun(build("x", adapter={"start": str(first)}, **method))
+    assert begun(build("x", adapter={"start": str(first / "adapter")}, **method)).initial
 
 
 @pytest.mark.slow

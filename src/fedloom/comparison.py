@@ -467,7 +467,7 @@ def _is_done(folder: Path, cell: Cell) -> bool:
         )
     known = (RunFolder(path).read_json(names.RUN) or {}).get("start") or {}
     start = find_start(cell.experiment) if known else None
-    if start is not None and start.digest() != known["sha256"]:
+    if start is not None and start.digests() != known["sha256"]:
         raise OutputError(
             f"{path} holds a run that started from adapter.start = {start.name!r} as it was before it "
             "changed; give another folder with --to, or delete that one"

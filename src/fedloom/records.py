@@ -148,7 +148,7 @@ def start_record(
     return {
         "name": start.name,
         "run": start.run,
-        "sha256": start.digest(),
+        "sha256": start.digests(),
         "clients": sorted(start.clients),
         "reference": experiment.reference if objective.needs_reference else None,
     }

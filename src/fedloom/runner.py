@@ -71,6 +71,7 @@ from fedloom.report.run_folder import RunFolder
 from fedloom.report.tables import human_count
 from fedloom.server import Briefing, RemoteEngine, Server
 from fedloom.shown import named
+from fedloom.start import FOLDER as START
 from fedloom.start import (
     Start,
     check_base,
@@ -350,7 +351,9 @@ def forget_client(path: Path, client: int) -> int:
     folder = RunFolder.existing(path)
     with folder.locked():
         found = checkpoint.forget(folder.checkpoints, client)
-        for own in (folder.client(client), folder.path / "exported" / f"client-{client:04d}"):
+        begun = folder.path / START / folder.client(client).relative_to(folder.path)
+        exported = folder.path / "exported" / f"client-{client:04d}"
+        for own in (folder.client(client), exported, begun):
             for place in (own, own.with_name(f"{own.name}-reward")):
                 if place.is_dir():
                     try:

@@ -42,6 +42,9 @@ from fedloom.settings import parse, read_toml
 FOLDER = "start"
 """In a run folder: the copy."""
 
+CLIENTS = "clients/"
+"""Before the number of a client, in a run folder and in the copy."""
+
 SAME = ("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k")
 """Settings that an experiment may not say otherwise than the adapter: the rest are seen by its tensors,
 or are how it is trained."""
@@ -109,19 +112,25 @@ class Start:
         folder = self.clients.get(client)
         if folder is None:
             return None
-        name = f"{self.name}, client {client}"
-        return read_tensors(read_adapter(folder, name), model)
+        try:
+            return read_tensors(read_adapter(folder, f"{self.name}, client {client}"), model)
+        except ModelError as error:
+            raise ModelError(
+                f"{error} (the global adapter alone, {self.name}/adapter, leaves clients' own models out)"
+            ) from error
 
-    def digest(self) -> str:
-        """Return a SHA-256 over all files that are read of it, by where they are."""
-        whole = hashlib.sha256()
+    def digests(self) -> dict[str, str]:
+        """Return a SHA-256 over all files that are read of each adapter, by where that is."""
+        found = {}
         for place, folder in self._folders().items():
+            whole = hashlib.sha256()
             for file in FILES:
                 if (folder / file).is_file():
-                    whole.update(f"{place}/{file}|{(folder / file).stat().st_size}|".encode())
+                    whole.update(f"{file}|{(folder / file).stat().st_size}|".encode())
                     with (folder / file).open("rb") as stream:
                         whole.update(hashlib.file_digest(stream, "sha256").digest())
-        return whole.hexdigest()
+            found[place] = whole.hexdigest()
+        return found
 
     def kept_in(self, folder: RunFolder) -> Start:
         """Copy what is read of it into a run folder; return the copy.
@@ -147,7 +156,7 @@ class Start:
         return replace(_of_run(target, self.name), run=self.run, record=self.record)
 
     def _folders(self) -> dict[str, Path]:
-        found = {f"clients/{client:04d}": path for client, path in sorted(self.clients.items())}
+        found = {f"{CLIENTS}{client:04d}": path for client, path in sorted(self.clients.items())}
         return found | ({"adapter": self.shared} if isinstance(self.shared, Path) else {})
 
 
@@ -200,13 +209,16 @@ def kept_start(experiment: Experiment, folder: RunFolder) -> Start | None:
         found = find_start(experiment)
         return None if found is None else found.kept_in(folder)
     start = replace(_of_run(copy, name), run=known.get("run"))
-    digest = start.digest()
-    if digest != known["sha256"]:
-        what = "has changed" if copy.is_dir() else "is gone"
-        raise CheckpointError(
-            f"{copy}, which this run started from, {what} (SHA-256 {known['sha256'][:12]}, now "
-            f"{digest[:12]}); start a new run"
-        )
+    digests = start.digests()
+    for place in sorted(known["sha256"].keys() | digests.keys()):
+        wanted, now = known["sha256"].get(place), digests.get(place)
+        if now is None and place.startswith(CLIENTS):
+            continue  # what a client had of its own was forgotten: it starts as all do
+        if now != wanted:
+            raise CheckpointError(
+                f"{copy / place}, which this run started from, {'has changed' if now else 'is gone'} "
+                f"(SHA-256 {_short(wanted)}, now {_short(now)}); start a new run"
+            )
     return start
 
 
@@ -376,6 +388,10 @@ def _resized(held: Tensors, fresh: Tensors) -> Tensors:
     adapter = {name: tensor for name, tensor in fresh.items() if not is_own(name)}
     pairs = factor_pairs(adapter)
     return resized(held, rank_of(adapter)) if pairs and pairs == factor_pairs(held) else held
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "none"
 
 
 def _toml(value: object) -> str:

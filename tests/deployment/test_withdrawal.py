@@ -70,3 +70,16 @@ def test_where_nothing_saved_is_without_it_the_run_is_begun_anew(home, played):
     anew += f"federation.clients=1 --set output.folder={folder}-without-client-1 --engine flower"
     assert anew in work.text()
     assert works_of(home, home.members().named("north").model_copy(update={"number": 9})) == []
+
+
+def test_runs_that_started_from_its_work_are_named(home, played):
+    first = played("first", [0, 1], {0: [], 1: [0, 1]}, [0])
+    second, third = (played(name, [0], {0: [], 1: [0]}, [0]) for name in ("second", "third"))
+    played("other", [0], {0: [], 1: [0]}, [0])
+    for folder, id, start in ((first, "a", None), (second, "b", "a"), (third, "c", "b")):
+        record = json.loads((folder / "run.json").read_text())
+        began = start and {"run": start}
+        (folder / "run.json").write_text(json.dumps({**record, "id": id, "start": began}))
+    (work,) = works_of(home, home.members().named("south"))
+    assert work.started == (second, third)
+    assert f"to be begun anew from what is without it: {second}, {third}" in work.text()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Work:
         adapter: SHA-256 of the adapter that came of them; ``None`` where there is none yet.
         checkpoint: The last round that is saved and has nothing of it; ``None`` where there is none.
         others: Names of the run's other members, of those that are let in.
+        started: Folders of runs that started from its adapters, or from those of such a run.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Work:
     adapter: str | None
     checkpoint: int | None
     others: tuple[str, ...]
+    started: tuple[Path, ...] = ()
 
     @property
     def anew(self) -> Path:
@@ -70,7 +72,11 @@ class Work:
             if self.checkpoint is not None
             else "no saved round is without it, so it is begun anew with the others"
         )
-        return f"{self.folder}: in {where}{adapter}; {how}:\n  {self.command}"
+        text = f"{self.folder}: in {where}{adapter}; {how}:\n  {self.command}"
+        if self.started:
+            later = ", ".join(map(str, self.started))
+            text += f"\n  started from it, and to be begun anew from what is without it: {later}"
+        return text
 
 
 def works_of(home: ServerHome, member: Member) -> list[Work]:
@@ -81,7 +87,28 @@ def works_of(home: ServerHome, member: Member) -> list[Work]:
     """
     folders = dict.fromkeys(event["folder"] for event in events(home.path, "run_folder"))
     found = (_work(Path(folder), member, home.members()) for folder in folders)
-    return [work for work in found if work is not None]
+    records = {Path(folder): _record(Path(folder)) for folder in folders}
+    return [
+        replace(work, started=tuple(_started(work.folder, records)))
+        for work in found
+        if work is not None
+    ]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    if not path.is_dir():  # it was moved or deleted
+        return {}
+    found: dict[str, Any] = RunFolder(path).read_json(names.RUN) or {}
+    return found
+
+
+def _started(path: Path, records: Mapping[Path, Mapping[str, Any]]) -> Iterator[Path]:
+    """Yield the runs that started from a run, and from those, in the order in which they were begun."""
+    ids = {records[path].get("id")} - {None}
+    for folder, record in records.items():
+        if (record.get("start") or {}).get("run") in ids:
+            ids.add(record.get("id"))
+            yield folder
 
 
 def _work(path: Path, member: Member, members: Members) -> Work | None:
