@@ -88,6 +88,7 @@ def test_recipe(path, ran):
     assert result.metrics and result.adapter_path.is_dir()
 
 
+@pytest.mark.slow
 def test_two_commands_align_what_was_tuned(ran):
     result = ran(ROOT / "recipes" / "sft_then_dpo_dpo.toml")
     assert result.metrics_before["reward_margin"] == 0
