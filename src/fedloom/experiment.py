@@ -314,6 +314,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     for section in ("adapter", "public"):
         if section in parts:
             found += parts[section].contradictions()
+    if "adapter" in parts and "model" in parts:
+        found += _quantization_contradictions(parts["adapter"].kind, parts["model"].quantization)
     if "method" in parts and "objective" in parts:
         found += _framework_contradictions(parts)
         found += _parameter_contradictions(parts)
@@ -368,6 +370,16 @@ def _start_contradictions(parts: Mapping[str, Any]) -> list[str]:
                 f"leave clients.groups.{name}.rank out"
             )
     return found
+
+
+def _quantization_contradictions(adapter: str, quantization: str) -> list[str]:
+    """Return what cannot be trained on a backbone in 8 or 4 bits: its own weights."""
+    if quantization == "none" or adapter not in ("full", "submixture"):
+        return []
+    return [
+        f"adapter.kind = {adapter!r} trains weights of the backbone itself, which model.quantization = "
+        f'{quantization!r} keeps in few bits: use adapter.kind = "lora", or leave model.quantization out'
+    ]
 
 
 def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
