@@ -78,7 +78,9 @@ def disagreements(
     """
     config = configuration_of(path, revision)
     told = (
-        _about_classes(config, classes, path) if classes else _about_ends(config, tokenizer, path)
+        _about_classes(config, classes, path)
+        if classes
+        else _about_ends(config, tokenizer, path, revision)
     )
     told += _about_padding(config, tokenizer, path) if classes else []
     if names := uncounted(model):
@@ -118,9 +120,9 @@ def length_warnings(
     return told
 
 
-def _about_ends(config: Any, tokenizer: Any, path: str) -> list[str]:
+def _about_ends(config: Any, tokenizer: Any, path: str, revision: str | None) -> list[str]:
     told = []
-    stops, end = stop_tokens(path), tokenizer.eos_token_id
+    stops, end = stop_tokens(path, revision), tokenizer.eos_token_id
     if stops and end is not None and end not in stops:
         told.append(
             f"the tokenizer of {path} ends an answer with {_token(tokenizer, end)}, the model's files "
