@@ -95,9 +95,11 @@ class AbsentEngine:
         self.done = exchange.round
         answers = list(self.engine.exchange(exchange))
         for answer in reversed(answers) if self.schedule.backwards else answers:
-            assert answer.error is None, answer.error
             if answer.client in self.schedule.late.get(exchange.round, set()):
                 yield Answer(answer.client, error="too late")
+                continue
+            if answer.error is not None:
+                yield answer
                 continue
             request = decode(exchange.requests[answer.client], exchange.request_schema)
             reply = decode(answer.data, exchange.reply_schema)

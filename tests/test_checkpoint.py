@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from fedloom import checkpoint
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.errors import CheckpointError, OutputError
+from fedloom.presence import Presence
 
 
 def state(round, fingerprint="f" * 64):
@@ -30,6 +32,15 @@ def test_round_trip_is_exact(tmp_path):
         assert torch.equal(back.state.tensors[name], tensor)
         assert back.state.tensors[name].dtype == tensor.dtype
     assert torch.equal(back.clients[7]["adapter|w"], torch.tensor([7.0]))
+
+
+def test_who_was_there_is_kept_and_a_checkpoint_of_before_says_so(tmp_path):
+    table = Presence.of({0: 5, 7: 9}).closed(3, {0}, {7}).to_table()
+    checkpoint.save(tmp_path, replace(state(3), presence=table))
+    back = Presence.from_table(checkpoint.load(tmp_path, "f" * 64).presence)
+    assert back == Presence(rows={0: 5, 7: 9}, answered_last={0: 3})
+    checkpoint.save(tmp_path, state(4))
+    assert checkpoint.load(tmp_path, "f" * 64).presence is None
 
 
 def test_the_newest_two_are_kept_and_unchanged_clients_are_linked(tmp_path):

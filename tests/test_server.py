@@ -1,5 +1,6 @@
 """What the server lets in, whom it asks, and when it stops."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from fedloom.admission import Admission
 from fedloom.checkpoint import State
 from fedloom.errors import RoundFailed
 from fedloom.messages import Answer, Exchange, Payload, Schema
-from fedloom.methods.base import EXAMPLES, LEARNING_RATE
+from fedloom.methods.base import EXAMPLES, LEARNING_RATE, training_exchange
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.presence import Membership
 from fedloom.progress import Absence, Evaluation
@@ -223,3 +224,32 @@ def test_a_thousand_orders_of_arrival_give_the_same_bits():
         built, _ = server(Shuffled(8), rounds=1, clients=8)
         digests.add(built.run(State(START)).digest())
     assert len(digests) == 1
+
+
+class Greeting(FedAvg):
+    """Asks client 0 something before it trains: in every round, or in those that it is drawn for."""
+
+    def __init__(self, always):
+        self.always = always
+
+    def round(self, state, cohort):
+        training = training_exchange(cohort, state.tensors)
+        asked = {0: next(iter(training.requests.values()))}
+        if self.always or 0 in cohort.clients:
+            yield replace(training, action="greet", requests=asked)
+        replies = yield training
+        return State(replies[0].payload.tensors)
+
+
+@pytest.mark.parametrize(("always", "replaced"), [(True, (0,)), (False, ())])
+def test_a_round_that_begins_with_a_question_to_some_replaces_who_is_lost(always, replaced):
+    """Who is drawn instead is asked what is left; a round that would now begin otherwise goes on as it is."""
+    engine = Engine(4, broken={0})
+    built, records = server(engine, rounds=6, clients=4, clients_per_round=2, replacements=1)
+    replace(built, method=Greeting(always)).run(State(START))
+    lost = [own for own in records if 0 in own.rejected and own.round]
+    drawn = [own for own in lost if own.replaced or not always]
+    assert drawn and all(own.replaced == replaced for own in drawn if 0 in own.rejected)
+    for own in drawn:
+        assert (0 in own.clients) is not always and len(own.clients) == 2
+    assert all(len(asked) == 2 for asked in engine.asked if asked != (0,))

@@ -269,12 +269,10 @@ def _bytes_lacking(earlier: Mapping[int, Tensors], made: int, merges: int) -> fl
 def _still_wanted(
     additions: Mapping[int, Tensors], lacking: Mapping[int, int], most: int
 ) -> dict[int, Tensors]:
-    """Return the newest additions that some client lacks, as many as are together below ``most``."""
-    kept: dict[int, Tensors] = {}
-    known = [count for count in lacking.values() if count]
-    for number in range(max(additions), min(known, default=max(additions)), -1):
-        size = sum(map(tensor_bytes, kept.values()))
-        if number not in additions or size + tensor_bytes(additions[number]) >= most:
-            break
-        kept[number] = additions[number]
-    return dict(sorted(kept.items()))
+    """Return the additions of which some client lacks less than ``most`` bytes."""
+    newest = max(additions)
+    counts = [
+        made for made in lacking.values() if made and _bytes_lacking(additions, made, newest) < most
+    ]
+    oldest = min(counts, default=newest)
+    return {number: own for number, own in sorted(additions.items()) if number > oldest}

@@ -647,7 +647,8 @@ class _Desk:
         """Take the mean of the copies of those who came back; all go on with it."""
         own = [_values(self.copies[client]) for client in weights]
         if not self.parallel:
-            self.back = own[0]
+            if own:  # else all who had steps left are lost, and what was averaged before stands
+                self.back = own[0]
             return
         self.back = _mean_with(own, list(weights.values()), self.back, finished)
         with torch.no_grad():
