@@ -45,8 +45,13 @@ OffenceKind = Literal[
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; of one that says nothing, its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of what an error says; of one that says nothing, its class.
+
+    A line that ends in a colon says nothing without the next one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 class FedloomError(Exception):

@@ -6,15 +6,17 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from fedloom.assembly import assemble
 from fedloom.batch import Sequences
 from fedloom.data.examples import Instruction
 from fedloom.data.tokenize import tokenize
 from fedloom.division import divide
-from fedloom.errors import ModelError
+from fedloom.errors import ModelError, first_line
 from fedloom.evaluation.generate import continue_tokens, load_encoder
-from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
+from fedloom.models.architecture import _of_any_expert, switch_dropout_off
 from fedloom.models.export import export_causal
 from fedloom.models.load import context_of, load_backbone, load_tokenizer
 from fedloom.objectives.logps import completion_logps
@@ -258,12 +260,99 @@ def test_a_checkpoints_classes_in_another_order(folder_of):
     assert torch.equal(anew.score.weight, again.score.weight)
 
 
-def test_an_adapter_that_peft_refuses_is_told(folder_of):
+def test_what_peft_puts_no_adapter_on_is_left_out_or_told(folder_of):
+    """Fused kernels of Mamba go past a layer; the others have adapters by default."""
     config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2)
+    folder = folder_of(config)
+    names = adapted(folder).parameters
+    assert any("in_proj" in name for name in names) and not any(
+        "out_proj" in name for name in names
+    )
     with pytest.raises(
-        ModelError, match=r"PEFT puts no adapter of this kind on this model: .*adapter\.targets"
+        ModelError, match=r"'out_proj': an adapter there would not learn .* PEFT refuses it"
     ):
-        adapted(folder_of(config))
+        adapted(folder, targets=["out_proj"])
+
+
+def without(file, ends):
+    """Take the tensors out of a file whose names end so."""
+    kept = {n: t for n, t in load_file(file).items() if not n.endswith(ends)}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_a_checkpoint_without_all_weights_is_refused(folder_of):
+    """transformers would make the missing ones up, and say so where nobody looks."""
+    folder = folder_of(transformers.LlamaConfig, tie_word_embeddings=False, **SMALL)
+    without(f"{folder}/model.safetensors", ("lm_head.weight", "1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError) as told:
+        load_backbone(folder, pad_token_id=0)
+    assert "lack 2 of LlamaForCausalLM's tensors, such as lm_head.weight" in str(told.value)
+    with pytest.raises(
+        ModelError, match=r"1 tensors are missing, such as model\.layers\.1\.mlp\.up"
+    ):
+        load_backbone(folder, pad_token_id=0, classes=("a", "b"))
+
+
+def test_an_adapter_without_all_tensors_is_refused(folder_of, tmp_path):
+    folder = folder_of(transformers.LlamaConfig, **SMALL)
+    adapted(folder).save(tmp_path / "adapter")
+    without(tmp_path / "adapter" / "adapter_model.safetensors", ("1.mlp.up_proj.lora_B.weight",))
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*1\.mlp\.up_proj\.lora_B"):
+        load_adapter(load_backbone(folder, pad_token_id=0), tmp_path / "adapter")
+
+
+def test_noise_of_a_router_is_off_where_there_is_a_reference(folder_of):
+    """PhiMoE's holds a bound of evaluation too: it may not be set to 0."""
+    config = transformers.PhimoeConfig(
+        vocab_size=320, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
+        router_jitter_noise=0.3, input_jitter_noise=0.3, **SMALL,
+    )  # fmt: skip
+    backbone = load_backbone(folder_of(config), pad_token_id=0)
+    ids = rows(12).input_ids
+    with torch.no_grad():
+        before = backbone(input_ids=ids).logits
+        noisy = backbone.train()(input_ids=ids).logits
+        switch_dropout_off(backbone)
+        after, training = (
+            backbone.eval()(input_ids=ids).logits,
+            backbone.train()(input_ids=ids).logits,
+        )
+    assert torch.equal(after, before) and torch.equal(training, before)
+    assert not torch.equal(noisy, before)
+
+
+def test_targets_that_no_text_passes(folder_of):
+    """A decoder's cross-attention has layers of the same names."""
+    config = transformers.BartConfig(
+        vocab_size=320, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = folder_of(config)
+    names = adapted(folder, targets=["k_proj"]).parameters
+    assert len(names) == 4 and not any("encoder_attn" in name for name in names)
+    with pytest.raises(
+        ModelError, match=r"'encoder_attn\.k_proj': an adapter there would not learn"
+    ):
+        adapted(folder, targets=["encoder_attn.k_proj"])
+
+
+def test_of_experts_that_are_modules_a_row_passes_some():
+    """Other lists have parts that are never used, such as those of each block in a shared one."""
+    assert _of_any_expert("model.layers.1.experts.3.up") == _of_any_expert(
+        "model.layers.1.experts.0.up"
+    )
+    assert _of_any_expert("model.layers.1.experts.3.up") != _of_any_expert(
+        "model.layers.0.experts.3.up"
+    )
+    assert _of_any_expert("layers.1.up_list.1.0") != _of_any_expert("layers.1.up_list.0.0")
+
+
+def test_the_first_line_of_an_error_says_something():
+    assert first_line(ValueError("Validation of 'x':\n    it must be 0\nmore")) == (
+        "Validation of 'x': it must be 0"
+    )
+    assert first_line(ValueError("short\nlong")) == "short"
+    assert first_line(ValueError()) == "ValueError"
 
 
 def test_a_tokenizer_without_an_end_token_ends_answers_as_the_model_does(folder_of):

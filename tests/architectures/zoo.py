@@ -4,11 +4,17 @@ A configuration is made small by the names of its attributes (``SMALL``), which 
 ``SPECIAL`` has what one of them needs beside.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from safetensors.torch import save_file
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -101,8 +107,6 @@ SMALL: dict[str, Any] = {
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 _GEMMA_4 = {**_SLIDING, "global_head_dim": 8}
-_GEMMA_4_ASSISTANT = {**_GEMMA_4, "num_kv_shared_layers": BLOCKS, "hidden_size_per_layer_input": 0,
-                      "vocab_size_per_layer_input": 0}  # fmt: skip
 _GEMMA_3N = {**_SLIDING, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
              "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
 _INDEXER = {"indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
@@ -131,6 +135,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bert-generation": _DECODER,
     "big_bird": {**_DECODER, "attention_type": "original_full"},
     "blt": {
+        "vocab_size": 260,
         "encoder_hash_byte_group_vocab": 100,
         **{
             f"{part}_config": {
@@ -179,16 +184,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "dots3_note_text": _DOTS_3,
+    "emu3": {
+        "vq_config": {
+            "codebook_size": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "num_res_blocks": 1,
+        },
+        "vocabulary_map": {"<image>": VOCABULARY - 1},
+    },
     "electra": _DECODER,
     "ernie": _DECODER,
     "falcon_h1": {**_MAMBA_2, "mamba_d_ssm": 64},
-    "gemma3n": {"text_config": _GEMMA_3N},
     "gemma3n_text": _GEMMA_3N,
     "gemma4": {"text_config": _GEMMA_4},
-    "gemma4_assistant": _GEMMA_4_ASSISTANT,
     "gemma4_text": _GEMMA_4,
     "gemma4_unified": {"text_config": _GEMMA_4},
-    "gemma4_unified_assistant": _GEMMA_4_ASSISTANT,
     "gemma4_unified_text": _GEMMA_4,
     "git": {"vision_config": {}},
     "got_ocr2": {
@@ -210,6 +221,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "sliding_attention", "full_attention"],
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "minicpm3": {"scale_emb": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "megatron-bert": _DECODER,
     "ministral": {"head_dim": 8},
@@ -262,8 +274,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 UNBUILT = {
     "gemma3n": "its vision tower is a model of timm, which is not installed",
-    "musicgen": "AutoModelForCausalLM gives the configuration of the whole to the class of its decoder",
-    "musicgen_melody": "as musicgen",
+    "gemma4_assistant": "a drafter: all of its blocks read the keys and values of another model",
+    "gemma4_unified_assistant": "a drafter: all of its blocks read the keys and values of another model",
+    "musicgen": "transformers gives the configuration of the whole to the class of its decoder",
+    "musicgen_melody": "transformers gives the configuration of the whole to the class of its decoder",
 }
 """What transformers itself does not build as a causal model, and why."""
 
@@ -271,21 +285,33 @@ UNBUILT = {
 def small_config(model_type: str) -> Any:
     """Return a configuration with few and narrow blocks."""
     kind = transformers.CONFIG_MAPPING[model_type]
-    if model_type.endswith("_assistant"):  # which has no configuration that is right by default
-        text = model_type.replace("assistant", "text")
-        small = _merged(_small(transformers.CONFIG_MAPPING[text]), SPECIAL[model_type])
-        return kind(text_config={"model_type": text, **small}, backbone_hidden_size=WIDTH)
     return kind(**_merged(_small(kind), SPECIAL.get(model_type, {})))
 
 
 def small_model(model_type: str) -> Any:
-    """Return a random model with weights wide enough that every layer counts."""
+    """Return a random model with weights wide enough that every layer counts, as it is published."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(small_config(model_type))
+    whole = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    factory = (
+        transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
+    )
+    model = factory.from_config(small_config(model_type))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.15)
+        else:  # norms, scales and biases, some of which would hide a layer at their first value
+            parameter.data += torch.randn_like(parameter) * 0.05
     return model.eval()
+
+
+def make_folder(model_type: str, folder: Path, tokenizer: Any) -> None:
+    """Write a checkpoint; of what transformers does not build, a configuration and one tensor."""
+    tokenizer.save_pretrained(str(folder))
+    if model_type in UNBUILT:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    else:
+        small_model(model_type).save_pretrained(str(folder))
 
 
 def _small(kind: Any, default: Any = None) -> dict[str, Any]:

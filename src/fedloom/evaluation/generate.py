@@ -8,7 +8,8 @@ batched with.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fedloom.data.encode import TextEncoder
 from fedloom.data.sources import DataSettings
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.architecture import pads_left
+from fedloom.models.architecture import pads_left, uses_cache
 from fedloom.models.load import context_length, load_tokenizer, stop_tokens
 
 
@@ -145,11 +146,14 @@ def _answered(
         together and not pads_left(model, int(encoder.tokenizer.pad_token_id))
     ):
         batch_size = 1
+    with _without_warnings():
+        pad = int(encoder.tokenizer.pad_token_id)
+        cached = not asks or uses_cache(model, pad, batched=batch_size > 1)
     order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [rows[i] for i in chosen]
-        output = _batch(model, encoder, own, [asks[i] for i in chosen], length)
+        output = _batch(model, encoder, own, [asks[i] for i in chosen], length, cached)
         before = max(map(len, own))
         ends = [_until(row, encoder.stop_ids) for row in output[:, before:].tolist()]
         texts = encoder.tokenizer.batch_decode(ends, skip_special_tokens=True)
@@ -160,7 +164,12 @@ def _answered(
 
 
 def _batch(
-    model: nn.Module, encoder: TextEncoder, rows: list[list[int]], asks: list[Ask], length: int
+    model: nn.Module,
+    encoder: TextEncoder,
+    rows: list[list[int]],
+    asks: list[Ask],
+    length: int,
+    cached: bool,
 ) -> Tensor:
     """Return prompts with padding before them, and what follows them."""
     longest = max(len(row) for row in rows)
@@ -172,19 +181,25 @@ def _batch(
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
     run: Any = model.generate
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
+    with _without_warnings():
         output: Tensor = run(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=length,
             do_sample=False,
-            use_cache=True,
+            use_cache=cached,
             pad_token_id=pad,
             eos_token_id=list(encoder.stop_ids) or None,
             logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
         )
     return output.cpu()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
+        yield
 
 
 def _has_virtual_tokens(model: nn.Module) -> bool:

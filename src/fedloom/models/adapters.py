@@ -32,7 +32,10 @@ from typing import Any, Literal
 import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -42,18 +45,18 @@ from fedloom.accounting.flops import backward_flops, forward_flops
 from fedloom.errors import ModelError, first_line
 from fedloom.messages import Tensors
 from fedloom.models.architecture import (
+    adaptable_layers,
     has_long_head,
     head_parts,
-    is_router,
+    is_linear,
     is_tied,
-    needs_names,
     text_layers,
     untie,
 )
 from fedloom.models.configuration import BLOCKS, number, text_part
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.moved import MOVED, FrozenWeights
-from fedloom.models.shape import block_of, is_linear, model_shape
+from fedloom.models.shape import block_of, model_shape
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
 
@@ -450,11 +453,12 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
     if settings.kind == "ia3":
         return _ia3_config(backbone, settings, task)
     head = _head_of(backbone, task)
-    targets = _targets(backbone, settings) if head is None else target_layers(backbone, settings)
+    learning = _learning(backbone, settings)
+    targets = _targets(backbone, settings, learning, named=head is not None)
     if is_tied(backbone) and _reaches_output(backbone, targets):
         untie(backbone)  # what is added to the one is not added to the other
     if settings.kind == "full":
-        names = _all_linear(backbone) if targets == "all-linear" else targets
+        names = _in_blocks(learning) if targets == "all-linear" else targets
         return peft.LNTuningConfig(task_type=task, target_modules=names, modules_to_save=head)
     return peft.LoraConfig(
         task_type=task,
@@ -463,6 +467,7 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
         lora_dropout=settings.dropout,
         target_modules=targets,
         modules_to_save=head,
+        exclude_modules=_left_out(backbone, learning) if targets == "all-linear" else None,
     )
 
 
@@ -508,9 +513,9 @@ def _ia3_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> pe
     outputs, inputs = IA3_TARGETS[config.model_type]
     targets = [*outputs, *inputs]
     if settings.layers is not None:
-        blocks = blocks_of(backbone, settings)
-        targets = _named(backbone, targets, blocks)
-        inputs = _named(backbone, inputs, blocks)
+        blocks, learning = blocks_of(backbone, settings), _learning(backbone, settings)
+        targets = _named(learning, targets, blocks)
+        inputs = _named(learning, inputs, blocks)
     return peft.IA3Config(
         task_type=task,
         target_modules=targets,
@@ -519,13 +524,69 @@ def _ia3_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> pe
     )
 
 
-def _targets(backbone: nn.Module, settings: AdapterSettings) -> str | list[str]:
-    """Return what PEFT is told: "all-linear", names, or the full names of layers in chosen blocks."""
-    if settings.layers is not None:
-        return target_layers(backbone, settings)
-    if settings.targets != "all-linear" or needs_names(backbone):
-        return _names(backbone, settings)
-    return settings.targets
+def _learning(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
+    """Return the full names of the linear layers that may get an adapter, in order."""
+    found = adaptable_layers(backbone)
+    names = [name for name, _ in backbone.named_modules() if name in found]
+    if settings.kind != "lora":
+        return names
+    lost = _lost_by_peft(backbone, names)
+    return [name for name in names if name not in lost and not _peft_refuses(backbone, name)]
+
+
+def _lost_by_peft(backbone: nn.Module, names: list[str]) -> set[str]:
+    """Return the layers whose factors PEFT would look for under other names than it saved them under.
+
+    Loading them, it renames tensors as transformers does those of old checkpoints of an architecture, and
+    leaves the layers without a factor at their first values.
+    """
+    saved = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    tensors = {name: torch.zeros(1, 1) for name in saved}
+    found = convert_peft_adapter_state_dict_for_transformers(
+        backbone, peft.LoraConfig(), dict(tensors), "default"
+    )
+    return {layer for tensor, layer in saved.items() if tensor not in found}
+
+
+def _peft_refuses(backbone: nn.Module, name: str) -> bool:
+    """Return whether PEFT puts no LoRA on a layer: fused kernels would go past it."""
+    try:
+        leaf = name.rpartition(".")[2]
+        _check_lora_target_modules_mamba(peft.LoraConfig(), backbone, leaf)
+    except ValueError:
+        return True
+    return False
+
+
+def _left_out(backbone: Any, learning: list[str]) -> list[str] | None:
+    """Return the linear layers that "all-linear" would take and that get no adapter, if any."""
+    output, kept = backbone.get_output_embeddings(), set(learning)
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if is_linear(module) and module is not output and name not in kept
+    ] or None
+
+
+def _targets(
+    backbone: nn.Module, settings: AdapterSettings, learning: list[str], *, named: bool
+) -> str | list[str]:
+    """Return what PEFT is told: "all-linear", names, or the full names of layers in chosen blocks.
+
+    Args:
+        backbone: A Hugging Face model.
+        settings: What was asked for.
+        learning: The layers that may get an adapter.
+        named: Whether "all-linear" will not do, since it would reach into a classifier's head.
+    """
+    if settings.layers is not None or named:
+        return _chosen(backbone, settings, learning)
+    if settings.targets == "all-linear":
+        return settings.targets
+    targets = _names(backbone, settings, learning)
+    meant = [n for n, m in backbone.named_modules() if is_linear(m) and _is_named(n, targets)]
+    there = set(learning)
+    return targets if there.issuperset(meant) else [name for name in meant if name in there]
 
 
 def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
@@ -534,17 +595,21 @@ def target_layers(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
     Raises:
         ModelError: No layer matches the targets.
     """
-    names = _names(backbone, settings)
-    return _named(backbone, names, blocks_of(backbone, settings))
+    return _chosen(backbone, settings, _learning(backbone, settings))
 
 
-def _names(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
+def _chosen(backbone: nn.Module, settings: AdapterSettings, learning: list[str]) -> list[str]:
+    names = _names(backbone, settings, learning)
+    return _named(learning, names, blocks_of(backbone, settings))
+
+
+def _names(backbone: nn.Module, settings: AdapterSettings, learning: list[str]) -> list[str]:
     """Return the targets as names, which some layers have."""
     targets = settings.targets
     if targets == "all-linear":
-        return _all_linear(backbone)
+        return _in_blocks(learning)
     targets = [targets] if isinstance(targets, str) else targets
-    _check_targets(backbone, targets)
+    _check_targets(backbone, targets, learning)
     return targets
 
 
@@ -554,8 +619,13 @@ def blocks_of(model: Any, settings: AdapterSettings) -> list[int]:
     Raises:
         ModelError: It has no such block, or not as many blocks as its configuration says.
     """
-    own = {block for name in _all_linear(model) if (block := block_of(name)) is not None}
-    count, layers = max(own, default=-1) + 1, settings.layers
+    read = text_layers(model)
+    linear = (name for name, module in model.named_modules() if is_linear(module))
+    own = (block_of(name) for name in linear if read is None or name in read)
+    count, layers = (
+        max((block for block in own if block is not None), default=-1) + 1,
+        settings.layers,
+    )
     if layers is None:
         return list(range(count))
     told = number(text_part(model.config), BLOCKS, count)
@@ -573,34 +643,28 @@ def blocks_of(model: Any, settings: AdapterSettings) -> list[int]:
     return blocks
 
 
-def _all_linear(backbone: nn.Module) -> list[str]:
-    """Return the full names of the linear layers inside blocks."""
-    read = text_layers(backbone)
-    return [
-        name
-        for name, module in backbone.named_modules()
-        if is_linear(module)
-        and block_of(name) is not None
-        and not is_router(module)
-        and (read is None or name in read)
-    ]
+def _in_blocks(names: list[str]) -> list[str]:
+    return [name for name in names if block_of(name) is not None]
 
 
 def _reaches_output(backbone: Any, targets: str | list[str]) -> bool:
     """Return whether an adapter would be on the output layer."""
     output = backbone.get_output_embeddings()
     own = [name for name, module in backbone.named_modules() if module is output]
-    return not isinstance(targets, str) and any(
-        name == target or name.endswith(f".{target}") for name in own for target in targets
-    )
+    return not isinstance(targets, str) and any(_is_named(name, targets) for name in own)
 
 
-def _named(backbone: nn.Module, targets: list[str], blocks: list[int]) -> list[str]:
+def _named(learning: list[str], targets: list[str], blocks: list[int]) -> list[str]:
     return [
         name
-        for name in _all_linear(backbone)
-        if block_of(name) in blocks and any(name == t or name.endswith(f".{t}") for t in targets)
+        for name in _in_blocks(learning)
+        if block_of(name) in blocks and _is_named(name, targets)
     ]
+
+
+def _is_named(name: str, targets: list[str]) -> bool:
+    """Return whether targets mean a layer: by its full name, or the end of it."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
@@ -615,10 +679,17 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
         raise ModelError(f"{folder} has no adapter_model.safetensors; pickled weights are not read")
     try:
         with _quiet_peft():
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
             kind = peft.PeftConfig.from_pretrained(str(folder)).peft_type
             prompts = (peft.PeftType.PROMPT_TUNING, peft.PeftType.P_TUNING)
             trainable = kind not in prompts  # which PEFT loads for inference alone
             model = peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+    except UserWarning as error:
+        missing = re.findall(r"'([^']*)'", str(error))
+        raise ModelError(
+            f"the adapter {folder} lacks {len(missing)} tensors of the layers that its configuration "
+            f"names, such as {missing[0]}, which would be as new. Save it again"
+        ) from error
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = first_line(error)
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
@@ -662,12 +733,19 @@ def _short_name(name: str, place: str) -> str:
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-def _check_targets(backbone: nn.Module, targets: list[str]) -> None:
+def _check_targets(backbone: nn.Module, targets: list[str], learning: list[str]) -> None:
     linears = [name for name, module in backbone.named_modules() if is_linear(module)]
+    there = ", ".join(sorted({name.rpartition(".")[2] for name in learning}))
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
-            leaves = sorted({re.sub(r".*\.", "", name) for name in linears})
+        if not any(_is_named(name, [target]) for name in linears):
             raise ModelError(
                 f"adapter.targets {target!r} matches no linear layer of this model; "
-                f'it has: {", ".join(leaves)} (or write "all-linear")'
+                f'it has: {there} (or write "all-linear")'
+            )
+        if not any(_is_named(name, [target]) for name in learning):
+            raise ModelError(
+                f"adapter.targets {target!r}: an adapter there would not learn from text, or PEFT would "
+                "not find it again: the layer does not run on text, is used in another way than as a "
+                "product, no gradient reaches it, or PEFT refuses it or saves it under another name; "
+                f'others are: {there} (or write "all-linear")'
             )

@@ -1,4 +1,4 @@
-"""What a model is, found out by asking it: causal or not, tied or not, which of its layers read text.
+"""What a model is, found out by asking it: causal or not, tied or not, on which layers adapters learn.
 
 Configurations name the same thing in many ways, and some name it wrongly; what a model does with a few
 tokens is the same for all. Configurations are hints here.
@@ -7,13 +7,16 @@ tokens is the same for all. Configurations are hints here.
 from __future__ import annotations
 
 import inspect
+import re
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedloom.errors import ModelError
+from fedloom.errors import ModelError, first_line
 from fedloom.models.configuration import text_part, vocabulary
 
 PROBED_TOKENS = 8
@@ -34,31 +37,74 @@ POSITIONS = ("pos", "wpe")
 OWN_HEADS = ("score", "classifier")
 """What PEFT takes for the head of a classifier by itself."""
 
-DROPOUT = ("dropout", "pdrop", "drop_rate")
+DROPOUT = ("dropout", "pdrop", "drop_rate", "layerdrop")
 """Within the names of attributes that hold a probability of dropout."""
+
+NOISE = "jitter"
+"""Within the names of attributes of a router that hold the width of its noise in training."""
+
+MULTIPLES = "chunk_length"
+"""Within the names of attributes of a configuration that a row's length is a multiple of in training."""
 
 
 @torch.no_grad()
 def require_causal(model: nn.Module, path: str) -> None:
-    """Check that what a model says of a token does not depend on later tokens.
+    """Check that a model reads rows of text, and says nothing of a token that depends on later ones.
 
     Args:
         model: With an LM head and weights, on its device.
         path: Its name in the message.
 
     Raises:
-        ModelError: It does: the model is an encoder, and its loss as a causal model would be a leak.
+        ModelError: It is no causal language model, so its loss as one would be a leak; or it does not run
+            on rows of text alone, in a batch, of any length.
     """
     row = _probe(model)
     other = row.clone()
     other[0, -1] = row[0, 0]
-    first, second = (_logits(model, ids)[0, :-1].float() for ids in (row, other))
-    if (first - second).abs().max() > CHANGED * first.std():
+    kind = type(model).__name__
+    ids = torch.cat([row, other, row])
+    mask = torch.ones_like(ids)
+    mask[2, PROBED_TOKENS // 2 :] = 0
+    try:
+        logits = _logits(model, ids, mask).float()
+        alone = _logits(model, row[:, : PROBED_TOKENS // 2])[0].float()
+        _require_any_length(model)
+    except Exception as error:  # a model's code raises whatever it likes
         raise ModelError(
-            f"{path} is no causal language model ({type(model).__name__}): what it says of a token "
+            f"{path} cannot be trained on rows of text alone ({kind}): {first_line(error)}. Take a "
+            "causal language model that reads text and nothing else"
+        ) from error
+    if logits.shape[:2] != ids.shape:
+        raise ModelError(
+            f"{path} is no causal language model of one text ({kind}): for {ids.shape[0]} rows of "
+            f"{ids.shape[1]} tokens it returns logits of shape {tuple(logits.shape)}. Take a causal "
+            "language model that reads text"
+        )
+    first, second, padded = logits[:, :-1]
+    changed = CHANGED * first.std()
+    if not (first - second).abs().max() <= changed:
+        raise ModelError(
+            f"{path} is no causal language model ({kind}): what it says of a token "
             "depends on tokens that come later. Take a decoder; an encoder can be trained with "
             'objective.name = "classification"'
         )
+    if not (alone - padded[: len(alone)]).abs().max() <= changed:
+        raise ModelError(
+            f"{path} cannot be trained on rows of different lengths ({kind}): what it says of a row "
+            "depends on the padding after it. Take another model"
+        )
+
+
+def _require_any_length(model: Any) -> None:
+    """Run a row of a length in training that is no multiple of what the configuration may ask for."""
+    lengths = [
+        value
+        for name, value in model.config.to_dict().items()
+        if MULTIPLES in name and isinstance(value, int)
+    ]
+    if lengths:
+        _logits(model, _probe(model, max(lengths) + 1), training=True)
 
 
 @torch.no_grad()
@@ -87,14 +133,81 @@ def text_layers(model: nn.Module) -> set[str] | None:
     return ran
 
 
-def needs_names(model: nn.Module) -> bool:
-    """Return whether "all linear layers" would be too many: some route tokens, or read no text."""
-    return _reads_more(model) or any(is_router(module) for module in model.modules())
-
-
 def _reads_more(model: nn.Module) -> bool:
     """Return whether a model reads more than text, by its configuration."""
     return any(getattr(model.config, tower, None) is not None for tower in TOWERS)
+
+
+def adaptable_layers(model: nn.Module) -> set[str]:
+    """Return the names of the linear layers on which an adapter acts, and learns from text.
+
+    Left out are layers that do not run on text (towers, cross-attention), whose weight the model uses by
+    itself, whose output is not their product with the input (routers, layers of groups), and that no
+    gradient reaches (what chooses the positions to attend to).
+
+    Args:
+        model: A frozen model; where one without weights cannot be run, only routers are left out.
+
+    Raises:
+        ModelError: It does not run on a row of text.
+    """
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    watched: list[tuple[str, Tensor]] = []
+
+    def watch(name: str) -> Any:
+        def add_nothing(module: Any, inputs: Any, output: Any) -> Tensor | None:
+            if not _is_product(module, inputs, output):
+                return None
+            nothing = torch.zeros_like(output, requires_grad=True)
+            watched.append((name, nothing))
+            return output + nothing  # type: ignore[no-any-return]
+
+        return add_nothing
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in linear.items()]
+    row = _probe(model)
+    try:
+        with torch.enable_grad():
+            total = _logits(model, row, training=True).sum()
+            gradients = torch.autograd.grad(total, [own for _, own in watched], allow_unused=True)
+    except Exception as error:  # a model's code raises whatever it likes
+        if row.device.type == "meta":
+            return {name for name, module in linear.items() if not is_router(module)}
+        raise ModelError(
+            f"{type(model).__name__} cannot be trained on a row of text: {first_line(error)}; take "
+            "another model"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = {
+        name for (name, _), gradient in zip(watched, gradients, strict=True) if gradient is not None
+    }
+    # Of experts that are modules of their own, a row passes some.
+    kinds = {_of_any_expert(name) for name in reached}
+    return {name for name in linear if name in reached or _of_any_expert(name) in kinds}
+
+
+def _of_any_expert(name: str) -> str:
+    """Return a layer's name without the number of the expert that it is in."""
+    return re.sub(r"(expert\w*)\.\d+\.", r"\1.", name)
+
+
+def _is_product(module: Any, inputs: tuple[Any, ...], output: Any) -> bool:
+    """Return whether what a linear layer returned is its product with its input."""
+    if not isinstance(output, Tensor) or not inputs or not output.is_floating_point():
+        return False
+    given, weight = inputs[0], module.weight
+    if output.shape[:-1] != given.shape[:-1]:
+        return False
+    usual = type(module).forward is nn.Linear.forward or not isinstance(module, nn.Linear)
+    if (
+        usual or weight.is_meta or weight.dtype != given.dtype
+    ):  # a quantised layer has a pass of its own
+        return True
+    with torch.no_grad():
+        expected = F.linear(given, weight, module.bias)
+    return expected.shape == output.shape and torch.allclose(expected, output, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -190,16 +303,73 @@ def has_long_head(model: Any) -> bool:
     return not set(head_parts(model)) <= set(OWN_HEADS)
 
 
+@torch.no_grad()
+def run_on_text(model: nn.Module) -> Tensor:
+    """Run a model on a row of text, for those who look at a part of it; return it, ``(1, tokens)``."""
+    row = _probe(model)
+    _logits(model, row)
+    return row
+
+
+@torch.no_grad()
+def uses_cache(model: nn.Module, pad: int, *, batched: bool) -> bool:
+    """Return whether a model goes on with a row alike with and without a cache of what it has read.
+
+    Args:
+        model: Causal, with weights.
+        pad: Token id to pad with.
+        batched: Whether shorter rows are padded on the left.
+
+    Raises:
+        ModelError: It does not go on with a row at all.
+    """
+    run: Any = getattr(model, "generate", None)
+    row = _probe(model)
+    mask = torch.ones_like(row)
+    if batched:
+        row, mask = row.repeat(2, 1), mask.repeat(2, 1)
+        row[1, :-2], mask[1, :-2] = pad, 0
+    options = {"attention_mask": mask, "pad_token_id": pad, "do_sample": False}
+    options |= {"max_new_tokens": 3, "min_new_tokens": 3}
+    try:
+        without = run(input_ids=row, use_cache=False, **options)
+    except Exception as error:  # a model's code raises whatever it likes
+        raise ModelError(
+            f"{type(model).__name__} does not generate text: {first_line(error)}; set "
+            "evaluation.samples = 0, or take another model"
+        ) from error
+    try:
+        return bool(torch.equal(without, run(input_ids=row, use_cache=True, **options)))
+    except Exception:  # as above
+        return False
+
+
 def is_router(module: nn.Module) -> bool:
-    """Return whether a linear layer chooses experts: it returns more than its product with the input."""
+    """Return whether a linear layer chooses experts, by its name; of a model that cannot be run."""
     kind = type(module)
     return isinstance(module, nn.Linear) and kind is not nn.Linear and "Router" in kind.__name__
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer (``Conv1D`` is GPT-2's, with its weight transposed)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def is_tied(model: nn.Module) -> bool:
     """Return whether a model's output layer shares its weight with the input embeddings."""
     output, inputs = _ends(model)
     return output is not None and inputs is not None and output.weight is inputs.weight
+
+
+def one_weight(model: nn.Module) -> tuple[str, str] | None:
+    """Return two linear layers that have one weight in common, as Zamba has; ``None`` without such."""
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            first = found.setdefault(id(module.weight), name)
+            if first != name:
+                return first, name
+    return None
 
 
 def untie(model: nn.Module) -> None:
@@ -216,13 +386,39 @@ def untie(model: nn.Module) -> None:
 
 
 def switch_dropout_off(model: nn.Module) -> None:
-    """Set every probability of dropout in a model to 0; adapters that are put on it have their own."""
+    """Set every probability of dropout in a model to 0; adapters that are put on it have their own.
+
+    Routers with noise in training stay as they are in evaluation: what holds the noise's width can say
+    something of evaluation too (PhiMoE).
+
+    Raises:
+        ModelError: What it says in training still differs from what it says otherwise.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
             if isinstance(value, float) and any(part in name for part in DROPOUT):
                 setattr(module, name, 0.0)
+        if any(NOISE in name and value for name, value in vars(module).items()):
+            module.eval()
+            module.train = partial(_as_it_is, module)  # type: ignore[method-assign]
+    row = _probe(model)
+    if row.device.type == "meta":
+        return
+    with torch.no_grad():
+        still, training = _logits(model, row), _logits(model, row, training=True)
+    if not (still - training).abs().max() <= CHANGED * still.float().std():
+        raise ModelError(
+            f"{type(model).__name__} says something else in training than otherwise, with dropout "
+            "switched off: a reference would be another model than the one that is trained. Take another "
+            'model, or an objective without a reference ("sft", "simpo", "orpo")'
+        )
+
+
+def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stand for ``train`` of a module that stays in evaluation."""
+    return module
 
 
 def _ends(model: Any) -> tuple[Any, Any]:
@@ -237,17 +433,28 @@ def _ends(model: Any) -> tuple[Any, Any]:
     )
 
 
-def _probe(model: nn.Module) -> Tensor:
-    """Return ``(1, tokens)`` different ids that the model knows."""
+def _probe(model: nn.Module, length: int = PROBED_TOKENS) -> Tensor:
+    """Return ``(1, length)`` ids that the model knows, different ones as far as it knows so many."""
     config: Any = model.config
-    size = vocabulary(config, PROBED_TOKENS)
-    ids = torch.arange(PROBED_TOKENS) * max(1, size // PROBED_TOKENS) % size
+    embeddings = _ends(model)[1]
+    known = [
+        int(size)
+        for size in (
+            vocabulary(config, 0),
+            None if embeddings is None else embeddings.weight.shape[0],
+        )
+        if size
+    ]
+    size = min(known, default=PROBED_TOKENS)
+    ids = torch.arange(length) * max(1, size // length) % size
     return ids.unsqueeze(0).to(next(model.parameters()).device)
 
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    options = {"position_ids": positions} if "position_ids" in _accepted(model) else {}
+    options: dict[str, Any] = {}
+    if "position_ids" in _accepted(model):
+        options = {"position_ids": positions}
     return _logits(model, ids, mask, **options)[0, -1].float()
 
 
@@ -257,13 +464,22 @@ def _accepted(model: Any) -> set[str]:
     return set(inspect.signature(base.forward).parameters)
 
 
-def _logits(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Tensor) -> Tensor:
-    """Return a model's logits without dropout, of rows without padding where there is no mask."""
+def _logits(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    training: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Return a model's logits, of rows without padding where there is no mask."""
     mask = torch.ones_like(ids) if mask is None else mask
     was_training = model.training
-    model.eval()
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    model.train(training)
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
+        with torch.random.fork_rng(devices=devices):  # dropout draws
+            logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
     finally:
         model.train(was_training)
     return logits

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.architecture import one_weight
 from fedloom.models.heads import LowRankHead, PersonalHead
 
 CODE = "modeling_personal.py"
@@ -29,9 +30,11 @@ def export_causal(model: AdapterModel, tokenizer: Any, folder: Path) -> bool:
         folder: Where to; made if it is not there.
 
     Raises:
-        ModelError: The adapter cannot be merged (prompt tuning, a quantised backbone).
+        ModelError: The adapter cannot be merged (prompt tuning, a quantised backbone), or transformers
+            would not load the model by itself.
     """
     own = model.own
+    _require_loadable(model.model)
     inner = _merged(model)
     if own is None:
         _save(inner, tokenizer, folder)
@@ -70,11 +73,34 @@ def export_reward(model: AdapterModel, tokenizer: Any, folder: Path) -> None:
     _save_personal(inner, own, own.reward.weight, None, tokenizer, folder, reward=True)
 
 
+def _require_loadable(model: Any) -> None:
+    """Check that transformers loads a model of its own configuration, which may be a part of a whole's.
+
+    Raises:
+        ModelError: It does not.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factories: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForSequenceClassification)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not any(type(inner.config) in factory._model_mapping for factory in factories):
+        raise ModelError(
+            f"a merged {type(inner).__name__} cannot be loaded by transformers: it is the text part of a "
+            f"model, and AutoModelForCausalLM knows no {inner.config.model_type!r}. Use the adapter on "
+            "the whole checkpoint"
+        )
+
+
 def _merged(model: AdapterModel) -> Any:
     peft_model: Any = model.model
     if not hasattr(peft_model, "merge_and_unload"):
         why = f": {model.unmergeable}" if model.unmergeable else ""
         raise ModelError(f"this kind of adapter cannot be merged into its model{why}")
+    if both := one_weight(peft_model):
+        raise ModelError(
+            f"this adapter cannot be merged into its model: {both[0]} and {both[1]} have one weight, and "
+            "what is added to one would be added to the other. Use the adapter on its base model"
+        )
     try:
         return peft_model.merge_and_unload()
     except (AttributeError, ValueError, NotImplementedError) as error:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedloom.errors import ModelError
+from fedloom.models.architecture import run_on_text
 from fedloom.models.bottleneck import Bottleneck
 from fedloom.randomness import derive_seed
 
@@ -123,6 +124,11 @@ class PersonalHead(nn.Module):
         """The original output layer's weight, for those who look for one in an output layer."""
         return self.original.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The original output layer's bias, which some models keep beside it too."""
+        return self.original.bias
+
     def forward(self, states: Tensor) -> Tensor:
         """Return ``(..., vocabulary)`` logits for ``(..., hidden)`` last hidden states."""
         if self.off:
@@ -179,7 +185,27 @@ def attach_personal(model: nn.Module, parts: PersonalParts, seed: int) -> Person
     head.requires_grad_(True)
     original.requires_grad_(False)
     inner.set_output_embeddings(head)
+    if parts.reward:
+        _require_states(inner, head)
     return head
+
+
+def _require_states(model: Any, head: PersonalHead) -> None:
+    """Check that an output layer reads one state a token, as the reward head has to.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if head.original.weight.is_meta:
+        return
+    row = run_on_text(model)
+    states, head.states = head.states, None
+    if states is None or states.shape[:-1] != row.shape:
+        raise ModelError(
+            f"{type(model).__name__} cannot have a reward head: its output layer does not read one state "
+            f"a token ({None if states is None else tuple(states.shape)} for {tuple(row.shape)} tokens). "
+            'Take an objective without one, such as "dpo" or "kto", or another model'
+        )
 
 
 def save_personal(head: PersonalHead, folder: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from fedloom.errors import ModelError, first_line
@@ -202,7 +201,9 @@ def load_backbone(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # transformers raises whatever its architectures raise
             raise ModelError(f"cannot load the model {path}: {first_line(error)}") from error
         model, report = loaded
         _require_whole(path, model, report, begins=head_parts(model) if classes else [])
@@ -314,7 +315,9 @@ def empty_backbone(
             keep_blocks(config, range(blocks))
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises whatever its architectures raise
         raise ModelError(f"cannot read the model {path}: {first_line(error)}") from error
     return model.requires_grad_(False)
 
@@ -431,13 +434,19 @@ def _configuration(path: str, revision: str | None) -> Any:
 
     Raises:
         ModelError: It names code of its own.
+        OSError: There is none.
+        ValueError: It is not right.
     """
     from transformers import AutoConfig
 
     try:
         config: Any = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except ValueError as error:
-        raise _needs_code(path) if _asks_to_run_code(error) else error from None
+    except OSError:
+        raise
+    except Exception as error:  # a configuration's own checks raise what they like
+        if _asks_to_run_code(error):
+            raise _needs_code(path) from None
+        raise ValueError(first_line(error)) from error
     if getattr(config, OWN_CODE, None):  # of a Hub name, whose files were not here to be looked at
         raise _needs_code(path)
     return config

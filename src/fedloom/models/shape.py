@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from fedloom.accounting.flops import LinearShape, ModelShape
-from fedloom.models.architecture import text_layers
+from fedloom.models.architecture import is_linear, text_layers
 from fedloom.models.configuration import HEADS, WIDTH, number, text_part
 from fedloom.models.heads import LowRankHead, PersonalHead
 
@@ -448,11 +448,6 @@ def _wanted(owner: Any, part: str) -> bool:
 
 def _parameters(own: Any) -> list[nn.Parameter]:
     return [own] if isinstance(own, nn.Parameter) else list(own.parameters())
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer (``Conv1D`` is GPT-2's, with its weight transposed)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def linear_widths(module: Any) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def attach_submixture(backbone: nn.Module) -> nn.Module:
         ModelError: It has no experts, or none in a known layout, or not everywhere the same number.
     """
     blocks = expert_blocks(backbone)
-    if not blocks:
+    if not blocks or not all(hasattr(block.gate, "weight") for block in blocks.values()):
         config: Any = backbone.config
         raise ModelError(
             'adapter.kind = "submixture" trains the experts that a backbone has itself, as Mixtral, '
