@@ -288,7 +288,8 @@ def test_a_checkpoint_without_all_weights_is_refused(folder_of):
         load_backbone(folder, pad_token_id=0)
     assert "lack 2 of LlamaForCausalLM's tensors, such as lm_head.weight" in str(told.value)
     with pytest.raises(
-        ModelError, match=r"lack 1 of LlamaForSequenceClassification.s tensors, such as model\.layers\.1\.mlp\.up"
+        ModelError,
+        match=r"lack 1 of LlamaForSequenceClassification.s tensors, such as model\.layers\.1\.mlp\.up",
     ):
         load_backbone(folder, pad_token_id=0, classes=("a", "b"))
 

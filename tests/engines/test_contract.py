@@ -11,6 +11,7 @@ from fedloom.deployment.told import Sentence
 from fedloom.division import divide
 from fedloom.messages import Exchange, Payload, Schema, decode
 from fedloom.methods.base import EXAMPLES, LEARNING_RATE
+from fedloom.presence import Membership
 from fedloom.server import Briefing
 from fedloom.training.local import reported
 
@@ -51,6 +52,12 @@ def says(engine, answer, word):
 def test_it_knows_the_rows_of_each_client(engine):
     found, parts = engine
     assert found.sizes() == {c: len(rows) for c, rows in divide_rows(parts).items()}
+
+
+def test_it_knows_who_belongs_to_the_federation(engine):
+    found, parts = engine
+    rows = {client: len(own) for client, own in divide_rows(parts).items()}
+    assert found.membership() == Membership((0, 1, 2), frozenset(), rows)
 
 
 def divide_rows(parts):

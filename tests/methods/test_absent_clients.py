@@ -19,7 +19,15 @@ from fedloom.errors import CheckpointError
 from fedloom.experiment import Experiment
 from fedloom.messages import Answer
 from fedloom.methods.base import ADAPTER, Cohort, by_client, by_place, part_of
-from fedloom.methods.fedamole import ASSIGNMENT, HELD, PROJECTED, TOKENS, FedAMoLE, unpack
+from fedloom.methods.fedamole import (
+    ASSIGNMENT,
+    EMBEDDING,
+    HELD,
+    PROJECTED,
+    TOKENS,
+    FedAMoLE,
+    unpack,
+)
 from fedloom.methods.fedmoe import EXPERTS, USED
 from fedloom.methods.merging import ADDITION, BASE, MADE, MERGES
 from fedloom.methods.ranks import FACTORS
@@ -41,16 +49,16 @@ by_schedule = pytest.mark.parametrize("schedule", EVERY)
 def play(suited):
     """Play a method by a schedule in one process."""
 
-    def run(method, schedule, rounds=ROUNDS, **sections):
-        table = suited(method)
-        federation = {"clients": CLIENTS, "rounds": rounds, "quorum": 0.2}
-        for name, own in {
+    def run(name, schedule, **sections):
+        table = suited(name)
+        federation = {"clients": CLIENTS, "rounds": ROUNDS, "quorum": 0.2}
+        for section, own in {
             "training": {"local_steps": 1},
             "federation": federation,
             "data": {"builtin_rows": 40},
             **sections,
         }.items():
-            table[name] = {**table[name], **own}
+            table[section] = {**table[section], **own}
         return played(Experiment.from_table(table), schedule)
 
     return run
@@ -217,6 +225,9 @@ def test_fedamole_gives_each_client_the_experts_that_were_assigned_to_it(play, s
             torch.where(holders > 0, sums / holders.clamp(min=1), projected).float().double()
         )
         left |= dict.fromkeys(schedule.gone(number))
+    sent = {client for own in range(1, ROUNDS + 1) for client in found.of("train", own)}
+    kept = by_client(found.states[-1].tensors, EMBEDDING)
+    assert kept.keys() == sent - schedule.gone(ROUNDS)
     last = found.records[-1].details["experts"]  # by which the page places all that ever held any
     assert last["clients"] == list(range(CLIENTS)) and len(last["similarity"]) == CLIENTS
     assert set(by_client(found.states[-1].tensors, ASSIGNMENT)) >= set(range(CLIENTS)) - left.keys()

@@ -219,11 +219,13 @@ class FedAMoLE(OwnMixture):
         cohort.details["experts"] = self._details(known, replies, held, cohort.presence.enrolled)
         if not cohort.last and self.settings.assignment != "static":
             assigned = self._assigned(known, cohort, cohort.round)
+        gone = cohort.presence.left  # what rows of theirs have made is kept no longer
+        tokens = {client: own for client, own in known.tokens.items() if client not in gone}
         return State(
             {
                 **join_parts(adapter=adapter),
                 **of_clients(ASSIGNMENT, assigned),
-                **of_clients(EMBEDDING, known.tokens),
+                **of_clients(EMBEDDING, tokens),
                 PROJECTED: known.projected,
             }
         )

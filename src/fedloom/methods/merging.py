@@ -175,20 +175,20 @@ class MergesFactors(Method):
         behind: Mapping[int, int],
     ) -> Generator[Exchange, Replies, dict[int, int]]:
         """Send clients that can be asked what they lack; return who is behind then, with what it has."""
-        left = dict(behind)
-        there = [client for client in cohort.presence.available if client in left]
+        made = dict(behind)
+        there = [client for client in cohort.presence.available if client in made]
         size = tensor_bytes(base)
-        in_parts = {c for c in there if _bytes_lacking(earlier, left[c], merges) < size}
+        in_parts = {c for c in there if _bytes_lacking(earlier, made[c], merges) < size}
         whole = [client for client in there if client not in in_parts]
         if whole:
             confirmed = yield self._send("catch_up", cohort, whole, base, merges)
-            left |= dict.fromkeys(confirmed.answered, merges)
+            made |= dict.fromkeys(confirmed.answered, merges)
         for number in sorted(earlier):
-            asked = [client for client in in_parts if left[client] == number - 1]
+            asked = [client for client in in_parts if made[client] == number - 1]
             if asked:
                 confirmed = yield self._send("merge", cohort, asked, earlier[number], number)
-                left |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, number)
-        return {client: count for client, count in left.items() if count < merges}
+                made |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, number)
+        return {client: count for client, count in made.items() if count < merges}
 
     def _send(
         self, action: str, cohort: Cohort, clients: Collection[int], tensors: Tensors, merges: int
