@@ -150,6 +150,17 @@ def test_a_new_certificate_keeps_the_authority(tmp_path):
         make_authority(tmp_path, ["a b"])
 
 
+@pytest.mark.parametrize(
+    "host", ["", ".", "a..b", "a_b", "x" * 64, "a." * 130, "schl\u00fcssel.de"]
+)
+def test_a_host_that_is_none_is_told_before_anything_is_written(tmp_path, host):
+    with pytest.raises(
+        IdentityError, match=r"is no name or address of a machine; give one such as"
+    ):
+        make_authority(tmp_path / "new", [host, "localhost"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_log_says_that_the_certificate_has_expired(tmp_path):
     home, log = ServerHome(tmp_path), AuditLog(tmp_path / "audit.jsonl")
     make_authority(tmp_path, ["localhost"])

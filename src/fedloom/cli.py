@@ -396,7 +396,7 @@ def certs(
         typer.Option(help="Name or address by which clients reach the server. May be repeated."),
     ] = None,
     home: HomeOfServer = SERVER_HOME,
-    days: Annotated[int, typer.Option(help="The certificate is good for.", min=1)] = 365,
+    days: Annotated[int, typer.Option(help="The certificate is good for.", min=1, max=36500)] = 365,
 ) -> None:
     """Make the federation's authority, unless it is there, and a new certificate of the server."""
     from fedloom.identity import CA, CERTIFICATE, make_authority
@@ -718,9 +718,11 @@ def stop(
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
     """Stop the run under way and those that wait; finished rounds are saved, and it can be resumed."""
-    from fedloom.deployment.running import stop_runs
+    from fedloom.deployment.running import find_run, stop_runs
 
     stopped = stop_runs(home, run)
+    if run is not None and not stopped:
+        find_run(home, run)  # says which there are
     _say(f"stopped {len(stopped)} run{'s' if len(stopped) != 1 else ''}")
 
 

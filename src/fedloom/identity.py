@@ -27,10 +27,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedloom.errors import IdentityError, OutputError
 from fedloom.files import write_whole
+from fedloom.shown import quoted
 
 CA, CA_KEY = "ca.pem", "ca.key"
 CERTIFICATE, KEY = "server.pem", "server.key"
 DAYS = 365
+LONGEST_HOST, LABEL = 253, r"[A-Za-z0-9*-]{1,63}"
+"""Characters of a machine's name in all, and what stands between its dots (RFC 1035, 2.3.4)."""
 ALGORITHM = ec.ECDSA(hashes.SHA384())
 
 
@@ -44,8 +47,9 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None
 
     Raises:
         OutputError: They cannot be written.
-        IdentityError: The authority that is there cannot be read.
+        IdentityError: The authority that is there cannot be read, or a host is no name or address.
     """
+    names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
     now = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
     if not (folder / CA).exists():
         own = ec.generate_private_key(ec.SECP256R1())
@@ -67,7 +71,6 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None
         ) from None
     key = ec.generate_private_key(ec.SECP256R1())
     builder = _certificate(_name(hosts[0]), authority.subject, key, now, days)
-    names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
     builder = builder.add_extension(names, False).add_extension(issuer, False)
@@ -279,8 +282,12 @@ def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        if not re.fullmatch(r"[A-Za-z0-9.*-]+", host):
-            raise IdentityError(f"{host!r} is no name or address of a machine") from None
+        labels = host.removesuffix(".").split(".")
+        if len(host) > LONGEST_HOST or not all(re.fullmatch(LABEL, label) for label in labels):
+            raise IdentityError(
+                f"{quoted(host, 80)} is no name or address of a machine; give one such as "
+                "fed.example.org or 192.0.2.7"
+            ) from None
         return x509.DNSName(host)
 
 

@@ -3,10 +3,12 @@
 import os
 import threading
 
+import httpx
 import pytest
 
 from fedloom.deployment import control
 from fedloom.deployment.control import SOCKET, ControlSocket, ask, require_own
+from fedloom.deployment.flower_control import _said
 from fedloom.deployment.homes import ServerHome
 from fedloom.engines.frames import connect, write_frame
 from fedloom.errors import ConnectionFailed, FedloomError, SettingsError
@@ -105,3 +107,29 @@ def test_a_socket_ends_with_its_server(home):
     assert not (home.path / SOCKET).exists()
     with pytest.raises(ConnectionFailed, match="no server runs"):
         ask(home, "status")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"code": 7, "detail": "The run is over."}', "The run is over."),
+        (b'{"code": 7, "detail": "No such run", "extra": "run 3"}', "No such run. run 3"),
+        (b'{"detail": [{"loc": ["body"]}]}', '{"detail": [{"loc": ["body"]}]}'),
+        (b"[" * 100_000, "[" * 399 + "\u2026"),
+        (b"\x1b[2Jgone\nsecond", "\\x1b[2Jgone second"),
+        (b"", "Conflict"),
+    ],
+)
+def test_what_flower_refuses_is_told_in_its_words_and_not_as_json(body, words):
+    assert _said(httpx.Response(409, content=body)) == words
+
+
+def test_a_run_to_stop_that_is_none_is_told_with_those_that_are(home, call):
+    runs = [{"id": "abcdef0123", "name": "mine"}]
+    own = ControlSocket(home.path / SOCKET, {"stop": lambda a: [], "runs": lambda a: runs})
+    try:
+        code, out = call("stop", "xyz", "--home", home.path)
+        assert code == 2 and "no run is called 'xyz'; under way or waiting: mine (abcdef01)" in out
+        assert call("stop", "--home", home.path) == (0, "stopped 0 runs\n")
+    finally:
+        own.close()

@@ -30,6 +30,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
 from fedloom.errors import ConnectionFailed
+from fedloom.shown import short
 
 APP = Path(__file__).with_name("app")
 """The Flower app."""
@@ -152,7 +153,17 @@ class FlowerControl:
         try:
             return call()
         except httpx.HTTPStatusError as error:
-            said = error.response.text[:400] or error.response.reason_phrase
-            raise ConnectionFailed(f"Flower's server refuses: {said}") from None
+            raise ConnectionFailed(f"Flower's server refuses: {_said(error.response)}") from None
         except (httpx.HTTPError, OSError) as error:
             raise ConnectionFailed(f"Flower's server does not answer: {error}") from None
+
+
+def _said(response: httpx.Response) -> str:
+    """Return the words of an answer that is an error; Flower puts them into JSON."""
+    try:
+        found = response.json()
+    except (ValueError, RecursionError):
+        found = None
+    table = found if isinstance(found, dict) else {}
+    words = [own for key in ("detail", "extra") if isinstance(own := table.get(key), str) and own]
+    return short(". ".join(words) or response.text or response.reason_phrase, 400)

@@ -54,6 +54,7 @@ from fedloom.engines.inflation import ByteBudget, bound_arrays
 from fedloom.engines.records import from_records, to_records
 from fedloom.envelope import LONGEST_HEADER, Envelope
 from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, MessageError
+from fedloom.shown import short
 
 LOG = logging.getLogger("fedloom.node")
 
@@ -480,7 +481,7 @@ class _Stream(httpcore.NetworkStream):
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        return f"{error.response.status_code} {error.response.text[:200]}"
+        return f"{error.response.status_code} {short(error.response.text, 200)}"
     if isinstance(error, FedloomError):
         return str(error)
     return f"{type(error).__name__}: {error}"

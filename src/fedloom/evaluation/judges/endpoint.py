@@ -1,7 +1,8 @@
 """A judge behind HTTP: any endpoint that speaks OpenAI's chat completions.
 
 The key comes from an environment variable and goes into a header, nowhere else: not into files, logs,
-messages or the cache. Replies are cached by content, so repeating an evaluation costs nothing.
+messages or the cache, not even where the endpoint sends it back. Replies are cached by content, so
+repeating an evaluation costs nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fedloom.evaluation.judges.prompts import (
     parse_judgelm,
     parse_marked,
 )
+from fedloom.evaluation.judges.replies import Caller, Reply, ReplyError
 from fedloom.settings import Settings
 
 KEY = "FEDLOOM_JUDGE_KEY"
@@ -35,6 +37,9 @@ KEY = "FEDLOOM_JUDGE_KEY"
 REFUSED = (401, 403)
 PASSING = (408, 409, 429)
 """Statuses below 500 that may be gone on the next try."""
+
+MOST_TOKENS = 10**9
+"""Tokens that one request may be said to have used; whoever says more is not believed."""
 
 HOPELESS = 5
 """Requests in a row without any answer, the first among them, after which the endpoint is given up."""
@@ -52,7 +57,7 @@ class EndpointSettings(Settings):
     max_new_tokens: int = Field(default=512, ge=1)
     """Length of the judge's answer."""
     timeout: float = Field(default=60.0, gt=0)
-    """Seconds for one request."""
+    """Seconds for one request in all, to the last byte of its reply."""
     retries: int = Field(default=4, ge=0)
     """Tries after the first when the endpoint is busy, broken or silent."""
     backoff: float = Field(default=1.0, ge=0)
@@ -112,10 +117,13 @@ class EndpointJudge:
             transport: Instead of the network.
 
         Raises:
-            JudgeError: The URL is none, or holds a password.
+            JudgeError: The URL is none, or holds a password; or no header can hold the key.
         """
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise JudgeError(f"{url!r} is no http or https address: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
             raise JudgeError(f"{url!r} is no http or https address")
         if parsed.userinfo:
             raise JudgeError(f"give the judge's key in {KEY}, not within its address")
@@ -123,8 +131,7 @@ class EndpointJudge:
         self.name = f"{settings.model}@{parsed.host}{port}"
         self.url = f"{url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
         self.settings, self.cache = settings, cache
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(timeout=settings.timeout, headers=headers, transport=transport)
+        self.caller = Caller(settings.timeout, key, transport)
         self.usage = _Usage()
 
     def check(self) -> None:
@@ -134,11 +141,11 @@ class EndpointJudge:
             JudgeError: Nobody answers, or the key is refused.
         """
         try:
-            status = self.client.get(self.url.replace("/chat/completions", "/models")).status_code
-        except httpx.TransportError as error:
-            raise JudgeError(f"no judge answers at {self.url}: {type(error).__name__}") from None
-        if status in REFUSED:
-            raise self._refused(status)
+            reply = self.caller.send("GET", f"{self.url.removesuffix('/chat/completions')}/models")
+        except ReplyError as error:
+            raise JudgeError(f"no judge answers at {self.url}: {error}") from None
+        if reply.status in REFUSED:
+            raise self._refused(reply.status)
 
     def rate(self, cases: Sequence[Case]) -> list[Verdict]:
         """Return one verdict a case, whatever the order in which replies arrive.
@@ -217,7 +224,7 @@ class EndpointJudge:
         if cached is not None:
             return cached
         reply = self._retrying(lambda: self._post(body))
-        text = _content(reply)
+        text = self.caller.clean(_content(reply))
         usage = reply.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         with self.usage.lock:
@@ -254,28 +261,27 @@ class EndpointJudge:
         with self.usage.lock:
             self.usage.tries += 1
         try:
-            response = self.client.post(self.url, json=body)
-        except httpx.TimeoutException:
-            raise _Passing(f"no reply within {self.settings.timeout:g} s") from None
-        except httpx.TransportError as error:
-            raise _Passing(f"{type(error).__name__}: {error}") from None
-        status = response.status_code
-        if status in REFUSED:
-            raise self._refused(status)
-        if status in PASSING or status >= 500:
-            raise _Passing(f"HTTP {status}", _seconds(response.headers.get("retry-after")))
-        if status >= 300:
-            raise JudgeError(
-                f"the judge at {self.url} does not take the request (HTTP {status}): "
-                f"{response.text.strip()[:200]}"
-            )
-        try:
-            reply = response.json()
-        except ValueError:
-            raise _Passing("a reply that is not JSON") from None
+            answered = self.caller.send("POST", self.url, body)
+            self._require_taken(answered)
+            reply = answered.json()
+        except ReplyError as error:
+            raise _Passing(str(error)) from None
         if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
             raise _Passing("a reply without choices")
         return reply
+
+    def _require_taken(self, reply: Reply) -> None:
+        """Raise what a status means that is no success; see :meth:`_post`."""
+        if reply.status in REFUSED:
+            raise self._refused(reply.status)
+        if reply.status in PASSING or reply.status >= 500:
+            raise _Passing(f"HTTP {reply.status}", _seconds(reply.headers.get("retry-after")))
+        if reply.status >= 300:
+            said = self.caller.shown(reply.content.decode(errors="replace"))
+            raise JudgeError(
+                f"the judge at {self.url} does not take the request (HTTP {reply.status})"
+                f"{': ' if said else ''}{said}"
+            )
 
     def _refused(self, status: int) -> JudgeError:
         return JudgeError(f"the judge at {self.url} refuses the key (HTTP {status}); set {KEY}")
@@ -297,12 +303,13 @@ def _content(reply: dict[str, Any]) -> str:
 
 
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and value >= 0 else 0
+    """Return a number of tokens as it was told; 0 for what can be none."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else 0
 
 
 def _seconds(text: str | None) -> float | None:
     try:
-        return max(0.0, float(text)) if text is not None else None
+        return max(0.0, float(text)) if text is not None else None  # NaN is 0
     except ValueError:
         return None  # a date: the ordinary pause will do
 
@@ -310,7 +317,7 @@ def _seconds(text: str | None) -> float | None:
 def _read(place: Path) -> str | None:
     try:
         text = json.loads(place.read_text(encoding="utf-8"))["text"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return text if isinstance(text, str) else None
 
