@@ -28,6 +28,8 @@ class Plan:
         metric: Name of the metric the run is judged by.
         higher_is_better: Its direction.
         names: What each client is called, where it has a name.
+        work: What a round trains beside what the evaluation of the start takes, so that the time of the
+            former can be told from that of the latter; 0 where that is not known.
     """
 
     headline: str
@@ -36,6 +38,7 @@ class Plan:
     metric: str
     higher_is_better: bool
     names: Mapping[int, str] = field(default_factory=dict)
+    work: float = 0.0
 
 
 @dataclass(frozen=True)

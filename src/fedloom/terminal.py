@@ -5,6 +5,7 @@ It only watches (see ``server.Observer``); no result depends on it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 SHOWN_ROUNDS = 12
 """Rounds in the live table; earlier ones scroll away (all are in rounds.jsonl)."""
+
+
+SILENCE = 30.0
+"""Seconds after which plain lines say what is under way."""
 
 
 class PlainConsole(Console):
@@ -90,35 +95,70 @@ class Terminal:
     plan: Plan | None = None
     started: float = field(default_factory=time.perf_counter)
     first_round: int | None = None
+    under_way: str = "evaluating the start"
+    said: float = field(default_factory=time.perf_counter)
+    over: threading.Event = field(default_factory=threading.Event)
 
     def stage(self, text: str) -> None:
         """Say what is being prepared."""
         if not self.silent:
-            _print(self.console, text, "dim")
+            self._line(text, "dim")
 
     def begin(self, plan: Plan) -> None:
         """Say what is about to run."""
         self.plan, self.started = plan, time.perf_counter()
         if not self.silent:
             for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
-                _print(self.console, text, style)
+                self._line(text, style)
+            self._watch()
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
-        """Plain lines do not show single clients."""
+        """Print a line where clients take long; of quick ones, only what the round comes to."""
+        self.under_way = f"round {round}: {done} of {of} clients have answered"
+        if not self.silent and time.perf_counter() - self.said >= SILENCE:
+            self._line(self.under_way, "dim")
 
     def round_done(self, record: RoundRecord) -> None:
-        """Print the round on one line."""
-        if self.silent or self.plan is None:
+        """Print the round on one line, and after the evaluation of the start how long it may take."""
+        if self.plan is None:
+            return
+        self.under_way = f"round {record.round + 1}: no client has answered yet"
+        if self.silent:
             return
         cells = [f"{n} {v}" for n, v in self._cells(record).items() if v]
-        _print(self.console, "  ".join(cells))
+        self._line("  ".join(cells))
+        if record.round == 0 and self.plan.work and record.seconds:
+            a_round = record.seconds * (1 + self.plan.work)
+            self._line(
+                f"estimate, from the time that this took: {human_seconds(a_round)} a round, "
+                f"{human_seconds(a_round * self.plan.rounds)} in all",
+                "dim",
+            )
 
     def warning(self, text: str) -> None:
         """Print a warning, also when quiet."""
         _warn(self.console, text)
 
     def end(self) -> None:
-        """Nothing is left open."""
+        """Say nothing more by itself."""
+        self.over.set()
+
+    def _line(self, text: str, style: str = "") -> None:
+        self.said = time.perf_counter()
+        _print(self.console, text, style)
+
+    def _watch(self) -> None:
+        """Say what is under way whenever nothing was said for a while, until the end."""
+        self.over.clear()
+        self.said = began = time.perf_counter()
+
+        def watch() -> None:
+            while not self.over.wait(max(0.01, SILENCE - (time.perf_counter() - self.said))):
+                if time.perf_counter() - self.said >= SILENCE:
+                    taken = human_seconds(time.perf_counter() - began)
+                    self._line(f"{self.under_way}, {taken} after the beginning", "dim")
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def _cells(self, record: RoundRecord) -> Mapping[str, str]:
         assert self.plan is not None
@@ -177,6 +217,7 @@ class LiveTerminal(Terminal):
     def begin(self, plan: Plan) -> None:
         """Open the live table."""
         super().begin(plan)
+        self.over.set()  # the table shows by itself what is under way
         self.live = Live(self._picture(), console=self.console, refresh_per_second=8)
         self.live.start()
 
