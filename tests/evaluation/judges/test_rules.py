@@ -46,4 +46,36 @@ def test_a_case_that_cannot_be_scored_is_abstained_from():
     known, unknown = Question("1", "q", reference="four"), Question("2", "q")
     found = judge.rate([Case(known, ("four",)), Case(unknown, ("four",))])
     assert found[0].scores == (1.0,) and found[1].scores is None
-    assert found[1].reason == "abstained" and judge.costs() == {}
+    assert found[1].reason == "abstained: no reference" and judge.costs() == {}
+
+
+GSM8K = "She makes 9 * 2 = <<9*2=18>>18 dollars. " * 8 + "\n#### 1,694"
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("#### 1694", 1.0),
+        ("First 3, then 5.\n#### $1,694 for 12 eggs", 1.0),
+        ("So it is 1694.", 1.0),
+        ("It is 1694, of which 18", 0.0),
+        ("#### 18", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_final_answer_behind_its_mark_is_read_however_long_the_way(answer, score):
+    assert len(GSM8K.split()) > 30
+    assert is_right(Question("1", "q", reference=GSM8K), answer) == score
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        (None, "abstained: no reference"),
+        ("word " * 31, "abstained: a reference of more than 30 words"),
+    ],
+)
+def test_an_abstention_says_why(reference, reason):
+    case = Case(Question("1", "q", reference=reference), ("a",))
+    (verdict,) = RULES["reference"].rate([case])
+    assert verdict.scores is None and verdict.reason == reason

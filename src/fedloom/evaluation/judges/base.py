@@ -35,7 +35,7 @@ class Verdict:
 
     Attributes:
         scores: One an answer, in the order shown; ``None`` where there is no usable verdict.
-        reason: Why there is none: "unparsable", "out of range", "abstained", "no answer: ...".
+        reason: Why there is none: "unparsable", "out of range", "abstained: ...", "no answer: ...".
         raw: What the judge said, for the record.
     """
 

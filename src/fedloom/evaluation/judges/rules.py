@@ -62,11 +62,13 @@ class RuleJudge:
     Attributes:
         name: For reports.
         rule: Question and answer to a score, ``None`` to abstain.
+        why: Of a question whose answers it abstains from: the reason.
         scale: Lowest and highest score.
     """
 
     name: str
     rule: Callable[[Question, str], float | None]
+    why: Callable[[Question], str] = lambda question: "no rule fits"
     scale: tuple[float, float] = (0.0, 1.0)
     compares: bool = False
 
@@ -84,7 +86,9 @@ class RuleJudge:
     def _rate(self, case: Case) -> Verdict:
         scores = [self.rule(case.question, answer) for answer in case.answers]
         usable = tuple(score for score in scores if score is not None)
-        return Verdict(usable) if len(usable) == len(scores) else Verdict(None, "abstained")
+        if len(usable) == len(scores):
+            return Verdict(usable)
+        return Verdict(None, f"abstained: {self.why(case.question)}")
 
 
 def refuses(question: Question, answer: str) -> float:
@@ -96,16 +100,28 @@ def refuses(question: Question, answer: str) -> float:
 def is_right(question: Question, answer: str) -> float | None:
     """Return 1 if the answer gives the reference, 0 if not, ``None`` where that cannot be told.
 
-    A reference that ends in a number ("... #### 42", "The area is 3.") is matched by the last number of
-    the answer; another short one must be in the answer, punctuation and case aside.
+    A reference with a final answer ("... #### 42", however long what leads there is: GSM8K) or that ends
+    in a number ("The area is 3.") is matched by the answer's own final answer or its last number; another
+    short one must be in the answer, punctuation and case aside.
     """
-    if question.reference is None or len(question.reference.split()) > SHORT_REFERENCE:
+    if why_not_told(question):
         return None
-    wanted = _last_number(question.reference)
+    assert question.reference is not None
+    wanted = _final_number(question.reference)
     if wanted is not None:
-        found = _last_number(answer)
+        found = _final_number(answer)
         return float(found is not None and abs(found - wanted) < 1e-6 * max(1.0, abs(wanted)))
     return float(f" {_plain(question.reference)} " in f" {_plain(answer)} ")
+
+
+def why_not_told(question: Question) -> str:
+    """Return why no rule tells whether an answer is right; empty where one does."""
+    if question.reference is None:
+        return "no reference"
+    words = len(question.reference.split())
+    if words > SHORT_REFERENCE and _after_mark(question.reference) is None:
+        return f"a reference of more than {SHORT_REFERENCE} words"
+    return ""
 
 
 def length(question: Question, answer: str) -> float:
@@ -115,15 +131,26 @@ def length(question: Question, answer: str) -> float:
 
 RULES = {
     "refusal": RuleJudge("refusal", refuses),
-    "reference": RuleJudge("reference", is_right),
-    "longest": RuleJudge("longest", length, (0.0, float("inf"))),
+    "reference": RuleJudge("reference", is_right, why_not_told),
+    "longest": RuleJudge("longest", length, scale=(0.0, float("inf"))),
 }
 """Judges by name that need no model."""
 
 
-def _last_number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+FINAL = "####"
+"""What stands before the final answer in GSM8K (Cobbe et al. 2021, https://arxiv.org/abs/2110.14168)."""
+
+
+def _after_mark(text: str) -> str | None:
+    """Return the number that stands after the last mark of a final answer, ``None`` where none does."""
+    found = re.match(rf"\s*\$?\s*({NUMBER})", text.rpartition(FINAL)[2]) if FINAL in text else None
+    return found[1] if found else None
+
+
+def _final_number(text: str) -> float | None:
+    found = _after_mark(text) or next(iter(re.findall(NUMBER, text)[::-1]), None)
+    return float(found.replace(",", "")) if found else None
 
 
 def _plain(text: str) -> str:
