@@ -45,8 +45,8 @@ def test_the_commands_and_options_are_these_and_no_others():
             "-q",
         ],
         "demo": ["--quiet", "--set", "-q"],
-        "init": [],
-        "partition": ["--picture", "--set"],
+        "init": ["--force"],
+        "partition": ["--force", "--picture", "--set"],
         "evaluate": [
             "--adapter",
             "--benchmark",
@@ -62,7 +62,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "advise": ["--client-memory", "--downlink", "--latency", "--set", "--speed", "--uplink"],
         "export": ["--client", "--reward", "--to"],
         "forget": ["--client"],
-        "report": ["--to"],
+        "report": ["--force", "--to"],
         "audit match": [],
         "audit verify": [],
         "certs": ["--days", "--home", "--host"],
@@ -168,7 +168,10 @@ def test_partition_shows_table_and_picture_without_a_model(call, file, tmp_path)
     assert picture.read_text().startswith("<svg") and "currentColor" not in picture.read_text()
 
 
-def test_partition_and_run_say_which_layout_was_recognised(call, file, rows_file):
+def test_partition_and_run_say_which_layout_was_recognised(
+    call, file, rows_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     rows = [{"question": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
     options = ["--set", f"data.source={rows_file(rows)}", "--set", "data.kind=preference"]
     options += ["--set", "partition.kind=iid"]
@@ -179,14 +182,35 @@ def test_partition_and_run_say_which_layout_was_recognised(call, file, rows_file
 
 def test_evaluate_and_report(call, file, tmp_path):
     assert call("run", file, "--quiet")[0] == 0
-    code, out = call("evaluate", file, "--adapter", tmp_path / "run" / "adapter")
-    assert code == 0 and "preference_accuracy = 0." in out
+    run, spellings = tmp_path / "run", []
+    for number, words in enumerate(
+        [
+            (file, "--adapter", run / "adapter"),
+            (file, "--adapter", run),
+            (run,),
+            (run / "adapter",),
+            (run, "--adapter", run / "adapter"),
+            (run, "--adapter", "base"),
+        ]
+    ):
+        folder = tmp_path / f"scores-{number}"
+        code, out = call("evaluate", *words, "--to", folder)
+        assert code == 0 and f"wrote {folder / 'held_out.json'}" in out
+        assert re.search(
+            r"preference_accuracy = 0\.\d{6}  \(95 % interval 0\.\d{3} to [01]\.\d{3} over 12 rows\)",
+            out,
+        )
+        spellings.append(json.loads((folder / "held_out.json").read_text())["evaluated"][0])
+    assert all(own["metrics"] == spellings[0]["metrics"] for own in spellings[:5])
+    assert spellings[5]["adapter"] is None and spellings[5]["metrics"]["preference_accuracy"] == 0.5
+    assert spellings[0]["rows"] == spellings[0]["interval"]["units"] == 12
     code, out = call("report", tmp_path / "run", "--to", tmp_path / "page.html")
     assert code == 0 and (tmp_path / "page.html").is_file()
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(file, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_cleanly_and_say_how_to_go_on(file, tmp_path, kind):
     process = subprocess.Popen(
         [sys.executable, "-m", "fedloom", "run", str(file), "--set", "federation.rounds=500"],
         stdout=subprocess.PIPE,
@@ -199,7 +223,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(file, tmp_path):
     try:
         for line in process.stdout:
             if line.startswith("round 2/"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(kind)
                 break
         _, err = process.communicate(timeout=60)
     finally:
@@ -273,7 +297,7 @@ def test_a_benchmark_from_adapters_to_page(call, file, tmp_path, model_folder):
     assert code == 0
     assert "left out: mine.jsonl row 2: has none of the columns" in out
     assert re.search(r"reference +run +0\.000 +0\.000 to 0\.000 +1 of 2", out)
-    assert "reference: 2 of 4 verdicts unusable: 2 abstained" in out
+    assert "reference: 2 of 4 verdicts unusable: 2 abstained: no reference" in out
     (folder / "report.html").unlink()
     assert call("report", folder)[0] == 0 and (folder / "report.html").is_file()
 
@@ -293,8 +317,8 @@ def test_a_judge_is_audited(call, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give an experiment in TOML"),
-        (("a", "b"), "give an experiment in TOML"),
+        ((), "give a run folder or an experiment in TOML"),
+        (("a", "b"), "a is no adapter"),
         (("a", "--benchmark", "x.jsonl", "--lm-eval", "mmlu"), "give one of --benchmark"),
         (("a", "--benchmark", "mtbench"), "no benchmark 'mtbench'"),
         (("no-such-folder", "--lm-eval", "arc_easy"), "is no adapter"),

@@ -6,7 +6,7 @@ import pytest
 
 import fedloom
 from fedloom.experiment import Experiment
-from fedloom.runner import starting_file
+from fedloom.starting import starting_file
 
 
 def accuracies(tmp_path, name, *assignments):

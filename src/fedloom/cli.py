@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from fedloom.errors import FedloomError
+from fedloom.early import refuse_early
+from fedloom.errors import FedloomError, OutputError, SettingsError
 from fedloom.shown import message, visible
+from fedloom.stopping import terminable
+from fedloom.targets import free_file, require_new_file, require_place
 
 if TYPE_CHECKING:
     from fedloom.experiment import Experiment
@@ -47,7 +50,26 @@ HomeOfServer = Annotated[Path, typer.Option("--home", help="The server's folder.
 HomeOfClient = Annotated[Path, typer.Option("--home", help="The client's folder.")]
 MemberName = Annotated[str, typer.Argument(help="Of the member.", show_default=False)]
 SERVER_HOME, CLIENT_HOME = Path("fedloom-server"), Path("fedloom-client")
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from fedloom import __version__
+
+        _say(f"fedloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedloom(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    """Fine-tune and align language models across parties whose data must not leave them."""
 
 
 @app.command()
@@ -81,22 +103,81 @@ def run(
             home, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
         )
         return
+    if experiment is None and resume is None:
+        raise typer.BadParameter("give an experiment file, or --resume FOLDER")
+    if resume is None and (from_round is not None or fresh_client):
+        raise typer.BadParameter("--from-round and --fresh-client go with --resume FOLDER")
+    if experiment is not None:
+        _require_experiment(experiment)
+    refuse_early(lambda: _check_run(experiment, assignments, resume))
+    observer = _loading(quiet)
     from fedloom.runner import resume_run, run_experiment
 
-    if resume is not None:
-        result = resume_run(
-            resume,
-            experiment,
-            assignments or [],
-            from_round=from_round,
-            fresh_clients=fresh_client or [],
-            observer=_observer(quiet),
-        )
-    elif experiment is None:
-        raise typer.BadParameter("give an experiment file, or --resume FOLDER")
-    else:
-        result = run_experiment(_read(experiment, assignments), observer=_observer(quiet))
+    with terminable():
+        if resume is not None:
+            result = resume_run(
+                resume,
+                experiment,
+                assignments or [],
+                from_round=from_round,
+                fresh_clients=fresh_client or [],
+                observer=observer,
+            )
+        else:
+            assert experiment is not None
+            result = run_experiment(_read_run(experiment, assignments), observer=observer)
     _say(result.summary_text)
+
+
+def _check_run(experiment: Path | None, assignments: list[str] | None, resume: Path | None) -> None:
+    """Raise what can be told of a run without a model."""
+    if resume is not None:
+        from fedloom.experiment import Experiment
+        from fedloom.report.run_folder import EXPERIMENT, RunFolder
+
+        Experiment.from_toml(RunFolder.existing(resume).path / EXPERIMENT)
+        if experiment is not None:
+            _read(experiment, assignments)
+        elif assignments:
+            raise SettingsError(["--set cannot change a run that is resumed"], "the command")
+        return
+    from fedloom.runner import require_startable
+
+    assert experiment is not None
+    require_startable(_read_run(experiment, assignments))
+
+
+def _read_run(path: Path, assignments: list[str] | None) -> Experiment:
+    """Read an experiment whose folder, if it names one, can be made."""
+    experiment = _read(path, assignments)
+    if experiment.output.folder:
+        require_place(Path(experiment.output.folder), "output.folder")
+    return experiment
+
+
+def _require_experiment(path: Path) -> None:
+    """Say at once, and what to do, where no experiment can be read.
+
+    Raises:
+        SettingsError: It is a folder, or not there.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            from fedloom.settings import read_toml
+
+            read_toml(path)
+        return
+    from fedloom.report.run_folder import EXPERIMENT, RUN
+
+    problem = f"{path} is a folder, and an experiment is a file in TOML"
+    if (path / RUN).is_file():
+        problem = (
+            f"{path} is the folder of a run: fedloom run --resume {path} goes on with it, fedloom report "
+            f"{path} shows it, fedloom run {path / EXPERIMENT} plays it again"
+        )
+    elif found := sorted(path.glob("*.toml")):
+        problem += f": {', '.join(str(own) for own in found[:3])}"
+    raise SettingsError([problem], "the command")
 
 
 def _run_between_machines(
@@ -148,12 +229,18 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run the main job on embedded defaults and write its report. Needs no network and no files."""
+    from fedloom.starting import starting_file
+
+    if assignments:
+        refuse_early(lambda: _check_run(starting_file(), assignments, None))
+    observer = _loading(quiet)
     from fedloom.experiment import Experiment
     from fedloom.report.page import write_report
-    from fedloom.runner import run_experiment, starting_file
+    from fedloom.runner import run_experiment
 
-    experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
-    result = run_experiment(experiment, observer=_observer(quiet))
+    with terminable():
+        experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
+        result = run_experiment(experiment, observer=observer)
     page = write_report([result.folder])
     _say(result.summary_text)
     _say(f"report: {page}  (open it in a browser)")
@@ -162,11 +249,12 @@ def demo(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("experiment.toml"),
+    force: Force = False,
 ) -> None:
     """Write a commented starting file."""
-    from fedloom.runner import write_starting_file
+    from fedloom.starting import write_starting_file
 
-    write_starting_file(path)
+    write_starting_file(require_new_file(path, "fedloom init FILE", force=force))
     _say(f"wrote {path}; try: fedloom partition {path}; fedloom run {path}")
 
 
@@ -177,13 +265,17 @@ def partition(
     picture: Annotated[
         Path | None, typer.Option(help="Where the picture goes (default: NAME-partition.svg).")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Show which client holds what, before anything is trained."""
+    if picture is not None:
+        require_new_file(picture, "--picture", force=force)
+    refuse_early(lambda: _check_rows(experiment, assignments))
     from fedloom.runner import show_partition
     from fedloom.terminal import make_console
 
     settings = _read(experiment, assignments)
-    target = picture or Path(f"{settings.name}-partition.svg")
+    target = picture or free_file(Path(f"{settings.name}-partition.svg"), force=force)
     shown = show_partition(settings, target)
     make_console().print(shown.tables)
     for text in shown.warnings:
@@ -198,6 +290,7 @@ def show_data(
     assignments: Assignments = None,
 ) -> None:
     """Show a row as the tokens that are trained on, before and after truncation."""
+    refuse_early(lambda: _check_rows(experiment, assignments))
     from fedloom.inspecting import show_row
     from fedloom.terminal import make_console
 
@@ -209,13 +302,15 @@ def evaluate(
     what: Annotated[
         list[Path] | None,
         typer.Argument(
-            help='An experiment in TOML, or adapters: PEFT folders, run folders, "base".',
+            help='Run folders, an experiment in TOML, or adapters: PEFT folders, "base".',
             show_default=False,
         ),
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="With an experiment: a PEFT folder (default: the base model)."),
+        typer.Option(
+            help='With an experiment or a run folder: a PEFT folder, a run folder, or "base".'
+        ),
     ] = None,
     benchmark: Annotated[
         str | None, typer.Option(help="mt-bench-1, vicuna, advbench, or a file of questions.")
@@ -241,15 +336,35 @@ def evaluate(
 ) -> None:
     """Score adapters: on held-out rows, on a benchmark with judges, or with lm-eval.
 
-    An experiment is scored on its global held-out set. A judge's key is read from the environment
-    variable FEDLOOM_JUDGE_KEY.
+    Run folders and experiments are scored on their global held-out sets. A judge's key is read from the
+    environment variable FEDLOOM_JUDGE_KEY.
     """
-    from fedloom import evaluating
-
     given = what or []
     chosen = sum(option is not None for option in (benchmark, judge_audit, lm_eval))
     if chosen > 1:
         raise typer.BadParameter("give one of --benchmark, --judge-audit and --lm-eval")
+    if not given and judge_audit is None:
+        raise typer.BadParameter(
+            "give a run folder or an experiment in TOML, or adapters with --benchmark or --lm-eval, or "
+            "--judge-audit"
+        )
+    if adapter is not None and chosen:
+        raise typer.BadParameter(
+            "--adapter goes with an experiment or run folder alone; name adapters before --benchmark"
+        )
+    tasks = lm_eval.split(",") if lm_eval is not None else []
+    require_place(target, "--to")
+    if judge_audit is None:
+        refuse_early(
+            lambda: _check_evaluation(
+                given, assignments, adapter, benchmark, questions, judge, tasks, target
+            )
+        )
+    else:
+        refuse_early(lambda: _check_audit(judge_audit, judge, assignments))
+    _loading(quiet=False)
+    from fedloom import evaluating
+
     if judge_audit is not None:
         evaluating.show_audit(judge_audit, judge or [], assignments or [], limit)
     elif benchmark is not None:
@@ -257,13 +372,40 @@ def evaluate(
             given, benchmark, questions, judge or [], assignments or [], limit, target
         )
     elif lm_eval is not None:
-        evaluating.show_harness(given, lm_eval.split(","), assignments or [], limit)
-    elif len(given) == 1 and given[0].suffix == ".toml":
-        evaluating.show_held_out(_read(given[0], assignments), adapter)
+        evaluating.show_harness(given, tasks, assignments or [], limit)
     else:
-        raise typer.BadParameter(
-            "give an experiment in TOML, or adapters with --benchmark or --lm-eval, or --judge-audit"
-        )
+        evaluating.show_held_out(given, adapter, assignments or [], target)
+
+
+def _check_evaluation(
+    given: list[Path],
+    assignments: list[str] | None,
+    adapter: Path | None,
+    benchmark: str | None,
+    questions: Path | None,
+    judges: list[str] | None,
+    tasks: list[str],
+    target: Path | None,
+) -> None:
+    """Raise what can be told of an evaluation without a model."""
+    from fedloom import evaluating
+
+    evaluating.check(
+        given,
+        assignments or [],
+        adapter=adapter,
+        benchmark=benchmark,
+        questions=questions,
+        judges=judges or [],
+        tasks=tasks,
+        target=target,
+    )
+
+
+def _check_audit(path: Path, judges: list[str] | None, assignments: list[str] | None) -> None:
+    from fedloom import evaluating
+
+    evaluating.check_audit(path, judges or [], assignments or [])
 
 
 @app.command()
@@ -282,6 +424,10 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Run a grid of objectives or scenarios, methods and seeds; goes on where it was stopped."""
+    _require_experiment(comparison)
+    require_place(target, "--to")
+    refuse_early(lambda: _check_comparison(comparison, assignments))
+    _loading(quiet)
     from fedloom import comparison as grid
     from fedloom.report.comparison_page import write_comparison
     from fedloom.report.frameworks_page import is_frameworks, write_frameworks
@@ -297,7 +443,8 @@ def compare(
     plan = grid.read_comparison(comparison, assignments or [])
     console = make_console()
     observer = ComparisonTerminal(console, silent=quiet)
-    folder = grid.compare(plan, target, workers=workers, observer=observer)
+    with terminable():
+        folder = grid.compare(plan, target, workers=workers, observer=observer)
     if is_frameworks(folder):
         page = write_frameworks(folder)
         console.print(frameworks_table(folder))
@@ -308,6 +455,13 @@ def compare(
         page = write_comparison(folder)
         console.print(comparison_table(folder))
     _say(f"report: {page}  (open it in a browser)")
+
+
+def _check_comparison(path: Path, assignments: list[str] | None) -> None:
+    """Raise what can be told of a comparison without a model."""
+    from fedloom.comparison import read_comparison, require_readable
+
+    require_readable(read_comparison(path, assignments or []))
 
 
 @app.command()
@@ -324,9 +478,6 @@ def advise(
 ) -> None:
     """Say what each framework would cost a client in a round, which fit, which to try; trains nothing."""
     from fedloom.accounting.network import Link, parse_quantity
-    from fedloom.advice import advise as count
-    from fedloom.advice import recommend
-    from fedloom.terminal import advice_table, make_console, make_text
 
     try:
         link = Link(
@@ -338,6 +489,11 @@ def advise(
         memory = parse_quantity(client_memory, "B")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    refuse_early(lambda: _check_rows(experiment, assignments))
+    from fedloom.advice import advise as count
+    from fedloom.advice import recommend
+    from fedloom.terminal import advice_table, make_console, make_text
+
     console = make_console()
     with console.status("reading") as status:
         options = count(
@@ -369,6 +525,8 @@ def export(
     ] = None,
 ) -> None:
     """Write a model of a run, or a client's own, as a folder that transformers loads by itself."""
+    require_place(target, "--to")
+    refuse_early(lambda: _check_export(run, client, target, reward))
     from fedloom.exporting import export as write
 
     written = write(run, client, target, reward=reward)
@@ -377,12 +535,21 @@ def export(
     )
 
 
+def _check_export(run: Path, client: int | None, target: Path | None, reward: bool) -> None:
+    from fedloom.exporting import places_of
+
+    places_of(run, client, target, reward=reward)
+
+
 @app.command()
 def forget(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     client: Annotated[int, typer.Option(help="Who leaves.", min=0)],
 ) -> None:
     """Delete what a run folder holds of a client's own: its model, and its store in checkpoints."""
+    from fedloom.report.run_folder import RunFolder
+
+    RunFolder.existing(run)
     from fedloom.runner import forget_client
 
     count = forget_client(run, client)
@@ -522,6 +689,8 @@ def list_members(home: HomeOfServer = SERVER_HOME) -> None:
     """Show the members: number, name, whether they are let in, and the end of their keys."""
     from fedloom.deployment.homes import ServerHome
 
+    if not home.is_dir():
+        raise OutputError(f"there is no server's folder {home}: give it with --home")
     for member in ServerHome(home).members().members:
         state = "" if member.state == "allowed" else f"  {member.state}"
         _say(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")
@@ -772,6 +941,7 @@ def match_logs(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     target: Annotated[Path | None, typer.Option("--to", help="File to write.")] = None,
+    force: Force = False,
 ) -> None:
     """Turn run folders, or the folder of a comparison or evaluation, into one self-contained page."""
     from fedloom.report.comparison_page import is_comparison, write_comparison
@@ -780,6 +950,10 @@ def report(
     from fedloom.report.page import write_report
     from fedloom.report.personal_page import is_personal, write_personal
 
+    if target is not None:
+        require_new_file(target, "--to", force=force)
+    elif len(folders) > 1:
+        target = free_file(Path("comparison.html"), force=force)
     if len(folders) == 1 and is_personal(folders[0]):
         page = write_personal(folders[0], target)
     elif len(folders) == 1 and is_frameworks(folders[0]):
@@ -812,9 +986,13 @@ def main() -> NoReturn:
         text = f"fedloom: {error.name} is missing: federations between machines are an extra"
         typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        typer.secho("fedloom: stopped; nothing was begun that could go on", err=True)
         sys.exit(130)
     except Exception as error:
+        if told := _out_of_memory(error):
+            typer.secho(message(f"fedloom: {told}"), fg=typer.colors.RED, err=True)
+            sys.exit(1)
         _usage_error(error)
     sys.exit(code or 0)  # of typer.Exit
 
@@ -831,6 +1009,37 @@ def _usage_error(error: Exception) -> NoReturn:
         raise error
     show()
     sys.exit(int(getattr(error, "exit_code", 2)))
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Return what to say where memory does not suffice, empty for any other error."""
+    if not isinstance(error, MemoryError | RuntimeError):
+        return ""
+    from fedloom.training.memory import asked_for, is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return ""
+    return (
+        f"memory does not suffice{asked_for(error)}: set a smaller training.batch_size (or "
+        "training.micro_batch_size, with the same results), evaluation.batch_size or data.max_length, or "
+        "take a smaller model; of a run, the rounds that were over are saved: fedloom run --resume FOLDER"
+    )
+
+
+def _check_rows(path: Path, assignments: list[str] | None) -> None:
+    """Raise what can be told of an experiment and its files without a model."""
+    _require_experiment(path)
+    from fedloom.data.reader import require_files
+
+    require_files(_read(path, assignments).data)
+
+
+def _loading(quiet: bool) -> RunObserver:
+    """Return who watches, after saying what takes the first seconds."""
+    observer = _observer(quiet)
+    if "torch" not in sys.modules:
+        observer.stage("loading torch, transformers and peft")
+    return observer
 
 
 def _read(path: Path, assignments: list[str] | None) -> Experiment:

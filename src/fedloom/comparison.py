@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,17 +28,20 @@ from pydantic import Field
 
 from fedloom.accounting.network import Link, parse_quantity
 from fedloom.assembly import assemble
+from fedloom.data.reader import require_files
 from fedloom.division import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS, make_method
-from fedloom.models.load import TINY, load_tokenizer
+from fedloom.models.load import TINY, load_tokenizer, require_reachable
+from fedloom.objectives import OBJECTIVES
 from fedloom.progress import Silent
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
 from fedloom.runner import resume_run, run_experiment
 from fedloom.settings import Settings, nearest, override, parse, read_toml, write_toml
 from fedloom.start import find_start, settled
+from fedloom.stopping import Terminated
 from fedloom.training.optimizers import AMOUNTS
 from fedloom.unread import unread_in_all, unread_settings
 
@@ -87,8 +91,9 @@ class CompareSettings(Settings):
     per_model: bool = False
     """Whether the amount is of each model that a client trains, a batch counted once; else it is of all
     that a client computes in a round: its personal model too, and each of several steps on a batch."""
-    objectives: dict[str, Overrides] = {}
-    """Arms by name, each with the sections in which it differs from the base experiment."""
+    objectives: list[str] | dict[str, Overrides] = {}
+    """Names of objectives with their defaults, or arms by name, each with the sections in which it
+    differs from the base experiment."""
     scenarios: dict[str, Overrides] = {}
     """Instead of objectives: situations by name (clients, partition, model, ...), in each of which all
     methods are weighed against each other: quality, traffic, client compute, memory, time."""
@@ -122,6 +127,9 @@ class CompareSettings(Settings):
             found += [f"compare.links.{name}.{problem}" for problem in link.contradictions()]
         if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
             found.append(f"compare.seeds must be different and at least 0, got {self.seeds}")
+        for name in self.objectives if isinstance(self.objectives, list) else ():
+            if name not in OBJECTIVES:
+                found.append(f"compare.objectives {name!r}: {nearest(name, OBJECTIVES)}")
         for name in self.methods if isinstance(self.methods, list) else ():
             if name not in METHODS:
                 found.append(f"compare.methods {name!r}: {nearest(name, METHODS)}")
@@ -133,6 +141,8 @@ class CompareSettings(Settings):
     @property
     def rows(self) -> dict[str, Overrides]:
         """The objectives or the scenarios, whichever are compared."""
+        if isinstance(self.objectives, list):
+            return {name: {"objective": {"name": name}} for name in self.objectives}
         return self.objectives or self.scenarios
 
     @property
@@ -385,10 +395,16 @@ def _outcomes(
     waiting = iter(jobs)
     with ProcessPoolExecutor(workers, get_context("spawn"), _die_with, (os.getpid(),)) as pool:
         running = {pool.submit(_run_cell, *job) for job in islice(waiting, workers)}
-        while running:
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(_run_cell, *job) for job in islice(waiting, len(ended))}
-            yield from (future.result() for future in ended)
+        try:
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(_run_cell, *job) for job in islice(waiting, len(ended))}
+                yield from (future.result() for future in ended)
+        except Terminated:
+            for worker in active_children():  # Ctrl-C in a terminal reaches them by itself
+                if worker.pid is not None:
+                    os.kill(worker.pid, signal.SIGINT)
+            raise
 
 
 def _die_with(parent: int) -> None:
@@ -441,6 +457,19 @@ def _check_reachable(cells: Sequence[Cell]) -> None:
         divide(experiment)
     for experiment in {cell.method: cell.experiment for cell in reversed(cells)}.values():
         assemble(experiment, divide(experiment), empty=True)
+
+
+def require_readable(comparison: Comparison) -> None:
+    """Check that the files and the models' folders of every arm are there; nothing is read.
+
+    Raises:
+        DataError: A data file is not there or cannot be opened.
+        ModelError: A model's folder is none.
+    """
+    for experiment in {_reads(cell): cell.experiment for cell in comparison.cells}.values():
+        require_files(experiment.data)
+    for path in {cell.experiment.model.path for cell in comparison.cells}:
+        require_reachable(path)
 
 
 def _reads(cell: Cell) -> tuple[str, str]:

@@ -3,30 +3,147 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
-from fedloom import judging
+from fedloom import __version__, judging
 from fedloom.assembly import choose_device
-from fedloom.errors import JudgeError
-from fedloom.evaluation.audit import AuditResult
-from fedloom.evaluation.harness import run_harness
+from fedloom.candidates import adapter_folder, run_of
+from fedloom.data.reader import require_files
+from fedloom.errors import JudgeError, ModelError
+from fedloom.evaluation.audit import AuditResult, read_audit_sets
+from fedloom.evaluation.harness import require_tasks, run_harness
 from fedloom.evaluation.questions import load_benchmark
 from fedloom.experiment import Experiment
+from fedloom.models.load import fingerprint, require_reachable
 from fedloom.report import run_folder as names
 from fedloom.report.evaluation_page import WARNINGS, write_evaluation
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.template import interval
-from fedloom.runner import evaluate_adapter
+from fedloom.runner import HeldOutScores, evaluate_adapter
 from fedloom.shown import visible
 from fedloom.terminal import Bars, make_console
 
+BASE = Path(judging.BASE)
+HELD_OUT = "held_out.json"
+"""The file that a held-out evaluation leaves."""
 
-def show_held_out(experiment: Experiment, adapter: Path | None) -> None:
-    """Print an adapter's metrics on an experiment's global held-out set."""
-    for name, value in evaluate_adapter(experiment, adapter).items():
-        print(visible(f"{name} = {value:.6f}"))
+
+def show_held_out(
+    given: Sequence[Path], adapter: Path | None, assignments: Sequence[str], target: Path | None
+) -> None:
+    """Print what adapters reach on global held-out sets, and leave that as a file.
+
+    Args:
+        given: An experiment in TOML, or run folders and adapters in them, each with its own experiment.
+        adapter: With one of these: what is scored instead of the base model, or of the run's adapter.
+        assignments: As after ``--set``, for every experiment.
+        target: Folder of the file (default: evaluations/NAME).
+    """
+    pairs = held_out_pairs(given, adapter, assignments)
+    folder = judging.new_folder(target, pairs[0][0].name)
+    console, records = make_console(), []
+    for experiment, own in pairs:
+        label = str(own) if own is not None else f"{experiment.model.path} without an adapter"
+        with console.status(f"scoring {label}"):
+            if not console.is_terminal:
+                console.print(visible(f"scoring {label}"), style="dim")
+            scores = evaluate_adapter(experiment, own)
+        print(visible(f"{label}, on {scores.rows} held-out rows of {experiment.name}"))
+        for name, value in scores.metrics.items():
+            beside = _interval_in_words(scores) if name == scores.headline else ""
+            print(visible(f"{name} = {value:.6f}{beside}"))
+        records.append(_held_out_record(experiment, own, scores))
+    folder.write_json(HELD_OUT, {"fedloom": __version__, "evaluated": records})
+    print(visible(f"wrote {folder.path / HELD_OUT}"))
+
+
+def held_out_pairs(
+    given: Sequence[Path], adapter: Path | None, assignments: Sequence[str]
+) -> list[tuple[Experiment, Path | None]]:
+    """Return experiments and the adapters to be scored on their held-out rows; ``None``: the base model.
+
+    Raises:
+        SettingsError: With every mistake in an experiment.
+        ModelError: A path is none of what may be given, or an adapter lies in no run folder.
+    """
+    if adapter is not None and len(given) != 1:
+        raise ModelError("--adapter goes with one experiment or run folder")
+    pairs = []
+    for path in given:
+        own = adapter_folder(adapter) if adapter is not None and adapter != BASE else None
+        if path.suffix == ".toml" and not path.is_dir():
+            pairs.append((Experiment.from_toml(path, assignments), own))
+            continue
+        if path == BASE:
+            raise ModelError(
+                "the base model is scored on an experiment: fedloom evaluate EXPERIMENT.toml, or on the "
+                "rows of a run: fedloom evaluate RUN_FOLDER --adapter base"
+            )
+        run = run_of(path)
+        if adapter is None:
+            own = adapter_folder(path)
+        if run is None:
+            raise ModelError(
+                f"{path} lies in no run folder, so its held-out rows are not known: name the experiment, "
+                f"fedloom evaluate EXPERIMENT.toml --adapter {path}; or give --benchmark or --lm-eval"
+            )
+        experiment = Experiment.from_toml(run / names.EXPERIMENT, assignments)
+        pairs.append((experiment, own))
+    return pairs
+
+
+def _interval_in_words(scores: HeldOutScores) -> str:
+    own = scores.interval
+    if own is None:
+        return ""
+    if own.low is None or own.high is None:
+        return f"  (no interval: {own.missing})"
+    return f"  (95 % interval {own.low:.3f} to {own.high:.3f} over {own.units} {own.over})"
+
+
+def _held_out_record(experiment: Experiment, adapter: Path | None, scores: HeldOutScores) -> Record:
+    return {
+        "experiment": experiment.to_table(defaults=False),
+        "model": experiment.model.path,
+        "adapter": str(adapter) if adapter is not None else None,
+        "adapter_sha256": fingerprint(str(adapter)) if adapter is not None else None,
+        "rows": scores.rows,
+        "headline": scores.headline,
+        "metrics": dict(scores.metrics),
+        "interval": asdict(scores.interval) if scores.interval is not None else None,
+    }
+
+
+def check(
+    given: Sequence[Path],
+    assignments: Sequence[str],
+    *,
+    adapter: Path | None = None,
+    benchmark: str | None = None,
+    questions: Path | None = None,
+    judges: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    target: Path | None = None,
+) -> None:
+    """Check what can be told before a model is read; raise what the evaluation would."""
+    if benchmark is None and not tasks:
+        pairs = held_out_pairs(given, adapter, assignments)
+        judging.new_folder(target, pairs[0][0].name, make=False)
+        for experiment, _ in pairs:
+            require_files(experiment.data)
+            require_reachable(experiment.model.path)
+        return
+    settings = judging.EvaluateSettings.read(assignments)
+    if tasks:
+        require_tasks(tasks)
+    if benchmark is not None:
+        found = load_benchmark(benchmark, questions)
+        judging.require_judges(judges or judging.default_judges(found))
+    for candidate in judging.find_candidates(given, settings.model, _names_model(assignments)):
+        require_reachable(candidate.model)
 
 
 def show_benchmark(
@@ -44,7 +161,12 @@ def show_benchmark(
     benchmark = load_benchmark(name, questions).first(limit)
     for row in benchmark.bad_rows:
         console.print(f"warning: left out: {row}", style="yellow", highlight=False)
-    candidates = judging.find_candidates(given, settings.model, _names_model(assignments))
+    candidates = judging.find_candidates(
+        given,
+        settings.model,
+        _names_model(assignments),
+        asked_as_trained=settings.generation.template is None,
+    )
     if len(candidates) < len(given):
         text = "warning: a model that is given twice counts once"
         console.print(text, style="yellow", highlight=False)
@@ -63,8 +185,7 @@ def show_audit(
     path: Path, judges: Sequence[str], assignments: Sequence[str], limit: int | None
 ) -> None:
     """Print how judges do on pairs that people judged, beside chance and the longer answer."""
-    if not judges:
-        raise JudgeError("--judge-audit needs a judge: --judge http://HOST/v1 or a model's folder")
+    check_audit(path, judges, assignments)
     settings = judging.EvaluateSettings.read(assignments).judging
     chosen = judging.make_judges(judges, settings)
     for judge, results in judging.audit_judges(path, chosen, settings.seed, limit):
@@ -75,10 +196,20 @@ def show_audit(
     )
 
 
+def check_audit(path: Path, judges: Sequence[str], assignments: Sequence[str]) -> None:
+    """Check what can be told before a judge is loaded; raise what :func:`show_audit` would."""
+    if not judges:
+        raise JudgeError("--judge-audit needs a judge: --judge http://HOST/v1 or a model's folder")
+    judging.EvaluateSettings.read(assignments)
+    judging.require_judges(judges)
+    read_audit_sets(path, 1)
+
+
 def show_harness(
     given: Sequence[Path], tasks: Sequence[str], assignments: Sequence[str], limit: int | None
 ) -> None:
     """Print what lm-eval finds for each adapter."""
+    require_tasks(tasks)
     settings = judging.EvaluateSettings.read(assignments)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("model", "task", "metric", "value"):

@@ -247,6 +247,17 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
 DEFAULT_NAMES = {"objective": "dpo", "method": "fedavg"}
 
 
+def keys_of(section: str, table: Mapping[str, Any]) -> Iterable[str]:
+    """Return the keys that a section may have, as a table names the objective or the method."""
+    choice = SECTIONS[section]
+    if isinstance(choice, type):
+        return choice.model_fields
+    own = table.get(section, {})
+    name = str(own.get("name")) if isinstance(own, Mapping) else ""
+    settings_class: type[Settings] = choice[name if name in choice else DEFAULT_NAMES[section]][0]
+    return settings_class.model_fields
+
+
 def data_kind(settings: DataSettings) -> str:
     """Return the kind of example a source holds: as set, or as built in."""
     return settings.kind or settings.builtin_kind or ""

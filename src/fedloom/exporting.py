@@ -62,12 +62,8 @@ def export(
         ModelError: The model cannot be had, or has no such head.
         VerificationError: What was written, loaded again, is not the model that was merged.
     """
-    folder = RunFolder.existing(run)
-    adapter = _adapter_of(folder, client)
-    whose = "global" if client is None else f"client-{client:04d}"
-    target = target or folder.path / "exported" / (f"{whose}-reward" if reward else whose)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} is not empty; give another folder with --to")
+    adapter, target = places_of(run, client, target, reward=reward)
+    folder = RunFolder(run)
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
     classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
     classes = divide(experiment).classes if classification else ()
@@ -112,6 +108,23 @@ def _facts(
         known["evaluation"] = evaluation_facts(client, folder.read_json(names.SUMMARY), test)
     task = "reward" if reward else known["task"]
     return {**known, "task": task, "own_code": own_code, "tokenizer_of_base": False}
+
+
+def places_of(
+    run: Path, client: int | None, target: Path | None, *, reward: bool
+) -> tuple[Path, Path]:
+    """Return the adapter that is meant, and the folder that the model goes to; see :func:`export`.
+
+    Raises:
+        OutputError: It is no run folder, has no such model, or the target is not empty.
+    """
+    folder = RunFolder.existing(run)
+    adapter = _adapter_of(folder, client)
+    whose = "global" if client is None else f"client-{client:04d}"
+    target = target or folder.path / "exported" / (f"{whose}-reward" if reward else whose)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} is not empty; give another folder with --to")
+    return adapter, target
 
 
 def _adapter_of(folder: RunFolder, client: int | None) -> Path:

@@ -18,8 +18,9 @@ import torch
 from pydantic import Field
 
 from fedloom.assembly import TINY_TEXTS, cache_folder, choose_device
+from fedloom.candidates import Form, adapter_folder, named_form, trained_form
 from fedloom.data.builtin import pretraining_texts
-from fedloom.data.templates import TEMPLATES, Template
+from fedloom.data.templates import Template
 from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
 from fedloom.evaluation.agreement import agreement, model_scores
 from fedloom.evaluation.audit import AuditResult, audit, read_audit_sets
@@ -58,9 +59,9 @@ BASE = "base"
 class GenerationSettings(Settings):
     """``generation``: how the models answer."""
 
-    template: Template = "alpaca"
+    template: Template | None = None
     """What is put around a question: "alpaca" (2502.14187), the model's own "chat" template, or
-    "plain"."""
+    "plain" (default: what the run asked with that the adapter is from; "alpaca" where there is none)."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Length of an answer (default: the benchmark's: 1024, Vicuna 2048, a file 512)."""
     temperature: float | None = Field(default=None, ge=0)
@@ -128,11 +129,13 @@ class Candidate:
         label: What it is called in tables.
         adapter: Its PEFT folder, ``None`` for the base model.
         model: Folder or Hub name of the base model.
+        form: How it was asked in training, where that is known.
     """
 
     label: str
     adapter: Path | None
     model: str
+    form: Form | None = None
 
 
 def _begin(progress: Progress | None, text: str, total: int) -> Callable[[int], None]:
@@ -140,7 +143,11 @@ def _begin(progress: Progress | None, text: str, total: int) -> Callable[[int], 
 
 
 def find_candidates(
-    given: Sequence[Path], settings: ModelSettings, assigned: bool
+    given: Sequence[Path],
+    settings: ModelSettings,
+    assigned: bool,
+    *,
+    asked_as_trained: bool = False,
 ) -> list[Candidate]:
     """Return what the paths on the command line stand for; a path that is given twice stands once.
 
@@ -148,6 +155,7 @@ def find_candidates(
         given: PEFT folders, run folders with an ``adapter`` in them, or ``base``.
         settings: The base model, where it is ``assigned``.
         assigned: Whether the user named the base model.
+        asked_as_trained: Whether to look up in which form its run asked each adapter.
 
     Raises:
         ModelError: A path is none of these, or the base model cannot be told.
@@ -155,15 +163,17 @@ def find_candidates(
     found: list[Candidate] = []
     for path in dict.fromkeys(given):
         if str(path) != BASE:
-            folder = path / "adapter" if (path / "adapter").is_dir() else path
+            folder = adapter_folder(path)
             if any(own.adapter and own.adapter.resolve() == folder.resolve() for own in found):
                 continue
             model = settings.path if assigned else _base_of(folder)
             label = path.resolve().parent.name if path.name == "adapter" else path.resolve().name
-            found.append(Candidate(_free(label, found), folder, model))
+            form = trained_form(folder) if asked_as_trained else None
+            found.append(Candidate(_free(label, found), folder, model, form))
     if any(str(path) == BASE for path in given):
         model = settings.path if assigned or not found else found[0].model
-        found.insert(0, Candidate(BASE, None, model))
+        form = found[0].form if found else None  # asked as the first of those it is compared with
+        found.insert(0, Candidate(BASE, None, model, form))
     if not found:
         raise ModelError('no model to evaluate: give adapter folders, run folders or "base"')
     return found
@@ -176,6 +186,7 @@ def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]
         JudgeError: A name is none of these.
         ModelError: A folder holds no model.
     """
+    require_judges(chosen)
     judges: list[Judge] = []
     for name in chosen:
         if name in RULES:
@@ -183,7 +194,7 @@ def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]
         elif name.startswith(("http://", "https://")):
             cache = cache_folder() / "judge"
             judges.append(EndpointJudge(name, settings, os.environ.get(KEY), cache))
-        elif Path(name).is_dir():
+        else:
             judges.append(
                 ModelJudge(
                     name,
@@ -192,11 +203,20 @@ def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]
                     device=choose_device(settings.device),
                 )
             )
-        else:
+    return judges
+
+
+def require_judges(chosen: Sequence[str]) -> None:
+    """Check that every name stands for a judge.
+
+    Raises:
+        JudgeError: One does not.
+    """
+    for name in chosen:
+        if not (name in RULES or name.startswith(("http://", "https://")) or Path(name).is_dir()):
             raise JudgeError(
                 f"no judge {name!r}: give {', '.join(RULES)}, a model's folder, or an http address"
             )
-    return judges
 
 
 def evaluate_benchmark(
@@ -236,7 +256,10 @@ def evaluate_benchmark(
             "bad_rows": list(benchmark.bad_rows),
             "models": [{"label": c.label, "model": c.model} for c in candidates],
             "generation": settings.generation.model_dump()
-            | {"max_new_tokens": _length(benchmark, settings.generation)},
+            | {
+                "max_new_tokens": _length(benchmark, settings.generation),
+                "template": _forms_in_words(candidates, settings.generation),
+            },
             "judging": settings.judging.model_dump(),
             "answers": _answer_records(answers),
             "judges": [
@@ -284,10 +307,10 @@ def answer(
     if candidate.adapter is not None:
         model = load_adapter(model, candidate.adapter)
     model.eval()
-    template = TEMPLATES[settings.template]
+    form = form_for(candidate, settings)
     asks = [
         Ask(
-            tuple(encoder.prompt(template(question.text))),
+            tuple(encoder.prompt(form.wrap(question.text))),
             question.temperature if settings.temperature is None else settings.temperature,
             derive_seed(settings.seed, f"answer {question.id}"),
         )
@@ -296,6 +319,21 @@ def answer(
     return generate(
         model, encoder, asks, _length(benchmark, settings), settings.batch_size, advance
     )
+
+
+def form_for(candidate: Candidate, settings: GenerationSettings) -> Form:
+    """Return how a model is asked: as set, as it was in training, or in Alpaca's form."""
+    if settings.template is not None:
+        return named_form(settings.template)
+    return candidate.form or named_form("alpaca")
+
+
+def _forms_in_words(candidates: Sequence[Candidate], settings: GenerationSettings) -> str:
+    """Return the form of all models, or each model's where they differ."""
+    forms = {candidate.label: form_for(candidate, settings).name for candidate in candidates}
+    if len(set(forms.values())) == 1:
+        return next(iter(forms.values()))
+    return ", ".join(f"{form} ({label})" for label, form in forms.items())
 
 
 def model_path(model: str) -> str:
@@ -381,6 +419,7 @@ def _digest(
     ]
     asked = [(q.id, q.text, q.temperature) for q in benchmark.questions]
     generation = settings.generation.model_dump(exclude={"batch_size"})
+    generation["template"] = [form_for(c, settings.generation).name for c in candidates]
     parts = [models, asked, generation, benchmark.max_new_tokens, settings.model.quantization]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -397,11 +436,31 @@ def _folder(chosen: Path | None, name: str, digest: str) -> RunFolder:
         path, number = Path("evaluations") / f"{name}-{number}", number + 1
     if path.exists() and not _holds(path, digest):
         raise OutputError(f"{path} is not empty: choose another folder with --to")
+    _make(path)
+    return RunFolder(path)
+
+
+def new_folder(chosen: Path | None, name: str, *, make: bool = True) -> RunFolder:
+    """Return an empty folder, as chosen or a new one in ``evaluations``.
+
+    Raises:
+        OutputError: The chosen one holds something, or it cannot be made.
+    """
+    path, number = chosen or Path("evaluations") / name, 2
+    while chosen is None and path.exists():
+        path, number = Path("evaluations") / f"{name}-{number}", number + 1
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} is not empty: choose another folder with --to")
+    if make:
+        _make(path)
+    return RunFolder(path)
+
+
+def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {path}: {error.strerror}; choose another --to") from error
-    return RunFolder(path)
 
 
 def _holds(path: Path, digest: str) -> bool:
@@ -417,9 +476,9 @@ def _base_of(folder: Path) -> str:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} is no adapter: it has no adapter_config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be read: {error}") from None
-    model = config.get("base_model_name_or_path")
+    model = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(model, str) or not model:
         raise ModelError(f"{folder} does not name its base model; say --set model.path=FOLDER")
     return model

@@ -23,6 +23,7 @@ from fedloom.assembly import Parts, assemble, assemble_saved, model_folder, of_s
 from fedloom.audit import AuditLog
 from fedloom.checkpoint import Checkpoint, State
 from fedloom.data.loading import LoadedData
+from fedloom.data.reader import require_files
 from fedloom.division import DataSource, divide
 from fedloom.engines.store import ClientStore
 from fedloom.errors import (
@@ -38,11 +39,14 @@ from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.files import sweep
+from fedloom.intervals import Interval, sample_interval
+from fedloom.keywords import read_experiment
 from fedloom.made_with import MadeWith
 from fedloom.messages import Payload, Schema, Tensors, encode
 from fedloom.methods import METHODS
 from fedloom.model_cards import ModelCards
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.load import require_reachable
 from fedloom.models.start import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.offences import of_rounds
@@ -114,26 +118,32 @@ class RunResult:
 
 
 def run(
-    experiment: str | Path | Experiment,
+    experiment: str | Path | Mapping[str, Any] | Experiment,
     *,
-    objective: Objective | None = None,
-    data: DataSource | None = None,
+    objective: Objective | Mapping[str, Any] | None = None,
+    data: DataSource | Mapping[str, Any] | None = None,
     observer: RunObserver | None = None,
+    **settings: Any,
 ) -> RunResult:
     """Run an experiment to its end.
 
     Args:
-        experiment: A TOML file, or an :class:`Experiment`.
-        objective: Your own objective instead of the one in the experiment.
-        data: Your own source of examples instead of ``[data]``.
+        experiment: A TOML file, a table of sections, or an :class:`Experiment`.
+        objective: Your own objective instead of the one in the experiment, or settings of the section.
+        data: Your own source of examples instead of ``[data]``, or settings of the section.
         observer: Watches the run; by default only warnings are shown.
+        settings: Other values than the experiment's, as after ``--set``: ``rounds=2``, or for keys that
+            several sections have, ``evaluation={"batch_size": 8}``.
 
     Raises:
         FedloomError: See ``fedloom.errors`` for the tree.
     """
-    if not isinstance(experiment, Experiment):
-        experiment = Experiment.from_toml(experiment)
-    return run_experiment(experiment, objective=objective, data=data, observer=observer or Silent())
+    if isinstance(objective, Mapping):
+        settings, objective = {"objective": objective, **settings}, None
+    if isinstance(data, Mapping):
+        settings, data = {"data": data, **settings}, None
+    read = read_experiment(experiment, settings)
+    return run_experiment(read, objective=objective, data=data, observer=observer or Silent())
 
 
 def run_experiment(
@@ -366,7 +376,24 @@ def forget_client(path: Path, client: int) -> int:
     return found
 
 
-def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> dict[str, float]:
+@dataclass(frozen=True)
+class HeldOutScores:
+    """What an adapter reaches on a global held-out set.
+
+    Attributes:
+        rows: How many rows that is.
+        metrics: By name.
+        headline: Name of the one that is judged by.
+        interval: Of that one, over the rows; ``None`` where there is none.
+    """
+
+    rows: int
+    metrics: Mapping[str, float]
+    headline: str
+    interval: Interval | None
+
+
+def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> HeldOutScores:
     """Score a PEFT folder (or the base model) on the experiment's global held-out set.
 
     Raises:
@@ -377,27 +404,16 @@ def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> dict[str, 
     reference = None
     if start is not None and experiment.reference == "start":
         reference = start.shared if isinstance(start.shared, Path) else None
-    model, held_out = assemble_saved(experiment, divide(experiment), adapter, reference)
-    return held_out.score(model)
-
-
-def starting_file() -> Path:
-    """Return the commented experiment that ``fedloom init`` writes and ``fedloom demo`` runs."""
-    return Path(__file__).with_name("starting.toml")
-
-
-def write_starting_file(path: Path) -> None:
-    """Copy the starting file to ``path``.
-
-    Raises:
-        OutputError: Something is there already, or it cannot be written.
-    """
-    if path.exists():
-        raise OutputError(f"{path} is there already; give another name")
-    try:
-        path.write_text(starting_file().read_text(encoding="utf-8"), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    division = divide(experiment)
+    model, held_out = assemble_saved(experiment, division, adapter, reference)
+    metrics = held_out.score(model)
+    sample = held_out.sample
+    return HeldOutScores(
+        len(held_out),
+        metrics,
+        HEADLINES[division.judged].name,
+        sample_interval(sample) if sample is not None else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -567,6 +583,8 @@ class _Run:
             presence=self.presence,
         )
         self.observer.begin(_plan(experiment, parts))
+        if done < 0:
+            self.observer.stage(_evaluated_first(parts))
         self.saved = done
         try:
             state = server.run(state, done)
@@ -824,6 +842,28 @@ def _require_empty(path: Path, chosen: str | None) -> None:
         )
 
 
+def require_startable(experiment: Experiment) -> None:
+    """Check what can be told of a run before its data and model are read.
+
+    Raises:
+        OutputError: Its folder holds something already.
+        DataError: A data file is not there or cannot be opened, or rows are not where they are needed.
+        ModelError: The model's folder is none.
+    """
+    if experiment.output.folder:
+        _require_empty(free_folder(experiment), experiment.output.folder)
+    _require_rows(experiment, None)
+    require_files(experiment.data)
+    for path in (of_server(experiment).model.path, *_models(experiment)):
+        require_reachable(path)
+
+
+def _models(experiment: Experiment) -> set[str]:
+    """Return the models of groups of clients."""
+    groups = experiment.clients.groups.values()
+    return {experiment.model.path, *(group.model for group in groups if group.model)}
+
+
 def free_folder(experiment: Experiment) -> Path:
     """Return the folder that a run of an experiment goes to: as set, or a new one in ``runs``."""
     path = Path(experiment.output.folder or Path("runs") / experiment.name)
@@ -952,4 +992,31 @@ def _plan(experiment: Experiment, parts: Parts) -> Plan:
         headline.name,
         headline.higher_is_better,
         {client: parts.engine.title(client) for client in sorted({*sizes, *absent})},
+        _work(experiment, parts, sizes) if there == len(parts.local.sizes()) else 0.0,
+    )
+
+
+TRAINED = 3.0
+"""Forward passes that training on a row takes: its own, and a backward one that is twice as long."""
+
+
+def _work(experiment: Experiment, parts: Parts, sizes: Mapping[int, int]) -> float:
+    """Return what a round trains, in rows judged at the start; see :class:`Plan`."""
+    federation, training = experiment.federation, experiment.training
+    judged = len(parts.division.test) + sum(map(len, parts.evaluator.client_held_out.values()))
+    participations = federation.rounds * min(federation.cohort_size, len(sizes)) / len(sizes)
+    steps = [
+        training.work(rows, participations).most_steps(rows, training.batch_size)
+        for rows in sizes.values()
+    ]
+    trained = sum(steps) / len(steps) * training.batch_size
+    return TRAINED * trained * min(federation.cohort_size, len(sizes)) / max(1, judged)
+
+
+def _evaluated_first(parts: Parts) -> str:
+    """Say what is done before the first round, which may take as long as one."""
+    clients = parts.evaluator.client_held_out
+    own = f", and {sum(map(len, clients.values()))} of {len(clients)} clients" if clients else ""
+    return (
+        f"evaluating the start, before any training: {len(parts.division.test)} held-out rows{own}"
     )

@@ -8,7 +8,7 @@ import pytest
 
 import machines as other_machines
 from fedloom.experiment import Experiment
-from fedloom.runner import starting_file
+from fedloom.starting import starting_file
 from machines import machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]

@@ -475,3 +475,20 @@ def _no_layout(
         f"{name} {fits}: {', '.join(there)}.\nMap yours with data.columns, such as {line}{made}{also}\n"
         f"Layouts of {kind} data:\n{layouts_in_words(kind)}"
     )
+
+
+def require_files(settings: DataSettings) -> None:
+    """Check, before anything is read, that every file of ``[data]`` can be opened and has a row.
+
+    Raises:
+        DataError: One cannot, or has none.
+    """
+    sources = (*settings.all_sources, *((settings.test_source,) if settings.test_source else ()))
+    for source in sources:
+        if not is_file(source):
+            continue  # built in, the clients', or on the Hub
+        if not is_pattern(source):
+            for _ in read_file(Path(os.path.expanduser(source))):
+                break
+        elif not glob.glob(os.path.expanduser(source)):
+            raise DataError(f"no data file matches {source}")

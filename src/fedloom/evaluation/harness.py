@@ -43,6 +43,7 @@ def run_harness(
         ModelError: lm-eval is not installed.
         DataError: A task is not known, or its data or the model cannot be had.
     """
+    require_tasks(tasks)
     lm_eval = _import()
     names, folders = _names(tasks)
     with warnings.catch_warnings():
@@ -78,6 +79,25 @@ def run_harness(
                 f"lm-eval cannot run {', '.join(names)} on {adapter or model}: {reason}"
             ) from error
     return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+
+
+def require_tasks(tasks: Sequence[str]) -> None:
+    """Check, before lm-eval is imported, that what is given as tasks can be some.
+
+    Raises:
+        DataError: One is a file that is no YAML, or an empty name.
+    """
+    for task in tasks:
+        suffix = Path(task).suffix
+        if not task.strip():
+            raise DataError("--lm-eval has an empty task; write tasks as mmlu,arc_easy")
+        if suffix in (".toml", ".json", ".jsonl", ".csv") or (
+            suffix not in (".yaml", ".yml") and Path(task).is_file()
+        ):
+            raise DataError(
+                f"--lm-eval {task}: no task; give names that lm-eval knows (mmlu,arc_easy) or a YAML "
+                "file of a task, and adapters before it: fedloom evaluate RUN_FOLDER --lm-eval mmlu"
+            )
 
 
 def _import() -> Any:

@@ -459,3 +459,13 @@ def _check_weights(path: str) -> None:
         pickled = [file.name for file in folder.glob("*.bin")]
         hint = f"; {pickled[0]} is pickled and is not read, convert it" if pickled else ""
         raise ModelError(f"no weights in {path}: it needs model.safetensors{hint}")
+
+
+def require_reachable(path: str) -> None:
+    """Check, before anything is loaded, that a model which is meant to lie in a folder does.
+
+    Raises:
+        ModelError: It does not, or brings code of its own.
+    """
+    if path != TINY:
+        _check_folder(path)

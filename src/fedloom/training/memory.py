@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -56,6 +57,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def asked_for(error: BaseException) -> str:
+    """Return how much was asked for when memory did not suffice, as the error says it, or nothing."""
+    found = re.search(r"allocate (?:(\d+) bytes|([\d.]+ [KMGT]iB))", str(error))
+    if found is None:
+        return ""
+    amount = f"{int(found[1]) / 1e9:.1f} GB" if found[1] else found[2]
+    return f" ({amount} were asked for at once)"
 
 
 def client_memory(
