@@ -38,11 +38,15 @@ IMPORTERS = {
     ),
     "grpc": (),
     "h11": ("deployment/fleet.py",),
-    "httpcore": ("deployment/flower_node.py",),
+    "httpcore": ("deployment/flower_node.py", "evaluation/judges/replies.py"),
     "uvicorn": ("deployment/flower_server.py",),
 }
 # `fedloom --help`, a mistyped setting and a report must not wait seconds for torch.
 LIGHT = (
+    "early.py",
+    "starting.py",
+    "stopping.py",
+    "targets.py",
     "settings.py",
     "errors.py",
     "cli.py",
