@@ -44,8 +44,8 @@ COMMANDS = """# Commands
 
 <!-- written by docs/reference.py from the code -->
 
-`fedloom COMMAND --help` says the same in a terminal. Exit codes: 0 done; 2 the command or settings are
-wrong; 1 anything else; those of a federation's processes stand in [operating.md](operating.md).
+`fedloom COMMAND --help` says the same; [command-line.md](command-line.md) says what all commands
+have in common: exit codes, what is written where, and how they are stopped.
 
 """
 
