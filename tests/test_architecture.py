@@ -15,6 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 IMPORTERS = {
     "transformers": (
         "models/load.py",
+        "models/export.py",
+        "models/verify.py",
         "models/quantize.py",
         "models/tiny.py",
         "models/standalone.py",

@@ -296,7 +296,7 @@ def test_a_benchmark_from_adapters_to_page(call, file, tmp_path, model_folder):
     )  # fmt: skip
     assert code == 0
     assert "left out: mine.jsonl row 2: has none of the columns" in out
-    assert re.search(r"reference +run +0\.000 +0\.000 to 0\.000 +1 of 2", out)
+    assert re.search(r"reference +run +0\.000 +0\.000 to 0\.793 +1 of 2", out)
     assert "reference: 2 of 4 verdicts unusable: 2 abstained: no reference" in out
     (folder / "report.html").unlink()
     assert call("report", folder)[0] == 0 and (folder / "report.html").is_file()

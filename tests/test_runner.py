@@ -149,8 +149,8 @@ def test_one_client_equals_centralised_bit_for_bit(experiment, tmp_path, name):
 def test_the_adapter_loads_with_peft_and_scores_the_same(experiment):
     built = experiment(federation={"rounds": 1})
     result = fedloom.run(built)
-    assert evaluate_adapter(built, result.adapter_path) == dict(result.metrics)
-    assert evaluate_adapter(built, None) == dict(result.metrics_before)
+    assert evaluate_adapter(built, result.adapter_path).metrics == dict(result.metrics)
+    assert evaluate_adapter(built, None).metrics == dict(result.metrics_before)
     base = AutoModelForCausalLM.from_pretrained(built.model.path)
     assert (
         peft.PeftModel.from_pretrained(base, str(result.adapter_path)).peft_config["default"].r == 2
@@ -160,7 +160,7 @@ def test_the_adapter_loads_with_peft_and_scores_the_same(experiment):
 def test_a_classifier_loads_with_peft_and_scores_the_same(experiment):
     built = experiment(objective={"name": "classification"}, data={"source": "builtin:labelled"})
     result = fedloom.run(built)
-    assert evaluate_adapter(built, result.adapter_path) == dict(result.metrics)
+    assert evaluate_adapter(built, result.adapter_path).metrics == dict(result.metrics)
     base = AutoModelForSequenceClassification.from_pretrained(built.model.path, num_labels=8)
     peft.PeftModel.from_pretrained(base, str(result.adapter_path))
 

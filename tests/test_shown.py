@@ -56,7 +56,7 @@ def test_values_and_places_are_short():
     ("error", "line"),
     [
         (ValueError("one\ntwo"), "one"),
-        (ValueError("\n\n  one \n two"), "one "),
+        (ValueError("\n\n  one \n two"), "one"),
         (RuntimeError(""), "RuntimeError"),
         (OSError(" \n "), "OSError"),
     ],
@@ -228,7 +228,13 @@ def test_rows_of_any_content_are_divided_trained_on_and_reported(
     xml.etree.ElementTree.fromstring(drawn)
     assert r"$\frac{0$" in drawn and "[/nope]" in drawn and r"\x1b[2J" in drawn
     code, out = call(
-        "partition", file, "--picture", picture, "--set", r"partition.column='[b]\u001b[1m'"
+        "partition",
+        file,
+        "--picture",
+        picture,
+        "--force",
+        "--set",
+        r"partition.column='[b]\u001b[1m'",
     )
     assert code == 3 and "did you mean" in out and not HIDDEN.search(out)
     code, out = call("run", file)

@@ -10,8 +10,9 @@ from fedloom.comparison import compare, read_comparison
 from fedloom.errors import SettingsError
 from fedloom.experiment import COMPARE, SECTIONS, Experiment
 from fedloom.progress import Silent
-from fedloom.runner import run_experiment, starting_file
+from fedloom.runner import run_experiment
 from fedloom.settings import Of, read_toml
+from fedloom.starting import starting_file
 from fedloom.unread import unread_in_all, unread_settings
 
 ROOT = Path(__file__).parents[1]

@@ -144,7 +144,7 @@ def test_clients_of_other_ranks_and_backbones_take_part(federate, distil, tmp_pa
     make_tiny_model(other, pretraining_texts(np.random.default_rng(5), 200), recipe)
     groups = {"wide": {"clients": [1], "rank": 6}, "deep": {"clients": [2], "model": str(other)}}
     own = distil(groups=groups, server_rank=4, server_model=str(other))
-    scored = evaluate_adapter(own, fedloom.run(own).adapter_path)
+    scored = evaluate_adapter(own, fedloom.run(own).adapter_path).metrics
     assert 0 <= scored["accuracy"] <= 1  # the adapter is of the server's model, and loads there
     found = federate(distil(groups=groups, server_rank=4), evaluate=True)
     models = [found.parts.engine.equipment[client].model for client in range(3)]

@@ -136,7 +136,9 @@ class News:
         own = record.evaluation
         if own is not None:  # rows are for the run folder
             record = replace(record, evaluation=replace(own, sample=None))
-        self.tell("round_done", record=asdict(record))
+        told = asdict(record)
+        del told["presence"]  # of interest to who plays the rounds alone
+        self.tell("round_done", record=told)
 
     def warning(self, text: str) -> None:
         """Something the user should know."""
