@@ -36,6 +36,14 @@ def sampled(items, count):
     ]
 
 
+def every(step, items):
+    """Parameters of which each so many-th is in the default suite, and the others are in the slow one."""
+    return [
+        pytest.param(item, marks=[pytest.mark.slow] if place % step else [])
+        for place, item in enumerate(items)
+    ]
+
+
 def tries(slow, full):
     """The parameters of a test that tries less in the slow suite than in the full one."""
     marks = (pytest.mark.slow, pytest.mark.full)

@@ -162,6 +162,7 @@ def test_data_and_model_are_looked_at_before_anything_runs(file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_runs_is_not_touched(file, tmp_path):
     compare(read_comparison(file(seeds=[0])), tmp_path / "out", workers=1)
     other = read_comparison(file({"training": {"learning_rate": 0.5}}, seeds=[0]))

@@ -82,6 +82,7 @@ def ours(result, client):
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "objective"), PARTS.values(), ids=PARTS)
 def test_a_client_loads_elsewhere_with_the_same_log_probs(run, strange, method, objective):
     result = run(method, objective)

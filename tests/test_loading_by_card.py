@@ -164,6 +164,7 @@ def require_alike(ask, folder, one):
     return names
 
 
+@pytest.mark.slow
 def test_an_adapter_and_an_export_load_by_their_cards(trained, here):
     result, (saved,) = trained("fedavg")
     require_alike(here, saved.folder, saved)

@@ -38,7 +38,7 @@ from fedloom.methods import METHODS
 from fedloom.objectives import DPO
 from fedloom.progress import Silent
 from fedloom.runner import evaluate_adapter, resume_run
-from sampling import drawn, tries
+from sampling import drawn, every, tries
 
 
 def sha(folder):
@@ -194,7 +194,7 @@ def test_partial_participation_and_evaluation_every_n_rounds(experiment):
     assert records[-1]["evaluation"]["clients"]["worst"]["preference_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - SHARED_LOSS))
+@pytest.mark.parametrize("method", every(3, sorted(METHODS.keys() - SHARED_LOSS)))
 def test_every_method_is_judged_on_every_clients_own_rows(suited, method):
     few = {"data": {"builtin_rows": 30, "source": "builtin:preferences"}}
     result = fedloom.run(suited(method, **few))
@@ -472,8 +472,10 @@ def test_who_stops_a_resumed_run_at_once_is_told_what_is_saved(experiment, tmp_p
     "method",
     [
         "fedavg",
-        "scaffold",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("local_only", "fedyogi", "fedex_lora")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("scaffold", "local_only", "fedyogi", "fedex_lora")
+        ),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, method):

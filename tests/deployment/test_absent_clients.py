@@ -60,6 +60,7 @@ def both(made, loopback, tmp_path):
     return play
 
 
+@pytest.mark.slow
 def test_all_that_can_happen_at_once(both):
     both("fedamole", ALL_OF_IT)
 

@@ -17,7 +17,7 @@ from fedloom.progress import Silent
 from fedloom.runner import run_experiment
 from loopback import client_file
 
-QUICK = ["fedavg", "scaffold", "fedpdpo", "fedamole", "fedmoe", "distillation", "split", "flora"]
+QUICK = ["fedavg", "fedamole", "split"]
 OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK})
 
 

@@ -458,6 +458,7 @@ LOST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", LOST)
 @pytest.mark.parametrize("method", [pytest.param("scaffold", marks=pytest.mark.slow), "fedpdpo"])
 def test_what_a_client_kept_over_an_answer_that_does_not_count_is_undone(

@@ -571,6 +571,7 @@ def test_a_run_starts_from_what_is_sent_and_from_no_path(own):
         assert found.experiment.adapter.start == start
 
 
+@pytest.mark.slow
 def test_every_recipe_fits_the_default_bounds(own):
     count = 0
     for name, asked in arms():

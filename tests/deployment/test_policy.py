@@ -262,6 +262,7 @@ def test_a_day_ends(server, tmp_path):
     day.begin_work(("b", 1, 1), "train", policy, going_on=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["split", "fedamole", "fdlora", "flora"])
 def test_a_round_of_many_exchanges_is_one(loopback, small, method, tmp_path):
     """A policy that allows as many rounds as the run has lets it through to its end."""

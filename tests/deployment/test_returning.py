@@ -162,6 +162,7 @@ def over_links(own, settings):
         run_experiment(settings, observer=Silent(), remote=engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["fedavg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("split", "scaffold"))],

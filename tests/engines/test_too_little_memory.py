@@ -10,6 +10,7 @@ from fedloom.audit import events
 from fedloom.errors import RoundFailed
 from fedloom.models.adapters import AdapterModel
 from fedloom.training.memory import fitting, is_out_of_memory
+from sampling import every
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def states(folder):
     return [event["state"] for event in events(folder, "round")]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedpdpo", "scaffold"])
+@pytest.mark.parametrize("method", every(3, ["fedavg", "fedpdpo", "scaffold"]))
 def test_the_rest_of_the_run_is_that_of_smaller_micro_batches(
     experiment, memory_for, method, tmp_path, caplog
 ):

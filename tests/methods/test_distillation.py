@@ -138,6 +138,7 @@ def test_rows_of_a_round_are_drawn_anew_and_known_to_all(distil, federate):
     assert server == drawn[0]
 
 
+@pytest.mark.slow
 def test_clients_of_other_ranks_and_backbones_take_part(federate, distil, tmp_path):
     other = tmp_path / "other"
     recipe = TinyRecipe(vocabulary=290, hidden=48, intermediate=64, layers=3, heads=2, steps=2)

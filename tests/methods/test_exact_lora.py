@@ -160,6 +160,7 @@ def test_ffa_is_exact_and_fedavg_is_not(experiment, federate, answers):
     assert plain.records[-1].train["aggregation_error"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["flexlora", "hetlora"])
 def test_clients_of_any_rank_share_one_adapter(experiment, federate, answers, method):
     # rows that prefer either side: the first rounds only sway, the sixth is below the first

@@ -310,6 +310,7 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits_and_its_folders_load(experiment, tmp_path):
     whole = fedloom.run(experiment(method=METHOD, **MIXTURE))
     broken = tmp_path / "broken"

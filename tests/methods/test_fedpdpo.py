@@ -43,6 +43,7 @@ def watched(parts, seen):
     parts.engine.exchange = exchange
 
 
+@pytest.mark.slow
 def test_payloads_are_as_long_as_those_of_fedavg_with_the_same_lora(personal, experiment, federate):
     """Requests to the byte; replies without the text of their metrics, whose digits differ."""
     parts = federate(personal()).parts

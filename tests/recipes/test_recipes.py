@@ -150,6 +150,7 @@ def test_a_comparison_is_read(path):
     assert len({(cell.name, cell.experiment.federation.seed) for cell in found.cells}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", quick_or_slow(PERSONAL), ids=lambda path: path.stem)
 def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_file, tmp_path):
     """Every arm is run once, for a round, and every scenario by one arm, to the page."""
@@ -193,6 +194,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
         assert cell.method.replace("_", " ") in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", quick_or_slow(FRAMEWORKS), ids=lambda path: path.stem)
 def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     """Every cell is sound; every arm is run once, in the first scenario, to the page."""
@@ -225,6 +227,7 @@ def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     assert "Where each framework wins" in write_frameworks(folder).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     quick_or_slow(p for p in COMPARISONS if p not in FRAMEWORKS + PERSONAL),

@@ -125,6 +125,7 @@ def test_many_rounds_are_thinned_to_the_first_the_last_and_some_between():
     assert section["rounds"][0] == 1 and section["rounds"][-1] == 200
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run(tmp_path, experiment):
     import fedloom
     from fedloom.report.page import write_report

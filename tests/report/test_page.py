@@ -151,6 +151,7 @@ def test_the_account_of_rows_is_shown(folder):
     assert "mind &lt;this&gt;" in page and "unaccounted for" not in page
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared(experiment, tmp_path):
     folders = []
     for seed in (0, 1):
@@ -170,6 +171,7 @@ def test_several_runs_are_compared(experiment, tmp_path):
         assert folder.name in page
 
 
+@pytest.mark.slow
 def test_many_clients_and_values_become_a_heat_map(experiment):
     built = experiment(
         objective={"name": "classification"},

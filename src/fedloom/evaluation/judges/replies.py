@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,7 @@ class Caller:
             pool = getattr(own, "_pool", None)
             if pool is not None:
                 pool._network_backend = _Backend(self._clock.left)
+        weakref.finalize(self, self._client.close)  # connections are kept from one request to the next
 
     def __repr__(self) -> str:
         """Show no key."""
