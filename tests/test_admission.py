@@ -266,6 +266,7 @@ def test_a_repeat_offender_is_not_asked_for_some_rounds(experiment, spoiled, tmp
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_offences(experiment, spoiled, tmp_path):
     class Stop(Silent):
         def round_done(self, record):

@@ -95,6 +95,7 @@ def test_a_client_loads_elsewhere_with_the_same_log_probs(run, strange, method, 
     assert not torch.allclose(found, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reward_model_scores_texts(run, strange):
     result = run({"name": "fedpdpo", "bottleneck": 4}, "pdpo")
     written = export(result.folder, client=0, reward=True)

@@ -203,6 +203,7 @@ def test_other_versions_are_told_and_recorded(stopped, tmp_path, monkeypatch):
     assert [event["versions"]["torch"] for event in began] == [real["torch"], "9.9"]
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_before_there_is_a_checkpoint_too(experiment, rows_file, tmp_path):
     rows = [{"prompt": f"Q{i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(40)]
     file = Path(rows_file(rows))
@@ -267,6 +268,7 @@ def test_figures_of_a_damaged_folder_are_doubted(stopped, tmp_path, damage):
         assert f"{damage.partition(':')[0]}.json" in said
 
 
+@pytest.mark.slow
 def test_a_page_says_what_is_doubted(stopped, tmp_path):
     run = shutil.copytree(stopped[1].folder, tmp_path / "run")
     said = "not to be relied on, as its records are not what was written: costs.jsonl was changed"

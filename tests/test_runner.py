@@ -124,6 +124,7 @@ def test_a_run_leaves_its_folder_and_can_be_repeated_from_it(experiment, tmp_pat
     assert len(json.loads((result.folder / "samples.json").read_text())) == 2
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_adapter(experiment, tmp_path):
     first = fedloom.run(experiment())
     other = fedloom.run(experiment(federation={"seed": 1}, output={"folder": str(tmp_path / "b")}))
@@ -218,6 +219,7 @@ def test_pairs_are_unrolled_for_kto_and_judged_as_pairs(experiment):
     assert run["data"]["feedback"]["intact_share"] == 1.0
 
 
+@pytest.mark.slow
 def test_answers_spread_over_clients_break_pairs_and_keep_sizes(experiment, tmp_path):
     def deal(feedback):
         folder = tmp_path / feedback

@@ -131,6 +131,7 @@ def test_what_watches_a_run_obeys_nothing_on_any_console(kind, text, shown):
     assert not HIDDEN.search(out.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "shown"), STRANGE.values(), ids=STRANGE)
 def test_a_figure_of_any_name_can_be_drawn_and_read(text, shown):
     shown = shown.replace(r"\r", "\\x0d")

@@ -496,6 +496,7 @@ def test_rouge_is_for_free_answers(data, words):
         Experiment.from_table(table)
 
 
+@pytest.mark.slow
 def test_a_run_is_judged_by_choices_and_by_rouge(tmp_path, model_folder):
     rows = [
         {

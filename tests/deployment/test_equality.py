@@ -17,7 +17,7 @@ from fedloom.progress import Silent
 from fedloom.runner import run_experiment
 from loopback import client_file
 
-QUICK = ["fedavg", "fedamole", "split"]
+QUICK = ["fedavg", "split"]
 OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK})
 
 

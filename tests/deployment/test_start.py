@@ -56,6 +56,7 @@ def judged(folder):
     return [line["evaluation"] for line in lines(folder, "rounds.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -103,6 +103,7 @@ def test_every_rule_is_another(federate, distil):
     assert len(heads) == len(RULES)
 
 
+@pytest.mark.slow
 def test_the_same_bits_again_and_after_a_resume(distil, tmp_path):
     experiment = distil(rounds=3, rows_per_round=5, top_k=3)
 

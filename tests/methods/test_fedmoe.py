@@ -124,6 +124,7 @@ def test_absent_clients_probe_when_they_first_come(mixture, federate, messages):
     assert list(by_client(found.state.tensors, EXPERTS)) == sorted(c for _, c in probed)
 
 
+@pytest.mark.slow
 def test_own_models_load_in_transformers_and_a_resumed_run_is_the_same(mixture, tmp_path):
     from transformers import AutoModelForCausalLM
 

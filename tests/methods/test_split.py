@@ -102,6 +102,7 @@ def test_the_same_bits_again(federate, split):
     assert any(not torch.equal(noisy[0][n], twice[0][n]) for n in twice[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_with_the_same_bits(split, tmp_path):
     def at(name):
         experiment = split(clients=3, server="parallel", labels="client")

@@ -48,6 +48,7 @@ def rotated(tokens):
     )
 
 
+@pytest.mark.slow
 def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(model_folder))
     rows = builtin_examples("feedback", BATCH * STEPS, np.random.default_rng(5))

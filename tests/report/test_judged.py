@@ -92,6 +92,7 @@ def test_runs_of_earlier_versions_have_what_their_number_of_rows_gives(folder):
     assert found.gain.missing.startswith("not estimable: no scores of single rows")
 
 
+@pytest.mark.slow
 def test_what_is_given_twice_counts_once(folder, tmp_path):
     said = []
     copy = shutil.copytree(folder, tmp_path / "again")
