@@ -250,10 +250,10 @@ def full_disk(site):
 
 
 def full_disk_at_the_start(site):
-    def fail(own, header):
+    def fail(own, header, payload):
         if header.client == 1:
             raise OSError(28, "No space left on device")
-        return plain(own, header)
+        return plain(own, header, payload)
 
     plain = worker.Worker._ready
     site.monkeypatch.setattr(worker.Worker, "_ready", fail)

@@ -168,9 +168,9 @@ def main():
     nothing = HostileServer(worker("three", model={"path": str(MODEL)}))
     steps, update = [], local.update
 
-    def counted(*arguments):
+    def counted(*arguments, **named):
         steps.append(1)
-        update(*arguments)
+        return update(*arguments, **named)
 
     local.update = counted
     # everything lazy is imported, and the honest rows are read, before anybody listens

@@ -165,7 +165,7 @@ def adaptable_layers(model: nn.Module) -> set[str]:
         return add_nothing
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in linear.items()]
-    row = _probe(model)
+    row = _ended(model, _probe(model))
     try:
         with torch.enable_grad():
             total = _logits(model, row, training=True).sum()
@@ -448,6 +448,15 @@ def _probe(model: nn.Module, length: int = PROBED_TOKENS) -> Tensor:
     size = min(known, default=PROBED_TOKENS)
     ids = torch.arange(length) * max(1, size // length) % size
     return ids.unsqueeze(0).to(next(model.parameters()).device)
+
+
+def _ended(model: Any, row: Tensor) -> Tensor:
+    """Return a row that ends as texts do: some classifiers read the state at the end token (BART)."""
+    end = getattr(text_part(model.config), "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end <= int(row.max()):
+        row = row.masked_fill(row == end, int(row[0, 1]))
+        row[0, -1] = end
+    return row
 
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

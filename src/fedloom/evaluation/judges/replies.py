@@ -94,7 +94,9 @@ class Caller:
             pool = getattr(own, "_pool", None)
             if pool is not None:
                 pool._network_backend = _Backend(self._clock.left)
-        weakref.finalize(self, self._client.close)  # connections are kept from one request to the next
+        weakref.finalize(
+            self, self._client.close
+        )  # connections are kept from one request to the next
 
     def __repr__(self) -> str:
         """Show no key."""
