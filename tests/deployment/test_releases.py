@@ -36,10 +36,10 @@ def source_of(commit, folder):
 
 @pytest.fixture
 def client_of(monkeypatch):
-    """Let clients that are started from now on be of another release."""
+    """Let processes that are started from now on be of another release, or of this one again."""
 
     def use(source):
-        paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(own) for own in (source, os.environ.get("PYTHONPATH")) if own]
         monkeypatch.setitem(other_machines.ENVIRONMENT, "PYTHONPATH", os.pathsep.join(paths))
 
     return use
@@ -73,6 +73,7 @@ def test_a_client_of_the_release_before(tmp_path, client_of):
         client_of(source)
         if same:
             own.start_client(1)
+            client_of(None)
             folder = own.run(experiment(), "old")
             assert (folder / "rounds.jsonl").read_text().count('"rejected": []') == 3
             return
