@@ -453,8 +453,8 @@ def _probe(model: nn.Module, length: int = PROBED_TOKENS) -> Tensor:
 def _ended(model: Any, row: Tensor) -> Tensor:
     """Return a row that ends as texts do: some classifiers read the state at the end token (BART)."""
     end = getattr(text_part(model.config), "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end <= int(row.max()):
-        row = row.masked_fill(row == end, int(row[0, 1]))
+    if isinstance(end, int) and 0 <= end < vocabulary(model.config, 0):
+        row = torch.where(row == end, row[:, 1:2], row)
         row[0, -1] = end
     return row
 
