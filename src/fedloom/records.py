@@ -452,7 +452,7 @@ def summary_record(
         "clients_before": before["clients"],
         "clients_after": after["clients"],
         "totals": totals(costs),
-        "adapter": {"path": "adapter", "sha256": digest} if adapter else None,
+        "adapter": {"path": "adapter", "file": adapter.name, "sha256": digest} if adapter else None,
     }
 
 

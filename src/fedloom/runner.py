@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -507,10 +508,9 @@ class _Run:
             self._count_start(start)
         if known is None:
             self._write_start(id)
-        digest = fingerprint(self.experiment, self.parts.division, self.made)
         sizes = self.parts.engine.sizes()
         rows = {str(client): size for client, size in sizes.items()}
-        facts = {"run": id, "experiment": digest, "after": done, "clients": rows}
+        facts = {"run": id, "experiment": self.digest, "after": done, "clients": rows}
         self.audit.record("began", **facts, versions=versions())
         self._tell_heaviest(sizes)
 
@@ -626,16 +626,20 @@ class _Run:
         if record.round % every == 0 or record.round == rounds:
             self._save(*self.last)
 
+    @cached_property
+    def digest(self) -> str:
+        """The fingerprint of what shapes the results; it stays the same over a run."""
+        return fingerprint(self.experiment, self.parts.division, self.made)
+
     def _records(self) -> dict[str, Any]:
         """Return what the records are now."""
         return {"files": self.marks.now(), "audit": self.audit.position}
 
     def _save(self, round: int, state: State, records: dict[str, Any], presence: Presence) -> None:
         store = self.parts.local.store
-        digest = fingerprint(self.experiment, self.parts.division, self.made)
         checkpoint.save(
             self.folder.checkpoints,
-            Checkpoint(round, state, store.flat(), digest, records, presence.to_table()),
+            Checkpoint(round, state, store.flat(), self.digest, records, presence.to_table()),
             store.changed,
         )
         store.changed.clear()

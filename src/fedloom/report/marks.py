@@ -35,9 +35,6 @@ WHOLE = EXPERIMENT, RUN, PARTITION
 Mark = Mapping[str, Any]
 """``bytes`` and ``sha256`` of a file's beginning, or of a whole file."""
 
-WEIGHTS = "adapter_model.safetensors", "model.safetensors"
-"""Of an adapter, and of a model that was trained whole."""
-
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 
@@ -190,15 +187,12 @@ def _of_summary(folder: RunFolder, summary: Mapping[str, Any]) -> list[str]:
     if "records" not in summary:
         return ["an earlier release wrote this run, without hashes of its records"]
     found = changes(folder, summary["records"], ended=True)
-    if summary["adapter"] is not None:
-        there = [name for name in WEIGHTS if (folder.adapter / name).is_file()]
-        digest = hashlib.sha256()
-        if not there:
-            found.append(f"adapter/{WEIGHTS[0]} is missing")
-        elif _add(digest, folder.adapter / there[0], 0, None) and (
-            digest.hexdigest() != summary["adapter"]["sha256"]
-        ):
-            found.append(f"adapter/{there[0]} is another than the run wrote")
+    if (adapter := summary["adapter"]) is not None:
+        path, digest = folder.adapter / adapter["file"], hashlib.sha256()
+        if not path.is_file():
+            found.append(f"adapter/{path.name} is missing")
+        elif _add(digest, path, 0, None) and digest.hexdigest() != adapter["sha256"]:
+            found.append(f"adapter/{path.name} is another than the run wrote")
     return found
 
 
