@@ -14,8 +14,8 @@ from fedloom.data.loading import LoadedData
 from fedloom.division import divide
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment import Experiment
-from fedloom.progress import Silent
 from fedloom.runner import run_experiment, show_partition
+from observers import Heard
 from sampling import drawn
 
 USED = ("public", "trained", "held_out", "judged")
@@ -632,17 +632,6 @@ def test_a_partition_is_readable_at_80_columns_with_few_clients_and_with_many(tm
         assert all(rows == lost + trained + held for _, rows, lost, trained, held in whole)
 
 
-class Watcher(Silent):
-    def __init__(self):
-        self.said, self.warned = [], []
-
-    def stage(self, text):
-        self.said.append(text)
-
-    def warning(self, text):
-        self.warned.append(text)
-
-
 def test_a_run_says_what_became_of_its_rows(experiment, rows_file, tmp_path):
     rows = [{"prompt": f"where is {i}?", "completion": f" at {i}"} for i in range(60)]
     rows.append({"prompt": "p", "completion": 3})
@@ -653,17 +642,17 @@ def test_a_run_says_what_became_of_its_rows(experiment, rows_file, tmp_path):
         "kind": "instruction",
     }
     own = experiment(data=data, objective={"name": "sft"}, federation={"clients": 2, "rounds": 1}, evaluation={"samples": 0, "max_examples": 10})  # fmt: skip
-    watcher = Watcher()
+    watcher = Heard()
     result = run_experiment(own, observer=watcher)
     assert (
         "rows: 61 read = 1 malformed + 4 dropped + 50 trained on + 6 held out by clients"
-        in watcher.said
+        in watcher.stages
     )
-    assert "rows of the test set: 13 read = 3 dropped + 10 held out for all" in watcher.said
-    assert "training rows left out: 4 with the same prompt as a held-out row" in watcher.warned
+    assert "rows of the test set: 13 read = 3 dropped + 10 held out for all" in watcher.stages
+    assert "training rows left out: 4 with the same prompt as a held-out row" in watcher.warnings
     record = json.loads((result.folder / "run.json").read_text())["data"]
     assert record["account"]["source"]["dropped"] == {"same prompt as a held-out row": 4}
-    warned = [text for text in watcher.warned if "does nothing" not in text]
+    warned = [text for text in watcher.warnings if "does nothing" not in text]
     assert record["account"]["warnings"] == warned and record["malformed"] == 1
     assert record["train"] == record["account"]["source"]["trained"] == 50
     for account in (record["account"]["source"], *record["account"]["clients"]):

@@ -9,7 +9,6 @@ from scipy import stats
 from fedloom.intervals import (
     UNBOUNDED,
     Sample,
-    bounded_interval,
     change,
     mean_interval,
     rows_difference,
@@ -165,12 +164,14 @@ def test_an_area_under_the_curve():
 
 def test_means_within_bounds():
     """Four scores of 10 on a scale of 1 to 10: with 1 and 10 added, mean 8.5, deviation 3.67423."""
-    found = bounded_interval([10.0] * 4, "questions", (1.0, 10.0))
+    scores = Sample("", (10.0,) * 4, (1.0,) * 4, (), (1.0, 10.0))
+    found = sample_interval(scores, "questions")
     assert found.estimate == 10.0 and found.high == 10.0
     assert found.low == pytest.approx(
         8.5 - stats.t.ppf(0.975, 5) * 3.67423 / math.sqrt(6), abs=1e-4
     )
-    assert bounded_interval([1.0] * 6, "rows", SHARE) == share_interval(6, 6)
+    shares = Sample("", (1.0,) * 6, (1.0,) * 6, (), SHARE)
+    assert sample_interval(shares, "rows") == share_interval(6, 6)
 
 
 def test_an_arm_of_several_models():

@@ -17,17 +17,7 @@ from fedloom.report import marks
 from fedloom.report.page import write_report
 from fedloom.report.run_folder import RunFolder
 from fedloom.runner import forget_client, resume_run
-
-
-class Said(Silent):
-    def __init__(self):
-        self.stages, self.warnings = [], []
-
-    def stage(self, text):
-        self.stages.append(text)
-
-    def warning(self, text):
-        self.warnings.append(text)
+from observers import Heard
 
 
 class Broken(Silent):
@@ -123,7 +113,7 @@ def test_lines_beyond_the_checkpoint_are_cut_off_and_the_totals_are_those_of_a_w
         last = lines(run / name)[-1].replace('"round": 2', '"round": 3')
         with (run / name).open("a") as file:
             file.write(last + last[:20])
-    said = Said()
+    said = Heard()
     result = resume_run(run, observer=said)
     told = (
         "cut off, as these rounds are played again: 2 lines of rounds.jsonl, 2 lines of costs.jsonl"
@@ -173,7 +163,7 @@ def test_a_folder_with_an_experiment_alone_is_no_run(experiment, tmp_path):
 
 def test_a_run_that_has_ended_says_so(experiment, stopped, tmp_path):
     run = shutil.copytree(stopped[1].folder, tmp_path / "run")
-    said = Said()
+    said = Heard()
     resume_run(run, observer=said)
     assert "round 4 was the last: what a run leaves at its end is written again" in said.stages
     assert not any("continuing" in text for text in said.stages)
@@ -182,7 +172,7 @@ def test_a_run_that_has_ended_says_so(experiment, stopped, tmp_path):
 def test_whose_settings_count_is_said(stopped, tmp_path):
     run = shutil.copytree(stopped[1].folder, tmp_path / "run")
     other = shutil.copy(run / "experiment.toml", tmp_path / "other.toml")
-    said = Said()
+    said = Heard()
     resume_run(run, other, observer=said)
     assert any(
         f"{other} has the same, but for its [output], which is not used" in s for s in said.stages
@@ -194,7 +184,7 @@ def test_other_versions_are_told_and_recorded(stopped, tmp_path, monkeypatch):
     real = fedloom.runner.versions()
     now = {**real, "torch": "9.9", "fedloom": "7"}
     monkeypatch.setattr("fedloom.runner.versions", lambda: now)
-    said = Said()
+    said = Heard()
     resume_run(run, observer=said)
     [warning] = [text for text in said.warnings if "versions" in text]
     assert f"torch 9.9 (it was {real['torch']})" in warning
@@ -239,10 +229,20 @@ def test_a_run_made_with_objects_is_resumed_with_the_same(experiment, tmp_path):
         fedloom.resume(plain.folder, objective=Harsh())
 
 
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_not_doubted(experiment, tmp_path):
+    """Its weights lie in a file of another name."""
+    built = experiment(
+        adapter={"kind": "experts", "rank": 2, "experts": 2},
+        output={"folder": str(tmp_path / "run")},
+    )
+    assert marks.doubts(RunFolder(fedloom.run(built).folder)) == []
+
+
 def test_an_object_whose_source_cannot_be_read_is_told_at_once(experiment, tmp_path):
     space = {"DPO": DPO, "__name__": "session"}
     exec("class Typed(DPO):\n    '''Typed into a session.'''", space)
-    said = Said()
+    said = Heard()
     built = experiment(output={"folder": str(tmp_path / "run")})
     fedloom.run(built, objective=space["Typed"](), observer=said)
     assert any(

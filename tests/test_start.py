@@ -26,20 +26,10 @@ from fedloom.runner import evaluate_adapter, forget_client, resume_run, run_expe
 from fedloom.settings import write_toml
 from fedloom.start import find_start, kept_start, settled
 from fedloom.training.local import add_reference_logps
+from observers import Heard
 
 SFT = {"data": {"source": "builtin:instructions", "builtin_rows": 30}, "objective": {"name": "sft"}}
 ADAPTER = {"rank": 4, "alpha": 12.0, "targets": ["q_proj", "v_proj"]}
-
-
-class Heard(Silent):
-    def __init__(self):
-        self.stages, self.warnings = [], []
-
-    def stage(self, text):
-        self.stages.append(text)
-
-    def warning(self, text):
-        self.warnings.append(text)
 
 
 @pytest.fixture

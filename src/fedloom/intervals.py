@@ -246,11 +246,6 @@ def _pooled(models: Sequence[Judged]) -> Sample:
     )
 
 
-def bounded_interval(values: Sequence[float], over: str, bounds: tuple[float, float]) -> Interval:
-    """Return the mean of values within finite bounds and its interval, one unit added at either bound."""
-    return sample_interval(Sample("", tuple(values), (1.0,) * len(values), (), bounds), over)
-
-
 def _ratio(sample: Sample, over: str) -> Interval:
     """Return the ratio of sums, or the mean of the groups' ratios, by its linearised error."""
     import numpy as np

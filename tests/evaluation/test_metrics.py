@@ -8,7 +8,7 @@ import torch
 
 from fedloom.errors import ModelError
 from fedloom.evaluation.metrics import (
-    answer_metrics,
+    answer_scores,
     choice_metrics,
     feedback_metrics,
     instruction_metrics,
@@ -73,11 +73,9 @@ def test_choice_is_by_the_mean_loss_of_a_token():
 
 def test_rouge_l_by_hand():
     # "the cat" is the longest common subsequence: precision 2/3, recall 2/4, F1 4/7
-    found = answer_metrics(["the black cat"], [["the old lazy cat"]])
-    assert found["rouge_l"] == pytest.approx(4 / 7)
+    assert answer_scores(["the black cat"], [["the old lazy cat"]]) == [pytest.approx(4 / 7)]
     # the nearest of the accepted answers counts; case and punctuation do not
-    found = answer_metrics(["Yes.", "no"], [["maybe so", "yes"], ["yes"]])
-    assert found["rouge_l"] == 0.5
+    assert answer_scores(["Yes.", "no"], [["maybe so", "yes"], ["yes"]]) == [1.0, 0.0]
 
 
 def test_rouge_l_without_its_library(monkeypatch):
@@ -90,4 +88,4 @@ def test_rouge_l_without_its_library(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModelError, match=r"rouge-score, which is not installed: pip install"):
-        answer_metrics(["a"], [["a"]])
+        answer_scores(["a"], [["a"]])

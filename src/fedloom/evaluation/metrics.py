@@ -224,12 +224,6 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
     ]
 
 
-def answer_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the mean of :func:`answer_scores`."""
-    scores = answer_scores(answers, accepted)
-    return {"rouge_l": sum(scores) / len(scores)}
-
-
 def _auc(scores: Tensor, desirable: Tensor) -> float:
     good, bad = scores[desirable], scores[~desirable]
     return won(good[:, None] - bad[None, :]) if len(good) and len(bad) else 0.5
