@@ -26,12 +26,12 @@ class Site:
         self.own, self.experiment = own, experiment
 
     def pid(self, machine, kind):
-        """The process of a kind, or ``None``."""
+        """The process of a kind, or ``None``; of a fork server and what it forked, the one that was there first."""
         if kind in ("server", "client"):
             return self.own.processes[machine].pid
         if kind == "player":
             return self.own.player()
-        for pid in self.own.pids(machine):
+        for pid in sorted(self.own.pids(machine), key=start_time):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
             if (
                 pid != self.own.player()
@@ -90,6 +90,14 @@ class Site:
         folder = self.own.run(self.settings(1), name)
         record = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])
         assert record["clients"] == [0, 1] and not record["rejected"] and not record["absent"]
+
+
+def start_time(pid):
+    """When a process was started, in ticks since the machine was."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:  # it has ended
+        return 0
 
 
 def is_alive(pid):

@@ -44,7 +44,13 @@ def play(arguments: list[str]) -> None:
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
     sys.argv = ["flwr-serverapp", *arguments]
-    flwr_serverapp()
+    try:
+        flwr_serverapp()
+    except SystemExit as end:  # how Flower ends the process: all has been sent and closed by then
+        code = end.code if isinstance(end.code, int) else 1
+    else:
+        code = 0
+    os._exit(code)  # to take down the interpreter page by page took seconds of a core
 
 
 if __name__ == "__main__":
