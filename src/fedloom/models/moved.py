@@ -13,7 +13,7 @@ from typing import Any
 
 import peft
 import safetensors.torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedloom.messages import Tensors
 
@@ -34,32 +34,33 @@ class FrozenWeights:
         self._layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if hasattr(module, "lora_A")
         }
-        self._loaded: dict[str, Tensor] = {}
+        self._loaded: dict[str, nn.Parameter] = {}
 
     def move(self, changes: Tensors) -> None:
         """Let the weights be those that were loaded plus ``changes``, by name; without one, as loaded."""
         for name in self.changes.keys() - changes.keys():
-            self._parameter(name).data = self._loaded[name]
+            self._bare(name).weight = self._loaded[name]
         for name, change in changes.items():
             if change is not self.changes.get(name):
-                parameter = self._parameter(name)
-                loaded = self._loaded.setdefault(name, parameter.data)
+                bare = self._bare(name)
+                loaded = self._loaded.setdefault(name, bare.weight)
                 own = change.T if self._layer(name).fan_in_fan_out else change
-                moved = loaded.float() + own.to(loaded.device)
-                parameter.data = moved.to(loaded.dtype)
+                moved = (loaded.float() + own.to(loaded.device)).to(loaded.dtype)
+                # A parameter of its own: blocks may have one in common (Zamba), and each its own factors.
+                bare.weight = nn.Parameter(moved, requires_grad=False)
         self.changes = dict(changes)
 
     @contextmanager
     def as_loaded(self) -> Iterator[None]:
         """Inside, the weights are those that were loaded."""
-        moved = {name: self._parameter(name).data for name in self.changes}
+        moved = {name: self._bare(name).weight for name in self.changes}
         for name in moved:
-            self._parameter(name).data = self._loaded[name]
+            self._bare(name).weight = self._loaded[name]
         try:
             yield
         finally:
             for name, weight in moved.items():
-                self._parameter(name).data = weight
+                self._bare(name).weight = weight
 
     def save(self, model: peft.PeftModel, folder: Path) -> None:
         """Write the layers themselves, factors merged into them, in PEFT's format for whole layers.
@@ -95,9 +96,9 @@ class FrozenWeights:
     def _layer(self, name: str) -> Any:
         return self._layers[name.removeprefix(MOVED)]
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        weight: nn.Parameter = self._layer(name).get_base_layer().weight
-        return weight
+    def _bare(self, name: str) -> Any:
+        """Return the linear layer itself, under its factors."""
+        return self._layer(name).get_base_layer()
 
 
 def products(factors: Tensors, scaling: float) -> Tensors:
