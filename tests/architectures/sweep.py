@@ -1,6 +1,7 @@
 """What becomes of one architecture: loaded, trained, saved, loaded elsewhere, merged, asked in a batch."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedloom.models.architecture import is_linear, switch_dropout_off
 from fedloom.models.export import export_causal
 from fedloom.models.heads import PersonalParts, attach_personal
 from fedloom.models.load import load_backbone, load_tokenizer
+from fedloom.models.moved import products
 from fedloom.models.shape import block_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.logps import completion_logps
@@ -34,6 +36,10 @@ THEORY = {"dpo": log(2), "ipo": 25.0, "kto": 0.5, "bco": log(2), "pdpo": log(2),
 (1 / 2 beta)^2 at beta = 0.1, 1 - sigmoid 0."""
 
 
+NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Of a configuration, what names a file, a class, or the precision of the file."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What was measured; errors are largest absolute differences of a row's log-prob, in nats.
@@ -48,7 +54,11 @@ class Outcome:
         ratios: Largest log-ratio to the reference before any step, exactly.
         losses: By objective with a reference, before any step.
         saved: The saved adapter in plain transformers and PEFT.
+        moved_weights: With the factors' product in the frozen weights in place of beside them, as FLoRA,
+            FedEx-LoRA and FlexLoRA have it: what the model says, the reference, and the saved folder in
+            plain transformers and PEFT; ``None`` with factors of a stack of experts, where they are refused.
         merged: The merged export in plain transformers, or why there is none.
+        configuration: Names by which the export's configuration differs from the checkpoint's.
         batched: Whether answers in a batch are those one by one.
     """
 
@@ -61,7 +71,9 @@ class Outcome:
     ratios: float = 0.0
     losses: dict[str, float] | None = None
     saved: float = 0.0
+    moved_weights: float | None = 0.0
     merged: float | str = 0.0
+    configuration: tuple[str, ...] = ()
     batched: bool = True
 
 
@@ -90,16 +102,21 @@ def swept(folder: Path, scratch: Path) -> Outcome:
     one_by_one = [continue_tokens(model, encoder, [prompt], NEW_TOKENS)[0] for prompt in prompts]
     model.save(scratch / "adapter")
     loaded = peft.PeftModel.from_pretrained(_plain(folder), str(scratch / "adapter"))
+    without_one = left_out(model)
+    moved_weights = _moved_weights(folder, scratch / "moved", model, rows)
+    merged = _merged(model, folder, scratch / "merged", rows, expected)
     return Outcome(
         tensors=len(model.parameters),
-        left_out=left_out(model),
+        left_out=without_one,
         without_gradient=without,
         moved=_apart(before, expected),
         padded=padded,
         ratios=ratios,
         losses=losses,
         saved=_apart(expected, alone(loaded, rows)),
-        merged=_merged(model, folder, scratch / "merged", rows, expected),
+        moved_weights=moved_weights,
+        merged=merged,
+        configuration=() if isinstance(merged, str) else _changed(folder, scratch / "merged"),
         batched=together == one_by_one,
     )
 
@@ -223,6 +240,56 @@ def _trained(model: AdapterModel, rows: Sequences) -> tuple[str, ...]:
         optimizer.step()
         optimizer.zero_grad()
     return tuple(sorted(parameters.keys() - reached))
+
+
+def _moved_weights(
+    folder: Path, target: Path, model: AdapterModel, rows: Sequences
+) -> float | None:
+    """Move the trained factors' product into the frozen weights and back; return the largest error."""
+    if model.stacked:
+        return None
+    beside = model.read()
+    changes = products(beside, model.scaling)
+    nothing = {n: torch.zeros_like(t) if ".lora_B." in n else t for n, t in beside.items()}
+    with model.evaluating():
+        expected = completion_logps(model, rows)
+        with model.reference():
+            base = completion_logps(model, rows)
+        model.write({**nothing, **changes})
+        errors = [_apart(expected, completion_logps(model, rows))]
+        with model.reference():
+            errors.append(_apart(base, completion_logps(model, rows)))
+    model.save(target)
+    loaded = peft.PeftModel.from_pretrained(_plain(folder), str(target))
+    errors.append(_apart(expected, alone(loaded, rows)))
+    model.write(beside)
+    with model.evaluating():
+        errors.append(_apart(expected, completion_logps(model, rows)))
+    return max(errors)
+
+
+def _changed(folder: Path, export: Path) -> tuple[str, ...]:
+    """Return the names in two configurations that are not the same, but for those of files and classes."""
+    before, after = (
+        transformers.AutoConfig.from_pretrained(own).to_dict() for own in (folder, export)
+    )
+    if before["model_type"] != after["model_type"]:  # the text part is saved by itself
+        before = before["text_config"]
+    first, second = _leaves(before), _leaves(after)
+    names = first.keys() | second.keys()
+    differ = {n for n in names if first.get(n) != second.get(n)}
+    return tuple(sorted(n for n in differ if n.rpartition(".")[2] not in NAMES))
+
+
+def _leaves(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the values of a configuration by the path to each."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{path}{name}.")
+        else:
+            found[path + str(name)] = value
+    return found
 
 
 def _merged(

@@ -9,7 +9,7 @@ import transformers
 from architectures.sweep import THEORY, swept
 from architectures.table import CLOSE, DOCUMENT, line, lines
 from architectures.zoo import MODEL_TYPES, UNBUILT, make_folder
-from sampling import sampled
+from sampling import every, sampled
 
 # Other people's code: PEFT and transformers warn as they like when they load what is checked here.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def outcome_of(model_folder, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_folder))
 
-    def sweep(model_type):
-        make_folder(model_type, tmp_path / "model", tokenizer)
+    def sweep(model_type, **others):
+        make_folder(model_type, tmp_path / "model", tokenizer, **others)
         return swept(tmp_path / "model", tmp_path)
 
     return sweep
@@ -40,7 +40,9 @@ def check(model_type, outcome):
     assert {"dpo", "ipo", "kto", "bco"} <= outcome.losses.keys()
     assert outcome.padded < CLOSE
     assert outcome.saved < CLOSE
+    assert outcome.moved_weights is None or outcome.moved_weights < CLOSE
     assert isinstance(outcome.merged, str) or outcome.merged < CLOSE
+    assert outcome.configuration == ()
     assert outcome.batched
 
 
@@ -54,12 +56,29 @@ def test_an_architecture(outcome_of, model_type):
     check(model_type, outcome_of(model_type))
 
 
+@pytest.mark.parametrize("model_type", every(20, [
+    "youtu", "roberta", "xglm", "camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+]))  # fmt: skip
+def test_a_configuration_that_names_another_token_for_padding(outcome_of, model_type):
+    """Positions are counted from it, or its row is zero, when a model is loaded: an export keeps it.
+
+    With the tokenizer's in its place, exports were off by 0.08 (Youtu) to 7.2 nats (RoBERTa).
+    """
+    check(model_type, outcome_of(model_type, pad_token_id=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
+def test_a_weight_that_blocks_have_in_common_is_moved_in_each(outcome_of, model_type):
+    """Moved by both blocks' factors, it was off by 0.7 nats, and the reference with it."""
+    check(model_type, outcome_of(model_type))
+
+
 def test_the_table_has_every_model_type():
     document = DOCUMENT.read_text(encoding="utf-8")
     table = lines(document)
     assert sorted(table) == MODEL_TYPES
-    assert [name for name, row in table.items() if "| NO |" in row] == [
-        "youtu"
-    ]  # docs: known, to be mended
+    assert [name for name, row in table.items() if "| NO |" in row] == []
     taken = sum("refused" not in row.split("|")[2] for row in table.values())
     assert f"{len(table)} model types, of which {taken} are taken" in document

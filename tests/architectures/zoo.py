@@ -282,20 +282,20 @@ UNBUILT = {
 """What transformers itself does not build as a causal model, and why."""
 
 
-def small_config(model_type: str) -> Any:
-    """Return a configuration with few and narrow blocks."""
+def small_config(model_type: str, **others: Any) -> Any:
+    """Return a configuration with few and narrow blocks, and with ``others`` of its attributes."""
     kind = transformers.CONFIG_MAPPING[model_type]
-    return kind(**_merged(_small(kind), SPECIAL.get(model_type, {})))
+    return kind(**_merged(_small(kind), {**SPECIAL.get(model_type, {}), **others}))
 
 
-def small_model(model_type: str) -> Any:
+def small_model(model_type: str, **others: Any) -> Any:
     """Return a random model with weights wide enough that every layer counts, as it is published."""
     torch.manual_seed(0)
     whole = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     factory = (
         transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
     )
-    model = factory.from_config(small_config(model_type))
+    model = factory.from_config(small_config(model_type, **others))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.15)
@@ -304,14 +304,14 @@ def small_model(model_type: str) -> Any:
     return model.eval()
 
 
-def make_folder(model_type: str, folder: Path, tokenizer: Any) -> None:
-    """Write a checkpoint; of what transformers does not build, a configuration and one tensor."""
+def make_folder(model_type: str, folder: Path, tokenizer: Any, **others: Any) -> None:
+    """Write a checkpoint whose configuration has ``others`` too; of what transformers does not build, a configuration and one tensor."""
     tokenizer.save_pretrained(str(folder))
     if model_type in UNBUILT:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     else:
-        small_model(model_type).save_pretrained(str(folder))
+        small_model(model_type, **others).save_pretrained(str(folder))
 
 
 def _small(kind: Any, default: Any = None) -> dict[str, Any]:

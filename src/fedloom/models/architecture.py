@@ -47,6 +47,10 @@ MULTIPLES = "chunk_length"
 """Within the names of attributes of a configuration that a row's length is a multiple of in training."""
 
 
+NO_TOKEN = -1
+"""A number that no token has."""
+
+
 @torch.no_grad()
 def require_causal(model: nn.Module, path: str) -> None:
     """Check that a model reads rows of text, and says nothing of a token that depends on later ones.
@@ -173,10 +177,7 @@ def adaptable_layers(model: nn.Module) -> set[str]:
     except Exception as error:  # a model's code raises whatever it likes
         if row.device.type == "meta":
             return {name for name, module in linear.items() if not is_router(module)}
-        raise ModelError(
-            f"{type(model).__name__} cannot be trained on a row of text: {first_line(error)}; take "
-            "another model"
-        ) from error
+        raise _untrainable(model, error) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -186,6 +187,21 @@ def adaptable_layers(model: nn.Module) -> set[str]:
     # Of experts that are modules of their own, a row passes some.
     kinds = {_of_any_expert(name) for name in reached}
     return {name for name in linear if name in reached or _of_any_expert(name) in kinds}
+
+
+def _untrainable(model: nn.Module, error: Exception) -> ModelError:
+    """Return what a user is told of a model that does not run on a row of text."""
+    config: Any = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    if getattr(config, "is_encoder_decoder", False) and start is None:
+        return ModelError(
+            f"{type(model).__name__} cannot be trained: its configuration does not say with which token "
+            "its decoder starts; set decoder_start_token_id in its config.json (T5's is its pad_token_id)"
+        )
+    return ModelError(
+        f"{type(model).__name__} cannot be trained on a row of text: {first_line(error)}; take another "
+        "model"
+    )
 
 
 def _of_any_expert(name: str) -> str:
@@ -226,6 +242,36 @@ def pads_left(model: nn.Module, pad: int) -> bool:
     mask = torch.cat([torch.zeros_like(row), torch.ones_like(row)], dim=1)
     padded, alone = _last_logits(model, ids, mask), _last_logits(model, row, torch.ones_like(row))
     return bool((padded - alone).abs().max() <= CHANGED * alone.std())
+
+
+@torch.no_grad()
+def reads_padding(model: nn.Module) -> bool:
+    """Return whether a classifier needs to be told what rows are padded with.
+
+    Most decoders read the last token that their configuration does not call padding; some do not run
+    without such a token (BART). What reads another token reads that of its own embeddings, if any.
+
+    Args:
+        model: With a classification head and weights.
+
+    Raises:
+        ModelError: It does not run on a row of text.
+    """
+    config: Any = model.config
+    config = config.get_text_config()
+    before, row = getattr(config, "pad_token_id", None), _ended(model, _probe(model))
+    if before is None:
+        return True
+    said = []
+    try:
+        for pad in (int(row[0, -1]), NO_TOKEN):
+            config.pad_token_id = pad
+            said.append(_logits(model, row))
+    except Exception as error:  # a model's code raises whatever it likes
+        raise _untrainable(model, error) from error
+    finally:
+        config.pad_token_id = before
+    return not torch.equal(*said)
 
 
 @torch.no_grad()

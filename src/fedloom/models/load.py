@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedloom.errors import ModelError, first_line
-from fedloom.models.architecture import head_parts, positions, require_causal
+from fedloom.models.architecture import head_parts, positions, reads_padding, require_causal
 from fedloom.models.configuration import context, keep_blocks, text_part
 from fedloom.models.quantize import (
     Quantization,
@@ -163,7 +163,9 @@ def load_backbone(
         revision: Branch, tag or commit on the Hub.
         classes: Class names in the order of their ids; empty for a causal LM.
         dtype: Of the weights.
-        pad_token_id: Stored in the configuration; a classification head pools before padding.
+        pad_token_id: Stored in the configuration of a classifier that pools before padding. A causal
+            model's stays as it is: some make other embeddings of it when they are loaded again (RoBERTa
+            and XGLM their positions, Youtu a row of zeros).
         seed: Initialises the classification head.
         quantization: Of its linear layers.
         device: Where it goes (default: CPU).
@@ -186,6 +188,7 @@ def load_backbone(
         torch.manual_seed(derive_seed(seed, "classification head"))
         try:
             shape = _configuration(path, revision)
+            _require_known(path, shape, factory)
             has_head = any("Classification" in name for name in shape.architectures or ())
             known = tuple(own for _, own in sorted((shape.id2label or {}).items()))
             if has_head and known == classes:
@@ -210,13 +213,28 @@ def load_backbone(
         if classes and has_head and known != classes:
             _begin_head(model)  # the checkpoint's own is for other classes
     config: Any = model.config
-    config.pad_token_id = pad_token_id
     config.use_cache = False
     model = quantize_loaded(model.requires_grad_(False), quantization, device)
     model = model if "device_map" in options else model.to(device)
+    if classes and reads_padding(model):
+        _set_padding(config, pad_token_id)
     if not classes and blocks is None:
         require_causal(model, path)
     return model
+
+
+def _require_known(path: str, config: Any, factory: Any) -> None:
+    """Check that transformers has a model with the head that is asked for of a configuration's kind.
+
+    Raises:
+        ModelError: It has not.
+    """
+    if type(config) not in factory._model_mapping:
+        head = "classifier" if "Classification" in factory.__name__ else "causal language model"
+        raise ModelError(
+            f"{path} is a {config.model_type!r}, of which transformers has no {head} "
+            f"({factory.__name__}); take another model"
+        )
 
 
 def _require_whole(
@@ -286,6 +304,12 @@ def _set_classes(config: Any, classes: tuple[str, ...]) -> None:
         config.problem_type = "single_label_classification"  # a checkpoint's may be regression
 
 
+def _set_padding(config: Any, pad_token_id: int) -> None:
+    """Name what rows are padded with, in the section that a classifier reads too (Gemma 3)."""
+    config.pad_token_id = pad_token_id
+    config.get_text_config().pad_token_id = pad_token_id
+
+
 def empty_backbone(
     path: str,
     *,
@@ -309,8 +333,10 @@ def empty_backbone(
     factory: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     try:
         config = _configuration(path, revision)
+        _require_known(path, config, factory)
         _set_classes(config, classes)
-        config.pad_token_id = pad_token_id
+        if classes:
+            _set_padding(config, pad_token_id)
         if blocks is not None:
             keep_blocks(config, range(blocks))
         with torch.device("meta"):
