@@ -191,6 +191,24 @@ def test_other_versions_are_told_and_recorded(stopped, tmp_path, monkeypatch):
     assert f"fedloom 7 (it was {real['fedloom']})" in warning and "peft" not in warning
     began = [json.loads(line) for line in lines(run / "audit.jsonl") if '"began"' in line]
     assert [event["versions"]["torch"] for event in began] == [real["torch"], "9.9"]
+    [shown] = marks.resumed_with(RunFolder(run), RunFolder(run).read_json("run.json"))
+    assert shown.startswith("Resumed after round 2 with fedloom 7 (it was ")
+    assert shown.endswith(f"torch 9.9 (it was {real['torch']})")
+    whole = RunFolder(stopped[1].folder)
+    assert marks.resumed_with(whole, whole.read_json("run.json")) == []
+    (run / "audit.jsonl").write_text("{")
+    assert marks.resumed_with(RunFolder(run), RunFolder(run).read_json("run.json")) == [
+        "The log of the run cannot be read: with which versions it was resumed is not known"
+    ]
+
+
+def test_a_resume_reads_run_json_once(stopped, tmp_path, monkeypatch):
+    run, read, real = shutil.copytree(stopped[0], tmp_path / "run"), [], RunFolder.read_json
+    monkeypatch.setattr(
+        RunFolder, "read_json", lambda self, name: read.append(name) or real(self, name)
+    )
+    resume_run(run)
+    assert read == ["run.json"]
 
 
 @pytest.mark.slow
@@ -275,6 +293,10 @@ def test_a_page_says_what_is_doubted(stopped, tmp_path):
     assert said not in write_report([run]).read_text()
     put(run / "costs.jsonl", (run / "costs.jsonl").read_text().replace('"round": 1', '"round": 3'))
     assert said in write_report([run]).read_text()
+    log = (run / "audit.jsonl").read_text()
+    (run / "audit.jsonl").write_text(log.replace('"python": "3', '"python": "2'))
+    resumed = "Begun again with python 2"
+    assert resumed in write_report([run]).read_text()
     both = write_report([run, stopped[1].folder], tmp_path / "both.html").read_text()
     assert f"The figures of run are {said}" in both and both.count(said) == 2
 

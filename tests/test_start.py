@@ -402,8 +402,11 @@ def test_clients_start_from_what_is_their_own(build, tmp_path, method):
     # what a client started from is forgotten with the rest, and the run can still be gone on with
     forget_client(second.folder, 1)
     assert not (second.folder / "start" / "clients" / "0001").exists()
-    again = Experiment.from_toml(second.folder / "experiment.toml")
-    assert kept_start(again, RunFolder(second.folder)).clients.keys() == {0, 2}
+    again, folder = (
+        Experiment.from_toml(second.folder / "experiment.toml"),
+        RunFolder(second.folder),
+    )
+    assert kept_start(again, folder, folder.read_json("run.json")).clients.keys() == {0, 2}
 
 
 @pytest.mark.slow

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedloom.errors import CheckpointError
 from fedloom.objectives.base import Objective
-from fedloom.report.run_folder import RUN, RunFolder
+from fedloom.report.run_folder import Record
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class MadeWith:
         given = "".join(f", {name}={own['class']}(...)" for name, own in self.to_record().items())
         return f"fedloom.run({experiment!r}{given})"
 
-    def require_same(self, folder: RunFolder) -> None:
+    def require_same(self, folder: Path, run: Record | None) -> None:
         """Check that a run is resumed with the objects that it was begun with.
+
+        Args:
+            folder: The run folder.
+            run: What ``run.json`` holds, ``None`` where there is none.
 
         Raises:
             CheckpointError: With others, with none, or with some where it had none.
         """
-        run = folder.read_json(RUN)
         if run is None:
             return
         before, now = run.get("made_with", {}), self.to_record()
@@ -64,15 +68,15 @@ class MadeWith:
                 continue
             if new is None:
                 raise CheckpointError(
-                    f"{folder.path} was begun from Python with {name}={old['class']}: resume it there, "
-                    f"with fedloom.resume({str(folder.path)!r}, {name}=...)"
+                    f"{folder} was begun from Python with {name}={old['class']}: resume it there, "
+                    f"with fedloom.resume({str(folder)!r}, {name}=...)"
                 )
             if old is None:
                 raise CheckpointError(
-                    f"{folder.path} was begun without {name}=; resume it without {name}={new['class']}"
+                    f"{folder} was begun without {name}=; resume it without {name}={new['class']}"
                 )
             raise CheckpointError(
-                f"{folder.path} was begun with {name}={_named(old)}, this is {_named(new)}: resume it "
+                f"{folder} was begun with {name}={_named(old)}, this is {_named(new)}: resume it "
                 "with the same, or start a new run"
             )
 

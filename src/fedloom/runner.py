@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +72,7 @@ from fedloom.records import (
 )
 from fedloom.report import account, marks
 from fedloom.report import run_folder as names
-from fedloom.report.run_folder import RunFolder
+from fedloom.report.run_folder import Record, RunFolder, other_versions
 from fedloom.report.tables import human_count
 from fedloom.server import Briefing, RemoteEngine, Server
 from fedloom.shown import named
@@ -236,11 +236,12 @@ def resume_run(
     with folder.locked():
         for place in (folder.path, folder.checkpoints):
             sweep(place)
-        experiment, start = _experiment_of(folder, experiment_file, assignments, observer)
-        _require_same_engine(folder, remote)
+        begun: Record | None = folder.read_json(names.RUN)
+        experiment, start = _experiment_of(folder, begun, experiment_file, assignments, observer)
+        _require_same_engine(folder, begun, remote)
         _require_rows(experiment, remote)
         made = MadeWith(objective, data)
-        made.require_same(folder)
+        made.require_same(folder.path, begun)
         log = _log_of(folder)
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
@@ -251,7 +252,7 @@ def resume_run(
         if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
             saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
             _require_records(folder, saved, log)
-        _require_same_data(folder, digest)
+        _require_same_data(folder, begun, digest)
         store = ClientStore(saved.clients if saved else None)
         parts = assemble(
             experiment,
@@ -262,15 +263,15 @@ def resume_run(
             remote=remote,
             start=start,
         )
-        _require_same_model(folder, parts)
+        _require_same_model(folder, begun, parts)
         _tell_rows(parts, observer)
         _tell_start(experiment, parts.objective, observer)
-        _tell_versions(folder, observer)
+        _tell_versions(begun, observer)
         done = saved.round if saved else -1
         if cut := marks.cut_back(folder, saved.records["files"] if saved else {}):
             observer.stage(f"cut off, as these rounds are played again: {', '.join(cut)}")
         run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
-        run.prepare(done)
+        run.prepare(done, begun if done >= 0 else None)
         if saved is not None:
             run.presence = _presence_of(saved, parts)
         state = saved.state if saved else parts.method.initial_state(parts.initial)
@@ -286,7 +287,11 @@ def _presence_of(saved: Checkpoint, parts: Parts) -> Presence:
 
 
 def _experiment_of(
-    folder: RunFolder, file: Path | None, assignments: Iterable[str], observer: RunObserver
+    folder: RunFolder,
+    run: Record | None,
+    file: Path | None,
+    assignments: Iterable[str],
+    observer: RunObserver,
 ) -> tuple[Experiment, Start | None]:
     """Return the experiment of a run folder and what it starts from, after comparing it with one given.
 
@@ -295,7 +300,7 @@ def _experiment_of(
         SettingsError: Settings were given without an experiment.
     """
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
-    start = kept_start(experiment, folder)
+    start = kept_start(experiment, folder, run)
     if file is not None:
         given = Experiment.from_toml(file, assignments, name=experiment.name)
         if given.adapter.start == experiment.adapter.start:
@@ -394,8 +399,17 @@ class HeldOutScores:
     interval: Interval | None
 
 
-def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> HeldOutScores:
+def evaluate_adapter(
+    experiment: Experiment,
+    adapter: Path | None,
+    begin: Callable[[int], Callable[[int], None]] = lambda rows: lambda done: None,
+) -> HeldOutScores:
     """Score a PEFT folder (or the base model) on the experiment's global held-out set.
+
+    Args:
+        experiment: Says which rows those are.
+        adapter: The folder, ``None`` for the base model.
+        begin: Told how many rows there are; what it returns is called with those that are done.
 
     Raises:
         ModelError: The folder is no adapter, or one for another model.
@@ -407,6 +421,7 @@ def evaluate_adapter(experiment: Experiment, adapter: Path | None) -> HeldOutSco
         reference = start.shared if isinstance(start.shared, Path) else None
     division = divide(experiment)
     model, held_out = assemble_saved(experiment, division, adapter, reference)
+    held_out.done = begin(len(held_out))
     metrics = held_out.score(model)
     sample = held_out.sample
     return HeldOutScores(
@@ -472,9 +487,13 @@ class _Run:
         self.verifier = Verifier(self.experiment, self.parts)
         self.cards = ModelCards(self.experiment, self.parts, self.made.objective)
 
-    def prepare(self, done: int) -> None:
-        """Meet clients that are elsewhere, and write down what is known before the next round."""
-        known = self.folder.read_json(names.RUN) if done >= 0 else None
+    def prepare(self, done: int, known: Record | None = None) -> None:
+        """Meet clients that are elsewhere, and write down what is known before the next round.
+
+        Args:
+            done: The last finished round, -1 before the evaluation of the start.
+            known: What ``run.json`` holds, where this run goes on.
+        """
         id = known["id"] if known else uuid.uuid4().hex
         self.admission = Admission(
             self.experiment.admission,
@@ -913,9 +932,11 @@ def _require_rows(experiment: Experiment, remote: RemoteEngine | None) -> None:
         )
 
 
-def _require_same_engine(folder: RunFolder, remote: RemoteEngine | None) -> None:
+def _require_same_engine(
+    folder: RunFolder, run: Record | None, remote: RemoteEngine | None
+) -> None:
     """Check that clients are where they were: what they keep is there."""
-    made, now = (folder.read_json(names.RUN) or {}).get("engine"), _name_of(remote)
+    made, now = (run or {}).get("engine"), _name_of(remote)
     if made is not None and made != now:
         raise SettingsError(
             [
@@ -926,13 +947,12 @@ def _require_same_engine(folder: RunFolder, remote: RemoteEngine | None) -> None
         )
 
 
-def _require_same_data(folder: RunFolder, digest: str) -> None:
+def _require_same_data(folder: RunFolder, run: Record | None, digest: str) -> None:
     """Check that a run which has no checkpoint is the one that began here.
 
     Raises:
         CheckpointError: Settings or data have changed since.
     """
-    run = folder.read_json(names.RUN)
     if run is not None and run["fingerprint"] != digest:
         raise CheckpointError(
             f"settings or data have changed since {folder.path} was started (fingerprint "
@@ -940,26 +960,16 @@ def _require_same_data(folder: RunFolder, digest: str) -> None:
         )
 
 
-def _tell_versions(folder: RunFolder, observer: RunObserver) -> None:
+def _tell_versions(run: Record | None, observer: RunObserver) -> None:
     """Say which versions are others than those that a run was begun with."""
-    run, now = folder.read_json(names.RUN), versions()
-    if run is None:
-        return
-    begun = {"fedloom": run["fedloom"], **run["versions"]}
-    others = [
-        f"{name} {now.get(name, 'none')} (it was {begun[name]})"
-        for name in begun
-        if now.get(name) != begun[name]
-    ]
-    if others:
+    if run is not None and (others := other_versions(run, versions())):
         observer.warning(
             f"resumed with other versions than the run was begun with: {', '.join(others)}; results may "
             "differ from those of a run without a break"
         )
 
 
-def _require_same_model(folder: RunFolder, parts: Parts) -> None:
-    run = folder.read_json(names.RUN)
+def _require_same_model(folder: RunFolder, run: Record | None, parts: Parts) -> None:
     if run is not None and run["model"]["sha256"] != parts.model_digest:
         raise CheckpointError(
             f"the model {run['model']['name']} has changed since {folder.path} was started "

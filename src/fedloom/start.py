@@ -36,7 +36,7 @@ from fedloom.models.start import (
     read_tensors,
 )
 from fedloom.report import run_folder as names
-from fedloom.report.run_folder import RunFolder
+from fedloom.report.run_folder import Record, RunFolder
 from fedloom.settings import parse, read_toml
 
 FOLDER = "start"
@@ -192,8 +192,13 @@ def find_start(experiment: Experiment) -> Start | None:
     return Start(name, folder)
 
 
-def kept_start(experiment: Experiment, folder: RunFolder) -> Start | None:
+def kept_start(experiment: Experiment, folder: RunFolder, run: Record | None) -> Start | None:
     """Return the copy that a run which is resumed started from; it is made where the run had not begun.
+
+    Args:
+        experiment: Names what it starts from.
+        folder: The run's.
+        run: What ``run.json`` holds, ``None`` where there is none.
 
     Raises:
         CheckpointError: The copy is gone, or is not what the run started from.
@@ -202,7 +207,7 @@ def kept_start(experiment: Experiment, folder: RunFolder) -> Start | None:
     name = experiment.adapter.start
     if name is None:
         return None
-    known = (folder.read_json(names.RUN) or {}).get("start")
+    known = (run or {}).get("start")
     copy = folder.path / FOLDER
     if known is None:
         shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed before it began

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import CheckpointError, OutputError
+from fedloom import audit
+from fedloom.errors import AuditError, CheckpointError, OutputError
 from fedloom.report.run_folder import (
     COSTS,
     EXPERIMENT,
@@ -24,6 +25,7 @@ from fedloom.report.run_folder import (
     RUN,
     SUMMARY,
     RunFolder,
+    other_versions,
 )
 
 GROWING = ROUNDS, COSTS
@@ -181,6 +183,27 @@ def doubts(folder: RunFolder) -> list[str]:
     if rounds != list(range(len(rounds))):
         found.append(f"{ROUNDS} has the rounds {', '.join(map(str, rounds))}, in this order")
     return found
+
+
+def resumed_with(folder: RunFolder, run: Mapping[str, Any]) -> list[str]:
+    """Return with which other versions than it was begun with a run was resumed, for people.
+
+    Args:
+        folder: The run folder.
+        run: The content of ``run.json``.
+    """
+    try:
+        began = audit.events(folder.path, "began")
+        found = [(event["after"], other_versions(run, event["versions"])) for event in began]
+    except (OSError, ValueError, KeyError, TypeError, AuditError):
+        return [
+            "The log of the run cannot be read: with which versions it was resumed is not known"
+        ]
+    return [
+        f"{f'Resumed after round {after}' if after >= 0 else 'Begun again'} with {', '.join(others)}"
+        for after, others in found
+        if others
+    ]
 
 
 def _of_summary(folder: RunFolder, summary: Mapping[str, Any]) -> list[str]:

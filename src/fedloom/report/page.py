@@ -27,7 +27,7 @@ from fedloom.report.judged import (
     over_seeds,
     rows_of,
 )
-from fedloom.report.marks import doubts
+from fedloom.report.marks import doubts, resumed_with
 from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 from fedloom.report.template import fill, write_page
@@ -51,6 +51,7 @@ class Run:
         summary: summary.json, or ``None`` for a run that has not finished.
         experiment: experiment.toml as text.
         doubts: Why its figures are not to be relied on, if they are not.
+        resumed: With which other versions it was resumed, if it was.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Run:
     summary: Record | None
     experiment: str
     doubts: Sequence[str] = ()
+    resumed: Sequence[str] = ()
 
     @property
     def metric(self) -> str:
@@ -133,6 +135,7 @@ def read_run(folder: Path) -> Run:
         summary=files.read_json(names.SUMMARY),
         experiment=files.read_text(names.EXPERIMENT),
         doubts=doubts(files),
+        resumed=resumed_with(files, run),
     )
 
 
@@ -189,6 +192,7 @@ def _view(run: Run) -> dict[str, Any]:
         "label": run.label,
         "doubts": run.doubts,
         "run": run.run,
+        "resumed": run.resumed,
         "settings": _settings(run.experiment),
         "experiment": run.experiment,
         "summary": run.summary,

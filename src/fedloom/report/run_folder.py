@@ -205,6 +205,26 @@ class RunFolder:
         return records
 
 
+def is_comparison(folder: Path) -> bool:
+    """Return whether ``folder`` is that of a comparison."""
+    return (folder / COMPARISON).is_file()
+
+
+def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Return which versions are others than those that a run was begun with, for people.
+
+    Args:
+        run: The content of ``run.json``.
+        now: By package; ``python`` and ``machine`` too.
+    """
+    before = {"fedloom": run["fedloom"], **run["versions"]}
+    return [
+        f"{name} {now.get(name, 'none')} (it was {before[name]})"
+        for name in before
+        if now.get(name) != before[name]
+    ]
+
+
 def finite(value: Any) -> Any:
     """Return ``value`` with numbers that are not finite as ``None``, as JSON has no such numbers."""
     if isinstance(value, float):
