@@ -4,16 +4,27 @@ import hashlib
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 import threading
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 import tomli_w
 
 from fedloom.comparison import compare, read_comparison
 from fedloom.division import divide
-from fedloom.errors import DataError, FedloomError, ModelError, OutputError, SettingsError
+from fedloom.errors import (
+    CheckpointError,
+    DataError,
+    FedloomError,
+    ModelError,
+    OutputError,
+    SettingsError,
+)
+from fedloom.records import versions
 from fedloom.report.comparison_page import read_cells, results, write_comparison
 
 ARMS = {
@@ -149,6 +160,102 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(file, tmp_path):
     with pytest.raises(FedloomError, match=r"1 of 4 runs failed \(broken-fedavg-s0\)"):
         compare(comparison, tmp_path / "out", workers=1)
     assert len(shas(tmp_path / "out")) == 3
+
+
+@pytest.fixture
+def begun(file, tmp_path, rows_file):
+    """A comparison of two seeds on a file of rows, of which the first was run; and what was heard."""
+
+    rows = [{"prompt": f"Q{i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(20)]
+    source = rows_file(rows)
+    own = {"source": source, "kind": "preference", "builtin_rows": 30}
+    base = {"data": own, "federation": {"clients": 2, "rounds": 1}}
+    path = file(base, objectives={"dpo": {}}, seeds=[0])
+    compare(read_comparison(path), tmp_path / "out", workers=1)
+    two = read_comparison(path, ["compare.seeds=[0, 1]"])
+    return two, tmp_path / "out", Path(source)
+
+
+def test_two_comparisons_do_not_write_into_one_folder(begun):
+    comparison, folder, _ = begun
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    del before[folder / ".lock"]
+    code = (
+        "import sys; from pathlib import Path; from fedloom.report.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked(): print('there', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "there\n"
+            said = rf"{folder} is being written by process {other.pid} on .*; wait until it has"
+            with pytest.raises(OutputError, match=said):
+                compare(comparison, folder, workers=1)
+        finally:
+            other.kill()  # its lock is stale then, and stops nobody
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(shas(compare(comparison, folder, workers=1))) == 2
+
+
+def test_other_versions_and_rows_than_of_what_is_done_are_told(begun, monkeypatch):
+    comparison, folder, source = begun
+    real = versions()
+    heard = HeardOfComparison()
+    text = source.read_text()
+    source.write_text(text.replace("Yes 3.", "Maybe."))
+    run = folder / "runs" / "dpo-fedavg-s0"
+    said = rf"the data of arm dpo-fedavg changed since {run} was run \(SHA-256 [0-9a-f]{{12}}, now "
+    with pytest.raises(CheckpointError, match=said):
+        compare(comparison, folder, workers=1, observer=heard)
+    source.write_text(text)
+    monkeypatch.setattr("fedloom.comparison.versions", lambda: {**real, "torch": "9.9"})
+    monkeypatch.setattr("fedloom.records.versions", lambda: {**real, "torch": "9.9"})
+    compare(comparison, folder, workers=1, observer=heard)
+    assert heard.warnings == [
+        "1 of 2 runs were made with other versions than those that are left will be: torch 9.9 (it was "
+        f"{real['torch']}); arms may differ for that alone"
+    ]
+    assert heard.far == [(0, 2), (2, 2)]  # an evaluation of the start and a round
+    compare(comparison, folder, workers=1, observer=heard)
+    assert len(heard.warnings) == 1  # nothing is left to be run otherwise
+    record, _ = read_cells(folder)
+    assert record["notes"] == [
+        "1 of 2 runs were begun with other versions than dpo-fedavg-s0: torch 9.9 (it was "
+        f"{real['torch']})"
+    ]
+
+
+def test_another_model_than_of_what_is_done_is_told(begun, monkeypatch):
+    comparison, folder, _ = begun
+    monkeypatch.setattr("fedloom.comparison.fingerprint", lambda path: "0" * 64)
+    said = (
+        r"the model of arm dpo-fedavg changed .* now 000000000000\), and runs that differ in that"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        compare(comparison, folder, workers=1)
+
+
+class HeardOfComparison:
+    """Keeps what a comparison says of itself."""
+
+    def __init__(self):
+        self.stages, self.warnings, self.far, self.how_far = [], [], [], None
+
+    def stage(self, text):
+        self.stages.append(text)
+
+    def begin(self, comparison, waiting, workers, far):
+        self.how_far = far if waiting else None
+        self.far += [far()] if waiting else []
+
+    def cell_done(self, name, metric, value, done, of):
+        self.far.append(self.how_far())
+
+    def warning(self, text):
+        self.warnings.append(text)
+
+    def end(self):
+        pass
 
 
 def test_data_and_model_are_looked_at_before_anything_runs(file, tmp_path):

@@ -1,11 +1,15 @@
 """What strangers say is shown as they said it: it neither styles the terminal nor ends the run."""
 
 import io
+import re
+import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from fedloom.terminal import ComparisonTerminal, LiveTerminal, Terminal
+from fedloom import terminal
+from fedloom.terminal import Bars, ComparisonTerminal, LiveTerminal, Terminal, working
 
 
 @pytest.mark.parametrize("kind", [Terminal, LiveTerminal, ComparisonTerminal])
@@ -62,10 +66,6 @@ def test_plain_lines_estimate_after_the_start_how_long_it_will_take():
 
 
 def test_plain_lines_say_what_is_under_way_when_nothing_was_said_for_a_while(monkeypatch):
-    import time
-
-    from fedloom import terminal
-
     monkeypatch.setattr(terminal, "SILENCE", 0.1)
     out = io.StringIO()
     shown = Terminal(Console(file=out, width=200))
@@ -79,6 +79,106 @@ def test_plain_lines_say_what_is_under_way_when_nothing_was_said_for_a_while(mon
     before = out.getvalue()
     time.sleep(0.3)
     assert out.getvalue() == before
+
+
+GRID = SimpleNamespace(
+    name="grid",
+    settings=SimpleNamespace(
+        amount=4,
+        budget="steps",
+        objectives=["dpo"],
+        rows=["dpo"],
+        method_arms=["fedavg"],
+        seeds=[0, 1],
+    ),
+    cells=["one", "two"],
+)
+"""What is shown of a comparison before it begins."""
+
+
+def test_a_comparison_says_how_far_it_is_and_how_long_it_may_take(monkeypatch):
+    monkeypatch.setattr(terminal, "SILENCE", 0.1)
+    monkeypatch.setattr(terminal, "FIRST", 0.01)
+    monkeypatch.setattr(terminal, "human_seconds", "{:.1f} s".format)
+    out, rounds = io.StringIO(), [10]
+    shown = ComparisonTerminal(Console(file=out, width=200))
+    shown.stage("checking data and models of every arm")
+    shown.begin(GRID, 2, 3, lambda: (rounds[0], 40))
+    time.sleep(0.25)
+    rounds[0] += 5  # of three workers one has not done two
+    time.sleep(0.05)
+    assert "estimate" not in out.getvalue()
+    rounds[0] += 1
+    time.sleep(0.15)
+    shown.cell_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
+    time.sleep(0.15)
+    shown.end()
+    told = out.getvalue().splitlines()
+    assert told[:3] == [
+        "checking data and models of every arm",
+        "grid: 1 objectives x 1 methods x 2 seeds, 4 steps per client and round",
+        "2 runs to do, 3 at a time",
+    ]
+    (estimate,) = (line for line in told if line.startswith("estimate"))
+    seconds = re.fullmatch(r"estimate, from the first rounds: ([0-9.]+) s in all", estimate)[1]
+    assert 1.4 < float(seconds) < 60.0  # five times the 0.3 s or more that six of 30 rounds took
+    assert told[3].startswith("0 of 2 runs have ended, 10 of 40 rounds are done, ")
+    assert "1/2  dpo-fedavg-s0  accuracy 0.5000" in told
+    assert told[-1].startswith("1 of 2 runs have ended, 16 of 40 rounds are done, ")
+    time.sleep(0.15)
+    assert out.getvalue().splitlines() == told
+
+
+def test_quick_comparisons_and_quiet_ones_say_no_more_than_their_results():
+    out = io.StringIO()
+    shown = ComparisonTerminal(Console(file=out, width=200), silent=True)
+    shown.stage("checking")
+    shown.begin(GRID, 2, 2, lambda: (0, 40))
+    shown.cell_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
+    shown.end()
+    assert out.getvalue() == ""
+
+
+def without_times(text):
+    """Lines without the time, and without those that say the same again, as on a machine that is busy."""
+    lines = re.sub(r", [0-9.]+ s after", ", after", text).splitlines()
+    return list(dict.fromkeys(lines))
+
+
+def test_an_evaluation_says_how_far_it_is_and_how_long_it_may_take(monkeypatch):
+    monkeypatch.setattr(terminal, "SILENCE", 0.1)
+    monkeypatch.setattr(terminal, "human_seconds", "{:.0f} s".format)
+    out, real, ahead = io.StringIO(), time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + ahead[0])
+    with Bars(Console(file=out, width=200)) as bars:
+        bars.stage("scoring adapter")
+        time.sleep(0.15)
+        advance = bars.begin("held-out rows", 80)
+        ahead[0] += 2.0
+        advance(8)
+        advance(8)
+        bars.begin("quick", 8)(8)
+        time.sleep(0.15)
+    assert without_times(out.getvalue()) == [
+        "scoring adapter", "scoring adapter, after the beginning",
+        "held-out rows: 80", "estimate, from the first 8: 20 s in all",
+        "quick: 8", "quick: 8 of 8, after the beginning",
+    ]  # fmt: skip
+
+
+def test_what_a_command_does_is_said_for_as_long_as_it_does_it(monkeypatch):
+    monkeypatch.setattr(terminal, "SILENCE", 0.1)
+    monkeypatch.setattr(terminal, "human_seconds", "{:.1f} s".format)
+    out = io.StringIO()
+    with working(Console(file=out, width=200), "reading [data]") as stage:
+        time.sleep(0.15)
+        stage("counting")
+        time.sleep(0.15)
+    time.sleep(0.15)
+    assert without_times(out.getvalue()) == [
+        "reading [data]", "reading [data], after the beginning",
+        "counting", "counting, after the beginning",
+    ]  # fmt: skip
 
 
 def test_quick_clients_and_quiet_runs_print_no_line_each():

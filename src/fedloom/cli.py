@@ -271,13 +271,15 @@ def partition(
     if picture is not None:
         require_new_file(picture, "--picture", force=force)
     refuse_early(lambda: _check_rows(experiment, assignments))
+    _loading(quiet=False)
     from fedloom.runner import show_partition
-    from fedloom.terminal import make_console
+    from fedloom.terminal import make_console, working
 
-    settings = _read(experiment, assignments)
+    settings, console = _read(experiment, assignments), make_console()
     target = picture or free_file(Path(f"{settings.name}-partition.svg"), force=force)
-    shown = show_partition(settings, target)
-    make_console().print(shown.tables)
+    with working(console, "reading the rows and dealing them to clients"):
+        shown = show_partition(settings, target)
+    console.print(shown.tables)
     for text in shown.warnings:
         _observer(quiet=True).warning(text)
     _say(f"picture: {target}")
@@ -291,10 +293,14 @@ def show_data(
 ) -> None:
     """Show a row as the tokens that are trained on, before and after truncation."""
     refuse_early(lambda: _check_rows(experiment, assignments))
+    _loading(quiet=False)
     from fedloom.inspecting import show_row
-    from fedloom.terminal import make_console
+    from fedloom.terminal import make_console, working
 
-    make_console().print(show_row(_read(experiment, assignments), row))
+    settings, console = _read(experiment, assignments), make_console()
+    with working(console, "reading the rows"):
+        shown = show_row(settings, row)
+    console.print(shown)
 
 
 @app.command()
@@ -490,18 +496,14 @@ def advise(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     refuse_early(lambda: _check_rows(experiment, assignments))
+    _loading(quiet=False)
     from fedloom.advice import advise as count
     from fedloom.advice import recommend
-    from fedloom.terminal import advice_table, make_console, make_text
+    from fedloom.terminal import advice_table, make_console, working
 
-    console = make_console()
-    with console.status("reading") as status:
-        options = count(
-            _read(experiment, assignments),
-            link,
-            memory,
-            stage=lambda text: status.update(make_text(text)),
-        )
+    settings, console = _read(experiment, assignments), make_console()
+    with working(console, "reading the rows") as stage:
+        options = count(settings, link, memory, stage=stage)
     console.print(advice_table(options))
     for framework, problem in dict.fromkeys((o.framework, o.problem) for o in options if o.problem):
         console.print(
@@ -527,9 +529,12 @@ def export(
     """Write a model of a run, or a client's own, as a folder that transformers loads by itself."""
     require_place(target, "--to")
     refuse_early(lambda: _check_export(run, client, target, reward))
+    _loading(quiet=False)
     from fedloom.exporting import export as write
+    from fedloom.terminal import make_console, working
 
-    written = write(run, client, target, reward=reward)
+    with working(make_console(), f"writing the model of {run}, and reading it again"):
+        written = write(run, client, target, reward=reward)
     _say(
         f"wrote {written.folder}; load it with transformers:\n  {written.loading}\n{written.verified}"
     )
@@ -550,6 +555,7 @@ def forget(
     from fedloom.report.run_folder import RunFolder
 
     RunFolder.existing(run)
+    _loading(quiet=False)
     from fedloom.runner import forget_client
 
     count = forget_client(run, client)
@@ -809,10 +815,10 @@ def check_client(
 ) -> None:
     """Say what a server would learn and may ask for, on which rows, and what would be refused."""
     from fedloom.deployment.checking import check
-    from fedloom.terminal import make_console
+    from fedloom.terminal import make_console, working
 
     console = make_console()
-    with console.status("reading"):
+    with working(console, "reading the rows"):
         look = check(data, experiment, client)
     console.print(look.shown, highlight=False)
     raise typer.Exit(0 if look.sound else 1)
@@ -830,7 +836,7 @@ def approve_run(
     from fedloom.deployment.checking import waiting_run, waiting_table
     from fedloom.deployment.consent import Approvals
     from fedloom.deployment.homes import ClientHome
-    from fedloom.terminal import make_console
+    from fedloom.terminal import make_console, working
 
     own, console = ClientHome(home), make_console()
     if run is None:
@@ -838,7 +844,7 @@ def approve_run(
         return
     approvals = Approvals(own)
     waiting = approvals.find(run)
-    with console.status("reading"):
+    with working(console, "reading the rows"):
         look = waiting_run(own, waiting)
     console.print(look.shown, highlight=False)
     if not look.sound:
@@ -944,11 +950,12 @@ def report(
     force: Force = False,
 ) -> None:
     """Turn run folders, or the folder of a comparison or evaluation, into one self-contained page."""
-    from fedloom.report.comparison_page import is_comparison, write_comparison
+    from fedloom.report.comparison_page import write_comparison
     from fedloom.report.evaluation_page import is_evaluation, write_evaluation
     from fedloom.report.frameworks_page import is_frameworks, write_frameworks
     from fedloom.report.page import write_report
     from fedloom.report.personal_page import is_personal, write_personal
+    from fedloom.report.run_folder import is_comparison
 
     if target is not None:
         require_new_file(target, "--to", force=force)

@@ -9,16 +9,17 @@ with what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby, islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -27,17 +28,19 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from fedloom.accounting.network import Link, parse_quantity
-from fedloom.assembly import assemble
+from fedloom.assembly import assemble, model_folder, of_server
 from fedloom.data.reader import require_files
 from fedloom.division import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
 from fedloom.methods import METHODS, make_method
-from fedloom.models.load import TINY, load_tokenizer, require_reachable
+from fedloom.models.load import TINY, fingerprint, load_tokenizer, require_reachable
 from fedloom.objectives import OBJECTIVES
+from fedloom.parent import end_with_parent
 from fedloom.progress import Silent
+from fedloom.records import versions
 from fedloom.report import run_folder as names
-from fedloom.report.run_folder import RunFolder
+from fedloom.report.run_folder import RunFolder, is_comparison, other_versions
 from fedloom.runner import resume_run, run_experiment
 from fedloom.settings import Settings, nearest, override, parse, read_toml, write_toml
 from fedloom.start import find_start, settled
@@ -202,8 +205,18 @@ class Comparison:
 class CompareObserver(Protocol):
     """Who watches a comparison."""
 
-    def begin(self, comparison: Comparison, waiting: int, workers: int) -> None:
-        """The runs are about to start; ``waiting`` of them are still to be done."""
+    def stage(self, text: str) -> None:
+        """Something is being prepared."""
+        ...
+
+    def begin(
+        self, comparison: Comparison, waiting: int, workers: int, far: Callable[[], tuple[int, int]]
+    ) -> None:
+        """The runs are about to start; ``waiting`` of them are still to be done.
+
+        ``far`` returns how many rounds of those are done, the evaluation of the start among them, and how
+        many there are in all.
+        """
         ...
 
     def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
@@ -287,6 +300,8 @@ def compare(
 ) -> Path:
     """Run what is missing of the grid and leave a folder that a report is made from.
 
+    This process is the only one that writes there meanwhile.
+
     Args:
         comparison: From :func:`read_comparison`.
         folder: Where to (default: comparisons/NAME); runs that are done there are not repeated.
@@ -298,21 +313,47 @@ def compare(
         The folder.
 
     Raises:
-        OutputError: The folder holds another comparison.
+        OutputError: The folder holds another comparison, or another process writes there.
+        CheckpointError: What is done was done with other rows, or another model, than there are now.
         DataError: The data cannot be read.
         ModelError: The model is not there, or what an arm starts from is not, or has changed.
         FedloomError: Some runs failed; the others are done and kept.
     """
     folder = folder or Path("comparisons") / comparison.name
     comparison = replace(comparison, cells=tuple(map(_settled, comparison.cells)))
-    waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
-    _check_reachable(waiting)
-    _write_record(folder, comparison)
-    workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
-    if observer is not None:
-        observer.begin(comparison, len(waiting), workers)
-        for text in unread_in_all(cell.experiment for cell in comparison.cells):
-            observer.warning(text)
+    with contextlib.ExitStack() as held:
+        if is_comparison(folder):  # else nothing is left there by what is refused
+            held.enter_context(RunFolder(folder).locked())
+        waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+        if waiting and observer is not None:
+            observer.stage("checking data and models of every arm")
+        _check_reachable(waiting)
+        if not is_comparison(folder):
+            _make(folder)
+            held.enter_context(RunFolder(folder).locked())
+            waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+        left = {cell.name for cell in waiting}
+        done = [cell for cell in comparison.cells if left and cell.name not in left]
+        _require_same_rows(folder, done)
+        _write_record(folder, comparison)
+        workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
+        if observer is not None:
+            observer.begin(comparison, len(waiting), workers, partial(_how_far, folder, waiting))
+            for text in unread_in_all(cell.experiment for cell in comparison.cells):
+                observer.warning(text)
+            for text in _other_versions(folder, done, len(comparison.cells)):
+                observer.warning(text)
+        return _run_waiting(comparison, waiting, folder, workers, observer)
+
+
+def _run_waiting(
+    comparison: Comparison,
+    waiting: list[Cell],
+    folder: Path,
+    workers: int,
+    observer: CompareObserver | None,
+) -> Path:
+    """Run the cells that are left; see :func:`compare`."""
     failed: dict[str, str] = {}
     try:
         by_clients = comparison.settings.judged_by == "clients"
@@ -393,7 +434,7 @@ def _outcomes(
     # spawn: a forked child of a process that has used torch's threads may hang. Jobs are handed out one
     # by one: what a pool has queued cannot be taken back when the user stops.
     waiting = iter(jobs)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _die_with, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         running = {pool.submit(_run_cell, *job) for job in islice(waiting, workers)}
         try:
             while running:
@@ -405,17 +446,6 @@ def _outcomes(
                 if worker.pid is not None:
                     os.kill(worker.pid, signal.SIGINT)
             raise
-
-
-def _die_with(parent: int) -> None:
-    """End this worker when its parent is gone, so that nobody else writes into its run folder."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
@@ -511,11 +541,69 @@ def _saved(path: Path) -> Experiment:
         raise CheckpointError(f"{path} holds a run of another version: {error}") from error
 
 
-def _write_record(folder: Path, comparison: Comparison) -> None:
+def _require_same_rows(folder: Path, done: Sequence[Cell]) -> None:
+    """Check that the runs which are left will read the rows and the model of those that are done.
+
+    Seeds of an arm share theirs: one of each is looked at.
+
+    Raises:
+        CheckpointError: They will not.
+    """
+    first = {_reads(cell): cell for cell in reversed(done)}
+    models: dict[str, str] = {}
+    for cell in first.values():
+        path = folder / names.RUNS / cell.name
+        run = RunFolder(path).read_json(names.RUN) or {}
+        model = of_server(cell.experiment).model.path
+        if model not in models:
+            models[model] = fingerprint(model_folder(model))
+        now = {"data": divide(cell.experiment).loaded.digest, "model": models[model]}
+        before = {
+            "data": run.get("data", {}).get("digest"),
+            "model": run.get("model", {}).get("sha256"),
+        }
+        for what, digest in now.items():
+            if (old := before[what]) is not None and old != digest:
+                raise CheckpointError(
+                    f"the {what} of arm {cell.objective}-{cell.method} changed since {path} was run "
+                    f"(SHA-256 {old[:12]}, now {digest[:12]}), and runs that differ in that cannot be "
+                    "compared: put it back, or give another folder with --to"
+                )
+
+
+def _other_versions(folder: Path, done: Sequence[Cell], of: int) -> list[str]:
+    """Say which runs were made with other versions than those that are left will be."""
+    found: Counter[str] = Counter()
+    for cell in done:
+        run = RunFolder(folder / names.RUNS / cell.name).read_json(names.RUN)
+        found[", ".join(other_versions(run, versions())) if run else ""] += 1
+    return [
+        f"{count} of {of} runs were made with other versions than those that are left will be: {text}; "
+        "arms may differ for that alone"
+        for text, count in found.items()
+        if text
+    ]
+
+
+def _how_far(folder: Path, cells: Iterable[Cell]) -> tuple[int, int]:
+    """Return how many rounds of runs are done and how many there are, that of the start among them."""
+    done = of = 0
+    for cell in cells:
+        with contextlib.suppress(OSError):
+            path = folder / names.RUNS / cell.name / names.ROUNDS
+            done += path.read_bytes().count(b"\n") if path.is_file() else 0
+        of += cell.experiment.federation.rounds + 1
+    return done, of
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {folder}: {error.strerror}; choose another --to") from error
+
+
+def _write_record(folder: Path, comparison: Comparison) -> None:
     files = RunFolder(folder)
     files.write_text("compare.toml", write_toml(comparison.table))
     files.write_json(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -24,7 +25,7 @@ from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.template import interval
 from fedloom.runner import HeldOutScores, evaluate_adapter
 from fedloom.shown import visible
-from fedloom.terminal import Bars, make_console
+from fedloom.terminal import Bars, make_console, working
 
 BASE = Path(judging.BASE)
 HELD_OUT = "held_out.json"
@@ -45,18 +46,18 @@ def show_held_out(
     pairs = held_out_pairs(given, adapter, assignments)
     folder = judging.new_folder(target, pairs[0][0].name)
     console, records = make_console(), []
-    for experiment, own in pairs:
-        label = str(own) if own is not None else f"{experiment.model.path} without an adapter"
-        with console.status(f"scoring {label}"):
-            if not console.is_terminal:
-                console.print(visible(f"scoring {label}"), style="dim")
-            scores = evaluate_adapter(experiment, own)
-        print(visible(f"{label}, on {scores.rows} held-out rows of {experiment.name}"))
-        for name, value in scores.metrics.items():
-            beside = _interval_in_words(scores) if name == scores.headline else ""
-            print(visible(f"{name} = {value:.6f}{beside}"))
-        records.append(_held_out_record(experiment, own, scores))
-    folder.write_json(HELD_OUT, {"fedloom": __version__, "evaluated": records})
+    with folder.locked():
+        for experiment, own in pairs:
+            label = str(own) if own is not None else f"{experiment.model.path} without an adapter"
+            with Bars(console) as bars:
+                bars.stage(f"scoring {label}")
+                scores = evaluate_adapter(experiment, own, partial(bars.begin, "held-out rows"))
+            print(visible(f"{label}, on {scores.rows} held-out rows of {experiment.name}"))
+            for name, value in scores.metrics.items():
+                beside = _interval_in_words(scores) if name == scores.headline else ""
+                print(visible(f"{name} = {value:.6f}{beside}"))
+            records.append(_held_out_record(experiment, own, scores))
+        folder.write_json(HELD_OUT, {"fedloom": __version__, "evaluated": records})
     print(visible(f"wrote {folder.path / HELD_OUT}"))
 
 
@@ -188,8 +189,10 @@ def show_audit(
     check_audit(path, judges, assignments)
     settings = judging.EvaluateSettings.read(assignments).judging
     chosen = judging.make_judges(judges, settings)
-    for judge, results in judging.audit_judges(path, chosen, settings.seed, limit):
-        make_console().print(_audit_table(judge.name, results))
+    console = make_console()
+    with Bars(console) as bars:
+        for judge, results in judging.audit_judges(path, chosen, settings.seed, limit, bars):
+            console.print(_audit_table(judge.name, results))
     print(
         "accuracy: over pairs with usable verdicts in both orders, ties count half; longer: accuracy of "
         "'the longer answer is better'; steady: same winner in both orders"
@@ -211,24 +214,25 @@ def show_harness(
     """Print what lm-eval finds for each adapter."""
     require_tasks(tasks)
     settings = judging.EvaluateSettings.read(assignments)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    console, table = make_console(), Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("model", "task", "metric", "value"):
         table.add_column(column, justify="right" if column == "value" else "left")
     for candidate in judging.find_candidates(given, settings.model, _names_model(assignments)):
         model = judging.model_path(candidate.model)
-        found = run_harness(
-            candidate.adapter,
-            model,
-            tasks,
-            limit=limit,
-            batch_size=settings.generation.batch_size,
-            device=str(choose_device(settings.generation.device)),
-            seed=settings.generation.seed,
-        )
+        with working(console, f"lm-eval asks {candidate.label}: {', '.join(tasks)}"):
+            found = run_harness(
+                candidate.adapter,
+                model,
+                tasks,
+                limit=limit,
+                batch_size=settings.generation.batch_size,
+                device=str(choose_device(settings.generation.device)),
+                seed=settings.generation.seed,
+            )
         for task, metrics in found.items():
             for metric, value in metrics.items():
                 table.add_row(candidate.label, task, metric, f"{value:.4f}")
-    make_console().print(table)
+    console.print(table)
 
 
 def _names_model(assignments: Iterable[str]) -> bool:

@@ -232,43 +232,46 @@ def evaluate_benchmark(
     Raises:
         ModelError: A model cannot be loaded.
         JudgeError: A judge cannot work at all.
-        OutputError: The folder holds something already, or cannot be written.
+        OutputError: The folder holds something, is another process's, or cannot be written.
     """
     for judge in judges:
         judge.check()
     digest = _digest(candidates, benchmark, settings)
     target = _folder(folder, benchmark.name, digest)
-    answers = _kept_answers(target, digest)
-    if answers is None:
-        answers = _answers(candidates, benchmark, settings, progress)
-        _write_answers(target, benchmark, answers, digest)
-    outcomes: list[Outcome] = []
-    for judge in judges:
-        begin = partial(_begin, progress, f"{judge.name} judges")
-        outcomes.append(ask_judge(judge, benchmark, answers, settings.judging, begin))
-    lines = [json.dumps(record) for outcome in outcomes for record in outcome.records]
-    target.write_text(names.JUDGEMENTS, "".join(f"{line}\n" for line in lines))
-    target.write_json(
-        names.EVALUATION,
-        {
-            "benchmark": benchmark.name,
-            "questions": len(benchmark.questions),
-            "bad_rows": list(benchmark.bad_rows),
-            "models": [{"label": c.label, "model": c.model} for c in candidates],
-            "generation": settings.generation.model_dump()
-            | {
-                "max_new_tokens": _length(benchmark, settings.generation),
-                "template": _forms_in_words(candidates, settings.generation),
+    with target.locked():
+        answers = _kept_answers(target, digest)
+        if answers is None:
+            answers = _answers(candidates, benchmark, settings, progress)
+            _write_answers(target, benchmark, answers, digest)
+        outcomes: list[Outcome] = []
+        for judge in judges:
+            begin = partial(_begin, progress, f"{judge.name} judges")
+            outcomes.append(ask_judge(judge, benchmark, answers, settings.judging, begin))
+        lines = [json.dumps(record) for outcome in outcomes for record in outcome.records]
+        target.write_text(names.JUDGEMENTS, "".join(f"{line}\n" for line in lines))
+        target.write_json(
+            names.EVALUATION,
+            {
+                "benchmark": benchmark.name,
+                "questions": len(benchmark.questions),
+                "bad_rows": list(benchmark.bad_rows),
+                "models": [{"label": c.label, "model": c.model} for c in candidates],
+                "generation": settings.generation.model_dump()
+                | {
+                    "max_new_tokens": _length(benchmark, settings.generation),
+                    "template": _forms_in_words(candidates, settings.generation),
+                },
+                "judging": settings.judging.model_dump(),
+                "answers": _answer_records(answers),
+                "judges": [
+                    judge_record(o, list(answers), benchmark, settings.judging) for o in outcomes
+                ],
+                "agreement": agreement(
+                    [model_scores(o.ratings) for o in outcomes if o.judge.compares]
+                ),
+                "suspicious": suspicious_answers(benchmark, answers, outcomes),
             },
-            "judging": settings.judging.model_dump(),
-            "answers": _answer_records(answers),
-            "judges": [
-                judge_record(o, list(answers), benchmark, settings.judging) for o in outcomes
-            ],
-            "agreement": agreement([model_scores(o.ratings) for o in outcomes if o.judge.compares]),
-            "suspicious": suspicious_answers(benchmark, answers, outcomes),
-        },
-    )
+        )
     return target.path
 
 
@@ -344,12 +347,20 @@ def model_path(model: str) -> str:
 
 
 def audit_judges(
-    path: Path, judges: Sequence[Judge], seed: int, limit: int | None = None
+    path: Path,
+    judges: Sequence[Judge],
+    seed: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Judge, list[AuditResult]]]:
     """Measure judges one by one on pairs that people have judged; see ``evaluation/audit.py``."""
     sets = read_audit_sets(path, limit)
     for judge in judges:
-        yield judge, [audit(judge, one, seed) for one in sets]
+        begins = [partial(_begin, progress, f"{judge.name} judges {one.name}") for one in sets]
+        yield (
+            judge,
+            [audit(judge, one, seed, begin) for one, begin in zip(sets, begins, strict=True)],
+        )
 
 
 def default_judges(benchmark: Benchmark) -> list[str]:
@@ -449,7 +460,7 @@ def new_folder(chosen: Path | None, name: str, *, make: bool = True) -> RunFolde
     path, number = chosen or Path("evaluations") / name, 2
     while chosen is None and path.exists():
         path, number = Path("evaluations") / f"{name}-{number}", number + 1
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and _is_empty(path)):
         raise OutputError(f"{path} is not empty: choose another folder with --to")
     if make:
         _make(path)
@@ -463,11 +474,16 @@ def _make(path: Path) -> None:
         raise OutputError(f"cannot make {path}: {error.strerror}; choose another --to") from error
 
 
+def _is_empty(path: Path) -> bool:
+    """Return whether nothing is in a folder but what a process that writes there holds."""
+    return all(own.name == names.LOCK for own in path.iterdir())
+
+
 def _holds(path: Path, digest: str) -> bool:
     """Return whether a folder is empty or holds the answers with this digest."""
     if not path.is_dir():
         return False
-    return not any(path.iterdir()) or _kept_answers(RunFolder(path), digest) is not None
+    return _is_empty(path) or _kept_answers(RunFolder(path), digest) is not None
 
 
 def _base_of(folder: Path) -> str:

@@ -5,9 +5,10 @@ It only watches (see ``server.Observer``); no result depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,12 @@ SHOWN_ROUNDS = 12
 
 SILENCE = 30.0
 """Seconds after which plain lines say what is under way."""
+
+WORTH_SAYING = 5.0
+"""Seconds that a piece of an evaluation must take for plain lines to hold an estimate."""
+
+HowFar = Callable[[], tuple[int, int]]
+"""Says how many rounds of a comparison's runs are done, and how many there are in all."""
 
 
 class PlainConsole(Console):
@@ -81,59 +88,64 @@ def make_observer(console: Console, *, quiet: bool) -> Terminal:
     return LiveTerminal(console) if console.is_terminal else Terminal(console)
 
 
+@contextlib.contextmanager
+def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Say what a command does for as long as it does it; what is yielded says what it does next.
+
+    On a terminal that is a line which moves, else plain lines, at least every :data:`SILENCE` seconds.
+    """
+    if console.is_terminal:
+        with console.status(make_text(text)) as status:
+            yield lambda then: status.update(make_text(then))
+        return
+    now, lines = text, Lines(console)
+
+    def stage(then: str) -> None:
+        nonlocal now
+        now = then
+        lines.line(then, "dim")
+
+    stage(text)
+    lines.watch(lambda: now)
+    try:
+        yield stage
+    finally:
+        lines.end()
+
+
 @dataclass
-class Terminal:
-    """Plain lines: one for each round.
+class Lines:
+    """Plain lines, and what is under way whenever none was printed for :data:`SILENCE` seconds.
 
     Attributes:
         console: Where to print.
         silent: Whether only warnings are printed.
+        said: When the last line was printed, in seconds of ``time.perf_counter``.
+        over: Whether nothing more is said by itself.
     """
 
     console: Console
     silent: bool = False
-    plan: Plan | None = None
-    started: float = field(default_factory=time.perf_counter)
-    first_round: int | None = None
-    under_way: str = "evaluating the start"
     said: float = field(default_factory=time.perf_counter)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def stage(self, text: str) -> None:
-        """Say what is being prepared."""
-        if not self.silent:
-            self._line(text, "dim")
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line."""
+        self.said = time.perf_counter()
+        _print(self.console, text, style)
 
-    def begin(self, plan: Plan) -> None:
-        """Say what is about to run."""
-        self.plan, self.started = plan, time.perf_counter()
-        if not self.silent:
-            for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
-                self._line(text, style)
-            self._watch()
+    def watch(self, under_way: Callable[[], str]) -> None:
+        """Say what is under way whenever nothing was said for a while, until the end."""
+        self.over.clear()
+        self.said = began = time.perf_counter()
 
-    def client_done(self, round: int, client: int, done: int, of: int) -> None:
-        """Print a line where clients take long; of quick ones, only what the round comes to."""
-        self.under_way = f"round {round}: {done} of {of} clients have answered"
-        if not self.silent and time.perf_counter() - self.said >= SILENCE:
-            self._line(self.under_way, "dim")
+        def look() -> None:
+            while not self.over.wait(max(0.01, SILENCE - (time.perf_counter() - self.said))):
+                if time.perf_counter() - self.said >= SILENCE:
+                    taken = human_seconds(time.perf_counter() - began)
+                    self.line(f"{under_way()}, {taken} after the beginning", "dim")
 
-    def round_done(self, record: RoundRecord) -> None:
-        """Print the round on one line, and after the evaluation of the start how long it may take."""
-        if self.plan is None:
-            return
-        self.under_way = f"round {record.round + 1}: no client has answered yet"
-        if self.silent:
-            return
-        cells = [f"{n} {v}" for n, v in self._cells(record).items() if v]
-        self._line("  ".join(cells))
-        if record.round == 0 and self.plan.work and record.seconds:
-            a_round = record.seconds * (1 + self.plan.work)
-            self._line(
-                f"estimate, from the time that this took: {human_seconds(a_round)} a round, "
-                f"{human_seconds(a_round * self.plan.rounds)} in all",
-                "dim",
-            )
+        threading.Thread(target=look, daemon=True).start()
 
     def warning(self, text: str) -> None:
         """Print a warning, also when quiet."""
@@ -143,22 +155,51 @@ class Terminal:
         """Say nothing more by itself."""
         self.over.set()
 
-    def _line(self, text: str, style: str = "") -> None:
-        self.said = time.perf_counter()
-        _print(self.console, text, style)
 
-    def _watch(self) -> None:
-        """Say what is under way whenever nothing was said for a while, until the end."""
-        self.over.clear()
-        self.said = began = time.perf_counter()
+@dataclass
+class Terminal(Lines):
+    """Plain lines: one for each round."""
 
-        def watch() -> None:
-            while not self.over.wait(max(0.01, SILENCE - (time.perf_counter() - self.said))):
-                if time.perf_counter() - self.said >= SILENCE:
-                    taken = human_seconds(time.perf_counter() - began)
-                    self._line(f"{self.under_way}, {taken} after the beginning", "dim")
+    plan: Plan | None = None
+    started: float = field(default_factory=time.perf_counter)
+    first_round: int | None = None
+    under_way: str = "evaluating the start"
 
-        threading.Thread(target=watch, daemon=True).start()
+    def stage(self, text: str) -> None:
+        """Say what is being prepared."""
+        if not self.silent:
+            self.line(text, "dim")
+
+    def begin(self, plan: Plan) -> None:
+        """Say what is about to run."""
+        self.plan, self.started = plan, time.perf_counter()
+        if not self.silent:
+            for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
+                self.line(text, style)
+            self.watch(lambda: self.under_way)
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Print a line where clients take long; of quick ones, only what the round comes to."""
+        self.under_way = f"round {round}: {done} of {of} clients have answered"
+        if not self.silent and time.perf_counter() - self.said >= SILENCE:
+            self.line(self.under_way, "dim")
+
+    def round_done(self, record: RoundRecord) -> None:
+        """Print the round on one line, and after the evaluation of the start how long it may take."""
+        if self.plan is None:
+            return
+        self.under_way = f"round {record.round + 1}: no client has answered yet"
+        if self.silent:
+            return
+        cells = [f"{n} {v}" for n, v in self._cells(record).items() if v]
+        self.line("  ".join(cells))
+        if record.round == 0 and self.plan.work and record.seconds:
+            a_round = record.seconds * (1 + self.plan.work)
+            self.line(
+                f"estimate, from the time that this took: {human_seconds(a_round)} a round, "
+                f"{human_seconds(a_round * self.plan.rounds)} in all",
+                "dim",
+            )
 
     def _cells(self, record: RoundRecord) -> Mapping[str, str]:
         assert self.plan is not None
@@ -261,21 +302,28 @@ class LiveTerminal(Terminal):
         return table
 
 
+FIRST = 1.0
+"""Seconds between looks at how far the runs of a comparison are, until an estimate was given."""
+
+
 @dataclass
-class ComparisonTerminal:
+class ComparisonTerminal(Lines):
     """A bar over the runs of a comparison, and a line for each that has ended.
 
-    Attributes:
-        console: Where to print.
-        silent: Whether only warnings are printed.
+    Where nothing can be redrawn, plain lines also say how far those under way are and, once there are two
+    rounds a worker, how long all may take.
     """
 
-    console: Console
-    silent: bool = False
     progress: Progress | None = None
     task: TaskID | None = None
+    ended: int = 0
 
-    def begin(self, comparison: Comparison, waiting: int, workers: int) -> None:
+    def stage(self, text: str) -> None:
+        """Say what is being prepared."""
+        if not self.silent:
+            self.line(text, "dim")
+
+    def begin(self, comparison: Comparison, waiting: int, workers: int, far: HowFar) -> None:
         """Say what is about to run and open the bar."""
         if self.silent:
             return
@@ -294,7 +342,9 @@ class ComparisonTerminal:
         self.console.print(
             f"{note}{waiting} runs to do, {workers} at a time", style="dim", highlight=False
         )
-        if waiting:
+        if waiting and not self.console.is_terminal:
+            self._follow(waiting, workers, far)
+        elif waiting:
             self.progress = Progress(
                 TextColumn("{task.completed} of {task.total} runs"),
                 BarColumn(30),
@@ -307,20 +357,38 @@ class ComparisonTerminal:
 
     def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
         """Print the run's result on one line and move the bar."""
+        self.ended = done
         if self.silent:
             return
-        _print(self.console, f"{done}/{of}  {name}  {metric} {value:.4f}")
+        self.line(f"{done}/{of}  {name}  {metric} {value:.4f}")
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done)
 
-    def warning(self, text: str) -> None:
-        """Print a warning, also when quiet."""
-        _warn(self.console, text)
-
     def end(self) -> None:
         """Close the bar."""
+        super().end()
         if self.progress is not None:
             self.progress.stop()
+
+    def _follow(self, waiting: int, workers: int, far: HowFar) -> None:
+        """Say how far the runs are and, once that is known, how long they may take."""
+        began, before = time.perf_counter(), far()[0]
+
+        def under_way() -> str:
+            done, rounds = far()
+            return f"{self.ended} of {waiting} runs have ended, {done} of {rounds} rounds are done"
+
+        def estimate() -> None:
+            while not self.over.wait(FIRST):
+                done, rounds = far()
+                if done - before >= 2 * workers:
+                    taken = time.perf_counter() - began
+                    whole = human_seconds(taken * (rounds - before) / (done - before))
+                    self.line(f"estimate, from the first rounds: {whole} in all", "dim")
+                    return
+
+        self.watch(under_way)
+        threading.Thread(target=estimate, daemon=True).start()
 
 
 class Bars:
@@ -329,6 +397,8 @@ class Bars:
     def __init__(self, console: Console) -> None:
         """Open nothing yet."""
         self.console = console
+        self.lines = Lines(console)
+        self.under_way: Callable[[], str] = lambda: "loading"
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(30),
@@ -341,20 +411,36 @@ class Bars:
     def __enter__(self) -> Bars:
         """Open the bars."""
         self.progress.start()
+        if not self.console.is_terminal:
+            self.lines.watch(lambda: self.under_way())
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the bars as they stand."""
+        self.lines.end()
         self.progress.stop()
+
+    def stage(self, text: str) -> None:
+        """Say what is done without a bar."""
+        self.under_way = lambda: text
+        self.lines.line(text, "dim")
 
     def begin(self, text: str, total: int) -> Callable[[int], None]:
         """Open a bar; what is returned moves it."""
-        if not self.console.is_terminal:
-            _print(self.console, f"{text}: {total}", "dim")
+        plain, done, began = not self.console.is_terminal, 0, time.perf_counter()
+        if plain:
+            self.lines.line(f"{text}: {total}", "dim")
+        self.under_way = lambda: f"{text}: {done} of {total}"
         task = self.progress.add_task(visible(text), total=total)
 
         def advance(count: int) -> None:
+            nonlocal done
+            first, done = done == 0, done + count
             self.progress.update(task, advance=count)
+            whole = (time.perf_counter() - began) * total / max(1, done)
+            if plain and first and whole >= WORTH_SAYING:
+                took = human_seconds(whole)
+                self.lines.line(f"estimate, from the first {done}: {took} in all", "dim")
 
         return advance
 

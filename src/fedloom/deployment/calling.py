@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 from fedloom.deployment.children import surroundings
-from fedloom.deployment.parent import of_this_process
 from fedloom.deployment.worker_process import LOCK
 from fedloom.engines.frames import connect, read_frame, reader, write_frame
 from fedloom.envelope import Envelope
 from fedloom.errors import ConnectionFailed
 from fedloom.files import holder
+from fedloom.parent import of_this_process
 
 SOCKET = Path("worker") / "socket"
 LOG = Path("worker.log")

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedloom.deployment.parent import of_this_process
 from fedloom.errors import ConnectionFailed, SettingsError
 from fedloom.files import holder, lock
+from fedloom.parent import of_this_process
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -19,7 +19,6 @@ from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.orders import News, Order, go_on, news_file
-from fedloom.deployment.parent import end_with_parent
 from fedloom.deployment.participants import chosen, known, ordered
 from fedloom.engines.flower import FlowerEngine
 from fedloom.engines.inflation import ByteBudget, bound_arrays, bound_pulls
@@ -29,6 +28,7 @@ from fedloom.engines.streams import Streams
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.identity import read_key, sign
+from fedloom.parent import end_with_parent
 from fedloom.progress import Participant
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder

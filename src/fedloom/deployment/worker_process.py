@@ -10,9 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from fedloom.deployment.parent import end_with_parent
 from fedloom.errors import FedloomError
 from fedloom.files import lock
+from fedloom.parent import end_with_parent
 
 LOCK = "worker.pid"
 """In the client's folder: the number of this process, and the lock that makes it the only one."""

@@ -23,6 +23,7 @@ from fedloom.errors import DataError
 from fedloom.evaluation.agreement import Estimate, bootstrap
 from fedloom.evaluation.judges.base import Case, Judge
 from fedloom.evaluation.questions import Question
+from fedloom.evaluation.verdicts import Begin, rate_all
 from fedloom.randomness import derive_seed
 
 NAMES = ("output_1/output_2/label", "response1/response2/annotator1/annotator2/annotator3")
@@ -109,14 +110,23 @@ def read_audit_sets(path: Path, limit: int | None = None) -> list[AuditSet]:
     return [_limited(one, limit) for one in sets]
 
 
-def audit(judge: Judge, one: AuditSet, seed: int) -> AuditResult:
-    """Show every pair of a set in both orders to a judge and compare it with people."""
+def audit(
+    judge: Judge, one: AuditSet, seed: int, begin: Begin = lambda total: lambda count: None
+) -> AuditResult:
+    """Show every pair of a set in both orders to a judge and compare it with people.
+
+    Args:
+        judge: Who scores.
+        one: The pairs.
+        seed: Of the judge's draws.
+        begin: Told how many cases there are; what it returns is called with those that are done.
+    """
     cases = [
         Case(pair.question, answers, derive_seed(seed, "judge", i, order))
         for i, pair in enumerate(one.pairs)
         for order, answers in enumerate([(pair.first, pair.second), (pair.second, pair.first)])
     ]
-    verdicts = judge.rate(cases)
+    verdicts = rate_all(judge, cases, begin)
     reasons = Counter(verdict.reason for verdict in verdicts if verdict.scores is None)
     right, same, tied = [], [], []
     for i, pair in enumerate(one.pairs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -98,6 +98,7 @@ class HeldOut:
         batch_size: Examples in one forward pass.
         answering: How own answers are made and judged, where they are.
         start: What the reference model has for an adapter, where it is not the base model.
+        done: Called with the number of rows of each batch that was scored.
     """
 
     share: TokenShare
@@ -107,6 +108,7 @@ class HeldOut:
     batch_size: int
     answering: Answering | None = None
     start: Tensors | None = None
+    done: Callable[[int], None] = lambda rows: None
     _last: tuple[str, Scored] = ("", ({}, None))
 
     def __len__(self) -> int:
@@ -142,11 +144,10 @@ class HeldOut:
                 return self._answers(model, self.answering)
             return self._rewards(model)
 
-    def _batches(self, model: AdapterModel) -> list[tuple[np.ndarray, Batch]]:
-        return [
-            (indices, collate(self.share, indices, model.pad, model.device))
-            for indices in by_length(self.share.tokens, self.batch_size)
-        ]
+    def _batches(self, model: AdapterModel) -> Iterator[tuple[np.ndarray, Batch]]:
+        for indices in by_length(self.share.tokens, self.batch_size):
+            yield indices, collate(self.share, indices, model.pad, model.device)
+            self.done(len(indices))
 
     def _labelled(self, model: AdapterModel) -> Scored:
         logits, labels, places = [], [], []

@@ -64,12 +64,16 @@ class Outcome:
     asked: int
 
 
+Begin = Callable[[int], Callable[[int], None]]
+"""Is told how many parts a piece of work has; what it returns is called with the parts that are done."""
+
+
 def ask_judge(
     judge: Judge,
     benchmark: Benchmark,
     answers: Mapping[str, list[str]],
     settings: JudgingSettings,
-    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda count: None,
+    begin: Begin = lambda total: lambda count: None,
 ) -> Outcome:
     """Show every answer of a benchmark to one judge, in every order or one by one.
 
@@ -92,12 +96,7 @@ def ask_judge(
         )
         for place, question, showing, models in shown
     ]
-    advance = begin(len(cases))
-    verdicts: list[Verdict] = []
-    for start in range(0, len(cases), CHUNK):
-        chunk = cases[start : start + CHUNK]
-        verdicts += judge.rate(chunk)
-        advance(len(chunk))
+    verdicts = rate_all(judge, cases, begin)
     ratings: list[Rating] = []
     records: list[dict[str, Any]] = []
     for (_, question, showing, models), case, verdict in zip(shown, cases, verdicts, strict=True):
@@ -107,6 +106,17 @@ def ask_judge(
             ratings.append(Rating(question.id, showing, models[place], place, score, written))
     reasons = Counter(verdict.reason for verdict in verdicts if verdict.scores is None)
     return Outcome(judge, ratings, records, reasons, len(cases))
+
+
+def rate_all(judge: Judge, cases: Sequence[Case], begin: Begin) -> list[Verdict]:
+    """Return a judge's verdicts on cases, in their order; ``begin`` is as in :func:`ask_judge`."""
+    advance = begin(len(cases))
+    verdicts: list[Verdict] = []
+    for start in range(0, len(cases), CHUNK):
+        chunk = cases[start : start + CHUNK]
+        verdicts += judge.rate(chunk)
+        advance(len(chunk))
+    return verdicts
 
 
 Showing = tuple[int, Question, int, tuple[str, ...]]

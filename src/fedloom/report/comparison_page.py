@@ -23,7 +23,7 @@ from fedloom.report.judged import (
     rows_of,
 )
 from fedloom.report.page import Run, read_run
-from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.run_folder import Record, RunFolder, other_versions
 from fedloom.report.spent import budget_words, comparison_words, spent_rows
 from fedloom.report.statistics import holm
 from fedloom.report.template import fill, write_page
@@ -67,11 +67,6 @@ class Cell:
     def sent(self) -> float:
         """Bytes in both directions, without evaluation."""
         return float(self.summary["totals"]["bytes_up"] + self.summary["totals"]["bytes_down"])
-
-
-def is_comparison(folder: Path) -> bool:
-    """Return whether ``folder`` is that of a comparison."""
-    return (folder / names.COMPARISON).is_file()
 
 
 def is_of_kind(folder: Path, kind: str) -> bool:
@@ -119,7 +114,21 @@ def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
         found = duplicates([cells[place].run for place in places])
         again |= {places[place]: f"{why}: they count as one seed" for place, why in found.items()}
     kept = [cell for place, cell in enumerate(cells) if place not in again]
-    return {**record, "finished": len(cells), "notes": list(again.values())}, kept
+    notes = [*again.values(), *_unlike_versions([cell.run.run for cell in kept])]
+    return {**record, "finished": len(cells), "notes": notes}, kept
+
+
+def _unlike_versions(runs: Sequence[Record]) -> list[str]:
+    """Return a note where not all runs were begun with the same versions."""
+    found: dict[str, int] = {}
+    for run in runs[1:]:
+        text = ", ".join(other_versions(runs[0], {"fedloom": run["fedloom"], **run["versions"]}))
+        found[text] = found.get(text, 0) + 1
+    return [
+        f"{count} of {len(runs)} runs were begun with other versions than {runs[0]['name']}: {text}"
+        for text, count in found.items()
+        if text
+    ]
 
 
 def results(record: Record, cells: Sequence[Cell]) -> Record:
