@@ -174,10 +174,12 @@ def benchmarks(tmp_path):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
-    """Run the command in this process; return exit code and what it printed."""
+def call(capsys, monkeypatch, tmp_path):
+    """Run the command in this process, in the test's folder; return exit code and what it printed."""
 
     from fedloom import cli
+
+    monkeypatch.chdir(tmp_path)  # what commands leave there is not left among the sources
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])

@@ -14,3 +14,18 @@ class Heard(Silent):
 
     def warning(self, text):
         self.warnings.append(text)
+
+
+class HeardOfComparison(Heard):
+    """Keeps the stages and warnings of a comparison, and how far it was at its begin and after each run."""
+
+    def __init__(self):
+        super().__init__()
+        self.far, self.how_far = [], None
+
+    def begin(self, comparison, waiting, workers, far):
+        self.how_far = far if waiting else None
+        self.far += [far()] if waiting else []
+
+    def cell_done(self, name, metric, value, done, of):
+        self.far.append(self.how_far())

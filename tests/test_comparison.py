@@ -26,6 +26,7 @@ from fedloom.errors import (
 )
 from fedloom.records import versions
 from fedloom.report.comparison_page import read_cells, results, write_comparison
+from observers import HeardOfComparison
 
 ARMS = {
     "dpo": {"objective": {"name": "dpo"}},
@@ -233,29 +234,6 @@ def test_another_model_than_of_what_is_done_is_told(begun, monkeypatch):
     )
     with pytest.raises(CheckpointError, match=said):
         compare(comparison, folder, workers=1)
-
-
-class HeardOfComparison:
-    """Keeps what a comparison says of itself."""
-
-    def __init__(self):
-        self.stages, self.warnings, self.far, self.how_far = [], [], [], None
-
-    def stage(self, text):
-        self.stages.append(text)
-
-    def begin(self, comparison, waiting, workers, far):
-        self.how_far = far if waiting else None
-        self.far += [far()] if waiting else []
-
-    def cell_done(self, name, metric, value, done, of):
-        self.far.append(self.how_far())
-
-    def warning(self, text):
-        self.warnings.append(text)
-
-    def end(self):
-        pass
 
 
 def test_data_and_model_are_looked_at_before_anything_runs(file, tmp_path):

@@ -14,6 +14,7 @@ from fedloom.runner import run_experiment
 from fedloom.settings import Of, read_toml
 from fedloom.starting import starting_file
 from fedloom.unread import unread_in_all, unread_settings
+from observers import HeardOfComparison
 
 ROOT = Path(__file__).parents[1]
 LABELLED = {"data": {"source": "builtin:labelled"}, "objective": {"name": "classification"}}
@@ -182,17 +183,7 @@ def test_a_comparison_tells_what_none_of_its_arms_reads(table, tmp_path, monkeyp
     }
     path = tmp_path / "small.toml"
     path.write_text(tomli_w.dumps(table))
-    told = []
-
-    class Watching(Silent):
-        def warning(self, text):
-            told.append(text)
-
-        def begin(self, comparison, waiting, workers):
-            monkeypatch.setattr("fedloom.comparison._outcomes", lambda *a, **k: iter(()))
-
-        def end(self):
-            pass
-
-    compare(read_comparison(path), tmp_path / "out", workers=1, observer=Watching())
-    assert told == [CASES["training.min_learning_rate"][1]]
+    monkeypatch.setattr("fedloom.comparison._outcomes", lambda *a, **k: iter(()))
+    told = HeardOfComparison()
+    compare(read_comparison(path), tmp_path / "out", workers=1, observer=told)
+    assert told.warnings == [CASES["training.min_learning_rate"][1]]
