@@ -19,6 +19,9 @@ from fedloom.errors import CheckpointError
 from fedloom.experiment import Experiment
 from fedloom.messages import Answer
 from fedloom.methods.base import ADAPTER, Cohort, by_client, by_place, part_of
+from fedloom.methods.bases.backbone_additions import ADDITION, BASE, MADE, MERGES
+from fedloom.methods.bases.packed_factors import FACTORS
+from fedloom.methods.bases.packed_factors import unpack as unpack_factors
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
     EMBEDDING,
@@ -29,9 +32,6 @@ from fedloom.methods.fedamole import (
     unpack,
 )
 from fedloom.methods.fedmoe import EXPERTS, USED
-from fedloom.methods.merging import ADDITION, BASE, MADE, MERGES
-from fedloom.methods.ranks import FACTORS
-from fedloom.methods.ranks import unpack as unpack_factors
 from fedloom.methods.scaffold import CONTROL
 from fedloom.models.moved import MOVED
 from fedloom.models.submixture import block_number

@@ -10,8 +10,8 @@ from fedloom.aggregation.lora import averaging_error, only_factors, rank_of
 from fedloom.engines.simulation import SimulationEngine
 from fedloom.errors import SettingsError
 from fedloom.messages import Answer, decode, encode
-from fedloom.methods.merging import BASE, MERGES
-from fedloom.methods.ranks import FACTORS, pack, unpack
+from fedloom.methods.bases.backbone_additions import BASE, MERGES
+from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
 from fedloom.models.moved import MOVED, products
 
 PAIRS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedloom.errors import DataError, SettingsError
-from fedloom.methods.parts import PERSONAL
+from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.models.heads import is_own
 
 OPPOSED = {

@@ -9,8 +9,8 @@ import torch
 from fedloom.aggregation.lora import rank_in_use, resized, slices
 from fedloom.messages import Reply, decode
 from fedloom.methods.base import Cohort
+from fedloom.methods.bases.packed_factors import pack, unpack
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
-from fedloom.methods.ranks import pack, unpack
 from fedloom.progress import Silent
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"

@@ -10,11 +10,11 @@ import torch
 from fedloom.aggregation.lora import stacked
 from fedloom.errors import SettingsError
 from fedloom.methods.base import ADAPTER
+from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import PRIVATE, FDLoRA, FDLoRASettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
-from fedloom.methods.parts import PERSONAL
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings, envelope_step
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}

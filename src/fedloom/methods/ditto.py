@@ -24,7 +24,7 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.methods.parts import KeepsAdapter
+from fedloom.methods.bases.personal_parts import KeepsAdapter
 from fedloom.settings import Settings
 from fedloom.training.optimizers import Part
 

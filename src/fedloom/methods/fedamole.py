@@ -65,7 +65,7 @@ from fedloom.methods.base import (
     of_clients,
     part_of,
 )
-from fedloom.methods.parts import OwnMixture, passes
+from fedloom.methods.bases.client_mixtures import OwnMixture, passes
 from fedloom.models.experts import ExpertModel, split_name
 from fedloom.presence import Presence
 from fedloom.randomness import generator

@@ -27,7 +27,7 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.methods.parts import KeepsAdapter, ask_everybody
+from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
 from fedloom.settings import Settings
 from fedloom.training.optimizers import Part
 

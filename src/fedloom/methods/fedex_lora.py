@@ -13,7 +13,7 @@ from typing import Literal
 from fedloom.aggregation.lora import residual
 from fedloom.messages import Exchange, Reply, Tensors
 from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
-from fedloom.methods.merging import MERGE_COUNT, MergesFactors
+from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MergesFactors
 from fedloom.settings import Settings
 
 

@@ -45,7 +45,7 @@ from fedloom.methods.base import (
     part_of,
     tensor_bytes,
 )
-from fedloom.methods.parts import OwnMixture, passes
+from fedloom.methods.bases.client_mixtures import OwnMixture, passes
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
 from fedloom.presence import Presence
 from fedloom.randomness import generator

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
-from fedloom.methods.parts import KeepsParts, one_after_the_other
+from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
 from fedloom.models.heads import PersonalParts, is_head
 from fedloom.settings import Of, Settings
 from fedloom.training.local import LocalResult

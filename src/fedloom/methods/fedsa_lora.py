@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
-from fedloom.methods.parts import KeepsParts
+from fedloom.methods.bases.personal_parts import KeepsParts
 from fedloom.models.heads import is_head
 from fedloom.settings import Settings
 from fedloom.training.local import LocalResult

@@ -56,7 +56,7 @@ from fedloom.methods.base import (
     Method,
     Round,
 )
-from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
+from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
 from fedloom.settings import Settings
 
 

@@ -28,8 +28,8 @@ from fedloom.methods.base import (
     Client,
     Cohort,
 )
-from fedloom.methods.merging import MERGE_COUNT, MERGES, MergesFactors
-from fedloom.methods.ranks import check_ranks, pack, ragged_specs, unpack
+from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MERGES, MergesFactors
+from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
 

@@ -32,7 +32,7 @@ from fedloom.methods.base import (
     proximal_gradient,
     training_exchange,
 )
-from fedloom.methods.parts import KeepsAdapter
+from fedloom.methods.bases.personal_parts import KeepsAdapter
 from fedloom.settings import Settings
 from fedloom.training.local import StepHook
 

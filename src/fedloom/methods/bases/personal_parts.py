@@ -1,4 +1,4 @@
-"""What methods have in common whose clients keep, or alone hold, some of what is trained.
+"""What methods have in common whose clients keep some of what is trained.
 
 Of :class:`KeepsParts` the shared tensors are averaged as in FedAvg; the others are trained with them,
 kept between rounds in the client's store, and are in no message: the schema of every exchange has no
@@ -7,12 +7,10 @@ place for them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.checkpoint import State
-from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
-from fedloom.data.tokenize import TokenSet
 from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors
 from fedloom.methods.base import (
     ADAPTER,
@@ -23,8 +21,6 @@ from fedloom.methods.base import (
     Method,
     Round,
     ServerSide,
-    join_parts,
-    part_of,
     tensor_bytes,
     training_exchange,
 )
@@ -126,39 +122,6 @@ class KeepsAdapter(Method):
         """Write the client's own adapter once there is one, the shared one before."""
         before = client.initial if client.own_start else payload.tensors
         client.model.write(client.kept.get(ADAPTER, before))
-
-
-class OwnMixture(Method):
-    """Base of methods whose clients hold some experts each, of all that the server keeps."""
-
-    own_models = True
-
-    def initial_state(self, adapter: Tensors) -> State:
-        """Keep all experts; nobody holds any yet."""
-        return State(join_parts(adapter=adapter))
-
-    def shared(self, state: State) -> Tensors | None:
-        """Return ``None``: every client has its own mixture."""
-        return None
-
-    def welcome(self, state: State) -> Tensors:
-        """Return all experts."""
-        return part_of(state.tensors, ADAPTER)
-
-    def load(self, client: Client, payload: Payload) -> None:
-        """Write what was received, or the client's own mixture, or before its first round the initial."""
-        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
-
-
-def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
-    """Run rows through a client's model, without gradients; yield the rows of each pass after it."""
-    model = client.model
-    for indices in by_length(tokens, max(client.training.micro_batch, 16)):
-        numbers = sequence_numbers(tokens.width, indices)
-        batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
-        with model.evaluating():
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
-        yield len(indices)
 
 
 def ask_everybody(

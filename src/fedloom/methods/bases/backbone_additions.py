@@ -40,7 +40,7 @@ from fedloom.methods.base import (
     part_of,
     tensor_bytes,
 )
-from fedloom.methods.ranks import FACTORS, pack, unpack
+from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
 from fedloom.models.moved import MOVED, products
 
 BASE = "base"

@@ -1,0 +1,1 @@
+"""What several methods share: one file for each way of keeping, adding to or sending parameters."""

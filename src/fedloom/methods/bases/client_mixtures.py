@@ -1,0 +1,44 @@
+"""What methods share whose clients each hold some experts, of all that the server keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedloom.checkpoint import State
+from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
+from fedloom.data.tokenize import TokenSet
+from fedloom.messages import Payload, Tensors
+from fedloom.methods.base import ADAPTER, Client, Method, join_parts, part_of
+
+
+class OwnMixture(Method):
+    """Base of methods whose clients hold some experts each, of all that the server keeps."""
+
+    own_models = True
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Keep all experts; nobody holds any yet."""
+        return State(join_parts(adapter=adapter))
+
+    def shared(self, state: State) -> Tensors | None:
+        """Return ``None``: every client has its own mixture."""
+        return None
+
+    def welcome(self, state: State) -> Tensors:
+        """Return all experts."""
+        return part_of(state.tensors, ADAPTER)
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write what was received, or the client's own mixture, or before its first round the initial."""
+        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
+
+
+def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
+    """Run rows through a client's model, without gradients; yield the rows of each pass after it."""
+    model = client.model
+    for indices in by_length(tokens, max(client.training.micro_batch, 16)):
+        numbers = sequence_numbers(tokens.width, indices)
+        batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
+        with model.evaluating():
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
+        yield len(indices)
