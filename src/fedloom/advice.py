@@ -22,7 +22,7 @@ from fedloom.data.batches import TokenShare, collate, epoch_batches, micro_batch
 from fedloom.division import divide
 from fedloom.errors import FedloomError
 from fedloom.experiment import Experiment
-from fedloom.methods.base import TASKS
+from fedloom.methods.checks import TASKS
 from fedloom.methods.distillation import SCORING_BATCH, DistillationMethod, DistillationSettings
 from fedloom.methods.fedavg import FedAvgSettings
 from fedloom.methods.split import SplitSettings

@@ -19,18 +19,16 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
-from fedloom.methods import METHODS, MethodSettings, make_method
-from fedloom.methods.base import TASKS, AggregationSettings
-from fedloom.methods.distillation import DistillationSettings
-from fedloom.methods.fedamole import FedAMoLESettings
-from fedloom.methods.fedavg import FedAvgSettings
-from fedloom.methods.split import SplitSettings
-from fedloom.models.adapters import PROMPTS, AdapterSettings
+from fedloom.methods import DEFAULT, METHODS
+from fedloom.methods.base import AggregationSettings
+from fedloom.methods.view import ExperimentView
+from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES, ObjectiveSettings
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
 from fedloom.settings import (
+    NamedSettings,
     Of,
     Settings,
     Table,
@@ -130,7 +128,7 @@ class Experiment:
     clients: ClientsSettings = field(default_factory=ClientsSettings)
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     objective: ObjectiveSettings = field(default_factory=DPOSettings)
-    method: MethodSettings = field(default_factory=FedAvgSettings)
+    method: NamedSettings = field(default_factory=METHODS[DEFAULT][0])
     federation: FederationSettings = field(default_factory=FederationSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
@@ -222,8 +220,8 @@ class Experiment:
 
     @property
     def judges_clients(self) -> bool:
-        """Whether clients are judged by rows of their own; no client of a split model has all of it."""
-        return self.evaluation.per_client and not isinstance(self.method, SplitSettings)
+        """Whether clients are judged by rows of their own, for which they need the whole model."""
+        return self.evaluation.per_client and METHODS[self.method.name][1].whole_at_clients
 
 
 SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
@@ -244,7 +242,7 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
 }
 """Section to its settings, or to a choice of settings by name."""
 
-DEFAULT_NAMES = {"objective": "dpo", "method": "fedavg"}
+DEFAULT_NAMES = {"objective": "dpo", "method": DEFAULT}
 
 
 def keys_of(section: str, table: Mapping[str, Any]) -> Iterable[str]:
@@ -300,12 +298,6 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["training"].contradictions()
     if "admission" in parts:
         found += parts["admission"].contradictions()
-        method = parts["method"].name if "method" in parts else ""
-        if parts["admission"].max_change is not None and method in ("distillation", "split"):
-            found.append(
-                f"admission.max_change bounds changes of parameters; those of method.name = {method!r} "
-                "do not travel"
-            )
     if "federation" in parts:
         federation: FederationSettings = parts["federation"]
         if federation.cohort_size > federation.clients:
@@ -327,19 +319,17 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts[section].contradictions()
     if "adapter" in parts and "model" in parts:
         found += _quantization_contradictions(parts["adapter"].kind, parts["model"].quantization)
-    if "method" in parts and "objective" in parts:
-        found += _framework_contradictions(parts)
-        found += _parameter_contradictions(parts)
-        found += _amount_contradictions(parts)
+    if "method" in parts:
+        found += METHODS[parts["method"].name][1].check(_view(parts))
     if "adapter" in parts:
         found += _start_contradictions(parts)
-    if "method" in parts and "clients" in parts and parts["clients"].newcomers:
+    if "clients" in parts and parts["clients"].newcomers:
         found += _newcomer_contradictions(parts)
     if "data" in parts:
         found += parts["data"].contradictions()
-    if parts.keys() >= {"data", "method", "partition", "federation"}:
+    if parts.keys() >= {"data", "partition", "federation"}:
         found += _files_contradictions(parts)
-    if "data" in parts and "method" in parts and parts["data"].is_private:
+    if "data" in parts and parts["data"].is_private:
         found += _private_contradictions(parts)
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
@@ -362,24 +352,6 @@ def _start_contradictions(parts: Mapping[str, Any]) -> list[str]:
             'adapter.start: adapter.kind = "submixture" trains the model\'s own experts; give a trained '
             "model as model.path"
         )
-    if "method" not in parts:
-        return found
-    method: Any = parts["method"]
-    kind = METHODS[method.name][1]
-    if kind.no_start:
-        found.append(f"adapter.start: method.name = {method.name!r} cannot: {kind.no_start}")
-    for name in ("server_model", "server_rank"):
-        if getattr(method, name, None) is not None:
-            found.append(f"adapter.start is of one model and rank: leave method.{name} out")
-    groups = parts["clients"].groups if "clients" in parts else {}
-    for name, group in groups.items():
-        if group.model is not None:
-            found.append(f"adapter.start is of one model: leave clients.groups.{name}.model out")
-        if group.rank is not None and not kind.mixed_ranks:
-            found.append(
-                f"adapter.start is of one rank, which method.name = {method.name!r} does not change: "
-                f"leave clients.groups.{name}.rank out"
-            )
     return found
 
 
@@ -395,14 +367,7 @@ def _quantization_contradictions(adapter: str, quantization: str) -> list[str]:
 
 def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
     """Return what needs rows that the coordinator does not have."""
-    found, method = [], parts["method"].name
-    if method == "centralised":
-        found.append('method.name = "centralised" puts all rows together; data.source = "clients"')
-    if METHODS[method][1].needs_public and "public" in parts and parts["public"].source is None:
-        found.append(
-            f'method.name = {method!r} needs public rows, and data.source = "clients" are private: name '
-            "public.source"
-        )
+    found = []
     if "partition" in parts and parts["partition"].feedback == "spread":
         found.append('partition.feedback = "spread" deals rows anew; data.source = "clients"')
     return found
@@ -425,67 +390,27 @@ def _files_contradictions(parts: Mapping[str, Any]) -> list[str]:
         found.append(f"{what}: all rows are the clients'; name a held-out set, data.test_source")
     if parts["partition"].feedback == "spread":
         found.append(f'partition.feedback = "spread" deals rows anew; {what}')
-    needs_public = METHODS[parts["method"].name][1].needs_public
-    if needs_public and "public" in parts and parts["public"].source is None:
-        found.append(
-            f"method.name = {parts['method'].name!r} needs public rows, and with {what} all are the "
-            "clients': name public.source"
-        )
     return found
 
 
 def _newcomer_contradictions(parts: Mapping[str, Any]) -> list[str]:
     """Return why nobody can join at the end."""
-    name, found = parts["method"].name, []
-    if name in ("centralised", "split", "distillation"):
-        found.append(f"clients.newcomers go with methods that share parameters; {name!r} does not")
     if "evaluation" in parts and not parts["evaluation"].per_client:
-        found.append("clients.newcomers are judged by rows of their own: evaluation.per_client")
-    return found
+        return ["clients.newcomers are judged by rows of their own: evaluation.per_client"]
+    return []
 
 
-def _framework_contradictions(parts: Mapping[str, Any]) -> list[str]:
-    """Return what the frameworks beyond parameter exchange cannot do, or need."""
-    found = []
-    method: Any = parts["method"]
-    if method.name in ("distillation", "split") and parts["objective"].name not in TASKS:
-        found.append(
-            f"method.name = {method.name!r} works with objective.name = {' or '.join(TASKS)}, not with "
-            f"{parts['objective'].name!r}"
-        )
-    groups = "clients" in parts and parts["clients"].groups
-    if isinstance(method, DistillationSettings):
-        labelled = "public" in parts and parts["public"].labelled
-        if method.rule == "lowest_loss" and not labelled:
-            found.append('method.rule = "lowest_loss" needs public.labelled = true')
-        if "adapter" in parts and parts["adapter"].kind != "lora":
-            ranks = [name for name, group in (groups or {}).items() if group.rank]
-            found += [f"clients.groups.{name}.rank is a setting of lora" for name in ranks]
-            if method.server_rank:
-                found.append("method.server_rank is a setting of lora")
-    if isinstance(method, SplitSettings):
-        training = parts.get("training")
-        if training and (training.micro_batch_size or training.accumulation):
-            found.append(
-                "method split sends an optimizer batch at a time: leave training.micro_batch_size and "
-                "training.accumulation out"
-            )
-        if training and training.keep_optimizer_state:
-            found.append(
-                "method split makes its optimizers anew in every round: leave "
-                "training.keep_optimizer_state out"
-            )
-        if training and training.gradient_checkpointing:
-            found.append(
-                "method split keeps activations on both sides: leave "
-                "training.gradient_checkpointing out"
-            )
-        if "adapter" in parts and parts["adapter"].kind in PROMPTS:
-            found.append(
-                f'adapter.kind = "{parts["adapter"].kind}" puts its tokens before the first block; '
-                'method split needs "lora", "ia3" or "full"'
-            )
-    return found
+def _view(parts: Mapping[str, Any]) -> ExperimentView:
+    """Return what a method sees of the sections that are sound by themselves."""
+    own = {name: part for name, part in parts.items() if name in _SEEN}
+    kinds = {name: kind for name, (_, kind) in METHODS.items()}
+    if "objective" in parts:
+        name = parts["objective"].name
+        own |= {"objective_name": name, "objective": OBJECTIVES[name][1]}
+    return ExperimentView(methods=kinds, **own)
+
+
+_SEEN = {own.name for own in fields(ExperimentView)} - {"methods", "objective", "objective_name"}
 
 
 def _judging_contradictions(evaluation: EvaluationSettings, data: DataSettings) -> list[str]:
@@ -496,150 +421,6 @@ def _judging_contradictions(evaluation: EvaluationSettings, data: DataSettings) 
     if data_kind(data) != "instruction":
         return [f'evaluation.judged_by = "rouge_l" is for instructions, not {data_kind(data)}']
     return []
-
-
-def _parameter_contradictions(parts: Mapping[str, Any]) -> list[str]:
-    """Return what methods that share parameters cannot do with these adapters, heads and clients."""
-    found = []
-    method: Any = parts["method"]
-    kind = METHODS[method.name][1]
-    factors = method.name in ("fedsa_lora", "ffa_lora", "feddpa") or kind.mixed_ranks
-    factors = factors or kind.moves_backbone
-    if factors and "adapter" in parts and parts["adapter"].kind != "lora":
-        found.append(
-            f"method.name = {method.name!r} treats the two factors of LoRA apart: use adapter.kind = "
-            '"lora"'
-        )
-    if (
-        isinstance(method, FedAMoLESettings)
-        and {"adapter", "clients", "federation"} <= parts.keys()
-    ):
-        found += _expert_contradictions(parts, method)
-    if "aggregation" in parts and parts["aggregation"].rule != "mean" and not kind.averages:
-        found.append(
-            f"aggregation.rule = {parts['aggregation'].rule!r}: method.name = {method.name!r} puts "
-            "updates together in a way of its own"
-        )
-    if "adapter" in parts:
-        found += _submixture_contradictions(parts["adapter"].kind, method.name)
-    if method.name == "fedpdpo" and OBJECTIVES[parts["objective"].name][1].head != "causal":
-        found.append(
-            "method.name = 'fedpdpo' gives clients heads over a vocabulary, and objective.name = "
-            f"{parts['objective'].name!r} has one over classes; fedper and fedrep keep that one"
-        )
-    if method.name == "scaffold" and "training" in parts and parts["training"].head_learning_rate:
-        found.append(
-            "training.head_learning_rate: method.name = 'scaffold' divides by one learning rate for all "
-            "tensors"
-        )
-    if method.name == "flora" and "training" in parts and parts["training"].keep_optimizer_state:
-        found.append(
-            "training.keep_optimizer_state: method.name = 'flora' begins every round with fresh factors, "
-            "of which an optimizer knows nothing"
-        )
-    if kind.moves_backbone and "model" in parts and parts["model"].quantization != "none":
-        found.append(
-            f"model.quantization: method.name = {method.name!r} adds to the backbone's weights, which "
-            "a quantised one cannot take up"
-        )
-    groups = "clients" in parts and parts["clients"].groups
-    if groups and kind.mixed_ranks and "adapter" in parts:
-        found += _rank_contradictions(groups, parts["adapter"].rank, method.name)
-    elif groups and not kind.own_models:
-        found.append(
-            f"clients.groups: method.name = {method.name!r} averages parameters, so all clients need the "
-            "same model and rank; flora, flexlora and hetlora allow different ranks, distillation and "
-            "local_only both"
-        )
-    return found
-
-
-def _amount_contradictions(parts: Mapping[str, Any]) -> list[str]:
-    """Return why what a client does in a round cannot be shared by the trainings of its method."""
-    if not {"training", "federation"} <= parts.keys() or parts["training"].amount_per == "model":
-        return []
-    training: TrainingSettings = parts["training"]
-    name, rounds = parts["method"].name, parts["federation"].rounds
-    method = make_method(parts["method"])
-    most = max(method.trainings_of(round, rounds) for round in {1, rounds})
-    width = 2 if OBJECTIVES[parts["objective"].name][1].kind == "preference" else 1
-    why = " and ".join(
-        [f"{most} trainings in a round"] * (most > 1)
-        + [f"{method.repeats} optimizer steps on each batch"] * (method.repeats > 1)
-    )
-    found = []
-    for amount, key, least in (
-        (training.local_steps, "optimizer steps", most * method.repeats),
-        (training.local_examples, "examples", most * method.repeats * width),
-    ):
-        if amount is not None and amount < least:
-            found.append(
-                f"{key}: {amount} a client and round is too little for method.name = {name!r}, which "
-                f"makes {why}: give {least} at least (training.local_{key.split()[-1]}, or "
-                "compare.amount)"
-            )
-    steps, repeats = training.local_steps, method.repeats
-    if steps is not None and steps >= most * repeats and steps % repeats:
-        found.append(
-            f"optimizer steps: {steps} a client and round do not part into batches for method.name = "
-            f"{name!r}, which makes {why}: give {steps // repeats * repeats} or "
-            f"{(steps // repeats + 1) * repeats} (training.local_steps, or compare.amount)"
-        )
-    return found
-
-
-def _submixture_contradictions(adapter: str, method: str) -> list[str]:
-    if adapter == "submixture" and method not in ("fedmoe", "local_only"):
-        return [
-            "adapter.kind = 'submixture': each client keeps a model of its own, and method.name = "
-            f"{method!r} has one for all; use fedmoe or local_only"
-        ]
-    if method == "fedmoe" and adapter != "submixture":
-        return [
-            "method.name = 'fedmoe' trains the experts that a backbone has itself: use adapter.kind = "
-            f'"submixture", not {adapter!r}'
-        ]
-    return []
-
-
-def _expert_contradictions(parts: Mapping[str, Any], method: FedAMoLESettings) -> list[str]:
-    """Return what a mixture of experts for each client does not go with."""
-    found = []
-    if parts["adapter"].kind != "experts":
-        found.append(
-            "method.name = 'fedamole' assigns experts: use adapter.kind = \"experts\", not "
-            f"{parts['adapter'].kind!r}"
-        )
-    training = parts["federation"].clients - len(parts["clients"].newcomers)
-    found += method.contradictions(parts["adapter"].experts, training)
-    objective = OBJECTIVES[parts["objective"].name][1] if "objective" in parts else None
-    if method.embedding_noise == "gaussian" and objective and objective.needs_mismatched:
-        found.append(
-            "method.embedding_noise = 'gaussian' promises something of rows that are not trained on, and "
-            f"objective.name = {parts['objective'].name!r} compares rows with completions of other rows"
-        )
-    if "training" in parts and parts["training"].keep_optimizer_state:
-        found.append(
-            "training.keep_optimizer_state: a client of method.name = 'fedamole' may hold other experts "
-            "in the next round"
-        )
-    return found
-
-
-def _rank_contradictions(groups: Mapping[str, ClientGroup], largest: int, name: str) -> list[str]:
-    """Return what clients of different ranks that share parameters cannot differ in."""
-    found = []
-    for group, own in groups.items():
-        if own.model is not None:
-            found.append(
-                f"clients.groups.{group}.model: method.name = {name!r} allows other ranks of one model"
-            )
-        if own.rank is not None and own.rank > largest:
-            found.append(
-                f"clients.groups.{group}.rank = {own.rank} is above adapter.rank = {largest}, which the "
-                f"server's adapter has under method.name = {name!r}: raise adapter.rank"
-            )
-    return found
 
 
 def _kind_contradictions(data: DataSettings, objective: ObjectiveSettings) -> list[str]:

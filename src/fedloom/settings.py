@@ -44,6 +44,12 @@ class Settings(BaseModel):
     )
 
 
+class NamedSettings(Settings):
+    """Base of the settings of a section whose ``name`` chooses among several classes."""
+
+    name: str
+
+
 @dataclass(frozen=True)
 class Of:
     """Stands beside a setting's type: it is read where another setting, or a fact, has such a value.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
@@ -34,38 +32,9 @@ from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
+from fedloom.settings import NamedSettings
 
-MethodSettings = (
-    FedAvgSettings
-    | FedProxSettings
-    | ScaffoldSettings
-    | FedAvgMSettings
-    | FedAdagradSettings
-    | FedAdamSettings
-    | FedYogiSettings
-    | FedAvgFTSettings
-    | FedPDPOSettings
-    | FedPerSettings
-    | FedRepSettings
-    | DittoSettings
-    | PFedMeSettings
-    | FedDPASettings
-    | FDLoRASettings
-    | FedSALoRASettings
-    | FFALoRASettings
-    | FLoRASettings
-    | FedExLoRASettings
-    | FlexLoRASettings
-    | HetLoRASettings
-    | FedAMoLESettings
-    | FedMoESettings
-    | DistillationSettings
-    | SplitSettings
-    | CentralisedSettings
-    | LocalOnlySettings
-)
-
-METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
+METHODS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedavg": (FedAvgSettings, FedAvg),
     "fedprox": (FedProxSettings, FedProx),
     "scaffold": (ScaffoldSettings, Scaffold),
@@ -96,8 +65,10 @@ METHODS: dict[str, tuple[type[MethodSettings], Any]] = {
 }
 """Name in ``[method]`` to its settings and its class."""
 
+DEFAULT = "fedavg"
+"""The method of an experiment that names none."""
 
-def make_method(settings: MethodSettings) -> Method:
+
+def make_method(settings: NamedSettings) -> Method:
     """Return the method that ``settings`` describe."""
-    method: Method = METHODS[settings.name][1](settings)
-    return method
+    return METHODS[settings.name][1](settings)

@@ -10,7 +10,7 @@ the client keeps; a generator is never saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ from fedloom.messages import (
     Tensors,
     amount,
 )
+from fedloom.methods.checks import general
+from fedloom.methods.view import ExperimentView
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
@@ -58,9 +60,6 @@ LEARNING_RATE = amount("learning_rate", FINITE)
 
 EVALUATE = "evaluate"
 """The action that trains nothing."""
-
-TASKS = ("sft", "classification")
-"""Objectives whose loss is a mean over positions (texts or tokens) that several parties can share."""
 
 ADAPTER = "adapter"
 """Where the adapter is, among the parts of a state, a payload or what a client keeps."""
@@ -394,6 +393,11 @@ class Method:
         personal: Whether a client judges and uses what the server sends together with what it keeps.
         needs_public: Whether all parties must have public rows.
         mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
+        mixed_models: Whether its clients may have different models and adapters of any rank.
+        shares_parameters: Whether what travels is parameters of the adapter, all of them or some.
+        two_factors: Whether it treats the two factors of LoRA apart.
+        submixtures: Whether each client can keep a model of its own, of experts that the backbone has.
+        whole_at_clients: Whether a client has the whole model, and can be judged by it.
         moves_backbone: Whether weights that are frozen while training change between rounds.
         by_rows: Whether clients weigh by their rows in means of adapters, or all alike.
         averages: Whether it takes means of adapters by :meth:`averaged`, which other rules may replace.
@@ -411,6 +415,11 @@ class Method:
     personal = False
     needs_public = False
     mixed_ranks = False
+    mixed_models = False
+    shares_parameters = True
+    two_factors = False
+    submixtures = False
+    whole_at_clients = True
     moves_backbone = False
     averages = False
     by_rows = True
@@ -420,6 +429,17 @@ class Method:
     no_start = ""
     aggregation = AggregationSettings()
     server: ServerSide
+
+    def __init__(self, settings: Any) -> None:
+        """Take the settings of ``[method]``; each method keeps what it needs of them."""
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield everything in an experiment that this method does not go with, each as one message.
+
+        A method that adds to it begins with ``yield from super().check(view)``.
+        """
+        yield from general(cls, view)
 
     @property
     def parts(self) -> PersonalParts:

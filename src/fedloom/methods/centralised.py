@@ -18,10 +18,10 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class CentralisedSettings(Settings):
+class CentralisedSettings(NamedSettings):
     """``[method] name = "centralised"``."""
 
     name: Literal["centralised"] = "centralised"

@@ -15,6 +15,7 @@ keeps its adapter from round to round.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -43,11 +44,13 @@ from fedloom.methods.base import (
     Reveal,
     Round,
 )
+from fedloom.methods.checks import tasks_only
+from fedloom.methods.view import ExperimentView
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Head
 from fedloom.objectives.distillation import Distillation, scored_logits
 from fedloom.randomness import generator
-from fedloom.settings import Of, Settings
+from fedloom.settings import NamedSettings, Of
 from fedloom.training.local import reported, train_locally
 from fedloom.training.optimizers import Part, Work
 
@@ -64,7 +67,7 @@ SCORING_BATCH = 32
 """Public rows in one forward pass without gradients."""
 
 
-class DistillationSettings(Settings):
+class DistillationSettings(NamedSettings):
     """``[method] name = "distillation"``."""
 
     name: Literal["distillation"] = "distillation"
@@ -104,10 +107,32 @@ class DistillationMethod(Method):
 
     own_models = True
     needs_public = True
+    mixed_models = True
+    shares_parameters = False
 
     def __init__(self, settings: DistillationSettings) -> None:
         """Keep the settings."""
         self.settings = settings
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also what the rule, ranks and the server's own model do not go with."""
+        yield from super().check(view)
+        yield from tasks_only(view)
+        method, adapter = view.method, view.adapter
+        labelled = view.public is not None and view.public.labelled
+        if method.rule == "lowest_loss" and not labelled:
+            yield 'method.rule = "lowest_loss" needs public.labelled = true'
+        if adapter is not None and adapter.kind != "lora":
+            for name, group in view.groups.items():
+                if group.rank:
+                    yield f"clients.groups.{name}.rank is a setting of lora"
+            if method.server_rank:
+                yield "method.server_rank is a setting of lora"
+        if adapter is not None and adapter.start is not None:
+            for name in ("server_model", "server_rank"):
+                if getattr(method, name) is not None:
+                    yield f"adapter.start is of one model and rank: leave method.{name} out"
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Collect answers, learn from them, send back what is known then."""

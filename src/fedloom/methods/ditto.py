@@ -25,11 +25,11 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
 
-class DittoSettings(Settings):
+class DittoSettings(NamedSettings):
     """``[method] name = "ditto"``."""
 
     name: Literal["ditto"] = "ditto"

@@ -41,7 +41,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
 MOMENTUM = "momentum"
@@ -56,7 +56,7 @@ SIMPLEX = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 """Mixtures that the search begins with: shared alone, private alone, both; not all on one line."""
 
 
-class FDLoRASettings(Settings):
+class FDLoRASettings(NamedSettings):
     """``[method] name = "fdlora"``; defaults are those of FedAMoLE's authors."""
 
     name: Literal["fdlora"] = "fdlora"

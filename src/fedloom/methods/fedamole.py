@@ -25,7 +25,7 @@ with them the share of tokens that each expert gets.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,10 +66,11 @@ from fedloom.methods.base import (
     part_of,
 )
 from fedloom.methods.bases.client_mixtures import OwnMixture, passes
+from fedloom.methods.view import ExperimentView
 from fedloom.models.experts import ExpertModel, split_name
 from fedloom.presence import Presence
 from fedloom.randomness import generator
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 HELD = "held"
 """Of a request: ``(layers, experts)`` uint8, which experts its client holds."""
@@ -98,7 +99,7 @@ ROUNDING = 1e-3
 """By which shares may miss 1."""
 
 
-class FedAMoLESettings(Settings):
+class FedAMoLESettings(NamedSettings):
     """``[method] name = "fedamole"``; defaults are the authors'. Experts are counted in ``[adapter]``."""
 
     name: Literal["fedamole"] = "fedamole"
@@ -180,6 +181,33 @@ class FedAMoLE(OwnMixture):
     def __init__(self, settings: FedAMoLESettings) -> None:
         """Keep the settings."""
         self.settings = settings
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also which limits cannot hold, and what its experts and embeddings do not go with."""
+        yield from super().check(view)
+        adapter, method = view.adapter, view.method
+        if adapter is None or view.clients is None or view.federation is None:
+            return
+        if adapter.kind != "experts":
+            yield (
+                f'method.name = {view.name!r} assigns experts: use adapter.kind = "experts", not '
+                f"{adapter.kind!r}"
+            )
+        training = view.federation.clients - len(view.clients.newcomers)
+        yield from method.contradictions(adapter.experts, training)
+        compares = view.objective is not None and view.objective.needs_mismatched
+        if method.embedding_noise == "gaussian" and compares:
+            yield (
+                "method.embedding_noise = 'gaussian' promises something of rows that are not trained on, "
+                f"and objective.name = {view.objective_name!r} compares rows with completions of other "
+                "rows"
+            )
+        if view.training is not None and view.training.keep_optimizer_state:
+            yield (
+                f"training.keep_optimizer_state: a client of method.name = {view.name!r} may hold other "
+                "experts in the next round"
+            )
 
     def equip(self, server: ServerSide) -> None:
         """Note what layers and experts there are."""

@@ -19,10 +19,10 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class FedAvgSettings(Settings):
+class FedAvgSettings(NamedSettings):
     """``[method] name = "fedavg"``."""
 
     name: Literal["fedavg"] = "fedavg"

@@ -25,11 +25,11 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
 
-class FedAvgFTSettings(Settings):
+class FedAvgFTSettings(NamedSettings):
     """``[method] name = "fedavg_ft"``."""
 
     name: Literal["fedavg_ft"] = "fedavg_ft"

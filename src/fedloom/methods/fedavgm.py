@@ -26,12 +26,12 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 MOMENTUM = "momentum"
 
 
-class FedAvgMSettings(Settings):
+class FedAvgMSettings(NamedSettings):
     """``[method] name = "fedavgm"``."""
 
     name: Literal["fedavgm"] = "fedavgm"

@@ -28,11 +28,11 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
 
-class FedDPASettings(Settings):
+class FedDPASettings(NamedSettings):
     """``[method] name = "feddpa"``."""
 
     name: Literal["feddpa"] = "feddpa"
@@ -48,6 +48,7 @@ class FedDPA(KeepsAdapter):
     reveals = ADAPTERS_ALONE
 
     averages = True
+    two_factors = True
 
     def __init__(self, settings: FedDPASettings) -> None:
         """Keep the settings."""

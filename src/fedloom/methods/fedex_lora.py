@@ -14,10 +14,10 @@ from fedloom.aggregation.lora import residual
 from fedloom.messages import Exchange, Reply, Tensors
 from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MergesFactors
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class FedExLoRASettings(Settings):
+class FedExLoRASettings(NamedSettings):
     """``[method] name = "fedex_lora"``."""
 
     name: Literal["fedex_lora"] = "fedex_lora"

@@ -15,7 +15,7 @@ stay with their other holders.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -46,10 +46,11 @@ from fedloom.methods.base import (
     tensor_bytes,
 )
 from fedloom.methods.bases.client_mixtures import OwnMixture, passes
+from fedloom.methods.view import ExperimentView
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
 from fedloom.presence import Presence
 from fedloom.randomness import generator
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 EXPERTS = "experts"
 """Part of the state: for each client that was probed ``(blocks, n)`` ids of its experts, ascending."""
@@ -87,7 +88,7 @@ def _held(state: State, presence: Presence) -> dict[int, Tensor]:
     return {client: own for client, own in places.items() if probed[client]}
 
 
-class FedMoESettings(Settings):
+class FedMoESettings(NamedSettings):
     """``[method] name = "fedmoe"``."""
 
     name: Literal["fedmoe"] = "fedmoe"
@@ -103,12 +104,24 @@ class FedMoE(OwnMixture):
     reveals: frozenset[Reveal] = frozenset({"adapters", "expert_probes"})
     no_start = "it trains the model's own experts; give a trained model as model.path"
 
+    submixtures = True
+
     blocks: tuple[str, ...]
     held: int
 
     def __init__(self, settings: FedMoESettings) -> None:
         """Keep the settings."""
         self.settings = settings
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that the backbone's own experts must be trained."""
+        yield from super().check(view)
+        if view.adapter is not None and view.adapter.kind != "submixture":
+            yield (
+                f"method.name = {view.name!r} trains the experts that a backbone has itself: use "
+                f'adapter.kind = "submixture", not {view.adapter.kind!r}'
+            )
 
     def equip(self, server: ServerSide) -> None:
         """Note what experts there are.

@@ -38,12 +38,12 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 FIRST, SECOND = "first_moment", "second_moment"
 
 
-class _Adaptive(Settings):
+class _Adaptive(NamedSettings):
     eta: float = Field(default=1e-3, gt=0)
     """Server learning rate (2502.14187: 1e-3)."""
     tau: float = Field(default=1e-3, gt=0)

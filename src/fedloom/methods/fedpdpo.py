@@ -12,18 +12,20 @@ logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
+from fedloom.methods.view import ExperimentView
 from fedloom.models.heads import HeadMode, PersonalParts, is_own
-from fedloom.settings import Of, Settings
+from fedloom.settings import NamedSettings, Of
 from fedloom.training.local import LocalResult
 
 
-class FedPDPOSettings(Settings):
+class FedPDPOSettings(NamedSettings):
     """``[method] name = "fedpdpo"``."""
 
     name: Literal["fedpdpo"] = "fedpdpo"
@@ -48,6 +50,17 @@ class FedPDPO(KeepsParts):
         """Keep the settings."""
         self.settings = settings
         self.trainings = 2 if settings.schedule == "alternating" else 1
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that there must be a vocabulary."""
+        yield from super().check(view)
+        if view.objective is not None and view.objective.head != "causal":
+            yield (
+                f"method.name = {view.name!r} gives clients heads over a vocabulary, and "
+                f"objective.name = {view.objective_name!r} has one over classes; "
+                "fedper and fedrep keep that one"
+            )
 
     @property
     def parts(self) -> PersonalParts:

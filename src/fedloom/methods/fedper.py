@@ -18,7 +18,7 @@ from pydantic import Field
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
 from fedloom.models.heads import PersonalParts, is_head
-from fedloom.settings import Of, Settings
+from fedloom.settings import NamedSettings, Of
 from fedloom.training.local import LocalResult
 
 CAUSAL = Of("head", ("causal",), "the head of this objective is its classifier")
@@ -26,7 +26,7 @@ CAUSAL = Of("head", ("causal",), "the head of this objective is its classifier")
 LOW_RANK = Of("method.head_mode", ("lowrank",))
 
 
-class FedPerSettings(Settings):
+class FedPerSettings(NamedSettings):
     """``[method] name = "fedper"``."""
 
     name: Literal["fedper"] = "fedper"

@@ -22,10 +22,10 @@ from fedloom.methods.base import (
     proximal_gradient,
     training_exchange,
 )
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class FedProxSettings(Settings):
+class FedProxSettings(NamedSettings):
     """``[method] name = "fedprox"``."""
 
     name: Literal["fedprox"] = "fedprox"

@@ -14,18 +14,18 @@ from typing import Literal
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts
 from fedloom.models.heads import is_head
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.local import LocalResult
 from fedloom.training.optimizers import Work
 
 
-class FedSALoRASettings(Settings):
+class FedSALoRASettings(NamedSettings):
     """``[method] name = "fedsa_lora"``."""
 
     name: Literal["fedsa_lora"] = "fedsa_lora"
 
 
-class FFALoRASettings(Settings):
+class FFALoRASettings(NamedSettings):
     """``[method] name = "ffa_lora"``."""
 
     name: Literal["ffa_lora"] = "ffa_lora"
@@ -35,6 +35,7 @@ class FedSALoRA(KeepsParts):
     """Averages A; B and the classifier are a client's own."""
 
     reveals = ADAPTERS_ALONE
+    two_factors = True
 
     def __init__(self, settings: FedSALoRASettings) -> None:
         """Take no settings beyond the name."""
@@ -48,6 +49,7 @@ class FFALoRA(KeepsParts):
     """Averages B; A is the same everywhere and is never trained."""
 
     reveals = ADAPTERS_ALONE
+    two_factors = True
 
     personal = False
 

@@ -57,10 +57,10 @@ from fedloom.methods.base import (
     Round,
 )
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class FlexLoRASettings(Settings):
+class FlexLoRASettings(NamedSettings):
     """``[method] name = "flexlora"``."""
 
     name: Literal["flexlora"] = "flexlora"
@@ -101,6 +101,7 @@ class FlexLoRA(Method):
     reveals = ADAPTERS_ALONE
 
     mixed_ranks = True
+    two_factors = True
 
     def __init__(self, settings: FlexLoRASettings) -> None:
         """Keep whom a slice of ranks is averaged over."""

@@ -9,7 +9,7 @@ Clients may have different ranks (``clients.groups``), each with the scaling of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -30,11 +30,12 @@ from fedloom.methods.base import (
 )
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MERGES, MergesFactors
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
+from fedloom.methods.view import ExperimentView
 from fedloom.randomness import derive_seed
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class FLoRASettings(Settings):
+class FLoRASettings(NamedSettings):
     """``[method] name = "flora"``."""
 
     name: Literal["flora"] = "flora"
@@ -53,6 +54,16 @@ class FLoRA(MergesFactors):
 
     def __init__(self, settings: FLoRASettings) -> None:
         """Take no settings beyond the name."""
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that no optimizer can go on with factors that are new."""
+        yield from super().check(view)
+        if view.training is not None and view.training.keep_optimizer_state:
+            yield (
+                f"training.keep_optimizer_state: method.name = {view.name!r} begins every round with "
+                "fresh factors, of which an optimizer knows nothing"
+            )
 
     def kept(self, adapter: Tensors) -> Tensors:
         """Return what is no factor, such as a classification head."""

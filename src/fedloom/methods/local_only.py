@@ -22,10 +22,10 @@ from fedloom.methods.base import (
     Reveal,
     Round,
 )
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class LocalOnlySettings(Settings):
+class LocalOnlySettings(NamedSettings):
     """``[method] name = "local_only"``."""
 
     name: Literal["local_only"] = "local_only"
@@ -37,6 +37,8 @@ class LocalOnly(Method):
     reveals: frozenset[Reveal] = frozenset()
 
     own_models = True
+    mixed_models = True
+    submixtures = True
 
     def __init__(self, settings: LocalOnlySettings) -> None:
         """Take no settings beyond the name."""

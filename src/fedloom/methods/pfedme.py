@@ -33,11 +33,11 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.local import StepHook
 
 
-class PFedMeSettings(Settings):
+class PFedMeSettings(NamedSettings):
     """``[method] name = "pfedme"``."""
 
     name: Literal["pfedme"] = "pfedme"

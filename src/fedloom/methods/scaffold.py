@@ -15,7 +15,7 @@ variates travel with the adapter, so a client-round costs twice FedAvg's bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -39,14 +39,15 @@ from fedloom.methods.base import (
     part_of,
     tensor_bytes,
 )
-from fedloom.settings import Settings
+from fedloom.methods.view import ExperimentView
+from fedloom.settings import NamedSettings
 from fedloom.training.local import StepHook
 
 CONTROL = "control"
 """Part of the state (c), of both payloads (c down, the change of c_k up), and slot of a client (c_k)."""
 
 
-class ScaffoldSettings(Settings):
+class ScaffoldSettings(NamedSettings):
     """``[method] name = "scaffold"``."""
 
     name: Literal["scaffold"] = "scaffold"
@@ -59,6 +60,16 @@ class Scaffold(Method):
 
     def __init__(self, settings: ScaffoldSettings) -> None:
         """Take no settings beyond the name."""
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that all tensors must have one learning rate."""
+        yield from super().check(view)
+        if view.training is not None and view.training.head_learning_rate:
+            yield (
+                f"training.head_learning_rate: method.name = {view.name!r} divides by one learning rate "
+                "for all tensors"
+            )
 
     def initial_state(self, adapter: Tensors) -> State:
         """Start with c = 0."""

@@ -67,10 +67,13 @@ from fedloom.methods.base import (
     part_of,
     tensor_bytes,
 )
+from fedloom.methods.checks import tasks_only
+from fedloom.methods.view import ExperimentView
+from fedloom.models.adapters import PROMPTS
 from fedloom.models.cut import BackHalf, FrontHalf, last_tokens
 from fedloom.objectives.base import Objective
 from fedloom.randomness import derive_seed
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 from fedloom.training.local import (
     DropoutStream,
     Elsewhere,
@@ -115,7 +118,7 @@ WAITING = fraction("waiting")
 """Whether a client has more steps to take."""
 
 
-class SplitSettings(Settings):
+class SplitSettings(NamedSettings):
     """``[method] name = "split"``."""
 
     name: Literal["split"] = "split"
@@ -141,6 +144,8 @@ class Split(Method):
     """A model cut in two, or in three with both ends at the client."""
 
     reveals: frozenset[Reveal] = frozenset({"adapters", "activations", "targets"})
+    shares_parameters = False
+    whole_at_clients = False
 
     def __init__(self, settings: SplitSettings) -> None:
         """Keep the settings."""
@@ -148,6 +153,33 @@ class Split(Method):
         self.u_shape = settings.labels == "client"
         if self.u_shape:  # labels and the tokens to learn stay where they are
             self.reveals = self.reveals - {"targets"}
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also how its two halves cannot train."""
+        yield from super().check(view)
+        yield from tasks_only(view)
+        training, adapter = view.training, view.adapter
+        if training and (training.micro_batch_size or training.accumulation):
+            yield (
+                "method split sends an optimizer batch at a time: leave training.micro_batch_size and "
+                "training.accumulation out"
+            )
+        if training and training.keep_optimizer_state:
+            yield (
+                "method split makes its optimizers anew in every round: leave "
+                "training.keep_optimizer_state out"
+            )
+        if training and training.gradient_checkpointing:
+            yield (
+                "method split keeps activations on both sides: leave "
+                "training.gradient_checkpointing out"
+            )
+        if adapter is not None and adapter.kind in PROMPTS:
+            yield (
+                f'adapter.kind = "{adapter.kind}" puts its tokens before the first block; '
+                'method split needs "lora", "ia3" or "full"'
+            )
 
     def equip(self, server: ServerSide) -> None:
         """View the server's blocks of its model."""

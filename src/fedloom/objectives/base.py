@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedloom.batch import Batch
 from fedloom.messages import NumberSpec, score
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 Metrics = dict[str, Tensor]
 """Named scalars, detached; means over the examples (or tokens) that the loss is a mean over."""
@@ -24,7 +24,7 @@ Metrics = dict[str, Tensor]
 Head = Literal["causal", "classification"]
 
 
-class ReferenceSettings(Settings):
+class ReferenceSettings(NamedSettings):
     """What settings of objectives with a reference model have in common."""
 
     reference: Literal["start", "base"] | None = None

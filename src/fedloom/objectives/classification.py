@@ -10,10 +10,10 @@ from torch import Tensor
 from fedloom.batch import Batch
 from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Head, Metrics, Model, Objective
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class ClassificationSettings(Settings):
+class ClassificationSettings(NamedSettings):
     """``[objective] name = "classification"``."""
 
     name: Literal["classification"] = "classification"

@@ -18,10 +18,10 @@ from fedloom.messages import amount, score
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class ORPOSettings(Settings):
+class ORPOSettings(NamedSettings):
     """``[objective] name = "orpo"``."""
 
     name: Literal["orpo"] = "orpo"

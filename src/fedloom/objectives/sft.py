@@ -14,10 +14,10 @@ from fedloom.batch import Batch
 from fedloom.messages import amount, fraction
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_token_logps
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class SFTSettings(Settings):
+class SFTSettings(NamedSettings):
     """``[objective] name = "sft"``."""
 
     name: Literal["sft"] = "sft"

@@ -17,10 +17,10 @@ from fedloom.messages import amount
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings
 
 
-class SimPOSettings(Settings):
+class SimPOSettings(NamedSettings):
     """``[objective] name = "simpo"``."""
 
     name: Literal["simpo"] = "simpo"

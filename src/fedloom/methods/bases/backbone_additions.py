@@ -74,6 +74,7 @@ class MergesFactors(Method):
     """
 
     moves_backbone = True
+    two_factors = True
     fresh: Tensors
     scaling: float
 
