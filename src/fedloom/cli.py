@@ -452,13 +452,13 @@ def compare(
     with terminable():
         folder = grid.compare(plan, target, workers=workers, observer=observer)
     if is_frameworks(folder):
-        page = write_frameworks(folder)
+        page = write_frameworks(folder, warn=_doubt)
         console.print(frameworks_table(folder))
     elif is_personal(folder):
-        page = write_personal(folder)
+        page = write_personal(folder, warn=_doubt)
         console.print(personal_table(folder))
     else:
-        page = write_comparison(folder)
+        page = write_comparison(folder, warn=_doubt)
         console.print(comparison_table(folder))
     _say(f"report: {page}  (open it in a browser)")
 
@@ -962,15 +962,15 @@ def report(
     elif len(folders) > 1:
         target = free_file(Path("comparison.html"), force=force)
     if len(folders) == 1 and is_personal(folders[0]):
-        page = write_personal(folders[0], target)
+        page = write_personal(folders[0], target, _doubt)
     elif len(folders) == 1 and is_frameworks(folders[0]):
-        page = write_frameworks(folders[0], target)
+        page = write_frameworks(folders[0], target, _doubt)
     elif len(folders) == 1 and is_comparison(folders[0]):
-        page = write_comparison(folders[0], target)
+        page = write_comparison(folders[0], target, _doubt)
     elif len(folders) == 1 and is_evaluation(folders[0]):
         page = write_evaluation(folders[0], target)
     else:
-        page = write_report(folders, target, _observer(quiet=True).warning)
+        page = write_report(folders, target, _doubt)
     _say(f"report: {page}")
 
 
@@ -1007,6 +1007,11 @@ def main() -> NoReturn:
 def _say(text: str) -> None:
     """Print text in which names, paths and words of others may stand."""
     typer.echo(visible(text))
+
+
+def _doubt(text: str) -> None:
+    """Print on standard error, on one line, why a page's figures are doubted."""
+    typer.secho(message(f"warning: {text}"), fg=typer.colors.YELLOW, err=True)
 
 
 def _usage_error(error: Exception) -> NoReturn:

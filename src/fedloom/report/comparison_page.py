@@ -6,7 +6,7 @@ of what is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from fedloom.errors import OutputError
 from fedloom.report import run_folder as names
+from fedloom.report.doubts import all_doubts
 from fedloom.report.judged import (
     difference_over_rows,
     duplicates,
@@ -23,7 +24,7 @@ from fedloom.report.judged import (
     rows_of,
 )
 from fedloom.report.page import Run, read_run
-from fedloom.report.run_folder import Record, RunFolder, other_versions
+from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.spent import budget_words, comparison_words, spent_rows
 from fedloom.report.statistics import holm
 from fedloom.report.template import fill, write_page
@@ -75,17 +76,22 @@ def is_of_kind(folder: Path, kind: str) -> bool:
     return bool(record) and record.get("kind") == kind
 
 
-def write_comparison(folder: Path, target: Path | None = None) -> Path:
+def write_comparison(
+    folder: Path, target: Path | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Path:
     """Write the page of a comparison and ``results.json``, all its figures.
 
     Args:
         folder: Left by ``fedloom compare``.
         target: File to write (default: report.html in the folder).
+        warn: Told which figures are doubted.
 
     Raises:
         OutputError: No run in it has finished, or the page cannot be written.
     """
     record, cells = read_cells(folder)
+    for text in record["doubts"]:
+        warn(text)
     RunFolder(folder).write_json(names.RESULTS, results(record, cells))
     return write_page(render(record, cells), target or folder / "report.html")
 
@@ -93,7 +99,8 @@ def write_comparison(folder: Path, target: Path | None = None) -> Path:
 def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
     """Return the comparison's record and its finished runs; of runs that are one, the first.
 
-    The record also holds how many runs have ``finished``, and ``notes`` on those that are left out.
+    The record also holds how many runs have ``finished``, ``notes`` on those that are left out, and
+    ``doubts`` about those that are shown.
 
     Raises:
         OutputError: It is no comparison, or no run in it has finished.
@@ -114,21 +121,8 @@ def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
         found = duplicates([cells[place].run for place in places])
         again |= {places[place]: f"{why}: they count as one seed" for place, why in found.items()}
     kept = [cell for place, cell in enumerate(cells) if place not in again]
-    notes = [*again.values(), *_unlike_versions([cell.run.run for cell in kept])]
-    return {**record, "finished": len(cells), "notes": notes}, kept
-
-
-def _unlike_versions(runs: Sequence[Record]) -> list[str]:
-    """Return a note where not all runs were begun with the same versions."""
-    found: dict[str, int] = {}
-    for run in runs[1:]:
-        text = ", ".join(other_versions(runs[0], {"fedloom": run["fedloom"], **run["versions"]}))
-        found[text] = found.get(text, 0) + 1
-    return [
-        f"{count} of {len(runs)} runs were begun with other versions than {runs[0]['name']}: {text}"
-        for text, count in found.items()
-        if text
-    ]
+    notes, doubts = list(again.values()), all_doubts([cell.run for cell in kept])
+    return {**record, "finished": len(cells), "notes": notes, "doubts": doubts}, kept
 
 
 def results(record: Record, cells: Sequence[Cell]) -> Record:
@@ -140,6 +134,7 @@ def results(record: Record, cells: Sequence[Cell]) -> Record:
         "amount": record["amount"],
         "finished": record["finished"],
         "planned": len(record["cells"]),
+        "doubts": record["doubts"],
         "held_out_rows": rows_of(cells[0].run),
         "arms": _arm_rows(record, cells),
         "paired": paired_rows(record, cells),
@@ -158,6 +153,7 @@ def render(record: Record, cells: Sequence[Cell]) -> str:
         metric=cells[0].run.run["metric"],
         finished=record["finished"],
         notes=record["notes"],
+        doubts=record["doubts"],
         held_out=rows_of(cells[0].run),
         shown=[cells[0].run.metric, *cells[0].metrics, "bytes", "flops", "seconds", "peak_memory"],
         tests=_tests(record, cells),

@@ -101,17 +101,22 @@ def is_frameworks(folder: Path) -> bool:
     return is_of_kind(folder, "scenarios")
 
 
-def write_frameworks(folder: Path, target: Path | None = None) -> Path:
+def write_frameworks(
+    folder: Path, target: Path | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Path:
     """Write the page and ``results.json``, all its figures.
 
     Args:
         folder: Left by ``fedloom compare``.
         target: File to write (default: report.html in the folder).
+        warn: Told which figures are doubted.
 
     Raises:
         OutputError: No run in it has finished, or the page cannot be written.
     """
     record, cells = read_cells(folder)
+    for text in record["doubts"]:
+        warn(text)
     found = arms(record, cells)
     RunFolder(folder).write_json(names.RESULTS, results(record, cells, found))
     return write_page(render(record, cells, found), target or folder / "report.html")
@@ -124,6 +129,7 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
         "metric": cells[0].run.metric,
         "finished": record["finished"],
         "planned": len(record["cells"]),
+        "doubts": record["doubts"],
         "did": spent_by_arm(record, cells),
         "arms": [{**asdict(arm), "mean": arm.mean, **_marks(arm, found)} for arm in found],
         "frameworks": verdicts(found),
@@ -277,6 +283,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         metric=cells[0].run.run["metric"],
         finished=record["finished"],
         notes=record["notes"],
+        doubts=record["doubts"],
         held_out=rows_of(cells[0].run),
         shown=[cells[0].run.metric, "bytes", "flops", "peak_memory"],
         models=list(dict.fromkeys(cell.run.run["model"]["name"] for cell in cells)),

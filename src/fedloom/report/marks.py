@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom import audit
-from fedloom.errors import AuditError, CheckpointError, OutputError
+from fedloom.errors import CheckpointError, OutputError
 from fedloom.report.run_folder import (
+    BLOCK,
     COSTS,
     EXPERIMENT,
     PARTITION,
@@ -25,7 +25,6 @@ from fedloom.report.run_folder import (
     RUN,
     SUMMARY,
     RunFolder,
-    other_versions,
 )
 
 GROWING = ROUNDS, COSTS
@@ -36,9 +35,6 @@ WHOLE = EXPERIMENT, RUN, PARTITION
 
 Mark = Mapping[str, Any]
 """``bytes`` and ``sha256`` of a file's beginning, or of a whole file."""
-
-BLOCK = 1 << 20
-"""Bytes that are read at a time."""
 
 
 @dataclass
@@ -65,7 +61,7 @@ class Marks:
             digest = hashlib.sha256() if digest is None else digest
             try:
                 if path.is_file():
-                    length += _add(digest, path, length, None)
+                    length += _add(digest, path, length)
                     found[name] = {"bytes": length, "sha256": digest.hexdigest()}
                     self._read[name] = length, digest
             except OSError as error:
@@ -83,19 +79,16 @@ def changes(folder: RunFolder, marks: Mapping[str, Mark], *, ended: bool = False
     """
     found = []
     for name, mark in marks.items():
-        path = folder.path / name
         length, expected = int(mark["bytes"]), str(mark["sha256"])
-        if not path.is_file():
+        there = folder.beginning(name, length)
+        if there is None:
             found.append(f"{name} is missing")
             continue
-        size = path.stat().st_size
-        digest = hashlib.sha256()
+        size, digest = there
         if size < length:
             found.append(f"{name} has {size} of {length} bytes")
-        elif _add(digest, path, 0, length) and digest.hexdigest() != expected:
-            found.append(
-                f"{name} was changed (SHA-256 {digest.hexdigest()[:12]}, it was {expected[:12]})"
-            )
+        elif digest != expected:
+            found.append(f"{name} was changed (SHA-256 {digest[:12]}, it was {expected[:12]})")
         elif size > length and (ended or name in WHOLE):
             found.append(f"{name} has {size - length} bytes more than were written")
     return found
@@ -185,27 +178,6 @@ def doubts(folder: RunFolder) -> list[str]:
     return found
 
 
-def resumed_with(folder: RunFolder, run: Mapping[str, Any]) -> list[str]:
-    """Return with which other versions than it was begun with a run was resumed, for people.
-
-    Args:
-        folder: The run folder.
-        run: The content of ``run.json``.
-    """
-    try:
-        began = audit.events(folder.path, "began")
-        found = [(event["after"], other_versions(run, event["versions"])) for event in began]
-    except (OSError, ValueError, KeyError, TypeError, AuditError):
-        return [
-            "The log of the run cannot be read: with which versions it was resumed is not known"
-        ]
-    return [
-        f"{f'Resumed after round {after}' if after >= 0 else 'Begun again'} with {', '.join(others)}"
-        for after, others in found
-        if others
-    ]
-
-
 def _of_summary(folder: RunFolder, summary: Mapping[str, Any]) -> list[str]:
     if "records" not in summary:
         return ["an earlier release wrote this run, without hashes of its records"]
@@ -214,17 +186,17 @@ def _of_summary(folder: RunFolder, summary: Mapping[str, Any]) -> list[str]:
         path, digest = folder.adapter / adapter["file"], hashlib.sha256()
         if not path.is_file():
             found.append(f"adapter/{path.name} is missing")
-        elif _add(digest, path, 0, None) and digest.hexdigest() != adapter["sha256"]:
+        elif _add(digest, path, 0) and digest.hexdigest() != adapter["sha256"]:
             found.append(f"adapter/{path.name} is another than the run wrote")
     return found
 
 
-def _add(digest: Any, path: Path, start: int, length: int | None) -> int:
-    """Add a part of a file to a hash, to its end where there is no length; return its bytes."""
+def _add(digest: Any, path: Path, start: int) -> int:
+    """Add a file to a hash, from a place to its end; return its bytes."""
     done = 0
     with path.open("rb") as file:
         file.seek(start)
-        while block := file.read(BLOCK if length is None else min(BLOCK, length - done)):
+        while block := file.read(BLOCK):
             digest.update(block)
             done += len(block)
     return done

@@ -6,6 +6,8 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,6 +18,7 @@ from fedloom.errors import OutputError
 from fedloom.intervals import Interval
 from fedloom.report import account
 from fedloom.report import run_folder as names
+from fedloom.report.doubts import all_doubts, doubts_of
 from fedloom.report.experts_section import experts_section
 from fedloom.report.judged import (
     counted_interval,
@@ -27,8 +30,8 @@ from fedloom.report.judged import (
     over_seeds,
     rows_of,
 )
-from fedloom.report.marks import doubts, resumed_with
-from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.marks import doubts
+from fedloom.report.run_folder import Record, Snapshot
 from fedloom.report.tables import human_bytes, human_count, human_flops, human_seconds
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import client_costs, server_costs, turns
@@ -51,7 +54,7 @@ class Run:
         summary: summary.json, or ``None`` for a run that has not finished.
         experiment: experiment.toml as text.
         doubts: Why its figures are not to be relied on, if they are not.
-        resumed: With which other versions it was resumed, if it was.
+        starts: What the audit log says of its start, and of each time that it was resumed.
     """
 
     label: str
@@ -63,7 +66,7 @@ class Run:
     summary: Record | None
     experiment: str
     doubts: Sequence[str] = ()
-    resumed: Sequence[str] = ()
+    starts: Sequence[Record] = ()
 
     @property
     def metric(self) -> str:
@@ -121,7 +124,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         OutputError: It is no run folder, or was stopped before it began.
     """
-    files = RunFolder.existing(folder)
+    files = Snapshot.existing(folder)
     run = files.read_json(names.RUN)
     if run is None:
         raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
@@ -135,8 +138,18 @@ def read_run(folder: Path) -> Run:
         summary=files.read_json(names.SUMMARY),
         experiment=files.read_text(names.EXPERIMENT),
         doubts=doubts(files),
-        resumed=resumed_with(files, run),
+        starts=_starts(files.read_text(names.AUDIT)),
     )
+
+
+def _starts(log: str) -> list[Record]:
+    """Return the entries of starts in an audit log; whether it is whole, ``fedloom audit`` says."""
+    found = []
+    for line in log.splitlines():
+        if '"event": "began"' in line:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def write_report(
@@ -149,7 +162,7 @@ def write_report(
     Args:
         folders: Run folders; one that is given twice counts once.
         target: File to write (default: report.html in the folder, or comparison.html here).
-        warn: Told what counts once though it is there more often.
+        warn: Told what counts once though it is there more often, and which figures are doubted.
 
     Returns:
         The file.
@@ -163,7 +176,7 @@ def write_report(
         if times > 1:
             warn(f"{folder} is given {times} times and counts once")
     runs = [read_run(folder) for folder in once]
-    for text in counted_once(runs):
+    for text in (*counted_once(runs), *all_doubts(runs)):
         warn(text)
     if target is None:
         target = once[0] / "report.html" if len(once) == 1 else Path("comparison.html")
@@ -181,6 +194,7 @@ def render(runs: Sequence[Run]) -> str:
         "page.html.j2",
         runs=[_view(run) for run in runs],
         comparison=_comparison(runs) if len(runs) > 1 else None,
+        doubts=all_doubts(runs) if len(runs) > 1 else (),
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
     )
 
@@ -190,9 +204,8 @@ def _view(run: Run) -> dict[str, Any]:
     rejected = [(r["round"], x) for r in run.rounds for x in r["rejected"]]
     return {
         "label": run.label,
-        "doubts": run.doubts,
+        "doubts": doubts_of(run),
         "run": run.run,
-        "resumed": run.resumed,
         "settings": _settings(run.experiment),
         "experiment": run.experiment,
         "summary": run.summary,

@@ -7,7 +7,7 @@ over clients; intervals and tests are over seeds, whose runs share data, clients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -111,17 +111,22 @@ def is_personal(folder: Path) -> bool:
     return is_of_kind(folder, "personal")
 
 
-def write_personal(folder: Path, target: Path | None = None) -> Path:
+def write_personal(
+    folder: Path, target: Path | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Path:
     """Write the page and ``results.json``, all its figures.
 
     Args:
         folder: Left by ``fedloom compare``.
         target: File to write (default: report.html in the folder).
+        warn: Told which figures are doubted.
 
     Raises:
         OutputError: No run in it has finished, or the page cannot be written.
     """
     record, cells = read_cells(folder)
+    for text in record["doubts"]:
+        warn(text)
     found = arms(record, cells)
     RunFolder(folder).write_json(names.RESULTS, results(record, cells, found))
     return write_page(render(record, cells, found), target or folder / "report.html")
@@ -144,6 +149,7 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
         "name": record["name"],
         "finished": record["finished"],
         "planned": len(record["cells"]),
+        "doubts": record["doubts"],
         "did": spent_by_arm(record, cells),
         "arms": [
             {
@@ -240,6 +246,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
         **spent_words(record, cells),
         finished=record["finished"],
         notes=record["notes"],
+        doubts=record["doubts"],
         shown=[
             *dict.fromkeys(arm.metric for arm in found),
             *APART,

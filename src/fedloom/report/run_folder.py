@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ ANSWERS = "answers.jsonl"
 ANSWERED = "answered.json"
 """What the answers depend on: as long as it is the same, they are not made again."""
 JUDGEMENTS = "judgements.jsonl"
+AUDIT = "audit.jsonl"
+"""The audit log; :mod:`fedloom.audit` writes and checks it, a page reads what each start ran with."""
 LOCK = ".lock"
 """The file that makes the process which writes to a folder the only one."""
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -166,19 +171,46 @@ class RunFolder:
 
         _guarded(write, self.path / name)
 
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return a file's bytes, or ``None`` where there is no such file.
+
+        Raises:
+            OutputError: It may not be read.
+        """
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read: {error}") from error
+
+    def beginning(self, name: str, length: int) -> tuple[int, str] | None:
+        """Return a file's size and the SHA-256 of its first ``length`` bytes; ``None`` without a file.
+
+        Raises:
+            OSError: It may not be read.
+        """
+        path, digest = self.path / name, hashlib.sha256()
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            while block := file.read(min(BLOCK, length)):
+                digest.update(block)
+                length -= len(block)
+            return os.fstat(file.fileno()).st_size, digest.hexdigest()
+
     def read_json(self, name: str) -> Any:
         """Return a JSON file's content, or ``None`` where there is no such file.
 
         Raises:
             OutputError: It is not JSON.
         """
-        path = self.path / name
+        content = self.read_bytes(name)
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise OutputError(f"{path} cannot be read: {error}") from error
+            return None if content is None else json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise OutputError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_text(self, name: str) -> str:
         """Return a file's text, empty where there is no such file.
@@ -186,11 +218,11 @@ class RunFolder:
         Raises:
             OutputError: It may not be read, or is no text in UTF-8.
         """
-        path = self.path / name
+        content = self.read_bytes(name) or b""
         try:
-            return path.read_text(encoding="utf-8") if path.is_file() else ""
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{path} cannot be read: {error}") from error
+            return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except ValueError as error:
+            raise OutputError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_lines(self, name: str) -> list[Record]:
         """Return the records of a JSONL file; a last line torn by a kill is left out."""
@@ -223,6 +255,36 @@ def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
         for name in before
         if now.get(name) != before[name]
     ]
+
+
+@dataclass(frozen=True)
+class Snapshot(RunFolder):
+    """A run folder each of whose files is read once: what is checked is then what is shown.
+
+    A run that goes on adds lines while its page is made, and a large record takes long to read.
+    """
+
+    _bytes: dict[str, bytes | None] = field(default_factory=dict, repr=False, compare=False)
+    _lines: dict[str, list[Record]] = field(default_factory=dict, repr=False, compare=False)
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return a file's bytes as they were when it was first asked for."""
+        if name not in self._bytes:
+            self._bytes[name] = super().read_bytes(name)
+        return self._bytes[name]
+
+    def beginning(self, name: str, length: int) -> tuple[int, str] | None:
+        """Return the same of these bytes."""
+        content = self.read_bytes(name)
+        if content is None:
+            return None
+        return len(content), hashlib.sha256(memoryview(content)[:length]).hexdigest()
+
+    def read_lines(self, name: str) -> list[Record]:
+        """Return the records of these bytes, one list for all who ask; nobody may change it."""
+        if name not in self._lines:
+            self._lines[name] = super().read_lines(name)
+        return self._lines[name]
 
 
 def finite(value: Any) -> Any:

@@ -37,6 +37,7 @@ def fill(template: str, **content: Any) -> str:
         "signed_interval": lambda own: interval(own, "{:+.3f}"),
         "p": lambda value: "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "member": lambda name: f" ({name})" if name else "",
+        "sentence": lambda text: f"{text[:1].upper()}{text[1:]}.",
         "words": lambda name: str(name).replace("_", " "),
     }
     environment.globals |= {"definitions": entries, "intervals": INTERVALS}
