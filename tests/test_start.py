@@ -25,6 +25,7 @@ from fedloom.report.run_folder import RunFolder
 from fedloom.runner import evaluate_adapter, forget_client, resume_run, run_experiment
 from fedloom.settings import write_toml
 from fedloom.start import find_start, kept_start, settled
+from fedloom.training.layout import Budget
 from fedloom.training.local import add_reference_logps
 from observers import Heard
 
@@ -109,7 +110,7 @@ def test_every_log_ratio_is_exactly_0_before_any_step(build, sft, name):
     parts.local.add_reference(1, 1)
     share = parts.local.shares[1]
     own.model.write(own.initial)
-    scored = add_reference_logps(own.model, TokenShare(share.tokens), 16, own.model.read())
+    scored = add_reference_logps(own.model, TokenShare(share.tokens), Budget(16), own.model.read())
     assert torch.equal(share.reference_logps, scored.reference_logps)
     batch = collate(share, np.arange(len(share)), own.model.pad, own.model.device)
     with own.model.reference(own.reference):

@@ -18,7 +18,7 @@ import torch
 from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import Done, Sent
 from fedloom.assembly import Parts, assemble
-from fedloom.data.batches import TokenShare, collate, epoch_batches, micro_batches
+from fedloom.data.batches import TokenShare, collate, epoch_batches
 from fedloom.division import divide
 from fedloom.errors import FedloomError
 from fedloom.experiment import Experiment
@@ -30,6 +30,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.randomness import generator
 from fedloom.start import find_start, settled
+from fedloom.training.layout import Budget, budget_of, passes, row_costs
 from fedloom.training.local import within
 from fedloom.training.memory import client_memory
 
@@ -40,6 +41,7 @@ CLOSE = 1.5
 PLAIN = {
     "micro_batch_size": None,
     "accumulation": None,
+    "tokens_per_pass": "auto",
     "keep_optimizer_state": False,
     "gradient_checkpointing": False,
 }
@@ -202,7 +204,7 @@ def _own_rows(
         len(share), training.batch_size, order, epochs=work.epochs, steps=work.steps
     )
     for indices in within(share, batches, work):
-        flops += _pass(share, indices, model, training.micro_batch)
+        flops += _pass(share, indices, model, budget_of(training, model))
         part = share.take(indices).tokens
         steps, rows = steps + 1, rows + len(indices)
         tokens += len(part.tokens)
@@ -219,20 +221,20 @@ def _public_rows(method: DistillationMethod, client: int, parts: Parts) -> float
     rows = np.arange(len(share))
     with torch.no_grad():
         scoring = sum(
-            _pass(share, rows[start : start + SCORING_BATCH], own.model, SCORING_BATCH)
+            _pass(share, rows[start : start + SCORING_BATCH], own.model, Budget(SCORING_BATCH))
             for start in range(0, len(share), SCORING_BATCH)
         )
     order = generator(engine.seed, "distil batches", client, 1)
     batches = epoch_batches(len(share), engine.training.batch_size, order, epochs=epochs)
-    micro = engine.training.micro_batch
-    return scoring + sum(_pass(share, indices, own.model, micro) for indices in batches)
+    budget = budget_of(engine.training, own.model)
+    return scoring + sum(_pass(share, indices, own.model, budget) for indices in batches)
 
 
-def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, size: int) -> float:
+def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, budget: Budget) -> float:
     """Return the compute of a batch, forward and (where gradients are on) backward."""
     before = model.flops
     plain = TokenShare(share.tokens)
-    for part in micro_batches(plain, indices, size):
+    for part in passes(row_costs(plain), indices, budget):
         sequences = collate(plain, part, model.pad, torch.device("cpu")).sequences
         count, length = sequences.input_ids.shape
         positions = length

@@ -73,7 +73,9 @@ from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
 from fedloom.server import Engine, RemoteEngine
 from fedloom.start import Start
+from fedloom.training.layout import tokens_per_pass
 from fedloom.training.local import add_reference_logps, row_tokens
+from fedloom.training.memory import pass_warnings
 from fedloom.training.optimizers import TrainingSettings
 
 TINY_TEXTS = 4000
@@ -215,6 +217,12 @@ def assemble(
         judged_kind(experiment, division.loaded.kind),
     )
     accounts, bad_rows = _accounted(experiment, division, kits, public.get(own.key), held_out)
+    told = pass_warnings(
+        experiment.training,
+        experiment.model.quantization,
+        {client: (equipment[client].model, share) for client, share in train.items()},
+    )
+    accounts = replace(accounts, warnings=(*accounts.warnings, *told))
     if division.test and not readable:
         reasons = sorted({lost.reason for lost in held_out.share.tokens.dropped})
         raise DataError(
@@ -659,7 +667,7 @@ def assemble_saved(
         )
         held_out = reader.held_out(division.test)
         own = model.read()
-        scored = add_reference_logps(model, held_out.share, held_out.batch_size, own)
+        scored = add_reference_logps(model, held_out.share, held_out.budget, own)
     encoder, model = load_saved(experiment, division.classes, adapter)
     reader = _Reader(experiment, division, objective, encoder, model, context_length(model.model))
     held_out = reader.held_out(division.test)
@@ -888,6 +896,7 @@ class _Reader:
         self.encoder, self.context = encoder, context
         self.embedded = embedded(model.model)
         self.max_length = longest(experiment.data.max_length, context)
+        self.pass_tokens = tokens_per_pass(experiment.training, model)
         self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
 
@@ -935,6 +944,7 @@ class _Reader:
             self.objective.gamma,
             size,
             self._answering(rows) if kind == "answer" else None,
+            tokens=self.pass_tokens,
         )
 
     def _answering(self, rows: Sequence[Example]) -> Answering:

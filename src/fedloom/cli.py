@@ -1033,7 +1033,7 @@ def _out_of_memory(error: Exception) -> str:
         return ""
     return (
         f"memory does not suffice{asked_for(error)}: set a smaller training.batch_size (or "
-        "training.micro_batch_size, with the same results), evaluation.batch_size or data.max_length, or "
+        "training.tokens_per_pass, with the same results), evaluation.batch_size or data.max_length, or "
         "take a smaller model; of a run, the rounds that were over are saved: fedloom run --resume FOLDER"
     )
 

@@ -259,6 +259,15 @@ TRAINING = (
         "training",
     ),
     Metric(
+        "skipped_steps",
+        "optimizer batches without a token that counts, on which no step was made",
+        "steps",
+        0,
+        None,
+        "optimizer batches",
+        "training",
+    ),
+    Metric(
         "aggregation_error",
         "distance of the product of averaged LoRA factors to the average of products, over the "
         "latter's norm",

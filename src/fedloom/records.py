@@ -51,6 +51,7 @@ from fedloom.report import run_folder as names
 from fedloom.report.tables import human_bytes, human_flops, human_seconds
 from fedloom.shown import label
 from fedloom.start import Start
+from fedloom.training.layout import tokens_per_pass
 from fedloom.training.memory import client_memory
 from fedloom.verifying import sentence
 
@@ -95,6 +96,7 @@ def run_record(
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "device": str(parts.model.device),
+        "tokens_per_pass": _tokens_per_pass(experiment, parts),
         "model": {
             "name": of_server(experiment).model.path,
             "sha256": parts.model_digest,
@@ -152,6 +154,13 @@ def start_record(
         "clients": sorted(start.clients),
         "reference": experiment.reference if objective.needs_reference else None,
     }
+
+
+def _tokens_per_pass(experiment: Experiment, parts: Parts) -> int | None:
+    """Return the tokens of a pass, ``None`` where examples are counted or models have other numbers."""
+    models = [parts.model, *(own.model for own in parts.local.equipment.values())]
+    found = {tokens_per_pass(experiment.training, model) for model in models}
+    return found.pop() if len(found) == 1 else None
 
 
 def _client_memory(experiment: Experiment, parts: Parts) -> float | None:

@@ -255,7 +255,7 @@ def resume_run(
         _require_same_data(folder, begun, digest)
         store = ClientStore(saved.clients if saved else None)
         parts = assemble(
-            experiment,
+            _laid_out(experiment, folder),
             division,
             objective=objective,
             store=store,
@@ -277,6 +277,15 @@ def resume_run(
         state = saved.state if saved else parts.method.initial_state(parts.initial)
         observer.stage(_where(done, experiment.federation.rounds))
         return run.go(state, done)
+
+
+def _laid_out(experiment: Experiment, folder: RunFolder) -> Experiment:
+    """Return the experiment with the passes that a run was begun with, on whatever device it goes on."""
+    recorded = (folder.read_json(names.RUN) or {}).get("tokens_per_pass")
+    if recorded is None or experiment.training.tokens_per_pass != "auto":
+        return experiment
+    training = experiment.training.model_copy(update={"tokens_per_pass": recorded})
+    return replace(experiment, training=training)
 
 
 def _presence_of(saved: Checkpoint, parts: Parts) -> Presence:

@@ -9,7 +9,6 @@ from fedloom.data.batches import (
     _next_others,
     collate,
     epoch_batches,
-    micro_batches,
     mismatch,
 )
 from fedloom.data.examples import Feedback, Preference, unpair
@@ -40,15 +39,6 @@ def test_every_epoch_sees_every_row_once_in_another_order():
 def test_steps_end_wherever_they_fall_in_an_epoch(steps):
     batches = list(epoch_batches(10, 4, np.random.default_rng(0), steps=steps))
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4][:steps]
-
-
-def test_micro_batches_hold_rows_alike_in_length(encoder):
-    share = TokenShare(feedback(encoder, 9))
-    parts = micro_batches(share, np.arange(9), 3)
-    lengths = [share.tokens.lengths[part].tolist() for part in parts]
-    assert sorted(np.concatenate(parts)) == list(range(9))
-    in_order = [length for part in lengths for length in part]
-    assert in_order == sorted(in_order, reverse=True)
 
 
 def test_collate_pads_right_and_marks_the_completion(encoder):

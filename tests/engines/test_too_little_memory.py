@@ -15,13 +15,14 @@ from sampling import every
 
 @pytest.fixture
 def memory_for(monkeypatch):
-    """Let only so many sequences pass through the model at a time while it trains."""
+    """Let only so many tokens, or sequences, pass through the model at a time while it trains."""
 
-    def limit(sequences):
-        real = AdapterModel.__call__
+    real = AdapterModel.__call__
 
+    def limit(tokens=1 << 30, sequences=1 << 30):
         def call(self, *, input_ids, **options):
-            if torch.is_grad_enabled() and len(input_ids) > sequences:
+            too_much = input_ids.numel() > tokens or len(input_ids) > sequences
+            if torch.is_grad_enabled() and too_much:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
             return real(self, input_ids=input_ids, **options)
 
@@ -34,29 +35,37 @@ def states(folder):
     return [event["state"] for event in events(folder, "round")]
 
 
-@pytest.mark.parametrize("method", every(3, ["fedavg", "fedpdpo", "scaffold"]))
-def test_the_rest_of_the_run_is_that_of_smaller_micro_batches(
+@pytest.mark.parametrize("method", every(3, ["fedavg", "fedper", "scaffold"]))
+def test_the_rest_of_the_run_is_that_of_smaller_passes(
     experiment, memory_for, method, tmp_path, caplog
 ):
     def run(name, **training):
         settings = experiment(
             method={"name": method},
+            objective={"name": "orpo"},  # the last bits of references follow passes of their own
             training={"local_steps": 3, **training},
             output={"folder": str(tmp_path / name)},
         )
         return states(fedloom.run(settings).folder)
 
-    said = run("said", micro_batch_size=2)
-    memory_for(4)  # two pairs
+    in_tokens, in_examples = run("tokens", tokens_per_pass=256), run("rows", micro_batch_size=2)
+    memory_for(tokens=256)
     with caplog.at_level(logging.WARNING):
-        assert run("found") == said
+        assert run("found") == in_tokens
+    memory_for(sequences=4)  # two pairs
+    with caplog.at_level(logging.WARNING):
+        assert run("counted", micro_batch_size=8) == in_examples
     warnings = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
-    assert len(warnings) == 6, "8, 4 and 2 examples, once a client and not in every round"
-    assert "client 0: out of memory; begins again with 4 examples at a time" in warnings[0]
+    assert len(warnings) == 15, "2048 halved 3 times, once a client and not in every round; 8 twice"
+    assert warnings[0] == (
+        "client 0: out of memory; begins again with 1024 tokens at a time, and the same results up to "
+        "rounding: training.tokens_per_pass = 1024 says so from the start"
+    )
+    assert "client 0: out of memory; begins again with 4 examples at a time" in warnings[9]
 
 
 def test_a_client_for_which_one_example_is_too_much_is_left_out(experiment, memory_for):
-    memory_for(1)
+    memory_for(sequences=1)
     with pytest.raises(RoundFailed, match="not even one example at a time fits into memory"):
         fedloom.run(experiment(training={"local_steps": 1}))
 

@@ -21,6 +21,7 @@ from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapte
 from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.training import local
+from fedloom.training.layout import Budget
 from fedloom.training.local import add_reference_logps, train_locally
 from fedloom.training.optimizers import TrainingSettings, Work
 
@@ -75,7 +76,7 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     ours = AdapterModel(model, tokenizer.pad_token_id)
     tokens = tokenize(rows, TextEncoder(tokenizer), 256)
     assert len(tokens) == len(rows)
-    share = add_reference_logps(ours, TokenShare(tokens, rotated(tokens)), BATCH)
+    share = add_reference_logps(ours, TokenShare(tokens, rotated(tokens)), Budget(BATCH))
     blocks = [np.arange(i, i + BATCH) for i in range(0, len(rows), BATCH)]
     monkeypatch.setattr(local, "epoch_batches", lambda *_, **__: iter(blocks))
     losses, kls, accumulate = [], [], local._accumulate_gradients

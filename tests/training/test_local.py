@@ -18,6 +18,7 @@ from fedloom.models.heads import PersonalParts, attach_personal
 from fedloom.models.load import load_backbone
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
+from fedloom.training.layout import Budget
 from fedloom.training.local import (
     add_reference_logps,
     local_loss,
@@ -58,7 +59,7 @@ def parts(model_folder):
         mixed = mismatch(tokens, np.random.default_rng(1), 128, 1) if name == "kto" else None
         share = TokenShare(tokens, mixed)
         if objective.needs_reference:
-            share = add_reference_logps(model, share, 8)
+            share = add_reference_logps(model, share, Budget(8))
         return objective, model, share
 
     return build
@@ -253,7 +254,7 @@ def test_optimizer_state_is_kept_when_asked_and_makes_a_difference(parts):
 def test_reference_logps_do_not_change_while_the_adapter_trains(parts):
     objective, model, share = parts("dpo")
     train(objective, model, share, model.read())
-    again = add_reference_logps(model, replace(share, reference_logps=None), 8)
+    again = add_reference_logps(model, replace(share, reference_logps=None), Budget(8))
     assert torch.equal(again.reference_logps, share.reference_logps)
 
 

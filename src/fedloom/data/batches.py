@@ -143,20 +143,6 @@ def epoch_batches(
         epoch += 1
 
 
-def micro_batches(share: TokenShare, indices: Indices, size: int) -> list[Indices]:
-    """Cut an optimizer batch into micro-batches of rows alike in length, to pad little."""
-    if len(indices) <= size:
-        return [indices]
-    ordered = indices[np.argsort(-share.tokens.lengths[indices], kind="stable")]
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def by_length(tokens: TokenSet, size: int) -> list[Indices]:
-    """Return all rows in batches of rows alike in length, longest first."""
-    order = np.argsort(-tokens.lengths, kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def collate(share: TokenShare, indices: Indices, pad: int, device: torch.device) -> Batch:
     """Build the batch of the rows at ``indices``.
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,34 @@ class TokenSet:
         """``(sequences,)`` tokens that count in each sequence."""
         before = np.concatenate([[0], np.cumsum(self.trained)])
         return np.diff(before[self.starts]).astype(np.int64)
+
+    def costs(self, *, shared_prompts: bool = False) -> NDArray[np.int64]:
+        """Return ``(examples,)`` places that each example takes in a pass of rows as long as itself.
+
+        Args:
+            shared_prompts: Whether what all its sequences begin with is read once
+                (:meth:`common_starts`).
+        """
+        padded: NDArray[np.int64] = self.lengths * self.width
+        if not shared_prompts or self.width == 1:
+            return padded
+        whole = np.diff(self.starts).reshape(-1, self.width).sum(1)
+        once: NDArray[np.int64] = whole - (self.width - 1) * self.common_starts
+        return once
+
+    @cached_property
+    def common_starts(self) -> NDArray[np.int64]:
+        """``(examples,)`` tokens that all sequences of an example begin with.
+
+        At least one token of each is beyond them.
+        """
+        found = np.zeros(len(self), np.int64)
+        for example in range(len(self)):
+            own = [self.sequence(example * self.width + i)[0] for i in range(self.width)]
+            most = min(map(len, own)) - 1
+            alike = np.logical_and.reduce([part[:most] == own[0][:most] for part in own])
+            found[example] = most if alike.all() else int(alike.argmin())
+        return found
 
     def sequence(self, number: int) -> tuple[NDArray[np.int32], int]:
         """Return the tokens of sequence ``number`` and how many of them are prompt."""

@@ -88,7 +88,7 @@ TAKEN = _names(
         "federation": "rounds clients_per_round seed",
         "training": "optimizer learning_rate schedule decay head_learning_rate min_learning_rate "
         "weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
-        "accumulation local_epochs local_steps local_examples local_tokens total_epochs "
+        "accumulation tokens_per_pass local_epochs local_steps local_examples local_tokens total_epochs "
         "amount_per "
         "keep_optimizer_state precision gradient_checkpointing",
         "evaluation": "every max_examples per_client client_max_examples judged_by",

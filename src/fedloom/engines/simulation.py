@@ -24,8 +24,9 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.presence import Membership
 from fedloom.progress import Absence
+from fedloom.training.layout import budget_of, scoring_budget
 from fedloom.training.local import add_reference_logps
-from fedloom.training.memory import fitting
+from fedloom.training.memory import fitting, largest_pass
 from fedloom.training.optimizers import TrainingSettings
 
 LOG = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class SimulationEngine:
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
-    """Examples that fit into a client's memory at a time, where it has been asked."""
+    """What fits into a client's memory at a time, in tokens or examples, where it has been asked."""
 
     def sizes(self) -> dict[int, int]:
         """Return the number of training rows of each client."""
@@ -178,7 +179,7 @@ class SimulationEngine:
     def _worked(
         self, exchange: Exchange, number: int, payload: Payload, cost: Cost
     ) -> tuple[Client, Payload]:
-        """Carry out an action; where memory does not suffice, with smaller micro-batches from then on."""
+        """Carry out an action; where memory does not suffice, with smaller passes from then on."""
 
         def work(size: int) -> tuple[Client, Payload]:
             self._fits[number] = size
@@ -195,15 +196,21 @@ class SimulationEngine:
                 _count_training(cost, client)
 
         under_way = self.under_way(number, exchange.round)
-        size = self._fits.get(number, self.training.micro_batch)
-        return work(size) if under_way else fitting(work, size, f"client {number}")
+        budget = budget_of(self.training, self.equipment[number].model)
+        whole, measure = largest_pass(budget, self.shares[number])
+        size = self._fits.get(number, whole)
+        return work(size) if under_way else fitting(work, size, f"client {number}", measure)
 
     def client(self, number: int, round: int) -> Client:
         """Return what a handler sees on a client."""
         own = self.equipment[number]
         training = self.training
-        if (size := self._fits.get(number, training.micro_batch)) < training.micro_batch:
-            training = training.model_copy(update={"micro_batch_size": size, "accumulation": None})
+        if number in self._fits:
+            budget = budget_of(training, own.model)
+            whole, measure = largest_pass(budget, self.shares[number])
+            if (size := self._fits[number]) < whole:
+                changed = {"accumulation": None, measure.setting: size}
+                training = training.model_copy(update=changed)
         return Client(
             id=number,
             round=round,
@@ -232,10 +239,13 @@ class SimulationEngine:
         with self.ledger.measure(round, client, REFERENCE) as cost:
             own = self.equipment[client]
             model, before = own.model, own.model.flops
+            budget = scoring_budget(self.training, model)
+            whole, measure = largest_pass(budget, share)
             self.shares[client] = fitting(
-                lambda size: add_reference_logps(model, share, size, own.reference),
-                max(self.training.micro_batch, 16),
+                lambda size: add_reference_logps(model, share, budget.of_size(size), own.reference),
+                whole,
                 f"client {client}, the reference model",
+                measure,
             )
             cost.flops = model.flops - before
             cost.tokens, cost.examples = len(share.tokens.tokens), len(share)

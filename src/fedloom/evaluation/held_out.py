@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from fedloom.batch import Batch
-from fedloom.data.batches import TokenShare, by_length, collate
+from fedloom.data.batches import TokenShare, collate
 from fedloom.data.encode import TextEncoder
 from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
@@ -35,7 +35,8 @@ from fedloom.objectives.logps import (
     completion_token_logps,
 )
 from fedloom.settings import Of, Settings
-from fedloom.training.local import add_reference_logps
+from fedloom.training.layout import Budget
+from fedloom.training.local import Layout, add_reference_logps
 
 
 class EvaluationSettings(Settings):
@@ -52,7 +53,7 @@ class EvaluationSettings(Settings):
     ] = Field(default=64, ge=1)
     """Most held-out rows of a client that are used."""
     batch_size: int = Field(default=32, ge=1)
-    """Held-out examples in one forward pass."""
+    """Held-out examples in one forward pass at most; training.tokens_per_pass bounds its tokens."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of a held-out prompt and completion together (default: data.max_length)."""
     samples: Annotated[int, Of("head", ("causal",), "a classifier answers no prompts")] = Field(
@@ -95,10 +96,11 @@ class HeldOut:
         kind: Kind of example.
         beta: Scale of implicit rewards.
         gamma: Scale of explicit ones.
-        batch_size: Examples in one forward pass.
+        batch_size: Examples in one forward pass at most.
         answering: How own answers are made and judged, where they are.
         start: What the reference model has for an adapter, where it is not the base model.
         done: Called with the number of rows of each batch that was scored.
+        tokens: Tokens in one forward pass at most; ``None`` for any number.
     """
 
     share: TokenShare
@@ -109,6 +111,7 @@ class HeldOut:
     answering: Answering | None = None
     start: Tensors | None = None
     done: Callable[[int], None] = lambda rows: None
+    tokens: int | None = None
     _last: tuple[str, Scored] = ("", ({}, None))
 
     def __len__(self) -> int:
@@ -132,7 +135,7 @@ class HeldOut:
 
     def _score(self, model: AdapterModel) -> Scored:
         if self.kind in ("preference", "feedback") and self.share.reference_logps is None:
-            self.share = add_reference_logps(model, self.share, self.batch_size, self.start)
+            self.share = add_reference_logps(model, self.share, self.budget, self.start)
         with model.evaluating():
             if self.kind == "labelled":
                 return self._labelled(model)
@@ -144,8 +147,14 @@ class HeldOut:
                 return self._answers(model, self.answering)
             return self._rewards(model)
 
+    @property
+    def budget(self) -> Budget:
+        """What a forward pass holds at most."""
+        return Budget(self.batch_size, self.tokens)
+
     def _batches(self, model: AdapterModel) -> Iterator[tuple[np.ndarray, Batch]]:
-        for indices in by_length(self.share.tokens, self.batch_size):
+        layout = Layout(model, self.share, self.budget)
+        for indices in layout.passes():
             yield indices, collate(self.share, indices, model.pad, model.device)
             self.done(len(indices))
 

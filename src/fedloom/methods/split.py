@@ -160,10 +160,10 @@ class Split(Method):
         yield from super().check(view)
         yield from tasks_only(view)
         training, adapter = view.training, view.adapter
-        if training and (training.micro_batch_size or training.accumulation):
+        if training and (training.counts_examples or training.tokens_per_pass != "auto"):
             yield (
-                "method split sends an optimizer batch at a time: leave training.micro_batch_size and "
-                "training.accumulation out"
+                "method split sends an optimizer batch at a time: leave training.micro_batch_size, "
+                "training.accumulation and training.tokens_per_pass out"
             )
         if training and training.keep_optimizer_state:
             yield (

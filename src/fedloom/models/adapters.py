@@ -161,6 +161,9 @@ class AdapterModel:
     unmergeable = ""
     """Why the adapter cannot be merged into its backbone, if it cannot."""
 
+    whole_batches = False
+    """Whether it reads an optimizer batch at a time, since another party works on the same batch."""
+
     def __init__(
         self,
         model: peft.PeftModel,

@@ -76,6 +76,8 @@ class FrontHalf(AdapterModel):
     Calling it gives the activations after its last block.
     """
 
+    whole_batches = True
+
     def __init__(
         self, model: peft.PeftModel, pad: int, *, tail: bool, autocast: torch.dtype | None = None
     ) -> None:

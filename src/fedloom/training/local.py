@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedloom.batch import Batch
+from fedloom.batch import Batch, Sequences
 from fedloom.data.batches import (
     Indices,
     TokenShare,
-    by_length,
     collate,
     epoch_batches,
-    micro_batches,
     pad_sequences,
     sequence_numbers,
 )
@@ -32,6 +30,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.randomness import derive_seed, generator
+from fedloom.training.layout import Budget, budget_of, passes, row_costs
 from fedloom.training.optimizers import (
     TrainingSettings,
     Work,
@@ -45,6 +44,9 @@ LOSS = amount("loss")
 BALANCE = amount("balance")
 """Of what a model adds to the loss, where it does."""
 
+SKIPPED = amount("skipped_steps")
+"""Of optimizer batches without a token that counts, where there were any: no step was made on them."""
+
 StepHook = Callable[[Mapping[str, nn.Parameter]], None]
 """What a method does around an optimizer step, to the trained parameters by name."""
 
@@ -56,10 +58,12 @@ class Gradients:
     Attributes:
         loss: Of the optimizer batch.
         elsewhere: Squared norm of those that another party holds, of the same batch.
+        none: Whether there are none, as nothing in the batch counts.
     """
 
     loss: float
     elsewhere: float = 0.0
+    none: bool = False
 
 
 Elsewhere = Generator[Any, Any, Gradients]
@@ -102,7 +106,7 @@ class LocalResult:
 
 def reported(objective: Objective) -> tuple[NumberSpec, ...]:
     """Return names and ranges of the metrics of :class:`LocalResult` with an objective."""
-    return (*objective.reported, BALANCE)
+    return (*objective.reported, BALANCE, SKIPPED)
 
 
 def train_locally(
@@ -148,7 +152,7 @@ def train_locally(
     objective = objective.for_client(share.tokens.labels)
 
     def own_gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
-        return Gradients(_accumulate_gradients(model, objective, parts, totals))
+        return _accumulate_gradients(model, objective, parts, totals)
         yield  # nobody else is needed
 
     steps = local_steps(
@@ -195,9 +199,8 @@ def local_steps(
     """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
 
     Args are those of :func:`train_locally`, but for:
-        gradients: Leaves the gradients of an optimizer batch (given as micro-batches) in the
-            parameters and returns :class:`Gradients`. What it yields is yielded, what is sent it
-            receives.
+        gradients: Leaves the gradients of an optimizer batch (given as passes) in the parameters and
+            returns :class:`Gradients`. What it yields is yielded, what is sent it receives.
     """
     order = generator(seed, f"{purpose}batches", client, round)
     optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
@@ -206,11 +209,15 @@ def local_steps(
     batches = epoch_batches(
         len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
     )
+    lay_out = Layout(model, share, budget_of(settings, model))
     for indices in within(share, batches, work):
-        parts = _parts(model, share, indices, settings)
+        parts = lay_out.batches(indices)
         for _ in range(repeats):
             model.allowance.step()
             found = yield from noise.over(gradients(parts, totals))
+            if found.none:
+                totals.skipped += 1
+                continue
             if not math.isfinite(found.loss):
                 optimizer.zero_grad()
                 rows = [row for part in parts for row in part.rows]
@@ -346,7 +353,7 @@ class DropoutStream:
 
 
 def add_reference_logps(
-    model: AdapterModel, share: TokenShare, batch_size: int, start: Tensors | None = None
+    model: AdapterModel, share: TokenShare, budget: Budget, start: Tensors | None = None
 ) -> TokenShare:
     """Return ``share`` with the log-probs of its completions under the reference model.
 
@@ -355,24 +362,23 @@ def add_reference_logps(
     Args:
         model: Holds anything.
         share: The rows.
-        batch_size: Examples in one forward pass.
+        budget: What a forward pass holds at most.
         start: What the reference model has for an adapter and own parts; by default it is the base model.
     """
     with model.reference(start):
-        own = _all_logps(model, share, batch_size)
+        own = _all_logps(model, TokenShare(share.tokens), budget)
         mismatched = None
         if share.mismatched is not None:
-            mismatched = _all_logps(model, TokenShare(share.mismatched), batch_size)
+            mismatched = _all_logps(model, TokenShare(share.mismatched), budget)
     return replace(share, reference_logps=own, mismatched_reference_logps=mismatched)
 
 
-def _all_logps(model: AdapterModel, share: TokenShare, batch_size: int) -> Tensor:
+def _all_logps(model: AdapterModel, share: TokenShare, budget: Budget) -> Tensor:
     """Return ``(sequences,)`` log-probs in the order of the token set's sequences."""
     tokens = share.tokens
     result = torch.zeros(len(tokens.prompts))
-    for indices in by_length(tokens, batch_size):
+    for indices, sequences in Layout(model, share, budget).sequences():
         numbers = sequence_numbers(tokens.width, indices)
-        sequences, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
         result[torch.from_numpy(numbers)] = completion_logps(model, sequences).cpu()
     return result
 
@@ -397,37 +403,66 @@ def local_loss(
     objective = objective.for_client(share.tokens.labels)
     order = generator(seed, "loss batches", client, round)
     totals = Totals()
+    lay_out = Layout(model, share, budget_of(settings, model))
     with model.evaluating():
         for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
             model.allowance.step()
-            parts = _parts(model, share, indices, settings)
+            parts = lay_out.batches(indices)
             for part, _, metrics in _losses(model, objective, parts):
                 totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
     return totals.result({}).metrics["loss"]
 
 
-def _parts(
-    model: AdapterModel, share: TokenShare, indices: Indices, settings: TrainingSettings
-) -> list[Batch]:
-    """Return an optimizer batch as padded micro-batches."""
-    return [
-        collate(share, part, model.pad, model.device)
-        for part in micro_batches(share, indices, settings.micro_batch)
-    ]
+class Layout:
+    """Cuts rows of one party into passes, and makes what a model reads in each."""
+
+    def __init__(self, model: AdapterModel, share: TokenShare, budget: Budget) -> None:
+        """Look at all rows once.
+
+        Args:
+            model: Whose passes they are.
+            share: The rows.
+            budget: What a pass holds at most.
+        """
+        self.model, self.share, self.budget = model, share, budget
+        self.costs = row_costs(share)
+
+    def passes(self, indices: Indices | None = None) -> list[Indices]:
+        """Return the passes of some rows, or of all, longest first."""
+        chosen = np.arange(len(self.share)) if indices is None else indices
+        return passes(self.costs, chosen, self.budget)
+
+    def batches(self, indices: Indices) -> list[Batch]:
+        """Return an optimizer batch as one batch a pass."""
+        return [
+            collate(self.share, own, self.model.pad, self.model.device)
+            for own in self.passes(indices)
+        ]
+
+    def sequences(self) -> Iterator[tuple[Indices, Sequences]]:
+        """Yield the rows of each pass over all of them, with their tokens alone."""
+        tokens = self.share.tokens
+        for indices in self.passes():
+            numbers = sequence_numbers(tokens.width, indices)
+            yield indices, pad_sequences(tokens, numbers, self.model.pad, self.model.device)[0]
 
 
 def _losses(
     model: AdapterModel, objective: Objective, parts: list[Batch]
 ) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
-    """Yield each micro-batch with its term of the optimizer batch's loss, and its metrics.
+    """Yield each pass with its term of the optimizer batch's loss, and its metrics.
 
     The objective's loss is a mean over what its weight counts, what a model adds to it one over
-    sequences: each counts by its own share of the optimizer batch.
+    sequences: each counts by its own share of the optimizer batch. A pass in which nothing counts is left
+    out: its mean is over nothing.
     """
-    statistics = objective.statistics(model, parts)
     weights = [objective.weight(part) for part in parts]
-    whole, rows = sum(weights), sum(map(len, parts))
-    for part, weight in zip(parts, weights, strict=True):
+    counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    if not counted:
+        return
+    statistics = objective.statistics(model, parts)
+    whole, rows = sum(weights), sum(len(part) for part, _ in counted)
+    for part, weight in counted:
         loss, metrics = objective.loss(model, part, statistics)
         metrics = {"loss": loss.detach(), **metrics}
         term, penalty = loss * (weight / whole), model.penalty()
@@ -438,24 +473,25 @@ def _losses(
 
 
 def _own_weights(objective: Objective, part: Batch) -> dict[str, float]:
-    """Return what metrics of a micro-batch are means over, where it is not the objective's weight."""
+    """Return what metrics of a pass are means over, where it is not the objective's weight."""
     return {BALANCE.name: float(len(part)), **objective.metric_weights(part)}
 
 
 def _accumulate_gradients(
     model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals
-) -> float:
-    """Add up the gradients of one optimizer batch; return its loss.
+) -> Gradients:
+    """Add up the gradients of one optimizer batch; return what is known of them.
 
-    Each micro-batch's mean counts by its share of what the mean is over, so the sum is the mean
+    Each pass's mean counts by its share of what the mean is over, so the sum is the mean
     over the optimizer batch however it was cut (the mistake of torchtune issue 2307).
     """
-    step_loss = torch.zeros((), device=model.device)
+    step_loss, none = torch.zeros((), device=model.device), True
     for part, term, metrics in _losses(model, objective, parts):
         term.backward()  # type: ignore[no-untyped-call]
         step_loss += term.detach()
         totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
-    return float(step_loss)
+        none = False
+    return Gradients(float(step_loss), none=none)
 
 
 @dataclass
@@ -463,6 +499,7 @@ class Totals:
     """Sums over a round; tensors stay on the device until the end."""
 
     steps: int = 0
+    skipped: int = 0
     examples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -472,7 +509,7 @@ class Totals:
     def add(
         self, batch: Batch, metrics: dict[str, Tensor], weight: float, own: dict[str, float]
     ) -> None:
-        """Count a micro-batch, and its metrics by ``weight`` or by the weight they have of their own."""
+        """Count a pass, and its metrics by ``weight`` or by the weight they have of their own."""
         self.examples += len(batch)
         self.tokens += batch.tokens
         self.targets += batch.completion_tokens or len(batch)
@@ -488,4 +525,6 @@ class Totals:
         }
         if BALANCE.name in means and "loss" in means:
             means["loss"] += means[BALANCE.name]
+        if self.skipped:
+            means[SKIPPED.name] = float(self.skipped)
         return LocalResult(self.examples, self.steps, self.tokens, self.targets, means, kept)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,19 +15,41 @@ from fedloom.data.batches import TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.models.quantize import Quantization, quantized_bytes
+from fedloom.training.layout import Budget, budget_of, row_costs
 from fedloom.training.optimizers import TrainingSettings
 
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def fitting(work: Callable[[int], Result], size: int, who: str) -> Result:
+@dataclass(frozen=True)
+class Measure:
+    """What the size of a pass is counted in.
+
+    Attributes:
+        name: Singular.
+        setting: Of ``[training]``, which says it.
+        least: Of one example, the largest there is: less makes no pass smaller.
+    """
+
+    name: str
+    setting: str
+    least: int = 1
+
+
+EXAMPLES = Measure("example", "micro_batch_size")
+
+
+def fitting(
+    work: Callable[[int], Result], size: int, who: str, measure: Measure = EXAMPLES
+) -> Result:
     """Return ``work(size)``, begun again with half the size for as long as memory does not suffice.
 
     Args:
-        work: What is to be done, so many examples at a time; leaves nothing behind where it fails.
-        size: Examples at a time, to begin with.
+        work: What is to be done, so much at a time; leaves nothing behind where it fails.
+        size: How much at a time, to begin with.
         who: Of whom the warning speaks.
+        measure: What the size is counted in.
 
     Raises:
         MemoryError: One example does not fit.
@@ -37,19 +60,69 @@ def fitting(work: Callable[[int], Result], size: int, who: str) -> Result:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if size == 1:
+            if size <= measure.least:
                 raise MemoryError("not even one example at a time fits into memory") from error
-        size = max(1, size // 2)
+        size = max(measure.least, size // 2)
         LOG.warning(
-            "%s: out of memory; begins again with %d example%s at a time, and the same results up to "
-            "rounding: training.micro_batch_size = %d says so from the start",
+            "%s: out of memory; begins again with %d %s%s at a time, and the same results up to "
+            "rounding: training.%s = %d says so from the start",
             who,
             size,
+            measure.name,
             "s" if size > 1 else "",
+            measure.setting,
             size,
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def largest_pass(budget: Budget, share: TokenShare) -> tuple[int, Measure]:
+    """Return the size of the largest pass over some rows, and what it is counted in."""
+    if budget.tokens is None:
+        return budget.rows, EXAMPLES
+    longest = int(row_costs(share).max(initial=1))
+    together = (
+        1 << (budget.rows * longest - 1).bit_length()
+    )  # a round number, alike for most clients
+    whole = max(longest, min(budget.tokens, together))
+    return whole, Measure("token", "tokens_per_pass", longest)
+
+
+def pass_warnings(
+    training: TrainingSettings,
+    quantization: Quantization,
+    clients: Mapping[int, tuple[AdapterModel, TokenShare]],
+) -> list[str]:
+    """Return a warning where ``tokens_per_pass`` was set to less than some rows have.
+
+    Args:
+        training: With that setting.
+        quantization: Of the frozen weights.
+        clients: What each computes with, and its rows.
+    """
+    asked = training.tokens_per_pass
+    if asked == "auto" or not clients:
+        return []
+    costs = {client: row_costs(share) for client, (_, share) in clients.items()}
+    longest, client = max((int(own.max()), client) for client, own in costs.items())
+    shortest = min(int(own.min()) for own in costs.values())
+    if longest <= asked:
+        return []
+    needed = max(client_memory(*own, training, quantization) for own in clients.values())
+    takes = (
+        f"the longest has {longest} (client {client}); its pass takes about {needed / 1e9:.1f} GB"
+    )
+    if asked < shortest:
+        return [
+            f"training.tokens_per_pass = {asked} is less than any row has: it is raised to {shortest}, "
+            f"and rows of more tokens have a pass of their own; {takes}"
+        ]
+    count = sum(int((own > asked).sum()) for own in costs.values())
+    return [
+        f"training rows of more tokens than training.tokens_per_pass = {asked}, each of which has a pass of "
+        f"its own: {count:,}; {takes}"
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -79,8 +152,12 @@ def client_memory(
         training: Batch size, optimizer and precision.
         quantization: Of the frozen weights.
     """
-    sequences = min(training.micro_batch, len(share)) * share.tokens.width
-    tokens = sequences * (int(share.tokens.lengths.max()) + model.virtual_tokens)
+    budget = budget_of(training, model)
+    longest = int(row_costs(share).max())
+    rows = min(budget.rows, len(share))
+    if budget.tokens is not None:
+        rows = max(1, min(rows, budget.tokens // longest))
+    tokens = rows * (longest + share.tokens.width * model.virtual_tokens)
     headless = isinstance(model, FrontHalf) and model.ending is None
     return training_memory(
         model.shape,

@@ -127,9 +127,15 @@ class TrainingSettings(Settings):
     batch_size: int = Field(default=8, ge=1)
     """Examples in an optimizer step."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Examples in one forward pass (default: batch_size). Changes memory and speed, not results."""
+    """Examples in one forward pass (default: as many as tokens_per_pass holds). Changes memory and speed,
+    and results by rounding alone."""
     accumulation: int | None = Field(default=None, ge=1)
     """Forward passes in an optimizer step: another way to say micro_batch_size."""
+    tokens_per_pass: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Tokens in one forward pass, padding counted, where micro_batch_size and accumulation are not set:
+    the rows of an optimizer step are sorted by length, and as many go together as fit. A longer row has a
+    pass of its own. auto: by the model's width and the kind of device. Changes memory and speed, and
+    results by rounding alone."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over a client's rows in a round (default 1)."""
     local_steps: int | None = Field(default=None, ge=1)
@@ -160,8 +166,13 @@ class TrainingSettings(Settings):
     """CPU threads (default: 1 below 50 million parameters, where more cost time; else all)."""
 
     @property
+    def counts_examples(self) -> bool:
+        """Whether a forward pass is so many examples, and not so many tokens."""
+        return self.micro_batch_size is not None or self.accumulation is not None
+
+    @property
     def micro_batch(self) -> int:
-        """Examples in one forward pass."""
+        """Examples in one forward pass at most."""
         if self.micro_batch_size is not None:
             return min(self.micro_batch_size, self.batch_size)
         return -(-self.batch_size // (self.accumulation or 1))
@@ -203,6 +214,11 @@ class TrainingSettings(Settings):
             found.append(
                 f"training: micro_batch_size {self.micro_batch_size} x accumulation "
                 f"{self.accumulation} is not batch_size {self.batch_size}; leave one of them out"
+            )
+        if self.tokens_per_pass != "auto" and self.counts_examples:
+            found.append(
+                f"training.tokens_per_pass = {self.tokens_per_pass} and training.micro_batch_size or "
+                "training.accumulation both say how much a forward pass holds; leave one of them out"
             )
         if self.min_learning_rate > self.learning_rate:
             found.append(

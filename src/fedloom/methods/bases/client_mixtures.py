@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedloom.checkpoint import State
-from fedloom.data.batches import by_length, pad_sequences, sequence_numbers
+from fedloom.data.batches import TokenShare
 from fedloom.data.tokenize import TokenSet
 from fedloom.messages import Payload, Tensors
 from fedloom.methods.base import ADAPTER, Client, Method, join_parts, part_of
+from fedloom.training.layout import scoring_budget
+from fedloom.training.local import Layout
 
 
 class OwnMixture(Method):
@@ -36,9 +38,8 @@ class OwnMixture(Method):
 def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
     """Run rows through a client's model, without gradients; yield the rows of each pass after it."""
     model = client.model
-    for indices in by_length(tokens, max(client.training.micro_batch, 16)):
-        numbers = sequence_numbers(tokens.width, indices)
-        batch, _, _ = pad_sequences(tokens, numbers, model.pad, model.device)
+    layout = Layout(model, TokenShare(tokens), scoring_budget(client.training, model))
+    for indices, batch in layout.sequences():
         with model.evaluating():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
         yield len(indices)
