@@ -211,6 +211,7 @@ def test_other_versions_and_rows_than_of_what_is_done_are_told(begun, monkeypatc
     source.write_text(text)
     monkeypatch.setattr("fedloom.comparison.versions", lambda: {**real, "torch": "9.9"})
     monkeypatch.setattr("fedloom.records.versions", lambda: {**real, "torch": "9.9"})
+    monkeypatch.setattr("fedloom.runner.versions", lambda: {**real, "torch": "9.9"})
     compare(comparison, folder, workers=1, observer=heard)
     assert heard.warnings == [
         "1 of 2 runs were made with other versions than those that are left will be: torch 9.9 (it was "
@@ -220,9 +221,9 @@ def test_other_versions_and_rows_than_of_what_is_done_are_told(begun, monkeypatc
     compare(comparison, folder, workers=1, observer=heard)
     assert len(heard.warnings) == 1  # nothing is left to be run otherwise
     record, _ = read_cells(folder)
-    assert record["notes"] == [
-        "1 of 2 runs were begun with other versions than dpo-fedavg-s0: torch 9.9 (it was "
-        f"{real['torch']})"
+    assert record["doubts"] == [
+        "the runs were not made with the same torch, and may differ for that: "
+        f"{real['torch']} (dpo-fedavg-s0); 9.9 (dpo-fedavg-s1)"
     ]
 
 

@@ -9,31 +9,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedloom.api import ComparisonResult, compare, evaluate, resume, run
     from fedloom.errors import FedloomError
     from fedloom.experiment import Experiment
+    from fedloom.methods.base import Method
     from fedloom.objectives.base import Objective
-    from fedloom.runner import RunResult, run
-    from fedloom.runner import resume_run as resume
+    from fedloom.runner import HeldOutScores, Result
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Experiment": ("fedloom.experiment", "Experiment"),
-    "FedloomError": ("fedloom.errors", "FedloomError"),
-    "Objective": ("fedloom.objectives.base", "Objective"),
-    "RunResult": ("fedloom.runner", "RunResult"),
-    "resume": ("fedloom.runner", "resume_run"),
-    "run": ("fedloom.runner", "run"),
+    "ComparisonResult": "fedloom.api",
+    "Experiment": "fedloom.experiment",
+    "FedloomError": "fedloom.errors",
+    "HeldOutScores": "fedloom.runner",
+    "Method": "fedloom.methods.base",
+    "Objective": "fedloom.objectives.base",
+    "Result": "fedloom.runner",
+    "compare": "fedloom.api",
+    "evaluate": "fedloom.api",
+    "resume": "fedloom.api",
+    "run": "fedloom.api",
 }
 
-__all__ = ["Experiment", "FedloomError", "Objective", "RunResult", "__version__", "resume", "run"]
+__all__ = [
+    "ComparisonResult",
+    "Experiment",
+    "FedloomError",
+    "HeldOutScores",
+    "Method",
+    "Objective",
+    "Result",
+    "__version__",
+    "compare",
+    "evaluate",
+    "resume",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the file it lives in."""
     if name in _HOMES:
-        module, own = _HOMES[name]
-        return getattr(importlib.import_module(module), own)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
 
 

@@ -950,27 +950,13 @@ def report(
     force: Force = False,
 ) -> None:
     """Turn run folders, or the folder of a comparison or evaluation, into one self-contained page."""
-    from fedloom.report.comparison_page import write_comparison
-    from fedloom.report.evaluation_page import is_evaluation, write_evaluation
-    from fedloom.report.frameworks_page import is_frameworks, write_frameworks
-    from fedloom.report.page import write_report
-    from fedloom.report.personal_page import is_personal, write_personal
-    from fedloom.report.run_folder import is_comparison
+    from fedloom.report.choose import write_page_of
 
     if target is not None:
         require_new_file(target, "--to", force=force)
     elif len(folders) > 1:
         target = free_file(Path("comparison.html"), force=force)
-    if len(folders) == 1 and is_personal(folders[0]):
-        page = write_personal(folders[0], target, _doubt)
-    elif len(folders) == 1 and is_frameworks(folders[0]):
-        page = write_frameworks(folders[0], target, _doubt)
-    elif len(folders) == 1 and is_comparison(folders[0]):
-        page = write_comparison(folders[0], target, _doubt)
-    elif len(folders) == 1 and is_evaluation(folders[0]):
-        page = write_evaluation(folders[0], target)
-    else:
-        page = write_report(folders, target, _doubt)
+    page = write_page_of(folders, target, _doubt)
     _say(f"report: {page}")
 
 

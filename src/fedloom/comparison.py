@@ -242,14 +242,27 @@ def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
     Raises:
         SettingsError: With every mistake, each said once.
     """
-    table = override(read_toml(path), assignments)
+    return comparison_of(override(read_toml(path), assignments), path.stem, str(path))
+
+
+def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison:
+    """Check a comparison that has been read, every cell of it.
+
+    Args:
+        table: Sections of an experiment, and ``compare``.
+        name: Of the comparison.
+        place: Where mistakes are.
+
+    Raises:
+        SettingsError: With every mistake, each said once.
+    """
     if COMPARE not in table:
-        raise SettingsError([f"[{COMPARE}] is missing: which arms and seeds?"], str(path))
+        raise SettingsError([f"[{COMPARE}] is missing: which arms and seeds?"], place)
     base = {section: value for section, value in table.items() if section != COMPARE}
     settings, problems = parse(CompareSettings, table[COMPARE], COMPARE)
     problems += settings.contradictions() if settings else []
     if settings is None or problems:
-        raise SettingsError(problems, str(path))
+        raise SettingsError(problems, place)
     cells = []
     for objective, sections in settings.rows.items():
         for method, more in settings.method_arms.items():
@@ -267,8 +280,8 @@ def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
                 cells.append(Cell(objective, method, seed, experiment))
     problems += _unlike_rows(cells)
     if problems:
-        raise SettingsError(list(dict.fromkeys(problems)), str(path))
-    return Comparison(path.stem, settings, tuple(cells), table)
+        raise SettingsError(list(dict.fromkeys(problems)), place)
+    return Comparison(name, settings, tuple(cells), table)
 
 
 def _unlike_rows(cells: Iterable[Cell]) -> list[str]:

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so a process that only watches is a small one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -178,3 +178,48 @@ class Silent:
 
     def end(self) -> None:
         """Show nothing."""
+
+
+@dataclass
+class Callbacks:
+    """Calls functions beside an observer.
+
+    What a function raises ends the run; the rounds until then are saved, and the run can be resumed.
+
+    Attributes:
+        observer: Is told of everything.
+        on_round: Called with the record of each round, round 0 (the evaluation of the start) included.
+        on_evaluation: Called with a round's number and its evaluation, in rounds that evaluate.
+    """
+
+    observer: RunObserver
+    on_round: Callable[[RoundRecord], object] | None = None
+    on_evaluation: Callable[[int, Evaluation], object] | None = None
+
+    def stage(self, text: str) -> None:
+        """Tell the observer."""
+        self.observer.stage(text)
+
+    def begin(self, plan: Plan) -> None:
+        """Tell the observer."""
+        self.observer.begin(plan)
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Tell the observer."""
+        self.observer.client_done(round, client, done, of)
+
+    def round_done(self, record: RoundRecord) -> None:
+        """Tell the observer, and call the functions."""
+        self.observer.round_done(record)
+        if record.evaluation is not None and self.on_evaluation is not None:
+            self.on_evaluation(record.round, record.evaluation)
+        if self.on_round is not None:
+            self.on_round(record)
+
+    def warning(self, text: str) -> None:
+        """Tell the observer."""
+        self.observer.warning(text)
+
+    def end(self) -> None:
+        """Tell the observer."""
+        self.observer.end()

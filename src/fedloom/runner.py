@@ -41,7 +41,6 @@ from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.files import sweep
 from fedloom.intervals import Interval, sample_interval
-from fedloom.keywords import read_experiment
 from fedloom.made_with import MadeWith
 from fedloom.messages import Payload, Schema, Tensors, encode
 from fedloom.methods import METHODS
@@ -98,7 +97,7 @@ PUT_BACK = "put it back from a backup, or start a new run"
 
 
 @dataclass(frozen=True)
-class RunResult:
+class Result:
     """What came of a run.
 
     Attributes:
@@ -118,35 +117,6 @@ class RunResult:
     summary_text: str
 
 
-def run(
-    experiment: str | Path | Mapping[str, Any] | Experiment,
-    *,
-    objective: Objective | Mapping[str, Any] | None = None,
-    data: DataSource | Mapping[str, Any] | None = None,
-    observer: RunObserver | None = None,
-    **settings: Any,
-) -> RunResult:
-    """Run an experiment to its end.
-
-    Args:
-        experiment: A TOML file, a table of sections, or an :class:`Experiment`.
-        objective: Your own objective instead of the one in the experiment, or settings of the section.
-        data: Your own source of examples instead of ``[data]``, or settings of the section.
-        observer: Watches the run; by default only warnings are shown.
-        settings: Other values than the experiment's, as after ``--set``: ``rounds=2``, or for keys that
-            several sections have, ``evaluation={"batch_size": 8}``.
-
-    Raises:
-        FedloomError: See ``fedloom.errors`` for the tree.
-    """
-    if isinstance(objective, Mapping):
-        settings, objective = {"objective": objective, **settings}, None
-    if isinstance(data, Mapping):
-        settings, data = {"data": data, **settings}, None
-    read = read_experiment(experiment, settings)
-    return run_experiment(read, objective=objective, data=data, observer=observer or Silent())
-
-
 def run_experiment(
     experiment: Experiment,
     *,
@@ -154,7 +124,7 @@ def run_experiment(
     data: DataSource | None = None,
     observer: RunObserver,
     remote: RemoteEngine | None = None,
-) -> RunResult:
+) -> Result:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
     start = find_start(experiment)
     experiment = settled(experiment, start)
@@ -208,7 +178,7 @@ def resume_run(
     objective: Objective | None = None,
     data: DataSource | None = None,
     remote: RemoteEngine | None = None,
-) -> RunResult:
+) -> Result:
     """Continue the run in ``path`` and end with the same bits as if it had never stopped.
 
     Args:
@@ -255,7 +225,7 @@ def resume_run(
         _require_same_data(folder, begun, digest)
         store = ClientStore(saved.clients if saved else None)
         parts = assemble(
-            _laid_out(experiment, folder),
+            _laid_out(experiment, begun),
             division,
             objective=objective,
             store=store,
@@ -279,9 +249,9 @@ def resume_run(
         return run.go(state, done)
 
 
-def _laid_out(experiment: Experiment, folder: RunFolder) -> Experiment:
+def _laid_out(experiment: Experiment, begun: Record | None) -> Experiment:
     """Return the experiment with the passes that a run was begun with, on whatever device it goes on."""
-    recorded = (folder.read_json(names.RUN) or {}).get("tokens_per_pass")
+    recorded = (begun or {}).get("tokens_per_pass")
     if recorded is None or experiment.training.tokens_per_pass != "auto":
         return experiment
     training = experiment.training.model_copy(update={"tokens_per_pass": recorded})
@@ -582,7 +552,7 @@ class _Run:
                 f"{bound.why}"
             )
 
-    def go(self, state: State, done: int) -> RunResult:
+    def go(self, state: State, done: int) -> Result:
         """Play the rounds that are left, then write what a finished run leaves."""
         experiment, parts = self.experiment, self.parts
         server = Server(
@@ -692,7 +662,7 @@ class _Run:
     def _headline(self) -> Headline:
         return HEADLINES[self.parts.division.judged]
 
-    def _finish(self, state: State) -> RunResult:
+    def _finish(self, state: State) -> Result:
         adapter = self._write_adapters(state)
         if self.parts.prompts and (self.parts.local.shares or self.parts.method.shared(state)):
             self.folder.write_json(names.SAMPLES, self._samples(state))
@@ -721,7 +691,7 @@ class _Run:
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
         self.audit.sync()
-        return RunResult(
+        return Result(
             self.folder.path,
             summary["after_metrics"],
             summary["before_metrics"],

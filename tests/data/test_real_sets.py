@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedloom import run
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.loading import load_examples
 from fedloom.experiment import Experiment
-from fedloom.runner import run
 from fedloom.settings import parse_toml
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -32,7 +32,7 @@ from fedloom.parent import end_with_parent
 from fedloom.progress import Participant
 from fedloom.report import run_folder as names
 from fedloom.report.run_folder import RunFolder
-from fedloom.runner import RunResult, free_folder, resume_run, run_experiment
+from fedloom.runner import Result, free_folder, resume_run, run_experiment
 
 app = ServerApp()
 
@@ -82,7 +82,7 @@ class _Play:
         self.grid, self.home, self.order, self.news = grid, home, order, news
         self.folder = ""
 
-    def run(self) -> RunResult:
+    def run(self) -> Result:
         """Play it to its end."""
         order = self.order
         if order.resume is not None:
@@ -95,7 +95,7 @@ class _Play:
         with contextlib.closing(self._engine(experiment, participants)) as engine:
             return run_experiment(experiment, observer=self.news, remote=engine)
 
-    def _resumed(self, folder: Path) -> RunResult:
+    def _resumed(self, folder: Path) -> Result:
         experiment = Experiment.from_toml(folder / names.EXPERIMENT)
         self._tell_folder(folder)
         participants = known(RunFolder.existing(folder).read_json(names.RUN))

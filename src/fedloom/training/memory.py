@@ -120,8 +120,8 @@ def pass_warnings(
         ]
     count = sum(int((own > asked).sum()) for own in costs.values())
     return [
-        f"training rows of more tokens than training.tokens_per_pass = {asked}, each of which has a pass of "
-        f"its own: {count:,}; {takes}"
+        f"training rows of more tokens than training.tokens_per_pass = {asked}, each of which has a "
+        f"pass of its own: {count:,}; {takes}"
     ]
 
 
