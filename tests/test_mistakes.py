@@ -3,7 +3,18 @@
 In one process; ``test_early.py`` starts each command once as a process of its own.
 """
 
+import shlex
+import shutil
+import time
+from collections import Counter
+
 import pytest
+import typer
+
+from fedloom.cli import app
+from fedloom.identity import make_authority, make_key
+from fedloom.members import Members
+from sampling import every
 
 EXPERIMENTS = {
     "a file that is not there": ("gone.toml",),
@@ -50,6 +61,26 @@ def place(tmp_path, monkeypatch, experiment):
     (tmp_path / "run" / "run.json").write_text("{}")
     (tmp_path / "page.html").write_text("mine")
     return tmp_path
+
+
+@pytest.fixture
+def federation_place(place, once, tmp_path_factory):
+    """The folder with a server's folder, whose member is amy, and keys too."""
+
+    def make():
+        made = tmp_path_factory.mktemp("federation")
+        make_authority(made / "server", ["localhost"])
+        for name in ("client", "other"):
+            make_key(made / f"{name}.key")
+        Members(made / "server" / "members.toml").allow("amy", (made / "client.pub").read_text())
+        (made / "bad.pub").write_text("no key")
+        (made / "log.jsonl").write_text("{}\n")
+        rows = "[data]\nsource = 'builtin:preferences'\nshare = 'experiment'\n"
+        (made / "client.toml").write_text(rows)
+        return made
+
+    shutil.copytree(once("federation", make), place, dirs_exist_ok=True)
+    return place
 
 
 def told(call, *words):
@@ -136,7 +167,14 @@ OTHERS = {
     "server restore gone": "gone",
     "client check gone.toml": "gone.toml",
     "client leave --home gone": "gone",
-    "client approve x --home gone": "x",
+    "audit verify empty.toml": "empty.toml is empty, and no run or client leaves it so: lines are missing",
+    "members revoke amy --home gone": "there is no server's folder gone: give it with --home",
+    "keys new nope/x.key": "there is no folder nope to hold x.key: make it, or mend the path after",
+    "certs --home good.toml": "good.toml is a file: name a folder with --home",
+    "demo --set output.folder=nope/x": "there is no folder nope to hold x: make it, or mend the path",
+    "report run": "run.json is not what a run wrote, it lacks name, fedloom, versions",
+    "forget started --client 1": "started holds nothing that client 1 keeps: no run was begun there",
+    "client approve x --home gone": "there is no client's folder gone: give it with --home",
     "status --home gone": "no server was started in gone",
     "stop --home gone": "no server was started in gone",
     "follow --home gone": "no server was started in gone",
@@ -150,6 +188,185 @@ OTHERS = {
 def test_a_mistake_is_told_in_these_words(call, place, words):
     assert OTHERS[words] in told(call, *words.split())
     assert (place / "page.html").read_text() == "mine" and not (place / "nope").exists()
+
+
+MORE = {
+    "run": ("good.toml --set objective.name=dop", "good.toml --engine", "nope/x.toml"),
+    "demo": (
+        "x", "--rounds 3", "--set", "--set federation.rounds", "--set rounds=1",
+        "--set federation.rounds=0", "--set federation.rounds=three", "--set method.name=fedavgg",
+        "--set data.source=./gone.jsonl", "--set output.folder=run", "--set output.folder=nope/x",
+    ),
+    "init": (
+        "a.toml b.toml", "--force-it", "''", "good.toml/x.toml", "/proc/x.toml", "--to x.toml", "run", ".",
+        "--set a=b",
+    ),
+    "export": (
+        "", "empty", "good.toml", "run", "started --client one", "started --client 7",
+        "started --reward", "started --too x", "started run",
+    ),
+    "forget": (
+        "", "gone", "run", "run --client one", "run --client -1", "empty --client 1",
+        "good.toml --client 1", "started --client 1", "run started --client 1", "run --clients 1",
+    ),
+    "report": (
+        "", "good.toml", "run", "run gone", "run --out x.html", "log.jsonl", "''", "server",
+    ),
+    "audit verify": (
+        "", "empty", "good.toml", "empty.toml", "bytes.toml", "log.jsonl", "run", "run started",
+        "--home run", "''",
+    ),
+    "audit match": (
+        "", "run", "run gone", "empty empty", "good.toml good.toml", "log.jsonl log.jsonl",
+        "started started", "bytes.toml run", "run started x", "--run run", "empty.toml empty.toml",
+    ),
+    "keys new": (
+        "nope/x.key", "empty", "good.toml/x.key", "client.key", "a.key b.key", "--bits 4096", "''",
+        "client.pub", "/proc/x.key", ".",
+    ),
+    "certs": (
+        "--home good.toml", "--home good.toml/x", "--home nope/x", "--home server --days ten",
+        "--home server --host 'a b'", "--home server --host http://x.org",
+        "--home server --host x.org:9092", "--hosts x.org", "x.org", "--host", "--home /proc/x",
+    ),
+    "members allow": (
+        "ben", "ben gone.pub --home server", "ben bad.pub --home server",
+        "ben client.key --home server", "ben client.pub --home server",
+        "amy other.pub --home server", "a/b other.pub --home server", "'' other.pub --home server",
+        "ben other.pub --home good.toml", "ben other.pub --home gone",
+        "ben other.pub x --home server", "--folder empty --home server",
+        "--folder gone --home server", "ben other.pub --folder empty --home server",
+        "ben empty --home server",
+    ),
+    "members revoke": (
+        "", "ben --home server", "Amy --home server", "amy --home gone", "amy --home good.toml",
+        "'' --home server", "amy ben --home server", "amy --hom server", "1 --home server",
+        "client.pub --home server",
+    ),
+    "members rename": (
+        "", "amy --home server", "ben carl --home server", "amy a/b --home server",
+        "amy '' --home server", "amy ben --home gone", "amy ben --home good.toml",
+        "amy ben carl --home server", "amy ben --force --home server", "amy ben --home empty",
+    ),
+    "members rotate": (
+        "", "amy --home server", "ben other.pub --home server", "amy gone.pub --home server",
+        "amy bad.pub --home server", "amy other.key --home server", "amy empty --home server",
+        "amy other.pub --home gone", "amy other.pub --home good.toml",
+        "amy other.pub x --home server",
+    ),
+    "members withdraw": (
+        "", "ben --home server", "Amy --home server", "'' --home server", "amy --home gone",
+        "amy --home good.toml", "amy --home empty", "amy ben --home server",
+        "amy --agian --home server", "1 --home server", "--again --home server",
+    ),
+    "members remove": (
+        "", "ben --home server", "amy --home server", "Amy --home server", "'' --home server",
+        "amy --home gone", "amy --home good.toml", "amy --home empty", "amy ben --home server",
+        "amy --yes --home server",
+    ),
+    "members list": (
+        "--home gone", "--home good.toml/x", "amy", "--all", "--home", "--json", "server",
+        "--home server --home gone", "--homes server", "-h",
+    ),
+    "server start": (
+        "--home good.toml", "--home empty", "--home gone", "--home server --port 0",
+        "--home server --port 99999", "--home server --port http",
+        "--home server --host nowhere.invalid", "--home server --metrics :x",
+        "--home server --metrics localhost:99999", "--home server --metrics 0.0.0.0:9100",
+        "--home server x", "--prot 9092",
+    ),
+    "server stop": (
+        "--home good.toml", "--home empty", "--home server", "server", "--now", "--home",
+        "--home good.toml/x", "--home run", "--home ''", "--all",
+    ),
+    "server backup": (
+        "", "x --home gone", "x --home good.toml", "good.toml --home server",
+        "nope/x --home server", "empty --home server", "x --home server --passphrase-file gone",
+        "x --home server --passphrase-file empty",
+        "x --home server --passphrase-file empty.toml", "x y --home server",
+        "x --home server --run",
+    ),
+    "server restore": (
+        "", "empty --home new", "good.toml --home new", "empty.toml --home new",
+        "good.toml --home server", "good.toml --home good.toml", "good.toml --home nope/x",
+        "good.toml --home new --passphrase-file gone", "good.toml x", "run --home new",
+        "good.toml --force",
+    ),
+    "client join": (
+        "", "--server", "localhost:9", "--server localhost:x", "--server localhost:99999",
+        "--server ''", "--server http://localhost:9092", "--server localhost:9 --ca gone.pem",
+        "--server localhost:9 --key gone.key --ca server/ca.pem",
+        "--server localhost:9 --key client.pub --ca server/ca.pem",
+        "--server localhost:9 --key client.key --ca good.toml",
+        "--server localhost:9 --key client.key --ca server/ca.pem --data gone.toml",
+        "--server localhost:9 --key client.key --ca server/ca.pem --data broken.toml",
+        "--server localhost:9 --key client.key --ca server/ca.pem --data typing.toml",
+        "--server localhost:9 --key client.key --ca server/ca.pem --data empty",
+        "--server localhost:9 --key client.key --ca server/ca.pem --home good.toml",
+        "--server localhost:9 --key client.key --ca server/ca.pem --home nope/x",
+    ),
+    "client check": (
+        "", "empty", "broken.toml", "bytes.toml", "typing.toml", "key.toml",
+        "client.toml gone.toml", "client.toml empty", "client.toml --client -1",
+        "client.toml good.toml x", "--set a=b",
+    ),
+    "client approve": (
+        "--home gone", "x --home good.toml", "x --home empty", "x --home server", "x --home run",
+        "'' --home empty", "x y", "--yse x", "--home", "--home good.toml/x",
+    ),
+    "client leave": (
+        "--home good.toml", "--home empty", "--home server", "--home run", "x", "--home", "--now",
+        "--home good.toml/x", "--server localhost:9", "--home ''",
+    ),
+    "status": (
+        "--home good.toml", "--home empty", "--home server", "--home run", "x", "--home", "--jsn",
+        "--home good.toml/x", "--run x", "run",
+    ),
+    "stop": (
+        "--home good.toml", "--home empty", "--home server", "x --home server", "x --home gone",
+        "x y", "--home", "--all", "'' --home empty", "--home good.toml/x",
+    ),
+    "follow": (
+        "--home good.toml", "--home empty", "--home server", "x --home server", "x --home gone",
+        "x y", "--home", "--all", "run", "--home good.toml/x",
+    ),
+}  # fmt: skip
+"""Mistakes of each command whose words are not looked at one by one."""
+
+ALL = [(name, given) for name, own in MORE.items() for given in own]
+
+
+@pytest.mark.parametrize("mistake", every(20, ALL), ids=" ".join)
+def test_a_mistake_is_one_message_at_once(call, federation_place, mistake):
+    """Without a model in less than a second of CPU, and nothing is made."""
+    command, given = mistake
+    before = sorted(federation_place.rglob("*"))
+    start = time.process_time()
+    line = told(call, *command.split(), *shlex.split(given))
+    assert time.process_time() - start < 1.0
+    assert "[Errno" not in line and "Missing command" not in line
+    made = set(federation_place.rglob("*")).difference(before)
+    assert not {path for path in made if "lock" not in path.name}
+
+
+def test_every_command_has_ten_mistakes():
+    known = Counter({command: len(own) for command, own in MORE.items()})
+    known.update({name: len(EXPERIMENTS) for name in COMMANDS})
+    commands = set(leaves(typer.main.get_command(app)))
+    for words in OTHERS:
+        one, two = words.split(maxsplit=2)[0], " ".join(words.split()[:2])
+        known[two if two in commands else one] += 1
+    assert {name: known[name] for name in commands if known[name] < 10} == {}
+    assert known.keys() - commands == {"dance"}
+
+
+def leaves(command, name=""):
+    """Yield the names of all commands."""
+    if not hasattr(command, "commands"):
+        yield name
+        return
+    for own, sub in command.commands.items():
+        yield from leaves(sub, f"{name} {own}".strip())
 
 
 def test_a_host_without_a_name(call, place):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import AuditError, OutputError
+from fedloom.errors import AuditError, OutputError, first_line
 from fedloom.token_bucket import TokenBucket
 
 FILE = "audit.jsonl"
@@ -251,9 +251,14 @@ def verify(path: Path) -> AuditResult:
     """
     path = _log(path)
     try:
-        return _verified(_files(path) or [path])
+        found = _verified(_files(path) or [path])
+        if not found.lines:  # a run's first line is written when it begins
+            raise AuditError(
+                f"{path} is empty, and no run or client leaves it so: lines are missing"
+            )
+        return found
     except OSError as error:
-        raise OutputError(f"no audit log can be read at {path}: {error}") from error
+        raise OutputError(f"no audit log can be read at {path}: {first_line(error)}") from error
 
 
 def _lines(paths: Iterable[Path]) -> Iterator[tuple[Path, int, bytes]]:

@@ -13,7 +13,7 @@ from fedloom.early import refuse_early
 from fedloom.errors import FedloomError, OutputError, SettingsError
 from fedloom.shown import message, visible
 from fedloom.stopping import terminable
-from fedloom.targets import free_file, require_new_file, require_place
+from fedloom.targets import free_file, require_folder, require_new_file, require_place
 
 if TYPE_CHECKING:
     from fedloom.experiment import Experiment
@@ -240,6 +240,8 @@ def demo(
 
     with terminable():
         experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
+        if experiment.output.folder:
+            require_place(Path(experiment.output.folder), "output.folder")
         result = run_experiment(experiment, observer=observer)
     page = write_report([result.folder])
     _say(result.summary_text)
@@ -574,6 +576,7 @@ def certs(
     """Make the federation's authority, unless it is there, and a new certificate of the server."""
     from fedloom.identity import CA, CERTIFICATE, make_authority
 
+    require_folder(home, "--home")
     hosts = list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"]))
     make_authority(home, hosts, days)
     _say(
@@ -589,6 +592,7 @@ def new_key(
     """Make a client's key; its public half is what the coordinator needs."""
     from fedloom.identity import make_key
 
+    require_place(path, "fedloom keys new FILE")
     _say(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")
 
 
@@ -604,23 +608,25 @@ def allow_member(
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
     """Let a member in, or let it in again; or all of a folder at once."""
+    if (name is None or public is None) if folder is None else name is not None:
+        raise typer.BadParameter("give either NAME and its public key, or --folder")
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
     from fedloom.members import keys_in, read_public
 
     members = ServerHome(home).members()
-    if folder is not None and name is None:
+    if folder is not None:
         entries = keys_in(folder)
         members.allow_all(entries)
         _say(f"{len(entries)} members are let in: {', '.join(n for n, _ in entries[:5])}, ...")
-    elif folder is None and name is not None and public is not None:
+    elif name is not None and public is not None:
         _say(f"{name} is member {members.allow(name, read_public(public))}; it is let in")
-    else:
-        raise typer.BadParameter("give either NAME and its public key, or --folder")
 
 
 @members_app.command("revoke")
 def revoke_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
     """Let a member in no longer; its name and number stay its own."""
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
 
     member = ServerHome(home).members().revoke(name)
@@ -636,6 +642,7 @@ def rename_member(
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
     """Give a member another name."""
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
 
     member = ServerHome(home).members().rename(name, new)
@@ -649,6 +656,7 @@ def rotate_member(
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
     """Give a member another key; the one before opens nothing from now on."""
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
     from fedloom.members import read_public
 
@@ -666,6 +674,7 @@ def withdraw_member(
     home: HomeOfServer = SERVER_HOME,
 ) -> None:
     """Let a member in no longer, and say which runs and adapters hold its work."""
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
     from fedloom.deployment.running import play_again
     from fedloom.deployment.withdrawal import works_of
@@ -684,6 +693,7 @@ def withdraw_member(
 @members_app.command("remove")
 def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
     """Forget a member that is let in no longer; its name, key and number may be another's then."""
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
 
     member = ServerHome(home).members().remove(name)
@@ -693,10 +703,9 @@ def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
 @members_app.command("list")
 def list_members(home: HomeOfServer = SERVER_HOME) -> None:
     """Show the members: number, name, whether they are let in, and the end of their keys."""
+    _require_home(home)
     from fedloom.deployment.homes import ServerHome
 
-    if not home.is_dir():
-        raise OutputError(f"there is no server's folder {home}: give it with --home")
     for member in ServerHome(home).members().members:
         state = "" if member.state == "allowed" else f"  {member.state}"
         _say(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")
@@ -752,6 +761,7 @@ def back_up_server(
     from fedloom.deployment.backup import back_up, read_passphrase, size_text
     from fedloom.deployment.homes import ServerHome
 
+    require_place(target, "fedloom server backup FILE")
     secret = None
     if passphrase_file is not None:
         secret = read_passphrase(passphrase_file)
@@ -773,6 +783,7 @@ def restore_server(
     from fedloom.deployment.backup import is_encrypted, read_passphrase, restore, restored_text
     from fedloom.deployment.homes import ServerHome
 
+    require_folder(home, "--home")
     secret = None
     if passphrase_file is not None:
         secret = read_passphrase(passphrase_file)
@@ -802,6 +813,7 @@ def join_federation(
     # typer would refuse a key or authority that may not be read before we can say whose it is.
     from fedloom.deployment.client import take_part
 
+    require_folder(home, "--home")
     take_part(home, server, key, None if insecure else ca, data, say=_say)
 
 
@@ -838,6 +850,7 @@ def approve_run(
     from fedloom.deployment.homes import ClientHome
     from fedloom.terminal import make_console, working
 
+    _require_home(home, "client")
     own, console = ClientHome(home), make_console()
     if run is None:
         console.print(waiting_table(own), highlight=False)
@@ -988,6 +1001,16 @@ def main() -> NoReturn:
             sys.exit(1)
         _usage_error(error)
     sys.exit(code or 0)  # of typer.Exit
+
+
+def _require_home(home: Path, of: str = "server") -> None:
+    """Check that a folder is there, before anything is looked for in it or written to it.
+
+    Raises:
+        OutputError: It is not.
+    """
+    if not home.is_dir():
+        raise OutputError(f"there is no {of}'s folder {home}: give it with --home")
 
 
 def _say(text: str) -> None:

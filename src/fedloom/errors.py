@@ -47,8 +47,11 @@ OffenceKind = Literal[
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says; of one that says nothing, its class.
 
-    A line that ends in a colon says nothing without the next one.
+    A line that ends in a colon says nothing without the next one. Of the system's errors it is what
+    happened, without the number and the path, which stands in the message already.
     """
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first, *others = lines or [type(error).__name__]
     return f"{first} {others[0]}" if first.endswith(":") and others else first

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedloom.errors import IdentityError, OutputError
+from fedloom.errors import IdentityError, OutputError, first_line
 from fedloom.files import write_whole
 from fedloom.shown import quoted
 
@@ -67,7 +67,7 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None
         signer: Any = pem.load_pem_private_key(_read(folder / CA_KEY), None)
     except (OSError, ValueError, TypeError) as error:
         raise IdentityError(
-            f"the authority's key {folder / CA_KEY} cannot be read: {error}"
+            f"the authority's key {folder / CA_KEY} cannot be read: {first_line(error)}"
         ) from None
     key = ec.generate_private_key(ec.SECP256R1())
     builder = _certificate(_name(hosts[0]), authority.subject, key, now, days)
@@ -113,7 +113,7 @@ def read_key(path: Path, maker: str = "fedloom keys new") -> ec.EllipticCurvePri
         key = load(content, None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise IdentityError(
-            f"no key can be read from {path}: {error}; `{maker}` makes one"
+            f"no key can be read from {path}: {first_line(error)}; `{maker}` makes one"
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(f"{path} holds a key of another kind; `{maker}` makes one")
@@ -130,7 +130,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(_read(path))
     except (OSError, ValueError) as error:
         raise IdentityError(
-            f"no certificate can be read from {path}: {error}; `fedloom certs` makes them"
+            f"no certificate can be read from {path}: {first_line(error)}; `fedloom certs` makes them"
         ) from None
 
 
@@ -228,7 +228,14 @@ def public_key(line: str) -> ec.EllipticCurvePublicKey:
     try:
         key = pem.load_ssh_public_key(line.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise IdentityError(f"no public key of OpenSSH: {error}") from None
+        if "PRIVATE KEY" in line:
+            raise IdentityError(
+                "this is a private key, which stays with its owner: give NAME.pub, which `fedloom keys "
+                "new` writes beside it"
+            ) from error
+        raise IdentityError(
+            "this is no public key of OpenSSH, as `fedloom keys new` writes one to NAME.pub"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IdentityError("the public key is of another kind; `fedloom keys new` makes one")
     return key

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from fedloom.errors import IdentityError, OutputError, SettingsError
+from fedloom.errors import IdentityError, OutputError, SettingsError, first_line
 from fedloom.files import lock, write_whole
 from fedloom.identity import public_key, public_pem
 from fedloom.settings import Settings, parse, read_toml, write_toml
@@ -26,6 +27,15 @@ FILE, FORMER = "members.toml", "clients.toml"
 NAME = r"^[^\W_]([\w.@-]{0,62}[\w])?$"
 """A member's name: letters, digits and ``. _ - @`` within, at most 64 characters."""
 
+
+def _sound_name(name: str) -> str:
+    if not re.match(NAME, name):
+        raise ValueError(
+            "a member's name has letters, digits and . _ - @ within, at most 64 characters in all"
+        )
+    return name
+
+
 State = Literal["allowed", "revoked", "withdrawn"]
 """Let in; let in no longer; no longer, and what it gave is to be without effect."""
 
@@ -35,7 +45,7 @@ class Member(Settings):
 
     number: int = Field(ge=0)
     """Stays the member's until it is removed."""
-    name: str = Field(pattern=NAME)
+    name: Annotated[str, AfterValidator(_sound_name)]
     key: str
     """Public, as one line of OpenSSH."""
     state: State = "allowed"
@@ -270,11 +280,16 @@ def read_public(path: Path) -> str:
 
     Raises:
         OutputError: It cannot be read.
+        IdentityError: It is none.
     """
     try:
-        return path.read_text()
+        text = path.read_text()
+        public_key(text.strip())
+        return text
+    except IdentityError as error:
+        raise IdentityError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"cannot read {path}: {error}") from None
+        raise OutputError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _allow(members: dict[int, Member], name: str, key: str) -> int:

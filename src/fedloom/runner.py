@@ -344,6 +344,10 @@ def forget_client(path: Path, client: int) -> int:
             cannot be deleted.
     """
     folder = RunFolder.existing(path)
+    if not folder.is_begun:
+        raise OutputError(
+            f"{path} holds nothing that client {client} keeps: no run was begun there"
+        )
     with folder.locked():
         found = checkpoint.forget(folder.checkpoints, client)
         begun = folder.path / START / folder.client(client).relative_to(folder.path)

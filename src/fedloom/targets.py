@@ -47,6 +47,17 @@ def require_place(path: Path | None, option: str) -> None:
         )
 
 
+def require_folder(path: Path, option: str) -> None:
+    """Check that a folder is there, or can be made in one that is.
+
+    Raises:
+        OutputError: It is a file, or what would hold it is not there.
+    """
+    require_place(path, option)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file: name a folder with {option}")
+
+
 def free_file(path: Path, *, force: bool = False) -> Path:
     """Return a file of fedloom's own choice: the path, or one with a number while that is there."""
     number, free = 2, path

@@ -36,7 +36,14 @@ from fedloom.audit import FILE as AUDIT
 from fedloom.audit import AuditLog, closed_files, events, verify
 from fedloom.deployment.homes import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, OutputError, SettingsError
+from fedloom.errors import (
+    ConnectionFailed,
+    FedloomError,
+    IdentityError,
+    OutputError,
+    SettingsError,
+    first_line,
+)
 from fedloom.files import holder, written_whole
 from fedloom.identity import CA, CA_KEY, CERTIFICATE, KEY, hosts_of
 from fedloom.members import FILE as MEMBERS
@@ -245,7 +252,7 @@ def restore(source: Path, home: ServerHome, passphrase: str | None = None) -> Re
     """
     if holder(home.lock) is not None:
         raise ConnectionFailed(f"a server runs in {home.path}; choose another --home")
-    if home.path.exists() and any(home.path.iterdir()):
+    if home.path.exists() and not (home.path.is_dir() and not any(home.path.iterdir())):
         raise SettingsError(
             [f"{home.path} holds something already; choose a folder that is not there"],
             "the command",
@@ -381,7 +388,7 @@ def read_passphrase(path: Path) -> str:
     try:
         first = path.read_text(encoding="utf-8").partition("\n")[0].strip("\r")
     except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"cannot read the passphrase in {path}: {error}") from None
+        raise OutputError(f"cannot read the passphrase in {path}: {first_line(error)}") from None
     if not first:
         raise OutputError(f"the first line of {path} is empty: it is to be the passphrase")
     return first

@@ -89,7 +89,7 @@ def check(path: Path, experiment: Path | None, client: int) -> Look:
             text = experiment.read_text(encoding="utf-8")
             examined = examine(text, own, client, sent=False)
         except (OSError, UnicodeDecodeError) as error:
-            raise OutputError(f"cannot read {experiment}: {error}") from None
+            raise OutputError(f"cannot read {experiment}: {first_line(error)}") from None
         except PolicyError as error:
             problems += [one.reason for one in error.refusals]
     asked = examined.experiment if examined is not None else None

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedloom.audit import FILE, AuditLog
 from fedloom.deployment.calling import LOG as WORKER_LOG
 from fedloom.deployment.calling import ask_worker, start_worker
@@ -17,6 +19,7 @@ from fedloom.deployment.children import end, make_room, only
 from fedloom.deployment.flower_node import FlowerNode
 from fedloom.deployment.gateway_client import Card, GatewayClient, split_address
 from fedloom.deployment.homes import ClientHome, Joining, OwnFile
+from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.proxy import find_proxy
 from fedloom.errors import AuditError, ConnectionFailed
 from fedloom.files import make_private
@@ -60,10 +63,7 @@ def join(
     proxy = find_proxy(*split_address(server))
     if proxy is not None:
         say(f"connecting to {server} through the proxy at {proxy}")
-    policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
-    if authority is not None:
-        require_current(authority)
-    content, own_key = authority.read_bytes() if authority else None, read_key(key)
+    policy, content, own_key = _means(key, authority, own)
     stopping = threading.Event()
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.set())
@@ -86,6 +86,21 @@ def join(
             gateway, lambda envelope: ask_worker(home.path, envelope), policy.max_bytes, say
         )
         _keep_going(home, node, stopping, lambda: ready(joining))
+
+
+def _means(
+    key: Path, authority: Path | None, own: Path | None
+) -> tuple[PolicySettings, bytes | None, ec.EllipticCurvePrivateKey]:
+    """Return the policy of a client's file, the federation's authority and the client's key.
+
+    Raises:
+        IdentityError: The key cannot be read, or the authority not or no more.
+        SettingsError: The file has mistakes.
+    """
+    policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
+    if authority is not None:
+        require_current(authority)
+    return policy, authority.read_bytes() if authority else None, read_key(key)
 
 
 def _registered(
@@ -152,6 +167,8 @@ def take_part(
 ) -> None:
     """Take part in a federation until told to stop, and say under which number."""
     os.umask(0o077)
+    find_proxy(*split_address(address))
+    _means(key, authority, own)  # no folder is made for a mistake
     if make_private(home):
         say(f"{home} could be read by other users of this machine, and cannot any more")
     if authority is None:

@@ -119,7 +119,7 @@ def require_own(folder: Path) -> None:
     """
     try:
         owner = folder.stat().st_uid
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConnectionFailed(
             f"no server was started in {folder}: `fedloom server start --home {folder}`, or give the "
             "server's folder with --home"

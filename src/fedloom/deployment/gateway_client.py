@@ -19,7 +19,7 @@ from fedloom.deployment.handshake import Purpose
 from fedloom.deployment.proxy import find_proxy
 from fedloom.engines.frames import Read, reader, write_frame
 from fedloom.envelope import PROTOCOL, printable
-from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
+from fedloom.errors import ConnectionFailed, IdentityError, SettingsError, first_line
 
 TIMEOUT = 4.0
 """Seconds for each step until a client is let in."""
@@ -134,7 +134,7 @@ class GatewayClient:
         except (OSError, ValueError) as error:
             connection.close()
             raise ConnectionFailed(
-                f"the server at {described(self.address)} broke the connection: {error}"
+                f"the server at {described(self.address)} broke the connection: {first_line(error)}"
             ) from None
         except (ConnectionFailed, IdentityError):
             connection.close()
@@ -217,7 +217,8 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
         notice_absence(plain)
     except OSError as error:
         raise ConnectionFailed(
-            f"nobody answers at {address}: {error}; is the server started, and is the port open?"
+            f"nobody answers at {address}: {first_line(error)}; is the server started, and is the port "
+            "open?"
         ) from None
     if authority is None:
         return plain
@@ -247,7 +248,8 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
     except OSError as error:
         plain.close()
         raise ConnectionFailed(
-            f"the server at {where} does not speak TLS: {error}; was it started with --insecure?"
+            f"the server at {where} does not speak TLS: {first_line(error)}; was it started with "
+            "--insecure?"
         ) from None
 
 

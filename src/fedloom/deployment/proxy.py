@@ -23,7 +23,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 from fedloom.deployment.children import address
 from fedloom.envelope import printable
-from fedloom.errors import ConnectionFailed, SettingsError
+from fedloom.errors import ConnectionFailed, SettingsError, first_line
 
 LONGEST = 8192
 """Bytes of the header with which a proxy may answer."""
@@ -81,7 +81,7 @@ class Proxy:
             connection = socket.create_connection((self.host, self.port), timeout)
         except (OSError, UnicodeError) as error:
             raise ConnectionFailed(
-                f"nobody answers at the proxy at {self}: {error}; is HTTPS_PROXY right?"
+                f"nobody answers at the proxy at {self}: {first_line(error)}; is HTTPS_PROXY right?"
             ) from None
         with contextlib.ExitStack() as closing:
             closing.enter_context(connection)

@@ -118,6 +118,10 @@ class Run:
         return [float(r) for r in rounds], list(accumulate(spent[r] / scale for r in rounds))
 
 
+NEEDED = ("name", "fedloom", "versions", "seed", "command", "model", "data", "metric")
+"""Of run.json, what every page shows."""
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder.
 
@@ -128,6 +132,11 @@ def read_run(folder: Path) -> Run:
     run = files.read_json(names.RUN)
     if run is None:
         raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
+    if missing := [name for name in NEEDED if not isinstance(run, dict) or name not in run]:
+        raise OutputError(
+            f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
+            "from a backup"
+        )
     return Run(
         label=folder.resolve().name,
         run=run,

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import OutputError
+from fedloom.errors import OutputError, first_line
 from fedloom.files import lock
 
 Record = dict[str, Any]
@@ -180,10 +180,10 @@ class RunFolder:
         path = self.path / name
         try:
             return path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise OutputError(f"{path} cannot be read: {error}") from error
+            raise OutputError(f"{path} cannot be read: {first_line(error)}") from error
 
     def beginning(self, name: str, length: int) -> tuple[int, str] | None:
         """Return a file's size and the SHA-256 of its first ``length`` bytes; ``None`` without a file.
