@@ -335,13 +335,14 @@ def compare(
     folder = folder or Path("comparisons") / comparison.name
     comparison = replace(comparison, cells=tuple(map(_settled, comparison.cells)))
     with contextlib.ExitStack() as held:
-        if is_comparison(folder):  # else nothing is left there by what is refused
+        known = is_comparison(folder)  # else nothing is left there by what is refused
+        if known:
             held.enter_context(RunFolder(folder).locked())
         waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
         if waiting and observer is not None:
             observer.stage("checking data and models of every arm")
         _check_reachable(waiting)
-        if not is_comparison(folder):
+        if not known:
             _make(folder)
             held.enter_context(RunFolder(folder).locked())
             waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
