@@ -826,6 +826,10 @@ def check_client(
     client: Annotated[int, typer.Option(help="This client's number.", min=0)] = 0,
 ) -> None:
     """Say what a server would learn and may ask for, on which rows, and what would be refused."""
+    from fedloom.deployment.homes import OwnFile
+
+    OwnFile.read(data)  # a mistake in it is told before what reads rows is loaded
+    _loading(quiet=False)
     from fedloom.deployment.checking import check
     from fedloom.terminal import make_console, working
 
@@ -845,13 +849,18 @@ def approve_run(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Let a run in that waits for a person, once it is clear what it is."""
-    from fedloom.deployment.checking import waiting_run, waiting_table
+    _require_home(home, "client")
     from fedloom.deployment.consent import Approvals
     from fedloom.deployment.homes import ClientHome
+
+    own = ClientHome(home)
+    if run is not None:
+        Approvals(own).find(run)
+    _loading(quiet=False)
+    from fedloom.deployment.checking import waiting_run, waiting_table
     from fedloom.terminal import make_console, working
 
-    _require_home(home, "client")
-    own, console = ClientHome(home), make_console()
+    console = make_console()
     if run is None:
         console.print(waiting_table(own), highlight=False)
         return
