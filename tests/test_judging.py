@@ -86,7 +86,7 @@ def test_a_position_biased_judge_is_caught(tmp_path, serve, settings, answers):
     record, page = evaluate(tmp_path, [server.url], settings)
     bias = record["judges"][0]["bias"]
     assert bias["flags"] == ["position"] and bias["first_preferred"]["mean"] == 1.0
-    assert bias["places"][0]["mean"] == 2.0 and bias["consistent"] == 0.0
+    assert bias["places"][0]["mean"] == 2.0 and bias["consistent"]["mean"] == 0.0
     assert re.search(
         r"judge@127.0.0.1:\d+, position:</b> where an answer is shown changes its score", page
     )

@@ -14,6 +14,7 @@ from fedloom.assembly import choose_device
 from fedloom.candidates import adapter_folder, run_of
 from fedloom.data.reader import require_files
 from fedloom.errors import JudgeError, ModelError
+from fedloom.evaluation.agreement import Estimate
 from fedloom.evaluation.audit import AuditResult, read_audit_sets
 from fedloom.evaluation.harness import require_tasks, run_harness
 from fedloom.evaluation.questions import load_benchmark
@@ -215,8 +216,9 @@ def show_harness(
     require_tasks(tasks)
     settings = judging.EvaluateSettings.read(assignments)
     console, table = make_console(), Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("model", "task", "metric", "value"):
-        table.add_column(column, justify="right" if column == "value" else "left")
+    for column in ("model", "task", "metric", "value", "95 %", "rows"):
+        left = column in ("model", "task", "metric")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     for candidate in judging.find_candidates(given, settings.model, _names_model(assignments)):
         model = judging.model_path(candidate.model)
         with working(console, f"lm-eval asks {candidate.label}: {', '.join(tasks)}"):
@@ -229,9 +231,11 @@ def show_harness(
                 device=str(choose_device(settings.generation.device)),
                 seed=settings.generation.seed,
             )
-        for task, metrics in found.items():
-            for metric, value in metrics.items():
-                table.add_row(candidate.label, task, metric, f"{value:.4f}")
+        for task, scores in found.items():
+            for metric, own in scores.intervals().items():
+                rows = "n not known" if scores.rows is None else str(scores.rows)
+                ends = interval(own, "{:.3f}") if own.low is not None else "-"
+                table.add_row(candidate.label, task, metric, f"{own.estimate:.4f}", ends, rows)
     console.print(table)
 
 
@@ -274,36 +278,33 @@ def _doubts(record: Record) -> list[str]:
 
 
 def _audit_table(judge: str, results: Sequence[AuditResult]) -> Table:
-    table = Table(title=f"{judge}, on pairs judged by people", box=None, padding=(0, 2, 0, 0))
+    title = f"{judge}, on pairs judged by people; below each share its 95 % interval"
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0))
     left = ("set", "unusable")
-    for column in (
-        "set",
-        "scored",
-        "accuracy",
-        "95 %",
-        "chance",
-        "longer",
-        "steady",
-        "ties",
-        "unusable",
-    ):
+    for column in ("set", "scored", "accuracy", "chance", "longer", "steady", "ties", "unusable"):
         table.add_column(
             column,
             justify="left" if column in left else "right",
-            no_wrap=column != "unusable",
+            no_wrap=column not in left,
+            overflow="fold",
             header_style="dim",
         )
     for found in results:
-        own, scored = found.accuracy, found.scored > 0
         table.add_row(
             found.name,
             f"{found.scored}/{found.pairs}",
-            f"{own.mean:.3f}" if scored else "-",
-            f"{own.low:.2f}-{own.high:.2f}" if scored else "-",
+            _two_lines(found.accuracy),
             "0.500",
-            f"{found.longer_wins:.3f}",
-            f"{found.consistent:.3f}" if scored else "-",
-            f"{found.tied:.3f}" if scored else "-",
+            _two_lines(found.longer_wins),
+            _two_lines(found.consistent),
+            _two_lines(found.tied),
             ", ".join(f"{count} {reason}" for reason, count in found.reasons.items()) or "-",
         )
     return table
+
+
+def _two_lines(own: Estimate) -> str:
+    """Return a mean and below it its interval, which keeps a table of many within 80 columns."""
+    if not own.count:
+        return "-"
+    return f"{own.mean:.3f}" + (f"\n{own.low:.2f}-{own.high:.2f}" if not own.missing else "")

@@ -340,7 +340,12 @@ JUDGES = (
         "questions",
         "judges",
     ),
-    _share("tied", "all answers shown together get the same score", "showings", "judges"),
+    _share(
+        "tied",
+        "share of the orders in which all answers get the same score",
+        "questions",
+        "judges",
+    ),
     _share(
         "first_preferred",
         "the answer shown earlier gets the higher of two scores, ties aside",

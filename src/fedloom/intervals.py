@@ -106,6 +106,13 @@ class Sample:
         )
 
 
+def student(freedom: int) -> float:
+    """Return by how many standard errors a 95 % interval of Student's t reaches to either side."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.5 + LEVEL / 2))
+
+
 def too_few(units: int, over: str) -> str:
     """Return why so few units have no interval, and what would be needed."""
     one = over.removesuffix("s") if units == 1 else over
@@ -287,9 +294,9 @@ def _by_t(
     over: str,
     bounds: tuple[float, float],
 ) -> Interval:
-    from scipy.special import stdtr, stdtrit
+    from scipy.special import stdtr
 
-    half = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * error
+    half = student(freedom) * error
     p = float(2 * stdtr(freedom, -abs(centre) / error))
     low, high = (min(max(end, bounds[0]), bounds[1]) for end in (centre - half, centre + half))
     return Interval(estimate, low, high, units, over, p)

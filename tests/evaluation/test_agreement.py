@@ -70,7 +70,7 @@ def test_a_fair_judge_has_no_bias():
     ratings = rate(lambda model, place, q: {"a": 3, "b": 8, "c": 5}[model])
     assert all(e.mean == pytest.approx(0) for e in position_bias(ratings, rng(), (1, 10)))
     assert first_preference(ratings, rng()).mean == pytest.approx(0.5)
-    assert consistency(ratings) == 1.0 and tied_share(ratings) == 0.0
+    assert consistency(ratings, rng()).mean == 1.0 and tied_share(ratings, rng()).mean == 0.0
     assert model_scores(ratings)["b"]["q0"] == 8
     assert length_preference(ratings, rng()).mean == pytest.approx(2 / 3)  # b>a, c>a, not c>b
 
@@ -81,7 +81,7 @@ def test_a_judge_that_likes_the_first_place():
     assert 1 < first.low < first.mean == pytest.approx(8 / 3)  # equal questions are no certainty
     assert second.high < 0 and third.high < 0
     assert first_preference(ratings, rng()).mean == 1.0
-    assert consistency(ratings) == 0.0
+    assert consistency(ratings, rng()).mean == 0.0
     assert length_preference(ratings, rng()).mean == pytest.approx(0.5)
 
 
@@ -102,13 +102,18 @@ def test_a_judge_that_likes_length():
 
 def test_ties():
     ratings = rate(lambda model, place, q: 10 if q < 15 else place)
-    assert tied_share(ratings) == 0.5
-    assert consistency(ratings) == 0.0  # an eternal tie has no winner
+    found, whole = tied_share(ratings, rng()), 1.959964**2
+    assert (found.mean, found.count) == (0.5, 30)
+    middle, half = 0.5, 1.959964 / (30 + whole) * (30 * 0.25 + whole / 4) ** 0.5  # Wilson
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half))
+    found = consistency(ratings, rng())  # an eternal tie has no winner
+    assert (found.mean, found.low, found.count) == (0.0, 0.0, 30)
+    assert found.high == pytest.approx(whole / (30 + whole))
 
 
 def test_nothing_was_rated():
-    assert position_bias([], rng(), (1, 10)) == [] and np.isnan(consistency([]))
-    assert np.isnan(tied_share([])) and length_preference([], rng()).count == 0
+    assert position_bias([], rng(), (1, 10)) == [] and not consistency([], rng()).count
+    assert not tied_share([], rng()).count and length_preference([], rng()).count == 0
 
 
 def test_agreement_is_krippendorffs_alpha():

@@ -95,14 +95,19 @@ def test_verdicts_are_understood_as_in_training(tmp_path):
 )
 def test_a_right_a_wrong_a_biased_and_an_undecided_judge(folder, score, accuracy, consistent, tied):
     found = audit(Judge(score), read_audit_sets(folder)[0], 0)
-    assert (found.accuracy.mean, found.consistent, found.tied) == (accuracy, consistent, tied)
+    assert (found.accuracy.mean, found.consistent.mean, found.tied.mean) == (
+        accuracy,
+        consistent,
+        tied,
+    )
     assert (found.pairs, found.scored) == (3, 3)
-    assert found.longer_wins == pytest.approx(1 / 3)
+    assert found.longer_wins.mean == pytest.approx(1 / 3) and found.longer_wins.count == 3
+    assert found.longer_wins.low < 1 / 3 < found.longer_wins.high
 
 
 def test_a_judge_of_length_has_the_accuracy_of_length(folder):
     found = audit(RULES["longest"], read_audit_sets(folder)[0], 0)
-    assert found.accuracy.mean == pytest.approx(found.longer_wins)
+    assert found.accuracy.mean == pytest.approx(found.longer_wins.mean)
 
 
 def test_unusable_verdicts_are_counted_and_never_scored(folder):

@@ -8,7 +8,7 @@ import torch
 import fedloom
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation import harness
-from fedloom.evaluation.harness import run_harness
+from fedloom.evaluation.harness import TaskScores, run_harness
 from fedloom.models.adapters import load_adapter
 from fedloom.models.load import load_backbone, load_tokenizer
 
@@ -58,6 +58,21 @@ def by_hand(model, tokenizer):
     return right / len(ROWS)
 
 
+def test_results_have_intervals_where_their_rows_are_known():
+    """3 of 6: Wilson .188 to .812; a mean of 2 +- .1 over 10 rows: t(9) = 2.262."""
+    metrics = {"acc": 0.5, "acc_stderr": 0.2, "bleu,x": 2.0, "bleu_stderr,x": 0.1, "f1": 0.25}
+    found = TaskScores(metrics, 6).intervals()
+    assert list(found) == ["acc", "bleu,x", "f1"]
+    assert (found["acc"].low, found["acc"].high) == pytest.approx((0.18761, 0.81239), abs=1e-5)
+    own = TaskScores(metrics, 10).intervals()["bleu,x"]
+    assert (own.low, own.high) == pytest.approx((2 - 0.226216, 2 + 0.226216), abs=1e-6)
+    assert found["f1"].missing == "not estimable without a standard error"
+    assert TaskScores(metrics, 4).intervals()["bleu,x"].missing.startswith("not estimable from 4")
+    assert {own.missing for own in TaskScores(metrics, None).intervals().values()} == {
+        "n not known"
+    }
+
+
 @pytest.mark.slow
 def test_a_local_task_gives_the_accuracy_computed_by_hand(experiment, task, model_folder, capsys):
     result = fedloom.run(experiment(federation={"rounds": 1}))
@@ -66,10 +81,12 @@ def test_a_local_task_gives_the_accuracy_computed_by_hand(experiment, task, mode
     model = load_adapter(
         load_backbone(str(model_folder), pad_token_id=0), result.adapter_path
     ).eval()
-    assert found["fedloom_colours"]["acc"] == pytest.approx(by_hand(model, tokenizer))
-    assert "acc_stderr" in found["fedloom_colours"]
+    assert found["fedloom_colours"].metrics["acc"] == pytest.approx(by_hand(model, tokenizer))
+    assert "acc_stderr" in found["fedloom_colours"].metrics
+    assert found["fedloom_colours"].rows == 6
     limited = run_harness(None, str(model_folder), [task], limit=2)
-    assert limited["fedloom_colours"]["acc"] in (0.0, 0.5, 1.0)
+    assert limited["fedloom_colours"].metrics["acc"] in (0.0, 0.5, 1.0)
+    assert limited["fedloom_colours"].rows == 2
 
 
 @pytest.mark.slow  # lm-eval reads its thousands of tasks for it

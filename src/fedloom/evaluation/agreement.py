@@ -199,23 +199,22 @@ def _share(
     return bootstrap([float(np.mean(own)) for own in wins.values()], rng)
 
 
-def consistency(ratings: Sequence[Rating]) -> float:
+def consistency(ratings: Sequence[Rating], rng: np.random.Generator) -> Estimate:
     """Return the share of questions whose best answer is the same in every showing (ties are not)."""
     winners: dict[str, set[str]] = defaultdict(set)
     for (question, _), together in by_showing(ratings).items():
         best = max(rating.score for rating in together)
         at_top = [rating.model for rating in together if rating.score == best]
         winners[question].add(at_top[0] if len(at_top) == 1 else "")
-    if not winners:
-        return float("nan")
-    return float(np.mean([len(own) == 1 and own != {""} for own in winners.values()]))
+    return bootstrap([float(len(own) == 1 and own != {""}) for own in winners.values()], rng)
 
 
-def tied_share(ratings: Sequence[Rating]) -> float:
-    """Return the share of showings in which all answers get the same score."""
-    showings = by_showing(ratings).values()
-    tied = [len({rating.score for rating in together}) == 1 for together in showings]
-    return float(np.mean(tied)) if tied else float("nan")
+def tied_share(ratings: Sequence[Rating], rng: np.random.Generator) -> Estimate:
+    """Return the share of a question's showings in which all answers get the same score."""
+    tied: dict[str, list[bool]] = defaultdict(list)
+    for (question, _), together in by_showing(ratings).items():
+        tied[question].append(len({rating.score for rating in together}) == 1)
+    return bootstrap([float(np.mean(own)) for own in tied.values()], rng)
 
 
 def agreement(judges: Sequence[dict[str, dict[str, float]]]) -> float | None:

@@ -84,9 +84,9 @@ class AuditResult:
     pairs: int
     scored: int
     accuracy: Estimate
-    consistent: float
-    tied: float
-    longer_wins: float
+    consistent: Estimate
+    tied: Estimate
+    longer_wins: Estimate
     reasons: dict[str, int]
 
 
@@ -144,20 +144,20 @@ def audit(
         len(one.pairs),
         len(right),
         bootstrap(right, rng),
-        float(np.mean(same)) if same else float("nan"),
-        float(np.mean(tied)) if tied else float("nan"),
-        longer_wins(one.pairs),
+        bootstrap(list(map(float, same)), rng),
+        bootstrap(list(map(float, tied)), rng),
+        longer_wins(one.pairs, rng),
         dict(sorted(reasons.items())),
     )
 
 
-def longer_wins(pairs: Sequence[JudgedPair]) -> float:
+def longer_wins(pairs: Sequence[JudgedPair], rng: np.random.Generator) -> Estimate:
     """Return the accuracy of "the longer answer is better"; equal lengths count half."""
     right = []
     for pair in pairs:
         margin = len(pair.first) - len(pair.second)
         right.append(0.5 if margin == 0 else float((margin > 0) == (pair.better == 1)))
-    return float(np.mean(right)) if right else float("nan")
+    return bootstrap(right, rng)
 
 
 def _read_set(file: Path) -> AuditSet | None:

@@ -8,14 +8,61 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import DataError, ModelError, first_line
+from fedloom.intervals import LEAST, Interval, share_interval, student, too_few
+
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shares of rows; of others lm-eval's own standard error is taken."""
+
+STDERR = "_stderr"
+"""What lm-eval puts behind the name of a metric for its standard error."""
 
 EXTRA = 'pip install "fedloom[harness]"'
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What lm-eval found on one task.
+
+    Attributes:
+        metrics: Its numbers by name, standard errors among them.
+        rows: How many rows they are over; ``None`` where lm-eval does not say (groups of tasks).
+    """
+
+    metrics: Mapping[str, float]
+    rows: int | None
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return each metric but standard errors, with its 95 % interval over rows where there is one.
+
+        Shares have Wilson's, other means Student's t times lm-eval's standard error.
+        """
+        return {
+            name: self._interval(name, value)
+            for name, value in self.metrics.items()
+            if STDERR not in name
+        }
+
+    def _interval(self, name: str, value: float) -> Interval:
+        metric, comma, filter = name.partition(",")
+        if self.rows is None:
+            return Interval(value, None, None, 0, "rows", missing="n not known")
+        if metric in SHARES and 0 <= value <= 1:
+            return replace(share_interval(value * self.rows, self.rows), estimate=value)
+        error = self.metrics.get(f"{metric}{STDERR}{comma}{filter}", math.nan)
+        if self.rows < LEAST or not error > 0:
+            missing = "not estimable without a standard error"
+            missing = too_few(self.rows, "rows") if self.rows < LEAST else missing
+            return Interval(value, None, None, self.rows, "rows", missing=missing)
+        half = student(self.rows - 1) * error
+        return Interval(value, value - half, value + half, self.rows, "rows")
 
 
 def run_harness(
@@ -27,8 +74,8 @@ def run_harness(
     batch_size: int = 8,
     device: str = "cpu",
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Return lm-eval's metrics of an adapter, by task.
+) -> dict[str, TaskScores]:
+    """Return what lm-eval finds of an adapter, by task.
 
     Args:
         adapter: PEFT folder, ``None`` for the base model.
@@ -78,7 +125,11 @@ def run_harness(
             raise DataError(
                 f"lm-eval cannot run {', '.join(names)} on {adapter or model}: {reason}"
             ) from error
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    rows = found.get("n-samples", {})
+    return {
+        task: TaskScores(_numbers(metrics), rows.get(task, {}).get("effective"))
+        for task, metrics in found["results"].items()
+    }
 
 
 def require_tasks(tasks: Sequence[str]) -> None:

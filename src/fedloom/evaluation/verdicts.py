@@ -223,20 +223,20 @@ def _bias_record(
 ) -> dict[str, Any]:
     places = position_bias(ratings, rng(), scale)
     longer, first = length_preference(ratings, rng()), first_preference(ratings, rng())
-    tied = tied_share(ratings)
+    tied = tied_share(ratings, rng())
     flags = []
     if any(_excludes(place, 0.0) for place in places) or _excludes(first, 0.5):
         flags.append("position")
     if longer.count and longer.low > 0.5 and longer.mean >= 0.7:
         flags.append("length")
-    if tied > 0.5:
+    if tied.count and tied.mean > 0.5:
         flags.append("saturated")
     return {
         "places": [asdict(place) for place in places],
         "first_preferred": asdict(first),
         "longer_preferred": asdict(longer),
-        "consistent": consistency(ratings),
-        "tied": tied,
+        "consistent": asdict(consistency(ratings, rng())),
+        "tied": asdict(tied),
         "flags": flags,
     }
 

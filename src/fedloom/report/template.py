@@ -35,6 +35,7 @@ def fill(template: str, **content: Any) -> str:
         "signed": lambda value: "-" if value is None else f"{value:+.3f}",
         "interval": lambda own: interval(own, "{:.3f}"),
         "signed_interval": lambda own: interval(own, "{:+.3f}"),
+        "estimate": _estimate,
         "p": lambda value: "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "member": lambda name: f" ({name})" if name else "",
         "sentence": lambda text: f"{text[:1].upper()}{text[1:]}.",
@@ -71,6 +72,13 @@ def interval(own: Interval | Mapping[str, Any] | None, form: str) -> str:
     if record["low"] is None or record["high"] is None:
         return str(record.get("missing") or "-")
     return f"{form.format(record['low'])} to {form.format(record['high'])}"
+
+
+def _estimate(own: Mapping[str, Any] | float | None) -> str:
+    """Return a mean with its interval; records of earlier releases have the mean alone."""
+    if not isinstance(own, Mapping):
+        return _number(own)
+    return f"{_number(own['mean'])} ({interval(own, '{:.3f}')})"
 
 
 def _number(value: float | None) -> str:
