@@ -1,16 +1,20 @@
 """Charts as inline SVG, from the records of run folders.
 
 Each is drawn for a column of about 420 pixels, with text that stays readable on a phone, and takes
-its ink from the page (``currentColor``), so it follows light and dark. Colours are those of Okabe
-and Ito, which colour-blind readers can tell apart.
+its ink from the page (``currentColor``) and its colours (``--c0`` and on, in ``style.css``), so it
+follows light and dark. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Legends stand below the data, and what lies on top of each other is drawn so that all of it is seen.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -51,8 +55,29 @@ STYLE: Any = {
     "text.parse_math": False,  # a name may hold $, and is no formula
 }
 
+COLUMN = 4.4
+"""Inches of a chart that stands in a column; a wider one keeps its size, and scrolls on a phone."""
+
 MANY_CLIENTS = 40
+"""Clients that are named one by one; more are put together by what they hold most of."""
+
 MANY_VALUES = 8
+"""Values that bars can tell apart by colour."""
+
+LONGEST_VALUE = 28
+"""Characters of a value beside a heat map."""
+
+MOST_VALUES = 60
+"""Values that a heat map names, the commonest; the others are one row, and a page lists them all."""
+
+ALIKE = 0.01
+"""Share of the range of an axis below which two points lie on each other."""
+
+DASH = 3.0
+"""Length of a line's dash where several coincide, in widths of the line."""
+
+LEGEND_WIDTH = 40
+"""Characters of a line in a legend."""
 
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
@@ -90,14 +115,54 @@ def line_chart(
             axes.set_ylim(*limits)
         if band is not None:
             axes.fill_between(*band, color="#888888", alpha=0.18, label=band_label, linewidth=0)
+        places = _places(list(lines.values()))
         for number, (label, (x, y)) in enumerate(lines.items()):
-            marker = "o" if len(x) <= 30 else None
+            place, of = places[number]
             colour = PALETTE[number % len(PALETTE)]
-            axes.plot(x, y, label=shown_label(label), color=colour, marker=marker, markersize=3.5)
+            axes.plot(
+                x,
+                y,
+                label=_legend_label(label),
+                color=colour,
+                marker="o" if len(x) <= 30 else None,
+                markersize=3.5 + 2 * (of - 1 - place),  # those that lie below are larger
+                linestyle=(place * DASH, (DASH, (of - 1) * DASH)) if of > 1 else "-",
+            )
             if bands is not None and label in bands:
                 axes.fill_between(*bands[label], color=colour, alpha=0.13, linewidth=0)
-        _finish_axes(axes, x_label, y_label, legend=len(lines) > 1 or band is not None)
+        _finish_axes(axes, x_label, y_label)
+        if len(lines) > 1 or band is not None:
+            _legend(figure, axes)
         return _svg(figure)
+
+
+def _places(lines: Sequence[Points]) -> list[tuple[int, int]]:
+    """Return, for each line, its place among those that it coincides with and how many these are.
+
+    Lines coincide where two successive points of both (or the only one) lie on each other.
+    """
+    ys = [value for _, y in lines for value in y]
+    near = ALIKE * (max(ys) - min(ys)) if ys else 0.0
+    groups: list[list[int]] = []
+    for number, line in enumerate(lines):
+        same = [g for g in groups if any(_coincide(line, lines[other], near) for other in g)]
+        groups = [g for g in groups if g not in same]
+        groups.append([other for g in same for other in g] + [number])
+    return [
+        next((own.index(number), len(own)) for own in groups if number in own)
+        for number in range(len(lines))
+    ]
+
+
+def _coincide(left: Points, right: Points, near: float) -> bool:
+    there = dict(zip(*right, strict=True))
+    close = [
+        abs(y - there[x]) <= near for x, y in zip(*left, strict=True) if there.get(x) is not None
+    ]
+    needed = min(2, len(close))
+    return needed > 0 and any(
+        all(close[place : place + needed]) for place in range(len(close) - needed + 1)
+    )
 
 
 Span = tuple[float, float] | None
@@ -120,20 +185,30 @@ def scatter_chart(
     """
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
+        sizes = _sizes(list(points.values()), 8)
         for number, (label, (x, y)) in enumerate(points.items()):
-            _whisker(axes, x, (spans or {}).get(label), PALETTE[number % len(PALETTE)])
-            axes.plot(
-                [x],
-                [y],
-                "o",
-                label=shown_label(label),
-                markersize=8,
-                color=PALETTE[number % len(PALETTE)],
-            )
+            colour = PALETTE[number % len(PALETTE)]
+            _whisker(axes, x, (spans or {}).get(label), colour)
+            axes.plot([x], [y], "o", color=colour, markersize=sizes[number])
+            axes.plot([], [], "o", color=colour, markersize=7, label=_legend_label(label))
         axes.margins(0.15)
         _scale_x(axes, [x for x, _ in points.values()])
-        _finish_axes(axes, x_label, y_label, legend=True)
+        _finish_axes(axes, x_label, y_label)
+        _legend(figure, axes)
         return _svg(figure)
+
+
+def _sizes(points: Sequence[tuple[float, float]], size: float) -> list[float]:
+    """Return the size of each marker: one that others are drawn over is larger, so that it shows."""
+    spans = [max(own) - min(own) for own in zip(*points, strict=True)]
+    over = [
+        sum(
+            all(abs(a - b) <= ALIKE * span for a, b, span in zip(point, other, spans, strict=True))
+            for other in points[place + 1 :]
+        )
+        for place, point in enumerate(points)
+    ]
+    return [size + 4 * count for count in over]
 
 
 def _whisker(axes: Axes, x: float, span: Span, colour: str) -> None:
@@ -160,20 +235,21 @@ def grid_scatter(
     shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(_first_seen(points, 1))}
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=3.6)
+        sizes = _sizes([(x, y) for _, _, x, y in points], 7)
         for place, (colour, shape, x, y) in enumerate(points):
             _whisker(axes, x, spans[place] if spans else None, colours[colour])
             axes.plot(
-                [x], [y], shapes[shape], color=colours[colour], markersize=7, alpha=0.85, mew=0
+                [x], [y], shapes[shape], color=colours[colour], markersize=sizes[place], mew=0
             )
         xs = [x for _, _, x, _ in points]
         axes.margins(0.1)
         _scale_x(axes, xs)
         for name, colour in colours.items():
-            axes.plot([], [], "o", color=colour, label=shown_label(name))
+            axes.plot([], [], "o", color=colour, label=_legend_label(name))
         for name, shape in shapes.items():
-            axes.plot([], [], shape, color="#888888", label=shown_label(name), mew=0)
-        _finish_axes(axes, x_label, y_label, legend=False)
-        figure.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=0.8)
+            axes.plot([], [], shape, color="#888888", label=_legend_label(name), mew=0)
+        _finish_axes(axes, x_label, y_label)
+        _legend(figure, axes)
         return _svg(figure)
 
 
@@ -199,10 +275,11 @@ def pareto_scatter(
         axes.plot(
             [x for x, _, _ in front], [y for _, y, _ in front], color="#888888", lw=1, zorder=1
         )
+        sizes = _sizes([(x, y) for _, _, x, y, _ in points], 7)
         for place, (group, _, x, y, chosen) in enumerate(points):
             _whisker(axes, x, spans[place] if spans else None, colours[group])
             face = colours[group] if chosen else "none"
-            axes.plot([x], [y], "o", mec=colours[group], mfc=face, mew=1.4, markersize=7)
+            axes.plot([x], [y], "o", mec=colours[group], mfc=face, mew=1.4, markersize=sizes[place])
         for place, (x, y, name) in enumerate(front):
             above = place % 2 == 0
             axes.annotate(
@@ -217,10 +294,10 @@ def pareto_scatter(
         axes.margins(0.16)
         _scale_x(axes, [x for _, _, x, _, _ in points])
         for name, colour in colours.items():
-            axes.plot([], [], "o", color=colour, label=shown_label(name))
-        _finish_axes(axes, x_label, y_label, legend=False)
+            axes.plot([], [], "o", color=colour, label=_legend_label(name))
+        _finish_axes(axes, x_label, y_label)
         if len(groups) > 1:
-            figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1, columnspacing=0.8)
+            _legend(figure, axes)
         return _svg(figure)
 
 
@@ -250,26 +327,41 @@ def interval_chart(estimates: Mapping[str, tuple[float, float, float]], label: s
         axes.set_yticks(range(len(estimates)), _labels(estimates))
         axes.set_ylim(len(estimates) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        _finish_axes(axes, label, "", legend=False)
+        _finish_axes(axes, label, "")
         return _svg(figure)
 
 
 def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -> str:
     """Return one row of dots an arm, with a line at its mean, best arm first."""
     order = sorted(rows, key=lambda name: -rows[name][1])
+    every = [value for values, _ in rows.values() for value in values]
+    width = max(every) - min(every) if every else 0.0
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=1.1 + 0.26 * len(rows))
         for place, name in enumerate(order):
             values, mean = rows[name]
-            axes.plot(
-                values, [place] * len(values), "o", color=PALETTE[4], markersize=4.5, alpha=0.7
-            )
+            heights = [place + rise for rise in _apart(values, width)]
+            axes.plot(values, heights, "o", color=PALETTE[4], markersize=4, alpha=0.8, mew=0)
             axes.plot([mean, mean], [place - 0.34, place + 0.34], color=PALETTE[0], linewidth=2.4)
         axes.set_yticks(range(len(order)), _labels(name.replace("_", " ") for name in order))
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        _finish_axes(axes, label, "", legend=False)
+        _finish_axes(axes, label, "")
         return _svg(figure)
+
+
+def _apart(values: Sequence[float], width: float) -> list[float]:
+    """Return how far each dot of a row is moved, up and down in turn, from those that it would hide."""
+    found: list[float] = []
+    seen: Counter[int] = Counter()
+    cells = [round(value / (2 * ALIKE * width)) if width else 0 for value in values]
+    most = max(Counter(cells).values(), default=1)
+    step = min(0.16, 0.64 / max(1, most - 1))
+    for cell in cells:
+        number = seen[cell]
+        seen[cell] += 1
+        found.append((number + 1) // 2 * step * (1 if number % 2 else -1))
+    return found
 
 
 def matrix_chart(
@@ -307,9 +399,11 @@ def matrix_chart(
         bar.set_label(label)
         bar.outline.set_visible(False)
         axes.grid(visible=False)
-        if len(labels) <= MANY_CLIENTS // 2:
-            axes.set_xticks(range(len(labels)), _labels(labels))
-            axes.set_yticks(range(len(labels)), _labels(labels))
+        step = -(-len(labels) // MANY_CLIENTS)
+        size = 9 if len(labels) <= MANY_CLIENTS // 2 else 6
+        ticks = range(0, len(labels), step)
+        axes.set_xticks(ticks, _labels(labels[::step]), rotation=90, fontsize=size)
+        axes.set_yticks(ticks, _labels(labels[::step]), fontsize=size)
         axes.set_xlabel("client")
         axes.set_ylabel("client")
         return _svg(figure)
@@ -322,45 +416,76 @@ def bar_chart(bars: Mapping[str, tuple[float, float, float]], x_label: str, y_la
         for place, (middle, low, high) in enumerate(bars.values()):
             axes.bar([place], [middle], color=PALETTE[4], width=0.8)
             axes.plot([place, place], [low, high], color=PALETTE[0], linewidth=1.4)
-        _finish_axes(axes, x_label, y_label, legend=False)
-        if len(bars) <= MANY_CLIENTS:
-            step = 1 if len(bars) <= 16 else 5
-            axes.set_xticks(range(0, len(bars), step), _labels(list(bars)[::step]))
+        _finish_axes(axes, x_label, y_label)
+        step = -(-len(bars) // MANY_CLIENTS)
+        turned = 90 if len(bars) > MANY_CLIENTS // 3 else 0
+        axes.set_xticks(range(0, len(bars), step), _labels(list(bars)[::step]), rotation=turned)
         axes.grid(visible=False, axis="x")
         return _svg(figure)
 
 
-def before_after_chart(before: Mapping[str, float], after: Mapping[str, float], label: str) -> str:
-    """Return one horizontal arrow a client, from its metric before to its metric after."""
+def before_after_chart(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    label: str,
+    spans: Mapping[str, Span] | None = None,
+) -> str:
+    """Return one horizontal line a client, from its metric before to its metric after.
+
+    Args:
+        before: Client to its metric.
+        after: The same; clients are shown in the order of it.
+        label: Of the metric.
+        spans: Client to the ends of the interval of its metric after, drawn for up to
+            :data:`MANY_CLIENTS`.
+    """
     clients = sorted(after, key=lambda client: after[client])
+    few, places = len(clients) <= MANY_CLIENTS, range(len(clients))
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=max(2.6, 0.6 + 0.21 * min(len(clients), MANY_CLIENTS)))
         for place, client in enumerate(clients):
             start = before.get(client, after[client])
-            axes.plot([start, after[client]], [place, place], color="#88888888", linewidth=1.2)
+            span = (spans or {}).get(client)
+            if few and span is not None:
+                axes.plot(list(span), [place, place], color=PALETTE[0], linewidth=3, alpha=0.25)
+            axes.plot([start, after[client]], [place, place], color="#888888", linewidth=1)
+        size = 5.5 if few else 2.5
         axes.plot(
             [before.get(c, after[c]) for c in clients],
-            range(len(clients)),
+            places,
             "o",
             color=PALETTE[7],
-            markersize=4.5,
+            markersize=size + 1.5,  # shows around the one after, where nothing has changed
             label="before",
         )
         axes.plot(
-            [after[c] for c in clients], range(len(clients)), "o", color=PALETTE[0], label="after"
+            [after[c] for c in clients],
+            places,
+            "o",
+            color=PALETTE[0],
+            markersize=size - 1,
+            label="after",
         )
-        if len(clients) <= MANY_CLIENTS:
-            axes.set_yticks(range(len(clients)), _labels(f"client {c}" for c in clients))
+        axes.set_yticks(places if few else [], _labels(f"client {c}" for c in clients if few))
         axes.grid(visible=False, axis="y")
-        _finish_axes(axes, label, "" if len(clients) <= MANY_CLIENTS else "clients", legend=False)
-        figure.legend(loc="outside upper right", ncols=2, handletextpad=0.2)
+        ranked = f"{len(clients)} clients, by their metric after"
+        _finish_axes(axes, label, "" if few else ranked)
+        _legend(figure, axes)
         return _svg(figure)
+
+
+def is_map(record: Mapping[str, Any]) -> bool:
+    """Return whether the picture of who holds what is a heat map, as wide as a page, and no bars."""
+    clients, values = len(record["clients"]), len(record["values"])
+    return values > MANY_VALUES or (clients > MANY_CLIENTS and values > 1)
 
 
 def partition_svg(record: Mapping[str, Any], *, standalone: bool = False) -> str:
     """Return the picture of who holds what, from the content of ``partition.json``.
 
-    Few values become stacked bars, one a client; many values or clients a heat map.
+    Few values become stacked bars, one a client; many values a heat map in which each client and value
+    is named. More clients than can be named are put together by the value that they hold most of; where
+    there is one value alone it says how many clients have how many rows.
 
     Args:
         record: The partition's record.
@@ -368,65 +493,142 @@ def partition_svg(record: Mapping[str, Any], *, standalone: bool = False) -> str
     """
     clients, values = record["clients"], record["values"]
     counts = [[client["counts"].get(value, 0) for value in values] for client in clients]
+    names = [f"client {client.get('client', place)}" for place, client in enumerate(clients)]
     with mpl.rc_context(STYLE):
-        if len(values) <= MANY_VALUES and len(clients) <= MANY_CLIENTS:
-            figure = _stacked(counts, values)
+        if len(clients) > MANY_CLIENTS and len(values) == 1:
+            figure = _histogram([row[0] for row in counts])
+        elif not is_map(record):
+            figure = _stacked(names, counts, values)
         else:
-            figure = _heat_map(counts, record["column"] or "rows")
+            figure = _heat_map(names, counts, values, record["column"] or "")
         text = _svg(figure)
-    return text.replace("currentColor", "#222222") if standalone else text
+    return _as_file(text) if standalone else text
 
 
-def _stacked(counts: Sequence[Sequence[int]], values: Sequence[str]) -> Figure:
+def _stacked(
+    names: Sequence[str], counts: Sequence[Sequence[int]], values: Sequence[str]
+) -> Figure:
     figure, axes = _figure(height=max(2.2, 1.1 + 0.24 * len(counts)))
     places = range(len(counts))
     left = [0] * len(counts)
     for number, value in enumerate(values):
         widths = [row[number] for row in counts]
         colour = PALETTE[number % len(PALETTE)]
-        axes.barh(places, widths, left=left, color=colour, label=shown_label(value), height=0.8)
+        axes.barh(places, widths, left=left, color=colour, label=_legend_label(value), height=0.8)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(places, [f"client {i}" for i in places])
+    axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("rows")
     if len(values) > 1:
-        figure.legend(loc="outside upper center", ncols=min(3, len(values)), handlelength=1)
+        _legend(figure, axes)
     return figure
 
 
-def _heat_map(counts: Sequence[Sequence[int]], column: str) -> Figure:
-    figure, axes = _figure(height=max(2.6, min(6.0, 1.2 + 0.12 * len(counts))))
-    image = axes.imshow(counts, aspect="auto", cmap="viridis", interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("rows")
+def _histogram(rows: Sequence[int]) -> Figure:
+    figure, axes = _figure()
+    axes.hist(rows, bins=min(20, 1 + max(rows) - min(rows)), color=PALETTE[0], rwidth=0.9)
+    _finish_axes(axes, "rows", "clients")
+    return figure
+
+
+def _heat_map(
+    names: Sequence[str], counts: Sequence[Sequence[int]], values: Sequence[str], column: str
+) -> Figure:
+    """Draw values down, clients across: a page has room for many rows, and a phone for few columns."""
+    table, columns = _grouped(names, counts, values)
+    order = sorted(range(len(values)), key=lambda place: -sum(row[place] for row in counts))
+    kept, rest = sorted(order[:MOST_VALUES]), order[MOST_VALUES:]
+    rows = [[column[place] for column in table] for place in kept]
+    labels = [values[place] for place in kept]
+    if rest:
+        rows.append([sum(column[place] for place in rest) for column in table])
+        labels.append(f"{len(rest)} rarer values")
+    figure, axes = _figure(
+        height=2.2 + 0.17 * len(rows), width=max(COLUMN, 2.2 + 0.13 * len(columns))
+    )
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.8, aspect=40, pad=0.02)
+    bar.set_label("rows" if len(table) == len(counts) else "rows, mean of a client")
     bar.outline.set_visible(False)
     axes.grid(visible=False)
-    axes.set_xlabel(f"{shown_label(column)}: {len(counts[0])} values")
-    axes.set_ylabel("client")
+    axes.set_xticks(range(len(columns)), _labels(columns), rotation=90, fontsize=8)
+    axes.set_yticks(range(len(labels)), [_middle_left_out(label) for label in labels], fontsize=8)
+    axes.set_ylabel(shown_label(column))
     return figure
+
+
+def _middle_left_out(name: str) -> str:
+    """Return a long name without its middle: names that begin alike often end differently."""
+    text = shown_label(name)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:13]}…{text[-14:]}"
+
+
+def _grouped(
+    names: Sequence[str], counts: Sequence[Sequence[int]], values: Sequence[str]
+) -> tuple[Sequence[Sequence[float]], Sequence[str]]:
+    """Return one column a client, or one a group of those that hold most of one value, and its name."""
+    if len(counts) <= MANY_CLIENTS:
+        return counts, names
+    groups: dict[int, list[Sequence[int]]] = {}
+    for row in counts:
+        most = max(range(len(values)), key=row.__getitem__)
+        groups.setdefault(most, []).append(row)
+    found = sorted(groups.items(), key=lambda item: -len(item[1]))
+    shown, rest = found[:MANY_CLIENTS], found[MANY_CLIENTS:]
+    titles = [f"{_count(own)}, mostly {_middle_left_out(values[place])}" for place, own in shown]
+    members = [own for _, own in shown]
+    if rest:
+        members.append([row for _, own in rest for row in own])
+        titles.append(f"{_count(members[-1])}, mostly others")
+    return [[fmean(column) for column in zip(*own, strict=True)] for own in members], titles
+
+
+def _count(clients: Sequence[object]) -> str:
+    return f"{len(clients)} client{'s' * (len(clients) != 1)}"
 
 
 def _labels(names: Iterable[object]) -> list[str]:
     return [shown_label(name) for name in names]
 
 
-def _figure(height: float = 2.9) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.4, height), layout="constrained", facecolor="none")
+def _legend_label(name: object) -> str:
+    return textwrap.fill(shown_label(name), LEGEND_WIDTH, break_long_words=True)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend below the data, in as many columns as the figure's width holds."""
+    handles, labels = axes.get_legend_handles_labels()
+    width = figure.get_figwidth() * figure.dpi
+    for columns in range(min(4, len(labels)), 0, -1):
+        legend = figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            handletextpad=0.4,
+            columnspacing=1.0,
+            handlelength=1.6,
+        )
+        if columns == 1 or legend.get_window_extent().width <= width:
+            return
+        legend.remove()
+
+
+def _figure(height: float = 2.9, width: float = COLUMN) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.add_subplot()
     axes.set_facecolor("none")
     return figure, axes
 
 
-def _finish_axes(axes: Axes, x_label: str, y_label: str, *, legend: bool) -> None:
+def _finish_axes(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if axes.get_xscale() == "linear":
         axes.locator_params(axis="x", nbins=6)
     if x_label == "round":
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if legend:
-        axes.legend(loc="best")
 
 
 def _svg(figure: Figure) -> str:
@@ -440,6 +642,18 @@ def _svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    for number, colour in enumerate(PALETTE):
+        text = text.replace(f": {colour.lower()}", f": var(--c{number}, {colour})")
+    width = figure.get_figwidth()
+    room = f'style="min-width: {80 * width:.0f}px; max-width: {110 * width:.0f}px" '
     return re.sub(
-        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg role="img" \1', text, count=1
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"',
+        rf'<svg role="img" {room if width > COLUMN else ""}\1',
+        text,
+        count=1,
     )
+
+
+def _as_file(text: str) -> str:
+    """Return a picture that is no part of a page: dark ink, and the colours themselves."""
+    return re.sub(r"var\(--c\d, (#\w+)\)", r"\1", text.replace("currentColor", "#222222"))

@@ -40,6 +40,10 @@ SHOWN = 100
 """Answers that were left out which a page lists; of the others it says how many they are."""
 
 
+MANY = 20
+"""Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The content of one run folder.
@@ -221,6 +225,8 @@ def _view(run: Run) -> dict[str, Any]:
         "metric": run.metric,
         "figures": _figures(run),
         "clients": _client_rows(run),
+        "many": len(run.partition["clients"]) > MANY,
+        "holdings": _holdings(run),
         "accounts": _accounts(run),
         "resources": _resources(run),
         "experts": experts_section(run.rounds, run.partition),
@@ -386,13 +392,16 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     losses = {label: line for label, line in losses.items() if line[0]}
     if losses:
         charts.append(("Loss by round", figures.line_chart(losses, "round", "loss")))
-    if run.partition["clients"]:
+    if run.partition["clients"] and not figures.is_map(run.partition):
         title = f"Who holds what ({run.partition.get('column') or 'rows'})"
         charts.append((title, figures.partition_svg(run.partition)))
     each = [_each(record, name) for record in run.evaluated]
     if each and each[-1]:
-        chart = figures.before_after_chart(each[0], each[-1], words)
-        charts.append((f"{words.capitalize()} of each client, before and after", chart))
+        spans = _client_spans(run, each[-1])
+        chart = figures.before_after_chart(each[0], each[-1], words, spans)
+        few = len(each[-1]) <= figures.MANY_CLIENTS
+        note = "; band: 95 % over its rows" if few and any(spans.values()) else ""
+        charts.append((f"{words.capitalize()} of each client, before and after{note}", chart))
     if run.costs:
         sent = {"down": run.cost_line("bytes_down", 1e6), "up": run.cost_line("bytes_up", 1e6)}
         charts.append(
@@ -407,6 +416,30 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         title = "Lost by putting LoRA together: distance to the mean of products, relative"
         charts.append((title, figures.line_chart({"": lost}, "round", "relative error")))
     return charts
+
+
+def _holdings(run: Run) -> Record | None:
+    """Return the map of who holds what and its rows by name, where bars do not name them all."""
+    from fedloom.report import figures
+
+    if not run.partition["clients"] or not figures.is_map(run.partition):
+        return None
+    rows = []
+    for own in run.partition["clients"]:
+        held = sorted(own["counts"].items(), key=lambda item: -item[1])
+        kept = [(value, count) for value, count in held if count]
+        rows.append({"client": own["client"], "rows": sum(own["counts"].values()), "held": kept})
+    column = run.partition.get("column") or "rows"
+    return {"column": column, "chart": figures.partition_svg(run.partition), "rows": rows}
+
+
+def _client_spans(run: Run, after: Record) -> dict[str, tuple[float, float] | None]:
+    """Return the ends of the interval of each client's metric after, over its own rows."""
+    each = run.evaluated[-1]["evaluation"]["clients"]["each"]
+    return {
+        client: _span(_client_interval(run, value, int(each[client].get("examples", 0))))
+        for client, value in after.items()
+    }
 
 
 def _each(record: Record, metric: str) -> dict[str, float]:
