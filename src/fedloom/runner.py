@@ -707,6 +707,7 @@ class _Run:
     def _write_adapters(self, state: State) -> Path | None:
         """Write the global adapter, and each client's own where they keep one; return the former."""
         shared = self.parts.method.shared(state)
+        self.verifier.folders = len(self._owners()) + (shared is not None)
         try:
             if shared is not None:
                 self.parts.model.write(shared)

@@ -24,12 +24,14 @@ from fedloom.models.verify import (
     NEXT,
     ROWS,
     Outputs,
+    affordable,
     compare,
     distance,
     fresh_base,
     fresh_copy,
     load_whole,
     outputs,
+    shortened,
 )
 from fedloom.randomness import generator
 from fedloom.report.tables import human_bytes, human_seconds
@@ -91,10 +93,12 @@ class Verifier:
     Attributes:
         experiment: The run's settings.
         parts: What it was built of.
+        folders: How many will be noted; the more, the shorter are the rows that each is asked.
     """
 
     experiment: Experiment
     parts: Parts
+    folders: int = 1
     saved: list[Saved] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -201,11 +205,13 @@ class Verifier:
     def _rows(self, client: int | None, model: AdapterModel) -> Rows:
         """Return rows as a model reads them: held-out ones, or else what there is."""
         classes = bool(self.parts.division.classes)
+        length = affordable(model.shape, model.flops, self.folders)
         for name, tokens in self._sets(client):
             rows = _first(tokens, 1 if classes else 2)
             if rows:
                 places = tuple(f"{name} row {tokens.rows[i]}" for i in rows)
-                ids = tuple(tokens.sequence(i * tokens.width)[0].tolist() for i in rows)
+                whole = (tokens.sequence(i * tokens.width)[0].tolist() for i in rows)
+                ids = tuple(shortened(row, length) for row in whole)
                 return Rows(f"{name} rows", ids, places)
         return drawn_rows(model, self.experiment.federation.seed)
 

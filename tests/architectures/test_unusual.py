@@ -1,6 +1,7 @@
 """Checkpoints that came out wrong without a word: each is right now, or refused in one line."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -337,6 +338,70 @@ def test_targets_that_no_text_passes(folder_of):
         adapted(folder, targets=["encoder_attn.k_proj"])
 
 
+CLASSES = ("LABEL_0", "LABEL_1")
+
+
+@pytest.mark.parametrize(
+    ("config", "padding"),
+    [
+        (transformers.LlamaConfig(vocab_size=320, pad_token_id=3, **SMALL), 0),
+        (transformers.LlamaConfig(vocab_size=320, **SMALL), 0),
+        (transformers.RobertaConfig(vocab_size=320, pad_token_id=3, **SMALL), 3),
+    ],
+    ids=["llama", "llama without", "roberta"],
+)
+def test_a_classifiers_padding_is_named_where_its_head_reads_it(folder_of, config, padding):
+    """Llama's reads the last token before padding; RoBERTa counts positions from its own when it is made."""
+    config.num_labels = 2
+    folder = folder_of(config, factory=transformers.AutoModelForSequenceClassification)
+    model = load_backbone(folder, pad_token_id=0, classes=CLASSES)
+    assert model.config.pad_token_id == padding
+    sequences = rows(12, 9)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, config=model.config
+    )
+    ids, mask = sequences.input_ids, sequences.attention_mask
+    with torch.no_grad():
+        together = again(input_ids=ids, attention_mask=mask).logits
+        alone = model(input_ids=ids[1:, :10]).logits
+    assert torch.allclose(together[1:], alone, atol=1e-5)
+
+
+def test_a_classifiers_padding_is_named_in_the_section_of_the_text(folder_of):
+    config = transformers.Gemma3Config(
+        text_config={**SMALL, "vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 3},
+        vision_config={**SMALL, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4, num_labels=2,
+    )  # fmt: skip
+    folder = folder_of(config, factory=transformers.AutoModelForSequenceClassification)
+    model = load_backbone(folder, pad_token_id=0, classes=CLASSES)
+    assert model.config.text_config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("kind", ["T5", "UMT5"])
+def test_an_encoder_decoder_that_does_not_say_where_it_starts(folder_of, kind):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        pad_token_id=0, decoder_start_token_id=0, num_labels=2,
+    )  # fmt: skip
+    folder = folder_of(config, factory=transformers.AutoModelForSequenceClassification)
+    names = adapted(folder, classes=CLASSES).parameters
+    assert any("decoder" in name for name in names)
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "decoder_start_token_id": None}))
+    with pytest.raises(ModelError) as told:
+        load_backbone(folder, pad_token_id=0, classes=CLASSES)
+    assert str(told.value) == (
+        f"{kind}ForSequenceClassification cannot be trained: its configuration does not say with which "
+        "token its decoder starts; set decoder_start_token_id in its config.json (T5's is its pad_token_id)"
+    )
+    with pytest.raises(ModelError) as told:
+        load_backbone(folder, pad_token_id=0)
+    assert str(told.value) == (
+        f"{folder} is a {kind.lower()!r}, of which transformers has no causal language model "
+        "(AutoModelForCausalLM); take another model"
+    )
+
+
 def test_of_experts_that_are_modules_a_row_passes_some():
     """Other lists have parts that are never used, such as those of each block in a shared one."""
     assert _of_any_expert("model.layers.1.experts.3.up") == _of_any_expert(
@@ -358,8 +423,6 @@ def test_the_first_line_of_an_error_says_something():
 
 def test_a_tokenizer_without_an_end_token_ends_answers_as_the_model_does(folder_of):
     folder = folder_of(transformers.LlamaConfig, eos_token_id=2, **SMALL)
-    from pathlib import Path
-
     file = Path(folder) / "tokenizer_config.json"
     own = {**json.loads(file.read_text()), "eos_token": None}
     file.write_text(json.dumps(own))

@@ -6,15 +6,18 @@ import peft
 import pytest
 import torch
 
+from fedloom.accounting.flops import LinearShape, ModelShape
 from fedloom.errors import VerificationError
 from fedloom.models.verify import (
     LONGEST,
     Outputs,
+    affordable,
     allowed,
     compare,
     fresh_base,
     fresh_copy,
     outputs,
+    shortened,
 )
 
 CPU = torch.device("cpu")
@@ -110,3 +113,25 @@ def test_what_is_put_on_a_copy_is_not_on_the_base(model_folder):
     assert [name for name, _ in base.named_modules()] == names
     assert torch.equal(outputs(base, rows, device=CPU).rows[0], before.rows[0])
     assert not any(re.search("lora", name) for name in names)
+
+
+def test_a_row_is_shortened_before_its_last_token():
+    """BART's classifier reads the state at the end token: without one it does not run."""
+    assert shortened([5, 6, 7, 2], 3) == [5, 6, 2]
+    assert shortened([5, 6, 2], 3) == [5, 6, 2]
+
+
+@pytest.mark.parametrize(
+    ("spent", "folders", "tokens"),
+    [
+        (0, 1, 208),  # 1e11 FLOPs / (2 x 1e7 a token x 8 rows x 3 passes) = 208.3
+        (0, 10, 29),  # / (2e7 x 8 x 21) = 29.8
+        (0, 100, 8),  # 3.1, and 8 at least
+        (1e15, 10, 256),  # 1e13 / (2e7 x 8 x 21) = 2976, and 256 at most
+        (2e13, 10, 59),  # 2e11 / (2e7 x 8 x 21) = 59.5
+    ],
+)
+def test_rows_are_as_long_as_costs_little_beside_the_run(spent, folders, tokens):
+    """A model of 1e7 weights, two FLOPs a token for each, in its head alone."""
+    shape = ModelShape((), LinearShape(1000, 10_000), 0, 0)
+    assert affordable(shape, spent, folders) == tokens

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedloom.accounting.flops import ModelShape, forward_flops
 from fedloom.errors import ModelError, VerificationError, first_line
 from fedloom.models.export import CODE
 from fedloom.models.heads import PersonalHead
@@ -35,8 +36,15 @@ from fedloom.models.saved import CLASSIFIER
 ROWS = 8
 """Rows that are compared."""
 
-LONGEST = 256
-"""Tokens of a row that are compared at most: the logits of a row are so many times the vocabulary."""
+LONGEST, SHORTEST = 256, 8
+"""Tokens of a row that are compared at most and at least, where it has as many: its logits are so many
+times the vocabulary."""
+
+SHARE = 0.01
+"""Of the FLOPs of a run's passes, what is spent on comparing; loading the folders comes on top of it."""
+
+FREE = 1e11
+"""FLOPs that are spent whatever the run has cost: two to five seconds of one core."""
 
 LEAST = 1e-4
 """Nats by which log-probs may differ in any precision."""
@@ -82,6 +90,24 @@ def allowed(dtype: torch.dtype, largest: float) -> float:
     return max(LEAST, 4 * roundoff * largest)
 
 
+def shortened(row: Sequence[int], length: int) -> list[int]:
+    """Return at most so many tokens of a row; the last one stays, which some classifiers read (BART)."""
+    return list(row) if len(row) <= length else [*row[: length - 1], row[-1]]
+
+
+def affordable(shape: ModelShape, spent: float, folders: int) -> int:
+    """Return how many tokens of a row are compared, so that it costs little beside a run.
+
+    Args:
+        shape: Of the model.
+        spent: FLOPs of the run's passes.
+        folders: That are compared, two passes over every row for each and one beside.
+    """
+    token = forward_flops(shape, 1, LONGEST, LONGEST) / LONGEST
+    tokens = max(FREE, SHARE * spent) / (token * ROWS * (2 * folders + 1))
+    return max(SHORTEST, min(LONGEST, int(tokens)))
+
+
 @torch.no_grad()
 def outputs(
     model: nn.Module,
@@ -106,7 +132,7 @@ def outputs(
     if autocast is not None:
         mixed = torch.autocast(device.type, autocast)
     for row in rows:
-        ids = torch.tensor([list(row[:LONGEST])], device=device)
+        ids = torch.tensor([shortened(row, LONGEST)], device=device)
         mask = torch.ones_like(ids)
         with mixed:
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
