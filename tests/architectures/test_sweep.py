@@ -9,6 +9,7 @@ import transformers
 from architectures.sweep import THEORY, swept
 from architectures.table import CLOSE, DOCUMENT, line, lines
 from architectures.zoo import MODEL_TYPES, UNBUILT, make_folder
+from fedloom.objectives import OBJECTIVES
 from sampling import every, sampled
 
 # Other people's code: PEFT and transformers warn as they like when they load what is checked here.
@@ -73,6 +74,10 @@ def test_a_configuration_that_names_another_token_for_padding(outcome_of, model_
 def test_a_weight_that_blocks_have_in_common_is_moved_in_each(outcome_of, model_type):
     """Moved by both blocks' factors, it was off by 0.7 nats, and the reference with it."""
     check(model_type, outcome_of(model_type))
+
+
+def test_every_objective_with_a_reference_is_swept():
+    assert THEORY.keys() == {name for name, (_, own) in OBJECTIVES.items() if own.needs_reference}
 
 
 def test_the_table_has_every_model_type():
