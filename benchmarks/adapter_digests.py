@@ -44,7 +44,12 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "data": {"source": "builtin:instructions", "builtin_rows": 60},
         "objective": {"name": "sft"},
         "public": {"rows": 12},
-        "method": {"name": "distillation", "server_epochs": 1, "client_epochs": 1, "server_rank": 3},
+        "method": {
+            "name": "distillation",
+            "server_epochs": 1,
+            "client_epochs": 1,
+            "server_rank": 3,
+        },
     },
     "distillation-classification": {
         "data": {"source": "builtin:labelled", "builtin_rows": 100},
@@ -82,7 +87,6 @@ BASE: dict[str, dict[str, Any]] = {
 def models(folder: Path) -> dict[str, str]:
     """Return the folders of two random models: one of linear layers, one with experts."""
     from conftest import make_mixture
-
     from fedloom.data.builtin import pretraining_texts
     from fedloom.models.tiny import TinyRecipe, make_tiny_model
 
@@ -97,7 +101,9 @@ def experiment_of(name: str, folder: Path, paths: dict[str, str]) -> dict[str, A
     """Return the table of an experiment, which leaves its run in ``folder``."""
     own = EXPERIMENTS[name]
     path = paths["mixture" if own.get("adapter", {}).get("kind") == "submixture" else "plain"]
-    table = {section: {**BASE.get(section, {}), **own.get(section, {})} for section in {**BASE, **own}}
+    table = {
+        section: {**BASE.get(section, {}), **own.get(section, {})} for section in {**BASE, **own}
+    }
     if "kind" in own.get("adapter", {}):
         table["adapter"] = own["adapter"]
     return {

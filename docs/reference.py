@@ -1,7 +1,7 @@
 """Write the reference pages of the documentation from the code: every setting, and every command.
 
-``python docs/reference.py`` writes ``settings.md`` and ``commands.md`` beside this file; a test compares
-them with the code.
+``python docs/reference.py`` writes ``settings.md``, ``commands.md`` and the tables of ``methods.md`` beside
+this file; a test compares them with the code.
 """
 
 from __future__ import annotations
@@ -206,6 +206,59 @@ def _commands(command: Any, words: list[str]) -> Iterator[str]:
         yield ""
 
 
+def methods_page() -> str:
+    """Return the page of methods with its tables written anew."""
+    page = (HERE / "methods.md").read_text(encoding="utf-8")
+    tables = {"methods": _declared(), "works": _works(), "absence": _absence()}
+    for name, lines in tables.items():
+        opening = f"<!-- {name}: written by docs/reference.py -->\n"
+        before, _, rest = page.partition(opening)
+        after = rest.partition("<!-- end -->")[2]
+        page = before + opening + "\n" + "\n".join(lines) + "\n\n<!-- end -->" + after
+    return page
+
+
+def _declared() -> Iterator[str]:
+    yield "| method | paper | | what travels | what a client keeps |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, (_, kind) in METHODS.items():
+        own = kind.declares
+        paper = f"[{own.title}]({own.paper})" if own.paper else own.title
+        fidelity = f"{own.fidelity}: {own.difference}" if own.difference else own.fidelity
+        yield f"| `{name}` | {paper} | {fidelity} | {own.travels} | {own.keeps} |"
+
+
+def _works() -> Iterator[str]:
+    yield "| method | secure aggregation | client-level privacy | row-level privacy | asynchronous |"
+    yield "| --- | --- | --- | --- | --- |"
+    for names, own in _alike(
+        lambda own: (own.secure_aggregation, own.client_privacy, own.row_privacy, own.asynchronous)
+    ):
+        yield f"| {names} | {' | '.join(str(claim) for claim in own)} |"
+
+
+def _absence() -> Iterator[str]:
+    yield (
+        "| method | client away, or its answer late | client that comes first in a later round, or "
+        "comes back | client that left |"
+    )
+    yield "| --- | --- | --- | --- |"
+    for names, own in _alike(lambda own: (own.absence,) if own.absence.tolerated else None):
+        yield f"| {names} | {own[0].away} | {own[0].back} | {own[0].left} |"
+
+
+def _alike(facts: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names of methods of which something is the same, and what it is."""
+    found: dict[Any, list[str]] = {}
+    for name, (_, kind) in METHODS.items():
+        own = facts(kind.declares)
+        if own is not None:
+            found.setdefault(own, []).append(f"`{name}`")
+    for own, names in found.items():
+        yield ", ".join(names), own
+
+
 if __name__ == "__main__":
     (HERE / "settings.md").write_text(settings_page(), encoding="utf-8")
     (HERE / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (HERE / "methods.md").write_text(methods_page(), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Who imports the heavy libraries. The layers of the package itself are import-linter's: `make check`."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -131,3 +132,88 @@ def test_a_light_part_loads_no_torch(place):
     light = [f for f in FILES if stands_in(f, (place,))]
     assert light, f"{place} is gone: name the part that took its place"
     assert importers("torch", light, when_loaded=True) == []
+
+
+# Words of the language too: they name a method where they stand alone, quoted, or after "method".
+WORDS = ("split", "distillation", "centralised", "ditto")
+
+
+def test_no_file_outside_methods_names_a_method():
+    from fedloom.methods import METHODS
+
+    outside = [file for file in FILES if not stands_in(file, ("methods/",))]
+    assert len(outside) > 200
+    found = {
+        file.relative_to(PACKAGE).as_posix(): names
+        for file in outside
+        if (names := methods_named(ast.parse(file.read_text("utf-8")), METHODS))
+    }
+    assert found == {}
+
+
+def methods_named(tree, methods):
+    """Return what in a file names a method: texts (but docstrings), classes, and their modules."""
+    words = "|".join(name for name in methods if name not in WORDS)
+    ambiguous = "|".join(WORDS)
+    pattern = re.compile(
+        rf"\b({words})\b|^({ambiguous})$|['\"]({ambiguous})['\"]|\bmethods?[ .]({ambiguous})\b"
+    )
+    nodes = list(ast.walk(tree))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            found += [node.value] if pattern.search(node.value) else []
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            module = node.module.removeprefix("fedloom.methods")
+            own = {kind.__module__ for _, kind in methods.values()}
+            found += [node.module] if node.module in own else []
+            classes = {c.__name__ for pair in methods.values() for c in pair}
+            if module != node.module:
+                found += [alias.name for alias in node.names if alias.name in classes]
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.startswith("fedloom.methods.")]
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = 'fedavg'",
+        "x = f'use fedmoe or {y}'",
+        "if method.name == 'split': pass",
+        "x = 'method.name = \"ditto\"'",
+        "x = 'method split cannot'",
+        "from fedloom.methods.split import SplitSettings",
+        "from fedloom.methods import FedAvg",
+        "def f():\n    import fedloom.methods.flora",
+    ],
+)
+def test_a_method_that_is_named_is_found(source):
+    from fedloom.methods import METHODS
+
+    assert methods_named(ast.parse(source), METHODS)
+
+
+@pytest.mark.parametrize(
+    "source", ["'''fedavg'''\nx = 'a split of rows'", "from fedloom.data.splits import Split"]
+)
+def test_a_word_of_the_language_names_no_method(source):
+    from fedloom.methods import METHODS
+
+    assert methods_named(ast.parse(source), METHODS) == []
+
+
+def test_no_method_imports_another():
+    """What several share is in ``bases/``; what all have in the contract beside it."""
+    from fedloom.methods import METHODS
+
+    own = {kind.__module__ for _, kind in METHODS.values()}
+    files = {m: PACKAGE / "methods" / f"{m.rpartition('.')[2]}.py" for m in own}
+    shared = [f for f in FILES if stands_in(f, ("methods/",)) and f.name != "__init__.py"]
+    assert set(files.values()) < set(shared)
+    assert {f for f in shared if "bases" in f.parts}
+    for file in shared:
+        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+        modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert not modules & own, file

@@ -16,16 +16,13 @@ import numpy as np
 import torch
 
 from fedloom.accounting.network import Link
-from fedloom.accounting.traffic import Done, Sent
+from fedloom.accounting.traffic import FEDLLM, Done, Sent
 from fedloom.assembly import Parts, assemble
 from fedloom.data.batches import TokenShare, collate, epoch_batches
 from fedloom.division import divide
 from fedloom.errors import FedloomError
-from fedloom.experiment import Experiment
-from fedloom.methods.checks import TASKS
-from fedloom.methods.distillation import SCORING_BATCH, DistillationMethod, DistillationSettings
-from fedloom.methods.fedavg import FedAvgSettings
-from fedloom.methods.split import SplitSettings
+from fedloom.experiment import Experiment, view_of
+from fedloom.methods import DEFAULT, METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.randomness import generator
@@ -36,16 +33,6 @@ from fedloom.training.memory import client_memory
 
 CLOSE = 1.5
 """A round of FedLLM that lasts at most so many times the shortest is short enough to try it first."""
-
-
-PLAIN = {
-    "micro_batch_size": None,
-    "accumulation": None,
-    "tokens_per_pass": "auto",
-    "keep_optimizer_state": False,
-    "gradient_checkpointing": False,
-}
-"""Training as Split-FedLLM can do it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +48,7 @@ class Option:
         seconds: Of a round on the link.
         fits: Whether the memory is there.
         problem: Why this cannot be used here; everything else is zero then.
+        remark: What to know before it is tried.
     """
 
     name: str
@@ -71,6 +59,7 @@ class Option:
     seconds: float
     fits: bool
     problem: str = ""
+    remark: str = ""
 
 
 def advise(
@@ -92,19 +81,20 @@ def advise(
         FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
     """
     experiment, options = settled(experiment, find_start(experiment)), []
-    for name, framework, changes in _variants(experiment):
+    for name, framework, changes, remark in _variants(experiment):
         stage(f"counting {name}")
         try:
             variant = replace(experiment, **changes)
             parts = assemble(variant, divide(variant), empty=True)
         except FedloomError as error:
-            if framework == "FedLLM":
+            if framework == FEDLLM:
                 raise
             why = "; ".join(getattr(error, "problems", ())) or str(error)
             nothing = Sent(0, 0, 0)
             options.append(Option(name, framework, nothing, 0, 0, 0, fits=False, problem=why))
             continue
-        options.append(_option(name, framework, variant, parts, link, memory))
+        option = _option(name, framework, variant, parts, link, memory)
+        options.append(replace(option, remark=remark))
     return options
 
 
@@ -117,7 +107,7 @@ def recommend(options: list[Option]) -> str:
             "shorter sequences."
         )
     fastest = min(fitting, key=lambda option: option.seconds)
-    whole = [option for option in fitting if option.framework == "FedLLM"]
+    whole = [option for option in fitting if option.framework == FEDLLM]
     quick = [option for option in whole if option.seconds <= CLOSE * fastest.seconds]
     chosen = quick[0] if quick else fastest
     if quick:
@@ -131,42 +121,31 @@ def recommend(options: list[Option]) -> str:
     else:
         why = "the whole model does not fit on a client, and of what fits its round is the shortest"
     text = f"Try {chosen.name} first: {why}."
-    if chosen.framework == "KD-FedLLM":
-        text += " It needs public rows, and learns no more than these can show."
-    if chosen.framework == "Split-FedLLM":
-        text += (
-            " Clients must be online for every step, and activations tell the server much about the "
-            "texts: see method.labels and method.activation_noise."
-        )
+    if chosen.remark:
+        text += f" {chosen.remark}"
     return text + " Costs say nothing about accuracy: measure it with fedloom compare."
 
 
-def _variants(experiment: Experiment) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return each framework's name, kind and changes to the experiment: as it is set, or by default."""
+def _variants(experiment: Experiment) -> list[tuple[str, str, dict[str, Any], str]]:
+    """Return each way's name, framework, changes to the experiment, and what to know of it."""
     method, adapter = experiment.method, experiment.adapter
-    frameworks = (DistillationSettings, SplitSettings)
-    fedllm = FedAvgSettings() if isinstance(method, frameworks) else method
-    own = adapter.kind == "lora"
+    own, kind = adapter.kind == "lora", METHODS[method.name][1]
+    fedllm = method if kind.shares_parameters else METHODS[DEFAULT][0]()
     label = f"lora r={adapter.rank}" if own else adapter.kind
-    found: list[tuple[str, str, dict[str, Any]]] = [
-        (f"FedLLM, {label}", "FedLLM", {"method": fedllm})
+    found: list[tuple[str, str, dict[str, Any], str]] = [
+        (f"{FEDLLM}, {label}", FEDLLM, {"method": fedllm}, "")
     ]
     if own and adapter.rank > 2:
         small = adapter.model_copy(update={"rank": 2})
-        found.append(("FedLLM, lora r=2", "FedLLM", {"method": fedllm, "adapter": small}))
-    if experiment.objective.name not in TASKS:
-        return found
-    classifies = experiment.objective.name == "classification"
-    logits = DistillationSettings(top_k=None if classifies else 32)
-    logits = method if isinstance(method, DistillationSettings) else logits
-    kept = f"top {logits.top_k} logits" if logits.top_k else "all logits"
-    found.append((f"KD-FedLLM, {kept}, {logits.encoding}", "KD-FedLLM", {"method": logits}))
-    split = method if isinstance(method, SplitSettings) else SplitSettings()
-    training = experiment.training.model_copy(update=PLAIN)
-    for encoding in dict.fromkeys([split.activations, "int8"]):
-        changed = split.model_copy(update={"activations": encoding, "gradients": encoding})
-        name = f"Split-FedLLM, cut {split.cut}, {encoding}"
-        found.append((name, "Split-FedLLM", {"method": changed, "training": training}))
+        found.append((f"{FEDLLM}, lora r=2", FEDLLM, {"method": fedllm, "adapter": small}, ""))
+    view = view_of(experiment)
+    for settings, other in METHODS.values():
+        for variant in other.variants(method if isinstance(method, settings) else None, view):
+            changes: dict[str, Any] = {"method": variant.method}
+            if variant.training:
+                training = experiment.training.model_copy(update=dict(variant.training))
+                changes["training"] = training
+            found.append((variant.name, variant.name.partition(",")[0], changes, variant.remark))
     return found
 
 
@@ -177,9 +156,8 @@ def _option(
     worst: Option | None = None
     for client, share in parts.local.shares.items():
         model = parts.local.equipment[client].model
-        done, flops = _own_rows(experiment, client, share, model, parts)
-        if isinstance(parts.method, DistillationMethod):
-            flops += _public_rows(parts.method, client, parts)
+        done, own_flops = _own_rows(experiment, client, share, model, parts)
+        flops = parts.method.compute(_FirstRound(client, parts, own_flops))
         sent = traffic.of_round(done)
         needed = client_memory(model, share, experiment.training, experiment.model.quantization)
         option = Option(
@@ -212,22 +190,21 @@ def _own_rows(
     return Done(steps, rows, tokens, targets), flops
 
 
-def _public_rows(method: DistillationMethod, client: int, parts: Parts) -> float:
-    """Return a client's compute on public rows: scoring them once, then learning from them."""
-    own = parts.local.equipment[client]
-    assert own.public is not None, "the method's rows have been read"
-    engine, epochs = parts.local, method.settings.client_epochs
-    share = method.rows_of_round(own.public, engine.seed, 1).share
-    rows = np.arange(len(share))
-    with torch.no_grad():
-        scoring = sum(
-            _pass(share, rows[start : start + SCORING_BATCH], own.model, Budget(SCORING_BATCH))
-            for start in range(0, len(share), SCORING_BATCH)
-        )
-    order = generator(engine.seed, "distil batches", client, 1)
-    batches = epoch_batches(len(share), engine.training.batch_size, order, epochs=epochs)
-    budget = budget_of(engine.training, own.model)
-    return scoring + sum(_pass(share, indices, own.model, budget) for indices in batches)
+class _FirstRound:
+    """A client's first round; see :class:`fedloom.methods.base.FirstRound`."""
+
+    def __init__(self, client: int, parts: Parts, own: float) -> None:
+        self.client, self.seed = client, parts.local.seed
+        self.training = parts.local.training
+        equipment = parts.local.equipment[client]
+        self.public, self._model, self._own = equipment.public, equipment.model, own
+
+    def own_rows(self) -> float:
+        return self._own
+
+    def passes(self, share: TokenShare, indices: np.ndarray, size: int | None = None) -> float:
+        budget = budget_of(self.training, self._model) if size is None else Budget(size)
+        return _pass(share, indices, self._model, budget)
 
 
 def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, budget: Budget) -> float:

@@ -45,9 +45,7 @@ from fedloom.evaluation.newcomers import Newcomers
 from fedloom.experiment import ClientsSettings, Experiment
 from fedloom.messages import Tensors
 from fedloom.methods import METHODS, make_method
-from fedloom.methods.base import EVALUATE, Method, ServerSide
-from fedloom.methods.distillation import DistillationSettings
-from fedloom.methods.split import SplitSettings
+from fedloom.methods.base import EVALUATE, Method, ModelSpec, ServerSide
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of, load_adapter
 from fedloom.models.agreement import disagreements, embedded, length_warnings, require_tokens
 from fedloom.models.architecture import switch_dropout_off
@@ -160,7 +158,9 @@ def assemble(
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
-    kits = _Kits(experiment, division, objective, stage, empty=empty, only=only, start=start)
+    kits = _Kits(
+        experiment, division, method, objective, stage, empty=empty, only=only, start=start
+    )
     own = kits.of_server
     reader = own.reader
     stage("tokenising")
@@ -304,6 +304,7 @@ class _Kits:
         self,
         experiment: Experiment,
         division: Division,
+        method: Method,
         objective: Objective,
         stage: Callable[[str], None],
         *,
@@ -311,9 +312,10 @@ class _Kits:
         only: int | None = None,
         start: Start | None = None,
     ) -> None:
-        self.experiment, self.division, self.objective = experiment, division, objective
+        self.experiment, self.division = experiment, division
+        self.method, self.objective = method, objective
         self.empty, self.start = empty, None if empty else start
-        self.halved = only is not None and isinstance(experiment.method, SplitSettings)
+        self.partly = only is not None and not method.whole_at_clients
         base = (experiment.model.path, experiment.adapter.rank)
         self.clients = dict.fromkeys(range(experiment.federation.clients), base)
         for group in experiment.clients.groups.values():
@@ -349,7 +351,7 @@ class _Kits:
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
         self.judged: dict[int, TokenSet] = {}
         self.own: dict[int, Tensors] = {}
-        self._front: FrontHalf | None = None
+        self._fronts: dict[tuple[tuple[str, int], int, bool], FrontHalf] = {}
 
     def warnings(self) -> list[str]:
         """Return where models, tokenizers, files and settings do not say the same; each once."""
@@ -422,15 +424,11 @@ class _Kits:
 
     def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> Equipment:
         kit = self.of_client(client)
-        model, initial, own = kit.model, kit.initial, self._own_start(client)
+        initial, own = kit.initial, self._own_start(client)
         if own is not None:
             self.own[client] = initial = own
-        if isinstance(self.experiment.method, SplitSettings):
-            if self._front is None:
-                self._front = _front_half(self.experiment, self.division, kit, empty=self.empty)
-                if self.start is not None:
-                    self._front.write(self.start.part(self._front))
-            model = self._front
+        model = self.method.client_model(_ClientModels(self, kit))
+        if model is not kit.model:
             initial = model.read()
         return Equipment(
             model,
@@ -441,6 +439,18 @@ class _Kits:
             initial if kit.starts else None,
             own is not None,
         )
+
+    def front(self, kit: _Kit, blocks: int, *, tail: bool) -> FrontHalf:
+        """Return the first blocks of a kit's model with what is started from, loaded once."""
+        key = (kit.key, blocks, tail)
+        if key not in self._fronts:
+            own = _front_half(
+                self.experiment, self.division, kit, blocks, tail=tail, empty=self.empty
+            )
+            if self.start is not None:
+                own.write(self.start.part(own))
+            self._fronts[key] = own
+        return self._fronts[key]
 
     def client_held_out(self) -> dict[int, HeldOut]:
         """Return each client's own held-out set, where it has one, as its model reads it."""
@@ -476,8 +486,23 @@ class _Kits:
         self, key: tuple[str, int], stage: Callable[[str], None]
     ) -> tuple[str, TextEncoder, AdapterModel]:
         experiment = _with_model(self.experiment, *key)
-        empty = self.empty or self.halved  # a client of a split model never loads the whole
+        empty = self.empty or self.partly  # a client that has a part never loads the whole
         return _build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
+
+
+@dataclass(frozen=True)
+class _ClientModels:
+    """What a client's model can be made of; see :class:`fedloom.methods.base.Models`."""
+
+    kits: _Kits
+    kit: _Kit
+
+    @property
+    def whole(self) -> AdapterModel:
+        return self.kit.model
+
+    def front(self, blocks: int, *, tail: bool) -> FrontHalf:
+        return self.kits.front(self.kit, blocks, tail=tail)
 
 
 def _accounted(
@@ -564,41 +589,40 @@ def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, He
         )
 
 
-def _front_half(experiment: Experiment, division: Division, kit: _Kit, *, empty: bool) -> FrontHalf:
-    """Load what a client of a split model holds: its own blocks alone.
+def _front_half(
+    experiment: Experiment, division: Division, kit: _Kit, cut: int, *, tail: bool, empty: bool
+) -> FrontHalf:
+    """Load the first blocks of a model alone, which are all that a client holds.
 
     Raises:
         ModelError: The model cannot be cut there, or the adapter has nothing in the client's blocks.
     """
-    method = experiment.method
-    assert isinstance(method, SplitSettings), "only a split model has halves"
     config: Any = kit.model.model.config
-    check_cut(config, method.cut)
+    check_cut(config, cut)
     classification = bool(division.classes)
     backbone = _backbone(
         experiment,
         kit.path,
         division.classes,
         kit.model.pad,
-        blocks=method.cut,
+        blocks=cut,
         empty=empty,
     )
     if experiment.model.dropout is False:
         switch_dropout_off(backbone)
     adapter = experiment.adapter
     blocks = blocks_of(kit.model.model.get_base_model(), adapter)
-    front = [block for block in blocks if block < method.cut]
+    front = [block for block in blocks if block < cut]
     if not front:
         raise ModelError(
-            f"method.cut = {method.cut} leaves the client no block with an adapter: adapter.layers names "
+            f"method.cut = {cut} leaves the client no block with an adapter: adapter.layers names "
             f"{blocks}"
         )
-    layers = front if len(front) < method.cut else None
+    layers = front if len(front) < cut else None
     adapter = adapter.model_copy(update={"layers": layers})
     model = attach_adapter(
         backbone, adapter, classification=classification, seed=experiment.federation.seed
     )
-    tail = method.labels == "client"
     return FrontHalf(model, kit.model.pad, tail=tail, autocast=kit.model.autocast)
 
 
@@ -689,14 +713,9 @@ def load_saved(
 
 def of_server(experiment: Experiment) -> Experiment:
     """Return the experiment with the model and rank of the server, where a method gives it its own."""
-    method = experiment.method
-    if not isinstance(method, DistillationSettings):
-        return experiment
-    return _with_model(
-        experiment,
-        method.server_model or experiment.model.path,
-        method.server_rank or experiment.adapter.rank,
-    )
+    spec = ModelSpec(experiment.model.path, experiment.adapter.rank)
+    own = make_method(experiment.method).server_model(spec)
+    return experiment if own == spec else _with_model(experiment, *own)
 
 
 def client_base(experiment: Experiment, client: int) -> str:

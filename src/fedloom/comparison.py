@@ -33,7 +33,7 @@ from fedloom.data.reader import require_files
 from fedloom.division import divide
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment import COMPARE, Experiment
-from fedloom.methods import METHODS, make_method
+from fedloom.methods import DEFAULT, METHODS, make_method
 from fedloom.models.load import TINY, fingerprint, load_tokenizer, require_reachable
 from fedloom.objectives import OBJECTIVES
 from fedloom.parent import end_with_parent
@@ -100,7 +100,7 @@ class CompareSettings(Settings):
     scenarios: dict[str, Overrides] = {}
     """Instead of objectives: situations by name (clients, partition, model, ...), in each of which all
     methods are weighed against each other: quality, traffic, client compute, memory, time."""
-    methods: list[str] | dict[str, Overrides] = ["fedavg"]
+    methods: list[str] | dict[str, Overrides] = [DEFAULT]
     """Names of methods with their defaults, or arms by name with their sections."""
     judged_by: Literal["global", "clients"] = "global"
     """Of scenarios. global: the global held-out set, and what quality costs (frameworks). clients: each
@@ -295,7 +295,8 @@ def _unlike_rows(cells: Iterable[Cell]) -> list[str]:
         ]
         holding = [method for method, experiment in arms if experiment.judges_clients]
         for method, experiment in arms:
-            if holding and experiment.method.name == "split" and experiment.evaluation.per_client:
+            partly = not METHODS[experiment.method.name][1].whole_at_clients
+            if holding and partly and experiment.evaluation.per_client:
                 found.append(
                     f"arm {objective}-{method}: clients of a split model are judged by no rows of their "
                     f"own and train on all, and those of {objective}-{holding[0]} hold some out: set "

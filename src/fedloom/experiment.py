@@ -410,6 +410,11 @@ def _view(parts: Mapping[str, Any]) -> ExperimentView:
     return ExperimentView(methods=kinds, **own)
 
 
+def view_of(experiment: Experiment) -> ExperimentView:
+    """Return what a method sees of an experiment."""
+    return _view({name: getattr(experiment, name) for name in SECTIONS})
+
+
 _SEEN = {own.name for own in fields(ExperimentView)} - {"methods", "objective", "objective_name"}
 
 

@@ -43,7 +43,7 @@ from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
 from fedloom.intervals import Sample, change, sample_interval
 from fedloom.made_with import MadeWith
-from fedloom.methods.base import EVALUATE
+from fedloom.methods.base import EVALUATE, Method
 from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
 from fedloom.report import account
@@ -122,6 +122,7 @@ def run_record(
         },
         "classes": list(division.classes),
         "method": experiment.method.name,
+        "method_role": _role(parts.method),
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
         "promise": parts.method.promise(),
@@ -171,6 +172,12 @@ def _client_memory(experiment: Experiment, parts: Parts) -> float | None:
         for client, share in engine.shares.items()
     ]
     return max(needed, default=None)
+
+
+def _role(method: Method) -> dict[str, object]:
+    """Return what a report of several methods must know of one."""
+    own = method.declares
+    return {"title": own.title, "kind": own.role, "reference": own.reference}
 
 
 def _feedback_record(experiment: Experiment, division: Division) -> dict[str, Any] | None:

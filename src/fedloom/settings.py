@@ -47,7 +47,7 @@ class Settings(BaseModel):
 class NamedSettings(Settings):
     """Base of the settings of a section whose ``name`` chooses among several classes."""
 
-    name: str
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from fedloom.errors import CheckpointError, ModelError, OutputError, SettingsErr
 from fedloom.experiment import Experiment
 from fedloom.messages import Tensors
 from fedloom.methods import METHODS
-from fedloom.methods.split import SplitSettings
 from fedloom.models.adapters import AdapterModel, AdapterSettings
 from fedloom.models.heads import is_own
 from fedloom.models.load import fingerprint
@@ -293,7 +292,9 @@ def check_base(experiment: Experiment, start: Start, path: str) -> str | None:
 
 def travels(experiment: Experiment) -> bool:
     """Return whether clients are sent what a run starts from: halves of a model travel in each round."""
-    return experiment.adapter.start is not None and not isinstance(experiment.method, SplitSettings)
+    return (
+        experiment.adapter.start is not None and METHODS[experiment.method.name][1].whole_at_clients
+    )
 
 
 def sent(start: Start | None, initial: Tensors) -> Tensors:

@@ -500,17 +500,20 @@ def frameworks_table(folder: Path) -> Table:
 def personal_table(folder: Path) -> Table:
     """Return what each arm's clients fare like in every scenario, on rows of their own."""
     from fedloom.report.comparison_page import read_cells
-    from fedloom.report.personal_page import REFERENCES, arms, results
+    from fedloom.report.personal_page import arms, references, results
 
     record, cells = read_cells(folder)
-    found = results(record, cells, arms(record, cells))
+    every = arms(record, cells)
+    found = results(record, cells, every)
     table = Table(
         title="clients judged on their own rows, mean (95 % over clients)",
         box=None,
         padding=(0, 1, 0, 0),
     )
     table.add_column("arm", no_wrap=True)
-    others = [name for name in REFERENCES if any(name in row["gains"] for row in found["arms"])]
+    others = [
+        name for name in references(every) if any(name in row["gains"] for row in found["arms"])
+    ]
     for column in ("mean", *(f"over\n{name}" for name in others), "worst\ntenth", "sent"):
         table.add_column(column, justify="right", no_wrap=True)
     scenarios = {row["scenario"]: row["metric"] for row in found["arms"]}

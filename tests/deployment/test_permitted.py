@@ -17,6 +17,7 @@ from fedloom.deployment.permitted import (
     DECIDED,
     LEFT,
     LONGEST,
+    METHODS_OWN,
     MOST,
     TAKEN,
     examine,
@@ -94,7 +95,7 @@ def every_setting():
 
 
 def test_every_setting_of_an_experiment_is_taken_bounded_decided_or_left():
-    known = [*TAKEN, *MOST, *DECIDED, *LEFT]
+    known = [*TAKEN, *MOST, *DECIDED, *LEFT, *METHODS_OWN]
     assert sorted(every_setting()) == sorted(
         known
     )  # none missing, none twice, none that is not there
@@ -110,7 +111,7 @@ def test_the_list_sees_new_settings(monkeypatch):
         deep: dict[str, New | None] | None = None
 
     monkeypatch.setitem(SECTIONS, "public", More)
-    assert set(every_setting()) - {*TAKEN, *MOST, *DECIDED, *LEFT} == {
+    assert set(every_setting()) - {*TAKEN, *MOST, *DECIDED, *LEFT, *METHODS_OWN} == {
         "public.deep",
         "public.deep.*.path",
     }
@@ -120,7 +121,7 @@ def test_every_bound_is_a_line_of_the_policy():
     policy = PolicySettings.model_fields
     bounds = {name for name in policy if name.startswith("max_")}
     beyond = {"max_seconds", "max_bytes", "max_runs_a_day", "max_rounds_a_day"}  # asked for later
-    assert set(MOST.values()) == bounds - beyond
+    assert {*MOST.values(), *METHODS_OWN.values()} - {""} == bounds - beyond
     assert all(policy[name].description for name in policy)  # what `fedloom client check` says
     assert set(REVEALING) | bounds | {"objectives", "methods", "models", "approve"} == policy.keys()
 

@@ -15,7 +15,7 @@ def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0, high
     sure = Interval(accuracy, None, None, 1, "seeds")
     return Arm(
         scenario, name, framework, higher, (accuracy,), sure, sure, None, sent, 0.0, sent, 0.0, flops, 0.0, memory, 0.0,
-        {"slow": sent},
+        {"slow": sent}, framework == "Local only",
     )  # fmt: skip
 
 

@@ -39,6 +39,10 @@ def row_bytes(width: int, encoding: str) -> int:
     return width * ELEMENT[encoding] + (SCALE if encoding == "int8" else 0)
 
 
+FEDLLM = "FedLLM"
+"""The framework in which parameters travel (arXiv 2501.04436, the first)."""
+
+
 @dataclass(frozen=True)
 class Done:
     """What a client did in a round.
@@ -83,7 +87,7 @@ class ParameterTraffic:
 
     down: int
     up: int
-    framework: str = "FedLLM"
+    framework: str = FEDLLM
     also_down: int = 0
 
     def of_round(self, done: Done) -> Sent:

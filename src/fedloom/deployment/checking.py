@@ -32,7 +32,8 @@ from fedloom.deployment.rows import divided
 from fedloom.errors import DataError, FedloomError, OutputError, PolicyError, first_line
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment import Experiment
-from fedloom.methods import make_method
+from fedloom.methods import METHODS, make_method
+from fedloom.methods.base import Reveal
 from fedloom.models.load import context_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
@@ -40,12 +41,18 @@ from fedloom.report import account
 from fedloom.report.tables import human_bytes, human_seconds
 from fedloom.shown import message, named, placed
 
+
+def _sending(what: Reveal) -> list[str]:
+    return [name for name, (_, kind) in METHODS.items() if what in kind.reveals]
+
+
 ALWAYS_SHOWN = {
     "numbers": "How many rows there are, mean losses and accuracies on them, and the time, memory and "
     "compute of the work.",
     "adapters": "What was trained here, after each round. It is made of the rows, and who looks for it "
     "can find traces of them.",
-    "control_variates": "With scaffold: how training here differs from the others'.",
+    "control_variates": f"With {' or '.join(_sending('control_variates'))}: how training here differs "
+    "from the others'.",
 }
 """What the server learns whatever the policy says."""
 
@@ -194,8 +201,6 @@ def _models(own: OwnFile) -> list[str]:
 
 def _unknown_names(policy: PolicySettings) -> list[str]:
     """Return what a policy names that there is not, which opens nothing."""
-    from fedloom.methods import METHODS
-
     known = {"objectives": OBJECTIVES.keys(), "methods": METHODS.keys()}
     return [
         f"policy.{field}: there is no {name!r}; there are {', '.join(names)}"

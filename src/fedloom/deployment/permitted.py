@@ -63,28 +63,6 @@ TAKEN = _names(
         "objective.bco": "reference beta",
         "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
         "objective.pkto": "reference beta weights desirable_weight undesirable_weight gamma",
-        "method.fedprox": "mu",
-        "method.fedavgm": "beta1",
-        "method.fedadagrad": "eta tau",
-        "method.fedadam": "eta tau beta1 beta2 second_moment",
-        "method.fedyogi": "eta tau beta1 beta2 second_moment",
-        "method.fedavg_ft": "learning_rate",
-        "method.fedpdpo": "head_mode schedule",
-        "method.fedper": "head_mode",
-        "method.fedrep": "head_mode",
-        "method.ditto": "strength",
-        "method.pfedme": "weights strength local_rate server_rate",
-        "method.feddpa": "variant mix",
-        "method.flexlora": "slices",
-        "method.hetlora": "slices",
-        "method.fdlora": "weights server_rate momentum private_every bound penalty",
-        "method.fedamole": "clients_per_expert max_experts_per_client min_experts_per_client "
-        "assignment homogeneous embedding_fraction embedding_rows embedding_noise epsilon delta "
-        "embedding_clip eta",
-        "method.fedmoe": "experts_per_client probe_rows",
-        "method.distillation": "rule temperature teacher_share top_k top_mass encoding down "
-        "rows_per_round server_epochs",
-        "method.split": "cut labels server average_every activations gradients activation_noise",
         "federation": "rounds clients_per_round seed",
         "training": "optimizer learning_rate schedule decay head_learning_rate min_learning_rate "
         "weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
@@ -104,16 +82,6 @@ MOST = {
     "adapter.encoder_width": "max_width",
     "adapter.experts": "max_experts",
     "clients.groups.*.rank": "max_rank",
-    "method.fedavg_ft.passes": "max_steps",
-    "method.fedpdpo.bottleneck": "max_width",
-    "method.fedpdpo.head_rank": "max_rank",
-    "method.fedper.head_rank": "max_rank",
-    "method.fedrep.head_rank": "max_rank",
-    "method.pfedme.steps": "max_steps",
-    "method.fdlora.budget": "max_steps",
-    "method.fdlora.batches": "max_steps",
-    "method.distillation.client_epochs": "max_steps",
-    "method.distillation.server_rank": "max_rank",
     "federation.clients": "max_clients",
     "training.batch_size": "max_batch",
     "evaluation.batch_size": "max_batch",
@@ -133,7 +101,6 @@ DECIDED = _names(
         "adapter": "start",
         "clients": "groups newcomer_steps",
         "clients.groups.*": "model",
-        "method.distillation": "server_model",
         "data": "source kind choices test_fraction train_on template_date ambiguous",
         "public": "source kind ambiguous control_tokens",
         "partition": "kind column alpha minimum sizes feedback",
@@ -149,6 +116,13 @@ all. A client's file that says it otherwise refuses."""
 
 ALIKE = ("ambiguous", "control_tokens", "max_length")
 """Of ``[data]``, what public rows are read by, which is the client's to say of its own rows alone."""
+
+METHODS_OWN = {
+    f"method.{name}.{own}": kind.bounded.get(own, "")
+    for name, (_, kind) in METHODS.items()
+    for own in (*kind.taken, *kind.bounded, *kind.named_models)
+}
+"""Settings of which our methods' classes say how they are taken, each with the line that bounds it."""
 
 LEFT = _names(
     {
@@ -284,18 +258,12 @@ def open_methods(own: OwnFile) -> list[str]:
     """Return the methods that a client's file allows with some settings of theirs."""
     return [
         name
-        for name, (settings, _) in METHODS.items()
+        for name, (settings, kind) in METHODS.items()
         if (own.policy.methods is None or name in own.policy.methods)
-        and any(not _closed(make_method(form), own) for form in _forms(settings))
+        and any(
+            not _closed(kind(settings.model_validate(form)), own) for form in ({}, dict(kind.least))
+        )
     ]
-
-
-def _forms(settings: type[Any]) -> list[Any]:
-    """Return a method's settings by default, and with labels at the client where that can be."""
-    forms = [settings()]
-    if "labels" in settings.model_fields:
-        forms.append(settings(labels="client"))
-    return forms
 
 
 def _closed(method: Method, own: OwnFile) -> list[str]:
@@ -310,6 +278,7 @@ class _Examiner:
     def __init__(self, asked: Experiment, own: OwnFile, client: int, *, sent: bool) -> None:
         self.asked, self.own, self.client, self.sent = asked, own, client, sent
         self.policy = own.policy
+        self.method = METHODS[asked.method.name][1]
         self.refusals: list[Refusal] = []
         self.shared = own.data is not None and own.data.share == "experiment"
 
@@ -347,7 +316,9 @@ class _Examiner:
 
     def _taken(self, section: str, asked: Settings, place: str | None = None) -> dict[str, Any]:
         """Return the settings of a section that are taken; refuse those above their bounds."""
-        if not isinstance(SECTIONS.get(section, Settings), type):  # of one method or objective
+        if section == "method":
+            return self._of_method(asked)
+        if not isinstance(SECTIONS.get(section, Settings), type):  # of one objective
             section = f"{section}.{getattr(asked, 'name')}"  # noqa: B009 (a field of each of them)
         taken = {}
         for field in type(asked).model_fields:
@@ -357,6 +328,13 @@ class _Examiner:
             if rule in TAKEN or rule in MOST or field == "name":
                 taken[field] = value
         return taken
+
+    def _of_method(self, asked: Settings) -> dict[str, Any]:
+        """Return the settings of a method that are taken, as its class here says."""
+        kind = self.method
+        for field, line in kind.bounded.items():
+            self._bounded(f"method.{self.asked.method.name}.{field}", getattr(asked, field), line)
+        return {name: getattr(asked, name) for name in ("name", *kind.taken, *kind.bounded)}
 
     def _bounded(self, what: str, value: float | None, line: str) -> None:
         most = getattr(self.policy, line)
@@ -434,7 +412,7 @@ class _Examiner:
     def _public(self) -> PublicSettings:
         """Return which rows are public: those that the client's file names, or built-in ones."""
         asked, own = self.asked.public, self.own.public
-        if not METHODS[self.asked.method.name][1].needs_public:
+        if not self.method.needs_public:
             return PublicSettings()
         taken = {**self._taken("public", asked), **self._read_alike()}
         if own is not None and self.policy.public_rows:
@@ -464,7 +442,7 @@ class _Examiner:
     def _clients(self) -> ClientsSettings:
         """Return what clients differ in: of the groups, those whose models are loaded here."""
         asked = self.asked.clients
-        every = METHODS[self.asked.method.name][1].needs_public  # all models read the public rows
+        every = self.method.needs_public  # all models read the public rows
         groups = {}
         for name, group in asked.groups.items():
             if not every and self.client not in group.clients:
@@ -482,10 +460,12 @@ class _Examiner:
     def _method(self) -> Settings:
         """Return the method; a server's model of its own reads the public rows here too."""
         asked = self.asked.method
-        taken, server = self._taken("method", asked), getattr(asked, "server_model", None)
-        if server is not None:
-            self._require_model("method.server_model", server, self._revision)
-            taken["server_model"] = server
+        taken = self._taken("method", asked)
+        for name in self.method.named_models:
+            path = getattr(asked, name)
+            if path is not None:
+                self._require_model(f"method.{name}", path, self._revision)
+                taken[name] = path
         return type(asked)(**taken)
 
     @property

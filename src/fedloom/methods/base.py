@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,12 +41,14 @@ from fedloom.messages import (
     amount,
 )
 from fedloom.methods.checks import general
+from fedloom.methods.declaration import Declaration
 from fedloom.methods.view import ExperimentView
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.cut import FrontHalf
 from fedloom.models.heads import PersonalParts
 from fedloom.objectives.base import Objective
 from fedloom.presence import Presence
-from fedloom.settings import Settings
+from fedloom.settings import NamedSettings, Settings
 from fedloom.training.local import LOSS, LocalResult, StepHook, local_loss, train_locally
 from fedloom.training.optimizers import ALONE, Part, TrainingSettings, Work
 
@@ -311,6 +316,72 @@ class Client:
         )
 
 
+class ModelSpec(NamedTuple):
+    """A backbone, as the experiment names it, and the LoRA rank of the adapter on it."""
+
+    path: str
+    rank: int
+
+
+class Models(Protocol):
+    """What models a client can have, all of its own backbone; each is built when it is asked for."""
+
+    @property
+    def whole(self) -> AdapterModel:
+        """The backbone with the adapter."""
+
+    def front(self, blocks: int, *, tail: bool) -> FrontHalf:
+        """The first blocks alone, with norm and head behind them if ``tail``.
+
+        Raises:
+            ModelError: The backbone cannot be cut there, or the adapter has nothing in these blocks.
+        """
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train with a method, whose cost ``fedloom advise`` counts.
+
+    Attributes:
+        name: Framework and configuration.
+        method: Settings of the method.
+        training: Settings of ``[training]`` that it needs otherwise.
+        remark: What to know before it is tried.
+    """
+
+    name: str
+    method: NamedSettings
+    training: Mapping[str, object] = field(default_factory=dict)
+    remark: str = ""
+
+
+class FirstRound(Protocol):
+    """A client's first round, of which compute is counted on a model without weights.
+
+    Attributes:
+        seed: The experiment's seed.
+        client: The client's id.
+        training: How it trains.
+        public: The public rows as its model reads them.
+    """
+
+    seed: int
+    client: int
+    training: TrainingSettings
+    public: PublicRows | None
+
+    def own_rows(self) -> float:
+        """Return the operations of training on the client's own rows."""
+
+    def passes(
+        self, share: TokenShare, indices: NDArray[np.int64], size: int | None = None
+    ) -> float:
+        """Return those of rows: forward and, with gradients on, backward.
+
+        They are laid out ``size`` at a time, or else as a batch is when training.
+        """
+
+
 @dataclass
 class ServerSide:
     """What a method has on the server beside its state.
@@ -388,6 +459,7 @@ class Method:
     """Base of all methods.
 
     Attributes:
+        declares: What it is, in words and facts.
         pools_data: Whether the rows of all clients are put together in client 0 (centralised).
         own_models: Whether each client keeps an adapter of its own and is judged by it.
         personal: Whether a client judges and uses what the server sends together with what it keeps.
@@ -405,11 +477,18 @@ class Method:
             by it. An object may narrow it by its settings.
         trainings: How often a client goes over a round's work at most in one request.
         repeats: Optimizer steps on each batch.
+        taken: Its settings that a client takes over from a server as they are: they can neither choose
+            rows nor cost much.
+        bounded: Those that it takes over where they are no larger than a line of its ``[policy]``, which
+            is named.
+        named_models: Those that name a backbone, which a client must allow.
+        least: Settings with which replies hold the least; the others reveal more.
         no_start: Why it cannot start from an adapter that exists, and what can be done, where it cannot.
         aggregation: The rule.
         server: What it has on the server, from :meth:`equip` on.
     """
 
+    declares: Declaration
     pools_data = False
     own_models = False
     personal = False
@@ -426,6 +505,10 @@ class Method:
     reveals: frozenset[Reveal]
     trainings = 1
     repeats = 1
+    taken: tuple[str, ...] = ()
+    bounded: Mapping[str, str] = MappingProxyType({})
+    named_models: tuple[str, ...] = ()
+    least: Mapping[str, object] = MappingProxyType({})
     no_start = ""
     aggregation = AggregationSettings()
     server: ServerSide
@@ -440,6 +523,28 @@ class Method:
         A method that adds to it begins with ``yield from super().check(view)``.
         """
         yield from general(cls, view)
+
+    @classmethod
+    def variants(cls, own: NamedSettings | None, view: ExperimentView) -> Iterator[Variant]:
+        """Yield what ``fedloom advise`` counts for this method beside FedLLM; here nothing.
+
+        Args:
+            own: The settings of an experiment with this method, ``None`` for one with another.
+            view: The experiment.
+        """
+        yield from ()
+
+    def server_model(self, spec: ModelSpec) -> ModelSpec:
+        """Return backbone and rank of the server, given those of ``[model]`` and ``[adapter]``."""
+        return spec
+
+    def client_model(self, models: Models) -> AdapterModel:
+        """Return the model that a client has; here the whole."""
+        return models.whole
+
+    def compute(self, first: FirstRound) -> float:
+        """Return the operations of a client in its first round; here those on its own rows."""
+        return first.own_rows()
 
     @property
     def parts(self) -> PersonalParts:

@@ -18,6 +18,7 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
+from fedloom.methods.declaration import Absence, Declaration, no, yes
 from fedloom.settings import NamedSettings
 
 
@@ -30,6 +31,21 @@ class CentralisedSettings(NamedSettings):
 class Centralised(Method):
     """One client with everybody's rows."""
 
+    declares = Declaration(
+        "Centralised",
+        "",
+        "own",
+        "an upper bound: all rows in one place",
+        "FedLLM",
+        "all rows, once; they are in one process",
+        "nothing",
+        secure_aggregation=no("there is one client"),
+        client_privacy=no("there is one client"),
+        row_privacy=yes("its steps are plain gradient steps on the pooled rows"),
+        asynchronous=no("there is one client"),
+        absence=Absence("there is one client, which holds all rows", "", "", tolerated=False),
+        role="baseline",
+    )
     reveals: frozenset[Reveal] = frozenset({"adapters", "rows"})
 
     pools_data = True

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import LogitTraffic, Traffic
 from fedloom.aggregation.knowledge import Knowledge, Rule, combine, joined, likeliest, shortened
 from fedloom.checkpoint import State
-from fedloom.data.batches import TokenShare, collate
+from fedloom.data.batches import TokenShare, collate, epoch_batches
 from fedloom.data.public import PublicRows
 from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.errors import MessageError
@@ -39,12 +40,16 @@ from fedloom.methods.base import (
     TRAIN_REPLY_NUMBERS,
     Client,
     Cohort,
+    FirstRound,
     Handler,
     Method,
+    ModelSpec,
     Reveal,
     Round,
+    Variant,
 )
-from fedloom.methods.checks import tasks_only
+from fedloom.methods.checks import TASKS, tasks_only
+from fedloom.methods.declaration import TOGETHER, Absence, Declaration, no, yes
 from fedloom.methods.view import ExperimentView
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Head
@@ -103,12 +108,43 @@ class DistillationSettings(NamedSettings):
 class DistillationMethod(Method):
     """Logits travel: up what clients say, down what the server's model has learnt from it."""
 
+    declares = Declaration(
+        "KD-FedLLM",
+        "https://arxiv.org/abs/2501.04436",
+        "reconstructed",
+        "rules of FedMKT (2406.02224)",
+        "KD-FedLLM",
+        "logits on public rows, up and down",
+        "an adapter of its own",
+        secure_aggregation=no("answers are put together text by text"),
+        client_privacy=no("an answer is no change of parameters"),
+        row_privacy=yes("logits are those of a model that private steps made"),
+        asynchronous=TOGETHER,
+        absence=Absence(
+            "the teacher is made of those that answered",
+            "learns from the next round's teacher, with its own adapter as it was",
+            "is in no teacher",
+        ),
+    )
     reveals: frozenset[Reveal] = frozenset({"logits"})
 
     own_models = True
     needs_public = True
     mixed_models = True
     shares_parameters = False
+    taken = (
+        "rule",
+        "temperature",
+        "teacher_share",
+        "top_k",
+        "top_mass",
+        "encoding",
+        "down",
+        "rows_per_round",
+        "server_epochs",
+    )
+    bounded = MappingProxyType({"client_epochs": "max_steps", "server_rank": "max_rank"})
+    named_models = ("server_model",)
 
     def __init__(self, settings: DistillationSettings) -> None:
         """Keep the settings."""
@@ -133,6 +169,38 @@ class DistillationMethod(Method):
             for name in ("server_model", "server_rank"):
                 if getattr(method, name) is not None:
                     yield f"adapter.start is of one model and rank: leave method.{name} out"
+
+    @classmethod
+    def variants(cls, own: NamedSettings | None, view: ExperimentView) -> Iterator[Variant]:
+        """Yield it as it is set, or with the likeliest tokens alone."""
+        if view.objective_name not in TASKS:
+            return
+        logits = DistillationSettings(top_k=None if view.objective_name == "classification" else 32)
+        logits = own if isinstance(own, DistillationSettings) else logits
+        kept = f"top {logits.top_k} logits" if logits.top_k else "all logits"
+        remark = "It needs public rows, and learns no more than these can show."
+        yield Variant(f"KD-FedLLM, {kept}, {logits.encoding}", logits, remark=remark)
+
+    def server_model(self, spec: ModelSpec) -> ModelSpec:
+        """Return the server's own, where the settings name one."""
+        own = self.settings
+        return ModelSpec(own.server_model or spec.path, own.server_rank or spec.rank)
+
+    def compute(self, first: FirstRound) -> float:
+        """Add scoring the public rows once, and learning from them."""
+        assert first.public is not None, "the method's rows have been read"
+        share = self.rows_of_round(first.public, first.seed, 1).share
+        rows, training = np.arange(len(share)), first.training
+        with torch.no_grad():
+            scoring = sum(
+                first.passes(share, rows[start : start + SCORING_BATCH], SCORING_BATCH)
+                for start in range(0, len(share), SCORING_BATCH)
+            )
+        order = generator(first.seed, "distil batches", first.client, 1)
+        epochs = self.settings.client_epochs
+        batches = epoch_batches(len(share), training.batch_size, order, epochs=epochs)
+        learning = sum(first.passes(share, indices) for indices in batches)
+        return first.own_rows() + (scoring + learning)
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Collect answers, learn from them, send back what is known then."""

@@ -16,6 +16,7 @@ adapter alone, the private one alone, and the sum of both.
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
+from fedloom.methods.declaration import CLIPPED, OWN_STEPS, SUMMED, Absence, Declaration, no
 from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
@@ -82,7 +84,30 @@ class FDLoRASettings(NamedSettings):
 class FDLoRA(KeepsAdapter):
     """An outer optimizer on the shared adapter, and a fitted mixture at the end."""
 
+    declares = Declaration(
+        "FDLoRA",
+        "https://arxiv.org/abs/2406.07925",
+        "adapted",
+        "Nelder-Mead's simplex in place of nevergrad's search",
+        "FedLLM",
+        "the adapter, down and up",
+        "a private adapter",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=no(
+            "every client mixes both adapters after the last round, which all must have"
+        ),
+        absence=Absence(
+            "as FedAvg; away in the last round, it mixes nothing and uses the shared adapter",
+            "first trains its private adapter by itself, in the round that it comes in; "
+            "the shared one has begun without it",
+            "is in no mean",
+        ),
+    )
     reveals = ADAPTERS_ALONE
+    taken = ("weights", "server_rate", "momentum", "private_every", "bound", "penalty")
+    bounded = MappingProxyType({"budget": "max_steps", "batches": "max_steps"})
 
     averages = True
 

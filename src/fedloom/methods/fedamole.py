@@ -66,6 +66,14 @@ from fedloom.methods.base import (
     part_of,
 )
 from fedloom.methods.bases.client_mixtures import OwnMixture, passes
+from fedloom.methods.declaration import (
+    EACH_ANSWER,
+    SEVERAL_PARTS,
+    TOGETHER,
+    Absence,
+    Declaration,
+    no,
+)
 from fedloom.methods.view import ExperimentView
 from fedloom.models.experts import ExpertModel, split_name
 from fedloom.presence import Presence
@@ -171,7 +179,42 @@ class Known:
 class FedAMoLE(OwnMixture):
     """Experts averaged over their holders, and assigned anew."""
 
+    declares = Declaration(
+        "FedAMoLE",
+        "https://arxiv.org/abs/2411.19128",
+        "adapted",
+        "what becomes of absent clients is ours",
+        "FedLLM",
+        "the client's experts, down and up; embeddings of some rows up",
+        "its mixture",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=SEVERAL_PARTS,
+        row_privacy=no("embeddings of rows travel; method.embedding_noise hides those rows alone"),
+        asynchronous=TOGETHER,
+        absence=Absence(
+            "an expert is the mean over holders that answered; without one it keeps its "
+            "value. The client is assigned experts by its last embeddings, by drawn ones "
+            "before its first answer",
+            "gets the experts that are assigned to it now",
+            "is assigned none, and its embeddings are deleted; where too few remain for "
+            "the limits these give way, and `rounds.jsonl` says to what",
+        ),
+    )
     reveals: frozenset[Reveal] = frozenset({"adapters", "embeddings"})
+    taken = (
+        "clients_per_expert",
+        "max_experts_per_client",
+        "min_experts_per_client",
+        "assignment",
+        "homogeneous",
+        "embedding_fraction",
+        "embedding_rows",
+        "embedding_noise",
+        "epsilon",
+        "delta",
+        "embedding_clip",
+        "eta",
+    )
     no_start = "it deals all experts out anew; fedavg can, with such an adapter"
 
     layers: tuple[str, ...]

@@ -19,6 +19,14 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
+from fedloom.methods.declaration import (
+    AVERAGED,
+    CLIPPED,
+    ONE_BY_ONE,
+    OWN_STEPS,
+    SUMMED,
+    Declaration,
+)
 from fedloom.settings import NamedSettings
 
 
@@ -31,6 +39,21 @@ class FedAvgSettings(NamedSettings):
 class FedAvg(Method):
     """Federated averaging of the adapter."""
 
+    declares = Declaration(
+        "FedAvg",
+        "https://arxiv.org/abs/1602.05629",
+        "adapted",
+        "on LoRA tensors it is FedIT (2305.05644)",
+        "FedLLM",
+        "the adapter, down and up",
+        "nothing",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+        reference=True,
+    )
     reveals = ADAPTERS_ALONE
 
     averages = True

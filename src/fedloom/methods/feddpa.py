@@ -28,6 +28,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
+from fedloom.methods.declaration import CLIPPED, OWN_STEPS, SUMMED, Absence, Declaration, no
 from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
@@ -45,7 +46,29 @@ class FedDPASettings(NamedSettings):
 class FedDPA(KeepsAdapter):
     """FedAvg of one adapter, local training of another, and both in use."""
 
+    declares = Declaration(
+        "FedDPA",
+        "https://arxiv.org/abs/2403.19211",
+        "adapted",
+        "one share of the mixture for all inputs",
+        "FedLLM",
+        "the adapter, down and up",
+        "a local adapter",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=no(
+            "with variant F every client fits its own after the last round, which all must have"
+        ),
+        absence=Absence(
+            "as FedAvg; with T its own adapter stays as it is, with F, away in the last "
+            "round, it makes none and uses the shared one",
+            "with T goes on with the adapter that it kept; with F as FedAvg",
+            "is in no mean",
+        ),
+    )
     reveals = ADAPTERS_ALONE
+    taken = ("variant", "mix")
 
     averages = True
     two_factors = True

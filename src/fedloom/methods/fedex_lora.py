@@ -14,6 +14,7 @@ from fedloom.aggregation.lora import residual
 from fedloom.messages import Exchange, Reply, Tensors
 from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MergesFactors
+from fedloom.methods.declaration import EACH_ANSWER, OWN_STEPS, Absence, Declaration, no
 from fedloom.settings import NamedSettings
 
 
@@ -26,6 +27,25 @@ class FedExLoRASettings(NamedSettings):
 class FedExLoRA(MergesFactors):
     """Averages the factors; the backbone takes what that loses."""
 
+    declares = Declaration(
+        "FedEx-LoRA",
+        "https://arxiv.org/abs/2410.09432",
+        "exact",
+        "",
+        "FedLLM",
+        "adapter down and up, then factors of the residual down",
+        "the sum of all additions to the backbone",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
+        row_privacy=OWN_STEPS,
+        asynchronous=no("additions to the backbone are numbered by rounds"),
+        absence=Absence(
+            "adds nothing; the round's factors and residual are of those that answered",
+            "before it trains, in the same round, it is sent the additions to the backbone "
+            "that it lacks, or their sum if that is smaller",
+            "is sent nothing; let in again, it gets the sum",
+        ),
+    )
     reveals = ADAPTERS_ALONE
 
     def __init__(self, settings: FedExLoRASettings) -> None:

@@ -46,6 +46,14 @@ from fedloom.methods.base import (
     tensor_bytes,
 )
 from fedloom.methods.bases.client_mixtures import OwnMixture, passes
+from fedloom.methods.declaration import (
+    EACH_ANSWER,
+    SEVERAL_PARTS,
+    TOGETHER,
+    Absence,
+    Declaration,
+    no,
+)
 from fedloom.methods.view import ExperimentView
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
 from fedloom.presence import Presence
@@ -101,7 +109,27 @@ class FedMoESettings(NamedSettings):
 class FedMoE(OwnMixture):
     """Sub-mixtures of a backbone's experts, by use."""
 
+    declares = Declaration(
+        "FedMoE",
+        "https://arxiv.org/abs/2408.11304",
+        "reconstructed",
+        "sub-mixtures of one size, which do not change",
+        "FedLLM",
+        "the client's experts, down and up; once, how many tokens pass each expert",
+        "its sub-mixture",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=SEVERAL_PARTS,
+        row_privacy=no("its probe counts what its rows use"),
+        asynchronous=TOGETHER,
+        absence=Absence(
+            "as FedAMoLE, weighted by rows. Without a probe that counted it holds no "
+            "expert and is not asked to train",
+            "is probed in the first round that it is drawn for; keeps these experts from then on",
+            "its experts stay with their other holders",
+        ),
+    )
     reveals: frozenset[Reveal] = frozenset({"adapters", "expert_probes"})
+    taken = ("experts_per_client", "probe_rows")
     no_start = "it trains the model's own experts; give a trained model as model.path"
 
     submixtures = True

@@ -38,6 +38,14 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
+from fedloom.methods.declaration import (
+    AVERAGED,
+    CLIPPED,
+    ONE_BY_ONE,
+    OWN_STEPS,
+    SUMMED,
+    Declaration,
+)
 from fedloom.settings import NamedSettings
 
 FIRST, SECOND = "first_moment", "second_moment"
@@ -129,6 +137,22 @@ def _adapted(tensors: Tensors) -> Tensors:
 class FedAdagrad(_FedOpt):
     """v = v + d^2, x = x + eta d / (sqrt(v) + tau)."""
 
+    declares = Declaration(
+        "FedAdagrad",
+        "https://arxiv.org/abs/2003.00295",
+        "adapted",
+        "on the adapter",
+        "FedLLM",
+        "the adapter, down and up",
+        "nothing",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+    )
+    taken = ("eta", "tau")
+
     def moments(self, first: Tensors, second: Tensors, change: Tensors) -> tuple[Tensors, Tensors]:
         """Move by the change itself."""
         return change, adagrad_moment(second, change)
@@ -156,6 +180,22 @@ class _MomentumFedOpt(_FedOpt):
 class FedAdam(_MomentumFedOpt):
     """v = beta2 v + (1 - beta2) s^2."""
 
+    declares = Declaration(
+        "FedAdam",
+        "https://arxiv.org/abs/2003.00295",
+        "adapted",
+        "on the adapter",
+        "FedLLM",
+        "the adapter, down and up",
+        "nothing",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+    )
+    taken = ("eta", "tau", "beta1", "beta2", "second_moment")
+
     def second(self, previous: Tensors, signal: Tensors) -> Tensors:
         """Follow the square evenly."""
         return adam_moment(previous, signal, self.beta2)
@@ -163,6 +203,22 @@ class FedAdam(_MomentumFedOpt):
 
 class FedYogi(_MomentumFedOpt):
     """v = v - (1 - beta2) s^2 sign(v - s^2)."""
+
+    declares = Declaration(
+        "FedYogi",
+        "https://arxiv.org/abs/2003.00295",
+        "adapted",
+        "on the adapter",
+        "FedLLM",
+        "the adapter, down and up",
+        "nothing",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+    )
+    taken = ("eta", "tau", "beta1", "beta2", "second_moment")
 
     def second(self, previous: Tensors, signal: Tensors) -> Tensors:
         """Follow the square by its sign, so that it falls slowly."""

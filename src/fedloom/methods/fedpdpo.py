@@ -13,12 +13,14 @@ logits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
+from fedloom.methods.declaration import CLIPPED, ONE_BY_ONE, OWN_STEPS, SUMMED, Absence, Declaration
 from fedloom.methods.view import ExperimentView
 from fedloom.models.heads import HeadMode, PersonalParts, is_own
 from fedloom.settings import NamedSettings, Of
@@ -44,7 +46,27 @@ class FedPDPOSettings(NamedSettings):
 class FedPDPO(KeepsParts):
     """Averages the adapter; a client's own parts stay with it."""
 
+    declares = Declaration(
+        "FedPDPO",
+        "https://arxiv.org/abs/2603.19741",
+        "reconstructed",
+        "weights of the mean, one bottleneck before both heads, order of training",
+        "FedLLM",
+        "the adapter, down and up",
+        "head, reward head and bottleneck",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=Absence(
+            "as FedAvg; what it keeps stays as it is",
+            "trains the parts that it kept (fresh ones at first) with today's shared ones",
+            "is in no mean",
+        ),
+    )
     reveals = ADAPTERS_ALONE
+    taken = ("head_mode", "schedule")
+    bounded = MappingProxyType({"bottleneck": "max_width", "head_rank": "max_rank"})
 
     def __init__(self, settings: FedPDPOSettings) -> None:
         """Keep the settings."""

@@ -22,6 +22,14 @@ from fedloom.methods.base import (
     proximal_gradient,
     training_exchange,
 )
+from fedloom.methods.declaration import (
+    AVERAGED,
+    CLIPPED,
+    ONE_BY_ONE,
+    OWN_STEPS,
+    SUMMED,
+    Declaration,
+)
 from fedloom.settings import NamedSettings
 
 
@@ -36,7 +44,22 @@ class FedProxSettings(NamedSettings):
 class FedProx(Method):
     """FedAvg with a proximal term on the clients."""
 
+    declares = Declaration(
+        "FedProx",
+        "https://arxiv.org/abs/1812.06127",
+        "adapted",
+        "on the adapter; a fixed amount of work in place of inexact solutions",
+        "FedLLM",
+        "the adapter, down and up",
+        "nothing",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+    )
     reveals = ADAPTERS_ALONE
+    taken = ("mu",)
 
     averages = True
 

@@ -13,6 +13,14 @@ from typing import Literal
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts
+from fedloom.methods.declaration import (
+    AVERAGED,
+    CLIPPED,
+    ONE_BY_ONE,
+    OWN_STEPS,
+    SUMMED,
+    Declaration,
+)
 from fedloom.models.heads import is_head
 from fedloom.settings import NamedSettings
 from fedloom.training.local import LocalResult
@@ -34,6 +42,20 @@ class FFALoRASettings(NamedSettings):
 class FedSALoRA(KeepsParts):
     """Averages A; B and the classifier are a client's own."""
 
+    declares = Declaration(
+        "FedSA-LoRA",
+        "https://arxiv.org/abs/2410.01463",
+        "exact",
+        "",
+        "FedLLM",
+        "LoRA's A, down and up",
+        "its B",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+    )
     reveals = ADAPTERS_ALONE
     two_factors = True
 
@@ -48,6 +70,20 @@ class FedSALoRA(KeepsParts):
 class FFALoRA(KeepsParts):
     """Averages B; A is the same everywhere and is never trained."""
 
+    declares = Declaration(
+        "FFA-LoRA",
+        "https://arxiv.org/abs/2403.12313",
+        "exact",
+        "",
+        "FedLLM",
+        "LoRA's B, down and up; A stays as it was initialised",
+        "nothing",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=AVERAGED,
+    )
     reveals = ADAPTERS_ALONE
     two_factors = True
 

@@ -57,6 +57,7 @@ from fedloom.methods.base import (
     Round,
 )
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
+from fedloom.methods.declaration import AVERAGED, EACH_ANSWER, OWN_STEPS, TOGETHER, Declaration, no
 from fedloom.settings import NamedSettings
 
 
@@ -98,7 +99,22 @@ class Slice:
 class FlexLoRA(Method):
     """The nearest adapters of each client's rank to the mean of products."""
 
+    declares = Declaration(
+        "FlexLoRA",
+        "https://arxiv.org/abs/2402.11505",
+        "adapted",
+        'each slice of ranks is averaged over its holders; slices = "padded" is the paper\'s',
+        "FedLLM",
+        "the adapter at the client's rank, down and up",
+        "nothing",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
+        row_privacy=OWN_STEPS,
+        asynchronous=TOGETHER,
+        absence=AVERAGED,
+    )
     reveals = ADAPTERS_ALONE
+    taken = ("slices",)
 
     mixed_ranks = True
     two_factors = True
@@ -199,6 +215,21 @@ class FlexLoRA(Method):
 
 class HetLoRA(FlexLoRA):
     """Averages factors, by the norms of products."""
+
+    declares = Declaration(
+        "HetLoRA",
+        "https://arxiv.org/abs/2401.06432",
+        "adapted",
+        "ranks are not pruned; slices as in FlexLoRA",
+        "FedLLM",
+        "the adapter at the client's rank, down and up",
+        "nothing",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=no("answers are weighed by their own norms"),
+        row_privacy=OWN_STEPS,
+        asynchronous=TOGETHER,
+        absence=AVERAGED,
+    )
 
     def weights(self, replies: Sequence[Reply], adapters: Sequence[Tensors]) -> list[float]:
         """Return the norms; rows where all are zero."""

@@ -22,6 +22,7 @@ from fedloom.methods.base import (
     Reveal,
     Round,
 )
+from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, yes
 from fedloom.settings import NamedSettings
 
 
@@ -34,6 +35,26 @@ class LocalOnlySettings(NamedSettings):
 class LocalOnly(Method):
     """Each client trains its own adapter."""
 
+    declares = Declaration(
+        "Local only",
+        "",
+        "own",
+        "a lower bound: every client by itself",
+        "FedLLM",
+        "numbers alone",
+        "its adapter",
+        secure_aggregation=yes("no tensor travels"),
+        client_privacy=yes("no tensor travels"),
+        row_privacy=OWN_STEPS,
+        asynchronous=yes("no client waits for another"),
+        absence=Absence(
+            "trains nothing in that round",
+            "goes on with its own adapter",
+            "its adapter stays with it",
+        ),
+        role="baseline",
+        reference=True,
+    )
     reveals: frozenset[Reveal] = frozenset()
 
     own_models = True

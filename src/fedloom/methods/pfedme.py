@@ -14,6 +14,7 @@ rate is that of theta.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -33,6 +34,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter
+from fedloom.methods.declaration import CLIPPED, ONE_BY_ONE, OWN_STEPS, SUMMED, Absence, Declaration
 from fedloom.settings import NamedSettings
 from fedloom.training.local import StepHook
 
@@ -56,7 +58,27 @@ class PFedMeSettings(NamedSettings):
 class PFedMe(KeepsAdapter):
     """Averages w; a client's own model is theta."""
 
+    declares = Declaration(
+        "pFedMe",
+        "https://arxiv.org/abs/2006.08848",
+        "adapted",
+        "on the adapter",
+        "FedLLM",
+        "the adapter, down and up",
+        "an adapter of its own",
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=ONE_BY_ONE,
+        absence=Absence(
+            "as FedAvg; its own adapter stays as it is",
+            "goes on with the adapter that it kept",
+            "is in no mean",
+        ),
+    )
     reveals = ADAPTERS_ALONE
+    taken = ("weights", "strength", "local_rate", "server_rate")
+    bounded = MappingProxyType({"steps": "max_steps"})
 
     averages = True
 

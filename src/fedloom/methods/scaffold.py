@@ -39,6 +39,7 @@ from fedloom.methods.base import (
     part_of,
     tensor_bytes,
 )
+from fedloom.methods.declaration import OWN_STEPS, SEVERAL_PARTS, SUMMED, Absence, Declaration, no
 from fedloom.methods.view import ExperimentView
 from fedloom.settings import NamedSettings
 from fedloom.training.local import StepHook
@@ -56,6 +57,25 @@ class ScaffoldSettings(NamedSettings):
 class Scaffold(Method):
     """FedAvg with control variates c on the server and c_k on each client, all zero at first."""
 
+    declares = Declaration(
+        "SCAFFOLD",
+        "https://arxiv.org/abs/1910.06378",
+        "adapted",
+        "option II, with the correction after the optimizer's own step",
+        "FedLLM",
+        "adapter and control variates, down and up",
+        "its control variate c_k",
+        secure_aggregation=SUMMED,
+        client_privacy=SEVERAL_PARTS,
+        row_privacy=OWN_STEPS,
+        asynchronous=no("c_k is renewed against the c that the client began with"),
+        absence=Absence(
+            "c moves by the changes of those that answered, over N, the number of all "
+            "clients (as in the paper, not of those there): N c stays the sum of all c_k",
+            "trains with the c_k that it kept (0 at first) and today's c",
+            "N stays; its last c_k stays in c",
+        ),
+    )
     reveals: frozenset[Reveal] = frozenset({"adapters", "control_variates"})
 
     def __init__(self, settings: ScaffoldSettings) -> None:

@@ -22,9 +22,10 @@ at a time, unless ``training.max_grad_norm`` is 0. The batch of a client lost in
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -60,16 +61,19 @@ from fedloom.methods.base import (
     Cohort,
     Handler,
     Method,
+    Models,
     Reveal,
     Round,
     ServerSide,
+    Variant,
     join_parts,
     part_of,
     tensor_bytes,
 )
-from fedloom.methods.checks import tasks_only
+from fedloom.methods.checks import TASKS, tasks_only
+from fedloom.methods.declaration import Absence, Declaration, no
 from fedloom.methods.view import ExperimentView
-from fedloom.models.adapters import PROMPTS
+from fedloom.models.adapters import PROMPTS, AdapterModel
 from fedloom.models.cut import BackHalf, FrontHalf, last_tokens
 from fedloom.objectives.base import Objective
 from fedloom.randomness import derive_seed
@@ -118,6 +122,18 @@ WAITING = fraction("waiting")
 """Whether a client has more steps to take."""
 
 
+PLAIN: Mapping[str, object] = MappingProxyType(
+    {
+        "micro_batch_size": None,
+        "accumulation": None,
+        "tokens_per_pass": "auto",
+        "keep_optimizer_state": False,
+        "gradient_checkpointing": False,
+    }
+)
+"""Training as both halves can do it."""
+
+
 class SplitSettings(NamedSettings):
     """``[method] name = "split"``."""
 
@@ -143,9 +159,37 @@ class SplitSettings(NamedSettings):
 class Split(Method):
     """A model cut in two, or in three with both ends at the client."""
 
+    declares = Declaration(
+        "Split-FedLLM",
+        "https://arxiv.org/abs/2501.04436",
+        "reconstructed",
+        "steps of SplitFed (2004.12088) on LoRA",
+        "Split-FedLLM",
+        "activations up and their gradients down in every step; the client's half of the adapter",
+        "nothing",
+        secure_aggregation=no("the server computes with each client's activations"),
+        client_privacy=no("activations are no changes of parameters"),
+        row_privacy=no("activations of rows travel"),
+        asynchronous=no("both halves step together"),
+        absence=Absence(
+            "its batches are lost; front halves are averaged over those that finished",
+            "begins with today's front half",
+            "is in no mean",
+        ),
+    )
     reveals: frozenset[Reveal] = frozenset({"adapters", "activations", "targets"})
     shares_parameters = False
     whole_at_clients = False
+    least = MappingProxyType({"labels": "client"})
+    taken = (
+        "cut",
+        "labels",
+        "server",
+        "average_every",
+        "activations",
+        "gradients",
+        "activation_noise",
+    )
 
     def __init__(self, settings: SplitSettings) -> None:
         """Keep the settings."""
@@ -180,6 +224,26 @@ class Split(Method):
                 f'adapter.kind = "{adapter.kind}" puts its tokens before the first block; '
                 'method split needs "lora", "ia3" or "full"'
             )
+
+    @classmethod
+    def variants(cls, own: NamedSettings | None, view: ExperimentView) -> Iterator[Variant]:
+        """Yield it with activations as they are set, and in 8 bits."""
+        if view.objective_name not in TASKS:
+            return
+        split = own if isinstance(own, SplitSettings) else SplitSettings()
+        for encoding in dict.fromkeys([split.activations, "int8"]):
+            changed = split.model_copy(update={"activations": encoding, "gradients": encoding})
+            yield Variant(
+                f"Split-FedLLM, cut {split.cut}, {encoding}",
+                changed,
+                PLAIN,
+                "Clients must be online for every step, and activations tell the server much about the "
+                "texts: see method.labels and method.activation_noise.",
+            )
+
+    def client_model(self, models: Models) -> AdapterModel:
+        """Return the client's blocks alone."""
+        return models.front(self.settings.cut, tail=self.u_shape)
 
     def equip(self, server: ServerSide) -> None:
         """View the server's blocks of its model."""

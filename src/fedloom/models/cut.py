@@ -59,8 +59,8 @@ def check_cut(config: Any, cut: int) -> Anatomy:
     """
     if config.model_type not in ANATOMIES:
         raise ModelError(
-            f"method split cannot cut a {config.model_type!r} model: it knows "
-            f"{', '.join(sorted(ANATOMIES))}"
+            f"a {config.model_type!r} model cannot be cut in two, as method.cut asks: known are "
+            f"{', '.join(sorted(ANATOMIES))}; name a model of these as model.path"
         )
     count = int(config.num_hidden_layers)
     if not 1 <= cut <= count - 1:

@@ -29,9 +29,6 @@ from fedloom.report.tables import human_bytes, human_flops
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import Turn, server_costs, turns
 
-BASELINES = {"local_only": "Local only", "centralised": "Centralised"}
-"""Methods that are no framework, but what every table needs."""
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -55,6 +52,7 @@ class Arm:
         memory: Of a client's training, derived.
         process: Peak memory of the whole simulation's process, measured.
         seconds: Of a round by link, derived: its slowest client's.
+        baseline: Whether it is no framework, but what every table needs.
     """
 
     scenario: str
@@ -74,6 +72,7 @@ class Arm:
     memory: float
     process: float
     seconds: dict[str, float]
+    baseline: bool = False
 
     @property
     def mean(self) -> float:
@@ -93,7 +92,7 @@ class Arm:
     @property
     def is_framework(self) -> bool:
         """Whether it is no baseline."""
-        return self.framework not in BASELINES.values()
+        return not self.baseline
 
 
 def is_frameworks(folder: Path) -> bool:
@@ -154,11 +153,12 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell], links: dict[str, Link]
     every = [turn for found in by_cell for turn in found]
     rounds = sum(int(cell.summary["rounds"]) for cell in cells)
     own = "clients_" + run.metric
-    method = str(run.run["method"])
+    role = run.run.get("method_role", {})
+    baseline = role.get("kind") == "baseline"
     return Arm(
         scenario,
         name,
-        BASELINES.get(method, str(run.run["traffic"]["framework"])),
+        str(role["title"] if baseline else run.run["traffic"]["framework"]),
         bool(run.run["metric"]["higher_is_better"]),
         tuple(cell.value for cell in cells),
         over_rows([cell.run for cell in cells], [cell.value for cell in cells]),
@@ -176,6 +176,7 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell], links: dict[str, Link]
             label: fmean(second for found in by_cell for second in _round_seconds(found, link))
             for label, link in links.items()
         },
+        baseline,
     )
 
 

@@ -29,9 +29,6 @@ from fedloom.report.run_folder import Record, RunFolder
 from fedloom.report.template import fill, write_page
 from fedloom.report.turns import turns
 
-REFERENCES = ("local_only", "fedavg")
-"""Methods that the gain of every other is measured over."""
-
 APART = ("implicit_accuracy", "explicit_accuracy", "longer_accuracy")
 """Metrics shown beside the one that runs are judged by, where there are any."""
 
@@ -57,6 +54,8 @@ class Arm:
         apart: Other metrics, means over clients and seeds.
         sent: Bytes of a client in a round, both ways, measured, mean.
         flops: Of a client in a round, derived, mean.
+        baseline: Whether its method has no model of a federation.
+        reference: Whether the gain of every other is measured over it.
     """
 
     scenario: str
@@ -74,6 +73,8 @@ class Arm:
     apart: dict[str, float]
     sent: float
     flops: float
+    baseline: bool = False
+    reference: bool = False
 
     @property
     def mean(self) -> float:
@@ -166,13 +167,19 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
     }
 
 
+def references(found: Sequence[Arm]) -> list[str]:
+    """Return the methods that the gain of every other is measured over, baselines first."""
+    others = sorted((arm for arm in found if arm.reference), key=lambda arm: not arm.baseline)
+    return list(dict.fromkeys(arm.method for arm in others))
+
+
 def gains(arm: Arm, found: Sequence[Arm]) -> dict[str, Record]:
     """Return how a method's clients fare beside each reference, over shared seeds.
 
     ``over_clients`` is about these trained models, ``over_seeds`` about the method, trained again.
     """
     result = {}
-    for name in REFERENCES:
+    for name in references(found):
         other = next((a for a in found if (a.scenario, a.method) == (arm.scenario, name)), None)
         shared = sorted(arm.values.keys() & other.values.keys()) if other else []
         if other is None or not shared or other is arm:
@@ -252,7 +259,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
             *APART,
             *("worst_decile", "spread", "fairness", "bytes", "flops"),
         ],
-        references=[n for n in REFERENCES if any(arm.method == n for arm in found)],
+        references=references(found),
         models=sorted({str(cell.run.run["model"]["name"]) for cell in cells}),
         scenarios=scenarios,
     )
@@ -286,7 +293,8 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
     judged = [cell.summary["clients_after"] for cell in cells]
     ids = sorted({int(client) for own in judged for client in own["each"]})
     every = [turn for cell in cells for turn in turns(cell.run.run, cell.run.costs)]
-    shares = cells[0].run.run["method"] not in ("local_only", "centralised")
+    role = cells[0].run.run.get("method_role", {})
+    shares = role.get("kind") != "baseline"
     known = [cell.metrics[metric] for cell in cells if shares and metric in cell.metrics]
 
     def over(key: str) -> float:
@@ -317,4 +325,6 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
         },
         fmean(turn.sent.down + turn.sent.up for turn in every),
         fmean(turn.flops for turn in every),
+        not shares,
+        bool(role.get("reference")),
     )

@@ -1,0 +1,117 @@
+"""What a method declares of itself: plain facts for documentation, records and checks, with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Framework = Literal["FedLLM", "KD-FedLLM", "Split-FedLLM"]
+"""What travels, after arXiv 2501.04436: parameters, logits or activations."""
+
+Fidelity = Literal["exact", "adapted", "reconstructed", "own"]
+"""exact: the paper's algorithm. adapted: the same on adapters or with other optimizers. reconstructed:
+after a description that leaves steps open. own: of no paper."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether a method works under something, and why.
+
+    Attributes:
+        holds: Whether it does.
+        why: The reason, in words that go on after "yes: " or "no: ".
+    """
+
+    holds: bool
+    why: str
+
+    def __str__(self) -> str:
+        """Return it as a cell of a table."""
+        return f"{'yes' if self.holds else 'no'}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Absence:
+    """What becomes of a client that is not there.
+
+    Attributes:
+        away: It is away in a round, or its answer is late.
+        back: It comes for the first time in a later round, or comes back.
+        left: It left for good.
+        tolerated: Whether a run goes on rightly without it.
+    """
+
+    away: str
+    back: str
+    left: str
+    tolerated: bool = True
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a method is.
+
+    Attributes:
+        title: Its name in text.
+        paper: Where it is published, "" if nowhere.
+        fidelity: How far it is the paper's.
+        difference: Where it is not, "" where it is.
+        framework: What travels, in one of three words.
+        travels: What travels, in words.
+        keeps: What a client keeps between rounds.
+        secure_aggregation: Whether the server could work with sums of answers alone.
+        client_privacy: Whether clipping whole answers and noise on their sum is enough to hide a client.
+        row_privacy: Whether clipping and noise in a client's own steps is enough to hide a row.
+        asynchronous: Whether answers may be taken one by one, to a state that has moved on.
+        absence: What becomes of a client that is not there.
+        role: baseline: what other methods are weighed against; it is no way to train a federation.
+        reference: Whether methods with personal models are weighed against it.
+    """
+
+    title: str
+    paper: str
+    fidelity: Fidelity
+    difference: str
+    framework: Framework
+    travels: str
+    keeps: str
+    secure_aggregation: Claim
+    client_privacy: Claim
+    row_privacy: Claim
+    asynchronous: Claim
+    absence: Absence
+    role: Literal["method", "baseline"] = "method"
+    reference: bool = False
+
+
+def yes(why: str) -> Claim:
+    """Return that it works, and why."""
+    return Claim(True, why)
+
+
+def no(why: str) -> Claim:
+    """Return that it does not, and why."""
+    return Claim(False, why)
+
+
+SUMMED = yes("the server uses a weighted sum of answers alone")
+"""Of methods whose server takes a mean."""
+
+EACH_ANSWER = no("the server reads each answer by itself")
+
+CLIPPED = yes(
+    "an answer is one change of parameters, which can be clipped, and their sum gets the noise"
+)
+
+SEVERAL_PARTS = no("an answer has parts that clipping one whole would bend apart")
+
+OWN_STEPS = yes("a client's steps are plain gradient steps on its rows")
+
+OTHER_STEPS = no("a client's answer holds more of its rows than its gradient steps")
+
+ONE_BY_ONE = yes("an answer is a change of the shared adapter, which a later adapter can take")
+
+TOGETHER = no("a round's answers are put together at once, from one state")
+
+AVERAGED = Absence("the mean is over those that answered", "gets what all get", "is in no mean")
+"""Of methods that average what comes back."""

@@ -1,0 +1,86 @@
+"""What methods say of themselves: facts that agree with how they work, and every contradiction at once."""
+
+import dataclasses
+
+import pytest
+
+from fedloom.errors import SettingsError
+from fedloom.experiment import Experiment
+from fedloom.methods import METHODS
+from fedloom.methods.declaration import Claim
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_declares_what_it_is(name):
+    settings, kind = METHODS[name]
+    own = kind.__dict__["declares"]  # its own, not that of another that it builds on
+    assert (own.framework == "FedLLM") == kind.shares_parameters
+    claims = [getattr(own, field.name) for field in dataclasses.fields(own)]
+    claims = [claim for claim in claims if isinstance(claim, Claim)]
+    assert len(claims) == 4 and all(claim.why for claim in claims)
+    assert own.absence.away and own.title and own.travels and own.keeps
+    assert bool(own.paper) == (own.fidelity != "own" or name == "fedavg_ft")
+    fields = settings.model_fields.keys() - {"name"}
+    said = [*kind.taken, *kind.bounded, *kind.named_models]
+    assert sorted(said) == sorted(fields)
+    assert kind.least.keys() <= fields
+
+
+def test_only_who_can_lose_nobody_is_bound_to_one_client():
+    assert [n for n, (_, kind) in METHODS.items() if not kind.declares.absence.tolerated] == [
+        "centralised"
+    ]
+    assert [n for n, (_, kind) in METHODS.items() if kind.declares.role == "baseline"] == [
+        "centralised",
+        "local_only",
+    ]
+    assert [n for n, (_, kind) in METHODS.items() if kind.declares.reference] == [
+        "fedavg",
+        "local_only",
+    ]
+
+
+def test_all_contradictions_are_told_at_once():
+    table = {
+        "method": {"name": "split"},
+        "adapter": {"kind": "prompt"},
+        "training": {
+            "accumulation": 2,
+            "keep_optimizer_state": True,
+            "gradient_checkpointing": True,
+        },
+        "admission": {"max_change": 1.0},
+        "aggregation": {"rule": "median"},
+        "clients": {"newcomers": [1]},
+    }
+    with pytest.raises(SettingsError) as caught:
+        Experiment.from_table(table)
+    told = caught.value.problems
+    for words in (
+        "admission.max_change bounds changes of parameters; those of method.name = 'split' do not",
+        "method.name = 'split' works with objective.name = sft or classification, not with 'dpo'",
+        "method split sends an optimizer batch at a time",
+        "method split makes its optimizers anew in every round",
+        "method split keeps activations on both sides",
+        'adapter.kind = "prompt" puts its tokens before the first block',
+        "aggregation.rule = 'median': method.name = 'split' puts updates together in a way of its own",
+        "clients.newcomers go with methods that share parameters; 'split' does not",
+    ):
+        assert len([text for text in told if text.startswith(words)]) == 1, words
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fedamole", "experts"), ("fedmoe", "submixture"), ("fedavg", "lora")]
+)
+def test_clients_that_average_have_one_model_and_rank(name, kind):
+    table = {
+        "method": {"name": name},
+        "adapter": {"kind": kind},
+        "clients": {"groups": {"small": {"clients": [1], "rank": 2}}},
+    }
+    words = (
+        "same model and rank; flora, flexlora and hetlora allow different ranks, distillation and "
+        "local_only both"
+    )
+    with pytest.raises(SettingsError, match=words):
+        Experiment.from_table(table)
