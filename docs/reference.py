@@ -1,7 +1,7 @@
 """Write the reference pages of the documentation from the code: every setting, and every command.
 
-``python docs/reference.py`` writes ``settings.md``, ``commands.md`` and the tables of ``methods.md`` beside
-this file; a test compares them with the code.
+``python docs/reference.py`` writes ``settings.md``, ``commands.md`` and the tables of ``methods.md``
+beside this file; a test compares them with the code.
 """
 
 from __future__ import annotations

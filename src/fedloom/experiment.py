@@ -6,7 +6,7 @@ Each part owns its section; here they meet. Nothing is loaded and nothing runs i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedloom.admission import AdmissionSettings
+from fedloom.choices import Choices
 from fedloom.data.partition import PartitionSettings
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
@@ -24,7 +25,7 @@ from fedloom.methods.base import AggregationSettings
 from fedloom.methods.view import ExperimentView
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import ModelSettings
-from fedloom.objectives import OBJECTIVES, ObjectiveSettings
+from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.server import FederationSettings
 from fedloom.settings import (
@@ -44,6 +45,9 @@ from fedloom.training.optimizers import TrainingSettings
 
 COMPARE = "compare"
 """Section that makes an experiment file a comparison (``comparison.py``)."""
+
+Importable = Callable[[str, str], bool]
+"""Whether the class that a section names may be imported."""
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -127,7 +131,7 @@ class Experiment:
     public: PublicSettings = field(default_factory=PublicSettings)
     clients: ClientsSettings = field(default_factory=ClientsSettings)
     partition: PartitionSettings = field(default_factory=PartitionSettings)
-    objective: ObjectiveSettings = field(default_factory=DPOSettings)
+    objective: NamedSettings = field(default_factory=DPOSettings)
     method: NamedSettings = field(default_factory=METHODS[DEFAULT][0])
     federation: FederationSettings = field(default_factory=FederationSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
@@ -158,9 +162,24 @@ class Experiment:
 
     @classmethod
     def from_table(
-        cls, table: Mapping[str, Any], name: str = "experiment", source: str = "the experiment"
+        cls,
+        table: Mapping[str, Any],
+        name: str = "experiment",
+        source: str = "the experiment",
+        importable: Importable = lambda section, name: True,
     ) -> Experiment:
-        """Check a table of sections; see :meth:`from_toml`."""
+        """Check a table of sections; see :meth:`from_toml`.
+
+        Args:
+            table: Section to its settings.
+            name: Names the run, where the table does not.
+            source: Where it comes from, for messages.
+            importable: Says of a section and a name in it that is not fedloom's whether its class may be
+                imported; a table from another machine must not decide that.
+
+        Raises:
+            SettingsError: With every mistake found.
+        """
         table = dict(table)
         problems: list[str] = []
         name = str(table.pop("name", name))
@@ -174,7 +193,7 @@ class Experiment:
             problems.append(f"[{section}]: unknown section; {nearest(section, SECTIONS)}")
         parts: dict[str, Any] = {}
         for section in SECTIONS:
-            settings, complaints = _parse_section(section, table.get(section, {}))
+            settings, complaints = _parse_section(section, table.get(section, {}), importable)
             problems += complaints
             if settings is not None:
                 parts[section] = settings
@@ -224,7 +243,7 @@ class Experiment:
         return self.evaluation.per_client and METHODS[self.method.name][1].whole_at_clients
 
 
-SECTIONS: dict[str, type[Settings] | Mapping[str, Any]] = {
+SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "model": ModelSettings,
     "adapter": AdapterSettings,
     "data": DataSettings,
@@ -261,7 +280,9 @@ def data_kind(settings: DataSettings) -> str:
     return settings.kind or settings.builtin_kind or ""
 
 
-def _parse_section(section: str, table: object) -> tuple[Settings | None, list[str]]:
+def _parse_section(
+    section: str, table: object, importable: Importable
+) -> tuple[Settings | None, list[str]]:
     choice = SECTIONS[section]
     if isinstance(choice, type):
         return parse(choice, table, section)
@@ -269,8 +290,16 @@ def _parse_section(section: str, table: object) -> tuple[Settings | None, list[s
         return None, [f"[{section}] must be a section, not {table!r}"]
     name = table.get("name", DEFAULT_NAMES[section])
     if name not in choice:
-        return None, [f"{section}.name = {name!r}: {nearest(str(name), choice)}"]
-    settings_class: type[Settings] = choice[name][0]
+        return None, [f"{section}.name = {name!r}: {nearest(str(name), choice.names)}"]
+    if choice.is_foreign(name) and not importable(section, name):
+        return None, [
+            f"{section}.name = {name!r} is a class that is not fedloom's own: nothing is imported that "
+            f"policy.{section}s of this client's file does not name"
+        ]
+    try:
+        settings_class: type[Settings] = choice[name][0]
+    except SettingsError as error:
+        return None, [f"{section}.name = {name!r}: {text}" for text in error.problems]
     foreign = _foreign(section, choice, name, table)
     own = {key: value for key, value in table.items() if key not in foreign}
     settings, problems = parse(settings_class, own, section)
@@ -428,7 +457,7 @@ def _judging_contradictions(evaluation: EvaluationSettings, data: DataSettings) 
     return []
 
 
-def _kind_contradictions(data: DataSettings, objective: ObjectiveSettings) -> list[str]:
+def _kind_contradictions(data: DataSettings, objective: NamedSettings) -> list[str]:
     kind, needed = data_kind(data), OBJECTIVES[objective.name][1].accepts
     if not kind or kind in needed:
         return []

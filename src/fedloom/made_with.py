@@ -1,4 +1,4 @@
-"""What a run was made with beside its experiment file: objects of Python, by the hash of their source."""
+"""What a run was made with beside its experiment file, by hash: objects of Python, classes of others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.choices import Choices
 from fedloom.errors import CheckpointError
+from fedloom.experiment import SECTIONS, Experiment
 from fedloom.objectives.base import Objective
 from fedloom.report.run_folder import Record
 
@@ -78,6 +80,41 @@ class MadeWith:
             raise CheckpointError(
                 f"{folder} was begun with {name}={_named(old)}, this is {_named(new)}: resume it "
                 "with the same, or start a new run"
+            )
+
+
+def plugins_record(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """Return, by section, where the classes come from that an experiment names and that are not ours."""
+    found = {
+        section: choice.provenance(getattr(experiment, section).name)
+        for section, choice in SECTIONS.items()
+        if isinstance(choice, Choices)
+    }
+    return {section: own.to_record() for section, own in found.items() if own is not None}
+
+
+def require_same_plugins(folder: Path, run: Record | None, experiment: Experiment) -> None:
+    """Check that a run is resumed with the classes of others that it was begun with.
+
+    Args:
+        folder: The run's.
+        run: Its ``run.json``.
+        experiment: Its experiment.
+
+    Raises:
+        CheckpointError: The file of one has changed since.
+    """
+    if run is None:
+        return
+    before, now = run.get("plugins", {}), plugins_record(experiment)
+    for section in sorted(before.keys() | now.keys()):
+        old, new = before.get(section, {}), now.get(section, {})
+        if old.get("sha256") != new.get("sha256"):
+            name = getattr(experiment, section).name
+            raise CheckpointError(
+                f"{folder} was begun with another {section}.name = {name!r}: its file had SHA-256 "
+                f"{old.get('sha256', '')[:12]}, {new.get('file')} has {new.get('sha256', '')[:12]}: "
+                "resume it with that file, or start a new run"
             )
 
 

@@ -42,7 +42,7 @@ from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.evaluation.newcomers import AFTER
 from fedloom.experiment import Experiment
 from fedloom.intervals import Sample, change, sample_interval
-from fedloom.made_with import MadeWith
+from fedloom.made_with import MadeWith, plugins_record
 from fedloom.methods.base import EVALUATE, Method
 from fedloom.objectives.base import Objective
 from fedloom.progress import Evaluation, RoundRecord
@@ -93,6 +93,7 @@ def run_record(
         "engine": engine,
         "command": made.call(f"{folder}/{names.EXPERIMENT}") if made else shlex.join(again),
         "made_with": made.to_record(),
+        "plugins": plugins_record(experiment),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "device": str(parts.model.device),

@@ -41,7 +41,7 @@ from fedloom.evaluation.metrics import HEADLINES, Headline
 from fedloom.experiment import Experiment
 from fedloom.files import sweep
 from fedloom.intervals import Interval, sample_interval
-from fedloom.made_with import MadeWith
+from fedloom.made_with import MadeWith, require_same_plugins
 from fedloom.messages import Payload, Schema, Tensors, encode
 from fedloom.methods import METHODS
 from fedloom.model_cards import ModelCards
@@ -212,6 +212,7 @@ def resume_run(
         _require_rows(experiment, remote)
         made = MadeWith(objective, data)
         made.require_same(folder.path, begun)
+        require_same_plugins(folder.path, begun, experiment)
         log = _log_of(folder)
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.assembly import longest, model_folder
+from fedloom.choices import Choices
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
 from fedloom.data.loading import LoadedData, load_examples
@@ -201,9 +203,9 @@ def _models(own: OwnFile) -> list[str]:
 
 def _unknown_names(policy: PolicySettings) -> list[str]:
     """Return what a policy names that there is not, which opens nothing."""
-    known = {"objectives": OBJECTIVES.keys(), "methods": METHODS.keys()}
+    known: dict[str, Choices[Any]] = {"objectives": OBJECTIVES, "methods": METHODS}
     return [
-        f"policy.{field}: there is no {name!r}; there are {', '.join(names)}"
+        f"policy.{field}: there is no {name!r}; there are {', '.join(names.names)}"
         for field, names in known.items()
         for name in getattr(policy, field) or []
         if name not in names

@@ -26,6 +26,7 @@ from fedloom.methods import METHODS, make_method
 from fedloom.methods.base import Method
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import TINY, ModelSettings
+from fedloom.objectives import OBJECTIVES
 from fedloom.settings import Settings, parse_toml
 from fedloom.start import SENT
 from fedloom.training.optimizers import Work
@@ -208,7 +209,8 @@ def examine(
         raise PolicyError(Refusal("experiment", f"a key has more than {DEEPEST} dots"))
     try:
         source = "the experiment that the server sent"
-        asked = Experiment.from_table(parse_toml(text, source), source=source)
+        table = parse_toml(text, source)
+        asked = Experiment.from_table(table, source=source, importable=own.policy.names)
     except (SettingsError, RecursionError) as error:
         raise PolicyError(Refusal("experiment", str(error))) from None
     return _Examiner(asked, own, client, sent=sent).examined(classes)
@@ -319,7 +321,10 @@ class _Examiner:
         if section == "method":
             return self._of_method(asked)
         if not isinstance(SECTIONS.get(section, Settings), type):  # of one objective
-            section = f"{section}.{getattr(asked, 'name')}"  # noqa: B009 (a field of each of them)
+            name = getattr(asked, "name")  # noqa: B009 (a field of each of them)
+            if OBJECTIVES.is_foreign(name):  # who lists a class trusts it with its settings
+                return asked.model_dump()
+            section = f"{section}.{name}"
         taken = {}
         for field in type(asked).model_fields:
             rule, value = f"{section}.{field}", getattr(asked, field)

@@ -27,10 +27,10 @@ class PolicySettings(Settings):
 
     objectives: list[str] | None = None
     """Objectives that may be trained (default: all there are). An objective sends nothing; it only
-    says how rows are learnt from."""
+    says how rows are learnt from. One that is not fedloom's own is imported only if it is named here."""
     methods: list[str] | None = None
     """Methods that may be used (default: all whose replies need none of the lines below that is
-    false)."""
+    false). One that is not fedloom's own is imported only if it is named here."""
 
     logits: bool = False
     """The model that was trained here says how likely every answer to public rows is. From that the
@@ -88,3 +88,8 @@ class PolicySettings(Settings):
     """Most runs that are begun in a day (UTC); each loads the model and reads all rows."""
     approve: bool = False
     """Whether a run waits until somebody here has looked at it: `fedloom client approve`."""
+
+    def names(self, section: str, name: str) -> bool:
+        """Return whether the file itself names a class that is not fedloom's, so that it is imported."""
+        lists = {"objective": self.objectives, "method": self.methods}
+        return name in (lists.get(section) or ())

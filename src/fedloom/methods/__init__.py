@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedloom.choices import Choices
 from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
@@ -34,7 +35,7 @@ from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
 from fedloom.settings import NamedSettings
 
-METHODS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
+OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedavg": (FedAvgSettings, FedAvg),
     "fedprox": (FedProxSettings, FedProx),
     "scaffold": (ScaffoldSettings, Scaffold),
@@ -63,6 +64,23 @@ METHODS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "centralised": (CentralisedSettings, Centralised),
     "local_only": (LocalOnlySettings, LocalOnly),
 }
+
+
+def _lacks(kind: type[Method]) -> list[str]:
+    """Return what a method of somebody else does not say of itself, as fedloom's own do."""
+    lacking = [name for name in ("declares", "reveals") if not hasattr(kind, name)]
+    found = [f"it must define {' and '.join(lacking)}"] if lacking else []
+    settings = getattr(kind, "Settings", NamedSettings).model_fields.keys() - {"name"}
+    said = {*kind.taken, *kind.bounded, *kind.named_models}
+    for name in sorted(settings - said):
+        found.append(
+            f"method.{name} is in none of its taken, bounded and named_models, by which clients decide "
+            "whether they take it over"
+        )
+    return found
+
+
+METHODS = Choices("fedloom.methods", OURS, Method, _lacks)
 """Name in ``[method]`` to its settings and its class."""
 
 DEFAULT = "fedavg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedloom.choices import Choices
 from fedloom.objectives.base import Objective
 from fedloom.objectives.bco import BCO, BCOSettings
 from fedloom.objectives.classification import Classification, ClassificationSettings
@@ -13,21 +14,9 @@ from fedloom.objectives.pdpo import PDPO, PDPOSettings
 from fedloom.objectives.pkto import PKTO, PKTOSettings
 from fedloom.objectives.sft import SFT, SFTSettings
 from fedloom.objectives.simpo import SimPO, SimPOSettings
+from fedloom.settings import NamedSettings
 
-ObjectiveSettings = (
-    SFTSettings
-    | ClassificationSettings
-    | DPOSettings
-    | IPOSettings
-    | SimPOSettings
-    | ORPOSettings
-    | KTOSettings
-    | BCOSettings
-    | PDPOSettings
-    | PKTOSettings
-)
-
-OBJECTIVES: dict[str, tuple[type[ObjectiveSettings], type[Objective]]] = {
+OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "sft": (SFTSettings, SFT),
     "classification": (ClassificationSettings, Classification),
     "dpo": (DPOSettings, DPO),
@@ -39,9 +28,11 @@ OBJECTIVES: dict[str, tuple[type[ObjectiveSettings], type[Objective]]] = {
     "pdpo": (PDPOSettings, PDPO),
     "pkto": (PKTOSettings, PKTO),
 }
+
+OBJECTIVES = Choices("fedloom.objectives", OURS, Objective)
 """Name in ``[objective]`` to its settings and its class."""
 
 
-def make_objective(settings: ObjectiveSettings) -> Objective:
+def make_objective(settings: NamedSettings) -> Objective:
     """Return the objective that ``settings`` describe."""
     return OBJECTIVES[settings.name][1](settings)  # type: ignore[call-arg]

@@ -1,0 +1,225 @@
+"""Methods and objectives of others: the page's own code, what is refused, and what a client imports."""
+
+import json
+import re
+import shutil
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import pytest
+
+import fedloom
+from fedloom import choices
+from fedloom.deployment.homes import OwnData, OwnFile
+from fedloom.deployment.permitted import examine, open_methods
+from fedloom.deployment.policy import PolicySettings
+from fedloom.errors import CheckpointError, PolicyError, SettingsError
+from fedloom.experiment import Experiment
+from fedloom.methods import METHODS
+from fedloom.objectives import OBJECTIVES
+from fedloom.objectives.dpo import DPO, DPOSettings
+from fedloom.progress import Silent
+from fedloom.runner import resume_run, run_experiment
+from loopback import builtin, client_file
+
+PAGE = (Path(__file__).parents[2] / "docs" / "write_a_method.md").read_text(encoding="utf-8")
+METHOD, EXPERIMENT = (
+    re.search(rf"```{kind}\n(.*?)```", PAGE, re.S)[1] for kind in ("python", "toml")
+)
+NAME = "feddyn:FedDyn"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder outside the package with the page's file, which is the current one."""
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "feddyn.py").write_text(METHOD)
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield own
+    forget()
+
+
+def forget():
+    """Let another process begin."""
+    sys.modules.pop("feddyn", None)
+    METHODS._found.clear()
+    OBJECTIVES._found.clear()
+
+
+def test_the_page_s_experiment_is_one(folder):
+    (folder / "mine.toml").write_text(EXPERIMENT)
+    own = Experiment.from_toml("mine.toml").method
+    assert (own.name, own.alpha) == (NAME, 0.2)
+    assert Experiment.from_toml("mine.toml", [f"method.name={NAME}"]).to_table()["method"] == {
+        "name": NAME,
+        "alpha": 0.2,
+    }
+
+
+def test_the_page_s_method_does_what_its_paper_says(folder, play):
+    """One coordinate and step by step: client k steps w -= .1 (w - t_k - g_k + alpha (w - w_t))."""
+    settings, kind = METHODS[NAME]
+    found = play(kind(settings(name=NAME, alpha=0.5)), rounds=3)
+    w, h, slopes, targets = 0.0, 0.0, [0.0, 0.0], (1.0, 3.0)
+    for adapter in found.adapters:
+        trained = []
+        for k, target in enumerate(targets):
+            own = w
+            for _ in range(2):
+                own -= 0.1 * (own - target - slopes[k] + 0.5 * (own - w))
+            slopes[k] -= 0.5 * (own - w)
+            trained.append(own)
+        h -= 0.5 / 2 * sum(own - w for own in trained)
+        w = sum(trained) / 2 - h / 0.5
+        assert adapter[0] == pytest.approx(w)
+
+
+def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
+    run = fedloom.run(Experiment.from_table({**table, "method": {"name": NAME}}))
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["method"] == NAME and record["method_role"]["title"] == "FedDyn"
+    (own,) = record["plugins"].values()
+    assert (own["module"], own["name"], own["file"]) == (
+        "feddyn",
+        "FedDyn",
+        str(folder / "feddyn.py"),
+    )
+    fedloom.resume(run.folder)  # it is done, and the same
+    forget()
+    (folder / "feddyn.py").write_text(METHOD + "# changed\n")
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    words = r"was begun with another method.name = 'feddyn:FedDyn': its file had SHA-256"
+    with pytest.raises(CheckpointError, match=words):
+        resume_run(run.folder)
+    forget()
+    (folder / "feddyn.py").unlink()
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    with pytest.raises(
+        SettingsError, match="there is no module feddyn here: install it, or start fedloom in"
+    ):
+        resume_run(run.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("gone_module:X", None, "there is no module gone_module here"),
+        ("feddyn:FedDin", METHOD, "module feddyn has no class 'FedDin'; did you mean 'FedDyn'?"),
+        ("feddyn:zeros", METHOD, "feddyn:zeros is no subclass of fedloom.methods.base.Method"),
+        (NAME, "1 / 0", "its module feddyn cannot be imported: ZeroDivisionError: division by zero"),
+        (NAME, METHOD.replace('taken = ("alpha",)', ""), "method.alpha is in none of its taken, bounded and named_models"),
+        (NAME, METHOD.replace("reveals = ADAPTERS_ALONE", ""), "it must define reveals"),
+        (NAME, METHOD.replace("Settings = FedDynSettings", "Settings = dict"), "its Settings must subclass NamedSettings"),
+        ("feddyn", METHOD, "allowed: centralised, distillation"),
+    ],
+)  # fmt: skip
+def test_a_class_that_cannot_be_used_is_one_clear_line(folder, name, code, words):
+    (folder / "feddyn.py").write_text(code or "")
+    with pytest.raises(SettingsError) as caught:
+        Experiment.from_table({"method": {"name": name}})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"method.name = {name!r}: ") and words in problem
+    assert "\n" not in problem
+
+
+def test_its_settings_are_checked_like_ours(folder):
+    with pytest.raises(SettingsError) as caught:
+        Experiment.from_table({"method": {"name": NAME, "alpha": 0, "beta": 1, "mu": 1}})
+    told = " ".join(caught.value.problems)
+    assert "method.alpha = 0" in told and "method.beta: unknown key" in told
+    assert "method.mu is a setting of fedprox; method.name is 'feddyn:FedDyn'" in told
+    with pytest.raises(SettingsError, match="puts updates together in a way of its own"):
+        Experiment.from_table({"method": {"name": NAME}, "aggregation": {"rule": "median"}})
+
+
+def test_an_entry_point_has_a_short_name(folder, monkeypatch):
+    points = [EntryPoint("feddyn", NAME, METHODS.group), EntryPoint("fedavg", NAME, METHODS.group)]
+    monkeypatch.setattr(
+        choices, "entry_points", lambda group: EntryPoints(p for p in points if p.group == group)
+    )
+    experiment = Experiment.from_table({"method": {"name": "feddyn"}})
+    assert type(experiment.method).__name__ == "FedDynSettings"
+    assert (
+        type(Experiment.from_table({"method": {"name": "fedavg"}}).method).__name__
+        == "FedAvgSettings"
+    )  # ours first
+    with pytest.raises(SettingsError, match=r"allowed: .*feddyn"):
+        Experiment.from_table({"method": {"name": "fedynn"}})
+    points.append(EntryPoint("feddyn", "other:FedDyn", METHODS.group))
+    METHODS._found.clear()
+    with pytest.raises(SettingsError, match="both install it: name the class"):
+        Experiment.from_table({"method": {"name": "feddyn"}})
+
+
+def own_file(**policy):
+    data = OwnData(source="rows.jsonl", kind="preference")
+    return OwnFile(data=data, policy=PolicySettings(models=["tiny"], **policy))
+
+
+@pytest.mark.parametrize("section", ["method", "objective"])
+def test_a_server_makes_no_client_import_what_its_file_does_not_name(folder, section):
+    (folder / "feddyn.py").write_text("import pathlib\npathlib.Path('imported').touch()\n")
+    text = f'[{section}]\nname = "feddyn:FedDyn"\n[data]\nsource = "a.jsonl"\nkind = "preference"\n'
+    for policy in ({}, {f"{section}s": ["fedavg", "dpo", "feddyn:Other", "feddyn"]}):
+        own = own_file(**policy)
+        with pytest.raises(
+            PolicyError,
+            match=f"nothing is imported that policy.{section}s of this client's file does not name",
+        ):
+            examine(text, own, 0)
+        assert "feddyn" not in sys.modules and not (folder / "imported").exists()
+    assert "feddyn" not in open_methods(own_file())
+    assert PolicySettings(methods=[NAME]).names("method", NAME)
+
+
+def test_a_client_takes_over_what_its_file_names(folder):
+    text = (
+        f'[method]\nname = "{NAME}"\nalpha = 0.7\n[data]\nsource = "a.jsonl"\nkind = "preference"\n'
+    )
+    own = own_file(methods=[NAME])
+    found = examine(text, own, 0)
+    assert not found.refusals and found.experiment.method.alpha == 0.7
+    (folder / "feddyn.py").unlink()
+    forget()
+    with pytest.raises(PolicyError, match="there is no module feddyn here"):
+        examine(text, own, 0)
+
+
+def test_an_objective_of_others(folder, table):
+    (folder / "feddyn.py").write_text(
+        "from fedloom.objectives.dpo import DPO, DPOSettings\n"
+        "from fedloom.settings import NamedSettings\n"
+        "class MineSettings(DPOSettings):\n    name: str = ''\n    beta: float = 0.3\n"
+        "class Mine(DPO):\n    Settings = MineSettings\n"
+    )
+    experiment = Experiment.from_table({**table, "objective": {"name": "feddyn:Mine"}})
+    assert experiment.objective.beta == 0.3 and issubclass(OBJECTIVES["feddyn:Mine"][1], DPO)
+    assert issubclass(type(experiment.objective), DPOSettings)
+    with pytest.raises(
+        SettingsError, match=r"objective.name = 'feddyn:Mine' needs preference data"
+    ):
+        Experiment.from_table(
+            {"objective": {"name": "feddyn:Mine"}, "data": {"source": "builtin:labelled"}}
+        )
+
+
+@pytest.mark.slow
+def test_between_machines_it_gives_the_same_bits(folder, suited, loopback, tmp_path):
+    shared = {**suited("fedavg"), "method": {"name": NAME}}
+    here = Experiment.from_table({**shared, "output": {"folder": str(tmp_path / "here")}})
+    there = Experiment.from_table({**shared, "output": {"folder": str(tmp_path / "there")}})
+    fedloom.run(here)
+    federation = loopback(3)
+    policy = {"methods": [NAME]}
+    own = {
+        n: client_file(tmp_path / f"{n}.toml", builtin(there), federation.models, policy)
+        for n in range(3)
+    }
+    run_experiment(there, observer=Silent(), remote=federation.engine(there, federation.mail(own)))
+    one, two = (
+        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("here", "there")
+    )
+    assert one.read_bytes() == two.read_bytes()
