@@ -81,14 +81,14 @@ class ModelShape:
     once: tuple[LinearShape, ...] = ()
 
 
-def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
+def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: float) -> float:
     """FLOPs of one forward pass over ``(rows, length)`` tokens, padding included.
 
     Args:
         shape: The model.
         rows: Sequences in the batch.
         length: Padded length of the sequences.
-        head_positions: Positions in each sequence to which the output layer is applied.
+        head_positions: Positions in each sequence to which the output layer is applied, on average.
     """
     tokens = rows * length
     per_token = sum(_forward_per_token(x) for x in shape.linears)
@@ -101,7 +101,7 @@ def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: int
     return tokens * (per_token + attention) + rows * (positions * heads + reward) + before
 
 
-def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: int) -> float:
+def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: float) -> float:
     """FLOPs of the backward pass that belongs to :func:`forward_flops` of the same arguments."""
     tokens = rows * length
     per_token = sum(_backward_per_token(x) for x in shape.linears if x.reached)

@@ -26,6 +26,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.flops import backward_flops, forward_flops
+from fedloom.batch import Predicting, Reading, Sequences
 from fedloom.errors import ModelError, first_line
 from fedloom.messages import Tensors
 from fedloom.models.architecture import (
@@ -56,6 +58,7 @@ from fedloom.models.architecture import (
 from fedloom.models.configuration import BLOCKS, number, text_part
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.moved import MOVED, FrozenWeights
+from fedloom.models.output_head import OutputHead, output_head
 from fedloom.models.shape import block_of, model_shape
 from fedloom.randomness import derive_seed
 from fedloom.settings import Settings
@@ -156,6 +159,8 @@ class AdapterModel:
         allowance: What may be computed with it; asked before every pass.
         own: A client's own parts at the output, where the model has any.
         base: The frozen weights under LoRA's factors.
+        shared_prompts: Whether what sequences begin with may be read once; ``None`` until it is asked
+            (``training/shared_prompts.py``).
     """
 
     unmergeable = ""
@@ -163,6 +168,9 @@ class AdapterModel:
 
     whole_batches = False
     """Whether it reads an optimizer batch at a time, since another party works on the same batch."""
+
+    alone = False
+    """Whether each sequence is read by itself, since what is added to the loss is a mean over these."""
 
     def __init__(
         self,
@@ -200,6 +208,7 @@ class AdapterModel:
         self.flops = 0.0
         self.allowance = Allowance()
         self.base = FrozenWeights(model)
+        self.shared_prompts: bool | None = None
 
     @property
     def scaling(self) -> float:
@@ -230,7 +239,7 @@ class AdapterModel:
         positions = int(options.get("logits_to_keep", 0)) or length
         self.count(rows, length + self.virtual_tokens, positions)
         with self._precision():
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+            output = self._run(input_ids, attention_mask, **options)
             logits = getattr(output, "logits", None)
             if logits is not None and "logits_to_keep" in options and logits.ndim == 3:
                 output.logits = logits[:, -positions:]  # some models do not know the option
@@ -238,11 +247,71 @@ class AdapterModel:
                 output.rewards = self.own.rewards(attention_mask)
         return output
 
+    def predicting(self, sequences: Sequences) -> Predicting | None:
+        """Read sequences as far as the output layer, which is not applied yet.
+
+        Returns:
+            What it reads where it predicts completion tokens; ``None`` where it is not known how this
+            model's logits follow from that: call it then.
+        """
+        head = self.head
+        if head is None:
+            return None
+        reading = sequences.reading
+        self.count_reading(reading)
+        options = {} if reading.position_ids is None else {"position_ids": reading.position_ids}
+        mask = reading.attention_mask
+        if reading.branches is not None:
+            options["attention_mask"] = self._attended(reading)
+        with self._precision(), head.aside() as read:
+            self._run(reading.input_ids, mask, **options)
+        states = read[0][:, -mask.shape[1] :].flatten(0, 1)  # virtual tokens come before
+        rewards = None
+        if self.own is not None and self.own.reward is not None and not self.own.off:
+            with self._precision():
+                rewards = self.own.rewards_of(states[reading.ends])
+        return Predicting(states[reading.sources], self._logits, head.width, head.trained, rewards)
+
+    def count_reading(self, reading: Reading) -> None:
+        """Add the FLOPs of :meth:`predicting`, and of the output layer where tokens are predicted."""
+        rows, length = reading.input_ids.shape
+        self.count(rows, length + self.virtual_tokens, len(reading.sources) / rows)
+
+    @cached_property
+    def head(self) -> OutputHead | None:
+        """How logits follow from what the output layer reads, where that is known."""
+        return output_head(self.model)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        assert self.head is not None, "who asks has its states"
+        with self._precision():
+            return self.head.logits(states)
+
+    def _attended(self, reading: Reading) -> Tensor:
+        """Return what tokens attend to, in the form that the attention of this model takes."""
+        seen = reading.seen()
+        config: Any = self.model.config
+        if config._attn_implementation == "sdpa":
+            return seen
+        kind = next(self.model.parameters()).dtype
+        hidden = torch.zeros(seen.shape, dtype=kind, device=seen.device)
+        return hidden.masked_fill(~seen, torch.finfo(kind).min)
+
+    def _run(self, input_ids: Tensor, real: Tensor, **options: Any) -> Any:
+        """Run the model itself.
+
+        Args:
+            input_ids: ``(rows, length)``.
+            real: ``(rows, length)``, 1 on tokens and 0 on padding.
+            options: Of the model; an ``attention_mask`` among them takes the place of ``real``.
+        """
+        return self.model(**{"input_ids": input_ids, "attention_mask": real, **options})
+
     def penalty(self) -> Tensor | None:
         """Return what the adapter adds to the loss of the passes since the last time; here nothing."""
         return None
 
-    def count(self, rows: int, length: int, positions: int) -> None:
+    def count(self, rows: int, length: int, positions: float) -> None:
         """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any.
 
         Raises:

@@ -77,6 +77,7 @@ class FrontHalf(AdapterModel):
     """
 
     whole_batches = True
+    head = None
 
     def __init__(
         self, model: peft.PeftModel, pad: int, *, tail: bool, autocast: torch.dtype | None = None
@@ -112,6 +113,8 @@ class FrontHalf(AdapterModel):
 
 class BackHalf(AdapterModel):
     """What the server holds: the last blocks, the norm and the head of its whole model."""
+
+    head = None
 
     def __init__(self, whole: AdapterModel, cut: int, *, tail: bool) -> None:
         """View the blocks after ``cut`` of ``whole``; computing with one changes the other's adapter.

@@ -264,6 +264,7 @@ class ExpertModel(AdapterModel):
     unmergeable = (
         "which experts a token passes depends on the token, so no one weight does the same"
     )
+    alone = True
 
     def __init__(
         self,
@@ -284,11 +285,11 @@ class ExpertModel(AdapterModel):
         """What the product of an expert's factors is multiplied by, alpha / rank."""
         return self.settings.alpha / self.settings.rank
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+    def _run(self, input_ids: Tensor, real: Tensor, **options: Any) -> Any:
         """Run the model; see :class:`AdapterModel`."""
-        self.routing.mask = attention_mask
+        self.routing.mask = real
         try:
-            return super().__call__(input_ids=input_ids, attention_mask=attention_mask, **options)
+            return super()._run(input_ids, real, **options)
         finally:
             self.routing.mask = None
 

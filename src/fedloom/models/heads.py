@@ -134,12 +134,25 @@ class PersonalHead(nn.Module):
         if self.off:
             reference: Tensor = self.original(states)
             return reference
-        if not torch.is_autocast_enabled(states.device.type):
-            states = states.float()  # own parts are; a backbone in bfloat16 is not
-        if self.bottleneck is not None:
-            states = self.bottleneck(states)
+        states = self._narrowed(states)
         if self.reward is not None:
             self.states = states
+        return self._logits(states)
+
+    def read_out(self, states: Tensor) -> Tensor:
+        """Return logits as :meth:`forward` does, keeping no states."""
+        if self.off:
+            reference: Tensor = self.original(states)
+            return reference
+        return self._logits(self._narrowed(states))
+
+    def _narrowed(self, states: Tensor) -> Tensor:
+        """Return what the heads read."""
+        if not torch.is_autocast_enabled(states.device.type):
+            states = states.float()  # own parts are; a backbone in bfloat16 is not
+        return states if self.bottleneck is None else self.bottleneck(states)
+
+    def _logits(self, states: Tensor) -> Tensor:
         own: Tensor | None = None if self.head is None else self.head(states)
         if own is not None and not self.low_rank:
             return own
@@ -155,8 +168,15 @@ class PersonalHead(nn.Module):
         assert self.reward is not None and self.states is not None
         states, self.states = self.states, None
         last = attention_mask.sum(-1) - 1 - (attention_mask.shape[1] - states.shape[1])
-        picked = states[torch.arange(len(states), device=states.device), last]
-        return F.linear(picked, self.reward.weight)[:, 0].float()
+        return self._rewards(states[torch.arange(len(states), device=states.device), last])
+
+    def rewards_of(self, states: Tensor) -> Tensor:
+        """Return ``(sequences,)`` float32 rewards for ``(sequences, hidden)`` states of last tokens."""
+        return self._rewards(self._narrowed(states))
+
+    def _rewards(self, states: Tensor) -> Tensor:
+        assert self.reward is not None, "asked where there is a reward head"
+        return F.linear(states, self.reward.weight)[:, 0].float()
 
 
 def attach_personal(model: nn.Module, parts: PersonalParts, seed: int) -> PersonalHead:

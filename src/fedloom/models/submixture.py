@@ -59,10 +59,10 @@ class SubMixtureModel(AdapterModel):
             for name, parameter in self.parameters.items()
         }
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+    def _run(self, input_ids: Tensor, real: Tensor, **options: Any) -> Any:
         """Run the model; see :class:`AdapterModel`."""
-        self._mask = attention_mask
-        return super().__call__(input_ids=input_ids, attention_mask=attention_mask, **options)
+        self._mask = real
+        return super()._run(input_ids, real, **options)
 
     def hold(self, parameters: dict[str, nn.Parameter]) -> None:
         """Compute with these from now on, however many experts they are; see :class:`AdapterModel`."""

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.batch import Sequences
+from fedloom.batch import Predicting, Sequences
 from fedloom.objectives.base import Model
+from fedloom.objectives.chunked_head import token_logps
 
 
 def completion_logits(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +30,12 @@ def completion_logits(model: Model, sequences: Sequences) -> tuple[Tensor, Tenso
         ``(completion tokens, vocabulary)`` float32 logits, row by row; the tokens themselves; and
         ``(sequences, kept)``: which of the last columns are completion tokens.
     """
-    return _logits(_pass(model, sequences), sequences)
+    predicting = _predicting(model, sequences)
+    if predicting is None:
+        return _logits(_pass(model, sequences), sequences)
+    start = sequences.first_completion
+    mask = sequences.completion_mask[:, start:]
+    return predicting.logits(predicting.states).float(), _targets(sequences), mask
 
 
 def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,15 +49,16 @@ def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, 
         ``(sequences, kept)`` log-probs, zero where there is no completion token; the mask of the
         same shape; and whether each token was the most likely one (false off the mask).
     """
-    logits, targets, mask = completion_logits(model, sequences)
+    scores, right, _ = _scored(model, sequences)
+    mask = sequences.completion_mask[:, sequences.first_completion :]
     correct = torch.zeros_like(mask)
-    correct[mask] = logits.detach().argmax(-1) == targets
-    return _token_logps(logits, targets, mask), mask, correct
+    correct[mask] = right
+    return _spread(scores, mask), mask, correct
 
 
 def completion_logps(model: Model, sequences: Sequences) -> Tensor:
     """Return ``(sequences,)`` float32: the summed log-prob of each completion."""
-    return _token_logps(*completion_logits(model, sequences)).sum(-1)
+    return _summed(_scored(model, sequences)[0], sequences)
 
 
 def completion_rewards(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -64,8 +71,30 @@ def completion_rewards(model: Model, sequences: Sequences) -> tuple[Tensor, Tens
     Returns:
         Two ``(sequences,)`` float32 tensors; the reward is read at the last token.
     """
+    scores, _, rewards = _scored(model, sequences)
+    return _summed(scores, sequences), rewards
+
+
+def _scored(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Any]:
+    """Return ``(completion tokens,)`` log-probs, whether each was the likeliest token, and rewards."""
+    predicting = _predicting(model, sequences)
+    if predicting is not None:
+        return *token_logps(predicting, _targets(sequences)), predicting.rewards
     output = _pass(model, sequences)
-    return _token_logps(*_logits(output, sequences)).sum(-1), output.rewards
+    logits, targets, _ = _logits(output, sequences)
+    correct = logits.detach().argmax(-1) == targets
+    scores = -F.cross_entropy(logits, targets, reduction="none")
+    return scores, correct, getattr(output, "rewards", None)
+
+
+def _predicting(model: Model, sequences: Sequences) -> Predicting | None:
+    """Return what the output layer of a model reads, where the model can be asked for it."""
+    ask = getattr(model, "predicting", None)
+    return None if ask is None else ask(sequences)
+
+
+def _targets(sequences: Sequences) -> Tensor:
+    return sequences.input_ids[sequences.completion_mask]
 
 
 def _pass(model: Model, sequences: Sequences) -> Any:
@@ -82,7 +111,11 @@ def _logits(output: Any, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
     return output.logits[:, :-1][mask].float(), sequences.input_ids[:, start:][mask], mask
 
 
-def _token_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    scores = -F.cross_entropy(logits, targets, reduction="none")
+def _spread(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return scores where a mask is true, zero elsewhere."""
     logps = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return logps.masked_scatter(mask, scores)
+
+
+def _summed(scores: Tensor, sequences: Sequences) -> Tensor:
+    return _spread(scores, sequences.completion_mask[:, sequences.first_completion :]).sum(-1)
