@@ -18,7 +18,7 @@ import torch
 from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import FEDLLM, Done, Sent
 from fedloom.assembly import Parts, assemble
-from fedloom.data.batches import TokenShare, collate, epoch_batches
+from fedloom.data.batches import TokenShare, epoch_batches
 from fedloom.division import divide
 from fedloom.errors import FedloomError
 from fedloom.experiment import Experiment, view_of
@@ -27,8 +27,8 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.cut import FrontHalf
 from fedloom.randomness import generator
 from fedloom.start import find_start, settled
-from fedloom.training.layout import Budget, budget_of, passes, row_costs
-from fedloom.training.local import within
+from fedloom.training.layout import Budget, budget_of
+from fedloom.training.local import Layout, within
 from fedloom.training.memory import client_memory
 
 CLOSE = 1.5
@@ -211,12 +211,15 @@ def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, budget: B
     """Return the compute of a batch, forward and (where gradients are on) backward."""
     before = model.flops
     plain = TokenShare(share.tokens)
-    for part in passes(row_costs(plain), indices, budget):
-        sequences = collate(plain, part, model.pad, torch.device("cpu")).sequences
+    for batch in Layout(model, plain, budget).batches(indices):
+        sequences = batch.sequences
         count, length = sequences.input_ids.shape
         positions = length
         if sequences.completion_mask.any():
             positions = length - sequences.first_completion + 1
+            if model.head is not None:
+                model.count_reading(sequences.reading)
+                continue
         if isinstance(model, FrontHalf):
             model.count(count, length, 0)
             if model.ending is not None:

@@ -75,6 +75,8 @@ from fedloom.training.layout import tokens_per_pass
 from fedloom.training.local import add_reference_logps, row_tokens
 from fedloom.training.memory import pass_warnings
 from fedloom.training.optimizers import TrainingSettings
+from fedloom.training.reference_cache import ReferenceCache, reference_cache
+from fedloom.training.shared_prompts import shares_prompts
 
 TINY_TEXTS = 4000
 """Generated texts that the tiny model is trained on."""
@@ -126,6 +128,14 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(base) / "fedloom"
 
 
+def references_of(only: int | None) -> ReferenceCache | None:
+    """Return where log-probs under reference models are kept.
+
+    Not on a client's own machine: its policy does not speak of what would lie there.
+    """
+    return reference_cache(cache_folder() / "references") if only is None else None
+
+
 def assemble(
     experiment: Experiment,
     division: Division,
@@ -166,6 +176,8 @@ def assemble(
     stage("tokenising")
     train = {} if remote else kits.training_shares(pooled=method.pools_data)
     _require_tokens(experiment, method, train)
+    for text in kits.read_apart(train):
+        stage(text)
     public = kits.public_rows()
     ledger = Ledger()
     federation = experiment.federation
@@ -241,6 +253,7 @@ def assemble(
         store or ClientStore(),
         ledger,
         newcomers,
+        references=references_of(only),
     )
     return Parts(
         division,
@@ -334,12 +347,13 @@ class _Kits:
                 {key[0]: encoder.tokenizer for key, (_, encoder, _) in built.items()}
             )
             contexts = dict.fromkeys(contexts, min(contexts.values()))
+        references = references_of(only)
         self.kits = {
             key: _Kit(
                 key,
                 path,
                 model,
-                _Reader(experiment, division, objective, encoder, model, contexts[key]),
+                _Reader(experiment, division, objective, encoder, model, contexts[key], references),
                 len(division.classes) or len(encoder.tokenizer),
                 self.start is not None and experiment.reference == "start",
             )
@@ -366,6 +380,20 @@ class _Kits:
             revision, classes = experiment.model.revision, self.division.classes
             told += disagreements(kit.model.model, tokenizer, kit.path, revision, classes)
             told += length_warnings(lengths, kit.reader.context, tokenizer, kit.path)
+        return list(dict.fromkeys(told))
+
+    def read_apart(self, shares: Mapping[int, TokenShare]) -> list[str]:
+        """Return for each model that reads the prompts of its pairs twice that it does."""
+        told = []
+        for client, share in shares.items():
+            path, model = self.of_client(client).path, self.of_client(client).model
+            if share.tokens.width > 1 and not shares_prompts(model, 0):
+                kind, adapter = type(model.model.config).__name__, self.experiment.adapter.kind
+                told.append(
+                    f"{path}: the prompt of a pair is read with each answer, which takes longer: with "
+                    f"adapter.kind = {adapter!r} this model ({kind}) says something else where both "
+                    "follow one reading"
+                )
         return list(dict.fromkeys(told))
 
     def of_client(self, client: int) -> _Kit:
@@ -910,11 +938,13 @@ class _Reader:
         encoder: TextEncoder,
         model: AdapterModel,
         context: int,
+        references: ReferenceCache | None = None,
     ) -> None:
         self.experiment, self.division, self.objective = experiment, division, objective
         self.encoder, self.context = encoder, context
         self.embedded = embedded(model.model)
         self.max_length = longest(experiment.data.max_length, context)
+        self.references = references
         self.pass_tokens = tokens_per_pass(experiment.training, model)
         self.held_out_length = min(experiment.evaluation.max_length or self.max_length, context)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
@@ -964,6 +994,7 @@ class _Reader:
             size,
             self._answering(rows) if kind == "answer" else None,
             tokens=self.pass_tokens,
+            references=self.references,
         )
 
     def _answering(self, rows: Sequence[Example]) -> Answering:

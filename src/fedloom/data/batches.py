@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.batch import Batch, Sequences
+from fedloom.batch import Batch, Reading, Sequences
 from fedloom.data.tokenize import TokenSet, fit
 
 Indices = NDArray[np.int64]
@@ -143,7 +143,14 @@ def epoch_batches(
         epoch += 1
 
 
-def collate(share: TokenShare, indices: Indices, pad: int, device: torch.device) -> Batch:
+def collate(
+    share: TokenShare,
+    indices: Indices,
+    pad: int,
+    device: torch.device,
+    *,
+    shared_prompts: bool = False,
+) -> Batch:
     """Build the batch of the rows at ``indices``.
 
     Args:
@@ -151,10 +158,13 @@ def collate(share: TokenShare, indices: Indices, pad: int, device: torch.device)
         indices: ``(examples,)`` positions in ``share.tokens``.
         pad: Token id to pad with.
         device: Where the tensors go.
+        shared_prompts: Whether what the sequences of an example begin with is read once.
     """
     tokens = share.tokens
     numbers = sequence_numbers(tokens.width, indices)
     sequences, real, completion = pad_sequences(tokens, numbers, pad, device)
+    if shared_prompts:
+        sequences = replace(sequences, shared=read_once(tokens, indices, pad).to(device))
     labels = tokens.labels[indices]
     where = torch.from_numpy(indices)
     mismatched = None
@@ -200,6 +210,43 @@ def pad_sequences(
         min(first, len(columns) - 1) or 1,
     )
     return sequences.to(device), int(lengths.sum()), int(completion.sum())
+
+
+def read_once(tokens: TokenSet, indices: Indices, pad: int) -> Reading:
+    """Return how the sequences of some examples are read one after another behind what they begin with.
+
+    Args:
+        tokens: The tokenised rows.
+        indices: ``(examples,)`` positions in ``tokens``; each is a row of what is read.
+        pad: Token id to pad with.
+    """
+    common, costs = tokens.common_starts[indices], tokens.costs(shared_prompts=True)[indices]
+    shape = (len(indices), int(costs.max()))
+    ids, positions = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
+    branches = np.full(shape, -1, np.int64)
+    places: dict[int, NDArray[np.int64]] = {}
+    for row, (example, start) in enumerate(zip(indices.tolist(), common.tolist(), strict=True)):
+        end = start
+        for branch in range(tokens.width):
+            number = example * tokens.width + branch
+            own = tokens.sequence(number)[0]
+            further = np.arange(end, end + len(own) - start)
+            end += len(further)
+            place = np.concatenate([np.arange(start), further])
+            ids[row, place], positions[row, place] = own, np.arange(len(own))
+            branches[row, further] = branch + 1
+            places[number] = place + row * shape[1]
+        branches[row, :start] = 0
+    numbers = sequence_numbers(tokens.width, indices).tolist()
+    sources = [places[number][:-1][tokens.mask(number)[1:]] for number in numbers]
+    return Reading(
+        torch.from_numpy(ids),
+        torch.from_numpy((branches >= 0).astype(np.int64)),
+        torch.from_numpy(np.concatenate(sources)),
+        torch.from_numpy(np.array([places[number][-1] for number in numbers])),
+        torch.from_numpy(positions),
+        torch.from_numpy(branches),
+    )
 
 
 def _next_others(cycle: Indices, prompts: list[bytes]) -> list[int]:

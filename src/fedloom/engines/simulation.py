@@ -28,6 +28,7 @@ from fedloom.training.layout import budget_of, scoring_budget
 from fedloom.training.local import add_reference_logps
 from fedloom.training.memory import fitting, largest_pass
 from fedloom.training.optimizers import TrainingSettings
+from fedloom.training.reference_cache import ReferenceCache
 
 LOG = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class SimulationEngine:
         noise_seed: What noise that hides rows is drawn from, if not from the seed.
         tell: What the server is told of an error.
         allowance: What each request may compute.
+        references: Where log-probs under reference models are kept.
     """
 
     equipment: Mapping[int, Equipment]
@@ -98,6 +100,7 @@ class SimulationEngine:
     noise_seed: int | None = None
     tell: Callable[[Exception], str] = named
     allowance: Allowance = field(default_factory=Allowance)
+    references: ReferenceCache | None = None
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -242,7 +245,9 @@ class SimulationEngine:
             budget = scoring_budget(self.training, model)
             whole, measure = largest_pass(budget, share)
             self.shares[client] = fitting(
-                lambda size: add_reference_logps(model, share, budget.of_size(size), own.reference),
+                lambda size: add_reference_logps(
+                    model, share, budget.of_size(size), own.reference, self.references
+                ),
                 whole,
                 f"client {client}, the reference model",
                 measure,

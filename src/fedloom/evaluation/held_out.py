@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from fedloom.batch import Batch
-from fedloom.data.batches import TokenShare, collate
+from fedloom.data.batches import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
@@ -37,6 +37,7 @@ from fedloom.objectives.logps import (
 from fedloom.settings import Of, Settings
 from fedloom.training.layout import Budget
 from fedloom.training.local import Layout, add_reference_logps
+from fedloom.training.reference_cache import ReferenceCache
 
 
 class EvaluationSettings(Settings):
@@ -101,6 +102,7 @@ class HeldOut:
         start: What the reference model has for an adapter, where it is not the base model.
         done: Called with the number of rows of each batch that was scored.
         tokens: Tokens in one forward pass at most; ``None`` for any number.
+        references: Where log-probs under reference models are kept.
     """
 
     share: TokenShare
@@ -112,6 +114,7 @@ class HeldOut:
     start: Tensors | None = None
     done: Callable[[int], None] = lambda rows: None
     tokens: int | None = None
+    references: ReferenceCache | None = None
     _last: tuple[str, Scored] = ("", ({}, None))
 
     def __len__(self) -> int:
@@ -135,7 +138,9 @@ class HeldOut:
 
     def _score(self, model: AdapterModel) -> Scored:
         if self.kind in ("preference", "feedback") and self.share.reference_logps is None:
-            self.share = add_reference_logps(model, self.share, self.budget, self.start)
+            self.share = add_reference_logps(
+                model, self.share, self.budget, self.start, self.references
+            )
         with model.evaluating():
             if self.kind == "labelled":
                 return self._labelled(model)
@@ -153,9 +158,8 @@ class HeldOut:
         return Budget(self.batch_size, self.tokens)
 
     def _batches(self, model: AdapterModel) -> Iterator[tuple[np.ndarray, Batch]]:
-        layout = Layout(model, self.share, self.budget)
-        for indices in layout.passes():
-            yield indices, collate(self.share, indices, model.pad, model.device)
+        for indices, batch in Layout(model, self.share, self.budget).everything():
+            yield indices, batch
             self.done(len(indices))
 
     def _labelled(self, model: AdapterModel) -> Scored:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedloom.data.batches import Indices, TokenShare
+from fedloom.data.tokenize import TokenSet
 from fedloom.models.adapters import AdapterModel
 from fedloom.training.optimizers import TrainingSettings
 
@@ -29,6 +30,10 @@ ON_GPU = ((1024, 32768), (2048, 16384))
 """The same for any other device: a batch of usual size in one pass (derived, not measured)."""
 
 ON_GPU_WIDER = 8192
+
+
+WORTH_SHARING = 0.9
+"""Share of a pass's places that is left at most where prompts are read once."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ def row_costs(share: TokenShare, *, shared_prompts: bool = False) -> Indices:
         share: The rows; a mismatched completion is read in a pass of its own, which is as large.
         shared_prompts: Whether what the sequences of an example begin with is read once.
     """
-    costs = share.tokens.costs(shared_prompts=shared_prompts)
+    costs = share.tokens.costs()
+    if shared_prompts:
+        costs = np.minimum(costs, share.tokens.costs(shared_prompts=True))
     if share.mismatched is not None:
         costs = np.maximum(costs, share.mismatched.costs())
     return costs
@@ -117,6 +124,17 @@ def passes(costs: Indices, indices: Indices, budget: Budget) -> list[Indices]:
         found.append(indices[order[start : start + count]])
         start += count
     return found
+
+
+def saves(tokens: TokenSet, indices: Indices) -> bool:
+    """Return whether a pass of examples is shorter where what their sequences begin with is read once.
+
+    What is known of attention is told by a mask of all pairs of places then, which costs something too.
+    """
+    if tokens.width == 1:
+        return False
+    plain, once = tokens.costs()[indices], tokens.costs(shared_prompts=True)[indices]
+    return bool(once.max() <= WORTH_SHARING * plain.max())
 
 
 def fits(rows: int, longest: int, budget: Budget) -> bool:

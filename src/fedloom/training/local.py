@@ -9,19 +9,19 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedloom.batch import Batch, Sequences
+from fedloom.batch import Batch
 from fedloom.data.batches import (
     Indices,
     TokenShare,
     collate,
     epoch_batches,
-    pad_sequences,
     sequence_numbers,
 )
 from fedloom.errors import NonFiniteLoss
@@ -30,13 +30,15 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.randomness import derive_seed, generator
-from fedloom.training.layout import Budget, budget_of, passes, row_costs
+from fedloom.training.layout import Budget, budget_of, passes, row_costs, saves
 from fedloom.training.optimizers import (
     TrainingSettings,
     Work,
     make_optimizer,
     optimizer_state,
 )
+from fedloom.training.reference_cache import ReferenceCache
+from fedloom.training.shared_prompts import shares_prompts
 
 LOSS = amount("loss")
 """Name and range of the mean loss, where an objective does not say otherwise."""
@@ -353,7 +355,11 @@ class DropoutStream:
 
 
 def add_reference_logps(
-    model: AdapterModel, share: TokenShare, budget: Budget, start: Tensors | None = None
+    model: AdapterModel,
+    share: TokenShare,
+    budget: Budget,
+    start: Tensors | None = None,
+    cache: ReferenceCache | None = None,
 ) -> TokenShare:
     """Return ``share`` with the log-probs of its completions under the reference model.
 
@@ -364,22 +370,39 @@ def add_reference_logps(
         share: The rows.
         budget: What a forward pass holds at most.
         start: What the reference model has for an adapter and own parts; by default it is the base model.
+        cache: Where they are looked for first, and kept. Their FLOPs are counted all the same: costs do
+            not depend on what was computed before.
     """
+    known = cache.model(model, start) if cache is not None else None
+    layouts = [  # made first: a model without its adapter cannot be asked for gradients
+        Layout(model, TokenShare(tokens), budget)
+        for tokens in (share.tokens, share.mismatched)
+        if tokens is not None
+    ]
     with model.reference(start):
-        own = _all_logps(model, TokenShare(share.tokens), budget)
-        mismatched = None
-        if share.mismatched is not None:
-            mismatched = _all_logps(model, TokenShare(share.mismatched), budget)
-    return replace(share, reference_logps=own, mismatched_reference_logps=mismatched)
+        own, *mismatched = (_all_logps(layout, cache, known) for layout in layouts)
+    return replace(
+        share,
+        reference_logps=own,
+        mismatched_reference_logps=mismatched[0] if mismatched else None,
+    )
 
 
-def _all_logps(model: AdapterModel, share: TokenShare, budget: Budget) -> Tensor:
+def _all_logps(layout: Layout, cache: ReferenceCache | None, known: str | None) -> Tensor:
     """Return ``(sequences,)`` log-probs in the order of the token set's sequences."""
-    tokens = share.tokens
+    tokens, model = layout.share.tokens, layout.model
     result = torch.zeros(len(tokens.prompts))
-    for indices, sequences in Layout(model, share, budget).sequences():
+    for indices, batch in layout.everything():
         numbers = sequence_numbers(tokens.width, indices)
-        result[torch.from_numpy(numbers)] = completion_logps(model, sequences).cpu()
+        score = partial(completion_logps, model, batch.sequences)
+        before = model.flops
+        if cache is None or known is None:
+            logps = score().cpu()
+        else:
+            logps = cache.logps(known, batch.sequences, score)
+            if model.flops == before and model.head is not None:
+                model.count_reading(batch.sequences.reading)
+        result[torch.from_numpy(numbers)] = logps
     return result
 
 
@@ -425,7 +448,9 @@ class Layout:
             budget: What a pass holds at most.
         """
         self.model, self.share, self.budget = model, share, budget
-        self.costs = row_costs(share)
+        tokens = share.tokens
+        self.shared = tokens.width > 1 and shares_prompts(model, int(tokens.lengths.max(initial=0)))
+        self.costs = row_costs(share, shared_prompts=self.shared)
 
     def passes(self, indices: Indices | None = None) -> list[Indices]:
         """Return the passes of some rows, or of all, longest first."""
@@ -434,17 +459,19 @@ class Layout:
 
     def batches(self, indices: Indices) -> list[Batch]:
         """Return an optimizer batch as one batch a pass."""
-        return [
-            collate(self.share, own, self.model.pad, self.model.device)
-            for own in self.passes(indices)
-        ]
+        return [self.batch(own) for own in self.passes(indices)]
 
-    def sequences(self) -> Iterator[tuple[Indices, Sequences]]:
-        """Yield the rows of each pass over all of them, with their tokens alone."""
-        tokens = self.share.tokens
+    def batch(self, indices: Indices) -> Batch:
+        """Return the batch of one pass."""
+        shared = self.shared and saves(self.share.tokens, indices)
+        model, empty = self.model, self.model.device.type == "meta"
+        device = torch.device("cpu") if empty else model.device
+        return collate(self.share, indices, model.pad, device, shared_prompts=shared)
+
+    def everything(self) -> Iterator[tuple[Indices, Batch]]:
+        """Yield the rows of each pass over all of them, and their batch."""
         for indices in self.passes():
-            numbers = sequence_numbers(tokens.width, indices)
-            yield indices, pad_sequences(tokens, numbers, self.model.pad, self.model.device)[0]
+            yield indices, self.batch(indices)
 
 
 def _losses(

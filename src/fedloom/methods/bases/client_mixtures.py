@@ -39,7 +39,8 @@ def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
     """Run rows through a client's model, without gradients; yield the rows of each pass after it."""
     model = client.model
     layout = Layout(model, TokenShare(tokens), scoring_budget(client.training, model))
-    for indices, batch in layout.sequences():
+    for indices, batch in layout.everything():
+        read = batch.sequences
         with model.evaluating():
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
+            model(input_ids=read.input_ids, attention_mask=read.attention_mask, logits_to_keep=1)
         yield len(indices)

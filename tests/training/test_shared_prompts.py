@@ -1,0 +1,119 @@
+"""Pairs whose prompt is read once: which token sees which, and which models may read so."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, MistralConfig
+
+from fedloom.data.batches import TokenShare, collate, read_once
+from fedloom.data.tokenize import TokenSet
+from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.objectives.logps import completion_logps
+from fedloom.training.layout import row_costs, saves
+from fedloom.training.shared_prompts import shares_prompts
+
+CPU = torch.device("cpu")
+SIZES = {"vocab_size": 64, "num_hidden_layers": 2}
+WIDTHS = {"hidden_size": 16, "num_attention_heads": 2}
+KNOWN = {
+    "mistral": MistralConfig(
+        **SIZES, **WIDTHS, intermediate_size=32, num_key_value_heads=1, sliding_window=12
+    ),
+    "gpt2": GPT2Config(vocab_size=64, n_layer=2, n_embd=16, n_head=2, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
+    "bloom": BloomConfig(vocab_size=64, n_layer=2, hidden_size=16, n_head=2),
+    "mamba": MambaConfig(**SIZES, hidden_size=16, state_size=4),
+}  # fmt: skip
+
+
+def pairs(*rows):
+    """Return pairs, each ``(prompt, chosen, rejected)`` of token ids."""
+    sequences = [[*prompt, *own] for prompt, *answers in rows for own in answers]
+    prompts = [len(prompt) for prompt, *answers in rows for _ in answers]
+    count = len(rows)
+    lengths = [len(own) for own in sequences]
+    return TokenSet(
+        2, np.arange(count), np.arange(count), np.concatenate(sequences).astype(np.int32),
+        np.concatenate([np.arange(n) >= p for n, p in zip(lengths, prompts, strict=True)]),
+        np.concatenate([[0], np.cumsum(lengths)]), np.array(prompts), np.zeros((2 * count, 2), np.int64),
+        np.zeros(count, bool), np.full(count, -1), (),
+    )  # fmt: skip
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(KNOWN[name]).requires_grad_(False)
+    backbone.config.use_cache = False
+    targets = ["in_proj"] if name == "mamba" else "all-linear"
+    return AdapterModel(attach_adapter(backbone, AdapterSettings(rank=2, targets=targets)), 0)
+
+
+def test_what_is_read_and_which_token_sees_which():
+    # the answers begin alike: 7 is read once too
+    tokens = pairs(([4, 5], [7, 8], [7, 9, 10]), ([6], [11], [12]))
+    assert tokens.common_starts.tolist() == [3, 1]
+    assert tokens.costs().tolist() == [10, 4] and tokens.costs(shared_prompts=True).tolist() == [
+        6,
+        3,
+    ]
+    reading = read_once(tokens, np.array([0, 1]), pad=0)
+    assert reading.input_ids.tolist() == [[4, 5, 7, 8, 9, 10], [6, 11, 12, 0, 0, 0]]
+    assert reading.position_ids.tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 1, 0, 0, 0]]
+    assert reading.branches.tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, -1, -1, -1]]
+    assert reading.attention_mask.sum(-1).tolist() == [6, 3]
+    # chosen: 7 after 5, 8 after 7; chosen of the second; rejected: 7 after 5, 9 after 7, 10 after 9
+    assert reading.sources.tolist() == [1, 2, 6, 1, 2, 4, 6]
+    assert reading.ends.tolist() == [3, 7, 5, 8]
+    assert reading.seen()[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 1],
+    ]
+
+
+def test_prompts_are_read_once_where_that_saves_something():
+    tokens = pairs(([3] * 8, [7, 8], [9, 10]), ([3], [7] * 9, [8] * 9))
+    assert row_costs(TokenShare(tokens), shared_prompts=True).tolist() == [12, 19]
+    assert saves(tokens, np.array([0]))  # 12 places of 20
+    assert not saves(tokens, np.array([1]))  # 19 of 20
+    assert not saves(tokens, np.array([0, 1]))
+
+
+@pytest.mark.parametrize(("name", "shares"), [("mistral", True), ("gpt2", True), ("bloom", False), ("mamba", False)])  # fmt: skip
+def test_a_model_is_asked_once_whether_it_may(name, shares):
+    model = model_of(name)
+    before = model.flops, model.model.training
+    assert shares_prompts(model, 12) is shares and model.shared_prompts is shares
+    assert (model.flops, model.model.training) == before
+    model.shared_prompts = not shares  # not asked again
+    assert shares_prompts(model, 12) is not shares
+
+
+def test_no_sequence_is_beyond_a_window():
+    model = model_of("mistral")
+    assert shares_prompts(model, 12) and not shares_prompts(model, 13)
+    tokens = pairs((list(range(3, 12)), [20, 21, 22], [23, 24, 25]))
+    for longest in (True, False):
+        own = tokens if longest else pairs((list(range(3, 14)), [20, 21, 22], [23, 24, 25]))
+        plain, shared = (
+            completion_logps(model, collate(TokenShare(own), np.array([0]), 0, CPU, shared_prompts=read).sequences)
+            for read in (False, True)
+        )  # fmt: skip
+        assert bool((plain - shared).abs().max() < 1e-5) is longest
+
+
+def test_experts_with_a_balance_term_read_each_sequence_by_itself():
+    model = model_of("gpt2")
+    model.alone = True
+    assert not shares_prompts(model, 4)
+
+
+def test_a_wrong_mask_is_noticed(monkeypatch):
+    model = model_of("gpt2")
+    causal = torch.ones(1, 1, 14, 14).tril().bool()
+    monkeypatch.setattr(
+        AdapterModel, "_attended", lambda self, reading: causal.expand(2, 1, 14, 14)
+    )
+    assert not shares_prompts(model, 12)
