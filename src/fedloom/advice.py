@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import FEDLLM, Done, Sent
