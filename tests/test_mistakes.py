@@ -3,6 +3,7 @@
 In one process; ``test_early.py`` starts each command once as a process of its own.
 """
 
+import os
 import shlex
 import shutil
 import time
@@ -80,7 +81,9 @@ def federation_place(place, once, tmp_path_factory):
         return made
 
     shutil.copytree(once("federation", make), place, dirs_exist_ok=True)
-    return place
+    mask = os.umask(0o022)
+    yield place
+    os.umask(mask)  # clients change it for themselves
 
 
 def told(call, *words):
