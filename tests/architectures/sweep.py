@@ -36,9 +36,12 @@ THEORY = {"dpo": log(2), "ipo": 25.0, "kto": 0.5, "bco": log(2), "pdpo": log(2),
 (1 / 2 beta)^2 at beta = 0.1, 1 - sigmoid 0."""
 
 
-NAMES = ("_name_or_path", "architectures", "dtype", "tie_word_embeddings", "transformers_version")
-"""Of a configuration, what names a file, a class, or the precision of the file; and whether the ends are
-tied, which transformers itself corrects (BigBird-Pegasus)."""
+NAMES = (
+    "_name_or_path", "architectures", "dtype", "tie_word_embeddings", "transformers_version", "use_cache",
+)  # fmt: skip
+"""Of a configuration, what names a file, a class, or the precision of the file; whether the ends are tied,
+which transformers itself corrects (BigBird-Pegasus); and whether generation has a cache, which an export
+switches on (MPT's was off)."""
 
 
 @dataclass(frozen=True)
