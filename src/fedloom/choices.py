@@ -152,6 +152,10 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
         """Return where a class comes from, ``None`` for fedloom's own."""
         return self.resolve(name)[2] if self.is_foreign(name) else None
 
+    def of_class(self, kind: type) -> Provenance | None:
+        """Return where a class that was found comes from, ``None`` for any other."""
+        return next((own[2] for own in self._found.values() if own[1] is kind), None)
+
     def _points(self, name: str | None = None) -> list[EntryPoint]:
         found = entry_points(group=self.group)
         return [point for point in found if name is None or point.name == name]

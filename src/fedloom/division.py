@@ -9,10 +9,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from fedloom.choices import Choices
 from fedloom.data.account import Account, Accounts, added
 from fedloom.data.duplicates import near_duplicates
 from fedloom.data.examples import (
@@ -38,7 +40,7 @@ from fedloom.data.splits import (
     row_key,
     split,
 )
-from fedloom.errors import DataError
+from fedloom.errors import DataError, SettingsError
 from fedloom.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import make_objective
@@ -53,11 +55,30 @@ SHOWN_PAIRS = 3
 
 
 class DataSource(Protocol):
-    """A user's own source of examples, passed to :func:`fedloom.run` as an object."""
+    """A user's own source of examples, passed to :func:`fedloom.run` as an object.
+
+    One that ``data.source`` names as ``package.module:Class`` is made with the settings of ``[data]``.
+    """
 
     def load(self, rng: np.random.Generator) -> LoadedData:
         """Return training and held-out examples, all of one kind."""
         ...
+
+
+def _lacks_load(kind: type[Any]) -> list[str]:
+    return [] if callable(getattr(kind, "load", None)) else ["it must define load(rng)"]
+
+
+SOURCES: Choices[Any] = Choices("fedloom.sources", {}, object, _lacks_load)
+"""Classes of others that ``data.source`` may name."""
+
+
+def own_source(settings: DataSettings) -> str | None:
+    """Return the class that ``data.source`` names, ``None`` where it names rows; imports nothing."""
+    name = settings.source
+    if not isinstance(name, str) or settings.is_builtin or settings.is_private or settings.domains:
+        return None
+    return name if SOURCES.is_foreign(name) and not Path(name).exists() else None
 
 
 @dataclass(frozen=True)
@@ -218,6 +239,14 @@ def _loaded(experiment: Experiment, source: DataSource | None) -> LoadedData:
     """Return what the experiment's sources hold, or a user's own, with the held-out set set apart."""
     rng, most = generator(experiment.federation.seed, "data"), experiment.evaluation.max_examples
     drawing = _drawing(experiment)
+    named = own_source(experiment.data)
+    if source is None and named is not None:
+        try:
+            source = SOURCES[named][1](experiment.data)
+        except SettingsError as error:
+            raise SettingsError(
+                [f"data.source = {named!r}: {t}" for t in error.problems]
+            ) from error
     if source is None:
         return load_examples(experiment.data, rng, most, drawing=drawing)
     loaded = source.load(rng)

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from fedloom.assembly import TINY_TEXTS, cache_folder, choose_device
 from fedloom.candidates import Form, adapter_folder, named_form, trained_form
+from fedloom.choices import Choices
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.templates import Template
 from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
@@ -179,6 +180,15 @@ def find_candidates(
     return found
 
 
+def _lacks_of_judge(kind: type[Any]) -> list[str]:
+    lacking = [n for n in ("name", "compares", "scale", "check", "rate") if not hasattr(kind, n)]
+    return [f"it must define {' and '.join(lacking)}"] if lacking else []
+
+
+JUDGES: Choices[Any] = Choices("fedloom.judges", {}, object, _lacks_of_judge)
+"""Judges of others; each is made with the settings of ``[judging]``."""
+
+
 def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]:
     """Return judges by name: a rule, a model's folder, or the address of an endpoint.
 
@@ -191,6 +201,8 @@ def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]
     for name in chosen:
         if name in RULES:
             judges.append(RULES[name])
+        elif _is_plugin(name):
+            judges.append(JUDGES[name][1](settings))
         elif name.startswith(("http://", "https://")):
             cache = cache_folder() / "judge"
             judges.append(EndpointJudge(name, settings, os.environ.get(KEY), cache))
@@ -213,10 +225,20 @@ def require_judges(chosen: Sequence[str]) -> None:
         JudgeError: One does not.
     """
     for name in chosen:
-        if not (name in RULES or name.startswith(("http://", "https://")) or Path(name).is_dir()):
+        if _is_plugin(name):
+            try:
+                JUDGES.resolve(name)
+            except SettingsError as error:
+                raise JudgeError(f"judge {name!r}: {'; '.join(error.problems)}") from error
+        elif not (name in RULES or name.startswith(("http://", "https://")) or Path(name).is_dir()):
             raise JudgeError(
-                f"no judge {name!r}: give {', '.join(RULES)}, a model's folder, or an http address"
+                f"no judge {name!r}: give {', '.join(RULES)}, a model's folder, an http address, or a "
+                "class as package.module:Class"
             )
+
+
+def _is_plugin(name: str) -> bool:
+    return name not in RULES and not Path(name).is_dir() and JUDGES.is_foreign(name)
 
 
 def evaluate_benchmark(
@@ -269,6 +291,11 @@ def evaluate_benchmark(
                 "agreement": agreement(
                     [model_scores(o.ratings) for o in outcomes if o.judge.compares]
                 ),
+                "plugins": {
+                    judge.name: own.to_record()
+                    for judge in judges
+                    if (own := JUDGES.of_class(type(judge))) is not None
+                },
                 "suspicious": suspicious_answers(benchmark, answers, outcomes),
             },
         )

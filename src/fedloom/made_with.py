@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.choices import Choices
+from fedloom.division import SOURCES, own_source
 from fedloom.errors import CheckpointError
 from fedloom.experiment import SECTIONS, Experiment
 from fedloom.objectives.base import Objective
@@ -90,6 +91,8 @@ def plugins_record(experiment: Experiment) -> dict[str, dict[str, str]]:
         for section, choice in SECTIONS.items()
         if isinstance(choice, Choices)
     }
+    source = own_source(experiment.data)
+    found["data"] = SOURCES.provenance(source) if source is not None else None
     return {section: own.to_record() for section, own in found.items() if own is not None}
 
 
@@ -110,9 +113,14 @@ def require_same_plugins(folder: Path, run: Record | None, experiment: Experimen
     for section in sorted(before.keys() | now.keys()):
         old, new = before.get(section, {}), now.get(section, {})
         if old.get("sha256") != new.get("sha256"):
-            name = getattr(experiment, section).name
+            own = getattr(experiment, section)
+            named = (
+                f"data.source = {own.source!r}"
+                if section == "data"
+                else f"{section}.name = {own.name!r}"
+            )
             raise CheckpointError(
-                f"{folder} was begun with another {section}.name = {name!r}: its file had SHA-256 "
+                f"{folder} was begun with another {named}: its file had SHA-256 "
                 f"{old.get('sha256', '')[:12]}, {new.get('file')} has {new.get('sha256', '')[:12]}: "
                 "resume it with that file, or start a new run"
             )

@@ -1,4 +1,4 @@
-"""Methods and objectives of others: the page's own code, what is refused, and what a client imports."""
+"""Methods, objectives, sources and judges of others: the page's own code, what is refused, and what a client imports."""
 
 import json
 import re
@@ -14,8 +14,11 @@ from fedloom import choices
 from fedloom.deployment.homes import OwnData, OwnFile
 from fedloom.deployment.permitted import examine, open_methods
 from fedloom.deployment.policy import PolicySettings
-from fedloom.errors import CheckpointError, PolicyError, SettingsError
+from fedloom.division import SOURCES, divide
+from fedloom.errors import CheckpointError, JudgeError, PolicyError, SettingsError
+from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.experiment import Experiment
+from fedloom.judging import JUDGES, make_judges
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPO, DPOSettings
@@ -45,8 +48,8 @@ def folder(tmp_path, monkeypatch):
 def forget():
     """Let another process begin."""
     sys.modules.pop("feddyn", None)
-    METHODS._found.clear()
-    OBJECTIVES._found.clear()
+    for choice in (METHODS, OBJECTIVES, SOURCES, JUDGES):
+        choice._found.clear()
 
 
 def test_the_page_s_experiment_is_one(folder):
@@ -223,3 +226,72 @@ def test_between_machines_it_gives_the_same_bits(folder, suited, loopback, tmp_p
         tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("here", "there")
     )
     assert one.read_bytes() == two.read_bytes()
+
+
+SOURCE = """
+import hashlib
+from fedloom.data.examples import Preference
+from fedloom.data.loading import LoadedData
+
+class Rows:
+    def __init__(self, settings):
+        self.count = settings.max_rows
+    def load(self, rng):
+        rows = [Preference(i, f"question {i}", f"good {i}", f"bad {i}") for i in range(self.count)]
+        return LoadedData(rows[8:], rows[:8], "preference", hashlib.sha256(repr(rows).encode()).hexdigest())
+
+class Nothing:
+    pass
+"""
+
+
+def test_a_source_of_others(folder, table):
+    (folder / "feddyn.py").write_text(SOURCE)
+    data = {"source": "feddyn:Rows", "kind": "preference", "max_rows": 48}
+    run = fedloom.run(Experiment.from_table({**table, "data": data}))
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["data"]["global_held_out"] == 8 and record["plugins"]["data"]["name"] == "Rows"
+    forget()
+    (folder / "feddyn.py").write_text(SOURCE + "# changed\n")
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    with pytest.raises(
+        CheckpointError, match=r"was begun with another data.source = 'feddyn:Rows'"
+    ):
+        resume_run(run.folder)
+    with pytest.raises(
+        SettingsError,
+        match=r"data.source = 'feddyn:Nothing': feddyn:Nothing: it must define load\(rng\)",
+    ):
+        divide(Experiment.from_table({"data": {**data, "source": "feddyn:Nothing"}}))
+
+
+JUDGE = """
+from fedloom.evaluation.judges.base import Verdict
+
+class Short:
+    name, compares, scale = "short", False, (0.0, 1.0)
+    def __init__(self, settings):
+        self.seed = settings.seed
+    def check(self):
+        pass
+    def rate(self, cases):
+        return [Verdict(tuple(float(len(a) < 9) for a in case.answers)) for case in cases]
+
+class Silent:
+    name = "silent"
+"""
+
+
+def test_a_judge_of_others(folder):
+    (folder / "feddyn.py").write_text(JUDGE)
+    (judge,) = make_judges(["feddyn:Short"], JudgingSettings(seed=3))
+    assert judge.seed == 3 and JUDGES.of_class(type(judge)).module == "feddyn"
+    with pytest.raises(
+        JudgeError,
+        match="judge 'feddyn:Silent': feddyn:Silent: it must define compares and scale and check and rate",
+    ):
+        make_judges(["feddyn:Silent"], JudgingSettings())
+    with pytest.raises(
+        JudgeError, match="judge 'gone_module:X': there is no module gone_module here"
+    ):
+        make_judges(["gone_module:X"], JudgingSettings())
