@@ -213,16 +213,14 @@ def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, budget: B
     for batch in Layout(model, plain, budget).batches(indices):
         sequences = batch.sequences
         count, length = sequences.input_ids.shape
-        positions = length
-        if sequences.completion_mask.any():
-            positions = length - sequences.first_completion + 1
-            if model.head is not None:
-                model.count_reading(sequences.reading)
-                continue
+        scored = len(sequences.reading.sources)  # of classified texts none: each has one position
         if isinstance(model, FrontHalf):
             model.count(count, length, 0)
             if model.ending is not None:
-                model.ending.count(count * positions)
+                model.ending.count(scored or count * length)
+        elif scored and model.head is not None:
+            model.count_reading(sequences.reading)
         else:
-            model.count(count, length + model.virtual_tokens, positions)
+            kept = length - sequences.first_completion + 1 if scored else length
+            model.count(count, length + model.virtual_tokens, kept)
     return model.flops - before

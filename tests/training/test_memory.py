@@ -59,3 +59,50 @@ def test_the_estimate_is_of_the_right_size(model_folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     derived, measured = map(float, done.stdout.split()[-2:])
     assert derived == pytest.approx(measured, rel=0.4), (derived, measured)
+
+
+STEP = """
+    import re
+    from pathlib import Path
+    import numpy as np, torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from fedloom.data.batches import TokenShare
+    from fedloom.data.tokenize import TokenSet
+    from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+    from fedloom.objectives import DPO
+    from fedloom.training.layout import Budget
+    from fedloom.training.local import add_reference_logps, train_locally
+    from fedloom.training.optimizers import TrainingSettings, Work
+
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+    )
+    backbone = LlamaForCausalLM(config).requires_grad_(False)
+    model = AdapterModel(attach_adapter(backbone, AdapterSettings()), 0)
+    drawn = np.random.default_rng(0)
+    tokens = drawn.integers(3, 128000, (4, 512)).astype(np.int32)
+    tokens[1::2, :16] = tokens[::2, :16]
+    tokens = TokenSet(
+        2, np.arange(2), np.arange(2), tokens.reshape(-1), np.arange(2048) % 512 >= 16,
+        np.arange(0, 2049, 512), np.full(4, 16), np.zeros((4, 2), np.int64), np.zeros(2, bool),
+        np.full(2, -1), (),
+    )
+    share = add_reference_logps(model, TokenShare(tokens), Budget(2))
+    settings = TrainingSettings(batch_size=2, micro_batch_size=2)
+    train_locally(
+        model, share, DPO(), settings, learning_rate=1e-3, seed=0, client=0, round=1, work=Work(steps=1)
+    )
+    print(int(re.search(r"VmHWM:\\\\s+(\\\\d+)", Path("/proc/self/status").read_text())[1]) / 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_takes_little_memory():
+    """Two pairs of 512 tokens, 1984 positions that count, whose logits alone would be 1 GB, thrice held."""
+    command = [sys.executable, "-c", textwrap.dedent(STEP).replace("\\\\", "\\")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (
+        float(done.stdout.split()[-1]) < 1.6
+    )  # GB, of which 0.75 are what is imported and weights

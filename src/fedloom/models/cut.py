@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.accounting.flops import backward_flops, forward_flops
+from fedloom.batch import Predicting, Sequences
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.configuration import keep_blocks
@@ -187,6 +188,20 @@ class Ending:
         ):  # all positions, then one of each row: as transformers does, bit for bit
             logits = logits[torch.arange(len(logits), device=logits.device), self.last]
         return SimpleNamespace(logits=logits)
+
+    def predicting(self, sequences: Sequences) -> Predicting:
+        """Return what the head reads where it predicts completion tokens, as a whole model would."""
+        sources = sequences.reading.sources
+        self.count(len(sources))
+        with self.half._precision():
+            states = self.norm(self.hidden).flatten(0, 1)[sources]
+        weight: Any = self.head.weight
+        trained = any(parameter.requires_grad for parameter in self.head.parameters())
+        return Predicting(states, self._logits, len(weight), trained)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        with self.half._precision():
+            return self.head(states)  # type: ignore[no-any-return]
 
     def count(self, positions: int) -> None:
         """Add the FLOPs of the head at so many positions, and of its backward pass if there is one."""

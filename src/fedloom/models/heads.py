@@ -139,6 +139,12 @@ class PersonalHead(nn.Module):
             self.states = states
         return self._logits(states)
 
+    @property
+    def trains_logits(self) -> bool:
+        """Whether logits depend on a weight that is trained: all but the reward head's."""
+        own = self.named_parameters()
+        return any(p.requires_grad for name, p in own if not name.startswith("reward."))
+
     def read_out(self, states: Tensor) -> Tensor:
         """Return logits as :meth:`forward` does, keeping no states."""
         if self.off:

@@ -52,7 +52,9 @@ class OutputHead:
 
     @property
     def trained(self) -> bool:
-        """Whether any of its weights is trained."""
+        """Whether any of the weights that logits depend on is trained."""
+        if isinstance(self.layer, PersonalHead):
+            return self.layer.trains_logits
         return any(parameter.requires_grad for parameter in self.layer.parameters())
 
     def logits(self, states: Tensor) -> Tensor:
