@@ -14,7 +14,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -159,6 +159,12 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
     def _points(self, name: str | None = None) -> list[EntryPoint]:
         found = entry_points(group=self.group)
         return [point for point in found if name is None or point.name == name]
+
+
+def undefined(kind: type[Any], names: Iterable[str], base: type[Any] = object) -> list[str]:
+    """Return what to say of a class that lacks some of ``names``, or has them from ``base`` alone."""
+    lacking = [n for n in names if getattr(kind, n, None) is getattr(base, n, None)]
+    return [f"it must define {' and '.join(lacking)}"] if lacking else []
 
 
 def _is_settings(kind: object) -> bool:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from fedloom.assembly import TINY_TEXTS, cache_folder, choose_device
 from fedloom.candidates import Form, adapter_folder, named_form, trained_form
-from fedloom.choices import Choices
+from fedloom.choices import Choices, undefined
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.templates import Template
 from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
@@ -181,8 +181,7 @@ def find_candidates(
 
 
 def _lacks_of_judge(kind: type[Any]) -> list[str]:
-    lacking = [n for n in ("name", "compares", "scale", "check", "rate") if not hasattr(kind, n)]
-    return [f"it must define {' and '.join(lacking)}"] if lacking else []
+    return undefined(kind, (name for name in vars(Judge) if not name.startswith("_")))
 
 
 JUDGES: Choices[Any] = Choices("fedloom.judges", {}, object, _lacks_of_judge)

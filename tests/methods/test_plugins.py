@@ -115,6 +115,8 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         (NAME, "1 / 0", "its module feddyn cannot be imported: ZeroDivisionError: division by zero"),
         (NAME, METHOD.replace('taken = ("alpha",)', ""), "method.alpha is in none of its taken, bounded and named_models"),
         (NAME, METHOD.replace("reveals = ADAPTERS_ALONE", ""), "it must define reveals"),
+        (NAME, METHOD.replace("def round(", "def rounds("), "it must define round"),
+        (NAME, METHOD.replace("def handlers(", "def handler("), "it must define handlers"),
         (NAME, METHOD.replace("Settings = FedDynSettings", "Settings = dict"), "its Settings must subclass NamedSettings"),
         ("feddyn", METHOD, "allowed: centralised, distillation"),
     ],
@@ -197,10 +199,13 @@ def test_an_objective_of_others(folder, table):
         "from fedloom.settings import NamedSettings\n"
         "class MineSettings(DPOSettings):\n    name: str = ''\n    beta: float = 0.3\n"
         "class Mine(DPO):\n    Settings = MineSettings\n"
+        "from fedloom.objectives.base import Objective\nclass Nothing(Objective):\n    pass\n"
     )
     experiment = Experiment.from_table({**table, "objective": {"name": "feddyn:Mine"}})
     assert experiment.objective.beta == 0.3 and issubclass(OBJECTIVES["feddyn:Mine"][1], DPO)
     assert issubclass(type(experiment.objective), DPOSettings)
+    with pytest.raises(SettingsError, match="'feddyn:Nothing': .*: it must define loss"):
+        Experiment.from_table({"objective": {"name": "feddyn:Nothing"}})
     with pytest.raises(
         SettingsError, match=r"objective.name = 'feddyn:Mine' needs preference data"
     ):
@@ -274,6 +279,8 @@ class Short:
         self.seed = settings.seed
     def check(self):
         pass
+    def costs(self):
+        return {}
     def rate(self, cases):
         return [Verdict(tuple(float(len(a) < 9) for a in case.answers)) for case in cases]
 
@@ -288,7 +295,7 @@ def test_a_judge_of_others(folder):
     assert judge.seed == 3 and JUDGES.of_class(type(judge)).module == "feddyn"
     with pytest.raises(
         JudgeError,
-        match="judge 'feddyn:Silent': feddyn:Silent: it must define compares and scale and check and rate",
+        match="judge 'feddyn:Silent': feddyn:Silent: it must define compares and scale and check and rate and costs",
     ):
         make_judges(["feddyn:Silent"], JudgingSettings())
     with pytest.raises(

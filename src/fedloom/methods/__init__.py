@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedloom.choices import Choices
+from fedloom.choices import Choices, undefined
 from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
@@ -68,8 +68,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
 
 def _lacks(kind: type[Method]) -> list[str]:
     """Return what a method of somebody else does not say of itself, as fedloom's own do."""
-    lacking = [name for name in ("declares", "reveals") if not hasattr(kind, name)]
-    found = [f"it must define {' and '.join(lacking)}"] if lacking else []
+    found = undefined(kind, ("declares", "reveals", "round", "handlers"), Method)
     settings = getattr(kind, "Settings", NamedSettings).model_fields.keys() - {"name"}
     said = {*kind.taken, *kind.bounded, *kind.named_models}
     for name in sorted(settings - said):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedloom.choices import Choices
+from fedloom.choices import Choices, undefined
 from fedloom.objectives.base import Objective
 from fedloom.objectives.bco import BCO, BCOSettings
 from fedloom.objectives.classification import Classification, ClassificationSettings
@@ -29,7 +29,9 @@ OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "pkto": (PKTOSettings, PKTO),
 }
 
-OBJECTIVES = Choices("fedloom.objectives", OURS, Objective)
+OBJECTIVES = Choices(
+    "fedloom.objectives", OURS, Objective, lambda kind: undefined(kind, ["loss"], Objective)
+)
 """Name in ``[objective]`` to its settings and its class."""
 
 
