@@ -1,32 +1,32 @@
-"""Two methods at the same budget under three seeds, and the figures read from `results`.
+"""Two objectives at the same budget under three seeds, and the figures read from `results`.
 
-    python examples/compare_seeds.py
+python examples/compare_seeds.py
 """
 
 import fedloom
 
 comparison = {
     "compare": {
-        "objectives": ["dpo"],
-        "methods": ["fedavg", "local_only"],
+        "objectives": ["dpo", "ipo"],
+        "methods": ["fedavg"],
         "seeds": [0, 1, 2],
         "budget": "examples",  # each client computes equally much in each round, in every arm
-        "amount": 64,
+        "amount": 32,
     },
-    "data": {"source": "builtin:preferences", "builtin_rows": 300},
+    "data": {"source": "builtin:preferences", "builtin_rows": 200},
     "federation": {"clients": 3, "rounds": 2},
     "training": {"learning_rate": 3e-3},
     "evaluation": {"per_client": False, "samples": 0},
 }
 
 if __name__ == "__main__":  # needed with several workers, which import this file again
-    done = fedloom.compare(comparison, "comparisons/two_methods", workers=1)
+    done = fedloom.compare(comparison, "comparisons/two_objectives", workers=1)
     for arm in done.results["arms"]:
         print(
-            f"{arm['method']}: preference accuracy {arm['mean']:.3f} "
+            f"{arm['objective']}: preference accuracy {arm['mean']:.3f} "
             f"({arm['lowest']:.3f} to {arm['highest']:.3f}), {arm['sent'] / 1e6:.2f} MB"
         )
-    # Each difference is taken within a seed: both methods had the same rows and clients there.
+    # Each difference is taken within a seed: both had the same rows and clients there.
     for pair in done.results["paired"]:
         print(pair)
     print(f"page: {done.page}")

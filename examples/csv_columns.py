@@ -1,6 +1,6 @@
 """A CSV file with column names of its own, and clients by one of its columns.
 
-    python examples/csv_columns.py
+python examples/csv_columns.py
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Callbacks: stop when the held-out loss rises, and go on later.
 
-    python examples/early_stopping.py
+python examples/early_stopping.py
 """
 
 import tempfile

@@ -7,16 +7,16 @@ mkdir own_benchmark
 cd own_benchmark
 
 cat > questions.jsonl <<'END'
-{"question": "Which day follows Monday?", "reference": "Tuesday"}
-{"question": "Which day follows Tuesday?", "reference": "Wednesday"}
-{"question": "Which day follows Friday?", "reference": "Saturday"}
+{"question": "Zoe asks in the kitchen: where is the cup?", "reference": "next to the stove"}
+{"question": "Zoe asks in the garden: where is the rake?", "reference": "under the apple tree"}
+{"question": "Zoe asks in the library: where is the atlas?", "reference": "by the window"}
 END
 
-# Rows to train on: the tiny model knows no days, so here the same questions are asked in many ways.
-for number in $(seq 40); do
-  for pair in Monday:Tuesday Tuesday:Wednesday Friday:Saturday; do
-    echo "{\"prompt\": \"($number) Which day follows ${pair%:*}?\", \"completion\": \" ${pair#*:}\"}"
-  done
+# Rows to train on: other people ask the same.
+for name in Ada Ben Cleo Dina Egon Fay Gus Hana Ivo June Kai Lea Max Nora Omar Pia Quinn Rosa Sam Tara; do
+  echo "{\"prompt\": \"$name asks in the kitchen: where is the cup?\", \"completion\": \"Sure, it is next to the stove.\"}"
+  echo "{\"prompt\": \"$name asks in the garden: where is the rake?\", \"completion\": \"Sure, it is under the apple tree.\"}"
+  echo "{\"prompt\": \"$name asks in the library: where is the atlas?\", \"completion\": \"Sure, it is by the window.\"}"
 done > rows.jsonl
 
 cat > experiment.toml <<'END'
@@ -32,7 +32,8 @@ clients = 2
 rounds = 6
 
 [training]
-learning_rate = 1e-2
+learning_rate = 3e-3
+local_epochs = 3
 
 [evaluation]
 every = 6
@@ -40,4 +41,4 @@ END
 
 fedloom run experiment.toml --quiet
 fedloom evaluate runs/experiment base --benchmark questions.jsonl --judge reference \
-  --set generation.max_new_tokens=8 --to judged
+  --set generation.max_new_tokens=16 --to judged

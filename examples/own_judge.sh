@@ -1,6 +1,6 @@
 # sh examples/own_judge.sh
 #
-# A judge of one's own, here one that wants a courteous opening. Everything lands in the new folder own_judge.
+# A judge of one's own, here one that wants a courteous word. Everything lands in the new folder own_judge.
 set -e
 mkdir own_judge
 cd own_judge
@@ -10,14 +10,14 @@ from fedloom.evaluation.judges.base import Verdict
 
 
 class Courteous:
-    """1 where an answer opens courteously, else 0."""
+    """1 where an answer has a courteous word, else 0."""
 
     name = "courteous"
     compares = False  # it sees one answer at a time, so that no order matters
     scale = (0.0, 1.0)
 
     def __init__(self, settings):
-        self.openings = ("Gladly", "Certainly", "Sure")
+        self.openings = ("gladly", "certainly", "sure")
 
     def check(self):
         """Called before anything is answered: nothing is needed."""
@@ -27,7 +27,7 @@ class Courteous:
 
     def rate(self, cases):
         return [
-            Verdict(tuple(float(a.strip().startswith(self.openings)) for a in case.answers))
+            Verdict(tuple(float(any(o in a.lower() for o in self.openings)) for a in case.answers))
             for case in cases
         ]
 END
@@ -42,7 +42,7 @@ END
 cat > experiment.toml <<'END'
 [data]
 source = "builtin:instructions"
-builtin_rows = 300
+builtin_rows = 200
 
 [objective]
 name = "sft"

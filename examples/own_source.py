@@ -46,7 +46,10 @@ if __name__ == "__main__":
 
     result = fedloom.run(
         {
-            "data": {"source": "own_source:Tickets", "kind": "instruction"},  # this file, as a module
+            "data": {
+                "source": "own_source:Tickets",
+                "kind": "instruction",
+            },  # this file, as a module
             "objective": {"name": "sft"},
             "partition": {"kind": "column", "column": "department"},
             "federation": {"clients": 2, "rounds": 3},

@@ -1,6 +1,6 @@
 """FedPDPO: clients who want the opposite share a LoRA; head and bottleneck stay with each.
 
-    python examples/personal_parts.py
+python examples/personal_parts.py
 """
 
 import fedloom

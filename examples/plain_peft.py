@@ -1,6 +1,6 @@
 """The adapter of a run in plain transformers and peft: no fedloom from here on.
 
-    python examples/plain_peft.py
+python examples/plain_peft.py
 """
 
 import torch

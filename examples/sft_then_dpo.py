@@ -1,6 +1,6 @@
 """Fine-tuning on instructions first, then alignment on preferences from the adapter that it left.
 
-    python examples/sft_then_dpo.py
+python examples/sft_then_dpo.py
 """
 
 import fedloom

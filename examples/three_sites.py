@@ -1,6 +1,6 @@
 """My rows, three sites: every JSONL file is a client, and no row leaves its file's client.
 
-    python examples/three_sites.py
+python examples/three_sites.py
 """
 
 import json

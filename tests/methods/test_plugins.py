@@ -204,7 +204,7 @@ def test_an_objective_of_others(folder, table):
     experiment = Experiment.from_table({**table, "objective": {"name": "feddyn:Mine"}})
     assert experiment.objective.beta == 0.3 and issubclass(OBJECTIVES["feddyn:Mine"][1], DPO)
     assert issubclass(type(experiment.objective), DPOSettings)
-    with pytest.raises(SettingsError, match="'feddyn:Nothing': .*: it must define loss"):
+    with pytest.raises(SettingsError, match=r"'feddyn:Nothing': .*: it must define loss"):
         Experiment.from_table({"objective": {"name": "feddyn:Nothing"}})
     with pytest.raises(
         SettingsError, match=r"objective.name = 'feddyn:Mine' needs preference data"
