@@ -22,14 +22,23 @@ CLOSE = 1e-4
 """Largest difference of a row's log-prob that counts as none, in nats."""
 
 
+def close(outcome: Outcome) -> float:
+    """Return the same where two steps moved a row by so many nats that float32 rounds by more."""
+    return max(CLOSE, outcome.moved * 2**-20)
+
+
 def line(model_type: str, outcome: Outcome) -> str:
     """Return a model type's row of the table."""
     if outcome.refused:
         return f"| {model_type} | refused: {_cell(outcome.refused)} | | | |"
-    right = max(outcome.saved, outcome.padded) < CLOSE and outcome.batched
+    right = max(outcome.saved, outcome.padded) < close(outcome) and outcome.batched
     reward = "yes" if "pdpo" in (outcome.losses or {}) else "no"
     refused = isinstance(outcome.merged, str)
-    merged = f"refused: {_cell(str(outcome.merged))}" if refused else _yes(outcome.merged < CLOSE)
+    merged = (
+        f"refused: {_cell(str(outcome.merged))}"
+        if refused
+        else _yes(outcome.merged < close(outcome))
+    )
     names = ", ".join(outcome.left_out)
     return f"| {model_type} | {_yes(right)} | {names} | {reward} | {merged} |"
 

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from architectures.sweep import THEORY, swept
-from architectures.table import CLOSE, DOCUMENT, line, lines
+from architectures.table import DOCUMENT, close, line, lines
 from architectures.zoo import MODEL_TYPES, UNBUILT, make_folder
 from fedloom.objectives import OBJECTIVES
 from sampling import every, sampled
@@ -39,10 +39,10 @@ def check(model_type, outcome):
     for name, loss in outcome.losses.items():
         assert loss == pytest.approx(THEORY[name], abs=1e-6), name
     assert {"dpo", "ipo", "kto", "bco"} <= outcome.losses.keys()
-    assert outcome.padded < CLOSE
-    assert outcome.saved < CLOSE
-    assert outcome.moved_weights is None or outcome.moved_weights < CLOSE
-    assert isinstance(outcome.merged, str) or outcome.merged < CLOSE
+    assert outcome.padded < close(outcome)
+    assert outcome.saved < close(outcome)
+    assert outcome.moved_weights is None or outcome.moved_weights < close(outcome)
+    assert isinstance(outcome.merged, str) or outcome.merged < close(outcome)
     assert outcome.configuration == ()
     assert outcome.batched
 
