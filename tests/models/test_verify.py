@@ -18,6 +18,7 @@ from fedloom.models.verify import (
     fresh_copy,
     outputs,
     shortened,
+    together,
 )
 
 CPU = torch.device("cpu")
@@ -115,10 +116,31 @@ def test_what_is_put_on_a_copy_is_not_on_the_base(model_folder):
     assert not any(re.search("lora", name) for name in names)
 
 
-def test_a_row_is_shortened_before_its_last_token():
+def test_the_first_and_the_last_tokens_of_a_row_stay():
     """BART's classifier reads the state at the end token: without one it does not run."""
-    assert shortened([5, 6, 7, 2], 3) == [5, 6, 2]
+    assert shortened([5, 6, 7, 8, 2], 3) == [5, 8, 2] and shortened([5, 6, 7, 2], 2) == [5, 2]
     assert shortened([5, 6, 2], 3) == [5, 6, 2]
+
+
+def test_rows_of_one_length_are_passed_together():
+    assert together([8] * 8) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert together([3, 2, 3]) == [[0, 2], [1]]
+    # 256 // 100: a pass has no more logits than one of a row of 256 tokens
+    assert together([100] * 5) == [[0, 1], [2, 3], [4]]
+    assert together([256, 256]) == [[0], [1]]
+
+
+def test_rows_together_give_what_they_give_alone_in_their_order(model_folder):
+    base = fresh_base(str(model_folder), revision=None, dtype=torch.float32, device=CPU)
+    passes = []
+    base.register_forward_hook(lambda *_: passes.append(1))
+    rows = [[1, 5, 9, 7], [1, 20], [1, 30, 31, 32], [1, 40, 41, 42]]
+    found = outputs(base, rows, device=CPU)
+    assert len(passes) == 2
+    alone = [outputs(base, [row], device=CPU) for row in rows]
+    for own, other in zip(found.rows, alone, strict=True):
+        assert torch.allclose(own, other.rows[0], rtol=0, atol=1e-5)
+    assert found.largest == pytest.approx(max(own.largest for own in alone), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +148,7 @@ def test_a_row_is_shortened_before_its_last_token():
     [
         (0, 1, 208),  # 1e11 FLOPs / (2 x 1e7 a token x 8 rows x 3 passes) = 208.3
         (0, 10, 29),  # / (2e7 x 8 x 21) = 29.8
-        (0, 100, 8),  # 3.1, and 8 at least
+        (0, 100, 4),  # 3.1, and 4 at least
         (1e15, 10, 256),  # 1e13 / (2e7 x 8 x 21) = 2976, and 256 at most
         (2e13, 10, 59),  # 2e11 / (2e7 x 8 x 21) = 59.5
     ],

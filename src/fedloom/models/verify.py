@@ -1,9 +1,10 @@
 """Whether what was saved is what was trained: log-probs of some rows, before saving and after loading.
 
 What was saved is loaded into a fresh model as its card says (``saved.py``): the base by ``transformers``
-alone, the adapter by PEFT alone. Rows are passed one at a time, so that neither padding nor neighbours
-enter, in the precision and on the device of the training: what is compared are weights and how they are
-put together, not two ways of rounding.
+alone, the adapter by PEFT alone. Rows of one length are passed together and others apart, so that no
+padding enters, in the precision and on the device of the training: what is compared are weights and how
+they are put together, not two ways of rounding. A pass of few tokens costs as much as reading all
+weights: eight rows of eight tokens take a third of the time in one pass.
 
 What may differ. A log-prob is a logit less the logarithm of a sum of exponentials, so an error of at
 most e in every logit is one of at most 2 e in a log-prob. A logit l that is written with unit roundoff u
@@ -36,7 +37,7 @@ from fedloom.models.saved import CLASSIFIER
 ROWS = 8
 """Rows that are compared."""
 
-LONGEST, SHORTEST = 256, 8
+LONGEST, SHORTEST = 256, 4
 """Tokens of a row that are compared at most and at least, where it has as many: its logits are so many
 times the vocabulary."""
 
@@ -91,8 +92,12 @@ def allowed(dtype: torch.dtype, largest: float) -> float:
 
 
 def shortened(row: Sequence[int], length: int) -> list[int]:
-    """Return at most so many tokens of a row; the last one stays, which some classifiers read (BART)."""
-    return list(row) if len(row) <= length else [*row[: length - 1], row[-1]]
+    """Return at most so many tokens of a row, two at least: the first and the last ones.
+
+    The first is what some models start from, the last what some classifiers read (BART). Rows differ in
+    their answers; a prompt's first tokens are those of the template, the same in all rows.
+    """
+    return list(row) if len(row) <= length else [row[0], *row[len(row) - length + 1 :]]
 
 
 def affordable(shape: ModelShape, spent: float, folders: int) -> int:
@@ -127,32 +132,52 @@ def outputs(
     was_training = model.training
     model.eval()
     heads = [m for m in model.modules() if isinstance(m, PersonalHead) and m.reward is not None]
-    said, rewards, largest = [], [], 0.0
+    said: dict[int, Tensor] = {}
+    rewards: dict[int, Tensor] = {}
+    largest = 0.0
     mixed: AbstractContextManager[Any] = nullcontext()
     if autocast is not None:
         mixed = torch.autocast(device.type, autocast)
-    for row in rows:
-        ids = torch.tensor([shortened(row, LONGEST)], device=device)
+    cut = [shortened(row, LONGEST) for row in rows]
+    for places in together([len(row) for row in cut]):
+        ids = torch.tensor([cut[place] for place in places], device=device)
         mask = torch.ones_like(ids)
         with mixed:
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
         for head in heads:
-            if head.states is None:  # it stands aside
-                continue
-            rewards.append(head.rewards(mask).cpu())
+            if head.states is not None:  # else it stands aside
+                rewards |= zip(places, head.rewards(mask).cpu().split(1), strict=True)
         largest = max(largest, float(logits.abs().max()))
-        said.append(_said(logits, ids).cpu())
+        said |= zip(places, _said(logits, ids).cpu(), strict=True)
     model.train(was_training)
-    return Outputs(tuple(said), tuple(rewards), largest)
+    return Outputs(_in_order(said), _in_order(rewards), largest)
+
+
+def together(lengths: Sequence[int]) -> list[list[int]]:
+    """Return which rows are passed together: of one length, and no more logits than the longest row has.
+
+    Args:
+        lengths: Tokens of each row.
+    """
+    passes: list[list[int]] = []
+    for length in dict.fromkeys(lengths):
+        places = [place for place, own in enumerate(lengths) if own == length]
+        count = max(1, LONGEST // length)
+        passes += [places[start : start + count] for start in range(0, len(places), count)]
+    return passes
+
+
+def _in_order(of_places: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(of_places[place] for place in sorted(of_places))
 
 
 def _said(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the numbers of one row that are compared."""
+    """Return ``(rows, numbers)``, which are compared, of ``(rows, length)`` token ids."""
     if logits.ndim == 2:
-        return logits[0] if logits.shape[1] == 1 else logits.log_softmax(-1)[0]
+        return logits if logits.shape[1] == 1 else logits.log_softmax(-1)
     logits = logits[:, -ids.shape[1] :]  # virtual tokens come first
-    whole = logits[0, :-1]
-    return whole.gather(-1, ids[0, 1:, None])[:, 0] - whole.logsumexp(-1)
+    whole = logits[:, :-1]
+    return whole.gather(-1, ids[:, 1:, None])[..., 0] - whole.logsumexp(-1)
 
 
 def compare(
