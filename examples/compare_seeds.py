@@ -26,7 +26,7 @@ if __name__ == "__main__":  # needed with several workers, which import this fil
             f"{arm['objective']}: preference accuracy {arm['mean']:.3f} "
             f"({arm['lowest']:.3f} to {arm['highest']:.3f}), {arm['sent'] / 1e6:.2f} MB"
         )
-    # Each difference is taken within a seed: both had the same rows and clients there.
-    for pair in done.results["paired"]:
-        print(pair)
+    # The difference is taken within a seed, where both had the same rows and clients.
+    pair = done.results["paired"][0]
+    print(f"{pair['right']} - {pair['left']}: {pair['difference']:+.3f} over {pair['units']} seeds")
     print(f"page: {done.page}")

@@ -65,7 +65,9 @@ def aligned(own):
 def compared(own):
     results = own["done"].results
     assert [(arm["objective"], arm["runs"]) for arm in results["arms"]] == [("dpo", 3), ("ipo", 3)]
-    assert len(results["paired"]) == 1 and own["done"].page.is_file()
+    dpo, ipo = (arm["mean"] for arm in results["arms"])
+    assert own["pair"]["difference"] == pytest.approx(ipo - dpo) and own["pair"]["units"] == 3
+    assert own["done"].page.is_file()
 
 
 def stopped(own):
