@@ -39,15 +39,13 @@ def improved(own):
 
 
 def classified(own):
-    assert (
-        record("runs/classification")["after"]["accuracy"] > 0.2
-    )  # eight classes: 0.125 by chance
+    assert record("runs/classification")["after"] > 0.2  # eight classes: 0.125 by chance
 
 
 def preferred(folder):
     summary = record(folder)
-    assert summary["before"]["preference_accuracy"] == 0.5
-    assert summary["after"]["preference_accuracy"] > 0.55
+    assert summary["before"] == 0.5
+    assert summary["after"] > 0.55
 
 
 def unrolled(own):
@@ -131,6 +129,7 @@ PROMISES = {
     "own_benchmark.sh": lambda said: scores("own_benchmark"),
     "own_judge.sh": lambda said: scores("own_judge"),
     "own_method.py": further,
+    "own_objective.py": likelier,
     "own_source.py": improved,
     "partition_picture.toml": drawn_up,
     "personal_parts.py": personal,
