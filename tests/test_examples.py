@@ -100,8 +100,7 @@ def mixed(own):
 
 def scores(folder):
     (judge,) = record(f"{folder}/judged", "evaluation.json")["judges"]
-    means = {model["model"]: model["mean"] for model in judge["models"]}
-    assert means["base"] < means["experiment"] == 1
+    assert judge["models"]["base"]["mean"] < judge["models"]["experiment"]["mean"] == 1
 
 
 def further(own):
