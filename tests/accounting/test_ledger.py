@@ -1,11 +1,14 @@
 """Time and memory are measured around a block, also when it fails."""
 
+import resource
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fedloom.accounting.ledger import Ledger
+from fedloom.accounting import ledger as module
+from fedloom.accounting.ledger import Ledger, peak_memory
 
 
 def test_seconds_and_peak_memory():
@@ -34,3 +37,32 @@ def test_a_failure_is_counted_too():
     with pytest.raises(RuntimeError, match="it fell over"):
         fail()
     assert ledger.take()[0].bytes_down == 5
+
+
+def test_a_peak_is_in_bytes(monkeypatch):
+    """Linux writes kibibytes: 2000 are 2,048,000 bytes."""
+
+    class Status:
+        def __init__(self, path):
+            assert path == "/proc/self/status"
+
+        def read_text(self):
+            return "VmPeak:\t    9000 kB\nVmHWM:\t    2000 kB\nVmRSS:\t    1000 kB\n"
+
+    monkeypatch.setattr(module, "Path", Status)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    assert peak_memory() == 2_048_000
+
+
+@pytest.mark.parametrize(("system", "expected"), [("linux", 3_072_000), ("darwin", 3000)])
+def test_a_peak_without_proc_is_that_of_the_process(monkeypatch, system, expected):
+    """ru_maxrss is in kibibytes on Linux and in bytes on macOS."""
+
+    def missing(path):
+        raise OSError
+
+    monkeypatch.setattr(module, "Path", missing)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module.sys, "platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3000))
+    assert peak_memory() == expected

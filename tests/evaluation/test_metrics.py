@@ -35,9 +35,43 @@ def test_preference():
     # -1/1 > -6/2, -5/5 < -4/5, -9/3 < -1/1
     assert found["normalised_accuracy"] == pytest.approx(1 / 3)
     assert found["likelihood_accuracy"] == pytest.approx(1 / 3)
+    assert found["longer_accuracy"] == pytest.approx((0 + 0.5 + 1) / 3)  # 1 < 2, 5 = 5, 3 > 1
     assert found["reward_margin"] == pytest.approx(0.5 * 2 / 3)  # beta times, as in training
     losses = [math.log(1 + math.exp(-m)) for m in (2.0, 0.0, -1.0)]
     assert found["loss"] == pytest.approx(sum(losses) / 3)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "accuracy"),
+    [((3, 5, 9), (1, 2, 4), 1.0), ((3, 5, 1), (4, 5, 4), 0.5 / 3), ((1, 1, 2), (2, 3, 3), 0.0)],
+)
+def test_the_rule_that_the_longer_answer_is_chosen(chosen, rejected, accuracy):
+    zero = t(0, 0, 0)
+    found = preference_metrics(zero, zero, zero, zero, (t(*chosen), t(*rejected)), beta=0.1)
+    assert found["longer_accuracy"] == pytest.approx(accuracy)
+    assert found["preference_accuracy"] == 0.5
+
+
+def test_preference_with_explicit_rewards():
+    """Implicit 0.5 x (2, -4, 2) = (1, -2, 1), explicit (-1, 3, 1), gamma 2: (-1, 4, 3) together."""
+    zero, lengths = t(0, 0, 0), (t(1, 1, 1), t(1, 1, 1))
+    explicit = (t(0, 3, 1), t(1, 0, 0))
+    found = preference_metrics(t(2, -4, 2), zero, zero, zero, lengths, 0.5, explicit, gamma=2.0)
+    assert found["preference_accuracy"] == found["implicit_accuracy"] == pytest.approx(2 / 3)
+    assert found["explicit_accuracy"] == pytest.approx(2 / 3)
+    assert found["reward_margin"] == pytest.approx(2.0)
+    losses = [math.log(1 + math.exp(-m)) for m in (-1.0, 4.0, 3.0)]
+    assert found["loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_feedback_with_explicit_rewards():
+    """Implicit (1, 0) against (2, 0), explicit (3, 1) against (0, 2); gamma 1: (4, 1) against (2, 2)."""
+    desirable = torch.tensor([True, True, False, False])
+    found = feedback_metrics(t(1, 0, 2, 0), t(0, 0, 0, 0), desirable, 1.0, t(3, 1, 0, 2), gamma=1.0)
+    assert found["implicit_auc"] == pytest.approx((0 + 1 + 0 + 0.5) / 4)
+    assert found["explicit_auc"] == pytest.approx((1 + 1 + 1 + 0) / 4)
+    assert found["feedback_auc"] == pytest.approx((1 + 1 + 0 + 0) / 4)
+    assert (found["reward_desirable"], found["reward_undesirable"]) == (2.5, 2.0)
 
 
 def test_feedback():

@@ -1,0 +1,130 @@
+"""What a comparison's page says of an arm, of two arms and of what clients spent, on hand values."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from fedloom.accounting.costs import REPEATED, Cost
+from fedloom.report.comparison_page import Cell, _arm, _means_by_objective, _paired
+from fedloom.report.spent import budget_words, comparison_words, spent_rows
+
+RESOURCES = {"steps": 4, "examples": 8, "tokens": 16, "flops": 32, "seconds": 64}
+
+
+def cell(
+    seed, value, *, objective="dpo", method="fedavg", higher_is_better=True, scale=1, rows=None
+):
+    totals = {name: scale * amount for name, amount in RESOURCES.items()}
+    totals |= {"bytes_up": 10 * scale, "bytes_down": 5 * scale, "peak_memory": 100 * scale}
+    summary = {
+        "before": value / 2,
+        "after": value,
+        "after_metrics": {"accuracy": value, "loss": 10 * value},
+        "totals": totals,
+    }
+    metric = {"name": "accuracy", "higher_is_better": higher_is_better}
+    data = {"kind": "preference", "global_held_out": 10}
+    run = SimpleNamespace(
+        run={"metric": metric, "data": data},
+        metric="accuracy",
+        summary=summary,
+        evaluated=[],
+        costs=[],
+        rounds=[],
+    )
+    return Cell(objective, method, seed, run)
+
+
+@pytest.fixture(autouse=True)
+def without_rows(monkeypatch):
+    """Intervals over rows have hand values of their own."""
+    from fedloom.intervals import Interval
+    from fedloom.report import comparison_page
+
+    none = Interval(None, None, None, 0, "rows")
+    monkeypatch.setattr(comparison_page, "over_rows", lambda runs, values: none)
+    monkeypatch.setattr(comparison_page, "difference_over_rows", lambda pairs, gap: none)
+
+
+def test_an_arm_by_hand():
+    found = _arm([cell(0, 0.5), cell(1, 0.6, scale=3), cell(2, 1.0, scale=2)])
+    assert found["runs"] == 3 and found["mean"] == pytest.approx(0.7)
+    assert found["before"] == pytest.approx(0.35)
+    assert (found["lowest"], found["highest"]) == (0.5, 1.0)
+    assert found["metrics"] == pytest.approx({"accuracy": 0.7, "loss": 7.0})
+    assert found["sent"] == 30  # 15, 45 and 30, both ways
+    assert {name: found[name] for name in RESOURCES} == {n: 2 * v for n, v in RESOURCES.items()}
+    assert found["peak_memory"] == 300
+
+
+@pytest.mark.parametrize(("higher_is_better", "wins"), [(True, 2), (False, 1)])
+def test_a_difference_is_the_mean_over_seeds_of_the_mean_over_methods(higher_is_better, wins):
+    """Seed 0: 0.1 and 0.3; seed 1: -0.2 alone; seed 2: 0: the mean of 0.2, -0.2 and 0 is 0."""
+    gaps = [(0, "fedavg", 0.1), (0, "ditto", 0.3), (1, "fedavg", -0.2), (2, "fedavg", 0.0)]
+    options = {"higher_is_better": higher_is_better}
+    blocks = [
+        (
+            cell(seed, 0.5, method=method, **options),
+            cell(seed, 0.5 + gap, objective="kto", method=method, **options),
+        )
+        for seed, method, gap in gaps
+    ]
+    found = _paired(blocks)
+    assert (found["units"], found["runs"], found["ties"]) == (3, 4, 1)
+    assert found["difference"] == pytest.approx(0, abs=1e-12) and found["right_wins"] == wins
+    assert _paired(blocks[:2])["difference"] == pytest.approx(0.2)
+    assert _paired(blocks[:3])["difference"] == pytest.approx(0)
+
+
+def test_an_objectives_mean_is_over_seeds_of_the_means_over_methods():
+    """Seed 0: (0.2 + 0.6) / 2, seed 1: 0.8 alone: 0.6, which the mean of the three runs is not."""
+    cells = [cell(0, 0.2), cell(0, 0.6, method="ditto"), cell(1, 0.8)]
+    (found,) = _means_by_objective({"objectives": ["dpo"]}, cells)
+    assert found["mean"] == pytest.approx(0.6) and found["runs"] == 3
+    assert found["seeds"]["units"] == 2
+
+
+def run(costs, kind="preference"):
+    return SimpleNamespace(costs=[asdict(cost) for cost in costs], run={"data": {"kind": kind}})
+
+
+def test_what_clients_spent_in_a_round_by_hand():
+    """Two turns: 2 + 1 steps, and 5; a pair is two answers; what is not training is left out."""
+    costs = [
+        Cost(1, 0, "train", steps=2, examples=4, tokens=10, flops=100.0),
+        Cost(1, 0, "train", steps=1, examples=2, tokens=6, flops=20.0),
+        Cost(1, 1, "train", steps=5, examples=8, tokens=40, flops=300.0),
+        Cost(2, 1, "aggregate", flops=7.0),  # no step: no turn
+        Cost(1, 0, "reference", flops=1e6),
+        Cost(0, 0, "train", steps=9),
+        Cost(1, 0, "evaluate", flops=1e6),
+        Cost(1, 0, REPEATED, flops=1e6),
+    ]
+    (row,) = spent_rows([("dpo", "fedavg", [run(costs)]), ("dpo", "none", [run([])])])
+    assert (row["objective"], row["method"]) == ("dpo", "fedavg")
+    assert row["steps"] == {"lowest": 3, "mean": 4, "highest": 5}
+    assert row["examples"] == {"lowest": 12, "mean": 14, "highest": 16}
+    assert row["tokens"] == {"lowest": 16, "mean": 28, "highest": 40}
+    assert row["flops"] == {"lowest": 120, "mean": 210, "highest": 300}
+    (single,) = spent_rows([("sft", "fedavg", [run(costs, "instruction")])])
+    assert single["examples"] == {"lowest": 6, "mean": 7, "highest": 8}
+
+
+def test_arms_that_differ_are_named_with_their_figures():
+    def row(method, flops):
+        alike = {"lowest": 3, "mean": 4.0, "highest": 5}
+        own = {"steps": alike, "examples": alike, "tokens": alike}
+        return {"objective": "dpo", "method": method, **own, "flops": {"mean": flops}}
+
+    words = comparison_words([row("fedavg", 2e9), row("ditto", 4e9)])
+    assert words == (
+        "Equal in all arms: optimizer steps, examples, tokens. Not equal: compute from 2 GFLOP (dpo, "
+        "fedavg) to 4 GFLOP (dpo, ditto)."
+    )
+    assert "Not" not in comparison_words([row("fedavg", 1000.0), row("ditto", 1001.0)])
+    assert "Not" in comparison_words([row("fedavg", 1000.0), row("ditto", 1002.0)])
+    assert budget_words({"budget": "steps", "amount": 1200}) == (
+        "Of each model that it trains, a client does 1\u202f200 optimizer steps a round in every arm; "
+        "methods that train several, or step several times on a batch, compute more."
+    )
