@@ -32,6 +32,9 @@ full: $(VENV)/.developing  ## sweeps, long fuzzing, marathons of kills: up to tw
 	@set -o pipefail; { git log -1 --format="commit %H"; date --utc "+%F %H:%M UTC"; \
 		$(PYTEST) -m full --durations=0 --durations-min=1 -rP --show-capture=stdout --tb=short; } 2>&1 \
 		| tee benchmarks/results/full.log
+	@set -o pipefail; { git log -1 --format="commit %H"; date --utc "+%F %H:%M UTC"; \
+		OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/mutants.py 2>/dev/null; } \
+		| tee benchmarks/results/mutants.log
 
 docs: $(VENV)/.developing  ## the documentation as a site in site/; warnings are errors
 	@$(PIP) install --constraint constraints.txt --editable '.[docs]'

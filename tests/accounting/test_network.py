@@ -18,6 +18,8 @@ from fedloom.accounting.traffic import Sent
         ("40ms", "s", 0.04),
         ("2s", "s", 2),
         ("5TFLOP", "FLOP", 5e12),
+        ("2PFLOPS", "FLOP", 2e15),
+        ("3kbps", "bit", 3000),
         ("100 GFLOP/s", "FLOP", 1e11),
     ],
 )

@@ -80,6 +80,10 @@ def test_feedback():
     found = feedback_metrics(policy, torch.zeros(4), desirable, beta=0.5)
     assert found == {"feedback_auc": 0.625, "reward_desirable": 0.5, "reward_undesirable": 0.25}
     alone = feedback_metrics(policy, torch.zeros(4), torch.ones(4).bool())
+    assert alone["reward_desirable"] == pytest.approx(
+        0.1 * 3 / 4
+    )  # beta is 0.1 where it is not set
+    assert alone["reward_undesirable"] == 0
     assert alone["feedback_auc"] == 0.5
 
 

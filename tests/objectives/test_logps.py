@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from fedloom.batch import Sequences
-from fedloom.objectives.logps import completion_logps, completion_token_logps
+from fedloom.objectives.logps import completion_logits, completion_logps, completion_token_logps
 
 VOCABULARY = 11
 
@@ -47,3 +47,25 @@ def test_correct_marks_the_likeliest_token():
     _, mask, correct = completion_token_logps(model, batch)
     best = model.table[batch.input_ids].cumsum(1).argmax(-1)[:, :-1] == batch.input_ids[:, 1:]
     assert torch.equal(correct, best[:, 1:] & mask)
+
+
+class Asked(Toy):
+    """A model that can be asked for what its output layer reads."""
+
+    def predicting(self, sequences):
+        states = self.table[sequences.input_ids].cumsum(1)[:, :-1]
+        mask = sequences.completion_mask[:, 1:]
+        return SimpleNamespace(states=states[mask], logits=lambda states: 2 * states)
+
+
+def test_logits_of_completion_tokens_row_by_row():
+    """Those of the columns before: tokens 3 to 5 of the first row, 2 and 3 of the second."""
+    model, batch = Toy(), sequences()
+    whole = model.table[batch.input_ids].cumsum(1)
+    expected = torch.cat([whole[0, 2:5], whole[1, 1:3]])
+    logits, tokens, mask = completion_logits(model, batch)
+    assert torch.equal(logits, expected) and tokens.tolist() == [4, 5, 6, 9, 10]
+    assert torch.equal(mask, batch.completion_mask[:, 2:])
+    logits, tokens, mask = completion_logits(Asked(), batch)
+    assert torch.equal(logits, 2 * expected) and tokens.tolist() == [4, 5, 6, 9, 10]
+    assert torch.equal(mask, batch.completion_mask[:, 2:])
