@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -175,6 +175,17 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
     whole = hashlib.sha256()
     for name, tensor in tensors:
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
-        own = tensor.detach().cpu().contiguous().view(-1)
-        whole.update(own.view(torch.uint8).numpy().tobytes() if own.numel() else b"")
+        for part in _stored(tensor.detach()):
+            own = part.cpu().contiguous().view(-1)
+            whole.update(own.view(torch.uint8).numpy().tobytes() if own.numel() else b"")
     return whole.digest()
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """Return what a tensor is stored as: itself, or the tensors that a quantised one is made of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from _stored(getattr(tensor, name))
