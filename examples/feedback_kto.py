@@ -11,12 +11,12 @@ import fedloom
 base = {
     "objective": {"name": "kto", "beta": 0.2, "weights": "balanced"},
     "partition": {"kind": "iid"},
-    "federation": {"clients": 4, "rounds": 2},
+    "federation": {"clients": 4, "rounds": 3},
     "training": {"learning_rate": 3e-3},
     "evaluation": {"per_client": False, "samples": 0},
 }
-thumbs = {"source": "builtin:feedback", "builtin_rows": 300}  # columns prompt, completion, label
-pairs = {"source": "builtin:preferences", "builtin_rows": 300}
+thumbs = {"source": "builtin:feedback", "builtin_rows": 400}  # columns prompt, completion, label
+pairs = {"source": "builtin:preferences", "builtin_rows": 400}
 
 results = {
     "single answers": fedloom.run(base, data=thumbs),
