@@ -138,7 +138,7 @@ PROMISES = {
     "sft_then_dpo.py": aligned,
     "three_sites.py": improved,
     "two_machines.sh": lambda said: said.index(
-        "27 lines hold together: 2 clients, 0 messages refused"
+        "lines hold together: 2 clients, 0 messages refused"
     ),
 }
 
