@@ -146,7 +146,7 @@ def outputs(
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
         for head in heads:
             if head.states is not None:  # else it stands aside
-                rewards |= zip(places, head.rewards(mask).cpu().split(1), strict=True)  # type: ignore[no-untyped-call]
+                rewards |= zip(places, head.rewards(mask).cpu()[:, None], strict=True)
         largest = max(largest, float(logits.abs().max()))
         said |= zip(places, _said(logits, ids).cpu(), strict=True)
     model.train(was_training)
