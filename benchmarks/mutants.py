@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,10 +322,12 @@ def tried(tests: list[str], mutant: Mutant | None, out: Path, extra: Sequence[st
         "no:xdist",
         *extra,
     ]  # explains nothing
-    with open(os.devnull, "w") as nowhere, tempfile.TemporaryDirectory() as folder:
+    with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-        code = pytest.main([*words, f"--basetemp={folder}/t", *tests], plugins=[Observer()])
+        code = pytest.main(
+            [*words, f"--basetemp={out.with_suffix('')}", *tests], plugins=[Observer()]
+        )
     if code != 0 and not failed:
         failed.append(f"pytest ended with {int(code)}")
     out.write_text(json.dumps({"failed": failed, "seconds": seconds}))
@@ -371,31 +373,40 @@ class Running:
     until: float
 
 
-def run_all(jobs: list[Job], processes: int) -> Iterator[tuple[Mutant | None, Any]]:
+def run_all(jobs: list[Job], processes: int) -> Generator[tuple[Mutant | None, Any], None, None]:
     """Yield ``(mutant, outcome)`` of each job as it ends; the outcome is ``None`` where time ran out."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(reversed(jobs)), []
     with tempfile.TemporaryDirectory() as folder:
         number = 0
-        while waiting or running:
-            while waiting and len(running) < processes:
-                job = waiting.pop()
-                number += 1
-                out = Path(folder) / f"{number}.json"
-                words = (job.tests, job.mutant, out, job.extra)
-                process = context.Process(target=tried, args=words)
-                process.start()
-                running.append(Running(job, process, out, time.monotonic() + job.limit))
-            time.sleep(0.05)
+        try:
+            while waiting or running:
+                while waiting and len(running) < processes:
+                    job = waiting.pop()
+                    number += 1
+                    out = Path(folder) / f"{number}.json"
+                    words = (job.tests, job.mutant, out, job.extra)
+                    process = context.Process(target=tried, args=words)
+                    process.start()
+                    running.append(Running(job, process, out, time.monotonic() + job.limit))
+                time.sleep(0.05)
+                for own in list(running):
+                    if own.process.is_alive() and time.monotonic() < own.until:
+                        continue
+                    _end(own, running)
+                    yield (
+                        own.job.mutant,
+                        json.loads(own.out.read_text()) if own.out.exists() else None,
+                    )
+        finally:
             for own in list(running):
-                alive = own.process.is_alive()
-                if alive and time.monotonic() < own.until:
-                    continue
-                if alive:
-                    own.process.kill()
-                own.process.join()
-                running.remove(own)
-                yield own.job.mutant, json.loads(own.out.read_text()) if own.out.exists() else None
+                _end(own, running)
+
+
+def _end(own: Running, running: list[Running]) -> None:
+    own.process.kill()  # does nothing to one that has ended
+    own.process.join()
+    running.remove(own)
 
 
 def drawn(count: int, paths: list[str]) -> list[Mutant]:
@@ -450,7 +461,8 @@ def main() -> None:
         limit = 60 + 10 * sum(whole["seconds"].get(file, 0.0) for file in tests[mutant.path])
         jobs.append(Job(mutant, tests[mutant.path], limit, ("-x", *left_out)))
     counts = {part: [0, 0, 0] for part in STRATA}
-    for mutant, outcome in run_all(jobs, asked.processes):
+    outcomes = run_all(jobs, asked.processes)
+    for mutant, outcome in outcomes:
         assert mutant is not None
         killed = outcome is None or bool(outcome["failed"])
         place = 0 if killed else 2 if mutant.name in known else 1
@@ -459,6 +471,7 @@ def main() -> None:
             print(f"\nsurvived: {mutant.path}:{mutant.line}")
             print(f"  - {mutant.before}\n  + {mutant.after}", flush=True)
         if time.monotonic() > end:
+            outcomes.close()
             break
     print("\npart          killed  survived  equivalent")
     for part, row in counts.items():

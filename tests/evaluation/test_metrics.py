@@ -84,6 +84,8 @@ def test_feedback():
         0.1 * 3 / 4
     )  # beta is 0.1 where it is not set
     assert alone["reward_undesirable"] == 0
+    other = feedback_metrics(policy, torch.zeros(4), torch.zeros(4).bool())
+    assert other["reward_desirable"] == 0 and other["feedback_auc"] == 0.5
     assert alone["feedback_auc"] == 0.5
 
 
