@@ -29,6 +29,9 @@ QUICK = ("csv_columns.py", "own_source.py", "partition_picture.toml", "three_sit
 
 DEFAULT = set(drawn("examples").sample(QUICK, 2))
 
+SLOW = set(drawn("slow examples").sample(FILES, 8))
+"""Examples that the slow suite runs; the full one runs all."""
+
 
 def record(folder, name="summary.json"):
     return json.loads(Path(folder, name).read_text())
@@ -146,7 +149,8 @@ PROMISES = {
 def marked(name):
     if name in DEFAULT:
         return pytest.param(name)
-    marks = [pytest.mark.slow, *[pytest.mark.serial] * (name == "two_machines.sh")]
+    marks = [pytest.mark.full, *[pytest.mark.slow] * (name in SLOW)]
+    marks += [pytest.mark.serial] * (name == "two_machines.sh")
     return pytest.param(name, marks=marks)
 
 
