@@ -293,7 +293,7 @@ def test_a_page_says_what_is_doubted(stopped, tmp_path):
     assert said in write_report([run]).read_text()
     log = (run / "audit.jsonl").read_text()
     (run / "audit.jsonl").write_text(log.replace('"python": "3', '"python": "2'))
-    resumed = "Begun again with python 2"
+    resumed = "This run was resumed with other versions than it was begun with: python 2"
     assert resumed in write_report([run]).read_text()
     both = write_report([run, stopped[1].folder], tmp_path / "both.html").read_text()
     assert f"The figures of run are {said}" in both and both.count(said) == 2

@@ -185,7 +185,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
     small = dataclasses.replace(whole, cells=tuple(cells))
     folder = compare(small, tmp_path / "out", workers=1)
     page = write_personal(folder).read_text()
-    assert "over local only" in page and "over fedavg" in page
+    assert "<th>gain over</th><th>local only</th>" in page and "<th>fedavg</th>" in page
     for cell in once.values():
         judged = {"choice": "Accuracy: share of held-out rows", "answer": "Rouge l: mean ROUGE-L"}
         kind = judged_kind(cell.experiment, cell.experiment.kind)

@@ -13,7 +13,8 @@ import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
@@ -610,7 +611,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
             columnspacing=1.0,
             handlelength=1.6,
         )
-        if columns == 1 or legend.get_window_extent().width <= width:
+        with _any_letters():
+            fits = legend.get_window_extent().width <= width
+        if columns == 1 or fits:
             return
         legend.remove()
 
@@ -631,14 +634,21 @@ def _finish_axes(axes: Axes, x_label: str, y_label: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
+@contextmanager
+def _any_letters() -> Iterator[None]:
+    """Say nothing of letters that the font here has not: browsers have them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font|.*layout not applied")
+        yield
+
+
 def _svg(figure: Figure) -> str:
     """Return the figure as an ``<svg>`` element that scales with its column."""
     for written in figure.findobj(Text):
         if isinstance(written, Text):
             written.set_text(visible(written.get_text()))
     buffer = io.StringIO()
-    with warnings.catch_warnings():  # browsers have the letters that the font here has not
-        warnings.filterwarnings("ignore", "Glyph .* missing from font|.*layout not applied")
+    with _any_letters():
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
