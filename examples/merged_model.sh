@@ -15,8 +15,8 @@ fedloom export run --to model
 python - <<'END'
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("model")
-tokenizer = AutoTokenizer.from_pretrained("model")
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=False)
 prompt = tokenizer("Ada asks in the kitchen: where is the cup?\n", return_tensors="pt")
 tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
 print("merged:", tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -18,8 +18,9 @@ result = fedloom.run(
     }
 )
 
-model = AutoPeftModelForCausalLM.from_pretrained(result.adapter_path)
-tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+model = AutoPeftModelForCausalLM.from_pretrained(result.adapter_path, trust_remote_code=False)
+base = model.peft_config["default"].base_model_name_or_path
+tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 prompt = tokenizer("Ada asks in the garden: where is the rake?\n", return_tensors="pt")
 with torch.no_grad():
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
