@@ -115,3 +115,56 @@ TOGETHER = no("a round's answers are put together at once, from one state")
 
 AVERAGED = Absence("the mean is over those that answered", "gets what all get", "is in no mean")
 """Of methods that average what comes back."""
+
+
+KEEPS_ADAPTER = Absence(
+    "as FedAvg; its own adapter stays as it is",
+    "goes on with the adapter that it kept",
+    "is in no mean",
+)
+"""Of methods whose clients train an adapter of their own beside the shared one."""
+
+KEEPS_PARTS = Absence(
+    "as FedAvg; what it keeps stays as it is",
+    "trains the parts that it kept (fresh ones at first) with today's shared ones",
+    "is in no mean",
+)
+"""Of methods that average all but some parts of what is trained."""
+
+ADDS_TO_BACKBONE = Absence(
+    "adds nothing; the round's factors and residual are of those that answered",
+    "before it trains, in the same round, it is sent the additions to the backbone that it lacks, or "
+    "their sum if that is smaller",
+    "is sent nothing; let in again, it gets the sum",
+)
+"""Of methods that put what was learnt into the backbone."""
+
+
+def averaging(
+    title: str,
+    paper: str,
+    fidelity: Fidelity,
+    difference: str,
+    *,
+    travels: str = "the adapter, down and up",
+    keeps: str = "nothing",
+    asynchronous: Claim = ONE_BY_ONE,
+    absence: Absence = AVERAGED,
+    reference: bool = False,
+) -> Declaration:
+    """Return what a method is whose server needs a mean of parameters alone, trained by plain steps."""
+    return Declaration(
+        title,
+        paper,
+        fidelity,
+        difference,
+        "FedLLM",
+        travels,
+        keeps,
+        secure_aggregation=SUMMED,
+        client_privacy=CLIPPED,
+        row_privacy=OWN_STEPS,
+        asynchronous=asynchronous,
+        absence=absence,
+        reference=reference,
+    )

@@ -25,7 +25,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter
-from fedloom.methods.declaration import CLIPPED, ONE_BY_ONE, OWN_STEPS, SUMMED, Absence, Declaration
+from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
 from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
@@ -41,23 +41,13 @@ class DittoSettings(NamedSettings):
 class Ditto(KeepsAdapter):
     """FedAvg with a personal adapter for each client."""
 
-    declares = Declaration(
+    declares = averaging(
         "Ditto",
         "https://arxiv.org/abs/2012.04221",
         "adapted",
         "on the adapter",
-        "FedLLM",
-        "the adapter, down and up",
-        "an adapter of its own",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=Absence(
-            "as FedAvg; its own adapter stays as it is",
-            "goes on with the adapter that it kept",
-            "is in no mean",
-        ),
+        keeps="an adapter of its own",
+        absence=KEEPS_ADAPTER,
     )
     reveals = ADAPTERS_ALONE
     taken = ("strength",)

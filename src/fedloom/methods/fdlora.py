@@ -42,7 +42,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.methods.declaration import CLIPPED, OWN_STEPS, SUMMED, Absence, Declaration, no
+from fedloom.methods.declaration import Absence, averaging, no
 from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
@@ -84,17 +84,12 @@ class FDLoRASettings(NamedSettings):
 class FDLoRA(KeepsAdapter):
     """An outer optimizer on the shared adapter, and a fitted mixture at the end."""
 
-    declares = Declaration(
+    declares = averaging(
         "FDLoRA",
         "https://arxiv.org/abs/2406.07925",
         "adapted",
         "Nelder-Mead's simplex in place of nevergrad's search",
-        "FedLLM",
-        "the adapter, down and up",
-        "a private adapter",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
+        keeps="a private adapter",
         asynchronous=no(
             "every client mixes both adapters after the last round, which all must have"
         ),

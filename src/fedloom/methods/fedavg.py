@@ -19,14 +19,7 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.methods.declaration import (
-    AVERAGED,
-    CLIPPED,
-    ONE_BY_ONE,
-    OWN_STEPS,
-    SUMMED,
-    Declaration,
-)
+from fedloom.methods.declaration import averaging
 from fedloom.settings import NamedSettings
 
 
@@ -39,19 +32,11 @@ class FedAvgSettings(NamedSettings):
 class FedAvg(Method):
     """Federated averaging of the adapter."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedAvg",
         "https://arxiv.org/abs/1602.05629",
         "adapted",
         "on LoRA tensors it is FedIT (2305.05644)",
-        "FedLLM",
-        "the adapter, down and up",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
         reference=True,
     )
     reveals = ADAPTERS_ALONE

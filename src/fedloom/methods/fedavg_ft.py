@@ -26,7 +26,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.methods.declaration import CLIPPED, OWN_STEPS, SUMMED, Absence, Declaration, no
+from fedloom.methods.declaration import Absence, averaging, no
 from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
@@ -44,17 +44,12 @@ class FedAvgFTSettings(NamedSettings):
 class FedAvgFT(KeepsAdapter):
     """FedAvg, then every client by itself."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedAvg with fine-tuning",
         "https://arxiv.org/abs/2002.04758",
         "adapted",
         "on the adapter; passes on all of a client's rows",
-        "FedLLM",
-        "the adapter, down and up",
-        "its adapter after the last round",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
+        keeps="its adapter after the last round",
         asynchronous=no("every client fits its own after the last round, which all must have"),
         absence=Absence(
             "as FedAvg; away in the last round, it makes no adapter of its own and uses "

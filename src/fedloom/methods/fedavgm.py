@@ -26,14 +26,7 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.methods.declaration import (
-    AVERAGED,
-    CLIPPED,
-    ONE_BY_ONE,
-    OWN_STEPS,
-    SUMMED,
-    Declaration,
-)
+from fedloom.methods.declaration import averaging
 from fedloom.settings import NamedSettings
 
 MOMENTUM = "momentum"
@@ -50,19 +43,11 @@ class FedAvgMSettings(NamedSettings):
 class FedAvgM(Method):
     """The server moves by a running mean of the clients' mean changes."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedAvgM",
         "https://arxiv.org/abs/1909.06335",
         "adapted",
         "on the adapter",
-        "FedLLM",
-        "the adapter, down and up",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
     )
     reveals = ADAPTERS_ALONE
     taken = ("beta1",)

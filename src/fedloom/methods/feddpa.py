@@ -28,7 +28,7 @@ from fedloom.methods.base import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.methods.declaration import CLIPPED, OWN_STEPS, SUMMED, Absence, Declaration, no
+from fedloom.methods.declaration import Absence, averaging, no
 from fedloom.settings import NamedSettings
 from fedloom.training.optimizers import Part
 
@@ -46,17 +46,12 @@ class FedDPASettings(NamedSettings):
 class FedDPA(KeepsAdapter):
     """FedAvg of one adapter, local training of another, and both in use."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedDPA",
         "https://arxiv.org/abs/2403.19211",
         "adapted",
         "one share of the mixture for all inputs",
-        "FedLLM",
-        "the adapter, down and up",
-        "a local adapter",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
+        keeps="a local adapter",
         asynchronous=no(
             "with variant F every client fits its own after the last round, which all must have"
         ),

@@ -14,7 +14,7 @@ from fedloom.aggregation.lora import residual
 from fedloom.messages import Exchange, Reply, Tensors
 from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MergesFactors
-from fedloom.methods.declaration import EACH_ANSWER, OWN_STEPS, Absence, Declaration, no
+from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
 from fedloom.settings import NamedSettings
 
 
@@ -39,12 +39,7 @@ class FedExLoRA(MergesFactors):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=no("additions to the backbone are numbered by rounds"),
-        absence=Absence(
-            "adds nothing; the round's factors and residual are of those that answered",
-            "before it trains, in the same round, it is sent the additions to the backbone "
-            "that it lacks, or their sum if that is smaller",
-            "is sent nothing; let in again, it gets the sum",
-        ),
+        absence=ADDS_TO_BACKBONE,
     )
     reveals = ADAPTERS_ALONE
 

@@ -38,14 +38,7 @@ from fedloom.methods.base import (
     train_and_upload,
     training_exchange,
 )
-from fedloom.methods.declaration import (
-    AVERAGED,
-    CLIPPED,
-    ONE_BY_ONE,
-    OWN_STEPS,
-    SUMMED,
-    Declaration,
-)
+from fedloom.methods.declaration import averaging
 from fedloom.settings import NamedSettings
 
 FIRST, SECOND = "first_moment", "second_moment"
@@ -137,19 +130,11 @@ def _adapted(tensors: Tensors) -> Tensors:
 class FedAdagrad(_FedOpt):
     """v = v + d^2, x = x + eta d / (sqrt(v) + tau)."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedAdagrad",
         "https://arxiv.org/abs/2003.00295",
         "adapted",
         "on the adapter",
-        "FedLLM",
-        "the adapter, down and up",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
     )
     taken = ("eta", "tau")
 
@@ -160,6 +145,8 @@ class FedAdagrad(_FedOpt):
 
 class _MomentumFedOpt(_FedOpt):
     """What FedAdam and FedYogi share: a momentum, and the choice of what is squared."""
+
+    taken = ("eta", "tau", "beta1", "beta2", "second_moment")
 
     def __init__(self, settings: _WithMomentum) -> None:
         """Keep the constants."""
@@ -180,21 +167,12 @@ class _MomentumFedOpt(_FedOpt):
 class FedAdam(_MomentumFedOpt):
     """v = beta2 v + (1 - beta2) s^2."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedAdam",
         "https://arxiv.org/abs/2003.00295",
         "adapted",
         "on the adapter",
-        "FedLLM",
-        "the adapter, down and up",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
     )
-    taken = ("eta", "tau", "beta1", "beta2", "second_moment")
 
     def second(self, previous: Tensors, signal: Tensors) -> Tensors:
         """Follow the square evenly."""
@@ -204,21 +182,12 @@ class FedAdam(_MomentumFedOpt):
 class FedYogi(_MomentumFedOpt):
     """v = v - (1 - beta2) s^2 sign(v - s^2)."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedYogi",
         "https://arxiv.org/abs/2003.00295",
         "adapted",
         "on the adapter",
-        "FedLLM",
-        "the adapter, down and up",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
     )
-    taken = ("eta", "tau", "beta1", "beta2", "second_moment")
 
     def second(self, previous: Tensors, signal: Tensors) -> Tensors:
         """Follow the square by its sign, so that it falls slowly."""

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
-from fedloom.methods.declaration import CLIPPED, ONE_BY_ONE, OWN_STEPS, SUMMED, Absence, Declaration
+from fedloom.methods.declaration import KEEPS_PARTS, averaging
 from fedloom.methods.view import ExperimentView
 from fedloom.models.heads import HeadMode, PersonalParts, is_own
 from fedloom.settings import NamedSettings, Of
@@ -46,23 +46,13 @@ class FedPDPOSettings(NamedSettings):
 class FedPDPO(KeepsParts):
     """Averages the adapter; a client's own parts stay with it."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedPDPO",
         "https://arxiv.org/abs/2603.19741",
         "reconstructed",
         "weights of the mean, one bottleneck before both heads, order of training",
-        "FedLLM",
-        "the adapter, down and up",
-        "head, reward head and bottleneck",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=Absence(
-            "as FedAvg; what it keeps stays as it is",
-            "trains the parts that it kept (fresh ones at first) with today's shared ones",
-            "is in no mean",
-        ),
+        keeps="head, reward head and bottleneck",
+        absence=KEEPS_PARTS,
     )
     reveals = ADAPTERS_ALONE
     taken = ("head_mode", "schedule")

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
-from fedloom.methods.declaration import CLIPPED, ONE_BY_ONE, OWN_STEPS, SUMMED, Absence, Declaration
+from fedloom.methods.declaration import KEEPS_PARTS, averaging
 from fedloom.models.heads import PersonalParts, is_head
 from fedloom.settings import NamedSettings, Of
 from fedloom.training.local import LocalResult
@@ -47,23 +47,14 @@ class FedRepSettings(FedPerSettings):
 class FedPer(KeepsParts):
     """Averages the body; body and head are trained together."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedPer",
         "https://arxiv.org/abs/1912.00818",
         "adapted",
         "the head is that of a language model",
-        "FedLLM",
-        "the adapter without the head, down and up",
-        "its head",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=Absence(
-            "as FedAvg; what it keeps stays as it is",
-            "trains the parts that it kept (fresh ones at first) with today's shared ones",
-            "is in no mean",
-        ),
+        travels="the adapter without the head, down and up",
+        keeps="its head",
+        absence=KEEPS_PARTS,
     )
     reveals = ADAPTERS_ALONE
     taken = ("head_mode",)
@@ -86,23 +77,14 @@ class FedPer(KeepsParts):
 class FedRep(FedPer):
     """Averages the body; each client fits its head to it, then the body to its head."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedRep",
         "https://arxiv.org/abs/2102.07078",
         "adapted",
         "the head is that of a language model",
-        "FedLLM",
-        "the adapter without the head, down and up",
-        "its head",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=Absence(
-            "as FedAvg; what it keeps stays as it is",
-            "trains the parts that it kept (fresh ones at first) with today's shared ones",
-            "is in no mean",
-        ),
+        travels="the adapter without the head, down and up",
+        keeps="its head",
+        absence=KEEPS_PARTS,
     )
     trainings = 2
 

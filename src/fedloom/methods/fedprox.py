@@ -22,14 +22,7 @@ from fedloom.methods.base import (
     proximal_gradient,
     training_exchange,
 )
-from fedloom.methods.declaration import (
-    AVERAGED,
-    CLIPPED,
-    ONE_BY_ONE,
-    OWN_STEPS,
-    SUMMED,
-    Declaration,
-)
+from fedloom.methods.declaration import averaging
 from fedloom.settings import NamedSettings
 
 
@@ -44,19 +37,11 @@ class FedProxSettings(NamedSettings):
 class FedProx(Method):
     """FedAvg with a proximal term on the clients."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedProx",
         "https://arxiv.org/abs/1812.06127",
         "adapted",
         "on the adapter; a fixed amount of work in place of inexact solutions",
-        "FedLLM",
-        "the adapter, down and up",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
     )
     reveals = ADAPTERS_ALONE
     taken = ("mu",)

@@ -13,14 +13,7 @@ from typing import Literal
 
 from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts
-from fedloom.methods.declaration import (
-    AVERAGED,
-    CLIPPED,
-    ONE_BY_ONE,
-    OWN_STEPS,
-    SUMMED,
-    Declaration,
-)
+from fedloom.methods.declaration import averaging
 from fedloom.models.heads import is_head
 from fedloom.settings import NamedSettings
 from fedloom.training.local import LocalResult
@@ -42,19 +35,13 @@ class FFALoRASettings(NamedSettings):
 class FedSALoRA(KeepsParts):
     """Averages A; B and the classifier are a client's own."""
 
-    declares = Declaration(
+    declares = averaging(
         "FedSA-LoRA",
         "https://arxiv.org/abs/2410.01463",
         "exact",
         "",
-        "FedLLM",
-        "LoRA's A, down and up",
-        "its B",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
+        travels="LoRA's A, down and up",
+        keeps="its B",
     )
     reveals = ADAPTERS_ALONE
     two_factors = True
@@ -70,19 +57,12 @@ class FedSALoRA(KeepsParts):
 class FFALoRA(KeepsParts):
     """Averages B; A is the same everywhere and is never trained."""
 
-    declares = Declaration(
+    declares = averaging(
         "FFA-LoRA",
         "https://arxiv.org/abs/2403.12313",
         "exact",
         "",
-        "FedLLM",
-        "LoRA's B, down and up; A stays as it was initialised",
-        "nothing",
-        secure_aggregation=SUMMED,
-        client_privacy=CLIPPED,
-        row_privacy=OWN_STEPS,
-        asynchronous=ONE_BY_ONE,
-        absence=AVERAGED,
+        travels="LoRA's B, down and up; A stays as it was initialised",
     )
     reveals = ADAPTERS_ALONE
     two_factors = True

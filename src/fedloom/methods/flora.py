@@ -30,7 +30,7 @@ from fedloom.methods.base import (
 )
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MERGES, MergesFactors
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
-from fedloom.methods.declaration import EACH_ANSWER, OWN_STEPS, Absence, Declaration, no
+from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
 from fedloom.methods.view import ExperimentView
 from fedloom.randomness import derive_seed
 from fedloom.settings import NamedSettings
@@ -57,12 +57,7 @@ class FLoRA(MergesFactors):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=no("additions to the backbone are numbered by rounds"),
-        absence=Absence(
-            "adds nothing; the round's factors and residual are of those that answered",
-            "before it trains, in the same round, it is sent the additions to the backbone "
-            "that it lacks, or their sum if that is smaller",
-            "is sent nothing; let in again, it gets the sum",
-        ),
+        absence=ADDS_TO_BACKBONE,
     )
     reveals = ADAPTERS_ALONE
     no_start = (
