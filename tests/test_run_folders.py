@@ -198,6 +198,8 @@ def test_other_versions_are_told_and_recorded(stopped, tmp_path, monkeypatch):
     )
     assert f"torch 9.9 (it was {real['torch']})" in shown
     assert doubts_of(read_run(stopped[1].folder)) == []
+    (run / "audit.jsonl").rename(run / "audit-000000000009.jsonl")  # as a log that became large
+    assert shown in doubts_of(read_run(run))
 
 
 def test_a_resume_reads_run_json_once(stopped, tmp_path, monkeypatch):

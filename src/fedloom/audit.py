@@ -371,8 +371,17 @@ def events(path: Path, *names: str) -> list[dict[str, Any]]:
         path: The log, or a folder that holds one.
         names: Of events.
     """
-    found = (json.loads(line) for _, _, line in _lines(_files(_log(path))))
+    found = map(json.loads, raw_lines(path))
     return [event for event in found if event["event"] in names]
+
+
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a log, those of its closed files first; none where there is no log yet.
+
+    Args:
+        path: The log, or a folder that holds one.
+    """
+    return (line for _, _, line in _lines(_files(_log(path))))
 
 
 def closed_files(path: Path) -> list[Path]:

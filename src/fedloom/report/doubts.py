@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedloom.report.run_folder import Record
+from fedloom.report.run_folder import Record, other_versions, versions_of
 
 if TYPE_CHECKING:
     from fedloom.report.page import Run
@@ -48,8 +48,8 @@ def doubts_of(run: Run, name: str = "this run") -> list[str]:
 def between(runs: Sequence[Run]) -> list[str]:
     """Return what keeps differences of runs from being due to their settings alone."""
     found = []
-    for package in dict.fromkeys(name for run in runs for name in _versions(run)):
-        own = _by(runs, lambda run, package=package: _versions(run).get(package, "none"))  # type: ignore[misc]
+    for package in dict.fromkeys(name for run in runs for name in versions_of(run.run)):
+        own = _by(runs, lambda run, package=package: versions_of(run.run).get(package, "none"))  # type: ignore[misc]
         if len(own) > 1:
             found.append(
                 f"the runs were not made with the same {package}, and may differ for that: "
@@ -72,20 +72,15 @@ def between(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _versions(run: Run) -> dict[str, str]:
-    return {"fedloom": run.run["fedloom"], **run.run["versions"]}
-
-
 def _other_versions(run: Run) -> list[str]:
     """Return each version with which a run was resumed and not begun."""
-    begun = _versions(run)
-    found = {
-        f"{name} {own} (it was {begun[name]})": None
+    begun = versions_of(run.run)
+    found = [
+        text
         for start in run.starts
-        for name, own in start.get("versions", {}).items()
-        if name in begun and own != begun[name]
-    }
-    return list(found)
+        for text in other_versions(run.run, {**begun, **start.get("versions", {})})
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _data(run: Run) -> str:

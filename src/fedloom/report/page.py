@@ -14,7 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import OutputError
+from fedloom import audit
+from fedloom.errors import OutputError, first_line
 from fedloom.intervals import Interval
 from fedloom.report import account
 from fedloom.report import run_folder as names
@@ -151,17 +152,24 @@ def read_run(folder: Path) -> Run:
         summary=files.read_json(names.SUMMARY),
         experiment=files.read_text(names.EXPERIMENT),
         doubts=doubts(files),
-        starts=_starts(files.read_text(names.AUDIT)),
+        starts=_starts(folder),
     )
 
 
-def _starts(log: str) -> list[Record]:
-    """Return the entries of starts in an audit log; whether it is whole, ``fedloom audit`` says."""
+def _starts(folder: Path) -> list[Record]:
+    """Return the entries of starts in a run's audit log; whether it is whole, ``fedloom audit`` says.
+
+    Raises:
+        OutputError: It may not be read.
+    """
     found = []
-    for line in log.splitlines():
-        if '"event": "began"' in line:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+    try:
+        for line in audit.raw_lines(folder):
+            if b'"event": "began"' in line:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    except OSError as error:
+        raise OutputError(f"{folder / audit.FILE} cannot be read: {first_line(error)}") from error
     return found
 
 

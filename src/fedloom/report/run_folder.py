@@ -55,8 +55,6 @@ ANSWERS = "answers.jsonl"
 ANSWERED = "answered.json"
 """What the answers depend on: as long as it is the same, they are not made again."""
 JUDGEMENTS = "judgements.jsonl"
-AUDIT = "audit.jsonl"
-"""The audit log; :mod:`fedloom.audit` writes and checks it, a page reads what each start ran with."""
 LOCK = ".lock"
 """The file that makes the process which writes to a folder the only one."""
 BLOCK = 1 << 20
@@ -242,6 +240,15 @@ def is_comparison(folder: Path) -> bool:
     return (folder / COMPARISON).is_file()
 
 
+def versions_of(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return the versions that a run was begun with, fedloom's among them.
+
+    Args:
+        run: The content of ``run.json``.
+    """
+    return {"fedloom": run["fedloom"], **run["versions"]}
+
+
 def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     """Return which versions are others than those that a run was begun with, for people.
 
@@ -249,7 +256,7 @@ def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
         run: The content of ``run.json``.
         now: By package; ``python`` and ``machine`` too.
     """
-    before = {"fedloom": run["fedloom"], **run["versions"]}
+    before = versions_of(run)
     return [
         f"{name} {now.get(name, 'none')} (it was {before[name]})"
         for name in before
