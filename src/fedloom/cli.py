@@ -437,31 +437,16 @@ def compare(
     refuse_early(lambda: _check_comparison(comparison, assignments))
     _loading(quiet)
     from fedloom import comparison as grid
-    from fedloom.report.comparison_page import write_comparison
-    from fedloom.report.frameworks_page import is_frameworks, write_frameworks
-    from fedloom.report.personal_page import is_personal, write_personal
-    from fedloom.terminal import (
-        ComparisonTerminal,
-        comparison_table,
-        frameworks_table,
-        make_console,
-        personal_table,
-    )
+    from fedloom.report.choose import write_page_of
+    from fedloom.terminal import ComparisonTerminal, make_console, results_table
 
     plan = grid.read_comparison(comparison, assignments or [])
     console = make_console()
     observer = ComparisonTerminal(console, silent=quiet)
     with terminable():
         folder = grid.compare(plan, target, workers=workers, observer=observer)
-    if is_frameworks(folder):
-        page = write_frameworks(folder, warn=_doubt)
-        console.print(frameworks_table(folder))
-    elif is_personal(folder):
-        page = write_personal(folder, warn=_doubt)
-        console.print(personal_table(folder))
-    else:
-        page = write_comparison(folder, warn=_doubt)
-        console.print(comparison_table(folder))
+    page = write_page_of([folder], None, _doubt)
+    console.print(results_table(folder))
     _say(f"report: {page}  (open it in a browser)")
 
 

@@ -445,6 +445,16 @@ class Bars:
         return advance
 
 
+def results_table(folder: Path) -> Table:
+    """Return the table of a comparison, of its kind."""
+    from fedloom.report.frameworks_page import is_frameworks
+    from fedloom.report.personal_page import is_personal
+
+    if is_personal(folder):
+        return personal_table(folder)
+    return frameworks_table(folder) if is_frameworks(folder) else comparison_table(folder)
+
+
 def comparison_table(folder: Path) -> Table:
     """Return a comparison's metric as methods by objectives, with intervals over held-out rows."""
     from fedloom.report.comparison_page import read_cells, results
