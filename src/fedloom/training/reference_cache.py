@@ -9,6 +9,7 @@ file holds the passes under one model; one that is damaged counts for what is wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.batch import Sequences
+from fedloom.errors import OutputError
+from fedloom.files import write_whole
 from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel
 
@@ -109,7 +112,8 @@ class ReferenceCache:
             return {}
         found, whole = _entries(data)
         if whole < len(data):  # what is appended behind a torn entry could not be read
-            self._write(model, data[:whole])
+            with contextlib.suppress(OutputError):
+                write_whole(self.folder / model, data[:whole])
         return found
 
     def _append(self, model: str, key: bytes, logps: bytes) -> None:
@@ -134,15 +138,6 @@ class ReferenceCache:
                 return
             used -= file.stat().st_size
             file.unlink(missing_ok=True)
-
-    def _write(self, model: str, data: bytes) -> None:
-        assert self.folder is not None, "files are in a folder"
-        temporary = self.folder / f".{model}.{id(data)}"
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(self.folder / model)
-        except OSError:
-            return
 
 
 @cache
