@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from fedloom.aggregation.means import weighted_mean
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from machines import FEDLOOM, machines
 
 RANKS = {"0.1 MB": 8, "54 MB": 3690}

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedloom.assembly import prepare_model
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.experts import ExpertModel, attach_experts
+from fedloom.runs.model_building import prepare_model
 
 RANK, TOP_K, STEPS, WARM = 8, 2, 60, 5
 

@@ -17,19 +17,19 @@ from pathlib import Path
 
 import torch
 
-from fedloom import checkpoint
 from fedloom.accounting.ledger import Ledger
 from fedloom.aggregation.means import weighted_mean
-from fedloom.assembly import assemble
-from fedloom.checkpoint import Checkpoint
-from fedloom.data.batches import collate, epoch_batches
-from fedloom.division import divide
-from fedloom.experiment import Experiment
+from fedloom.data.batching import collate, epoch_batches
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.rounds import Server
 from fedloom.objectives.dpo import dpo_loss
 from fedloom.objectives.logps import completion_logps
 from fedloom.randomness import generator
-from fedloom.runner import Silent
-from fedloom.server import Server
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.run import Silent
+from fedloom.storage import checkpoint
+from fedloom.storage.checkpoint import Checkpoint
 
 ROUNDS, CLIENTS, REPEATS = 2, 20, 5
 

@@ -27,15 +27,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from fedloom.data.batches import TokenShare, mismatch
+from fedloom.data.client_rows import TokenShare, mismatch
 from fedloom.data.examples import Feedback, Preference
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.objectives import OBJECTIVES
 from fedloom.training.layout import scoring_budget
-from fedloom.training.local import add_reference_logps, train_locally
-from fedloom.training.optimizers import TrainingSettings, Work
+from fedloom.training.references import add_reference_logps
+from fedloom.training.settings import TrainingSettings, Work
+from fedloom.training.steps import train_locally
 
 BATCH, LENGTH, RATE = 8, 512, 1e-4
 SIDES = {

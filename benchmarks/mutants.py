@@ -44,7 +44,7 @@ STRATA = {
     "objectives": ("objectives",),
     "methods": ("methods",),
     "accounting": ("accounting",),
-    "statistics": ("statistics", "intervals.py", "report/statistics.py"),
+    "statistics": ("statistics", "statistics/intervals.py", "statistics/difference_tests.py"),
     "evaluation": ("evaluation/metrics.py", "evaluation/agreement.py"),
 }
 """Folders and files of ``src/fedloom`` by the name of what they do; those that are not there are left

@@ -17,16 +17,16 @@ from typing import Any
 
 import typer
 
-from fedloom.comparison import CompareSettings, LinkSettings
 from fedloom.data.continuations import ContinuationSettings
+from fedloom.deployment.client_file import OWN_SECTIONS
 from fedloom.deployment.gateway import GatewaySettings
-from fedloom.deployment.homes import OWN_SECTIONS
 from fedloom.evaluation.verdicts import JudgingSettings
-from fedloom.experiment import Experiment
-from fedloom.judging import GenerationSettings
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
-from fedloom.settings import Settings
+from fedloom.runs.benchmarks import GenerationSettings
+from fedloom.runs.comparison import CompareSettings, LinkSettings
+from fedloom.settings.schema import Settings
 
 HERE = Path(__file__).parent
 
@@ -172,7 +172,7 @@ def named(title: str, choices: Any) -> list[str]:
 
 def commands_page() -> str:
     """Return the page of all commands."""
-    from fedloom.cli import app
+    from fedloom.commands.main import app
 
     command = typer.main.get_command(app)
     return COMMANDS + "\n".join(_commands(command, ["fedloom"])).rstrip() + "\n"

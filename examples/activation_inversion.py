@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedloom.assembly import prepare_model
 from fedloom.data.builtin import builtin_examples
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterSettings, attach_adapter
-from fedloom.models.cut import FrontHalf
 from fedloom.models.load import load_backbone
+from fedloom.models.split_model import FrontHalf
+from fedloom.runs.model_building import prepare_model
 
 NOISES = (0.0, 0.1, 0.3, 1.0, 3.0)
 """Shares of the activations' root mean square, as ``method.activation_noise`` counts."""

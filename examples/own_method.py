@@ -8,8 +8,8 @@ docs/write_a_method.md explains every part, and has a method with state at the s
 from pydantic import Field
 
 import fedloom
-from fedloom.checkpoint import State
-from fedloom.methods.base import ADAPTERS_ALONE, train_and_upload, training_exchange
+from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import (
     AVERAGED,
     CLIPPED,
@@ -18,7 +18,8 @@ from fedloom.methods.declaration import (
     SUMMED,
     Declaration,
 )
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State
 
 
 class ServerRateSettings(NamedSettings):

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedloom.admission import Admission
-from fedloom.assembly import assemble
-from fedloom.division import divide
-from fedloom.envelope import ReplyHeader, RequestHeader
-from fedloom.messages import Answer, decode
-from fedloom.presence import Membership
-from fedloom.progress import Silent
-from fedloom.server import Server
-from fedloom.training.local import reported
+from fedloom.federation.admission import Admission
+from fedloom.federation.presence import Membership
+from fedloom.federation.rounds import Server
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.observers import Silent
 from fedloom.training.optimizers import round_learning_rate
+from fedloom.training.results import reported
+from fedloom.wire.envelope import ReplyHeader, RequestHeader
+from fedloom.wire.messages import Answer, decode
 
 CLIENTS, ROUNDS = 4, 4
 

@@ -126,7 +126,7 @@ def table(model_folder, tmp_path):
 @pytest.fixture
 def experiment(table):
     """Make an experiment from the small table with some sections changed."""
-    from fedloom.experiment import Experiment
+    from fedloom.experiment.experiment import Experiment
 
     def make(**sections):
         changed = {name: {**table.get(name, {}), **section} for name, section in sections.items()}
@@ -177,14 +177,14 @@ def benchmarks(tmp_path):
 def call(capsys, monkeypatch, tmp_path):
     """Run the command in this process, in the test's folder; return exit code and what it printed."""
 
-    from fedloom import cli
+    from fedloom.commands import main
 
     monkeypatch.chdir(tmp_path)  # what commands leave there is not left among the sources
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return stop.value.code, captured.out + captured.err
 

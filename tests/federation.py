@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from fedloom.admission import Admission
-from fedloom.assembly import assemble
-from fedloom.division import divide
-from fedloom.progress import Silent
-from fedloom.server import Server
-from fedloom.training.local import reported
+from fedloom.federation.admission import Admission
+from fedloom.federation.rounds import Server
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.observers import Silent
 from fedloom.training.optimizers import round_learning_rate
+from fedloom.training.results import reported
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 import itertools
 
-from fedloom.envelope import Envelope, ReplyHeader, RequestHeader, seal
-from fedloom.experiment import Experiment
-from fedloom.messages import NumberSpec, Payload, Schema, encode
-from fedloom.methods.base import TRAIN_REPLY_NUMBERS
-from fedloom.settings import write_toml
-from fedloom.training.local import reported
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods.bases.parameter_averaging import TRAIN_REPLY_NUMBERS
+from fedloom.settings.toml import write_toml
+from fedloom.training.results import reported
+from fedloom.wire.envelope import Envelope, ReplyHeader, RequestHeader, seal
+from fedloom.wire.messages import Payload, encode
+from fedloom.wire.schema import NumberSpec, Schema
 
 
 class HostileServer:

@@ -14,20 +14,22 @@ import pytest
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedloom.deployment.homes import ClientHome, Joining
+from fedloom.deployment.folders import ClientHome, Joining
 from fedloom.deployment.worker import Worker
-from fedloom.engines.flower import FlowerEngine
-from fedloom.engines.post import Post
-from fedloom.engines.records import from_records, to_records
-from fedloom.engines.roster import Roster
-from fedloom.envelope import Envelope, ReplyHeader, seal
-from fedloom.experiment import Experiment
-from fedloom.identity import make_authority, make_key, read_key, sign
-from fedloom.members import Members
-from fedloom.offences import OffenceObserver
-from fedloom.progress import Participant, Silent
-from fedloom.runner import run_experiment
-from fedloom.settings import write_toml
+from fedloom.engines.flower.engine import FlowerEngine
+from fedloom.engines.flower.records import from_records, to_records
+from fedloom.engines.flower.run_clients import Roster
+from fedloom.engines.flower.transport import Post
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.offences import OffenceObserver
+from fedloom.federation.records import Participant
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.security.certificates import make_authority
+from fedloom.security.client_registry import Members
+from fedloom.security.keys import make_key, read_key, sign
+from fedloom.settings.toml import write_toml
+from fedloom.wire.envelope import Envelope, ReplyHeader, seal
 
 OPEN = dict.fromkeys(
     ("logits", "activations", "targets", "embeddings", "expert_probes", "public_rows"), True
@@ -192,8 +194,8 @@ class Loopback:
 @pytest.fixture
 def loopback(tmp_path, monkeypatch, model_folder, mixture_folder):
     """Make a federation of so many clients."""
-    monkeypatch.setattr("fedloom.engines.flower.POLL", 0.001)
-    monkeypatch.setattr("fedloom.engines.flower.LOOK", 0.001)
+    monkeypatch.setattr("fedloom.engines.flower.engine.POLL", 0.001)
+    monkeypatch.setattr("fedloom.engines.flower.engine.LOOK", 0.001)
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     folders = map("federation-{}".format, itertools.count())

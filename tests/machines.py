@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.deployment.children import free_port
-from fedloom.files import holder
+from fedloom.deployment.processes import free_port
+from fedloom.storage.files import holder
 from loopback import BUILTIN, builtin, client_file
 
 FEDLOOM = [sys.executable, "-m", "fedloom"]

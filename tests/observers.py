@@ -1,6 +1,6 @@
 """Observers that keep what they are told."""
 
-from fedloom.progress import Silent
+from fedloom.runs.observers import Silent
 
 
 class Heard(Silent):

@@ -127,13 +127,13 @@ def experts(model):
 def pages(folder, model):
     """Make all runs that are not there yet, and write each page anew; returns name to page."""
     import fedloom
-    from fedloom.comparison import compare, read_comparison
-    from fedloom.experiment import Experiment
+    from fedloom.experiment.experiment import Experiment
     from fedloom.report.comparison_page import write_comparison
     from fedloom.report.frameworks_page import write_frameworks
-    from fedloom.report.page import write_report
     from fedloom.report.personal_page import write_personal
-    from fedloom.settings import write_toml
+    from fedloom.report.run_page import write_report
+    from fedloom.runs.comparison import compare, read_comparison
+    from fedloom.settings.toml import write_toml
 
     folder.mkdir(parents=True, exist_ok=True)
     runs = {f"run-{clients}": with_clients(model, clients) for clients in (3, 20, 200)}
@@ -159,22 +159,23 @@ def pages(folder, model):
 
 def judged(folder, runs):
     """The page of an evaluation with two judges that need no model of their own."""
-    from fedloom import judging
+    from fedloom.evaluation.judges import choose
     from fedloom.evaluation.questions import load_benchmark
     from fedloom.report.evaluation_page import write_evaluation
+    from fedloom.runs import benchmarks
 
     questions = folder / "questions.jsonl"
     rows = [
         {"question": f"Where is the {own}?", "category": "places"} for own in ("cup", "pan", "jar")
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = judging.EvaluateSettings.read(["generation.max_new_tokens=12"])
+    settings = benchmarks.EvaluateSettings.read(["generation.max_new_tokens=12"])
     target = folder / "judged"
     if not (target / "evaluation.json").is_file():
-        judging.evaluate_benchmark(
-            judging.find_candidates(runs, settings.model, False),
+        benchmarks.evaluate_benchmark(
+            benchmarks.find_candidates(runs, settings.model, False),
             load_benchmark(str(questions), None),
-            judging.make_judges(["longest", "refusal"], settings.judging),
+            choose.make_judges(["longest", "refusal"], settings.judging),
             settings,
             target,
             _Quiet(),

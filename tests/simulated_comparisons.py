@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from fedloom.intervals import Sample, mean_interval, rows_difference, sample_interval
 from fedloom.randomness import generator
+from fedloom.statistics.intervals import Sample, mean_interval, rows_difference, sample_interval
 
 SHARE = (0.0, 1.0)
 QUADRATURE = 16

@@ -342,8 +342,8 @@ def read(path, kind, rng):
 
     from fedloom.data.loading import load_examples
     from fedloom.data.sources import DataSettings
+    from fedloom.display.untrusted_text import HIDDEN, message
     from fedloom.errors import FedloomError
-    from fedloom.shown import HIDDEN, message
 
     settings = DataSettings(
         source=str(path), kind=kind, max_bad_share=rng.choice((0.05, 1.0, 1.0)), test_fraction=0.3
@@ -375,11 +375,11 @@ def show(loaded, kind, rng):
     import numpy as np
     from rich.table import Table
 
+    from fedloom.commands.terminal import PlainConsole
     from fedloom.data.partition import PartitionSettings, partition, shares
+    from fedloom.display.untrusted_text import HIDDEN
     from fedloom.errors import DataError
     from fedloom.report.figures import partition_svg
-    from fedloom.shown import HIDDEN
-    from fedloom.terminal import PlainConsole
 
     names = sorted(set.intersection(*(set(row.columns) for row in loaded.train)))
     column = "label" if kind == "labelled" else rng.choice([*names, "site"])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedloom
-from fedloom.division import divide
+from fedloom.runs.division import divide
 
 
 def test_the_package_equals_the_page(experiment):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from fedloom.cli import app
+from fedloom.commands.main import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

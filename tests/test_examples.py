@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom import cli
+from fedloom.commands import main
 from sampling import drawn
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +184,7 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     elif name.endswith(".toml"):
         monkeypatch.setattr(sys, "argv", line.split())
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         assert ended.value.code == 0, capsys.readouterr().err
         shown = None
     else:

@@ -38,7 +38,7 @@ def test_every_method_names_its_source_and_is_tested(name):
     settings, method = METHODS[name]
     module = sys.modules[method.__module__]
     assert module.__name__.startswith("fedloom.methods.") and settings().name == name
-    if name in ("local_only", "centralised"):  # tests/test_runner.py runs all
+    if name in ("local_only", "centralised"):  # tests/runs/test_run.py runs all
         return
     assert "https://" in module.__doc__
     tests = "".join(path.read_text() for path in ROOT.glob("tests/methods/test_*.py"))
@@ -72,9 +72,9 @@ def test_commands_in_the_readme_are_commands(monkeypatch, tmp_path):
     """Every `make` target exists; every `fedloom` command is one, with options it knows."""
     import typer
 
-    from fedloom import cli
+    from fedloom.commands import main
 
-    known = typer.main.get_command(cli.app).commands
+    known = typer.main.get_command(main.app).commands
     makefile = (ROOT / "Makefile").read_text()
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
     found = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.strip()]
@@ -100,7 +100,7 @@ def test_the_readme_shows_the_starting_file_as_it_is():
     """The settings in the README's TOML are settings of the file that `fedloom init` writes."""
     import tomllib
 
-    from fedloom.experiment import Experiment
+    from fedloom.experiment.experiment import Experiment
 
     (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
     Experiment.from_table(tomllib.loads(text))

@@ -8,14 +8,14 @@ import traceback
 import pytest
 import tomli_w
 
-from fedloom.audit import events, verify
-from fedloom.comparison import compare, read_comparison
 from fedloom.errors import OutputError
-from fedloom.experiment import Experiment
-from fedloom.progress import Silent
-from fedloom.report import marks
-from fedloom.report.run_folder import RunFolder
-from fedloom.runner import resume_run, run_experiment
+from fedloom.experiment.experiment import Experiment
+from fedloom.report import record_marks
+from fedloom.runs.comparison import compare, read_comparison
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.security.audit_log import events, verify
+from fedloom.storage.run_folder import RunFolder
 from sampling import drawn, tries
 
 TOTALS = ("bytes_up", "bytes_down", "flops", "examples", "tokens", "targets", "steps")
@@ -45,7 +45,7 @@ def play(path, folder, kind, told):
 def begin():
     """Start a process that plays; what is returned is it and how it is heard."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_two_writers", "fedloom.assembly"])
+    context.set_forkserver_preload(["test_two_writers", "fedloom.runs.assembly"])
     started = []
 
     def make(path, folder, kind):
@@ -122,7 +122,7 @@ def test_two_processes_on_one_folder_at_random_moments(experiment, begin, tmp_pa
             assert all(any(word in said for word in REFUSED) for said in others), others
             assert len(others) < 2, others  # one of two writes, whatever becomes of it
         assert left(folder) == expected, folder
-        assert marks.doubts(RunFolder(folder)) == []
+        assert record_marks.doubts(RunFolder(folder)) == []
         verify(folder)
     print(f"{count} folders: {told.count('ended')} ended, {told.count('killed')} killed, "
           f"{sum('is being written' in said for said in told)} refused at work, of {len(told)}")  # fmt: skip
@@ -149,5 +149,5 @@ def test_two_comparisons_in_one_folder_at_random_moments(table, begin, tmp_path,
             assert said[0] == "ended" or "is being written by process" in said[0], said
             assert "ended" in said, "; ".join(said)
         for run in folder.glob("runs/*"):
-            assert marks.doubts(RunFolder(run)) == []
+            assert record_marks.doubts(RunFolder(run)) == []
             assert [event["after"] for event in events(run, "began")] == [-1]

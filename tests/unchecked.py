@@ -2,8 +2,8 @@
 
 import json
 
-from fedloom.messages import METADATA, Payload, encode
-from fedloom.packing import header_of
+from fedloom.wire.messages import METADATA, Payload, encode
+from fedloom.wire.packing import header_of
 
 
 def encode_anything(payload, schema):

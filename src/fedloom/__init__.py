@@ -9,27 +9,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.api import ComparisonResult, compare, evaluate, resume, run
+    from fedloom.commands.api import ComparisonResult, compare, evaluate, resume, run
     from fedloom.errors import FedloomError
-    from fedloom.experiment import Experiment
-    from fedloom.methods.base import Method
+    from fedloom.experiment.experiment import Experiment
+    from fedloom.methods.contract.method import Method
     from fedloom.objectives.base import Objective
-    from fedloom.runner import HeldOutScores, Result
+    from fedloom.runs.adapter_scores import HeldOutScores
+    from fedloom.runs.result import Result
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ComparisonResult": "fedloom.api",
-    "Experiment": "fedloom.experiment",
+    "ComparisonResult": "fedloom.commands.api",
+    "Experiment": "fedloom.experiment.experiment",
     "FedloomError": "fedloom.errors",
-    "HeldOutScores": "fedloom.runner",
-    "Method": "fedloom.methods.base",
+    "HeldOutScores": "fedloom.runs.adapter_scores",
+    "Method": "fedloom.methods.contract.method",
     "Objective": "fedloom.objectives.base",
-    "Result": "fedloom.runner",
-    "compare": "fedloom.api",
-    "evaluate": "fedloom.api",
-    "resume": "fedloom.api",
-    "run": "fedloom.api",
+    "Result": "fedloom.runs.result",
+    "compare": "fedloom.commands.api",
+    "evaluate": "fedloom.commands.api",
+    "resume": "fedloom.commands.api",
+    "run": "fedloom.commands.api",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m fedloom`` is the ``fedloom`` command."""
 
-from fedloom.cli import main
+from fedloom.commands.main import main
 
 main()

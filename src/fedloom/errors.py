@@ -41,7 +41,7 @@ OffenceKind = Literal[
     "too_many_names",
     "forbidden",
 ]
-"""What an admitted client can get wrong; ``offences.py`` says what each kind means."""
+"""What an admitted client can get wrong; ``federation/offences.py`` says what each kind means."""
 
 
 def first_line(error: BaseException) -> str:

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.models.adapters import PROMPTS, AdapterModel, AdapterSettings, attach_adapter
-from fedloom.models.cut import BackHalf, FrontHalf
 from fedloom.models.load import load_backbone
+from fedloom.models.split_model import BackHalf, FrontHalf
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])

@@ -6,7 +6,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
-from fedloom.models.shape import model_shape, uncounted
+from fedloom.models.flop_shape import model_shape, uncounted
 
 SIZE = {
     "vocab_size": 320,

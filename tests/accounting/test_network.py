@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedloom.accounting.network import Link, parse_quantity
+from fedloom.accounting.network import Link
+from fedloom.accounting.quantities import parse_quantity
 from fedloom.accounting.traffic import Sent
 
 

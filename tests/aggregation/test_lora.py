@@ -89,7 +89,7 @@ def test_where_it_takes_too_long_a_round_does_not_say(experiment, federate, monk
     wide = {"x.lora_A.weight": torch.ones(2, 64), "x.lora_B.weight": torch.ones(64, 2)}
     assert error_flops([wide] * 32) == 2 * 66 * 66 * 128
     assert error_flops([wide] * 33) == 2 * 64 * 66 * 64
-    monkeypatch.setattr("fedloom.methods.base.AFFORDABLE", 0.0)
+    monkeypatch.setattr("fedloom.methods.contract.averaging.AFFORDABLE", 0.0)
     found = federate(experiment(federation={"rounds": 1, "clients": 3}))
     assert "aggregation_error" not in found.records[-1].train
 

@@ -19,7 +19,8 @@ from fedloom.aggregation.robust import (
     multi_krum,
     trimmed_mean,
 )
-from fedloom.messages import Payload, Schema, StoredTensors, encode
+from fedloom.wire.messages import Payload, StoredTensors, encode
+from fedloom.wire.schema import Schema
 
 
 def updates(*rows):

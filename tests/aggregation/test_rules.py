@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fedloom.aggregation.means import weighted_mean
-from fedloom.aggregation.rules import combined
-from fedloom.methods.base import AggregationSettings
+from fedloom.aggregation.rules import AggregationSettings, combined
 
 START = {"w": torch.zeros(3)}
 UPDATES = [{"w": torch.arange(3.0) + i} for i in range(5)]

@@ -11,16 +11,16 @@ import peft
 import torch
 import transformers
 
-from fedloom.batch import Batch, Sequences
+from fedloom.data.batch import Batch, Sequences
 from fedloom.errors import ModelError
 from fedloom.evaluation.generate import continue_tokens, load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.architecture import is_linear, switch_dropout_off
+from fedloom.models.backbone_delta import products
 from fedloom.models.export import export_causal
+from fedloom.models.flop_shape import block_of
 from fedloom.models.heads import PersonalParts, attach_personal
 from fedloom.models.load import load_backbone, load_tokenizer
-from fedloom.models.moved import products
-from fedloom.models.shape import block_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.logps import completion_logps
 

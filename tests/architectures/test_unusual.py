@@ -9,11 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fedloom.assembly import assemble
-from fedloom.batch import Sequences
+from fedloom.data.batch import Sequences
 from fedloom.data.examples import Instruction
 from fedloom.data.tokenize import tokenize
-from fedloom.division import divide
 from fedloom.errors import ModelError, first_line
 from fedloom.evaluation.generate import continue_tokens, load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
@@ -21,6 +19,8 @@ from fedloom.models.architecture import _of_any_expert, switch_dropout_off
 from fedloom.models.export import export_causal
 from fedloom.models.load import context_of, load_backbone, load_tokenizer
 from fedloom.objectives.logps import completion_logps
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
 
 SMALL = {
     "hidden_size": 32,

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.assembly import assemble
 from fedloom.data.account import Account, Accounts, Cut, cut_of, cut_warnings
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.tokenize import tokenize
-from fedloom.division import divide
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
-from fedloom.made_with import MadeWith
-from fedloom.records import SIMULATION, run_record
-from fedloom.report import account
+from fedloom.report import row_account
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.made_with import MadeWith
+from fedloom.runs.records import SIMULATION, run_record
 
 
 def test_an_account_closes_or_says_what_is_missing():
@@ -24,16 +24,16 @@ def test_an_account_closes_or_says_what_is_missing():
     assert not Account(10, trained=9).closes and Account(10, trained=9).difference == 1
     assert not Accounts(Account(1, trained=1), clients={0: Account(2, trained=1)}).closes
     record = Account(10, trained=9).to_record()
-    assert record["unaccounted"] == 1 and ("unaccounted for", "1") in account.lines(record)
+    assert record["unaccounted"] == 1 and ("unaccounted for", "1") in row_account.lines(record)
 
 
 def test_an_account_in_words():
     own = Account(4000, {"a": 20}, 12, {"b": 100, "c": 8}, 0, 3320, 330, 250).to_record()
-    assert account.sentence("rows", own) == (
+    assert row_account.sentence("rows", own) == (
         "rows: 4,000 read + 20 made of them = 12 malformed + 108 dropped + 3,320 trained on + 330 held out "
         "by clients + 250 held out for all"
     )
-    assert account.lines(own) == [
+    assert row_account.lines(own) == [
         ("read", "4,000"), ("a", "+20"), ("malformed", "12"), ("dropped: b", "100"), ("dropped: c", "8"),
         ("trained on", "3,320"), ("held out by clients", "330"), ("held out for all", "250"),
     ]  # fmt: skip
@@ -131,8 +131,8 @@ def test_cut_and_lost_rows_of_a_run_are_in_its_accounts(experiment, rows_file):
 
 def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkeypatch):
     """As many as data.max_bad_share allows are left out; of more the first are named."""
-    from fedloom import assembly
     from fedloom.data.tokenize import TokenSet, Untokenized
+    from fedloom.runs import token_rows
 
     def picky(rows, encoder, max_length, classes=(), cache=None, *, keep_alike=False):
         whole = tokenize(rows, encoder, max_length, classes)
@@ -142,7 +142,7 @@ def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkey
         taken: TokenSet = whole.take(whole.index[kept])
         return type(whole)(**{**vars(taken), "dropped": tuple(lost)})
 
-    monkeypatch.setattr(assembly, "tokenize", picky)
+    monkeypatch.setattr(token_rows, "tokenize", picky)
     path = rows_file(rows_of(80, ()))
     built = experiment(
         data={"source": path, "kind": "instruction"},

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedloom.data.columns import Reading, make_example
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.layouts import FAMILIES, LAYOUTS, recognise
 from fedloom.data.loading import load_examples
 from fedloom.data.public import text_of
+from fedloom.data.row_parsing import Reading, make_example
 from fedloom.data.rows import RowError
 from fedloom.data.sources import DataSettings
 from fedloom.errors import DataError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fedloom.data.columns import make_example
 from fedloom.data.messages import checked_messages, checked_tools
+from fedloom.data.row_parsing import make_example
 from fedloom.data.rows import RowError
 
 SCHEMA = {"name": "clock", "parameters": {"type": "object", "properties": {}}}

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from fedloom.assembly import assemble
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
-from fedloom.division import divide
 from fedloom.errors import DataError, SettingsError
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
 
 CLASSES = ("loss", "theft")
 METHOD = {"method": {"name": "distillation"}, "objective": {"name": "classification"}}

@@ -14,8 +14,8 @@ import pytest
 from fedloom import run
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.loading import load_examples
-from fedloom.experiment import Experiment
-from fedloom.settings import parse_toml
+from fedloom.experiment.experiment import Experiment
+from fedloom.settings.toml import parse_toml
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

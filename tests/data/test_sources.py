@@ -13,7 +13,7 @@ from fedloom import run
 from fedloom.data.loading import load_examples
 from fedloom.data.sources import DataSettings
 from fedloom.errors import DataError, SettingsError
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "site": "AB"[i % 2]} for i in range(10)]
 OTHERS = [{**row, "prompt": f"other {row['prompt']}"} for row in ROWS]

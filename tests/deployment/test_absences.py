@@ -16,21 +16,21 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from fedloom.commands.terminal import Terminal
 from fedloom.deployment import worker
 from fedloom.deployment.counts import Counts
-from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.deployment.orders import Asked, News, news_file
+from fedloom.deployment.folders import ServerHome, Serving
 from fedloom.deployment.run_queue import RunQueue
+from fedloom.deployment.run_requests import Asked, News, news_file
 from fedloom.deployment.status import server_status, shown
-from fedloom.engines import flower
-from fedloom.envelope import Envelope, ReplyHeader
+from fedloom.engines.flower import engine as flower
 from fedloom.errors import NonFiniteLoss, RoundFailed, TrainingError
-from fedloom.experiment import Experiment
-from fedloom.files import lock
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods.fedavg import FedAvg
-from fedloom.report.page import write_report
-from fedloom.runner import run_experiment
-from fedloom.terminal import Terminal
+from fedloom.report.run_page import write_report
+from fedloom.runs.run import run_experiment
+from fedloom.storage.files import lock
+from fedloom.wire.envelope import Envelope, ReplyHeader
 from loopback import BUILTIN, client_file, resealed
 
 pytestmark = pytest.mark.slow

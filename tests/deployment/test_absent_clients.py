@@ -3,13 +3,13 @@
 import pytest
 
 from absent import ALL_OF_IT, CLIENTS, ROUNDS, SCHEDULES, absent_on_machines, played
-from fedloom.audit import events
-from fedloom.envelope import RequestHeader
 from fedloom.errors import Interrupted
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
-from fedloom.progress import Silent
-from fedloom.runner import resume_run, run_experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.security.audit_log import events
+from fedloom.wire.envelope import RequestHeader
 from loopback import builtin
 from sampling import sampled
 

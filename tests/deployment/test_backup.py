@@ -8,14 +8,15 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
-from fedloom import audit
-from fedloom.audit import AuditLog, events, verify
-from fedloom.cli import app
+from fedloom.commands.main import app
 from fedloom.deployment.backup import back_up, is_encrypted, restore
-from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.folders import ServerHome
 from fedloom.errors import ConnectionFailed, IdentityError, OutputError, SettingsError
-from fedloom.files import lock
-from fedloom.identity import make_authority, make_key
+from fedloom.security import audit_log
+from fedloom.security.audit_log import AuditLog, events, verify
+from fedloom.security.certificates import make_authority
+from fedloom.security.keys import make_key
+from fedloom.storage.files import lock
 
 DERIVED = {"flower.db", "nodes.toml", "server.toml", ".members.toml.lock"}
 
@@ -82,7 +83,7 @@ def test_runs_go_with_it_on_request_and_are_known_where_they_are_now(home, tmp_p
 
 
 def test_a_log_that_is_written_meanwhile_is_whole_in_it(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(audit, "LARGE", 20_000)
+    monkeypatch.setattr(audit_log, "LARGE", 20_000)
     log, over = AuditLog(home.path / "audit.jsonl"), threading.Event()
 
     def write():

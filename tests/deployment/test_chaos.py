@@ -12,16 +12,16 @@ from statistics import median
 
 import pytest
 
-from fedloom.admission import Admission
-from fedloom.assembly import assemble
-from fedloom.division import divide
-from fedloom.experiment import Experiment
-from fedloom.messages import Answer
-from fedloom.methods.base import Cohort
-from fedloom.progress import Silent
-from fedloom.server import Server
-from fedloom.training.local import reported
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.admission import Admission
+from fedloom.federation.protocol import Cohort
+from fedloom.federation.rounds import Server
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.observers import Silent
 from fedloom.training.optimizers import round_learning_rate
+from fedloom.training.results import reported
+from fedloom.wire.messages import Answer
 from links import Link
 from machines import machines
 from sampling import drawn, tries

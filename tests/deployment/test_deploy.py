@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from boxes import SOURCE, Box, Confined, why_no_box
 from fedloom import errors
-from fedloom.cli import app
+from fedloom.commands.main import app
 from loopback import client_file
 
 KINDS = ("server", "client")

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import fedloom
-from fedloom.audit import events
-from fedloom.envelope import Envelope, RequestHeader
-from fedloom.experiment import Experiment
-from fedloom.identity import secret_number
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
-from fedloom.progress import Silent
-from fedloom.runner import run_experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.security.audit_log import events
+from fedloom.security.keys import secret_number
+from fedloom.wire.envelope import Envelope, RequestHeader
 from loopback import client_file
 
 QUICK = ["fedavg", "split"]

@@ -11,10 +11,7 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.audit import events, match
 from fedloom.deployment.worker import serve
-from fedloom.engines.frames import connect, read_frame, reader, write_frame
-from fedloom.envelope import Envelope, ReplyHeader, seal
 from fedloom.errors import (
     ConnectionFailed,
     DataError,
@@ -23,10 +20,13 @@ from fedloom.errors import (
     SettingsError,
     TrainingError,
 )
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
-from fedloom.progress import Silent
-from fedloom.runner import resume_run, run_experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.security.audit_log import events, match
+from fedloom.wire.envelope import Envelope, ReplyHeader, seal
+from fedloom.wire.framing import connect, read_frame, reader, write_frame
 from loopback import Outcome, of, resealed, tampering
 
 CASES = {

@@ -18,7 +18,7 @@ from fedloom.deployment import fleet
 from fedloom.deployment.fleet import Forbidden, Refused
 from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.errors import ConnectionFailed
-from fedloom.members import Member
+from fedloom.security.client_registry import Member
 
 NODE = NodeKey(5, Member(number=0, name="a", key=""), ec.generate_private_key(ec.SECP384R1()))
 

@@ -24,10 +24,10 @@ from google.protobuf.message import DecodeError
 import fedloom.deployment
 from fedloom.deployment import flower_node
 from fedloom.deployment.flower_node import APP, FlowerNode, digest_of_bundle
-from fedloom.engines.records import from_records, to_records
-from fedloom.envelope import LONGEST_HEADER, Envelope
+from fedloom.engines.flower.records import from_records, to_records
 from fedloom.errors import ConnectionFailed, IdentityError, MessageError
-from fedloom.identity import make_key, read_key
+from fedloom.security.keys import make_key, read_key
+from fedloom.wire.envelope import LONGEST_HEADER, Envelope
 
 OWN = Path(fedloom.deployment.__file__).with_name("app")
 RUN = 7

@@ -5,12 +5,12 @@ import base64
 import pytest
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
-from fedloom.audit import AuditLog, events
 from fedloom.deployment import flower_nodes
 from fedloom.deployment.flower_nodes import FlowerNodes, read_nodes
 from fedloom.errors import ConnectionFailed, OutputError
-from fedloom.identity import make_key
-from fedloom.members import Members
+from fedloom.security.audit_log import AuditLog, events
+from fedloom.security.client_registry import Members
+from fedloom.security.keys import make_key
 
 
 class Flower:

@@ -11,16 +11,17 @@ from dataclasses import replace
 import pytest
 
 from fedloom.deployment import gateway_client, handshake
-from fedloom.deployment.children import free_port
 from fedloom.deployment.fleet import Upstream
 from fedloom.deployment.gateway import Gateway, GatewaySettings, source
 from fedloom.deployment.gateway_client import GatewayClient, ProtocolMismatch, RunIsOver
-from fedloom.engines.frames import StreamOver, read_frame
-from fedloom.engines.streams import Arrival, Question, Streams, taken
-from fedloom.envelope import PROTOCOL
+from fedloom.deployment.processes import free_port
+from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
 from fedloom.errors import ConnectionFailed, IdentityError, OutputError, SettingsError
-from fedloom.identity import make_authority, make_key, read_key
-from fedloom.members import Members
+from fedloom.security.certificates import make_authority
+from fedloom.security.client_registry import Members
+from fedloom.security.keys import make_key, read_key
+from fedloom.wire.envelope import PROTOCOL
+from fedloom.wire.framing import StreamOver, read_frame
 
 RUN = "0" * 32
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import fedloom
-from fedloom.audit import events
+from fedloom.security.audit_log import events
 from machines import machines
 from sampling import drawn, tries
 

@@ -9,14 +9,14 @@ import threading
 
 import pytest
 
-from fedloom.deployment import calling, client, server
-from fedloom.deployment.children import only
-from fedloom.deployment.homes import ClientHome, ServerHome, Serving
+from fedloom.deployment import client, server, worker_socket
+from fedloom.deployment.folders import ClientHome, ServerHome, Serving
+from fedloom.deployment.processes import only
 from fedloom.errors import ConnectionFailed, OutputError
-from fedloom.files import holder, lock
-from fedloom.identity import make_key
+from fedloom.security.keys import make_key
+from fedloom.storage.files import holder, lock
 
-HOLD = "import sys, time; from pathlib import Path; from fedloom.files import lock\n"
+HOLD = "import sys, time; from pathlib import Path; from fedloom.storage.files import lock\n"
 HOLD += "held = lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
 
 
@@ -160,19 +160,21 @@ def test_a_second_worker_ends_before_it_imports_what_takes_seconds(tmp_path):
         assert holder(home.pid) == os.getpid()
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "fedloom.files" in imported
+    assert "fedloom.storage.files" in imported
     assert not imported & {"fedloom.deployment.worker", "torch", "transformers", "pydantic"}
 
 
 def test_while_a_worker_begins_no_other_is_started(tmp_path, monkeypatch):
     home, begun = ClientHome(tmp_path), []
-    monkeypatch.setattr(calling, "start_worker", lambda path: begun.append(path) or Ended(None))
-    monkeypatch.setattr(calling, "START", 0.3)
+    monkeypatch.setattr(
+        worker_socket, "start_worker", lambda path: begun.append(path) or Ended(None)
+    )
+    monkeypatch.setattr(worker_socket, "START", 0.3)
     with lock(home.pid), pytest.raises(ConnectionFailed, match="cannot be started"):
-        calling.reach_worker(tmp_path)
+        worker_socket.reach_worker(tmp_path)
     assert begun == []
     with pytest.raises(ConnectionFailed, match="cannot be started"):
-        calling.reach_worker(tmp_path)
+        worker_socket.reach_worker(tmp_path)
     assert begun == [tmp_path]
 
 
@@ -182,13 +184,13 @@ def test_a_worker_that_ended_is_followed_by_another_unless_it_failed(
 ):
     begun = []
     monkeypatch.setattr(
-        calling,
+        worker_socket,
         "start_worker",
         lambda path: begun.append(path) or Ended(code if len(begun) < 2 else None),
     )
-    monkeypatch.setattr(calling, "START", 0.5)
+    monkeypatch.setattr(worker_socket, "START", 0.5)
     with pytest.raises(ConnectionFailed, match="cannot be started"):
-        calling.reach_worker(tmp_path)
+        worker_socket.reach_worker(tmp_path)
     assert len(begun) == count
 
 

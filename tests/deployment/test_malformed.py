@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load, save
 
-from fedloom.envelope import ReplyHeader
+from fedloom.wire.envelope import ReplyHeader
 from loopback import of, resealed
 
 HONEST, BAD = 3, 3

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from fedloom.deployment.children import free_port
 from fedloom.deployment.flower_nodes import read_nodes
-from fedloom.identity import make_key
+from fedloom.deployment.processes import free_port
+from fedloom.security.keys import make_key
 from machines import ENVIRONMENT, machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
@@ -173,7 +173,7 @@ def test_a_clock_that_is_an_hour_off_is_told_with_the_seconds(life):
     own = life.own
     code = (
         "import time; real = time.time; time.time = lambda: real() - 3600\n"
-        "from fedloom.cli import main; main()"
+        "from fedloom.commands.main import main; main()"
     )
     words = own.joining(0, home=own.folder / "late")
     done = subprocess.run(

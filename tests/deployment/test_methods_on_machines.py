@@ -8,7 +8,7 @@ import json
 import pytest
 
 import fedloom
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from machines import machines
 from sampling import sampled

@@ -10,12 +10,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedloom.deployment import health as healths
-from fedloom.deployment.children import Child, Family, free_port
 from fedloom.deployment.counts import Counts
 from fedloom.deployment.health import Health
 from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
+from fedloom.deployment.processes import Child, Family, free_port
 from fedloom.errors import ConnectionFailed, SettingsError
-from fedloom.identity import make_authority
+from fedloom.security.certificates import make_authority
 
 STATUS = {
     "server": {"since": 1_000.0, "connections": {"clients": 3, "unproven": 2}},

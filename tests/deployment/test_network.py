@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from machines import can_have_namespaces, machines
 
 pytestmark = [

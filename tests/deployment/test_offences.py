@@ -15,7 +15,7 @@ from fedloom.deployment.offences import (
     OffenceSummary,
     read_offences,
 )
-from fedloom.offences import KINDS, Offence
+from fedloom.federation.offences import KINDS, Offence
 
 RUN = "a" * 32
 
@@ -91,7 +91,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from fedloom.deployment.offences import OffenceLog
-from fedloom.offences import Offence
+from fedloom.federation.offences import Offence
 log = OffenceLog(Path(sys.argv[1]), largest=20_000)
 for number in range(100):
     log.offended(Offence(int(sys.argv[2]), "forged", "x" * 150, number, "r" * 32))

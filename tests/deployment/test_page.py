@@ -12,10 +12,10 @@ import click
 import pytest
 import typer
 
-from fedloom import cli
-from fedloom.deployment.homes import OWN_SECTIONS
+from fedloom.commands import main
+from fedloom.deployment.client_file import OWN_SECTIONS
 from fedloom.deployment.policy import PolicySettings
-from fedloom.experiment import SECTIONS
+from fedloom.experiment.experiment import SECTIONS
 from machines import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def blocks(kind):
 
 
 def test_commands_on_the_page_are_commands():
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(main.app)
     said = re.findall(r"fedloom ((?:[a-z]+ )?[a-z]+)", "\n".join(blocks("sh")))
     for words in {name for name in said if not name.startswith(("server log", "is"))}:
         own = command.commands.get(words.split()[0])
@@ -68,7 +68,7 @@ def test_every_line_of_a_policy_is_on_the_page_with_its_default():
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_commands_that_a_page_names_are_there(page):
-    top = typer.main.get_command(cli.app)
+    top = typer.main.get_command(main.app)
     for words in re.findall(r"`fedloom ([a-z][^`]*)`", (ROOT / "docs" / page).read_text()):
         command, *rest = words.split()
         found = top.commands[command]

@@ -4,9 +4,9 @@ import pytest
 
 from fedloom.deployment.participants import chosen, experiment_of, known
 from fedloom.errors import SettingsError
-from fedloom.identity import make_key
-from fedloom.members import Members
-from fedloom.progress import Participant
+from fedloom.federation.records import Participant
+from fedloom.security.client_registry import Members
+from fedloom.security.keys import make_key
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import TEMPLATE_DATE
-from fedloom.deployment.homes import OwnFile
+from fedloom.deployment.client_file import OwnFile
+from fedloom.deployment.error_report import LINES, told
 from fedloom.deployment.permitted import (
     DECIDED,
     LEFT,
@@ -28,12 +29,11 @@ from fedloom.deployment.permitted import (
     require_steps,
 )
 from fedloom.deployment.policy import REVEALING, PolicySettings
-from fedloom.deployment.told import LINES, told
 from fedloom.errors import PolicyError
-from fedloom.experiment import SECTIONS, Experiment
+from fedloom.experiment.experiment import SECTIONS, Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
 from loopback import OPEN
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ OWN = {"data": {"source": "own.jsonl", "kind": "preference"}}
 @pytest.fixture
 def own(tmp_path):
     """Make a client's file of a table."""
-    from fedloom.settings import write_toml
+    from fedloom.settings.toml import write_toml
 
     def make(table, **policy):
         path = tmp_path / "my.toml"
@@ -127,7 +127,7 @@ def test_every_bound_is_a_line_of_the_policy():
 
 
 def test_what_a_method_can_reveal_has_a_line():
-    from fedloom.methods.base import Reveal
+    from fedloom.methods.contract.method import Reveal
 
     said = set(typing.get_args(Reveal)) - {"adapters", "control_variates", "rows"}
     assert said == set(REVEALING) - {"public_rows"}
@@ -551,7 +551,7 @@ def test_batches_are_counted_as_what_will_be_computed(own, training, method, ste
 
 def arms():
     """Every experiment in the recipes, those of comparisons too."""
-    from fedloom.comparison import read_comparison
+    from fedloom.runs.comparison import read_comparison
 
     for path in sorted(ROOT.glob("recipes/**/*.toml")):
         if "[compare]" in path.read_text():

@@ -11,9 +11,8 @@ import pytest
 from fedloom.data.loading import load_examples
 from fedloom.deployment.checking import check, waiting_run, waiting_table
 from fedloom.deployment.consent import MOST_WAITING, Approvals, Day
+from fedloom.deployment.error_report import LINES, ReportedError, Sentence, failing_as, told
 from fedloom.deployment.policy import PolicySettings
-from fedloom.deployment.told import LINES, ReportedError, Sentence, failing_as, told
-from fedloom.envelope import ReplyHeader
 from fedloom.errors import (
     AuditError,
     DataError,
@@ -25,11 +24,12 @@ from fedloom.errors import (
     SettingsError,
 )
 from fedloom.evaluation.generate import load_encoder
-from fedloom.experiment import Experiment
-from fedloom.messages import Schema
-from fedloom.progress import Silent
-from fedloom.runner import run_experiment
-from fedloom.settings import write_toml
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.settings.toml import write_toml
+from fedloom.wire.envelope import ReplyHeader
+from fedloom.wire.schema import Schema
 from hostile import HostileServer
 from loopback import client_file
 
@@ -171,9 +171,10 @@ def test_work_that_takes_too_long_is_stopped_and_nothing_of_it_is_kept(server, s
 
 def ask_scaffold(found, run):
     """Ask a client of scaffold to train."""
-    from fedloom.messages import Payload, encode
-    from fedloom.methods.base import LEARNING_RATE, TRAIN_REPLY_NUMBERS, join_parts
-    from fedloom.training.local import reported
+    from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+    from fedloom.tensors import join_parts
+    from fedloom.training.results import reported
+    from fedloom.wire.messages import Payload, encode
 
     adapter = found.worker.run.parts.local.equipment[0].initial
     both = join_parts(adapter=adapter, control={n: 0 * t for n, t in adapter.items()})
@@ -383,7 +384,7 @@ def test_what_is_refused_does_not_wait(server, small):
 def test_a_run_between_machines_begins_when_the_person_has_agreed(
     loopback, small, table, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("fedloom.engines.roster.AGAIN", 0.05)
+    monkeypatch.setattr("fedloom.engines.flower.run_clients.AGAIN", 0.05)
     federation = loopback(1)
     path = client_file(
         tmp_path / "o.toml", models=[table["model"]["path"]], policy={"approve": True}
@@ -542,7 +543,7 @@ def test_checking_reads_rows_once_and_holds_none_out_for_all(
         reads.append(named)
         return load_examples(*words, **named)
 
-    monkeypatch.setattr("fedloom.division.load_examples", counted)
+    monkeypatch.setattr("fedloom.runs.division.load_examples", counted)
     monkeypatch.setattr("fedloom.deployment.checking.load_examples", counted)
     path, experiment = tmp_path / "own.toml", tmp_path / "x.toml"
     small["data"] = {"source": "x.jsonl", "kind": "preference"}

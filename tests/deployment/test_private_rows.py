@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from fedloom.audit import events
 from fedloom.errors import RoundFailed, SettingsError
-from fedloom.experiment import Experiment
-from fedloom.progress import Silent
-from fedloom.runner import run_experiment
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.security.audit_log import events
 from loopback import OPEN, client_file
 
 

@@ -9,8 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import fedloom
-from fedloom.audit import events
-from fedloom.identity import make_authority
+from fedloom.security.audit_log import events
+from fedloom.security.certificates import make_authority
 from machines import machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]

@@ -10,16 +10,17 @@ import time
 import pytest
 
 from fedloom.deployment import gateway_client
-from fedloom.deployment.children import free_port
 from fedloom.deployment.client import join
+from fedloom.deployment.folders import ClientHome
 from fedloom.deployment.gateway import Gateway
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.deployment.homes import ClientHome
+from fedloom.deployment.processes import free_port
 from fedloom.deployment.proxy import LONGEST, bypass_for_loopback, find_proxy
-from fedloom.engines.frames import serve_each
 from fedloom.errors import ConnectionFailed, IdentityError, SettingsError
-from fedloom.identity import make_authority, make_key, read_key
-from fedloom.members import Members
+from fedloom.security.certificates import make_authority
+from fedloom.security.client_registry import Members
+from fedloom.security.keys import make_key, read_key
+from fedloom.wire.framing import serve_each
 from machines import machines
 
 SERVER = "fed.test"

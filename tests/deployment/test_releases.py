@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 import machines as other_machines
-from fedloom.experiment import Experiment
-from fedloom.starting import starting_file
+from fedloom.commands.starting import starting_file
+from fedloom.experiment.experiment import Experiment
 from machines import machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 ROOT = Path(__file__).parents[2]
-ENVELOPE = "src/fedloom/envelope.py"
+ENVELOPES = "src/fedloom/wire/envelope.py", "src/fedloom/envelope.py"
+"""Where the protocol's number stands now, and where it stood in earlier releases."""
 
 
 def git(*words):
@@ -61,12 +62,13 @@ def experiment():
 def test_a_client_of_the_release_before(tmp_path, client_of):
     """The last tag or, before there is one, the first commit that speaks today's protocol."""
     tag = git("describe", "--tags", "--abbrev=0")
-    commit = tag or git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", ENVELOPE)
+    commit = tag or git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", *ENVELOPES)
     if not commit:
         pytest.skip("no history of the project is here")
     source = source_of(commit, tmp_path / "old")
-    ours = (ROOT / ENVELOPE).read_text().partition("PROTOCOL = ")[2].split()[0]
-    same = f"PROTOCOL = {ours}\n" in (source.parent / ENVELOPE).read_text()
+    places = [source.parent / own for own in ENVELOPES]
+    ours = (ROOT / ENVELOPES[0]).read_text().partition("PROTOCOL = ")[2].split()[0]
+    same = f"PROTOCOL = {ours}\n" in next(own.read_text() for own in places if own.is_file())
     with machines(2) as own:
         own.start_server()
         own.start_client(0)
@@ -82,7 +84,7 @@ def test_a_client_of_the_release_before(tmp_path, client_of):
 
 
 def test_a_client_of_another_protocol_is_told_what_to_install(tmp_path, client_of):
-    changed = git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", ENVELOPE)
+    changed = git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", *ENVELOPES)
     before = changed and git("rev-parse", f"{changed}^")
     if not before:
         pytest.skip("no history of the project is here")

@@ -10,18 +10,18 @@ from dataclasses import replace
 import pytest
 
 import fedloom
-from fedloom.audit import events
 from fedloom.deployment import connections, gateway, worker
-from fedloom.deployment.children import free_port
 from fedloom.deployment.gateway import Gateway
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.engines import streams as module
-from fedloom.engines.frames import read_frame
-from fedloom.engines.streams import Arrival, Question, Streams, taken
+from fedloom.deployment.processes import free_port
+from fedloom.engines.flower import streams as module
+from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
 from fedloom.errors import ConnectionFailed
-from fedloom.identity import read_key
-from fedloom.progress import Silent
-from fedloom.runner import run_experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.security.audit_log import events
+from fedloom.security.keys import read_key
+from fedloom.wire.framing import read_frame
 from links import Link
 from loopback import builtin
 

@@ -6,11 +6,18 @@ import pytest
 
 from fedloom.deployment import run_queue
 from fedloom.deployment.counts import Counts
-from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import Asked, News, Order, experiment_file, news_file, order_file
+from fedloom.deployment.folders import ServerHome
 from fedloom.deployment.run_queue import RunQueue
+from fedloom.deployment.run_requests import (
+    Asked,
+    News,
+    Order,
+    experiment_file,
+    news_file,
+    order_file,
+)
 from fedloom.errors import ConnectionFailed
-from fedloom.files import lock
+from fedloom.storage.files import lock
 
 
 class Flower:

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from fedloom.audit import AuditLog
 from fedloom.deployment import server
-from fedloom.deployment.homes import ServerHome
-from fedloom.engines.streams import Streams
+from fedloom.deployment.folders import ServerHome
+from fedloom.engines.flower.streams import Streams
 from fedloom.errors import IdentityError
-from fedloom.identity import make_authority
+from fedloom.security.audit_log import AuditLog
+from fedloom.security.certificates import make_authority
 
 
 @pytest.fixture

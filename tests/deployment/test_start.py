@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fedloom
-from fedloom.envelope import RequestHeader
 from fedloom.errors import RoundFailed
-from fedloom.experiment import Experiment
-from fedloom.progress import Silent
-from fedloom.runner import run_experiment
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.wire.envelope import RequestHeader
 from loopback import client_file
 
 ADAPTER = {"rank": 4, "alpha": 12.0, "targets": ["q_proj", "v_proj"]}

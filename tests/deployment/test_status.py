@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fedloom.deployment.homes import ServerHome, Serving
+from fedloom.deployment.folders import ServerHome, Serving
 from fedloom.deployment.offences import FILE, OffenceLog
 from fedloom.deployment.status import server_status, shown
-from fedloom.identity import make_key
-from fedloom.offences import Offence
+from fedloom.federation.offences import Offence
+from fedloom.security.keys import make_key
 
 RUN = "a" * 32
 

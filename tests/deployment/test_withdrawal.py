@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from fedloom.audit import AuditLog
-from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.folders import ServerHome
 from fedloom.deployment.withdrawal import works_of
-from fedloom.identity import make_key
+from fedloom.security.audit_log import AuditLog
+from fedloom.security.keys import make_key
 
 
 @pytest.fixture

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from fedloom.accounting.ledger import Ledger
-from fedloom.assembly import assemble
-from fedloom.deployment.told import Sentence
-from fedloom.division import divide
-from fedloom.messages import Exchange, Payload, Schema, decode
-from fedloom.methods.base import EXAMPLES, LEARNING_RATE
-from fedloom.presence import Membership
-from fedloom.server import Briefing
-from fedloom.training.local import reported
+from fedloom.deployment.error_report import Sentence
+from fedloom.federation.engine import Briefing
+from fedloom.federation.presence import Membership
+from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.training.results import reported
+from fedloom.wire.messages import Exchange, Payload, decode
+from fedloom.wire.schema import Schema
 
 
 def briefing(experiment, parts, began=(-1,), audit=lambda *a, **k: None):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.audit import events
 from fedloom.errors import RoundFailed
 from fedloom.models.adapters import AdapterModel
+from fedloom.security.audit_log import events
 from fedloom.training.memory import fitting, is_out_of_memory
 from sampling import every
 

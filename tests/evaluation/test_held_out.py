@@ -6,17 +6,17 @@ from statistics import fmean
 import pytest
 import torch
 
-from fedloom.batch import Sequences
-from fedloom.data.batches import TokenShare
+from fedloom.data.batch import Sequences
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.examples import Choice, Feedback, Instruction, Preference, as_choice
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.evaluation.metrics import HEADLINES, answer_scores
-from fedloom.intervals import sample_interval
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
+from fedloom.statistics.intervals import sample_interval
 
 CHOICES = (" yes", " no, not at all", " maybe")
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedloom.messages import Reply, decode, encode, require_finite
-from fedloom.methods.base import Client, Cohort
-from fedloom.presence import Presence
-from fedloom.training.local import LocalResult
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
+from fedloom.methods.contract.client import Client
+from fedloom.training.results import LocalResult
+from fedloom.wire.messages import Reply, decode, encode, require_finite
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
 ROWS = {0: 1, 1: 3}

@@ -13,15 +13,16 @@ import torch
 from absent import ALL_OF_IT, CLIENTS, ROUNDS, SCHEDULES, Schedule, played
 from fedloom.aggregation.assignment import assign_experts, infeasible, nearest_limits
 from fedloom.aggregation.lora import factor_pairs
-from fedloom.checkpoint import State
-from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import CheckpointError
-from fedloom.experiment import Experiment
-from fedloom.messages import Answer
-from fedloom.methods.base import ADAPTER, Cohort, by_client, by_place, part_of
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.presence import Membership, Presence
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.backbone_additions import ADDITION, BASE, MADE, MERGES
 from fedloom.methods.bases.packed_factors import FACTORS
 from fedloom.methods.bases.packed_factors import unpack as unpack_factors
+from fedloom.methods.bases.parameter_averaging import ADAPTER
+from fedloom.methods.contract.method import by_place
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
     EMBEDDING,
@@ -33,10 +34,11 @@ from fedloom.methods.fedamole import (
 )
 from fedloom.methods.fedmoe import EXPERTS, USED
 from fedloom.methods.scaffold import CONTROL
-from fedloom.models.moved import MOVED
+from fedloom.models.backbone_delta import MOVED
 from fedloom.models.submixture import block_number
-from fedloom.presence import Membership, Presence
 from fedloom.randomness import generator
+from fedloom.tensors import State, by_client, part_of
+from fedloom.wire.messages import Answer
 
 EVERY = [
     ALL_OF_IT,

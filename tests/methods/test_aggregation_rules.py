@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import RoundFailed, SettingsError
-from fedloom.messages import Answer, decode, encode
 from fedloom.methods import METHODS
+from fedloom.wire.messages import Answer, decode, encode
 from sampling import every
 
 RULES = {

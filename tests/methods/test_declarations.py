@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from fedloom.errors import SettingsError
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.methods.declaration import Claim
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.aggregation.knowledge import likeliest
+from fedloom.aggregation.soft_labels import likeliest
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.public import PublicRows
 from fedloom.errors import DataError, MessageError, ModelError, SettingsError
-from fedloom.messages import Payload, decode, encode
 from fedloom.methods.distillation import DistillationSettings, KnowledgeWire, index_dtype
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
-from fedloom.runner import evaluate_adapter, resume_run
+from fedloom.runs.adapter_scores import evaluate_adapter
+from fedloom.runs.run import resume_run
+from fedloom.wire.messages import Payload, decode, encode
 
 KINDS = {
     "sft": {

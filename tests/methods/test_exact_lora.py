@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fedloom.aggregation.lora import averaging_error, only_factors, rank_of
-from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import SettingsError
-from fedloom.messages import Answer, decode, encode
 from fedloom.methods.bases.backbone_additions import BASE, MERGES
 from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
-from fedloom.models.moved import MOVED, products
+from fedloom.models.backbone_delta import MOVED, products
+from fedloom.wire.messages import Answer, decode, encode
 
 PAIRS = {
     "data": {"source": "builtin:opposed", "builtin_rows": 60},

@@ -10,12 +10,9 @@ import torch
 
 import fedloom
 from fedloom.aggregation.assignment import relevance_of, softmax
-from fedloom.aggregation.privacy import noise_multiplier
-from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import Interrupted, ModelError, SettingsError
-from fedloom.exporting import export
-from fedloom.messages import Answer, decode, encode
-from fedloom.methods.base import ADAPTER, by_client, part_of
+from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
     EMBEDDING,
@@ -27,10 +24,14 @@ from fedloom.methods.fedamole import (
     pack,
     unpack,
 )
-from fedloom.progress import Silent
-from fedloom.records import partition_record
+from fedloom.privacy.gaussian import noise_multiplier
 from fedloom.report.experts_section import history
-from fedloom.runner import resume_run
+from fedloom.runs.export import export
+from fedloom.runs.observers import Silent
+from fedloom.runs.records import partition_record
+from fedloom.runs.run import resume_run
+from fedloom.tensors import by_client, part_of
+from fedloom.wire.messages import Answer, decode, encode
 
 MIXTURE = {
     "data": {"source": "builtin:preferences", "builtin_rows": 60},

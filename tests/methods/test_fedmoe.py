@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.engines.simulation import SimulationEngine
+from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import Interrupted, ModelError, SettingsError
-from fedloom.messages import Answer, decode, encode
-from fedloom.methods.base import ADAPTER, by_client, part_of
+from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.fedmoe import EXPERTS, USED
 from fedloom.models.submixture import block_number
-from fedloom.progress import Silent
-from fedloom.runner import resume_run
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run
+from fedloom.tensors import by_client, part_of
+from fedloom.wire.messages import Answer, decode, encode
 
 
 @pytest.fixture

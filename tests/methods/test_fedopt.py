@@ -11,10 +11,11 @@ the first momentum is the first change.
 import pytest
 import torch
 
-from fedloom.messages import Payload, Reply
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
 from fedloom.methods import METHODS
-from fedloom.methods.base import Cohort, part_of
-from fedloom.presence import Presence
+from fedloom.tensors import part_of
+from fedloom.wire.messages import Payload, Reply
 
 EXPECTED = {
     ("fedadagrad", None): [[0.09740304, 0.90997383], [0.1650258, 0.85151971], [0.21951302, 0.80705035]],

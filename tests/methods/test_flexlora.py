@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedloom.aggregation.lora import rank_in_use, resized, slices
-from fedloom.messages import Reply, decode
-from fedloom.methods.base import Cohort
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.packed_factors import pack, unpack
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
-from fedloom.progress import Silent
+from fedloom.runs.observers import Silent
+from fedloom.wire.messages import Reply, decode
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 METHODS = {"flexlora": (FlexLoRA, FlexLoRASettings), "hetlora": (HetLoRA, HetLoRASettings)}

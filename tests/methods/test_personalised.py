@@ -9,7 +9,7 @@ import torch
 
 from fedloom.aggregation.lora import stacked
 from fedloom.errors import SettingsError
-from fedloom.methods.base import ADAPTER
+from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import PRIVATE, FDLoRA, FDLoRASettings

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 
 import fedloom
-from fedloom import choices
-from fedloom.deployment.homes import OwnData, OwnFile
+from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.permitted import examine, open_methods
 from fedloom.deployment.policy import PolicySettings
-from fedloom.division import SOURCES, divide
 from fedloom.errors import CheckpointError, JudgeError, PolicyError, SettingsError
+from fedloom.evaluation.judges.choose import JUDGES, make_judges
 from fedloom.evaluation.verdicts import JudgingSettings
-from fedloom.experiment import Experiment
-from fedloom.judging import JUDGES, make_judges
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPO, DPOSettings
-from fedloom.progress import Silent
-from fedloom.runner import resume_run, run_experiment
+from fedloom.runs.division import SOURCES, divide
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.settings import plugins
 from loopback import builtin, client_file
 
 PAGE = (Path(__file__).parents[2] / "docs" / "write_a_method.md").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
     [
         ("gone_module:X", None, "there is no module gone_module here"),
         ("feddyn:FedDin", METHOD, "module feddyn has no class 'FedDin'; did you mean 'FedDyn'?"),
-        ("feddyn:zeros", METHOD, "feddyn:zeros is no subclass of fedloom.methods.base.Method"),
+        ("feddyn:zeros", METHOD, "feddyn:zeros is no subclass of fedloom.methods.contract.method.Method"),
         (NAME, "1 / 0", "its module feddyn cannot be imported: ZeroDivisionError: division by zero"),
         (NAME, METHOD.replace('taken = ("alpha",)', ""), "method.alpha is in none of its taken, bounded and named_models"),
         (NAME, METHOD.replace("reveals = ADAPTERS_ALONE", ""), "it must define reveals"),
@@ -143,7 +143,7 @@ def test_its_settings_are_checked_like_ours(folder):
 def test_an_entry_point_has_a_short_name(folder, monkeypatch):
     points = [EntryPoint("feddyn", NAME, METHODS.group), EntryPoint("fedavg", NAME, METHODS.group)]
     monkeypatch.setattr(
-        choices, "entry_points", lambda group: EntryPoints(p for p in points if p.group == group)
+        plugins, "entry_points", lambda group: EntryPoints(p for p in points if p.group == group)
     )
     experiment = Experiment.from_table({"method": {"name": "feddyn"}})
     assert type(experiment.method).__name__ == "FedDynSettings"
@@ -196,7 +196,7 @@ def test_a_client_takes_over_what_its_file_names(folder):
 def test_an_objective_of_others(folder, table):
     (folder / "feddyn.py").write_text(
         "from fedloom.objectives.dpo import DPO, DPOSettings\n"
-        "from fedloom.settings import NamedSettings\n"
+        "from fedloom.settings.schema import NamedSettings\n"
         "class MineSettings(DPOSettings):\n    name: str = ''\n    beta: float = 0.3\n"
         "class Mine(DPO):\n    Settings = MineSettings\n"
         "from fedloom.objectives.base import Objective\nclass Nothing(Objective):\n    pass\n"

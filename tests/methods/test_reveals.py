@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.accounting.allowance import Allowance
-from fedloom.assembly import assemble
-from fedloom.division import divide
 from fedloom.errors import PolicyError
-from fedloom.messages import Reply, decode
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
 from fedloom.methods import METHODS, make_method
-from fedloom.methods.base import Cohort
 from fedloom.methods.distillation import COUNTS, INDICES, VALUES
 from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
 from fedloom.methods.fedmoe import USED
 from fedloom.methods.scaffold import CONTROL
 from fedloom.methods.split import ROWS, TARGETS, SplitSettings
-from fedloom.presence import Presence
+from fedloom.models.allowance import Allowance
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.wire.messages import Reply, decode
 from sampling import every
 
 HOLDS = {

@@ -13,9 +13,9 @@ are these ten lines of numpy::
 
 import pytest
 
-from fedloom.methods.base import part_of
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
+from fedloom.tensors import part_of
 
 ADAPTERS = [[0.475, 1.0475], [0.7695, 0.9506], [1.0035325, 0.86534225]]
 CONTROLS = [[-1.9, 0.475], [-1.44875, 0.520125], [-1.168975, 0.42807]]

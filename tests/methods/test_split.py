@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.admission import AdmissionSettings
 from fedloom.errors import ModelError, RoundFailed, SettingsError
-from fedloom.messages import Payload, decode, encode
+from fedloom.federation.admission import AdmissionSettings
 from fedloom.methods.split import SplitSettings, pack_gradient
-from fedloom.models.cut import FrontHalf
-from fedloom.runner import resume_run
+from fedloom.models.split_model import FrontHalf
+from fedloom.runs.run import resume_run
+from fedloom.wire.messages import Payload, decode, encode
 from unchecked import encode_anything
 
 KINDS = {

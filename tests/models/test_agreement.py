@@ -10,13 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fedloom.assembly import assemble
-from fedloom.division import divide
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.agreement import disagreements, length_warnings, require_tokens
 from fedloom.models.configuration import UNLIMITED, context, keep_blocks
 from fedloom.models.load import context_length, load_backbone, load_tokenizer
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
 
 SMALL = {
     "vocab_size": 320,

@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 
-from fedloom.assembly import assemble, load_saved
-from fedloom.batch import Sequences
-from fedloom.division import divide
+from fedloom.data.batch import Sequences
 from fedloom.errors import ModelError, SettingsError
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.saved_models import load_saved
 from sampling import sampled
 
 ADAPTERS = {

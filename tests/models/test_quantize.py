@@ -10,10 +10,10 @@ import torch
 import fedloom
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
+from fedloom.models.flop_shape import model_shape
 from fedloom.models.load import load_backbone
 from fedloom.models.quantize import check_quantization, loading_options
-from fedloom.models.shape import model_shape
-from fedloom.runner import evaluate_adapter
+from fedloom.runs.adapter_scores import evaluate_adapter
 from sampling import every
 
 pytest.importorskip("torchao")

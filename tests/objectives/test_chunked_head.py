@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedloom.batch import Predicting
+from fedloom.data.batch import Predicting
 from fedloom.objectives import chunked_head
 from fedloom.objectives.chunked_head import token_logps
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fedloom.batch import Sequences
+from fedloom.data.batch import Sequences
 from fedloom.objectives.logps import completion_logits, completion_logps, completion_token_logps
 
 VOCABULARY = 11

@@ -13,17 +13,18 @@ import pytest
 import torch
 from trl import KTOConfig, KTOTrainer
 
-from fedloom.data.batches import TokenShare
 from fedloom.data.builtin import builtin_examples
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.tokenize import tokenize
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives.kto import KTO, KTOSettings
-from fedloom.training import local
+from fedloom.training import steps
 from fedloom.training.layout import Budget
-from fedloom.training.local import add_reference_logps, train_locally
-from fedloom.training.optimizers import TrainingSettings, Work
+from fedloom.training.references import add_reference_logps
+from fedloom.training.settings import TrainingSettings, Work
+from fedloom.training.steps import train_locally
 
 BATCH, STEPS, RATE = 8, 20, 2e-3
 
@@ -78,8 +79,8 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     assert len(tokens) == len(rows)
     share = add_reference_logps(ours, TokenShare(tokens, rotated(tokens)), Budget(BATCH))
     blocks = [np.arange(i, i + BATCH) for i in range(0, len(rows), BATCH)]
-    monkeypatch.setattr(local, "epoch_batches", lambda *_, **__: iter(blocks))
-    losses, kls, accumulate = [], [], local._accumulate_gradients
+    monkeypatch.setattr(steps, "epoch_batches", lambda *_, **__: iter(blocks))
+    losses, kls, accumulate = [], [], steps._accumulate_gradients
 
     def record(model, objective, parts, totals):
         kls.append(float(objective.statistics(model, parts)))
@@ -87,7 +88,7 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
         losses.append(found.loss)
         return found
 
-    monkeypatch.setattr(local, "_accumulate_gradients", record)
+    monkeypatch.setattr(steps, "_accumulate_gradients", record)
     train_locally(
         ours,
         share,

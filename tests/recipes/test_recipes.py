@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import fedloom
-from fedloom.comparison import compare, read_comparison
-from fedloom.data.columns import template_columns
-from fedloom.division import judged_kind
-from fedloom.experiment import Experiment
+from fedloom.data.row_parsing import template_columns
+from fedloom.experiment.experiment import Experiment
 from fedloom.report.frameworks_page import write_frameworks
 from fedloom.report.personal_page import write_personal
+from fedloom.runs.comparison import compare, read_comparison
+from fedloom.runs.division import judged_kind
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("recipes/**/*.toml"))

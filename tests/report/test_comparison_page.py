@@ -39,8 +39,8 @@ def cell(
 @pytest.fixture(autouse=True)
 def without_rows(monkeypatch):
     """Intervals over rows have hand values of their own."""
-    from fedloom.intervals import Interval
     from fedloom.report import comparison_page
+    from fedloom.statistics.intervals import Interval
 
     none = Interval(None, None, None, 0, "rows")
     monkeypatch.setattr(comparison_page, "over_rows", lambda runs, values: none)

@@ -11,9 +11,9 @@ import fedloom
 from fedloom.report.comparison_page import write_comparison
 from fedloom.report.doubts import all_doubts
 from fedloom.report.frameworks_page import write_frameworks
-from fedloom.report.page import Run, read_run, render, write_report
 from fedloom.report.personal_page import write_personal
-from fedloom.report.run_folder import RunFolder
+from fedloom.report.run_page import Run, read_run, render, write_report
+from fedloom.storage.run_folder import RunFolder
 
 
 def made(label, *, torch="2.5.1", fedloom="0.1.0", rows="aaaa", model="mmmm", seed=0, **more):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from fedloom.comparison import compare, read_comparison
 from fedloom.errors import SettingsError
-from fedloom.intervals import Interval
 from fedloom.report.frameworks_page import Arm, on_front, verdicts, write_frameworks
-from fedloom.settings import write_toml
+from fedloom.runs.comparison import compare, read_comparison
+from fedloom.settings.toml import write_toml
+from fedloom.statistics.intervals import Interval
 
 
 def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0, higher=True):

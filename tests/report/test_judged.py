@@ -6,13 +6,13 @@ import shutil
 import pytest
 
 import fedloom
+from fedloom.commands.terminal import comparison_table, frameworks_table, personal_table
 from fedloom.report.comparison_page import write_comparison
 from fedloom.report.frameworks_page import write_frameworks
 from fedloom.report.judged import difference_over_rows, duplicates, outcome
-from fedloom.report.page import read_run, write_report
 from fedloom.report.personal_page import write_personal
-from fedloom.report.run_folder import RunFolder
-from fedloom.terminal import comparison_table, frameworks_table, personal_table
+from fedloom.report.run_page import read_run, write_report
+from fedloom.storage.run_folder import RunFolder
 
 
 @pytest.fixture

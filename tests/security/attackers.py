@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from fedloom.deployment import handshake
-from fedloom.identity import read_key
+from fedloom.security.keys import read_key
 
 SOURCES = itertools.cycle([f"127.0.0.{last}" for last in range(2, 21)])
 COUNTS = Counter()

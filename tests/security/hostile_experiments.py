@@ -135,9 +135,9 @@ PROBES = {
 
 def worker(name, **sections):
     """A client's worker, joined to nobody."""
-    from fedloom.deployment.homes import ClientHome, Joining
+    from fedloom.deployment.folders import ClientHome, Joining
     from fedloom.deployment.worker import Worker
-    from fedloom.settings import write_toml
+    from fedloom.settings.toml import write_toml
 
     home = ClientHome(FOLDER / name)
     home.path.mkdir()
@@ -159,7 +159,7 @@ OWN_ROWS = {
 
 
 def main():
-    from fedloom.training import local
+    from fedloom.training import steps as local
     from hostile import HostileServer
 
     logging.basicConfig(filename=FOLDER / "worker.log", level=logging.INFO)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from fedloom.audit import AuditLog, events
 from fedloom.deployment import client
-from fedloom.deployment.homes import ClientHome
+from fedloom.deployment.folders import ClientHome
 from fedloom.errors import AuditError
-from fedloom.experiment import Experiment
-from fedloom.identity import make_key
-from fedloom.progress import Silent
-from fedloom.runner import run_experiment
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.security.audit_log import AuditLog, events
+from fedloom.security.keys import make_key
 
 
 def damaged(path):

@@ -17,16 +17,16 @@ import pytest
 
 from fedloom.deployment.offences import FILE, OffenceLog, read_offences
 from fedloom.deployment.worker import Worker
-from fedloom.engines.frames import LENGTH, connect, read_frame, reader, write_frame
-from fedloom.engines.streams import Streams
-from fedloom.envelope import Envelope, ReplyHeader
-from fedloom.experiment import Experiment
-from fedloom.messages import METADATA
-from fedloom.offences import KINDS
-from fedloom.packing import header_of
-from fedloom.progress import Silent
-from fedloom.report.page import write_report
-from fedloom.runner import resume_run, run_experiment
+from fedloom.engines.flower.streams import Streams
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.offences import KINDS
+from fedloom.report.run_page import write_report
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.wire.envelope import Envelope, ReplyHeader
+from fedloom.wire.framing import LENGTH, connect, read_frame, reader, write_frame
+from fedloom.wire.messages import METADATA
+from fedloom.wire.packing import header_of
 from loopback import resealed
 from unchecked import rewritten
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.deployment.told import LINES
-from fedloom.identity import make_key
+from fedloom.deployment.error_report import LINES
+from fedloom.security.keys import make_key
 from security.hostile_experiments import ACCEPTED, PROBES, REFUSED
 
 pytestmark = pytest.mark.slow

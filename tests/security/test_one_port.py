@@ -32,7 +32,7 @@ from fedloom.deployment import exposure, fleet, handshake
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.offences import read_offences
 from fedloom.errors import ConnectionFailed
-from fedloom.identity import read_key
+from fedloom.security.keys import read_key
 from machines import machines
 
 # Every service and method in the protobuf files of flwr 1.42.0.

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.data.batches import TokenShare, mismatch
 from fedloom.data.builtin import builtin_examples
+from fedloom.data.client_rows import TokenShare, mismatch
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
@@ -23,9 +23,10 @@ from fedloom.training.layout import (
     scoring_budget,
     tokens_per_pass,
 )
-from fedloom.training.local import add_reference_logps, train_locally
 from fedloom.training.memory import client_memory, pass_warnings
-from fedloom.training.optimizers import TrainingSettings, Work
+from fedloom.training.references import add_reference_logps
+from fedloom.training.settings import TrainingSettings, Work
+from fedloom.training.steps import train_locally
 
 SETS = {
     "instruction": "instructions",

@@ -11,14 +11,14 @@ SCRIPT = """
     import re, sys
     from pathlib import Path
     import numpy as np, torch
-    from fedloom.data.batches import TokenShare
+    from fedloom.data.client_rows import TokenShare
     from fedloom.data.tokenize import TokenSet
     from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
     from fedloom.models.load import load_backbone
     from fedloom.objectives import SFT
-    from fedloom.training.local import train_locally
+    from fedloom.training.steps import train_locally
     from fedloom.training.memory import client_memory
-    from fedloom.training.optimizers import TrainingSettings, Work
+    from fedloom.training.settings import TrainingSettings, Work
 
     def peak():
         return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -66,13 +66,14 @@ STEP = """
     from pathlib import Path
     import numpy as np, torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from fedloom.data.batches import TokenShare
+    from fedloom.data.client_rows import TokenShare
     from fedloom.data.tokenize import TokenSet
     from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
     from fedloom.objectives import DPO
     from fedloom.training.layout import Budget
-    from fedloom.training.local import add_reference_logps, train_locally
-    from fedloom.training.optimizers import TrainingSettings, Work
+    from fedloom.training.references import add_reference_logps
+from fedloom.training.steps import train_locally
+    from fedloom.training.settings import TrainingSettings, Work
 
     torch.set_num_threads(1)
     config = LlamaConfig(

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.data.batches import TokenShare
 from fedloom.data.builtin import builtin_examples
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
 from fedloom.training.layout import Budget
-from fedloom.training.local import add_reference_logps
 from fedloom.training.reference_cache import ReferenceCache, _entries
+from fedloom.training.references import add_reference_logps
 from fedloom.training.shared_prompts import shares_prompts
 
 BUDGET = Budget(4, 400)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, MistralConfig
 
-from fedloom.data.batches import TokenShare, collate, read_once
+from fedloom.data.batching import collate, read_once
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import TokenSet
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.objectives.logps import completion_logps

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregation.means import weighted_mean
-from fedloom.messages import Tensors
+from fedloom.tensors import Tensors
 
 A, B = ".lora_A.", ".lora_B."
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.messages import StoredTensors, Tensors
+from fedloom.tensors import OnDemand, Tensors
 
 BLOCK = 1 << 19
 """Elements that are averaged at a time: their mean stays in a core's cache until it is whole."""
@@ -51,7 +51,7 @@ def weighted_mean(
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
     steps = [weight / total if total else 0.0 for weight, total in zip(weights, sums, strict=True)]
     names, threads = list(updates[0]), os.cpu_count() or 1
-    if any(isinstance(update, StoredTensors) for update in updates):
+    if any(isinstance(update, OnDemand) for update in updates):
         with ThreadPoolExecutor(threads) as pool:
             means = pool.map(lambda name: _one_by_one(updates, name, steps), names)
             return dict(zip(names, means, strict=True))

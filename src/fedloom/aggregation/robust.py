@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregation.means import weighted_mean
-from fedloom.messages import Tensors, is_finite
+from fedloom.tensors import Tensors, is_finite
 
 SMOOTHING = 1e-6
 """Distances below it count as it in the Weiszfeld algorithm (RFA's nu)."""

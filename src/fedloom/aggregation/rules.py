@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
 
 from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.robust import (
@@ -13,7 +16,8 @@ from fedloom.aggregation.robust import (
     multi_krum,
     trimmed_mean,
 )
-from fedloom.messages import Tensors
+from fedloom.settings.schema import Settings
+from fedloom.tensors import Tensors
 
 NEEDED = {"trimmed_mean": 1, "krum": 3, "multi_krum": 3}
 """Rule that is told how many updates may be bad to how many it needs above twice that."""
@@ -55,3 +59,36 @@ def combined(
     if rule == "clipped_mean":
         return clipped_mean(updates, weights, start, largest)
     raise ValueError(f"{rule!r} is no rule")
+
+
+class AggregationSettings(Settings):
+    """``[aggregation]``: how the server puts the clients' updates together."""
+
+    rule: Literal[
+        "mean",
+        "median",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "geometric_median",
+        "clipped_mean",
+    ] = "mean"
+    """The mean by rows, or a rule that some bad clients cannot move far: ``aggregation/robust.py``."""
+    bad: int = Field(default=0, ge=0)
+    """Of trimmed_mean, krum and multi_krum: f, clients of a round that may be bad."""
+    max_norm: float | None = Field(default=None, gt=0)
+    """Of clipped_mean: largest norm of a client's change over all tensors."""
+
+    def contradictions(self, cohort: int) -> list[str]:
+        """Return what in these settings cannot both be meant, with so many clients in a round."""
+        found = []
+        if self.bad and self.rule not in NEEDED:
+            found.append(f"aggregation.bad is a setting of {', '.join(NEEDED)}, not {self.rule}")
+        if (self.max_norm is None) == (self.rule == "clipped_mean"):
+            found.append('aggregation.max_norm and aggregation.rule = "clipped_mean" go together')
+        if self.rule in NEEDED and cohort < 2 * self.bad + NEEDED[self.rule]:
+            found.append(
+                f"aggregation.rule = {self.rule!r} with aggregation.bad = {self.bad} needs "
+                f"{2 * self.bad + NEEDED[self.rule]} clients in a round, there are {cohort}"
+            )
+        return found

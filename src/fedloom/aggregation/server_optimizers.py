@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedloom.messages import Tensors
+from fedloom.tensors import Tensors
 
 
 def difference(left: Tensors, right: Tensors) -> Tensors:

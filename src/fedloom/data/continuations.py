@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fedloom.data.examples import Example, Labelled, Preference
 from fedloom.errors import DataError
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
 
 
 class ContinuationSettings(Settings):

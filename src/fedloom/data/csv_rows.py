@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8
 from fedloom.data.rows import RowError
-from fedloom.shown import short
+from fedloom.display.untrusted_text import short
 
 QUOTED = re.compile(r'(?:\A|(?<=,))"(?:[^"]++|"")*+"')
 LATE = re.compile(r'(?:\A|,)[^\S\r\n]+"')

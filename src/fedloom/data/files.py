@@ -1,7 +1,7 @@
 """Local files to rows: JSON lines, JSON, CSV and Parquet, the text among them also compressed with gzip.
 
 A file that is not what its name says is one error; a row that is none is told of its number, and reading
-goes on. What a row means is ``columns.py``'s business.
+goes on. What a row means is ``row_parsing.py``'s business.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fedloom.data.csv_rows import csv_rows
 from fedloom.data.json_rows import json_lines, json_whole
 from fedloom.data.opened import UnreadableError, opened, text_of
 from fedloom.data.parquet_rows import parquet_rows
+from fedloom.display.untrusted_text import named
 from fedloom.errors import DataError
-from fedloom.shown import named
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 

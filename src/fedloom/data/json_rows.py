@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn, TextIO
 
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8, require_text
 from fedloom.data.rows import RowError
-from fedloom.shown import short
+from fedloom.display.untrusted_text import short
 
 DEEPEST = 100
 """Brackets within brackets; messages with parts are 5 deep."""

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -321,3 +322,14 @@ def _cannot_hold_out(
             f"all; none can be held out: {ways}"
         )
     return f"the {len(rows)} rows of {settings.source} are all alike, none can be held out; {ways}"
+
+
+class DataSource(Protocol):
+    """A user's own source of examples, passed to :func:`fedloom.run` as an object.
+
+    One that ``data.source`` names as ``package.module:Class`` is made with the settings of ``[data]``.
+    """
+
+    def load(self, rng: np.random.Generator) -> LoadedData:
+        """Return training and held-out examples, all of one kind."""
+        ...

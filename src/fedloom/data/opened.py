@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from fedloom.display.untrusted_text import named
 from fedloom.errors import DataError
-from fedloom.shown import named
 
 LONGEST_ROW = 16 * 2**20
 """Characters of the longest row (bytes of a Parquet row): 16 Mi."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from fedloom.data.json_rows import DEEPEST
 from fedloom.data.opened import LONGEST_ROW, RATIO, UNPACKED, UnreadableError
 from fedloom.data.rows import RowError
+from fedloom.display.untrusted_text import short
 from fedloom.errors import first_line
-from fedloom.shown import short
 
 if TYPE_CHECKING:
     import pyarrow

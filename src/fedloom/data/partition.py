@@ -23,7 +23,7 @@ from pydantic import Field
 from fedloom.data.examples import Example, Feedback, Labelled
 from fedloom.data.splits import group_key
 from fedloom.errors import DataError
-from fedloom.settings import Of, Settings
+from fedloom.settings.schema import Of, Settings
 
 Indices = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from fedloom.data.account import Account
-from fedloom.data.batches import TokenShare
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.examples import (
     Choice,
     Example,
@@ -30,7 +30,7 @@ from fedloom.data.loading import load_examples
 from fedloom.data.sources import BUILTIN_PREFIX, ControlTokens, DataSettings
 from fedloom.data.splits import group_key, normalised, row_key
 from fedloom.errors import DataError
-from fedloom.settings import Of, Settings
+from fedloom.settings.schema import Of, Settings
 
 NO_LABEL = ""
 """Label of a text whose class nobody knows."""

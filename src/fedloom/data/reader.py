@@ -1,7 +1,7 @@
 """Sources to examples, row by row, with count of what was wrong.
 
 What is wrong with a row is told with its number and counted, and a bound on the share of bad rows decides
-whether the run may start. Mapping columns to examples is ``columns.py``'s business.
+whether the run may start. Mapping columns to examples is ``row_parsing.py``'s business.
 """
 
 from __future__ import annotations
@@ -19,14 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.data.ambiguity import without_ambiguous
-from fedloom.data.columns import (
-    Reading,
-    make_example,
-    margins,
-    pair_or_feedback,
-    renamed,
-    template_columns,
-)
 from fedloom.data.examples import Example, Instruction
 from fedloom.data.files import is_file, is_pattern, read_file
 from fedloom.data.hub import read_hub
@@ -42,6 +34,14 @@ from fedloom.data.layouts import (
     recognise,
 )
 from fedloom.data.layouts import in_words as layouts_in_words
+from fedloom.data.row_parsing import (
+    Reading,
+    make_example,
+    margins,
+    pair_or_feedback,
+    renamed,
+    template_columns,
+)
 from fedloom.data.rows import LONGEST_SHOWN, RowError
 from fedloom.data.sources import DataSettings, SourceSettings
 from fedloom.errors import DataError

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fedloom.shown import quoted
+from fedloom.display.untrusted_text import quoted
 
 Row = Mapping[str, Any]
 

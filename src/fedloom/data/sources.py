@@ -12,7 +12,7 @@ from fedloom.data.continuations import ContinuationSettings
 from fedloom.data.examples import Kind
 from fedloom.data.labels import wrong_values
 from fedloom.data.layouts import LAYOUTS
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
 
 BUILTIN_PREFIX = "builtin:"
 CLIENTS = "clients"

@@ -32,9 +32,7 @@ from typing import IO, Any
 import pyrage
 from pydantic import Field
 
-from fedloom.audit import FILE as AUDIT
-from fedloom.audit import AuditLog, closed_files, events, verify
-from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.folders import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.errors import (
     ConnectionFailed,
@@ -44,10 +42,12 @@ from fedloom.errors import (
     SettingsError,
     first_line,
 )
-from fedloom.files import holder, written_whole
-from fedloom.identity import CA, CA_KEY, CERTIFICATE, KEY, hosts_of
-from fedloom.members import FILE as MEMBERS
-from fedloom.settings import Settings, parse
+from fedloom.security.audit_log import FILE as AUDIT
+from fedloom.security.audit_log import AuditLog, closed_files, events, verify
+from fedloom.security.certificates import CA, CA_KEY, CERTIFICATE, KEY, hosts_of
+from fedloom.security.client_registry import FILE as MEMBERS
+from fedloom.settings.schema import Settings, parse
+from fedloom.storage.files import holder, written_whole
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.toml"

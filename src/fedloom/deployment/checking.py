@@ -19,29 +19,31 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.assembly import longest, model_folder
-from fedloom.choices import Choices
+from fedloom.accounting.quantities import human_bytes, human_seconds
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
 from fedloom.data.loading import LoadedData, load_examples
 from fedloom.data.sources import DataSettings
 from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.consent import Approvals, Waiting
-from fedloom.deployment.homes import ClientHome, OwnData, OwnFile
+from fedloom.deployment.folders import ClientHome
 from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.policy import REVEALING, PolicySettings
 from fedloom.deployment.rows import divided
+from fedloom.display.untrusted_text import message, named, placed
 from fedloom.errors import DataError, FedloomError, OutputError, PolicyError, first_line
 from fedloom.evaluation.generate import load_encoder
-from fedloom.experiment import Experiment
+from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS, make_method
-from fedloom.methods.base import Reveal
+from fedloom.methods.contract.method import Reveal
 from fedloom.models.load import context_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
-from fedloom.report import account
-from fedloom.report.tables import human_bytes, human_seconds
-from fedloom.shown import message, named, placed
+from fedloom.report import row_account
+from fedloom.runs.model_building import model_folder
+from fedloom.runs.token_rows import longest
+from fedloom.settings.plugins import Choices
 
 
 def _sending(what: Reveal) -> list[str]:
@@ -303,7 +305,7 @@ def _read(own: OwnFile, experiment: Experiment | None, client: int) -> _Read:
     division = divided(experiment, own, client, None)
     trained = division.train[client]
     accounts = division.accounts
-    became = account.sentence("here", accounts.clients[client].to_record()), *accounts.warnings
+    became = row_account.sentence("here", accounts.clients[client].to_record()), *accounts.warnings
     sample = trained[0] if trained else None
     place = placed(*division.place(client, sample.row)) if sample else ""
     return _Read(division.loaded, len(trained), sample, place, division.classes, became)

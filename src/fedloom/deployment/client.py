@@ -12,18 +12,20 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedloom.audit import FILE, AuditLog
-from fedloom.deployment.calling import LOG as WORKER_LOG
-from fedloom.deployment.calling import ask_worker, start_worker
-from fedloom.deployment.children import end, make_room, only
+from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.flower_node import FlowerNode
+from fedloom.deployment.folders import ClientHome, Joining
 from fedloom.deployment.gateway_client import Card, GatewayClient, split_address
-from fedloom.deployment.homes import ClientHome, Joining, OwnFile
 from fedloom.deployment.policy import PolicySettings
+from fedloom.deployment.processes import end, make_room, only
 from fedloom.deployment.proxy import find_proxy
+from fedloom.deployment.worker_socket import LOG as WORKER_LOG
+from fedloom.deployment.worker_socket import ask_worker, start_worker
 from fedloom.errors import AuditError, ConnectionFailed
-from fedloom.files import make_private
-from fedloom.identity import read_key, require_current
+from fedloom.security.audit_log import FILE, AuditLog
+from fedloom.security.certificates import require_current
+from fedloom.security.keys import read_key
+from fedloom.storage.files import make_private
 
 AGAIN = 1.0, 60.0
 """Seconds until a server that cannot be reached at the start is looked for again: first, and at most."""

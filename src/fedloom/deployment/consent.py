@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.audit import digest_of
-from fedloom.deployment.homes import ClientHome, Note
+from fedloom.deployment.folders import ClientHome, Note
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import PolicyError, Refusal, SettingsError
+from fedloom.security.audit_log import digest_of
 
 MOST_WAITING = 20
 """Runs that wait at most; the one that was not asked about for the longest time makes room."""

@@ -29,8 +29,8 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
+from fedloom.display.untrusted_text import short
 from fedloom.errors import ConnectionFailed
-from fedloom.shown import short
 
 APP = Path(__file__).with_name("app")
 """The Flower app."""

@@ -50,11 +50,11 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.engines.inflation import ByteBudget, bound_arrays
-from fedloom.engines.records import from_records, to_records
-from fedloom.envelope import LONGEST_HEADER, Envelope
+from fedloom.display.untrusted_text import short
+from fedloom.engines.flower.inflation import ByteBudget, bound_arrays
+from fedloom.engines.flower.records import from_records, to_records
 from fedloom.errors import ConnectionFailed, FedloomError, IdentityError, MessageError
-from fedloom.shown import short
+from fedloom.wire.envelope import LONGEST_HEADER, Envelope
 
 LOG = logging.getLogger("fedloom.node")
 

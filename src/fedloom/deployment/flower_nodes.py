@@ -21,12 +21,12 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from fedloom.audit import Record
 from fedloom.deployment.flower_control import FlowerControl
 from fedloom.errors import FedloomError, OutputError
-from fedloom.files import write_whole
-from fedloom.members import Member, Members
-from fedloom.settings import read_toml, write_toml
+from fedloom.security.audit_log import Record
+from fedloom.security.client_registry import Member, Members
+from fedloom.settings.toml import read_toml, write_toml
+from fedloom.storage.files import write_whole
 
 RETRY = 5.0
 """Seconds before Flower is told again what it could not be told."""

@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fedloom.parent import end_with_parent
+from fedloom.runs.parent_process import end_with_parent
 
 CONNECTIONS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 """Where Linux lists them, with the user whose process has each end."""

@@ -18,7 +18,7 @@ from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 
-from fedloom.parent import end_with_parent, of_this_process
+from fedloom.runs.parent_process import end_with_parent, of_this_process
 
 
 class Forking(SubprocessExecutor):

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 
-from fedloom.parent import end_with_parent
+from fedloom.runs.parent_process import end_with_parent
 
 NEEDED = ("fedloom.deployment.serverapp", "flwr.superlink.cli.flwr_serverapp")
 """Modules that the process of a run imports."""

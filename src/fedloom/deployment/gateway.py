@@ -32,13 +32,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedloom.audit import Limited
 from fedloom.deployment import fleet, handshake
 from fedloom.deployment.connections import CHUNK, Duplex, abort, notice_absence
 from fedloom.deployment.counts import Counts
 from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.deployment.handshake import Claim, Distrust, Purpose
-from fedloom.engines.frames import connect, write_frame
 from fedloom.errors import (
     ConnectionFailed,
     FedloomError,
@@ -46,10 +44,13 @@ from fedloom.errors import (
     OutputError,
     SettingsError,
 )
-from fedloom.members import CachedMembers, Members
-from fedloom.offences import Report, one_line
-from fedloom.settings import Settings, parse, read_toml
-from fedloom.token_bucket import TokenBucket
+from fedloom.federation.offences import Report, one_line
+from fedloom.security.audit_log import Limited
+from fedloom.security.client_registry import CachedMembers, Members
+from fedloom.security.token_bucket import TokenBucket
+from fedloom.settings.schema import Settings, parse
+from fedloom.settings.toml import read_toml
+from fedloom.wire.framing import connect, write_frame
 
 LOG = logging.getLogger("fedloom.gateway")
 

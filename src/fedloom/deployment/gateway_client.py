@@ -17,9 +17,9 @@ from fedloom.deployment import handshake
 from fedloom.deployment.connections import Duplex, notice_absence
 from fedloom.deployment.handshake import Purpose
 from fedloom.deployment.proxy import find_proxy
-from fedloom.engines.frames import Read, reader, write_frame
-from fedloom.envelope import PROTOCOL, printable
 from fedloom.errors import ConnectionFailed, IdentityError, SettingsError, first_line
+from fedloom.wire.envelope import PROTOCOL, printable
+from fedloom.wire.framing import Read, reader, write_frame
 
 TIMEOUT = 4.0
 """Seconds for each step until a client is let in."""

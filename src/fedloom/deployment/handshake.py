@@ -28,10 +28,10 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, ValidationError
 
-from fedloom.envelope import PROTOCOL
 from fedloom.errors import IdentityError
-from fedloom.identity import is_signed, public_key, public_line, sign
-from fedloom.settings import Settings
+from fedloom.security.keys import is_signed, public_key, public_line, sign
+from fedloom.settings.schema import Settings
+from fedloom.wire.envelope import PROTOCOL
 
 MAGIC = b"fedloom gateway %d\n" % PROTOCOL
 NONCE = 32

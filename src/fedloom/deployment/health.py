@@ -6,11 +6,11 @@ import shutil
 import time
 from pathlib import Path
 
-from fedloom.deployment.children import Family
 from fedloom.deployment.flower_nodes import FlowerNodes
 from fedloom.deployment.gateway import Gateway
+from fedloom.deployment.processes import Family
 from fedloom.errors import FedloomError, IdentityError
-from fedloom.identity import read_certificate, require_current
+from fedloom.security.certificates import read_certificate, require_current
 
 STUCK = 30.0
 """Seconds without a turn of the server's loop, which takes a fifth of one, after which it is stuck."""

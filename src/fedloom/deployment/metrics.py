@@ -21,13 +21,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fedloom.deployment.children import address, require_free
 from fedloom.deployment.counts import Count, Counts
 from fedloom.deployment.gateway_client import split_address
 from fedloom.deployment.health import Health
-from fedloom.envelope import PROTOCOL
+from fedloom.deployment.processes import address, require_free
 from fedloom.errors import SettingsError
-from fedloom.members import State
+from fedloom.security.client_registry import State
+from fedloom.wire.envelope import PROTOCOL
 
 TIMEOUT = 10.0
 """Seconds in which a question must have come whole."""

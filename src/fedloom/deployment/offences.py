@@ -28,10 +28,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.audit import Limited
 from fedloom.errors import OutputError
-from fedloom.files import write_whole
-from fedloom.offences import KINDS, Offence, OffenceObserver, one_line
+from fedloom.federation.offences import KINDS, Offence, OffenceObserver, one_line
+from fedloom.security.audit_log import Limited
+from fedloom.storage.files import write_whole
 
 LOG = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import Order, experiment_file
+from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.run_requests import Order, experiment_file
 from fedloom.errors import SettingsError
-from fedloom.experiment import Experiment
-from fedloom.members import Members
-from fedloom.progress import Participant
-from fedloom.settings import override, read_toml, require_section
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.records import Participant
+from fedloom.security.client_registry import Members
+from fedloom.settings.toml import override, read_toml, require_section
 
 
 def experiment_of(

@@ -18,18 +18,20 @@ from typing import Any
 
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import BUILTIN_PREFIX, LONGEST_SEQUENCE, DataSettings
-from fedloom.deployment.homes import OwnFile
+from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.policy import REVEALING
 from fedloom.errors import PolicyError, Refusal, SettingsError
-from fedloom.experiment import SECTIONS, ClientGroup, ClientsSettings, Experiment, data_kind
+from fedloom.experiment.experiment import SECTIONS, Experiment, data_kind
+from fedloom.federation.participants import ClientGroup, ClientsSettings
 from fedloom.methods import METHODS, make_method
-from fedloom.methods.base import Method
+from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import TINY, ModelSettings
 from fedloom.objectives import OBJECTIVES
-from fedloom.settings import Settings, parse_toml
-from fedloom.start import SENT
-from fedloom.training.optimizers import Work
+from fedloom.runs.start import SENT
+from fedloom.settings.schema import Settings
+from fedloom.settings.toml import parse_toml
+from fedloom.training.settings import Work
 
 DEEPEST = 50
 """Dots before the first "=" of a line: to read a key of many thousand takes a parser hours."""
@@ -75,7 +77,7 @@ TAKEN = _names(
     }
 )
 """Settings that are taken as they are, beside the names of objective and method. How much is trained is
-bounded once the rows are known (:func:`require_steps`) and meanwhile (``accounting/allowance.py``)."""
+bounded once the rows are known (:func:`require_steps`) and meanwhile (``models/allowance.py``)."""
 
 MOST = {
     "adapter.rank": "max_rank",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
 
 REVEALING = (
     "logits",

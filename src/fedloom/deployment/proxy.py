@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 from urllib.request import getproxies_environment, proxy_bypass
 
-from fedloom.deployment.children import address
-from fedloom.envelope import printable
+from fedloom.deployment.processes import address
 from fedloom.errors import ConnectionFailed, SettingsError, first_line
+from fedloom.wire.envelope import printable
 
 LONGEST = 8192
 """Bytes of the header with which a proxy may answer."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedloom.deployment.homes import OwnFile
-from fedloom.division import Division, OwnRows, divide, only
-from fedloom.experiment import Experiment
+from fedloom.deployment.client_file import OwnFile
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs.division import Division, OwnRows, divide, only
 
 
 def divided(

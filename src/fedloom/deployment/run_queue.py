@@ -14,11 +14,10 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedloom.audit import Record
 from fedloom.deployment.counts import Counts
 from fedloom.deployment.flower_control import FlowerControl
-from fedloom.deployment.homes import ServerHome
-from fedloom.deployment.orders import (
+from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.run_requests import (
     LAST,
     Asked,
     News,
@@ -30,7 +29,8 @@ from fedloom.deployment.orders import (
     order_file,
 )
 from fedloom.errors import FedloomError, RoundFailed
-from fedloom.files import holder, write_whole
+from fedloom.security.audit_log import Record
+from fedloom.storage.files import holder, write_whole
 
 BEGINNING = 120.0
 """Seconds in which Flower must have started the process that plays a run."""

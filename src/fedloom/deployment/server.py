@@ -15,8 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedloom.audit import FILE, AuditLog, Limited, unheard
-from fedloom.deployment.children import (
+from fedloom.deployment.administration import SOCKET, ControlSocket
+from fedloom.deployment.exposure import require_unexposed
+from fedloom.deployment.fleet import Upstream
+from fedloom.deployment.flower_control import FlowerControl
+from fedloom.deployment.flower_nodes import FlowerNodes
+from fedloom.deployment.folders import ServerHome, Serving
+from fedloom.deployment.gateway import Gateway, GatewaySettings
+from fedloom.deployment.gateway_client import PORT
+from fedloom.deployment.health import Health
+from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
+from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.deployment.offences import OffenceLog
+from fedloom.deployment.processes import (
     Child,
     Family,
     address,
@@ -28,38 +39,27 @@ from fedloom.deployment.children import (
     require_free,
     wait_until_open,
 )
-from fedloom.deployment.control import SOCKET, ControlSocket
-from fedloom.deployment.exposure import require_unexposed
-from fedloom.deployment.fleet import Upstream
-from fedloom.deployment.flower_control import FlowerControl
-from fedloom.deployment.flower_nodes import FlowerNodes
-from fedloom.deployment.gateway import Gateway, GatewaySettings
-from fedloom.deployment.gateway_client import PORT
-from fedloom.deployment.health import Health
-from fedloom.deployment.homes import ServerHome, Serving
-from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
-from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.deployment.offences import OffenceLog
-from fedloom.deployment.orders import Asked
 from fedloom.deployment.proxy import bypass_for_loopback
 from fedloom.deployment.run_queue import RunQueue
+from fedloom.deployment.run_requests import Asked
 from fedloom.deployment.status import server_status
-from fedloom.engines.frames import connect, write_frame
 from fedloom.errors import ConnectionFailed, IdentityError, OffenceKind, SettingsError
-from fedloom.files import make_private
-from fedloom.identity import (
+from fedloom.federation.offences import Offence, one_line
+from fedloom.security.audit_log import FILE, AuditLog, Limited, unheard
+from fedloom.security.certificates import (
     CA,
     CERTIFICATE,
     KEY,
     hosts_of,
     make_authority,
-    read_key,
     require_current,
 )
-from fedloom.members import FILE as MEMBERS
-from fedloom.members import stamp_of
-from fedloom.offences import Offence, one_line
-from fedloom.settings import parse
+from fedloom.security.client_registry import FILE as MEMBERS
+from fedloom.security.client_registry import stamp_of
+from fedloom.security.keys import read_key
+from fedloom.settings.schema import parse
+from fedloom.storage.files import make_private
+from fedloom.wire.framing import connect, write_frame
 
 RUN_PATTERN = "[0-9a-f]" * 32
 """Names of the sockets of runs."""

@@ -13,26 +13,27 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedloom.deployment.children import only
 from fedloom.deployment.flower_nodes import read_nodes
-from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.folders import ServerHome
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
-from fedloom.deployment.orders import News, Order, go_on, news_file
 from fedloom.deployment.participants import chosen, known, ordered
-from fedloom.engines.flower import FlowerEngine
-from fedloom.engines.inflation import ByteBudget, bound_arrays, bound_pulls
-from fedloom.engines.post import SMALL, Post
-from fedloom.engines.roster import Roster
-from fedloom.engines.streams import Streams
+from fedloom.deployment.processes import only
+from fedloom.deployment.run_requests import News, Order, go_on, news_file
+from fedloom.engines.flower.engine import FlowerEngine
+from fedloom.engines.flower.inflation import ByteBudget, bound_arrays, bound_pulls
+from fedloom.engines.flower.run_clients import Roster
+from fedloom.engines.flower.streams import Streams
+from fedloom.engines.flower.transport import SMALL, Post
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
-from fedloom.experiment import Experiment
-from fedloom.identity import read_key, sign
-from fedloom.parent import end_with_parent
-from fedloom.progress import Participant
-from fedloom.report import run_folder as names
-from fedloom.report.run_folder import RunFolder
-from fedloom.runner import Result, free_folder, resume_run, run_experiment
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.records import Participant
+from fedloom.runs.parent_process import end_with_parent
+from fedloom.runs.result import Result
+from fedloom.runs.run import free_folder, resume_run, run_experiment
+from fedloom.security.keys import read_key, sign
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import RunFolder
 
 app = ServerApp()
 

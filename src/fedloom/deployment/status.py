@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.deployment.homes import ServerHome, Serving
+from fedloom.accounting.quantities import human_seconds
+from fedloom.deployment.folders import ServerHome, Serving
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceSummaries, OffenceSummary, read_offences
-from fedloom.members import Member
-from fedloom.offences import one_line
-from fedloom.report.tables import human_seconds
+from fedloom.federation.offences import one_line
+from fedloom.security.client_registry import Member
 
 if TYPE_CHECKING:  # who only shows a status needs nothing of a server
     from fedloom.deployment.gateway import Gateway

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.audit import events
-from fedloom.deployment.homes import ServerHome
+from fedloom.deployment.folders import ServerHome
 from fedloom.errors import OutputError
-from fedloom.members import Member, Members
-from fedloom.report import run_folder as names
-from fedloom.report.run_folder import RunFolder
+from fedloom.security.audit_log import events
+from fedloom.security.client_registry import Member, Members
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,39 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 
-from fedloom.accounting.allowance import Allowance
-from fedloom.assembly import Parts, assemble
-from fedloom.audit import FILE, AuditLog, digest_of
-from fedloom.checkpoint import KEPT
 from fedloom.deployment.consent import Approvals, Day
+from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, told
+from fedloom.deployment.folders import ClientHome
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
-from fedloom.deployment.homes import ClientHome
-from fedloom.deployment.kept import Kept, Version
 from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.rows import divided
-from fedloom.deployment.told import ReportedError, Sentence, failing_as, told
-from fedloom.engines.frames import StreamOver, listen, read_frame, reader, write_frame
-from fedloom.engines.simulation import Equipment
-from fedloom.engines.store import ClientStore
-from fedloom.envelope import (
+from fedloom.engines.in_process import Equipment
+from fedloom.errors import (
+    AuditError,
+    ConnectionFailed,
+    FedloomError,
+    MessageError,
+    PolicyError,
+    Refusal,
+    VerificationError,
+)
+from fedloom.experiment.experiment import Experiment
+from fedloom.models.allowance import Allowance
+from fedloom.models.load import silence_transformers
+from fedloom.models.saved_adapter import holds_adapter
+from fedloom.runs.assembly import Parts, assemble
+from fedloom.runs.model_cards import ModelCards
+from fedloom.runs.start import SENT, Start, digest_of_tensors, own_models
+from fedloom.runs.verification import Verifier, sentence
+from fedloom.security.audit_log import FILE, AuditLog, digest_of
+from fedloom.security.certificates import issued_key, read_certificate
+from fedloom.security.keys import is_signed, read_key, secret_number, sign
+from fedloom.storage.checkpoint import KEPT
+from fedloom.storage.client_store import ClientStore
+from fedloom.storage.client_versions import Kept, Version
+from fedloom.storage.files import write_whole
+from fedloom.wire.envelope import (
     LONGEST_HEADER,
     PHASES,
     PROTOCOL,
@@ -53,31 +70,9 @@ from fedloom.envelope import (
     WorkDone,
     seal,
 )
-from fedloom.errors import (
-    AuditError,
-    ConnectionFailed,
-    FedloomError,
-    MessageError,
-    PolicyError,
-    Refusal,
-    VerificationError,
-)
-from fedloom.experiment import Experiment
-from fedloom.files import write_whole
-from fedloom.identity import (
-    is_signed,
-    issued_key,
-    read_certificate,
-    read_key,
-    secret_number,
-    sign,
-)
-from fedloom.messages import Exchange, Schema, decode
-from fedloom.model_cards import ModelCards
-from fedloom.models.load import silence_transformers
-from fedloom.models.start import holds_adapter
-from fedloom.start import SENT, Start, digest_of_tensors, own_models
-from fedloom.verifying import Verifier, sentence
+from fedloom.wire.framing import StreamOver, listen, read_frame, reader, write_frame
+from fedloom.wire.messages import Exchange, decode
+from fedloom.wire.schema import Schema
 
 LOG = logging.getLogger("fedloom.worker")
 

@@ -10,12 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
+from fedloom.deployment.worker_lock import LOCK
 from fedloom.errors import FedloomError
-from fedloom.files import lock
-from fedloom.parent import end_with_parent
-
-LOCK = "worker.pid"
-"""In the client's folder: the number of this process, and the lock that makes it the only one."""
+from fedloom.runs.parent_process import end_with_parent
+from fedloom.storage.files import lock
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.intervals import SHARE, mean_interval, share_interval
+from fedloom.statistics.intervals import SHARE, mean_interval, share_interval
 
 RESAMPLES = 2000
 """Of the bootstrap."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import DataError, ModelError, first_line
-from fedloom.intervals import LEAST, Interval, share_interval, student, too_few
+from fedloom.statistics.intervals import LEAST, Interval, share_interval, student, too_few
 
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of rows; of others lm-eval's own standard error is taken."""

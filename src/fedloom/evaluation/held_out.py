@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from fedloom.batch import Batch
-from fedloom.data.batches import TokenShare
+from fedloom.data.batch import Batch
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
@@ -26,18 +26,19 @@ from fedloom.evaluation.metrics import (
     preference_metrics,
     rewards,
 )
-from fedloom.intervals import SHARE, Sample
-from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.logps import (
     completion_logps,
     completion_rewards,
     completion_token_logps,
 )
-from fedloom.settings import Of, Settings
+from fedloom.settings.schema import Of, Settings
+from fedloom.statistics.intervals import SHARE, Sample
+from fedloom.tensors import Tensors
 from fedloom.training.layout import Budget
-from fedloom.training.local import Layout, add_reference_logps
 from fedloom.training.reference_cache import ReferenceCache
+from fedloom.training.references import add_reference_logps
+from fedloom.training.steps import Layout
 
 
 class EvaluationSettings(Settings):

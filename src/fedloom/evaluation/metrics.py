@@ -1,7 +1,7 @@
 """Held-out metrics, pure: tensors in, numbers out, and what each row adds to the headline one.
 
 The headline metric of each kind of example is in :data:`HEADLINES`; what each name means, with its
-formula, unit and range, stands in ``glossary.py``.
+formula, unit and range, stands in ``report/glossary.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import ModelError
-from fedloom.intervals import SHARE, UNBOUNDED, Sample
-from fedloom.messages import NumberSpec, amount, fraction, score
 from fedloom.objectives.rewards import outcomes
+from fedloom.statistics.intervals import SHARE, UNBOUNDED, Sample
+from fedloom.wire.schema import NumberSpec, amount, fraction, score
 
 
 @dataclass(frozen=True)

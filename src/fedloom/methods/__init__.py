@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fedloom.choices import Choices, undefined
-from fedloom.methods.base import Method
 from fedloom.methods.centralised import Centralised, CentralisedSettings
+from fedloom.methods.contract.method import Method
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
@@ -33,7 +32,8 @@ from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
-from fedloom.settings import NamedSettings
+from fedloom.settings.plugins import Choices, undefined
+from fedloom.settings.schema import NamedSettings
 
 OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedavg": (FedAvgSettings, FedAvg),

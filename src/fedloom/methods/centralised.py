@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.checkpoint import State
-from fedloom.methods.base import (
-    Cohort,
-    Handler,
-    Method,
-    Reveal,
-    Round,
-    train_and_upload,
-    training_exchange,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
+from fedloom.methods.contract.client import Handler
+from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import Absence, Declaration, no, yes
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State
 
 
 class CentralisedSettings(NamedSettings):

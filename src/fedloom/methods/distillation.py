@@ -27,37 +27,30 @@ from torch import Tensor
 
 from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import LogitTraffic, Traffic
-from fedloom.aggregation.knowledge import Knowledge, Rule, combine, joined, likeliest, shortened
-from fedloom.checkpoint import State
-from fedloom.data.batches import TokenShare, collate, epoch_batches
+from fedloom.aggregation.soft_labels import Knowledge, Rule, combine, joined, likeliest, shortened
+from fedloom.data.batching import collate, epoch_batches
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
-from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.errors import MessageError
-from fedloom.messages import Exchange, Payload, Schema, Tensors, TensorSpec, prefixed
-from fedloom.methods.base import (
-    ADAPTER,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    FirstRound,
-    Handler,
-    Method,
-    ModelSpec,
-    Reveal,
-    Round,
-    Variant,
-)
-from fedloom.methods.checks import TASKS, tasks_only
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.checks import TASKS, tasks_only
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import FirstRound, Method, ModelSpec, Reveal, Variant
 from fedloom.methods.declaration import TOGETHER, Absence, Declaration, no, yes
-from fedloom.methods.view import ExperimentView
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Head
 from fedloom.objectives.distillation import Distillation, scored_logits
 from fedloom.randomness import generator
-from fedloom.settings import NamedSettings, Of
-from fedloom.training.local import reported, train_locally
-from fedloom.training.optimizers import Part, Work
+from fedloom.settings.schema import NamedSettings, Of
+from fedloom.tensors import State, Tensors
+from fedloom.training.results import reported
+from fedloom.training.settings import Part, Work
+from fedloom.training.steps import train_locally
+from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.row_encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.wire.schema import Schema, TensorSpec, prefixed
 
 VALUES, INDICES, COUNTS = "values", "indices", "counts"
 """Names in the payloads: log-probabilities, which entries they are of, and how many a position has."""

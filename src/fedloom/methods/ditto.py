@@ -11,23 +11,21 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedloom.checkpoint import State
-from fedloom.messages import Payload
-from fedloom.methods.base import (
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import (
     ADAPTER,
-    ADAPTERS_ALONE,
-    Client,
-    Cohort,
-    Handler,
-    Round,
     proximal_gradient,
     train_and_upload,
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
-from fedloom.settings import NamedSettings
-from fedloom.training.optimizers import Part
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State
+from fedloom.training.settings import Part
+from fedloom.wire.messages import Payload
 
 
 class DittoSettings(NamedSettings):

@@ -25,26 +25,23 @@ from pydantic import Field
 from scipy.optimize import minimize
 
 from fedloom.aggregation.server_optimizers import difference, nesterov_momentum
-from fedloom.checkpoint import State
-from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors
-from fedloom.methods.base import (
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import (
     ADAPTER,
-    ADAPTERS_ALONE,
     LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Round,
-    join_parts,
-    part_of,
     train_and_upload,
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging, no
-from fedloom.settings import NamedSettings
-from fedloom.training.optimizers import Part
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, join_parts, part_of
+from fedloom.training.settings import Part
+from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.schema import NumberSpec, Schema
 
 MOMENTUM = "momentum"
 

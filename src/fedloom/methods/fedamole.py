@@ -8,7 +8,7 @@ takes unweighted means, of an expert over its holders, and then each expert goes
 clients whose tokens are nearest to what it projects on, under limits on both sides
 (``aggregation/assignment.py``). The first assignment is drawn.
 
-Embeddings may carry noise (``aggregation/privacy.py``). The Gaussian one makes all that a client ever
+Embeddings may carry noise (``privacy/gaussian.py``). The Gaussian one makes all that a client ever
 sends about its embedding rows (epsilon, delta)-differentially private, for replacing one of them, against
 whoever does not know what it is drawn from (``Client.noise_seed``); of a row it trains on it promises
 nothing. It takes the mean over rows of each row's means over its tokens, all layers being one vector, so
@@ -45,27 +45,14 @@ from fedloom.aggregation.assignment import (
     softmax,
 )
 from fedloom.aggregation.means import weighted_mean
-from fedloom.aggregation.privacy import ad_hoc_noise, noise_multiplier, private_mean
-from fedloom.checkpoint import State
 from fedloom.errors import DataError, MessageError
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
-from fedloom.methods.base import (
-    ADAPTER,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Reveal,
-    Round,
-    ServerSide,
-    by_client,
-    by_place,
-    join_parts,
-    of_clients,
-    part_of,
-)
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.client_mixtures import OwnMixture, passes
+from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import Reveal, ServerSide, by_place
 from fedloom.methods.declaration import (
     EACH_ANSWER,
     SEVERAL_PARTS,
@@ -74,11 +61,13 @@ from fedloom.methods.declaration import (
     Declaration,
     no,
 )
-from fedloom.methods.view import ExperimentView
 from fedloom.models.experts import ExpertModel, split_name
-from fedloom.presence import Presence
+from fedloom.privacy.gaussian import ad_hoc_noise, noise_multiplier, private_mean
 from fedloom.randomness import generator
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, by_client, join_parts, of_clients, part_of
+from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.schema import Schema, TensorSpec
 
 HELD = "held"
 """Of a request: ``(layers, experts)`` uint8, which experts its client holds."""

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.checkpoint import State
-from fedloom.methods.base import (
-    ADAPTERS_ALONE,
-    Cohort,
-    Handler,
-    Method,
-    Round,
-    train_and_upload,
-    training_exchange,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
+from fedloom.methods.contract.client import Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import averaging
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State
 
 
 class FedAvgSettings(NamedSettings):

@@ -13,22 +13,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedloom.checkpoint import State
-from fedloom.messages import Payload
-from fedloom.methods.base import (
-    ADAPTER,
-    ADAPTERS_ALONE,
-    Client,
-    Cohort,
-    Handler,
-    Round,
-    train_and_upload,
-    training_exchange,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import ADAPTER, train_and_upload, training_exchange
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging, no
-from fedloom.settings import NamedSettings
-from fedloom.training.optimizers import Part
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State
+from fedloom.training.settings import Part
+from fedloom.wire.messages import Payload
 
 
 class FedAvgFTSettings(NamedSettings):

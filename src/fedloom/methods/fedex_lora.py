@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fedloom.aggregation.lora import residual
-from fedloom.messages import Exchange, Reply, Tensors
-from fedloom.methods.base import ADAPTERS_ALONE, Cohort, mean_adapter, training_exchange
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MergesFactors
+from fedloom.methods.bases.parameter_averaging import training_exchange
+from fedloom.methods.contract.averaging import mean_adapter
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import Tensors
+from fedloom.wire.messages import Exchange, Reply
 
 
 class FedExLoRASettings(NamedSettings):

@@ -25,27 +25,14 @@ from torch import Tensor
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
-from fedloom.checkpoint import State
 from fedloom.errors import MessageError, ModelError
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, TensorSpec, encode
-from fedloom.methods.base import (
-    ADAPTER,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Reveal,
-    Round,
-    ServerSide,
-    by_client,
-    by_place,
-    join_parts,
-    of_clients,
-    part_of,
-    tensor_bytes,
-)
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.client_mixtures import OwnMixture, passes
+from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import Reveal, ServerSide, by_place
 from fedloom.methods.declaration import (
     EACH_ANSWER,
     SEVERAL_PARTS,
@@ -54,11 +41,12 @@ from fedloom.methods.declaration import (
     Declaration,
     no,
 )
-from fedloom.methods.view import ExperimentView
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
-from fedloom.presence import Presence
 from fedloom.randomness import generator
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, by_client, join_parts, of_clients, part_of, tensor_bytes
+from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.schema import Schema, TensorSpec
 
 EXPERTS = "experts"
 """Part of the state: for each client that was probed ``(blocks, n)`` ids of its experts, ascending."""

@@ -24,22 +24,13 @@ from fedloom.aggregation.server_optimizers import (
     momentum,
     yogi_moment,
 )
-from fedloom.checkpoint import State
-from fedloom.messages import Tensors
-from fedloom.methods.base import (
-    ADAPTER,
-    ADAPTERS_ALONE,
-    Cohort,
-    Handler,
-    Method,
-    Round,
-    join_parts,
-    part_of,
-    train_and_upload,
-    training_exchange,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import ADAPTER, train_and_upload, training_exchange
+from fedloom.methods.contract.client import Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import averaging
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, join_parts, part_of
 
 FIRST, SECOND = "first_moment", "second_moment"
 

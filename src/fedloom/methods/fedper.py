@@ -16,12 +16,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
+from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_PARTS, averaging
 from fedloom.models.heads import PersonalParts, is_head
-from fedloom.settings import NamedSettings, Of
-from fedloom.training.local import LocalResult
+from fedloom.settings.schema import NamedSettings, Of
+from fedloom.training.results import LocalResult
 
 CAUSAL = Of("head", ("causal",), "the head of this objective is its classifier")
 

@@ -10,20 +10,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedloom.checkpoint import State
-from fedloom.messages import Payload
-from fedloom.methods.base import (
-    ADAPTERS_ALONE,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Round,
-    proximal_gradient,
-    training_exchange,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import proximal_gradient, training_exchange
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import averaging
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State
+from fedloom.wire.messages import Payload
 
 
 class FedProxSettings(NamedSettings):

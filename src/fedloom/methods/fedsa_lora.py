@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.methods.base import ADAPTERS_ALONE, Client
 from fedloom.methods.bases.personal_parts import KeepsParts
+from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import averaging
 from fedloom.models.heads import is_head
-from fedloom.settings import NamedSettings
-from fedloom.training.local import LocalResult
-from fedloom.training.optimizers import Work
+from fedloom.settings.schema import NamedSettings
+from fedloom.training.results import LocalResult
+from fedloom.training.settings import Work
 
 
 class FedSALoRASettings(NamedSettings):

@@ -44,21 +44,16 @@ from fedloom.aggregation.lora import (
     without_factors,
 )
 from fedloom.aggregation.means import weighted_mean
-from fedloom.checkpoint import State
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, encode
-from fedloom.methods.base import (
-    ADAPTERS_ALONE,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Round,
-)
+from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
+from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import AVERAGED, EACH_ANSWER, OWN_STEPS, TOGETHER, Declaration, no
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors
+from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.schema import Schema
 
 
 class FlexLoRASettings(NamedSettings):

@@ -20,20 +20,19 @@ from fedloom.aggregation.lora import (
     stacked,
     without_factors,
 )
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors
-from fedloom.methods.base import (
-    ADAPTERS_ALONE,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-)
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MERGES, MergesFactors
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
+from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
-from fedloom.methods.view import ExperimentView
 from fedloom.randomness import derive_seed
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import Tensors
+from fedloom.wire.messages import Exchange, Payload, Reply
+from fedloom.wire.schema import Schema
 
 
 class FLoRASettings(NamedSettings):

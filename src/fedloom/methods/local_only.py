@@ -9,21 +9,15 @@ from __future__ import annotations
 from typing import Literal
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.checkpoint import State
-from fedloom.messages import Exchange, Payload, Schema, Tensors
-from fedloom.methods.base import (
-    ADAPTER,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Reveal,
-    Round,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, yes
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors
+from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.schema import Schema
 
 
 class LocalOnlySettings(NamedSettings):

@@ -21,22 +21,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedloom.checkpoint import State
-from fedloom.messages import Payload, Tensors
-from fedloom.methods.base import (
-    ADAPTER,
-    ADAPTERS_ALONE,
-    Client,
-    Cohort,
-    Handler,
-    Round,
-    proximal_gradient,
-    training_exchange,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import ADAPTER, proximal_gradient, training_exchange
 from fedloom.methods.bases.personal_parts import KeepsAdapter
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
-from fedloom.settings import NamedSettings
-from fedloom.training.local import StepHook
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors
+from fedloom.training.results import StepHook
+from fedloom.wire.messages import Payload
 
 
 class PFedMeSettings(NamedSettings):

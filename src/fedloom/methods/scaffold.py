@@ -23,26 +23,17 @@ from torch import nn
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
-from fedloom.checkpoint import State
-from fedloom.messages import Exchange, Payload, Schema, Tensors
-from fedloom.methods.base import (
-    ADAPTER,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Reveal,
-    Round,
-    join_parts,
-    part_of,
-    tensor_bytes,
-)
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import OWN_STEPS, SEVERAL_PARTS, SUMMED, Absence, Declaration, no
-from fedloom.methods.view import ExperimentView
-from fedloom.settings import NamedSettings
-from fedloom.training.local import StepHook
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
+from fedloom.training.results import StepHook
+from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.schema import Schema
 
 CONTROL = "control"
 """Part of the state (c), of both payloads (c down, the change of c_k up), and slot of a client (c_k)."""

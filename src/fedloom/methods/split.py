@@ -35,60 +35,36 @@ from torch import Tensor, nn
 from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import ActivationTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
-from fedloom.batch import Batch, Sequences
-from fedloom.checkpoint import State
-from fedloom.encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.data.batch import Batch, Sequences
 from fedloom.errors import MessageError
-from fedloom.messages import (
-    FINITE,
-    Exchange,
-    NumberSpec,
-    Payload,
-    Reply,
-    Schema,
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.checks import TASKS, tasks_only
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import Method, Models, Reveal, ServerSide, Variant
+from fedloom.methods.declaration import Absence, Declaration, no
+from fedloom.models.adapters import PROMPTS, AdapterModel
+from fedloom.models.split_model import BackHalf, FrontHalf, last_tokens
+from fedloom.objectives.base import Objective
+from fedloom.randomness import derive_seed
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import (
+    State,
     Tensors,
-    TensorSpec,
-    amount,
-    encode,
-    fraction,
     is_finite,
-    largest_value,
-)
-from fedloom.methods.base import (
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Models,
-    Reveal,
-    Round,
-    ServerSide,
-    Variant,
     join_parts,
+    largest_value,
     part_of,
     tensor_bytes,
 )
-from fedloom.methods.checks import TASKS, tasks_only
-from fedloom.methods.declaration import Absence, Declaration, no
-from fedloom.methods.view import ExperimentView
-from fedloom.models.adapters import PROMPTS, AdapterModel
-from fedloom.models.cut import BackHalf, FrontHalf, last_tokens
-from fedloom.objectives.base import Objective
-from fedloom.randomness import derive_seed
-from fedloom.settings import NamedSettings
-from fedloom.training.local import (
-    DropoutStream,
-    Elsewhere,
-    Gradients,
-    LocalResult,
-    Totals,
-    local_steps,
-    squared_norm,
-    update,
-)
+from fedloom.training.dropout import DropoutStream
 from fedloom.training.optimizers import make_optimizer
+from fedloom.training.results import Elsewhere, Gradients, LocalResult, Totals
+from fedloom.training.steps import local_steps, squared_norm, update
+from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.row_encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.wire.schema import FINITE, NumberSpec, Schema, TensorSpec, amount, fraction
 
 FRONT, BACK = "front", "back"
 """Parts of the state: the clients' half of the adapter and the server's."""

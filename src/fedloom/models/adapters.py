@@ -41,11 +41,10 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedloom.accounting.allowance import Allowance
 from fedloom.accounting.flops import backward_flops, forward_flops
-from fedloom.batch import Predicting, Reading, Sequences
+from fedloom.data.batch import Predicting, Reading, Sequences
 from fedloom.errors import ModelError, first_line
-from fedloom.messages import Tensors
+from fedloom.models.allowance import Allowance
 from fedloom.models.architecture import (
     adaptable_layers,
     has_long_head,
@@ -55,13 +54,14 @@ from fedloom.models.architecture import (
     text_layers,
     untie,
 )
+from fedloom.models.backbone_delta import MOVED, FrozenWeights
 from fedloom.models.configuration import BLOCKS, number, text_part
+from fedloom.models.flop_shape import block_of, model_shape
 from fedloom.models.heads import OWN, PersonalHead, save_personal
-from fedloom.models.moved import MOVED, FrozenWeights
 from fedloom.models.output_head import OutputHead, output_head
-from fedloom.models.shape import block_of, model_shape
 from fedloom.randomness import derive_seed
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
+from fedloom.tensors import Tensors
 
 PROMPTS = ("prompt", "ptuning")
 """Kinds that put virtual tokens before the text."""

@@ -8,8 +8,8 @@ from torch import nn
 
 from fedloom.errors import ModelError
 from fedloom.models.configuration import text_part
+from fedloom.models.flop_shape import uncounted
 from fedloom.models.load import configuration_of, stop_tokens
-from fedloom.models.shape import uncounted
 
 ENDLESS = 1 << 24
 """A tokenizer's longest text from which on it means that it has none."""
@@ -173,3 +173,20 @@ def _shown(names: tuple[str, ...]) -> str:
 
 def _token(tokenizer: Any, number: int) -> str:
     return f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})"
+
+
+def require_same_vocabulary(tokenizers: dict[str, Any]) -> None:
+    """Check that all models number the same tokens alike.
+
+    Raises:
+        ModelError: Two differ; both are named, with their sizes and a token they number differently.
+    """
+    (first, known), *others = ((path, t.get_vocab()) for path, t in tokenizers.items())
+    for path, vocabulary in others:
+        if vocabulary != known:
+            odd = min(dict(known.items() ^ vocabulary.items()))
+            raise ModelError(
+                f"{first} and {path} have different vocabularies ({len(known)} and {len(vocabulary)} "
+                f"tokens; {odd!r} is one they number differently): logits over tokens can be shared "
+                "between models of one tokenizer only"
+            )

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedloom.display.untrusted_text import named, short
 from fedloom.models.experts import CONFIG as EXPERTS
 from fedloom.models.load import fingerprint
 from fedloom.models.saved import CLASSIFIER, FACTS, FolderKind, kind_of
-from fedloom.shown import named, short
 
 Facts = dict[str, Any]
 """What is known of a saved folder, as JSON."""

@@ -35,10 +35,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedloom.errors import ModelError
-from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel, AdapterSettings, target_layers
-from fedloom.models.shape import linear_widths, model_shape
+from fedloom.models.flop_shape import linear_widths, model_shape
 from fedloom.randomness import derive_seed
+from fedloom.tensors import Tensors
 
 CONFIG = "expert_config.json"
 FILE = "expert_model.safetensors"

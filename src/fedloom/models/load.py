@@ -26,7 +26,7 @@ from fedloom.models.quantize import (
     quantize_loaded,
 )
 from fedloom.randomness import derive_seed
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
 
 TINY = "tiny"
 """Name of the model that the package makes itself."""

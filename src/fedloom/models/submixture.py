@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import ModelError
-from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.shape import expert_blocks
+from fedloom.models.flop_shape import expert_blocks
+from fedloom.tensors import Tensors
 
 COUNTS = ("num_local_experts", "num_experts")
 """What configurations call the number of experts."""

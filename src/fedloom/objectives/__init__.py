@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fedloom.choices import Choices, undefined
 from fedloom.objectives.base import Objective
 from fedloom.objectives.bco import BCO, BCOSettings
 from fedloom.objectives.classification import Classification, ClassificationSettings
@@ -14,7 +13,8 @@ from fedloom.objectives.pdpo import PDPO, PDPOSettings
 from fedloom.objectives.pkto import PKTO, PKTOSettings
 from fedloom.objectives.sft import SFT, SFTSettings
 from fedloom.objectives.simpo import SimPO, SimPOSettings
-from fedloom.settings import NamedSettings
+from fedloom.settings.plugins import Choices, undefined
+from fedloom.settings.schema import NamedSettings
 
 OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "sft": (SFTSettings, SFT),

@@ -1,6 +1,6 @@
 """What an objective is: which examples it needs, and its loss on a batch. No federation here.
 
-The local loop (``training/local.py``) cuts an optimizer batch into micro-batches. For the result
+The local loop (``training/steps.py``) cuts an optimizer batch into micro-batches. For the result
 not to depend on the cut, an objective says how much each micro-batch weighs (:meth:`Objective.weight`),
 and computes what concerns the whole optimizer batch once beforehand (:meth:`Objective.statistics`).
 """
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import NumberSpec, score
-from fedloom.settings import NamedSettings
+from fedloom.data.batch import Batch
+from fedloom.settings.schema import NamedSettings
+from fedloom.wire.schema import NumberSpec, score
 
 Metrics = dict[str, Tensor]
 """Named scalars, detached; means over the examples (or tokens) that the loss is a mean over."""

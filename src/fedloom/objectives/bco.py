@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount, fraction, score
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
+from fedloom.wire.schema import amount, fraction, score
 
 
 class BCOSettings(ReferenceSettings):

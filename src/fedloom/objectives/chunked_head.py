@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fedloom.batch import Predicting
+from fedloom.data.batch import Predicting
 
 CHUNK = 1 << 24
 """Logits that are held at a time: 64 MB in float32, of which there are up to four."""

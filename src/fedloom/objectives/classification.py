@@ -7,10 +7,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount, fraction
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Head, Metrics, Model, Objective
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.wire.schema import amount, fraction
 
 
 class ClassificationSettings(NamedSettings):

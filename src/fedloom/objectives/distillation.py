@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import fraction, score
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Head, Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logits
+from fedloom.wire.schema import fraction, score
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

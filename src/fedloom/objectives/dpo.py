@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
+from fedloom.wire.schema import amount
 
 
 class DPOSettings(ReferenceSettings):

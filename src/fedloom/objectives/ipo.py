@@ -12,11 +12,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
+from fedloom.wire.schema import amount
 
 
 class IPOSettings(ReferenceSettings):

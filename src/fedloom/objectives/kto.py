@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import NumberSpec, amount, fraction, score
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
+from fedloom.wire.schema import NumberSpec, amount, fraction, score
 
 
 class KTOSettings(ReferenceSettings):

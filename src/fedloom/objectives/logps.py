@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.batch import Predicting, Sequences
+from fedloom.data.batch import Predicting, Sequences
 from fedloom.objectives.base import Model
 from fedloom.objectives.chunked_head import token_logps
 

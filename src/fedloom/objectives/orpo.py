@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount, score
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.wire.schema import amount, score
 
 
 class ORPOSettings(NamedSettings):

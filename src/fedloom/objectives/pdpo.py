@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount, fraction
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps, completion_rewards
 from fedloom.objectives.rewards import PAIRS, completion_lengths, outcomes, pair_metrics
-from fedloom.settings import Of
+from fedloom.settings.schema import Of
+from fedloom.wire.schema import amount, fraction
 
 RewardMode = Literal["combined", "separate", "implicit"]
 

@@ -19,11 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import fraction
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model
 from fedloom.objectives.kto import KTO, KTOSettings, kto_loss
 from fedloom.objectives.logps import completion_rewards
+from fedloom.wire.schema import fraction
 
 
 class PKTOSettings(KTOSettings):

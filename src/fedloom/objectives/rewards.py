@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedloom.batch import Sequences
-from fedloom.messages import fraction, prefixed, score
+from fedloom.data.batch import Sequences
 from fedloom.objectives.base import Metrics
+from fedloom.wire.schema import fraction, prefixed, score
 
 PAIRS = (
     score("reward_chosen"),

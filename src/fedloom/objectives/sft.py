@@ -10,11 +10,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedloom.batch import Batch
-from fedloom.messages import amount, fraction
+from fedloom.data.batch import Batch
 from fedloom.objectives.base import Metrics, Model, Objective
 from fedloom.objectives.logps import completion_token_logps
-from fedloom.settings import NamedSettings
+from fedloom.settings.schema import NamedSettings
+from fedloom.wire.schema import amount, fraction
 
 
 class SFTSettings(NamedSettings):

@@ -8,9 +8,9 @@ from pathlib import Path
 from fedloom.report.comparison_page import write_comparison
 from fedloom.report.evaluation_page import is_evaluation, write_evaluation
 from fedloom.report.frameworks_page import is_frameworks, write_frameworks
-from fedloom.report.page import write_report
 from fedloom.report.personal_page import is_personal, write_personal
-from fedloom.report.run_folder import is_comparison
+from fedloom.report.run_page import write_report
+from fedloom.storage.run_folder import is_comparison
 
 
 def write_page_of(

@@ -14,8 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import OutputError
-from fedloom.report import run_folder as names
 from fedloom.report.doubts import all_doubts
+from fedloom.report.html import fill, write_page
 from fedloom.report.judged import (
     difference_over_rows,
     duplicates,
@@ -23,11 +23,11 @@ from fedloom.report.judged import (
     over_seeds,
     rows_of,
 )
-from fedloom.report.page import Run, read_run
-from fedloom.report.run_folder import Record, RunFolder
+from fedloom.report.run_page import Run, read_run
 from fedloom.report.spent import budget_words, comparison_words, spent_rows
-from fedloom.report.statistics import holm
-from fedloom.report.template import fill, write_page
+from fedloom.statistics.difference_tests import holm
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import Record, RunFolder
 
 RESOURCES = ("steps", "examples", "tokens", "flops", "seconds")
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedloom.report.run_folder import Record, other_versions, versions_of
+from fedloom.storage.run_folder import Record, other_versions, versions_of
 
 if TYPE_CHECKING:
-    from fedloom.report.page import Run
+    from fedloom.report.run_page import Run
 
 MOST = 3
 """Runs that are named of those that are alike; of the others it says how many they are."""

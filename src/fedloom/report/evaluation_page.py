@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
-from fedloom.report import run_folder as names
-from fedloom.report.run_folder import Record, RunFolder
-from fedloom.report.template import fill, write_page
+from fedloom.report.html import fill, write_page
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import Record, RunFolder
 
 SHOWN_ANSWERS = 12
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from fedloom.report.run_folder import Record
-from fedloom.report.statistics import GroupTest, group_test
+from fedloom.statistics.difference_tests import GroupTest, group_test
+from fedloom.storage.run_folder import Record
 
 MOST_ROUNDS = 60
 """Rounds that the slider has at most, the first and the last among them."""

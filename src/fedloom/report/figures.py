@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedloom.shown import label as shown_label
-from fedloom.shown import visible
+from fedloom.display.untrusted_text import label as shown_label
+from fedloom.display.untrusted_text import visible
 
 INK = "#123456"
 """Stands for the page's text colour while drawing; replaced by ``currentColor`` at the end."""

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.accounting.network import Link
-from fedloom.intervals import Interval
-from fedloom.report import run_folder as names
+from fedloom.accounting.quantities import human_bytes, human_flops
+from fedloom.report.client_rounds import Turn, server_costs, turns
 from fedloom.report.comparison_page import (
     Cell,
     cells_of,
@@ -23,11 +23,11 @@ from fedloom.report.comparison_page import (
     spent_by_arm,
     spent_words,
 )
+from fedloom.report.html import fill, write_page
 from fedloom.report.judged import over_rows, over_seeds, rows_of
-from fedloom.report.run_folder import Record, RunFolder
-from fedloom.report.tables import human_bytes, human_flops
-from fedloom.report.template import fill, write_page
-from fedloom.report.turns import Turn, server_costs, turns
+from fedloom.statistics.intervals import Interval
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import Record, RunFolder
 
 
 @dataclass(frozen=True)

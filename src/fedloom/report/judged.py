@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedloom.glossary import entry
-from fedloom.intervals import (
+from fedloom.report.glossary import entry
+from fedloom.statistics.intervals import (
     UNBOUNDED,
     Interval,
     Judged,
@@ -25,7 +25,7 @@ from fedloom.intervals import (
 )
 
 if TYPE_CHECKING:
-    from fedloom.report.page import Run
+    from fedloom.report.run_page import Run
 
 NO_ROWS = "not estimable: no scores of single rows (judged at clients, or by an earlier version)"
 OTHER_ROWS = "not estimable: the arms were judged by different rows"

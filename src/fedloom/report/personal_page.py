@@ -13,9 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fedloom.glossary import entry
-from fedloom.intervals import UNBOUNDED, Interval, mean_interval
-from fedloom.report import run_folder as names
+from fedloom.report.client_rounds import turns
 from fedloom.report.comparison_page import (
     Cell,
     cells_of,
@@ -24,10 +22,12 @@ from fedloom.report.comparison_page import (
     spent_by_arm,
     spent_words,
 )
+from fedloom.report.glossary import entry
+from fedloom.report.html import fill, write_page
 from fedloom.report.judged import over_clients
-from fedloom.report.run_folder import Record, RunFolder
-from fedloom.report.template import fill, write_page
-from fedloom.report.turns import turns
+from fedloom.statistics.intervals import UNBOUNDED, Interval, mean_interval
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import Record, RunFolder
 
 APART = ("implicit_accuracy", "explicit_accuracy", "longer_accuracy")
 """Metrics shown beside the one that runs are judged by, where there are any."""

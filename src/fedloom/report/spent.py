@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from fedloom.report.page import Run
-from fedloom.report.run_folder import Record
-from fedloom.report.tables import human_count, human_flops
-from fedloom.report.turns import client_costs
+from fedloom.accounting.quantities import human_count, human_flops
+from fedloom.report.client_rounds import client_costs
+from fedloom.report.run_page import Run
+from fedloom.storage.run_folder import Record
 
 BUDGETS = {"steps": "optimizer steps", "examples": "examples", "tokens": "tokens"}
 """What a budget can be of, in words."""

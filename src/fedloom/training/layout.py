@@ -2,7 +2,7 @@
 
 Rows are sorted by length and as many are put together as fit a number of tokens, padding counted: on a
 CPU little is gained by a pass of more tokens than a few hundred, and padding costs as much as tokens do.
-The loss is normalised over the optimizer batch (``training/local.py``), so a layout changes the order of
+The loss is normalised over the optimizer batch (``steps.py``), so a layout changes the order of
 summation and nothing else. It follows from rows, settings, the model's shape and the kind of device
 alone, never from a timing, so that whoever works out a batch again takes the same passes.
 """
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedloom.data.batches import Indices, TokenShare
+from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.data.tokenize import TokenSet
 from fedloom.models.adapters import AdapterModel
-from fedloom.training.optimizers import TrainingSettings
+from fedloom.training.settings import TrainingSettings
 
 ON_CPU = ((32, 2048), (64, 1024), (128, 512))
 """Hidden width at most, and tokens of a pass: what a pass costs beside its arithmetic weighs less then.

@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch
 
 from fedloom.accounting.memory import training_memory
-from fedloom.data.batches import TokenShare
+from fedloom.data.client_rows import TokenShare
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.cut import FrontHalf
 from fedloom.models.quantize import Quantization, quantized_bytes
+from fedloom.models.split_model import FrontHalf
 from fedloom.training.layout import Budget, budget_of, row_costs
-from fedloom.training.optimizers import TrainingSettings
+from fedloom.training.settings import TrainingSettings
 
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedloom.batch import Sequences
+from fedloom.data.batch import Sequences
 from fedloom.errors import OutputError
-from fedloom.files import write_whole
-from fedloom.messages import Tensors
 from fedloom.models.adapters import AdapterModel
+from fedloom.storage.files import write_whole
+from fedloom.tensors import Tensors
 
 MOST_BYTES = 256 * 1024 * 1024
 """Of all files together; those that were written to longest ago go first."""

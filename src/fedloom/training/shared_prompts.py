@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.batch import Sequences
-from fedloom.data.batches import TokenShare, collate
+from fedloom.data.batch import Sequences
+from fedloom.data.batching import collate
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import TokenSet
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.configuration import text_part, vocabulary

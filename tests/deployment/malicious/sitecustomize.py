@@ -2,7 +2,7 @@
 
 import struct
 
-import fedloom.envelope as envelope
+import fedloom.wire.envelope as envelope
 
 honest = envelope.seal
 

@@ -29,7 +29,7 @@ from fedloom.evaluation.judges.prompts import (
     parse_marked,
 )
 from fedloom.evaluation.judges.replies import Caller, Reply, ReplyError
-from fedloom.settings import Settings
+from fedloom.settings.schema import Settings
 
 KEY = "FEDLOOM_JUDGE_KEY"
 """Environment variable that holds the endpoint's key."""

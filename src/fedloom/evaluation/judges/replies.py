@@ -18,8 +18,8 @@ import httpcore
 import httpx
 
 from fedloom.data.json_rows import DEEPEST, is_deep
+from fedloom.display.untrusted_text import short
 from fedloom.errors import JudgeError
-from fedloom.shown import short
 
 LONGEST = 4 << 20
 """Bytes of a reply; a verdict of 512 tokens has some thousands."""

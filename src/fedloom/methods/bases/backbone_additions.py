@@ -23,25 +23,16 @@ import torch
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.lora import only_factors
-from fedloom.checkpoint import State
 from fedloom.errors import TrainingError
-from fedloom.messages import Exchange, Payload, Reply, Schema, Tensors, amount
-from fedloom.methods.base import (
-    ADAPTER,
-    TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Replies,
-    Round,
-    ServerSide,
-    join_parts,
-    part_of,
-    tensor_bytes,
-)
+from fedloom.federation.protocol import Cohort, Replies, Round
 from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
-from fedloom.models.moved import MOVED, products
+from fedloom.methods.bases.parameter_averaging import ADAPTER, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import Method, ServerSide
+from fedloom.models.backbone_delta import MOVED, products
+from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
+from fedloom.wire.messages import Exchange, Payload, Reply
+from fedloom.wire.schema import Schema, amount
 
 BASE = "base"
 """Where the sum of all products is, in the state and at a client."""

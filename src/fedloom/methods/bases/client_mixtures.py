@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedloom.checkpoint import State
-from fedloom.data.batches import TokenShare
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import TokenSet
-from fedloom.messages import Payload, Tensors
-from fedloom.methods.base import ADAPTER, Client, Method, join_parts, part_of
+from fedloom.methods.bases.parameter_averaging import ADAPTER
+from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.method import Method
+from fedloom.tensors import State, Tensors, join_parts, part_of
 from fedloom.training.layout import scoring_budget
-from fedloom.training.local import Layout
+from fedloom.training.steps import Layout
+from fedloom.wire.messages import Payload
 
 
 class OwnMixture(Method):

@@ -12,7 +12,9 @@ import torch
 
 from fedloom.aggregation.lora import factor_pairs, only_factors, without_factors
 from fedloom.errors import MessageError
-from fedloom.messages import Payload, Tensors, TensorSpec
+from fedloom.tensors import Tensors
+from fedloom.wire.messages import Payload
+from fedloom.wire.schema import TensorSpec
 
 FACTORS = "factors"
 

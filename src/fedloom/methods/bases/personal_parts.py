@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.checkpoint import State
-from fedloom.messages import Exchange, NumberSpec, Payload, Schema, Tensors
-from fedloom.methods.base import (
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.parameter_averaging import (
     ADAPTER,
     TRAIN_REPLY_NUMBERS,
-    Client,
-    Cohort,
-    Handler,
-    Method,
-    Round,
-    ServerSide,
-    tensor_bytes,
     training_exchange,
 )
-from fedloom.training.local import LocalResult
-from fedloom.training.optimizers import Part, Work
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.method import Method, ServerSide
+from fedloom.tensors import State, Tensors, tensor_bytes
+from fedloom.training.results import LocalResult
+from fedloom.training.settings import Part, Work
+from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.schema import NumberSpec, Schema
 
 PERSONAL = "personal"
 """Where a client keeps its own tensors."""

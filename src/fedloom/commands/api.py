@@ -1,0 +1,208 @@
+"""The public functions: what the commands do, for scripts and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.commands.evaluation import held_out_pairs
+from fedloom.commands.terminal import ComparisonTerminal, make_console, make_observer
+from fedloom.data.loading import DataSource
+from fedloom.errors import SettingsError
+from fedloom.experiment.experiment import COMPARE, Experiment
+from fedloom.experiment.keywords import changed_table, read_experiment
+from fedloom.federation.records import Evaluation, RoundRecord
+from fedloom.objectives.base import Objective
+from fedloom.report.choose import write_page_of
+from fedloom.runs import comparison as grids
+from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
+from fedloom.runs.observers import Callbacks, RunObserver, Silent
+from fedloom.runs.result import Result
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.settings.toml import read_toml
+from fedloom.storage.run_folder import RESULTS, RunFolder
+
+OnRound = Callable[[RoundRecord], object]
+OnEvaluation = Callable[[int, Evaluation], object]
+
+
+def run(
+    experiment: str | Path | Mapping[str, Any] | Experiment,
+    *,
+    objective: Objective | Mapping[str, Any] | None = None,
+    data: DataSource | Mapping[str, Any] | None = None,
+    observer: RunObserver | None = None,
+    progress: bool = False,
+    on_round: OnRound | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    **settings: Any,
+) -> Result:
+    """Run an experiment to its end.
+
+    Args:
+        experiment: A TOML file, a table of sections, or an :class:`Experiment`.
+        objective: Your own objective instead of the one in the experiment, or settings of the section.
+        data: Your own source of examples instead of ``[data]``, or settings of the section.
+        observer: Watches the run; by default only warnings are shown.
+        progress: Show what the command shows, in a terminal or notebook; not together with ``observer``.
+        on_round: Called with the record of each round once it is saved; round 0 is the evaluation of the
+            start. What it raises ends the run, which can be resumed.
+        on_evaluation: Called with a round's number and its evaluation, in rounds that evaluate.
+        settings: Other values than the experiment's, as after ``--set``: ``rounds=2``, or for keys that
+            several sections have, ``evaluation={"batch_size": 8}``.
+
+    Raises:
+        FedloomError: See ``fedloom.errors`` for the tree.
+    """
+    if isinstance(objective, Mapping):
+        settings, objective = {"objective": objective, **settings}, None
+    if isinstance(data, Mapping):
+        settings, data = {"data": data, **settings}, None
+    read = read_experiment(experiment, settings)
+    watching = _watching(observer, progress, on_round, on_evaluation)
+    return run_experiment(read, objective=objective, data=data, observer=watching)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    from_round: int | None = None,
+    objective: Objective | None = None,
+    data: DataSource | None = None,
+    observer: RunObserver | None = None,
+    progress: bool = False,
+    on_round: OnRound | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> Result:
+    """Continue a run and end with the same bits as if it had never stopped.
+
+    Args:
+        folder: The run folder.
+        from_round: Go back to the checkpoint of this round.
+        objective: As in :func:`run`, if the run was started with one.
+        data: As in :func:`run`, if the run was started with one.
+        observer: As in :func:`run`.
+        progress: As in :func:`run`.
+        on_round: As in :func:`run`; called for the rounds that are played now.
+        on_evaluation: As in :func:`run`; called for the rounds that are played now.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or of another experiment.
+        OutputError: ``folder`` is no run folder.
+    """
+    watching = _watching(observer, progress, on_round, on_evaluation)
+    return resume_run(
+        Path(folder), from_round=from_round, objective=objective, data=data, observer=watching
+    )
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What came of a comparison.
+
+    Attributes:
+        folder: The comparison's folder; the runs lie in it.
+        page: The report, a page for a browser.
+        results: All its figures, as in ``results.json``: among others ``arms`` (one record for each
+            objective and method) and ``paired`` (differences, with their intervals).
+    """
+
+    folder: Path
+    page: Path
+    results: Mapping[str, Any]
+
+
+def compare(
+    comparison: str | Path | Mapping[str, Any],
+    folder: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> ComparisonResult:
+    """Run a grid of objectives, methods and seeds; runs that are done in the folder are not repeated.
+
+    Args:
+        comparison: A TOML file with a section ``[compare]``, or a table of sections.
+        folder: Where to (default: comparisons/NAME).
+        workers: Processes side by side (default: one a core on a CPU, one with a GPU). The results do not
+            depend on it. In a script with more than one, call this under ``if __name__ == "__main__"``.
+        progress: Show what the command shows.
+        settings: Other values than the file's, as in :func:`run`; ``compare={"seeds": [1, 2]}`` too.
+
+    Raises:
+        FedloomError: See ``fedloom.errors`` for the tree.
+    """
+    if isinstance(comparison, Mapping):
+        table, place = comparison, "the call of compare"
+        name = str(table.get("name", COMPARE))
+    else:
+        table, place = read_toml(Path(comparison)), str(comparison)
+        name = Path(comparison).stem
+    grid = {**table.get(COMPARE, {}), **settings.pop(COMPARE, {})}
+    table = changed_table({key: own for key, own in table.items() if key != COMPARE}, settings)
+    plan = grids.comparison_of({**table, COMPARE: grid} if grid else table, name, place)
+    observer = ComparisonTerminal(make_console(), silent=not progress)
+    done = grids.compare(
+        plan, Path(folder) if folder is not None else None, workers=workers, observer=observer
+    )
+    page = write_page_of([done], None, observer.warning)
+    return ComparisonResult(done, page, RunFolder(done).read_json(RESULTS) or {})
+
+
+def evaluate(
+    what: str | Path, *, adapter: str | Path | None = None, **settings: Any
+) -> HeldOutScores:
+    """Score an adapter on held-out rows.
+
+    Args:
+        what: A run folder: its adapter is scored on its held-out rows. Or an experiment file: the base
+            model is scored on the rows that it holds out.
+        adapter: Another adapter for the same rows: a PEFT folder, a run folder, or "base".
+        settings: Other values than the experiment's, as in :func:`run`.
+
+    Raises:
+        ModelError: A path is none of what may be given, or the adapter is one of another model.
+        SettingsError: With every mistake in the settings.
+    """
+    own = Path(adapter) if adapter is not None else None
+    ((experiment, path),) = held_out_pairs([Path(what)], own, [])
+    return evaluate_adapter(read_experiment(experiment, settings), path)
+
+
+def report(*folders: str | Path, to: str | Path | None = None) -> Path:
+    """Make the page of a run, of several runs, of a comparison or of an evaluation.
+
+    Args:
+        folders: Run folders, or the folder of one comparison or evaluation.
+        to: The file to write (default: report.html in the folder; comparison.html here for several runs).
+
+    Returns:
+        The file; it needs nothing but a browser.
+
+    Raises:
+        OutputError: A folder is none of these, or the page cannot be written.
+    """
+    if not folders:
+        raise SettingsError(
+            ["give a run folder, or the folder of a comparison"], "the call of report"
+        )
+    target = Path(to) if to is not None else None
+    if target is None and len(folders) > 1:
+        target = Path("comparison.html")
+    return write_page_of([Path(folder) for folder in folders], target, Silent().warning)
+
+
+def _watching(
+    observer: RunObserver | None,
+    progress: bool,
+    on_round: OnRound | None,
+    on_evaluation: OnEvaluation | None,
+) -> RunObserver:
+    if observer is None:
+        observer = make_observer(make_console(), quiet=False) if progress else Silent()
+    if on_round is None and on_evaluation is None:
+        return observer
+    return Callbacks(observer, on_round, on_evaluation)

@@ -1,0 +1,112 @@
+"""``fedloom client``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.commands.app import (
+    CLIENT_HOME,
+    HomeOfClient,
+    begin_loading,
+    client_app,
+    require_home,
+    say,
+)
+from fedloom.storage.targets import require_folder
+
+
+@client_app.command("join")
+def join_federation(
+    server: Annotated[
+        str, typer.Option(help="HOST:PORT of the server's gateway.", show_default=False)
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="This client's file: its rows, where the model lies.")
+    ] = None,
+    key: Annotated[Path, typer.Option(help="This client's private key.", readable=False)] = Path(
+        "client.key"
+    ),
+    ca: Annotated[Path, typer.Option(help="The federation's authority.", readable=False)] = Path(
+        "ca.pem"
+    ),
+    home: HomeOfClient = CLIENT_HOME,
+    insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
+) -> None:
+    """Take part in a federation; runs until it is stopped."""
+    # typer would refuse a key or authority that may not be read before we can say whose it is.
+    from fedloom.deployment.client import take_part
+
+    require_folder(home, "--home")
+    take_part(home, server, key, None if insecure else ca, data, say=say)
+
+
+@client_app.command("check")
+def check_client(
+    data: Annotated[Path, typer.Argument(help="This client's file.", show_default=False)],
+    experiment: Annotated[
+        Path | None, typer.Argument(help="An experiment in TOML.", show_default=False)
+    ] = None,
+    client: Annotated[int, typer.Option(help="This client's number.", min=0)] = 0,
+) -> None:
+    """Say what a server would learn and may ask for, on which rows, and what would be refused."""
+    from fedloom.deployment.client_file import OwnFile
+
+    OwnFile.read(data)  # a mistake in it is told before what reads rows is loaded
+    begin_loading(quiet=False)
+    from fedloom.commands.terminal import make_console, working
+    from fedloom.deployment.checking import check
+
+    console = make_console()
+    with working(console, "reading the rows"):
+        look = check(data, experiment, client)
+    console.print(look.shown, highlight=False)
+    raise typer.Exit(0 if look.sound else 1)
+
+
+@client_app.command("approve")
+def approve_run(
+    run: Annotated[
+        str | None, typer.Argument(help="First letters of its id (default: list what waits).")
+    ] = None,
+    home: HomeOfClient = CLIENT_HOME,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Let a run in that waits for a person, once it is clear what it is."""
+    require_home(home, "client")
+    from fedloom.deployment.consent import Approvals
+    from fedloom.deployment.folders import ClientHome
+
+    own = ClientHome(home)
+    if run is not None:
+        Approvals(own).find(run)
+    begin_loading(quiet=False)
+    from fedloom.commands.terminal import make_console, working
+    from fedloom.deployment.checking import waiting_run, waiting_table
+
+    console = make_console()
+    if run is None:
+        console.print(waiting_table(own), highlight=False)
+        return
+    approvals = Approvals(own)
+    waiting = approvals.find(run)
+    with working(console, "reading the rows"):
+        look = waiting_run(own, waiting)
+    console.print(look.shown, highlight=False)
+    if not look.sound:
+        raise typer.Exit(1)
+    if not yes and not typer.confirm(f"let run {waiting.run[:8]} in?"):
+        say("it goes on waiting")
+        return
+    approvals.approve(waiting)
+    say(f"run {waiting.run[:8]} is let in; the server asks again within half a minute")
+
+
+@client_app.command("leave")
+def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
+    """Stop taking part; what this client keeps stays on its disk."""
+    from fedloom.deployment.client import leave
+
+    say(f"told process {leave(home)} to stop")

@@ -1,0 +1,123 @@
+"""``fedloom evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.commands.app import Assignments, app, begin_loading
+from fedloom.commands.early import refuse_early
+from fedloom.storage.targets import require_place
+
+
+@app.command()
+def evaluate(
+    what: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help='Run folders, an experiment in TOML, or adapters: PEFT folders, "base".',
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help='With an experiment or a run folder: a PEFT folder, a run folder, or "base".'
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="mt-bench-1, vicuna, advbench, or a file of questions.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Where a named benchmark's questions lie.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="refusal, reference, longest, a model's folder, or http://HOST/v1."),
+    ] = None,
+    judge_audit: Annotated[
+        Path | None, typer.Option(help="Measure the judges on pairs that people judged, instead.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by name or YAML file: mmlu,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First questions only.", min=1)] = None,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="Folder (default: evaluations/NAME).")
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Score adapters: on held-out rows, on a benchmark with judges, or with lm-eval.
+
+    Run folders and experiments are scored on their global held-out sets. A judge's key is read from the
+    environment variable FEDLOOM_JUDGE_KEY.
+    """
+    given = what or []
+    chosen = sum(option is not None for option in (benchmark, judge_audit, lm_eval))
+    if chosen > 1:
+        raise typer.BadParameter("give one of --benchmark, --judge-audit and --lm-eval")
+    if not given and judge_audit is None:
+        raise typer.BadParameter(
+            "give a run folder or an experiment in TOML, or adapters with --benchmark or --lm-eval, or "
+            "--judge-audit"
+        )
+    if adapter is not None and chosen:
+        raise typer.BadParameter(
+            "--adapter goes with an experiment or run folder alone; name adapters before --benchmark"
+        )
+    tasks = lm_eval.split(",") if lm_eval is not None else []
+    require_place(target, "--to")
+    if judge_audit is None:
+        refuse_early(
+            lambda: _check_evaluation(
+                given, assignments, adapter, benchmark, questions, judge, tasks, target
+            )
+        )
+    else:
+        refuse_early(lambda: _check_audit(judge_audit, judge, assignments))
+    begin_loading(quiet=False)
+    from fedloom.commands import evaluation
+
+    if judge_audit is not None:
+        evaluation.show_audit(judge_audit, judge or [], assignments or [], limit)
+    elif benchmark is not None:
+        evaluation.show_benchmark(
+            given, benchmark, questions, judge or [], assignments or [], limit, target
+        )
+    elif lm_eval is not None:
+        evaluation.show_harness(given, tasks, assignments or [], limit)
+    else:
+        evaluation.show_held_out(given, adapter, assignments or [], target)
+
+
+def _check_evaluation(
+    given: list[Path],
+    assignments: list[str] | None,
+    adapter: Path | None,
+    benchmark: str | None,
+    questions: Path | None,
+    judges: list[str] | None,
+    tasks: list[str],
+    target: Path | None,
+) -> None:
+    """Raise what can be told of an evaluation without a model."""
+    from fedloom.commands import evaluation
+
+    evaluation.check(
+        given,
+        assignments or [],
+        adapter=adapter,
+        benchmark=benchmark,
+        questions=questions,
+        judges=judges or [],
+        tasks=tasks,
+        target=target,
+    )
+
+
+def _check_audit(path: Path, judges: list[str] | None, assignments: list[str] | None) -> None:
+    from fedloom.commands import evaluation
+
+    evaluation.check_audit(path, judges or [], assignments or [])

@@ -1,0 +1,43 @@
+"""``fedloom certs`` and ``fedloom keys``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.commands.app import SERVER_HOME, HomeOfServer, app, keys_app, say
+from fedloom.storage.targets import require_folder, require_place
+
+
+@app.command()
+def certs(
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address by which clients reach the server. May be repeated."),
+    ] = None,
+    home: HomeOfServer = SERVER_HOME,
+    days: Annotated[int, typer.Option(help="The certificate is good for.", min=1, max=36500)] = 365,
+) -> None:
+    """Make the federation's authority, unless it is there, and a new certificate of the server."""
+    from fedloom.security.certificates import CA, CERTIFICATE, make_authority
+
+    require_folder(home, "--home")
+    hosts = list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"]))
+    make_authority(home, hosts, days)
+    say(
+        f"wrote {home / CERTIFICATE} for {', '.join(hosts)}, good for {days} days; give every client "
+        f"{home / CA}"
+    )
+
+
+@keys_app.command("new")
+def new_key(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("client.key"),
+) -> None:
+    """Make a client's key; its public half is what the coordinator needs."""
+    from fedloom.security.keys import make_key
+
+    require_place(path, "fedloom keys new FILE")
+    say(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")

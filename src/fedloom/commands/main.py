@@ -1,0 +1,102 @@
+"""The command line: all commands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import NoReturn
+
+import typer
+
+from fedloom.commands.app import app
+from fedloom.display.untrusted_text import message
+from fedloom.errors import FedloomError
+
+# In the order in which help lists them.
+# isort: off
+from fedloom.commands import run
+from fedloom.commands import data
+from fedloom.commands import evaluate
+from fedloom.commands import compare
+from fedloom.commands import advise
+from fedloom.commands import export
+from fedloom.commands import keys
+from fedloom.commands import members
+from fedloom.commands import server
+from fedloom.commands import client
+from fedloom.commands import status
+from fedloom.commands import audit
+from fedloom.commands import report
+
+# isort: on
+
+COMMANDS = (
+    run,
+    data,
+    evaluate,
+    compare,
+    advise,
+    export,
+    keys,
+    members,
+    server,
+    client,
+    status,
+    audit,
+    report,
+)
+"""Files whose import adds their commands to ``app``."""
+
+
+def main() -> NoReturn:
+    """Run the command line; a fedloom error is one message and its exit code, never a traceback."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # what a terminal's encoding has not is shown as an escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(standalone_mode=False)
+    except FedloomError as error:
+        typer.secho(message(f"fedloom: {error}"), fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in ("flwr", "cryptography", "uvicorn"):
+            raise
+        text = f"fedloom: {error.name} is missing: federations between machines are an extra"
+        typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.secho("fedloom: stopped; nothing was begun that could go on", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if told := _out_of_memory(error):
+            typer.secho(message(f"fedloom: {told}"), fg=typer.colors.RED, err=True)
+            sys.exit(1)
+        _usage_error(error)
+    sys.exit(code or 0)  # of typer.Exit
+
+
+def _usage_error(error: Exception) -> NoReturn:
+    """Print a mistake in the command line as typer would; let anything else through."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    sys.exit(int(getattr(error, "exit_code", 2)))
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Return what to say where memory does not suffice, empty for any other error."""
+    if not isinstance(error, MemoryError | RuntimeError):
+        return ""
+    from fedloom.training.memory import asked_for, is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return ""
+    return (
+        f"memory does not suffice{asked_for(error)}: set a smaller training.batch_size (or "
+        "training.tokens_per_pass, with the same results), evaluation.batch_size or data.max_length, or "
+        "take a smaller model; of a run, the rounds that were over are saved: fedloom run --resume FOLDER"
+    )

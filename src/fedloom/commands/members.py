@@ -1,0 +1,132 @@
+"""``fedloom members``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.commands.app import (
+    SERVER_HOME,
+    HomeOfServer,
+    MemberName,
+    members_app,
+    require_home,
+    say,
+)
+
+
+@members_app.command("allow")
+def allow_member(
+    name: Annotated[str | None, typer.Argument(help="Of the member.", show_default=False)] = None,
+    public: Annotated[
+        Path | None, typer.Argument(help="Its public key.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Let in all whose keys are here as NAME.pub.")
+    ] = None,
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Let a member in, or let it in again; or all of a folder at once."""
+    if (name is None or public is None) if folder is None else name is not None:
+        raise typer.BadParameter("give either NAME and its public key, or --folder")
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+    from fedloom.security.client_registry import keys_in, read_public
+
+    members = ServerHome(home).members()
+    if folder is not None:
+        entries = keys_in(folder)
+        members.allow_all(entries)
+        say(f"{len(entries)} members are let in: {', '.join(n for n, _ in entries[:5])}, ...")
+    elif name is not None and public is not None:
+        say(f"{name} is member {members.allow(name, read_public(public))}; it is let in")
+
+
+@members_app.command("revoke")
+def revoke_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
+    """Let a member in no longer; its name and number stay its own."""
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+
+    member = ServerHome(home).members().revoke(name)
+    say(
+        f"{name}, member {member.number}, is let in no longer; `fedloom members allow` lets it in again"
+    )
+
+
+@members_app.command("rename")
+def rename_member(
+    name: MemberName,
+    new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Give a member another name."""
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+
+    member = ServerHome(home).members().rename(name, new)
+    say(f"{name}, member {member.number}, is called {new}")
+
+
+@members_app.command("rotate")
+def rotate_member(
+    name: MemberName,
+    public: Annotated[Path, typer.Argument(help="Its new public key.", show_default=False)],
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Give a member another key; the one before opens nothing from now on."""
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+    from fedloom.security.client_registry import read_public
+
+    member = ServerHome(home).members().rotate(name, read_public(public))
+    say(f"{name}, member {member.number}, has this key from now on; it joins again with it")
+
+
+@members_app.command("withdraw")
+def withdraw_member(
+    name: MemberName,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Play those runs again without it."),
+    ] = False,
+    home: HomeOfServer = SERVER_HOME,
+) -> None:
+    """Let a member in no longer, and say which runs and adapters hold its work."""
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.submit import play_again
+    from fedloom.deployment.withdrawal import works_of
+
+    own = ServerHome(home)
+    member = own.members().withdraw(name)
+    works = works_of(own, member)
+    say(f"{name}, member {member.number}, is let in no longer; {len(works)} runs hold its work")
+    for work in works:
+        say(work.text())
+        if again and (work.checkpoint is not None or work.others):
+            asked = play_again(home, work)
+            say(f"  in the queue as {asked['id'][:8]}")
+
+
+@members_app.command("remove")
+def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
+    """Forget a member that is let in no longer; its name, key and number may be another's then."""
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+
+    member = ServerHome(home).members().remove(name)
+    say(f"{name} is no member any more; number {member.number} is free")
+
+
+@members_app.command("list")
+def list_members(home: HomeOfServer = SERVER_HOME) -> None:
+    """Show the members: number, name, whether they are let in, and the end of their keys."""
+    require_home(home)
+    from fedloom.deployment.folders import ServerHome
+
+    for member in ServerHome(home).members().members:
+        state = "" if member.state == "allowed" else f"  {member.state}"
+        say(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")

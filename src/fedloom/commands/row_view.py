@@ -1,0 +1,150 @@
+"""What ``fedloom data show`` prints: a row as the tokens that are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from fedloom.data.encode import TextEncoder
+from fedloom.data.examples import Example, Feedback, Labelled, Preference
+from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.display.untrusted_text import named, placed
+from fedloom.errors import DataError
+from fedloom.evaluation.generate import load_encoder
+from fedloom.experiment.experiment import Experiment
+from fedloom.models.load import context_of
+from fedloom.runs.division import divide
+from fedloom.runs.model_building import model_folder
+from fedloom.runs.token_rows import longest
+
+PROMPT, TRAINED, SPECIAL = "grey50", "green", "bold magenta"
+UNBOUNDED = 1 << 30
+"""Tokens; no row has as many."""
+
+BORDER = "\u2502"
+"""Stands between tokens."""
+
+
+def show_row(experiment: Experiment, number: int) -> Group:
+    """Return an example as its tokens, before and after truncation.
+
+    Args:
+        experiment: Says where rows are and which model reads them.
+        number: Which of the training examples, from 0 on, client by client.
+
+    Raises:
+        DataError: There is no such example, or rows are with the clients.
+        ModelError: The tokenizer cannot be loaded.
+    """
+    if experiment.data.is_private:
+        raise DataError(
+            'data.source = "clients": rows are with the clients; each sees its own with '
+            "fedloom client check"
+        )
+    division = divide(experiment)
+    examples = [(client, row) for client, rows in division.train.items() for row in rows]
+    if not 0 <= number < len(examples):
+        raise DataError(
+            f"--row {number}: there are {len(examples)} training examples; give 0 to {len(examples) - 1}"
+        )
+    client, example = examples[number]
+    place = placed(*division.place(client, example.row))
+    path = model_folder(experiment.model.path)
+    encoder = load_encoder(path, experiment.model.revision, experiment.data)
+    context = context_of(path, experiment.model.revision)
+    length = longest(experiment.data.max_length, context)
+    whole = tokenize([example], encoder, UNBOUNDED, division.classes, keep_alike=True)
+    alike = experiment.data.ambiguous == "keep"
+    cut = tokenize([example], encoder, length, division.classes, keep_alike=alike)
+    kind = type(example).__name__.lower()
+    lines = [
+        Text(f"example {number} of {len(examples)}, {kind}, {place}"),
+        *(Text(named(layout), style="dim") for layout in division.loaded.layouts),
+        Text(f"as {experiment.model.path} reads it", style="dim"),
+        _legend(example),
+    ]
+    if not len(whole):
+        lines.append(Text(f"it is left out: {whole.dropped[0].reason}", style="yellow"))
+        return Group(*lines)
+    lines += _sequences(example, whole, encoder)
+    if not len(cut):
+        lines.append(
+            Text(
+                f"it is left out: {cut.dropped[0].reason} (data.max_length = {length})",
+                style="yellow",
+            )
+        )
+    elif cut.cut.any():
+        lost = cut.cut.sum(axis=0)
+        lines.append(
+            Text(
+                f"\ncut to data.max_length = {length}: {lost[0]} tokens of the prompt's start, "
+                f"{lost[1]} of the answer's end",
+                style="yellow",
+            )
+        )
+        lines += _sequences(example, cut, encoder)
+    return Group(*lines)
+
+
+def _legend(example: Example) -> Text:
+    if isinstance(example, Labelled):
+        return Text.assemble("class ", (named(example.label), TRAINED))
+    parts: list[Any] = [
+        ("prompt", PROMPT),
+        "  ",
+        ("trained on", TRAINED),
+        "  ",
+        ("special", SPECIAL),
+    ]
+    if isinstance(example, Feedback):
+        parts.append("  desirable" if example.desirable else "  undesirable")
+    return Text.assemble(*parts)
+
+
+def _sequences(example: Example, tokens: TokenSet, encoder: TextEncoder) -> list[Text]:
+    """Return each sequence of an example, under a heading."""
+    lines = []
+    for number, name in enumerate(_names(example)):
+        ids, mask = tokens.sequence(number)[0].tolist(), tokens.mask(number).tolist()
+        trained = "" if isinstance(example, Labelled) else f", {sum(mask)} trained on"
+        lines.append(Text(f"\n{name}: {len(ids)} tokens{trained}", style="bold"))
+        lines.append(_coloured(ids, mask, encoder))
+    return lines
+
+
+def _names(example: Example) -> Sequence[str]:
+    if isinstance(example, Preference):
+        return ("chosen", "rejected")
+    return ("text",) if isinstance(example, Labelled) else ("prompt and completion",)
+
+
+def _coloured(ids: list[int], mask: list[bool], encoder: TextEncoder) -> Text:
+    special = set(encoder.tokenizer.added_tokens_decoder)
+    text = Text()
+    before = False
+    for place, (token, counts, piece) in enumerate(
+        zip(ids, mask, _pieces(ids, encoder.tokenizer), strict=True)
+    ):
+        if place:
+            text.append(BORDER if counts == before else f"{BORDER}{BORDER}", style="dim")
+        before = counts
+        style = SPECIAL if token in special else TRAINED if counts else PROMPT
+        text.append(
+            named(piece), style=f"{style} underline" if token in special and counts else style
+        )
+    return text
+
+
+def _pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
+    """Yield each token's text, with the blank before it that is left out of a first token's."""
+    for place, token in enumerate(ids):
+        before = tokenizer.decode(ids[max(0, place - 4) : place])
+        both = tokenizer.decode(ids[max(0, place - 4) : place + 1])
+        if both.startswith(before):
+            yield both[len(before) :]
+        else:  # a character of several tokens is whole with the last of them
+            yield tokenizer.decode([token])

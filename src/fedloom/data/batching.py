@@ -1,0 +1,169 @@
+"""Token rows to padded batches: order and padding. Shuffling draws from the generator it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.data.batch import Batch, Reading, Sequences
+from fedloom.data.client_rows import Indices, TokenShare
+from fedloom.data.tokenize import TokenSet
+
+
+def epoch_batches(
+    count: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+) -> Iterator[Indices]:
+    """Yield the rows of each optimizer step.
+
+    Args:
+        count: Rows there are, at least 1.
+        batch_size: Rows in a step; the last step of an epoch may have fewer.
+        rng: Shuffles each epoch anew.
+        epochs: Passes over the rows; ``None`` goes on without end.
+        steps: Most steps in all, over as many epochs as it takes; ``None`` for no bound.
+    """
+    done = 0
+    epoch = 0
+    while epochs is None or epoch < epochs:
+        order = rng.permutation(count)
+        for start in range(0, count, batch_size):
+            if steps is not None and done >= steps:
+                return
+            yield order[start : start + batch_size]
+            done += 1
+        epoch += 1
+
+
+def collate(
+    share: TokenShare,
+    indices: Indices,
+    pad: int,
+    device: torch.device,
+    *,
+    shared_prompts: bool = False,
+) -> Batch:
+    """Build the batch of the rows at ``indices``.
+
+    Args:
+        share: The client's rows.
+        indices: ``(examples,)`` positions in ``share.tokens``.
+        pad: Token id to pad with.
+        device: Where the tensors go.
+        shared_prompts: Whether what the sequences of an example begin with is read once.
+    """
+    tokens = share.tokens
+    numbers = sequence_numbers(tokens.width, indices)
+    sequences, real, completion = pad_sequences(tokens, numbers, pad, device)
+    if shared_prompts:
+        sequences = replace(sequences, shared=read_once(tokens, indices, pad).to(device))
+    labels = tokens.labels[indices]
+    where = torch.from_numpy(indices)
+    mismatched = None
+    if share.mismatched is not None:
+        mismatched = pad_sequences(share.mismatched, indices, pad, device)[0]
+    return Batch(
+        rows=tuple(tokens.rows[indices].tolist()),
+        sequences=sequences,
+        completion_tokens=completion,
+        tokens=real,
+        labels=_labels(labels, completion > 0, device),
+        reference_logps=_pick(share.reference_logps, torch.from_numpy(numbers), device),
+        mismatched=mismatched,
+        mismatched_reference_logps=_pick(share.mismatched_reference_logps, where, device),
+        teacher=_answers(share, indices, device),
+    )
+
+
+def sequence_numbers(width: int, indices: Indices) -> Indices:
+    """Return the sequences of some examples: all first ones (chosen), then all second ones."""
+    return (indices[None, :] * width + np.arange(width)[:, None]).reshape(-1)
+
+
+def pad_sequences(
+    tokens: TokenSet, numbers: Indices, pad: int, device: torch.device
+) -> tuple[Sequences, int, int]:
+    """Return sequences padded on the right, their real tokens and their completion tokens."""
+    starts, ends = tokens.starts[numbers], tokens.starts[numbers + 1]
+    lengths, prompts = ends - starts, tokens.prompts[numbers]
+    columns = np.arange(int(lengths.max()))
+    real = columns[None, :] < lengths[:, None]
+    ids = np.full(real.shape, pad, np.int64)
+    ids[real] = np.concatenate([tokens.tokens[a:b] for a, b in zip(starts, ends, strict=True)])
+    completion = np.zeros_like(real)
+    completion[real] = np.concatenate(
+        [tokens.trained[a:b] for a, b in zip(starts, ends, strict=True)]
+    )
+    first = max(1, int(prompts.min()))
+    sequences = Sequences(
+        torch.from_numpy(ids),
+        torch.from_numpy(real.astype(np.int64)),
+        torch.from_numpy(completion),
+        min(first, len(columns) - 1) or 1,
+    )
+    return sequences.to(device), int(lengths.sum()), int(completion.sum())
+
+
+def read_once(tokens: TokenSet, indices: Indices, pad: int) -> Reading:
+    """Return how the sequences of some examples are read one after another behind what they begin with.
+
+    Args:
+        tokens: The tokenised rows.
+        indices: ``(examples,)`` positions in ``tokens``; each is a row of what is read.
+        pad: Token id to pad with.
+    """
+    common, costs = tokens.common_starts[indices], tokens.costs(shared_prompts=True)[indices]
+    shape = (len(indices), int(costs.max()))
+    ids, positions = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
+    branches = np.full(shape, -1, np.int64)
+    places: dict[int, NDArray[np.int64]] = {}
+    for row, (example, start) in enumerate(zip(indices.tolist(), common.tolist(), strict=True)):
+        end = start
+        for branch in range(tokens.width):
+            number = example * tokens.width + branch
+            own = tokens.sequence(number)[0]
+            further = np.arange(end, end + len(own) - start)
+            end += len(further)
+            place = np.concatenate([np.arange(start), further])
+            ids[row, place], positions[row, place] = own, np.arange(len(own))
+            branches[row, further] = branch + 1
+            places[number] = place + row * shape[1]
+        branches[row, :start] = 0
+    numbers = sequence_numbers(tokens.width, indices).tolist()
+    sources = [places[number][:-1][tokens.mask(number)[1:]] for number in numbers]
+    return Reading(
+        torch.from_numpy(ids),
+        torch.from_numpy((branches >= 0).astype(np.int64)),
+        torch.from_numpy(np.concatenate(sources)),
+        torch.from_numpy(np.array([places[number][-1] for number in numbers])),
+        torch.from_numpy(positions),
+        torch.from_numpy(branches),
+    )
+
+
+def _labels(labels: NDArray[np.int64], feedback: bool, device: torch.device) -> Tensor | None:
+    if (labels < 0).any():
+        return None
+    tensor = torch.from_numpy(labels).to(device)
+    return tensor.bool() if feedback else tensor
+
+
+def _answers(share: TokenShare, indices: Indices, device: torch.device) -> Tensor | None:
+    if share.teacher is None:
+        return None
+    starts = share.positions
+    places = [np.arange(starts[i], starts[i + 1]) for i in indices]
+    return share.teacher.at(torch.from_numpy(np.concatenate(places))).to(device)
+
+
+def _pick(values: Tensor | None, numbers: Tensor, device: torch.device) -> Tensor | None:
+    return None if values is None else values[numbers].to(device)

@@ -1,0 +1,143 @@
+"""How commands speak with the server that runs in a folder: over a socket that is its user's alone.
+
+A command sends one question as JSON and gets one answer. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pwd
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.deployment.folders import ServerHome
+from fedloom.errors import ConnectionFailed, FedloomError
+from fedloom.storage.files import holder
+from fedloom.wire.framing import (
+    connect,
+    listen,
+    read_frame,
+    reader,
+    serve_each,
+    stop_listening,
+    write_frame,
+)
+
+LOG = logging.getLogger("fedloom.control")
+
+SOCKET = Path("control") / "socket"
+"""In the server's folder."""
+
+LONGEST = 16 << 20
+"""Bytes of a question or an answer: an experiment, and what is known of ten thousand members."""
+
+TIMEOUT = 20.0
+"""Seconds that a command waits for an answer, and the server for a question."""
+
+Handler = Callable[[dict[str, Any]], object]
+"""Answers a question with what JSON can hold."""
+
+
+class ControlSocket:
+    """Where a server answers the commands of its user."""
+
+    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
+        """Answer at ``path`` what is asked, by name; until :meth:`close`.
+
+        Raises:
+            ConnectionFailed: The place cannot be made.
+        """
+        self._path, self._handlers = path, handlers
+        self._listening = listen(path)
+        serve_each(self._listening, self._serve)
+
+    def close(self) -> None:
+        """Answer no longer."""
+        stop_listening(self._listening, self._path)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(TIMEOUT)
+            with contextlib.suppress(FedloomError, OSError):
+                asked = read_frame(reader(connection), lambda: LONGEST)
+                if asked is not None:
+                    write_frame(connection, json.dumps(self._answer(asked)).encode())
+
+    def _answer(self, asked: bytes) -> dict[str, Any]:
+        try:
+            table = json.loads(asked)
+            return {"answer": self._handlers[table.pop("ask")](table)}
+        except FedloomError as error:
+            return {"error": str(error), "exit_code": error.exit_code}
+        except Exception as error:  # whatever a command sends, the server goes on
+            LOG.exception("a command was not answered")
+            return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
+
+
+def ask(home: ServerHome, question: str, **facts: Any) -> Any:
+    """Return what the server in a folder answers.
+
+    Raises:
+        ConnectionFailed: No server runs there, or it is another user's.
+        FedloomError: It cannot do what it is asked, for the reason given.
+    """
+    require_own(home.path)
+    try:
+        connection = connect(home.path / SOCKET, TIMEOUT)
+    except ConnectionFailed:
+        if holder(home.lock) is not None:
+            raise ConnectionFailed(
+                f"the server in {home.path} is starting or ending; try again"
+            ) from None
+        raise ConnectionFailed(
+            f"no server runs in {home.path}: `fedloom server start --home {home.path}`"
+        ) from None
+    with connection:
+        connection.settimeout(TIMEOUT)
+        write_frame(connection, json.dumps({"ask": question, **facts}).encode())
+        content = read_frame(reader(connection), lambda: LONGEST)
+    if content is None:
+        raise ConnectionFailed(f"the server in {home.path} gave no answer within {TIMEOUT:.0f} s")
+    found = json.loads(content)
+    if "error" in found:
+        failed = FedloomError(found["error"])
+        failed.exit_code = int(found["exit_code"])
+        raise failed
+    return found["answer"]
+
+
+def require_own(folder: Path) -> None:
+    """Check that a folder is there and this user's own, or that this user is root.
+
+    Raises:
+        ConnectionFailed: It is another user's, or there is none.
+    """
+    try:
+        owner = folder.stat().st_uid
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConnectionFailed(
+            f"no server was started in {folder}: `fedloom server start --home {folder}`, or give the "
+            "server's folder with --home"
+        ) from None
+    except PermissionError:
+        raise ConnectionFailed(
+            f"{folder} cannot be looked into by {_user(os.geteuid())}: run this command as the server's "
+            "user (`sudo -u USER fedloom ...`)"
+        ) from None
+    if owner != os.geteuid() != 0:
+        raise ConnectionFailed(
+            f"{folder} is {_user(owner)}'s and this is {_user(os.geteuid())}: run this command as the "
+            f"server's user: `sudo -u {_user(owner)} fedloom ...`"
+        )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"

@@ -1,0 +1,121 @@
+"""What a client tells the server of what went wrong: lines of its policy and a few sentences.
+
+Words of errors may quote rows, paths, columns or settings, and which error it was may tell whether a
+file is there. So everything that a worker says goes through :func:`told`; the client's own log has the
+rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from fedloom.deployment.policy import PolicySettings
+from fedloom.deployment.worker_socket import LOG as WORKER_LOG
+from fedloom.display.untrusted_text import message
+from fedloom.errors import (
+    AuditError,
+    DataError,
+    FedloomError,
+    MessageError,
+    NonFiniteLoss,
+    PolicyError,
+    VerificationError,
+)
+from fedloom.wire.envelope import LACKS_START
+
+LOG = logging.getLogger("fedloom.worker")
+
+WHY = f"; {WORKER_LOG} on its machine says why"
+
+MORE = "the experiment asks for more than this client allows"
+CLOSED = "the experiment asks for what this client does not allow"
+OTHER = "the experiment's is not this client's"
+
+LINES = {
+    f"policy.{name}": MORE if name.startswith("max_") else CLOSED
+    for name in PolicySettings.model_fields
+}
+LINES |= dict.fromkeys(
+    ("data.kind", "data.choices", "data.source", "data.train_on", "data.template_date"), OTHER
+)
+LINES |= {
+    "data": "this client offers no rows",
+    "experiment": "it is none that this client can take part in",
+}
+"""Lines of a client's file that can refuse, and what is said beside each."""
+
+
+class Sentence(StrEnum):
+    """Everything else that a server can be told."""
+
+    WAITS = "waits for a person's approval (policy.approve)"
+    READING = "its rows cannot be used as the experiment asks" + WHY
+    LOADING = "its model cannot be loaded" + WHY
+    WORKING = "its work failed" + WHY
+    NOT_FINITE = "its loss became NaN or infinite" + WHY
+    MEMORY = "not even one example at a time fits into its memory"
+    UNVERIFIED = "its own model, saved and loaded again, is not the one that was trained" + WHY
+    AUDIT = "its own audit log does not hold together" + WHY
+    UNFIT = "what was sent is not what this client was told of the run" + WHY
+    FOREIGN = "the message is for another client"
+    RESUMED = "the run has been resumed since this was sent"
+    START = LACKS_START
+    ANEW = "this client was started anew and must be told of the run again"
+
+
+class ReportedError(MessageError):
+    """An error of which the server is told one of the sentences."""
+
+    def __init__(self, sentence: Sentence) -> None:
+        """Keep the sentence."""
+        super().__init__(sentence.value)
+        self.sentence = sentence
+
+
+@contextmanager
+def failing_as(sentence: Sentence) -> Iterator[None]:
+    """Have whatever goes wrong inside be told by one sentence, or be the rows' fault.
+
+    Raises:
+        ReportedError: Something did; the client's log has what.
+        PolicyError: The policy refuses it.
+    """
+    try:
+        yield
+    except (PolicyError, ReportedError):
+        raise
+    except DataError as error:
+        raise ReportedError(Sentence.READING) from error
+    except Exception as error:
+        raise ReportedError(sentence) from error
+
+
+def told(error: Exception) -> str:
+    """Return what the server is told of an error, and write down all of it here."""
+    cause = error.__cause__ if isinstance(error, ReportedError) and error.__cause__ else error
+    trace = None if isinstance(cause, FedloomError) else cause
+    LOG.warning("%s", message(str(cause) or type(cause).__name__), exc_info=trace)
+    if isinstance(error, PolicyError):
+        lines = dict.fromkeys(one.line for one in error.refusals if one.line in LINES)
+        return "; ".join(f"{line}: {LINES[line]}" for line in lines) or Sentence.WORKING.value
+    return _sentence(error).value
+
+
+def _sentence(error: Exception) -> Sentence:
+    match error:
+        case ReportedError(sentence=sentence):
+            return sentence
+        case NonFiniteLoss():
+            return Sentence.NOT_FINITE
+        case VerificationError():
+            return Sentence.UNVERIFIED
+        case MemoryError():
+            return Sentence.MEMORY
+        case AuditError():
+            return Sentence.AUDIT
+        case MessageError():
+            return Sentence.UNFIT
+    return Sentence.WORKING

@@ -1,0 +1,38 @@
+"""Checks an experiment that waits for its turn, so that a mistake in it is told now and not then.
+
+It is a process of its own, as it needs seconds and some hundred megabytes to import what knows every
+setting, and who watches a run is to need neither.
+
+Run as ``python -m fedloom.deployment.run_request_check HOME ID``; prints a mistake, and exits with its
+code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.participants import ordered
+from fedloom.deployment.run_requests import Order, order_file
+from fedloom.display.untrusted_text import message
+from fedloom.errors import FedloomError
+
+
+def main() -> int:
+    """Check the order that is named."""
+    home, id = ServerHome(Path(sys.argv[1]).resolve()), sys.argv[2]
+    order = Order.read(order_file(home, id))
+    os.chdir(order.cwd)
+    try:
+        if order.resume is None:
+            ordered(home, order)
+    except FedloomError as error:
+        print(message(str(error)))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""How a run is asked of the server, and how the process that plays it tells what becomes of it.
+
+``fedloom run --engine flower`` has the server put an order into its queue; Flower starts the process that
+plays the rounds, and that writes what happens as lines of JSON, which ``fedloom run`` and
+``fedloom follow`` show as a run in one's own process is shown. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self
+
+from fedloom.accounting.costs import Cost
+from fedloom.deployment.folders import Note, ServerHome
+from fedloom.errors import FedloomError, OutputError, RoundFailed
+from fedloom.federation.offences import Offence
+from fedloom.federation.records import Absence, Evaluation, RoundRecord
+from fedloom.runs.observers import Plan, RunObserver
+from fedloom.settings.schema import Settings
+
+LOOK = 0.1
+"""Seconds between looks for news."""
+
+ASK = 2.0
+"""Seconds without news after which it is looked whether the server is still there."""
+
+LAST = ("finished", "failed")
+"""Events after which no other comes."""
+
+
+class Asked(Settings):
+    """What the server is asked to run."""
+
+    name: str
+    """Of the experiment, for people."""
+    cwd: str
+    """Where paths in the experiment begin."""
+    source: str = "the experiment"
+    """The experiment's file, as it is called in messages."""
+    text: str | None = None
+    """The experiment's TOML; left out to continue the run in ``resume``."""
+    assignments: list[str] = []
+    """As after ``--set``."""
+    resume: str | None = None
+    """The run folder that is continued."""
+    from_round: int | None = None
+    """Continue after the checkpoint of this round."""
+    fresh_clients: list[int] = []
+    """Clients who start afresh then."""
+
+    def order(self) -> dict[str, Any]:
+        """Return what an order takes over."""
+        return self.model_dump(exclude={"text"})
+
+
+class Order(Note):
+    """What is to be run, for the process that plays it."""
+
+    id: str
+    """Of the request."""
+    home: str
+    """The server's folder."""
+    name: str
+    cwd: str
+    source: str = "the experiment"
+    assignments: list[str] = []
+    resume: str | None = None
+    from_round: int | None = None
+    fresh_clients: list[int] = []
+
+
+def order_file(home: ServerHome, id: str) -> Path:
+    """Return where the order of a request is."""
+    return home.requests.resolve() / f"{id}.order.toml"
+
+
+def experiment_file(home: ServerHome, id: str) -> Path:
+    """Return where the experiment of a request is."""
+    return home.requests.resolve() / f"{id}.experiment.toml"
+
+
+def news_file(home: ServerHome, id: str) -> Path:
+    """Return where it is told what becomes of a request."""
+    return home.requests.resolve() / f"{id}.jsonl"
+
+
+class News:
+    """Tells what happens in a run as lines of JSON; an observer of it."""
+
+    def __init__(self, path: Path) -> None:
+        """Go on with the file at ``path``.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        try:
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+            path.chmod(0o600)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Write one line."""
+        self._file.write(json.dumps({"event": event, **facts}) + "\n")
+
+    def stage(self, text: str) -> None:
+        """Something is being prepared."""
+        self.tell("stage", text=text)
+
+    def begin(self, plan: Plan) -> None:
+        """Training is about to start."""
+        self.tell("begin", plan=asdict(plan))
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """A client has answered."""
+        self.tell("client_done", round=round, client=client, done=done, of=of)
+
+    def round_done(self, record: RoundRecord) -> None:
+        """A round is over."""
+        own = record.evaluation
+        if own is not None:  # rows are for the run folder
+            record = replace(record, evaluation=replace(own, sample=None))
+        told = asdict(record)
+        del told["presence"]  # of interest to who plays the rounds alone
+        self.tell("round_done", record=told)
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+        self.tell("warning", text=text)
+
+    def end(self) -> None:
+        """The run is over, well or not."""
+        self.tell("end")
+
+
+class NewsReader:
+    """Reads what is told in a file from where it stopped before."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file at ``path``, which may not be there yet."""
+        self._path, self._read = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what was told since the last call; half of a line that is being written is not."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._read += len(line)
+                    found.append(json.loads(line))
+        return found
+
+
+def read_news(path: Path, still_there: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Yield what is told, as it is; ends with the last word, or once the server is no longer there.
+
+    What was told until then is read before a run counts as gone.
+    """
+    reader, looked, there = NewsReader(path), time.monotonic(), True
+    while True:
+        news = reader.read()
+        for told in news:
+            last = told["event"] in LAST
+            yield told
+            if last:
+                return
+        if news:
+            looked = time.monotonic()
+        elif not there:
+            return
+        elif time.monotonic() > looked + ASK:
+            there, looked = still_there(), time.monotonic()
+        else:
+            time.sleep(LOOK)
+
+
+def go_on(folder: str) -> str:
+    """Return what to do about a run that was stopped."""
+    if not folder:
+        return "nothing of it was trained: ask for it again"
+    return (
+        "everything up to the last round is saved: go on with "
+        f"`fedloom run --resume {folder} --engine flower`"
+    )
+
+
+def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
+    """Pass news of a run on; return the summary that a finished run ends with.
+
+    Raises:
+        FedloomError: The run failed, for the reason told.
+        RoundFailed: It ended without a word.
+    """
+    folder = ""
+    for told in news:
+        event = told.pop("event")
+        match event:
+            case "finished":
+                return str(told["summary"])
+            case "failed":
+                error = FedloomError(told["text"])
+                error.exit_code = told["exit_code"]
+                raise error
+            case "folder":
+                folder = str(told["folder"])
+            case "attendance":
+                pass  # of interest to `fedloom status`
+            case "begin":
+                names = {int(client): name for client, name in told["plan"]["names"].items()}
+                observer.begin(Plan(**{**told["plan"], "names": names}))
+            case "round_done":
+                observer.round_done(_record(told["record"]))
+            case _:
+                getattr(observer, event)(**told)
+    raise RoundFailed(f"the server is gone, and the run with it; {go_on(folder)}")
+
+
+def _record(table: dict[str, Any]) -> RoundRecord:
+    """Return the record of which ``table`` is the JSON."""
+    evaluation = table["evaluation"]
+    if evaluation is not None:
+        clients = {int(client): own for client, own in evaluation["clients"].items()}
+        evaluation = Evaluation(evaluation["metrics"], clients)
+    by_client = ("rejected", "paused", "client_train")
+    weighed = {int(c): (claimed, counted) for c, (claimed, counted) in table["weighed"].items()}
+    numbered = {key: {int(c): own for c, own in table[key].items()} for key in by_client}
+    return RoundRecord(
+        **{
+            **table,
+            **numbered,
+            "clients": tuple(table["clients"]),
+            "offences": tuple(Offence(**offence) for offence in table["offences"]),
+            "weighed": weighed,
+            "replaced": tuple(table["replaced"]),
+            "absent": {int(client): Absence(**own) for client, own in table["absent"].items()},
+            "evaluation": evaluation,
+            "costs": tuple(Cost(**cost) for cost in table["costs"]),
+        }
+    )

@@ -1,0 +1,164 @@
+"""Runs with the clients of a federation: asked for here, played by a process that Flower starts.
+
+Who watches a run does nothing for it: it may be ended and begun again at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedloom.deployment.administration import ask
+from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.run_requests import Asked, news_file, read_news, show
+from fedloom.deployment.withdrawal import Work
+from fedloom.errors import FedloomError, Interrupted, OutputError, SettingsError
+from fedloom.runs.observers import RunObserver
+from fedloom.settings.toml import parse_toml, require_section
+from fedloom.storage.files import holder
+from fedloom.storage.run_folder import EXPERIMENT
+
+
+def ask_for_run(
+    home: Path,
+    experiment: Path | None,
+    assignments: Iterable[str] = (),
+    *,
+    resume: Path | None = None,
+    from_round: int | None = None,
+    fresh_clients: Iterable[int] = (),
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Put a run into the queue of a server; return what is known of it.
+
+    Args:
+        home: The server's folder.
+        experiment: An experiment in TOML; ``None`` to continue the run in ``resume``.
+        assignments: As after ``--set``.
+        resume: A run folder.
+        from_round: Continue after the checkpoint of this round.
+        fresh_clients: Clients who start afresh then.
+        name: What the run is called in the queue; the name of the experiment's file or of the run
+            folder otherwise.
+
+    Raises:
+        ConnectionFailed: No server runs in the folder.
+        OutputError: The experiment cannot be read.
+        SettingsError: It is no TOML.
+    """
+    text, called = None, resume.name if resume is not None else ""
+    if experiment is not None:
+        try:
+            text = experiment.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"cannot read the experiment {experiment}: {error}") from None
+        require_section(parse_toml(text, str(experiment)), str(experiment))  # told without a server
+        called = experiment.stem
+    asked = Asked(
+        name=name or called,
+        cwd=str(Path.cwd()),
+        source=str(experiment) if experiment is not None else "the experiment",
+        text=text,
+        assignments=list(assignments),
+        resume=str(resume.resolve()) if resume is not None else None,
+        from_round=from_round,
+        fresh_clients=list(fresh_clients),
+    )
+    found: dict[str, Any] = ask(ServerHome(home), "submit", **asked.model_dump())
+    return found
+
+
+def find_run(home: Path, run: str | None) -> dict[str, Any]:
+    """Return what is known of the run that is under way, or of the one whose id or name begins so.
+
+    Raises:
+        ConnectionFailed: No server runs in the folder.
+        SettingsError: There is no such run.
+    """
+    runs = ask(ServerHome(home), "runs")
+    for own in runs:
+        if run is None or own["id"].startswith(run) or own["name"] == run:
+            found: dict[str, Any] = own
+            return found
+    there = ", ".join(f"{own['name']} ({own['id'][:8]})" for own in runs) or "none"
+    what = "no run is under way" if run is None else f"no run is called {run!r}"
+    raise SettingsError([f"{what}; under way or waiting: {there}"], "the command")
+
+
+def follow(home: Path, run: dict[str, Any], observer: RunObserver) -> str:
+    """Show a run until it is over; return its summary. To end this ends nothing else.
+
+    Raises:
+        FedloomError: The run failed.
+        Interrupted: The user watches no longer.
+    """
+    own = ServerHome(home)
+    path = news_file(own, run["id"])
+
+    def is_served() -> bool:  # another server that was started meanwhile has deleted the file
+        return holder(own.lock) is not None and path.exists()
+
+    try:
+        return show(read_news(path, is_served), observer)
+    except KeyboardInterrupt:
+        at = "" if home == Path("fedloom-server") else f" --home {home}"
+        raise Interrupted(
+            f"the run goes on: `fedloom follow{at}` shows it again, `fedloom stop{at}` ends it"
+        ) from None
+    finally:
+        with contextlib.suppress(Exception):
+            observer.end()
+
+
+def before_it(run: dict[str, Any]) -> str:
+    """Return what a run waits for, if it does."""
+    before = [own["name"] for own in run.get("before", [])]
+    if not before:
+        return ""
+    others = f", then {', '.join(before[1:])}" if len(before) > 1 else ""
+    return f"waiting for its turn: {before[0]} is under way{others}; `fedloom status` shows how far"
+
+
+def require_sound(home: Path, run: dict[str, Any]) -> None:
+    """Check the experiment of a run that waits for its turn; with a mistake it leaves the queue.
+
+    Raises:
+        FedloomError: With every mistake in it.
+    """
+    words = [sys.executable, "-m", "fedloom.deployment.run_request_check", str(home), run["id"]]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode and done.stdout:  # else it was its turn meanwhile, and that tells
+        with contextlib.suppress(FedloomError):
+            stop_runs(home, run["id"])
+        error = FedloomError(done.stdout.strip())
+        error.exit_code = done.returncode
+        raise error
+
+
+def play_again(home: Path, work: Work) -> dict[str, Any]:
+    """Have a run played again without a member; return what is known of it. One under way is stopped.
+
+    Raises:
+        ConnectionFailed: No server runs in the folder.
+    """
+    for own in ask(ServerHome(home), "runs"):
+        if own["folder"] == str(work.folder.resolve()):
+            stop_runs(home, own["id"])
+    if work.checkpoint is None:
+        again = work.folder / EXPERIMENT
+        return ask_for_run(home, again, work.assignments, name=work.anew.name)
+    return ask_for_run(home, None, resume=work.folder, from_round=work.checkpoint)
+
+
+def stop_runs(home: Path, run: str | None) -> list[str]:
+    """Stop a run, or all; return the names of those that were stopped.
+
+    Raises:
+        ConnectionFailed: No server runs in the folder.
+    """
+    stopped: list[str] = ask(ServerHome(home), "stop", run=run)
+    return stopped

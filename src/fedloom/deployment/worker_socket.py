@@ -1,0 +1,66 @@
+"""How the worker of a host is found, and one started where none runs. No torch here."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fedloom.deployment.processes import surroundings
+from fedloom.deployment.worker_lock import LOCK
+from fedloom.errors import ConnectionFailed
+from fedloom.runs.parent_process import of_this_process
+from fedloom.storage.files import holder
+from fedloom.wire.envelope import Envelope
+from fedloom.wire.framing import connect, read_frame, reader, write_frame
+
+SOCKET = Path("worker") / "socket"
+LOG = Path("worker.log")
+START = 120.0
+"""Seconds that a worker may take to listen."""
+
+NO_LIMIT = 1 << 40
+
+
+def ask_worker(home: Path, envelope: Envelope) -> Envelope:
+    """Return the worker's reply; takes as long as the work does.
+
+    Raises:
+        ConnectionFailed: No worker can be started, or it died over this.
+    """
+    with reach_worker(home) as connection:
+        write_frame(connection, envelope.pack())
+        reply = read_frame(reader(connection), lambda: NO_LIMIT)
+    if reply is None:
+        raise ConnectionFailed(f"the worker gave no answer; see {home / LOG}")
+    return Envelope.unpack(reply)
+
+
+def reach_worker(home: Path) -> socket.socket:
+    """Return a connection to the worker of a client's home; start one if there is none."""
+    process, end = None, time.monotonic() + START
+    while time.monotonic() < end:
+        try:
+            return connect(home / SOCKET)
+        except ConnectionFailed:
+            if process is not None and process.poll():
+                break
+            if holder(home / LOCK) is None and (process is None or process.poll() is not None):
+                process = start_worker(home)
+            time.sleep(0.1)
+    raise ConnectionFailed(f"the worker cannot be started; see {home / LOG}")
+
+
+def start_worker(home: Path) -> subprocess.Popen[bytes]:
+    """Start a worker that ends with this process."""
+    with (home / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedloom.deployment.worker_process", str(home)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**surroundings(), "PYTHONUNBUFFERED": "1", **of_this_process()},
+        )

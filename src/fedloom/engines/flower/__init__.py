@@ -1,0 +1,1 @@
+"""Exchanges between machines, carried by Flower."""

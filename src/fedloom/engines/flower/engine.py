@@ -1,0 +1,489 @@
+"""The deployed engine: requests and replies as messages of Flower, between machines.
+
+Of Flower it uses messages and the list of nodes (``transport.py``), nothing else. Each message is one
+opaque array (the encoded payload, bf16 and all) beside a signed header (``wire/envelope.py``). The first
+message to a client brings it all it must know of the run, and, where streams are allowed, the place where
+it may open one; a client with an open stream is asked over that, any other by a message of Flower.
+
+An answer that is wrong is an offence (``federation/offences.py``) where its sender is proven, so that
+nobody can put a client in quarantine by sending in its name:
+
+- Over a stream: its client proved its key before the stream was passed on to here. (Without TLS, who
+  controls the network in between may change what travels, as it may also cut the client off.)
+- By a message of Flower: where each node has proven a client's key (``Post.proven``, with TLS). A
+  signature that does not fit proves nothing, and one that fits proves who made a reply, not who sends it
+  now: an old one can be replayed by whoever has seen it. Once a reply is signed for this very question,
+  what is wrong with its content is its client's.
+- An answer that came in two parts, before and after its client came back, may be of two processes of an
+  honest client: the first ended in the middle of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from fedloom.accounting.costs import BEGIN, REFERENCE, Cost
+from fedloom.accounting.ledger import Ledger
+from fedloom.engines.flower.run_clients import Roster
+from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
+from fedloom.engines.flower.transport import SMALL, Post
+from fedloom.errors import MessageError, OutputError, RoundFailed
+from fedloom.federation.engine import Briefing
+from fedloom.federation.offences import OffenceObserver
+from fedloom.federation.participants import FederationSettings
+from fedloom.federation.presence import Membership
+from fedloom.federation.records import Absence, Participant
+from fedloom.security.audit_log import Limited, unheard
+from fedloom.wire.envelope import LACKS_START, Envelope, RequestHeader, WorkDone, seal
+from fedloom.wire.messages import Answer, Exchange, Payload, encode
+from fedloom.wire.schema import Schema
+
+POLL = 0.1
+"""Seconds between looks for replies."""
+
+LOOK = 1.0
+"""Seconds between looks for clients, while a run waits for them."""
+
+NOTICE = 30.0
+"""Seconds after which it is said who is waited for, and again each time."""
+
+BROKEN = "its connection broke, and it has not come back"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question under way: to whom, its payload's bytes, and how streams know it if it went over one."""
+
+    client: int
+    header: RequestHeader
+    sent: int
+    question: int | None
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of a question: an envelope, what is wrong with what came, or why nothing did.
+
+    Attributes:
+        content: See above.
+        proven: Whether it is proven that the client sent it.
+    """
+
+    content: Envelope | MessageError | str
+    proven: bool
+
+
+@dataclass
+class FlowerEngine:
+    """Carries exchanges to clients on other machines.
+
+    Attributes:
+        post: How they are reached.
+        federation: How many there should be, how long they have.
+        roster: Who is there.
+        watch: Told of offences and quarantine as they come.
+        attend: Told, whenever that changes, of each client whether it is there and why not.
+        late: Replies that came after their round had gone on without them.
+    """
+
+    name: ClassVar[str] = "flower"
+    post: Post
+    federation: FederationSettings
+    roster: Roster
+    watch: OffenceObserver = field(default_factory=OffenceObserver)
+    attend: Callable[[list[dict[str, object]]], object] = lambda attendance: None
+    late: int = 0
+    _attendance: list[dict[str, object]] = field(default_factory=list)
+    _joining: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
+    _messages: dict[str, int] = field(default_factory=dict)
+    _forgotten: set[str] = field(default_factory=set)
+    _number: int = 0
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _undone: dict[int, list[list[int]]] = field(default_factory=dict)
+    _briefing: Briefing | None = None
+    _streams: Streams | None = None
+    _start: tuple[Schema, bytes] | None = None
+    _ledger: Ledger = field(default_factory=Ledger)
+    _noted: Limited = field(default_factory=lambda: Limited(unheard))
+
+    @property
+    def briefing(self) -> Briefing:
+        """What clients are told of the run, from :meth:`begin` on."""
+        assert self._briefing is not None, "the runner begins before it asks"
+        return self._briefing
+
+    @property
+    def judged(self) -> Collection[int]:
+        """Clients that have held-out rows of their own, of those met so far."""
+        return self.roster.judged
+
+    @property
+    def participants(self) -> Sequence[Participant]:
+        """The members that the run expects, in the order of their clients' numbers."""
+        return self.roster.participants
+
+    def held_out(self) -> dict[int, int]:
+        """Return the rows that each client which was met is judged by."""
+        return {client: own.held_out for client, own in sorted(self.roster.joined.items())}
+
+    def title(self, client: int) -> str:
+        """Return what a client is called in messages."""
+        return self.roster.title(client)
+
+    def begin(self, briefing: Briefing, ledger: Ledger) -> None:
+        """Meet the clients; wait until all are ready, or patience is over and those required are."""
+        self._briefing, self._ledger = briefing, ledger
+        self.roster.model, self.roster.audit = briefing.model, briefing.audit
+        self.roster.report, self._noted = briefing.report, Limited(briefing.audit)
+        if briefing.start is not None:
+            schema = Schema.of(briefing.start)
+            self._start = schema, encode(Payload(briefing.start), schema)
+        for client, stretch, number in briefing.undone:
+            self._undone.setdefault(client, []).append([stretch, number])
+        if self.post.open_streams is not None and self.federation.streams:
+            self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
+            self._streams.client_of = self.roster.client_of
+            self._streams.report = briefing.report
+            self._streams.returned = self._note_return
+        everybody = set(range(len(self.participants))) - self.roster.withdrawn()
+        needed = min(self.federation.required, len(everybody))
+        self._wait_for(everybody, len(everybody), needed, "federation.require")
+
+    def _note_return(self, client: int, held: int) -> None:
+        """Note that a client came back; a stream's thread must not end for a full disk."""
+        with contextlib.suppress(OutputError):
+            self._noted("returned", source=client, client=client, held=held)
+
+    def sizes(self) -> dict[int, int]:
+        """Return the training rows of each client that is there now; waits for a quorum of them."""
+        self._meet()
+        there = self._there()
+        if len(there) < self._quorum:
+            expected = set(range(len(self.participants))) - set(self.roster.newcomers)
+            expected -= self.roster.withdrawn()
+            self._wait_for(expected, self._quorum, self._quorum, "federation.quorum")
+            there = self._there()
+        return {client: self.roster.joined[client].rows for client in there}
+
+    def membership(self) -> Membership:
+        """Return the clients that the run expects, who is let in no longer, and rows of those met."""
+        enrolled = set(range(len(self.participants))) - set(self.roster.newcomers)
+        rows = {c: own.rows for c, own in self.roster.joined.items() if c in enrolled}
+        left = frozenset(self.roster.not_let_in() & enrolled)
+        return Membership(tuple(sorted(enrolled)), left, rows)
+
+    def absent(self) -> dict[int, Absence]:
+        """Return the clients that the run expects and that cannot be asked, and why."""
+        return self.roster.absent(self._streaming())
+
+    def exchange(self, exchange: Exchange) -> Iterator[Answer]:
+        """Carry out one action on every client asked, all at once."""
+        facts = {
+            "round": exchange.round,
+            "action": exchange.action,
+            "request": exchange.request_schema.to_table(),
+            "reply": exchange.reply_schema.to_table(),
+        }
+        waiting: dict[int, _Asked] = {}
+        self._numbers = {}
+        for client, data in exchange.requests.items():
+            own = {**facts, "payload": exchange.digests[client]}
+            header = self._header("exchange", client).model_copy(update=own)
+            self._numbers[client] = header.number
+            asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
+            if asked is None:
+                yield Answer(client, error="it is not there")
+            else:
+                waiting[client] = asked
+        self.post.budget.limit = exchange.reply_schema.max_bytes + SMALL
+        start, deadline = time.monotonic(), self.federation.deadline
+        notice = _Notice(self.briefing.warn)
+        while waiting:
+            for client, found in self._arrivals(waiting):
+                yield self._answer(waiting.pop(client), exchange, found)
+            notice.look(partial(self._asked_for, exchange.round, waiting))
+            if time.monotonic() - start > deadline:
+                for asked in waiting.values():
+                    self._give_up(asked)
+                    error = f"no answer within {deadline:g} seconds"
+                    yield Answer(asked.client, error=error)
+                return
+
+    def _asked_for(self, round: int, waiting: Mapping[int, _Asked]) -> str:
+        """Return whose answers a round waits for."""
+        now, streaming = time.monotonic(), self._streaming()
+        who = []
+        for client, asked in sorted(waiting.items()):
+            how = "its connection stands" if client in streaming else "its connection is gone"
+            if asked.question is None:
+                how = "by a message"
+            who.append(f"{self.title(client)}, asked {now - asked.since:.0f} s ago, {how}")
+        return f"round {round} waits for {'; '.join(who)}" if who else ""
+
+    def undo(self, clients: Collection[int]) -> None:
+        """Tell these clients with the next message that what they kept over the last does not count."""
+        stretch = len(self.briefing.began)
+        for client, number in self._numbers.items():
+            if client in clients:
+                self._undone.setdefault(client, []).append([stretch, number])
+                self.briefing.audit("undone", client=client, stretch=stretch, message_number=number)
+            else:
+                self._undone.pop(client, None)  # it was told, and has answered
+
+    def finish_round(self) -> None:
+        """Do nothing: clients know by the next round's messages that this one is over."""
+
+    def end(self, keep: Payload | None) -> None:
+        """Tell clients that the run is over, and wait a while for those that write models."""
+        schema = Schema.of(keep.tensors) if keep is not None else None
+        data = encode(keep, schema) if keep is not None and schema is not None else b""
+        facts = {"request": schema.to_table()} if schema is not None else {}
+        waiting = {}
+        for client in self._there():
+            header = self._header("end", client).model_copy(update=facts)
+            asked = self._ask(client, header, data, SMALL)
+            if asked is not None:
+                waiting[client] = asked
+        end = time.monotonic() + min(self.federation.deadline, self.federation.patience)
+        while waiting and time.monotonic() < end:
+            for client, _ in self._arrivals(waiting):
+                del waiting[client]
+
+    def close(self) -> None:
+        """Close all streams."""
+        if self._streams is not None:
+            self._streams.close()
+
+    def _ask(self, client: int, header: RequestHeader, data: bytes, limit: int) -> _Asked | None:
+        """Send over the client's stream if it has one, or as a message; ``None`` if there is no way."""
+        question = None
+        if self._streams is not None and client in self._streams:
+            message = seal(header, data).parts()
+            question = self._streams.send(client, Question(message, partial(_rest, header), limit))
+        if question is None:
+            if client not in self.roster.nodes:
+                return None
+            self._messages[self._push(self.roster.nodes[client], header, data)] = client
+        return _Asked(client, header, len(data), question)
+
+    def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
+        """Send a message that says all a client must know; return its id."""
+        told = {
+            "experiment": self.briefing.experiment,
+            "classes": list(self.briefing.classes),
+            "streams": self._streams is not None,
+        }
+        return self.post.push(node, header.model_copy(update=told), payload)
+
+    def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
+        """Yield what has come since the last look from those waited for, once for each."""
+        yield from self._streamed(waiting)
+        for id, found in self.post.pull([*self._messages, *self._joining]):
+            if id in self._joining:
+                node, asked = self._joining.pop(id)
+                if self._start is not None and self._lacks_start(found, asked):
+                    self._send_start(node, asked.client, *self._start)
+                    continue
+                self.roster.welcome(node, found, asked)
+                if node in self.roster.nodes.values():  # and however often it was asked
+                    self._joining = {i: own for i, own in self._joining.items() if own[0] != node}
+            elif id in self._messages:
+                yield self._messages.pop(id), _Found(found, self.post.proven)
+
+    def _lacks_start(self, found: Envelope | MessageError | str, asked: RequestHeader) -> bool:
+        """Return whether a client says that it must be sent what the run starts from; once a question."""
+        if asked.request is not None or not isinstance(found, Envelope):
+            return False
+        try:
+            return self.roster.trusted(found, asked).error == LACKS_START
+        except MessageError:
+            return False  # whoever takes clients in says what is wrong with it
+
+    def _send_start(self, node: int, client: int, schema: Schema, data: bytes) -> None:
+        """Ask a client again whether it is ready, with what the run starts from."""
+        told = {"request": schema.to_table()}
+        header = self._header("join", client).model_copy(update=told)
+        self._joining[self._push(node, header, data)] = node, header
+        self._ledger.costs.append(Cost(0, client, BEGIN, bytes_down=len(data), exchanges=1))
+
+    def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
+        """Yield what came over streams; wait a moment if there is nothing."""
+        streams = self._streams
+        if streams is None:
+            time.sleep(POLL)
+            return
+        for arrival in streams.take(POLL):
+            asked = waiting.get(arrival.client)
+            if arrival.message is None and arrival.client not in streams:
+                self.roster.lost(arrival.client, BROKEN)  # its machine may be gone
+            if asked is not None and asked.question == arrival.question is not None:
+                yield arrival.client, _Found(_unpacked(arrival), not arrival.resumed)
+            elif isinstance(arrival.message, Path):  # it is waited for no longer
+                arrival.message.unlink(missing_ok=True)
+
+    def _answer(self, asked: _Asked, exchange: Exchange, found: _Found) -> Answer:
+        client, content = asked.client, found.content
+        cost = Cost(exchange.round, client, exchange.action, bytes_down=asked.sent, exchanges=1)
+        self._ledger.costs.append(cost)
+        if isinstance(content, str):
+            return Answer(client, error=content)
+        try:
+            if isinstance(content, MessageError):
+                raise content
+            stream = None if asked.question is None else client
+            reply = self.roster.trusted(content, asked.header, stream)
+        except MessageError as error:
+            return Answer(
+                client,
+                error=f"its answer cannot be trusted: {error}",
+                offence=error.kind if found.proven else None,
+            )
+        self._count(reply.work, asked, exchange)
+        if reply.error is not None:
+            if reply.error == LACKS_START:  # its copy is lost: it is asked again, and sent another
+                self.roster.lost(client, LACKS_START)
+            return Answer(client, error=reply.error)
+        cost.bytes_up = len(content.payload)
+        return Answer(client, content.payload, digest=reply.payload)
+
+    def _count(self, work: Iterable[WorkDone], asked: _Asked, exchange: Exchange) -> None:
+        """Note what a client says that it has done.
+
+        Of the phases only those that an exchange has; and no more seconds in all than have passed here
+        since it was asked.
+        """
+        left = time.monotonic() - asked.since
+        for done in work:
+            if done.phase in (exchange.action, REFERENCE):
+                cost = Cost(exchange.round, asked.client, **done.model_dump())
+                cost.seconds = min(cost.seconds, left)
+                left -= cost.seconds
+                self._ledger.costs.append(cost)
+
+    def _give_up(self, asked: _Asked) -> None:
+        """Wait for an answer no longer: what still comes of it is dropped."""
+        self.roster.lost(
+            asked.client, f"gave no answer within {self.federation.deadline:g} seconds"
+        )
+        if asked.question is not None and self._streams is not None:
+            self._streams.drop(asked.client)
+        late = {id for id, client in self._messages.items() if client == asked.client}
+        self._messages = {id: c for id, c in self._messages.items() if id not in late}
+        self._forgotten |= late
+
+    def _header(self, kind: Literal["join", "exchange", "end"], client: int) -> RequestHeader:
+        self._number += 1
+        return RequestHeader(
+            kind=kind,
+            run=self.briefing.run,
+            began=list(self.briefing.began),
+            client=client,
+            number=self._number,
+            undone=self._undone.get(client, []),
+        )
+
+    def _meet(self) -> None:
+        """Ask clients that have not said whether they are ready, and hear those that have."""
+        for node, client in self.roster.unknown(self.post.online()).items():
+            header = self._header("join", client)
+            self._joining[self._push(node, header, b"")] = node, header
+            self.roster.asked(node, client)
+        if self._joining:
+            for _ in self._arrivals({}):
+                pass
+        if self._forgotten and (late := self.post.come(self._forgotten)):
+            self._forgotten -= late
+            self.late += len(late)
+            self._noted("late", replies=self.late)
+
+    def _there(self) -> list[int]:
+        """Return the members that are ready and can be reached."""
+        for client in self.roster.revoked():
+            if self._streams is not None:
+                self._streams.drop(client)
+        attendance = self.roster.attendance(self._streaming())
+        if attendance != self._attendance:
+            self._attendance = attendance
+            self.attend(attendance)
+        return self.roster.there(self._streaming())
+
+    def _streaming(self) -> Container[int]:
+        return () if self._streams is None else self._streams
+
+    @property
+    def _quorum(self) -> int:
+        quorum = math.ceil(self.federation.quorum * self.federation.cohort_size)
+        return max(1, min(quorum, self.federation.required))
+
+    def _wait_for(self, clients: Collection[int], wanted: int, needed: int, setting: str) -> None:
+        """Wait until so many of these clients are ready, as long as patience lasts.
+
+        Args:
+            clients: Who counts; newcomers may be among them.
+            wanted: How many end the wait.
+            needed: How many are enough once patience is over.
+            setting: What says so.
+
+        Raises:
+            RoundFailed: There are fewer; each that is missing is named, with the reason.
+        """
+        roster, patience = self.roster, self.federation.patience
+        start = time.monotonic()
+        notice = _Notice(self.briefing.warn)
+        while True:
+            self._meet()
+            self._there()
+            missing = {c: own for c, own in self.absent().items() if c in clients}
+            ready = len(clients) - len(missing)
+            if ready >= wanted:
+                return
+            who = "; ".join(f"{roster.title(c)}: {own.reason}" for c, own in missing.items())
+            notice.look(partial("waiting for {}".format, who))
+            if time.monotonic() > start + patience:
+                break
+            time.sleep(LOOK)
+        if ready < needed:
+            raise RoundFailed(
+                f"{ready} of {len(clients)} clients were ready within federation.patience = "
+                f"{patience:g} seconds, {setting} asks for {needed}. Missing: {who}"
+            )
+
+
+class _Notice:
+    """Says now and then who is waited for."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn, self._next = warn, time.monotonic() + NOTICE
+
+    def look(self, text: Callable[[], str]) -> None:
+        """Say it, if the last time is some while ago."""
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + NOTICE
+            if said := text():
+                self._warn(said)
+
+
+def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:
+    """Return the message that asks for an answer from so many bytes on."""
+    return seal(header.model_copy(update={"held": held, "payload": ""})).parts()
+
+
+def _unpacked(arrival: Arrival) -> Envelope | MessageError | str:
+    if arrival.fault is not None:
+        return arrival.fault
+    if arrival.message is None:
+        return "its stream broke, and it did not come back in time"
+    if not (content := taken(arrival.message)):  # what a client sends that could not make an answer
+        return "it could not answer; its log says why"
+    try:
+        return Envelope.unpack(content)
+    except MessageError as error:
+        return error

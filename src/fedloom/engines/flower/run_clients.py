@@ -1,0 +1,308 @@
+"""Who takes part in a run between machines: whom it expects, who is ready, where, and why others are not.
+
+A run expects members of the federation; a client's number in the run is a place among them. What a node
+sends is proven to be a member's where the node has proven the member's key before anything of it is
+passed on (:attr:`Roster.proven`): without that, a third party may send anything in a member's name, and
+replay what the member once signed. So what is wrong with a reply to the question who a node is, is an
+offence of the member that owns the node where that is proven, and nobody's otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from fedloom.errors import MessageError
+from fedloom.federation.offences import WHY, Report, one_line
+from fedloom.federation.records import Absence, Participant
+from fedloom.security.audit_log import Limited, Record, unheard
+from fedloom.security.client_registry import CachedMembers, Members
+from fedloom.security.keys import is_signed
+from fedloom.wire.envelope import (
+    MAX_REPLY_HEADER,
+    PROTOCOL,
+    Envelope,
+    Joined,
+    ReplyHeader,
+    RequestHeader,
+)
+
+AGAIN = 30.0
+"""Seconds until a client that could not join is asked again."""
+
+SILENT = 15.0
+"""Seconds until a node that does not say who it is is asked again, and from then on every :data:`AGAIN`.
+The question or its answer may have been lost with the client's process; who follows is the same node."""
+
+
+UNSEEN = (
+    "not connected since this run began: its machine, its network or `fedloom client join` is down"
+)
+GONE = "not connected: its machine, its network or `fedloom client join` is down"
+ASKED = "connected, and has not said yet whether it can take part"
+REVOKED = "let in no longer: `fedloom members list`"
+WITHDRAWN = "withdrawn: it takes part in no run any more"
+NOT_LET_IN = REVOKED, WITHDRAWN
+
+
+@dataclass
+class Roster:
+    """The clients of a run.
+
+    Attributes:
+        members: Returns who is let in, as of now.
+        participants: The members that the run expects; a client's number is a place here.
+        newcomers: Clients that are there and take no part yet: only who names them reaches them.
+        owners: Returns the number of the member that each of Flower's nodes belongs to.
+        proven: Whether a node has proven its member's key.
+        model: SHA-256 of the backbone and tokenizer that all must have.
+        audit: Told who joins and who is refused.
+        report: Told of what clients get wrong.
+        joined: What each client said of itself when it was ready.
+        nodes: Where a client can be reached by a message, while it can.
+    """
+
+    members: Callable[[], Members]
+    participants: Sequence[Participant]
+    newcomers: Collection[int] = ()
+    owners: Callable[[], Mapping[int, int]] = dict
+    proven: bool = False
+    model: str = ""
+    audit: Record = unheard
+    report: Report = lambda client, kind, reason: None
+    joined: dict[int, Joined] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=dict)
+    _absences: dict[int, Absence] = field(default_factory=dict)
+    _waits: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Have a slip in the list of members end no run."""
+        self.members = CachedMembers(
+            self.members, lambda reason: self.audit("unread_members", reason=reason)
+        )
+        self._noted = Limited(lambda event, **facts: self.audit(event, **facts))
+        self._clients = {own.number: client for client, own in enumerate(self.participants)}
+        now = time.time()
+        self._absences = {client: Absence(now, UNSEEN) for client in range(len(self.participants))}
+
+    @property
+    def judged(self) -> Collection[int]:
+        """Clients that have held-out rows of their own, of those met by the time it is looked at."""
+        return _Judged(self.joined, self.newcomers)
+
+    def title(self, client: int) -> str:
+        """Return what a client is called in messages."""
+        return f"{self.participants[client].name} (client {client})"
+
+    def client_of(self, number: int) -> int | None:
+        """Return the client that a member is in this run, if the run expects it."""
+        return self._clients.get(number)
+
+    def unknown(self, online: Collection[int]) -> dict[int, int]:
+        """Return the nodes, of those online, to be asked whether they are ready, and whose they are.
+
+        Those that went are forgotten.
+        """
+        self.nodes = {client: node for client, node in self.nodes.items() if node in online}
+        self._waits = {node: own for node, own in self._waits.items() if node in online}
+        now, ready = time.monotonic(), set(self.nodes.values())
+        found, here = {}, set()
+        for node, number in self.owners().items():
+            client = self._clients.get(number)
+            if client is None or node not in online:
+                continue
+            here.add(client)
+            if node not in ready and now >= self._waits.get(node, 0.0):
+                found[node] = client
+        for client, absence in self._absences.items():
+            if client not in here and absence.reason not in (UNSEEN, GONE, *NOT_LET_IN):
+                self._absent(client, GONE)
+        return dict(sorted(found.items()))
+
+    def asked(self, node: int, client: int) -> None:
+        """Note that a client has been asked whether it is ready, and has a while to say so."""
+        self._wait(node, AGAIN if node in self._waits else SILENT)
+        if client in self._absences and self._absences[client].reason in (UNSEEN, GONE):
+            self._absent(client, ASKED)
+
+    def _wait(self, node: int, seconds: float) -> None:
+        self._waits[node] = time.monotonic() + seconds
+
+    def lost(self, client: int, reason: str) -> None:
+        """Note that a client may be gone, and why: it must say again that it is there."""
+        self.nodes.pop(client, None)
+        self._absent(client, reason)
+
+    def there(self, streaming: Container[int]) -> list[int]:
+        """Return the clients that are ready and can be reached: by a message, or over an open stream."""
+        ready = self.joined.keys() - set(self.newcomers)
+        return sorted(client for client in ready if self._is_reached(client, streaming))
+
+    def absent(self, streaming: Container[int] = ()) -> dict[int, Absence]:
+        """Return the clients that cannot be asked, newcomers among them, and why."""
+        found = {}
+        for client in range(len(self.participants)):
+            if client in self.joined and self._is_reached(client, streaming):
+                self._absences.pop(client, None)
+            else:
+                found[client] = self._absences.setdefault(client, Absence(time.time(), GONE))
+        return found
+
+    def attendance(self, streaming: Container[int] = ()) -> list[dict[str, object]]:
+        """Return each client with its member, and since when and why it is missing, if it is."""
+        absent = self.absent(streaming)
+        return [
+            {
+                "client": client,
+                "number": own.number,
+                "name": own.name,
+                "since": absent[client].since if client in absent else None,
+                "reason": absent[client].reason if client in absent else "",
+            }
+            for client, own in enumerate(self.participants)
+        ]
+
+    def withdrawn(self) -> set[int]:
+        """Return the clients whose members were withdrawn: a run goes on without them on purpose."""
+        members, found = self.members(), set()
+        for client, own in enumerate(self.participants):
+            member = members.numbered(own.number)
+            if member is not None and member.state == "withdrawn":
+                found.add(client)
+        return found
+
+    def not_let_in(self) -> set[int]:
+        """Return the clients whose members are let in no longer, withdrawn ones among them."""
+        members = self.members()
+        return {
+            client
+            for client, own in enumerate(self.participants)
+            if not members.lets_in(own.number)
+        }
+
+    def _is_reached(self, client: int, streaming: Container[int]) -> bool:
+        return client in self.nodes or client in streaming
+
+    def _absent(self, client: int, reason: str) -> None:
+        since = self._absences[client].since if client in self._absences else time.time()
+        self._absences[client] = Absence(since, reason)
+
+    def revoked(self) -> list[int]:
+        """Forget the clients whose members are let in no longer; return them."""
+        members, gone = self.members(), []
+        for client, own in enumerate(self.participants):
+            if members.lets_in(own.number):
+                if client in self._absences and self._absences[client].reason in NOT_LET_IN:
+                    self._absent(client, GONE)
+                continue
+            if self.joined.pop(client, None) is not None:
+                gone.append(client)
+                self.audit("revoked", client=client)
+            member = members.numbered(own.number)
+            taken_back = member is not None and member.state == "withdrawn"
+            self.lost(client, WITHDRAWN if taken_back else REVOKED)
+        return gone
+
+    def welcome(
+        self, node: int, found: Envelope | MessageError | str, asked: RequestHeader
+    ) -> None:
+        """Take a client in that says it is ready, or note why not.
+
+        Args:
+            node: Where it is.
+            found: What it replied, what is wrong with that, or why it did not.
+            asked: The question.
+        """
+        client = asked.client
+        assert client is not None, "a question is to a client"
+        try:
+            if isinstance(found, MessageError):
+                raise found
+            reply = self.trusted(found, asked) if isinstance(found, Envelope) else None
+        except MessageError as error:
+            self._refuse(node, client, str(error))
+            if self.proven:
+                self.report(client, error.kind, f"its answer to who it is: {error}")
+            return
+        problem = str(found) if reply is None else self._problem(reply)
+        if reply is None or reply.joined is None or problem is not None:
+            self._refuse(node, client, problem or "it does not say what it has")
+            return
+        self.joined[client], self.nodes[client] = reply.joined, node
+        self._absences.pop(client, None)
+        self._waits.pop(node, None)
+        facts = {"rows": reply.joined.rows, "model": reply.joined.model}
+        self._noted("joined", source=client, client=client, node=node, **facts)
+
+    def _refuse(self, node: int, client: int, reason: str) -> None:
+        self._absent(client, one_line(reason, WHY))
+        said = self._absences[client].reason
+        self._noted("refused_join", source=node, client=client, node=node, reason=said)
+        self._wait(node, AGAIN)
+
+    def trusted(
+        self, envelope: Envelope, asked: RequestHeader, stream: int | None = None
+    ) -> ReplyHeader:
+        """Return the header of a reply to what was asked, from who it says.
+
+        Args:
+            envelope: The reply.
+            asked: The question.
+            stream: The client over whose stream it came; that was made sure of when it was opened.
+
+        Raises:
+            MessageError: It is no reply, not to this, or not signed by the client it names.
+        """
+        reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
+        if stream != reply.client:
+            key = None
+            if reply.client < len(self.participants):
+                key = self.members().key(self.participants[reply.client].number)
+            if key is None or not is_signed(key, envelope.header, envelope.signature):
+                raise MessageError(
+                    f"it is not signed with the key of client {reply.client}", "forged"
+                )
+        expected = (asked.run, len(asked.began), asked.round, asked.number)
+        found = (reply.run, reply.began, reply.round, reply.number)
+        if found != expected or asked.client not in (None, reply.client):
+            raise MessageError(
+                f"it is of client {reply.client}, round {reply.round}, message {reply.number} of run "
+                f"{reply.run[:8]}, asked was client {asked.client}, round {asked.round}, message "
+                f"{asked.number} of run {asked.run[:8]}",
+                "replayed",
+            )
+        return reply
+
+    def _problem(self, reply: ReplyHeader) -> str | None:
+        """Return why a client cannot take part in this run, if so; it has not offended thereby."""
+        if reply.error is not None or reply.joined is None:
+            return reply.error or "it does not say what it has"
+        if reply.joined.protocol != PROTOCOL:
+            return (
+                f"it has fedloom {reply.joined.version} (protocol {reply.joined.protocol}), the server "
+                f"{version('fedloom')} (protocol {PROTOCOL}): upgrade the older one"
+            )
+        if reply.joined.model != self.model:
+            return (
+                f"its model or tokenizer is another one: SHA-256 {reply.joined.model[:12]}, the "
+                f"server's is {self.model[:12]}"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class _Judged(Collection[int]):
+    joined: Mapping[int, Joined]
+    newcomers: Collection[int]
+
+    def __contains__(self, client: object) -> bool:
+        return client in set(self)
+
+    def __iter__(self) -> Iterator[int]:
+        own = (client for client, said in self.joined.items() if said.held_out)
+        return (client for client in own if client not in self.newcomers)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

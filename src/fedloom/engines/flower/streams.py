@@ -1,0 +1,367 @@
+"""Open streams to clients: the server's end, inside the process that plays the rounds.
+
+Who may come in is decided at the gateway (``deployment/gateway.py``), which passes the bytes of a stream
+to a socket of this process and says whose they are. A client whose stream breaks may come back within
+some seconds: what has arrived of a large answer is kept, and it sends the rest. If it does not, it is
+lost for the exchange that was under way, and nothing more: the next message goes another way.
+
+What comes over a stream is proven to be its client's: it proved its key before the stream was passed on.
+So what is too long, or comes where nothing was asked, is an offence of that client; but not what comes
+over a stream that another of the same client has taken the place of, or that was given up here, as an
+honest client may have been about to answer then. The same socket takes reports of what a client does
+wrong at the gateway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from fedloom.errors import MessageError
+from fedloom.federation.offences import KINDS, Report, one_line
+from fedloom.wire.framing import (
+    LENGTH,
+    OVER,
+    Read,
+    listen,
+    read_frame,
+    read_length,
+    reader,
+    serve_each,
+    stop_listening,
+    write_frame,
+)
+
+LOG = logging.getLogger(__name__)
+
+LARGE = 1 << 22
+"""Bytes above which a message waits on disk, so that any number of clients may send at once."""
+
+PART = 1 << 20
+"""Bytes of a large message that are written at a time."""
+
+RETURNS = 8
+"""Times that a client may come back over one question: one that only ever breaks its stream is lost."""
+
+GREETING = 1 << 12
+"""Bytes of the longest first message, which says whose stream it is, or what a client got wrong."""
+
+SUPERSEDED = 5.0
+"""Seconds in which a stream that another takes the place of must have written down what came over it."""
+
+
+def taken(message: bytes | Path) -> bytes:
+    """Return what came over a stream; a file of it is gone then."""
+    if isinstance(message, bytes):
+        return message
+    content = message.read_bytes()
+    message.unlink()
+    return content
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a client is asked.
+
+    Attributes:
+        message: In parts.
+        rest: Returns the message that asks for the rest of an answer of which so many bytes are here.
+        limit: Bytes that the answer may have.
+    """
+
+    message: tuple[bytes, ...]
+    rest: Callable[[int], tuple[bytes, ...]]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The answer to a question: a message, the file of a large one, or ``None`` where there is none.
+
+    Attributes:
+        client: Who was asked.
+        question: Which one it answers; ``None`` where a stream broke over none.
+        message: See above.
+        resumed: Whether it came in two parts, over streams before and after the client came back. A
+            client whose process was started anew in between sends something else from there on, and has
+            not offended thereby.
+        fault: What is wrong with what came in its place, if something came.
+    """
+
+    client: int
+    question: int | None = None
+    message: bytes | Path | None = None
+    resumed: bool = False
+    fault: MessageError | None = None
+
+
+@dataclass
+class _Asked:
+    """A question under way: how much of its answer is here, and since when its stream is broken."""
+
+    number: int
+    question: Question
+    held: int = 0
+    broken: float | None = None
+    returns: int = 0
+    resumed: bool = False
+
+
+@dataclass
+class _Stream:
+    connection: socket.socket
+    outgoing: queue.Queue[tuple[bytes, ...] | None] = field(
+        default_factory=lambda: queue.Queue(maxsize=2)
+    )
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class Streams:
+    """Streams by client; what comes over them is in :attr:`arrived`, and :meth:`take` takes it.
+
+    Attributes:
+        arrived: Answers, and what there will be none to.
+        returned: Told of a client that came back, and how many bytes of its answer are here.
+        report: Told of what clients get wrong where nothing was asked, or before a stream was theirs.
+        client_of: Returns the client that the member of a number is in this run, if it is one.
+    """
+
+    def __init__(self, path: Path, patience: float = 0.0) -> None:
+        """Listen at ``path``; who was asked something may come back within ``patience`` seconds."""
+        self.arrived: queue.Queue[Arrival] = queue.Queue()
+        self.returned: Callable[[int, int], object] = lambda client, held: None
+        self.report: Report = lambda client, kind, reason: None
+        self.client_of: Callable[[int], int | None] = lambda number: number
+        self._patience = patience
+        self._streams: dict[int, _Stream] = {}
+        self._asked: dict[int, _Asked] = {}
+        self._untaken: dict[Path, int] = {}  # large answers that have arrived, and whose they are
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._listening, self._path = listen(path), path
+        for leftover in path.parent.glob(f"{path.name}-*"):  # of a process that was killed
+            leftover.unlink()
+        serve_each(self._listening, self._serve)
+
+    def __contains__(self, client: object) -> bool:
+        """Return whether there is a stream to a client."""
+        return client in self._streams
+
+    def send(self, client: int, question: Question) -> int | None:
+        """Ask a client something.
+
+        Returns:
+            What its answer will be known by, or ``None`` where the client has no stream.
+        """
+        asked = _Asked(next(self._numbers), question)
+        with self._lock:
+            stream = self._streams.get(client)
+            if stream is None:
+                return None
+            self._asked[client] = asked
+        if self._put(stream, question.message):
+            return asked.number
+        self.drop(client)  # it takes nothing any more
+        return None
+
+    def take(self, timeout: float) -> Iterator[Arrival]:
+        """Yield what has arrived; wait so many seconds for the first."""
+        now = time.monotonic()
+        with self._lock:
+            for client, asked in list(self._asked.items()):
+                if asked.broken is not None and now - asked.broken >= self._patience:
+                    self._fail(client)
+        with contextlib.suppress(queue.Empty):
+            yield self._handed(self.arrived.get(timeout=timeout))
+            while True:
+                yield self._handed(self.arrived.get_nowait())
+
+    def drop(self, client: int) -> None:
+        """Close a client's stream, if it has one; an answer of it is neither waited for nor kept."""
+        with self._lock:
+            given_up = [path for path, owner in self._untaken.items() if owner == client]
+            if (asked := self._asked.pop(client, None)) is not None:
+                given_up.append(self._file(client, asked))
+            for path in given_up:
+                self._untaken.pop(path, None)
+                path.unlink(missing_ok=True)
+            stream = self._streams.pop(client, None)
+        if stream is not None:
+            with contextlib.suppress(OSError):  # it is not to come back by itself
+                stream.connection.send(LENGTH.pack(OVER), socket.MSG_DONTWAIT)
+            self._end(stream)
+
+    def close(self) -> None:
+        """Close all streams and listen no longer; of answers that were not taken nothing is left."""
+        stop_listening(self._listening, self._path)
+        with self._lock:
+            clients = self._streams.keys() | self._asked.keys() | set(self._untaken.values())
+        for client in clients:
+            self.drop(client)
+
+    def _serve(self, connection: socket.socket) -> None:
+        read, stream = reader(connection), _Stream(connection)
+        try:
+            greeting = json.loads(read_frame(read, lambda: GREETING) or b"{}")
+            client = self.client_of(int(greeting["client"]))
+            kind, reason = greeting.get("offence"), str(greeting.get("reason", ""))
+        except (MessageError, ValueError, KeyError, TypeError, AttributeError):
+            connection.close()
+            return
+        if client is None:  # the run does not expect this member
+            connection.close()
+            return
+        if kind is not None:
+            if kind in KINDS:
+                self.report(client, kind, one_line(reason))
+            connection.close()  # it has been taken
+            return
+        self._welcome(client, stream)
+        threading.Thread(target=self._write, args=(stream,), daemon=True).start()
+        hopeless, fault = False, None
+        try:
+            while self._received(read, client, stream):
+                pass
+        except MessageError as error:
+            hopeless, fault = True, error
+        except OSError as error:  # more than the disk can hold
+            LOG.warning("client %d: its answer cannot be kept: %s", client, error)
+            hopeless = True
+        stream.over.set()
+        self._broke(client, stream, hopeless=hopeless, fault=fault)
+
+    def _welcome(self, client: int, stream: _Stream) -> None:
+        """Let a stream take the place of the one before; what was asked is asked over it again."""
+        with self._lock:
+            before, asked = self._streams.get(client), self._asked.get(client)
+            self._streams[client] = stream
+        if before is not None:
+            self._end(before)
+            if not before.over.wait(SUPERSEDED):  # it is writing what came, and nobody else may
+                self._end(stream)
+                return
+        with self._lock:
+            superseded = self._streams.get(client) is not stream
+            if asked is None or superseded or self._asked.get(client) is not asked:
+                return
+            asked.broken, asked.returns = None, asked.returns + 1
+            asked.resumed = asked.resumed or asked.held > 0
+            if asked.returns > RETURNS:
+                self._fail(client)
+                return
+        self.returned(client, asked.held)
+        self._put(stream, asked.question.rest(asked.held) if asked.held else asked.question.message)
+
+    def _received(self, read: Read, client: int, stream: _Stream) -> bool:
+        """Take the next message, a large one into a file as it comes; return whether there was one.
+
+        Raises:
+            MessageError: It is longer than it may be, or nothing was asked.
+            OSError: It cannot be kept.
+        """
+        length = read_length(read)
+        with self._lock:
+            asked = self._asked.get(client)
+            if length is None or self._streams.get(client) is not stream:
+                return False
+            if asked is None:
+                raise MessageError(
+                    f"a message of {length} bytes where nothing was asked", "replayed"
+                )
+            if length > (room := asked.question.limit - asked.held):
+                raise MessageError(f"a message of {length} bytes, {room} are allowed", "oversized")
+        message: bytes | Path | None
+        if length <= LARGE and not asked.held:
+            message = read(length)
+        else:
+            message = self._written(read, length, client, asked)
+        with self._lock:
+            if message is None or self._asked.get(client) is not asked:
+                return False
+            del self._asked[client]
+            if isinstance(message, Path):
+                self._untaken[message] = client
+            self.arrived.put(Arrival(client, asked.number, message, asked.resumed))
+        return True
+
+    def _written(self, read: Read, length: int, client: int, asked: _Asked) -> Path | None:
+        """Return the file to which so many bytes were added as they came, or ``None`` if they did not."""
+        with self._lock:  # once its question is given up, no file of it comes to be
+            if self._asked.get(client) is not asked:
+                return None
+            file: BinaryIO = self._file(client, asked).open("ab" if asked.held else "wb")
+        with file:
+            for start in range(0, length, PART):
+                part = read(min(PART, length - start))
+                if part is None:
+                    return None
+                asked.held += file.write(part)
+        return self._file(client, asked)
+
+    def _handed(self, arrival: Arrival) -> Arrival:
+        """Return an arrival, whose file is from now on the business of who takes it."""
+        if isinstance(arrival.message, Path):
+            with self._lock:
+                self._untaken.pop(arrival.message, None)
+        return arrival
+
+    def _put(self, stream: _Stream, message: tuple[bytes, ...]) -> bool:
+        with contextlib.suppress(queue.Full):
+            stream.outgoing.put(message, timeout=1.0)
+            return True
+        return False
+
+    def _write(self, stream: _Stream) -> None:
+        while (message := stream.outgoing.get()) is not None:
+            try:
+                write_frame(stream.connection, *message)
+            except OSError:
+                self._end(stream)  # who reads it sees that it is broken
+                return
+
+    def _broke(
+        self, client: int, stream: _Stream, *, hopeless: bool, fault: MessageError | None
+    ) -> None:
+        """Count the seconds from now on in which a client may come back, if it was asked something."""
+        self._end(stream)
+        with self._lock:
+            if self._streams.get(client) is not stream:
+                return
+            del self._streams[client]
+            asked = self._asked.get(client)
+            if asked is None:
+                self.arrived.put(Arrival(client))
+            elif hopeless or not self._patience:
+                self._fail(client, fault)
+            else:
+                asked.broken = time.monotonic()
+        if asked is None and fault is not None:
+            self.report(client, fault.kind, str(fault))
+
+    def _fail(self, client: int, fault: MessageError | None = None) -> None:
+        """Wait for the answer of a client no longer; the lock is held."""
+        asked = self._asked.pop(client)
+        self._file(client, asked).unlink(missing_ok=True)
+        self.arrived.put(Arrival(client, asked.number, resumed=asked.resumed, fault=fault))
+
+    def _file(self, client: int, asked: _Asked) -> Path:
+        """Return where a large answer of a client to a question waits."""
+        return self._path.with_name(f"{self._path.name}-{client:06d}-{asked.number:09d}")
+
+    @staticmethod
+    def _end(stream: _Stream) -> None:
+        with contextlib.suppress(OSError):
+            stream.connection.shutdown(socket.SHUT_RDWR)
+        stream.connection.close()
+        with contextlib.suppress(queue.Full):
+            stream.outgoing.put_nowait(None)

@@ -1,0 +1,117 @@
+"""How messages travel on Flower: all that is used of it, messages and the list of nodes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flwr.app import Message
+from google.protobuf.message import DecodeError
+
+from fedloom.engines.flower.inflation import ByteBudget
+from fedloom.engines.flower.records import from_records, to_records
+from fedloom.engines.flower.streams import Streams
+from fedloom.errors import ConnectionFailed, MessageError
+from fedloom.wire.envelope import MAX_REPLY_HEADER, PREFIX, Envelope, RequestHeader, printable, seal
+
+UNREADABLE = (DecodeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+"""What Flower raises over a reply that is none; a link that is down is something else."""
+
+
+SMALL = PREFIX.size + MAX_REPLY_HEADER
+"""Bytes that a reply without a payload may have."""
+
+
+class Mail(Protocol):
+    """What is used of a Flower grid."""
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Return the nodes there are, each with ``node_id`` and ``status``."""
+        ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there by now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Post:
+    """What the server needs to reach clients.
+
+    Attributes:
+        mail: Flower's messages.
+        sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
+        certificate: That certificate in PEM.
+        open_streams: Opens the place where streams of a run's clients come in, who may come back within
+            so many seconds; ``None`` for no streams.
+        proven: Whether each node has proven a client's key, so that what it sends is that client's.
+    """
+
+    mail: Mail
+    sign: Callable[[bytes], bytes] | None = None
+    certificate: str | None = None
+    open_streams: Callable[[str, float], Streams] | None = None
+    proven: bool = False
+    budget: ByteBudget = field(default_factory=lambda: ByteBudget(SMALL))
+
+    def online(self) -> set[int]:
+        """Return the nodes that can be reached."""
+        return {node.node_id for node in self.mail.get_nodes() if node.status == "online"}
+
+    def push(self, node: int, header: RequestHeader, payload: bytes) -> str:
+        """Sign and send a message; return its id."""
+        sealed = seal(
+            header.model_copy(update={"certificate": self.certificate}), payload, self.sign
+        )
+        message = Message(to_records(sealed), dst_node_id=node, message_type="query")
+        (id,) = self.mail.push_messages([message])
+        return id
+
+    def come(self, ids: Iterable[str]) -> set[str]:
+        """Return which of these have been replied to, where the replies are of no use any more."""
+        self.budget.begin()
+        with contextlib.suppress(*UNREADABLE, MessageError, ConnectionFailed):
+            return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
+        return set()
+
+    def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | MessageError | str]]:
+        """Yield the replies that have come, with the id of what each answers.
+
+        In place of one that holds no envelope there is an error, and in place of one that Flower cannot
+        read or that says that the client failed, a text: Flower does not tell a transfer that broke from
+        a reply that never was one.
+
+        Each is asked for by itself: Flower deletes what it hands out, and one that it cannot read would
+        take with it those it has read before.
+        """
+        for id in ids:
+            self.budget.begin()
+            try:
+                found = list(self.mail.pull_messages([id]))
+            except MessageError as error:
+                yield id, error
+                continue
+            except ConnectionFailed as error:
+                yield id, str(error)
+                continue
+            except UNREADABLE as error:
+                yield id, printable(f"its answer cannot be read: {type(error).__name__}: {error}")
+                continue
+            for message in found:
+                if message.metadata.reply_to_message_id == id:  # and not what somebody slipped in
+                    yield id, _read(message)
+
+
+def _read(message: Message) -> Envelope | MessageError | str:
+    if message.has_error():
+        return printable(message.error.reason or "it failed")
+    try:
+        return from_records(message.content)
+    except MessageError as error:
+        return error

@@ -1,0 +1,264 @@
+"""The simulation engine: all clients in this process, over as few frozen backbones as their kinds.
+
+Requests and replies are encoded and decoded exactly as they would be between machines, so the
+ledger's bytes are those that would travel and no client sees another one's tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedloom.accounting.costs import REFERENCE, Cost
+from fedloom.accounting.ledger import Ledger
+from fedloom.data.client_rows import TokenShare
+from fedloom.data.public import PublicRows
+from fedloom.errors import FedloomError, MessageError
+from fedloom.federation.presence import Membership
+from fedloom.federation.protocol import EVALUATE
+from fedloom.federation.records import Absence
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.models.adapters import AdapterModel
+from fedloom.models.allowance import Allowance
+from fedloom.objectives.base import Objective
+from fedloom.storage.client_store import ClientStore
+from fedloom.tensors import Tensors
+from fedloom.training.layout import budget_of, scoring_budget
+from fedloom.training.memory import fitting, largest_pass
+from fedloom.training.reference_cache import ReferenceCache
+from fedloom.training.references import add_reference_logps
+from fedloom.training.settings import TrainingSettings
+from fedloom.wire.messages import Answer, Exchange, Payload, decode, encode
+
+LOG = logging.getLogger(__name__)
+
+
+def named(error: Exception) -> str:
+    """Return what is said of something that broke on a client."""
+    if isinstance(error, FedloomError):
+        return str(error)
+    LOG.debug("a client failed", exc_info=error)
+    return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What a client computes with; clients of one kind share it and write their adapters in turn.
+
+    Attributes:
+        model: The backbone, or the part of it that clients have, with the adapter.
+        initial: The adapter as it was initialised.
+        max_length: Tokens a training sequence has at most.
+        width: Classes, or tokens of the vocabulary.
+        public: The public rows under this model's tokenizer.
+        reference: What the reference model has for an adapter, where it is not the base model.
+        own_start: Whether ``initial`` is this client's own model, of an earlier run.
+    """
+
+    model: AdapterModel
+    initial: Tensors
+    max_length: int
+    width: int
+    public: PublicRows | None = None
+    reference: Tensors | None = None
+    own_start: bool = False
+
+
+@dataclass
+class SimulationEngine:
+    """Runs handlers for one client after the other.
+
+    Attributes:
+        equipment: What each client computes with.
+        shares: Training rows of each client; reference log-probs are added at first contact.
+        handlers: Client side of every action.
+        objective: What clients minimise.
+        training: How.
+        seed: The experiment's seed.
+        participations: Rounds that a client takes part in on average.
+        rounds: Rounds of the run.
+        store: What clients keep between rounds.
+        ledger: Where costs go.
+        newcomers: Clients that are there and no members yet: only who names them reaches them.
+        noise_seed: What noise that hides rows is drawn from, if not from the seed.
+        tell: What the server is told of an error.
+        allowance: What each request may compute.
+        references: Where log-probs under reference models are kept.
+    """
+
+    equipment: Mapping[int, Equipment]
+    shares: dict[int, TokenShare]
+    handlers: Mapping[str, Handler]
+    objective: Objective
+    training: TrainingSettings
+    seed: int
+    participations: float
+    rounds: int
+    store: ClientStore
+    ledger: Ledger
+    newcomers: frozenset[int] = frozenset()
+    noise_seed: int | None = None
+    tell: Callable[[Exception], str] = named
+    allowance: Allowance = field(default_factory=Allowance)
+    references: ReferenceCache | None = None
+    _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _round: int = -1
+    _fits: dict[int, int] = field(default_factory=dict)
+    """What fits into a client's memory at a time, in tokens or examples, where it has been asked."""
+
+    def sizes(self) -> dict[int, int]:
+        """Return the number of training rows of each client."""
+        return {
+            client: len(share)
+            for client, share in sorted(self.shares.items())
+            if client not in self.newcomers
+        }
+
+    def membership(self) -> Membership:
+        """Return all clients but newcomers: in one process nobody leaves."""
+        rows = self.sizes()
+        return Membership(tuple(rows), rows=rows)
+
+    def absent(self) -> dict[int, Absence]:
+        """Return nobody: all clients are in this process."""
+        return {}
+
+    def title(self, client: int) -> str:
+        """Return what a client is called in messages."""
+        return f"client {client}"
+
+    def exchange(self, exchange: Exchange) -> Iterator[Answer]:
+        """Carry out one action on every client asked, one after the other."""
+        if exchange.round != self._round:
+            self._sessions, self._round = {}, exchange.round
+        self.store.mark()
+        for client, data in exchange.requests.items():
+            yield self._answer(exchange, client, data)
+
+    def rows(self, client: int) -> int:
+        """Return the training rows of a client, a newcomer too."""
+        return len(self.shares[client])
+
+    def under_way(self, client: int, round: int) -> bool:
+        """Return whether a client has begun something in this round that takes several exchanges."""
+        return round == self._round and bool(self._sessions.get(client))
+
+    def restart(self, store: ClientStore) -> None:
+        """Go on with what clients kept at some other time, as if no round were under way."""
+        self.store, self._round = store, -1
+
+    def undo(self, clients: Collection[int]) -> None:
+        """Forget what these clients have put aside over the last exchange."""
+        for client in clients:
+            self.store.undo(client)
+
+    def finish_round(self) -> None:
+        """Let what clients have put aside in this round count."""
+        self.store.finish_round()
+
+    def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
+        try:
+            if exchange.action not in self.handlers:
+                raise MessageError(f"there is no action {exchange.action[:40]!r}")
+            self.allowance.begin(going_on=self.under_way(client, exchange.round))
+            self.equipment[client].model.allowance = self.allowance
+            if exchange.action != EVALUATE:
+                self.add_reference(exchange.round, client)
+            return Answer(client, self._handle(exchange, client, data))
+        except Exception as error:  # whatever breaks on a client is that client's affair
+            return Answer(client, error=self.tell(error))
+
+    def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
+        """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
+        with self.ledger.measure(exchange.round, number, exchange.action) as cost:
+            cost.bytes_down, cost.exchanges = len(data), 1
+            payload = decode(data, exchange.request_schema)
+            client, reply = self._worked(exchange, number, payload, cost)
+            encoded = encode(reply, exchange.reply_schema)
+            cost.bytes_up = len(encoded)
+        self.store.put(number, client.kept)
+        return encoded
+
+    def _worked(
+        self, exchange: Exchange, number: int, payload: Payload, cost: Cost
+    ) -> tuple[Client, Payload]:
+        """Carry out an action; where memory does not suffice, with smaller passes from then on."""
+
+        def work(size: int) -> tuple[Client, Payload]:
+            self._fits[number] = size
+            client = self.client(number, exchange.round)
+            before = client.model.flops
+            try:
+                return client, self.handlers[exchange.action](client, payload)
+            except Exception:
+                if not under_way:  # nothing of a failed attempt is left
+                    self._sessions.pop(number)
+                raise
+            finally:
+                cost.flops += client.model.flops - before
+                _count_training(cost, client)
+
+        under_way = self.under_way(number, exchange.round)
+        budget = budget_of(self.training, self.equipment[number].model)
+        whole, measure = largest_pass(budget, self.shares[number])
+        size = self._fits.get(number, whole)
+        return work(size) if under_way else fitting(work, size, f"client {number}", measure)
+
+    def client(self, number: int, round: int) -> Client:
+        """Return what a handler sees on a client."""
+        own = self.equipment[number]
+        training = self.training
+        if number in self._fits:
+            budget = budget_of(training, own.model)
+            whole, measure = largest_pass(budget, self.shares[number])
+            if (size := self._fits[number]) < whole:
+                changed = {"accumulation": None, measure.setting: size}
+                training = training.model_copy(update=changed)
+        return Client(
+            id=number,
+            round=round,
+            model=own.model,
+            initial=own.initial,
+            share=self.shares[number],
+            objective=self.objective,
+            training=training,
+            seed=self.seed,
+            noise_seed=self.seed if self.noise_seed is None else self.noise_seed,
+            participations=self.participations,
+            rounds=self.rounds,
+            kept=self.store.slots(number),
+            max_length=own.max_length,
+            width=own.width,
+            public=own.public,
+            own_start=own.own_start,
+            session=self._sessions.setdefault(number, {}),
+        )
+
+    def add_reference(self, round: int, client: int) -> None:
+        """Score a client's rows under the reference model when it first takes part."""
+        share = self.shares[client]
+        if not self.objective.needs_reference or share.reference_logps is not None:
+            return
+        with self.ledger.measure(round, client, REFERENCE) as cost:
+            own = self.equipment[client]
+            model, before = own.model, own.model.flops
+            budget = scoring_budget(self.training, model)
+            whole, measure = largest_pass(budget, share)
+            self.shares[client] = fitting(
+                lambda size: add_reference_logps(
+                    model, share, budget.of_size(size), own.reference, self.references
+                ),
+                whole,
+                f"client {client}, the reference model",
+                measure,
+            )
+            cost.flops = model.flops - before
+            cost.tokens, cost.examples = len(share.tokens.tokens), len(share)
+
+
+def _count_training(cost: Cost, client: Client) -> None:
+    if client.last is not None:
+        cost.tokens, cost.examples = client.last.tokens, client.last.examples
+        cost.steps, cost.targets = client.last.steps, client.last.targets

@@ -1,0 +1,436 @@
+"""An experiment: one section of settings for each part, checked together.
+
+Each part owns its section; here they meet. Nothing is loaded and nothing runs in this file
+(``runs/assembly.py`` builds the parts, ``runs/run.py`` runs them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fedloom.aggregation.rules import AggregationSettings
+from fedloom.data.partition import PartitionSettings
+from fedloom.data.public import PublicSettings
+from fedloom.data.sources import DataSettings
+from fedloom.errors import SettingsError
+from fedloom.evaluation.held_out import EvaluationSettings
+from fedloom.federation.admission import AdmissionSettings
+from fedloom.federation.participants import ClientsSettings, FederationSettings
+from fedloom.methods import DEFAULT, METHODS
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.models.adapters import AdapterSettings
+from fedloom.models.load import ModelSettings
+from fedloom.objectives import OBJECTIVES
+from fedloom.objectives.dpo import DPOSettings
+from fedloom.settings.plugins import Choices
+from fedloom.settings.schema import NamedSettings, Settings, Table, nearest, parse
+from fedloom.settings.toml import is_text, override, read_toml, require_section, write_toml
+from fedloom.training.settings import TrainingSettings
+
+COMPARE = "compare"
+"""Section that makes an experiment file a comparison (``runs/comparison.py``)."""
+
+Importable = Callable[[str, str], bool]
+"""Whether the class that a section names may be imported."""
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class OutputSettings(Settings):
+    """``[output]``: what a run leaves behind."""
+
+    folder: str | None = None
+    """The run folder (default: runs/NAME, with a number added while that exists)."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Rounds between checkpoints; the last two are kept."""
+    trackers: list[Tracker] = []
+    """Also send figures to "tensorboard" (files in the run folder), "wandb" or "mlflow"."""
+    verify: bool = True
+    """Whether what was saved is loaded afresh at the end, by transformers and PEFT, and compared with the
+    model that was trained; a difference is an error. At clients too."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained, on what, by whom and how often; every section has usable defaults.
+
+    Attributes:
+        name: Names the run folder; the TOML file's name without its ending.
+        objective: Settings of one of ``fedloom.objectives.OBJECTIVES``.
+        method: Settings of one of ``fedloom.methods.METHODS``.
+    """
+
+    name: str = "experiment"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    public: PublicSettings = field(default_factory=PublicSettings)
+    clients: ClientsSettings = field(default_factory=ClientsSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    objective: NamedSettings = field(default_factory=DPOSettings)
+    method: NamedSettings = field(default_factory=METHODS[DEFAULT][0])
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    @classmethod
+    def from_toml(
+        cls, path: str | Path, assignments: Iterable[str] = (), name: str | None = None
+    ) -> Experiment:
+        """Read an experiment file and apply ``section.key=value`` assignments.
+
+        Args:
+            path: The file.
+            assignments: As after ``--set``.
+            name: Names the run (default: the file's name without its ending).
+
+        Raises:
+            SettingsError: With every mistake found in the file.
+        """
+        path = Path(path)
+        table = read_toml(path)
+        require_section(table, str(path))
+        table = override(table, assignments)
+        return cls.from_table(table, name=name or path.stem, source=str(path))
+
+    @classmethod
+    def from_table(
+        cls,
+        table: Mapping[str, Any],
+        name: str = "experiment",
+        source: str = "the experiment",
+        importable: Importable = lambda section, name: True,
+    ) -> Experiment:
+        """Check a table of sections; see :meth:`from_toml`.
+
+        Args:
+            table: Section to its settings.
+            name: Names the run, where the table does not.
+            source: Where it comes from, for messages.
+            importable: Says of a section and a name in it that is not fedloom's whether its class may be
+                imported; a table from another machine must not decide that.
+
+        Raises:
+            SettingsError: With every mistake found.
+        """
+        table = dict(table)
+        problems: list[str] = []
+        name = str(table.pop("name", name))
+        if not is_text(name):  # of a file whose name is no UTF-8
+            problems.append(f"the name {name!r} cannot be written; rename the file, or set name")
+            name = "experiment"
+        if COMPARE in table:
+            del table[COMPARE]
+            problems.append(f"[{COMPARE}]: this is a comparison; run it with fedloom compare")
+        for section in sorted(table.keys() - SECTIONS.keys()):
+            problems.append(f"[{section}]: unknown section; {nearest(section, SECTIONS)}")
+        parts: dict[str, Any] = {}
+        for section in SECTIONS:
+            settings, complaints = _parse_section(section, table.get(section, {}), importable)
+            problems += complaints
+            if settings is not None:
+                parts[section] = settings
+        problems += _contradictions(parts)
+        if problems:
+            raise SettingsError(problems, source)
+        return cls(name=name, **parts)
+
+    def __post_init__(self) -> None:
+        """Refuse sections that contradict each other, however the experiment was made.
+
+        Raises:
+            SettingsError: With every contradiction.
+        """
+        problems = _contradictions({f.name: getattr(self, f.name) for f in fields(self)})
+        if problems:
+            raise SettingsError(problems)
+
+    def to_table(self, *, defaults: bool = True) -> Table:
+        """Return every setting, or those that are not at their default and what sections are named."""
+        table: Table = {"name": self.name}
+        for section in SECTIONS:
+            own = getattr(self, section)
+            table[section] = own.model_dump(exclude_defaults=not defaults)
+            if hasattr(own, "name"):
+                table[section]["name"] = own.name
+        return table
+
+    def to_toml(self, *, defaults: bool = True) -> str:
+        """Return the resolved experiment as TOML, with or without what is at its default."""
+        return write_toml(self.to_table(defaults=defaults))
+
+    @property
+    def kind(self) -> str:
+        """Kind of example the data holds."""
+        return data_kind(self.data)
+
+    @property
+    def reference(self) -> Literal["start", "base"]:
+        """Which model is the reference: as set, or what the run starts from, or the base model."""
+        chosen = getattr(self.objective, "reference", None)
+        return chosen or ("base" if self.adapter.start is None else "start")
+
+    @property
+    def judges_clients(self) -> bool:
+        """Whether clients are judged by rows of their own, for which they need the whole model."""
+        return self.evaluation.per_client and METHODS[self.method.name][1].whole_at_clients
+
+
+SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "data": DataSettings,
+    "public": PublicSettings,
+    "clients": ClientsSettings,
+    "partition": PartitionSettings,
+    "objective": OBJECTIVES,
+    "method": METHODS,
+    "federation": FederationSettings,
+    "aggregation": AggregationSettings,
+    "admission": AdmissionSettings,
+    "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
+    "output": OutputSettings,
+}
+"""Section to its settings, or to a choice of settings by name."""
+
+DEFAULT_NAMES = {"objective": "dpo", "method": DEFAULT}
+
+
+def keys_of(section: str, table: Mapping[str, Any]) -> Iterable[str]:
+    """Return the keys that a section may have, as a table names the objective or the method."""
+    choice = SECTIONS[section]
+    if isinstance(choice, type):
+        return choice.model_fields
+    own = table.get(section, {})
+    name = str(own.get("name")) if isinstance(own, Mapping) else ""
+    settings_class: type[Settings] = choice[name if name in choice else DEFAULT_NAMES[section]][0]
+    return settings_class.model_fields
+
+
+def data_kind(settings: DataSettings) -> str:
+    """Return the kind of example a source holds: as set, or as built in."""
+    return settings.kind or settings.builtin_kind or ""
+
+
+def _parse_section(
+    section: str, table: object, importable: Importable
+) -> tuple[Settings | None, list[str]]:
+    choice = SECTIONS[section]
+    if isinstance(choice, type):
+        return parse(choice, table, section)
+    if not isinstance(table, Mapping):
+        return None, [f"[{section}] must be a section, not {table!r}"]
+    name = table.get("name", DEFAULT_NAMES[section])
+    if name not in choice:
+        return None, [f"{section}.name = {name!r}: {nearest(str(name), choice.names)}"]
+    if choice.is_foreign(name) and not importable(section, name):
+        return None, [
+            f"{section}.name = {name!r} is a class that is not fedloom's own: nothing is imported that "
+            f"policy.{section}s of this client's file does not name"
+        ]
+    try:
+        settings_class: type[Settings] = choice[name][0]
+    except SettingsError as error:
+        return None, [f"{section}.name = {name!r}: {text}" for text in error.problems]
+    foreign = _foreign(section, choice, name, table)
+    own = {key: value for key, value in table.items() if key not in foreign}
+    settings, problems = parse(settings_class, own, section)
+    return (None if foreign else settings), [*foreign.values(), *problems]
+
+
+def _foreign(
+    section: str, choice: Mapping[str, Any], name: str, table: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return, for each key that another choice owns and this one does not, what to say about it."""
+    found = {}
+    for key in table.keys() - choice[name][0].model_fields.keys():
+        owners = [other for other, (settings, _) in choice.items() if key in settings.model_fields]
+        if owners:
+            found[key] = (
+                f"{section}.{key} is a setting of {' and '.join(owners)}; {section}.name is {name!r}"
+            )
+    return dict(sorted(found.items()))
+
+
+def _contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what cannot both be meant, among the sections that are sound by themselves."""
+    found: list[str] = []
+    if "training" in parts:
+        found += parts["training"].contradictions()
+    if "admission" in parts:
+        found += parts["admission"].contradictions()
+    if "federation" in parts:
+        federation: FederationSettings = parts["federation"]
+        if federation.cohort_size > federation.clients:
+            found.append(
+                f"federation.clients_per_round = {federation.clients_per_round} is above "
+                f"federation.clients = {federation.clients}"
+            )
+        found += federation.contradictions()
+        if "aggregation" in parts:
+            found += parts["aggregation"].contradictions(federation.cohort_size)
+        if "partition" in parts:
+            found += parts["partition"].contradictions(federation.clients)
+        if "clients" in parts:
+            found += parts["clients"].contradictions(federation.clients)
+    if "evaluation" in parts and "data" in parts:
+        found += _judging_contradictions(parts["evaluation"], parts["data"])
+    for section in ("adapter", "public"):
+        if section in parts:
+            found += parts[section].contradictions()
+    if "adapter" in parts and "model" in parts:
+        found += _quantization_contradictions(parts["adapter"].kind, parts["model"].quantization)
+    if "method" in parts:
+        found += METHODS[parts["method"].name][1].check(_view(parts))
+    if "adapter" in parts:
+        found += _start_contradictions(parts)
+    if "clients" in parts and parts["clients"].newcomers:
+        found += _newcomer_contradictions(parts)
+    if "data" in parts:
+        found += parts["data"].contradictions()
+    if parts.keys() >= {"data", "partition", "federation"}:
+        found += _files_contradictions(parts)
+    if "data" in parts and parts["data"].is_private:
+        found += _private_contradictions(parts)
+    if "data" in parts and "objective" in parts:
+        found += _kind_contradictions(parts["data"], parts["objective"])
+        found += _feedback_contradictions(parts)
+    return found
+
+
+def _start_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what cannot start from an adapter that exists, or needs one."""
+    adapter: AdapterSettings = parts["adapter"]
+    if adapter.start is None:
+        if getattr(parts.get("objective"), "reference", None) == "start":
+            return [
+                'objective.reference = "start" is the model that adapter.start gives: set that too'
+            ]
+        return []
+    found = []
+    if adapter.kind == "submixture":
+        found.append(
+            'adapter.start: adapter.kind = "submixture" trains the model\'s own experts; give a trained '
+            "model as model.path"
+        )
+    return found
+
+
+def _quantization_contradictions(adapter: str, quantization: str) -> list[str]:
+    """Return what cannot be trained on a backbone in 8 or 4 bits: its own weights."""
+    if quantization == "none" or adapter not in ("full", "submixture"):
+        return []
+    return [
+        f"adapter.kind = {adapter!r} trains weights of the backbone itself, which model.quantization = "
+        f'{quantization!r} keeps in few bits: use adapter.kind = "lora", or leave model.quantization out'
+    ]
+
+
+def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what needs rows that the coordinator does not have."""
+    found = []
+    if "partition" in parts and parts["partition"].feedback == "spread":
+        found.append('partition.feedback = "spread" deals rows anew; data.source = "clients"')
+    return found
+
+
+def _files_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what does not go with a file for each client."""
+    data, federation, found = parts["data"], parts["federation"], []
+    if parts["partition"].kind != "files":
+        return []
+    what = 'partition.kind = "files"'
+    if data.is_builtin or data.is_private or data.domains:
+        return [f"{what} needs data.source = [...], a file for each client"]
+    if len(data.sources) != federation.clients:
+        found.append(
+            f"{what}: data.source names {len(data.sources)} files, federation.clients is "
+            f"{federation.clients}"
+        )
+    if data.test_source is None:
+        found.append(f"{what}: all rows are the clients'; name a held-out set, data.test_source")
+    if parts["partition"].feedback == "spread":
+        found.append(f'partition.feedback = "spread" deals rows anew; {what}')
+    return found
+
+
+def _newcomer_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return why nobody can join at the end."""
+    if "evaluation" in parts and not parts["evaluation"].per_client:
+        return ["clients.newcomers are judged by rows of their own: evaluation.per_client"]
+    return []
+
+
+def _view(parts: Mapping[str, Any]) -> ExperimentView:
+    """Return what a method sees of the sections that are sound by themselves."""
+    own = {name: part for name, part in parts.items() if name in _SEEN}
+    kinds = {name: kind for name, (_, kind) in METHODS.items()}
+    if "objective" in parts:
+        name = parts["objective"].name
+        own |= {"objective_name": name, "objective": OBJECTIVES[name][1]}
+    return ExperimentView(methods=kinds, **own)
+
+
+def view_of(experiment: Experiment) -> ExperimentView:
+    """Return what a method sees of an experiment."""
+    return _view({name: getattr(experiment, name) for name in SECTIONS})
+
+
+_SEEN = {own.name for own in fields(ExperimentView)} - {"methods", "objective", "objective_name"}
+
+
+def _judging_contradictions(evaluation: EvaluationSettings, data: DataSettings) -> list[str]:
+    if evaluation.judged_by == "loss":
+        return []
+    if data.choices:
+        return ['evaluation.judged_by = "rouge_l", but data.choices are judged by accuracy']
+    if data_kind(data) != "instruction":
+        return [f'evaluation.judged_by = "rouge_l" is for instructions, not {data_kind(data)}']
+    return []
+
+
+def _kind_contradictions(data: DataSettings, objective: NamedSettings) -> list[str]:
+    kind, needed = data_kind(data), OBJECTIVES[objective.name][1].accepts
+    if not kind or kind in needed:
+        return []
+    fitting = [name for name, (_, other) in OBJECTIVES.items() if kind in other.accepts]
+    return [
+        f"objective.name = {objective.name!r} needs {' or '.join(needed)} data and data.source = "
+        f"{data.source!r} holds {kind} data; for it use objective.name = {' or '.join(fitting)}"
+    ]
+
+
+def _feedback_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what the settings about single answers ask of an objective or of data without them."""
+    found = []
+    data: DataSettings = parts["data"]
+    single = OBJECTIVES[parts["objective"].name][1].kind == "feedback"
+    if data.incomplete_pairs == "feedback" and not single:
+        found.append(
+            'data.incomplete_pairs = "feedback" makes single answers of pairs, which '
+            f"objective.name = {parts['objective'].name!r} cannot train on"
+        )
+    if "partition" in parts and parts["partition"].feedback == "spread":
+        if not single:
+            found.append(
+                f'partition.feedback = "spread" parts the answers of a pair, and objective.name = '
+                f"{parts['objective'].name!r} needs them together; use {' or '.join(_single())}"
+            )
+        elif data_kind(data) == "feedback":
+            found.append(
+                'partition.feedback = "spread" is for pairs; the data holds single answers'
+            )
+    return found
+
+
+def _single() -> list[str]:
+    return [name for name, (_, objective) in OBJECTIVES.items() if objective.kind == "feedback"]

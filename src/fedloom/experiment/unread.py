@@ -1,0 +1,92 @@
+"""Settings that are given and that no part of an experiment reads.
+
+Where a setting is read for some values of another, or for some kinds of experiment, that stands beside
+its type (:class:`fedloom.settings.schema.Of`): here it is compared with the experiment. A setting at its
+default is never told: files that were written from a run hold them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedloom.display.untrusted_text import quoted
+from fedloom.experiment.experiment import SECTIONS, Experiment
+from fedloom.methods import METHODS, make_method
+from fedloom.objectives import make_objective
+from fedloom.settings.schema import Of, Settings
+
+
+def unread_settings(experiment: Experiment) -> dict[str, str]:
+    """Return the settings that are not at their default and do nothing, each with a sentence about it.
+
+    Args:
+        experiment: As it would be run.
+
+    Returns:
+        ``section.key`` to what a user is told.
+    """
+    known, found = _facts(experiment), {}
+    for section in SECTIONS:
+        own: Settings = getattr(experiment, section)
+        for key, field in type(own).model_fields.items():
+            value = getattr(own, key)
+            if value == field.default or (value == {} and field.default is None):
+                continue
+            for of in field.metadata:
+                if isinstance(of, Of) and known.get(of.what) not in of.values:
+                    name = f"{section}.{key}"
+                    found[name] = f"{name} = {quoted(value, 60)} does nothing: {_why(of, known)}"
+                    break
+    return found
+
+
+def unread_in_all(experiments: Iterable[Experiment]) -> list[str]:
+    """Return what is told of settings that do nothing in any of the experiments that have them.
+
+    The base of a comparison may hold what some of its arms alone read.
+    """
+    told: dict[str, str] = {}
+    read: set[str] = set()
+    for experiment in experiments:
+        unread = unread_settings(experiment)
+        told = {**unread, **told}
+        read |= _given(experiment) - unread.keys()
+    return [text for name, text in told.items() if name not in read]
+
+
+def _given(experiment: Experiment) -> set[str]:
+    """Return the settings that are not at their default."""
+    table = experiment.to_table(defaults=False)
+    return {f"{section}.{key}" for section in SECTIONS for key in table[section]}
+
+
+def _facts(experiment: Experiment) -> dict[str, object]:
+    """Return what settings depend on: all settings by name, and what follows from several of them."""
+    method, rounds = make_method(experiment.method), experiment.federation.rounds
+    objective = make_objective(experiment.objective)
+    causal = objective.head == "causal"
+    parts = method.parts
+    trainings = max(method.trainings_of(round, rounds) for round in {1, rounds})
+    settings = {
+        f"{section}.{key}": getattr(getattr(experiment, section), key)
+        for section in SECTIONS
+        for key in type(getattr(experiment, section)).model_fields
+    }
+    return settings | {
+        "head": objective.head,
+        "heads": not causal or bool(parts) or objective.needs_reward,
+        "trains again": trainings > 1 or method.repeats > 1,
+        "public rows": METHODS[experiment.method.name][1].needs_public,
+        "joins": bool(experiment.clients.newcomers),
+        "judges clients": experiment.judges_clients,
+        "generates": experiment.evaluation.judged_by == "rouge_l"
+        or (causal and experiment.evaluation.samples > 0),
+    }
+
+
+def _why(of: Of, known: dict[str, object]) -> str:
+    """Return why a setting is not read."""
+    if of.otherwise:
+        return of.otherwise
+    values = " or ".join(repr(value) for value in of.values)
+    return f"it is read where {of.what} is {values}, which is {known[of.what]!r}"

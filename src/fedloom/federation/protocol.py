@@ -1,0 +1,88 @@
+"""What the loop of rounds and a method say to each other: cohort, replies, one round."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedloom.federation.presence import Presence
+from fedloom.tensors import State
+from fedloom.wire.messages import Exchange, Reply
+from fedloom.wire.schema import LOSS, NumberSpec
+
+EVALUATE = "evaluate"
+"""The action that trains nothing."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of one round.
+
+    Attributes:
+        round: From 1.
+        clients: Sampled client ids, ascending.
+        presence: Who belongs to the federation and who is there as the round begins.
+        learning_rate: Of this round.
+        rejected: Clients left out so far, and why. A method adds those whose answers passed every check
+            and turned out to be of no use.
+        last: Whether no round follows.
+        notes: What a method has to say about the round, beside its clients' metrics; for the record.
+        details: Whatever more there is to show of it, as plain JSON.
+        warnings: What the user should know of it at once.
+        reported: Names and ranges of what its clients report of a training.
+    """
+
+    round: int
+    clients: tuple[int, ...]
+    presence: Presence
+    learning_rate: float
+    rejected: dict[int, str] = field(default_factory=dict)
+    last: bool = False
+    notes: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    reported: tuple[NumberSpec, ...] = (LOSS,)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Training rows of each client that can be asked in this round, as it registered them."""
+        return {client: self.presence.rows[client] for client in self.presence.available}
+
+    @property
+    def returned(self) -> tuple[int, ...]:
+        """Sampled clients that answered in an earlier round and not in the last that they could have.
+
+        What they keep is as old as that answer.
+        """
+        earlier = self.presence.interrupted & self.presence.answered_last.keys()
+        return tuple(client for client in self.clients if client in earlier)
+
+
+class Replies(list[Reply]):
+    """The replies to an exchange that passed every check, by client id ascending.
+
+    Attributes:
+        missing: Each other client that was asked, and why its answer does not count.
+    """
+
+    def __init__(self, replies: Iterable[Reply] = (), missing: Mapping[int, str] | None = None):
+        super().__init__(replies)
+        self.missing = dict(missing or {})
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """Clients whose answers count, ascending."""
+        return tuple(reply.client for reply in self)
+
+
+Round = Generator[Exchange, Replies, State]
+"""Server side of one round."""
+
+
+class Method(Protocol):
+    """What the loop of rounds calls of a method: all else of it is known in ``methods/`` alone."""
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Play one round: yield exchanges, receive replies, return the next state."""
+        ...

@@ -1,0 +1,115 @@
+"""What is known about a round, and who is told of it.
+
+Nothing heavy is imported here, so a process that only watches is a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedloom.accounting.costs import Cost
+from fedloom.federation.offences import Offence
+from fedloom.federation.presence import NOBODY_YET, Presence
+from fedloom.statistics.intervals import Sample
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out metrics of one state: on the global set, and on each client's own.
+
+    Attributes:
+        metrics: On the global set.
+        clients: On each client's own rows.
+        sample: What each row of the global set adds to the headline metric, where the server has a model.
+        kept: Whether that goes into the record, as at the start and after the last round.
+    """
+
+    metrics: Mapping[str, float]
+    clients: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    sample: Sample | None = None
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A member of a federation that a run expects.
+
+    Attributes:
+        number: The member's.
+        name: The member's.
+    """
+
+    number: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Absence:
+    """Why a client that a run expects does not take part.
+
+    Attributes:
+        since: When that began, in seconds since 1970.
+        reason: In words that both operators can act on.
+    """
+
+    since: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is known about one round.
+
+    Attributes:
+        round: From 1; 0 is the evaluation before any training.
+        clients: The cohort.
+        rejected: Clients left out of the round, and why.
+        offences: What clients got wrong in it, in an answer or otherwise; one of each client and kind.
+        paused: Clients in quarantine for earlier offences, each with the last round of that.
+        weighed: Clients that claimed more examples than one may weigh: claimed, and counted.
+        replaced: Clients of the first draw in whose place others were drawn.
+        absent: Clients that could not be drawn for it, as they were not there.
+        learning_rate: Of the round.
+        train: Mean training metrics over the clients' examples; empty for round 0.
+        client_train: The same for each client.
+        evaluation: Held-out metrics, in rounds that evaluate.
+        costs: What the round cost, by client and phase.
+        seconds: Wall-clock time of the round, evaluation included.
+        details: What else the method shows of it, as plain JSON.
+        presence: What is remembered of who was there, for the rounds to come.
+    """
+
+    round: int
+    clients: tuple[int, ...] = ()
+    rejected: Mapping[int, str] = field(default_factory=dict)
+    offences: tuple[Offence, ...] = ()
+    paused: Mapping[int, int] = field(default_factory=dict)
+    weighed: Mapping[int, tuple[float, int]] = field(default_factory=dict)
+    replaced: tuple[int, ...] = ()
+    absent: Mapping[int, Absence] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    train: Mapping[str, float] = field(default_factory=dict)
+    client_train: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    costs: tuple[Cost, ...] = ()
+    seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+    presence: Presence = NOBODY_YET
+
+
+class Observer(Protocol):
+    """Who watches a run: the terminal, an event file, a test."""
+
+    def client_done(self, round: int, client: int, done: int, of: int) -> None:
+        """Client ``client`` has answered, as number ``done`` of ``of`` in this exchange."""
+        ...
+
+    def round_done(self, record: RoundRecord) -> None:
+        """A round is over and its record is written."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """Something the user should know, which does not stop the run."""
+        ...

@@ -1,0 +1,323 @@
+"""LOOP 1: the rounds. There is no other loop of rounds.
+
+Sample a cohort, play the method's exchanges, check what comes back, evaluate, record, save. It
+knows neither the algorithm nor where clients run; evaluation and saving are passed in.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedloom.accounting.ledger import Ledger
+from fedloom.errors import OutputError, RoundFailed
+from fedloom.federation.admission import Admission
+from fedloom.federation.engine import Engine
+from fedloom.federation.participants import FederationSettings
+from fedloom.federation.presence import NOBODY_YET, Presence
+from fedloom.federation.protocol import Cohort, Method, Replies, Round
+from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
+from fedloom.randomness import generator
+from fedloom.security.audit_log import Record, unheard
+from fedloom.tensors import State
+from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
+from fedloom.wire.schema import LOSS, NumberSpec
+
+SPOOL_ABOVE = 512 << 20
+"""Bytes of an exchange's answers above which they wait on disk until all are there."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Everything the loop of rounds needs.
+
+    Attributes:
+        method: The algorithm.
+        engine: Where clients run.
+        federation: Rounds, cohort size, seed and quorum.
+        learning_rate: Round to learning rate.
+        evaluate: State and round to held-out metrics, or ``None`` in rounds that do not evaluate.
+        finish: Called with each record and the state after it: writes record and checkpoint.
+        ledger: Collects the costs of everybody's work.
+        observer: Who watches.
+        admission: What answers are let in, and who has offended so far.
+        audit: Told of every message that goes out, is let in or refused.
+        spool: Folder for answers that together are too large for memory.
+        reported: Names and ranges of what clients report of a training.
+        presence: What is remembered of who was there in the rounds before.
+    """
+
+    method: Method
+    engine: Engine
+    federation: FederationSettings
+    learning_rate: Callable[[int], float]
+    evaluate: Callable[[State, int], Evaluation | None]
+    finish: Callable[[RoundRecord, State], None]
+    ledger: Ledger
+    observer: Observer
+    admission: Admission = field(default_factory=Admission)
+    audit: Record = unheard
+    spool: Path | None = None
+    reported: tuple[NumberSpec, ...] = (LOSS,)
+    presence: Presence = NOBODY_YET
+
+    def run(self, state: State, done: int = -1) -> State:
+        """Play all rounds after round ``done`` and return the last state.
+
+        Args:
+            state: The state after round ``done``.
+            done: Last finished round; -1 evaluates the start as round 0 first.
+
+        Raises:
+            RoundFailed: Fewer clients than the quorum gave a usable answer; the state of the round
+                before has been saved.
+        """
+        if done < 0:
+            start = time.perf_counter()
+            evaluation = self.evaluate(state, 0)
+            offences = self.admission.close(0)
+            self._finish(RoundRecord(0, offences=offences, evaluation=evaluation), state, start)
+        absent: Mapping[int, Absence] = {}
+        presence = self.presence
+        for round in range(max(done, 0) + 1, self.federation.rounds + 1):
+            start = time.perf_counter()
+            paused = self.admission.paused(round)
+            presence = self._present(round, paused, presence)
+            cohort = self._cohort(round, presence)
+            self._tell_paused(round, paused)
+            absent = self._tell_absent(round, absent)
+            play = _Play(self, cohort)
+            state, cohort = play.run(state), play.cohort
+            for text in cohort.warnings:
+                self.observer.warning(text)
+            presence = presence.closed(round, play.answered - play.rejected.keys(), play.rejected)
+            evaluation = self.evaluate(state, round)
+            weighed = dict(sorted(self.admission.weighed.items()))
+            record = RoundRecord(
+                round,
+                cohort.clients,
+                dict(sorted(play.rejected.items())),
+                self.admission.close(round),
+                paused,
+                weighed,
+                play.replaced,
+                absent,
+                cohort.learning_rate,
+                _mean(play.metrics, play.examples) | cohort.notes,
+                dict(sorted(play.metrics.items())),
+                evaluation,
+                details=cohort.details,
+                presence=presence,
+            )
+            self._finish(record, state, start)
+        return state
+
+    def _finish(self, record: RoundRecord, state: State, start: float) -> None:
+        costs = tuple(self.ledger.take())
+        seconds = time.perf_counter() - start
+        record = RoundRecord(**{**record.__dict__, "costs": costs, "seconds": seconds})
+        self.finish(record, state)
+        self.observer.round_done(record)
+
+    def _tell_paused(self, round: int, paused: Mapping[int, int]) -> None:
+        """Warn of each client that is in quarantine from this round on."""
+        before = self.admission.paused(round - 1)
+        for client, until in sorted(paused.items()):
+            if before.get(client) != until:
+                self.observer.warning(
+                    f"{self.engine.title(client)} is in quarantine until round {until}: "
+                    f"offences in {self.admission.settings.offences} rounds (admission.offences)"
+                )
+        self.admission.watch.quarantined(self.admission.run or "", round, paused)
+
+    def _tell_absent(self, round: int, before: Mapping[int, Absence]) -> Mapping[int, Absence]:
+        """Return who is missing in a round; warn of each who was not, and say who is back."""
+        absent = self.engine.absent()
+        for client, own in sorted(absent.items()):
+            if client not in before or before[client].reason != own.reason:
+                self.observer.warning(
+                    f"round {round} begins without {self.engine.title(client)}: {own.reason}"
+                )
+        for client in sorted(before.keys() - absent.keys()):
+            self.observer.warning(f"{self.engine.title(client)} is back in round {round}")
+        return absent
+
+    def _present(self, round: int, paused: Mapping[int, int], before: Presence) -> Presence:
+        """Return who is there as a round begins; the engine may first wait for a quorum."""
+        reachable = self.engine.sizes()
+        return before.begun(round, self.engine.membership(), reachable, paused)
+
+    def _cohort(self, round: int, presence: Presence) -> Cohort:
+        there, paused = presence.available, presence.suspended
+        if not there:
+            raise RoundFailed(
+                f"round {round}: all clients are in quarantine for repeated offences ("
+                f"admission.offences = {self.admission.settings.offences}): {sorted(paused)}"
+            )
+        size = min(self.federation.cohort_size, len(there))
+        rng = generator(self.federation.seed, "cohort", round=round)
+        drawn = rng.choice(there, size=size, replace=False)
+        clients = tuple(sorted(int(client) for client in drawn))
+        last = round == self.federation.rounds
+        return Cohort(
+            round, clients, presence, self.learning_rate(round), last=last, reported=self.reported
+        )
+
+
+class _Play:
+    """One round: drives the method's generator and keeps what came of it."""
+
+    def __init__(self, server: Server, cohort: Cohort) -> None:
+        self.server, self.cohort = server, cohort
+        self.rejected = cohort.rejected
+        self.told: set[int] = set()
+        self.replaced: tuple[int, ...] = ()
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.examples: dict[int, float] = {}
+        self.answered: set[int] = set()
+
+    def run(self, state: State) -> State:
+        steps = self.server.method.round(state, self.cohort)
+        exchange = next(steps)
+        replies = self._replies(exchange, last=not self.server.federation.replacements)
+        if self.server.federation.replacements:
+            steps, replies = self._with_replacements(state, steps, exchange, replies)
+        while True:
+            try:
+                exchange = steps.send(replies)
+            except StopIteration as stop:
+                self._tell()
+                self._require_quorum()
+                next_state: State = stop.value
+                return next_state
+            replies = self._replies(exchange)
+
+    def _with_replacements(
+        self, state: State, steps: Round, exchange: Exchange, replies: Replies
+    ) -> tuple[Round, Replies]:
+        """Draw others for who gave no usable answer, and ask them what the round began with.
+
+        The round starts again with them in the cohort. That costs the others nothing if they are asked
+        the same, to the byte, as they have answered; if not, the round goes on without replacements.
+        """
+        federation, cohort = self.server.federation, self.cohort
+        lost = sorted(self.rejected.keys() & set(cohort.clients))
+        free = sorted(set(cohort.presence.available) - set(cohort.clients))
+        count = min(len(lost), len(free), federation.replacements)
+        if count:
+            rng = generator(federation.seed, "replacement", round=cohort.round)
+            drawn = [int(client) for client in rng.choice(free, size=count, replace=False)]
+            kept = [client for client in cohort.clients if client not in lost[:count]]
+            other = replace(
+                cohort, clients=tuple(sorted([*kept, *drawn])), notes={}, details={}, warnings=[]
+            )
+            again = self.server.method.round(state, other)
+            first = next(again)
+            new = {c: data for c, data in first.requests.items() if c not in exchange.requests}
+            if _goes_on(exchange, first, replies, new.keys() <= set(drawn)):
+                self.cohort, self.replaced = other, tuple(lost[:count])
+                if new:
+                    replies += self._replies(replace(first, requests=new), last=False)
+                steps = again
+            else:
+                again.close()
+        self._require_quorum()
+        return steps, Replies(sorted(replies, key=lambda reply: reply.client), self.rejected)
+
+    def _replies(self, exchange: Exchange, *, last: bool = True) -> Replies:
+        """Return the usable replies; unless others may yet be drawn, they must make a quorum.
+
+        Who is in quarantine is not asked, where a method asks all clients there are.
+        """
+        exchange = self.server.admission.without_paused(exchange)
+        replies, rejected = self.server.admission.accept(
+            self._arriving(exchange),
+            exchange,
+            self.cohort.presence.rows,
+            self._keeping(exchange),
+            self.server.audit,
+        )
+        self.rejected.update(rejected)
+        self.answered.update(reply.client for reply in replies)
+        self.server.engine.undo(rejected.keys())
+        self._tell()
+        if last:
+            self._require_quorum()
+        for reply in replies:
+            self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
+            if "examples" in reply.payload.numbers or reply.client not in self.examples:
+                self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
+        return Replies(replies, rejected)
+
+    def _arriving(self, exchange: Exchange) -> Iterator[Answer]:
+        """Pass answers on as they come, and show that they do."""
+        asked = len(exchange.requests)
+        for done, answer in enumerate(self.server.engine.exchange(exchange), 1):
+            self.server.observer.client_done(exchange.round, answer.client, done, asked)
+            yield answer
+
+    def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
+        """Return where payloads are kept until all are there: on disk, if they are many and large."""
+        schema, folder = exchange.reply_schema, self.server.spool
+        if folder is None or len(exchange.requests) * schema.max_bytes <= SPOOL_ABOVE:
+            return lambda client, payload: payload
+
+        def put_away(client: int, payload: Payload) -> Payload:
+            path = folder / f"{client:06d}"
+            try:
+                path.write_bytes(encode(payload, schema))
+            except OSError as error:
+                raise OutputError(f"cannot write {path}: {error.strerror}") from error
+            return replace(payload, tensors=StoredTensors(path, schema))
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return put_away
+
+    def _tell(self) -> None:
+        """Warn of each client that was left out, once."""
+        for client in sorted(self.rejected.keys() - self.told):
+            title, reason = self.server.engine.title(client), self.rejected[client]
+            self.server.observer.warning(f"round {self.cohort.round}: {title} left out: {reason}")
+        self.told |= self.rejected.keys()
+
+    def _require_quorum(self) -> None:
+        """Count who has not been left out so far, whether this exchange asked all of them or one."""
+        asked = len(self.cohort.clients)
+        usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
+        needed = max(1, math.ceil(self.server.federation.quorum * asked))
+        if usable < needed:
+            title = self.server.engine.title
+            reasons = "; ".join(f"{title(c)}: {why}" for c, why in sorted(self.rejected.items()))
+            raise RoundFailed(
+                f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
+                f"federation.quorum asks for {needed}. {reasons}"
+            )
+
+
+def _goes_on(exchange: Exchange, first: Exchange, replies: Replies, only_drawn: bool) -> bool:
+    """Return whether a round that is begun anew asks those who have answered nothing else than before.
+
+    Args:
+        exchange: What the round began with.
+        first: What it begins with now.
+        replies: Answers to the former.
+        only_drawn: Whether who is asked now and was not before has been drawn since.
+    """
+    same = all(first.requests.get(c) == exchange.requests[c] for c in replies.answered)
+    return same and only_drawn and first.action == exchange.action
+
+
+def _mean(
+    metrics: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]
+) -> dict[str, float]:
+    """Mean of each metric over the clients that sent it, weighted by their examples."""
+    names = sorted({name for values in metrics.values() for name in values})
+    means = {}
+    for name in names:
+        present = [client for client in sorted(metrics) if name in metrics[client]]
+        total = sum(weights[client] for client in present)
+        means[name] = sum(metrics[c][name] * weights[c] for c in present) / total
+    return means

@@ -1,0 +1,67 @@
+"""What methods share whose clients send back the adapter they were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from fedloom.federation.protocol import Cohort
+from fedloom.methods.contract.client import Client
+from fedloom.tensors import Tensors
+from fedloom.training.results import StepHook
+from fedloom.training.settings import ALONE, Part
+from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.schema import FINITE, NumberSpec, Schema, amount
+
+EXAMPLES = NumberSpec("examples", 1.0, 2.0**40)
+"""Training rows that a client weighs by; not more than it registered with (``admission.py``)."""
+
+TRAIN_REPLY_NUMBERS = (EXAMPLES,)
+
+LEARNING_RATE = amount("learning_rate", FINITE)
+"""Of a round, to clients."""
+
+ADAPTER = "adapter"
+"""Where the adapter is, among the parts of a state, a payload or what a client keeps."""
+
+
+def proximal_gradient(start: Tensors, strength: float) -> StepHook:
+    """Return a hook that adds mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients.
+
+    Args:
+        start: w_t, on the model's device.
+        strength: mu.
+    """
+
+    def add(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start[name], alpha=strength)
+
+    return add
+
+
+def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Payload:
+    """Start from the adapter received, train, send the adapter back: the client of FedAvg."""
+    client.model.write(payload.tensors)
+    result = client.train(payload.numbers["learning_rate"], part=part)
+    return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
+
+
+def training_exchange(
+    cohort: Cohort, adapter: Tensors, more: Mapping[NumberSpec, float] | None = None
+) -> Exchange:
+    """Ask the whole cohort to train ``adapter`` and send it back with the number of examples.
+
+    Numbers in ``more`` travel with the learning rate.
+    """
+    numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
+    return Exchange.broadcast(
+        "train",
+        cohort.round,
+        cohort.clients,
+        Payload(adapter, {spec.name: value for spec, value in numbers.items()}),
+        Schema.of(adapter, tuple(numbers)),
+        Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
+    )

@@ -1,0 +1,179 @@
+"""What no method of a kind goes with: the contradictions that follow from what its class says of itself.
+
+A method adds its own in :meth:`fedloom.methods.contract.method.Method.check`. Each function yields
+nothing where a section that it needs is not sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fedloom.methods.contract.experiment_view import ExperimentView
+
+if TYPE_CHECKING:
+    from fedloom.methods.contract.method import Method
+
+TASKS = ("sft", "classification")
+"""Objectives whose loss is a mean over positions (texts or tokens) that several parties can share."""
+
+
+def general(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    """Yield every contradiction that follows from a method's class attributes."""
+    yield from _changes(kind, view)
+    if view.objective is not None:
+        yield from _parameters(kind, view)
+        yield from _amounts(kind, view)
+    yield from _start(kind, view)
+    yield from _newcomers(kind, view)
+    yield from _rows(kind, view)
+
+
+def tasks_only(view: ExperimentView) -> Iterator[str]:
+    """Yield why a method cannot train with an objective that compares whole answers."""
+    if view.objective is not None and view.objective_name not in TASKS:
+        yield (
+            f"method.name = {view.name!r} works with objective.name = {' or '.join(TASKS)}, not with "
+            f"{view.objective_name!r}"
+        )
+
+
+def _changes(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    bounded = view.admission is not None and view.admission.max_change is not None
+    if bounded and not kind.shares_parameters:
+        yield (
+            f"admission.max_change bounds changes of parameters; those of method.name = {view.name!r} "
+            "do not travel"
+        )
+
+
+def _parameters(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    """Yield what methods that share parameters cannot do with these adapters and clients."""
+    adapter, aggregation, groups = view.adapter, view.aggregation, view.groups
+    if kind.two_factors and adapter is not None and adapter.kind != "lora":
+        yield (
+            f"method.name = {view.name!r} treats the two factors of LoRA apart: use adapter.kind = "
+            '"lora"'
+        )
+    if aggregation is not None and aggregation.rule != "mean" and not kind.averages:
+        yield (
+            f"aggregation.rule = {aggregation.rule!r}: method.name = {view.name!r} puts "
+            "updates together in a way of its own"
+        )
+    if adapter is not None and adapter.kind == "submixture" and not kind.submixtures:
+        yield (
+            "adapter.kind = 'submixture': each client keeps a model of its own, and method.name = "
+            f"{view.name!r} has one for all; use {' or '.join(view.names_of('submixtures'))}"
+        )
+    if kind.moves_backbone and view.model is not None and view.model.quantization != "none":
+        yield (
+            f"model.quantization: method.name = {view.name!r} adds to the backbone's weights, which "
+            "a quantised one cannot take up"
+        )
+    if groups and kind.mixed_ranks and adapter is not None:
+        yield from _ranks(view, adapter.rank)
+    elif groups and not kind.mixed_models:
+        yield (
+            f"clients.groups: method.name = {view.name!r} averages parameters, so all clients need the "
+            f"same model and rank; {_listed(view.names_of('mixed_ranks'))} allow different ranks, "
+            f"{_listed(view.names_of('mixed_models'))} both"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+
+
+def _ranks(view: ExperimentView, largest: int) -> Iterator[str]:
+    """Yield what clients of different ranks that share parameters cannot differ in."""
+    for group, own in view.groups.items():
+        if own.model is not None:
+            yield (
+                f"clients.groups.{group}.model: method.name = {view.name!r} allows other ranks of one "
+                "model"
+            )
+        if own.rank is not None and own.rank > largest:
+            yield (
+                f"clients.groups.{group}.rank = {own.rank} is above adapter.rank = {largest}, which the "
+                f"server's adapter has under method.name = {view.name!r}: raise adapter.rank"
+            )
+
+
+def _amounts(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    """Yield why what a client does in a round cannot be shared by the trainings of its method."""
+    training, federation, objective = view.training, view.federation, view.objective
+    if training is None or federation is None or objective is None:
+        return
+    if training.amount_per == "model":
+        return
+    method, rounds = kind(view.method), federation.rounds
+    most = max(method.trainings_of(round, rounds) for round in {1, rounds})
+    width = 2 if objective.kind == "preference" else 1
+    why = " and ".join(
+        [f"{most} trainings in a round"] * (most > 1)
+        + [f"{method.repeats} optimizer steps on each batch"] * (method.repeats > 1)
+    )
+    for amount, key, least in (
+        (training.local_steps, "optimizer steps", most * method.repeats),
+        (training.local_examples, "examples", most * method.repeats * width),
+    ):
+        if amount is not None and amount < least:
+            yield (
+                f"{key}: {amount} a client and round is too little for method.name = {view.name!r}, "
+                f"which makes {why}: give {least} at least (training.local_{key.split()[-1]}, or "
+                "compare.amount)"
+            )
+    steps, repeats = training.local_steps, method.repeats
+    if steps is not None and steps >= most * repeats and steps % repeats:
+        yield (
+            f"optimizer steps: {steps} a client and round do not part into batches for method.name = "
+            f"{view.name!r}, which makes {why}: give {steps // repeats * repeats} or "
+            f"{(steps // repeats + 1) * repeats} (training.local_steps, or compare.amount)"
+        )
+
+
+def _start(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    """Yield what cannot start from an adapter that exists."""
+    if view.adapter is None or view.adapter.start is None:
+        return
+    if kind.no_start:
+        yield f"adapter.start: method.name = {view.name!r} cannot: {kind.no_start}"
+    for name, group in view.groups.items():
+        if group.model is not None:
+            yield f"adapter.start is of one model: leave clients.groups.{name}.model out"
+        if group.rank is not None and not kind.mixed_ranks:
+            yield (
+                f"adapter.start is of one rank, which method.name = {view.name!r} does not change: "
+                f"leave clients.groups.{name}.rank out"
+            )
+
+
+def _newcomers(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    """Yield why nobody can join at the end."""
+    if view.clients is None or not view.clients.newcomers:
+        return
+    if kind.pools_data or not kind.shares_parameters:
+        yield f"clients.newcomers go with methods that share parameters; {view.name!r} does not"
+
+
+def _rows(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+    """Yield what needs rows that the coordinator does not have, or that are all the clients'."""
+    if view.data is None:
+        return
+    unnamed = kind.needs_public and view.public is not None and view.public.source is None
+    files = view.partition is not None and view.partition.kind == "files"
+    of_one = view.data.is_builtin or view.data.is_private or view.data.domains
+    if files and not of_one and view.federation is not None and unnamed:
+        yield (
+            f'method.name = {view.name!r} needs public rows, and with partition.kind = "files" all are '
+            "the clients': name public.source"
+        )
+    if not view.data.is_private:
+        return
+    if kind.pools_data:
+        yield f'method.name = "{view.name}" puts all rows together; data.source = "clients"'
+    if unnamed:
+        yield (
+            f'method.name = {view.name!r} needs public rows, and data.source = "clients" are private: '
+            "name public.source"
+        )

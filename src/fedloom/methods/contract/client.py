@@ -1,0 +1,152 @@
+"""A client as a method's handlers see it: its model, its rows, what it keeps, and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedloom.data.client_rows import TokenShare
+from fedloom.data.public import PublicRows
+from fedloom.models.adapters import AdapterModel
+from fedloom.objectives.base import Objective
+from fedloom.tensors import Tensors
+from fedloom.training.results import LocalResult, StepHook
+from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
+from fedloom.training.steps import local_loss, train_locally
+from fedloom.wire.messages import Payload
+
+OPTIMIZER = "optimizer"
+"""Where a client keeps its optimizer's tensors, if it does."""
+
+
+@dataclass
+class Client:
+    """What a handler sees on a client.
+
+    Attributes:
+        id: The client's id.
+        round: From 1; 0 for the evaluation before any training.
+        model: The backbone with the adapter; it holds another client's leftovers until written.
+        initial: The adapter as every party initialises it from the seed, or what the run starts from.
+        share: The client's training rows.
+        objective: What it minimises.
+        training: How.
+        seed: The experiment's seed.
+        noise_seed: What noise that hides the client's rows is drawn from: between machines a secret of
+            the client's, another for every message; in a simulation the experiment's seed.
+        participations: Rounds that a client takes part in on average, T |S| / N.
+        rounds: T, rounds of the run.
+        kept: What the client keeps between rounds, by slot; never in a message. What a handler
+            changes here is stored if the handler ends well, and forgotten if it fails.
+        max_length: Tokens a training sequence has at most.
+        width: Classes, or tokens of the vocabulary.
+        public: The public rows that every party has, where the experiment has some.
+        own_start: Whether ``initial`` is this client's own model, of an earlier run.
+        session: What lives from one exchange to the next and ends with the round; never saved.
+        last: What the trainings of this request did, for the ledger.
+        begun: The first of them.
+    """
+
+    id: int
+    round: int
+    model: AdapterModel
+    initial: Tensors
+    share: TokenShare
+    objective: Objective
+    training: TrainingSettings
+    seed: int
+    noise_seed: int
+    participations: float
+    rounds: int
+    kept: dict[str, Tensors]
+    max_length: int = 0
+    width: int = 0
+    public: PublicRows | None = None
+    own_start: bool = False
+    session: dict[str, Any] = field(default_factory=dict)
+    last: LocalResult | None = None
+    begun: Part | None = None
+
+    @property
+    def work(self) -> Work:
+        """How much the client does on its own rows in a round."""
+        return self.training.work(len(self.share), self.participations)
+
+    def due(self, part: Part, repeats: int = 1) -> Work:
+        """Return how much one of a round's trainings is: each the whole, or all together."""
+        if self.training.amount_per == "model":
+            return self.work
+        self.begun, done = self.begun or part, self.last
+        spent = Work()
+        if done is not None:
+            answers = done.examples * self.share.tokens.width
+            spent = Work(steps=done.steps, examples=answers, tokens=done.tokens)
+        return self.work.part(part, self.begun, spent, repeats)
+
+    def train(
+        self,
+        learning_rate: float,
+        before_step: StepHook | None = None,
+        after_step: StepHook | None = None,
+        *,
+        purpose: str = "",
+        frozen: Collection[str] = (),
+        repeats: int = 1,
+        part: Part = ALONE,
+        work: Work | None = None,
+    ) -> LocalResult:
+        """Train the adapter that the model holds on this client's rows, in place.
+
+        Args:
+            learning_rate: Of this round.
+            before_step: Called before each optimizer step; see :func:`train_locally`.
+            after_step: Called after each optimizer step.
+            purpose: Tells several trainings in one round apart.
+            frozen: Names of the tensors that stay as they are.
+            repeats: Optimizer steps on each batch.
+            part: Which of the round's trainings it is.
+            work: How much (default: what is due of a round's).
+        """
+        slot = f"{OPTIMIZER} {purpose}".strip()
+        with self.model.frozen(frozen):
+            result = train_locally(
+                self.model,
+                self.share,
+                self.objective,
+                self.training,
+                learning_rate=learning_rate,
+                seed=self.seed,
+                client=self.id,
+                round=self.round,
+                work=work or self.due(part, repeats),
+                purpose=purpose,
+                repeats=repeats,
+                state=self.kept.get(slot),
+                before_step=before_step,
+                after_step=after_step,
+            )
+        if result.optimizer_state:
+            self.kept[slot] = result.optimizer_state
+        self.last = result.after(self.last)
+        return result
+
+    def loss(self, batches: int) -> float:
+        """Return the mean loss of what the model holds over some batches of this client's rows.
+
+        They are the same batches whenever it is asked for in a round.
+        """
+        return local_loss(
+            self.model,
+            self.share,
+            self.objective,
+            self.training,
+            seed=self.seed,
+            client=self.id,
+            round=self.round,
+            batches=batches,
+        )
+
+
+Handler = Callable[[Client, Payload], Payload]
+"""Client side of one action."""

@@ -1,0 +1,115 @@
+"""What a method sees of an experiment when it says what in it cannot be meant together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from fedloom.data.partition import PartitionSettings
+from fedloom.data.public import PublicSettings
+from fedloom.data.sources import DataSettings
+from fedloom.models.adapters import AdapterSettings
+from fedloom.models.load import ModelSettings
+from fedloom.objectives.base import Objective
+from fedloom.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from fedloom.aggregation.rules import AggregationSettings
+    from fedloom.methods.contract.method import Method
+
+
+class Group(Protocol):
+    """``[clients.groups.NAME]``."""
+
+    @property
+    def model(self) -> str | None:
+        """Its clients' backbone."""
+
+    @property
+    def rank(self) -> int | None:
+        """Their LoRA rank."""
+
+
+class Clients(Protocol):
+    """``[clients]``."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Groups by name."""
+
+    @property
+    def newcomers(self) -> list[int]:
+        """Clients that join when training is over."""
+
+
+class Federation(Protocol):
+    """``[federation]``."""
+
+    @property
+    def clients(self) -> int:
+        """Clients there are."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds in all."""
+
+
+class Admission(Protocol):
+    """``[admission]``."""
+
+    @property
+    def max_change(self) -> float | None:
+        """Largest norm of what a client changed."""
+
+
+class Evaluation(Protocol):
+    """``[evaluation]``."""
+
+    @property
+    def per_client(self) -> bool:
+        """Whether clients are judged by rows of their own."""
+
+
+@dataclass(frozen=True)
+class ExperimentView:
+    """An experiment's sections, those that are sound by themselves; ``None`` for any other.
+
+    Attributes:
+        method: Settings of the method that is asked.
+        methods: Every method by its name, for texts that say which others could be used.
+        objective_name: Name in ``[objective]``, "" where the section is not sound.
+        objective: Its class.
+    """
+
+    method: Any
+    methods: Mapping[str, type[Method]]
+    objective_name: str = ""
+    objective: type[Objective] | None = None
+    model: ModelSettings | None = None
+    adapter: AdapterSettings | None = None
+    data: DataSettings | None = None
+    public: PublicSettings | None = None
+    clients: Clients | None = None
+    partition: PartitionSettings | None = None
+    federation: Federation | None = None
+    aggregation: AggregationSettings | None = None
+    admission: Admission | None = None
+    training: TrainingSettings | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def name(self) -> str:
+        """The method's name in ``[method]``."""
+        return str(self.method.name)
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Groups of clients by name; none where the section is not sound."""
+        return self.clients.groups if self.clients is not None else {}
+
+    def names_of(
+        self, attribute: Literal["mixed_ranks", "mixed_models", "submixtures"]
+    ) -> list[str]:
+        """Return the names of the methods whose class says so."""
+        return [name for name, kind in self.methods.items() if getattr(kind, attribute)]

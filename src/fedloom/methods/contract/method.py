@@ -1,0 +1,346 @@
+"""What a method is: a protocol between server and clients, written once and knowing no engine.
+
+The server side of a round is a generator: it yields an :class:`Exchange`, receives the replies that
+passed every check (perhaps fewer than it asked for, sorted by client), may do so again, and returns
+the next state. What it keeps of a client is named by the client's id (:func:`of_clients`). The client
+side is a set of handlers, one for each action. Whatever must outlive a round is in the state or in what
+the client keeps; a generator is never saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.accounting.ledger import Ledger
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.rules import AggregationSettings, combined
+from fedloom.data.client_rows import TokenShare
+from fedloom.data.public import PublicRows
+from fedloom.errors import CheckpointError, RoundFailed
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.contract.averaging import mean_adapter, weights_of
+from fedloom.methods.contract.checks import general
+from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.declaration import Declaration
+from fedloom.models.adapters import AdapterModel
+from fedloom.models.heads import PersonalParts
+from fedloom.models.split_model import FrontHalf
+from fedloom.objectives.base import Objective
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, tensor_bytes
+from fedloom.training.settings import TrainingSettings, Work
+from fedloom.wire.messages import Payload, Reply
+
+Reveal = Literal[
+    "adapters",
+    "control_variates",
+    "logits",
+    "activations",
+    "targets",
+    "embeddings",
+    "expert_probes",
+    "rows",
+]
+"""What a client's replies can hold beside numbers: each but the first two has a line of its own in a
+client's ``[policy]``, and rows have none."""
+
+ADAPTERS_ALONE: frozenset[Reveal] = frozenset({"adapters"})
+
+
+def by_place(tensor: Tensor, dimension: int, presence: Presence) -> dict[int, Tensor]:
+    """Return by client id what a release before kept by place, along a dimension of clients.
+
+    Raises:
+        CheckpointError: It has not a place for each client, so that whose they are cannot be told.
+    """
+    clients, places = presence.enrolled, tensor.shape[dimension]
+    if places != len(clients):
+        raise CheckpointError(
+            f"the checkpoint keeps what it knows of {places} clients by their place, as fedloom did "
+            f"before, and {len(clients)} take part: whose it is cannot be told; start a new run"
+        )
+    return dict(zip(clients, tensor.unbind(dimension), strict=True))
+
+
+class ModelSpec(NamedTuple):
+    """A backbone, as the experiment names it, and the LoRA rank of the adapter on it."""
+
+    path: str
+    rank: int
+
+
+class Models(Protocol):
+    """What models a client can have, all of its own backbone; each is built when it is asked for."""
+
+    @property
+    def whole(self) -> AdapterModel:
+        """The backbone with the adapter."""
+
+    def front(self, blocks: int, *, tail: bool) -> FrontHalf:
+        """The first blocks alone, with norm and head behind them if ``tail``.
+
+        Raises:
+            ModelError: The backbone cannot be cut there, or the adapter has nothing in these blocks.
+        """
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train with a method, whose cost ``fedloom advise`` counts.
+
+    Attributes:
+        name: Framework and configuration.
+        method: Settings of the method.
+        training: Settings of ``[training]`` that it needs otherwise.
+        remark: What to know before it is tried.
+    """
+
+    name: str
+    method: NamedSettings
+    training: Mapping[str, object] = field(default_factory=dict)
+    remark: str = ""
+
+
+class FirstRound(Protocol):
+    """A client's first round, of which compute is counted on a model without weights.
+
+    Attributes:
+        seed: The experiment's seed.
+        client: The client's id.
+        training: How it trains.
+        public: The public rows as its model reads them.
+    """
+
+    seed: int
+    client: int
+    training: TrainingSettings
+    public: PublicRows | None
+
+    def own_rows(self) -> float:
+        """Return the operations of training on the client's own rows."""
+
+    def passes(
+        self, share: TokenShare, indices: NDArray[np.int64], size: int | None = None
+    ) -> float:
+        """Return those of rows: forward and, with gradients on, backward.
+
+        They are laid out ``size`` at a time, or else as a batch is when training.
+        """
+
+
+@dataclass
+class ServerSide:
+    """What a method has on the server beside its state.
+
+    Attributes:
+        model: The server's own model.
+        objective: What the federation minimises.
+        training: How.
+        seed: The experiment's seed.
+        participations: Rounds that a client takes part in on average.
+        max_length: Tokens a training sequence of a client has at most.
+        width: Classes, or tokens of the vocabulary.
+        public: The public rows that every party has, where the experiment has some.
+        ledger: Where the server's costs go.
+        cohort: Clients of a round.
+        ranks: LoRA rank of each client.
+        aggregation: How updates are put together.
+    """
+
+    model: AdapterModel
+    objective: Objective
+    training: TrainingSettings
+    seed: int
+    participations: float
+    max_length: int
+    width: int
+    public: PublicRows | None
+    ledger: Ledger
+    cohort: int
+    ranks: Mapping[int, int]
+    aggregation: AggregationSettings
+
+
+class Method:
+    """Base of all methods.
+
+    Attributes:
+        declares: What it is, in words and facts.
+        pools_data: Whether the rows of all clients are put together in client 0 (centralised).
+        own_models: Whether each client keeps an adapter of its own and is judged by it.
+        personal: Whether a client judges and uses what the server sends together with what it keeps.
+        needs_public: Whether all parties must have public rows.
+        mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
+        mixed_models: Whether its clients may have different models and adapters of any rank.
+        shares_parameters: Whether what travels is parameters of the adapter, all of them or some.
+        two_factors: Whether it treats the two factors of LoRA apart.
+        submixtures: Whether each client can keep a model of its own, of experts that the backbone has.
+        whole_at_clients: Whether a client has the whole model, and can be judged by it.
+        moves_backbone: Whether weights that are frozen while training change between rounds.
+        by_rows: Whether clients weigh by their rows in means of adapters, or all alike.
+        averages: Whether it takes means of adapters by :meth:`averaged`, which other rules may replace.
+        reveals: What replies hold beside numbers; each method's file says it, and a client's policy goes
+            by it. An object may narrow it by its settings.
+        trainings: How often a client goes over a round's work at most in one request.
+        repeats: Optimizer steps on each batch.
+        taken: Its settings that a client takes over from a server as they are: they can neither choose
+            rows nor cost much.
+        bounded: Those that it takes over where they are no larger than a line of its ``[policy]``, which
+            is named.
+        named_models: Those that name a backbone, which a client must allow.
+        least: Settings with which replies hold the least; the others reveal more.
+        no_start: Why it cannot start from an adapter that exists, and what can be done, where it cannot.
+        aggregation: The rule.
+        server: What it has on the server, from :meth:`equip` on.
+    """
+
+    declares: Declaration
+    pools_data = False
+    own_models = False
+    personal = False
+    needs_public = False
+    mixed_ranks = False
+    mixed_models = False
+    shares_parameters = True
+    two_factors = False
+    submixtures = False
+    whole_at_clients = True
+    moves_backbone = False
+    averages = False
+    by_rows = True
+    reveals: frozenset[Reveal]
+    trainings = 1
+    repeats = 1
+    taken: tuple[str, ...] = ()
+    bounded: Mapping[str, str] = MappingProxyType({})
+    named_models: tuple[str, ...] = ()
+    least: Mapping[str, object] = MappingProxyType({})
+    no_start = ""
+    aggregation = AggregationSettings()
+    server: ServerSide
+
+    def __init__(self, settings: Any) -> None:
+        """Take the settings of ``[method]``; each method keeps what it needs of them."""
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield everything in an experiment that this method does not go with, each as one message.
+
+        A method that adds to it begins with ``yield from super().check(view)``.
+        """
+        yield from general(cls, view)
+
+    @classmethod
+    def variants(cls, own: NamedSettings | None, view: ExperimentView) -> Iterator[Variant]:
+        """Yield what ``fedloom advise`` counts for this method beside FedLLM; here nothing.
+
+        Args:
+            own: The settings of an experiment with this method, ``None`` for one with another.
+            view: The experiment.
+        """
+        yield from ()
+
+    def server_model(self, spec: ModelSpec) -> ModelSpec:
+        """Return backbone and rank of the server, given those of ``[model]`` and ``[adapter]``."""
+        return spec
+
+    def client_model(self, models: Models) -> AdapterModel:
+        """Return the model that a client has; here the whole."""
+        return models.whole
+
+    def compute(self, first: FirstRound) -> float:
+        """Return the operations of a client in its first round; here those on its own rows."""
+        return first.own_rows()
+
+    @property
+    def parts(self) -> PersonalParts:
+        """The parts of the model, beside the adapter, that its clients have."""
+        return PersonalParts()
+
+    def equip(self, server: ServerSide) -> None:
+        """Take what there is on the server, once, before the first round."""
+        self.server = server
+        self.aggregation = server.aggregation
+
+    def averaged(
+        self, replies: Sequence[Reply], cohort: Cohort, start: Tensors, *, noted: bool = False
+    ) -> Tensors:
+        """Return what the rule makes of the adapters that clients sent back for ``start``.
+
+        The replies are used up: the mean is written where the first one's adapter was. If ``noted``, the
+        round's notes say what averaging LoRA's factors apart loses.
+
+        Raises:
+            RoundFailed: Too few clients answered for the rule.
+        """
+        own = self.aggregation
+        if own.rule == "mean":
+            first = replies[0].payload.tensors
+            return mean_adapter(replies, cohort if noted else None, out=first, by_rows=self.by_rows)
+        adapters = [reply.payload.tensors for reply in replies]
+        weights = weights_of(replies, by_rows=self.by_rows)
+        largest = own.max_norm or math.inf
+        try:
+            return combined(own.rule, adapters, weights, start, own.bad, largest)
+        except ValueError as error:
+            raise RoundFailed(
+                f"round {cohort.round}: aggregation.rule = {own.rule!r} has too few updates: {error}"
+            ) from error
+
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Return how many trainings a client makes in a round (from 1) of so many, in all requests."""
+        return 1
+
+    def promise(self) -> str | None:
+        """Return what may be said about privacy beyond that rows stay with their clients, if anything."""
+        return None
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Return the state before the first round, given the adapter as it is initialised."""
+        return State(adapter)
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Play one round: yield exchanges, receive replies, return the next state."""
+        raise TypeError(f"{type(self).__name__} must define round(state, cohort)")
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side: a handler for each action."""
+        raise TypeError(f"{type(self).__name__} must define handlers()")
+
+    def shared(self, state: State) -> Tensors | None:
+        """Return the global adapter, or ``None`` where every client has its own."""
+        return state.tensors
+
+    def travelling(self, state: State) -> Tensors | None:
+        """Return what clients are sent to be judged with; ``None`` where all of it is their own."""
+        return None if self.own_models else self.shared(state)
+
+    def welcome(self, state: State) -> Tensors | None:
+        """Return what a client is sent that has just joined; here what every other is sent."""
+        return self.travelling(state)
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Return the closed form of a client's bytes in a round; here the adapter down and up."""
+        size = tensor_bytes(adapter)
+        return ParameterTraffic(size, size)
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write the adapter that ``client`` would use now into its model, for evaluation."""
+        client.model.write(payload.tensors)
+
+    def settle(self, client: Client, learning_rate: float, work: Work) -> None:
+        """Fit what a client that just joined has in its model to its rows; here the whole adapter.
+
+        What it is judged by afterwards is what the model holds then.
+        """
+        client.train(learning_rate, purpose="settling ", work=work)

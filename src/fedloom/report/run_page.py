@@ -1,0 +1,652 @@
+"""One self-contained HTML page from run folders: a run's story, or several compared.
+
+The page needs no network: charts are inline SVG, styles are in the page. What models and data
+say is escaped. It reads run folders only; a run that was stopped gives a page that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
+from fedloom.errors import OutputError, first_line
+from fedloom.report import row_account
+from fedloom.report.client_rounds import client_costs, server_costs, turns
+from fedloom.report.doubts import all_doubts, doubts_of
+from fedloom.report.experts_section import experts_section
+from fedloom.report.html import fill, write_page
+from fedloom.report.judged import (
+    counted_interval,
+    duplicates,
+    interval_of,
+    outcome,
+    over_clients,
+    over_rows,
+    over_seeds,
+    rows_of,
+)
+from fedloom.report.record_marks import doubts
+from fedloom.security import audit_log
+from fedloom.statistics.intervals import Interval
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import Record, Snapshot
+
+SHOWN = 100
+"""Answers that were left out which a page lists; of the others it says how many they are."""
+
+
+MANY = 20
+"""Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of one run folder.
+
+    Attributes:
+        label: What the run is called on the page.
+        run: run.json.
+        partition: partition.json.
+        rounds: rounds.jsonl.
+        costs: costs.jsonl.
+        samples: samples.json.
+        summary: summary.json, or ``None`` for a run that has not finished.
+        experiment: experiment.toml as text.
+        doubts: Why its figures are not to be relied on, if they are not.
+        starts: What the audit log says of its start, and of each time that it was resumed.
+    """
+
+    label: str
+    run: Record
+    partition: Record
+    rounds: list[Record]
+    costs: list[Record]
+    samples: list[Record]
+    summary: Record | None
+    experiment: str
+    doubts: Sequence[str] = ()
+    starts: Sequence[Record] = ()
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric the run is judged by."""
+        return str(self.run["metric"]["name"])
+
+    @property
+    def evaluated(self) -> list[Record]:
+        """Rounds that were evaluated."""
+        return [record for record in self.rounds if record["evaluation"]]
+
+    def global_line(self, name: str) -> tuple[list[float], list[float]]:
+        """Return rounds and a global held-out metric over them."""
+        found = [
+            (record["round"], record["evaluation"]["global"].get(name)) for record in self.evaluated
+        ]
+        kept = [(x, y) for x, y in found if y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def global_band(self) -> tuple[list[float], list[float], list[float]]:
+        """Return rounds, and the ends of the metric's interval over rows where it has one."""
+        found = [
+            (record["round"], interval_of(self, record["evaluation"]))
+            for record in self.evaluated
+            if record["evaluation"]["global"].get(self.metric) is not None
+        ]
+        kept = [(x, own.low, own.high) for x, own in found if own.low is not None]
+        return (
+            [float(x) for x, _, _ in kept],
+            [float(low) for _, low, _ in kept],
+            [float(high) for _, _, high in kept if high is not None],
+        )
+
+    def train_line(self, name: str = "loss") -> tuple[list[float], list[float]]:
+        """Return rounds and a training metric over them."""
+        kept = [
+            (record["round"], record["train"][name])
+            for record in self.rounds
+            if record["train"] and record["train"].get(name) is not None
+        ]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def cost_line(self, name: str, scale: float) -> tuple[list[float], list[float]]:
+        """Return rounds and a cost summed up to each; evaluation is left out."""
+        spent: dict[int, float] = {record["round"]: 0.0 for record in self.rounds}
+        for cost in client_costs(self.costs):
+            spent[cost["round"]] = spent.get(cost["round"], 0.0) + (cost[name] or 0)
+        rounds = sorted(spent)
+        return [float(r) for r in rounds], list(accumulate(spent[r] / scale for r in rounds))
+
+
+NEEDED = ("name", "fedloom", "versions", "seed", "command", "model", "data", "metric")
+"""Of run.json, what every page shows."""
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        OutputError: It is no run folder, or was stopped before it began.
+    """
+    files = Snapshot.existing(folder)
+    run = files.read_json(names.RUN)
+    if run is None:
+        raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
+    if missing := [name for name in NEEDED if not isinstance(run, dict) or name not in run]:
+        raise OutputError(
+            f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
+            "from a backup"
+        )
+    return Run(
+        label=folder.resolve().name,
+        run=run,
+        partition=files.read_json(names.PARTITION) or {"clients": [], "values": []},
+        rounds=files.read_lines(names.ROUNDS),
+        costs=files.read_lines(names.COSTS),
+        samples=files.read_json(names.SAMPLES) or [],
+        summary=files.read_json(names.SUMMARY),
+        experiment=files.read_text(names.EXPERIMENT),
+        doubts=doubts(files),
+        starts=_starts(folder),
+    )
+
+
+def _starts(folder: Path) -> list[Record]:
+    """Return the entries of starts in a run's audit log; whether it is whole, ``fedloom audit`` says.
+
+    Raises:
+        OutputError: It may not be read.
+    """
+    found = []
+    try:
+        for line in audit_log.raw_lines(folder):
+            if b'"event": "began"' in line:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    except OSError as error:
+        raise OutputError(
+            f"{folder / audit_log.FILE} cannot be read: {first_line(error)}"
+        ) from error
+    return found
+
+
+def write_report(
+    folders: Sequence[Path],
+    target: Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write one page about one run, or one that compares several.
+
+    Args:
+        folders: Run folders; one that is given twice counts once.
+        target: File to write (default: report.html in the folder, or comparison.html here).
+        warn: Told what counts once though it is there more often, and which figures are doubted.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: A folder is no run folder, or the page cannot be written.
+    """
+    once = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    for folder in once:
+        times = sum(other.resolve() == folder.resolve() for other in folders)
+        if times > 1:
+            warn(f"{folder} is given {times} times and counts once")
+    runs = [read_run(folder) for folder in once]
+    for text in (*counted_once(runs), *all_doubts(runs)):
+        warn(text)
+    if target is None:
+        target = once[0] / "report.html" if len(once) == 1 else Path("comparison.html")
+    return write_page(render(runs), target)
+
+
+def counted_once(runs: Sequence[Run]) -> list[str]:
+    """Return a warning for each run that is another one again; over seeds it does not count."""
+    return [f"{why}: they count as one run" for why in duplicates(runs).values()]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page as HTML."""
+    return fill(
+        "page.html.j2",
+        runs=[_view(run) for run in runs],
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        doubts=all_doubts(runs) if len(runs) > 1 else (),
+        title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
+    )
+
+
+def _view(run: Run) -> dict[str, Any]:
+    """Return what the template shows of one run."""
+    rejected = [(r["round"], x) for r in run.rounds for x in r["rejected"]]
+    return {
+        "label": run.label,
+        "doubts": doubts_of(run),
+        "run": run.run,
+        "settings": _settings(run.experiment),
+        "experiment": run.experiment,
+        "summary": run.summary,
+        "metric": run.metric,
+        "figures": _figures(run),
+        "clients": _client_rows(run),
+        "many": len(run.partition["clients"]) > MANY,
+        "holdings": _holdings(run),
+        "accounts": _accounts(run),
+        "resources": _resources(run),
+        "experts": experts_section(run.rounds, run.partition),
+        "samples": run.samples,
+        "rejected": rejected[:SHOWN],
+        "names": _names(run),
+        "more_rejected": max(0, len(rejected) - SHOWN),
+        "offences": _offences(run),
+        "absent": _absent(run),
+        "weighed": _weighed(run),
+        "done": run.rounds[-1]["round"] if run.rounds else None,
+        "outcome": outcome(run),
+        "likelihood": _likelihood(run),
+        "worst": _worst_client(run),
+        "shown": _shown_metrics(run),
+    }
+
+
+def _accounts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return what became of every row of each source; nothing of runs that did not write it down."""
+    record = run.run["data"].get("account")
+    found = row_account.sources(record) if record else {}
+    return [(name, row_account.lines(own)) for name, own in found.items()]
+
+
+def _offences(run: Run) -> list[Record]:
+    """Return one row for each client that has offended: how often, of which kinds, and what followed."""
+    rows: dict[int, Record] = {}
+    for record in run.rounds:
+        for item in record.get("offences", []):
+            row = rows.setdefault(
+                item["client"], {"client": item["client"], "kinds": {}, "rounds": []}
+            )
+            kinds = row["kinds"]
+            kinds[item["kind"]] = kinds.get(item["kind"], 0) + item["count"]
+            row["rounds"] += [record["round"]] if record["round"] not in row["rounds"] else []
+            row["reason"] = item["reason"]
+    for client, row in rows.items():
+        row["paused"] = sum(str(client) in record.get("paused", {}) for record in run.rounds)
+    return [rows[client] for client in sorted(rows)]
+
+
+def _names(run: Run) -> dict[int, str]:
+    """Return the member that each client is, in a run between machines."""
+    return {own["client"]: own["name"] for own in run.run.get("members", [])}
+
+
+def _absent(run: Run) -> list[Record]:
+    """Return one row for each client and reason that it was missing for: which rounds, since when."""
+    names = _names(run)
+    rows: dict[tuple[int, str], Record] = {}
+    for record in run.rounds:
+        for item in record.get("absent", []):
+            client, reason = item["client"], item["reason"]
+            new = {"name": names.get(client, ""), "rounds": [], "since": item["since"]}
+            row = rows.setdefault((client, reason), {"client": client, "reason": reason, **new})
+            row["rounds"].append(record["round"])
+    return [{**rows[key], "rounds": _ranges(rows[key]["rounds"])} for key in sorted(rows)]
+
+
+def _ranges(rounds: Sequence[int]) -> str:
+    """Return rounds in words: ``1 to 3, 7``."""
+    parts: list[list[int]] = []
+    for round in rounds:
+        if parts and round == parts[-1][-1] + 1:
+            parts[-1].append(round)
+        else:
+            parts.append([round])
+    return ", ".join(
+        f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts
+    )
+
+
+def _weighed(run: Run) -> dict[str, Record]:
+    """Return, for each client that claimed more examples than one may weigh, the last claim."""
+    found: dict[str, Record] = {}
+    for record in run.rounds:
+        for client, (claimed, counted) in record.get("weighed", {}).items():
+            rounds = found.get(client, {"rounds": 0})["rounds"] + 1
+            found[client] = {"claimed": claimed, "counted": counted, "rounds": rounds}
+    return found
+
+
+def _settings(experiment: str) -> Record:
+    import tomllib
+
+    return tomllib.loads(experiment)
+
+
+def _likelihood(run: Run) -> Record | None:
+    """Return how many pairs the model itself finds likelier the right way round, with its interval."""
+    name = "likelihood_accuracy"
+    _, values = run.global_line(name)
+    if not values:
+        return None
+    interval = counted_interval(name, values[-1], rows_of(run))
+    return {"before": values[0], "after": values[-1], "interval": interval}
+
+
+def _worst_client(run: Run) -> Record | None:
+    """Return what the worst client reached, by how many rows, and how the others fare."""
+    clients: Record = (run.evaluated[-1]["evaluation"]["clients"] if run.evaluated else None) or {}
+    each = _each(run.evaluated[-1], run.metric) if clients else {}
+    if not each:
+        return None
+    choose = min if run.run["metric"]["higher_is_better"] else max
+    client = choose(each, key=lambda name: each[name])
+    rows = int(clients["each"][client].get("examples", 0))
+    return {
+        "client": client,
+        "value": each[client],
+        "rows": rows,
+        "interval": _client_interval(run, each[client], rows),
+        "clients": len(each),
+        "mean": clients["mean"][run.metric],
+        "spread": clients["spread"][run.metric],
+        "over_clients": over_clients(list(each.values()), run.metric),
+    }
+
+
+def _client_interval(run: Run, value: float | None, rows: int) -> Interval | None:
+    """Return the interval of a client's share of its own rows; of other metrics there is none."""
+    found = None if value is None or not rows else counted_interval(run.metric, value, rows)
+    return found if found is not None and found.low is not None else None
+
+
+def _shown_metrics(run: Run) -> list[str]:
+    """Return the names that the page of a run shows, for their definitions."""
+    trained = {name for record in run.rounds for name in record["train"] or () if name != "loss"}
+    judged = {name for record in run.evaluated for name in record["evaluation"]["global"]}
+    costs = ("bytes", "flops", "seconds", "peak_memory", "worst", "spread", "training loss")
+    return [run.metric, *judged, *trained, *costs]
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    """Return titled charts; those without data are left out."""
+    from fedloom.report import figures
+
+    name, words = run.metric, run.metric.replace("_", " ")
+    charts: list[tuple[str, str]] = []
+    lines = {"global held-out set": run.global_line(name)}
+    sure = run.global_band()
+    own = run.global_line(f"clients_{name}")
+    if own[0]:
+        lines["clients' models on it"] = own
+    band = _client_band(run)
+    if band is not None:
+        lines["mean of clients"] = (band[0], band[3])
+    if run.evaluated:
+        chart = figures.line_chart(
+            lines,
+            "round",
+            words,
+            band=band[:3] if band else None,
+            band_label="worst to best client",
+            bands={"global held-out set": sure} if sure[0] else None,
+        )
+        note = "; its band: 95 % over held-out rows" if sure[0] else ""
+        charts.append((f"Held-out {words} by round{note}", chart))
+    pairs = run.run["data"]["kind"] == "preference"
+    judged = "held-out pairs (DPO loss)" if pairs else "held-out"
+    losses = {"training (objective)": run.train_line(), judged: run.global_line("loss")}
+    losses = {label: line for label, line in losses.items() if line[0]}
+    if losses:
+        charts.append(("Loss by round", figures.line_chart(losses, "round", "loss")))
+    if run.partition["clients"] and not figures.is_map(run.partition):
+        title = f"Who holds what ({run.partition.get('column') or 'rows'})"
+        charts.append((title, figures.partition_svg(run.partition)))
+    each = [_each(record, name) for record in run.evaluated]
+    if each and each[-1]:
+        spans = _client_spans(run, each[-1])
+        chart = figures.before_after_chart(each[0], each[-1], words, spans)
+        few = len(each[-1]) <= figures.MANY_CLIENTS
+        note = "; band: 95 % over its rows" if few and any(spans.values()) else ""
+        charts.append((f"{words.capitalize()} of each client, before and after{note}", chart))
+    if run.costs:
+        sent = {"down": run.cost_line("bytes_down", 1e6), "up": run.cost_line("bytes_up", 1e6)}
+        charts.append(
+            ("Sent so far, measured", figures.line_chart(sent, "round", "MB, all clients"))
+        )
+        flops = {"": run.cost_line("flops", 1e9)}
+        charts.append(
+            ("Computed by clients so far, derived", figures.line_chart(flops, "round", "GFLOP"))
+        )
+    lost = run.train_line("aggregation_error")
+    if lost[0]:
+        title = "Lost by putting LoRA together: distance to the mean of products, relative"
+        charts.append((title, figures.line_chart({"": lost}, "round", "relative error")))
+    return charts
+
+
+def _holdings(run: Run) -> Record | None:
+    """Return the map of who holds what and its rows by name, where bars do not name them all."""
+    from fedloom.report import figures
+
+    if not run.partition["clients"] or not figures.is_map(run.partition):
+        return None
+    rows = []
+    for own in run.partition["clients"]:
+        held = sorted(own["counts"].items(), key=lambda item: -item[1])
+        kept = [(value, count) for value, count in held if count]
+        rows.append({"client": own["client"], "rows": sum(own["counts"].values()), "held": kept})
+    column = run.partition.get("column") or "rows"
+    return {"column": column, "chart": figures.partition_svg(run.partition), "rows": rows}
+
+
+def _client_spans(run: Run, after: Record) -> dict[str, tuple[float, float] | None]:
+    """Return the ends of the interval of each client's metric after, over its own rows."""
+    each = run.evaluated[-1]["evaluation"]["clients"]["each"]
+    return {
+        client: _span(_client_interval(run, value, int(each[client].get("examples", 0))))
+        for client, value in after.items()
+    }
+
+
+def _each(record: Record, metric: str) -> dict[str, float]:
+    clients = record["evaluation"]["clients"]
+    each = clients["each"] if clients else {}
+    return {client: m[metric] for client, m in each.items() if m.get(metric) is not None}
+
+
+def _client_band(run: Run) -> tuple[list[float], list[float], list[float], list[float]] | None:
+    """Return rounds, lowest, highest and mean of the clients' own metric."""
+    found = [(r["round"], list(_each(r, run.metric).values())) for r in run.evaluated]
+    found = [(round, values) for round, values in found if values]
+    if not found:
+        return None
+    return (
+        [float(round) for round, _ in found],
+        [min(values) for _, values in found],
+        [max(values) for _, values in found],
+        [sum(values) / len(values) for _, values in found],
+    )
+
+
+def _client_rows(run: Run) -> list[Record]:
+    """Return one row a client: what it holds, took part in, scored and cost."""
+    first, last = (run.evaluated[0], run.evaluated[-1]) if run.evaluated else (None, None)
+    before = _each(first, run.metric) if first else {}
+    after = _each(last, run.metric) if last else {}
+    rows = []
+    for share in run.partition["clients"]:
+        client = share["client"]
+        costs = [c for c in run.costs if c["client"] == client and c["phase"] != "evaluate"]
+        rows.append(
+            {
+                "client": client,
+                "train": share["train"],
+                "held_out": share["held_out"],
+                "rounds": sum(client in record["clients"] for record in run.rounds),
+                "before": before.get(str(client)),
+                "after": after.get(str(client)),
+                "interval": _client_interval(run, after.get(str(client)), share["held_out"]),
+                "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in costs),
+                "flops": sum(c["flops"] or 0 for c in costs),
+                "seconds": sum(c["seconds"] or 0 for c in costs),
+                "memory": max((c["peak_memory"] for c in costs), default=0),
+            }
+        )
+    return rows
+
+
+def _resources(run: Run) -> list[tuple[str, str, str]]:
+    """Return (what, how much, measured or derived), for one client in one round and in total."""
+    found = turns(run.run, run.costs)
+    if not found:
+        return []
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(found)
+
+    work = client_costs(run.costs)
+    rows = [
+        ("Down, one client, one round", human_bytes(mean(t.sent.down for t in found)), "measured"),
+        ("Up, one client, one round", human_bytes(mean(t.sent.up for t in found)), "measured"),
+    ]
+    expected = [turn.expected for turn in found if turn.expected]
+    if expected:
+        both = human_bytes(mean(sent.down + sent.up for sent in expected))
+        rows.append(("Both by the closed form", both, "derived"))
+    rows += [
+        ("Compute, one client, one round", human_flops(mean(t.flops for t in found)), "derived"),
+        ("Time, one client, one round", human_seconds(mean(t.seconds for t in found)), "measured"),
+        ("Peak memory while training", human_bytes(max(t.peak_memory for t in found)), "measured"),
+        (
+            "Sent in all, without evaluation",
+            human_bytes(sum(c["bytes_down"] + c["bytes_up"] for c in work)),
+            "measured",
+        ),
+        ("Computed in all by clients", human_flops(sum(c["flops"] or 0 for c in work)), "derived"),
+        ("Tokens trained on", human_count(sum(t.tokens for t in found)), "measured"),
+    ]
+    server = sum(c["flops"] or 0 for c in server_costs(run.costs))
+    if server:
+        rows.append(("Computed in all by the server", human_flops(server), "derived"))
+    judged = [c for c in run.costs if c["phase"] == "evaluate"]
+    if judged:
+        sent = sum(c["bytes_down"] + c["bytes_up"] for c in judged)
+        rows.append(("Sent for evaluation, in all", human_bytes(sent), "measured"))
+    return rows
+
+
+def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return table and charts over several runs; only runs of one metric share a chart."""
+    from fedloom.report import figures
+
+    labels = _distinct_labels(runs)
+    metric = runs[0].metric
+    words = metric.replace("_", " ")
+    same = {label: run for label, run in zip(labels, runs, strict=True) if run.metric == metric}
+    rows = [_comparison_row(label, run) for label, run in zip(labels, runs, strict=True)]
+    curves = {label: run.global_line(metric) for label, run in same.items()}
+    bands = {label: band for label, run in same.items() if (band := run.global_band())[0]}
+    cost = {row["label"]: row for row in rows if row["label"] in same and row["after"] is not None}
+    charts = [
+        (
+            f"Held-out {words} by round; bands: 95 % over held-out rows",
+            figures.line_chart(curves, "round", words, bands=bands),
+        )
+    ]
+    if cost:
+        by_bytes = {label: (row["bytes"] / 1e6, row["after"]) for label, row in cost.items()}
+        by_flops = {label: (row["flops"] / 1e9, row["after"]) for label, row in cost.items()}
+        spans = {label: _span(row["interval"]) for label, row in cost.items()}
+        charts.append(
+            (
+                f"{words.capitalize()} against traffic, 95 % over held-out rows",
+                figures.scatter_chart(by_bytes, "MB sent", words, spans),
+            )
+        )
+        charts.append(
+            (
+                f"{words.capitalize()} against client compute, 95 % over held-out rows",
+                figures.scatter_chart(by_flops, "GFLOP (derived)", words, spans),
+            )
+        )
+    return {
+        "rows": rows,
+        "figures": charts,
+        "metric": metric,
+        "groups": _groups(runs),
+        "notes": counted_once(runs),
+        "shown": list(dict.fromkeys(run.metric for run in runs)),
+    }
+
+
+def _span(interval: Interval | None) -> tuple[float, float] | None:
+    """Return the ends of an interval to be drawn, where it has any."""
+    if interval is None or interval.low is None or interval.high is None:
+        return None
+    return interval.low, interval.high
+
+
+def _comparison_row(label: str, run: Run) -> Record:
+    reached = outcome(run)
+    settings = _settings(run.experiment)
+    work = client_costs(run.costs)
+    clients = (run.summary or {}).get("clients_after")
+    return {
+        "label": label,
+        "method": settings["method"]["name"],
+        "objective": settings["objective"]["name"],
+        "seed": run.run["seed"],
+        "before": reached.before if reached else None,
+        "after": reached.after if reached else None,
+        "held_out": reached.rows if reached else None,
+        "interval": reached.interval if reached else None,
+        "worst": clients["worst"][run.metric] if clients else None,
+        "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in work),
+        "flops": sum(c["flops"] or 0 for c in work),
+        "seconds": sum(c["seconds"] or 0 for c in work),
+        "memory": max((c["peak_memory"] for c in work), default=0),
+        "finished": run.summary is not None,
+    }
+
+
+def _groups(runs: Sequence[Run]) -> list[Record]:
+    """Return mean and intervals of runs that differ in their seed alone; one made twice counts once."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = _settings(run.experiment)
+        settings.pop("name", None)
+        settings.pop("output", None)
+        settings["federation"].pop("seed", None)
+        groups.setdefault(repr(settings), []).append(run)
+    rows = []
+    for members in groups.values():
+        again = duplicates(members)
+        alone = [run for place, run in enumerate(members) if place not in again]
+        found = [(run, reached.after) for run in alone if (reached := outcome(run)) is not None]
+        if len(found) > 1:
+            kept, values = [run for run, _ in found], [value for _, value in found]
+            settings = _settings(kept[0].experiment)
+            sure = over_seeds(values, kept[0])
+            rows.append(
+                {
+                    "name": f"{settings['objective']['name']} by {settings['method']['name']}",
+                    "runs": len(values),
+                    "mean": sure.estimate,
+                    "models": over_rows(kept, values),
+                    "method": sure,
+                }
+            )
+    return rows
+
+
+def _distinct_labels(runs: Sequence[Run]) -> list[str]:
+    seen: dict[str, int] = {}
+    labels = []
+    for run in runs:
+        seen[run.label] = seen.get(run.label, 0) + 1
+        labels.append(run.label if seen[run.label] == 1 else f"{run.label} ({seen[run.label]})")
+    return labels

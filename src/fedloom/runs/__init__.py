@@ -1,0 +1,1 @@
+"""A run from experiment to folder, and what is made of several."""

@@ -1,0 +1,64 @@
+"""A saved adapter scored on an experiment's held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom.evaluation.metrics import HEADLINES
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs.division import divide
+from fedloom.runs.saved_models import assemble_saved
+from fedloom.runs.start import find_start, settled
+from fedloom.statistics.intervals import Interval, sample_interval
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """What an adapter reaches on a global held-out set.
+
+    Attributes:
+        rows: How many rows that is.
+        metrics: By name.
+        headline: Name of the one that is judged by.
+        interval: Of that one, over the rows; ``None`` where there is none.
+    """
+
+    rows: int
+    metrics: Mapping[str, float]
+    headline: str
+    interval: Interval | None
+
+
+def evaluate_adapter(
+    experiment: Experiment,
+    adapter: Path | None,
+    begin: Callable[[int], Callable[[int], None]] = lambda rows: lambda done: None,
+) -> HeldOutScores:
+    """Score a PEFT folder (or the base model) on the experiment's global held-out set.
+
+    Args:
+        experiment: Says which rows those are.
+        adapter: The folder, ``None`` for the base model.
+        begin: Told how many rows there are; what it returns is called with those that are done.
+
+    Raises:
+        ModelError: The folder is no adapter, or one for another model.
+    """
+    start = find_start(experiment)
+    experiment = settled(experiment, start)
+    reference = None
+    if start is not None and experiment.reference == "start":
+        reference = start.shared if isinstance(start.shared, Path) else None
+    division = divide(experiment)
+    model, held_out = assemble_saved(experiment, division, adapter, reference)
+    held_out.done = begin(len(held_out))
+    metrics = held_out.score(model)
+    sample = held_out.sample
+    return HeldOutScores(
+        len(held_out),
+        metrics,
+        HEADLINES[division.judged].name,
+        sample_interval(sample) if sample is not None else None,
+    )

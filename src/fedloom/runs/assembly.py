@@ -1,0 +1,280 @@
+"""Where the parts meet: an experiment's settings become clients with rows, a model and a method.
+
+Two steps, so that the first can be shown before the second is paid for: ``division.py`` (who holds what)
+needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from fedloom.accounting.ledger import Ledger
+from fedloom.data.account import Accounts, cut_warnings, escaped_warnings
+from fedloom.data.client_rows import TokenShare
+from fedloom.data.encode import TextEncoder
+from fedloom.data.examples import Example
+from fedloom.data.public import PublicRows
+from fedloom.data.reader import BadRow
+from fedloom.engines.in_process import SimulationEngine
+from fedloom.errors import DataError, SettingsError
+from fedloom.evaluation.held_out import HeldOut
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.engine import Engine, RemoteEngine
+from fedloom.federation.protocol import EVALUATE
+from fedloom.methods import make_method
+from fedloom.methods.contract.federated_evaluation import Evaluator
+from fedloom.methods.contract.method import Method, ServerSide
+from fedloom.methods.contract.unseen_clients import ACTION as JOIN
+from fedloom.methods.contract.unseen_clients import Newcomers
+from fedloom.models.adapters import AdapterModel
+from fedloom.models.load import fingerprint
+from fedloom.objectives import make_objective
+from fedloom.objectives.base import Objective
+from fedloom.runs.client_models import ModelBundles, references_of
+from fedloom.runs.division import Division, judged_kind
+from fedloom.runs.start import Start
+from fedloom.runs.token_rows import bad_rows_in_all
+from fedloom.storage.client_store import ClientStore
+from fedloom.tensors import Tensors
+from fedloom.training.memory import pass_warnings
+from fedloom.training.steps import row_tokens
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run needs, built.
+
+    Attributes:
+        model: The server's model.
+        initial: Its adapter as it was initialised.
+        engine: Where clients run.
+        local: Those of them that run in this process.
+        accounts: What became of every row, after tokenising.
+        bad_rows: Malformed rows, those among them that no chat template takes.
+        prompts: Held-out examples to answer before and after.
+        model_path: Folder or Hub name that the backbone came from.
+        model_digest: Its fingerprint.
+        max_length: Tokens of a training sequence at most.
+    """
+
+    division: Division
+    model: AdapterModel
+    encoder: TextEncoder
+    initial: Tensors
+    method: Method
+    objective: Objective
+    engine: Engine
+    local: SimulationEngine
+    evaluator: Evaluator
+    newcomers: Newcomers
+    ledger: Ledger
+    accounts: Accounts
+    bad_rows: tuple[BadRow, ...]
+    prompts: list[Example]
+    model_path: str
+    model_digest: str
+    max_length: int
+
+
+def assemble(
+    experiment: Experiment,
+    division: Division,
+    *,
+    objective: Objective | None = None,
+    store: ClientStore | None = None,
+    stage: Callable[[str], None] = lambda text: None,
+    empty: bool = False,
+    remote: RemoteEngine | None = None,
+    only: int | None = None,
+    start: Start | None = None,
+) -> Parts:
+    """Load the model, tokenise every client's rows and build what the server loop needs.
+
+    Args:
+        experiment: The settings.
+        division: Who holds what.
+        objective: A user's own objective instead of the one in the settings.
+        store: What clients kept in an earlier part of this run.
+        stage: Told what is being done.
+        empty: Build models without weights, to count by; nothing can be run then.
+        remote: Where the clients are, if not in this process: their rows are not touched then.
+        only: The one client that is in this process, on its own machine; there is no server here.
+        start: The adapter that training goes on from; its settings are those of the experiment.
+
+    Raises:
+        ModelError: The model or its adapter cannot be built, or what it starts from is of another.
+        DataError: A client has no row left after tokenising.
+        SettingsError: A round's tokens are too few for its trainings.
+    """
+    objective = objective or make_objective(experiment.objective)
+    method = make_method(experiment.method)
+    kits = ModelBundles(
+        experiment, division, method, objective, stage, empty=empty, only=only, start=start
+    )
+    own = kits.of_server
+    reader = own.reader
+    stage("tokenising")
+    train = {} if remote else kits.training_shares(pooled=method.pools_data)
+    _require_tokens(experiment, method, train)
+    for text in kits.read_apart(train):
+        stage(text)
+    public = kits.public_rows()
+    ledger = Ledger()
+    federation = experiment.federation
+    newcomers = frozenset(experiment.clients.newcomers)
+    members = 1 if method.pools_data else federation.clients - len(newcomers)
+    participations = federation.rounds * min(federation.cohort_size, members) / members
+    equipment = {client: kits.equipment(client, public) for client in train}
+    initial = own.initial
+    method.equip(
+        ServerSide(
+            own.model,
+            objective,
+            experiment.training,
+            federation.seed,
+            participations,
+            reader.max_length,
+            own.width,
+            public.get(own.key),
+            ledger,
+            min(federation.cohort_size, members),
+            {client: key[1] for client, key in kits.clients.items()},
+            experiment.aggregation,
+        )
+    )
+    judged = experiment.judges_clients
+    here = judged and (remote is None or method.pools_data)
+    client_held_out = kits.client_held_out() if here else {}
+    needing = train if method.personal and judged else {c: train[c] for c in newcomers}
+    if remote is None:
+        _require_held_out(needing, client_held_out)
+    welcome = Newcomers(
+        method,
+        sorted(newcomers),
+        {c: rows for c, rows in client_held_out.items() if c in newcomers},
+        experiment.clients.newcomer_steps,
+        experiment.training.learning_rate,
+        judged_kind(experiment, division.loaded.kind),
+    )
+    held_out = own.held_out
+    readable = held_out.share.tokens.index.tolist()
+    evaluator = Evaluator(
+        method,
+        held_out,
+        {c: kits.common_held_out(c) for c in train} if method.own_models else {},
+        {c: rows for c, rows in client_held_out.items() if c not in newcomers},
+        remote.judged if remote and judged else client_held_out.keys() - newcomers,
+        experiment.evaluation.every,
+        experiment.federation.rounds,
+        judged_kind(experiment, division.loaded.kind),
+    )
+    accounts, bad_rows = _accounted(experiment, division, kits, public.get(own.key), held_out)
+    told = pass_warnings(
+        experiment.training,
+        experiment.model.quantization,
+        {client: (equipment[client].model, share) for client, share in train.items()},
+    )
+    accounts = replace(accounts, warnings=(*accounts.warnings, *told))
+    if division.test and not readable:
+        reasons = sorted({lost.reason for lost in held_out.share.tokens.dropped})
+        raise DataError(
+            f"no row of the global held-out set is left after tokenising ({'; '.join(reasons)}); give "
+            "other rows as data.test_source, or raise evaluation.max_length"
+        )
+    engine = SimulationEngine(
+        equipment,
+        train,
+        {**method.handlers(), EVALUATE: evaluator.handler(), JOIN: welcome.handler()},
+        objective,
+        experiment.training,
+        federation.seed,
+        participations,
+        federation.rounds,
+        store or ClientStore(),
+        ledger,
+        newcomers,
+        references=references_of(only),
+    )
+    return Parts(
+        division,
+        own.model,
+        own.reader.encoder,
+        initial,
+        method,
+        objective,
+        remote or engine,
+        engine,
+        evaluator,
+        welcome,
+        ledger,
+        accounts,
+        bad_rows,
+        [division.test[i] for i in readable[: experiment.evaluation.samples]]
+        if not division.classes
+        else [],
+        own.path,
+        fingerprint(own.path),
+        reader.max_length,
+    )
+
+
+def _accounted(
+    experiment: Experiment,
+    division: Division,
+    kits: ModelBundles,
+    public: PublicRows | None,
+    held_out: HeldOut,
+) -> tuple[Accounts, tuple[BadRow, ...]]:
+    """Return what became of every row, after tokenising, and all malformed rows.
+
+    Raises:
+        DataError: With those that cannot be tokenised, too many rows are malformed.
+    """
+    unread = len(division.public) - (len(public.share) if public is not None else 0)
+    judged = held_out.share.tokens
+    accounts = division.accounts.tokenised(kits.read, kits.judged, judged, unread)
+    told = cut_warnings(accounts, division.loaded.kind, kits.of_server.reader.max_length)
+    told += escaped_warnings(accounts) + kits.warnings()
+    bad = bad_rows_in_all(experiment, division, kits.read, kits.judged, judged.dropped)
+    return replace(accounts, warnings=(*accounts.warnings, *told)), tuple(bad)
+
+
+def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
+    """Check that every client can be judged by rows of its own, which is what personal models are for.
+
+    Raises:
+        DataError: Some cannot; they are named with what they hold.
+    """
+    without = [client for client in train if client not in held_out]
+    if without:
+        few = ", ".join(f"client {client} ({len(train[client])} rows)" for client in without[:5])
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise DataError(
+            f"{few}{more} would have no held-out row to be judged by: use fewer clients, a larger "
+            "partition.minimum or partition.client_test_fraction, or evaluation.per_client = false"
+        )
+
+
+def _require_tokens(
+    experiment: Experiment, method: Method, shares: Mapping[int, TokenShare]
+) -> None:
+    """Check that each of the trainings that share a round's tokens has enough for any row.
+
+    Raises:
+        SettingsError: The tokens are too few; the least that works is named.
+    """
+    training, rounds = experiment.training, experiment.federation.rounds
+    if training.local_tokens is None or training.amount_per == "model" or not shares:
+        return
+    most = max(method.trainings_of(round, rounds) for round in {1, rounds}) * method.repeats
+    longest, client = max((int(row_tokens(share).max()), c) for c, share in shares.items())
+    if training.local_tokens < most * longest:
+        raise SettingsError(
+            [
+                f"tokens: {training.local_tokens} a client and round is too little for method.name = "
+                f"{experiment.method.name!r}: it makes {most} optimizer steps on a row in a round, and "
+                f"client {client} has one of {longest} tokens: give {most * longest} at least "
+                "(training.local_tokens, or compare.amount)"
+            ]
+        )

@@ -1,0 +1,361 @@
+"""Every kind of model in a federation, each loaded once, and how each reads the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any
+
+import numpy as np
+
+from fedloom.data.account import Cut
+from fedloom.data.client_rows import TokenShare
+from fedloom.data.encode import TextEncoder
+from fedloom.data.public import PublicRows
+from fedloom.data.tokenize import TokenSet, Untokenized
+from fedloom.engines.in_process import Equipment
+from fedloom.errors import DataError, ModelError
+from fedloom.evaluation.held_out import HeldOut
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods import METHODS
+from fedloom.methods.contract.method import Method
+from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of
+from fedloom.models.agreement import disagreements, length_warnings, require_same_vocabulary
+from fedloom.models.architecture import switch_dropout_off
+from fedloom.models.load import context_length
+from fedloom.models.split_model import FrontHalf, check_cut
+from fedloom.objectives.base import Objective
+from fedloom.runs.division import Division, judged_kind
+from fedloom.runs.model_building import backbone_of, build_model, of_server, with_model
+from fedloom.runs.start import Start
+from fedloom.runs.token_rows import TokenReader
+from fedloom.storage.cache import cache_folder
+from fedloom.tensors import Tensors
+from fedloom.training.reference_cache import ReferenceCache, reference_cache
+from fedloom.training.shared_prompts import shares_prompts
+
+
+def references_of(only: int | None) -> ReferenceCache | None:
+    """Return where log-probs under reference models are kept.
+
+    Not on a client's own machine: its policy does not speak of what would lie there.
+    """
+    return reference_cache(cache_folder() / "references") if only is None else None
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A backbone with an adapter, and how it reads the data.
+
+    Attributes:
+        key: What tells it from others: model and rank.
+        starts: Whether the reference model has the adapter as it is at first.
+    """
+
+    key: tuple[str, int]
+    path: str
+    model: AdapterModel
+    reader: TokenReader
+    width: int
+    starts: bool
+
+    @cached_property
+    def initial(self) -> Tensors:
+        """The adapter as it is at first; first read before anything is trained."""
+        return self.model.read()
+
+    @property
+    def reference(self) -> Tensors | None:
+        """What the reference model has for an adapter, ``None`` for the base model."""
+        return self.initial if self.starts else None
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The global held-out set."""
+        return replace(self.reader.held_out(self.reader.division.test), start=self.reference)
+
+
+class ModelBundles:
+    """Every kind of model in a federation, each loaded once."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        division: Division,
+        method: Method,
+        objective: Objective,
+        stage: Callable[[str], None],
+        *,
+        empty: bool = False,
+        only: int | None = None,
+        start: Start | None = None,
+    ) -> None:
+        self.experiment, self.division = experiment, division
+        self.method, self.objective = method, objective
+        self.empty, self.start = empty, None if empty else start
+        self.partly = only is not None and not method.whole_at_clients
+        base = (experiment.model.path, experiment.adapter.rank)
+        self.clients = dict.fromkeys(range(experiment.federation.clients), base)
+        for group in experiment.clients.groups.values():
+            own = (group.model or base[0], group.rank or base[1])
+            self.clients |= dict.fromkeys(group.clients, own)
+        owned = of_server(experiment)
+        server = (owned.model.path, owned.adapter.rank)
+        keys = dict.fromkeys([server, *self.clients.values()])
+        if only is not None:  # all kinds read the public rows; but for them it needs its own alone
+            server = self.clients[only]
+            keys = keys if division.public else {server: None}
+        built = {key: self._built(key, stage) for key in keys}
+        contexts = {key: context_length(model.model) for key, (_, _, model) in built.items()}
+        if not division.classes:  # positions are tokens: all must cut their texts alike
+            require_same_vocabulary(
+                {key[0]: encoder.tokenizer for key, (_, encoder, _) in built.items()}
+            )
+            contexts = dict.fromkeys(contexts, min(contexts.values()))
+        references = references_of(only)
+        self.kits = {
+            key: ModelBundle(
+                key,
+                path,
+                model,
+                TokenReader(
+                    experiment, division, objective, encoder, model, contexts[key], references
+                ),
+                len(division.classes) or len(encoder.tokenizer),
+                self.start is not None and experiment.reference == "start",
+            )
+            for key, (path, encoder, model) in built.items()
+        }
+        self._begin()
+        self.of_server = self.kits[server]
+        _require_linear(experiment, self.of_server.model)
+        self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
+        self.judged: dict[int, TokenSet] = {}
+        self.own: dict[int, Tensors] = {}
+        self._fronts: dict[tuple[tuple[str, int], int, bool], FrontHalf] = {}
+
+    def warnings(self) -> list[str]:
+        """Return where models, tokenizers, files and settings do not say the same; each once."""
+        experiment, told = self.experiment, []
+        lengths = {
+            "data.max_length": experiment.data.max_length,
+            "evaluation.max_length": experiment.evaluation.max_length,
+            "public.max_length": experiment.public.max_length,
+        }
+        for kit in self.kits.values():
+            tokenizer = kit.reader.encoder.tokenizer
+            revision, classes = experiment.model.revision, self.division.classes
+            told += disagreements(kit.model.model, tokenizer, kit.path, revision, classes)
+            told += length_warnings(lengths, kit.reader.context, tokenizer, kit.path)
+        return list(dict.fromkeys(told))
+
+    def read_apart(self, shares: Mapping[int, TokenShare]) -> list[str]:
+        """Return for each model that reads the prompts of its pairs twice that it does."""
+        told = []
+        for client, share in shares.items():
+            path, model = self.of_client(client).path, self.of_client(client).model
+            if share.tokens.width > 1 and not shares_prompts(model, 0):
+                kind, adapter = type(model.model.config).__name__, self.experiment.adapter.kind
+                told.append(
+                    f"{path}: the prompt of a pair is read with each answer, which takes longer: with "
+                    f"adapter.kind = {adapter!r} this model ({kind}) says something else where both "
+                    "follow one reading"
+                )
+        return list(dict.fromkeys(told))
+
+    def of_client(self, client: int) -> ModelBundle:
+        """Return the model of a client."""
+        return self.kits[self.clients[client]]
+
+    def _begin(self) -> None:
+        """Write what is started from into every model, and read it back as what is there at first.
+
+        Raises:
+            ModelError: It is of another model, or has other layers or classes.
+        """
+        if self.start is None:
+            return
+        classes = self.start.record.get("classes")
+        if self.division.classes and classes not in (None, list(self.division.classes)):
+            raise ModelError(
+                f"adapter.start = {self.start.name!r} tells the classes {', '.join(map(str, classes))} "
+                f"apart, and the data has {', '.join(self.division.classes)}: its output layer has them "
+                "in that order"
+            )
+        any_rank = METHODS[self.experiment.method.name][1].mixed_ranks
+        for kit in self.kits.values():
+            if kit.model.device.type != "meta":
+                tensors = self.start.tensors(kit.model, any_rank=any_rank)
+                if tensors is not None:
+                    kit.model.write(tensors)
+            _ = kit.initial
+
+    def _own_start(self, client: int) -> Tensors | None:
+        """Return what of an earlier run is a client's own, ``None`` where it starts as all do."""
+        model = self.of_client(client).model
+        if self.start is None or model.device.type == "meta":
+            return None
+        model.write(self.of_client(client).initial)  # own parts that it lacks are those of all
+        return self.start.own(client, model)
+
+    def common_held_out(self, client: int) -> HeldOut:
+        """Return the global held-out set for a client that is judged by its own model."""
+        kit, own = self.of_client(client), self.own.get(client)
+        return kit.held_out if own is None or not kit.starts else replace(kit.held_out, start=own)
+
+    def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
+        """Return each client's training rows as its model reads them, or all rows as client 0's."""
+        clients = [0] if pooled else list(self.division.train)
+        if not self.division.train:
+            return {}
+        read = {
+            key: self.kits[key].reader.training_shares(pooled=pooled)
+            for key in dict.fromkeys(self.clients[client] for client in clients)
+        }
+        self.read = {
+            client: self.kits[self.clients[0 if pooled else client]].reader.read[client]
+            for client in self.division.train
+        }
+        return {client: read[self.clients[client]][client] for client in clients}
+
+    def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> Equipment:
+        """Return what a client computes with."""
+        kit = self.of_client(client)
+        initial, own = kit.initial, self._own_start(client)
+        if own is not None:
+            self.own[client] = initial = own
+        model = self.method.client_model(_ClientModels(self, kit))
+        if model is not kit.model:
+            initial = model.read()
+        return Equipment(
+            model,
+            initial,
+            kit.reader.max_length,
+            kit.width,
+            public.get(kit.key),
+            initial if kit.starts else None,
+            own is not None,
+        )
+
+    def front(self, kit: ModelBundle, blocks: int, *, tail: bool) -> FrontHalf:
+        """Return the first blocks of a kit's model with what is started from, loaded once."""
+        key = (kit.key, blocks, tail)
+        if key not in self._fronts:
+            own = _front_half(
+                self.experiment, self.division, kit, blocks, tail=tail, empty=self.empty
+            )
+            if self.start is not None:
+                own.write(self.start.part(own))
+            self._fronts[key] = own
+        return self._fronts[key]
+
+    def client_held_out(self) -> dict[int, HeldOut]:
+        """Return each client's own held-out set, where it has one, as its model reads it."""
+        kind = judged_kind(self.experiment, self.division.loaded.kind)
+        sets = {}
+        for client, rows in self.division.held_out.items():
+            if rows:
+                kit = self.of_client(client)
+                start = self.own.get(client, kit.reference) if kit.starts else None
+                sets[client] = replace(kit.reader.held_out(rows, kind), start=start)
+        self.judged = {client: held_out.share.tokens for client, held_out in sets.items()}
+        return {client: held_out for client, held_out in sets.items() if len(held_out)}
+
+    def public_rows(self) -> dict[tuple[str, int], PublicRows]:
+        """Return the public rows under each kit's tokenizer; a row that one of them drops, all drop."""
+        rows = self.division.public
+        if not rows:
+            return {}
+        sets = {key: kit.reader.public(rows) for key, kit in self.kits.items()}
+        common = reduce(np.intersect1d, [tokens.index for tokens in sets.values()])
+        if not len(common):
+            raise DataError("no public row is left after tokenising; the public set is empty")
+        return {
+            key: PublicRows(
+                TokenShare(tokens.take(np.flatnonzero(np.isin(tokens.index, common)))),
+                self.experiment.public.labelled,
+                self.kits[key].width,
+            )
+            for key, tokens in sets.items()
+        }
+
+    def _built(
+        self, key: tuple[str, int], stage: Callable[[str], None]
+    ) -> tuple[str, TextEncoder, AdapterModel]:
+        experiment = with_model(self.experiment, *key)
+        empty = self.empty or self.partly  # a client that has a part never loads the whole
+        return build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
+
+
+@dataclass(frozen=True)
+class _ClientModels:
+    """What a client's model can be made of; see :class:`fedloom.methods.contract.method.Models`."""
+
+    kits: ModelBundles
+    kit: ModelBundle
+
+    @property
+    def whole(self) -> AdapterModel:
+        return self.kit.model
+
+    def front(self, blocks: int, *, tail: bool) -> FrontHalf:
+        return self.kits.front(self.kit, blocks, tail=tail)
+
+
+def _require_linear(experiment: Experiment, model: AdapterModel) -> None:
+    """Check that a method that multiplies LoRA's two factors may do so.
+
+    Raises:
+        ModelError: Some factors are of a stack of experts, whose change is not their product.
+    """
+    kind = METHODS[experiment.method.name][1]
+    if model.stacked and (kind.moves_backbone or kind.mixed_ranks):
+        raise ModelError(
+            f"method.name = {experiment.method.name!r} multiplies the two factors of linear layers, and "
+            f"{model.stacked} has factors for a stack of experts: name linear layers as "
+            'adapter.targets, such as ["q_proj", "v_proj"]'
+        )
+
+
+def _front_half(
+    experiment: Experiment,
+    division: Division,
+    kit: ModelBundle,
+    cut: int,
+    *,
+    tail: bool,
+    empty: bool,
+) -> FrontHalf:
+    """Load the first blocks of a model alone, which are all that a client holds.
+
+    Raises:
+        ModelError: The model cannot be cut there, or the adapter has nothing in the client's blocks.
+    """
+    config: Any = kit.model.model.config
+    check_cut(config, cut)
+    classification = bool(division.classes)
+    backbone = backbone_of(
+        experiment,
+        kit.path,
+        division.classes,
+        kit.model.pad,
+        blocks=cut,
+        empty=empty,
+    )
+    if experiment.model.dropout is False:
+        switch_dropout_off(backbone)
+    adapter = experiment.adapter
+    blocks = blocks_of(kit.model.model.get_base_model(), adapter)
+    front = [block for block in blocks if block < cut]
+    if not front:
+        raise ModelError(
+            f"method.cut = {cut} leaves the client no block with an adapter: adapter.layers names "
+            f"{blocks}"
+        )
+    layers = front if len(front) < cut else None
+    adapter = adapter.model_copy(update={"layers": layers})
+    model = attach_adapter(
+        backbone, adapter, classification=classification, seed=experiment.federation.seed
+    )
+    return FrontHalf(model, kit.model.pad, tail=tail, autocast=kit.model.autocast)

@@ -1,0 +1,697 @@
+"""A fair comparison: one base experiment, a grid of objectives, methods and seeds, one budget for all.
+
+The published study this package starts from gave its arms different numbers of optimizer steps,
+different lengths and different checkpoints. Here every cell of the grid is a run of the same
+experiment with the same work per client and round, judged at the same round; what each cell really did
+is read from its ledger and shown. Cells are whole run folders: a comparison that was stopped goes on
+with what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import groupby, islice
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from fedloom.accounting.network import Link
+from fedloom.accounting.quantities import parse_quantity
+from fedloom.data.reader import require_files
+from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
+from fedloom.experiment.experiment import COMPARE, Experiment
+from fedloom.experiment.unread import unread_in_all, unread_settings
+from fedloom.methods import DEFAULT, METHODS, make_method
+from fedloom.models.load import TINY, fingerprint, load_tokenizer, require_reachable
+from fedloom.objectives import OBJECTIVES
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
+from fedloom.runs.model_building import model_folder, of_server
+from fedloom.runs.observers import Silent
+from fedloom.runs.parent_process import end_with_parent
+from fedloom.runs.records import versions
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.runs.start import find_start, settled
+from fedloom.runs.stopping import Terminated
+from fedloom.settings.schema import Settings, nearest, parse
+from fedloom.settings.toml import override, read_toml, write_toml
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import RunFolder, is_comparison, other_versions
+from fedloom.training.settings import AMOUNTS
+
+Overrides = dict[str, dict[str, Any]]
+"""Sections of an experiment, with the settings in which an arm differs from the base."""
+
+
+class LinkSettings(Settings):
+    """``[compare.links.NAME]``: what clients of a class have."""
+
+    uplink: str = "20Mbit"
+    """Bits a second from the client."""
+    downlink: str = "100Mbit"
+    """Bits a second to it."""
+    latency: str = "30ms"
+    """Of a message there and back."""
+    speed: str = "1TFLOP"
+    """Floating-point operations a second that its device really does."""
+
+    def contradictions(self) -> list[str]:
+        """Return what is no quantity."""
+        found = []
+        for name, unit in LINK_UNITS.items():
+            try:
+                parse_quantity(getattr(self, name), unit)
+            except ValueError as error:
+                found.append(f"{name}: {error}")
+        return found
+
+    def link(self) -> Link:
+        """Return the numbers."""
+        numbers = {name: parse_quantity(getattr(self, name), u) for name, u in LINK_UNITS.items()}
+        return Link(**numbers)
+
+
+LINK_UNITS = {"uplink": "bit", "downlink": "bit", "latency": "s", "speed": "FLOP"}
+
+
+class CompareSettings(Settings):
+    """``[compare]``: the axes, and what is held equal."""
+
+    budget: Literal["steps", "examples", "tokens", "as_set"] = "steps"
+    """What every client does equally much of in every round, in every arm: optimizer steps, examples (a
+    pair counts as the two answers it holds) or tokens. as_set: what each arm's own settings say."""
+    amount: int | None = Field(default=None, ge=1)
+    """How many of them, per client and round; not with as_set."""
+    per_model: bool = False
+    """Whether the amount is of each model that a client trains, a batch counted once; else it is of all
+    that a client computes in a round: its personal model too, and each of several steps on a batch."""
+    objectives: list[str] | dict[str, Overrides] = {}
+    """Names of objectives with their defaults, or arms by name, each with the sections in which it
+    differs from the base experiment."""
+    scenarios: dict[str, Overrides] = {}
+    """Instead of objectives: situations by name (clients, partition, model, ...), in each of which all
+    methods are weighed against each other: quality, traffic, client compute, memory, time."""
+    methods: list[str] | dict[str, Overrides] = [DEFAULT]
+    """Names of methods with their defaults, or arms by name with their sections."""
+    judged_by: Literal["global", "clients"] = "global"
+    """Of scenarios. global: the global held-out set, and what quality costs (frameworks). clients: each
+    client's own held-out rows, by the model it would use (personalised methods)."""
+    seeds: list[int] = [0, 1, 2]
+    """Each repeats the whole grid with other data orders, partitions and adapters."""
+    links: dict[str, LinkSettings] = {}
+    """With scenarios: classes of clients by name, for how long a round would take them."""
+
+    def contradictions(self) -> list[str]:
+        """Return what in these settings cannot both be meant."""
+        found = []
+        if (self.amount is None) != (self.budget == "as_set"):
+            needs = "takes no" if self.budget == "as_set" else "needs a"
+            found.append(f"compare.budget = {self.budget!r} {needs} compare.amount")
+        if self.per_model and self.budget == "as_set":
+            found.append('compare.per_model says what a budget is of; compare.budget = "as_set"')
+        if bool(self.objectives) == bool(self.scenarios):
+            found.append("compare needs objectives or scenarios, one of the two")
+        if not self.methods or not self.seeds:
+            found.append("compare.methods and compare.seeds must not be empty")
+        if self.judged_by == "clients" and (self.links or not self.scenarios):
+            found.append('compare.judged_by = "clients" goes with scenarios and without links')
+        if self.links and not self.scenarios:
+            found.append("compare.links go with compare.scenarios")
+        for name, link in self.links.items():
+            found += [f"compare.links.{name}.{problem}" for problem in link.contradictions()]
+        if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            found.append(f"compare.seeds must be different and at least 0, got {self.seeds}")
+        for name in self.objectives if isinstance(self.objectives, list) else ():
+            if name not in OBJECTIVES:
+                found.append(f"compare.objectives {name!r}: {nearest(name, OBJECTIVES)}")
+        for name in self.methods if isinstance(self.methods, list) else ():
+            if name not in METHODS:
+                found.append(f"compare.methods {name!r}: {nearest(name, METHODS)}")
+        for name in (*self.rows, *self.methods):
+            if not name.replace("_", "").isalnum():
+                found.append(f"compare: arm {name!r} names a folder; use letters, digits and _")
+        return found
+
+    @property
+    def rows(self) -> dict[str, Overrides]:
+        """The objectives or the scenarios, whichever are compared."""
+        if isinstance(self.objectives, list):
+            return {name: {"objective": {"name": name}} for name in self.objectives}
+        return self.objectives or self.scenarios
+
+    @property
+    def kind(self) -> str:
+        """What the page is about: objectives, scenarios, or personal."""
+        if self.judged_by == "clients":
+            return "personal"
+        return "scenarios" if self.scenarios else "objectives"
+
+    @property
+    def method_arms(self) -> dict[str, Overrides]:
+        """Every method arm with its sections."""
+        if isinstance(self.methods, dict):
+            return self.methods
+        return {name: {"method": {"name": name}} for name in self.methods}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        objective: Name of its objective arm, or of its scenario.
+        method: Name of its method arm.
+        seed: Its seed.
+        experiment: All of its settings.
+    """
+
+    objective: str
+    method: str
+    seed: int
+    experiment: Experiment
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        return f"{self.objective}-{self.method}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grid of runs that is ready to go.
+
+    Attributes:
+        name: The file's name without its ending.
+        settings: The axes and the budget.
+        cells: Every run, in the order objective, method, seed.
+        table: The file as it was read, for the record.
+    """
+
+    name: str
+    settings: CompareSettings
+    cells: tuple[Cell, ...]
+    table: Mapping[str, Any]
+
+
+class CompareObserver(Protocol):
+    """Who watches a comparison."""
+
+    def stage(self, text: str) -> None:
+        """Something is being prepared."""
+        ...
+
+    def begin(
+        self, comparison: Comparison, waiting: int, workers: int, far: Callable[[], tuple[int, int]]
+    ) -> None:
+        """The runs are about to start; ``waiting`` of them are still to be done.
+
+        ``far`` returns how many rounds of those are done, the evaluation of the start among them, and how
+        many there are in all.
+        """
+        ...
+
+    def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+        """A run has ended well."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+    def end(self) -> None:
+        """All runs are over, well or not."""
+        ...
+
+
+def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
+    """Read a comparison and check every cell of it before anything runs.
+
+    Args:
+        path: An experiment file with a section ``[compare]``.
+        assignments: As after ``--set``.
+
+    Raises:
+        SettingsError: With every mistake, each said once.
+    """
+    return comparison_of(override(read_toml(path), assignments), path.stem, str(path))
+
+
+def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison:
+    """Check a comparison that has been read, every cell of it.
+
+    Args:
+        table: Sections of an experiment, and ``compare``.
+        name: Of the comparison.
+        place: Where mistakes are.
+
+    Raises:
+        SettingsError: With every mistake, each said once.
+    """
+    if COMPARE not in table:
+        raise SettingsError([f"[{COMPARE}] is missing: which arms and seeds?"], place)
+    base = {section: value for section, value in table.items() if section != COMPARE}
+    settings, problems = parse(CompareSettings, table[COMPARE], COMPARE)
+    problems += settings.contradictions() if settings else []
+    if settings is None or problems:
+        raise SettingsError(problems, place)
+    cells = []
+    for objective, sections in settings.rows.items():
+        for method, more in settings.method_arms.items():
+            for seed in settings.seeds:
+                merged = _merged(base, sections, more, {"federation": {"seed": seed}})
+                try:
+                    experiment = Experiment.from_table(_budgeted(merged, settings))
+                    if settings.judged_by == "clients" and not experiment.evaluation.per_client:
+                        raise SettingsError(
+                            ['compare.judged_by = "clients" needs evaluation.per_client']
+                        )
+                except SettingsError as error:
+                    problems += [f"arm {objective}-{method}: {text}" for text in error.problems]
+                    break
+                cells.append(Cell(objective, method, seed, experiment))
+    problems += _unlike_rows(cells)
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)), place)
+    return Comparison(name, settings, tuple(cells), table)
+
+
+def _unlike_rows(cells: Iterable[Cell]) -> list[str]:
+    """Return arms that train on rows which others of their row of the grid hold out."""
+    found = []
+    for objective, group in groupby(cells, key=lambda cell: cell.objective):
+        arms = [
+            (cell.method, cell.experiment)
+            for cell in group
+            if cell.experiment.partition.client_test_fraction
+        ]
+        holding = [method for method, experiment in arms if experiment.judges_clients]
+        for method, experiment in arms:
+            partly = not METHODS[experiment.method.name][1].whole_at_clients
+            if holding and partly and experiment.evaluation.per_client:
+                found.append(
+                    f"arm {objective}-{method}: clients of a split model are judged by no rows of their "
+                    f"own and train on all, and those of {objective}-{holding[0]} hold some out: set "
+                    "evaluation.per_client = false for all arms"
+                )
+    return found
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path | None = None,
+    *,
+    workers: int | None = None,
+    observer: CompareObserver | None = None,
+) -> Path:
+    """Run what is missing of the grid and leave a folder that a report is made from.
+
+    This process is the only one that writes there meanwhile.
+
+    Args:
+        comparison: From :func:`read_comparison`.
+        folder: Where to (default: comparisons/NAME); runs that are done there are not repeated.
+        workers: Processes side by side (default: one a core on a CPU, one with a GPU). The results
+            do not depend on it.
+        observer: Watches.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: The folder holds another comparison, or another process writes there.
+        CheckpointError: What is done was done with other rows, or another model, than there are now.
+        DataError: The data cannot be read.
+        ModelError: The model is not there, or what an arm starts from is not, or has changed.
+        FedloomError: Some runs failed; the others are done and kept.
+    """
+    folder = folder or Path("comparisons") / comparison.name
+    comparison = replace(comparison, cells=tuple(map(_settled, comparison.cells)))
+    with contextlib.ExitStack() as held:
+        known = is_comparison(folder)  # else nothing is left there by what is refused
+        if known:
+            held.enter_context(RunFolder(folder).locked())
+        waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+        if waiting and observer is not None:
+            observer.stage("checking data and models of every arm")
+        _check_reachable(waiting)
+        if not known:
+            _make(folder)
+            held.enter_context(RunFolder(folder).locked())
+            waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+        left = {cell.name for cell in waiting}
+        done = [cell for cell in comparison.cells if left and cell.name not in left]
+        _require_same_rows(folder, done)
+        _write_record(folder, comparison)
+        workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
+        if observer is not None:
+            observer.begin(comparison, len(waiting), workers, partial(_how_far, folder, waiting))
+            for text in unread_in_all(cell.experiment for cell in comparison.cells):
+                observer.warning(text)
+            for text in _other_versions(folder, done, len(comparison.cells)):
+                observer.warning(text)
+        return _run_waiting(comparison, waiting, folder, workers, observer)
+
+
+def _run_waiting(
+    comparison: Comparison,
+    waiting: list[Cell],
+    folder: Path,
+    workers: int,
+    observer: CompareObserver | None,
+) -> Path:
+    """Run the cells that are left; see :func:`compare`."""
+    failed: dict[str, str] = {}
+    try:
+        by_clients = comparison.settings.judged_by == "clients"
+        outcomes = _outcomes(waiting, folder, workers, by_clients=by_clients)
+        for count, outcome in enumerate(outcomes, 1):
+            if outcome.error is not None:
+                failed[outcome.name] = outcome.error
+            elif observer is not None:
+                observer.cell_done(outcome.name, outcome.metric, outcome.value, count, len(waiting))
+            if observer is not None:
+                for text in outcome.warnings:
+                    observer.warning(f"{outcome.name}: {text}")
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(
+            f"stopped; what is done is kept in {folder}, the same command goes on with the rest"
+        ) from None
+    except BrokenProcessPool:
+        raise FedloomError(
+            "a worker was killed, perhaps for lack of memory; try --workers 1. What is done is kept in "
+            f"{folder}, the same command goes on with the rest"
+        ) from None
+    finally:
+        if observer is not None:
+            observer.end()
+    if failed:
+        first = next(iter(failed))
+        raise FedloomError(
+            f"{len(failed)} of {len(waiting)} runs failed ({', '.join(failed)}); the first: "
+            f"{failed[first]}\nthe others are kept in {folder}: the same command goes on with the rest"
+        )
+    return folder
+
+
+def _settled(cell: Cell) -> Cell:
+    """Return a cell with the settings of the adapter that it starts from.
+
+    Raises:
+        SettingsError: It says otherwise.
+    """
+    try:
+        start = find_start(cell.experiment)
+        return replace(cell, experiment=settled(cell.experiment, start))
+    except SettingsError as error:
+        arm = f"arm {cell.objective}-{cell.method}"
+        raise SettingsError([f"{arm}: {text}" for text in error.problems]) from None
+
+
+@dataclass
+class _Outcome:
+    """How a cell's run ended; plain, as it comes from another process."""
+
+    name: str
+    metric: str = ""
+    value: float = 0.0
+    error: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Collecting(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        """Keep the warning for the parent process."""
+        self.warnings.append(text)
+
+
+def _outcomes(
+    cells: list[Cell], folder: Path, workers: int, *, by_clients: bool
+) -> Iterator[_Outcome]:
+    jobs = [
+        (cell.name, cell.experiment.to_table(), str(folder / names.RUNS / cell.name), by_clients)
+        for cell in cells
+    ]
+    if workers == 1:
+        yield from (_run_cell(*job) for job in jobs)
+        return
+    # spawn: a forked child of a process that has used torch's threads may hang. Jobs are handed out one
+    # by one: what a pool has queued cannot be taken back when the user stops.
+    waiting = iter(jobs)
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
+        running = {pool.submit(_run_cell, *job) for job in islice(waiting, workers)}
+        try:
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(_run_cell, *job) for job in islice(waiting, len(ended))}
+                yield from (future.result() for future in ended)
+        except Terminated:
+            for worker in active_children():  # Ctrl-C in a terminal reaches them by itself
+                if worker.pid is not None:
+                    os.kill(worker.pid, signal.SIGINT)
+            raise
+
+
+def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
+    """Run or continue one cell; whatever goes wrong in it is told, not raised."""
+    observer = _Collecting()
+    known = set(unread_settings(Experiment.from_table(table)).values())  # told of the comparison
+    table = {**table, "output": {**table["output"], "folder": path}, "name": name}
+    try:
+        if (Path(path) / names.RUN).is_file():
+            result = resume_run(Path(path), observer=observer)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            result = run_experiment(Experiment.from_table(table), observer=observer)
+    except Interrupted:
+        raise  # the user stopped everything, not this run alone
+    except FedloomError as error:
+        return _Outcome(name, error=str(error), warnings=observer.warnings)
+    except Exception as error:  # one cell's crash must not take the others' results along
+        return _Outcome(name, error=f"{type(error).__name__}: {error}", warnings=observer.warnings)
+    summary = json.loads((result.folder / names.SUMMARY).read_text(encoding="utf-8"))
+    metric, clients = summary["metric"], summary["clients_after"]
+    value = clients["mean"][metric] if by_clients and clients else summary["after"]
+    told = [text for text in observer.warnings if text not in known]
+    return _Outcome(name, metric, value, warnings=told)
+
+
+def _check_reachable(cells: Sequence[Cell]) -> None:
+    """Read each arm's data and build its models without weights once, before anything runs.
+
+    Raises:
+        DataError: The data cannot be read or divided as an arm asks.
+        ModelError: A model is not there, or cannot be used as an arm asks.
+    """
+    arms = {_reads(cell): cell.experiment for cell in reversed(cells)}
+    for path, revision in {(e.model.path, e.model.revision) for e in arms.values()}:
+        if path != TINY:
+            load_tokenizer(path, revision)
+    for experiment in arms.values():
+        divide(experiment)
+    for experiment in {cell.method: cell.experiment for cell in reversed(cells)}.values():
+        assemble(experiment, divide(experiment), empty=True)
+
+
+def require_readable(comparison: Comparison) -> None:
+    """Check that the files and the models' folders of every arm are there; nothing is read.
+
+    Raises:
+        DataError: A data file is not there or cannot be opened.
+        ModelError: A model's folder is none.
+    """
+    for experiment in {_reads(cell): cell.experiment for cell in comparison.cells}.values():
+        require_files(experiment.data)
+    for path in {cell.experiment.model.path for cell in comparison.cells}:
+        require_reachable(path)
+
+
+def _reads(cell: Cell) -> tuple[str, str]:
+    """Return what tells cells apart that read other data: public rows are the method's."""
+    needs_public = METHODS[cell.experiment.method.name][1].needs_public
+    return cell.objective, cell.method if needs_public else ""
+
+
+def _is_done(folder: Path, cell: Cell) -> bool:
+    """Return whether a cell's run is finished.
+
+    Raises:
+        OutputError: Its folder holds a run of other settings.
+    """
+    path = folder / names.RUNS / cell.name
+    if not (path / names.EXPERIMENT).is_file():
+        return False
+    left, right = (e.to_table() for e in (_saved(path), cell.experiment))
+    different = [s for s in left if s not in ("name", "output") and left[s] != right[s]]
+    if different:
+        raise OutputError(
+            f"{path} holds a run with other settings in [{'], ['.join(different)}]; give another "
+            "folder with --to, or delete that one"
+        )
+    known = (RunFolder(path).read_json(names.RUN) or {}).get("start") or {}
+    start = find_start(cell.experiment) if known else None
+    if start is not None and start.digests() != known["sha256"]:
+        raise OutputError(
+            f"{path} holds a run that started from adapter.start = {start.name!r} as it was before it "
+            "changed; give another folder with --to, or delete that one"
+        )
+    return (path / names.SUMMARY).is_file()
+
+
+def _saved(path: Path) -> Experiment:
+    try:
+        return Experiment.from_toml(path / names.EXPERIMENT)
+    except SettingsError as error:
+        raise CheckpointError(f"{path} holds a run of another version: {error}") from error
+
+
+def _require_same_rows(folder: Path, done: Sequence[Cell]) -> None:
+    """Check that the runs which are left will read the rows and the model of those that are done.
+
+    Seeds of an arm share theirs: one of each is looked at.
+
+    Raises:
+        CheckpointError: They will not.
+    """
+    first = {_reads(cell): cell for cell in reversed(done)}
+    models: dict[str, str] = {}
+    for cell in first.values():
+        path = folder / names.RUNS / cell.name
+        run = RunFolder(path).read_json(names.RUN) or {}
+        model = of_server(cell.experiment).model.path
+        if model not in models:
+            models[model] = fingerprint(model_folder(model))
+        now = {"data": divide(cell.experiment).loaded.digest, "model": models[model]}
+        before = {
+            "data": run.get("data", {}).get("digest"),
+            "model": run.get("model", {}).get("sha256"),
+        }
+        for what, digest in now.items():
+            if (old := before[what]) is not None and old != digest:
+                raise CheckpointError(
+                    f"the {what} of arm {cell.objective}-{cell.method} changed since {path} was run "
+                    f"(SHA-256 {old[:12]}, now {digest[:12]}), and runs that differ in that cannot be "
+                    "compared: put it back, or give another folder with --to"
+                )
+
+
+def _other_versions(folder: Path, done: Sequence[Cell], of: int) -> list[str]:
+    """Say which runs were made with other versions than those that are left will be."""
+    found: Counter[str] = Counter()
+    for cell in done:
+        run = RunFolder(folder / names.RUNS / cell.name).read_json(names.RUN)
+        found[", ".join(other_versions(run, versions())) if run else ""] += 1
+    return [
+        f"{count} of {of} runs were made with other versions than those that are left will be: {text}; "
+        "arms may differ for that alone"
+        for text, count in found.items()
+        if text
+    ]
+
+
+def _how_far(folder: Path, cells: Iterable[Cell]) -> tuple[int, int]:
+    """Return how many rounds of runs are done and how many there are, that of the start among them."""
+    done = of = 0
+    for cell in cells:
+        with contextlib.suppress(OSError):
+            path = folder / names.RUNS / cell.name / names.ROUNDS
+            done += path.read_bytes().count(b"\n") if path.is_file() else 0
+        of += cell.experiment.federation.rounds + 1
+    return done, of
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror}; choose another --to") from error
+
+
+def _write_record(folder: Path, comparison: Comparison) -> None:
+    files = RunFolder(folder)
+    files.write_text("compare.toml", write_toml(comparison.table))
+    files.write_json(
+        names.COMPARISON,
+        {
+            "name": comparison.name,
+            "budget": comparison.settings.budget,
+            "amount": comparison.settings.amount,
+            "per_model": comparison.settings.per_model,
+            "seeds": comparison.settings.seeds,
+            "kind": comparison.settings.kind,
+            "links": {name: asdict(own.link()) for name, own in comparison.settings.links.items()},
+            "objectives": list(comparison.settings.rows),
+            "methods": list(comparison.settings.method_arms),
+            "cells": [
+                {"name": c.name, "objective": c.objective, "method": c.method, "seed": c.seed}
+                for c in comparison.cells
+            ],
+        },
+    )
+
+
+CHOOSERS = {"adapter": ("kind", "lora")}
+"""Section to the setting that says which others it may have, and its default; else it is the name."""
+
+
+def _merged(base: Mapping[str, Any], *changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return ``base`` with sections changed; another name, or kind of adapter, starts a section anew."""
+    table = {s: dict(v) if isinstance(v, Mapping) else v for s, v in base.items()}
+    for change in changes:
+        for section, values in change.items():
+            own = table.get(section, {})
+            chooser, default = CHOOSERS.get(section, ("name", None))
+            fresh = chooser in values and values[chooser] != own.get(chooser, default)
+            table[section] = dict(values) if fresh else {**own, **values}
+    return table
+
+
+def _budgeted(table: dict[str, Any], settings: CompareSettings) -> dict[str, Any]:
+    """Return ``table`` with the work per client and round that the comparison prescribes."""
+    if settings.budget == "as_set":
+        return table
+    per = "amount_per"
+    training = {k: v for k, v in table.get("training", {}).items() if k not in (*AMOUNTS, per)}
+    training[f"local_{settings.budget}"] = settings.amount
+    if not settings.per_model and _trains_more_than_once(table):
+        training[per] = "round"
+    return {**table, "training": training}
+
+
+def _trains_more_than_once(table: Mapping[str, Any]) -> bool:
+    """Return whether a client of an arm trains several models in a round, or steps again on a batch.
+
+    Mistakes in the arm's settings are told by the experiment that is made of it.
+    """
+    sections = {name: table[name] for name in ("method", "federation") if name in table}
+    try:
+        own = Experiment.from_table({**table, **sections, "training": {}})
+    except SettingsError:
+        return False
+    method, rounds = make_method(own.method), own.federation.rounds
+    return method.repeats > 1 or max(method.trainings_of(r, rounds) for r in {1, rounds}) > 1
+
+
+def _default_workers(comparison: Comparison) -> int:
+    """One process a core where each uses one thread; a GPU is not shared."""
+    import torch
+
+    training = comparison.cells[0].experiment.training
+    on_cpu = training.device == "cpu" or (
+        training.device == "auto" and not torch.cuda.is_available()
+    )
+    return max(1, (os.cpu_count() or 1) // (training.threads or 1)) if on_cpu else 1

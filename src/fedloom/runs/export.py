@@ -1,0 +1,138 @@
+"""Take a trained model out of a run folder, for those who use it elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError
+from fedloom.experiment.experiment import Experiment
+from fedloom.models.card import Facts, base_facts, describe
+from fedloom.models.export import export_causal, export_reward
+from fedloom.models.saved import FACTS
+from fedloom.objectives import OBJECTIVES
+from fedloom.runs.division import divide
+from fedloom.runs.model_building import client_base, model_folder, of_server
+from fedloom.runs.model_cards import UNKNOWN_PROMPT, evaluation_facts, facts_of
+from fedloom.runs.saved_models import load_saved
+from fedloom.runs.verification import ExportCheck, sentence
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        own_code: Whether loading it needs ``trust_remote_code=True``.
+        reward: Whether it is a reward model.
+        classification: Whether it is a classifier.
+        verified: What came of comparing it with the model that was merged, in one line.
+    """
+
+    folder: Path
+    own_code: bool
+    reward: bool
+    classification: bool
+    verified: str = ""
+
+    @property
+    def loading(self) -> str:
+        """The line of Python that loads it."""
+        task = "SequenceClassification" if self.reward or self.classification else "CausalLM"
+        trust = ", trust_remote_code=True" if self.own_code else ""
+        return f'AutoModelFor{task}.from_pretrained("{self.folder}"{trust})'
+
+
+def export(
+    run: Path, client: int | None = None, target: Path | None = None, *, reward: bool = False
+) -> Exported:
+    """Write the global model of a run, or a client's own, as a folder that ``transformers`` loads.
+
+    Args:
+        run: A run folder.
+        client: Whose model (default: the global one).
+        target: Where to (default: in the run folder).
+        reward: Write the explicit reward head as a model that scores texts instead.
+
+    Raises:
+        OutputError: It is no run folder, has no such model, or the target is not empty.
+        ModelError: The model cannot be had, or has no such head.
+        VerificationError: What was written, loaded again, is not the model that was merged.
+    """
+    adapter, target = places_of(run, client, target, reward=reward)
+    folder = RunFolder(run)
+    experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
+    classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
+    classes = divide(experiment).classes if classification else ()
+    encoder, model = load_saved(experiment, classes, adapter)
+    tokenizer = encoder.tokenizer
+    check = ExportCheck(experiment, model, reward=reward) if experiment.output.verify else None
+    try:
+        if reward:
+            export_reward(model, tokenizer, target)
+            own_code = True
+        else:
+            own_code = export_causal(model, tokenizer, target)
+        describe(target, _facts(folder, adapter, experiment, client, classes, reward, own_code))
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    del model  # it is merged, and of no more use
+    outcome: dict[str, Any] = {"left_out": "output.verify = false"}
+    if check is not None:
+        del check.model
+        outcome = check.verify(target, sequence=reward or classification)
+    return Exported(target, own_code, reward, classification, sentence(outcome))
+
+
+def _facts(
+    folder: RunFolder,
+    adapter: Path,
+    experiment: Experiment,
+    client: int | None,
+    classes: tuple[str, ...],
+    reward: bool,
+    own_code: bool,
+) -> Facts:
+    """Return the facts of an export: those of the adapter, or what a run from before has of them."""
+    known = RunFolder(adapter).read_json(FACTS)
+    if known is None:
+        path = (
+            of_server(experiment).model.path if client is None else client_base(experiment, client)
+        )
+        base = base_facts(model_folder(path), experiment.model.revision)
+        known = facts_of(experiment, client, base, UNKNOWN_PROMPT, classes)
+        test = (folder.read_json(names.RUN) or {}).get("data", {}).get("global_held_out", 0)
+        known["evaluation"] = evaluation_facts(client, folder.read_json(names.SUMMARY), test)
+    task = "reward" if reward else known["task"]
+    return {**known, "task": task, "own_code": own_code, "tokenizer_of_base": False}
+
+
+def places_of(
+    run: Path, client: int | None, target: Path | None, *, reward: bool
+) -> tuple[Path, Path]:
+    """Return the adapter that is meant, and the folder that the model goes to; see :func:`export`.
+
+    Raises:
+        OutputError: It is no run folder, has no such model, or the target is not empty.
+    """
+    folder = RunFolder.existing(run)
+    adapter = _adapter_of(folder, client)
+    whose = "global" if client is None else f"client-{client:04d}"
+    target = target or folder.path / "exported" / (f"{whose}-reward" if reward else whose)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} is not empty; give another folder with --to")
+    return adapter, target
+
+
+def _adapter_of(folder: RunFolder, client: int | None) -> Path:
+    path = folder.adapter if client is None else folder.client(client)
+    if path.is_dir():
+        return path
+    there = sorted(p.name for p in (folder.path / "clients").glob("*") if p.is_dir())
+    clients = f"; it has models of clients {', '.join(str(int(n)) for n in there)}" if there else ""
+    missing = "no global adapter" if client is None else f"no model of client {client}'s own"
+    raise OutputError(f"{folder.path} has {missing}{clients}")

@@ -1,0 +1,47 @@
+"""What a client left in a run's folder, deleted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fedloom.errors import OutputError
+from fedloom.runs.start import FOLDER as START
+from fedloom.storage import checkpoint
+from fedloom.storage.run_folder import RunFolder
+
+
+def forget_client(path: Path, client: int) -> int:
+    """Delete all that a run folder holds of what a client keeps: its model and its checkpoints.
+
+    Args:
+        path: A run folder.
+        client: Its id.
+
+    Returns:
+        The number of places it was deleted from.
+
+    Raises:
+        OutputError: It is no run folder, its run is under way, it holds nothing of the client, or a file
+            cannot be deleted.
+    """
+    folder = RunFolder.existing(path)
+    if not folder.is_begun:
+        raise OutputError(
+            f"{path} holds nothing that client {client} keeps: no run was begun there"
+        )
+    with folder.locked():
+        found = checkpoint.forget(folder.checkpoints, client)
+        begun = folder.path / START / folder.client(client).relative_to(folder.path)
+        exported = folder.path / "exported" / f"client-{client:04d}"
+        for own in (folder.client(client), exported, begun):
+            for place in (own, own.with_name(f"{own.name}-reward")):
+                if place.is_dir():
+                    try:
+                        shutil.rmtree(place)
+                    except OSError as error:
+                        raise OutputError(f"cannot delete {place}: {error.strerror}") from error
+                    found += 1
+    if not found:
+        raise OutputError(f"{path} holds nothing that client {client} keeps")
+    return found

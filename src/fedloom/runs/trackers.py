@@ -1,0 +1,125 @@
+"""Figures of a run for TensorBoard, Weights & Biases or MLflow; each an optional extra.
+
+They watch like the terminal does (see ``server.Observer``) and get numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedloom.errors import SettingsError
+from fedloom.federation.records import RoundRecord
+
+
+class Tracker(Protocol):
+    """Takes the numbers of one round."""
+
+    def log(self, numbers: Mapping[str, float], round: int) -> None:
+        """Record ``numbers`` for ``round``."""
+        ...
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        ...
+
+
+class TensorBoard:
+    """Event files under ``FOLDER/events``."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        """Open an event file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "events"))
+
+    def log(self, numbers: Mapping[str, float], round: int) -> None:
+        """Write one scalar for each number."""
+        for key, value in numbers.items():
+            self._writer.add_scalar(key, value, round)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run in the project ``fedloom`` of the account that ``wandb`` is logged in to."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        """Start a run."""
+        import wandb
+
+        self._run: Any = wandb.init(
+            project="fedloom", name=name, dir=str(folder), config=dict(settings)
+        )
+
+    def log(self, numbers: Mapping[str, float], round: int) -> None:
+        """Log one step."""
+        self._run.log(dict(numbers), step=round)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run in the tracking store that ``mlflow`` is set up for."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        """Start a run."""
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        mlflow.start_run(run_name=name)
+        mlflow.log_dict(dict(settings), "experiment.json")
+
+    def log(self, numbers: Mapping[str, float], round: int) -> None:
+        """Log one step."""
+        self._mlflow.log_metrics(dict(numbers), step=round)
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, Any] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, name: str, settings: Mapping[str, Any]
+) -> list[Tracker]:
+    """Open the trackers that ``[output] trackers`` names.
+
+    Raises:
+        SettingsError: A tracker's package is not installed.
+    """
+    trackers: list[Tracker] = []
+    missing = []
+    for tracker in names:
+        try:
+            trackers.append(TRACKERS[tracker](folder, name, settings))
+        except ImportError:
+            missing.append(
+                f'output.trackers: {tracker} is not installed; pip install "fedloom[{tracker}]"'
+            )
+    if missing:
+        raise SettingsError(missing)
+    return trackers
+
+
+def round_numbers(record: RoundRecord) -> dict[str, float]:
+    """Return a round's figures under ``train/``, ``held_out/`` and ``cost/``."""
+    numbers = {f"train/{name}": value for name, value in record.train.items()}
+    if record.evaluation is not None:
+        numbers |= {f"held_out/{name}": v for name, v in record.evaluation.metrics.items()}
+    numbers["cost/bytes_up"] = float(sum(cost.bytes_up for cost in record.costs))
+    numbers["cost/bytes_down"] = float(sum(cost.bytes_down for cost in record.costs))
+    numbers["cost/flops"] = sum(cost.flops for cost in record.costs)
+    numbers["cost/seconds"] = record.seconds
+    return numbers

@@ -1,0 +1,1 @@
+"""Keys, certificates, the registry of clients, the audit log."""

@@ -1,0 +1,107 @@
+"""Checked settings: the base class of every section, and complaints in one line each.
+
+Each part of the package owns the settings it reads, as a subclass of :class:`Settings`; this file
+knows none of them. Pydantic's complaints become one line each that names the nearest right key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedloom.display.untrusted_text import quoted
+
+Table = dict[str, Any]
+"""A TOML table as ``tomllib`` reads it."""
+
+
+class Settings(BaseModel):
+    """Base of every part's settings: unknown keys are errors, types are strict, values frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+class NamedSettings(Settings):
+    """Base of the settings of a section whose ``name`` chooses among several classes."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Of:
+    """Stands beside a setting's type: it is read where another setting, or a fact, has such a value.
+
+    Attributes:
+        what: Section and key, or the name of a fact (``experiment/unread.py``).
+        values: Those with which it is read.
+        otherwise: Why it is not, for a fact; of a setting, the value says it.
+    """
+
+    what: str
+    values: tuple[object, ...]
+    otherwise: str = ""
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def parse(
+    settings_class: type[SettingsT], table: object, where: str
+) -> tuple[SettingsT | None, list[str]]:
+    """Check one table against its settings class.
+
+    Args:
+        settings_class: The part's settings.
+        table: What stood in the file under ``where``.
+        where: The section's name, put before each key in a complaint.
+
+    Returns:
+        The settings, or ``None`` where there are complaints; and the complaints, one line each.
+    """
+    if not isinstance(table, Mapping):
+        return None, [f"[{where}] must be a section, not {quoted(table, 60)}"]
+    try:
+        return settings_class.model_validate(dict(table)), []
+    except ValidationError as error:
+        return None, [_complaint(settings_class, where, dict(item)) for item in error.errors()]
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return a hint such as ``did you mean 'rounds'? allowed: clients, rounds``."""
+    names = sorted(allowed)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}allowed: {', '.join(names)}"
+
+
+def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any]) -> str:
+    keys = [str(part) for part in item["loc"]]
+    path = ".".join([where, *keys])
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {nearest(keys[-1], settings_class.model_fields)}"
+    if item["type"] == "missing":
+        return f"{path}: missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if item["type"] == "literal_error":
+        expected = str(item.get("ctx", {}).get("expected", ""))
+        options = [word.strip(" '") for word in expected.replace(" or ", ", ").split(",")]
+        return f"{path} = {quoted(item['input'], 60)}: {nearest(str(item['input']), options)}"
+    if not keys:
+        return f"[{where}]: {message}"
+    return f"{path} = {quoted(item['input'], 60)}: {message[:1].lower()}{message[1:]}"
+
+
+def reason_of(error: Exception) -> str:
+    """Return in words why a value or a file could not be read."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

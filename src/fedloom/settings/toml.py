@@ -1,0 +1,139 @@
+"""TOML to tables and back, and ``--set`` overrides."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedloom.errors import SettingsError
+from fedloom.settings.schema import Table, reason_of
+
+LARGEST = 16 * 2**20
+"""Bytes of a file of settings; one of TOML that names every member of a federation has some thousands."""
+
+NOT_TOML = (ValueError, RecursionError)
+"""What ``tomllib`` raises: no TOML, no UTF-8, a number of thousands of digits, brackets without end."""
+
+
+def read_toml(path: Path) -> Table:
+    """Read a TOML file.
+
+    Raises:
+        SettingsError: The file is missing or is not TOML; the line is named.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise SettingsError([f"larger than {LARGEST >> 20} MiB, as no settings are"], str(path))
+        return tomllib.loads(content.decode())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
+        hint = f"; did you mean {near[0]!r}?" if near else "; `fedloom init` writes one"
+        raise SettingsError([f"file not found: {path}{hint}"], "the command") from None
+    except NOT_TOML as error:
+        raise SettingsError([f"not TOML: {reason_of(error)}"], str(path)) from None
+    except OSError as error:
+        raise SettingsError([f"cannot be read: {error.strerror}"], str(path)) from None
+
+
+def parse_toml(text: str, source: str) -> Table:
+    """Read TOML that another machine has sent.
+
+    Raises:
+        SettingsError: It is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except NOT_TOML as error:
+        raise SettingsError([f"not TOML: {reason_of(error)}"], source) from None
+
+
+def require_section(table: Table, source: str) -> None:
+    """Refuse the file of an experiment that says nothing: every setting has a default, a run has none.
+
+    Raises:
+        SettingsError: There is no section in it.
+    """
+    if not table.keys() - {"name"}:
+        raise SettingsError(
+            ["no section is in it, so it names no experiment; `fedloom init FILE` writes one"],
+            source,
+        )
+
+
+def write_toml(table: Mapping[str, Any]) -> str:
+    """Return ``table`` as TOML text; keys whose value is ``None`` are left out."""
+    return tomli_w.dumps(_without_none(table))
+
+
+def override(table: Table, assignments: Iterable[str]) -> Table:
+    """Return a copy of ``table`` with ``section.key=value`` assignments applied.
+
+    A value is read as TOML (``3``, ``0.5``, ``true``, ``["a"]``, ``"text"``) and, where it is not,
+    taken as a plain string, so ``--set data.source=rows.jsonl`` needs no quotes. A new
+    ``section.name`` starts its section anew: what was set for one objective is not of another.
+
+    Raises:
+        SettingsError: An assignment has no ``=`` or runs through something that is no table.
+    """
+    result = _copy(table)
+    problems = []
+    for assignment in sorted(assignments, key=lambda text: ".name=" not in text.replace(" ", "")):
+        if not is_text(assignment):  # bytes of the command line that are no UTF-8
+            problems.append(f"--set {assignment!r}: write it in UTF-8")
+            continue
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            problems.append(f"--set {assignment!r}: write it as section.key=value")
+            continue
+        target = result
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                problems.append(f"--set {assignment!r}: {key!r} is a value, not a section")
+                break
+        else:
+            value = _toml_value(text.strip())
+            if keys[1:] == ["name"] and target.get("name", value) != value:
+                target.clear()
+            target[keys[-1]] = value
+    if problems:
+        raise SettingsError(problems, "the command")
+    return result
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text can be written; bytes of a command line or name may be no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _toml_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except NOT_TOML:
+        return text
+
+
+def _copy(table: Mapping[str, Any]) -> Table:
+    return {
+        key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()
+    }
+
+
+def _without_none(table: Mapping[str, Any]) -> Table:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -1,0 +1,257 @@
+"""State between rounds on disk: atomic, checksummed, and enough to continue bit for bit.
+
+A checkpoint is a folder ``round-0003`` that appears all at once (written beside, synced, renamed)::
+
+    state.safetensors       the server's tensors
+    state.json              the server's numbers, the round, who was there, fingerprints of experiment
+                            and records
+    client-0004.safetensors what client 4 keeps between rounds; linked, not copied, when unchanged
+    manifest.json           SHA-256 of every file above
+
+The newest two are kept, so that one stays whole if the other is damaged later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from fedloom.errors import CheckpointError, OutputError
+from fedloom.storage.files import write_whole
+from fedloom.tensors import State, Tensors
+
+KEPT = 2
+"""Checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One state between rounds.
+
+    Attributes:
+        round: Last finished round, 0 before the first.
+        state: The server's state.
+        clients: What each client keeps.
+        fingerprint: SHA-256 over everything that shapes the results of the experiment.
+        records: What the run's records were when it was saved, by the file's name; plain JSON.
+        presence: What is remembered of who was there in the rounds so far; plain JSON, and ``None`` where
+            an earlier release saved it.
+    """
+
+    round: int
+    state: State
+    clients: Mapping[int, Tensors]
+    fingerprint: str
+    records: Mapping[str, Any] = field(default_factory=dict)
+    presence: Mapping[str, Any] | None = None
+
+
+def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) -> None:
+    """Write a checkpoint into ``folder`` and drop all but the newest two.
+
+    Args:
+        folder: The run's ``checkpoints`` folder; made if it is not there.
+        checkpoint: What to keep.
+        changed: Clients whose tensors differ from the newest checkpoint on disk; the files of the
+            others are linked. ``None`` writes all.
+
+    Raises:
+        OutputError: The disk is full or not writable. Earlier checkpoints stay whole.
+    """
+    target = folder / f"round-{checkpoint.round:04d}"
+    temporary, before = (folder / f".{target.name}{end}.{os.getpid()}" for end in ("", "-before"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_files(temporary, checkpoint, _newest(folder), changed)
+        _sync(temporary)
+        if target.exists():
+            target.rename(before)
+        temporary.rename(target)
+        _sync(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            f"cannot save the checkpoint {target}: {error.strerror or error}; "
+            "the checkpoints before it are whole: make room or choose another output.folder"
+        ) from error
+    for path in _listed(folder)[:-KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load(
+    folder: Path, fingerprint: str, round: int | None = None, fresh: Collection[int] = ()
+) -> Checkpoint:
+    """Read the newest checkpoint, or that of ``round``.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        fingerprint: What the checkpoint's fingerprint must be.
+        round: A round to go back to, from 0.
+        fresh: Clients who start afresh: what they kept is neither checked nor read.
+
+    Raises:
+        CheckpointError: There is none; a file does not match its checksum (the whole ones that are
+            left are offered); or it belongs to another experiment.
+    """
+    path = _chosen(folder, round)
+    without = {_client_file(client) for client in fresh}
+    damage = _damage(path, without)
+    if damage:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged ({damage}); {_offer(folder, path)}{_afresh(damage)}"
+        )
+    facts = json.loads((path / "state.json").read_text())
+    if facts["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another experiment (fingerprint "
+            f"{facts['fingerprint'][:12]}, this one has {fingerprint[:12]}): the settings, the model's "
+            "weights or the data have changed since; start a new run"
+        )
+    listed = json.loads((path / "manifest.json").read_text()).keys() - without
+    clients = {
+        int(file.stem.removeprefix("client-")): safetensors.torch.load_file(file)
+        for file in sorted(path.glob("client-*.safetensors"))
+        if file.name in listed
+    }
+    tensors = safetensors.torch.load_file(path / "state.safetensors")
+    state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
+    records, presence = facts.get("records", {}), facts.get("presence")
+    return Checkpoint(facts["round"], state, clients, fingerprint, records, presence)
+
+
+def _write_files(
+    folder: Path, checkpoint: Checkpoint, previous: Path | None, changed: set[int] | None
+) -> None:
+    sums = {}
+    before = json.loads((previous / "manifest.json").read_text()) if previous else {}
+    state = checkpoint.state
+    sums["state.safetensors"] = _write(
+        folder / "state.safetensors",
+        safetensors.torch.save({name: t.contiguous() for name, t in state.tensors.items()}),
+    )
+    facts = {
+        "round": checkpoint.round,
+        "fingerprint": checkpoint.fingerprint,
+        "order": list(state.tensors),
+        "numbers": dict(state.numbers),
+        "records": checkpoint.records,
+        "presence": checkpoint.presence,
+    }
+    sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
+    for client, tensors in checkpoint.clients.items():
+        name = _client_file(client)
+        if previous and changed is not None and client not in changed and name in before:
+            os.link(previous / name, folder / name)
+            sums[name] = before[name]
+        else:
+            sums[name] = _write(folder / name, safetensors.torch.save(tensors))
+    _write(folder / "manifest.json", json.dumps(sums).encode())
+
+
+def _write(path: Path, data: bytes) -> str:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*") if re.fullmatch(r"round-\d+", path.name))
+
+
+def _newest(folder: Path) -> Path | None:
+    listed = _listed(folder)
+    return listed[-1] if listed and not _damage(listed[-1]) else None
+
+
+def _chosen(folder: Path, round: int | None) -> Path:
+    listed = _listed(folder)
+    if not listed:
+        raise CheckpointError(f"no checkpoint in {folder}; was the run stopped before it began?")
+    if round is None:
+        return listed[-1]
+    path = folder / f"round-{round:04d}"
+    if path not in listed:
+        names = ", ".join(str(_number(p)) for p in listed)
+        raise CheckpointError(f"no checkpoint of round {round} in {folder}; there are: {names}")
+    return path
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("round-"))
+
+
+def forget(folder: Path, client: int) -> int:
+    """Delete what a client keeps from every checkpoint; return from how many.
+
+    Raises:
+        OutputError: A file cannot be deleted.
+    """
+    name, found = _client_file(client), 0
+    try:
+        for path in _listed(folder):
+            if (path / name).is_file():
+                sums = json.loads((path / "manifest.json").read_text())
+                sums.pop(name, None)
+                write_whole(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
+                _sync(path)
+                (path / name).unlink()  # what the manifest does not name is not read
+                found += 1
+    except OSError as error:
+        raise OutputError(f"cannot delete {name} in {folder}: {error.strerror}") from error
+    return found
+
+
+def _client_file(client: int) -> str:
+    return f"client-{client:04d}.safetensors"
+
+
+def _afresh(damage: str) -> str:
+    """Say how a client whose store is damaged may start afresh; nothing for other files."""
+    found = re.search(r"client-(\d+)\.safetensors", damage)
+    if found is None:
+        return ""
+    return f"; or let that client start afresh: add --fresh-client {int(found[1])}"
+
+
+def _damage(path: Path, without: Collection[str] = ()) -> str:
+    """Return what is wrong with a checkpoint's files, or an empty string."""
+    try:
+        sums = json.loads((path / "manifest.json").read_text())
+        for name, expected in sums.items():
+            if name in without:
+                continue
+            found = hashlib.sha256((path / name).read_bytes()).hexdigest()
+            if found != expected:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{error}"
+    return ""
+
+
+def _offer(folder: Path, damaged: Path) -> str:
+    whole = [path for path in _listed(folder) if path != damaged and not _damage(path)]
+    if not whole:
+        return "no other checkpoint is whole: start a new run"
+    return f"the one of round {_number(whole[-1])} is whole: add --from-round {_number(whole[-1])}"

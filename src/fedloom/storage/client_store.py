@@ -1,0 +1,77 @@
+"""What each client keeps between rounds, in memory; a checkpoint writes it to disk.
+
+What clients store in a round counts once the round is over. Until then it is pending, so a run that
+is stopped in the middle of a round is saved as it was before that round, and what a client stored over an
+answer that does not count can be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedloom.tensors import Tensors
+
+Slots = dict[str, Tensors]
+"""Named sets of tensors, such as ``adapter`` and ``optimizer``."""
+
+
+class ClientStore:
+    """Slots of every client.
+
+    Attributes:
+        changed: Clients whose slots differ from the last checkpoint; the saver clears it.
+    """
+
+    def __init__(self, flat: Mapping[int, Tensors] | None = None) -> None:
+        """Start empty, or from what :meth:`flat` returned earlier."""
+        self.changed: set[int] = set()
+        self._slots: dict[int, Slots] = {}
+        self._pending: dict[int, Slots] = {}
+        self._before: dict[int, Slots | None] = {}
+        for client, tensors in (flat or {}).items():
+            slots = self._slots.setdefault(client, {})
+            for key, tensor in tensors.items():
+                slot, _, name = key.partition("|")
+                slots.setdefault(slot, {})[name] = tensor
+
+    def slots(self, client: int) -> Slots:
+        """Return a copy of a client's slots; the tensors in it are not to be written to."""
+        return dict(self._pending.get(client, self._slots.get(client, {})))
+
+    def put(self, client: int, slots: Slots) -> None:
+        """Replace a client's slots, if they differ from what it had; pending until the round ends."""
+        previous = self.slots(client)
+        if slots.keys() != previous.keys() or any(slots[k] is not previous[k] for k in slots):
+            self._before.setdefault(client, self._pending.get(client))
+            self._pending[client] = dict(slots)
+
+    def mark(self) -> None:
+        """Begin what :meth:`undo` goes back to."""
+        self._before.clear()
+
+    def undo(self, client: int) -> None:
+        """Forget what a client has stored since the mark."""
+        if client in self._before:
+            before = self._before.pop(client)
+            self._pending.pop(client)
+            if before is not None:
+                self._pending[client] = before
+
+    def finish_round(self) -> None:
+        """Let everything that is pending count."""
+        self._slots.update(self._pending)
+        self.changed.update(self._pending)
+        self._pending.clear()
+        self._before.clear()
+
+    def flat(self) -> dict[int, Tensors]:
+        """Return every client's tensors as of the last finished round under ``slot|name``."""
+        return {
+            client: {
+                f"{slot}|{name}": tensor
+                for slot, tensors in slots.items()
+                for name, tensor in tensors.items()
+            }
+            for client, slots in sorted(self._slots.items())
+            if slots
+        }

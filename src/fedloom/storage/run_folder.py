@@ -1,0 +1,315 @@
+"""The run folder: what ``fedloom run`` leaves, written and read in one place.
+
+::
+
+    experiment.toml   the resolved experiment, defaults included
+    run.json          versions, seed, command, model, data, the metric and its meaning
+    partition.json    what each client holds
+    rounds.jsonl      one line a round; the first is the evaluation before any training
+    costs.jsonl       one line a round, client and phase
+    samples.json      held-out prompts answered before and after
+    summary.json      before, after, totals, the adapter's checksum and what was verified; at the end
+    adapter/          the global adapter as a PEFT folder, with its card
+    clients/          models of single clients, where they have something of their own
+    checkpoints/      what a resumed run starts from
+    .lock             held by the process that writes here, with its host and since when
+
+Files are JSON with numbers that are not finite as null. Whole files appear at once; lines are
+synced one by one, so that a killed run loses none that it reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError, first_line
+from fedloom.storage.files import lock
+
+Record = dict[str, Any]
+"""One JSON object; its keys are those that the runner wrote, listed in docs/run-folder.md."""
+
+EXPERIMENT = "experiment.toml"
+RUN = "run.json"
+PARTITION = "partition.json"
+ROUNDS = "rounds.jsonl"
+COSTS = "costs.jsonl"
+SAMPLES = "samples.json"
+SUMMARY = "summary.json"
+COMPARISON = "comparison.json"
+"""In the folder of a comparison: its axes and the names of its run folders (``runs/NAME``)."""
+RUNS = "runs"
+RESULTS = "results.json"
+EVALUATION = "evaluation.json"
+"""In the folder of an evaluation with judges: everything its page shows but the answers."""
+ANSWERS = "answers.jsonl"
+ANSWERED = "answered.json"
+"""What the answers depend on: as long as it is the same, they are not made again."""
+JUDGEMENTS = "judgements.jsonl"
+LOCK = ".lock"
+"""The file that makes the process which writes to a folder the only one."""
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    path: Path
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Open the folder of an earlier run.
+
+        Raises:
+            OutputError: It is not there, or is no run folder.
+        """
+        if not path.is_dir():
+            raise OutputError(f"no run folder at {path}")
+        if not (path / EXPERIMENT).is_file():
+            raise OutputError(f"{path} is no run folder: it has no {EXPERIMENT}")
+        return cls(path)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run was ever started here; an experiment file alone is none."""
+        return (self.path / RUN).is_file() or (self.path / LOCK).is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes here.
+
+        The system lets go of a lock whose process has ended, however it did, so none is ever left over.
+
+        Raises:
+            OutputError: Another process writes here, or this file system has no locks.
+        """
+        since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        held = lock(self.path / LOCK, f"{socket.gethostname()}\n{since}")
+        if held is None:
+            raise OutputError(
+                f"{self.path} is being written by {self._writer()}; wait until it has ended"
+            )
+        with held:
+            yield
+            held.truncate(0)
+
+    def _writer(self) -> str:
+        """Return who has the lock, as far as it says so."""
+        try:
+            process, host, since = (self.path / LOCK).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError):
+            return "another process"
+        return f"process {process} on {host}, since {since}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT folder of the global adapter."""
+        return self.path / "adapter"
+
+    def client(self, number: int) -> Path:
+        """PEFT folder of a client's own model, with its own parts beside the adapter."""
+        return self.path / "clients" / f"{number:04d}"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole file at once.
+
+        Raises:
+            OutputError: The disk is full or the folder not writable.
+        """
+        target = self.path / name
+        temporary = target.with_name(f".{name}.{os.getpid()}")
+
+        def write() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+
+        _guarded(write, target)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a whole JSON file at once; see :meth:`write_text`."""
+        self.write_text(name, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to a JSONL file and sync them.
+
+        Raises:
+            OutputError: The disk is full or the folder not writable.
+        """
+        text = "".join(json.dumps(finite(dict(r)), allow_nan=False) + "\n" for r in records)
+
+        def write() -> None:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+
+        _guarded(write, self.path / name)
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return a file's bytes, or ``None`` where there is no such file.
+
+        Raises:
+            OutputError: It may not be read.
+        """
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read: {first_line(error)}") from error
+
+    def beginning(self, name: str, length: int) -> tuple[int, str] | None:
+        """Return a file's size and the SHA-256 of its first ``length`` bytes; ``None`` without a file.
+
+        Raises:
+            OSError: It may not be read.
+        """
+        path, digest = self.path / name, hashlib.sha256()
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            while block := file.read(min(BLOCK, length)):
+                digest.update(block)
+                length -= len(block)
+            return os.fstat(file.fileno()).st_size, digest.hexdigest()
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file's content, or ``None`` where there is no such file.
+
+        Raises:
+            OutputError: It is not JSON.
+        """
+        content = self.read_bytes(name)
+        try:
+            return None if content is None else json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise OutputError(f"{self.path / name} cannot be read: {error}") from error
+
+    def read_text(self, name: str) -> str:
+        """Return a file's text, empty where there is no such file.
+
+        Raises:
+            OutputError: It may not be read, or is no text in UTF-8.
+        """
+        content = self.read_bytes(name) or b""
+        try:
+            return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except ValueError as error:
+            raise OutputError(f"{self.path / name} cannot be read: {error}") from error
+
+    def read_lines(self, name: str) -> list[Record]:
+        """Return the records of a JSONL file; a last line torn by a kill is left out."""
+        records: list[Record] = []
+        lines = self.read_text(name).splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                if number < len(lines):
+                    raise OutputError(f"{self.path / name}, line {number}: {error}") from error
+        return records
+
+
+def is_comparison(folder: Path) -> bool:
+    """Return whether ``folder`` is that of a comparison."""
+    return (folder / COMPARISON).is_file()
+
+
+def versions_of(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return the versions that a run was begun with, fedloom's among them.
+
+    Args:
+        run: The content of ``run.json``.
+    """
+    return {"fedloom": run["fedloom"], **run["versions"]}
+
+
+def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Return which versions are others than those that a run was begun with, for people.
+
+    Args:
+        run: The content of ``run.json``.
+        now: By package; ``python`` and ``machine`` too.
+    """
+    before = versions_of(run)
+    return [
+        f"{name} {now.get(name, 'none')} (it was {before[name]})"
+        for name in before
+        if now.get(name) != before[name]
+    ]
+
+
+@dataclass(frozen=True)
+class Snapshot(RunFolder):
+    """A run folder each of whose files is read once: what is checked is then what is shown.
+
+    A run that goes on adds lines while its page is made, and a large record takes long to read.
+    """
+
+    _bytes: dict[str, bytes | None] = field(default_factory=dict, repr=False, compare=False)
+    _lines: dict[str, list[Record]] = field(default_factory=dict, repr=False, compare=False)
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return a file's bytes as they were when it was first asked for."""
+        if name not in self._bytes:
+            self._bytes[name] = super().read_bytes(name)
+        return self._bytes[name]
+
+    def beginning(self, name: str, length: int) -> tuple[int, str] | None:
+        """Return the same of these bytes."""
+        content = self.read_bytes(name)
+        if content is None:
+            return None
+        return len(content), hashlib.sha256(memoryview(content)[:length]).hexdigest()
+
+    def read_lines(self, name: str) -> list[Record]:
+        """Return the records of these bytes, one list for all who ask; nobody may change it."""
+        if name not in self._lines:
+            self._lines[name] = super().read_lines(name)
+        return self._lines[name]
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with numbers that are not finite as ``None``, as JSON has no such numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _guarded(write: Callable[[], None], target: Path) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}; make room or choose another "
+            "output.folder"
+        ) from error

@@ -1,0 +1,347 @@
+"""LOOP 2: the steps of one client in one round. There is no other loop of steps.
+
+It knows a model, rows and an objective; it knows no federation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedloom.data.batch import Batch
+from fedloom.data.batching import collate, epoch_batches
+from fedloom.data.client_rows import Indices, TokenShare
+from fedloom.errors import NonFiniteLoss
+from fedloom.models.adapters import AdapterModel
+from fedloom.objectives.base import Objective
+from fedloom.randomness import derive_seed, generator
+from fedloom.tensors import Tensors
+from fedloom.training.dropout import DropoutStream
+from fedloom.training.layout import Budget, budget_of, passes, row_costs, saves
+from fedloom.training.optimizers import make_optimizer, optimizer_state
+from fedloom.training.results import BALANCE, Elsewhere, Gradients, LocalResult, StepHook, Totals
+from fedloom.training.settings import TrainingSettings, Work
+from fedloom.training.shared_prompts import shares_prompts
+
+
+def train_locally(
+    model: AdapterModel,
+    share: TokenShare,
+    objective: Objective,
+    settings: TrainingSettings,
+    *,
+    learning_rate: float,
+    seed: int,
+    client: int,
+    round: int,
+    work: Work,
+    purpose: str = "",
+    repeats: int = 1,
+    state: Tensors | None = None,
+    before_step: StepHook | None = None,
+    after_step: StepHook | None = None,
+) -> LocalResult:
+    """Train the adapter that ``model`` holds on one party's rows, in place.
+
+    Args:
+        model: Holds the round's starting point; holds the result afterwards.
+        share: The rows, with reference log-probs where the objective needs them.
+        objective: What is minimised.
+        settings: Optimizer, batch size, steps or epochs.
+        learning_rate: Of this round.
+        seed: The experiment's seed; order and dropout come from it, the client, the round and purpose.
+        client: Its id.
+        round: From 1.
+        work: How much is done.
+        purpose: Tells several trainings of one client in one round apart.
+        repeats: Optimizer steps on each batch, which are all made once they have begun.
+        state: The optimizer's tensors from this client's last round.
+        before_step: Called with the parameters before each optimizer step, gradients ready and not
+            yet clipped: a method adds its own term here.
+        after_step: Called with the parameters after each optimizer step.
+
+    Raises:
+        NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
+        PolicyError: It took more steps, or longer, than ``model.allowance`` has.
+    """
+    objective = objective.for_client(share.tokens.labels)
+
+    def own_gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
+        return _accumulate_gradients(model, objective, parts, totals)
+        yield  # nobody else is needed
+
+    steps = local_steps(
+        model,
+        share,
+        own_gradients,
+        settings,
+        learning_rate=learning_rate,
+        seed=seed,
+        client=client,
+        round=round,
+        work=work,
+        purpose=purpose,
+        repeats=repeats,
+        state=state,
+        before_step=before_step,
+        after_step=after_step,
+    )
+    try:
+        next(steps)
+    except StopIteration as stop:
+        result: LocalResult = stop.value
+        return result
+    raise RuntimeError("own gradients need nobody else")
+
+
+def local_steps(
+    model: AdapterModel,
+    share: TokenShare,
+    gradients: Callable[[list[Batch], Totals], Elsewhere],
+    settings: TrainingSettings,
+    *,
+    learning_rate: float,
+    seed: int,
+    client: int,
+    round: int,
+    work: Work,
+    purpose: str = "",
+    repeats: int = 1,
+    state: Tensors | None = None,
+    before_step: StepHook | None = None,
+    after_step: StepHook | None = None,
+) -> Generator[Any, Any, LocalResult]:
+    """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
+
+    Args are those of :func:`train_locally`, but for:
+        gradients: Leaves the gradients of an optimizer batch (given as passes) in the parameters and
+            returns :class:`Gradients`. What it yields is yielded, what is sent it receives.
+    """
+    order = generator(seed, f"{purpose}batches", client, round)
+    optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
+    totals = Totals()
+    noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
+    batches = epoch_batches(
+        len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
+    )
+    lay_out = Layout(model, share, budget_of(settings, model))
+    for indices in within(share, batches, work):
+        parts = lay_out.batches(indices)
+        for _ in range(repeats):
+            model.allowance.step()
+            found = yield from noise.over(gradients(parts, totals))
+            if found.none:
+                totals.skipped += 1
+                continue
+            if not math.isfinite(found.loss):
+                optimizer.zero_grad()
+                rows = [row for part in parts for row in part.rows]
+                raise NonFiniteLoss(client, totals.steps + 1, rows, found.loss)
+            update(
+                model.parameters,
+                optimizer,
+                settings,
+                before_step,
+                after_step,
+                elsewhere=found.elsewhere,
+            )
+            totals.steps += 1
+    kept = optimizer_state(model.parameters, optimizer) if settings.keep_optimizer_state else {}
+    return totals.result(kept)
+
+
+def within(share: TokenShare, batches: Iterator[Indices], work: Work) -> Iterator[Indices]:
+    """Yield batches until the examples or tokens of ``work`` are reached; the last is cut to fit."""
+    width = share.tokens.width
+    answers = tokens = 0
+    for drawn in batches:
+        sizes = row_tokens(share)[drawn].cumsum()
+        count = len(drawn)
+        if work.examples is not None:
+            count = min(count, -(-(work.examples - answers) // width))
+        if work.tokens is not None:
+            # the rows that do not reach what is left, and the one that does
+            count = min(count, int((sizes < work.tokens - tokens).sum()) + (tokens < work.tokens))
+        if count < 1:
+            return
+        yield drawn[:count]
+        answers, tokens = answers + count * width, tokens + int(sizes[count - 1])
+
+
+def row_tokens(share: TokenShare) -> Indices:
+    """Return ``(examples,)`` tokens of each example's sequences together."""
+    lengths: Indices = np.diff(share.tokens.starts).reshape(-1, share.tokens.width).sum(1)
+    return lengths
+
+
+def update(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    before_step: StepHook | None = None,
+    after_step: StepHook | None = None,
+    *,
+    elsewhere: float = 0.0,
+) -> None:
+    """Make one optimizer step with the gradients that are in ``parameters``, and clear them.
+
+    Args:
+        parameters: By name, gradients ready.
+        optimizer: Theirs.
+        settings: With the norm that gradients are scaled down to.
+        before_step: See :func:`train_locally`.
+        after_step: Likewise.
+        elsewhere: Squared norm of the gradients that another party holds, which count in the norm.
+    """
+    if before_step is not None:
+        before_step(parameters)
+    if settings.max_grad_norm:
+        clip(parameters, squared_norm(parameters) + elsewhere, settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if after_step is not None:
+        after_step(parameters)
+
+
+def squared_norm(parameters: Mapping[str, nn.Parameter]) -> float:
+    """Return the squared norm of the gradients of all parameters together.
+
+    Each tensor's norm is float32's, the sum of their squares float64's: parties that hold some of the
+    tensors each add their sums up to the same norm as one that holds all.
+    """
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = torch.stack(torch._foreach_norm(gradients))
+    return math.fsum(norm * norm for norm in norms.tolist())
+
+
+def clip(parameters: Mapping[str, nn.Parameter], squared: float, largest: float) -> None:
+    """Scale gradients, of which all together have this squared norm, so that it is ``largest`` at most.
+
+    As ``torch.nn.utils.clip_grad_norm_`` does, but for the last bit.
+    """
+    factor = largest / (math.sqrt(squared) + 1e-6)
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if gradients and not factor >= 1:  # NaN too
+        torch._foreach_mul_(gradients, factor)
+
+
+def local_loss(
+    model: AdapterModel,
+    share: TokenShare,
+    objective: Objective,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    client: int,
+    round: int,
+    batches: int,
+) -> float:
+    """Return the mean loss of the adapter that ``model`` holds on some of one party's rows.
+
+    Args are those of :func:`train_locally`, but for:
+        batches: How many optimizer batches it is over; the same ones whenever it is asked for in a
+            round.
+    """
+    objective = objective.for_client(share.tokens.labels)
+    order = generator(seed, "loss batches", client, round)
+    totals = Totals()
+    lay_out = Layout(model, share, budget_of(settings, model))
+    with model.evaluating():
+        for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
+            model.allowance.step()
+            parts = lay_out.batches(indices)
+            for part, _, metrics in _losses(model, objective, parts):
+                totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
+    return totals.result({}).metrics["loss"]
+
+
+class Layout:
+    """Cuts rows of one party into passes, and makes what a model reads in each."""
+
+    def __init__(self, model: AdapterModel, share: TokenShare, budget: Budget) -> None:
+        """Look at all rows once.
+
+        Args:
+            model: Whose passes they are.
+            share: The rows.
+            budget: What a pass holds at most.
+        """
+        self.model, self.share, self.budget = model, share, budget
+        tokens = share.tokens
+        self.shared = tokens.width > 1 and shares_prompts(model, int(tokens.lengths.max(initial=0)))
+        self.costs = row_costs(share, shared_prompts=self.shared)
+
+    def passes(self, indices: Indices | None = None) -> list[Indices]:
+        """Return the passes of some rows, or of all, longest first."""
+        chosen = np.arange(len(self.share)) if indices is None else indices
+        return passes(self.costs, chosen, self.budget)
+
+    def batches(self, indices: Indices) -> list[Batch]:
+        """Return an optimizer batch as one batch a pass."""
+        return [self.batch(own) for own in self.passes(indices)]
+
+    def batch(self, indices: Indices) -> Batch:
+        """Return the batch of one pass."""
+        shared = self.shared and saves(self.share.tokens, indices)
+        model, empty = self.model, self.model.device.type == "meta"
+        device = torch.device("cpu") if empty else model.device
+        return collate(self.share, indices, model.pad, device, shared_prompts=shared)
+
+    def everything(self) -> Iterator[tuple[Indices, Batch]]:
+        """Yield the rows of each pass over all of them, and their batch."""
+        for indices in self.passes():
+            yield indices, self.batch(indices)
+
+
+def _losses(
+    model: AdapterModel, objective: Objective, parts: list[Batch]
+) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+    """Yield each pass with its term of the optimizer batch's loss, and its metrics.
+
+    The objective's loss is a mean over what its weight counts, what a model adds to it one over
+    sequences: each counts by its own share of the optimizer batch. A pass in which nothing counts is left
+    out: its mean is over nothing.
+    """
+    weights = [objective.weight(part) for part in parts]
+    counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    if not counted:
+        return
+    statistics = objective.statistics(model, parts)
+    whole, rows = sum(weights), sum(len(part) for part, _ in counted)
+    for part, weight in counted:
+        loss, metrics = objective.loss(model, part, statistics)
+        metrics = {"loss": loss.detach(), **metrics}
+        term, penalty = loss * (weight / whole), model.penalty()
+        if penalty is not None:
+            term = term + penalty * (len(part) / rows)
+            metrics[BALANCE.name] = penalty.detach()
+        yield part, term, metrics
+
+
+def _own_weights(objective: Objective, part: Batch) -> dict[str, float]:
+    """Return what metrics of a pass are means over, where it is not the objective's weight."""
+    return {BALANCE.name: float(len(part)), **objective.metric_weights(part)}
+
+
+def _accumulate_gradients(
+    model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals
+) -> Gradients:
+    """Add up the gradients of one optimizer batch; return what is known of them.
+
+    Each pass's mean counts by its share of what the mean is over, so the sum is the mean
+    over the optimizer batch however it was cut (the mistake of torchtune issue 2307).
+    """
+    step_loss, none = torch.zeros((), device=model.device), True
+    for part, term, metrics in _losses(model, objective, parts):
+        term.backward()  # type: ignore[no-untyped-call]
+        step_loss += term.detach()
+        totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
+        none = False
+    return Gradients(float(step_loss), none=none)

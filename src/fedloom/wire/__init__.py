@@ -1,0 +1,1 @@
+"""What travels: schemas, payloads, envelopes, framing."""

@@ -1,0 +1,342 @@
+"""What travels between server and clients, and the checks on arrival.
+
+An :class:`Exchange` asks some clients for one action. Both directions have a :class:`Schema`, fixed
+before anything is sent: names, shapes, dtypes, and numbers with their ranges, and with them a cap on the
+bytes. A payload is encoded once, as safetensors (``packing.py``) without per-tensor names: all tensors of
+a dtype lie in one flat buffer in the order of the schema, whose digest travels in the header. So the
+header costs a few hundred bytes whatever the number of tensors, a payload of another model is refused
+before it is decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
+
+Where a method cannot know how many rows will come (the tokens of a batch, the entries of a sparse
+table), a tensor is *ragged*: its schema gives the most rows there may be, and it has a buffer of its own.
+
+This file knows no method and no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.errors import MessageError, OffenceKind
+from fedloom.tensors import OnDemand, Tensors, largest_value
+from fedloom.wire.packing import METADATA, Buffer, buffers_of, content, header_of, pack
+from fedloom.wire.schema import (
+    FINITE,
+    HEADER_BYTES,
+    MAX_NUMBER_NAME,
+    NumberSpec,
+    Schema,
+    TensorSpec,
+)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Decoded content of a message: tensors, the schema's numbers, and metrics for the record."""
+
+    tensors: Tensors = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question to some clients and the form of their answers.
+
+    Attributes:
+        action: Name of the client-side handler.
+        round: The round, from 1 (0 is the evaluation before any training).
+        request_schema: Schema of what goes to the clients.
+        reply_schema: Schema of what must come back.
+        requests: Encoded payload for each client; equal payloads may be the same object.
+        check: What a reply must fulfil beyond its schema; raises :class:`MessageError` where it does
+            not, given the client and its payload. That client is left out of the round.
+    """
+
+    action: str
+    round: int
+    request_schema: Schema
+    reply_schema: Schema
+    requests: Mapping[int, bytes]
+    check: Callable[[int, Payload], None] | None = None
+
+    @cached_property
+    def digests(self) -> dict[int, str]:
+        """SHA-256 of each client's request; a request to all is hashed once."""
+        found: dict[int, str] = {}
+        for data in self.requests.values():
+            if id(data) not in found:
+                found[id(data)] = hashlib.sha256(data).hexdigest()
+        return {client: found[id(data)] for client, data in self.requests.items()}
+
+    @classmethod
+    def broadcast(
+        cls,
+        action: str,
+        round: int,
+        clients: tuple[int, ...],
+        payload: Payload,
+        schema: Schema,
+        reply_schema: Schema,
+        check: Callable[[int, Payload], None] | None = None,
+    ) -> Exchange:
+        """Ask every client the same; the payload is encoded once."""
+        data = encode(payload, schema)
+        return cls(action, round, schema, reply_schema, dict.fromkeys(clients, data), check)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine brings back from one client: encoded bytes, or why there are none.
+
+    Attributes:
+        client: Who was asked.
+        data: Encoded payload.
+        error: Why there is none.
+        digest: SHA-256 of the payload, where the engine has found it already.
+        offence: Of what kind ``error`` is, where the engine has found that the client sent what it must
+            not, and it is proven that the client sent it; ``None`` where it failed.
+    """
+
+    client: int
+    data: bytes | None = None
+    error: str | None = None
+    digest: str | None = None
+    offence: OffenceKind | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that passed every check."""
+
+    client: int
+    payload: Payload
+
+
+def encode(payload: Payload, schema: Schema) -> bytes:
+    """Encode a payload as the bytes that travel.
+
+    A metric that is not finite or not in its range is left out: whoever decodes it would refuse the
+    whole, and an honest client whose training diverges has not offended.
+
+    Raises:
+        MessageError: The payload does not fit ``schema`` (a mistake in a method, not of a peer), or a
+            number is not in its range.
+    """
+    _check_names(payload, schema)
+    tensors = {spec.name: _checked(payload.tensors[spec.name], spec) for spec in schema.tensors}
+    buffers = {}
+    for dtype, specs in schema.groups.items():
+        shape = (sum(spec.elements for spec in specs),)
+        buffers[dtype] = Buffer(specs[0].dtype, shape, [tensors[spec.name] for spec in specs])
+    for key, spec in schema.ragged.items():
+        tensor = tensors[spec.name]
+        buffers[key] = Buffer(spec.dtype, tuple(tensor.shape), [tensor])
+    metadata = {"schema": schema.digest}
+    if schema.numbers:
+        metadata["numbers"] = json.dumps([payload.numbers[spec.name] for spec in schema.numbers])
+    ranges = {spec.name: spec for spec in schema.metrics}
+    metrics = {name: v for name, v in payload.metrics.items() if ranges[name].holds(v)}
+    if metrics:
+        metadata["metrics"] = json.dumps(metrics)
+    return pack(buffers, metadata)
+
+
+def decode(data: bytes, schema: Schema) -> Payload:
+    """Decode bytes from a peer that is not trusted.
+
+    Args:
+        data: Encoded payload.
+        schema: What it must hold. Nothing is allocated for a payload of another schema.
+
+    Returns:
+        Tensors that share memory with one buffer per dtype, and numbers and metrics in their ranges.
+
+    Raises:
+        MessageError: Too large, not safetensors, another schema, or numbers or metrics that are not
+            declared, not finite or not in their ranges.
+    """
+    if len(data) > schema.max_bytes:
+        raise MessageError(
+            f"payload has {len(data)} bytes, the schema allows {schema.max_bytes}", "oversized"
+        )
+    header, start = header_of(data, HEADER_BYTES)
+    metadata = header.get(METADATA)
+    if not isinstance(metadata, dict) or metadata.get("schema") != schema.digest:
+        raise MessageError(
+            "payload was made for another schema (other tensors, shapes, dtypes or numbers)"
+        )
+    buffers, tensors = buffers_of(header, len(data) - start), {}
+    for dtype, specs in schema.groups.items():
+        sizes = [spec.elements for spec in specs]
+        own = buffers.pop(dtype, None)
+        if own is None or own.shape != (sum(sizes),) or own.dtype != specs[0].dtype:
+            raise MessageError(f"payload must hold {sum(sizes)} elements of {dtype} in one buffer")
+        for spec, part in zip(specs, torch.split(content(data, start, own), sizes), strict=True):
+            tensors[spec.name] = part.view(spec.shape)
+    for key, spec in schema.ragged.items():
+        own = buffers.pop(key, None)
+        if own is None or not _fits(own, spec):
+            found = "absent" if own is None else f"{own.dtype} {own.shape}"
+            raise MessageError(
+                f"tensor {spec.name} is {found}, it must be {spec.dtype} with at most "
+                f"{spec.shape[0]} rows of {spec.shape[1:]}"
+            )
+        tensors[spec.name] = content(data, start, own)
+    if buffers:
+        raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")
+    ordered = {spec.name: tensors[spec.name] for spec in schema.tensors}
+    return Payload(ordered, _read_numbers(metadata, schema), _read_metrics(metadata, schema))
+
+
+class StoredTensors(OnDemand):
+    """The tensors of an encoded payload in a file; each is read when it is asked for, and not kept."""
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        """Find each tensor of ``schema`` in a file of bytes that :func:`decode` has accepted."""
+        with path.open("rb") as file:
+            header, begin = header_of(file.read(8 + HEADER_BYTES), HEADER_BYTES)
+        buffers = buffers_of(header, path.stat().st_size - begin)
+        self.path = path
+        self._places: dict[str, tuple[int, TensorSpec, tuple[int, ...]]] = {}
+        for dtype, specs in schema.groups.items():
+            start = begin + buffers[dtype].start
+            for spec in specs:
+                self._places[spec.name] = start, spec, spec.shape
+                start += spec.elements * spec.dtype.itemsize
+        for key, spec in schema.ragged.items():
+            self._places[spec.name] = begin + buffers[key].start, spec, buffers[key].shape
+        super().__init__(dict.fromkeys((spec.name for spec in schema.tensors), torch.empty(0)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, spec, shape = self._places[name]
+        count = math.prod(shape) * spec.dtype.itemsize
+        raw = np.fromfile(self.path, np.uint8, count, offset=start)
+        return torch.from_numpy(raw).view(spec.dtype).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, or ``default``."""
+        return self[name] if name in self else default  # noqa: SIM401 (this is get)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+        """Yield names and tensors."""
+        return ((name, self[name]) for name in self.keys())
+
+    def values(self) -> Iterator[Tensor]:  # type: ignore[override]
+        """Yield tensors."""
+        return (self[name] for name in self.keys())
+
+
+def require_finite(payload: Payload) -> dict[str, float]:
+    """Check that every tensor is finite; return the largest absolute value of each that holds fractions.
+
+    Raises:
+        MessageError: A tensor holds NaN or infinity; the first such tensor is named.
+    """
+    largest = {}
+    for name, tensor in payload.tensors.items():
+        if tensor.is_floating_point():
+            largest[name] = largest_value(tensor)
+            if not math.isfinite(largest[name]):
+                raise MessageError(f"tensor {name} holds NaN or infinity", "not_finite")
+    return largest
+
+
+def _check_names(payload: Payload, schema: Schema) -> None:
+    names = {spec.name for spec in schema.tensors}
+    numbers = {spec.name for spec in schema.numbers}
+    if set(payload.tensors) != names or set(payload.numbers) != numbers:
+        odd = set(payload.tensors) ^ names | set(payload.numbers) ^ numbers
+        raise MessageError(f"payload and schema differ in {sorted(odd)[:5]}")
+    for spec in schema.numbers:
+        _require_in_range(f"number {spec.name}", payload.numbers[spec.name], spec)
+    if undeclared := payload.metrics.keys() - {spec.name for spec in schema.metrics}:
+        raise MessageError(
+            f"metrics {sorted(undeclared)[:5]} are not declared: what reports them (an objective in "
+            "`reported`, a method in its schema) declares the name and range of each"
+        )
+
+
+def _fits(tensor: Tensor | Buffer, spec: TensorSpec) -> bool:
+    shape = tuple(tensor.shape)
+    if spec.ragged:
+        shape_fits = len(shape) == len(spec.shape) and shape[1:] == spec.shape[1:]
+        shape_fits = shape_fits and shape[0] <= spec.shape[0]
+    else:
+        shape_fits = shape == spec.shape
+    return shape_fits and tensor.dtype == spec.dtype
+
+
+def _checked(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    if not _fits(tensor, spec):
+        raise MessageError(
+            f"tensor {spec.name} is {tensor.dtype} {tuple(tensor.shape)}, "
+            f"the schema asks for {spec.dtype} {spec.shape}"
+        )
+    return tensor.detach()
+
+
+def _read_numbers(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
+    if not schema.numbers:
+        return {}
+    values, names = _json(metadata.get("numbers")), [spec.name for spec in schema.numbers]
+    if not isinstance(values, list) or len(values) != len(names):
+        raise MessageError(f"payload must hold the numbers {', '.join(names)}")
+    for spec, value in zip(schema.numbers, values, strict=True):
+        _require_in_range(f"number {spec.name}", value, spec)
+    return dict(zip(names, values, strict=True))
+
+
+def _read_metrics(metadata: dict[str, str], schema: Schema) -> dict[str, float]:
+    if "metrics" not in metadata:
+        return {}
+    values, declared = _json(metadata["metrics"]), {spec.name: spec for spec in schema.metrics}
+    if not isinstance(values, dict):
+        raise MessageError("metrics must be named numbers")
+    if len(values) > len(declared):
+        raise MessageError(
+            f"payload holds {len(values)} metrics, {len(declared)} are declared", "too_many_names"
+        )
+    for name, value in values.items():
+        if name not in declared:
+            raise MessageError(f"metric {name[:MAX_NUMBER_NAME]!r} is not declared")
+        _require_in_range(f"metric {name}", value, declared[name])
+    return {name: float(value) for name, value in values.items()}
+
+
+def _require_in_range(what: str, value: object, spec: NumberSpec) -> None:
+    """Check one number.
+
+    Raises:
+        MessageError: It is none, not finite, or not in its range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MessageError(f"{what} is {str(value)[:40]!r}, it must be a number")
+    if not abs(value) <= FINITE:
+        raise MessageError(f"{what} must be finite, within {FINITE:g}", "not_finite")
+    if not spec.holds(value):
+        raise MessageError(
+            f"{what} is {float(value):.6g}, it must be {spec.lowest:g} to {spec.highest:g}",
+            "out_of_range",
+        )
+
+
+def _json(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,226 @@
+"""What a payload may hold: names, shapes and dtypes of tensors, names and ranges of numbers.
+
+A schema is fixed before anything is sent, and gives a cap on the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fedloom.errors import MessageError
+from fedloom.tensors import Tensors
+from fedloom.wire.packing import DTYPES
+
+HEADER_BYTES = 8192
+"""Room for a header: schema digest, numbers and at most ``MAX_NUMBERS`` metrics."""
+
+FINITE = 1e300
+"""Largest absolute value of a number that has no narrower range."""
+
+MAX_NUMBERS, MAX_NUMBER_NAME = 64, 64
+"""Most numbers, and most metrics, of a schema; and characters of the longest name of one."""
+
+MAX_TENSORS, MAX_TENSOR_NAME = 100_000, 512
+"""Most tensors of a schema, and characters of the longest name of one."""
+
+MAX_RANK, MAX_PAYLOAD = 8, 1 << 40
+"""Most dimensions of a tensor, and bytes of the largest payload that a schema may describe (1 TiB)."""
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""What the dtypes that can travel are called in a schema that is sent."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor in a payload.
+
+    Attributes:
+        ragged: Whether the first dimension is the most there may be, not what there must be.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ragged: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class NumberSpec:
+    """Name and range of one number in a payload; both ends belong to the range.
+
+    Attributes:
+        name: What it is called.
+        lowest: Its smallest value.
+        highest: Its largest value.
+    """
+
+    name: str
+    lowest: float = -FINITE
+    highest: float = FINITE
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value lies in the range; NaN lies in none."""
+        return self.lowest <= value <= self.highest
+
+
+def fraction(name: str) -> NumberSpec:
+    """Return the spec of a share of something: from 0 to 1."""
+    return NumberSpec(name, 0.0, 1.0)
+
+
+def amount(name: str, highest: float = 1e9) -> NumberSpec:
+    """Return the spec of a number that is never below 0: a loss, a norm, a divergence, a count."""
+    return NumberSpec(name, 0.0, highest)
+
+
+def score(name: str) -> NumberSpec:
+    """Return the spec of a number of either sign: a reward, a log-probability, a difference of them.
+
+    A token's log-probability is rarely below minus 100 nats: 1e9 is ten million tokens of these.
+    """
+    return NumberSpec(name, -1e9, 1e9)
+
+
+def prefixed(prefix: str, specs: tuple[NumberSpec, ...]) -> tuple[NumberSpec, ...]:
+    """Return specs of the same ranges whose names begin with ``prefix``."""
+    return tuple(replace(spec, name=prefix + spec.name) for spec in specs)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What one direction of an exchange carries.
+
+    Attributes:
+        tensors: The tensors, in the order in which they are packed.
+        numbers: The numbers that must be there, and no others.
+        metrics: The numbers for the record that may travel beside them; each may be absent.
+    """
+
+    tensors: tuple[TensorSpec, ...] = ()
+    numbers: tuple[NumberSpec, ...] = ()
+    metrics: tuple[NumberSpec, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Tensors,
+        numbers: tuple[NumberSpec, ...] = (),
+        metrics: tuple[NumberSpec, ...] = (),
+    ) -> Schema:
+        """Return the schema that ``tensors`` fit."""
+        specs = tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items())
+        return cls(specs, numbers, metrics)
+
+    def to_table(self) -> dict[str, Any]:
+        """Return it as plain JSON, for a party that must be told."""
+        rows = [[s.name, list(s.shape), _dtype_name(s.dtype), s.ragged] for s in self.tensors]
+        return {
+            "tensors": rows,
+            "numbers": [[s.name, s.lowest, s.highest] for s in self.numbers],
+            "metrics": [[s.name, s.lowest, s.highest] for s in self.metrics],
+        }
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Schema:
+        """Return what :meth:`to_table` was given, from a peer that is not trusted.
+
+        Raises:
+            MessageError: It is no such table, or describes more than ``MAX_TENSORS`` tensors,
+                ``MAX_NUMBERS`` numbers or metrics, ``MAX_RANK`` dimensions or ``MAX_PAYLOAD`` bytes.
+        """
+        try:
+            specs = tuple(_tensor_spec(*row) for row in _few(table["tensors"], MAX_TENSORS))
+            numbers = tuple(_number_spec(*row) for row in _few(table["numbers"], MAX_NUMBERS))
+            metrics = tuple(_number_spec(*row) for row in _few(table["metrics"], MAX_NUMBERS))
+            for group in (specs, numbers, metrics):
+                if len({spec.name for spec in group}) < len(group):
+                    raise ValueError("a name occurs twice")
+            found = cls(specs, numbers, metrics)
+            if found.max_bytes > MAX_PAYLOAD:
+                raise ValueError(f"{found.max_bytes} bytes, {MAX_PAYLOAD} are allowed")
+        except (KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"a schema is not of the form it must have: {error}") from None
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        """64 bits of SHA-256 over names, shapes, dtypes and numbers, as 16 hex digits."""
+        specs = [(s.name, s.shape, str(s.dtype)) + (("ragged",) * s.ragged) for s in self.tensors]
+        ranges = [
+            [(s.name, float(s.lowest), float(s.highest)) for s in group]
+            for group in (self.numbers, self.metrics)
+        ]
+        return hashlib.sha256((repr(specs) + repr(ranges)).encode()).hexdigest()[:16]
+
+    @cached_property
+    def max_bytes(self) -> int:
+        """Upper bound of an encoded payload in bytes."""
+        return HEADER_BYTES + sum(s.elements * s.dtype.itemsize for s in self.tensors)
+
+    @cached_property
+    def groups(self) -> dict[str, list[TensorSpec]]:
+        """The specs of fixed shape by dtype name, each group one flat buffer on the wire."""
+        groups: dict[str, list[TensorSpec]] = {}
+        for spec in self.tensors:
+            if not spec.ragged:
+                groups.setdefault(_dtype_name(spec.dtype), []).append(spec)
+        return groups
+
+    @cached_property
+    def ragged(self) -> dict[str, TensorSpec]:
+        """The ragged specs by the name of their buffer on the wire."""
+        return {str(i): spec for i, spec in enumerate(self.tensors) if spec.ragged}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _few(rows: object, most: int) -> list[Any]:
+    if not isinstance(rows, list) or len(rows) > most:
+        raise ValueError(f"a list of at most {most} rows is wanted")
+    return rows
+
+
+def _name(value: object, longest: int) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+        raise ValueError(f"{str(value)[:40]!r} is no name of 1 to {longest} characters")
+    return value
+
+
+def _tensor_spec(name: object, shape: object, dtype: object, ragged: object) -> TensorSpec:
+    """Return a tensor's spec from a row of a table, checked."""
+    sizes = tuple(_few(shape, MAX_RANK))
+    if not all(type(n) is int and 0 <= n <= MAX_PAYLOAD for n in sizes):
+        raise ValueError(f"{str(shape)[:80]} is no shape")
+    if not isinstance(dtype, str) or dtype not in DTYPE_NAMES:
+        raise ValueError(f"{str(dtype)[:40]!r} is no dtype that travels")
+    if not isinstance(ragged, bool) or (ragged and not sizes):
+        raise ValueError("a tensor is ragged, which has a dimension, or not")
+    return TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
+
+
+def _number_spec(name: object, lowest: object, highest: object) -> NumberSpec:
+    """Return a number's spec from a row of a table, checked."""
+    ends = []
+    for end in (lowest, highest):
+        if isinstance(end, bool) or not isinstance(end, int | float) or not abs(end) <= FINITE:
+            raise ValueError(f"{str(end)[:40]} is no end of a range")
+        ends.append(float(end))
+    return NumberSpec(_name(name, MAX_NUMBER_NAME), *ends)
+
+
+LOSS = amount("loss")
+"""Name and range of the mean loss, where an objective does not say otherwise."""

@@ -1,0 +1,190 @@
+"""Settings that do nothing are told, once each and with the reason; those that do something are not."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedloom.commands.starting import starting_file
+from fedloom.errors import SettingsError
+from fedloom.experiment.experiment import COMPARE, SECTIONS, Experiment
+from fedloom.experiment.unread import unread_in_all, unread_settings
+from fedloom.runs.comparison import compare, read_comparison
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import run_experiment
+from fedloom.settings.schema import Of
+from fedloom.settings.toml import read_toml
+from observers import HeardOfComparison
+
+ROOT = Path(__file__).parents[2]
+LABELLED = {"data": {"source": "builtin:labelled"}, "objective": {"name": "classification"}}
+ALTERNATELY = {"method": {"name": "fedrep"}}
+
+CASES = {
+    "training.head_learning_rate": (
+        {"training": {"head_learning_rate": 0.01}},
+        "training.head_learning_rate = 0.01 does nothing: no head is trained, by this objective and method",
+        ALTERNATELY,
+    ),
+    "training.min_learning_rate": (
+        {"training": {"min_learning_rate": 1e-4}},
+        "training.min_learning_rate = 0.0001 does nothing: it is read where training.schedule is 'cosine' "
+        "or 'linear', which is 'constant'",
+        {"training": {"schedule": "linear", "min_learning_rate": 1e-4}},
+    ),
+    **{
+        f"training.{name}": (
+            {"training": {"optimizer": "sgd", name: 0.5}},
+            f"training.{name} = 0.5 does nothing: it is read where training.optimizer is 'adam' or 'adamw', "
+            "which is 'sgd'",
+            {"training": {"optimizer": "adam", name: 0.5}},
+        )
+        for name in ("beta1", "beta2", "epsilon")
+    },
+    "training.amount_per": (
+        {"training": {"amount_per": "round", "local_steps": 4}},
+        "training.amount_per = 'round' does nothing: this method trains one model once in a round",
+        ALTERNATELY,
+    ),
+    "method.head_mode": (
+        {**LABELLED, "method": {"name": "fedper", "head_mode": "lowrank"}},
+        "method.head_mode = 'lowrank' does nothing: the head of this objective is its classifier",
+        {"data": {"source": "builtin:preferences"}, "objective": {"name": "dpo"}},
+    ),
+    "method.head_rank": (
+        {"method": {"name": "fedpdpo", "head_rank": 4}},
+        "method.head_rank = 4 does nothing: it is read where method.head_mode is 'lowrank', which is 'full'",
+        {"method": {"name": "fedpdpo", "head_rank": 4, "head_mode": "lowrank"}},
+    ),
+    "method.teacher_share": (
+        {**LABELLED, "method": {"name": "distillation", "teacher_share": 0.7}},
+        "method.teacher_share = 0.7 does nothing: it is read where public.labelled is True, which is False",
+        {"public": {"labelled": True}},
+    ),
+    "method.client_epochs": (
+        {
+            **LABELLED,
+            "method": {"name": "distillation", "client_epochs": 2},
+            "training": {"amount_per": "round", "local_steps": 4},
+        },
+        "method.client_epochs = 2 does nothing: it is read where training.amount_per is 'model', which is "
+        "'round'",
+        {"training": {}},
+    ),
+    "objective.gamma": (
+        {"objective": {"name": "pdpo", "reward_mode": "implicit", "gamma": 0.5}},
+        "objective.gamma = 0.5 does nothing: it is read where objective.reward_mode is 'combined' or "
+        "'separate', which is 'implicit'",
+        {"objective": {"name": "pdpo", "reward_mode": "combined", "gamma": 0.5}},
+    ),
+    "partition.alpha": (
+        {"partition": {"alpha": 0.1}},
+        "partition.alpha = 0.1 does nothing: it is read where partition.kind is 'dirichlet', which is 'iid'",
+        {"partition": {"alpha": 0.1, "kind": "dirichlet", "column": "topic"}},
+    ),
+    "evaluation.client_max_examples": (
+        {"evaluation": {"client_max_examples": 9, "per_client": False}},
+        "evaluation.client_max_examples = 9 does nothing: no client is judged by rows of its own",
+        {"evaluation": {"client_max_examples": 9}},
+    ),
+    "evaluation.samples": (
+        {**LABELLED, "evaluation": {"samples": 3}},
+        "evaluation.samples = 3 does nothing: a classifier answers no prompts",
+        {"data": {}, "objective": {}},
+    ),
+    "evaluation.max_new_tokens": (
+        {"evaluation": {"samples": 0, "max_new_tokens": 9}},
+        "evaluation.max_new_tokens = 9 does nothing: nothing is generated",
+        {"evaluation": {"max_new_tokens": 9}},
+    ),
+    "clients.newcomer_steps": (
+        {"clients": {"newcomer_steps": 5}},
+        "clients.newcomer_steps = 5 does nothing: clients.newcomers names nobody",
+        {"clients": {"newcomer_steps": 5, "newcomers": [2]}},
+    ),
+    "public.rows": (
+        {"public": {"rows": 8}},
+        "public.rows = 8 does nothing: this method has no public rows",
+        {**LABELLED, "method": {"name": "distillation"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_does_nothing_is_told_and_what_does_something_is_not(name):
+    sections, message, other = CASES[name]
+    assert unread_settings(Experiment.from_table(sections)) == {name: message}
+    assert name not in unread_settings(Experiment.from_table({**sections, **other}))
+
+
+def test_every_setting_that_is_declared_has_a_case():
+    declared = set()
+    for section, choice in SECTIONS.items():
+        kinds = [choice] if isinstance(choice, type) else [kind for kind, _ in choice.values()]
+        declared |= {
+            f"{section}.{key}"
+            for kind in kinds
+            for key, field in kind.model_fields.items()
+            if any(isinstance(one, Of) for one in field.metadata)
+        }
+    assert {name for name in declared if not name.startswith("public.")} == {
+        name for name in CASES if not name.startswith("public.")
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("recipes/**/*.toml")), starting_file()], ids=lambda path: path.name
+)
+def test_no_recipe_has_a_setting_that_does_nothing(path):
+    if COMPARE in read_toml(path):
+        experiments = [cell.experiment for cell in read_comparison(path).cells]
+    else:
+        experiments = [Experiment.from_toml(path)]
+    assert unread_in_all(experiments) == []
+
+
+def fragments():
+    """Experiments in the documentation, as far as a fragment is one by itself."""
+    found = []
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        for text in re.findall(r"```toml\n(.*?)```", path.read_text(), re.DOTALL):
+            try:
+                found.append((path.name, Experiment.from_table(tomllib.loads(text))))
+            except (SettingsError, tomllib.TOMLDecodeError):
+                continue  # part of another file, or a comparison's
+    return found
+
+
+def test_no_experiment_of_the_documentation_has_one():
+    experiments = fragments()
+    assert len(experiments) >= 5
+    told = [(name, unread_settings(experiment)) for name, experiment in experiments]
+    assert [one for one in told if one[1]] == []
+
+
+def test_a_run_warns_before_it_trains(experiment, monkeypatch):
+    told = []
+    monkeypatch.setattr(Silent, "warning", lambda self, text: told.append(text))
+    monkeypatch.setattr("fedloom.runs.run._Run.prepare", lambda self, done: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_experiment(experiment(training={"min_learning_rate": 1e-4}), observer=Silent())
+    assert CASES["training.min_learning_rate"][1] in told
+
+
+def test_a_comparison_tells_what_none_of_its_arms_reads(table, tmp_path, monkeypatch):
+    import tomli_w
+
+    del table["output"]
+    table["training"] |= {"beta1": 0.5, "min_learning_rate": 1e-4}
+    table["compare"] = {
+        "amount": 1,
+        "seeds": [0],
+        "objectives": {"a": {}, "b": {"training": {"optimizer": "sgd"}}},
+    }
+    path = tmp_path / "small.toml"
+    path.write_text(tomli_w.dumps(table))
+    monkeypatch.setattr("fedloom.runs.comparison._outcomes", lambda *a, **k: iter(()))
+    told = HeardOfComparison()
+    compare(read_comparison(path), tmp_path / "out", workers=1, observer=told)
+    assert told.warnings == [CASES["training.min_learning_rate"][1]]
