@@ -18,24 +18,24 @@ from fedloom.data.builtin import builtin_examples
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
-from fedloom.models.split_model import FrontHalf
+from fedloom.models.split_model import ClientPart
 from fedloom.runs.model_building import prepare_model
 
 NOISES = (0.0, 0.1, 0.3, 1.0, 3.0)
 """Shares of the activations' root mean square, as ``method.activation_noise`` counts."""
 
 
-def front_half(cut: int) -> tuple[FrontHalf, object]:
+def front_half(cut: int) -> tuple[ClientPart, object]:
     """Return the first blocks of the tiny model, as a client has them, and its tokenizer."""
     path, encoder, _ = prepare_model(Experiment(), (), print)
     tokenizer = encoder.tokenizer
     backbone = load_backbone(path, pad_token_id=tokenizer.pad_token_id, blocks=cut)
     model = attach_adapter(backbone, AdapterSettings())
-    return FrontHalf(model, tokenizer.pad_token_id, tail=False), tokenizer
+    return ClientPart(model, tokenizer.pad_token_id, tail=False), tokenizer
 
 
 @torch.no_grad()
-def invert(front: FrontHalf, sent: torch.Tensor, vocabulary: int) -> list[int]:
+def invert(front: ClientPart, sent: torch.Tensor, vocabulary: int) -> list[int]:
     """Return the tokens whose activations lie nearest to ``sent``, ``(tokens, hidden)``, one by one."""
     found: list[int] = []
     candidates = torch.arange(vocabulary).unsqueeze(1)
@@ -47,7 +47,7 @@ def invert(front: FrontHalf, sent: torch.Tensor, vocabulary: int) -> list[int]:
     return found
 
 
-def recovered(front: FrontHalf, tokenizer: object, texts: list[str], noise: float) -> float:
+def recovered(front: ClientPart, tokenizer: object, texts: list[str], noise: float) -> float:
     """Return the share of the texts' tokens that the server gets right under noise."""
     right = total = 0
     generator = torch.Generator().manual_seed(0)

@@ -106,8 +106,8 @@ class AbsentEngine:
             self.seen.append((exchange.action, exchange.round, answer.client, request, reply))
             yield answer
 
-    def undo(self, clients):
-        self.engine.undo(clients)
+    def discard(self, clients):
+        self.engine.discard(clients)
 
 
 @dataclass

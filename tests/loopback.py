@@ -14,12 +14,12 @@ import pytest
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedloom.deployment.folders import ClientHome, Joining
+from fedloom.deployment.folders import ClientFolder, Registration
 from fedloom.deployment.worker import Worker
 from fedloom.engines.flower.engine import FlowerEngine
 from fedloom.engines.flower.records import from_records, to_records
-from fedloom.engines.flower.run_clients import Roster
-from fedloom.engines.flower.transport import Post
+from fedloom.engines.flower.run_clients import RunClients
+from fedloom.engines.flower.transport import FlowerTransport
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.offences import OffenceObserver
 from fedloom.federation.records import Participant
@@ -142,7 +142,7 @@ class Loopback:
         return Members(self.folder / "server" / "members.toml")
 
     def home(self, number):
-        return ClientHome(self.folder / f"client-{number}")
+        return ClientFolder(self.folder / f"client-{number}")
 
     def worker(self, number, own=None, source=BUILTIN):
         """Return a client's worker as it is after a start of its machine."""
@@ -150,7 +150,7 @@ class Loopback:
         home.path.mkdir(exist_ok=True)
         own = own or client_file(home.path / "my.toml", source, self.models)
         home.write_joining(
-            Joining(
+            Registration(
                 gateway="localhost:9",
                 number=number,
                 name=f"client-{number}",
@@ -173,7 +173,7 @@ class Loopback:
         """
         server = self.folder / "server"
         key = read_key(server / "server.key")
-        post = Post(
+        post = FlowerTransport(
             mail or self.mail(source=builtin(experiment)),
             lambda header: sign(key, header),
             (server / "server.pem").read_text(),
@@ -181,7 +181,7 @@ class Loopback:
             proven,
         )
         owners = {100 + number: number for number in range(self.clients)}
-        roster = Roster(
+        roster = RunClients(
             self.members,
             [Participant(number, f"client-{number}") for number in range(self.clients)],
             experiment.clients.newcomers,

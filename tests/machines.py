@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment.processes import free_port
-from fedloom.storage.files import holder
+from fedloom.storage.files import lock_owner
 from loopback import BUILTIN, builtin, client_file
 
 FEDLOOM = [sys.executable, "-m", "fedloom"]
@@ -216,7 +216,7 @@ class Machines:
 
     def player(self):
         """Return the process that plays a run, or ``None``."""
-        return holder(self.server / "run.pid")
+        return lock_owner(self.server / "run.pid")
 
     def kill(self, name, kind=signal.SIGKILL):
         """End a whole machine at once."""

@@ -20,7 +20,7 @@ QUADRATURE = 16
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridRun:
     """One kind of comparison.
 
     Attributes:
@@ -41,15 +41,15 @@ class Cell:
 
 
 GRID = (
-    Cell(2, 50),
-    Cell(3, 500, 0.9),
-    Cell(5, 50, 0.95, deviation=0.02),  # most seeds tie, or differ by one row
-    Cell(5, 200, shared=False),
-    Cell(10, 200),
+    GridRun(2, 50),
+    GridRun(3, 500, 0.9),
+    GridRun(5, 50, 0.95, deviation=0.02),  # most seeds tie, or differ by one row
+    GridRun(5, 200, shared=False),
+    GridRun(10, 200),
 )
 """Five cells without a difference: 400 comparisons of each are 2,000."""
 
-POWER = tuple(Cell(seeds, rows, gap=0.05) for seeds in (2, 3, 5, 10) for rows in (50, 200, 500))
+POWER = tuple(GridRun(seeds, rows, gap=0.05) for seeds in (2, 3, 5, 10) for rows in (50, 200, 500))
 """A true difference of .05."""
 
 
@@ -70,7 +70,7 @@ class Found:
         single_covered: One model: the interval of its accuracy holds the true one.
     """
 
-    cell: Cell
+    cell: GridRun
     count: int
     rows_missed: float
     rows_power: float

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.models.adapters import PROMPTS, AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
-from fedloom.models.split_model import BackHalf, FrontHalf
+from fedloom.models.split_model import ClientPart, ServerPart
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])
@@ -94,8 +94,8 @@ def test_halves_against_torch(model_folder, classes, tail):
         backbone.set_attn_implementation("eager")
         return attach_adapter(backbone, AdapterSettings(rank=4), classification=bool(classes))
 
-    front = FrontHalf(whole(1), 0, tail=tail)
-    back = BackHalf(AdapterModel(whole(), 0), 1, tail=tail)
+    front = ClientPart(whole(1), 0, tail=tail)
+    back = ServerPart(AdapterModel(whole(), 0), 1, tail=tail)
     back.blocks.config._attn_implementation = "eager"
     ids = torch.randint(3, 100, (3, 40))
     mask = torch.ones_like(ids)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedloom.aggregation.soft_labels import Knowledge, combine, joined, likeliest, shortened
+from fedloom.aggregation.soft_labels import SoftLabels, combine, joined, likeliest, shortened
 
 
 def table(*rows):
@@ -80,8 +80,8 @@ def test_lowest_loss_believes_one_model_for_a_whole_text():
 
 def test_an_entry_is_averaged_over_those_who_sent_it():
     """The failure of zero padding: an entry that one model sent alone must not be pulled to zero."""
-    left = Knowledge(4, torch.tensor([[0.9]]).log(), torch.tensor([[0]]))
-    right = Knowledge(4, torch.tensor([[0.8]]).log(), torch.tensor([[2]]))
+    left = SoftLabels(4, torch.tensor([[0.9]]).log(), torch.tensor([[0]]))
+    right = SoftLabels(4, torch.tensor([[0.8]]).log(), torch.tensor([[2]]))
     found = combine([left, right], [1.0, 1.0], "mean").dense().exp()[0]
     # Entries 0 and 2 stand as they were sent, 1 and 3 share the mean rest of 0.15; then all is normalised.
     by_hand = torch.tensor([0.9, 0.075, 0.8, 0.075])

@@ -19,7 +19,7 @@ from fedloom.models.architecture import is_linear, switch_dropout_off
 from fedloom.models.backbone_delta import products
 from fedloom.models.export import export_causal
 from fedloom.models.flop_shape import block_of
-from fedloom.models.heads import PersonalParts, attach_personal
+from fedloom.models.heads import PersonalModules, attach_personal
 from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.logps import completion_logps
@@ -194,7 +194,7 @@ def _losses_with_a_reward_head(folder: Path, batch: Batch) -> dict[str, float]:
     """Return the losses of the objectives that need one, none where a user is told that there is none."""
     peft_model = _adapted(folder).model
     try:
-        attach_personal(peft_model, PersonalParts(reward=True, head_mode="lowrank"), 0)
+        attach_personal(peft_model, PersonalModules(reward=True, head_mode="lowrank"), 0)
     except ModelError:
         return {}
     model = AdapterModel(peft_model, 0)

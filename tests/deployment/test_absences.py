@@ -19,9 +19,9 @@ from rich.console import Console
 from fedloom.commands.terminal import Terminal
 from fedloom.deployment import worker
 from fedloom.deployment.counts import Counts
-from fedloom.deployment.folders import ServerHome, Serving
+from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.run_queue import RunQueue
-from fedloom.deployment.run_requests import Asked, News, news_file
+from fedloom.deployment.run_requests import Asked, RunEvents, run_event_file
 from fedloom.deployment.status import server_status, shown
 from fedloom.engines.flower import engine as flower
 from fedloom.errors import NonFiniteLoss, RoundFailed, TrainingError
@@ -47,7 +47,7 @@ class Site:
         self.monkeypatch = monkeypatch
         self.console = Console(record=True, width=400, file=io.StringIO())
         self.mail = self.federation.mail(source=BUILTIN)
-        self.home = ServerHome(self.federation.folder / "server")
+        self.home = ServerFolder(self.federation.folder / "server")
         self.home.requests.mkdir()
         starting = SimpleNamespace(start=lambda order: 1)
         self.queue = RunQueue(self.home, starting, lambda event, **facts: None, Counts())
@@ -159,7 +159,7 @@ class Site:
         experiment = Experiment.from_table(table)
         run = self.queue.submit(Asked(name="x", cwd="/", text=""))
         self.queue.advance()
-        with News(news_file(self.home, run.order.id)) as news, lock(self.home.playing):
+        with RunEvents(run_event_file(self.home, run.order.id)) as news, lock(self.home.playing):
             engine = self.federation.engine(experiment, self.mail)
             engine.attend = lambda attendance: news.tell("attendance", members=attendance)
             observer = Both(self, news)
@@ -196,7 +196,7 @@ class Site:
 
     def status(self):
         """The status as a terminal shows it."""
-        serving = Serving(host="h", port=9, flower=1, insecure=False, pid=7, since=time.time())
+        serving = ServerStatus(host="h", port=9, flower=1, insecure=False, pid=7, since=time.time())
         gateway = SimpleNamespace(presence=dict, open_connections=lambda: (3, 0))
         health = SimpleNamespace(problems=list, warnings=list)
         console = Console(record=True, width=400, file=io.StringIO())

@@ -9,7 +9,7 @@ import pytest
 from fedloom.deployment import administration
 from fedloom.deployment.administration import SOCKET, ControlSocket, ask, require_own
 from fedloom.deployment.flower_control import _said
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.errors import ConnectionFailed, FedloomError, SettingsError
 from fedloom.storage.files import lock
 from fedloom.wire.framing import connect, write_frame
@@ -17,7 +17,7 @@ from fedloom.wire.framing import connect, write_frame
 
 @pytest.fixture
 def home(tmp_path):
-    own = ServerHome(tmp_path / "server")
+    own = ServerFolder(tmp_path / "server")
     own.path.mkdir()
     return own
 
@@ -67,7 +67,7 @@ def test_without_a_server_it_is_said_what_to_do(home, tmp_path):
     ):
         ask(home, "status")
     with pytest.raises(ConnectionFailed, match=r"no server was started in .*none"):
-        ask(ServerHome(tmp_path / "none"), "status")
+        ask(ServerFolder(tmp_path / "none"), "status")
     with lock(home.lock), pytest.raises(ConnectionFailed, match="is starting or ending"):
         ask(home, "status")
 

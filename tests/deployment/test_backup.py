@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fedloom.commands.main import app
 from fedloom.deployment.backup import back_up, is_encrypted, restore
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.errors import ConnectionFailed, IdentityError, OutputError, SettingsError
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog, events, verify
@@ -24,7 +24,7 @@ DERIVED = {"flower.db", "nodes.toml", "server.toml", ".members.toml.lock"}
 @pytest.fixture
 def home(tmp_path):
     """A server's folder as a life leaves it, with a run and with what is not worth keeping."""
-    own = ServerHome(tmp_path / "server")
+    own = ServerFolder(tmp_path / "server")
     make_authority(own.path, ["fed.example.org", "localhost"])
     for name in ("north", "south", "west"):
         own.members().allow(name, make_key(tmp_path / f"{name}.key").read_text())
@@ -50,7 +50,7 @@ def content(folder):
 
 
 def test_what_was_backed_up_is_there_again(home, tmp_path):
-    target, again = tmp_path / "b" / "fed.backup", ServerHome(tmp_path / "again")
+    target, again = tmp_path / "b" / "fed.backup", ServerFolder(tmp_path / "again")
     back_up(home, target)
     assert target.stat().st_mode & 0o777 == 0o600 and not is_encrypted(target)
     found = restore(target, again)
@@ -70,7 +70,7 @@ def test_runs_go_with_it_on_request_and_are_known_where_they_are_now(home, tmp_p
     (twin / "summary.json").write_text("[]")
     AuditLog(home.path / "audit.jsonl").record("run_folder", run="b" * 32, folder=str(twin))
     back_up(home, tmp_path / "fed.backup", runs=True)
-    again = ServerHome(tmp_path / "again")
+    again = ServerFolder(tmp_path / "again")
     found = restore(tmp_path / "fed.backup", again)
     assert [path.relative_to(again.path).as_posix() for path in found.runs] == [
         "runs/first",
@@ -100,7 +100,7 @@ def test_a_log_that_is_written_meanwhile_is_whole_in_it(home, tmp_path, monkeypa
         writing.join()
     for number in range(3):
         folder = tmp_path / f"again-{number}"
-        restore(tmp_path / f"{number}.backup", ServerHome(folder))
+        restore(tmp_path / f"{number}.backup", ServerFolder(folder))
         assert verify(folder).lines > 1
 
 
@@ -117,16 +117,16 @@ def test_nothing_is_written_over(home, tmp_path):
         lock(tmp_path / "running" / "server.pid"),
         pytest.raises(ConnectionFailed, match="runs in"),
     ):
-        restore(tmp_path / "good.backup", ServerHome(tmp_path / "running"))
+        restore(tmp_path / "good.backup", ServerFolder(tmp_path / "running"))
     with pytest.raises(SettingsError, match=r"is no server's folder: members.toml, ca.pem"):
-        back_up(ServerHome(tmp_path / "nowhere"), tmp_path / "none.backup")
+        back_up(ServerFolder(tmp_path / "nowhere"), tmp_path / "none.backup")
     assert not (tmp_path / "none.backup").exists()
 
 
 @pytest.mark.slow
 def test_a_wrong_passphrase_is_said_and_nothing_made(home, tmp_path):
     back_up(home, tmp_path / "fed.backup", passphrase="right")
-    again = ServerHome(tmp_path / "again")
+    again = ServerFolder(tmp_path / "again")
     for passphrase, words in (("wrong", "does not open"), (None, "is encrypted: a passphrase")):
         with pytest.raises(IdentityError, match=words):
             restore(tmp_path / "fed.backup", again, passphrase)
@@ -136,7 +136,7 @@ def test_a_wrong_passphrase_is_said_and_nothing_made(home, tmp_path):
 def test_damage_anywhere_is_seen(home, tmp_path):
     back_up(home, tmp_path / "fed.backup")
     whole = (tmp_path / "fed.backup").read_bytes()
-    again = ServerHome(tmp_path / "again")
+    again = ServerFolder(tmp_path / "again")
     for cut in (0, 1, len(whole) // 3, 2 * len(whole) // 3):
         (tmp_path / "cut").write_bytes(whole[:cut])
         with pytest.raises(OutputError, match="cut"):
@@ -178,7 +178,7 @@ def archive(path, *entries):
 def test_nothing_is_taken_that_a_backup_does_not_hold(tmp_path, entry):
     path = archive(tmp_path / "evil", entry, ("manifest.json", b"{}"))
     with pytest.raises(OutputError, match="is nothing that a backup holds"):
-        restore(path, ServerHome(tmp_path / "again"))
+        restore(path, ServerFolder(tmp_path / "again"))
     assert sorted(own.name for own in tmp_path.iterdir()) == ["evil"]
 
 
@@ -196,7 +196,7 @@ def test_a_manifest_is_held_against_what_is_there(tmp_path, manifest, error, wor
         tmp_path / "x", ("members.toml", b"x"), ("manifest.json", json.dumps(manifest).encode())
     )
     with pytest.raises(error, match=words):
-        restore(path, ServerHome(tmp_path / "again"))
+        restore(path, ServerFolder(tmp_path / "again"))
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ EARLY, LATE = range(25, 35), range(50, 60)
 out. It moves by some megabytes within seconds, so medians are compared: if all answers of the 25 rounds
 between were kept, they would be 14.8 MB apart."""
 
-BEHIND = (0, 1)
+OUT_OF_DATE = (0, 1)
 """Clients whose link is cut now and then."""
 
 LONGEST = 840.0
@@ -65,8 +65,8 @@ class Replay:
         left = {c: data for c, data in exchange.requests.items() if c not in gone}
         yield from self.engine.exchange(replace(exchange, requests=left))
 
-    def undo(self, clients):
-        self.engine.undo(clients)
+    def discard(self, clients):
+        self.engine.discard(clients)
 
 
 class SameCohorts(Server):
@@ -132,7 +132,7 @@ def test_the_run_survives_all_of_it(monkeypatch, rounds):
 
         def start_client(client, wait=False):
             words = own.joining(client)
-            if client in BEHIND:
+            if client in OUT_OF_DATE:
                 words = own.joining(client, server=f"localhost:{link.port}")
             here = Path(__file__).with_name("malicious")
             environment = os.environ.get("PYTHONPATH", "")

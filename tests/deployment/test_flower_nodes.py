@@ -205,14 +205,14 @@ def test_what_failed_is_not_tried_again_at_once(site, monkeypatch):
 
 
 def test_a_full_disk_keeps_nobody_out(site, monkeypatch):
-    write, full = flower_nodes.write_whole, [True]
+    write, full = flower_nodes.write_atomically, [True]
 
-    def write_whole(path, *rest):
+    def write_atomically(path, *rest):
         if full:
             raise OutputError("No space left on device")
         write(path, *rest)
 
-    monkeypatch.setattr(flower_nodes, "write_whole", write_whole)
+    monkeypatch.setattr(flower_nodes, "write_atomically", write_atomically)
     nodes = site.nodes()
     with pytest.raises(OutputError):
         nodes.follow()

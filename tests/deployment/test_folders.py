@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment.client_file import OwnFile
-from fedloom.deployment.folders import ClientHome, Joining, ServerHome
+from fedloom.deployment.folders import ClientFolder, Registration, ServerFolder
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.processes import (
-    Child,
+    SupervisedProcess,
     address,
     free_port,
     make_room,
@@ -68,10 +68,10 @@ def test_all_mistakes_are_named_at_once(tmp_path):
 
 
 def test_a_home_says_how_it_was_joined(tmp_path):
-    home = ClientHome(tmp_path)
+    home = ClientFolder(tmp_path)
     with pytest.raises(SettingsError, match="file not found"):
         home.joining()
-    joining = Joining(gateway="localhost:1", number=3, name="n", key="k")
+    joining = Registration(gateway="localhost:1", number=3, name="n", key="k")
     home.write_joining(joining)
     assert home.joining() == joining and home.own_file() == OwnFile()
     assert (tmp_path / "client.toml").stat().st_mode & 0o777 == 0o600
@@ -79,12 +79,14 @@ def test_a_home_says_how_it_was_joined(tmp_path):
 
 def test_no_server_is_said_with_what_to_do(tmp_path):
     with pytest.raises(SettingsError, match="`fedloom server start --home"):
-        ServerHome(tmp_path).serving()
+        ServerFolder(tmp_path).serving()
 
 
 def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.deployment.processes.PAUSE", 0.0)
-    child = Child(["python", "-c", "import time; time.sleep(60)"], tmp_path / "logs" / "a.out", {})
+    child = SupervisedProcess(
+        ["python", "-c", "import time; time.sleep(60)"], tmp_path / "logs" / "a.out", {}
+    )
     assert not child.keep_alive() and not child.keep_alive()
     first = child.process
     first.kill()
@@ -93,7 +95,7 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
     words = Path(f"/proc/{child.process.pid}/cmdline")
     while not words.read_bytes():  # it has just been started, and is not yet what it will be
         time.sleep(0.001)
-    again = Child(child.command, child.log, {})
+    again = SupervisedProcess(child.command, child.log, {})
     again.end_leftover()  # as after a kill of who started it
     assert child.process.wait(5) == -9
     child.stop()
@@ -102,7 +104,7 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
 def test_a_log_that_has_grown_large_is_begun_again_under_who_writes_it(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.deployment.processes.LARGE", 10)
     command = ["python", "-c", "while True: print(input(), flush=True)"]
-    child, old = Child(command, tmp_path / "a.out", {}), tmp_path / "a.out.1"
+    child, old = SupervisedProcess(command, tmp_path / "a.out", {}), tmp_path / "a.out.1"
     child.log.write_text("l" * 11)
     child.keep_alive()
     assert child.log.read_text() == "" and old.read_text() == "l" * 11
@@ -128,7 +130,7 @@ def test_a_full_disk_does_not_keep_a_log(tmp_path, monkeypatch):
 
 
 def test_a_child_that_does_not_start_is_told(tmp_path):
-    child = Child(["python", "-c", "raise SystemExit(1)"], tmp_path / "a.out", {})
+    child = SupervisedProcess(["python", "-c", "raise SystemExit(1)"], tmp_path / "a.out", {})
     child.keep_alive()
     child.process.wait()
     with pytest.raises(ConnectionFailed, match=r"python did not start; see .*a\.out"):
@@ -205,7 +207,7 @@ def test_folders_are_their_owners_alone(tmp_path):
 
 
 def test_a_clients_folder_is_told_from_all_others_and_keeps_that(tmp_path):
-    homes = [ClientHome(tmp_path / name) for name in ("a", "b")]
+    homes = [ClientFolder(tmp_path / name) for name in ("a", "b")]
     ids = [home.id for home in homes]
     assert ids[0] != ids[1] and [home.id for home in homes] == ids
     (tmp_path / "a" / "id").write_text("no id")

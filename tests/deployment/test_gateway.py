@@ -15,7 +15,7 @@ from fedloom.deployment.fleet import Upstream
 from fedloom.deployment.gateway import Gateway, GatewaySettings, source
 from fedloom.deployment.gateway_client import GatewayClient, ProtocolMismatch, RunIsOver
 from fedloom.deployment.processes import free_port
-from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
+from fedloom.engines.flower.streams import StreamRequest, StreamResponse, Streams, taken
 from fedloom.errors import ConnectionFailed, IdentityError, OutputError, SettingsError
 from fedloom.security.certificates import make_authority
 from fedloom.security.client_registry import Members
@@ -523,7 +523,7 @@ def test_an_expired_certificate_is_told(tmp_path):
 
 def question(*message, limit=None, rest=None):
     whole = sum(map(len, message))
-    return Question(message, rest or (lambda held: message), whole if limit is None else limit)
+    return StreamRequest(message, rest or (lambda held: message), whole if limit is None else limit)
 
 
 def answers(streams, seconds=10):
@@ -616,9 +616,9 @@ def test_a_client_that_goes_breaks_its_stream_alone(site, streamed):
     assert until(lambda: 1 in streamed)
     stop.set()
     lost = streamed.send(1, question(b"last"))
-    assert answers(streamed) == [Arrival(1, lost)]
+    assert answers(streamed) == [StreamResponse(1, lost)]
     number = streamed.send(0, question(b"still", b" there"))
-    assert answers(streamed) == [Arrival(0, number, b"still there")]
+    assert answers(streamed) == [StreamResponse(0, number, b"still there")]
 
 
 def test_no_stream_to_a_run_that_there_is_not(site):

@@ -10,11 +10,11 @@ import threading
 import pytest
 
 from fedloom.deployment import client, server, worker_socket
-from fedloom.deployment.folders import ClientHome, ServerHome, Serving
+from fedloom.deployment.folders import ClientFolder, ServerFolder, ServerStatus
 from fedloom.deployment.processes import only
 from fedloom.errors import ConnectionFailed, OutputError
 from fedloom.security.keys import make_key
-from fedloom.storage.files import holder, lock
+from fedloom.storage.files import lock, lock_owner
 
 HOLD = "import sys, time; from pathlib import Path; from fedloom.storage.files import lock\n"
 HOLD += "held = lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
@@ -48,15 +48,15 @@ def bystander(started):
 
 def test_a_lock_is_one_processs_and_ends_with_it(tmp_path, started):
     path = tmp_path / "home" / "a.pid"
-    assert holder(path) is None
+    assert lock_owner(path) is None
     other = started(HOLD, path)
-    assert lock(path) is None and holder(path) == other.pid
+    assert lock(path) is None and lock_owner(path) == other.pid
     other.kill()
     other.wait()
-    assert path.read_text() == str(other.pid) and holder(path) is None
+    assert path.read_text() == str(other.pid) and lock_owner(path) is None
     with lock(path):
-        assert lock(path) is None and holder(path) == os.getpid()
-    assert holder(path) is None
+        assert lock(path) is None and lock_owner(path) == os.getpid()
+    assert lock_owner(path) is None
 
 
 def test_a_lock_that_cannot_be_written_is_told(tmp_path):
@@ -67,10 +67,10 @@ def test_a_lock_that_cannot_be_written_is_told(tmp_path):
 
 def test_a_server_that_was_killed_does_not_keep_the_next_from_starting(tmp_path):
     """In a container all of them are process 1."""
-    home = ServerHome(tmp_path)
+    home = ServerFolder(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        Serving(host="127.0.0.1", port=port, flower=1, insecure=True, pid=1, since=0.0).write(
+        ServerStatus(host="127.0.0.1", port=port, flower=1, insecure=True, pid=1, since=0.0).write(
             home.started
         )
         home.lock.write_text(str(os.getpid()))
@@ -79,14 +79,14 @@ def test_a_server_that_was_killed_does_not_keep_the_next_from_starting(tmp_path)
 
 
 def test_a_second_server_changes_nothing(tmp_path):
-    home = ServerHome(tmp_path)
+    home = ServerFolder(tmp_path)
     with lock(home.lock), pytest.raises(ConnectionFailed, match=r"there is a server in .* already"):
         server.start(home, insecure=True)
     assert [path.name for path in tmp_path.iterdir()] == ["server.pid"]
 
 
 def test_a_second_client_changes_nothing(tmp_path):
-    home, key = ClientHome(tmp_path / "home"), tmp_path / "a.key"
+    home, key = ClientFolder(tmp_path / "home"), tmp_path / "a.key"
     make_key(key)
     with lock(home.lock), pytest.raises(ConnectionFailed, match=r"there is a client in .* already"):
         client.join(home, "localhost:9", key=key, authority=None)
@@ -94,9 +94,9 @@ def test_a_second_client_changes_nothing(tmp_path):
 
 
 def test_who_holds_no_lock_is_not_stopped(tmp_path, bystander):
-    home, own = ServerHome(tmp_path / "server"), ClientHome(tmp_path / "client")
+    home, own = ServerFolder(tmp_path / "server"), ClientFolder(tmp_path / "client")
     own.path.mkdir()
-    Serving(host="x", port=1, flower=2, insecure=True, pid=bystander.pid, since=0.0).write(
+    ServerStatus(host="x", port=1, flower=2, insecure=True, pid=bystander.pid, since=0.0).write(
         home.started
     )
     for path in (home.lock, own.lock, own.pid):
@@ -109,7 +109,7 @@ def test_who_holds_no_lock_is_not_stopped(tmp_path, bystander):
 
 
 def test_who_holds_the_lock_is_stopped(tmp_path, started):
-    home, own = ServerHome(tmp_path / "server"), ClientHome(tmp_path / "client")
+    home, own = ServerFolder(tmp_path / "server"), ClientFolder(tmp_path / "client")
     ends = {
         home.lock: lambda: server.stop_server(home.path),
         own.lock: lambda: client.leave(own.path),
@@ -125,7 +125,7 @@ def test_a_server_of_another_user_is_told(tmp_path, monkeypatch):
     def kill(process, kind):
         raise PermissionError(1, "Operation not permitted")
 
-    home = ServerHome(tmp_path)
+    home = ServerFolder(tmp_path)
     monkeypatch.setattr(os, "kill", kill)
     with (
         lock(home.lock),
@@ -142,11 +142,11 @@ def test_who_is_ending_is_waited_for(tmp_path):
         pass
     with only("run", path, patience=5.0):
         assert lock(path) is None
-    assert holder(path) is None
+    assert lock_owner(path) is None
 
 
 def test_a_second_worker_ends_before_it_imports_what_takes_seconds(tmp_path):
-    home = ClientHome(tmp_path)
+    home = ClientFolder(tmp_path)
     words = [
         sys.executable,
         "-X",
@@ -157,7 +157,7 @@ def test_a_second_worker_ends_before_it_imports_what_takes_seconds(tmp_path):
     ]
     with lock(home.pid):
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert holder(home.pid) == os.getpid()
+        assert lock_owner(home.pid) == os.getpid()
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "fedloom.storage.files" in imported
@@ -165,7 +165,7 @@ def test_a_second_worker_ends_before_it_imports_what_takes_seconds(tmp_path):
 
 
 def test_while_a_worker_begins_no_other_is_started(tmp_path, monkeypatch):
-    home, begun = ClientHome(tmp_path), []
+    home, begun = ClientFolder(tmp_path), []
     monkeypatch.setattr(
         worker_socket, "start_worker", lambda path: begun.append(path) or Ended(None)
     )

@@ -13,7 +13,7 @@ from fedloom.deployment import health as healths
 from fedloom.deployment.counts import Counts
 from fedloom.deployment.health import Health
 from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
-from fedloom.deployment.processes import Child, Family, free_port
+from fedloom.deployment.processes import SupervisedProcess, Supervisor, free_port
 from fedloom.errors import ConnectionFailed, SettingsError
 from fedloom.security.certificates import make_authority
 
@@ -41,11 +41,11 @@ class Site:
     def __init__(self, folder):
         make_authority(folder, ["localhost"], days=90)
         running = SimpleNamespace(poll=lambda: None)
-        self.child = Child(["flower-superlink"], folder / "superlink.out", {}, running)
+        self.child = SupervisedProcess(["flower-superlink"], folder / "superlink.out", {}, running)
         self.nodes, self.members = SimpleNamespace(problem=""), SimpleNamespace(slip="")
         gateway = SimpleNamespace(members=self.members)
         self.health = Health(
-            folder, folder / "server.pem", Family([self.child]), self.nodes, gateway
+            folder, folder / "server.pem", Supervisor([self.child]), self.nodes, gateway
         )
         self.counts = Counts()
         self.port = free_port()

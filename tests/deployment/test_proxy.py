@@ -11,7 +11,7 @@ import pytest
 
 from fedloom.deployment import gateway_client
 from fedloom.deployment.client import join
-from fedloom.deployment.folders import ClientHome
+from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.gateway import Gateway
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.processes import free_port
@@ -413,7 +413,7 @@ class TestWhichProxy:
     ):
         environment(name, url)
         with pytest.raises(SettingsError) as error:
-            join(ClientHome(tmp_path), f"{SERVER}:443", key=tmp_path / "none", authority=None)
+            join(ClientFolder(tmp_path), f"{SERVER}:443", key=tmp_path / "none", authority=None)
         told = str(error.value)
         assert f"the environment has 1 mistake:\n  - {name} is {shown}" in told
         assert not any(secret in told for secret in SECRETS)

@@ -15,7 +15,7 @@ from fedloom.deployment.gateway import Gateway
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.processes import free_port
 from fedloom.engines.flower import streams as module
-from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
+from fedloom.engines.flower.streams import StreamRequest, StreamResponse, Streams, taken
 from fedloom.errors import ConnectionFailed
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import run_experiment
@@ -83,7 +83,9 @@ def answer(site, patience):
     with contextlib.closing(streams):
         while 0 not in streams:
             time.sleep(0.01)
-        number = streams.send(0, Question((b"0",), lambda held: (str(held).encode(),), len(ANSWER)))
+        number = streams.send(
+            0, StreamRequest((b"0",), lambda held: (str(held).encode(),), len(ANSWER))
+        )
         end = time.monotonic() + 30
         while not (found := list(streams.take(0.1))):
             assert time.monotonic() < end
@@ -113,7 +115,7 @@ def test_a_run_that_ends_meanwhile_leaves_nothing(site):
     while 0 not in streams:
         time.sleep(0.01)
     own.link.cut_until = math.inf  # there will be no other connection
-    streams.send(0, Question((b"0",), lambda held: (str(held).encode(),), len(ANSWER)))
+    streams.send(0, StreamRequest((b"0",), lambda held: (str(held).encode(),), len(ANSWER)))
     while 0 in streams:
         time.sleep(0.01)
     assert {path.name for path in own.streams.iterdir()} == {RUN, f"{RUN}-000000-000000001"}
@@ -124,7 +126,7 @@ def test_a_run_that_ends_meanwhile_leaves_nothing(site):
 def test_who_only_ever_breaks_its_stream_is_lost(site, monkeypatch):
     monkeypatch.setattr(module, "RETURNS", 3)
     found, asked, returned, _ = answer(site(*[100_000] * 9), patience=10)
-    assert found == Arrival(0, found.question) and len(returned) == 3 and set(asked) == {0}
+    assert found == StreamResponse(0, found.question) and len(returned) == 3 and set(asked) == {0}
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ import pytest
 
 from fedloom.deployment import run_queue
 from fedloom.deployment.counts import Counts
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.run_queue import RunQueue
 from fedloom.deployment.run_requests import (
     Asked,
-    News,
-    Order,
+    RunEvents,
+    RunRequest,
     experiment_file,
-    news_file,
-    order_file,
+    run_event_file,
+    run_request_file,
 )
 from fedloom.errors import ConnectionFailed
 from fedloom.storage.files import lock
@@ -38,7 +38,7 @@ class Site:
     """A queue, and a process that plays runs: the lock that it holds, and the news that it tells."""
 
     def __init__(self, folder):
-        self.home, self.flower, self.notes = ServerHome(folder), Flower(), []
+        self.home, self.flower, self.notes = ServerFolder(folder), Flower(), []
         self.home.requests.mkdir(parents=True)
         self.counts = Counts()
         note = lambda event, **facts: self.notes.append(event)  # noqa: E731
@@ -56,11 +56,11 @@ class Site:
             self.held.close()
 
     def tell(self, id, event, **facts):
-        with News(news_file(self.home, id)) as news:
+        with RunEvents(run_event_file(self.home, id)) as news:
             news.tell(event, **facts)
 
     def news(self, id):
-        return [json.loads(line) for line in news_file(self.home, id).read_text().splitlines()]
+        return [json.loads(line) for line in run_event_file(self.home, id).read_text().splitlines()]
 
     def states(self):
         return {own["name"]: own["state"] for own in self.queue.listed()}
@@ -79,7 +79,7 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
     assert site.states() == {"first": "waiting", "second": "waiting"}
     for _ in range(3):
         site.queue.advance()
-    assert site.flower.started == [order_file(site.home, first)]
+    assert site.flower.started == [run_request_file(site.home, first)]
     assert site.states() == {"first": "starting", "second": "waiting"}
     site.plays()
     site.tell(first, "folder", folder="/runs/first")
@@ -105,13 +105,16 @@ def test_one_is_played_and_the_others_wait_their_turn(site):
     assert site.states() == {"second": "waiting"}  # the process of the first has not ended yet
     site.plays(False)
     site.queue.advance()
-    assert site.flower.started == [order_file(site.home, first), order_file(site.home, second)]
+    assert site.flower.started == [
+        run_request_file(site.home, first),
+        run_request_file(site.home, second),
+    ]
     assert site.notes == ["run_started", "run_folder", "run_ended", "run_started"]
 
 
 def test_what_is_ordered_is_what_was_asked(site):
     id = site.ask("x", assignments=["federation.rounds=3"], from_round=None)
-    assert Order.read(order_file(site.home, id)) == Order(
+    assert RunRequest.read(run_request_file(site.home, id)) == RunRequest(
         id=id,
         home=str(site.home.path.resolve()),
         name="x",
@@ -136,7 +139,7 @@ def test_a_process_that_died_is_told_and_the_next_begins(site):
     assert "the process that played the rounds is gone" in last["text"]
     assert "--resume /runs/first" in last["text"]
     assert site.flower.stopped == [1] and site.states() == {"second": "starting"}
-    assert site.flower.started[1:] == [order_file(site.home, second)]
+    assert site.flower.started[1:] == [run_request_file(site.home, second)]
 
 
 def test_a_last_word_that_comes_as_the_process_ends_is_the_last(site):

@@ -9,8 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import Cost
-from fedloom.deployment.folders import ServerHome
-from fedloom.deployment.run_requests import ASK, News, Order, news_file, order_file, read_news, show
+from fedloom.deployment.folders import ServerFolder
+from fedloom.deployment.run_requests import (
+    ASK,
+    RunEvents,
+    RunRequest,
+    read_run_events,
+    run_event_file,
+    run_request_file,
+    show,
+)
 from fedloom.deployment.submit import follow
 from fedloom.errors import FedloomError, ModelError, RoundFailed
 from fedloom.federation.offences import Offence
@@ -37,7 +45,7 @@ class Seen:
 
 
 def test_what_is_told_is_what_happened(tmp_path):
-    news, seen = News(tmp_path / "news.jsonl"), Seen()
+    news, seen = RunEvents(tmp_path / "news.jsonl"), Seen()
     news.stage("loading")
     news.begin(PLAN)
     news.client_done(2, 0, 1, 2)
@@ -46,7 +54,7 @@ def test_what_is_told_is_what_happened(tmp_path):
     news.end()
     news.tell("finished", summary="all well")
     news.close()
-    assert show(read_news(tmp_path / "news.jsonl", lambda: True), seen) == "all well"
+    assert show(read_run_events(tmp_path / "news.jsonl", lambda: True), seen) == "all well"
     assert seen.calls == [
         ("stage", (), {"text": "loading"}),
         ("begin", (PLAN,), {}),
@@ -58,10 +66,10 @@ def test_what_is_told_is_what_happened(tmp_path):
 
 
 def test_a_failure_is_told_with_its_exit_code(tmp_path):
-    with contextlib.closing(News(tmp_path / "news.jsonl")) as news:
+    with contextlib.closing(RunEvents(tmp_path / "news.jsonl")) as news:
         news.tell("failed", text="no such model", exit_code=3)
     with pytest.raises(FedloomError, match="no such model") as failed:
-        show(read_news(tmp_path / "news.jsonl", lambda: True), Seen())
+        show(read_run_events(tmp_path / "news.jsonl", lambda: True), Seen())
     assert failed.value.exit_code == 3
 
 
@@ -71,12 +79,12 @@ def test_a_failure_is_told_with_its_exit_code(tmp_path):
 )
 def test_a_run_that_is_gone_with_its_server_is_told(tmp_path, monkeypatch, folder, hint):
     monkeypatch.setattr("fedloom.deployment.run_requests.ASK", 0.0)
-    with News(tmp_path / "news.jsonl") as news:
+    with RunEvents(tmp_path / "news.jsonl") as news:
         news.stage("loading")
         if folder:
             news.tell("folder", folder=folder)
     with pytest.raises(RoundFailed, match=f"the server is gone, and the run with it; .*{hint}"):
-        show(read_news(tmp_path / "news.jsonl", lambda: False), Seen())
+        show(read_run_events(tmp_path / "news.jsonl", lambda: False), Seen())
 
 
 def test_a_run_that_ends_while_it_is_asked_about_is_not_gone(tmp_path, monkeypatch):
@@ -88,13 +96,13 @@ def test_a_run_that_ends_while_it_is_asked_about_is_not_gone(tmp_path, monkeypat
         news.close()
         return False
 
-    news, seen = News(tmp_path / "news.jsonl"), Seen()
-    assert show(read_news(tmp_path / "news.jsonl", ends_meanwhile), seen) == "all well"
+    news, seen = RunEvents(tmp_path / "news.jsonl"), Seen()
+    assert show(read_run_events(tmp_path / "news.jsonl", ends_meanwhile), seen) == "all well"
     assert seen.calls == [("round_done", (RECORD,), {})]
 
 
 def test_a_run_is_asked_about_only_when_it_is_quiet(tmp_path, monkeypatch):
-    news, slept, asked = News(tmp_path / "news.jsonl"), [], []
+    news, slept, asked = RunEvents(tmp_path / "news.jsonl"), [], []
 
     def sleep(_):
         slept.append(len(slept))
@@ -103,7 +111,7 @@ def test_a_run_is_asked_about_only_when_it_is_quiet(tmp_path, monkeypatch):
 
     clock = SimpleNamespace(monotonic=lambda: float(len(slept)), sleep=sleep)
     monkeypatch.setattr("fedloom.deployment.run_requests.time", clock)
-    found = list(read_news(tmp_path / "news.jsonl", lambda: asked.append(len(slept))))
+    found = list(read_run_events(tmp_path / "news.jsonl", lambda: asked.append(len(slept))))
     news.close()
     assert len(found) == 10 and asked == [10 + ASK + 1]
 
@@ -116,9 +124,9 @@ def ordered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serverapp, "end_with_parent", lambda: None)
     before = os.umask(0o022)
-    home = ServerHome(tmp_path / "server")
-    order = Order(id="a" * 32, home=str(home.path), name="x", cwd=str(tmp_path))
-    order.write(order_file(home, order.id))
+    home = ServerFolder(tmp_path / "server")
+    order = RunRequest(id="a" * 32, home=str(home.path), name="x", cwd=str(tmp_path))
+    order.write(run_request_file(home, order.id))
 
     def play(end):
         def run(own):
@@ -126,11 +134,11 @@ def ordered(tmp_path, monkeypatch):
             return end()
 
         monkeypatch.setattr(serverapp._Play, "run", run)
-        config = {"order": str(order_file(home, order.id))}
+        config = {"order": str(run_request_file(home, order.id))}
         return serverapp.main(None, SimpleNamespace(run_config=config))
 
     def told():
-        return show(read_news(news_file(home, order.id), lambda: False), Seen())
+        return show(read_run_events(run_event_file(home, order.id), lambda: False), Seen())
 
     yield play, told
     os.umask(before)
@@ -183,31 +191,33 @@ def test_half_a_line_is_waited_for(tmp_path):
             file.write('xt": "schön"}\n{"event": "finished", "summary": ""}\n')
 
     threading.Thread(target=write).start()
-    found = list(read_news(path, lambda: True))
+    found = list(read_run_events(path, lambda: True))
     assert [told["event"] for told in found] == ["stage", "finished"] and found[0][
         "text"
     ] == "schön"
 
 
 def test_an_order_is_read_as_it_was_written(tmp_path):
-    order = Order(id="1", home="h", name="n", cwd="c", resume="f", from_round=3, fresh_clients=[1])
+    order = RunRequest(
+        id="1", home="h", name="n", cwd="c", resume="f", from_round=3, fresh_clients=[1]
+    )
     order.write(tmp_path / "order.toml")
-    assert Order.read(tmp_path / "order.toml") == order
+    assert RunRequest.read(tmp_path / "order.toml") == order
     (tmp_path / "order.toml").write_text('home = "h"\n')
     with pytest.raises(FedloomError, match=r"order\.toml"):
-        Order.read(tmp_path / "order.toml")
+        RunRequest.read(tmp_path / "order.toml")
 
 
 @pytest.mark.parametrize("left", ["no server", "another server, which knows nothing of the run"])
 def test_who_watches_is_told_that_the_server_of_the_run_is_gone(tmp_path, monkeypatch, left):
     monkeypatch.setattr("fedloom.deployment.run_requests.ASK", 0.1)
-    home = ServerHome(tmp_path)
+    home = ServerFolder(tmp_path)
     home.requests.mkdir()
-    with News(news_file(home, "a" * 32)) as news:
+    with RunEvents(run_event_file(home, "a" * 32)) as news:
         news.stage("loading")
     with contextlib.ExitStack() as closing:
         if left != "no server":
             closing.enter_context(lock(home.lock))
-            news_file(home, "a" * 32).unlink()
+            run_event_file(home, "a" * 32).unlink()
         with pytest.raises(RoundFailed, match="the server is gone, and the run with it"):
             follow(tmp_path, {"id": "a" * 32}, Seen())

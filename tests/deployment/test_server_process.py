@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fedloom.deployment import server
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.engines.flower.streams import Streams
 from fedloom.errors import IdentityError
 from fedloom.security.audit_log import AuditLog
@@ -16,7 +16,7 @@ from fedloom.security.certificates import make_authority
 
 @pytest.fixture
 def home(tmp_path):
-    home = ServerHome(tmp_path / "server")
+    home = ServerFolder(tmp_path / "server")
     home.path.mkdir()
     return home
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fedloom.deployment.folders import ServerHome, Serving
+from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.offences import FILE, OffenceLog
 from fedloom.deployment.status import server_status, shown
 from fedloom.federation.offences import Offence
@@ -18,7 +18,7 @@ RUN = "a" * 32
 
 @pytest.fixture
 def home(tmp_path):
-    own = ServerHome(tmp_path / "server")
+    own = ServerFolder(tmp_path / "server")
     own.path.mkdir()
     for name in ("north", "south", "west"):
         own.members().allow(name, make_key(tmp_path / f"{name}.key").read_text())
@@ -30,7 +30,7 @@ def look(home):
     """The status as a table, and as lines of a terminal."""
 
     def status(presence, runs=(), problems=(), warnings=()):
-        serving = Serving(
+        serving = ServerStatus(
             host="h", port=9, flower=1, insecure=False, pid=7, since=time.time() - 3700
         )
         gateway = SimpleNamespace(presence=lambda: presence, open_connections=lambda: (3, 1))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.withdrawal import works_of
 from fedloom.security.audit_log import AuditLog
 from fedloom.security.keys import make_key
@@ -12,7 +12,7 @@ from fedloom.security.keys import make_key
 
 @pytest.fixture
 def home(tmp_path):
-    own = ServerHome(tmp_path / "server")
+    own = ServerFolder(tmp_path / "server")
     own.path.mkdir()
     for name in ("north", "south"):
         own.members().allow(name, make_key(tmp_path / f"{name}.key").read_text())

@@ -7,7 +7,7 @@ import torch
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.deployment.error_report import Sentence
-from fedloom.federation.engine import Briefing
+from fedloom.federation.engine import RunDescription
 from fedloom.federation.presence import Membership
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
@@ -17,9 +17,9 @@ from fedloom.wire.messages import Exchange, Payload, decode
 from fedloom.wire.schema import Schema
 
 
-def briefing(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
+def run_description(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
     classes = parts.division.classes
-    return Briefing("0" * 32, experiment.to_toml(), classes, parts.model_digest, began, audit)
+    return RunDescription("0" * 32, experiment.to_toml(), classes, parts.model_digest, began, audit)
 
 
 @pytest.fixture(params=["simulation", "flower"])
@@ -31,7 +31,7 @@ def engine(request, experiment):
         return parts.engine, parts
     remote = request.getfixturevalue("loopback")(3).engine(settings)
     parts = assemble(settings, divide(settings), remote=remote)
-    remote.begin(briefing(settings, parts), parts.ledger)
+    remote.begin(run_description(settings, parts), parts.ledger)
     return remote, parts
 
 
@@ -117,7 +117,7 @@ def test_both_give_the_same_bits(experiment, loopback):
     here = assemble(settings, divide(settings))
     remote = loopback(3).engine(settings)
     there = assemble(settings, divide(settings), remote=remote)
-    remote.begin(briefing(settings, there), Ledger())
+    remote.begin(run_description(settings, there), Ledger())
     assert there.engine.sizes() == here.engine.sizes()
     assert all(torch.equal(here.initial[name], there.initial[name]) for name in here.initial)
     left = {a.client: a.data for a in here.engine.exchange(training(here))}

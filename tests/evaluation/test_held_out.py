@@ -12,7 +12,7 @@ from fedloom.data.examples import Choice, Feedback, Instruction, Preference, as_
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.held_out import Answering, HeldOut
-from fedloom.evaluation.metrics import HEADLINES, answer_scores
+from fedloom.evaluation.metrics import PRIMARY_METRICS, answer_scores
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
@@ -70,7 +70,7 @@ def test_what_rows_add_makes_the_metric_whatever_their_batches(kind, model, enco
         held_out.share = replace(held_out.share, reference_logps=torch.zeros(9 * tokens.width))
     metrics = one.score(model)
     other.score(model)
-    name = HEADLINES[kind].name
+    name = PRIMARY_METRICS[kind].name
     assert one.sample.metric == name and len(one.sample.totals) == 9
     assert sample_interval(one.sample).estimate == pytest.approx(metrics[name])
     assert one.sample.totals == pytest.approx(other.sample.totals, abs=1e-4)

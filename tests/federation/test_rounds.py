@@ -106,7 +106,7 @@ class Engine:
                 Answer(client, error="broken") if client in self.broken else answer(client, client)
             )
 
-    def undo(self, clients):
+    def discard(self, clients):
         """They keep nothing."""
 
     def membership(self):

@@ -54,7 +54,7 @@ class Clients:
             payload = Payload(tensors, {"examples": 10})
             yield Answer(client, encode(payload, exchange.reply_schema))
 
-    def undo(self, clients):
+    def discard(self, clients):
         """They keep nothing."""
 
 
@@ -64,7 +64,7 @@ def play(count, folder):
     server = Server(
         make_method(FedAvgSettings()), Clients(count), FederationSettings(rounds=1, clients=count),
         lambda round: 1e-3, lambda state, round: None, lambda record, state: done.append(record),
-        Ledger(), Silent(), spool=folder,
+        Ledger(), Silent(), disk_buffer=folder,
     )  # fmt: skip
     reset_peak_memory()
     return server.run(State(ADAPTER), 0), peak_memory()
@@ -72,7 +72,7 @@ def play(count, folder):
 
 def grown(clients, folder):
     """Print how many bytes more so many clients take than four, and the value that all weights have."""
-    servers.SPOOL_ABOVE = 2 * UPDATE
+    servers.DISK_BUFFER_ABOVE = 2 * UPDATE
     play(8, folder)  # what is loaded at the first use
     few, many = (play(count, folder) for count in (4, clients))
     print(many[1] - few[1], many[0].tensors["layer.3.lora_A.weight"].unique().item())
@@ -90,7 +90,7 @@ def test_memory_is_flat_from_4_clients_on(clients, tmp_path):
 
 
 def test_a_full_disk_is_said_to_be_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(servers, "SPOOL_ABOVE", 0)
+    monkeypatch.setattr(servers, "DISK_BUFFER_ABOVE", 0)
     (tmp_path / "000004").mkdir()  # stands for a place that cannot be written
     with pytest.raises(OutputError, match=f"cannot write {tmp_path / '000004'}: Is a directory"):
         play(5, tmp_path)
@@ -98,7 +98,7 @@ def test_a_full_disk_is_said_to_be_one(tmp_path, monkeypatch):
 
 def test_what_waits_on_disk_gives_the_same_bits(tmp_path, monkeypatch):
     whole, _ = play(5, tmp_path)
-    monkeypatch.setattr(servers, "SPOOL_ABOVE", 0)
+    monkeypatch.setattr(servers, "DISK_BUFFER_ABOVE", 0)
     stored, _ = play(5, tmp_path)
     assert stored.digest() == whole.digest()
     assert len(list(tmp_path.iterdir())) == 5

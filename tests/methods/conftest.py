@@ -99,12 +99,12 @@ def play():
 def _answer(method, exchange, number, model, kept, steps):
     client = QuadraticClient(
         id=number, round=exchange.round, model=model, initial={"lora_w": torch.tensor(START)},
-        share=range(ROWS[number]), objective=None, training=SimpleNamespace(learning_rate=RATE), seed=0, noise_seed=0, participations=1.0, rounds=3, kept=dict(kept[number]),
+        share=range(ROWS[number]), objective=None, training=SimpleNamespace(learning_rate=RATE), seed=0, noise_seed=0, participations=1.0, rounds=3, store=dict(kept[number]),
         steps=steps,
     )  # fmt: skip
     request = decode(exchange.requests[number], exchange.request_schema)
     reply = method.handlers()[exchange.action](client, request)
-    kept[number] = client.kept
+    kept[number] = client.store
     payload = decode(encode(reply, exchange.reply_schema), exchange.reply_schema)
     require_finite(payload)
     return Reply(number, payload)

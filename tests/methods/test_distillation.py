@@ -11,7 +11,7 @@ from fedloom.aggregation.soft_labels import likeliest
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.public import PublicRows
 from fedloom.errors import DataError, MessageError, ModelError, SettingsError
-from fedloom.methods.distillation import DistillationSettings, KnowledgeWire, index_dtype
+from fedloom.methods.distillation import DistillationSettings, SoftLabelWire, index_dtype
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.run import resume_run
@@ -261,7 +261,7 @@ def test_the_wire_gives_back_what_it_was_given():
     for settings in ({}, {"top_k": 4}, {"top_mass": 0.7}, {"top_k": 5, "top_mass": 0.8}):
         for encoding, tolerance in (("fp32", 1e-6), ("fp16", 3e-3), ("bf16", 3e-2), ("int8", 6e-2)):
             chosen = DistillationSettings(encoding=encoding, **settings)
-            wire = KnowledgeWire(chosen, PublicRows(Rows(), labelled=False, width=9))
+            wire = SoftLabelWire(chosen, PublicRows(Rows(), labelled=False, width=9))
             known = likeliest(logps, chosen.top_k, chosen.top_mass)
             packed = wire.pack(known)
             wire.check(packed)
@@ -337,7 +337,7 @@ def test_a_public_set_that_takes_all_rows(federate, distil):
 
 
 def test_numbers_are_refused_by_name():
-    wire = KnowledgeWire(
+    wire = SoftLabelWire(
         DistillationSettings(top_k=2),
         PublicRows(type("Rows", (), {"positions": [1]})(), labelled=False, width=9),
     )

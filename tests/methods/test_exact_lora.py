@@ -217,7 +217,7 @@ def test_a_client_whose_store_is_gone_says_so_and_is_brought_up_to_date(experime
 
         def exchange(exchange):
             if (exchange.round, exchange.action) == (2, "train"):
-                parts.engine.store.put(1, {})
+                parts.engine.store.stage(1, {})
             return plain(exchange)
 
         parts.engine.exchange = exchange

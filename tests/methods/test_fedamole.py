@@ -429,7 +429,10 @@ def test_gaussian_noise_is_as_large_as_is_promised(experiment, federate, message
         # the mean of cut rows has a norm of at most 3, next to nothing beside this noise
         ratios.append(float(sent.std()) / (multiplier * 2 * 3.0 / rows))
     assert all(0.75 < ratio < 1.25 for ratio in ratios)
-    assert "(2, 0.001)-differentially private over the whole run" in found.parts.method.promise()
+    assert (
+        "(2, 0.001)-differentially private over the whole run"
+        in found.parts.method.privacy_statement()
+    )
 
 
 @pytest.mark.slow

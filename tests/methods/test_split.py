@@ -11,7 +11,7 @@ import fedloom
 from fedloom.errors import ModelError, RoundFailed, SettingsError
 from fedloom.federation.admission import AdmissionSettings
 from fedloom.methods.split import SplitSettings, pack_gradient
-from fedloom.models.split_model import FrontHalf
+from fedloom.models.split_model import ClientPart
 from fedloom.runs.run import resume_run
 from fedloom.wire.messages import Payload, decode, encode
 from unchecked import encode_anything
@@ -181,7 +181,7 @@ def test_labels_stay_home_in_u_shape(federate, split):
 def test_clients_hold_front_halves_and_the_adapter_is_whole_in_the_end(federate, split):
     found = federate(split(clients=2))
     front = found.parts.engine.equipment[0].model
-    assert isinstance(front, FrontHalf)
+    assert isinstance(front, ClientPart)
     assert not any("layers.1." in name for name, _ in front.model.named_parameters())
     assert found.adapter.keys() == found.parts.model.parameters.keys()
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
 from fedloom.models.heads import (
-    PersonalParts,
+    PersonalModules,
     attach_personal,
     is_head,
     is_own,
@@ -17,15 +17,15 @@ from fedloom.models.heads import (
 )
 from fedloom.models.load import load_backbone
 
-EVERYTHING = PersonalParts(bottleneck=5, head_mode="full", reward=True)
-LOW_RANK = PersonalParts(bottleneck=5, head_mode="lowrank", head_rank=3, reward=True)
+EVERYTHING = PersonalModules(bottleneck=5, head_mode="full", reward=True)
+LOW_RANK = PersonalModules(bottleneck=5, head_mode="lowrank", head_rank=3, reward=True)
 CHOICES = {
     "everything": EVERYTHING,
     "low rank": LOW_RANK,
-    "bottleneck": PersonalParts(bottleneck=5),
-    "head": PersonalParts(head_mode="full"),
-    "low-rank head": PersonalParts(head_mode="lowrank", head_rank=3),
-    "reward": PersonalParts(reward=True),
+    "bottleneck": PersonalModules(bottleneck=5),
+    "head": PersonalModules(head_mode="full"),
+    "low-rank head": PersonalModules(head_mode="lowrank", head_rank=3),
+    "reward": PersonalModules(reward=True),
 }
 IDS = torch.tensor([[5, 9, 2, 7, 11, 4], [8, 3, 6, 1, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -204,7 +204,7 @@ def test_a_model_without_an_output_layer_of_the_usual_kind_is_refused():
 
 
 def test_factors_of_another_rank_may_be_written_and_saved(tmp_path):
-    model = personal(PersonalParts(reward=True), rank=2)
+    model = personal(PersonalModules(reward=True), rank=2)
     shake(model)
     small, before = model.read(), logits(model)
     twice = {

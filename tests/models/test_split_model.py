@@ -19,7 +19,7 @@ from fedloom.data.batch import Batch, Sequences
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
-from fedloom.models.split_model import BackHalf, FrontHalf, check_cut, last_tokens
+from fedloom.models.split_model import ClientPart, ServerPart, check_split_point, last_tokens
 from fedloom.objectives import SFT, Classification
 
 SIZE = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -85,11 +85,11 @@ def test_every_cut_gives_the_whole_models_loss_and_gradients(folders, name, clas
     wanted = {name: p.grad.clone() for name, p in whole.parameters.items()}
     count = whole.model.config.num_hidden_layers
     for cut in range(1, count):
-        front = FrontHalf(built(folders / name, classes, cut), PAD, tail=tail)
+        front = ClientPart(built(folders / name, classes, cut), PAD, tail=tail)
         front.write(adapter)
         for parameter in whole.parameters.values():
             parameter.grad = None
-        back = BackHalf(whole, cut, tail=tail)
+        back = ServerPart(whole, cut, tail=tail)
         assert set(front.parameters).isdisjoint(back.parameters)
         assert set(front.parameters) | set(back.parameters) == set(whole.parameters)
         mask = own.sequences.attention_mask
@@ -115,7 +115,7 @@ def test_every_cut_gives_the_whole_models_loss_and_gradients(folders, name, clas
 @pytest.mark.parametrize("cut", [0, 4, 7])
 def test_a_cut_outside_the_blocks_is_named(cut):
     with pytest.raises(ModelError, match=rf"method.cut = {cut}: this model has 4 blocks.*1 to 3"):
-        check_cut(CONFIGS["llama"], cut)
+        check_split_point(CONFIGS["llama"], cut)
 
 
 def test_an_architecture_that_is_not_known_is_named():
@@ -123,11 +123,11 @@ def test_an_architecture_that_is_not_known_is_named():
         ModelError,
         match=r"a 'gemma' model cannot be cut in two.*: known are gpt2, llama",
     ):
-        check_cut(GemmaConfig(), 1)
+        check_split_point(GemmaConfig(), 1)
 
 
 def test_a_front_half_that_holds_no_head_cannot_train_one(folders):
-    front = FrontHalf(built(folders / "llama", CLASSES, 2), PAD, tail=False)
+    front = ClientPart(built(folders / "llama", CLASSES, 2), PAD, tail=False)
     assert not any("score" in name for name in front.parameters)
     assert front.ending is None
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import REPEATED, Cost
-from fedloom.report.comparison_page import Cell, _arm, _means_by_objective, _paired
+from fedloom.report.comparison_page import GridRun, _arm, _means_by_objective, _paired
 from fedloom.report.spent import budget_words, comparison_words, spent_rows
 
 RESOURCES = {"steps": 4, "examples": 8, "tokens": 16, "flops": 32, "seconds": 64}
@@ -33,7 +33,7 @@ def cell(
         costs=[],
         rounds=[],
     )
-    return Cell(objective, method, seed, run)
+    return GridRun(objective, method, seed, run)
 
 
 @pytest.fixture(autouse=True)

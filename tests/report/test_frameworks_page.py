@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fedloom.errors import SettingsError
-from fedloom.report.frameworks_page import Arm, on_front, verdicts, write_frameworks
+from fedloom.report.frameworks_page import Configuration, on_front, verdicts, write_frameworks
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.settings.toml import write_toml
 from fedloom.statistics.intervals import Interval
@@ -13,7 +13,7 @@ from fedloom.statistics.intervals import Interval
 
 def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0, higher=True):
     sure = Interval(accuracy, None, None, 1, "seeds")
-    return Arm(
+    return Configuration(
         scenario, name, framework, higher, (accuracy,), sure, sure, None, sent, 0.0, sent, 0.0, flops, 0.0, memory, 0.0,
         {"slow": sent}, framework == "Local only",
     )  # fmt: skip

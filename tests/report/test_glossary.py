@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.evaluation.metrics import HEADLINES, METRICS
+from fedloom.evaluation.metrics import METRICS, PRIMARY_METRICS
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.distillation import Distillation
 from fedloom.report import glossary
@@ -40,7 +40,7 @@ def test_names_are_defined_once_and_pages_find_them():
         glossary.COSTS,
     )
     assert sum(map(len, groups)) == len(glossary.GLOSSARY)
-    assert all(glossary.entry(headline.name) for headline in HEADLINES.values())
+    assert all(glossary.entry(headline.name) for headline in PRIMARY_METRICS.values())
     found = glossary.entries(["clients_accuracy", "accuracy", "loss", "nobody"])
     assert [own.name for own in found] == ["loss", "accuracy"]
     assert [own.name for own in glossary.GLOSSARY.values() if own.counted] == [

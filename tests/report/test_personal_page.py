@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import Cost
-from fedloom.report.personal_page import Arm, _arm, _best_round, gains
+from fedloom.report.personal_page import Configuration, _arm, _best_round, gains
 
 
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 0.9), (False, 0.3)])
@@ -22,7 +22,7 @@ def test_the_best_round_is_one_after_training(higher_is_better, best):
 
 
 def arm(method, values, clients, *, higher_is_better=True, **roles):
-    return Arm(
+    return Configuration(
         scenario="one",
         name=method,
         method=method,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import REPEATED, SERVER, Cost
-from fedloom.evaluation.metrics import HEADLINES
+from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.federation.protocol import EVALUATE
 from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.runs.records import _evaluation_record, newcomers_record, summary_text, totals
@@ -27,8 +27,8 @@ TOTALS = {"bytes_down": 2_000_000, "bytes_up": 1_000_000, "flops": 3e9, "seconds
 def test_a_change_is_shown_where_both_ends_were_measured(before, after, shown):
     values = {"before": before, "after": after, "before_metrics": {}, "after_metrics": {}}
     values |= {"judged_on": "global"}
-    text = summary_text(values | {"totals": TOTALS}, HEADLINES["preference"], Path("run"))
-    assert text.splitlines()[0] == f"held-out {HEADLINES['preference'].name} {shown}"
+    text = summary_text(values | {"totals": TOTALS}, PRIMARY_METRICS["preference"], Path("run"))
+    assert text.splitlines()[0] == f"held-out {PRIMARY_METRICS['preference'].name} {shown}"
     assert "2 MB down, 1 MB up (measured)" in text
 
 
@@ -50,7 +50,7 @@ def over_clients(values, headline):
 
 def test_figures_over_clients_by_hand():
     """0.2, 0.4 and 0.9: mean 0.5; squares 0.04 + 0.16 + 0.81 = 1.01; Jain's index 1.5^2 / (3 x 1.01)."""
-    found = over_clients([0.4, 0.9, 0.2], HEADLINES["preference"])
+    found = over_clients([0.4, 0.9, 0.2], PRIMARY_METRICS["preference"])
     assert found == pytest.approx(
         {
             "mean": 0.5,
@@ -60,7 +60,7 @@ def test_figures_over_clients_by_hand():
             "fairness": 2.25 / 3.03,
         }
     )
-    of_losses = over_clients([0.4, 0.9, 0.2], HEADLINES["instruction"])
+    of_losses = over_clients([0.4, 0.9, 0.2], PRIMARY_METRICS["instruction"])
     assert (of_losses["worst"], of_losses["worst_decile"]) == (0.9, 0.9)
 
 
@@ -75,21 +75,23 @@ def test_figures_over_clients_by_hand():
 )
 def test_the_worst_tenth_is_rounded_up(clients, expected):
     values = [number / 100 for number in range(clients, 0, -1)]
-    found = over_clients(values, HEADLINES["preference"])
+    found = over_clients(values, PRIMARY_METRICS["preference"])
     assert found["worst_decile"] == pytest.approx(expected)
 
 
 def test_jains_index_at_its_ends():
     alike, one = ([0.3] * 4, [0.8, 0, 0, 0])
-    assert over_clients(alike, HEADLINES["preference"])["fairness"] == pytest.approx(1)
-    assert over_clients(one, HEADLINES["preference"])["fairness"] == pytest.approx(1 / 4)
-    assert over_clients([0.0, 0.0], HEADLINES["preference"])["fairness"] == 1  # all fare alike
+    assert over_clients(alike, PRIMARY_METRICS["preference"])["fairness"] == pytest.approx(1)
+    assert over_clients(one, PRIMARY_METRICS["preference"])["fairness"] == pytest.approx(1 / 4)
+    assert (
+        over_clients([0.0, 0.0], PRIMARY_METRICS["preference"])["fairness"] == 1
+    )  # all fare alike
 
 
 def test_newcomers_means_by_hand():
-    name = HEADLINES["preference"].name
+    name = PRIMARY_METRICS["preference"].name
     joined = {3: {name: 0.5, AFTER + name: 0.7}, 5: {name: 0.6, AFTER + name: 0.9}}
-    found = newcomers_record(joined, HEADLINES["preference"])
+    found = newcomers_record(joined, PRIMARY_METRICS["preference"])
     assert found["before"][name] == pytest.approx(0.55) and found["after"][name] == pytest.approx(
         0.8
     )

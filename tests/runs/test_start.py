@@ -387,7 +387,7 @@ def test_clients_start_from_what_is_their_own(build, tmp_path, method):
         assert all(torch.equal(t, equipment.initial[n]) for n, t in saved.items())
         seen = engine.client(client, 1)
         payload = fedloom.wire.messages.Payload(
-            parts.method.travelling(parts.method.initial_state(parts.initial)) or {}
+            parts.method.sent_for_evaluation(parts.method.initial_state(parts.initial)) or {}
         )
         parts.method.load(seen, payload)
         digests.add(seen.model.digest())

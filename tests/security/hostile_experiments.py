@@ -135,16 +135,16 @@ PROBES = {
 
 def worker(name, **sections):
     """A client's worker, joined to nobody."""
-    from fedloom.deployment.folders import ClientHome, Joining
+    from fedloom.deployment.folders import ClientFolder, Registration
     from fedloom.deployment.worker import Worker
     from fedloom.settings.toml import write_toml
 
-    home = ClientHome(FOLDER / name)
+    home = ClientFolder(FOLDER / name)
     home.path.mkdir()
     path = home.path / "my.toml"
     path.write_text(write_toml(sections))
     home.write_joining(
-        Joining(
+        Registration(
             gateway="localhost:9", number=0, name="n", key=str(FOLDER / "client.key"), own=str(path)
         )
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from fedloom.deployment import client
-from fedloom.deployment.folders import ClientHome
+from fedloom.deployment.folders import ClientFolder
 from fedloom.errors import AuditError
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.observers import Silent
@@ -20,7 +20,7 @@ def damaged(path):
 
 
 def test_the_operator_is_told_before_the_client_joins(tmp_path):
-    home, key = ClientHome(tmp_path / "home"), tmp_path / "a.key"
+    home, key = ClientFolder(tmp_path / "home"), tmp_path / "a.key"
     home.path.mkdir()
     make_key(key)
     damaged(home.path / "audit.jsonl")

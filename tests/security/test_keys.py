@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from cryptography import x509
 
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.server import has_expired
 from fedloom.errors import IdentityError, OutputError
 from fedloom.security.audit_log import AuditLog, events
@@ -157,7 +157,7 @@ def test_a_host_that_is_none_is_told_before_anything_is_written(tmp_path, host):
 
 
 def test_the_log_says_that_the_certificate_has_expired(tmp_path):
-    home, log = ServerHome(tmp_path), AuditLog(tmp_path / "audit.jsonl")
+    home, log = ServerFolder(tmp_path), AuditLog(tmp_path / "audit.jsonl")
     make_authority(tmp_path, ["localhost"])
     assert not has_expired(home, log) and not log.path.exists()
     make_authority(tmp_path, ["localhost"], days=0)

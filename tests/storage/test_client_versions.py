@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedloom.errors import CheckpointError
-from fedloom.storage.client_versions import Kept, Version
+from fedloom.storage.client_versions import ClientVersions, Version
 
 
 def value(found):
@@ -16,7 +16,7 @@ def put(kept, began, round, number, oldest=-100):
 
 
 def test_the_newest_before_a_round(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     assert kept.latest((-1,), 1) is None
     for round in (1, 2, 5):
         put(kept, 1, round, round)
@@ -24,7 +24,7 @@ def test_the_newest_before_a_round(tmp_path):
 
 
 def test_rounds_that_were_given_up_are_never_used_again(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     for round in (1, 2, 3, 4):
         put(kept, 1, round, round)
     assert value(kept.latest((-1, 2), 3)) == 2  # resumed after round 2: 3 and 4 did not count
@@ -35,14 +35,14 @@ def test_rounds_that_were_given_up_are_never_used_again(tmp_path):
 
 
 def test_a_stretch_that_this_client_never_saw(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     for round in (1, 3, 5):
         put(kept, 1, round, round)
     assert value(kept.latest((-1, 3, 6), 8)) == 3  # 5 was given up while it was away
 
 
 def test_old_versions_go_but_for_the_one_that_is_needed(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     for round in range(1, 11):
         put(kept, 1, round, round, oldest=round - 3)
     assert len(list((tmp_path / "kept").iterdir())) == 4
@@ -50,7 +50,7 @@ def test_old_versions_go_but_for_the_one_that_is_needed(tmp_path):
 
 
 def test_a_damaged_version_is_named(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     put(kept, 1, 1, 1)
     (path,) = (tmp_path / "kept").iterdir()
     path.write_bytes(b"torn")
@@ -59,7 +59,7 @@ def test_a_damaged_version_is_named(tmp_path):
 
 
 def test_what_was_kept_over_a_message_that_does_not_count_is_not_used(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     for round, number in ((1, 4), (2, 7), (2, 9)):
         kept.put(Version(1, round, number), {"x": torch.tensor(number)}, oldest=-100)
     assert value(kept.latest((-1,), 3)) == 9
@@ -72,7 +72,7 @@ def test_what_was_kept_over_a_message_that_does_not_count_is_not_used(tmp_path):
 
 
 def test_of_a_round_the_last_two_versions_stay(tmp_path):
-    kept = Kept(tmp_path / "kept")
+    kept = ClientVersions(tmp_path / "kept")
     for number in range(1, 9):
         kept.put(Version(1, 1, number), {"x": torch.tensor(number)}, oldest=-100)
     assert len(list((tmp_path / "kept").iterdir())) == 2

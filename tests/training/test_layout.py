@@ -12,7 +12,7 @@ from fedloom.data.client_rows import TokenShare, mismatch
 from fedloom.data.tokenize import tokenize
 from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
-from fedloom.models.heads import PersonalParts, attach_personal
+from fedloom.models.heads import PersonalModules, attach_personal
 from fedloom.models.load import load_backbone
 from fedloom.objectives import OBJECTIVES
 from fedloom.training.layout import (
@@ -49,7 +49,7 @@ def party(model_folder):
         adapted = attach_adapter(backbone, AdapterSettings(rank=2), classification=bool(classes))
         if objective.needs_reward:
             attach_personal(
-                adapted, PersonalParts(bottleneck=4, head_mode="lowrank", reward=True), 0
+                adapted, PersonalModules(bottleneck=4, head_mode="lowrank", reward=True), 0
             )
         model = AdapterModel(adapted, 0)
         drawn = torch.Generator().manual_seed(1)  # factors at 0 would hide gradients of the others

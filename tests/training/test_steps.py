@@ -14,7 +14,7 @@ from fedloom.errors import NonFiniteLoss
 from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.experts import ExpertModel, attach_experts
-from fedloom.models.heads import PersonalParts, attach_personal
+from fedloom.models.heads import PersonalModules, attach_personal
 from fedloom.models.load import load_backbone
 from fedloom.objectives import DPO, KTO, SFT, Classification
 from fedloom.objectives.base import Objective
@@ -395,7 +395,7 @@ def test_heads_may_have_a_learning_rate_of_their_own(model_folder):
     """With SGD a step is the rate times the gradient, so steps differ by the rates' ratio and no more."""
     backbone = load_backbone(str(model_folder), pad_token_id=0)
     attached = attach_adapter(backbone, AdapterSettings(rank=2))
-    attach_personal(attached, PersonalParts(bottleneck=4, head_mode="full"), 0)
+    attach_personal(attached, PersonalModules(bottleneck=4, head_mode="full"), 0)
     model = AdapterModel(attached, 0)
     before = model.read()
     moved = []

@@ -25,7 +25,7 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class SoftLabels:
     """Answers about N positions, whole or their likeliest entries.
 
     Attributes:
@@ -48,7 +48,7 @@ class Knowledge:
         """Return ``(n, width)`` log-probabilities of some positions, missing entries filled."""
         present = None if self.present is None else self.present[positions]
         indices = None if self.indices is None else self.indices[positions]
-        return Knowledge(self.width, self.values[positions], indices, present).dense()
+        return SoftLabels(self.width, self.values[positions], indices, present).dense()
 
     def dense(self) -> Tensor:
         """Return ``(N, width)`` log-probabilities, missing entries filled."""
@@ -93,7 +93,7 @@ class Knowledge:
         return table
 
 
-def likeliest(logps: Tensor, k: int | None = None, mass: float | None = None) -> Knowledge:
+def likeliest(logps: Tensor, k: int | None = None, mass: float | None = None) -> SoftLabels:
     """Keep the likeliest entries of each position.
 
     Args:
@@ -103,7 +103,7 @@ def likeliest(logps: Tensor, k: int | None = None, mass: float | None = None) ->
     """
     width = logps.shape[1]
     if (k is None or k >= width) and mass is None:
-        return Knowledge(width, logps.float())
+        return SoftLabels(width, logps.float())
     values, indices = logps.float().topk(min(k or width, width), dim=-1)
     present = None
     if mass is not None:
@@ -116,17 +116,17 @@ def likeliest(logps: Tensor, k: int | None = None, mass: float | None = None) ->
         present = present.gather(-1, order)
         first = (~present).long().argsort(dim=-1, stable=True)  # those that count, still ascending
         values, indices, present = (t.gather(-1, first) for t in (values, indices, present))
-    return Knowledge(width, values, indices, present)
+    return SoftLabels(width, values, indices, present)
 
 
 def combine(
-    answers: Sequence[Knowledge],
+    answers: Sequence[SoftLabels],
     weights: Sequence[float],
     rule: Rule,
     *,
     labels: Tensor | None = None,
     groups: Tensor | None = None,
-) -> Knowledge:
+) -> SoftLabels:
     """Put several models' answers about the same positions together.
 
     ``mean``: of log-probabilities, weighted by ``weights``, each entry over the models that sent it; what
@@ -160,7 +160,7 @@ def combine(
     return joined(parts)
 
 
-def shortened(knowledge: Knowledge, k: int | None, mass: float | None) -> Knowledge:
+def shortened(knowledge: SoftLabels, k: int | None, mass: float | None) -> SoftLabels:
     """Keep the likeliest entries of what is known; see :func:`likeliest`."""
     rows = max(1, CHUNK // knowledge.width)
     parts = []
@@ -170,11 +170,11 @@ def shortened(knowledge: Knowledge, k: int | None, mass: float | None) -> Knowle
     return joined(parts)
 
 
-def joined(parts: Sequence[Knowledge]) -> Knowledge:
+def joined(parts: Sequence[SoftLabels]) -> SoftLabels:
     """Put knowledge about some positions and about the next ones together."""
     indices = [part.indices for part in parts if part.indices is not None]
     present = [part.present for part in parts if part.present is not None]
-    return Knowledge(
+    return SoftLabels(
         parts[0].width,
         torch.cat([part.values for part in parts]),
         torch.cat(indices) if indices else None,
@@ -182,13 +182,13 @@ def joined(parts: Sequence[Knowledge]) -> Knowledge:
     )
 
 
-def _part(answer: Knowledge, where: Tensor) -> Knowledge:
+def _part(answer: SoftLabels, where: Tensor) -> SoftLabels:
     indices = None if answer.indices is None else answer.indices[where]
     present = None if answer.present is None else answer.present[where]
-    return Knowledge(answer.width, answer.values[where], indices, present)
+    return SoftLabels(answer.width, answer.values[where], indices, present)
 
 
-def _mean(answers: Sequence[Knowledge], weights: Sequence[float]) -> Tensor:
+def _mean(answers: Sequence[SoftLabels], weights: Sequence[float]) -> Tensor:
     total = torch.zeros(len(answers[0]), answers[0].width)
     heard = torch.zeros_like(total)
     rest = torch.zeros(len(total))
@@ -217,7 +217,7 @@ def _mean_prob(tables: Sequence[Tensor], weights: Sequence[float], rule: Rule) -
 
 
 def _lowest_loss(
-    answers: Sequence[Knowledge], labels: Tensor | None, groups: Tensor | None
+    answers: Sequence[SoftLabels], labels: Tensor | None, groups: Tensor | None
 ) -> Tensor:
     """Return ``(N,)``: the model to believe at each position, the first of those that are equal."""
     assert labels is not None and groups is not None, "lowest_loss needs labels"

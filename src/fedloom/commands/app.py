@@ -45,10 +45,10 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: section.key=value. May be repeated."),
 ]
-HomeOfServer = Annotated[Path, typer.Option("--home", help="The server's folder.")]
-HomeOfClient = Annotated[Path, typer.Option("--home", help="The client's folder.")]
+ServerFolderOption = Annotated[Path, typer.Option("--home", help="The server's folder.")]
+ClientFolderOption = Annotated[Path, typer.Option("--home", help="The client's folder.")]
 MemberName = Annotated[str, typer.Argument(help="Of the member.", show_default=False)]
-SERVER_HOME, CLIENT_HOME = Path("fedloom-server"), Path("fedloom-client")
+SERVER_FOLDER, CLIENT_FOLDER = Path("fedloom-server"), Path("fedloom-client")
 Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fedloom.commands.app import (
-    CLIENT_HOME,
-    HomeOfClient,
+    CLIENT_FOLDER,
+    ClientFolderOption,
     begin_loading,
     client_app,
     require_home,
@@ -32,7 +32,7 @@ def join_federation(
     ca: Annotated[Path, typer.Option(help="The federation's authority.", readable=False)] = Path(
         "ca.pem"
     ),
-    home: HomeOfClient = CLIENT_HOME,
+    home: ClientFolderOption = CLIENT_FOLDER,
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
 ) -> None:
     """Take part in a federation; runs until it is stopped."""
@@ -71,15 +71,15 @@ def approve_run(
     run: Annotated[
         str | None, typer.Argument(help="First letters of its id (default: list what waits).")
     ] = None,
-    home: HomeOfClient = CLIENT_HOME,
+    home: ClientFolderOption = CLIENT_FOLDER,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Let a run in that waits for a person, once it is clear what it is."""
     require_home(home, "client")
     from fedloom.deployment.consent import Approvals
-    from fedloom.deployment.folders import ClientHome
+    from fedloom.deployment.folders import ClientFolder
 
-    own = ClientHome(home)
+    own = ClientFolder(home)
     if run is not None:
         Approvals(own).find(run)
     begin_loading(quiet=False)
@@ -105,7 +105,7 @@ def approve_run(
 
 
 @client_app.command("leave")
-def leave_federation(home: HomeOfClient = CLIENT_HOME) -> None:
+def leave_federation(home: ClientFolderOption = CLIENT_FOLDER) -> None:
     """Stop taking part; what this client keeps stays on its disk."""
     from fedloom.deployment.client import leave
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.commands.app import SERVER_HOME, HomeOfServer, app, keys_app, say
+from fedloom.commands.app import SERVER_FOLDER, ServerFolderOption, app, keys_app, say
 from fedloom.storage.targets import require_folder, require_place
 
 
@@ -17,7 +17,7 @@ def certs(
         list[str] | None,
         typer.Option(help="Name or address by which clients reach the server. May be repeated."),
     ] = None,
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     days: Annotated[int, typer.Option(help="The certificate is good for.", min=1, max=36500)] = 365,
 ) -> None:
     """Make the federation's authority, unless it is there, and a new certificate of the server."""

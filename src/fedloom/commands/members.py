@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from fedloom.commands.app import (
-    SERVER_HOME,
-    HomeOfServer,
+    SERVER_FOLDER,
     MemberName,
+    ServerFolderOption,
     members_app,
     require_home,
     say,
@@ -26,16 +26,16 @@ def allow_member(
     folder: Annotated[
         Path | None, typer.Option(help="Let in all whose keys are here as NAME.pub.")
     ] = None,
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Let a member in, or let it in again; or all of a folder at once."""
     if (name is None or public is None) if folder is None else name is not None:
         raise typer.BadParameter("give either NAME and its public key, or --folder")
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
     from fedloom.security.client_registry import keys_in, read_public
 
-    members = ServerHome(home).members()
+    members = ServerFolder(home).members()
     if folder is not None:
         entries = keys_in(folder)
         members.allow_all(entries)
@@ -45,12 +45,12 @@ def allow_member(
 
 
 @members_app.command("revoke")
-def revoke_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
+def revoke_member(name: MemberName, home: ServerFolderOption = SERVER_FOLDER) -> None:
     """Let a member in no longer; its name and number stay its own."""
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
-    member = ServerHome(home).members().revoke(name)
+    member = ServerFolder(home).members().revoke(name)
     say(
         f"{name}, member {member.number}, is let in no longer; `fedloom members allow` lets it in again"
     )
@@ -60,13 +60,13 @@ def revoke_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
 def rename_member(
     name: MemberName,
     new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Give a member another name."""
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
-    member = ServerHome(home).members().rename(name, new)
+    member = ServerFolder(home).members().rename(name, new)
     say(f"{name}, member {member.number}, is called {new}")
 
 
@@ -74,14 +74,14 @@ def rename_member(
 def rotate_member(
     name: MemberName,
     public: Annotated[Path, typer.Argument(help="Its new public key.", show_default=False)],
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Give a member another key; the one before opens nothing from now on."""
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
     from fedloom.security.client_registry import read_public
 
-    member = ServerHome(home).members().rotate(name, read_public(public))
+    member = ServerFolder(home).members().rotate(name, read_public(public))
     say(f"{name}, member {member.number}, has this key from now on; it joins again with it")
 
 
@@ -92,15 +92,15 @@ def withdraw_member(
         bool,
         typer.Option("--again", help="Play those runs again without it."),
     ] = False,
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Let a member in no longer, and say which runs and adapters hold its work."""
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
     from fedloom.deployment.submit import play_again
     from fedloom.deployment.withdrawal import works_of
 
-    own = ServerHome(home)
+    own = ServerFolder(home)
     member = own.members().withdraw(name)
     works = works_of(own, member)
     say(f"{name}, member {member.number}, is let in no longer; {len(works)} runs hold its work")
@@ -112,21 +112,21 @@ def withdraw_member(
 
 
 @members_app.command("remove")
-def remove_member(name: MemberName, home: HomeOfServer = SERVER_HOME) -> None:
+def remove_member(name: MemberName, home: ServerFolderOption = SERVER_FOLDER) -> None:
     """Forget a member that is let in no longer; its name, key and number may be another's then."""
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
-    member = ServerHome(home).members().remove(name)
+    member = ServerFolder(home).members().remove(name)
     say(f"{name} is no member any more; number {member.number} is free")
 
 
 @members_app.command("list")
-def list_members(home: HomeOfServer = SERVER_HOME) -> None:
+def list_members(home: ServerFolderOption = SERVER_FOLDER) -> None:
     """Show the members: number, name, whether they are let in, and the end of their keys."""
     require_home(home)
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
-    for member in ServerHome(home).members().members:
+    for member in ServerFolder(home).members().members:
         state = "" if member.state == "allowed" else f"  {member.state}"
         say(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")

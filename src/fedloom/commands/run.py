@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom.commands.app import (
-    SERVER_HOME,
+    SERVER_FOLDER,
     Assignments,
     Force,
-    HomeOfServer,
     Quiet,
+    ServerFolderOption,
     app,
     begin_loading,
     experiment_from,
@@ -49,7 +49,7 @@ def run(
         str,
         typer.Option(help="simulation: all clients in this process; flower: on other machines."),
     ] = "simulation",
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
@@ -146,7 +146,7 @@ def follow_run(
         str | None,
         typer.Argument(help="Name, or first letters of the id (default: the one under way)."),
     ] = None,
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     quiet: Quiet = False,
 ) -> None:
     """Watch a run between machines, from its beginning; to end this ends nothing else."""

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fedloom.commands.app import SERVER_HOME, HomeOfServer, say, server_app
+from fedloom.commands.app import SERVER_FOLDER, ServerFolderOption, say, server_app
 from fedloom.storage.targets import require_folder, require_place
 
 
 @server_app.command("start")
 def start_server(
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "0.0.0.0",
     port: Annotated[
         int, typer.Option(help="The one port that clients connect to.", min=1, max=65535)
@@ -34,7 +34,7 @@ def start_server(
 
 
 @server_app.command("stop")
-def stop_server(home: HomeOfServer = SERVER_HOME) -> None:
+def stop_server(home: ServerFolderOption = SERVER_FOLDER) -> None:
     """Stop the server; runs under way can be resumed."""
     from fedloom.deployment.server import stop_server as stop
 
@@ -50,7 +50,7 @@ Passphrase = Annotated[
 @server_app.command("backup")
 def back_up_server(
     target: Annotated[Path, typer.Argument(help="File to write.", show_default=False)],
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     runs: Annotated[
         bool, typer.Option("--runs", help="The run folders too, with their checkpoints.")
     ] = False,
@@ -59,7 +59,7 @@ def back_up_server(
 ) -> None:
     """Write members, certificates, keys, settings and logs into one file; the server may run."""
     from fedloom.deployment.backup import back_up, read_passphrase, size_text
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
     require_place(target, "fedloom server backup FILE")
     secret = None
@@ -67,7 +67,7 @@ def back_up_server(
         secret = read_passphrase(passphrase_file)
     elif encrypt:
         secret = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True)
-    found = back_up(ServerHome(home), target, runs=runs, passphrase=secret)
+    found = back_up(ServerFolder(home), target, runs=runs, passphrase=secret)
     say(f"wrote {target}: {size_text(found, target)}")
     if secret is None:
         say("it holds the private keys of the authority and the server: keep it as safe as those")
@@ -76,12 +76,12 @@ def back_up_server(
 @server_app.command("restore")
 def restore_server(
     source: Annotated[Path, typer.Argument(help="A backup.", show_default=False)],
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Make a server's folder from a backup."""
     from fedloom.deployment.backup import is_encrypted, read_passphrase, restore, restored_text
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
     require_folder(home, "--home")
     secret = None
@@ -89,4 +89,4 @@ def restore_server(
         secret = read_passphrase(passphrase_file)
     elif is_encrypted(source):
         secret = typer.prompt("passphrase", hide_input=True)
-    say(restored_text(home, restore(source, ServerHome(home), secret)))
+    say(restored_text(home, restore(source, ServerFolder(home), secret)))

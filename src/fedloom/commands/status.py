@@ -6,19 +6,19 @@ from typing import Annotated
 
 import typer
 
-from fedloom.commands.app import SERVER_HOME, HomeOfServer, app, say
+from fedloom.commands.app import SERVER_FOLDER, ServerFolderOption, app, say
 
 
 @app.command()
 def status(
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Show the server, its members, and the runs under way and waiting."""
     from fedloom.deployment.administration import ask
-    from fedloom.deployment.folders import ServerHome
+    from fedloom.deployment.folders import ServerFolder
 
-    found = ask(ServerHome(home), "status")
+    found = ask(ServerFolder(home), "status")
     if as_json:
         import json
 
@@ -35,7 +35,7 @@ def stop(
     run: Annotated[
         str | None, typer.Argument(help="First letters of its id (default: all runs).")
     ] = None,
-    home: HomeOfServer = SERVER_HOME,
+    home: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Stop the run under way and those that wait; finished rounds are saved, and it can be resumed."""
     from fedloom.deployment.submit import find_run, stop_runs

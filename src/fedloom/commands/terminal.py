@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from fedloom.federation.records import Evaluation, RoundRecord
     from fedloom.runs.comparison import Comparison
-    from fedloom.runs.cost_estimate import Option
+    from fedloom.runs.cost_estimate import Estimate
     from fedloom.runs.observers import Plan
 
 SHOWN_ROUNDS = 12
@@ -542,7 +542,7 @@ def personal_table(folder: Path) -> Table:
     return table
 
 
-def advice_table(options: Sequence[Option]) -> Table:
+def advice_table(options: Sequence[Estimate]) -> Table:
     """Return what each way to train costs the client with the most to do, in a round; all derived."""
     table = Table(
         title="a round of the client with the most to do, derived", box=None, padding=(0, 1, 0, 0)

@@ -22,7 +22,7 @@ Rows = dict[int, list[Feedback]]
 
 
 @dataclass(frozen=True)
-class FeedbackDeal:
+class FeedbackPartition:
     """Who holds single answers, and what has become of the pairs.
 
     Attributes:
@@ -38,9 +38,9 @@ class FeedbackDeal:
     expected_intact_share: float
 
 
-def deal_feedback(
+def partition_feedback(
     held: Mapping[int, Sequence[Example]], rng: np.random.Generator | None
-) -> FeedbackDeal:
+) -> FeedbackPartition:
     """Unroll every client's pairs, and spread the answers over the clients if ``rng`` is given.
 
     Args:
@@ -56,7 +56,7 @@ def deal_feedback(
         for number, count in Counter(row.row for row in own).items()
     )
     share = whole / len(pairs) if pairs else 0.0
-    return FeedbackDeal(rows, len(pairs), share, _expected(len(own) for own in rows.values()))
+    return FeedbackPartition(rows, len(pairs), share, _expected(len(own) for own in rows.values()))
 
 
 def spread(rows: Mapping[int, Sequence[Feedback]], rng: np.random.Generator) -> Rows:

@@ -76,7 +76,7 @@ class PartitionSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Shares:
+class LabelDistribution:
     """What each client holds, for a table or a picture.
 
     Attributes:
@@ -151,16 +151,18 @@ def column_values(examples: Sequence[Example], column: str) -> list[str]:
     return values
 
 
-def shares(held: Sequence[Sequence[Example]], settings: PartitionSettings) -> Shares:
+def shares(held: Sequence[Sequence[Example]], settings: PartitionSettings) -> LabelDistribution:
     """Count what each client holds, by the partition's column or, without one, by class label."""
     column = settings.column
     if column is None and all(isinstance(x, Labelled | Feedback) for rows in held for x in rows):
         column = "label"
     if column is None:
-        return Shares(None, ("all",), tuple((len(rows),) for rows in held))
+        return LabelDistribution(None, ("all",), tuple((len(rows),) for rows in held))
     counts = [Counter(column_values(rows, column)) for rows in held]
     names = tuple(sorted({name for count in counts for name in count}))
-    return Shares(column, names, tuple(tuple(count[name] for name in names) for count in counts))
+    return LabelDistribution(
+        column, names, tuple(tuple(count[name] for name in names) for count in counts)
+    )
 
 
 def _groups(examples: Sequence[Example]) -> list[Indices]:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.errors import ConnectionFailed, FedloomError
-from fedloom.storage.files import holder
+from fedloom.storage.files import lock_owner
 from fedloom.wire.framing import (
     connect,
     listen,
@@ -79,7 +79,7 @@ class ControlSocket:
             return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
 
 
-def ask(home: ServerHome, question: str, **facts: Any) -> Any:
+def ask(home: ServerFolder, question: str, **facts: Any) -> Any:
     """Return what the server in a folder answers.
 
     Raises:
@@ -90,7 +90,7 @@ def ask(home: ServerHome, question: str, **facts: Any) -> Any:
     try:
         connection = connect(home.path / SOCKET, TIMEOUT)
     except ConnectionFailed:
-        if holder(home.lock) is not None:
+        if lock_owner(home.lock) is not None:
             raise ConnectionFailed(
                 f"the server in {home.path} is starting or ending; try again"
             ) from None

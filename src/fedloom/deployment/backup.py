@@ -32,7 +32,7 @@ from typing import IO, Any
 import pyrage
 from pydantic import Field
 
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.errors import (
     ConnectionFailed,
@@ -47,7 +47,7 @@ from fedloom.security.audit_log import AuditLog, closed_files, events, verify
 from fedloom.security.certificates import CA, CA_KEY, CERTIFICATE, KEY, hosts_of
 from fedloom.security.client_registry import FILE as MEMBERS
 from fedloom.settings.schema import Settings, parse
-from fedloom.storage.files import holder, written_whole
+from fedloom.storage.files import lock_owner, written_atomically
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.toml"
@@ -107,7 +107,7 @@ class Restored:
 
 
 def back_up(
-    home: ServerHome, target: Path, *, runs: bool = False, passphrase: str | None = None
+    home: ServerFolder, target: Path, *, runs: bool = False, passphrase: str | None = None
 ) -> Manifest:
     """Write a backup of a server's folder, whether or not the server runs; return what it holds.
 
@@ -140,7 +140,7 @@ def back_up(
             (f"{RUNS}/{name}/{path.relative_to(folder).as_posix()}", path) for path in files
         ]
     known = {name: str(folder) for name, folder in folders.items()}
-    with written_whole(target) as file:
+    with written_atomically(target) as file:
         if passphrase is None:
             return _write(file, contents, known)
         plain = io.BytesIO()
@@ -149,7 +149,7 @@ def back_up(
     return manifest
 
 
-def _run_folders(home: ServerHome) -> Iterator[tuple[str, Path]]:
+def _run_folders(home: ServerFolder) -> Iterator[tuple[str, Path]]:
     """Yield the run folders that a server played in and that stand, each with a name of its own."""
     found = dict.fromkeys(Path(event["folder"]) for event in events(home.path, "run_folder"))
     taken: set[str] = set()
@@ -236,7 +236,7 @@ def is_encrypted(source: Path) -> bool:
         raise OutputError(f"cannot read the backup {source}: {error.strerror}") from error
 
 
-def restore(source: Path, home: ServerHome, passphrase: str | None = None) -> Restored:
+def restore(source: Path, home: ServerFolder, passphrase: str | None = None) -> Restored:
     """Make a server's folder from a backup; what is there already stays, and then nothing is done.
 
     Args:
@@ -250,7 +250,7 @@ def restore(source: Path, home: ServerHome, passphrase: str | None = None) -> Re
         SettingsError: The folder holds something, or the backup is none.
         ConnectionFailed: A server runs there.
     """
-    if holder(home.lock) is not None:
+    if lock_owner(home.lock) is not None:
         raise ConnectionFailed(f"a server runs in {home.path}; choose another --home")
     if home.path.exists() and not (home.path.is_dir() and not any(home.path.iterdir())):
         raise SettingsError(
@@ -261,7 +261,7 @@ def restore(source: Path, home: ServerHome, passphrase: str | None = None) -> Re
     try:
         staging.mkdir(parents=True, mode=0o700)
         manifest = _read(source, staging, passphrase)
-        restored = _checked(ServerHome(staging), manifest)
+        restored = _checked(ServerFolder(staging), manifest)
         folders = [home.path / RUNS / name for name in manifest.runs]
         log = AuditLog(staging / AUDIT)
         log.record("restored", backup=manifest.time)
@@ -365,7 +365,7 @@ def _manifest(text: bytes, source: Path) -> Manifest:
     return found
 
 
-def _checked(home: ServerHome, manifest: Manifest) -> tuple[int, list[str]]:
+def _checked(home: ServerFolder, manifest: Manifest) -> tuple[int, list[str]]:
     """Return how many members a restored folder lets in and what its certificate names."""
     for name in NEEDED:
         if name not in manifest.files:

@@ -27,7 +27,7 @@ from fedloom.data.sources import DataSettings
 from fedloom.data.tokenize import TokenSet, tokenize
 from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.consent import Approvals, Waiting
-from fedloom.deployment.folders import ClientHome
+from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.policy import REVEALING, PolicySettings
 from fedloom.deployment.rows import divided
@@ -116,7 +116,7 @@ def check(path: Path, experiment: Path | None, client: int) -> Look:
     return Look(Group(*parts), sound and not problems)
 
 
-def waiting_table(home: ClientHome) -> RenderableType:
+def waiting_table(home: ClientFolder) -> RenderableType:
     """Return the runs of a client's folder that wait for a person."""
     found = Approvals(home).waiting()
     if not found:
@@ -134,7 +134,7 @@ def waiting_table(home: ClientHome) -> RenderableType:
     return table
 
 
-def waiting_run(home: ClientHome, waiting: Waiting) -> Look:
+def waiting_run(home: ClientFolder, waiting: Waiting) -> Look:
     """Return what would run if a run were let in: what, on which rows, with which protection."""
     own, joining = home.own_file(), home.joining()
     try:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.flower_node import FlowerNode
-from fedloom.deployment.folders import ClientHome, Joining
+from fedloom.deployment.folders import ClientFolder, Registration
 from fedloom.deployment.gateway_client import Card, GatewayClient, split_address
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.processes import end, make_room, only
@@ -32,13 +32,13 @@ AGAIN = 1.0, 60.0
 
 
 def join(
-    home: ClientHome,
+    home: ClientFolder,
     server: str,
     *,
     key: Path,
     authority: Path | None,
     own: Path | None = None,
-    ready: Callable[[Joining], None] = lambda joining: None,
+    ready: Callable[[Registration], None] = lambda joining: None,
     say: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Take part in a federation until told to stop (SIGTERM or SIGINT).
@@ -75,7 +75,7 @@ def join(
         card = _registered(gateway, stopping, say)
         if card is None:
             return
-        joining = Joining(
+        joining = Registration(
             gateway=server,
             number=card.number,
             name=card.name,
@@ -142,7 +142,7 @@ def _require_whole(log: Path) -> None:
 
 
 def _keep_going(
-    home: ClientHome, node: FlowerNode, stopping: threading.Event, ready: Callable[[], None]
+    home: ClientFolder, node: FlowerNode, stopping: threading.Event, ready: Callable[[], None]
 ) -> None:
     """Answer messages until told to stop."""
     end_worker(home)  # it may know another key or file
@@ -179,10 +179,10 @@ def take_part(
             "for this one"
         )
 
-    def ready(joining: Joining) -> None:
+    def ready(joining: Registration) -> None:
         say(f"joined {address} as {joining.name}, member {joining.number}; folder {home}")
 
-    join(ClientHome(home), address, key=key, authority=authority, own=own, ready=ready, say=say)
+    join(ClientFolder(home), address, key=key, authority=authority, own=own, ready=ready, say=say)
 
 
 def leave(home: Path) -> int:
@@ -191,10 +191,10 @@ def leave(home: Path) -> int:
     Raises:
         ConnectionFailed: None runs there.
     """
-    return end("client", ClientHome(home).lock)
+    return end("client", ClientFolder(home).lock)
 
 
-def end_worker(home: ClientHome) -> None:
+def end_worker(home: ClientFolder) -> None:
     """End the worker of a home, if it runs."""
     with contextlib.suppress(ConnectionFailed):
         end("worker", home.pid)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.deployment.folders import ClientHome, Note
+from fedloom.deployment.folders import ClientFolder, StoredRecord
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import PolicyError, Refusal, SettingsError
 from fedloom.security.audit_log import digest_of
@@ -20,7 +20,7 @@ MOST_WAITING = 20
 """Runs that wait at most; the one that was not asked about for the longest time makes room."""
 
 
-class Waiting(Note):
+class Waiting(StoredRecord):
     """A run that waits for a person."""
 
     run: str
@@ -36,7 +36,7 @@ class Waiting(Note):
     """When it last did."""
 
 
-class Approved(Note):
+class Approved(StoredRecord):
     """A run that a person has let in."""
 
     experiment: str
@@ -47,7 +47,7 @@ class Approved(Note):
 class Approvals:
     """Runs of a client's folder that wait or have been let in."""
 
-    def __init__(self, home: ClientHome) -> None:
+    def __init__(self, home: ClientFolder) -> None:
         """Look at a client's folder."""
         self._waiting, self._approved = home.path / "waiting", home.path / "approved"
 
@@ -93,7 +93,7 @@ class Approvals:
         (self._waiting / f"{waiting.run}.toml").unlink(missing_ok=True)
 
 
-class Today(Note):
+class Today(StoredRecord):
     """What was begun on a day."""
 
     day: str
@@ -117,7 +117,7 @@ class Day:
     _asked: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, home: ClientHome) -> Day:
+    def of(cls, home: ClientFolder) -> Day:
         """Return the count of a client's folder."""
         return cls(home.path / "today.toml")
 

@@ -26,7 +26,7 @@ from fedloom.errors import FedloomError, OutputError
 from fedloom.security.audit_log import Record
 from fedloom.security.client_registry import Member, Members
 from fedloom.settings.toml import read_toml, write_toml
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 
 RETRY = 5.0
 """Seconds before Flower is told again what it could not be told."""
@@ -128,7 +128,7 @@ class FlowerNodes:
                     if self._seen is not None:
                         self.note("allowed", client=number, name=member.name)
         nodes = {str(number): str(key.node) for number, key in sorted(self._keys.items())}
-        write_whole(self.path, write_toml(nodes).encode())
+        write_atomically(self.path, write_toml(nodes).encode())
         if failed:
             raise failed[0]
         if self._seen is None:

@@ -18,15 +18,15 @@ from fedloom.security.client_registry import FILE as MEMBERS
 from fedloom.security.client_registry import Members
 from fedloom.settings.schema import Settings, parse
 from fedloom.settings.toml import read_toml, write_toml
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 
 
-class Note(Settings):
+class StoredRecord(Settings):
     """What one process of ours writes for another, as TOML."""
 
     def write(self, path: Path) -> None:
         """Keep it; half of it is never read."""
-        write_whole(path, write_toml(self.model_dump()).encode())
+        write_atomically(path, write_toml(self.model_dump()).encode())
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -41,7 +41,7 @@ class Note(Settings):
         return found
 
 
-class Joining(Note):
+class Registration(StoredRecord):
     """How a client was joined, as its processes read it."""
 
     gateway: str
@@ -58,7 +58,7 @@ class Joining(Note):
 
 
 @dataclass(frozen=True)
-class ClientHome:
+class ClientFolder:
     """A client's folder."""
 
     path: Path
@@ -85,7 +85,7 @@ class ClientHome:
             if re.fullmatch("[0-9a-f]{32}", known := path.read_text().strip()):
                 return known
         new = uuid.uuid4().hex
-        write_whole(path, new.encode())
+        write_atomically(path, new.encode())
         return new
 
     @property
@@ -97,15 +97,15 @@ class ClientHome:
         """Return the folder of what this client keeps of a run."""
         return self.path / "runs" / run
 
-    def joining(self) -> Joining:
+    def joining(self) -> Registration:
         """Return how the client was joined.
 
         Raises:
             SettingsError: It was not.
         """
-        return Joining.read(self.path / "client.toml")
+        return Registration.read(self.path / "client.toml")
 
-    def write_joining(self, joining: Joining) -> None:
+    def write_joining(self, joining: Registration) -> None:
         """Keep how the client was joined."""
         joining.write(self.path / "client.toml")
 
@@ -115,7 +115,7 @@ class ClientHome:
         return OwnFile.read(Path(own)) if own else OwnFile()
 
 
-class Serving(Note):
+class ServerStatus(StoredRecord):
     """How the server was started, as other commands read it."""
 
     host: str
@@ -132,7 +132,7 @@ class Serving(Note):
 
 
 @dataclass(frozen=True)
-class ServerHome:
+class ServerFolder:
     """The server's folder."""
 
     path: Path
@@ -201,7 +201,7 @@ class ServerHome:
         """Return who is let in, as of now."""
         return Members(self.path / MEMBERS)
 
-    def serving(self) -> Serving:
+    def serving(self) -> ServerStatus:
         """Return how the server was started.
 
         Raises:
@@ -214,4 +214,4 @@ class ServerHome:
                 ],
                 "the command",
             )
-        return Serving.read(self.started)
+        return ServerStatus.read(self.started)

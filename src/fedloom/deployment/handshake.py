@@ -45,7 +45,7 @@ LENGTH = struct.Struct("<H")
 LONGEST = 1024
 """Bytes of the longest claim; one of this package has about 700."""
 
-BEHIND, AHEAD = 300, 4
+OUT_OF_DATE, AHEAD = 300, 4
 """Seconds by which a client's clock may be behind the server's, and ahead of it.
 
 Nothing of the proof rests on it; but what is written down on both sides could not be compared.
@@ -84,8 +84,8 @@ class Claim(Settings):
                 wrong.
         """
         behind = time.time() - self.time
-        if not -AHEAD <= behind <= BEHIND:  # NaN is in no range
-            where, allowed = ("behind", BEHIND) if behind > 0 else ("ahead of", AHEAD)
+        if not -AHEAD <= behind <= OUT_OF_DATE:  # NaN is in no range
+            where, allowed = ("behind", OUT_OF_DATE) if behind > 0 else ("ahead of", AHEAD)
             raise IdentityError(
                 f"its clock is {abs(behind):.1f} seconds {where} the server's, {allowed} are allowed: "
                 "set the clock that is wrong"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedloom.deployment.flower_nodes import FlowerNodes
 from fedloom.deployment.gateway import Gateway
-from fedloom.deployment.processes import Family
+from fedloom.deployment.processes import Supervisor
 from fedloom.errors import FedloomError, IdentityError
 from fedloom.security.certificates import read_certificate, require_current
 
@@ -33,7 +33,7 @@ class Health:
         self,
         folder: Path,
         certificate: Path | None,
-        family: Family,
+        family: Supervisor,
         nodes: FlowerNodes,
         gateway: Gateway,
     ) -> None:

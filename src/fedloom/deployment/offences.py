@@ -31,7 +31,7 @@ from typing import Any
 from fedloom.errors import OutputError
 from fedloom.federation.offences import KINDS, Offence, OffenceObserver, one_line
 from fedloom.security.audit_log import Limited
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 
 LOG = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class OffenceLog(OffenceObserver):
         clients = {str(client): asdict(standing) for client, standing in last}
         line = json.dumps({"event": "earlier", "run": known.run, "clients": clients})
         self.path.replace(self.path.with_name(f"{self.path.name}.1"))
-        write_whole(self.path, line.encode() + b"\n")
+        write_atomically(self.path, line.encode() + b"\n")
 
 
 def read_offences(path: Path) -> OffenceSummaries:

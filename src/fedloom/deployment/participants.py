@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.folders import ServerHome
-from fedloom.deployment.run_requests import Order, experiment_file
+from fedloom.deployment.folders import ServerFolder
+from fedloom.deployment.run_requests import RunRequest, experiment_file
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.records import Participant
@@ -76,7 +76,7 @@ def chosen(experiment: Experiment, members: Members) -> list[Participant]:
     return [Participant(member.number, member.name) for member in allowed]
 
 
-def ordered(home: ServerHome, order: Order) -> tuple[Experiment, list[Participant]]:
+def ordered(home: ServerFolder, order: RunRequest) -> tuple[Experiment, list[Participant]]:
     """Return the experiment that an order is for, and the members that take part in it.
 
     Raises:

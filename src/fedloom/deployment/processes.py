@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedloom.errors import ConnectionFailed, SettingsError
 from fedloom.runs.parent_process import of_this_process
-from fedloom.storage.files import holder, lock
+from fedloom.storage.files import lock, lock_owner
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -45,7 +45,7 @@ LARGE = 16 << 20
 
 
 @dataclass
-class Child:
+class SupervisedProcess:
     """A process that is to be there as long as we are.
 
     Attributes:
@@ -90,7 +90,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**surroundings(), **self.environment, **of_this_process()},
+                env={**child_environment(), **self.environment, **of_this_process()},
                 start_new_session=True,
             )
         self._pid.write_text(str(self.process.pid))
@@ -125,10 +125,10 @@ class Child:
 
 
 @dataclass
-class Family:
+class Supervisor:
     """Several children that live and end together."""
 
-    children: list[Child] = field(default_factory=list)
+    children: list[SupervisedProcess] = field(default_factory=list)
 
     def end_leftovers(self) -> None:
         """End what earlier ones left running when they were killed."""
@@ -150,7 +150,7 @@ def make_room(log: Path) -> None:
             os.truncate(log, 0)
 
 
-def surroundings() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Return the environment of Flower's processes: ours, quiet.
 
     They start others by their bare names, so the programs of this very Python are found first, whether
@@ -166,7 +166,7 @@ def program(name: str) -> str:
     Raises:
         SettingsError: Flower is not installed.
     """
-    found = shutil.which(name, path=surroundings()["PATH"])
+    found = shutil.which(name, path=child_environment()["PATH"])
     if found is None:
         raise SettingsError(
             [
@@ -210,7 +210,7 @@ def end(what: str, path: Path) -> int:
     Raises:
         ConnectionFailed: There is none, or it is another user's.
     """
-    process = holder(path)
+    process = lock_owner(path)
     if process is None:
         raise ConnectionFailed(f"no {what} runs in {path.parent}")
     try:
@@ -254,7 +254,7 @@ def reachable(host: str) -> str:
     return "localhost" if host in ("0.0.0.0", "::") else host
 
 
-def wait_until_open(host: str, port: int, child: Child, seconds: float = 60.0) -> None:
+def wait_until_open(host: str, port: int, child: SupervisedProcess, seconds: float = 60.0) -> None:
     """Wait until a child listens.
 
     Raises:

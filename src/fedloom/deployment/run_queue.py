@@ -16,21 +16,21 @@ from typing import Any, Literal
 
 from fedloom.deployment.counts import Counts
 from fedloom.deployment.flower_control import FlowerControl
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.run_requests import (
     LAST,
     Asked,
-    News,
-    NewsReader,
-    Order,
+    RunEventReader,
+    RunEvents,
+    RunRequest,
     experiment_file,
     go_on,
-    news_file,
-    order_file,
+    run_event_file,
+    run_request_file,
 )
 from fedloom.errors import FedloomError, RoundFailed
 from fedloom.security.audit_log import Record
-from fedloom.storage.files import holder, write_whole
+from fedloom.storage.files import lock_owner, write_atomically
 
 BEGINNING = 120.0
 """Seconds in which Flower must have started the process that plays a run."""
@@ -63,7 +63,7 @@ class QueuedRun:
         deadline: When that process must have begun, by the monotonic clock.
     """
 
-    order: Order
+    order: RunRequest
     state: str = "waiting"
     flower: int | None = None
     since: float = field(default_factory=time.time)
@@ -75,7 +75,7 @@ class QueuedRun:
     warning: str = ""
     begun: bool = False
     gone: bool = False
-    reader: NewsReader | None = None
+    reader: RunEventReader | None = None
     deadline: float = 0.0
 
     def shown(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class RunQueue:
     """The runs of a server; threads may share it."""
 
     def __init__(
-        self, home: ServerHome, control: FlowerControl, note: Record, counts: Counts
+        self, home: ServerFolder, control: FlowerControl, note: Record, counts: Counts
     ) -> None:
         """Begin with no runs: what an earlier server was asked for is over.
 
@@ -126,12 +126,12 @@ class RunQueue:
             OutputError: It cannot be written down.
         """
         id = uuid.uuid4().hex
-        order = Order(id=id, home=str(self.home.path.resolve()), **asked.order())
+        order = RunRequest(id=id, home=str(self.home.path.resolve()), **asked.order())
         if asked.text is not None:
-            write_whole(experiment_file(self.home, id), asked.text.encode())
-        with News(news_file(self.home, id)):
+            write_atomically(experiment_file(self.home, id), asked.text.encode())
+        with RunEvents(run_event_file(self.home, id)):
             pass  # who watches finds it
-        order.write(order_file(self.home, id))
+        order.write(run_request_file(self.home, id))
         run = QueuedRun(order)
         with self._lock:
             self._runs[id] = run
@@ -176,16 +176,16 @@ class RunQueue:
                 self._stop(run, "the server was stopped")
 
     def _is_free(self) -> bool:
-        return holder(self.home.playing) is None
+        return lock_owner(self.home.playing) is None
 
     def _begin(self, run: QueuedRun) -> None:
         try:
-            run.flower = self.control.start(order_file(self.home, run.order.id))
+            run.flower = self.control.start(run_request_file(self.home, run.order.id))
         except FedloomError as error:
             self._end(run, f"the run cannot be started: {error}")
             return
         run.enter("starting")
-        run.reader = NewsReader(news_file(self.home, run.order.id))
+        run.reader = RunEventReader(run_event_file(self.home, run.order.id))
         run.deadline = time.monotonic() + BEGINNING
         self.note("run_started", run=run.order.id, name=run.order.name)
 
@@ -246,7 +246,10 @@ class RunQueue:
 
     def _end(self, run: QueuedRun, text: str, outcome: Outcome = "failed") -> None:
         """Say the last word of a run in place of its process."""
-        with contextlib.suppress(FedloomError), News(news_file(self.home, run.order.id)) as news:
+        with (
+            contextlib.suppress(FedloomError),
+            RunEvents(run_event_file(self.home, run.order.id)) as news,
+        ):
             news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
         if run.flower is not None:
             with contextlib.suppress(FedloomError):  # it may have ended meanwhile

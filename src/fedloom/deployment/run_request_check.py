@@ -13,17 +13,17 @@ import os
 import sys
 from pathlib import Path
 
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.participants import ordered
-from fedloom.deployment.run_requests import Order, order_file
+from fedloom.deployment.run_requests import RunRequest, run_request_file
 from fedloom.display.untrusted_text import message
 from fedloom.errors import FedloomError
 
 
 def main() -> int:
     """Check the order that is named."""
-    home, id = ServerHome(Path(sys.argv[1]).resolve()), sys.argv[2]
-    order = Order.read(order_file(home, id))
+    home, id = ServerFolder(Path(sys.argv[1]).resolve()), sys.argv[2]
+    order = RunRequest.read(run_request_file(home, id))
     os.chdir(order.cwd)
     try:
         if order.resume is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedloom.accounting.costs import Cost
-from fedloom.deployment.folders import Note, ServerHome
+from fedloom.deployment.folders import ServerFolder, StoredRecord
 from fedloom.errors import FedloomError, OutputError, RoundFailed
 from fedloom.federation.offences import Offence
 from fedloom.federation.records import Absence, Evaluation, RoundRecord
@@ -58,7 +58,7 @@ class Asked(Settings):
         return self.model_dump(exclude={"text"})
 
 
-class Order(Note):
+class RunRequest(StoredRecord):
     """What is to be run, for the process that plays it."""
 
     id: str
@@ -74,22 +74,22 @@ class Order(Note):
     fresh_clients: list[int] = []
 
 
-def order_file(home: ServerHome, id: str) -> Path:
+def run_request_file(home: ServerFolder, id: str) -> Path:
     """Return where the order of a request is."""
     return home.requests.resolve() / f"{id}.order.toml"
 
 
-def experiment_file(home: ServerHome, id: str) -> Path:
+def experiment_file(home: ServerFolder, id: str) -> Path:
     """Return where the experiment of a request is."""
     return home.requests.resolve() / f"{id}.experiment.toml"
 
 
-def news_file(home: ServerHome, id: str) -> Path:
+def run_event_file(home: ServerFolder, id: str) -> Path:
     """Return where it is told what becomes of a request."""
     return home.requests.resolve() / f"{id}.jsonl"
 
 
-class News:
+class RunEvents:
     """Tells what happens in a run as lines of JSON; an observer of it."""
 
     def __init__(self, path: Path) -> None:
@@ -150,7 +150,7 @@ class News:
         self.tell("end")
 
 
-class NewsReader:
+class RunEventReader:
     """Reads what is told in a file from where it stopped before."""
 
     def __init__(self, path: Path) -> None:
@@ -169,12 +169,12 @@ class NewsReader:
         return found
 
 
-def read_news(path: Path, still_there: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def read_run_events(path: Path, still_there: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """Yield what is told, as it is; ends with the last word, or once the server is no longer there.
 
     What was told until then is read before a run counts as gone.
     """
-    reader, looked, there = NewsReader(path), time.monotonic(), True
+    reader, looked, there = RunEventReader(path), time.monotonic(), True
     while True:
         news = reader.read()
         for told in news:

@@ -20,7 +20,7 @@ from fedloom.deployment.exposure import require_unexposed
 from fedloom.deployment.fleet import Upstream
 from fedloom.deployment.flower_control import FlowerControl
 from fedloom.deployment.flower_nodes import FlowerNodes
-from fedloom.deployment.folders import ServerHome, Serving
+from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.gateway import Gateway, GatewaySettings
 from fedloom.deployment.gateway_client import PORT
 from fedloom.deployment.health import Health
@@ -28,8 +28,8 @@ from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_a
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.processes import (
-    Child,
-    Family,
+    SupervisedProcess,
+    Supervisor,
     address,
     end,
     free_port,
@@ -45,7 +45,7 @@ from fedloom.deployment.run_requests import Asked
 from fedloom.deployment.status import server_status
 from fedloom.errors import ConnectionFailed, IdentityError, OffenceKind, SettingsError
 from fedloom.federation.offences import Offence, one_line
-from fedloom.security.audit_log import FILE, AuditLog, Limited, unheard
+from fedloom.security.audit_log import FILE, AuditLog, Limited, no_op_recorder
 from fedloom.security.certificates import (
     CA,
     CERTIFICATE,
@@ -80,13 +80,13 @@ CHECK = 60.0
 
 
 def start(
-    home: ServerHome,
+    home: ServerFolder,
     *,
     host: str = "0.0.0.0",
     port: int = PORT,
     insecure: bool = False,
     metrics: str | None = None,
-    ready: Callable[[Serving], None] = lambda serving: None,
+    ready: Callable[[ServerStatus], None] = lambda serving: None,
 ) -> None:
     """Serve until told to stop (SIGTERM or SIGINT).
 
@@ -112,7 +112,7 @@ def start(
         require_current(home.authority)
         read_key(home.key, "fedloom certs")
         require_named(home.certificate, reachable(host))
-    serving = Serving(
+    serving = ServerStatus(
         host=host,
         port=port,
         flower=free_port(),
@@ -125,11 +125,13 @@ def start(
         _serve(home, serving, ready)
 
 
-def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None]) -> None:
+def _serve(
+    home: ServerFolder, serving: ServerStatus, ready: Callable[[ServerStatus], None]
+) -> None:
     """Serve as the only one in a home."""
     host, port, insecure = serving.host, serving.port, serving.insecure
     settings = GatewaySettings.read(home.settings)
-    family = Family(_children(home, serving))
+    family = Supervisor(_children(home, serving))
     family.end_leftovers()
     require_free(host, port)
     bypass_for_loopback()  # Flower's own clients heed HTTPS_PROXY
@@ -165,7 +167,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
             lambda: stamp_of(home.path / MEMBERS),
             nodes.of,
         )
-        gateway.note = Limited(unheard)  # the next strangers are we ourselves
+        gateway.note = Limited(no_op_recorder)  # the next strangers are we ourselves
         gateway.listen(host, port, None if insecure else (home.certificate, home.key))
         closing.callback(log.record, "stopped")
         closing.callback(home.started.unlink, missing_ok=True)
@@ -206,7 +208,7 @@ def _serve(home: ServerHome, serving: Serving, ready: Callable[[Serving], None])
 
 
 def _commands(
-    home: ServerHome, status: Callable[[], dict[str, Any]], queue: RunQueue
+    home: ServerFolder, status: Callable[[], dict[str, Any]], queue: RunQueue
 ) -> ControlSocket:
     """Answer the commands of the server's user."""
 
@@ -228,7 +230,7 @@ def _commands(
     )
 
 
-def begin_anew(home: ServerHome) -> None:
+def begin_anew(home: ServerFolder) -> None:
     """Delete what Flower and runs of an earlier server have left: nothing in it is needed again.
 
     Who is let in stands in our own file, and a run that was under way is resumed from its own folder.
@@ -240,7 +242,7 @@ def begin_anew(home: ServerHome) -> None:
 
 
 def report_offence(
-    home: ServerHome, log: OffenceLog, client: int, kind: OffenceKind, reason: str
+    home: ServerFolder, log: OffenceLog, client: int, kind: OffenceKind, reason: str
 ) -> None:
     """Have what a client got wrong at the gateway count: in the run under way, or in the log alone."""
     told, greeting = False, {"client": client, "offence": kind, "reason": one_line(reason)}
@@ -275,10 +277,10 @@ def serve_federation(
             "for this one"
         )
 
-    def ready(serving: Serving) -> None:
+    def ready(serving: ServerStatus) -> None:
         say(f"clients can join at port {port}; folder {home}")
 
-    own = ServerHome(home)
+    own = ServerFolder(home)
     start(own, host=host, port=port, insecure=insecure, metrics=metrics, ready=ready)
 
 
@@ -288,10 +290,10 @@ def stop_server(home: Path) -> int:
     Raises:
         ConnectionFailed: None runs there.
     """
-    return end("server", ServerHome(home).lock)
+    return end("server", ServerFolder(home).lock)
 
 
-def _children(home: ServerHome, serving: Serving) -> list[Child]:
+def _children(home: ServerFolder, serving: ServerStatus) -> list[SupervisedProcess]:
     """Return Flower's server, and what starts a process for each run."""
     logs, flower = home.path / "logs", home.flower.resolve()
     program("flower-superlink")  # or Flower is not installed
@@ -313,15 +315,15 @@ def _children(home: ServerHome, serving: Serving) -> list[Child]:
     ]
     environment = {"FLWR_HOME": str(flower)}
     return [
-        Child(link, logs / "superlink.out", environment),
-        Child(starter, logs / "serverapp.out", environment),
+        SupervisedProcess(link, logs / "superlink.out", environment),
+        SupervisedProcess(starter, logs / "serverapp.out", environment),
     ]
 
 
 class Expiry:
     """Looks now and then whether the certificate is still in force, until the log says that it is not."""
 
-    def __init__(self, home: ServerHome, log: AuditLog, *, insecure: bool) -> None:
+    def __init__(self, home: ServerFolder, log: AuditLog, *, insecure: bool) -> None:
         self.home, self.log = home, log
         self._told, self._next = insecure, 0.0
 
@@ -332,7 +334,7 @@ class Expiry:
             self._told = has_expired(self.home, self.log)
 
 
-def has_expired(home: ServerHome, log: AuditLog) -> bool:
+def has_expired(home: ServerFolder, log: AuditLog) -> bool:
     """Return whether the certificate is in force no longer: clients turn away, and the log says why."""
     try:
         require_current(home.certificate)

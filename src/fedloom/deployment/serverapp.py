@@ -14,17 +14,17 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedloom.deployment.flower_nodes import read_nodes
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.participants import chosen, known, ordered
 from fedloom.deployment.processes import only
-from fedloom.deployment.run_requests import News, Order, go_on, news_file
+from fedloom.deployment.run_requests import RunEvents, RunRequest, go_on, run_event_file
 from fedloom.engines.flower.engine import FlowerEngine
 from fedloom.engines.flower.inflation import ByteBudget, bound_arrays, bound_pulls
-from fedloom.engines.flower.run_clients import Roster
+from fedloom.engines.flower.run_clients import RunClients
 from fedloom.engines.flower.streams import Streams
-from fedloom.engines.flower.transport import SMALL, Post
+from fedloom.engines.flower.transport import SMALL, FlowerTransport
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.records import Participant
@@ -51,11 +51,11 @@ def main(grid: Grid, context: Context) -> None:
             ["this app is started by `fedloom run EXPERIMENT.toml --engine flower`"],
             "the Flower app",
         )
-    order = Order.read(path)
-    home = ServerHome(Path(order.home))
+    order = RunRequest.read(path)
+    home = ServerFolder(Path(order.home))
     os.chdir(order.cwd)
     os.umask(0o077)
-    with only("run", home.playing, ENDING), News(news_file(home, order.id)) as news:
+    with only("run", home.playing, ENDING), RunEvents(run_event_file(home, order.id)) as news:
         play = _Play(grid, home, order, news)
         try:
             result = play.run()
@@ -79,7 +79,7 @@ class _Play:
         folder: The run folder, once it is known.
     """
 
-    def __init__(self, grid: Grid, home: ServerHome, order: Order, news: News) -> None:
+    def __init__(self, grid: Grid, home: ServerFolder, order: RunRequest, news: RunEvents) -> None:
         self.grid, self.home, self.order, self.news = grid, home, order, news
         self.folder = ""
 
@@ -117,7 +117,7 @@ class _Play:
 
     def _engine(self, experiment: Experiment, participants: Sequence[Participant]) -> FlowerEngine:
         home = self.home
-        roster = Roster(
+        roster = RunClients(
             home.members,
             participants,
             experiment.clients.newcomers,
@@ -136,18 +136,18 @@ class _Play:
         )
 
 
-def _post(grid: Grid, home: ServerHome) -> Post:
+def _post(grid: Grid, home: ServerFolder) -> FlowerTransport:
     serving, budget = home.serving(), ByteBudget(SMALL)
     bound_arrays(budget)
     runtime: Any = grid
     bound_pulls(runtime._runtime_client, budget)
     streams = partial(_open_streams, home)
     if serving.insecure:
-        return Post(grid, open_streams=streams, budget=budget)
+        return FlowerTransport(grid, open_streams=streams, budget=budget)
     certificate = home.certificate.read_text()
     signing = partial(sign, read_key(home.key))
-    return Post(grid, signing, certificate, streams, proven=True, budget=budget)
+    return FlowerTransport(grid, signing, certificate, streams, proven=True, budget=budget)
 
 
-def _open_streams(home: ServerHome, run: str, patience: float) -> Streams:
+def _open_streams(home: ServerFolder, run: str, patience: float) -> Streams:
     return Streams(home.streams / run, patience)

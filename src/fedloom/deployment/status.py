@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.accounting.quantities import human_seconds
-from fedloom.deployment.folders import ServerHome, Serving
+from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.offences import FILE as OFFENCES
 from fedloom.deployment.offences import OffenceSummaries, OffenceSummary, read_offences
 from fedloom.federation.offences import one_line
@@ -26,7 +26,7 @@ STATES = {"allowed": "", "revoked": "revoked", "withdrawn": "withdrawn"}
 
 
 def server_status(
-    home: ServerHome, serving: Serving, gateway: Gateway, queue: RunQueue, health: Health
+    home: ServerFolder, serving: ServerStatus, gateway: Gateway, queue: RunQueue, health: Health
 ) -> dict[str, Any]:
     """Return what is known of the server, its members and the runs that were asked for."""
     runs, known = queue.listed(), read_offences(home.path / OFFENCES)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.administration import ask
-from fedloom.deployment.folders import ServerHome
-from fedloom.deployment.run_requests import Asked, news_file, read_news, show
+from fedloom.deployment.folders import ServerFolder
+from fedloom.deployment.run_requests import Asked, read_run_events, run_event_file, show
 from fedloom.deployment.withdrawal import Work
 from fedloom.errors import FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.runs.observers import RunObserver
 from fedloom.settings.toml import parse_toml, require_section
-from fedloom.storage.files import holder
+from fedloom.storage.files import lock_owner
 from fedloom.storage.run_folder import EXPERIMENT
 
 
@@ -68,7 +68,7 @@ def ask_for_run(
         from_round=from_round,
         fresh_clients=list(fresh_clients),
     )
-    found: dict[str, Any] = ask(ServerHome(home), "submit", **asked.model_dump())
+    found: dict[str, Any] = ask(ServerFolder(home), "submit", **asked.model_dump())
     return found
 
 
@@ -79,7 +79,7 @@ def find_run(home: Path, run: str | None) -> dict[str, Any]:
         ConnectionFailed: No server runs in the folder.
         SettingsError: There is no such run.
     """
-    runs = ask(ServerHome(home), "runs")
+    runs = ask(ServerFolder(home), "runs")
     for own in runs:
         if run is None or own["id"].startswith(run) or own["name"] == run:
             found: dict[str, Any] = own
@@ -96,14 +96,14 @@ def follow(home: Path, run: dict[str, Any], observer: RunObserver) -> str:
         FedloomError: The run failed.
         Interrupted: The user watches no longer.
     """
-    own = ServerHome(home)
-    path = news_file(own, run["id"])
+    own = ServerFolder(home)
+    path = run_event_file(own, run["id"])
 
     def is_served() -> bool:  # another server that was started meanwhile has deleted the file
-        return holder(own.lock) is not None and path.exists()
+        return lock_owner(own.lock) is not None and path.exists()
 
     try:
-        return show(read_news(path, is_served), observer)
+        return show(read_run_events(path, is_served), observer)
     except KeyboardInterrupt:
         at = "" if home == Path("fedloom-server") else f" --home {home}"
         raise Interrupted(
@@ -145,7 +145,7 @@ def play_again(home: Path, work: Work) -> dict[str, Any]:
     Raises:
         ConnectionFailed: No server runs in the folder.
     """
-    for own in ask(ServerHome(home), "runs"):
+    for own in ask(ServerFolder(home), "runs"):
         if own["folder"] == str(work.folder.resolve()):
             stop_runs(home, own["id"])
     if work.checkpoint is None:
@@ -160,5 +160,5 @@ def stop_runs(home: Path, run: str | None) -> list[str]:
     Raises:
         ConnectionFailed: No server runs in the folder.
     """
-    stopped: list[str] = ask(ServerHome(home), "stop", run=run)
+    stopped: list[str] = ask(ServerFolder(home), "stop", run=run)
     return stopped

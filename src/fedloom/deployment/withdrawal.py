@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.folders import ServerHome
+from fedloom.deployment.folders import ServerFolder
 from fedloom.errors import OutputError
 from fedloom.security.audit_log import events
 from fedloom.security.client_registry import Member, Members
@@ -79,7 +79,7 @@ class Work:
         return text
 
 
-def works_of(home: ServerHome, member: Member) -> list[Work]:
+def works_of(home: ServerFolder, member: Member) -> list[Work]:
     """Return where a member's work is, of the runs that this server has played and whose folders stand.
 
     Raises:

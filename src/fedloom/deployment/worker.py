@@ -29,12 +29,12 @@ from safetensors import SafetensorError
 
 from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, told
-from fedloom.deployment.folders import ClientHome
+from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.rows import divided
-from fedloom.engines.in_process import Equipment
+from fedloom.engines.in_process import ClientResources
 from fedloom.errors import (
     AuditError,
     ConnectionFailed,
@@ -48,7 +48,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.allowance import Allowance
 from fedloom.models.load import silence_transformers
 from fedloom.models.saved_adapter import holds_adapter
-from fedloom.runs.assembly import Parts, assemble
+from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.model_cards import ModelCards
 from fedloom.runs.start import SENT, Start, digest_of_tensors, own_models
 from fedloom.runs.verification import Verifier, sentence
@@ -57,8 +57,8 @@ from fedloom.security.certificates import issued_key, read_certificate
 from fedloom.security.keys import is_signed, read_key, secret_number, sign
 from fedloom.storage.checkpoint import KEPT
 from fedloom.storage.client_store import ClientStore
-from fedloom.storage.client_versions import Kept, Version
-from fedloom.storage.files import write_whole
+from fedloom.storage.client_versions import ClientVersions, Version
+from fedloom.storage.files import write_atomically
 from fedloom.wire.envelope import (
     LONGEST_HEADER,
     PHASES,
@@ -112,8 +112,8 @@ class Run:
     client: int
     began: int
     experiment: Experiment
-    parts: Parts
-    kept: Kept
+    parts: RunComponents
+    kept: ClientVersions
     every: int
     secret_noise: bool
     policy: PolicySettings
@@ -136,7 +136,7 @@ class _Failed:
 class Worker:
     """Answers envelopes."""
 
-    def __init__(self, home: ClientHome) -> None:
+    def __init__(self, home: ClientFolder) -> None:
         """Read how the client was joined.
 
         Raises:
@@ -284,7 +284,7 @@ class Worker:
             time.monotonic() - begun,
             parts.model_path,
         )
-        kept = Kept(self.home.run(header.run) / "kept")
+        kept = ClientVersions(self.home.run(header.run) / "kept")
         every = experiment.output.checkpoint_every
         secret = own.worker.secret_noise
         stretch = len(header.began)
@@ -311,7 +311,7 @@ class Worker:
             shared = decode(payload, _schemas(header, policy)[0]).tensors
             if digest_of_tensors(shared) != digest:
                 raise ReportedError(Sentence.UNFIT)
-            write_whole(file, safetensors.torch.save(shared))
+            write_atomically(file, safetensors.torch.save(shared))
         try:
             shared = safetensors.torch.load_file(file)
         except (OSError, SafetensorError):
@@ -497,14 +497,14 @@ def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Sch
     return both[0], both[1]
 
 
-def _allowance(experiment: Experiment, policy: PolicySettings, own: Equipment) -> Allowance:
+def _allowance(experiment: Experiment, policy: PolicySettings, own: ClientResources) -> Allowance:
     """Return what one request may compute: of adapters, two of the largest rank side by side (feddpa)."""
     numbers = sum(tensor.numel() for tensor in own.initial.values())
     larger = max(1.0, policy.max_rank / experiment.adapter.rank)
     return Allowance(policy.max_steps, policy.max_seconds, 2 * larger * numbers)
 
 
-def _own_log(home: ClientHome) -> tuple[AuditLog | None, AuditError | None]:
+def _own_log(home: ClientFolder) -> tuple[AuditLog | None, AuditError | None]:
     """Return the client's own log, or why there is none: then every message is answered by that."""
     try:
         return AuditLog(home.path / FILE), None
@@ -513,7 +513,7 @@ def _own_log(home: ClientHome) -> tuple[AuditLog | None, AuditError | None]:
         return None, error
 
 
-def serve(worker: Worker, home: ClientHome, idle: float) -> None:
+def serve(worker: Worker, home: ClientFolder, idle: float) -> None:
     """Answer at the home's socket until nothing has been asked for ``idle`` seconds."""
     with listen(home.socket) as listening:
         listening.settimeout(1.0)
@@ -544,7 +544,7 @@ def run(path: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     silence_transformers()
-    home = ClientHome(path)
+    home = ClientFolder(path)
     try:
         serve(Worker(home), home, home.own_file().worker.idle)
     except FedloomError as error:

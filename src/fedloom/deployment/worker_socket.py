@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from fedloom.deployment.processes import surroundings
+from fedloom.deployment.processes import child_environment
 from fedloom.deployment.worker_lock import LOCK
 from fedloom.errors import ConnectionFailed
 from fedloom.runs.parent_process import of_this_process
-from fedloom.storage.files import holder
+from fedloom.storage.files import lock_owner
 from fedloom.wire.envelope import Envelope
 from fedloom.wire.framing import connect, read_frame, reader, write_frame
 
@@ -47,7 +47,7 @@ def reach_worker(home: Path) -> socket.socket:
         except ConnectionFailed:
             if process is not None and process.poll():
                 break
-            if holder(home / LOCK) is None and (process is None or process.poll() is not None):
+            if lock_owner(home / LOCK) is None and (process is None or process.poll() is not None):
                 process = start_worker(home)
             time.sleep(0.1)
     raise ConnectionFailed(f"the worker cannot be started; see {home / LOG}")
@@ -62,5 +62,5 @@ def start_worker(home: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**surroundings(), "PYTHONUNBUFFERED": "1", **of_this_process()},
+            env={**child_environment(), "PYTHONUNBUFFERED": "1", **of_this_process()},
         )

@@ -44,7 +44,7 @@ def named(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Equipment:
+class ClientResources:
     """What a client computes with; clients of one kind share it and write their adapters in turn.
 
     Attributes:
@@ -88,7 +88,7 @@ class SimulationEngine:
         references: Where log-probs under reference models are kept.
     """
 
-    equipment: Mapping[int, Equipment]
+    equipment: Mapping[int, ClientResources]
     shares: dict[int, TokenShare]
     handlers: Mapping[str, Handler]
     objective: Objective
@@ -133,7 +133,7 @@ class SimulationEngine:
         """Carry out one action on every client asked, one after the other."""
         if exchange.round != self._round:
             self._sessions, self._round = {}, exchange.round
-        self.store.mark()
+        self.store.begin_exchange()
         for client, data in exchange.requests.items():
             yield self._answer(exchange, client, data)
 
@@ -149,10 +149,10 @@ class SimulationEngine:
         """Go on with what clients kept at some other time, as if no round were under way."""
         self.store, self._round = store, -1
 
-    def undo(self, clients: Collection[int]) -> None:
+    def discard(self, clients: Collection[int]) -> None:
         """Forget what these clients have put aside over the last exchange."""
         for client in clients:
-            self.store.undo(client)
+            self.store.discard(client)
 
     def finish_round(self) -> None:
         """Let what clients have put aside in this round count."""
@@ -178,7 +178,7 @@ class SimulationEngine:
             client, reply = self._worked(exchange, number, payload, cost)
             encoded = encode(reply, exchange.reply_schema)
             cost.bytes_up = len(encoded)
-        self.store.put(number, client.kept)
+        self.store.stage(number, client.store)
         return encoded
 
     def _worked(
@@ -228,7 +228,7 @@ class SimulationEngine:
             noise_seed=self.seed if self.noise_seed is None else self.noise_seed,
             participations=self.participations,
             rounds=self.rounds,
-            kept=self.store.slots(number),
+            store=self.store.slots(number),
             max_length=own.max_length,
             width=own.width,
             public=own.public,

@@ -1,6 +1,6 @@
 """Held-out metrics, pure: tensors in, numbers out, and what each row adds to the headline one.
 
-The headline metric of each kind of example is in :data:`HEADLINES`; what each name means, with its
+The headline metric of each kind of example is in :data:`PRIMARY_METRICS`; what each name means, with its
 formula, unit and range, stands in ``report/glossary.py``.
 """
 
@@ -20,7 +20,7 @@ from fedloom.wire.schema import NumberSpec, amount, fraction, score
 
 
 @dataclass(frozen=True)
-class Headline:
+class PrimaryMetric:
     """The metric a kind of example is judged by.
 
     Attributes:
@@ -34,30 +34,30 @@ class Headline:
     help: str
 
 
-HEADLINES = {
-    "instruction": Headline(
+PRIMARY_METRICS = {
+    "instruction": PrimaryMetric(
         "loss", False, "mean negative log-likelihood of a held-out completion token, in nats"
     ),
-    "preference": Headline(
+    "preference": PrimaryMetric(
         "preference_accuracy",
         True,
         "share of held-out pairs whose chosen answer has the higher reward: the implicit one, that is, "
         "it gained more log-probability over the base model than the rejected one, and where there is an "
         "explicit reward head both together (ties count half: 0.5 at the start by definition)",
     ),
-    "feedback": Headline(
+    "feedback": PrimaryMetric(
         "feedback_auc",
         True,
         "chance that a held-out desirable answer has a higher implicit reward than an undesirable one "
         "(ties count half: 0.5 at the start by definition)",
     ),
-    "labelled": Headline("accuracy", True, "share of held-out texts whose class is predicted"),
-    "choice": Headline(
+    "labelled": PrimaryMetric("accuracy", True, "share of held-out texts whose class is predicted"),
+    "choice": PrimaryMetric(
         "accuracy",
         True,
         "share of held-out rows whose right completion has the lowest mean loss a token of all there are",
     ),
-    "answer": Headline(
+    "answer": PrimaryMetric(
         "rouge_l",
         True,
         "mean ROUGE-L (F1) of greedy answers to held-out prompts, each against the nearest accepted one",

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from fedloom.aggregation.robust import cut_change, distance
 from fedloom.errors import MessageError, OffenceKind, OutputError
 from fedloom.federation.offences import WHY, Offence, OffenceObserver, one_line, quarantined
-from fedloom.security.audit_log import Limited, Record, digest_of, unheard
+from fedloom.security.audit_log import Limited, Record, digest_of, no_op_recorder
 from fedloom.settings.schema import Settings
 from fedloom.wire.messages import Answer, Exchange, Payload, Reply, decode, require_finite
 
@@ -99,7 +99,7 @@ class Admission:
         rows_known: bool = True,
         run: str | None = None,
         watch: OffenceObserver | None = None,
-        audit: Record = unheard,
+        audit: Record = no_op_recorder,
     ) -> None:
         """Begin with the offences of earlier rounds."""
         self.settings = settings or AdmissionSettings()
@@ -119,7 +119,7 @@ class Admission:
         exchange: Exchange,
         sizes: Mapping[int, int],
         keep: Callable[[int, Payload], Payload] = lambda client, payload: payload,
-        audit: Record = unheard,
+        audit: Record = no_op_recorder,
     ) -> tuple[list[Reply], dict[int, str]]:
         """Check answers, each as it comes.
 

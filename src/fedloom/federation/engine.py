@@ -10,7 +10,7 @@ from fedloom.accounting.ledger import Ledger
 from fedloom.federation.offences import OffenceObserver, Report
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence, Participant
-from fedloom.security.audit_log import Record, unheard
+from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Answer, Exchange, Payload
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
         """Carry requests to clients and yield their answers, in any order."""
         ...
 
-    def undo(self, clients: Collection[int]) -> None:
+    def discard(self, clients: Collection[int]) -> None:
         """Have what these clients put aside over the last exchange not count, as their answers do not."""
         ...
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Briefing:
+class RunDescription:
     """What clients elsewhere must know of a run before they are asked anything.
 
     Attributes:
@@ -73,7 +73,7 @@ class Briefing:
     classes: tuple[str, ...]
     model: str
     began: tuple[int, ...]
-    audit: Record = unheard
+    audit: Record = no_op_recorder
     undone: tuple[tuple[int, int, int], ...] = ()
     report: Report = lambda client, kind, reason: None
     warn: Callable[[str], None] = lambda text: None
@@ -107,7 +107,7 @@ class RemoteEngine(Engine, Protocol):
         """Return the rows that each client which was met is judged by."""
         ...
 
-    def begin(self, briefing: Briefing, ledger: Ledger) -> None:
+    def begin(self, run_description: RunDescription, ledger: Ledger) -> None:
         """Meet the clients; their costs go to the ledger.
 
         Raises:

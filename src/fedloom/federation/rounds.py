@@ -21,12 +21,12 @@ from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.protocol import Cohort, Method, Replies, Round
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
 from fedloom.randomness import generator
-from fedloom.security.audit_log import Record, unheard
+from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
 from fedloom.wire.schema import LOSS, NumberSpec
 
-SPOOL_ABOVE = 512 << 20
+DISK_BUFFER_ABOVE = 512 << 20
 """Bytes of an exchange's answers above which they wait on disk until all are there."""
 
 
@@ -45,7 +45,7 @@ class Server:
         observer: Who watches.
         admission: What answers are let in, and who has offended so far.
         audit: Told of every message that goes out, is let in or refused.
-        spool: Folder for answers that together are too large for memory.
+        disk_buffer: Folder for answers that together are too large for memory.
         reported: Names and ranges of what clients report of a training.
         presence: What is remembered of who was there in the rounds before.
     """
@@ -59,8 +59,8 @@ class Server:
     ledger: Ledger
     observer: Observer
     admission: Admission = field(default_factory=Admission)
-    audit: Record = unheard
-    spool: Path | None = None
+    audit: Record = no_op_recorder
+    disk_buffer: Path | None = None
     reported: tuple[NumberSpec, ...] = (LOSS,)
     presence: Presence = NOBODY_YET
 
@@ -242,7 +242,7 @@ class _Play:
         )
         self.rejected.update(rejected)
         self.answered.update(reply.client for reply in replies)
-        self.server.engine.undo(rejected.keys())
+        self.server.engine.discard(rejected.keys())
         self._tell()
         if last:
             self._require_quorum()
@@ -261,8 +261,8 @@ class _Play:
 
     def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
         """Return where payloads are kept until all are there: on disk, if they are many and large."""
-        schema, folder = exchange.reply_schema, self.server.spool
-        if folder is None or len(exchange.requests) * schema.max_bytes <= SPOOL_ABOVE:
+        schema, folder = exchange.reply_schema, self.server.disk_buffer
+        if folder is None or len(exchange.requests) * schema.max_bytes <= DISK_BUFFER_ABOVE:
             return lambda client, payload: payload
 
         def put_away(client: int, payload: Payload) -> Payload:

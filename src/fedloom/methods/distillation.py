@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import LogitTraffic, Traffic
-from fedloom.aggregation.soft_labels import Knowledge, Rule, combine, joined, likeliest, shortened
+from fedloom.aggregation.soft_labels import Rule, SoftLabels, combine, joined, likeliest, shortened
 from fedloom.data.batching import collate, epoch_batches
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
@@ -201,7 +201,7 @@ class DistillationMethod(Method):
         assert server.public is not None, "assembly gives public rows to methods that need them"
         public = self.rows_of_round(server.public, server.seed, cohort.round)
         head = server.objective.head
-        wire = KnowledgeWire(settings, public)
+        wire = SoftLabelWire(settings, public)
         replies = yield Exchange.broadcast(
             "train",
             cohort.round,
@@ -262,18 +262,18 @@ class DistillationMethod(Method):
         """Return the closed form for the public rows of a round."""
         server, settings = self.server, self.settings
         assert server.public is not None, "assembly gives public rows to methods that need them"
-        wire = KnowledgeWire(settings, self.rows_of_round(server.public, server.seed, 1))
+        wire = SoftLabelWire(settings, self.rows_of_round(server.public, server.seed, 1))
         index = wire.index.itemsize if wire.sparse else 0
         return LogitTraffic(wire.positions, wire.k, settings.encoding, index, wire.adaptive)
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the client's own adapter, or the initial one before its first training."""
-        client.model.write(client.kept.get(ADAPTER, client.initial))
+        client.model.write(client.store.get(ADAPTER, client.initial))
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         self.load(client, payload)
         result = client.train(payload.numbers["learning_rate"], part=Part(0, 2))
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         public, wire = self._client_rows(client)
         said = answers(client.model, public, client.objective.head, self.settings)
         numbers = {"examples": len(client.share)}
@@ -295,7 +295,7 @@ class DistillationMethod(Method):
             work=self._distilling(client),
             purpose="distil ",
         )
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         metrics = client.last.metrics
         return Payload(metrics={DISTIL + name: value for name, value in metrics.items()})
 
@@ -305,10 +305,10 @@ class DistillationMethod(Method):
             return client.due(Part(1, 2))
         return Work(epochs=self.settings.client_epochs)
 
-    def _client_rows(self, client: Client) -> tuple[PublicRows, KnowledgeWire]:
+    def _client_rows(self, client: Client) -> tuple[PublicRows, SoftLabelWire]:
         assert client.public is not None, "the engine gives clients the public rows"
         public = self.rows_of_round(client.public, client.seed, client.round)
-        return public, KnowledgeWire(self.settings, public)
+        return public, SoftLabelWire(self.settings, public)
 
     def rows_of_round(self, public: PublicRows, seed: int, round: int) -> PublicRows:
         """Return the public rows of a round, the same for every party."""
@@ -326,7 +326,7 @@ class DistillationMethod(Method):
         )
 
 
-class KnowledgeWire:
+class SoftLabelWire:
     """The form in which knowledge about N positions travels.
 
     Whole: N rows of values. The k likeliest: the same with their indices, in the smallest integers that
@@ -344,7 +344,7 @@ class KnowledgeWire:
         self.index = index_dtype(width)
         self.specs = self._specs()
 
-    def pack(self, knowledge: Knowledge) -> Tensors:
+    def pack(self, knowledge: SoftLabels) -> Tensors:
         """Return what travels."""
         if not self.sparse:
             return pack_rows(VALUES, knowledge.values, self.encoding)
@@ -359,14 +359,14 @@ class KnowledgeWire:
         indices = knowledge.indices[present].to(self.index)
         return {**packed, VALUES: packed[VALUES][present], INDICES: indices, COUNTS: counts}
 
-    def unpack(self, tensors: Tensors) -> Knowledge:
+    def unpack(self, tensors: Tensors) -> SoftLabels:
         """Return what :meth:`pack` packed; tensors that passed :meth:`check`."""
         if not self.sparse:
             values = unpack_rows(VALUES, tensors, self.encoding)
-            return Knowledge(self.width, values.log_softmax(-1))
+            return SoftLabels(self.width, values.log_softmax(-1))
         if not self.adaptive:
             values = unpack_rows(VALUES, tensors, self.encoding)
-            return Knowledge(self.width, values, tensors[INDICES].to(torch.int64))
+            return SoftLabels(self.width, values, tensors[INDICES].to(torch.int64))
         counts = tensors[COUNTS].long()
         present = torch.arange(self.k).unsqueeze(0) < counts.unsqueeze(1)
         values = torch.zeros(self.positions, self.k, dtype=tensors[VALUES].dtype)
@@ -374,7 +374,7 @@ class KnowledgeWire:
         values[present] = tensors[VALUES]
         indices[present] = tensors[INDICES].to(torch.int64)
         whole = unpack_rows(VALUES, {**tensors, VALUES: values}, self.encoding)
-        return Knowledge(self.width, whole, indices, present)
+        return SoftLabels(self.width, whole, indices, present)
 
     def check(self, tensors: Tensors) -> None:
         """Check what a schema cannot say.
@@ -437,7 +437,7 @@ def index_dtype(width: int) -> torch.dtype:
 
 def answers(
     model: AdapterModel, public: PublicRows, head: Head, settings: DistillationSettings
-) -> Knowledge:
+) -> SoftLabels:
     """Return what the adapter that ``model`` holds says about public rows, no more than is kept."""
     parts = []
     with model.evaluating():

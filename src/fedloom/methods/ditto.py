@@ -80,5 +80,5 @@ class Ditto(KeepsAdapter):
             purpose="personal ",
             part=Part(1, 2),
         )
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         return reply

@@ -161,18 +161,18 @@ class FDLoRA(KeepsAdapter):
     def _begin(self, client: Client, payload: Payload) -> Payload:
         client.model.write(client.initial)
         result = client.train(payload.numbers["learning_rate"], purpose="private ", part=Part(0, 2))
-        client.kept[PRIVATE] = client.model.read()
-        return Payload(client.kept[PRIVATE], {"examples": len(client.share)}, result.metrics)
+        client.store[PRIVATE] = client.model.read()
+        return Payload(client.store[PRIVATE], {"examples": len(client.share)}, result.metrics)
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         of = self.trainings_of(client.round, client.rounds)
         reply = train_and_upload(client, payload, Part(of - 1, of))
         if client.round % self.settings.private_every == 0:
-            client.kept[PRIVATE] = reply.tensors
+            client.store[PRIVATE] = reply.tensors
         return reply
 
     def _mix(self, client: Client, payload: Payload) -> Payload:
-        private = client.kept.get(PRIVATE, payload.tensors)
+        private = client.store.get(PRIVATE, payload.tensors)
 
         def write(weights: NDArray[np.float64]) -> None:
             client.model.write(mixture(payload.tensors, private, *map(float, weights)))
@@ -190,7 +190,7 @@ class FDLoRA(KeepsAdapter):
             options={"maxfev": own.budget, "initial_simplex": SIMPLEX},
         )
         write(found.x)
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         chosen = {name: float(x) for name, x in zip(WEIGHTS, found.x, strict=True)}
         return Payload(numbers={"examples": len(client.share)}, metrics=chosen)
 

@@ -241,14 +241,14 @@ class FedAMoLE(OwnMixture):
                 "experts in the next round"
             )
 
-    def equip(self, server: ServerSide) -> None:
+    def setup(self, server: ServerSide) -> None:
         """Note what layers and experts there are."""
-        super().equip(server)
+        super().setup(server)
         assert isinstance(server.model, ExpertModel), "the experiment asks for experts"
         self.layers = tuple(server.model.layers)
         self.experts, self.rank = server.model.settings.experts, server.model.settings.rank
 
-    def promise(self) -> str | None:
+    def privacy_statement(self) -> str | None:
         """Return what the noise on embeddings guarantees."""
         chosen = self.settings
         if chosen.embedding_noise == "ad_hoc":
@@ -457,9 +457,9 @@ class FedAMoLE(OwnMixture):
         client.share = whole.take(np.setdiff1d(np.arange(len(whole)), rows))
         model.write(unpack(payload.tensors, self.layers, client.initial))
         result = client.train(payload.numbers["learning_rate"])
-        client.kept[ADAPTER] = model.read()
+        client.store[ADAPTER] = model.read()
         client.share = whole
-        sent = pack(client.kept[ADAPTER], self.layers, payload.tensors[HELD])
+        sent = pack(client.store[ADAPTER], self.layers, payload.tensors[HELD])
         del sent[HELD]
         sent |= self._embeddings(client, _watched(client, rows, self.layers))
         return Payload(sent, {"examples": len(whole) - len(rows)}, result.metrics)

@@ -90,5 +90,5 @@ class FedAvgFT(KeepsAdapter):
         of = 1 + self.settings.passes
         for number in range(self.settings.passes):
             result = client.train(rate, purpose=f"tuning {number} ", part=Part(1 + number, of))
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

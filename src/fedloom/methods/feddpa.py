@@ -85,7 +85,7 @@ class FedDPA(KeepsAdapter):
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write both adapters as one of twice the rank; before there is a local one, the shared one."""
-        local = client.kept.get(ADAPTER, client.initial if client.own_start else None)
+        local = client.store.get(ADAPTER, client.initial if client.own_start else None)
         mix = self.settings.mix
         both = stacked([payload.tensors, local], [1 - mix, mix]) if local else payload.tensors
         client.model.write(both)
@@ -94,13 +94,13 @@ class FedDPA(KeepsAdapter):
         of = self.trainings_of(client.round, client.rounds)
         reply = train_and_upload(client, payload, Part(0, of))
         if self.settings.variant == "T":
-            client.model.write(client.kept.get(ADAPTER, client.initial))
+            client.model.write(client.store.get(ADAPTER, client.initial))
             client.train(payload.numbers["learning_rate"], purpose="local ", part=Part(1, 2))
-            client.kept[ADAPTER] = client.model.read()
+            client.store[ADAPTER] = client.model.read()
         return reply
 
     def _fit(self, client: Client, payload: Payload) -> Payload:
         client.model.write(payload.tensors)
         result = client.train(client.training.learning_rate, purpose="local ", part=Part(1, 2))
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

@@ -139,13 +139,13 @@ class FedMoE(OwnMixture):
                 f'adapter.kind = "submixture", not {view.adapter.kind!r}'
             )
 
-    def equip(self, server: ServerSide) -> None:
+    def setup(self, server: ServerSide) -> None:
         """Note what experts there are.
 
         Raises:
             ModelError: A client would hold more experts than there are, or fewer than a token passes.
         """
-        super().equip(server)
+        super().setup(server)
         model = server.model
         assert isinstance(model, SubMixtureModel), "the experiment asks for a sub-mixture"
         self.blocks = model.blocks
@@ -239,5 +239,5 @@ class FedMoE(OwnMixture):
     def _train(self, client: Client, payload: Payload) -> Payload:
         client.model.write(payload.tensors)
         result = client.train(payload.numbers["learning_rate"])
-        client.kept[ADAPTER] = client.model.read()
-        return Payload(client.kept[ADAPTER], {"examples": len(client.share)}, result.metrics)
+        client.store[ADAPTER] = client.model.read()
+        return Payload(client.store[ADAPTER], {"examples": len(client.share)}, result.metrics)

@@ -23,7 +23,7 @@ from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_PARTS, averaging
-from fedloom.models.heads import HeadMode, PersonalParts, is_own
+from fedloom.models.heads import HeadMode, PersonalModules, is_own
 from fedloom.settings.schema import NamedSettings, Of
 from fedloom.training.results import LocalResult
 
@@ -76,10 +76,10 @@ class FedPDPO(KeepsParts):
             )
 
     @property
-    def parts(self) -> PersonalParts:
+    def parts(self) -> PersonalModules:
         """Bottleneck and LM head; the objective asks for the reward head."""
         own = self.settings
-        return PersonalParts(own.bottleneck, own.head_mode, own.head_rank)
+        return PersonalModules(own.bottleneck, own.head_mode, own.head_rank)
 
     def trainings_of(self, round: int, rounds: int) -> int:
         """Train jointly, or a client's own parts and the adapter in turns."""

@@ -20,7 +20,7 @@ from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
 from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_PARTS, averaging
-from fedloom.models.heads import PersonalParts, is_head
+from fedloom.models.heads import PersonalModules, is_head
 from fedloom.settings.schema import NamedSettings, Of
 from fedloom.training.results import LocalResult
 
@@ -66,9 +66,9 @@ class FedPer(KeepsParts):
         self.settings = settings
 
     @property
-    def parts(self) -> PersonalParts:
+    def parts(self) -> PersonalModules:
         """The LM head of a causal model."""
-        return PersonalParts(head_mode=self.settings.head_mode, head_rank=self.settings.head_rank)
+        return PersonalModules(head_mode=self.settings.head_mode, head_rank=self.settings.head_rank)
 
     def keeps(self, name: str) -> bool:
         """Keep the head."""

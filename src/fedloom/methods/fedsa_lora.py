@@ -81,7 +81,7 @@ class FFALoRA(KeepsParts):
         """Train B."""
         return client.train(learning_rate, frozen=self._fixed(client))
 
-    def settle(self, client: Client, learning_rate: float, work: Work) -> None:
+    def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
         """Train B."""
         client.train(learning_rate, purpose="settling ", frozen=self._fixed(client), work=work)
 

@@ -88,10 +88,10 @@ class LocalOnly(Method):
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the client's own adapter, or the initial one before its first training."""
-        client.model.write(client.kept.get(ADAPTER, client.initial))
+        client.model.write(client.store.get(ADAPTER, client.initial))
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         self.load(client, payload)
         result = client.train(payload.numbers["learning_rate"])
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

@@ -94,7 +94,7 @@ class PFedMe(KeepsAdapter):
             after_step=envelope_step(w, own.local_rate * own.strength, own.steps),
             repeats=own.steps,
         )
-        client.kept[ADAPTER] = client.model.read()
+        client.store[ADAPTER] = client.model.read()
         local = {name: tensor.to("cpu") for name, tensor in w.items()}
         return Payload(local, {"examples": len(client.share)}, result.metrics)
 

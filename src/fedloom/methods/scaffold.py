@@ -120,14 +120,14 @@ class Scaffold(Method):
 
     def _train(self, client: Client, payload: Payload) -> Payload:
         start, control = part_of(payload.tensors, ADAPTER), part_of(payload.tensors, CONTROL)
-        own = client.kept.get(CONTROL) or _zeros(start)
+        own = client.store.get(CONTROL) or _zeros(start)
         rate = payload.numbers["learning_rate"]
         client.model.write(start)
         correction = {n: (c - own[n]).to(client.model.device) for n, c in control.items()}
         result = client.train(rate, after_step=drift_correction(correction, rate))
         trained = client.model.read()
         renewed = control_variate(own, control, start, trained, result.steps, rate)
-        client.kept[CONTROL] = renewed
+        client.store[CONTROL] = renewed
         change = {name: c - own[name] for name, c in renewed.items()}
         return Payload(
             join_parts(adapter=trained, control=change),

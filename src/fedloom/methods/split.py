@@ -45,7 +45,7 @@ from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Method, Models, Reveal, ServerSide, Variant
 from fedloom.methods.declaration import Absence, Declaration, no
 from fedloom.models.adapters import PROMPTS, AdapterModel
-from fedloom.models.split_model import BackHalf, FrontHalf, last_tokens
+from fedloom.models.split_model import ClientPart, ServerPart, last_tokens
 from fedloom.objectives.base import Objective
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import NamedSettings
@@ -60,7 +60,7 @@ from fedloom.tensors import (
 )
 from fedloom.training.dropout import DropoutStream
 from fedloom.training.optimizers import make_optimizer
-from fedloom.training.results import Elsewhere, Gradients, LocalResult, Totals
+from fedloom.training.results import Gradients, LocalResult, RemoteGradients, Totals
 from fedloom.training.steps import local_steps, squared_norm, update
 from fedloom.wire.messages import Exchange, Payload, Reply, encode
 from fedloom.wire.row_encodings import Encoding, pack_rows, row_specs, unpack_rows
@@ -221,10 +221,10 @@ class Split(Method):
         """Return the client's blocks alone."""
         return models.front(self.settings.cut, tail=self.u_shape)
 
-    def equip(self, server: ServerSide) -> None:
+    def setup(self, server: ServerSide) -> None:
         """View the server's blocks of its model."""
-        super().equip(server)
-        self.back = BackHalf(server.model, self.settings.cut, tail=self.u_shape)
+        super().setup(server)
+        self.back = ServerPart(server.model, self.settings.cut, tail=self.u_shape)
 
     @property
     def clips(self) -> bool:
@@ -260,7 +260,7 @@ class Split(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Let all clients take their steps; average in the end, and before it every few steps."""
         front = part_of(state.tensors, FRONT)
-        desk = _Desk(self, cohort, part_of(state.tensors, BACK))
+        desk = _ServerTrainer(self, cohort, part_of(state.tensors, BACK))
         training, finished = cohort.clients, 0.0
         while training:
             collected, paused = yield from self._leg(cohort, training, front, desk)
@@ -280,7 +280,7 @@ class Split(Method):
         return State(join_parts(front=front, back=desk.back))
 
     def _leg(
-        self, cohort: Cohort, training: tuple[int, ...], front: Tensors, desk: _Desk
+        self, cohort: Cohort, training: tuple[int, ...], front: Tensors, desk: _ServerTrainer
     ) -> Generator[Exchange, list[Reply], tuple[list[Reply], tuple[int, ...]]]:
         """Hand out front halves, take steps until an average is due, and collect them.
 
@@ -387,7 +387,7 @@ class Split(Method):
             derive_seed(client.noise_seed, "activation noise", client.id, client.round)
         )
 
-        def gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
+        def gradients(parts: list[Batch], totals: Totals) -> RemoteGradients:
             (batch,) = parts
             yield None
             mask = batch.sequences.attention_mask.bool()
@@ -643,7 +643,7 @@ class _Copy:
     stream: DropoutStream
 
 
-class _Desk:
+class _ServerTrainer:
     """The server's side of a round: back halves, their optimizers, and graphs that wait for a loss."""
 
     def __init__(self, method: Split, cohort: Cohort, back: Tensors) -> None:
@@ -742,7 +742,7 @@ class _Desk:
     def _learnt(self, client: int, entered: Tensor, mask: Tensor, loss: float) -> list[_Learnt]:
         """Return what the client gets, or nothing if its batch was of no use.
 
-        The back half steps at once where nothing is clipped, and else in :meth:`settle`.
+        The back half steps at once where nothing is clipped, and else in :meth:`personalise`.
         """
         copy = self.copies[client]
         assert entered.grad is not None, "the loss depends on the activations"
@@ -816,7 +816,7 @@ def unpack_gradient(payload: Payload, encoding: Encoding) -> Tensor:
 
 
 def _own_loss(
-    model: FrontHalf, objective: Objective, batch: Batch, hidden: Tensor
+    model: ClientPart, objective: Objective, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, float]:
     """U-shape: norm, head and loss at the client; return the gradient of ``hidden`` and the loss."""
     mask = batch.sequences.attention_mask.bool()
@@ -870,8 +870,10 @@ def _wire(party: Client | ServerSide, settings: SplitSettings) -> SplitWire:
     )
 
 
-def _front(client: Client) -> FrontHalf:
-    assert isinstance(client.model, FrontHalf), "assembly gives clients of this method a front half"
+def _front(client: Client) -> ClientPart:
+    assert isinstance(client.model, ClientPart), (
+        "assembly gives clients of this method a front half"
+    )
     return client.model
 
 

@@ -53,7 +53,7 @@ def is_head(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class PersonalParts:
+class PersonalModules:
     """Which parts a client's model has beside the adapter.
 
     Attributes:
@@ -99,7 +99,7 @@ class PersonalHead(nn.Module):
         off: Whether it stands aside.
     """
 
-    def __init__(self, original: nn.Linear, parts: PersonalParts) -> None:
+    def __init__(self, original: nn.Linear, parts: PersonalModules) -> None:
         """Put ``parts`` around the output layer ``original``."""
         super().__init__()
         vocabulary, hidden = original.weight.shape
@@ -185,7 +185,7 @@ class PersonalHead(nn.Module):
         return F.linear(states, self.reward.weight)[:, 0].float()
 
 
-def attach_personal(model: nn.Module, parts: PersonalParts, seed: int) -> PersonalHead:
+def attach_personal(model: nn.Module, parts: PersonalModules, seed: int) -> PersonalHead:
     """Put a client's own parts, which change nothing yet, where a causal model's output layer is.
 
     Args:
@@ -245,7 +245,7 @@ def save_personal(head: PersonalHead, folder: Path) -> None:
     safetensors.torch.save_file(tensors, folder / FILE, metadata=metadata)
 
 
-def saved_parts(folder: Path) -> PersonalParts:
+def saved_parts(folder: Path) -> PersonalModules:
     """Return which parts are in a client's folder; none where there is no file of them.
 
     Raises:
@@ -253,10 +253,10 @@ def saved_parts(folder: Path) -> PersonalParts:
     """
     path = folder / FILE
     if not path.is_file():
-        return PersonalParts()
+        return PersonalModules()
     try:
         with safe_open(path, "pt") as file:
-            return PersonalParts(**json.loads((file.metadata() or {})["parts"]))
+            return PersonalModules(**json.loads((file.metadata() or {})["parts"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} is damaged or no file of a client's own parts: {error}"

@@ -26,7 +26,7 @@ from fedloom.models.flop_shape import block_of, model_shape
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ArchitectureLayout:
     """Where an architecture keeps its parts, inside its base model.
 
     Attributes:
@@ -40,38 +40,38 @@ class Anatomy:
     before: tuple[str, ...] = ()
 
 
-LLAMA = Anatomy("layers", "norm")
+LLAMA = ArchitectureLayout("layers", "norm")
 
-ANATOMIES = {
+ARCHITECTURE_LAYOUTS = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gpt2": Anatomy("h", "ln_f", ("wpe", "drop")),
+    "gpt2": ArchitectureLayout("h", "ln_f", ("wpe", "drop")),
 }
 """By ``model_type`` of the configuration."""
 
 
-def check_cut(config: Any, cut: int) -> Anatomy:
+def check_split_point(config: Any, cut: int) -> ArchitectureLayout:
     """Return the anatomy of a model that can be cut after block ``cut`` (from 1).
 
     Raises:
         ModelError: The architecture is not known, or there is no such cut.
     """
-    if config.model_type not in ANATOMIES:
+    if config.model_type not in ARCHITECTURE_LAYOUTS:
         raise ModelError(
             f"a {config.model_type!r} model cannot be cut in two, as method.cut asks: known are "
-            f"{', '.join(sorted(ANATOMIES))}; name a model of these as model.path"
+            f"{', '.join(sorted(ARCHITECTURE_LAYOUTS))}; name a model of these as model.path"
         )
     count = int(config.num_hidden_layers)
     if not 1 <= cut <= count - 1:
         raise ModelError(
             f"method.cut = {cut}: this model has {count} blocks, so it can be cut after 1 to {count - 1}"
         )
-    return ANATOMIES[config.model_type]
+    return ARCHITECTURE_LAYOUTS[config.model_type]
 
 
-class FrontHalf(AdapterModel):
+class ClientPart(AdapterModel):
     """What a client holds: embeddings and first blocks, and with ``tail`` the norm and the head.
 
     Calling it gives the activations after its last block.
@@ -94,9 +94,9 @@ class FrontHalf(AdapterModel):
         super().__init__(model, pad, autocast)
         whole = _hugging_face(model)
         base = getattr(whole, whole.base_model_prefix)
-        anatomy = ANATOMIES[whole.config.model_type]
+        anatomy = ARCHITECTURE_LAYOUTS[whole.config.model_type]
         self.blocks = _without(base, {anatomy.norm: nn.Identity()})
-        self.ending = Ending(self, getattr(base, anatomy.norm), _head(whole)) if tail else None
+        self.ending = ModelHead(self, getattr(base, anatomy.norm), _head(whole)) if tail else None
         if not tail:
             kept = {n: p for n, p in self.parameters.items() if block_of(n) is not None}
             self.parameters = kept
@@ -112,7 +112,7 @@ class FrontHalf(AdapterModel):
             ).last_hidden_state.float()
 
 
-class BackHalf(AdapterModel):
+class ServerPart(AdapterModel):
     """What the server holds: the last blocks, the norm and the head of its whole model."""
 
     head = None
@@ -130,7 +130,7 @@ class BackHalf(AdapterModel):
         """
         super().__init__(whole.model, whole.pad, whole.autocast, whole.checkpointed)
         model = _hugging_face(whole.model)
-        anatomy = check_cut(model.config, cut)
+        anatomy = check_split_point(model.config, cut)
         base = getattr(model, model.base_model_prefix)
         count = int(model.config.num_hidden_layers)
         self.shape = model_shape(whole.model, range(cut, count), gradient_enters=True)
@@ -148,7 +148,7 @@ class BackHalf(AdapterModel):
         self.blocks = _without(base, own)
         self.blocks.config = copy.deepcopy(model.config)
         keep_blocks(self.blocks.config, range(cut, count))
-        self.ending = None if tail else Ending(self, norm, _head(model))
+        self.ending = None if tail else ModelHead(self, norm, _head(model))
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         """Return ``(rows, length, hidden)``: ``input_ids`` are the activations of a front half."""
@@ -159,7 +159,7 @@ class BackHalf(AdapterModel):
             ).last_hidden_state.float()
 
 
-class Ending:
+class ModelHead:
     """The norm and the head: from the activations after the last block to logits.
 
     Set :attr:`hidden`, then hand it to an objective as its model.

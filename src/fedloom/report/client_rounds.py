@@ -16,7 +16,7 @@ EVALUATION = "evaluate"
 
 
 @dataclass(frozen=True)
-class Turn:
+class ClientRound:
     """One client in one round, evaluation left out.
 
     Attributes:
@@ -40,14 +40,14 @@ class Turn:
     peak_memory: int
 
 
-def turns(run: Record, costs: Iterable[Record]) -> list[Turn]:
+def turns(run: Record, costs: Iterable[Record]) -> list[ClientRound]:
     """Return every client's turns, given ``run.json`` and the lines of ``costs.jsonl``."""
     found: dict[tuple[int, int], list[Record]] = {}
     for cost in client_costs(costs):
         found.setdefault((cost["round"], cost["client"]), []).append(cost)
     traffic = from_record(run["traffic"]) if run.get("traffic") else None
     return [
-        Turn(
+        ClientRound(
             round,
             client,
             _sent(rows),

@@ -33,7 +33,7 @@ RESOURCES = ("steps", "examples", "tokens", "flops", "seconds")
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridRun:
     """A finished run of the grid.
 
     Attributes:
@@ -96,7 +96,7 @@ def write_comparison(
     return write_page(render(record, cells), target or folder / "report.html")
 
 
-def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
+def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
     """Return the comparison's record and its finished runs; of runs that are one, the first.
 
     The record also holds how many runs have ``finished``, ``notes`` on those that are left out, and
@@ -112,7 +112,7 @@ def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
     for cell in record["cells"]:
         path = folder / names.RUNS / cell["name"]
         if (path / names.SUMMARY).is_file():
-            cells.append(Cell(cell["objective"], cell["method"], cell["seed"], read_run(path)))
+            cells.append(GridRun(cell["objective"], cell["method"], cell["seed"], read_run(path)))
     if not cells:
         raise OutputError(f"no run of the comparison in {folder} has finished")
     again: dict[int, str] = {}
@@ -125,7 +125,7 @@ def read_cells(folder: Path) -> tuple[Record, list[Cell]]:
     return {**record, "finished": len(cells), "notes": notes, "doubts": doubts}, kept
 
 
-def results(record: Record, cells: Sequence[Cell]) -> Record:
+def results(record: Record, cells: Sequence[GridRun]) -> Record:
     """Return everything a comparison says, as plain numbers."""
     return {
         "name": record["name"],
@@ -142,7 +142,7 @@ def results(record: Record, cells: Sequence[Cell]) -> Record:
     }
 
 
-def render(record: Record, cells: Sequence[Cell]) -> str:
+def render(record: Record, cells: Sequence[GridRun]) -> str:
     """Return the page as HTML."""
     found = {cell.run.run["data"].get("max_length") for cell in cells}
     lengths = sorted(length for length in found if length)  # runs of an early version do not say
@@ -172,7 +172,7 @@ def render(record: Record, cells: Sequence[Cell]) -> str:
     )
 
 
-def paired_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
+def paired_rows(record: Record, cells: Sequence[GridRun]) -> list[Record]:
     """Return, for every two objective arms, how they differ over the same seeds.
 
     The first rows take the mean over the methods that both arms finished, each method by itself follows.
@@ -196,7 +196,7 @@ def paired_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
     return rows
 
 
-def _tests(record: Record, cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
+def _tests(record: Record, cells: Sequence[GridRun]) -> dict[str, dict[str, int]]:
     """Return over how many p values those of each column are adjusted: of all methods, and of each."""
     rows = paired_rows(record, cells)
     return {
@@ -208,11 +208,11 @@ def _tests(record: Record, cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
     }
 
 
-Block = tuple[Cell, Cell]
+Block = tuple[GridRun, GridRun]
 """Two runs that differ in their objective arm alone."""
 
 
-def _blocks(cells: Sequence[Cell], left: str, right: str) -> list[Block]:
+def _blocks(cells: Sequence[GridRun], left: str, right: str) -> list[Block]:
     others = {(c.method, c.seed): c for c in cells if c.objective == right}
     return [
         (cell, others[cell.method, cell.seed])
@@ -240,15 +240,15 @@ def _paired(blocks: Sequence[Block]) -> Record:
     }
 
 
-def _better(one: Cell, other: Cell) -> bool:
+def _better(one: GridRun, other: GridRun) -> bool:
     """Return whether the second run is better, whichever way its metric goes."""
     higher = bool(other.run.run["metric"]["higher_is_better"])
     return other.value > one.value if higher else other.value < one.value
 
 
 def cells_of(
-    cells: Iterable[Cell], objective: str | None = None, method: str | None = None
-) -> list[Cell]:
+    cells: Iterable[GridRun], objective: str | None = None, method: str | None = None
+) -> list[GridRun]:
     """Return the runs of an objective arm (or scenario), of a method arm, or of both."""
     return [
         cell
@@ -257,7 +257,7 @@ def cells_of(
     ]
 
 
-def _arm_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
+def _arm_rows(record: Record, cells: Sequence[GridRun]) -> list[Record]:
     """Return one row an arm: its metric over seeds and its mean costs."""
     rows = []
     for method in record["methods"]:
@@ -268,7 +268,7 @@ def _arm_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
     return rows
 
 
-def _arm(some: Sequence[Cell]) -> Record:
+def _arm(some: Sequence[GridRun]) -> Record:
     values = [cell.value for cell in some]
     totals = [cell.summary["totals"] for cell in some]
     return {
@@ -286,7 +286,7 @@ def _arm(some: Sequence[Cell]) -> Record:
     }
 
 
-def _means_by_objective(record: Record, cells: Sequence[Cell]) -> list[Record]:
+def _means_by_objective(record: Record, cells: Sequence[GridRun]) -> list[Record]:
     """Return one row an objective: the mean over methods of each seed, over seeds."""
     rows = []
     for objective in record["objectives"]:
@@ -300,7 +300,7 @@ def _means_by_objective(record: Record, cells: Sequence[Cell]) -> list[Record]:
     return rows
 
 
-def spent_by_arm(record: Record, cells: Sequence[Cell]) -> list[Record]:
+def spent_by_arm(record: Record, cells: Sequence[GridRun]) -> list[Record]:
     """Return what each arm really spent per client and round."""
     return spent_rows(
         (objective, method, [cell.run for cell in cells_of(cells, objective, method)])
@@ -309,13 +309,13 @@ def spent_by_arm(record: Record, cells: Sequence[Cell]) -> list[Record]:
     )
 
 
-def spent_words(record: Record, cells: Sequence[Cell]) -> Record:
+def spent_words(record: Record, cells: Sequence[GridRun]) -> Record:
     """Return what ``spent.html.j2`` shows: the arms' figures, what was held equal, and what is."""
     rows = spent_by_arm(record, cells)
     return {"spent": rows, "budget": budget_words(record), "equality": comparison_words(rows)}
 
 
-def _feedback_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
+def _feedback_rows(record: Record, cells: Sequence[GridRun]) -> list[Record]:
     rows = []
     for objective in record["objectives"]:
         found = [cell.run.run["data"].get("feedback") for cell in cells_of(cells, objective)]
@@ -331,7 +331,7 @@ def _feedback_rows(record: Record, cells: Sequence[Cell]) -> list[Record]:
     return rows
 
 
-def _curves(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
+def _curves(record: Record, cells: Sequence[GridRun]) -> list[tuple[str, str]]:
     """Return one chart a method: the metric by round of every objective, mean and range over seeds."""
     from fedloom.report import figures
 
@@ -361,7 +361,7 @@ def drawn(own: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if own["low"] is None else (own["low"], own["high"])
 
 
-def _scatters(record: Record, cells: Sequence[Cell]) -> list[tuple[str, str]]:
+def _scatters(record: Record, cells: Sequence[GridRun]) -> list[tuple[str, str]]:
     """Return quality against traffic and against compute, a point an arm."""
     from fedloom.report import figures
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from fedloom.accounting.network import Link
 from fedloom.accounting.quantities import human_bytes, human_flops
-from fedloom.report.client_rounds import Turn, server_costs, turns
+from fedloom.report.client_rounds import ClientRound, server_costs, turns
 from fedloom.report.comparison_page import (
-    Cell,
+    GridRun,
     cells_of,
     is_of_kind,
     read_cells,
@@ -31,7 +31,7 @@ from fedloom.storage.run_folder import Record, RunFolder
 
 
 @dataclass(frozen=True)
-class Arm:
+class Configuration:
     """A method as it was set, in one scenario, over its seeds.
 
     Attributes:
@@ -121,7 +121,7 @@ def write_frameworks(
     return write_page(render(record, cells, found), target or folder / "report.html")
 
 
-def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Record:
+def results(record: Record, cells: Sequence[GridRun], found: Sequence[Configuration]) -> Record:
     """Return everything the comparison says, as plain numbers."""
     return {
         "name": record["name"],
@@ -135,7 +135,7 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
     }
 
 
-def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
+def arms(record: Record, cells: Sequence[GridRun]) -> list[Configuration]:
     """Return every arm of every scenario that has finished runs."""
     links = {name: Link(**numbers) for name, numbers in record.get("links", {}).items()}
     found = []
@@ -147,7 +147,9 @@ def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
     return found
 
 
-def _arm(scenario: str, name: str, cells: Sequence[Cell], links: dict[str, Link]) -> Arm:
+def _arm(
+    scenario: str, name: str, cells: Sequence[GridRun], links: dict[str, Link]
+) -> Configuration:
     run = cells[0].run
     by_cell = [turns(cell.run.run, cell.run.costs) for cell in cells]
     every = [turn for found in by_cell for turn in found]
@@ -155,7 +157,7 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell], links: dict[str, Link]
     own = "clients_" + run.metric
     role = run.run.get("method_role", {})
     baseline = role.get("kind") == "baseline"
-    return Arm(
+    return Configuration(
         scenario,
         name,
         str(role["title"] if baseline else run.run["traffic"]["framework"]),
@@ -184,11 +186,11 @@ def _both(sent: Any) -> float:
     return float(sent.down + sent.up)
 
 
-def _deviation(turn: Turn) -> float:
+def _deviation(turn: ClientRound) -> float:
     return abs(_both(turn.sent) - _both(turn.expected)) / max(1.0, _both(turn.expected))
 
 
-def _round_seconds(found: Sequence[Turn], link: Link) -> list[float]:
+def _round_seconds(found: Sequence[ClientRound], link: Link) -> list[float]:
     """Return how long each round would take on a link: as long as its slowest client."""
     rounds: dict[int, float] = {}
     for turn in found:
@@ -197,7 +199,9 @@ def _round_seconds(found: Sequence[Turn], link: Link) -> list[float]:
     return list(rounds.values())
 
 
-def on_front(arm: Arm, others: Sequence[Arm], cost: Callable[[Arm], float]) -> bool:
+def on_front(
+    arm: Configuration, others: Sequence[Configuration], cost: Callable[[Configuration], float]
+) -> bool:
     """Return whether no other arm of the scenario is as good for less, or better for no more."""
     return not any(
         (cost(o) <= cost(arm) and o.quality > arm.quality)
@@ -207,20 +211,20 @@ def on_front(arm: Arm, others: Sequence[Arm], cost: Callable[[Arm], float]) -> b
     )
 
 
-def _marks(arm: Arm, found: Sequence[Arm]) -> Record:
+def _marks(arm: Configuration, found: Sequence[Configuration]) -> Record:
     return {
         "front_bytes": arm.is_framework and on_front(arm, found, lambda a: a.sent),
         "front_flops": arm.is_framework and on_front(arm, found, lambda a: a.flops),
     }
 
 
-def verdicts(found: Sequence[Arm]) -> list[Record]:
+def verdicts(found: Sequence[Configuration]) -> list[Record]:
     """Say for each framework where it wins in these measurements, as counts and as a sentence.
 
     Frameworks meet at their arm of the best mean in each scenario.
     """
     frameworks = list(dict.fromkeys(arm.framework for arm in found if arm.is_framework))
-    best: dict[tuple[str, str], Arm] = {}
+    best: dict[tuple[str, str], Configuration] = {}
     for arm in found:
         key = (arm.scenario, arm.framework)
         if arm.is_framework and (key not in best or arm.quality > best[key].quality):
@@ -236,11 +240,13 @@ def verdicts(found: Sequence[Arm]) -> list[Record]:
     ]
 
 
-def _verdict(framework: str, best: dict[tuple[str, str], Arm], found: Sequence[Arm]) -> Record:
+def _verdict(
+    framework: str, best: dict[tuple[str, str], Configuration], found: Sequence[Configuration]
+) -> Record:
     scenarios = list(dict.fromkeys(scenario for scenario, _ in best))
     rivals = {f for _, f in best}
     mine = [best[scenario, framework] for scenario in scenarios]
-    criteria: dict[str, Callable[[Arm], float]] = {
+    criteria: dict[str, Callable[[Configuration], float]] = {
         "has the best mean": lambda arm: -arm.quality,
         "sends the least": lambda arm: arm.sent,
         "computes the least on clients": lambda arm: arm.flops,
@@ -274,7 +280,7 @@ def _verdict(framework: str, best: dict[tuple[str, str], Arm], found: Sequence[A
     return {"framework": framework, "text": text, "wins": wins, "scenarios": total}
 
 
-def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
+def render(record: Record, cells: Sequence[GridRun], found: Sequence[Configuration]) -> str:
     """Return the page as HTML."""
     return fill(
         "frameworks.html.j2",
@@ -296,7 +302,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
     )
 
 
-def _scenario(name: str, found: Sequence[Arm], cells: Sequence[Cell]) -> Record:
+def _scenario(name: str, found: Sequence[Configuration], cells: Sequence[GridRun]) -> Record:
     from fedloom.report import figures
 
     own = [arm for arm in found if arm.scenario == name]

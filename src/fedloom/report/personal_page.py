@@ -15,7 +15,7 @@ from typing import Any
 
 from fedloom.report.client_rounds import turns
 from fedloom.report.comparison_page import (
-    Cell,
+    GridRun,
     cells_of,
     is_of_kind,
     read_cells,
@@ -34,7 +34,7 @@ APART = ("implicit_accuracy", "explicit_accuracy", "longer_accuracy")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Configuration:
     """A method as it was set, in one scenario, over its seeds.
 
     Attributes:
@@ -133,7 +133,7 @@ def write_personal(
     return write_page(render(record, cells, found), target or folder / "report.html")
 
 
-def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
+def arms(record: Record, cells: Sequence[GridRun]) -> list[Configuration]:
     """Return every arm of every scenario that has finished runs."""
     found = []
     for scenario in record["objectives"]:
@@ -144,7 +144,7 @@ def arms(record: Record, cells: Sequence[Cell]) -> list[Arm]:
     return found
 
 
-def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Record:
+def results(record: Record, cells: Sequence[GridRun], found: Sequence[Configuration]) -> Record:
     """Return everything the comparison says, as plain numbers."""
     return {
         "name": record["name"],
@@ -167,13 +167,13 @@ def results(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> Reco
     }
 
 
-def references(found: Sequence[Arm]) -> list[str]:
+def references(found: Sequence[Configuration]) -> list[str]:
     """Return the methods that the gain of every other is measured over, baselines first."""
     others = sorted((arm for arm in found if arm.reference), key=lambda arm: not arm.baseline)
     return list(dict.fromkeys(arm.method for arm in others))
 
 
-def gains(arm: Arm, found: Sequence[Arm]) -> dict[str, Record]:
+def gains(arm: Configuration, found: Sequence[Configuration]) -> dict[str, Record]:
     """Return how a method's clients fare beside each reference, over shared seeds.
 
     ``over_clients`` is about these trained models, ``over_seeds`` about the method, trained again.
@@ -204,7 +204,7 @@ def _over_seeds(values: Sequence[float], metric: str, *, differences: bool) -> I
     return mean_interval(values, "seeds", bounds)
 
 
-def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
+def render(record: Record, cells: Sequence[GridRun], found: Sequence[Configuration]) -> str:
     """Return the page as HTML."""
     from fedloom.report import figures
 
@@ -265,7 +265,7 @@ def render(record: Record, cells: Sequence[Cell], found: Sequence[Arm]) -> str:
     )
 
 
-def _not_told_apart(own: Sequence[Arm]) -> list[str]:
+def _not_told_apart(own: Sequence[Configuration]) -> list[str]:
     """Return the arms whose difference from the one of the best mean, over clients, may be none."""
     best = max(own, key=lambda a: a.quality)
     found = []
@@ -276,19 +276,19 @@ def _not_told_apart(own: Sequence[Arm]) -> list[str]:
     return found
 
 
-def _best_round(cell: Cell) -> float:
+def _best_round(cell: GridRun) -> float:
     """Return the mean over clients after the best round but the start."""
     judged = [r["evaluation"]["clients"] for r in cell.run.evaluated if r["round"]]
     values = [float(clients["mean"][cell.run.metric]) for clients in judged if clients]
     return max(values) if cell.run.run["metric"]["higher_is_better"] else min(values)
 
 
-def _on_front(arm: Arm, arms: Sequence[Arm]) -> bool:
+def _on_front(arm: Configuration, arms: Sequence[Configuration]) -> bool:
     """Return whether no other arm is at least as good for less."""
     return not any(a.sent < arm.sent and a.quality >= arm.quality for a in arms if a is not arm)
 
 
-def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
+def _arm(scenario: str, name: str, cells: Sequence[GridRun]) -> Configuration:
     metric = cells[0].run.metric
     judged = [cell.summary["clients_after"] for cell in cells]
     ids = sorted({int(client) for own in judged for client in own["each"]})
@@ -300,7 +300,7 @@ def _arm(scenario: str, name: str, cells: Sequence[Cell]) -> Arm:
     def over(key: str) -> float:
         return fmean(float(own[key][metric]) for own in judged)
 
-    return Arm(
+    return Configuration(
         scenario,
         name,
         str(cells[0].run.run["method"]),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.evaluation.metrics import HEADLINES
+from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.division import divide
 from fedloom.runs.saved_models import assemble_saved
@@ -59,6 +59,6 @@ def evaluate_adapter(
     return HeldOutScores(
         len(held_out),
         metrics,
-        HEADLINES[division.judged].name,
+        PRIMARY_METRICS[division.judged].name,
         sample_interval(sample) if sample is not None else None,
     )

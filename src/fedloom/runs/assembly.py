@@ -26,7 +26,7 @@ from fedloom.methods import make_method
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
 from fedloom.methods.contract.unseen_clients import ACTION as JOIN
-from fedloom.methods.contract.unseen_clients import Newcomers
+from fedloom.methods.contract.unseen_clients import UnseenClients
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import fingerprint
 from fedloom.objectives import make_objective
@@ -42,7 +42,7 @@ from fedloom.training.steps import row_tokens
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunComponents:
     """Everything a run needs, built.
 
     Attributes:
@@ -67,7 +67,7 @@ class Parts:
     engine: Engine
     local: SimulationEngine
     evaluator: Evaluator
-    newcomers: Newcomers
+    newcomers: UnseenClients
     ledger: Ledger
     accounts: Accounts
     bad_rows: tuple[BadRow, ...]
@@ -88,7 +88,7 @@ def assemble(
     remote: RemoteEngine | None = None,
     only: int | None = None,
     start: Start | None = None,
-) -> Parts:
+) -> RunComponents:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
     Args:
@@ -109,25 +109,25 @@ def assemble(
     """
     objective = objective or make_objective(experiment.objective)
     method = make_method(experiment.method)
-    kits = ModelBundles(
+    bundles = ModelBundles(
         experiment, division, method, objective, stage, empty=empty, only=only, start=start
     )
-    own = kits.of_server
+    own = bundles.of_server
     reader = own.reader
     stage("tokenising")
-    train = {} if remote else kits.training_shares(pooled=method.pools_data)
+    train = {} if remote else bundles.training_shares(pooled=method.pools_data)
     _require_tokens(experiment, method, train)
-    for text in kits.read_apart(train):
+    for text in bundles.read_apart(train):
         stage(text)
-    public = kits.public_rows()
+    public = bundles.public_rows()
     ledger = Ledger()
     federation = experiment.federation
     newcomers = frozenset(experiment.clients.newcomers)
     members = 1 if method.pools_data else federation.clients - len(newcomers)
     participations = federation.rounds * min(federation.cohort_size, members) / members
-    equipment = {client: kits.equipment(client, public) for client in train}
+    equipment = {client: bundles.equipment(client, public) for client in train}
     initial = own.initial
-    method.equip(
+    method.setup(
         ServerSide(
             own.model,
             objective,
@@ -139,17 +139,17 @@ def assemble(
             public.get(own.key),
             ledger,
             min(federation.cohort_size, members),
-            {client: key[1] for client, key in kits.clients.items()},
+            {client: key[1] for client, key in bundles.clients.items()},
             experiment.aggregation,
         )
     )
     judged = experiment.judges_clients
     here = judged and (remote is None or method.pools_data)
-    client_held_out = kits.client_held_out() if here else {}
+    client_held_out = bundles.client_held_out() if here else {}
     needing = train if method.personal and judged else {c: train[c] for c in newcomers}
     if remote is None:
         _require_held_out(needing, client_held_out)
-    welcome = Newcomers(
+    welcome = UnseenClients(
         method,
         sorted(newcomers),
         {c: rows for c, rows in client_held_out.items() if c in newcomers},
@@ -162,14 +162,14 @@ def assemble(
     evaluator = Evaluator(
         method,
         held_out,
-        {c: kits.common_held_out(c) for c in train} if method.own_models else {},
+        {c: bundles.common_held_out(c) for c in train} if method.own_models else {},
         {c: rows for c, rows in client_held_out.items() if c not in newcomers},
         remote.judged if remote and judged else client_held_out.keys() - newcomers,
         experiment.evaluation.every,
         experiment.federation.rounds,
         judged_kind(experiment, division.loaded.kind),
     )
-    accounts, bad_rows = _accounted(experiment, division, kits, public.get(own.key), held_out)
+    accounts, bad_rows = _accounted(experiment, division, bundles, public.get(own.key), held_out)
     told = pass_warnings(
         experiment.training,
         experiment.model.quantization,
@@ -196,7 +196,7 @@ def assemble(
         newcomers,
         references=references_of(only),
     )
-    return Parts(
+    return RunComponents(
         division,
         own.model,
         own.reader.encoder,
@@ -222,7 +222,7 @@ def assemble(
 def _accounted(
     experiment: Experiment,
     division: Division,
-    kits: ModelBundles,
+    bundles: ModelBundles,
     public: PublicRows | None,
     held_out: HeldOut,
 ) -> tuple[Accounts, tuple[BadRow, ...]]:
@@ -233,10 +233,10 @@ def _accounted(
     """
     unread = len(division.public) - (len(public.share) if public is not None else 0)
     judged = held_out.share.tokens
-    accounts = division.accounts.tokenised(kits.read, kits.judged, judged, unread)
-    told = cut_warnings(accounts, division.loaded.kind, kits.of_server.reader.max_length)
-    told += escaped_warnings(accounts) + kits.warnings()
-    bad = bad_rows_in_all(experiment, division, kits.read, kits.judged, judged.dropped)
+    accounts = division.accounts.tokenised(bundles.read, bundles.judged, judged, unread)
+    told = cut_warnings(accounts, division.loaded.kind, bundles.of_server.reader.max_length)
+    told += escaped_warnings(accounts) + bundles.warnings()
+    bad = bad_rows_in_all(experiment, division, bundles.read, bundles.judged, judged.dropped)
     return replace(accounts, warnings=(*accounts.warnings, *told)), tuple(bad)
 
 

@@ -14,7 +14,7 @@ from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.public import PublicRows
 from fedloom.data.tokenize import TokenSet, Untokenized
-from fedloom.engines.in_process import Equipment
+from fedloom.engines.in_process import ClientResources
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.experiment.experiment import Experiment
@@ -24,7 +24,7 @@ from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of
 from fedloom.models.agreement import disagreements, length_warnings, require_same_vocabulary
 from fedloom.models.architecture import switch_dropout_off
 from fedloom.models.load import context_length
-from fedloom.models.split_model import FrontHalf, check_cut
+from fedloom.models.split_model import ClientPart, check_split_point
 from fedloom.objectives.base import Objective
 from fedloom.runs.division import Division, judged_kind
 from fedloom.runs.model_building import backbone_of, build_model, of_server, with_model
@@ -114,7 +114,7 @@ class ModelBundles:
             )
             contexts = dict.fromkeys(contexts, min(contexts.values()))
         references = references_of(only)
-        self.kits = {
+        self.bundles = {
             key: ModelBundle(
                 key,
                 path,
@@ -128,12 +128,12 @@ class ModelBundles:
             for key, (path, encoder, model) in built.items()
         }
         self._begin()
-        self.of_server = self.kits[server]
+        self.of_server = self.bundles[server]
         _require_linear(experiment, self.of_server.model)
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
         self.judged: dict[int, TokenSet] = {}
         self.own: dict[int, Tensors] = {}
-        self._fronts: dict[tuple[tuple[str, int], int, bool], FrontHalf] = {}
+        self._fronts: dict[tuple[tuple[str, int], int, bool], ClientPart] = {}
 
     def warnings(self) -> list[str]:
         """Return where models, tokenizers, files and settings do not say the same; each once."""
@@ -143,11 +143,11 @@ class ModelBundles:
             "evaluation.max_length": experiment.evaluation.max_length,
             "public.max_length": experiment.public.max_length,
         }
-        for kit in self.kits.values():
-            tokenizer = kit.reader.encoder.tokenizer
+        for bundle in self.bundles.values():
+            tokenizer = bundle.reader.encoder.tokenizer
             revision, classes = experiment.model.revision, self.division.classes
-            told += disagreements(kit.model.model, tokenizer, kit.path, revision, classes)
-            told += length_warnings(lengths, kit.reader.context, tokenizer, kit.path)
+            told += disagreements(bundle.model.model, tokenizer, bundle.path, revision, classes)
+            told += length_warnings(lengths, bundle.reader.context, tokenizer, bundle.path)
         return list(dict.fromkeys(told))
 
     def read_apart(self, shares: Mapping[int, TokenShare]) -> list[str]:
@@ -166,7 +166,7 @@ class ModelBundles:
 
     def of_client(self, client: int) -> ModelBundle:
         """Return the model of a client."""
-        return self.kits[self.clients[client]]
+        return self.bundles[self.clients[client]]
 
     def _begin(self) -> None:
         """Write what is started from into every model, and read it back as what is there at first.
@@ -184,12 +184,12 @@ class ModelBundles:
                 "in that order"
             )
         any_rank = METHODS[self.experiment.method.name][1].mixed_ranks
-        for kit in self.kits.values():
-            if kit.model.device.type != "meta":
-                tensors = self.start.tensors(kit.model, any_rank=any_rank)
+        for bundle in self.bundles.values():
+            if bundle.model.device.type != "meta":
+                tensors = self.start.tensors(bundle.model, any_rank=any_rank)
                 if tensors is not None:
-                    kit.model.write(tensors)
-            _ = kit.initial
+                    bundle.model.write(tensors)
+            _ = bundle.initial
 
     def _own_start(self, client: int) -> Tensors | None:
         """Return what of an earlier run is a client's own, ``None`` where it starts as all do."""
@@ -201,8 +201,12 @@ class ModelBundles:
 
     def common_held_out(self, client: int) -> HeldOut:
         """Return the global held-out set for a client that is judged by its own model."""
-        kit, own = self.of_client(client), self.own.get(client)
-        return kit.held_out if own is None or not kit.starts else replace(kit.held_out, start=own)
+        bundle, own = self.of_client(client), self.own.get(client)
+        return (
+            bundle.held_out
+            if own is None or not bundle.starts
+            else replace(bundle.held_out, start=own)
+        )
 
     def training_shares(self, *, pooled: bool) -> dict[int, TokenShare]:
         """Return each client's training rows as its model reads them, or all rows as client 0's."""
@@ -210,40 +214,40 @@ class ModelBundles:
         if not self.division.train:
             return {}
         read = {
-            key: self.kits[key].reader.training_shares(pooled=pooled)
+            key: self.bundles[key].reader.training_shares(pooled=pooled)
             for key in dict.fromkeys(self.clients[client] for client in clients)
         }
         self.read = {
-            client: self.kits[self.clients[0 if pooled else client]].reader.read[client]
+            client: self.bundles[self.clients[0 if pooled else client]].reader.read[client]
             for client in self.division.train
         }
         return {client: read[self.clients[client]][client] for client in clients}
 
-    def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> Equipment:
+    def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> ClientResources:
         """Return what a client computes with."""
-        kit = self.of_client(client)
-        initial, own = kit.initial, self._own_start(client)
+        bundle = self.of_client(client)
+        initial, own = bundle.initial, self._own_start(client)
         if own is not None:
             self.own[client] = initial = own
-        model = self.method.client_model(_ClientModels(self, kit))
-        if model is not kit.model:
+        model = self.method.client_model(_ClientModels(self, bundle))
+        if model is not bundle.model:
             initial = model.read()
-        return Equipment(
+        return ClientResources(
             model,
             initial,
-            kit.reader.max_length,
-            kit.width,
-            public.get(kit.key),
-            initial if kit.starts else None,
+            bundle.reader.max_length,
+            bundle.width,
+            public.get(bundle.key),
+            initial if bundle.starts else None,
             own is not None,
         )
 
-    def front(self, kit: ModelBundle, blocks: int, *, tail: bool) -> FrontHalf:
+    def front(self, bundle: ModelBundle, blocks: int, *, tail: bool) -> ClientPart:
         """Return the first blocks of a kit's model with what is started from, loaded once."""
-        key = (kit.key, blocks, tail)
+        key = (bundle.key, blocks, tail)
         if key not in self._fronts:
             own = _front_half(
-                self.experiment, self.division, kit, blocks, tail=tail, empty=self.empty
+                self.experiment, self.division, bundle, blocks, tail=tail, empty=self.empty
             )
             if self.start is not None:
                 own.write(self.start.part(own))
@@ -256,9 +260,9 @@ class ModelBundles:
         sets = {}
         for client, rows in self.division.held_out.items():
             if rows:
-                kit = self.of_client(client)
-                start = self.own.get(client, kit.reference) if kit.starts else None
-                sets[client] = replace(kit.reader.held_out(rows, kind), start=start)
+                bundle = self.of_client(client)
+                start = self.own.get(client, bundle.reference) if bundle.starts else None
+                sets[client] = replace(bundle.reader.held_out(rows, kind), start=start)
         self.judged = {client: held_out.share.tokens for client, held_out in sets.items()}
         return {client: held_out for client, held_out in sets.items() if len(held_out)}
 
@@ -267,7 +271,7 @@ class ModelBundles:
         rows = self.division.public
         if not rows:
             return {}
-        sets = {key: kit.reader.public(rows) for key, kit in self.kits.items()}
+        sets = {key: bundle.reader.public(rows) for key, bundle in self.bundles.items()}
         common = reduce(np.intersect1d, [tokens.index for tokens in sets.values()])
         if not len(common):
             raise DataError("no public row is left after tokenising; the public set is empty")
@@ -275,7 +279,7 @@ class ModelBundles:
             key: PublicRows(
                 TokenShare(tokens.take(np.flatnonzero(np.isin(tokens.index, common)))),
                 self.experiment.public.labelled,
-                self.kits[key].width,
+                self.bundles[key].width,
             )
             for key, tokens in sets.items()
         }
@@ -292,15 +296,15 @@ class ModelBundles:
 class _ClientModels:
     """What a client's model can be made of; see :class:`fedloom.methods.contract.method.Models`."""
 
-    kits: ModelBundles
-    kit: ModelBundle
+    bundles: ModelBundles
+    bundle: ModelBundle
 
     @property
     def whole(self) -> AdapterModel:
-        return self.kit.model
+        return self.bundle.model
 
-    def front(self, blocks: int, *, tail: bool) -> FrontHalf:
-        return self.kits.front(self.kit, blocks, tail=tail)
+    def front(self, blocks: int, *, tail: bool) -> ClientPart:
+        return self.bundles.front(self.bundle, blocks, tail=tail)
 
 
 def _require_linear(experiment: Experiment, model: AdapterModel) -> None:
@@ -310,7 +314,7 @@ def _require_linear(experiment: Experiment, model: AdapterModel) -> None:
         ModelError: Some factors are of a stack of experts, whose change is not their product.
     """
     kind = METHODS[experiment.method.name][1]
-    if model.stacked and (kind.moves_backbone or kind.mixed_ranks):
+    if model.stacked and (kind.changes_backbone or kind.mixed_ranks):
         raise ModelError(
             f"method.name = {experiment.method.name!r} multiplies the two factors of linear layers, and "
             f"{model.stacked} has factors for a stack of experts: name linear layers as "
@@ -321,32 +325,32 @@ def _require_linear(experiment: Experiment, model: AdapterModel) -> None:
 def _front_half(
     experiment: Experiment,
     division: Division,
-    kit: ModelBundle,
+    bundle: ModelBundle,
     cut: int,
     *,
     tail: bool,
     empty: bool,
-) -> FrontHalf:
+) -> ClientPart:
     """Load the first blocks of a model alone, which are all that a client holds.
 
     Raises:
         ModelError: The model cannot be cut there, or the adapter has nothing in the client's blocks.
     """
-    config: Any = kit.model.model.config
-    check_cut(config, cut)
+    config: Any = bundle.model.model.config
+    check_split_point(config, cut)
     classification = bool(division.classes)
     backbone = backbone_of(
         experiment,
-        kit.path,
+        bundle.path,
         division.classes,
-        kit.model.pad,
+        bundle.model.pad,
         blocks=cut,
         empty=empty,
     )
     if experiment.model.dropout is False:
         switch_dropout_off(backbone)
     adapter = experiment.adapter
-    blocks = blocks_of(kit.model.model.get_base_model(), adapter)
+    blocks = blocks_of(bundle.model.model.get_base_model(), adapter)
     front = [block for block in blocks if block < cut]
     if not front:
         raise ModelError(
@@ -358,4 +362,4 @@ def _front_half(
     model = attach_adapter(
         backbone, adapter, classification=classification, seed=experiment.federation.seed
     )
-    return FrontHalf(model, kit.model.pad, tail=tail, autocast=kit.model.autocast)
+    return ClientPart(model, bundle.model.pad, tail=tail, autocast=bundle.model.autocast)

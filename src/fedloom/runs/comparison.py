@@ -167,7 +167,7 @@ class CompareSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridRun:
     """One run of the grid.
 
     Attributes:
@@ -201,7 +201,7 @@ class Comparison:
 
     name: str
     settings: CompareSettings
-    cells: tuple[Cell, ...]
+    cells: tuple[GridRun, ...]
     table: Mapping[str, Any]
 
 
@@ -280,14 +280,14 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
                 except SettingsError as error:
                     problems += [f"arm {objective}-{method}: {text}" for text in error.problems]
                     break
-                cells.append(Cell(objective, method, seed, experiment))
+                cells.append(GridRun(objective, method, seed, experiment))
     problems += _unlike_rows(cells)
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)), place)
     return Comparison(name, settings, tuple(cells), table)
 
 
-def _unlike_rows(cells: Iterable[Cell]) -> list[str]:
+def _unlike_rows(cells: Iterable[GridRun]) -> list[str]:
     """Return arms that train on rows which others of their row of the grid hold out."""
     found = []
     for objective, group in groupby(cells, key=lambda cell: cell.objective):
@@ -366,7 +366,7 @@ def compare(
 
 def _run_waiting(
     comparison: Comparison,
-    waiting: list[Cell],
+    waiting: list[GridRun],
     folder: Path,
     workers: int,
     observer: CompareObserver | None,
@@ -405,7 +405,7 @@ def _run_waiting(
     return folder
 
 
-def _settled(cell: Cell) -> Cell:
+def _settled(cell: GridRun) -> GridRun:
     """Return a cell with the settings of the adapter that it starts from.
 
     Raises:
@@ -440,7 +440,7 @@ class _Collecting(Silent):
 
 
 def _outcomes(
-    cells: list[Cell], folder: Path, workers: int, *, by_clients: bool
+    cells: list[GridRun], folder: Path, workers: int, *, by_clients: bool
 ) -> Iterator[_Outcome]:
     jobs = [
         (cell.name, cell.experiment.to_table(), str(folder / names.RUNS / cell.name), by_clients)
@@ -490,7 +490,7 @@ def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> 
     return _Outcome(name, metric, value, warnings=told)
 
 
-def _check_reachable(cells: Sequence[Cell]) -> None:
+def _check_reachable(cells: Sequence[GridRun]) -> None:
     """Read each arm's data and build its models without weights once, before anything runs.
 
     Raises:
@@ -520,13 +520,13 @@ def require_readable(comparison: Comparison) -> None:
         require_reachable(path)
 
 
-def _reads(cell: Cell) -> tuple[str, str]:
+def _reads(cell: GridRun) -> tuple[str, str]:
     """Return what tells cells apart that read other data: public rows are the method's."""
     needs_public = METHODS[cell.experiment.method.name][1].needs_public
     return cell.objective, cell.method if needs_public else ""
 
 
-def _is_done(folder: Path, cell: Cell) -> bool:
+def _is_done(folder: Path, cell: GridRun) -> bool:
     """Return whether a cell's run is finished.
 
     Raises:
@@ -559,7 +559,7 @@ def _saved(path: Path) -> Experiment:
         raise CheckpointError(f"{path} holds a run of another version: {error}") from error
 
 
-def _require_same_rows(folder: Path, done: Sequence[Cell]) -> None:
+def _require_same_rows(folder: Path, done: Sequence[GridRun]) -> None:
     """Check that the runs which are left will read the rows and the model of those that are done.
 
     Seeds of an arm share theirs: one of each is looked at.
@@ -589,7 +589,7 @@ def _require_same_rows(folder: Path, done: Sequence[Cell]) -> None:
                 )
 
 
-def _other_versions(folder: Path, done: Sequence[Cell], of: int) -> list[str]:
+def _other_versions(folder: Path, done: Sequence[GridRun], of: int) -> list[str]:
     """Say which runs were made with other versions than those that are left will be."""
     found: Counter[str] = Counter()
     for cell in done:
@@ -603,7 +603,7 @@ def _other_versions(folder: Path, done: Sequence[Cell], of: int) -> list[str]:
     ]
 
 
-def _how_far(folder: Path, cells: Iterable[Cell]) -> tuple[int, int]:
+def _how_far(folder: Path, cells: Iterable[GridRun]) -> tuple[int, int]:
     """Return how many rounds of runs are done and how many there are, that of the start among them."""
     done = of = 0
     for cell in cells:

@@ -22,9 +22,9 @@ from fedloom.errors import FedloomError
 from fedloom.experiment.experiment import Experiment, view_of
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.split_model import FrontHalf
+from fedloom.models.split_model import ClientPart
 from fedloom.randomness import generator
-from fedloom.runs.assembly import Parts, assemble
+from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import divide
 from fedloom.runs.start import find_start, settled
 from fedloom.training.layout import Budget, budget_of
@@ -36,7 +36,7 @@ CLOSE = 1.5
 
 
 @dataclass(frozen=True)
-class Option:
+class Estimate:
     """One way to train, and what it costs the client with the most to do.
 
     Attributes:
@@ -68,7 +68,7 @@ def advise(
     memory: float,
     *,
     stage: Callable[[str], None] = lambda text: None,
-) -> list[Option]:
+) -> list[Estimate]:
     """Return what could be tried.
 
     Args:
@@ -91,14 +91,14 @@ def advise(
                 raise
             why = "; ".join(getattr(error, "problems", ())) or str(error)
             nothing = Sent(0, 0, 0)
-            options.append(Option(name, framework, nothing, 0, 0, 0, fits=False, problem=why))
+            options.append(Estimate(name, framework, nothing, 0, 0, 0, fits=False, problem=why))
             continue
         option = _option(name, framework, variant, parts, link, memory)
         options.append(replace(option, remark=remark))
     return options
 
 
-def recommend(options: list[Option]) -> str:
+def recommend(options: list[Estimate]) -> str:
     """Say which option to try first, and why, from costs alone."""
     fitting = [option for option in options if option.fits]
     if not fitting:
@@ -150,17 +150,22 @@ def _variants(experiment: Experiment) -> list[tuple[str, str, dict[str, Any], st
 
 
 def _option(
-    name: str, framework: str, experiment: Experiment, parts: Parts, link: Link, memory: float
-) -> Option:
+    name: str,
+    framework: str,
+    experiment: Experiment,
+    parts: RunComponents,
+    link: Link,
+    memory: float,
+) -> Estimate:
     traffic = parts.method.traffic(parts.initial)
-    worst: Option | None = None
+    worst: Estimate | None = None
     for client, share in parts.local.shares.items():
         model = parts.local.equipment[client].model
         done, own_flops = _own_rows(experiment, client, share, model, parts)
         flops = parts.method.compute(_FirstRound(client, parts, own_flops))
         sent = traffic.of_round(done)
         needed = client_memory(model, share, experiment.training, experiment.model.quantization)
-        option = Option(
+        option = Estimate(
             name, framework, sent, flops, needed, link.seconds(sent, flops), fits=needed <= memory
         )
         if worst is None or option.seconds > worst.seconds:
@@ -170,7 +175,11 @@ def _option(
 
 
 def _own_rows(
-    experiment: Experiment, client: int, share: TokenShare, model: AdapterModel, parts: Parts
+    experiment: Experiment,
+    client: int,
+    share: TokenShare,
+    model: AdapterModel,
+    parts: RunComponents,
 ) -> tuple[Done, float]:
     """Return what a client's first round does on its own rows, and its compute."""
     training = experiment.training
@@ -193,7 +202,7 @@ def _own_rows(
 class _FirstRound:
     """A client's first round; see :class:`fedloom.methods.contract.method.FirstRound`."""
 
-    def __init__(self, client: int, parts: Parts, own: float) -> None:
+    def __init__(self, client: int, parts: RunComponents, own: float) -> None:
         self.client, self.seed = client, parts.local.seed
         self.training = parts.local.training
         equipment = parts.local.equipment[client]
@@ -215,7 +224,7 @@ def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, budget: B
         sequences = batch.sequences
         count, length = sequences.input_ids.shape
         scored = len(sequences.reading.sources)  # of classified texts none: each has one position
-        if isinstance(model, FrontHalf):
+        if isinstance(model, ClientPart):
             model.count(count, length, 0)
             if model.ending is not None:
                 model.ending.count(scored or count * length)

@@ -17,7 +17,7 @@ import numpy as np
 from fedloom.data.account import Account, Accounts, added
 from fedloom.data.duplicates import near_duplicates
 from fedloom.data.examples import Example, Instruction, Labelled, Preference, as_choice
-from fedloom.data.feedback_partition import FeedbackDeal, deal_feedback
+from fedloom.data.feedback_partition import FeedbackPartition, partition_feedback
 from fedloom.data.loading import (
     OVER_MOST,
     DataSource,
@@ -26,7 +26,7 @@ from fedloom.data.loading import (
     load_examples,
     without_judged,
 )
-from fedloom.data.partition import Indices, Shares, partition, shares
+from fedloom.data.partition import Indices, LabelDistribution, partition, shares
 from fedloom.data.public import as_task, read_public, take_public
 from fedloom.data.sources import CLIENTS as ELSEWHERE
 from fedloom.data.sources import DataSettings
@@ -94,8 +94,8 @@ class Division:
     held_out: dict[int, list[Example]]
     test: list[Example]
     classes: tuple[str, ...]
-    shares: Shares
-    feedback: FeedbackDeal | None = None
+    shares: LabelDistribution
+    feedback: FeedbackPartition | None = None
     public: tuple[Example, ...] = ()
     judged: str = ""
     accounts: Accounts = field(default_factory=lambda: Accounts(Account(0)))
@@ -175,7 +175,7 @@ def divide(
     answers = train
     if (objective or make_objective(experiment.objective)).kind == "feedback":
         together = experiment.partition.feedback == "together"
-        feedback = deal_feedback(train, None if together else generator(seed, "feedback"))
+        feedback = partition_feedback(train, None if together else generator(seed, "feedback"))
         answers = {client: list(rows) for client, rows in feedback.rows.items()}
     taken = 0 if public_account else len(public)
     accounts = _accounts(loaded, files, pools, sides, train, answers, taken)
@@ -205,7 +205,7 @@ def divide(
 
 
 def judged_kind(experiment: Experiment, kind: str) -> str:
-    """Return what held-out rows of a kind are judged as: see the kinds of ``HEADLINES``."""
+    """Return what held-out rows of a kind are judged as: see the kinds of ``PRIMARY_METRICS``."""
     if kind != "instruction":
         return kind
     if experiment.data.choices:

@@ -23,7 +23,7 @@ from fedloom.models.agreement import require_tokens
 from fedloom.models.architecture import switch_dropout_off
 from fedloom.models.device import choose_device
 from fedloom.models.experts import ExpertModel, attach_experts, is_expert_folder, load_experts
-from fedloom.models.heads import PersonalParts, attach_personal, load_personal, saved_parts
+from fedloom.models.heads import PersonalModules, attach_personal, load_personal, saved_parts
 from fedloom.models.load import TINY, empty_backbone, load_backbone
 from fedloom.models.submixture import SubMixtureModel, attach_submixture
 from fedloom.models.tiny import tiny_model
@@ -155,7 +155,9 @@ def build_model(
         anyone: Any = backbone
         anyone.activation_checkpointing_enable()
     parts = make_method(experiment.method).parts
-    parts = replace(parts, reward=objective.needs_reward) if not classification else PersonalParts()
+    parts = (
+        replace(parts, reward=objective.needs_reward) if not classification else PersonalModules()
+    )
     pad = encoder.tokenizer.pad_token_id
     autocast = torch.bfloat16 if experiment.training.precision == "bf16" else None
     checkpointed = experiment.training.gradient_checkpointing

@@ -17,7 +17,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.card import Facts, base_facts, describe, versions
 from fedloom.models.load import PLAIN_CHAT, START
 from fedloom.objectives.base import Objective
-from fedloom.runs.assembly import Parts
+from fedloom.runs.assembly import RunComponents
 from fedloom.runs.model_building import client_base, model_folder, of_server
 
 QUESTION, ANSWER = "{question}", "{answer}"
@@ -35,7 +35,7 @@ class ModelCards:
     """
 
     experiment: Experiment
-    parts: Parts
+    parts: RunComponents
     objective: Objective | None = None
     _bases: dict[str, Facts] = field(default_factory=dict)
     _prompts: dict[str, Facts] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def prompt_facts(encoder: TextEncoder, examples: Iterator[Example], template: st
     return {"format": "chat", "example": text + ANSWER, "template": own if given else None}
 
 
-def _examples(parts: Parts) -> Iterator[Example]:
+def _examples(parts: RunComponents) -> Iterator[Example]:
     """Yield the rows there are here, one of each client and of each set."""
     division = parts.division
     for rows in (division.test, *division.train.values(), division.public):

@@ -38,7 +38,7 @@ from fedloom.data.examples import (
     plain_text,
 )
 from fedloom.display.untrusted_text import label
-from fedloom.evaluation.metrics import HEADLINES, Headline
+from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Evaluation, RoundRecord
@@ -46,7 +46,7 @@ from fedloom.methods.contract.method import Method
 from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
 from fedloom.report import row_account
-from fedloom.runs.assembly import Parts
+from fedloom.runs.assembly import RunComponents
 from fedloom.runs.division import Division
 from fedloom.runs.made_with import MadeWith, plugins_record
 from fedloom.runs.model_building import of_server
@@ -67,7 +67,7 @@ SIMULATION = "simulation"
 def run_record(
     folder: Path,
     experiment: Experiment,
-    parts: Parts,
+    parts: RunComponents,
     made: MadeWith,
     id: str,
     engine: str,
@@ -128,8 +128,8 @@ def run_record(
         "method_role": _role(parts.method),
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
-        "promise": parts.method.promise(),
-        "metric": asdict(HEADLINES[division.judged]),
+        "promise": parts.method.privacy_statement(),
+        "metric": asdict(PRIMARY_METRICS[division.judged]),
         "fingerprint": fingerprint(experiment, division, made),
     }
 
@@ -160,14 +160,14 @@ def start_record(
     }
 
 
-def _tokens_per_pass(experiment: Experiment, parts: Parts) -> int | None:
+def _tokens_per_pass(experiment: Experiment, parts: RunComponents) -> int | None:
     """Return the tokens of a pass, ``None`` where examples are counted or models have other numbers."""
     models = [parts.model, *(own.model for own in parts.local.equipment.values())]
     found = {tokens_per_pass(experiment.training, model) for model in models}
     return found.pop() if len(found) == 1 else None
 
 
-def _client_memory(experiment: Experiment, parts: Parts) -> float | None:
+def _client_memory(experiment: Experiment, parts: RunComponents) -> float | None:
     """Return bytes that training takes on the client that needs most, derived, if it is known here."""
     engine, quantization = parts.local, experiment.model.quantization
     needed = [
@@ -327,7 +327,7 @@ def account_tables(record: Mapping[str, Any]) -> RenderableType:
 
 
 def round_record(
-    record: RoundRecord, headline: Headline, title: Callable[[int], str]
+    record: RoundRecord, headline: PrimaryMetric, title: Callable[[int], str]
 ) -> dict[str, Any]:
     """Return a round as one line of ``rounds.jsonl``; ``title`` says what a client is called."""
     costs = [cost for cost in record.costs if cost.phase != REPEATED]
@@ -390,7 +390,9 @@ def totals(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dict[str, Any] | None:
+def _evaluation_record(
+    evaluation: Evaluation | None, headline: PrimaryMetric
+) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     each = {str(client): dict(metrics) for client, metrics in evaluation.clients.items()}
@@ -418,7 +420,7 @@ def _evaluation_record(evaluation: Evaluation | None, headline: Headline) -> dic
 
 
 def newcomers_record(
-    joined: Mapping[int, Mapping[str, float]], headline: Headline
+    joined: Mapping[int, Mapping[str, float]], headline: PrimaryMetric
 ) -> dict[str, Any]:
     """Return what clients that joined at the end were judged by, before and after their own steps."""
     before = [metrics[headline.name] for metrics in joined.values()]
@@ -517,7 +519,7 @@ def _shown(text: Text | None) -> str | None:
     return None if text is None else plain_text(text).strip()
 
 
-def summary_text(summary: Mapping[str, Any], headline: Headline, folder: Path) -> str:
+def summary_text(summary: Mapping[str, Any], headline: PrimaryMetric, folder: Path) -> str:
     """Return what the command line prints at the end."""
     total = summary["totals"]
     whose = " on clients' own rows (mean)" if summary["judged_on"] == "clients" else ""

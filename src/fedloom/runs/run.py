@@ -29,11 +29,11 @@ from fedloom.errors import (
     SettingsError,
 )
 from fedloom.evaluation.generate import Ask, generate_answers
-from fedloom.evaluation.metrics import HEADLINES, Headline
+from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unread import unread_settings
 from fedloom.federation.admission import Admission
-from fedloom.federation.engine import Briefing, RemoteEngine
+from fedloom.federation.engine import RemoteEngine, RunDescription
 from fedloom.federation.offences import of_rounds
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
@@ -44,7 +44,7 @@ from fedloom.models.load import require_reachable
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.report import record_marks, row_account
-from fedloom.runs.assembly import Parts, assemble
+from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import divide
 from fedloom.runs.made_with import MadeWith, require_same_plugins
 from fedloom.runs.model_building import model_folder, of_server
@@ -239,7 +239,7 @@ def _laid_out(experiment: Experiment, begun: Record | None) -> Experiment:
     return replace(experiment, training=training)
 
 
-def _presence_of(saved: Checkpoint, parts: Parts) -> Presence:
+def _presence_of(saved: Checkpoint, parts: RunComponents) -> Presence:
     """Return what a checkpoint remembers of who was there."""
     if saved.presence is None:
         return Presence.assumed(parts.engine.membership(), saved.round)
@@ -316,7 +316,7 @@ class _Run:
 
     experiment: Experiment
     folder: RunFolder
-    parts: Parts
+    parts: RunComponents
     observer: RunObserver
     audit: AuditLog
     made: MadeWith
@@ -359,7 +359,7 @@ class _Run:
             earlier = audit_log.events(self.audit.path, "began", "undone")
             began = [e for e in earlier if e["event"] == "began" and e.get("run") == id]
             undone = [e for e in earlier if e["event"] == "undone"]
-            briefing = Briefing(
+            run_description = RunDescription(
                 id,
                 self._for_clients(start).to_toml(defaults=False),  # older ones know fewer
                 self.parts.division.classes,
@@ -371,7 +371,7 @@ class _Run:
                 self.observer.warning,
                 start if travels(self.experiment) else None,
             )
-            self.remote.begin(briefing, self.parts.ledger)
+            self.remote.begin(run_description, self.parts.ledger)
         elif known is None and travels(self.experiment):
             self._count_start(start)
         if known is None:
@@ -445,7 +445,7 @@ class _Run:
             ledger=parts.ledger,
             observer=self.observer,
             audit=self.audit.record,
-            spool=self.folder.path / "spool",
+            disk_buffer=self.folder.path / "spool",
             admission=self.admission,
             reported=reported(parts.objective),
             presence=self.presence,
@@ -529,8 +529,8 @@ class _Run:
         )
 
     @property
-    def _headline(self) -> Headline:
-        return HEADLINES[self.parts.division.judged]
+    def _headline(self) -> PrimaryMetric:
+        return PRIMARY_METRICS[self.parts.division.judged]
 
     def _finish(self, state: State) -> Result:
         adapter = self._write_adapters(state)
@@ -607,13 +607,13 @@ class _Run:
         method = self.parts.method
         if not (method.own_models or method.personal):
             return None
-        return Payload(method.travelling(state) or {})
+        return Payload(method.sent_for_evaluation(state) or {})
 
     def _write_own(self, client: int, state: State) -> AdapterModel:
         """Write what a client would use now into its model, and return that."""
         method, engine = self.parts.method, self.parts.local
         seen = engine.client(client, self.experiment.federation.rounds)
-        method.load(seen, Payload(method.travelling(state) or {}))
+        method.load(seen, Payload(method.sent_for_evaluation(state) or {}))
         return seen.model
 
     def _samples(self, state: State) -> list[dict[str, Any]]:
@@ -659,7 +659,7 @@ def _tell_start(experiment: Experiment, objective: Objective, observer: RunObser
         )
 
 
-def _tell_rows(parts: Parts, observer: RunObserver) -> None:
+def _tell_rows(parts: RunComponents, observer: RunObserver) -> None:
     """Say what became of every row, and warn of what a result would be mistaken by."""
     for name, own in row_account.sources(parts.accounts.to_record()).items():
         observer.stage(row_account.sentence(name, own))
@@ -819,7 +819,7 @@ def _tell_versions(run: Record | None, observer: RunObserver) -> None:
         )
 
 
-def _require_same_model(folder: RunFolder, run: Record | None, parts: Parts) -> None:
+def _require_same_model(folder: RunFolder, run: Record | None, parts: RunComponents) -> None:
     if run is not None and run["model"]["sha256"] != parts.model_digest:
         raise CheckpointError(
             f"the model {run['model']['name']} has changed since {folder.path} was started "
@@ -827,9 +827,9 @@ def _require_same_model(folder: RunFolder, run: Record | None, parts: Parts) -> 
         )
 
 
-def _plan(experiment: Experiment, parts: Parts) -> Plan:
+def _plan(experiment: Experiment, parts: RunComponents) -> Plan:
     federation, sizes = experiment.federation, parts.engine.sizes()
-    headline = HEADLINES[parts.division.judged]
+    headline = PRIMARY_METRICS[parts.division.judged]
     trained = sum(p.numel() for p in parts.model.parameters.values())
     absent = parts.engine.absent()
     there = len(sizes)
@@ -864,7 +864,7 @@ TRAINED = 3.0
 """Forward passes that training on a row takes: its own, and a backward one that is twice as long."""
 
 
-def _work(experiment: Experiment, parts: Parts, sizes: Mapping[int, int]) -> float:
+def _work(experiment: Experiment, parts: RunComponents, sizes: Mapping[int, int]) -> float:
     """Return what a round trains, in rows judged at the start; see :class:`Plan`."""
     federation, training = experiment.federation, experiment.training
     judged = len(parts.division.test) + sum(map(len, parts.evaluator.client_held_out.values()))
@@ -877,7 +877,7 @@ def _work(experiment: Experiment, parts: Parts, sizes: Mapping[int, int]) -> flo
     return TRAINED * trained * min(federation.cohort_size, len(sizes)) / max(1, judged)
 
 
-def _evaluated_first(parts: Parts) -> str:
+def _evaluated_first(parts: RunComponents) -> str:
     """Say what is done before the first round, which may take as long as one."""
     clients = parts.evaluator.client_held_out
     own = f", and {sum(map(len, clients.values()))} of {len(clients)} clients" if clients else ""

@@ -34,7 +34,7 @@ from fedloom.models.verify import (
     shortened,
 )
 from fedloom.randomness import generator
-from fedloom.runs.assembly import Parts
+from fedloom.runs.assembly import RunComponents
 from fedloom.runs.model_building import client_base, model_folder, of_server
 
 DRAWN_TOKENS = 32
@@ -98,7 +98,7 @@ class Verifier:
     """
 
     experiment: Experiment
-    parts: Parts
+    parts: RunComponents
     folders: int = 1
     saved: list[Saved] = field(default_factory=list)
     seconds: float = 0.0

@@ -53,7 +53,7 @@ Record = Callable[..., None]
 """Notes an event, by name, with plain JSON about it."""
 
 
-def unheard(event: str, **facts: Any) -> None:
+def no_op_recorder(event: str, **facts: Any) -> None:
     """Note nothing."""
 
 

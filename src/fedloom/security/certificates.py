@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedloom.display.untrusted_text import quoted
 from fedloom.errors import IdentityError, first_line
 from fedloom.security.keys import private_pem, read_bytes
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 
 CA, CA_KEY = "ca.pem", "ca.key"
 CERTIFICATE, KEY = "server.pem", "server.key"
@@ -55,8 +55,8 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None
         builder = builder.add_extension(usage, True)
         subject = x509.SubjectKeyIdentifier.from_public_key(own.public_key())
         signed = builder.add_extension(subject, False).sign(own, hashes.SHA256())
-        write_whole(folder / CA_KEY, private_pem(own))
-        write_whole(folder / CA, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
+        write_atomically(folder / CA_KEY, private_pem(own))
+        write_atomically(folder / CA, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
     authority = read_certificate(folder / CA)
     try:
         signer: Any = pem.load_pem_private_key(read_bytes(folder / CA_KEY), None)
@@ -72,8 +72,8 @@ def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None
     builder = builder.add_extension(purpose, False)
     builder = builder.add_extension(x509.BasicConstraints(False, None), True)
     signed = builder.sign(signer, hashes.SHA256())
-    write_whole(folder / KEY, private_pem(key))
-    write_whole(folder / CERTIFICATE, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
+    write_atomically(folder / KEY, private_pem(key))
+    write_atomically(folder / CERTIFICATE, signed.public_bytes(pem.Encoding.PEM), mode=0o644)
 
 
 def read_certificate(path: Path) -> x509.Certificate:

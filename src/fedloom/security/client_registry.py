@@ -20,7 +20,7 @@ from fedloom.errors import IdentityError, OutputError, SettingsError, first_line
 from fedloom.security.keys import public_key, public_pem
 from fedloom.settings.schema import Settings, parse
 from fedloom.settings.toml import read_toml, write_toml
-from fedloom.storage.files import lock, write_whole
+from fedloom.storage.files import lock, write_atomically
 
 FILE, FORMER = "members.toml", "clients.toml"
 """The file, and the one of earlier releases, which is read where there is no other."""
@@ -200,7 +200,7 @@ class Members:
             _require_distinct(changed)
             if changed != self.members or not self.path.exists():
                 table = {"member": [member.model_dump() for member in changed]}
-                write_whole(self.path, write_toml(table).encode())
+                write_atomically(self.path, write_toml(table).encode())
                 self._take(changed)
 
     def _take(self, members: tuple[Member, ...]) -> None:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedloom.errors import IdentityError, OutputError, first_line
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 
 ALGORITHM = ec.ECDSA(hashes.SHA384())
 
@@ -33,8 +33,8 @@ def make_key(path: Path) -> Path:
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.OpenSSH, pem.NoEncryption())
     public = key.public_key().public_bytes(pem.Encoding.OpenSSH, pem.PublicFormat.OpenSSH)
-    write_whole(path, private)
-    write_whole(path.with_suffix(".pub"), public + b"\n", mode=0o644)
+    write_atomically(path, private)
+    write_atomically(path.with_suffix(".pub"), public + b"\n", mode=0o644)
     return path.with_suffix(".pub")
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import safetensors.torch
 
 from fedloom.errors import CheckpointError, OutputError
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 from fedloom.tensors import State, Tensors
 
 KEPT = 2
@@ -214,7 +214,7 @@ def forget(folder: Path, client: int) -> int:
             if (path / name).is_file():
                 sums = json.loads((path / "manifest.json").read_text())
                 sums.pop(name, None)
-                write_whole(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
+                write_atomically(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
                 _sync(path)
                 (path / name).unlink()  # what the manifest does not name is not read
                 found += 1

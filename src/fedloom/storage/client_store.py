@@ -38,18 +38,18 @@ class ClientStore:
         """Return a copy of a client's slots; the tensors in it are not to be written to."""
         return dict(self._pending.get(client, self._slots.get(client, {})))
 
-    def put(self, client: int, slots: Slots) -> None:
+    def stage(self, client: int, slots: Slots) -> None:
         """Replace a client's slots, if they differ from what it had; pending until the round ends."""
         previous = self.slots(client)
         if slots.keys() != previous.keys() or any(slots[k] is not previous[k] for k in slots):
             self._before.setdefault(client, self._pending.get(client))
             self._pending[client] = dict(slots)
 
-    def mark(self) -> None:
-        """Begin what :meth:`undo` goes back to."""
+    def begin_exchange(self) -> None:
+        """Begin what :meth:`discard` goes back to."""
         self._before.clear()
 
-    def undo(self, client: int) -> None:
+    def discard(self, client: int) -> None:
         """Forget what a client has stored since the mark."""
         if client in self._before:
             before = self._before.pop(client)

@@ -17,7 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from fedloom.errors import CheckpointError
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 from fedloom.tensors import Tensors
 
 
@@ -47,7 +47,7 @@ class Version:
         return all(self.round <= after for after in began[self.began :])
 
 
-class Kept:
+class ClientVersions:
     """The versions of one client in one run."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class Kept:
         Raises:
             OutputError: The disk is full or not writable.
         """
-        write_whole(self._path(version), safetensors.torch.save(tensors))
+        write_atomically(self._path(version), safetensors.torch.save(tensors))
         versions = self._versions()
         before = [known for known in versions if known.round <= oldest]
         same = [known for known in versions if known.round == version.round]

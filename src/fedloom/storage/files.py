@@ -18,7 +18,7 @@ TRIES, PAUSE = 5, 0.05
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+def written_atomically(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
     """Yield a file that is at ``path`` once it is whole; for its owner alone unless ``mode`` says else.
 
     Raises:
@@ -41,13 +41,13 @@ def written_whole(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
+def write_atomically(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Write a file at once, for its owner alone unless ``mode`` says otherwise.
 
     Raises:
         OutputError: It cannot be written; what was there before still is.
     """
-    with written_whole(path, mode) as file:
+    with written_atomically(path, mode) as file:
         file.write(content)
 
 
@@ -110,7 +110,7 @@ def lock(path: Path, note: str = "") -> TextIO | None:
     return file
 
 
-def holder(path: Path) -> int | None:
+def lock_owner(path: Path) -> int | None:
     """Return the process that has the lock at ``path``, or ``None`` where none has."""
     with contextlib.suppress(OSError, ValueError), path.open() as file:
         try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom.models.adapters import AdapterModel
-from fedloom.training.results import Elsewhere, Gradients
+from fedloom.training.results import Gradients, RemoteGradients
 
 
 class DropoutStream:
@@ -40,7 +40,7 @@ class DropoutStream:
             self.states = [torch.get_rng_state()]
             self.states += [torch.cuda.get_rng_state(device) for device in self.devices]
 
-    def over(self, steps: Elsewhere) -> Elsewhere:
+    def over(self, steps: RemoteGradients) -> RemoteGradients:
         """Run a generator with this stream, giving the process's own back wherever it waits."""
         sent: Any = None
         while True:

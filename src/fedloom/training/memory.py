@@ -14,7 +14,7 @@ from fedloom.accounting.memory import training_memory
 from fedloom.data.client_rows import TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.quantize import Quantization, quantized_bytes
-from fedloom.models.split_model import FrontHalf
+from fedloom.models.split_model import ClientPart
 from fedloom.training.layout import Budget, budget_of, row_costs
 from fedloom.training.settings import TrainingSettings
 
@@ -158,7 +158,7 @@ def client_memory(
     if budget.tokens is not None:
         rows = max(1, min(rows, budget.tokens // longest))
     tokens = rows * (longest + share.tokens.width * model.virtual_tokens)
-    headless = isinstance(model, FrontHalf) and model.ending is None
+    headless = isinstance(model, ClientPart) and model.ending is None
     return training_memory(
         model.shape,
         weights=quantized_bytes(model.model, quantization),

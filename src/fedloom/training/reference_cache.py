@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fedloom.data.batch import Sequences
 from fedloom.errors import OutputError
 from fedloom.models.adapters import AdapterModel
-from fedloom.storage.files import write_whole
+from fedloom.storage.files import write_atomically
 from fedloom.tensors import Tensors
 
 MOST_BYTES = 256 * 1024 * 1024
@@ -113,7 +113,7 @@ class ReferenceCache:
         found, whole = _entries(data)
         if whole < len(data):  # what is appended behind a torn entry could not be read
             with contextlib.suppress(OutputError):
-                write_whole(self.folder / model, data[:whole])
+                write_atomically(self.folder / model, data[:whole])
         return found
 
     def _append(self, model: str, key: bytes, logps: bytes) -> None:

@@ -38,7 +38,7 @@ class Gradients:
     none: bool = False
 
 
-Elsewhere = Generator[Any, Any, Gradients]
+RemoteGradients = Generator[Any, Any, Gradients]
 """Gradients that are worked out with another party: yields what to send, is sent what came back, and
 returns what is known of the optimizer batch."""
 

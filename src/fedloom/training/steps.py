@@ -24,7 +24,14 @@ from fedloom.tensors import Tensors
 from fedloom.training.dropout import DropoutStream
 from fedloom.training.layout import Budget, budget_of, passes, row_costs, saves
 from fedloom.training.optimizers import make_optimizer, optimizer_state
-from fedloom.training.results import BALANCE, Elsewhere, Gradients, LocalResult, StepHook, Totals
+from fedloom.training.results import (
+    BALANCE,
+    Gradients,
+    LocalResult,
+    RemoteGradients,
+    StepHook,
+    Totals,
+)
 from fedloom.training.settings import TrainingSettings, Work
 from fedloom.training.shared_prompts import shares_prompts
 
@@ -71,7 +78,7 @@ def train_locally(
     """
     objective = objective.for_client(share.tokens.labels)
 
-    def own_gradients(parts: list[Batch], totals: Totals) -> Elsewhere:
+    def own_gradients(parts: list[Batch], totals: Totals) -> RemoteGradients:
         return _accumulate_gradients(model, objective, parts, totals)
         yield  # nobody else is needed
 
@@ -102,7 +109,7 @@ def train_locally(
 def local_steps(
     model: AdapterModel,
     share: TokenShare,
-    gradients: Callable[[list[Batch], Totals], Elsewhere],
+    gradients: Callable[[list[Batch], Totals], RemoteGradients],
     settings: TrainingSettings,
     *,
     learning_rate: float,

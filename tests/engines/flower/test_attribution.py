@@ -11,7 +11,7 @@ import pytest
 
 from fedloom.errors import MessageError
 from fedloom.federation.admission import Admission
-from fedloom.federation.engine import Briefing
+from fedloom.federation.engine import RunDescription
 from fedloom.federation.offences import OffenceObserver
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
@@ -46,10 +46,10 @@ class Site:
         self.told = Told()
         self.admission = Admission(experiment.admission, watch=self.told)
         facts = (experiment.to_toml(), (), self.parts.model_digest, (-1,))
-        self.begin(Briefing("0" * 32, *facts, report=self.admission.report))
+        self.begin(RunDescription("0" * 32, *facts, report=self.admission.report))
 
-    def begin(self, briefing):
-        self.engine.begin(briefing, self.parts.ledger)
+    def begin(self, run_description):
+        self.engine.begin(run_description, self.parts.ledger)
 
     def asked(self, change):
         """Play a round; return client 1's offence (or ``None``) and why it is left out."""

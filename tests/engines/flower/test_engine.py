@@ -7,9 +7,9 @@ import pytest
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.engines.flower.engine import FlowerEngine
-from fedloom.engines.flower.run_clients import UNSEEN, Roster
+from fedloom.engines.flower.run_clients import UNSEEN, RunClients
 from fedloom.errors import RoundFailed
-from fedloom.federation.engine import Briefing
+from fedloom.federation.engine import RunDescription
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.records import Participant
 from fedloom.security.client_registry import Members
@@ -33,7 +33,7 @@ def there(tmp_path):
         for client in range(3):
             public = make_key(tmp_path / f"{client}.key").read_text()
             members.allow(f"site-{client}", public)
-        roster = Roster(
+        roster = RunClients(
             lambda: Members(tmp_path / "members.toml"),
             [Participant(client, f"site-{client}") for client in range(3)],
             newcomers,
@@ -44,7 +44,10 @@ def there(tmp_path):
         post = SimpleNamespace(online=set, open_streams=None, pull=lambda ids: ())
         settings = FederationSettings(clients=3, patience=0.05, **federation)
         engine = FlowerEngine(post, settings, roster)
-        engine._streams, engine._briefing = Open(joined), Briefing("0" * 32, "", (), "m", (-1,))
+        engine._streams, engine._briefing = (
+            Open(joined),
+            RunDescription("0" * 32, "", (), "m", (-1,)),
+        )
         return engine, members
 
     return make
@@ -103,11 +106,11 @@ def test_a_run_begins_without_nobody_that_is_required(there, require, needed):
     engine, _ = there([0], require=require)
     assert engine.federation.required == needed
     if needed == 1:
-        engine.begin(engine.briefing, Ledger())
+        engine.begin(engine.run_description, Ledger())
         assert engine.sizes() == {0: 10}
         return
     with pytest.raises(RoundFailed) as failed:
-        engine.begin(engine.briefing, Ledger())
+        engine.begin(engine.run_description, Ledger())
     asks = f"federation.patience = 0.05 seconds, federation.require asks for {needed}"
     assert f"1 of 3 clients were ready within {asks}" in str(failed.value)
     assert "site-1 (client 1): not connected" in str(failed.value)
@@ -118,8 +121,8 @@ def test_who_is_waited_for_is_said_now_and_then(there, monkeypatch):
     engine, _ = there([0, 1])
     said = []
     monkeypatch.setattr("fedloom.engines.flower.engine.NOTICE", 0.01)
-    engine._briefing = replace(engine.briefing, warn=said.append)
+    engine._briefing = replace(engine.run_description, warn=said.append)
     with pytest.raises(RoundFailed):
-        engine.begin(engine.briefing, Ledger())
+        engine.begin(engine.run_description, Ledger())
     assert len(said) >= 2
     assert set(said) == {f"waiting for site-2 (client 2): {UNSEEN}"}

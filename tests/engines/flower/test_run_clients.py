@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedloom.engines.flower.run_clients import ASKED, GONE, REVOKED, UNSEEN, Roster
+from fedloom.engines.flower.run_clients import ASKED, GONE, REVOKED, UNSEEN, RunClients
 from fedloom.errors import IdentityError, MessageError
 from fedloom.federation.records import Absence, Participant
 from fedloom.security.client_registry import Members
@@ -18,7 +18,7 @@ def site(tmp_path):
     for number, line in enumerate(lines):
         Members(tmp_path / "members.toml").allow(f"site-{number}", line)
     owners = {10: 0, 20: 1, 30: 7, 40: 2}
-    roster = Roster(
+    roster = RunClients(
         lambda: Members(tmp_path / "members.toml"),
         [Participant(number, f"site-{number}") for number in range(3)],
         owners=lambda: owners,
@@ -74,7 +74,7 @@ def test_a_clients_number_is_its_place_in_the_run(tmp_path):
     members = Members(tmp_path / "members.toml")
     for name in ("a", "b", "c"):
         members.allow(name, make_key(tmp_path / f"{name}.key").read_text())
-    roster = Roster(
+    roster = RunClients(
         lambda: members,
         [Participant(2, "c"), Participant(0, "a")],
         owners=lambda: {5: 0, 6: 1, 7: 2},
@@ -192,6 +192,6 @@ def test_a_slip_in_the_list_of_members_is_noted_once_and_ends_nothing(site, tmp_
 
 def test_a_list_of_members_that_was_never_readable_is_an_error(tmp_path):
     (tmp_path / "members.toml").write_text('member = [{ nme = "x" }]')
-    roster = Roster(lambda: Members(tmp_path / "members.toml"), ())
+    roster = RunClients(lambda: Members(tmp_path / "members.toml"), ())
     with pytest.raises(IdentityError, match="nme"):
         roster.revoked()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.engines.flower import streams as module
-from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
+from fedloom.engines.flower.streams import StreamRequest, StreamResponse, Streams, taken
 from fedloom.wire.framing import LENGTH, OVER, connect, read_frame, reader, write_frame
 
 
@@ -40,7 +40,7 @@ def asked(streams, connection, limit=1 << 30):
     """Ask client 0 something, once its stream is there; return what the answer will be known by."""
     while 0 not in streams:
         time.sleep(0.01)
-    number = streams.send(0, Question((b"?",), lambda held: (b"?",), limit))
+    number = streams.send(0, StreamRequest((b"?",), lambda held: (b"?",), limit))
     assert read_frame(reader(connection), lambda: 1) == b"?"
     return number
 
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_is_in_the_log(streams, path, caplog):
             waits(streams)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(streams.take(0)) == [Arrival(0, number)]
+    assert list(streams.take(0)) == [StreamResponse(0, number)]
     assert "client 0: its answer cannot be kept: [Errno 27] File too large" in caplog.text
     assert left(path) == [path.name]
 
@@ -177,7 +177,7 @@ def test_what_comes_where_nothing_was_asked_is_an_offence(streams, path, reports
         within(5, lambda: reports)
     assert reports == [(0, "replayed", "a message of 5 bytes where nothing was asked")]
     (arrival,) = streams.take(5.0)
-    assert arrival == Arrival(0)
+    assert arrival == StreamResponse(0)
 
 
 def test_a_second_answer_is_an_offence_and_the_first_counts(streams, path, reports):
@@ -188,7 +188,11 @@ def test_a_second_answer_is_an_offence_and_the_first_counts(streams, path, repor
         within(5, lambda: reports)
     assert [kind for _, kind, _ in reports] == ["replayed"]
     first, second = streams.take(5.0)
-    assert taken(first.message) == b"answer" and first.question == number and second == Arrival(0)
+    assert (
+        taken(first.message) == b"answer"
+        and first.question == number
+        and second == StreamResponse(0)
+    )
 
 
 def test_an_answer_to_a_question_that_was_given_up_is_no_offence(streams, path, reports):

@@ -10,8 +10,9 @@ nobody can put a client in quarantine by sending in its name:
 
 - Over a stream: its client proved its key before the stream was passed on to here. (Without TLS, who
   controls the network in between may change what travels, as it may also cut the client off.)
-- By a message of Flower: where each node has proven a client's key (``Post.proven``, with TLS). A
-  signature that does not fit proves nothing, and one that fits proves who made a reply, not who sends it
+- By a message of Flower: where each node has proven a client's key (``FlowerTransport.proven``, with
+  TLS). A signature that does not fit proves nothing, and one that fits proves who made a reply, not who
+  sends it
   now: an old one can be replayed by whoever has seen it. Once a reply is signed for this very question,
   what is wrong with its content is its client's.
 - An answer that came in two parts, before and after its client came back, may be of two processes of an
@@ -31,16 +32,16 @@ from typing import ClassVar, Literal
 
 from fedloom.accounting.costs import BEGIN, REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
-from fedloom.engines.flower.run_clients import Roster
-from fedloom.engines.flower.streams import Arrival, Question, Streams, taken
-from fedloom.engines.flower.transport import SMALL, Post
+from fedloom.engines.flower.run_clients import RunClients
+from fedloom.engines.flower.streams import StreamRequest, StreamResponse, Streams, taken
+from fedloom.engines.flower.transport import SMALL, FlowerTransport
 from fedloom.errors import MessageError, OutputError, RoundFailed
-from fedloom.federation.engine import Briefing
+from fedloom.federation.engine import RunDescription
 from fedloom.federation.offences import OffenceObserver
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence, Participant
-from fedloom.security.audit_log import Limited, unheard
+from fedloom.security.audit_log import Limited, no_op_recorder
 from fedloom.wire.envelope import LACKS_START, Envelope, RequestHeader, WorkDone, seal
 from fedloom.wire.messages import Answer, Exchange, Payload, encode
 from fedloom.wire.schema import Schema
@@ -95,9 +96,9 @@ class FlowerEngine:
     """
 
     name: ClassVar[str] = "flower"
-    post: Post
+    post: FlowerTransport
     federation: FederationSettings
-    roster: Roster
+    roster: RunClients
     watch: OffenceObserver = field(default_factory=OffenceObserver)
     attend: Callable[[list[dict[str, object]]], object] = lambda attendance: None
     late: int = 0
@@ -108,14 +109,14 @@ class FlowerEngine:
     _number: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
     _undone: dict[int, list[list[int]]] = field(default_factory=dict)
-    _briefing: Briefing | None = None
+    _briefing: RunDescription | None = None
     _streams: Streams | None = None
     _start: tuple[Schema, bytes] | None = None
     _ledger: Ledger = field(default_factory=Ledger)
-    _noted: Limited = field(default_factory=lambda: Limited(unheard))
+    _noted: Limited = field(default_factory=lambda: Limited(no_op_recorder))
 
     @property
-    def briefing(self) -> Briefing:
+    def run_description(self) -> RunDescription:
         """What clients are told of the run, from :meth:`begin` on."""
         assert self._briefing is not None, "the runner begins before it asks"
         return self._briefing
@@ -138,20 +139,20 @@ class FlowerEngine:
         """Return what a client is called in messages."""
         return self.roster.title(client)
 
-    def begin(self, briefing: Briefing, ledger: Ledger) -> None:
+    def begin(self, run_description: RunDescription, ledger: Ledger) -> None:
         """Meet the clients; wait until all are ready, or patience is over and those required are."""
-        self._briefing, self._ledger = briefing, ledger
-        self.roster.model, self.roster.audit = briefing.model, briefing.audit
-        self.roster.report, self._noted = briefing.report, Limited(briefing.audit)
-        if briefing.start is not None:
-            schema = Schema.of(briefing.start)
-            self._start = schema, encode(Payload(briefing.start), schema)
-        for client, stretch, number in briefing.undone:
+        self._briefing, self._ledger = run_description, ledger
+        self.roster.model, self.roster.audit = run_description.model, run_description.audit
+        self.roster.report, self._noted = run_description.report, Limited(run_description.audit)
+        if run_description.start is not None:
+            schema = Schema.of(run_description.start)
+            self._start = schema, encode(Payload(run_description.start), schema)
+        for client, stretch, number in run_description.undone:
             self._undone.setdefault(client, []).append([stretch, number])
         if self.post.open_streams is not None and self.federation.streams:
-            self._streams = self.post.open_streams(briefing.run, self.federation.reconnect)
+            self._streams = self.post.open_streams(run_description.run, self.federation.reconnect)
             self._streams.client_of = self.roster.client_of
-            self._streams.report = briefing.report
+            self._streams.report = run_description.report
             self._streams.returned = self._note_return
         everybody = set(range(len(self.participants))) - self.roster.withdrawn()
         needed = min(self.federation.required, len(everybody))
@@ -205,7 +206,7 @@ class FlowerEngine:
                 waiting[client] = asked
         self.post.budget.limit = exchange.reply_schema.max_bytes + SMALL
         start, deadline = time.monotonic(), self.federation.deadline
-        notice = _Notice(self.briefing.warn)
+        notice = _Notice(self.run_description.warn)
         while waiting:
             for client, found in self._arrivals(waiting):
                 yield self._answer(waiting.pop(client), exchange, found)
@@ -228,13 +229,15 @@ class FlowerEngine:
             who.append(f"{self.title(client)}, asked {now - asked.since:.0f} s ago, {how}")
         return f"round {round} waits for {'; '.join(who)}" if who else ""
 
-    def undo(self, clients: Collection[int]) -> None:
+    def discard(self, clients: Collection[int]) -> None:
         """Tell these clients with the next message that what they kept over the last does not count."""
-        stretch = len(self.briefing.began)
+        stretch = len(self.run_description.began)
         for client, number in self._numbers.items():
             if client in clients:
                 self._undone.setdefault(client, []).append([stretch, number])
-                self.briefing.audit("undone", client=client, stretch=stretch, message_number=number)
+                self.run_description.audit(
+                    "undone", client=client, stretch=stretch, message_number=number
+                )
             else:
                 self._undone.pop(client, None)  # it was told, and has answered
 
@@ -267,7 +270,9 @@ class FlowerEngine:
         question = None
         if self._streams is not None and client in self._streams:
             message = seal(header, data).parts()
-            question = self._streams.send(client, Question(message, partial(_rest, header), limit))
+            question = self._streams.send(
+                client, StreamRequest(message, partial(_rest, header), limit)
+            )
         if question is None:
             if client not in self.roster.nodes:
                 return None
@@ -277,8 +282,8 @@ class FlowerEngine:
     def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
         """Send a message that says all a client must know; return its id."""
         told = {
-            "experiment": self.briefing.experiment,
-            "classes": list(self.briefing.classes),
+            "experiment": self.run_description.experiment,
+            "classes": list(self.run_description.classes),
             "streams": self._streams is not None,
         }
         return self.post.push(node, header.model_copy(update=told), payload)
@@ -383,8 +388,8 @@ class FlowerEngine:
         self._number += 1
         return RequestHeader(
             kind=kind,
-            run=self.briefing.run,
-            began=list(self.briefing.began),
+            run=self.run_description.run,
+            began=list(self.run_description.began),
             client=client,
             number=self._number,
             undone=self._undone.get(client, []),
@@ -437,7 +442,7 @@ class FlowerEngine:
         """
         roster, patience = self.roster, self.federation.patience
         start = time.monotonic()
-        notice = _Notice(self.briefing.warn)
+        notice = _Notice(self.run_description.warn)
         while True:
             self._meet()
             self._there()
@@ -476,7 +481,7 @@ def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:
     return seal(header.model_copy(update={"held": held, "payload": ""})).parts()
 
 
-def _unpacked(arrival: Arrival) -> Envelope | MessageError | str:
+def _unpacked(arrival: StreamResponse) -> Envelope | MessageError | str:
     if arrival.fault is not None:
         return arrival.fault
     if arrival.message is None:

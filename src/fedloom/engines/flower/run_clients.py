@@ -2,8 +2,8 @@
 
 A run expects members of the federation; a client's number in the run is a place among them. What a node
 sends is proven to be a member's where the node has proven the member's key before anything of it is
-passed on (:attr:`Roster.proven`): without that, a third party may send anything in a member's name, and
-replay what the member once signed. So what is wrong with a reply to the question who a node is, is an
+passed on (:attr:`RunClients.proven`): without that, a third party may send anything in a member's name,
+and replay what the member once signed. So what is wrong with a reply to the question who a node is, is an
 offence of the member that owns the node where that is proven, and nobody's otherwise.
 """
 
@@ -17,7 +17,7 @@ from importlib.metadata import version
 from fedloom.errors import MessageError
 from fedloom.federation.offences import WHY, Report, one_line
 from fedloom.federation.records import Absence, Participant
-from fedloom.security.audit_log import Limited, Record, unheard
+from fedloom.security.audit_log import Limited, Record, no_op_recorder
 from fedloom.security.client_registry import CachedMembers, Members
 from fedloom.security.keys import is_signed
 from fedloom.wire.envelope import (
@@ -48,7 +48,7 @@ NOT_LET_IN = REVOKED, WITHDRAWN
 
 
 @dataclass
-class Roster:
+class RunClients:
     """The clients of a run.
 
     Attributes:
@@ -70,7 +70,7 @@ class Roster:
     owners: Callable[[], Mapping[int, int]] = dict
     proven: bool = False
     model: str = ""
-    audit: Record = unheard
+    audit: Record = no_op_recorder
     report: Report = lambda client, kind, reason: None
     joined: dict[int, Joined] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)

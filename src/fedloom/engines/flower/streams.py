@@ -70,7 +70,7 @@ def taken(message: bytes | Path) -> bytes:
 
 
 @dataclass(frozen=True)
-class Question:
+class StreamRequest:
     """What a client is asked.
 
     Attributes:
@@ -85,7 +85,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class StreamResponse:
     """The answer to a question: a message, the file of a large one, or ``None`` where there is none.
 
     Attributes:
@@ -110,7 +110,7 @@ class _Asked:
     """A question under way: how much of its answer is here, and since when its stream is broken."""
 
     number: int
-    question: Question
+    question: StreamRequest
     held: int = 0
     broken: float | None = None
     returns: int = 0
@@ -138,7 +138,7 @@ class Streams:
 
     def __init__(self, path: Path, patience: float = 0.0) -> None:
         """Listen at ``path``; who was asked something may come back within ``patience`` seconds."""
-        self.arrived: queue.Queue[Arrival] = queue.Queue()
+        self.arrived: queue.Queue[StreamResponse] = queue.Queue()
         self.returned: Callable[[int, int], object] = lambda client, held: None
         self.report: Report = lambda client, kind, reason: None
         self.client_of: Callable[[int], int | None] = lambda number: number
@@ -157,7 +157,7 @@ class Streams:
         """Return whether there is a stream to a client."""
         return client in self._streams
 
-    def send(self, client: int, question: Question) -> int | None:
+    def send(self, client: int, question: StreamRequest) -> int | None:
         """Ask a client something.
 
         Returns:
@@ -174,7 +174,7 @@ class Streams:
         self.drop(client)  # it takes nothing any more
         return None
 
-    def take(self, timeout: float) -> Iterator[Arrival]:
+    def take(self, timeout: float) -> Iterator[StreamResponse]:
         """Yield what has arrived; wait so many seconds for the first."""
         now = time.monotonic()
         with self._lock:
@@ -291,7 +291,7 @@ class Streams:
             del self._asked[client]
             if isinstance(message, Path):
                 self._untaken[message] = client
-            self.arrived.put(Arrival(client, asked.number, message, asked.resumed))
+            self.arrived.put(StreamResponse(client, asked.number, message, asked.resumed))
         return True
 
     def _written(self, read: Read, length: int, client: int, asked: _Asked) -> Path | None:
@@ -308,7 +308,7 @@ class Streams:
                 asked.held += file.write(part)
         return self._file(client, asked)
 
-    def _handed(self, arrival: Arrival) -> Arrival:
+    def _handed(self, arrival: StreamResponse) -> StreamResponse:
         """Return an arrival, whose file is from now on the business of who takes it."""
         if isinstance(arrival.message, Path):
             with self._lock:
@@ -340,7 +340,7 @@ class Streams:
             del self._streams[client]
             asked = self._asked.get(client)
             if asked is None:
-                self.arrived.put(Arrival(client))
+                self.arrived.put(StreamResponse(client))
             elif hopeless or not self._patience:
                 self._fail(client, fault)
             else:
@@ -352,7 +352,7 @@ class Streams:
         """Wait for the answer of a client no longer; the lock is held."""
         asked = self._asked.pop(client)
         self._file(client, asked).unlink(missing_ok=True)
-        self.arrived.put(Arrival(client, asked.number, resumed=asked.resumed, fault=fault))
+        self.arrived.put(StreamResponse(client, asked.number, resumed=asked.resumed, fault=fault))
 
     def _file(self, client: int, asked: _Asked) -> Path:
         """Return where a large answer of a client to a question waits."""

@@ -24,7 +24,7 @@ SMALL = PREFIX.size + MAX_REPLY_HEADER
 """Bytes that a reply without a payload may have."""
 
 
-class Mail(Protocol):
+class FlowerMessage(Protocol):
     """What is used of a Flower grid."""
 
     def get_nodes(self) -> Iterable[Any]:
@@ -41,7 +41,7 @@ class Mail(Protocol):
 
 
 @dataclass(frozen=True)
-class Post:
+class FlowerTransport:
     """What the server needs to reach clients.
 
     Attributes:
@@ -53,7 +53,7 @@ class Post:
         proven: Whether each node has proven a client's key, so that what it sends is that client's.
     """
 
-    mail: Mail
+    mail: FlowerMessage
     sign: Callable[[bytes], bytes] | None = None
     certificate: str | None = None
     open_streams: Callable[[str, float], Streams] | None = None

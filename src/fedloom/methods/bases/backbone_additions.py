@@ -49,7 +49,7 @@ MADE = "made/"
 ADDITION = "addition/"
 """Before the number of an addition that some client lacks: its packed factors."""
 
-BEHIND = "behind "
+OUT_OF_DATE = "behind "
 """Before the id of such a client in checkpoints of an earlier release, which did not say how many."""
 
 
@@ -64,14 +64,14 @@ class MergesFactors(Method):
         scaling: Of LoRA's products.
     """
 
-    moves_backbone = True
+    changes_backbone = True
     two_factors = True
     fresh: Tensors
     scaling: float
 
-    def equip(self, server: ServerSide) -> None:
+    def setup(self, server: ServerSide) -> None:
         """Note the adapter's shapes and scaling."""
-        super().equip(server)
+        super().setup(server)
         self.fresh, self.scaling = server.model.read(), server.model.scaling
 
     def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
@@ -132,14 +132,14 @@ class MergesFactors(Method):
             **part_of(state.tensors, BASE),
         }
 
-    def travelling(self, state: State) -> Tensors:
+    def sent_for_evaluation(self, state: State) -> Tensors:
         """Return the adapter alone, with the number of additions that it goes with."""
         merges = torch.tensor([int(state.numbers[MERGES])])
         return {**part_of(state.tensors, ADAPTER), MERGES: merges}
 
-    def welcome(self, state: State) -> Tensors:
+    def sent_to_unseen(self, state: State) -> Tensors:
         """Return the changes of the backbone too."""
-        return {**self.travelling(state), **part_of(state.tensors, BASE)}
+        return {**self.sent_for_evaluation(state), **part_of(state.tensors, BASE)}
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the backbone's changes, received or kept, and the adapter received."""
@@ -204,7 +204,7 @@ class MergesFactors(Method):
         Raises:
             TrainingError: It has not made all additions that the server has.
         """
-        kept = client.kept.get(BASE, {})
+        kept = client.store.get(BASE, {})
         own = int(kept[MERGES]) if kept else 0
         if own != merges:
             raise TrainingError(
@@ -232,13 +232,15 @@ class MergesFactors(Method):
         return self._keep(client, payload.tensors, int(payload.numbers[MERGES]))
 
     def _keep(self, client: Client, base: Tensors, merges: int) -> Payload:
-        client.kept[BASE] = {**base, MERGES: torch.tensor([merges])}
+        client.store[BASE] = {**base, MERGES: torch.tensor([merges])}
         return Payload(numbers={"examples": len(client.share)})
 
 
 def _behind(state: State) -> dict[int, int]:
     """Return the clients that have not made all additions, each with how many it has made."""
-    found = {int(n.removeprefix(BEHIND)): 0 for n in state.numbers if n.startswith(BEHIND)}
+    found = {
+        int(n.removeprefix(OUT_OF_DATE)): 0 for n in state.numbers if n.startswith(OUT_OF_DATE)
+    }
     made = {n.removeprefix(MADE): v for n, v in state.numbers.items() if n.startswith(MADE)}
     return found | {int(client): int(count) for client, count in made.items()}
 

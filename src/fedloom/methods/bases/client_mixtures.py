@@ -28,13 +28,13 @@ class OwnMixture(Method):
         """Return ``None``: every client has its own mixture."""
         return None
 
-    def welcome(self, state: State) -> Tensors:
+    def sent_to_unseen(self, state: State) -> Tensors:
         """Return all experts."""
         return part_of(state.tensors, ADAPTER)
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write what was received, or the client's own mixture, or before its first round the initial."""
-        client.model.write(payload.tensors or client.kept.get(ADAPTER, client.initial))
+        client.model.write(payload.tensors or client.store.get(ADAPTER, client.initial))
 
 
 def passes(client: Client, tokens: TokenSet) -> Iterator[int]:

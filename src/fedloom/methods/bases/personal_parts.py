@@ -47,9 +47,9 @@ class KeepsParts(Method):
         """Return whether a client keeps the tensor of this name to itself."""
         raise TypeError(f"{type(self).__name__} must define keeps(name)")
 
-    def equip(self, server: ServerSide) -> None:
+    def setup(self, server: ServerSide) -> None:
         """Note what a client starts with: a newcomer's parts, by which the server judges its share."""
-        super().equip(server)
+        super().setup(server)
         self.fresh = self.own(server.model.read())
 
     def own(self, tensors: Tensors) -> Tensors:
@@ -77,7 +77,7 @@ class KeepsParts(Method):
         """Return what a client has that just joined: the shared tensors and fresh ones of its own."""
         return {**self.fresh, **state.tensors}
 
-    def travelling(self, state: State) -> Tensors:
+    def sent_for_evaluation(self, state: State) -> Tensors:
         """Return the shared tensors alone."""
         return state.tensors
 
@@ -88,10 +88,10 @@ class KeepsParts(Method):
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the shared tensors and the client's own, or fresh ones before its first training."""
-        own = client.kept.get(PERSONAL) or self.own(client.initial)
+        own = client.store.get(PERSONAL) or self.own(client.initial)
         client.model.write({**own, **payload.tensors})
 
-    def settle(self, client: Client, learning_rate: float, work: Work) -> None:
+    def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
         """Fit the client's own tensors; what is shared stays as it is, if anything is its own."""
         common = [name for name in client.model.parameters if not self.keeps(name)]
         frozen = common if len(common) < len(client.model.parameters) else []
@@ -106,7 +106,7 @@ class KeepsParts(Method):
         result = self.fit(client, payload.numbers["learning_rate"])
         trained = client.model.read()
         if self.personal:
-            client.kept[PERSONAL] = self.own(trained)
+            client.store[PERSONAL] = self.own(trained)
         return Payload(self.common(trained), {"examples": len(client.share)}, result.metrics)
 
 
@@ -118,7 +118,7 @@ class KeepsAdapter(Method):
     def load(self, client: Client, payload: Payload) -> None:
         """Write the client's own adapter once there is one, the shared one before."""
         before = client.initial if client.own_start else payload.tensors
-        client.model.write(client.kept.get(ADAPTER, before))
+        client.model.write(client.store.get(ADAPTER, before))
 
 
 def ask_everybody(

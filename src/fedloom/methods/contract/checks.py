@@ -65,7 +65,7 @@ def _parameters(kind: type[Method], view: ExperimentView) -> Iterator[str]:
             "adapter.kind = 'submixture': each client keeps a model of its own, and method.name = "
             f"{view.name!r} has one for all; use {' or '.join(view.names_of('submixtures'))}"
         )
-    if kind.moves_backbone and view.model is not None and view.model.quantization != "none":
+    if kind.changes_backbone and view.model is not None and view.model.quantization != "none":
         yield (
             f"model.quantization: method.name = {view.name!r} adds to the backbone's weights, which "
             "a quantised one cannot take up"

@@ -37,7 +37,7 @@ class Client:
             the client's, another for every message; in a simulation the experiment's seed.
         participations: Rounds that a client takes part in on average, T |S| / N.
         rounds: T, rounds of the run.
-        kept: What the client keeps between rounds, by slot; never in a message. What a handler
+        store: What the client keeps between rounds, by slot; never in a message. What a handler
             changes here is stored if the handler ends well, and forgotten if it fails.
         max_length: Tokens a training sequence has at most.
         width: Classes, or tokens of the vocabulary.
@@ -59,7 +59,7 @@ class Client:
     noise_seed: int
     participations: float
     rounds: int
-    kept: dict[str, Tensors]
+    store: dict[str, Tensors]
     max_length: int = 0
     width: int = 0
     public: PublicRows | None = None
@@ -122,12 +122,12 @@ class Client:
                 work=work or self.due(part, repeats),
                 purpose=purpose,
                 repeats=repeats,
-                state=self.kept.get(slot),
+                state=self.store.get(slot),
                 before_step=before_step,
                 after_step=after_step,
             )
         if result.optimizer_state:
-            self.kept[slot] = result.optimizer_state
+            self.store[slot] = result.optimizer_state
         self.last = result.after(self.last)
         return result
 

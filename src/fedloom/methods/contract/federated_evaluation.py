@@ -21,7 +21,7 @@ from fedloom.federation.records import Evaluation
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterModel
-from fedloom.security.audit_log import Record, unheard
+from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State, Tensors
 from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import NumberSpec, Schema, fraction, prefixed
@@ -87,7 +87,7 @@ class Evaluator:
         model: AdapterModel,
         ledger: Ledger,
         admission: Admission,
-        audit: Record = unheard,
+        audit: Record = no_op_recorder,
     ) -> Evaluation | None:
         """Judge ``state`` after ``round``, or return ``None`` in a round that does not evaluate.
 
@@ -103,7 +103,7 @@ class Evaluator:
         if round % self.every and round != self.rounds:
             return None
         adapter = self.method.shared(state)
-        sent = self.method.travelling(state)
+        sent = self.method.sent_for_evaluation(state)
         clients = {} if self.method.pools_data else self._ask(sent, round, engine, admission, audit)
         common = _means([_part(metrics, COMMON) for metrics in clients.values()])
         clients = {c: m for c, m in ((c, _without(m, COMMON)) for c, m in clients.items()) if m}

@@ -33,8 +33,8 @@ from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.declaration import Declaration
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.heads import PersonalParts
-from fedloom.models.split_model import FrontHalf
+from fedloom.models.heads import PersonalModules
+from fedloom.models.split_model import ClientPart
 from fedloom.objectives.base import Objective
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
@@ -86,7 +86,7 @@ class Models(Protocol):
     def whole(self) -> AdapterModel:
         """The backbone with the adapter."""
 
-    def front(self, blocks: int, *, tail: bool) -> FrontHalf:
+    def front(self, blocks: int, *, tail: bool) -> ClientPart:
         """The first blocks alone, with norm and head behind them if ``tail``.
 
         Raises:
@@ -201,7 +201,7 @@ class Method:
         least: Settings with which replies hold the least; the others reveal more.
         no_start: Why it cannot start from an adapter that exists, and what can be done, where it cannot.
         aggregation: The rule.
-        server: What it has on the server, from :meth:`equip` on.
+        server: What it has on the server, from :meth:`setup` on.
     """
 
     declares: Declaration
@@ -215,7 +215,7 @@ class Method:
     two_factors = False
     submixtures = False
     whole_at_clients = True
-    moves_backbone = False
+    changes_backbone = False
     averages = False
     by_rows = True
     reveals: frozenset[Reveal]
@@ -263,11 +263,11 @@ class Method:
         return first.own_rows()
 
     @property
-    def parts(self) -> PersonalParts:
+    def parts(self) -> PersonalModules:
         """The parts of the model, beside the adapter, that its clients have."""
-        return PersonalParts()
+        return PersonalModules()
 
-    def equip(self, server: ServerSide) -> None:
+    def setup(self, server: ServerSide) -> None:
         """Take what there is on the server, once, before the first round."""
         self.server = server
         self.aggregation = server.aggregation
@@ -301,7 +301,7 @@ class Method:
         """Return how many trainings a client makes in a round (from 1) of so many, in all requests."""
         return 1
 
-    def promise(self) -> str | None:
+    def privacy_statement(self) -> str | None:
         """Return what may be said about privacy beyond that rows stay with their clients, if anything."""
         return None
 
@@ -321,13 +321,13 @@ class Method:
         """Return the global adapter, or ``None`` where every client has its own."""
         return state.tensors
 
-    def travelling(self, state: State) -> Tensors | None:
+    def sent_for_evaluation(self, state: State) -> Tensors | None:
         """Return what clients are sent to be judged with; ``None`` where all of it is their own."""
         return None if self.own_models else self.shared(state)
 
-    def welcome(self, state: State) -> Tensors | None:
+    def sent_to_unseen(self, state: State) -> Tensors | None:
         """Return what a client is sent that has just joined; here what every other is sent."""
-        return self.travelling(state)
+        return self.sent_for_evaluation(state)
 
     def traffic(self, adapter: Tensors) -> Traffic:
         """Return the closed form of a client's bytes in a round; here the adapter down and up."""
@@ -338,7 +338,7 @@ class Method:
         """Write the adapter that ``client`` would use now into its model, for evaluation."""
         client.model.write(payload.tensors)
 
-    def settle(self, client: Client, learning_rate: float, work: Work) -> None:
+    def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
         """Fit what a client that just joined has in its model to its rows; here the whole adapter.
 
         What it is judged by afterwards is what the model holds then.

@@ -15,7 +15,7 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.engine import Engine
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.method import Method
-from fedloom.security.audit_log import Record, unheard
+from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.training.settings import Work
 from fedloom.wire.messages import Exchange, Payload
@@ -27,7 +27,7 @@ AFTER = "after."
 
 
 @dataclass(frozen=True)
-class Newcomers:
+class UnseenClients:
     """Everything that welcoming needs.
 
     Attributes:
@@ -53,9 +53,9 @@ class Newcomers:
             own = self.held_out[client.id]
             self.method.load(client, payload)
             before = own.score(client.model)
-            self.method.settle(client, self.learning_rate, Work(steps=self.steps))
+            self.method.personalise(client, self.learning_rate, Work(steps=self.steps))
             after = {AFTER + name: value for name, value in own.score(client.model).items()}
-            client.kept.clear()
+            client.store.clear()
             return Payload(numbers={"held_out": len(own)}, metrics={**before, **after})
 
         return join
@@ -66,10 +66,10 @@ class Newcomers:
         round: int,
         engine: Engine,
         admission: Admission,
-        audit: Record = unheard,
+        audit: Record = no_op_recorder,
     ) -> dict[int, dict[str, float]]:
         """Have them join after ``round``; return each one's metrics, those after under ``after.``."""
-        shared = self.method.welcome(state)
+        shared = self.method.sent_to_unseen(state)
         if not self.clients:
             return {}
         own = METRICS[self.kind]
