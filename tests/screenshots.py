@@ -2,7 +2,7 @@
 
 ``python tests/screenshots.py FOLDER`` makes the runs and pages below FOLDER (those that are there
 stay) and a picture of each page at 1280 and 390 pixels, light and dark. It needs Chromium; the same is
-checked by ``report/test_in_a_browser.py``.
+checked by ``reports/test_in_a_browser.py``.
 """
 
 import base64
@@ -128,10 +128,10 @@ def pages(folder, model):
     """Make all runs that are not there yet, and write each page anew; returns name to page."""
     import fedloom
     from fedloom.experiment.experiment import Experiment
-    from fedloom.report.comparison_page import write_comparison
-    from fedloom.report.frameworks_page import write_frameworks
-    from fedloom.report.personal_page import write_personal
-    from fedloom.report.run_page import write_report
+    from fedloom.reports.comparison_page import write_comparison
+    from fedloom.reports.frameworks_page import write_frameworks
+    from fedloom.reports.personal_page import write_personal
+    from fedloom.reports.run_page import write_report
     from fedloom.runs.comparison import compare, read_comparison
     from fedloom.settings.toml import write_toml
 
@@ -161,7 +161,7 @@ def judged(folder, runs):
     """The page of an evaluation with two judges that need no model of their own."""
     from fedloom.evaluation.judges import choose
     from fedloom.evaluation.questions import load_benchmark
-    from fedloom.report.evaluation_page import write_evaluation
+    from fedloom.reports.evaluation_page import write_evaluation
     from fedloom.runs import benchmarks
 
     questions = folder / "questions.jsonl"

@@ -379,7 +379,7 @@ def show(loaded, kind, rng):
     from fedloom.data.partition import PartitionSettings, partition, shares
     from fedloom.display.untrusted_text import HIDDEN
     from fedloom.errors import DataError
-    from fedloom.report.figures import partition_svg
+    from fedloom.reports.figures import partition_svg
 
     names = sorted(set.intersection(*(set(row.columns) for row in loaded.train)))
     column = "label" if kind == "labelled" else rng.choice([*names, "site"])

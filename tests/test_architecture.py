@@ -59,7 +59,7 @@ LIGHT = (
     "runs/observers.py",
     "storage/run_folder.py",
     "accounting/costs.py",
-    "report/",
+    "reports/",
     "wire/envelope.py",
     "engines/flower/records.py",
 )

@@ -10,7 +10,7 @@ import tomli_w
 
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.report import record_marks
+from fedloom.reports import record_marks
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.commands.api import ComparisonResult, compare, evaluate, resume, run
+    from fedloom.commands.api import ComparisonResult, compare, evaluate, report, resume, run
     from fedloom.errors import FedloomError
     from fedloom.experiment.experiment import Experiment
     from fedloom.methods.contract.method import Method
@@ -29,6 +29,7 @@ _HOMES = {
     "Result": "fedloom.runs.result",
     "compare": "fedloom.commands.api",
     "evaluate": "fedloom.commands.api",
+    "report": "fedloom.commands.api",
     "resume": "fedloom.commands.api",
     "run": "fedloom.commands.api",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "report",
     "resume",
     "run",
 ]

@@ -11,7 +11,7 @@ from fedloom.accounting.traffic import (
     row_bytes,
     to_record,
 )
-from fedloom.report.client_rounds import turns
+from fedloom.reports.client_rounds import turns
 
 KINDS = {
     "sft": {

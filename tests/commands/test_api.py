@@ -70,3 +70,12 @@ def test_a_table_is_compared(tmp_path, monkeypatch):
 def test_progress_is_shown_when_asked_for(tmp_path, capsys):
     fedloom.run(TABLE, rounds=1, output={"folder": str(tmp_path / "run")}, progress=True)
     assert "round 1/1" in capsys.readouterr().out
+
+
+def test_a_page_is_made_of_a_run(result, tmp_path):
+    folder = result[0].folder
+    assert fedloom.report(folder) == folder / "report.html"
+    several = fedloom.report(folder, str(folder), to=tmp_path / "both.html")
+    assert "counted once" in several.read_text()
+    with pytest.raises(fedloom.FedloomError, match="give a run folder"):
+        fedloom.report()

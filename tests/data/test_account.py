@@ -11,7 +11,7 @@ from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
-from fedloom.report import row_account
+from fedloom.reports import row_account
 from fedloom.runs.assembly import assemble
 from fedloom.runs.division import divide
 from fedloom.runs.made_with import MadeWith

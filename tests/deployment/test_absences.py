@@ -27,7 +27,7 @@ from fedloom.engines.flower import engine as flower
 from fedloom.errors import NonFiniteLoss, RoundFailed, TrainingError
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods.fedavg import FedAvg
-from fedloom.report.run_page import write_report
+from fedloom.reports.run_page import write_report
 from fedloom.runs.run import run_experiment
 from fedloom.storage.files import lock
 from fedloom.wire.envelope import Envelope, ReplyHeader

@@ -28,7 +28,7 @@ from fedloom.display.untrusted_text import (
 from fedloom.errors import ModelError, first_line
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.device import choose_device
-from fedloom.report import figures
+from fedloom.reports import figures
 from fedloom.runs.records import partition_table
 from fedloom.runs.row_tables import show_partition
 

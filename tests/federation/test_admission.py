@@ -15,7 +15,7 @@ from fedloom.federation.admission import Admission, AdmissionSettings
 from fedloom.federation.offences import Offence, OffenceObserver
 from fedloom.methods import METHODS
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
-from fedloom.report.run_page import write_report
+from fedloom.reports.run_page import write_report
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run
 from fedloom.wire.envelope import ReplyHeader

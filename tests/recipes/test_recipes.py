@@ -9,8 +9,8 @@ import pytest
 import fedloom
 from fedloom.data.row_parsing import template_columns
 from fedloom.experiment.experiment import Experiment
-from fedloom.report.frameworks_page import write_frameworks
-from fedloom.report.personal_page import write_personal
+from fedloom.reports.frameworks_page import write_frameworks
+from fedloom.reports.personal_page import write_personal
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.division import judged_kind
 

@@ -12,7 +12,7 @@ from fedloom.errors import JudgeError, ModelError, OutputError, SettingsError
 from fedloom.evaluation.judges import choose
 from fedloom.evaluation.judges.choose import make_judges
 from fedloom.evaluation.questions import Benchmark, Question
-from fedloom.report.evaluation_page import write_evaluation
+from fedloom.reports.evaluation_page import write_evaluation
 from fedloom.runs import benchmarks as judging
 from fedloom.runs.benchmarks import EvaluateSettings, evaluate_benchmark, find_candidates
 from judge_server import parrot, shown, verdict

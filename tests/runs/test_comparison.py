@@ -22,7 +22,7 @@ from fedloom.errors import (
     OutputError,
     SettingsError,
 )
-from fedloom.report.comparison_page import read_cells, results, write_comparison
+from fedloom.reports.comparison_page import read_cells, results, write_comparison
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.division import divide
 from fedloom.runs.records import versions

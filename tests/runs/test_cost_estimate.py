@@ -6,7 +6,7 @@ import pytest
 
 import fedloom
 from fedloom.accounting.network import Link
-from fedloom.report.client_rounds import turns
+from fedloom.reports.client_rounds import turns
 from fedloom.runs.cost_estimate import advise, recommend
 
 LINK = Link(10e6, 50e6, 0.03, 1e9)

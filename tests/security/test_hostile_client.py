@@ -20,7 +20,7 @@ from fedloom.deployment.worker import Worker
 from fedloom.engines.flower.streams import Streams
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.offences import KINDS
-from fedloom.report.run_page import write_report
+from fedloom.reports.run_page import write_report
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.wire.envelope import Envelope, ReplyHeader

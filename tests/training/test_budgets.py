@@ -10,8 +10,8 @@ import tomli_w
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS, make_method
-from fedloom.report.comparison_page import read_cells, results, write_comparison
-from fedloom.report.frameworks_page import write_frameworks
+from fedloom.reports.comparison_page import read_cells, results, write_comparison
+from fedloom.reports.frameworks_page import write_frameworks
 from fedloom.runs.assembly import assemble
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.division import divide

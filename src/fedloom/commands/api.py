@@ -15,7 +15,7 @@ from fedloom.experiment.experiment import COMPARE, Experiment
 from fedloom.experiment.keywords import changed_table, read_experiment
 from fedloom.federation.records import Evaluation, RoundRecord
 from fedloom.objectives.base import Objective
-from fedloom.report.choose import write_page_of
+from fedloom.reports.choose import write_page_of
 from fedloom.runs import comparison as grids
 from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
 from fedloom.runs.observers import Callbacks, RunObserver, Silent

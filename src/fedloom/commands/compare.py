@@ -42,7 +42,7 @@ def compare(
     refuse_early(lambda: _check_comparison(comparison, assignments))
     begin_loading(quiet)
     from fedloom.commands.terminal import ComparisonTerminal, make_console, results_table
-    from fedloom.report.choose import write_page_of
+    from fedloom.reports.choose import write_page_of
     from fedloom.runs import comparison as grid
 
     plan = grid.read_comparison(comparison, assignments or [])

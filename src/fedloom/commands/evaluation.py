@@ -22,8 +22,8 @@ from fedloom.evaluation.questions import load_benchmark
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.device import choose_device
 from fedloom.models.load import fingerprint, require_reachable
-from fedloom.report.evaluation_page import WARNINGS, write_evaluation
-from fedloom.report.html import interval
+from fedloom.reports.evaluation_page import WARNINGS, write_evaluation
+from fedloom.reports.html import interval
 from fedloom.runs import benchmarks
 from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
 from fedloom.runs.candidates import adapter_folder, run_of

@@ -18,7 +18,7 @@ def report(
     force: Force = False,
 ) -> None:
     """Turn run folders, or the folder of a comparison or evaluation, into one self-contained page."""
-    from fedloom.report.choose import write_page_of
+    from fedloom.reports.choose import write_page_of
 
     if target is not None:
         require_new_file(target, "--to", force=force)

@@ -167,7 +167,7 @@ def demo(
         refuse_early(lambda: _check_run(starting_file(), assignments, None))
     observer = begin_loading(quiet)
     from fedloom.experiment.experiment import Experiment
-    from fedloom.report.run_page import write_report
+    from fedloom.reports.run_page import write_report
     from fedloom.runs.run import run_experiment
 
     with terminable():

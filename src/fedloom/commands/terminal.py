@@ -448,8 +448,8 @@ class Bars:
 
 def results_table(folder: Path) -> Table:
     """Return the table of a comparison, of its kind."""
-    from fedloom.report.frameworks_page import is_frameworks
-    from fedloom.report.personal_page import is_personal
+    from fedloom.reports.frameworks_page import is_frameworks
+    from fedloom.reports.personal_page import is_personal
 
     if is_personal(folder):
         return personal_table(folder)
@@ -458,7 +458,7 @@ def results_table(folder: Path) -> Table:
 
 def comparison_table(folder: Path) -> Table:
     """Return a comparison's metric as methods by objectives, with intervals over held-out rows."""
-    from fedloom.report.comparison_page import read_cells, results
+    from fedloom.reports.comparison_page import read_cells, results
 
     found = results(*read_cells(folder))
     objectives = list(dict.fromkeys(row["objective"] for row in found["arms"]))
@@ -478,8 +478,8 @@ def comparison_table(folder: Path) -> Table:
 
 def frameworks_table(folder: Path) -> Table:
     """Return every arm of every scenario: what it reached, and what it cost a client in a round."""
-    from fedloom.report.comparison_page import read_cells
-    from fedloom.report.frameworks_page import arms, results
+    from fedloom.reports.comparison_page import read_cells
+    from fedloom.reports.frameworks_page import arms, results
 
     record, cells = read_cells(folder)
     found = results(record, cells, arms(record, cells))
@@ -510,8 +510,8 @@ def frameworks_table(folder: Path) -> Table:
 
 def personal_table(folder: Path) -> Table:
     """Return what each arm's clients fare like in every scenario, on rows of their own."""
-    from fedloom.report.comparison_page import read_cells
-    from fedloom.report.personal_page import arms, references, results
+    from fedloom.reports.comparison_page import read_cells
+    from fedloom.reports.personal_page import arms, references, results
 
     record, cells = read_cells(folder)
     every = arms(record, cells)

@@ -40,7 +40,7 @@ from fedloom.methods.contract.method import Reveal
 from fedloom.models.load import context_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.randomness import generator
-from fedloom.report import row_account
+from fedloom.reports import row_account
 from fedloom.runs.model_building import model_folder
 from fedloom.runs.token_rows import longest
 from fedloom.settings.plugins import Choices

@@ -1,7 +1,7 @@
 """Held-out metrics, pure: tensors in, numbers out, and what each row adds to the headline one.
 
 The headline metric of each kind of example is in :data:`PRIMARY_METRICS`; what each name means, with its
-formula, unit and range, stands in ``report/glossary.py``.
+formula, unit and range, stands in ``reports/glossary.py``.
 """
 
 from __future__ import annotations

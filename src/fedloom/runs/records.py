@@ -45,7 +45,7 @@ from fedloom.federation.records import Evaluation, RoundRecord
 from fedloom.methods.contract.method import Method
 from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
-from fedloom.report import row_account
+from fedloom.reports import row_account
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.division import Division
 from fedloom.runs.made_with import MadeWith, plugins_record

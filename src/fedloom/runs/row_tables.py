@@ -27,7 +27,7 @@ class Shown:
 
 def show_partition(experiment: Experiment, picture: Path) -> Shown:
     """Return what each client holds and what became of every row, and write the picture of the former."""
-    from fedloom.report.figures import partition_svg
+    from fedloom.reports.figures import partition_svg
 
     division = divide(experiment)
     record = partition_record(experiment, division)

@@ -43,7 +43,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import require_reachable
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
-from fedloom.report import record_marks, row_account
+from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import divide
 from fedloom.runs.made_with import MadeWith, require_same_plugins

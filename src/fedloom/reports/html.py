@@ -10,7 +10,7 @@ from typing import Any
 from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
 from fedloom.display.untrusted_text import visible
 from fedloom.errors import OutputError
-from fedloom.report.glossary import INTERVALS, entries
+from fedloom.reports.glossary import INTERVALS, entries
 from fedloom.statistics.intervals import Interval
 
 

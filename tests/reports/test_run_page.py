@@ -9,7 +9,7 @@ import pytest
 import fedloom
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.report.run_page import read_run, render, write_report
+from fedloom.reports.run_page import read_run, render, write_report
 from fedloom.storage.run_folder import RunFolder
 
 

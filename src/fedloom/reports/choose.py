@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedloom.report.comparison_page import write_comparison
-from fedloom.report.evaluation_page import is_evaluation, write_evaluation
-from fedloom.report.frameworks_page import is_frameworks, write_frameworks
-from fedloom.report.personal_page import is_personal, write_personal
-from fedloom.report.run_page import write_report
+from fedloom.reports.comparison_page import write_comparison
+from fedloom.reports.evaluation_page import is_evaluation, write_evaluation
+from fedloom.reports.frameworks_page import is_frameworks, write_frameworks
+from fedloom.reports.personal_page import is_personal, write_personal
+from fedloom.reports.run_page import write_report
 from fedloom.storage.run_folder import is_comparison
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import Cost
-from fedloom.report.personal_page import Configuration, _arm, _best_round, gains
+from fedloom.reports.personal_page import Configuration, _arm, _best_round, gains
 
 
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 0.9), (False, 0.3)])

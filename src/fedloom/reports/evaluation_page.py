@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
-from fedloom.report.html import fill, write_page
+from fedloom.reports.html import fill, write_page
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, RunFolder
 
@@ -52,7 +52,7 @@ def render(record: Record, answers: Sequence[Record]) -> str:
 
 
 def _chart(judge: Mapping[str, Any]) -> str | None:
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     found = {m: e for m, e in judge["models"].items() if e["mean"] is not None}
     if not found:

@@ -14,17 +14,17 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import OutputError
-from fedloom.report.doubts import all_doubts
-from fedloom.report.html import fill, write_page
-from fedloom.report.judged import (
+from fedloom.reports.doubts import all_doubts
+from fedloom.reports.html import fill, write_page
+from fedloom.reports.judged import (
     difference_over_rows,
     duplicates,
     over_rows,
     over_seeds,
     rows_of,
 )
-from fedloom.report.run_page import Run, read_run
-from fedloom.report.spent import budget_words, comparison_words, spent_rows
+from fedloom.reports.run_page import Run, read_run
+from fedloom.reports.spent import budget_words, comparison_words, spent_rows
 from fedloom.statistics.difference_tests import holm
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, RunFolder
@@ -333,7 +333,7 @@ def _feedback_rows(record: Record, cells: Sequence[GridRun]) -> list[Record]:
 
 def _curves(record: Record, cells: Sequence[GridRun]) -> list[tuple[str, str]]:
     """Return one chart a method: the metric by round of every objective, mean and range over seeds."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     metric = cells[0].run.metric
     values = [v for cell in cells for v in cell.run.global_line(metric)[1]]
@@ -363,7 +363,7 @@ def drawn(own: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def _scatters(record: Record, cells: Sequence[GridRun]) -> list[tuple[str, str]]:
     """Return quality against traffic and against compute, a point an arm."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     words = cells[0].run.metric.replace("_", " ")
     rows: Sequence[Mapping[str, Any]] = _arm_rows(record, cells)

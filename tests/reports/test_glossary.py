@@ -7,7 +7,7 @@ import pytest
 from fedloom.evaluation.metrics import METRICS, PRIMARY_METRICS
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.distillation import Distillation
-from fedloom.report import glossary
+from fedloom.reports import glossary
 from fedloom.training.results import BALANCE
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -25,7 +25,7 @@ REPORTED = {
 @pytest.mark.parametrize("spec", REPORTED.values(), ids=REPORTED)
 def test_every_reported_metric_has_one_definition(spec):
     own = glossary.entry(spec.name)
-    assert own is not None, f"{spec.name} is not in report/glossary.py"
+    assert own is not None, f"{spec.name} is not in reports/glossary.py"
     assert (spec.lowest, spec.highest) == (0, 1) or own.highest is None
     assert (own.highest == 1) == (spec.highest == 1)
     assert (own.lowest is None) == (spec.lowest < 0)
@@ -52,5 +52,5 @@ def test_names_are_defined_once_and_pages_find_them():
 
 def test_the_document_is_the_glossary():
     assert (DOCS / "metrics.md").read_text(encoding="utf-8") == glossary.markdown(), (
-        "python -m fedloom.report.glossary > docs/metrics.md"
+        "python -m fedloom.reports.glossary > docs/metrics.md"
     )

@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 
 import fedloom
-from fedloom.report.comparison_page import write_comparison
-from fedloom.report.doubts import all_doubts
-from fedloom.report.frameworks_page import write_frameworks
-from fedloom.report.personal_page import write_personal
-from fedloom.report.run_page import Run, read_run, render, write_report
+from fedloom.reports.comparison_page import write_comparison
+from fedloom.reports.doubts import all_doubts
+from fedloom.reports.frameworks_page import write_frameworks
+from fedloom.reports.personal_page import write_personal
+from fedloom.reports.run_page import Run, read_run, render, write_report
 from fedloom.storage.run_folder import RunFolder
 
 

@@ -137,7 +137,7 @@ def history(rounds: Sequence[Record], partition: Record) -> ExpertHistory | None
 
 def experts_section(rounds: Sequence[Record], partition: Record) -> dict[str, Any] | None:
     """Return what the template shows, or ``None`` for a run without experts."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     own = history(rounds, partition)
     if own is None:
@@ -196,7 +196,7 @@ def _commonest(partition: Record) -> dict[int, str]:
 
 def _spans(own: ExpertHistory) -> list[dict[str, Any]]:
     """Return each group with its clients, where it begins and how many columns it has."""
-    from fedloom.report.figures import PALETTE
+    from fedloom.reports.figures import PALETTE
 
     found: list[dict[str, Any]] = []
     for place, (client, group) in enumerate(zip(own.clients, own.groups, strict=False)):

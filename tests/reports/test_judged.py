@@ -7,11 +7,11 @@ import pytest
 
 import fedloom
 from fedloom.commands.terminal import comparison_table, frameworks_table, personal_table
-from fedloom.report.comparison_page import write_comparison
-from fedloom.report.frameworks_page import write_frameworks
-from fedloom.report.judged import difference_over_rows, duplicates, outcome
-from fedloom.report.personal_page import write_personal
-from fedloom.report.run_page import read_run, write_report
+from fedloom.reports.comparison_page import write_comparison
+from fedloom.reports.frameworks_page import write_frameworks
+from fedloom.reports.judged import difference_over_rows, duplicates, outcome
+from fedloom.reports.personal_page import write_personal
+from fedloom.reports.run_page import read_run, write_report
 from fedloom.storage.run_folder import RunFolder
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fedloom.errors import SettingsError
-from fedloom.report.frameworks_page import Configuration, on_front, verdicts, write_frameworks
+from fedloom.reports.frameworks_page import Configuration, on_front, verdicts, write_frameworks
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.settings.toml import write_toml
 from fedloom.statistics.intervals import Interval

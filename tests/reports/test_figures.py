@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from fedloom.report import figures
-from fedloom.report.figures import MANY_CLIENTS, _apart, _grouped, _places, _sizes
+from fedloom.reports import figures
+from fedloom.reports.figures import MANY_CLIENTS, _apart, _grouped, _places, _sizes
 
 
 def test_lines_that_coincide_have_dashes_that_take_turns():

@@ -14,8 +14,8 @@ from typing import Any
 
 from fedloom.accounting.network import Link
 from fedloom.accounting.quantities import human_bytes, human_flops
-from fedloom.report.client_rounds import ClientRound, server_costs, turns
-from fedloom.report.comparison_page import (
+from fedloom.reports.client_rounds import ClientRound, server_costs, turns
+from fedloom.reports.comparison_page import (
     GridRun,
     cells_of,
     is_of_kind,
@@ -23,8 +23,8 @@ from fedloom.report.comparison_page import (
     spent_by_arm,
     spent_words,
 )
-from fedloom.report.html import fill, write_page
-from fedloom.report.judged import over_rows, over_seeds, rows_of
+from fedloom.reports.html import fill, write_page
+from fedloom.reports.judged import over_rows, over_seeds, rows_of
 from fedloom.statistics.intervals import Interval
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, RunFolder
@@ -303,7 +303,7 @@ def render(record: Record, cells: Sequence[GridRun], found: Sequence[Configurati
 
 
 def _scenario(name: str, found: Sequence[Configuration], cells: Sequence[GridRun]) -> Record:
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     own = [arm for arm in found if arm.scenario == name]
     metric = cells[0].run.metric.replace("_", " ")

@@ -1,6 +1,6 @@
 """What every metric means: name, formula, unit, range, and what it is a mean over. Pure data.
 
-``docs/metrics.md`` is written from this file (``python -m fedloom.report.glossary > docs/metrics.md``),
+``docs/metrics.md`` is written from this file (``python -m fedloom.reports.glossary > docs/metrics.md``),
 and pages hold the entries of the metrics that they show. A name has one definition wherever it is used;
 where a formula depends on the kind of rows, the entry says so.
 
@@ -457,9 +457,9 @@ def markdown() -> str:
     lines = [
         "# What every figure means",
         "",
-        "Written from `src/fedloom/report/glossary.py` by `python -m fedloom.report.glossary`. The pages "
-        "of runs and comparisons hold",
-        "the entries of what they show.",
+        "Written from `src/fedloom/reports/glossary.py` by `python -m fedloom.reports.glossary`. The "
+        "pages of runs and",
+        "comparisons hold the entries of what they show.",
         "",
         "y+ and y- are the chosen and the rejected answer to a prompt x. log pi(y|x) is the sum of "
         "the log-probabilities of",

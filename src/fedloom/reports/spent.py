@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from fedloom.accounting.quantities import human_count, human_flops
-from fedloom.report.client_rounds import client_costs
-from fedloom.report.run_page import Run
+from fedloom.reports.client_rounds import client_costs
+from fedloom.reports.run_page import Run
 from fedloom.storage.run_folder import Record
 
 BUDGETS = {"steps": "optimizer steps", "examples": "examples", "tokens": "tokens"}

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from fedloom.report.experts_section import experts_section, history
+from fedloom.reports.experts_section import experts_section, history
 from fedloom.statistics.difference_tests import group_test
 
 PARTITION = {
@@ -128,7 +128,7 @@ def test_many_rounds_are_thinned_to_the_first_the_last_and_some_between():
 @pytest.mark.slow
 def test_the_page_of_a_run(tmp_path, experiment):
     import fedloom
-    from fedloom.report.run_page import write_report
+    from fedloom.reports.run_page import write_report
 
     own = experiment(
         method={"name": "fedamole", "max_experts_per_client": 4},
@@ -147,7 +147,7 @@ def test_the_page_of_a_run(tmp_path, experiment):
 
 
 def test_values_are_escaped(tmp_path):
-    from fedloom.report.html import fill
+    from fedloom.reports.html import fill
 
     section = experts_section([record(1)], PARTITION)
     page = fill("experts.html.j2", view={"experts": section})

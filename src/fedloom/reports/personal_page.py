@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fedloom.report.client_rounds import turns
-from fedloom.report.comparison_page import (
+from fedloom.reports.client_rounds import turns
+from fedloom.reports.comparison_page import (
     GridRun,
     cells_of,
     is_of_kind,
@@ -22,9 +22,9 @@ from fedloom.report.comparison_page import (
     spent_by_arm,
     spent_words,
 )
-from fedloom.report.glossary import entry
-from fedloom.report.html import fill, write_page
-from fedloom.report.judged import over_clients
+from fedloom.reports.glossary import entry
+from fedloom.reports.html import fill, write_page
+from fedloom.reports.judged import over_clients
 from fedloom.statistics.intervals import UNBOUNDED, Interval, mean_interval
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, RunFolder
@@ -206,7 +206,7 @@ def _over_seeds(values: Sequence[float], metric: str, *, differences: bool) -> I
 
 def render(record: Record, cells: Sequence[GridRun], found: Sequence[Configuration]) -> str:
     """Return the page as HTML."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     scenarios: list[dict[str, Any]] = []
     for name in record["objectives"]:

@@ -16,12 +16,12 @@ from typing import Any
 
 from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
 from fedloom.errors import OutputError, first_line
-from fedloom.report import row_account
-from fedloom.report.client_rounds import client_costs, server_costs, turns
-from fedloom.report.doubts import all_doubts, doubts_of
-from fedloom.report.experts_section import experts_section
-from fedloom.report.html import fill, write_page
-from fedloom.report.judged import (
+from fedloom.reports import row_account
+from fedloom.reports.client_rounds import client_costs, server_costs, turns
+from fedloom.reports.doubts import all_doubts, doubts_of
+from fedloom.reports.experts_section import experts_section
+from fedloom.reports.html import fill, write_page
+from fedloom.reports.judged import (
     counted_interval,
     duplicates,
     interval_of,
@@ -31,7 +31,7 @@ from fedloom.report.judged import (
     over_seeds,
     rows_of,
 )
-from fedloom.report.record_marks import doubts
+from fedloom.reports.record_marks import doubts
 from fedloom.security import audit_log
 from fedloom.statistics.intervals import Interval
 from fedloom.storage import run_folder as names
@@ -373,7 +373,7 @@ def _shown_metrics(run: Run) -> list[str]:
 
 def _figures(run: Run) -> list[tuple[str, str]]:
     """Return titled charts; those without data are left out."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     name, words = run.metric, run.metric.replace("_", " ")
     charts: list[tuple[str, str]] = []
@@ -430,7 +430,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
 
 def _holdings(run: Run) -> Record | None:
     """Return the map of who holds what and its rows by name, where bars do not name them all."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     if not run.partition["clients"] or not figures.is_map(run.partition):
         return None
@@ -541,7 +541,7 @@ def _resources(run: Run) -> list[tuple[str, str, str]]:
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """Return table and charts over several runs; only runs of one metric share a chart."""
-    from fedloom.report import figures
+    from fedloom.reports import figures
 
     labels = _distinct_labels(runs)
     metric = runs[0].metric

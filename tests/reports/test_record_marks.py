@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from fedloom.errors import CheckpointError
-from fedloom.report import record_marks
+from fedloom.reports import record_marks
 from fedloom.storage.run_folder import RunFolder
 
 LINES = b'{"round": 0}\n{"round": 1}\n'

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import REPEATED, Cost
-from fedloom.report.comparison_page import GridRun, _arm, _means_by_objective, _paired
-from fedloom.report.spent import budget_words, comparison_words, spent_rows
+from fedloom.reports.comparison_page import GridRun, _arm, _means_by_objective, _paired
+from fedloom.reports.spent import budget_words, comparison_words, spent_rows
 
 RESOURCES = {"steps": 4, "examples": 8, "tokens": 16, "flops": 32, "seconds": 64}
 
@@ -39,7 +39,7 @@ def cell(
 @pytest.fixture(autouse=True)
 def without_rows(monkeypatch):
     """Intervals over rows have hand values of their own."""
-    from fedloom.report import comparison_page
+    from fedloom.reports import comparison_page
     from fedloom.statistics.intervals import Interval
 
     none = Interval(None, None, None, 0, "rows")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.storage.run_folder import Record, other_versions, versions_of
 
 if TYPE_CHECKING:
-    from fedloom.report.run_page import Run
+    from fedloom.reports.run_page import Run
 
 MOST = 3
 """Runs that are named of those that are alike; of the others it says how many they are."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedloom.report.glossary import entry
+from fedloom.reports.glossary import entry
 from fedloom.statistics.intervals import (
     UNBOUNDED,
     Interval,
@@ -25,7 +25,7 @@ from fedloom.statistics.intervals import (
 )
 
 if TYPE_CHECKING:
-    from fedloom.report.run_page import Run
+    from fedloom.reports.run_page import Run
 
 NO_ROWS = "not estimable: no scores of single rows (judged at clients, or by an earlier version)"
 OTHER_ROWS = "not estimable: the arms were judged by different rows"
