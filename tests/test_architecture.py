@@ -20,7 +20,7 @@ IMPORTERS = {
         "models/verify.py",
         "models/quantize.py",
         "models/tiny.py",
-        "models/exported_code.py",
+        "models/exported_modeling.py",
         "data/chat.py",
     ),
     "peft": ("models/",),
@@ -41,7 +41,7 @@ IMPORTERS = {
     ),
     "grpc": (),
     "h11": ("deployment/fleet.py",),
-    "httpcore": ("deployment/flower_node.py", "evaluation/judges/replies.py"),
+    "httpcore": ("deployment/flower_node.py", "evaluation/judges/http_client.py"),
     "uvicorn": ("deployment/flower_server.py",),
 }
 # `fedloom --help`, a mistyped setting and a report must not wait seconds for torch.

@@ -6,7 +6,8 @@ import pytest
 from pydantic import Field
 
 from fedloom.errors import SettingsError
-from fedloom.settings.schema import Settings, nearest, parse
+from fedloom.settings.schema import Settings, parse
+from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import override, read_toml, write_toml
 
 

@@ -13,7 +13,8 @@ from fedloom.data.sources import CLIENTS as ELSEWHERE
 from fedloom.data.sources import DataSettings
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import SettingsError
-from fedloom.settings.schema import Settings, nearest, parse
+from fedloom.settings.schema import Settings, parse
+from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import read_toml
 
 

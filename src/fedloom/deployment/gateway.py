@@ -47,7 +47,7 @@ from fedloom.errors import (
 from fedloom.federation.offences import Report, one_line
 from fedloom.security.audit_log import Limited
 from fedloom.security.client_registry import CachedMembers, Members
-from fedloom.security.token_bucket import TokenBucket
+from fedloom.security.rate_limits import RateLimits, TokenBucket
 from fedloom.settings.schema import Settings, parse
 from fedloom.settings.toml import read_toml
 from fedloom.wire.framing import connect, write_frame
@@ -231,7 +231,9 @@ class Gateway:
         self._certificate = b""
         self._unproven: dict[int, _Unproven] = {}  # oldest first
         self._addresses: collections.Counter[str] = collections.Counter()
-        self._handshakes: dict[str, TokenBucket] = {}
+        self._handshakes = RateLimits(
+            self.settings.handshakes_per_second, self.settings.handshake_burst
+        )
         self._requests: dict[int, TokenBucket] = {}
         self._turns: dict[int, threading.BoundedSemaphore] = {}
         self._connections: dict[int, _Admitted] = {}
@@ -354,10 +356,7 @@ class Gateway:
                     self._shed()
                 return  # nobody else waits
             now, address = time.monotonic(), source(host)
-            new = TokenBucket(
-                self.settings.handshakes_per_second, self.settings.handshake_burst, now
-            )
-            if not self._handshakes.setdefault(address, new).take(now):
+            if not self._handshakes.allows(address, now):
                 connection.close()
                 self._noted("connects", address, "too many connections a second", "rate")
                 continue
@@ -396,11 +395,7 @@ class Gateway:
                 break
             seconds = self.settings.handshake_seconds
             self._refused(oldest, f"no proof of a key within {seconds:g} seconds", "time")
-        self._handshakes = {
-            address: own
-            for address, own in self._handshakes.items()
-            if self._addresses[address] or not own.is_full(now)
-        }
+        self._handshakes.forget(now, lambda address: self._addresses[address] > 0)
 
     def _advance(self, own: _Unproven) -> None:
         """Go on with a connection as far as what has come allows."""

@@ -28,7 +28,8 @@ from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPOSettings
 from fedloom.settings.plugins import Choices
-from fedloom.settings.schema import NamedSettings, Settings, Table, nearest, parse
+from fedloom.settings.schema import NamedSettings, Settings, Table, parse
+from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import is_text, override, read_toml, require_section, write_toml
 from fedloom.training.settings import TrainingSettings
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import SECTIONS, Experiment, keys_of
-from fedloom.settings.schema import Table, nearest
+from fedloom.settings.schema import Table
+from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import read_toml, require_section
 
 CALL = "the call of run"

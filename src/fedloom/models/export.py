@@ -1,7 +1,7 @@
 """A client's model as ``transformers`` loads it: adapter merged, own head in place, tokenizer beside.
 
 Without a bottleneck adapter that is an ordinary model folder. A bottleneck is no part of any architecture
-that ``transformers`` knows, so the folder then has a file of code (``exported_code.py``) that needs
+that ``transformers`` knows, so the folder then has a file of code (``exported_modeling.py``) that needs
 ``trust_remote_code=True``.
 """
 
@@ -133,10 +133,10 @@ def _save_personal(
     *,
     reward: bool,
 ) -> None:
-    """Save the backbone with ``exported_code.py``'s head; the code and where it is go along."""
-    from fedloom.models import exported_code
+    """Save the backbone with ``exported_modeling.py``'s head; the code and where it is go along."""
+    from fedloom.models import exported_modeling
 
-    head = exported_code.Head(
+    head = exported_modeling.Head(
         weight.shape[1], weight.shape[0], own.parts.bottleneck, bias is not None
     )
     head.output.weight = _parameter(weight)
@@ -158,7 +158,7 @@ def _save_personal(
     config.architectures = [f"PersonalFor{task}"]
     backbone = type(inner).__name__
     _save(inner, tokenizer, folder)
-    code = Path(exported_code.__file__).read_text(encoding="utf-8")
+    code = Path(exported_modeling.__file__).read_text(encoding="utf-8")
     line = "from transformers import LlamaForCausalLM as Backbone"
     (folder / CODE).write_text(code.replace(line, line.replace("LlamaForCausalLM", backbone)))
     _set_architecture(folder, config.architectures)

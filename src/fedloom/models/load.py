@@ -8,7 +8,6 @@ of it is loaded.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fedloom.models.quantize import (
     loading_options,
     quantize_loaded,
 )
+from fedloom.models.remote_code import AUTO_MAP, asks_to_run_code, needs_code, require_no_code
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import Settings
 
@@ -40,12 +40,6 @@ PLAIN_CHAT = START + (
 )
 """For tokenizers without a chat template of their own: one line a message, after its role, behind the
 start token where the tokenizer writes one."""
-
-OWN_CODE = "auto_map"
-"""Where a configuration names classes that lie beside the weights."""
-
-CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json")
-"""Files of a model's folder that may name code."""
 
 SAMPLED_ABOVE = 256 * 1024**2
 """Files above this many bytes enter a fingerprint by size, first and last mebibyte."""
@@ -88,8 +82,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if _asks_to_run_code(error):
-            raise _needs_code(path) from None
+        if asks_to_run_code(error):
+            raise needs_code(path) from None
         raise ModelError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         begins = tokenizer.bos_token_id in tokenizer("x")["input_ids"][:1]
@@ -425,34 +419,7 @@ def _check_folder(path: str) -> None:
         raise ModelError(
             f'model.path {path!r} {state}; give a folder in Hugging Face layout, a Hub name, or "tiny"'
         )
-    _require_no_code(path)
-
-
-def _require_no_code(path: str) -> None:
-    """Check that a model's folder names no code of its own, by its configurations as plain JSON.
-
-    Raises:
-        ModelError: It does; nothing of it has been imported.
-    """
-    for name in CONFIGURATIONS:
-        try:
-            content = json.loads((Path(path) / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # absent, or for the loader to complain about
-            continue
-        if isinstance(content, dict) and OWN_CODE in content:
-            raise _needs_code(path)
-
-
-def _needs_code(path: str) -> ModelError:
-    return ModelError(
-        f"the model {path} needs code of its own, which is never run; take one whose architecture "
-        f"transformers knows ({OWN_CODE} in its configuration names the code)"
-    )
-
-
-def _asks_to_run_code(error: Exception) -> bool:
-    """Return whether a loader fails since it may not run what comes with a model on the Hub."""
-    return "trust_remote_code" in str(error)
+    require_no_code(path)
 
 
 def _configuration(path: str, revision: str | None) -> Any:
@@ -470,11 +437,11 @@ def _configuration(path: str, revision: str | None) -> Any:
     except OSError:
         raise
     except Exception as error:  # a configuration's own checks raise what they like
-        if _asks_to_run_code(error):
-            raise _needs_code(path) from None
+        if asks_to_run_code(error):
+            raise needs_code(path) from None
         raise ValueError(first_line(error)) from error
-    if getattr(config, OWN_CODE, None):  # of a Hub name, whose files were not here to be looked at
-        raise _needs_code(path)
+    if getattr(config, AUTO_MAP, None):  # of a Hub name, whose files were not here to be looked at
+        raise needs_code(path)
     return config
 
 

@@ -41,7 +41,8 @@ from fedloom.models.tiny import tiny_model
 from fedloom.randomness import derive_seed, generator
 from fedloom.runs.candidates import Form, adapter_folder, named_form, trained_form
 from fedloom.runs.model_building import TINY_TEXTS
-from fedloom.settings.schema import Settings, nearest, parse
+from fedloom.settings.schema import Settings, parse
+from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import override
 from fedloom.storage import run_folder as names
 from fedloom.storage.cache import cache_folder

@@ -45,7 +45,8 @@ from fedloom.runs.records import versions
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.runs.start import find_start, settled
 from fedloom.runs.stopping import Terminated
-from fedloom.settings.schema import Settings, nearest, parse
+from fedloom.settings.schema import Settings, parse
+from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import override, read_toml, write_toml
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import RunFolder, is_comparison, other_versions

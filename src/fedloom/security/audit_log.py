@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import AuditError, OutputError, first_line
-from fedloom.security.token_bucket import TokenBucket
+from fedloom.security.rate_limits import TokenBucket
 
 FILE = "audit.jsonl"
 

@@ -6,14 +6,14 @@ knows none of them. Pydantic's complaints become one line each that names the ne
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedloom.display.untrusted_text import quoted
+from fedloom.settings.suggestions import nearest
 
 Table = dict[str, Any]
 """A TOML table as ``tomllib`` reads it."""
@@ -75,14 +75,6 @@ def parse(
         return settings_class.model_validate(dict(table)), []
     except ValidationError as error:
         return None, [_complaint(settings_class, where, dict(item)) for item in error.errors()]
-
-
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return a hint such as ``did you mean 'rounds'? allowed: clients, rounds``."""
-    names = sorted(allowed)
-    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    hint = f"did you mean {match[0]!r}? " if match else ""
-    return f"{hint}allowed: {', '.join(names)}"
 
 
 def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any]) -> str:

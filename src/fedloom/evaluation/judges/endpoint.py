@@ -22,13 +22,9 @@ from pydantic import Field
 
 from fedloom.errors import JudgeError
 from fedloom.evaluation.judges.base import Case, Verdict
-from fedloom.evaluation.judges.prompts import (
-    judgelm_prompt,
-    marked_prompt,
-    parse_judgelm,
-    parse_marked,
-)
-from fedloom.evaluation.judges.replies import Caller, Reply, ReplyError
+from fedloom.evaluation.judges.http_client import Caller, Reply, ReplyError
+from fedloom.evaluation.judges.parsing import parse_judgelm, parse_marked
+from fedloom.evaluation.judges.prompts import judgelm_prompt, marked_prompt
 from fedloom.settings.schema import Settings
 
 KEY = "FEDLOOM_JUDGE_KEY"

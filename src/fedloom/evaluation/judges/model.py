@@ -8,7 +8,8 @@ import torch
 
 from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.judges.base import Case, Verdict
-from fedloom.evaluation.judges.prompts import judgelm_prompt, parse_judgelm
+from fedloom.evaluation.judges.parsing import parse_judgelm
+from fedloom.evaluation.judges.prompts import judgelm_prompt
 from fedloom.models.agreement import require_tokens
 from fedloom.models.load import context_length, load_backbone
 

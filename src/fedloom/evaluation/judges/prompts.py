@@ -1,4 +1,4 @@
-"""Prompts for judging models, hardened against answers that talk to the judge, and their parsing.
+"""Prompts for judging models, hardened against answers that talk to the judge.
 
 Two forms. ``judgelm``: the prompt JudgeLM was trained on (Zhu et al. 2023,
 https://arxiv.org/abs/2310.17631), whose first line of output holds the scores and nothing else.
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
 
-from fedloom.evaluation.judges.base import Case, Verdict
+from fedloom.evaluation.judges.base import Case
 
 ROLE = "You are a helpful and precise assistant for checking the quality of the answer."
 
@@ -33,8 +32,6 @@ TALKS_TO_JUDGE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """What an answer to a user has no reason to say."""
-
-NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 def shield(text: str) -> str:
@@ -73,14 +70,6 @@ def judgelm_prompt(case: Case) -> str:
     )
 
 
-def parse_judgelm(text: str, count: int, scale: tuple[float, float]) -> Verdict:
-    """Read a verdict from the first line that is not empty; it must hold the scores and no more."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or not re.fullmatch(rf"(?:{NUMBER}[\s,;/]*)+", lines[0]):
-        return Verdict(None, "unparsable" if lines else "no answer: empty", text)
-    return _verdict(re.findall(NUMBER, lines[0]), count, scale, text)
-
-
 def code(case: Case) -> str:
     """Return the eight hex digits that mark a case; an answer cannot hold its own."""
     parts = [str(case.seed), case.question.text, *case.answers]
@@ -107,22 +96,3 @@ def marked_prompt(case: Case) -> list[dict[str, str]]:
         f"in the order shown:\n[[verdict-{mark}: {numbers}]]"
     )
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
-def parse_marked(text: str, case: Case, scale: tuple[float, float]) -> Verdict:
-    """Read the last verdict that carries the case's code; any other is somebody else's."""
-    if not text.strip():
-        return Verdict(None, "no answer: empty", text)
-    found = re.findall(rf"\[\[\s*verdict-{code(case)}\s*:([^\]]*)\]\]", text, re.IGNORECASE)
-    if not found:
-        return Verdict(None, "unparsable", text)
-    return _verdict(re.findall(NUMBER, found[-1]), len(case.answers), scale, text)
-
-
-def _verdict(numbers: Sequence[str], count: int, scale: tuple[float, float], raw: str) -> Verdict:
-    scores = tuple(float(number) for number in numbers)
-    if len(scores) != count:
-        return Verdict(None, "unparsable", raw)
-    if any(not scale[0] <= score <= scale[1] for score in scores):
-        return Verdict(None, "out of range", raw)
-    return Verdict(scores, "", raw)

@@ -11,7 +11,7 @@ import pytest
 from fedloom.errors import JudgeError
 from fedloom.evaluation.judges.base import Case
 from fedloom.evaluation.judges.endpoint import EndpointJudge, EndpointSettings
-from fedloom.evaluation.judges.replies import LONGEST, Caller
+from fedloom.evaluation.judges.http_client import LONGEST, Caller
 from fedloom.evaluation.questions import Question
 
 CASE = Case(Question("1", "What is two and two?"), ("four", "five"))
