@@ -72,7 +72,7 @@ STEP = """
     from fedloom.objectives import DPO
     from fedloom.training.layout import Budget
     from fedloom.training.references import add_reference_logps
-from fedloom.training.steps import train_locally
+    from fedloom.training.steps import train_locally
     from fedloom.training.settings import TrainingSettings, Work
 
     torch.set_num_threads(1)
