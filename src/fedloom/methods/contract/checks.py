@@ -7,18 +7,15 @@ nothing where a section that it needs is not sound.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fedloom.methods.contract.experiment_view import ExperimentView
-
-if TYPE_CHECKING:
-    from fedloom.methods.contract.method import Method
+from fedloom.methods.contract.traits import MethodTraits
 
 TASKS = ("sft", "classification")
 """Objectives whose loss is a mean over positions (texts or tokens) that several parties can share."""
 
 
-def general(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def general(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield every contradiction that follows from a method's class attributes."""
     yield from _changes(kind, view)
     if view.objective is not None:
@@ -38,7 +35,7 @@ def tasks_only(view: ExperimentView) -> Iterator[str]:
         )
 
 
-def _changes(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def _changes(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     bounded = view.admission is not None and view.admission.max_change is not None
     if bounded and not kind.shares_parameters:
         yield (
@@ -47,7 +44,7 @@ def _changes(kind: type[Method], view: ExperimentView) -> Iterator[str]:
         )
 
 
-def _parameters(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def _parameters(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield what methods that share parameters cannot do with these adapters and clients."""
     adapter, aggregation, groups = view.adapter, view.aggregation, view.groups
     if kind.two_factors and adapter is not None and adapter.kind != "lora":
@@ -99,7 +96,7 @@ def _ranks(view: ExperimentView, largest: int) -> Iterator[str]:
             )
 
 
-def _amounts(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def _amounts(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield why what a client does in a round cannot be shared by the trainings of its method."""
     training, federation, objective = view.training, view.federation, view.objective
     if training is None or federation is None or objective is None:
@@ -132,7 +129,7 @@ def _amounts(kind: type[Method], view: ExperimentView) -> Iterator[str]:
         )
 
 
-def _start(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def _start(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield what cannot start from an adapter that exists."""
     if view.adapter is None or view.adapter.start is None:
         return
@@ -148,7 +145,7 @@ def _start(kind: type[Method], view: ExperimentView) -> Iterator[str]:
             )
 
 
-def _newcomers(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def _newcomers(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield why nobody can join at the end."""
     if view.clients is None or not view.clients.newcomers:
         return
@@ -156,7 +153,7 @@ def _newcomers(kind: type[Method], view: ExperimentView) -> Iterator[str]:
         yield f"clients.newcomers go with methods that share parameters; {view.name!r} does not"
 
 
-def _rows(kind: type[Method], view: ExperimentView) -> Iterator[str]:
+def _rows(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield what needs rows that the coordinator does not have, or that are all the clients'."""
     if view.data is None:
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from fedloom.data.partition import PartitionSettings
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
+from fedloom.methods.contract.traits import MethodTraits
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import ModelSettings
 from fedloom.objectives.base import Objective
@@ -16,7 +17,6 @@ from fedloom.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from fedloom.aggregation.rules import AggregationSettings
-    from fedloom.methods.contract.method import Method
 
 
 class Group(Protocol):
@@ -83,7 +83,7 @@ class ExperimentView:
     """
 
     method: Any
-    methods: Mapping[str, type[Method]]
+    methods: Mapping[str, type[MethodTraits]]
     objective_name: str = ""
     objective: type[Objective] | None = None
     model: ModelSettings | None = None

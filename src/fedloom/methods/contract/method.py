@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from fedloom.methods.contract.averaging import mean_adapter, weights_of
 from fedloom.methods.contract.checks import general
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.traits import MethodTraits
 from fedloom.methods.declaration import Declaration
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalModules
@@ -171,66 +172,31 @@ class ServerSide:
     aggregation: AggregationSettings
 
 
-class Method:
-    """Base of all methods.
+class Method(MethodTraits):
+    """Base of all methods; what experiments are checked by is in :class:`MethodTraits`.
 
     Attributes:
         declares: What it is, in words and facts.
-        pools_data: Whether the rows of all clients are put together in client 0 (centralised).
-        own_models: Whether each client keeps an adapter of its own and is judged by it.
-        personal: Whether a client judges and uses what the server sends together with what it keeps.
-        needs_public: Whether all parties must have public rows.
-        mixed_ranks: Whether clients that share parameters may have LoRA factors of different ranks.
-        mixed_models: Whether its clients may have different models and adapters of any rank.
-        shares_parameters: Whether what travels is parameters of the adapter, all of them or some.
-        two_factors: Whether it treats the two factors of LoRA apart.
-        submixtures: Whether each client can keep a model of its own, of experts that the backbone has.
-        whole_at_clients: Whether a client has the whole model, and can be judged by it.
-        moves_backbone: Whether weights that are frozen while training change between rounds.
-        by_rows: Whether clients weigh by their rows in means of adapters, or all alike.
-        averages: Whether it takes means of adapters by :meth:`averaged`, which other rules may replace.
         reveals: What replies hold beside numbers; each method's file says it, and a client's policy goes
             by it. An object may narrow it by its settings.
-        trainings: How often a client goes over a round's work at most in one request.
-        repeats: Optimizer steps on each batch.
         taken: Its settings that a client takes over from a server as they are: they can neither choose
             rows nor cost much.
         bounded: Those that it takes over where they are no larger than a line of its ``[policy]``, which
             is named.
         named_models: Those that name a backbone, which a client must allow.
         least: Settings with which replies hold the least; the others reveal more.
-        no_start: Why it cannot start from an adapter that exists, and what can be done, where it cannot.
         aggregation: The rule.
         server: What it has on the server, from :meth:`setup` on.
     """
 
     declares: Declaration
-    pools_data = False
-    own_models = False
-    personal = False
-    needs_public = False
-    mixed_ranks = False
-    mixed_models = False
-    shares_parameters = True
-    two_factors = False
-    submixtures = False
-    whole_at_clients = True
-    changes_backbone = False
-    averages = False
-    by_rows = True
     reveals: frozenset[Reveal]
-    trainings = 1
-    repeats = 1
     taken: tuple[str, ...] = ()
     bounded: Mapping[str, str] = MappingProxyType({})
     named_models: tuple[str, ...] = ()
     least: Mapping[str, object] = MappingProxyType({})
-    no_start = ""
     aggregation = AggregationSettings()
     server: ServerSide
-
-    def __init__(self, settings: Any) -> None:
-        """Take the settings of ``[method]``; each method keeps what it needs of them."""
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
@@ -296,10 +262,6 @@ class Method:
             raise RoundFailed(
                 f"round {cohort.round}: aggregation.rule = {own.rule!r} has too few updates: {error}"
             ) from error
-
-    def trainings_of(self, round: int, rounds: int) -> int:
-        """Return how many trainings a client makes in a round (from 1) of so many, in all requests."""
-        return 1
 
     def privacy_statement(self) -> str | None:
         """Return what may be said about privacy beyond that rows stay with their clients, if anything."""
