@@ -12,7 +12,8 @@ from fedloom.reports.comparison_page import write_comparison
 from fedloom.reports.doubts import all_doubts
 from fedloom.reports.frameworks_page import write_frameworks
 from fedloom.reports.personal_page import write_personal
-from fedloom.reports.run_page import Run, read_run, render, write_report
+from fedloom.reports.run_data import Run, read_run
+from fedloom.reports.run_page import render, write_report
 from fedloom.storage.run_folder import RunFolder
 
 

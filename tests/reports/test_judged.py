@@ -11,7 +11,8 @@ from fedloom.reports.comparison_page import write_comparison
 from fedloom.reports.frameworks_page import write_frameworks
 from fedloom.reports.judged import difference_over_rows, duplicates, outcome
 from fedloom.reports.personal_page import write_personal
-from fedloom.reports.run_page import read_run, write_report
+from fedloom.reports.run_data import read_run
+from fedloom.reports.run_page import write_report
 from fedloom.storage.run_folder import RunFolder
 
 

@@ -9,7 +9,8 @@ import pytest
 import fedloom
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.reports.run_page import read_run, render, write_report
+from fedloom.reports.run_data import read_run
+from fedloom.reports.run_page import render, write_report
 from fedloom.storage.run_folder import RunFolder
 
 

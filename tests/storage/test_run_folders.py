@@ -14,7 +14,8 @@ from fedloom.errors import AuditError, CheckpointError, Interrupted, OutputError
 from fedloom.objectives.dpo import DPO
 from fedloom.reports import record_marks
 from fedloom.reports.doubts import doubts_of
-from fedloom.reports.run_page import read_run, write_report
+from fedloom.reports.run_data import read_run
+from fedloom.reports.run_page import write_report
 from fedloom.runs.forget import forget_client
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run

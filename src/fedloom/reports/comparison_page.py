@@ -23,7 +23,7 @@ from fedloom.reports.judged import (
     over_seeds,
     rows_of,
 )
-from fedloom.reports.run_page import Run, read_run
+from fedloom.reports.run_data import Run, read_run
 from fedloom.reports.spent import budget_words, comparison_words, spent_rows
 from fedloom.statistics.difference_tests import holm
 from fedloom.storage import run_folder as names

@@ -8,12 +8,10 @@ data or another model under the same name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedloom.reports.run_data import Run
 from fedloom.storage.run_folder import Record, other_versions, versions_of
-
-if TYPE_CHECKING:
-    from fedloom.reports.run_page import Run
 
 MOST = 3
 """Runs that are named of those that are alike; of the others it says how many they are."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedloom.reports.glossary import entry
+from fedloom.reports.run_data import Run
 from fedloom.statistics.intervals import (
     UNBOUNDED,
     Interval,
@@ -23,9 +24,6 @@ from fedloom.statistics.intervals import (
     rows_interval,
     share_interval,
 )
-
-if TYPE_CHECKING:
-    from fedloom.reports.run_page import Run
 
 NO_ROWS = "not estimable: no scores of single rows (judged at clients, or by an earlier version)"
 OTHER_ROWS = "not estimable: the arms were judged by different rows"
@@ -200,6 +198,19 @@ def _made(run: Run) -> str:
 
     settings = tomllib.loads(run.experiment)
     return repr({key: own for key, own in settings.items() if key not in ("name", "output")})
+
+
+def global_band(run: Run) -> tuple[list[float], list[float], list[float]]:
+    """Return rounds, and the ends of the metric's interval over rows where it has one."""
+    found = [
+        (float(record["round"]), interval_of(run, record["evaluation"]))
+        for record in run.evaluated
+        if record["evaluation"]["global"].get(run.metric) is not None
+    ]
+    kept = [
+        (x, own.low, own.high) for x, own in found if own.low is not None and own.high is not None
+    ]
+    return [x for x, _, _ in kept], [low for _, low, _ in kept], [high for _, _, high in kept]
 
 
 def _gain(samples: Sequence[Sample | None], difference: float) -> Interval:

@@ -6,16 +6,11 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
-from fedloom.errors import OutputError, first_line
 from fedloom.reports import row_account
 from fedloom.reports.client_rounds import client_costs, server_costs, turns
 from fedloom.reports.doubts import all_doubts, doubts_of
@@ -24,18 +19,16 @@ from fedloom.reports.html import fill, write_page
 from fedloom.reports.judged import (
     counted_interval,
     duplicates,
-    interval_of,
+    global_band,
     outcome,
     over_clients,
     over_rows,
     over_seeds,
     rows_of,
 )
-from fedloom.reports.record_marks import doubts
-from fedloom.security import audit_log
+from fedloom.reports.run_data import Run, read_run
 from fedloom.statistics.intervals import Interval
-from fedloom.storage import run_folder as names
-from fedloom.storage.run_folder import Record, Snapshot
+from fedloom.storage.run_folder import Record
 
 SHOWN = 100
 """Answers that were left out which a page lists; of the others it says how many they are."""
@@ -43,136 +36,6 @@ SHOWN = 100
 
 MANY = 20
 """Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The content of one run folder.
-
-    Attributes:
-        label: What the run is called on the page.
-        run: run.json.
-        partition: partition.json.
-        rounds: rounds.jsonl.
-        costs: costs.jsonl.
-        samples: samples.json.
-        summary: summary.json, or ``None`` for a run that has not finished.
-        experiment: experiment.toml as text.
-        doubts: Why its figures are not to be relied on, if they are not.
-        starts: What the audit log says of its start, and of each time that it was resumed.
-    """
-
-    label: str
-    run: Record
-    partition: Record
-    rounds: list[Record]
-    costs: list[Record]
-    samples: list[Record]
-    summary: Record | None
-    experiment: str
-    doubts: Sequence[str] = ()
-    starts: Sequence[Record] = ()
-
-    @property
-    def metric(self) -> str:
-        """Name of the metric the run is judged by."""
-        return str(self.run["metric"]["name"])
-
-    @property
-    def evaluated(self) -> list[Record]:
-        """Rounds that were evaluated."""
-        return [record for record in self.rounds if record["evaluation"]]
-
-    def global_line(self, name: str) -> tuple[list[float], list[float]]:
-        """Return rounds and a global held-out metric over them."""
-        found = [
-            (record["round"], record["evaluation"]["global"].get(name)) for record in self.evaluated
-        ]
-        kept = [(x, y) for x, y in found if y is not None]
-        return [x for x, _ in kept], [y for _, y in kept]
-
-    def global_band(self) -> tuple[list[float], list[float], list[float]]:
-        """Return rounds, and the ends of the metric's interval over rows where it has one."""
-        found = [
-            (record["round"], interval_of(self, record["evaluation"]))
-            for record in self.evaluated
-            if record["evaluation"]["global"].get(self.metric) is not None
-        ]
-        kept = [(x, own.low, own.high) for x, own in found if own.low is not None]
-        return (
-            [float(x) for x, _, _ in kept],
-            [float(low) for _, low, _ in kept],
-            [float(high) for _, _, high in kept if high is not None],
-        )
-
-    def train_line(self, name: str = "loss") -> tuple[list[float], list[float]]:
-        """Return rounds and a training metric over them."""
-        kept = [
-            (record["round"], record["train"][name])
-            for record in self.rounds
-            if record["train"] and record["train"].get(name) is not None
-        ]
-        return [x for x, _ in kept], [y for _, y in kept]
-
-    def cost_line(self, name: str, scale: float) -> tuple[list[float], list[float]]:
-        """Return rounds and a cost summed up to each; evaluation is left out."""
-        spent: dict[int, float] = {record["round"]: 0.0 for record in self.rounds}
-        for cost in client_costs(self.costs):
-            spent[cost["round"]] = spent.get(cost["round"], 0.0) + (cost[name] or 0)
-        rounds = sorted(spent)
-        return [float(r) for r in rounds], list(accumulate(spent[r] / scale for r in rounds))
-
-
-NEEDED = ("name", "fedloom", "versions", "seed", "command", "model", "data", "metric")
-"""Of run.json, what every page shows."""
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        OutputError: It is no run folder, or was stopped before it began.
-    """
-    files = Snapshot.existing(folder)
-    run = files.read_json(names.RUN)
-    if run is None:
-        raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
-    if missing := [name for name in NEEDED if not isinstance(run, dict) or name not in run]:
-        raise OutputError(
-            f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
-            "from a backup"
-        )
-    return Run(
-        label=folder.resolve().name,
-        run=run,
-        partition=files.read_json(names.PARTITION) or {"clients": [], "values": []},
-        rounds=files.read_lines(names.ROUNDS),
-        costs=files.read_lines(names.COSTS),
-        samples=files.read_json(names.SAMPLES) or [],
-        summary=files.read_json(names.SUMMARY),
-        experiment=files.read_text(names.EXPERIMENT),
-        doubts=doubts(files),
-        starts=_starts(folder),
-    )
-
-
-def _starts(folder: Path) -> list[Record]:
-    """Return the entries of starts in a run's audit log; whether it is whole, ``fedloom audit`` says.
-
-    Raises:
-        OutputError: It may not be read.
-    """
-    found = []
-    try:
-        for line in audit_log.raw_lines(folder):
-            if b'"event": "began"' in line:
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-    except OSError as error:
-        raise OutputError(
-            f"{folder / audit_log.FILE} cannot be read: {first_line(error)}"
-        ) from error
-    return found
 
 
 def write_report(
@@ -378,7 +241,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     name, words = run.metric, run.metric.replace("_", " ")
     charts: list[tuple[str, str]] = []
     lines = {"global held-out set": run.global_line(name)}
-    sure = run.global_band()
+    sure = global_band(run)
     own = run.global_line(f"clients_{name}")
     if own[0]:
         lines["clients' models on it"] = own
@@ -549,7 +412,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     same = {label: run for label, run in zip(labels, runs, strict=True) if run.metric == metric}
     rows = [_comparison_row(label, run) for label, run in zip(labels, runs, strict=True)]
     curves = {label: run.global_line(metric) for label, run in same.items()}
-    bands = {label: band for label, run in same.items() if (band := run.global_band())[0]}
+    bands = {label: band for label, run in same.items() if (band := global_band(run))[0]}
     cost = {row["label"]: row for row in rows if row["label"] in same and row["after"] is not None}
     charts = [
         (

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from fedloom.accounting.quantities import human_count, human_flops
 from fedloom.reports.client_rounds import client_costs
-from fedloom.reports.run_page import Run
+from fedloom.reports.run_data import Run
 from fedloom.storage.run_folder import Record
 
 BUDGETS = {"steps": "optimizer steps", "examples": "examples", "tokens": "tokens"}
