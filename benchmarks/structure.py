@@ -46,21 +46,40 @@ def room_of(module: str) -> str:
     return first if first == "benchmarks" else rest.partition(".")[0] or "__init__"
 
 
-def longest(arrows: dict[str, set[str]]) -> tuple[int, int]:
-    """Return the length of the longest way along arrows, and how many lead back to where it came from."""
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Return the groups of which each one leads along arrows to each other, and back to itself."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = arrows.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    below = {start: reached(start) for start in arrows}
+    groups = {
+        frozenset(own for own in found if start in below.get(own, ())) | {start}
+        for start, found in below.items()
+        if start in found
+    }
+    return [set(group) for group in groups]
+
+
+def longest(arrows: dict[str, set[str]]) -> int:
+    """Return the length of the longest way along arrows that comes nowhere twice."""
     length: dict[str, int] = {}
-    circles = set()
 
     def walk(start: str, way: tuple[str, ...]) -> int:
         if start in way:
-            circles.add(frozenset(way[way.index(start) :]))
             return 0
         if start not in length:
             below = arrows.get(start, ())
             length[start] = 1 + max((walk(own, (*way, start)) for own in below), default=0)
         return length[start]
 
-    return max(walk(start, ()) for start in arrows), len(circles)
+    return max(walk(start, ()) for start in arrows)
 
 
 def methods_named(root: Path, files: dict[str, Path], trees: dict[str, ast.Module]) -> set[str]:
@@ -79,11 +98,21 @@ def methods_named(root: Path, files: dict[str, Path], trees: dict[str, ast.Modul
     return found
 
 
+def all_imports(files: dict[str, Path], trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Return which files each file imports, be it inside a function or for types alone."""
+    return {module: imported(tree, files) - {module} for module, tree in trees.items()}
+
+
+def parsed(files: dict[str, Path]) -> dict[str, ast.Module]:
+    """Return the syntax trees of files."""
+    return {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in files.items()}
+
+
 def table(root: Path) -> dict[str, int]:
     """Return the figures of a checkout."""
     files = modules(root)
-    trees = {m: ast.parse(p.read_text(encoding="utf-8")) for m, p in files.items()}
-    imports = {module: imported(tree, files) - {module} for module, tree in trees.items()}
+    trees = parsed(files)
+    imports = all_imports(files, trees)
     rooms: dict[str, set[str]] = {room_of(module): set() for module in files}
     for module, others in imports.items():
         rooms[room_of(module)] |= {room_of(own) for own in others} - {room_of(module)}
@@ -106,12 +135,12 @@ def table(root: Path) -> dict[str, int]:
     functions = [n for m in own for n in ast.walk(trees[m]) if isinstance(n, kinds)]
     return {
         "rooms": len(rooms),
-        "floors": longest(rooms)[0],
+        "floors": longest(rooms),
         "arrows": sum(map(len, rooms.values())),
         "arrows up": len(up),
         "Python files in the root": sum(p.parent.name == "fedloom" for p in own.values()),
-        "files in the longest chain of imports": longest(imports)[0],
-        "circles of files": longest(imports)[1],
+        "files in the longest chain of imports": longest(imports),
+        "circles of files": len(circles(imports)),
         f"functions over {LONG} lines": sum(
             (n.end_lineno or n.lineno) - n.lineno >= LONG for n in functions
         ),

@@ -1,6 +1,7 @@
 """Who imports the heavy libraries. The layers of the package itself are import-linter's: `make check`."""
 
 import ast
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -136,6 +137,31 @@ def test_a_light_part_loads_no_torch(place):
     light = [f for f in FILES if stands_in(f, (place,))]
     assert light, f"{place} is gone: name the part that took its place"
     assert importers("torch", light, when_loaded=True) == []
+
+
+@cache
+def structure():
+    """``benchmarks/structure.py``, which is no part of the package."""
+    path = PACKAGE.parents[1] / "benchmarks" / "structure.py"
+    spec = importlib.util.spec_from_file_location("structure", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Neither inside a function nor for types alone, which import-linter does not look at by file."""
+    files = structure().modules(PACKAGE.parents[1])
+    assert len(files) > 300
+    arrows = structure().all_imports(files, structure().parsed(files))
+    assert structure().circles(arrows) == []
+
+
+def test_circles_are_found():
+    arrows = {"a": {"b"}, "b": {"c", "e"}, "c": {"a"}, "d": {"a", "e"}, "e": set(), "f": {"f"}}
+    found = structure().circles(arrows)
+    assert sorted(sorted(group) for group in found) == [["a", "b", "c"], ["f"]]
+    assert structure().longest({"a": {"b"}, "b": {"c"}, "d": {"b"}, "c": set()}) == 3
 
 
 # Words of the language too: they name a method where they stand alone, quoted, or after "method".
