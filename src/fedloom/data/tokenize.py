@@ -10,6 +10,7 @@ left is dropped and counted. Both sides of a pair keep the same prompt tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from fedloom.data.chat import RenderingError
 from fedloom.data.encode import Encoded, TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
+from fedloom.errors import OutputError
+from fedloom.storage.files import write_atomically
 
 FORMAT = "fedloom-tokens-4"
 """Changes whenever this file would give other tokens for the same input."""
@@ -345,10 +348,5 @@ def _write(file: Path, tokens: TokenSet) -> None:
     arrays["width"] = np.array([tokens.width])
     lost = json.dumps([asdict(one) for one in tokens.dropped])
     arrays["dropped"] = np.frombuffer(lost.encode(), np.uint8)
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # tokens are the rows themselves
-        temporary = file.with_name(f".{file.name}.{id(tokens)}")
-        temporary.write_bytes(safetensors.numpy.save(arrays))
-        temporary.replace(file)
-    except OSError:
-        return  # a cache that cannot be written costs time, nothing else
+    with contextlib.suppress(OutputError):  # without a cache it costs time, nothing else
+        write_atomically(file, safetensors.numpy.save(arrays))  # its owner's: tokens are the rows

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,13 @@ TRIES, PAUSE = 5, 0.05
 def written_atomically(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
     """Yield a file that is at ``path`` once it is whole; for its owner alone unless ``mode`` says else.
 
+    Until then it stands beside it, under the number that the system gives this thread, so that neither
+    another process nor another thread writes there.
+
     Raises:
         OutputError: It cannot be written; what was there before still is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary.unlink(missing_ok=True)
@@ -68,7 +72,7 @@ def make_private(folder: Path) -> bool:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Delete what writers of such a name that were killed have left in a folder: ``.NAME.PROCESS``."""
+    """Delete what writers of such a name that were killed have left in a folder: ``.NAME.NUMBER``."""
     for path in folder.glob(f".{name}.*"):
         if path.suffix[1:].isdecimal():
             if path.is_dir():

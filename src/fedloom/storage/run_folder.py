@@ -27,13 +27,13 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError, first_line
-from fedloom.storage.files import lock
+from fedloom.storage.files import lock, write_atomically
 
 Record = dict[str, Any]
 """One JSON object; its keys are those that the runner wrote, listed in docs/run-folder.md."""
@@ -59,6 +59,7 @@ LOCK = ".lock"
 """The file that makes the process which writes to a folder the only one."""
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
+MAKE_ROOM = "make room or choose another output.folder"
 
 
 @dataclass(frozen=True)
@@ -131,23 +132,15 @@ class RunFolder:
         return self.path / "clients" / f"{number:04d}"
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a whole file at once.
+        """Write a whole file at once, for whom the process's mask lets read it.
 
         Raises:
             OutputError: The disk is full or the folder not writable.
         """
-        target = self.path / name
-        temporary = target.with_name(f".{name}.{os.getpid()}")
-
-        def write() -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-
-        _guarded(write, target)
+        try:
+            write_atomically(self.path / name, text.encode(), mode=0o666)
+        except OutputError as error:
+            raise OutputError(f"{error}; {MAKE_ROOM}") from error
 
     def write_json(self, name: str, content: object) -> None:
         """Write a whole JSON file at once; see :meth:`write_text`."""
@@ -161,13 +154,16 @@ class RunFolder:
         """
         text = "".join(json.dumps(finite(dict(r)), allow_nan=False) + "\n" for r in records)
 
-        def write() -> None:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+        target = self.path / name
+        try:
+            with target.open("a", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-
-        _guarded(write, self.path / name)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {target}: {error.strerror or error}; {MAKE_ROOM}"
+            ) from error
 
     def read_bytes(self, name: str) -> bytes | None:
         """Return a file's bytes, or ``None`` where there is no such file.
@@ -303,13 +299,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
-
-
-def _guarded(write: Callable[[], None], target: Path) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {target}: {error.strerror or error}; make room or choose another "
-            "output.folder"
-        ) from error

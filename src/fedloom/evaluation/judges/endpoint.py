@@ -7,6 +7,7 @@ repeating an evaluation costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -20,12 +21,13 @@ import httpx
 import tenacity
 from pydantic import Field
 
-from fedloom.errors import JudgeError
+from fedloom.errors import JudgeError, OutputError
 from fedloom.evaluation.judges.base import Case, Verdict
 from fedloom.evaluation.judges.http_client import Caller, Reply, ReplyError
 from fedloom.evaluation.judges.parsing import parse_judgelm, parse_marked
 from fedloom.evaluation.judges.prompts import judgelm_prompt, marked_prompt
 from fedloom.settings.schema import Settings
+from fedloom.storage.files import write_atomically
 
 KEY = "FEDLOOM_JUDGE_KEY"
 """Environment variable that holds the endpoint's key."""
@@ -319,10 +321,5 @@ def _read(place: Path) -> str | None:
 
 
 def _write(place: Path, text: str) -> None:
-    try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = place.with_suffix(f".{threading.get_ident()}")
-        temporary.write_text(json.dumps({"text": text}), encoding="utf-8")
-        temporary.replace(place)
-    except OSError:
-        return  # a cache that cannot be written costs money, nothing else
+    with contextlib.suppress(OutputError):  # without a cache it costs money, nothing else
+        write_atomically(place, json.dumps({"text": text}).encode())
