@@ -66,6 +66,34 @@ def test_a_mistake_is_told_in_the_words_of_the_check_and_what_is_right_passes(fi
     assert early(file) == (0, "")
 
 
+OWN_METHOD = """
+import torch
+from fedloom.methods.fedavg import FedAvg
+from fedloom.settings.schema import NamedSettings
+
+class Own(FedAvg):
+    reveals = FedAvg.reveals | set()
+    taken = ("share",)
+
+    class Settings(NamedSettings):
+        share: float = 0.5
+"""
+
+
+def test_a_module_of_the_user_that_needs_what_is_absent_is_not_refused(file, tmp_path, monkeypatch):
+    """Nor is one that is not there: what really happens, the command itself finds out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_light.py").write_text(OWN_METHOD)
+    (tmp_path / "own_heavy.py").write_text(OWN_METHOD + "EPS = 1 + float(torch.ones(1).sum())\n")
+    text = tomllib.loads(file.read_text())["method"]["name"]
+    for module in ("own_light", "own_heavy", "own_gone"):
+        named = file.read_text().replace(f'name = "{text}"', f'name = "{module}:Own"', 1)
+        (tmp_path / f"{module}.toml").write_text(named)
+        assert early(f"{module}.toml") == (0, "")
+    code, said = early("own_light.toml", "method.shares=1")
+    assert code == 2 and "method.shares" in said and "share" in said
+
+
 def test_it_is_done_once_what_computes_is_there():
     """Here torch is imported, so that a check beforehand would only take time."""
 

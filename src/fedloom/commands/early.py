@@ -11,6 +11,7 @@ computes share files.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import json
@@ -18,7 +19,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fedloom.errors import FedloomError
 
@@ -73,6 +74,7 @@ def _check_and_leave(check: Callable[[], object], writing: int) -> NoReturn:
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         sys.meta_path.insert(0, _Absent())
+        importlib.import_module = _importing  # a method of the user's, for one
         check()
     except FedloomError as error:
         with contextlib.suppress(BaseException):
@@ -82,6 +84,18 @@ def _check_and_leave(check: Callable[[], object], writing: int) -> NoReturn:
         pass  # it needs what is absent here: the command will find out
     finally:
         os._exit(0)
+
+
+class _Unknown(BaseException):
+    """What happens is not to be told here; passes whoever would make an error of it."""
+
+
+def _importing(name: str, *package: str | None, load: Any = importlib.import_module) -> Any:
+    """Import a module; that it fails says nothing, as it may need what is absent here."""
+    try:
+        return load(name, *package)
+    except Exception as error:
+        raise _Unknown from error
 
 
 class _Nothing(type):

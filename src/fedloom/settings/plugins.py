@@ -187,8 +187,6 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        if _without_torch():  # commands/early.py: what really happens is found out later
-            raise
         absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
         if absent:
             text = (
@@ -200,8 +198,3 @@ def _imported(name: str) -> ModuleType:
                 f"its module {name} cannot be imported: {type(error).__name__}: {first_line(error)}"
             )
         raise SettingsError([text]) from error
-
-
-def _without_torch() -> bool:
-    torch: Any = sys.modules.get("torch")
-    return torch is not None and getattr(torch.__spec__, "origin", None) is None
