@@ -20,8 +20,9 @@ from fedloom.data.examples import (
     Preference,
     Text,
 )
+from fedloom.data.rows import common_prefix
 from fedloom.data.sources import TEMPLATE_DATE, ControlTokens, TrainOn
-from fedloom.data.text_tokens import TextTokens, Tokens, common_prefix
+from fedloom.data.text_tokens import TextTokens, Tokens
 from fedloom.errors import DataError
 
 SLOW = (

@@ -33,7 +33,7 @@ from fedloom.data.labels import (
 )
 from fedloom.data.layouts import Layout, recognise
 from fedloom.data.messages import MEDIA, all_answers, checked_messages, checked_tools, last_answer
-from fedloom.data.rows import Row, RowError, as_list, shown
+from fedloom.data.rows import Row, RowError, as_list, common_prefix, shown
 
 TURN = "\n\nAssistant:"
 """Where an answer begins in dialogues written as plain text (the layout of HH-RLHF)."""
@@ -220,11 +220,7 @@ def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     last "Assistant:" turn within the common part if there is one, else at the first character that
     differs (before the space in front of it), as in TRL.
     """
-    common = 0
-    for left, right in zip(chosen, rejected, strict=False):
-        if left != right:
-            break
-        common += 1
+    common = common_prefix(chosen, rejected)
     if isinstance(chosen, str) and isinstance(rejected, str):
         turn = chosen.rfind(TURN, 0, common)
         if turn >= 0:

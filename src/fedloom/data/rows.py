@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.display.untrusted_text import quoted
@@ -37,3 +37,15 @@ def shown(value: object) -> str:
 def as_list(value: Any) -> Any:
     """Return what Parquet and the Hub give as an array as a list, anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return how many items (characters, messages, tokens) two sequences share from their beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # slices are compared at once, items one by one are slow
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 from fedloom.data.chat import Rendered, RenderingError, Span
+from fedloom.data.rows import common_prefix
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,30 @@ class Tokens:
     """Token ids and which characters each stands for, ``None`` where the tokenizer does not say."""
 
     ids: list[int]
-    offsets: list[Span] | None
+    offsets: Sequence[Span] | None
+
+
+@dataclass(frozen=True)
+class _Offsets(Sequence[Span]):
+    """Characters of each token, looked up where they are asked for: few are, of tokens by the million.
+
+    A token that stands for no text has ``(0, 0)``, as in ``offset_mapping``.
+    """
+
+    encoding: Any
+    places: range
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Span: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Span]: ...
+    def __getitem__(self, place: int | slice) -> Span | Sequence[Span]:
+        if isinstance(place, slice):
+            return _Offsets(self.encoding, self.places[place])
+        return self.encoding.token_to_chars(self.places[place]) or (0, 0)
 
 
 @dataclass(frozen=True)
@@ -54,14 +78,17 @@ class TextTokens:
     def _tokens(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         if not texts:
             return []
-        fast = bool(self.tokenizer.is_fast)
         batch = self.tokenizer(
-            list(texts), add_special_tokens=special, return_offsets_mapping=fast, verbose=False
+            list(texts),
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
-        offsets = batch["offset_mapping"] if fast else [None] * len(texts)
+        encodings = batch.encodings or [None] * len(texts)
         found = [
-            Tokens(list(ids), None if own is None else list(own))
-            for ids, own in zip(batch["input_ids"], offsets, strict=True)
+            Tokens(ids, None if own is None else _Offsets(own, range(len(ids))))
+            for ids, own in zip(batch["input_ids"], encodings, strict=True)
         ]
         if not special:
             return found
@@ -136,11 +163,3 @@ class TextTokens:
 
 def _without_first(tokens: Tokens) -> Tokens:
     return Tokens(tokens.ids[1:], None if tokens.offsets is None else tokens.offsets[1:])
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many tokens two sequences share from their beginning."""
-    count = min(len(left), len(right))
-    if left[:count] == right[:count]:
-        return count
-    return next(i for i in range(count) if left[i] != right[i])
