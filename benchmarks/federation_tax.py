@@ -26,7 +26,7 @@ from fedloom.objectives.dpo import dpo_loss
 from fedloom.objectives.logps import completion_logps
 from fedloom.randomness import generator
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.run import Silent
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def bare_loop(parts, batches) -> tuple[float, dict]:
 
 
 def main() -> None:
-    parts = assemble(EXPERIMENT, divide(EXPERIMENT))
+    parts = assemble(EXPERIMENT, partition_data(EXPERIMENT))
     for client in parts.engine.sizes():
         parts.engine.add_reference(0, client)
     cpu = torch.device("cpu")

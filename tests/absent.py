@@ -7,7 +7,7 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.presence import Membership
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
@@ -130,7 +130,7 @@ class Played:
 
 def played(experiment, schedule):
     """Play an experiment in one process."""
-    parts, states, records = assemble(experiment, divide(experiment)), [], []
+    parts, states, records = assemble(experiment, partition_data(experiment)), [], []
     engine = AbsentEngine(parts.engine, schedule)
 
     def finish(record, state):

@@ -7,7 +7,7 @@ import pytest
 from fedloom.federation.admission import Admission
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
@@ -34,7 +34,7 @@ def federate():
     """Play an experiment's rounds over the real engine; ``break_`` may change it before they start."""
 
     def play(experiment, break_=lambda parts: None, evaluate=False):
-        parts = assemble(experiment, divide(experiment))
+        parts = assemble(experiment, partition_data(experiment))
         break_(parts)
         records = []
 

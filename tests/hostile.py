@@ -37,14 +37,14 @@ class HostileServer:
     def exchange(self, run, action="train", round=1, numbers=None, request=None, reply=None):
         """Ask for an action with the adapter that the client has; return the reply's header."""
         parts = self.worker.run.parts
-        (equipment,) = parts.local.equipment.values()
+        (equipment,) = parts.local.resources.values()
         adapter = equipment.initial
         numbers = {"learning_rate": 1e-3} if numbers is None else numbers
         schema = Schema.of(adapter, tuple(map(NumberSpec, numbers)))
         answer = Schema.of(adapter, TRAIN_REPLY_NUMBERS, reported(parts.objective))
         _, header = self.send(
             encode(Payload(adapter, numbers), schema),
-            kind="exchange", run=run, action=action, round=round, client=self.worker.joining.number,
+            kind="exchange", run=run, action=action, round=round, client=self.worker.registration.number,
             request=request or schema.to_table(), reply=reply or answer.to_table(),
         )  # fmt: skip
         return header

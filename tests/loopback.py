@@ -21,8 +21,8 @@ from fedloom.engines.flower.records import from_records, to_records
 from fedloom.engines.flower.run_clients import RunClients
 from fedloom.engines.flower.transport import FlowerTransport
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.offences import OffenceObserver
 from fedloom.federation.records import Participant
+from fedloom.federation.violations import ViolationObserver
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import run_experiment
 from fedloom.security.certificates import make_authority
@@ -149,7 +149,7 @@ class Loopback:
         home = self.home(number)
         home.path.mkdir(exist_ok=True)
         own = own or client_file(home.path / "my.toml", source, self.models)
-        home.write_joining(
+        home.write_registration(
             Registration(
                 gateway="localhost:9",
                 number=number,
@@ -188,7 +188,7 @@ class Loopback:
             owners=lambda: owners,
             proven=proven,
         )
-        return FlowerEngine(post, experiment.federation, roster, watch or OffenceObserver())
+        return FlowerEngine(post, experiment.federation, roster, watch or ViolationObserver())
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedloom
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 
 
 def test_the_package_equals_the_page(experiment):
@@ -18,7 +18,9 @@ def test_the_package_equals_the_page(experiment):
     spec = importlib.util.spec_from_file_location("fedavg_by_hand", path)
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
-    clients = [[(e.prompt, e.completion) for e in rows] for rows in divide(built).train.values()]
+    clients = [
+        [(e.prompt, e.completion) for e in rows] for rows in partition_data(built).train.values()
+    ]
     by_hand = page.fedavg(
         built.model.path, clients, rounds=2, rank=4, learning_rate=1e-3, batch_size=8
     )

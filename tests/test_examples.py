@@ -140,9 +140,7 @@ PROMISES = {
     "report_of_runs.sh": lambda said: Path("report_of_runs/ranks.html").read_text().index("rank-8"),
     "sft_then_dpo.py": aligned,
     "three_sites.py": improved,
-    "two_machines.sh": lambda said: said.index(
-        "lines hold together: 2 clients, 0 messages refused"
-    ),
+    "two_machines.sh": lambda said: said.index("lines are intact: 2 clients, 0 messages refused"),
 }
 
 

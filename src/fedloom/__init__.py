@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "ComparisonResult": "fedloom.commands.api",
     "Experiment": "fedloom.experiment.experiment",
     "FedloomError": "fedloom.errors",
@@ -53,8 +53,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the file it lives in."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
 
 

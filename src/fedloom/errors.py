@@ -14,7 +14,7 @@
     ├── JudgeError          a judge that cannot work at all: a refused key, no server, a wrong address
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
-    ├── AuditError          an audit log that does not hold together
+    ├── AuditError          an audit log that is damaged
     ├── IdentityError       a key or certificate that is missing, expired, or not let in
     ├── ConnectionFailed    another machine, or a process of our own, cannot be reached (now)
     ├── OutputError         the run folder cannot be written or read
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-OffenceKind = Literal[
+ViolationKind = Literal[
     "forged",
     "replayed",
     "malformed",
@@ -41,7 +41,7 @@ OffenceKind = Literal[
     "too_many_names",
     "forbidden",
 ]
-"""What an admitted client can get wrong; ``federation/offences.py`` says what each kind means."""
+"""What an admitted client can get wrong; ``federation/violations.py`` says what each kind means."""
 
 
 def first_line(error: BaseException) -> str:
@@ -122,13 +122,13 @@ class MessageError(FedloomError):
     """What came from another machine is not what it must be.
 
     Attributes:
-        kind: What kind of offence that is, if a client is proven to have sent it.
+        kind: What kind of violation that is, if a client is proven to have sent it.
     """
 
-    def __init__(self, text: str, kind: OffenceKind = "malformed") -> None:
+    def __init__(self, text: str, kind: ViolationKind = "malformed") -> None:
         """Say what is wrong, and of what kind that is."""
         super().__init__(text)
-        self.kind: OffenceKind = kind
+        self.kind: ViolationKind = kind
 
 
 class TrainingError(FedloomError):

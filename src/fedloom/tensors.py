@@ -59,7 +59,7 @@ def join_parts(**parts: Tensors) -> Tensors:
 
 
 def part_of(tensors: Tensors, part: str) -> Tensors:
-    """Return the tensors of one part of what :func:`join_parts` made; empty if it is not there."""
+    """Return the tensors of one part of what :func:`join_parts` made; empty if it is not connected."""
     opening = f"{part}/"
     return {n.removeprefix(opening): t for n, t in tensors.items() if n.startswith(opening)}
 

@@ -41,7 +41,7 @@ def test_quantities(text, unit, value):
     ],
 )
 def test_what_is_none_is_said_with_an_example(text, unit):
-    with pytest.raises(ValueError, match=r"is no quantity above 0 in .*; write it like \d"):
+    with pytest.raises(ValueError, match=r"is not a quantity above 0 in .*; write it like \d"):
         parse_quantity(text, unit)
 
 

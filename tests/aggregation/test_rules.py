@@ -24,5 +24,5 @@ def test_the_mean():
 
 
 def test_another_is_not_taken_for_the_mean():
-    with pytest.raises(ValueError, match="'fedavg' is no rule"):
+    with pytest.raises(ValueError, match="'fedavg' is not a rule"):
         combined("fedavg", UPDATES, WEIGHTS, START)

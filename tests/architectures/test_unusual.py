@@ -20,7 +20,7 @@ from fedloom.models.export import export_causal
 from fedloom.models.load import context_of, load_backbone, load_tokenizer
 from fedloom.objectives.logps import completion_logps
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 
 SMALL = {
     "hidden_size": 32,
@@ -107,7 +107,7 @@ def test_a_mixtures_adapter_is_saved_with_its_own_rank(mixture_folder, tmp_path,
 def test_factors_of_a_stack_of_experts_are_not_multiplied(experiment, mixture_folder, method):
     built = experiment(model={"path": str(mixture_folder)}, method={"name": method})
     with pytest.raises(ModelError) as told:
-        assemble(built, divide(built))
+        assemble(built, partition_data(built))
     assert f"method.name = '{method}' multiplies the two factors of linear layers" in str(
         told.value
     )
@@ -126,7 +126,9 @@ def test_factors_of_a_stack_of_experts_are_not_multiplied(experiment, mixture_fo
 def test_an_encoder_is_no_causal_model(folder_of, kind, settings):
     with pytest.raises(ModelError) as told:
         load_backbone(folder_of(kind, **settings), pad_token_id=0)
-    assert "is no causal language model" in str(told.value) and "Take a decoder" in str(told.value)
+    assert "is not a causal language model" in str(told.value) and "Take a decoder" in str(
+        told.value
+    )
 
 
 def test_a_decoder_of_the_same_family_is_one(folder_of):
@@ -177,7 +179,7 @@ def test_dropout_of_the_backbone_is_off_where_there_is_a_reference(folder_of, ex
             objective={"name": objective},
             **({"data": {"source": "builtin:instructions"}} if objective == "sft" else {}),
         )
-        own = assemble(built, divide(built)).model
+        own = assemble(built, partition_data(built)).model
         with own.reference():
             reference = completion_logps(own, sequences)
         own.model.train()
@@ -248,7 +250,7 @@ def test_an_answer_does_not_depend_on_what_it_was_batched_with(folder_of, config
 
 
 def test_a_checkpoints_classes_in_another_order(folder_of):
-    """Its head is for its own classes: with others it begins anew, with the same it is kept."""
+    """Its head is for its own classes: with others it starts again, with the same it is kept."""
     config = transformers.LlamaConfig(vocab_size=320, num_labels=2, pad_token_id=0, **SMALL)
     config.id2label, config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
     folder = folder_of(config, factory=transformers.AutoModelForSequenceClassification)

@@ -135,7 +135,7 @@ def test_settings_can_be_changed(call, file):
         (["run"], 2, "give an experiment file, or --resume FOLDER"),
         (["run", "{file}", "--rounds", "3"], 2, "No such option"),
         (["report", "gone"], 1, "no run folder at gone"),
-        (["evaluate", "{file}", "--adapter", "gone"], 3, "gone is no adapter"),
+        (["evaluate", "{file}", "--adapter", "gone"], 3, "gone is not an adapter"),
         (["dance"], 2, "No such command"),
     ],
 )
@@ -318,10 +318,10 @@ def test_a_judge_is_audited(call, tmp_path):
     ("arguments", "message"),
     [
         ((), "give a run folder or an experiment in TOML"),
-        (("a", "b"), "a is no adapter"),
+        (("a", "b"), "a is not an adapter"),
         (("a", "--benchmark", "x.jsonl", "--lm-eval", "mmlu"), "give one of --benchmark"),
         (("a", "--benchmark", "mtbench"), "no benchmark 'mtbench'"),
-        (("no-such-folder", "--lm-eval", "arc_easy"), "is no adapter"),
+        (("no-such-folder", "--lm-eval", "arc_easy"), "is not an adapter"),
     ],
 )
 def test_evaluate_says_what_it_needs(call, arguments, message):
@@ -348,7 +348,7 @@ def test_advise_prints_what_each_framework_costs_and_trains_nothing(call, experi
         assert word in text
     assert not (tmp_path / "run").exists()
     code, text = call("advise", path, "--uplink", "quick")
-    assert code == 2 and "'quick' is no quantity above 0 in bit; write it like 10Mbit" in text
+    assert code == 2 and "'quick' is not a quantity above 0 in bit; write it like 10Mbit" in text
 
 
 def test_a_federation_without_flower_says_what_is_missing(call, monkeypatch, tmp_path):

@@ -88,7 +88,7 @@ GRID = SimpleNamespace(
         budget="steps",
         objectives=["dpo"],
         rows=["dpo"],
-        method_arms=["fedavg"],
+        method_configurations=["fedavg"],
         seeds=[0, 1],
     ),
     cells=["one", "two"],
@@ -102,7 +102,7 @@ def test_a_comparison_says_how_far_it_is_and_how_long_it_may_take(monkeypatch):
     monkeypatch.setattr(terminal, "human_seconds", "{:.1f} s".format)
     out, rounds = io.StringIO(), [10]
     shown = ComparisonTerminal(Console(file=out, width=200))
-    shown.stage("checking data and models of every arm")
+    shown.stage("checking data and models of every configuration")
     shown.begin(GRID, 2, 3, lambda: (rounds[0], 40))
     time.sleep(0.25)
     rounds[0] += 5  # of three workers one has not done two
@@ -110,12 +110,12 @@ def test_a_comparison_says_how_far_it_is_and_how_long_it_may_take(monkeypatch):
     assert "estimate" not in out.getvalue()
     rounds[0] += 1
     time.sleep(0.15)
-    shown.cell_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
+    shown.run_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
     time.sleep(0.15)
     shown.end()
     told = out.getvalue().splitlines()
     assert told[:3] == [
-        "checking data and models of every arm",
+        "checking data and models of every configuration",
         "grid: 1 objectives x 1 methods x 2 seeds, 4 steps per client and round",
         "2 runs to do, 3 at a time",
     ]
@@ -134,7 +134,7 @@ def test_quick_comparisons_and_quiet_ones_say_no_more_than_their_results():
     shown = ComparisonTerminal(Console(file=out, width=200), silent=True)
     shown.stage("checking")
     shown.begin(GRID, 2, 2, lambda: (0, 40))
-    shown.cell_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
+    shown.run_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
     shown.end()
     assert out.getvalue() == ""
 

@@ -13,7 +13,7 @@ from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.reports import row_account
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.made_with import MadeWith
 from fedloom.runs.records import SIMULATION, run_record
 
@@ -113,7 +113,7 @@ def test_cut_and_lost_rows_of_a_run_are_in_its_accounts(experiment, rows_file):
         objective={"name": "sft"},
         federation={"clients": 2},
     )
-    division = divide(built)
+    division = partition_data(built)
     parts = assemble(built, division)
     accounts = parts.accounts
     assert accounts.closes and accounts.source.trained == sum(parts.engine.sizes().values())
@@ -149,7 +149,7 @@ def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkey
         objective={"name": "sft"},
         federation={"clients": 2},
     )
-    division = divide(built)
+    division = partition_data(built)
     refused = {division.train[0][3].row, division.train[1][0].row, division.test[2].row}
     refused.add(division.held_out[1][0].row)
     parts = assemble(built, division)
@@ -180,7 +180,7 @@ def test_control_tokens_that_are_read_as_text_are_counted_and_told(experiment, r
         objective={"name": "sft"},
         federation={"clients": 2},
     )
-    division = divide(built)
+    division = partition_data(built)
     odd = sum(
         row.row % 2 == 0 for own in division.train.values() for row in own
     )  # rows count from 1
@@ -192,7 +192,7 @@ def test_control_tokens_that_are_read_as_text_are_counted_and_told(experiment, r
         'rendered with the chat template beforehand: data.control_tokens = "control"',
     )
     rendered = replace(built, data=built.data.model_copy(update={"control_tokens": "control"}))
-    assert not assemble(rendered, divide(rendered)).accounts.warnings
+    assert not assemble(rendered, partition_data(rendered)).accounts.warnings
 
 
 CHATML = (
@@ -235,14 +235,14 @@ def test_a_test_set_that_cannot_be_read_stops_the_run_before_it_begins(
         federation={"clients": 2},
     )  # fmt: skip
     with pytest.raises(DataError) as told:
-        assemble(built, divide(built))
+        assemble(built, partition_data(built))
     assert "10 of 10 rows of the test set are malformed (100.0%)" in str(told.value)
     assert "the test set row 1: the chat template refuses it: no system" in str(told.value)
     lenient = replace(built, data=built.data.model_copy(update={"max_bad_share": 1.0}))
     with pytest.raises(
         DataError, match="no row of the global held-out set is left after tokenising"
     ):
-        assemble(lenient, divide(lenient))
+        assemble(lenient, partition_data(lenient))
 
 
 def test_samples_are_rows_that_the_template_takes(experiment, rows_file, no_system):
@@ -281,7 +281,7 @@ def test_a_refused_pair_is_one_malformed_row(experiment, rows_file, no_system):
         federation={"clients": 2},
         partition={"client_test_fraction": 0.0},
     )  # fmt: skip
-    parts = assemble(built, divide(built))
+    parts = assemble(built, partition_data(built))
     assert [bad.number for bad in parts.bad_rows] == [1, 2, 3]
 
 
@@ -298,6 +298,6 @@ def test_malformed_rows_of_the_public_source_are_in_the_record_of_the_run(experi
         method={"name": "distillation"},
         objective={"name": "classification"},
     )
-    parts = assemble(built, divide(built))
+    parts = assemble(built, partition_data(built))
     record = run_record(Path("x"), built, parts, MadeWith(), "id", SIMULATION)
     assert record["data"]["malformed"] == 1 == parts.accounts.public.malformed

@@ -7,7 +7,7 @@ from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
 from fedloom.errors import DataError, SettingsError
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 
 CLASSES = ("loss", "theft")
 METHOD = {"method": {"name": "distillation"}, "objective": {"name": "classification"}}
@@ -63,7 +63,7 @@ def sections(files, **public):
 def test_a_source_of_another_domain_without_labels(experiment, files, rows_file):
     stories = rows_file([{"body": f"a story {i}"} for i in range(30)], "stories.jsonl")
     more = {"source": stories, "kind": "instruction", "columns": {"text": "body"}}
-    division = divide(experiment(**sections(files, **more)))
+    division = partition_data(experiment(**sections(files, **more)))
     assert len(division.public) == 6
     assert all(row.text.startswith("a story") and row.label == "" for row in division.public)
     assert sum(len(rows) for rows in division.train.values()) > 30  # nothing was taken from clients
@@ -74,7 +74,7 @@ def test_a_source_that_shares_rows_with_the_held_out_set(experiment, files, rows
     rows += [{"text": f"new {i}", "label": "loss"} for i in range(20)]
     source = rows_file(rows, "public.jsonl")
     with pytest.raises(DataError, match="shares 2 of its 22 rows with the held-out set"):
-        divide(experiment(**sections(files, source=source, kind="labelled")))
+        partition_data(experiment(**sections(files, source=source, kind="labelled")))
 
 
 def test_texts_are_compared_as_everywhere(experiment, files, rows_file):
@@ -86,7 +86,9 @@ def test_texts_are_compared_as_everywhere(experiment, files, rows_file):
         for kind in ("labelled", "instruction"):
             columns = {} if kind == "labelled" else {"text": "text"}
             with pytest.raises(DataError, match="shares 1 of its 21 rows"):
-                divide(experiment(**sections(files, source=source, kind=kind, columns=columns)))
+                partition_data(
+                    experiment(**sections(files, source=source, kind=kind, columns=columns))
+                )
 
 
 def test_rows_that_are_taken_are_compared_alike():
@@ -130,10 +132,10 @@ def test_prompts_and_groups_are_compared_too(experiment, rows_file):
         own = {"source": rows_file(public, "public.jsonl"), "kind": "instruction", "rows": 5}
         asked = experiment(**CAUSAL, data=data, public=own)
         if message is None:
-            assert len(divide(asked).public) == 5
+            assert len(partition_data(asked).public) == 5
         else:
             with pytest.raises(DataError, match=message):
-                divide(asked)
+                partition_data(asked)
 
 
 def test_one_prompt_for_all_says_nothing(experiment, rows_file):
@@ -143,7 +145,7 @@ def test_one_prompt_for_all_says_nothing(experiment, rows_file):
     rows = [{"prompt": "say  it", "completion": f"p{i}"} for i in range(9)]
     data = {"source": train, "test_source": test, "kind": "instruction"}
     own = {"kind": "instruction", "rows": 5, "source": rows_file(rows, "public.jsonl")}
-    found = divide(experiment(**CAUSAL, data=data, public=own))
+    found = partition_data(experiment(**CAUSAL, data=data, public=own))
     assert len(found.public) == 5
     assert any(
         text.startswith("9 of the 9 rows of public.source") for text in found.accounts.warnings
@@ -151,7 +153,7 @@ def test_one_prompt_for_all_says_nothing(experiment, rows_file):
     rows[0]["completion"] = "T1 "
     own["source"] = rows_file(rows, "public.jsonl")
     with pytest.raises(DataError, match="shares 1 of its 9 rows"):
-        divide(experiment(**CAUSAL, data=data, public=own))
+        partition_data(experiment(**CAUSAL, data=data, public=own))
 
 
 @pytest.mark.parametrize("ward", [{}, {"ward": "ours"}], ids=["without", "with"])
@@ -168,7 +170,7 @@ def test_no_client_is_judged_by_a_public_row(experiment, rows_file, ward):
         partition={"client_test_fraction": 0.2},
         federation={"clients": 1},
     )
-    held = divide(asked).held_out[0]
+    held = partition_data(asked).held_out[0]
     assert held
     if not ward:
         assert {row.columns["ward"] for row in held} <= {f"w{i}" for i in range(15, 20)}
@@ -176,7 +178,9 @@ def test_no_client_is_judged_by_a_public_row(experiment, rows_file, ward):
 
 def test_an_empty_source(experiment, files, rows_file):
     with pytest.raises(DataError):
-        divide(experiment(**sections(files, source=rows_file([], "none.jsonl"), kind="labelled")))
+        partition_data(
+            experiment(**sections(files, source=rows_file([], "none.jsonl"), kind="labelled"))
+        )
 
 
 def test_public_rows_are_read_as_their_section_says(experiment, files, rows_file):
@@ -187,7 +191,7 @@ def test_public_rows_are_read_as_their_section_says(experiment, files, rows_file
         more = {"source": source, "kind": "feedback", "ambiguous": ambiguous, "rows": 9}
         own = sections(files, **more)
         own["data"] |= {"ambiguous": "keep" if ambiguous == "drop" else "drop"}
-        assert len(divide(experiment(**own)).public) == count
+        assert len(partition_data(experiment(**own)).public) == count
     with pytest.raises(SettingsError, match=r"public\.ambiguous is of public\.source"):
         experiment(**sections(files, ambiguous="keep"))
 
@@ -201,16 +205,16 @@ def test_control_tokens_of_public_rows(experiment, files, rows_file):
         own = sections(files, **more)
         own["data"] |= {"control_tokens": data}
         asked = experiment(**own)
-        parts = assemble(asked, divide(asked))
-        tokens = parts.local.equipment[0].public.share.tokens
+        parts = assemble(asked, partition_data(asked))
+        tokens = parts.local.resources[0].public.share.tokens
         end = parts.encoder.tokenizer.eos_token_id
         counts[control] = [tokens.sequence(i)[0].tolist().count(end) for i in range(len(tokens))]
     assert counts["control"] == [1 + n for n in counts["text"]]
     asked = experiment(**sections(files, source=source, kind="instruction", max_length=5))
-    tokens = assemble(asked, divide(asked)).local.equipment[0].public.share.tokens
+    tokens = assemble(asked, partition_data(asked)).local.resources[0].public.share.tokens
     assert max(tokens.lengths) == 5
 
 
 def test_methods_without_need_have_no_public_rows(experiment, files):
-    division = divide(experiment(**{**sections(files), "method": {"name": "fedavg"}}))
+    division = partition_data(experiment(**{**sections(files), "method": {"name": "fedavg"}}))
     assert division.public == ()

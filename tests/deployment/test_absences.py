@@ -159,9 +159,12 @@ class Site:
         experiment = Experiment.from_table(table)
         run = self.queue.submit(Asked(name="x", cwd="/", text=""))
         self.queue.advance()
-        with RunEvents(run_event_file(self.home, run.order.id)) as news, lock(self.home.playing):
+        with (
+            RunEvents(run_event_file(self.home, run.run_request.id)) as news,
+            lock(self.home.playing),
+        ):
             engine = self.federation.engine(experiment, self.mail)
-            engine.attend = lambda attendance: news.tell("attendance", members=attendance)
+            engine.attend = lambda attendance: news.emit("attendance", members=attendance)
             observer = Both(self, news)
             error = None
             try:
@@ -268,9 +271,9 @@ LOG = "; worker.log on its machine says why"
 DOWN = "not connected: its machine, its network or `fedloom client join` is down"
 STARTS = {
     "its machine is off": (gone, "not connected since this run began"),
-    "it does not answer": (silent, "connected, and has not said yet whether it can take part"),
+    "it does not answer": (silent, "connected, and has not reported yet whether it can take part"),
     "it was revoked meanwhile": (
-        lambda s: s.federation.members().revoke("client-1"), "let in no longer",
+        lambda s: s.federation.members().revoke("client-1"), "no longer allowed",
     ),
     "its file is empty": (lambda s: s.rows(""), f"its rows cannot be used as the experiment asks{LOG}"),
     "its rows are not there": (
@@ -284,12 +287,13 @@ STARTS = {
         lambda s: s.rows(BAD_ROWS), f"its rows cannot be used as the experiment asks{LOG}",
     ),
     "its rows are of another kind": (
-        lambda s: s.rows("", kind="instruction"), "data.kind: the experiment's is not this client's",
+        lambda s: s.rows("", kind="instruction"),
+        "data.kind: the experiment's setting differs from this client's",
     ),
     "it offers no rows": (lambda s: s.own(text=""), "data: this client offers no rows"),
     "its file has a mistake": (lambda s: s.own(text="[data\n"), f"its work failed{LOG}"),
     "its weights are others": (
-        lambda s: s.joins_otherwise(model="f" * 64), "its model or tokenizer is another one: SHA-256 ff",
+        lambda s: s.joins_otherwise(model="f" * 64), "its model or tokenizer differs: SHA-256 ff",
     ),
     "its model is not allowed": (
         lambda s: s.own(policy={"models": []}), "policy.models: the experiment asks for what this",
@@ -311,7 +315,7 @@ STARTS = {
         lambda s: s.own(policy={"approve": True}), "waits for a person's approval (policy.approve)",
     ),
     "its disk is full": (full_disk_at_the_start, f"its work failed{LOG}"),
-    "its log was changed": (broken_log, f"its own audit log does not hold together{LOG}"),
+    "its log was changed": (broken_log, f"its own audit log is damaged{LOG}"),
     "its word is forged": (lambda s: forged(s, joining=True), "not signed with the key of client 1"),
 }  # fmt: skip
 ROUNDS = {
@@ -332,11 +336,11 @@ ROUNDS = {
     ),
     "its answer is forged": (lambda s: forged(s), "not signed with the key of client 1"),
     "it is revoked": (
-        lambda s: s.after(1, lambda: s.federation.members().revoke("client-1")), "let in no longer",
+        lambda s: s.after(1, lambda: s.federation.members().revoke("client-1")), "no longer allowed",
     ),
     "it is withdrawn": (
         lambda s: s.after(1, lambda: s.federation.members().withdraw("client-1")),
-        "withdrawn: it takes part in no run any more",
+        "withdrawn: it no longer takes part in any run",
     ),
 }  # fmt: skip
 

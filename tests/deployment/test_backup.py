@@ -118,7 +118,7 @@ def test_nothing_is_written_over(home, tmp_path):
         pytest.raises(ConnectionFailed, match="runs in"),
     ):
         restore(tmp_path / "good.backup", ServerFolder(tmp_path / "running"))
-    with pytest.raises(SettingsError, match=r"is no server's folder: members.toml, ca.pem"):
+    with pytest.raises(SettingsError, match=r"is not a server's folder: members.toml, ca.pem"):
         back_up(ServerFolder(tmp_path / "nowhere"), tmp_path / "none.backup")
     assert not (tmp_path / "none.backup").exists()
 
@@ -177,7 +177,7 @@ def archive(path, *entries):
 )
 def test_nothing_is_taken_that_a_backup_does_not_hold(tmp_path, entry):
     path = archive(tmp_path / "evil", entry, ("manifest.json", b"{}"))
-    with pytest.raises(OutputError, match="is nothing that a backup holds"):
+    with pytest.raises(OutputError, match="does not belong in a backup"):
         restore(path, ServerFolder(tmp_path / "again"))
     assert sorted(own.name for own in tmp_path.iterdir()) == ["evil"]
 

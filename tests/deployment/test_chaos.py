@@ -17,7 +17,7 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.protocol import Cohort
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
@@ -81,7 +81,7 @@ class SameCohorts(Server):
 
 def replayed(experiment, records):
     """The state of a simulation with the same participation record."""
-    parts = assemble(experiment, divide(experiment))
+    parts = assemble(experiment, partition_data(experiment))
     SameCohorts.recorded = {r["round"]: r["clients"] for r in records}
     server = SameCohorts(
         parts.method, Replay(parts.engine, records), experiment.federation,

@@ -145,9 +145,7 @@ def test_a_run_whose_process_is_killed_has_a_last_word_and_the_next_goes_on(site
     own, log = site.own, site.long_run(f"killed-{kind}")
     killed = time.monotonic()
     site.kill("server", kind)
-    own.wait(
-        log, "the process that played the rounds is gone; everything up to the last round is", 5
-    )
+    own.wait(log, "the process that ran the rounds is gone; everything up to the last round is", 5)
     assert time.monotonic() - killed < 5
     assert own.processes.pop(f"killed-{kind}").wait(10) == 1
     site.until(lambda: site.status()["runs"] == [], 5)

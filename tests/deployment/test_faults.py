@@ -171,7 +171,7 @@ def test_who_is_not_let_in_does_not_take_part(deployed):
 @pytest.mark.parametrize(
     ("claim", "reason"),
     [
-        ({"model": "0" * 64}, "its model or tokenizer is another one: SHA-256 000000000000"),
+        ({"model": "0" * 64}, "its model or tokenizer differs: SHA-256 000000000000"),
         ({"version": "0.0.9", "protocol": 1}, "it has fedloom 0.0.9 (protocol 1), the server"),
     ],
 )
@@ -389,7 +389,8 @@ def test_a_file_of_all_clients_can_be_dealt_as_a_simulation_deals_it(
 def test_rows_that_the_server_names_are_not_read(deployed, rows_file):
     rows = [{"prompt": f"Q {i}?", "chosen": f"Yes {i}.", "rejected": "No."} for i in range(40)]
     data = {"source": rows_file(rows), "kind": "preference", "builtin_rows": 60}
-    with pytest.raises(RoundFailed, match=r"data\.source: the experiment's is not this client's"):
+    said = r"data\.source: the experiment's setting differs from this client's"
+    with pytest.raises(RoundFailed, match=said):
         deployed(data=data, federation={"patience": 0.3})
 
 
@@ -419,7 +420,7 @@ def test_no_tensor_of_a_personal_part_is_in_any_message(deployed):
     personal = found.mail.workers[100].run.parts.local.store.slots(0)["personal"]
     both = [*found.mail.pushed, *found.mail.pulled]
     sent = b"".join(envelope.payload for _, envelope in both)
-    shared = found.mail.workers[100].run.parts.local.equipment[0].model.read()
+    shared = found.mail.workers[100].run.parts.local.resources[0].model.read()
     assert any(tensor.numpy().tobytes() in sent for tensor in shared.values())  # it would be found
     for tensor in personal.values():
         raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()[:64]

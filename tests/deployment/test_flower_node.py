@@ -318,7 +318,7 @@ def test_a_server_that_cannot_be_reached_is_told_of_once_and_that_it_is_back(tak
 
 
 def test_a_server_that_does_not_know_the_node_yet_is_asked_again(take_part):
-    """It was started anew, and is being told of its members; the gateway says which node this is now."""
+    """It was restarted, and is being told of its members; the gateway says which node this is now."""
     flower, known = Flower(), iter([False, False])
     flower.SendNodeHeartbeat = lambda request: SimpleNamespace(success=next(known, True))
     flower.ask(to_records(Envelope(b"header", b"payload")))

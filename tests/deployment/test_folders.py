@@ -70,10 +70,10 @@ def test_all_mistakes_are_named_at_once(tmp_path):
 def test_a_home_says_how_it_was_joined(tmp_path):
     home = ClientFolder(tmp_path)
     with pytest.raises(SettingsError, match="file not found"):
-        home.joining()
+        home.registration()
     joining = Registration(gateway="localhost:1", number=3, name="n", key="k")
-    home.write_joining(joining)
-    assert home.joining() == joining and home.own_file() == OwnFile()
+    home.write_registration(joining)
+    assert home.registration() == joining and home.own_file() == OwnFile()
     assert (tmp_path / "client.toml").stat().st_mode & 0o777 == 0o600
 
 

@@ -40,7 +40,7 @@ class Site:
                 "127.0.0.1", self.flower, ssl.create_default_context(), folder / "db", 1 << 30
             ),
             GatewaySettings(**settings),
-            lambda *offence: self.offences.append(offence),
+            lambda *violation: self.offences.append(violation),
         )
         certificate = (folder / "server.pem", folder / "server.key") if tls else None
         self.gateway.listen("127.0.0.1", self.port, certificate)
@@ -114,7 +114,7 @@ def test_without_tls_keys_are_asked_for_all_the_same(bounded):
 
 def test_unknown_and_revoked_keys_are_turned_away(site):
     make_key(site.folder / "stranger.key")
-    with pytest.raises(IdentityError, match="is not known here; the coordinator lets it in with"):
+    with pytest.raises(IdentityError, match="is not known here; the coordinator allows it with"):
         site.client("stranger").register()
     site.members().revoke("site-0")
     with pytest.raises(IdentityError, match="has been revoked"):
@@ -341,7 +341,7 @@ class TestBounds:
         for connection in idle[:15]:
             assert connection.recv(1) == b""
         assert {facts["reason"] for event, facts in site.notes if event == "refused_client"} == {
-            "it gave way to newer connections before it proved a key"
+            "it was closed for newer connections before it proved a key"
         }
 
     def test_the_busiest_address_gives_way_where_there_is_no_room(self, bounded, connected):
@@ -483,7 +483,7 @@ def test_what_is_no_gateway_is_told(tmp_path):
 
         threading.Thread(target=answer, daemon=True).start()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        with pytest.raises(ProtocolMismatch, match="is no gateway of fedloom"):
+        with pytest.raises(ProtocolMismatch, match="is not a gateway of fedloom"):
             GatewayClient(address, read_key(tmp_path / "a.key"), None, "a" * 32).register()
 
 

@@ -221,7 +221,7 @@ def test_a_member_that_is_withdrawn_in_mid_run_is_in_nothing_that_is_played_agai
     own = life.own
     shutil.rmtree(
         own.folder / "runs", ignore_errors=True
-    )  # the earlier ones would be played again too
+    )  # the earlier ones would be run again too
     settings = life.experiment(
         federation={"clients": 2, "rounds": 30, "patience": 60},
         training={"local_steps": 4},

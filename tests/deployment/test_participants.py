@@ -63,8 +63,8 @@ def test_as_many_as_the_members_are_may_be_drawn_for_a_round(read, members, tmp_
         ),
         ("clients = 4", "federation.clients is 4, and 3 members"),
         ('clients = 1\nmembers = ["a", "c"]', r"is 1, and 2 members are to take part \(a, c\)"),
-        ('members = ["a", "b", "x"]', "'b' is not let in; let in are: a, c, d"),
-        ('members = ["a", "a"]', "federation.members names somebody twice"),
+        ('members = ["a", "b", "x"]', "'b' is not an allowed member; allowed are: a, c, d"),
+        ('members = ["a", "a"]', "federation.members names a member twice"),
         ("members = []", "nobody is let in"),
         ("require = 9", "federation.require = 9, but there are federation.clients = 3"),
         ("require = 0", "federation.require"),
@@ -83,7 +83,7 @@ def test_what_does_not_fit_the_members_is_told_before_anything_is_loaded(read, t
 def test_without_members_there_is_no_run(read, members):
     for name in ("a", "c", "d"):
         members.revoke(name)
-    with pytest.raises(SettingsError, match="nobody is let in: `fedloom members allow"):
+    with pytest.raises(SettingsError, match="no member is allowed: `fedloom members allow"):
         read("")
 
 

@@ -251,12 +251,12 @@ def test_what_is_trained_on_of_a_row_is_the_experiments(own):
     other = {"data": {**OWN["data"], "train_on": "completion", "template_date": TEMPLATE_DATE}}
     found = ask(own(other), data=asked)
     assert [(one.line, one.reason) for one in found.refusals] == [
-        ("data.train_on", "'last_answer' is asked for, here is 'completion'"),
-        ("data.template_date", "'2025-02-03' is asked for, here is '2024-07-26'"),
+        ("data.train_on", "'last_answer' is requested, here it is 'completion'"),
+        ("data.template_date", "'2025-02-03' is requested, here it is '2024-07-26'"),
     ]
     assert told(PolicyError(*found.refusals)) == (
-        "data.train_on: the experiment's is not this client's; "
-        "data.template_date: the experiment's is not this client's"
+        "data.train_on: the experiment's setting differs from this client's; "
+        "data.template_date: the experiment's setting differs from this client's"
     )
 
 
@@ -508,7 +508,7 @@ def test_what_is_no_experiment_is_refused(own):
     for text in ("x = [", "[nothing]\na = 1", "a = " + "[" * 100_000, "#" * (LONGEST + 1)):
         with pytest.raises(PolicyError) as refused:
             permitted(text, own(SHARED), 0, 0)
-        assert told(refused.value) == "experiment: it is none that this client can take part in"
+        assert told(refused.value) == "experiment: this client cannot take part in it"
 
 
 def test_the_machine_is_the_clients(own):

@@ -150,7 +150,7 @@ def test_work_that_takes_too_long_is_stopped_and_nothing_of_it_is_kept(server, s
     run, _, reply = found.join(small)
     assert reply.error is None
     engine, passes = found.worker.run.parts.local, []
-    model = engine.equipment[0].model.model
+    model = engine.resources[0].model.model
     forward = model.forward
 
     def slow(*arguments, **options):
@@ -160,13 +160,13 @@ def test_work_that_takes_too_long_is_stopped_and_nothing_of_it_is_kept(server, s
 
     monkeypatch.setattr(model, "forward", slow)
     names = [
-        f"{part}/{name}" for part in ("adapter", "control") for name in engine.equipment[0].initial
+        f"{part}/{name}" for part in ("adapter", "control") for name in engine.resources[0].initial
     ]
     assert names
     header = ask_scaffold(found, run)
     assert header.error == f"policy.max_seconds: {MORE}"
     assert len(passes) < 10 and not engine.store.flat().get(0)
-    assert not list((found.worker.home.run(run) / "kept").glob("*"))
+    assert not list((found.worker.client_folder.run(run) / "kept").glob("*"))
 
 
 def ask_scaffold(found, run):
@@ -176,7 +176,7 @@ def ask_scaffold(found, run):
     from fedloom.training.results import reported
     from fedloom.wire.messages import Payload, encode
 
-    adapter = found.worker.run.parts.local.equipment[0].initial
+    adapter = found.worker.run.parts.local.resources[0].initial
     both = join_parts(adapter=adapter, control={n: 0 * t for n, t in adapter.items()})
     schema = Schema.of(both, (LEARNING_RATE,))
     answer = Schema.of(both, TRAIN_REPLY_NUMBERS, reported(found.worker.run.parts.objective))
@@ -229,7 +229,7 @@ def test_rounds_and_runs_of_a_day_are_counted_on_disk(server, small):
     assert [found.exchange(run, round=n).error for n in (1, 2, 3)] == [None] * 3
     over = f"policy.max_rounds_a_day: {MORE}"
     assert found.exchange(run, round=4).error == over
-    again = HostileServer(type(found.worker)(found.worker.home))  # as after a restart
+    again = HostileServer(type(found.worker)(found.worker.client_folder))  # as after a restart
     again.numbers = found.numbers
     again.join(small, run=run)
     assert again.exchange(run, round=5).error == over
@@ -347,7 +347,7 @@ def test_classes_that_the_coordinator_does_not_have_are_its_own_affair(
 
 def test_a_run_waits_until_a_person_has_let_it_in(server, small, monkeypatch, call):
     found = server(approve=True)
-    home = found.worker.home
+    home = found.worker.client_folder
     text = write_toml(small)
     run, _, reply = found.join(text, run="3f" * 16)
     assert reply.error == "waits for a person's approval (policy.approve)"
@@ -368,7 +368,7 @@ def test_a_run_waits_until_a_person_has_let_it_in(server, small, monkeypatch, ca
 def test_another_experiment_under_the_same_run_is_not_let_in(server, small):
     found = server(approve=True)
     run, _, _ = found.join(small)
-    approvals = Approvals(found.worker.home)
+    approvals = Approvals(found.worker.client_folder)
     approvals.approve(approvals.find(run[-4:] if run.startswith(run[-4:]) else run[:8]))
     other = {**small, "training": {**small["training"], "local_steps": 9}}
     assert found.join(other, run=run)[2].error == Sentence.WAITS.value
@@ -378,7 +378,7 @@ def test_another_experiment_under_the_same_run_is_not_let_in(server, small):
 def test_what_is_refused_does_not_wait(server, small):
     found = server(approve=True)
     assert found.join({**small, "adapter": {"rank": 300}})[2].error == f"policy.max_rank: {MORE}"
-    assert Approvals(found.worker.home).waiting() == []
+    assert Approvals(found.worker.client_folder).waiting() == []
 
 
 def test_a_run_between_machines_begins_when_the_person_has_agreed(
@@ -412,12 +412,12 @@ def test_runs_that_wait_do_not_fill_the_disk(server, small):
     found = server(approve=True)
     for number in range(MOST_WAITING + 5):
         found.join(small, run=f"{number:032x}")
-    waiting = Approvals(found.worker.home).waiting()
+    waiting = Approvals(found.worker.client_folder).waiting()
     assert len(waiting) == MOST_WAITING and waiting[0].run == f"{MOST_WAITING + 4:032x}"
     with pytest.raises(SettingsError, match=r"several runs that wait begin with '0'"):
-        Approvals(found.worker.home).find("0")
+        Approvals(found.worker.client_folder).find("0")
     with pytest.raises(SettingsError, match=r"no run that waits begins with 'x'"):
-        Approvals(found.worker.home).find("x")
+        Approvals(found.worker.client_folder).find("x")
 
 
 def test_a_servers_words_move_no_cursor(server, small):
@@ -425,7 +425,7 @@ def test_a_servers_words_move_no_cursor(server, small):
     small["model"] = {"path": "\x1b[2J\x1b[1;31mevil[/bold]"}
     run, _, reply = found.join(small)
     assert reply.error == Sentence.WAITS.value
-    home = found.worker.home
+    home = found.worker.client_folder
     shown = rendered(waiting_table(home)) + rendered(
         waiting_run(home, Approvals(home).find(run)).shown
     )
@@ -623,7 +623,7 @@ def test_a_sample_is_read_by_the_models_revision_and_context(
 def test_actions_that_the_method_does_not_have_are_neither_counted_nor_noted(server, small):
     found = server()
     run, _, _ = found.join(small)
-    log = found.worker.home.path / "audit.jsonl"
+    log = found.worker.client_folder.path / "audit.jsonl"
     before = log.read_bytes() if log.exists() else b""
     for action in ("x", "y" * 64, ""):
         assert found.exchange(run, action=action).error == Sentence.UNFIT.value

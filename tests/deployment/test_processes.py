@@ -153,7 +153,7 @@ class TestWhoIsNotLetIn:
         (reason,) = self.refused(
             own,
             own.joining(7, key="stranger.key"),
-            "does not let this client in: the key .* is not known",
+            "does not admit this client: the key .* is not known",
         )
         assert "not known here" in reason
 
@@ -196,7 +196,7 @@ class TestWhoIsNotLetIn:
     def test_what_is_no_address_is_told(self, federation_of_two):
         own = federation_of_two
         done = own.call(*own.joining(0, server="local host", home="x"), check=False)
-        assert done.returncode == 2 and "is no HOST:PORT" in done.stderr
+        assert done.returncode == 2 and "is not a HOST:PORT" in done.stderr
 
     def test_one_key_in_two_folders_takes_part_once(self, federation_of_two, tmp_path):
         own = federation_of_two

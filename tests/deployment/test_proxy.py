@@ -224,7 +224,7 @@ class TestTunnels:
         own = proxy(federation.port)
         Members(federation.folder / "members.toml").revoke("site-0")
         told = refusal(federation, IdentityError)
-        assert f"(through the proxy at {own.address}) does not let this client in" in told
+        assert f"(through the proxy at {own.address}) does not admit this client" in told
 
 
 class TestRefusals:
@@ -263,7 +263,7 @@ class TestRefusals:
     @pytest.mark.parametrize("content", [b"SSH-2.0-x\r\n\r\n", b"HTTP/2 200\r\n\r\n", b"\n\n\n"])
     def test_what_is_no_proxy(self, federation, proxy, content):
         own = proxy(answer=says(content))
-        assert f"what listens at {own.address} is no HTTP proxy" in refusal(federation)
+        assert f"what listens at {own.address} is not an HTTP proxy" in refusal(federation)
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "proxy.test", "proxy..test"])
     def test_a_proxy_that_is_not_there(self, federation, environment, host):
@@ -395,16 +395,16 @@ class TestWhichProxy:
         [
             (f"https://{ENCODED}@proxy.test:3128", "'https://***@proxy.test:3128': proxies are"),
             (f"socks5://{ENCODED}@proxy.test:1080", "'socks5://***@proxy.test:1080': proxies are"),
-            ("http://dr:s3/cr@proxy.test:3128", "'http://***@proxy.test:3128': it is no URL"),
-            ("http://dr:s3#cr@proxy.test:3128", "'http://***@proxy.test:3128': it is no URL"),
-            ("http://dr:1#s3@proxy.test:3128", "'http://***@proxy.test:3128': it is no URL"),
-            ("http:/dr:s3@proxy.test:3128", "'***@proxy.test:3128': it is no URL"),
-            ("http://dr:s3@cr\n@proxy.test:1", "'http://***@proxy.test:1': it is no URL"),
-            ("http://dr:s3\udcff@proxy.test:1", "'http://***@proxy.test:1': it is no URL"),
-            ("http://proxy.test:99999", "'http://proxy.test:99999': it is no URL"),
-            ("http://proxy.test:port", "'http://proxy.test:port': it is no URL"),
-            ("http://proxy test:1", "'http://proxy test:1': it is no URL"),
-            ("http://", "'http://': it is no URL"),
+            ("http://dr:s3/cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
+            ("http://dr:s3#cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
+            ("http://dr:1#s3@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
+            ("http:/dr:s3@proxy.test:3128", "'***@proxy.test:3128': it is not a URL"),
+            ("http://dr:s3@cr\n@proxy.test:1", "'http://***@proxy.test:1': it is not a URL"),
+            ("http://dr:s3\udcff@proxy.test:1", "'http://***@proxy.test:1': it is not a URL"),
+            ("http://proxy.test:99999", "'http://proxy.test:99999': it is not a URL"),
+            ("http://proxy.test:port", "'http://proxy.test:port': it is not a URL"),
+            ("http://proxy test:1", "'http://proxy test:1': it is not a URL"),
+            ("http://", "'http://': it is not a URL"),
         ],
     )
     @pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY"])

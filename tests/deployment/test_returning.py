@@ -143,7 +143,7 @@ def over_links(own, settings):
     mail, opened = own.loopback.mail(source=builtin(settings)), []
     for one in mail.workers.values():
         update = {"gateway": f"localhost:{own.link.port}"}
-        one.joining = one.joining.model_copy(update=update)
+        one.registration = one.registration.model_copy(update=update)
     engine = own.loopback.engine(settings, mail)
     sizes = engine.sizes
 
@@ -158,7 +158,7 @@ def over_links(own, settings):
             time.sleep(0.01)
         return sizes()
 
-    engine.post = replace(engine.post, open_streams=open_streams)
+    engine.transport = replace(engine.transport, open_streams=open_streams)
     engine.sizes = once_all_are_there
     with contextlib.closing(engine):
         run_experiment(settings, observer=Silent(), remote=engine)

@@ -47,7 +47,7 @@ class Site:
 
     def ask(self, name, **facts):
         asked = Asked(name=name, cwd="/", text=f'name = "{name}"\n', **facts)
-        return self.queue.submit(asked).order.id
+        return self.queue.submit(asked).run_request.id
 
     def plays(self, plays=True):
         if plays:
@@ -57,7 +57,7 @@ class Site:
 
     def tell(self, id, event, **facts):
         with RunEvents(run_event_file(self.home, id)) as news:
-            news.tell(event, **facts)
+            news.emit(event, **facts)
 
     def news(self, id):
         return [json.loads(line) for line in run_event_file(self.home, id).read_text().splitlines()]
@@ -136,7 +136,7 @@ def test_a_process_that_died_is_told_and_the_next_begins(site):
     site.queue.advance()
     site.queue.advance()
     (last,) = [told for told in site.news(first) if told["event"] == "failed"]
-    assert "the process that played the rounds is gone" in last["text"]
+    assert "the process that ran the rounds is gone" in last["text"]
     assert "--resume /runs/first" in last["text"]
     assert site.flower.stopped == [1] and site.states() == {"second": "starting"}
     assert site.flower.started[1:] == [run_request_file(site.home, second)]

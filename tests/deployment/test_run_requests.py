@@ -21,14 +21,14 @@ from fedloom.deployment.run_requests import (
 )
 from fedloom.deployment.submit import follow
 from fedloom.errors import FedloomError, ModelError, RoundFailed
-from fedloom.federation.offences import Offence
 from fedloom.federation.records import Absence, Evaluation, RoundRecord
+from fedloom.federation.violations import Violation
 from fedloom.runs.observers import Plan
 from fedloom.storage.files import lock
 
 PLAN = Plan("who", "what", 3, "accuracy", True, {0: "north (client 0)", 3: "south (client 3)"})
 RECORD = RoundRecord(
-    2, (0, 3), {3: "it failed"}, (Offence(3, "forged", "why", 2, "r", 4),), {5: 9}, {0: (99.0, 7)}, (4,),
+    2, (0, 3), {3: "it failed"}, (Violation(3, "forged", "why", 2, "r", 4),), {5: 9}, {0: (99.0, 7)}, (4,),
     {1: Absence(1e9, "not connected")},
     1e-3, {"loss": 0.5}, {0: {"loss": 0.5}},
     Evaluation({"accuracy": 0.5}, {0: {"accuracy": 0.25}}),
@@ -45,15 +45,15 @@ class Seen:
 
 
 def test_what_is_told_is_what_happened(tmp_path):
-    news, seen = RunEvents(tmp_path / "news.jsonl"), Seen()
-    news.stage("loading")
-    news.begin(PLAN)
-    news.client_done(2, 0, 1, 2)
-    news.round_done(RECORD)
-    news.warning("careful")
-    news.end()
-    news.tell("finished", summary="all well")
-    news.close()
+    events, seen = RunEvents(tmp_path / "news.jsonl"), Seen()
+    events.stage("loading")
+    events.begin(PLAN)
+    events.client_done(2, 0, 1, 2)
+    events.round_done(RECORD)
+    events.warning("careful")
+    events.end()
+    events.emit("finished", summary="all well")
+    events.close()
     assert show(read_run_events(tmp_path / "news.jsonl", lambda: True), seen) == "all well"
     assert seen.calls == [
         ("stage", (), {"text": "loading"}),
@@ -66,8 +66,8 @@ def test_what_is_told_is_what_happened(tmp_path):
 
 
 def test_a_failure_is_told_with_its_exit_code(tmp_path):
-    with contextlib.closing(RunEvents(tmp_path / "news.jsonl")) as news:
-        news.tell("failed", text="no such model", exit_code=3)
+    with contextlib.closing(RunEvents(tmp_path / "news.jsonl")) as events:
+        events.emit("failed", text="no such model", exit_code=3)
     with pytest.raises(FedloomError, match="no such model") as failed:
         show(read_run_events(tmp_path / "news.jsonl", lambda: True), Seen())
     assert failed.value.exit_code == 3
@@ -79,10 +79,10 @@ def test_a_failure_is_told_with_its_exit_code(tmp_path):
 )
 def test_a_run_that_is_gone_with_its_server_is_told(tmp_path, monkeypatch, folder, hint):
     monkeypatch.setattr("fedloom.deployment.run_requests.ASK", 0.0)
-    with RunEvents(tmp_path / "news.jsonl") as news:
-        news.stage("loading")
+    with RunEvents(tmp_path / "news.jsonl") as events:
+        events.stage("loading")
         if folder:
-            news.tell("folder", folder=folder)
+            events.emit("folder", folder=folder)
     with pytest.raises(RoundFailed, match=f"the server is gone, and the run with it; .*{hint}"):
         show(read_run_events(tmp_path / "news.jsonl", lambda: False), Seen())
 
@@ -91,28 +91,28 @@ def test_a_run_that_ends_while_it_is_asked_about_is_not_gone(tmp_path, monkeypat
     monkeypatch.setattr("fedloom.deployment.run_requests.ASK", 0.0)
 
     def ends_meanwhile():
-        news.round_done(RECORD)
-        news.tell("finished", summary="all well")
-        news.close()
+        events.round_done(RECORD)
+        events.emit("finished", summary="all well")
+        events.close()
         return False
 
-    news, seen = RunEvents(tmp_path / "news.jsonl"), Seen()
+    events, seen = RunEvents(tmp_path / "news.jsonl"), Seen()
     assert show(read_run_events(tmp_path / "news.jsonl", ends_meanwhile), seen) == "all well"
     assert seen.calls == [("round_done", (RECORD,), {})]
 
 
 def test_a_run_is_asked_about_only_when_it_is_quiet(tmp_path, monkeypatch):
-    news, slept, asked = RunEvents(tmp_path / "news.jsonl"), [], []
+    events, slept, asked = RunEvents(tmp_path / "news.jsonl"), [], []
 
     def sleep(_):
         slept.append(len(slept))
         if len(slept) <= 10:
-            news.stage("loading")
+            events.stage("loading")
 
     clock = SimpleNamespace(monotonic=lambda: float(len(slept)), sleep=sleep)
     monkeypatch.setattr("fedloom.deployment.run_requests.time", clock)
     found = list(read_run_events(tmp_path / "news.jsonl", lambda: asked.append(len(slept))))
-    news.close()
+    events.close()
     assert len(found) == 10 and asked == [10 + ASK + 1]
 
 
@@ -213,8 +213,8 @@ def test_who_watches_is_told_that_the_server_of_the_run_is_gone(tmp_path, monkey
     monkeypatch.setattr("fedloom.deployment.run_requests.ASK", 0.1)
     home = ServerFolder(tmp_path)
     home.requests.mkdir()
-    with RunEvents(run_event_file(home, "a" * 32)) as news:
-        news.stage("loading")
+    with RunEvents(run_event_file(home, "a" * 32)) as events:
+        events.stage("loading")
     with contextlib.ExitStack() as closing:
         if left != "no server":
             closing.enter_context(lock(home.lock))

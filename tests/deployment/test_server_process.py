@@ -58,15 +58,15 @@ def test_without_tls_it_is_said_what_is_lost(home, monkeypatch):
 
 
 def test_what_a_client_gets_wrong_at_the_gateway_counts_in_the_run_under_way_or_in_the_log(home):
-    log = server.OffenceLog(home.path / "offences.jsonl")
+    log = server.ViolationLog(home.path / "offences.jsonl")
     for _ in range(150):
-        server.report_offence(home, log, 3, "forbidden", "a path")
+        server.report_violation(home, log, 3, "forbidden", "a path")
     told = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert len(told) == 100 and told[0]["client"] == 3 and told[0]["kind"] == "forbidden"
     found = []
     with contextlib.closing(Streams(home.streams / ("a" * 32))) as run:
         run.report = lambda *words: found.append(words)
-        server.report_offence(home, log, 3, "oversized", "a body")
+        server.report_violation(home, log, 3, "oversized", "a body")
         end = time.monotonic() + 10
         while not found and time.monotonic() < end:
             time.sleep(0.01)

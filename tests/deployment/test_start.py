@@ -151,7 +151,7 @@ def test_clients_go_on_from_models_of_their_own(made, loopback, tmp_path):
     assert all(metrics["reward_margin"] == 0 for metrics in each)
     heads = set()
     for worker in mail.workers.values():
-        (own,) = worker.run.parts.local.equipment.values()
+        (own,) = worker.run.parts.local.resources.values()
         assert own.own_start
         heads.add(str({n: float(t.sum()) for n, t in own.initial.items() if n.startswith("own.")}))
     assert len(heads) == 3

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from fedloom.deployment.folders import ServerFolder, ServerStatus
-from fedloom.deployment.offences import FILE, OffenceLog
 from fedloom.deployment.status import server_status, shown
-from fedloom.federation.offences import Offence
+from fedloom.deployment.violations import FILE, ViolationLog
+from fedloom.federation.violations import Violation
 from fedloom.security.keys import make_key
 
 RUN = "a" * 32
@@ -101,10 +101,10 @@ def test_a_run_names_who_is_missing_and_why(look):
 
 
 def test_what_members_got_wrong_and_until_when_they_are_in_quarantine(home, look):
-    log = OffenceLog(home.path / FILE)
+    log = ViolationLog(home.path / FILE)
     log.began(RUN)
     for kind in ("oversized", "oversized", "forged"):
-        log.offended(Offence(1, kind, "[red]its\nsignature", 2, RUN))
+        log.record(Violation(1, kind, "[red]its\nsignature", 2, RUN))
     log.quarantined(RUN, 3, {1: 17})
     found, lines = look({}, [playing()])
     assert lines[1].split()[5:] == ["offences", "quarantine", "last"]

@@ -82,4 +82,4 @@ def test_runs_that_started_from_its_work_are_named(home, played):
         (folder / "run.json").write_text(json.dumps({**record, "id": id, "start": began}))
     (work,) = works_of(home, home.members().named("south"))
     assert work.started == (second, third)
-    assert f"to be begun anew from what is without it: {second}, {third}" in work.text()
+    assert f"to be started again from what is without it: {second}, {third}" in work.text()

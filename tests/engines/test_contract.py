@@ -11,7 +11,7 @@ from fedloom.federation.engine import RunDescription
 from fedloom.federation.presence import Membership
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.training.results import reported
 from fedloom.wire.messages import Exchange, Payload, decode
 from fedloom.wire.schema import Schema
@@ -27,10 +27,10 @@ def engine(request, experiment):
     """An engine with three clients that is ready, and its parts."""
     settings = experiment(training={"local_steps": 1}, federation={"patience": 0.5})
     if request.param == "simulation":
-        parts = assemble(settings, divide(settings))
+        parts = assemble(settings, partition_data(settings))
         return parts.engine, parts
     remote = request.getfixturevalue("loopback")(3).engine(settings)
-    parts = assemble(settings, divide(settings), remote=remote)
+    parts = assemble(settings, partition_data(settings), remote=remote)
     remote.begin(run_description(settings, parts), parts.ledger)
     return remote, parts
 
@@ -114,9 +114,9 @@ def test_costs_of_the_work_reach_the_ledger(engine):
 
 def test_both_give_the_same_bits(experiment, loopback):
     settings = experiment(training={"local_steps": 2})
-    here = assemble(settings, divide(settings))
+    here = assemble(settings, partition_data(settings))
     remote = loopback(3).engine(settings)
-    there = assemble(settings, divide(settings), remote=remote)
+    there = assemble(settings, partition_data(settings), remote=remote)
     remote.begin(run_description(settings, there), Ledger())
     assert there.engine.sizes() == here.engine.sizes()
     assert all(torch.equal(here.initial[name], there.initial[name]) for name in here.initial)

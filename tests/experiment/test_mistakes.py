@@ -108,11 +108,11 @@ OTHERS = {
     "run empty": "empty is a folder, and an experiment is a file in TOML",
     "run good.toml --from-round 2": "--from-round and --fresh-client go with --resume FOLDER",
     "run --resume gone": "no run folder at gone",
-    "run --resume empty": "empty is no run folder: it has no experiment.toml",
+    "run --resume empty": "empty is not a run folder: it has no experiment.toml",
     "run --resume started": "no run was begun in started",
     "run --resume good.toml": "no run folder at good.toml",
     "run": "give an experiment file, or --resume FOLDER",
-    "run good.toml --engine flowr": "'flowr' is no engine",
+    "run good.toml --engine flowr": "'flowr' is not an engine",
     "run good.toml --set output.folder=nope/x": "there is no folder nope to hold x: make it, or mend",
     "run good.toml --set output.folder=started": "output.folder 'started' is not empty",
     "run good.toml --set model.path=./gone": "model.path './gone' is not a folder",
@@ -126,14 +126,14 @@ OTHERS = {
     "compare good.toml": "[compare] is missing",
     "compare list.toml": "compare.objectives 'ipoo': did you mean 'ipo'?",
     "compare list.toml --to nope/x": "there is no folder nope to hold x",
-    "advise good.toml --uplink quick": "'quick' is no quantity",
+    "advise good.toml --uplink quick": "'quick' is not a quantity",
     "evaluate": "give a run folder or an experiment in TOML",
-    "evaluate gone": "gone is no adapter: it has no adapter_config.json",
+    "evaluate gone": "gone is not an adapter: it has no adapter_config.json",
     "evaluate gone.toml": "file not found: gone.toml",
-    "evaluate empty": "empty is no adapter",
+    "evaluate empty": "empty is not an adapter",
     "evaluate started": "started has no global adapter: its run has not ended",
     "evaluate base": "the base model is scored on an experiment",
-    "evaluate good.toml --adapter gone": "gone is no adapter",
+    "evaluate good.toml --adapter gone": "gone is not an adapter",
     "evaluate good.toml --adapter good.toml": "good.toml is an experiment, not an adapter",
     "evaluate good.toml --to run": "run is not empty: choose another folder with --to",
     "evaluate good.toml --to nope/x": "there is no folder nope to hold x",
@@ -153,7 +153,7 @@ OTHERS = {
     "forget gone --client 1": "no run folder at gone",
     "forget run --client 1": "run holds nothing that client 1 keeps",
     "report gone": "no run folder at gone",
-    "report empty": "empty is no run folder",
+    "report empty": "empty is not a run folder",
     "report started": "started",
     "report run --to page.html": "page.html is there already: give another name with --to, or --force",
     "report run --to nope/x.html": "there is no folder nope to hold x.html",
@@ -167,7 +167,7 @@ OTHERS = {
     "certs --home empty --days 0": "0 is not in the range",
     "certs --home empty --days 99999999": "99999999 is not in the range",
     "server stop --home gone": "no server runs in gone",
-    "server backup x --home empty": "empty is no server's folder",
+    "server backup x --home empty": "empty is not a server's folder",
     "server restore gone": "gone",
     "client check gone.toml": "gone.toml",
     "client leave --home gone": "gone",
@@ -374,7 +374,7 @@ def leaves(command, name=""):
 
 
 def test_a_host_without_a_name(call, place):
-    assert "'' is no name or address of a machine" in told(call, "certs", "--host", "")
+    assert "'' is not a name or address of a machine" in told(call, "certs", "--host", "")
 
 
 def test_memory_that_does_not_suffice_is_one_line(call, place, monkeypatch):

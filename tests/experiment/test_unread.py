@@ -100,7 +100,7 @@ CASES = {
     ),
     "clients.newcomer_steps": (
         {"clients": {"newcomer_steps": 5}},
-        "clients.newcomer_steps = 5 does nothing: clients.newcomers names nobody",
+        "clients.newcomer_steps = 5 does nothing: clients.newcomers is empty",
         {"clients": {"newcomer_steps": 5, "newcomers": [2]}},
     ),
     "public.rows": (

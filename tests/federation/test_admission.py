@@ -12,7 +12,7 @@ from fedloom.aggregation.means import weighted_mean
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import Interrupted, OutputError, RoundFailed, SettingsError
 from fedloom.federation.admission import Admission, AdmissionSettings
-from fedloom.federation.offences import Offence, OffenceObserver
+from fedloom.federation.violations import Violation, ViolationObserver
 from fedloom.methods import METHODS
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.reports.run_page import write_report
@@ -49,8 +49,8 @@ def test_a_change_that_is_too_large_is_left_out_and_what_was_not_sent_is_no_chan
     replies, rejected = admission.accept([fits, beyond], exchange(), SIZES)
     assert [reply.client for reply in replies] == [0]
     assert rejected == {1: "it changed what it was sent by 5, admission.max_change allows 4"}
-    (offence,) = admission.close(1)
-    assert offence == Offence(1, "out_of_range", rejected[1], 1)
+    (violation,) = admission.close(1)
+    assert violation == Violation(1, "out_of_range", rejected[1], 1)
 
 
 def test_or_it_is_shortened():
@@ -205,12 +205,12 @@ def test_missing_and_failing_clients_have_not_offended():
 
 
 def test_three_offences_pause_a_client_and_it_begins_anew():
-    earlier = [Offence(7, "forged", "x", round) for round in (1, 4, 9, 10)] + [
-        Offence(8, "forged", "x", 4)
+    earlier = [Violation(7, "forged", "x", round) for round in (1, 4, 9, 10)] + [
+        Violation(8, "forged", "x", 4)
     ]
     admission = Admission(AdmissionSettings(offences=2, pause=3), earlier)
     paused = {round: admission.paused(round) for round in range(1, 16)}
-    # the second offence, in round 4, pauses rounds 5 to 7; those of 9 and 10 pause 11 to 13
+    # the second violation, in round 4, pauses rounds 5 to 7; those of 9 and 10 pause 11 to 13
     assert [round for round, own in paused.items() if 7 in own] == [5, 6, 7, 11, 12, 13]
     assert paused[6] == {7: 7} and paused[12] == {7: 13}
     assert not any(8 in own for own in paused.values())
@@ -254,15 +254,15 @@ def test_a_repeat_offender_is_not_asked_for_some_rounds(experiment, spoiled, tmp
     assert spoiled == [1, 2, 6, 7]
     lines = (result.folder / "rounds.jsonl").read_text().splitlines()
     records = {record["round"]: record for record in map(json.loads, lines)}
-    (offence,) = records[2]["offences"]
-    assert (offence["client"], offence["kind"], offence["count"]) == (1, "not_finite", 1)
+    (violation,) = records[2]["offences"]
+    assert (violation["client"], violation["kind"], violation["count"]) == (1, "not_finite", 1)
     assert records[2]["clients"] == [0, 1, 2] and records[3]["offences"] == []
     assert records[3]["clients"] == [0, 2] and records[3]["paused"] == {"1": 5}
     assert records[6]["clients"] == [0, 1, 2] and records[6]["paused"] == {}
     told = [text for text in Hearing.heard if "quarantine" in text]
     assert told == [
-        "client 1 is in quarantine until round 5: offences in 2 rounds (admission.offences)",
-        "client 1 is in quarantine until round 10: offences in 2 rounds (admission.offences)",
+        "client 1 is in quarantine until round 5: violations in 2 rounds (admission.offences)",
+        "client 1 is in quarantine until round 10: violations in 2 rounds (admission.offences)",
     ]
 
 
@@ -329,9 +329,9 @@ def test_settings_that_make_no_sense(experiment, sections, words):
 def test_a_report_from_outside_of_answers_counts_like_any_other():
     told, noted = [], []
 
-    class Hearing(OffenceObserver):
-        def offended(self, offence):
-            told.append(offence)
+    class Hearing(ViolationObserver):
+        def record(self, violation):
+            told.append(violation)
 
     admission = Admission(
         AdmissionSettings(offences=2, pause=3),
@@ -379,16 +379,19 @@ def test_what_comes_between_two_rounds_is_of_the_next():
 
 def test_reasons_are_one_line_of_bounded_length():
     admission, noted = Admission(), []
-    answers = [Answer(0, error="a\n\x1b[2J" * 5000), Answer(1, error="x" * 9999, offence="forged")]
+    answers = [
+        Answer(0, error="a\n\x1b[2J" * 5000),
+        Answer(1, error="x" * 9999, violation="forged"),
+    ]
     _, rejected = admission.accept(
         answers, exchange(), SIZES, audit=lambda event, **facts: noted.append((event, facts))
     )
     assert all(len(why) <= 500 and why.isprintable() for why in rejected.values())
     absent = {facts["client"]: facts for event, facts in noted if event == "absent"}
     assert absent[1]["kind"] == "forged" and "kind" not in absent[0]
-    (offence,) = admission.close(1)
-    assert (offence.client, offence.kind, len(offence.reason)) == (1, "forged", 500)
-    assert len(offence.to_record()["reason"]) == 200
+    (violation,) = admission.close(1)
+    assert (violation.client, violation.kind, len(violation.reason)) == (1, "forged", 500)
+    assert len(violation.to_record()["reason"]) == 200
 
 
 ASKS_ALL = {"method": {"name": "fedavg_ft"}, "federation": {"clients": 3, "rounds": 4}}

@@ -133,7 +133,7 @@ def test_clients_keep_their_adapters_and_differ(federate, distil):
 def test_rows_of_a_round_are_drawn_anew_and_known_to_all(distil, federate):
     experiment = distil(rows_per_round=4)
     found = federate(experiment)
-    method, public = found.parts.method, found.parts.engine.equipment[0].public
+    method, public = found.parts.method, found.parts.engine.resources[0].public
     drawn = [method.rows_of_round(public, 0, round).share.tokens.rows.tolist() for round in (1, 2)]
     assert drawn[0] != drawn[1] and all(len(rows) == 4 for rows in drawn)
     server = method.rows_of_round(method.server.public, 0, 1).share.tokens.rows.tolist()
@@ -150,7 +150,7 @@ def test_clients_of_other_ranks_and_backbones_take_part(federate, distil, tmp_pa
     scored = evaluate_adapter(own, fedloom.run(own).adapter_path).metrics
     assert 0 <= scored["accuracy"] <= 1  # the adapter is of the server's model, and loads there
     found = federate(distil(groups=groups, server_rank=4), evaluate=True)
-    models = [found.parts.engine.equipment[client].model for client in range(3)]
+    models = [found.parts.engine.resources[client].model for client in range(3)]
     assert len({id(model) for model in models}) == 3
     assert models[2].model.config.num_hidden_layers == 3
     ranks = {tensor.shape[0] for name, tensor in found.adapter.items() if "lora_A" in name}

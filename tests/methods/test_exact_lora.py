@@ -223,7 +223,7 @@ def test_a_client_whose_store_is_gone_says_so_and_is_brought_up_to_date(experime
         parts.engine.exchange = exchange
 
     found = federate(experiment(method={"name": "fedex_lora"}, **longer), forget)
-    assert "it has added 0 of 1 rounds to its backbone" in found.records[1].rejected[1]
+    assert "its backbone has the additions of 0 of 1 rounds" in found.records[1].rejected[1]
     assert not found.records[2].rejected
 
 

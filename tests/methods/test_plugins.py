@@ -20,7 +20,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPO, DPOSettings
-from fedloom.runs.division import SOURCES, divide
+from fedloom.runs.division import SOURCES, partition_data
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.settings import plugins
@@ -111,7 +111,11 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
     [
         ("gone_module:X", None, "there is no module gone_module here"),
         ("feddyn:FedDin", METHOD, "module feddyn has no class 'FedDin'; did you mean 'FedDyn'?"),
-        ("feddyn:zeros", METHOD, "feddyn:zeros is no subclass of fedloom.methods.contract.method.Method"),
+        (
+            "feddyn:zeros",
+            METHOD,
+            "feddyn:zeros is not a subclass of fedloom.methods.contract.method.Method",
+        ),
         (NAME, "1 / 0", "its module feddyn cannot be imported: ZeroDivisionError: division by zero"),
         (NAME, METHOD.replace('taken = ("alpha",)', ""), "method.alpha is in none of its taken, bounded and named_models"),
         (NAME, METHOD.replace("reveals = ADAPTERS_ALONE", ""), "it must define reveals"),
@@ -267,7 +271,7 @@ def test_a_source_of_others(folder, table):
         SettingsError,
         match=r"data.source = 'feddyn:Nothing': feddyn:Nothing: it must define load\(rng\)",
     ):
-        divide(Experiment.from_table({"data": {**data, "source": "feddyn:Nothing"}}))
+        partition_data(Experiment.from_table({"data": {**data, "source": "feddyn:Nothing"}}))
 
 
 JUDGE = """

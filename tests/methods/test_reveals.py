@@ -16,7 +16,7 @@ from fedloom.methods.scaffold import CONTROL
 from fedloom.methods.split import ROWS, TARGETS, SplitSettings
 from fedloom.models.allowance import Allowance
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.wire.messages import Reply, decode
 from sampling import every
 
@@ -142,7 +142,7 @@ def test_no_request_takes_more_batches_than_it_says(suited, federate, method, mo
 )
 def test_what_is_not_allowed_is_not_computed_and_nothing_is_kept(suited, method, allowed, line):
     experiment = suited(method)
-    parts = assemble(experiment, divide(experiment))
+    parts = assemble(experiment, partition_data(experiment))
     engine, told = parts.local, None
     engine.allowance = Allowance(**allowed)
     engine.tell = lambda error: ";".join(one.line for one in error.refusals)
@@ -166,7 +166,7 @@ def only(requests):
 
 def test_an_adapter_of_a_larger_rank_than_allowed_is_not_held(experiment):
     small, large = (
-        assemble(own, divide(own)).model
+        assemble(own, partition_data(own)).model
         for own in (experiment(adapter={"rank": rank}) for rank in (2, 5))
     )
     numbers = sum(tensor.numel() for tensor in small.read().values())

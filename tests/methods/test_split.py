@@ -180,7 +180,7 @@ def test_labels_stay_home_in_u_shape(federate, split):
 
 def test_clients_hold_front_halves_and_the_adapter_is_whole_in_the_end(federate, split):
     found = federate(split(clients=2))
-    front = found.parts.engine.equipment[0].model
+    front = found.parts.engine.resources[0].model
     assert isinstance(front, ClientPart)
     assert not any("layers.1." in name for name, _ in front.model.named_parameters())
     assert found.adapter.keys() == found.parts.model.parameters.keys()

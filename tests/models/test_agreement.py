@@ -16,7 +16,7 @@ from fedloom.models.agreement import disagreements, length_warnings, require_tok
 from fedloom.models.configuration import UNLIMITED, context, keep_blocks
 from fedloom.models.load import context_length, load_backbone, load_tokenizer
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 
 SMALL = {
     "vocab_size": 320,
@@ -132,7 +132,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds(experiment, copy):
     tokenizer.save_pretrained(copy)
     built = experiment(model={"path": str(copy)})
     with pytest.raises(ModelError) as told:
-        assemble(built, divide(built))
+        assemble(built, partition_data(built))
     assert f"is number {rows}, the model embeds {rows} (1 such tokens)" in str(told.value)
     assert f"resize_token_embeddings({rows + 1})" in str(told.value)
 
@@ -147,7 +147,7 @@ def test_a_control_token_beyond_is_refused_only_where_a_row_has_it(experiment, c
     require_tokens(backbone, tokenizer, "here")
     tokenizer.save_pretrained(copy)
     built = experiment(model={"path": str(copy)})
-    assemble(built, divide(built))
+    assemble(built, partition_data(built))
     tokenizer.chat_template = more[-1] + (tokenizer.chat_template or "{{ messages[0].content }}")
     tokenizer.save_pretrained(copy)
     roles = ("user", "assistant")
@@ -160,7 +160,7 @@ def test_a_control_token_beyond_is_refused_only_where_a_row_has_it(experiment, c
         objective={"name": "sft"},
     )
     with pytest.raises(ModelError, match=r"a row has the token '<picture \d+>' \(\d+\), and the"):
-        assemble(built, divide(built))
+        assemble(built, partition_data(built))
 
 
 def test_tokens_that_end_and_begin_texts(copy):
@@ -188,7 +188,7 @@ def test_padding_of_a_tokenizer_that_has_none_is_the_configurations(copy):
 
 def test_lengths_that_cannot_be_had(copy, experiment):
     built = experiment(model={"path": str(copy)}, data={"max_length": 8192})
-    (told,) = [t for t in assemble(built, divide(built)).accounts.warnings if "8192" in t]
+    (told,) = [t for t in assemble(built, partition_data(built)).accounts.warnings if "8192" in t]
     reads = context_length(load_backbone(str(copy), pad_token_id=0))
     assert told.startswith(f"data.max_length = 8192: {copy} reads {reads} tokens at most")
     tokenizer = load_tokenizer(str(copy))
@@ -239,7 +239,7 @@ def test_a_classifier_with_two_orders_of_its_classes(classifier):
     change(folder, "config.json", label2id={"no": 1, "yes": 0})
     with pytest.raises(ModelError, match=r"id2label says 0 is 'no', label2id that 'no' is 1"):
         load_backbone(folder, pad_token_id=0, classes=("no", "yes"))
-    load_backbone(folder, pad_token_id=0, classes=("yes", "no"))  # the head begins anew
+    load_backbone(folder, pad_token_id=0, classes=("yes", "no"))  # the head starts again
 
 
 LONG_HEADS = {

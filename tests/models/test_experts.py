@@ -272,5 +272,5 @@ def test_missing_extra_and_foreign_experts_are_named(model_folder, tmp_path, bre
 def test_a_damaged_folder_is_one_message(model_folder, tmp_path):
     build(model_folder).save(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({"rank": 4}))
-    with pytest.raises(ModelError, match="is no folder of experts, or damaged"):
+    with pytest.raises(ModelError, match="is not a folder of experts, or damaged"):
         load_experts(load_backbone(str(model_folder), pad_token_id=0), tmp_path)

@@ -17,7 +17,7 @@ from fedloom.errors import ModelError, SettingsError
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.saved_models import load_saved
 from sampling import sampled
 
@@ -160,7 +160,7 @@ def test_each_trains_and_loads_as_it_was_or_is_refused(
 
     def made():
         built = experiment(**sections)
-        division = divide(built)
+        division = partition_data(built)
         return built, division.classes, assemble(built, division)
 
     if why:

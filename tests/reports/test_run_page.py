@@ -65,8 +65,8 @@ def test_what_models_and_data_say_is_escaped(folder):
         .read_text()
         .replace('"rejected": []', json.dumps({"rejected": [{"client": 1, "reason": evil}]})[1:-1])
     )
-    offence = {"client": 1, "kind": evil, "reason": evil, "count": 2}
-    rounds = rounds.replace('"offences": []', json.dumps({"offences": [offence]})[1:-1])
+    violation = {"client": 1, "kind": evil, "reason": evil, "count": 2}
+    rounds = rounds.replace('"offences": []', json.dumps({"offences": [violation]})[1:-1])
     gone = [{"client": 1, "since": evil, "reason": evil}]
     rounds = rounds.replace('"absent": []', json.dumps({"absent": gone})[1:-1])
     rounds = rounds.replace('"weighed": {}', json.dumps({"weighed": {evil: [3.0, 2]}})[1:-1])

@@ -211,7 +211,7 @@ def test_what_cannot_be_judged(tmp_path, settings, answers):
         choose.default_judges(Benchmark("x", (Question("1", "q"),), 5))
     assert choose.default_judges(BENCHMARK) == ["reference"]
     assert choose.default_judges(replace(BENCHMARK, refusal_is_right=True)) == ["refusal"]
-    with pytest.raises(ModelError, match="is no adapter"):
+    with pytest.raises(ModelError, match="is not an adapter"):
         find_candidates([tmp_path], settings.model, assigned=False)
     with pytest.raises(ModelError, match="no model to evaluate"):
         find_candidates([], settings.model, assigned=False)

@@ -32,8 +32,8 @@ def test_a_run_its_adapter_and_its_clients_are_adapters_of_that_run(run, monkeyp
     ("path", "words"),
     [
         ("runs/x/experiment.toml", "is an experiment, not an adapter"),
-        ("runs/x/clients", "is no adapter: it has no adapter_config.json"),
-        ("gone", "is no adapter: it has no adapter_config.json"),
+        ("runs/x/clients", "is not an adapter: it has no adapter_config.json"),
+        ("gone", "is not an adapter: it has no adapter_config.json"),
     ],
 )
 def test_what_is_no_adapter_is_told(run, path, words):

@@ -24,7 +24,7 @@ from fedloom.errors import (
 )
 from fedloom.reports.comparison_page import read_cells, results, write_comparison
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.records import versions
 from observers import HeardOfComparison
 
@@ -205,7 +205,8 @@ def test_other_versions_and_rows_than_of_what_is_done_are_told(begun, monkeypatc
     text = source.read_text()
     source.write_text(text.replace("Yes 3.", "Maybe."))
     run = folder / "runs" / "dpo-fedavg-s0"
-    said = rf"the data of arm dpo-fedavg changed since {run} was run \(SHA-256 [0-9a-f]{{12}}, now "
+    what = "the data of configuration dpo-fedavg changed since"
+    said = rf"{what} {run} was run \(SHA-256 [0-9a-f]{{12}}, now "
     with pytest.raises(CheckpointError, match=said):
         compare(comparison, folder, workers=1, observer=heard)
     source.write_text(text)
@@ -215,7 +216,7 @@ def test_other_versions_and_rows_than_of_what_is_done_are_told(begun, monkeypatc
     compare(comparison, folder, workers=1, observer=heard)
     assert heard.warnings == [
         "1 of 2 runs were made with other versions than those that are left will be: torch 9.9 (it was "
-        f"{real['torch']}); arms may differ for that alone"
+        f"{real['torch']}); configurations may differ for that alone"
     ]
     assert heard.far == [(0, 2), (2, 2)]  # an evaluation of the start and a round
     compare(comparison, folder, workers=1, observer=heard)
@@ -231,7 +232,8 @@ def test_another_model_than_of_what_is_done_is_told(begun, monkeypatch):
     comparison, folder, _ = begun
     monkeypatch.setattr("fedloom.runs.comparison.fingerprint", lambda path: "0" * 64)
     said = (
-        r"the model of arm dpo-fedavg changed .* now 000000000000\), and runs that differ in that"
+        r"the model of configuration dpo-fedavg changed .* now 000000000000\), and runs that differ in "
+        r"that"
     )
     with pytest.raises(CheckpointError, match=said):
         compare(comparison, folder, workers=1)
@@ -266,14 +268,14 @@ def test_a_folder_of_other_runs_is_not_touched(file, tmp_path):
         ({"methods": ["fedavgg"]}, "compare.methods 'fedavgg': did you mean 'fedavg'?"),
         ({"objectives": {}}, "needs objectives or scenarios"),
         ({"seeds": []}, "must not be empty"),
-        ({"objectives": {"a/b": {}}}, "arm 'a/b' names a folder"),
+        ({"objectives": {"a/b": {}}}, "configuration 'a/b' names a folder"),
         (
             {
                 "objectives": {
                     "x": {"objective": {"name": "dpo"}, "partition": {"feedback": "spread"}}
                 }
             },
-            "arm x-fedavg: partition.feedback",
+            "configuration x-fedavg: partition.feedback",
         ),
     ],
 )
@@ -291,8 +293,10 @@ def test_a_split_model_is_compared_on_the_same_rows(file):
     with pytest.raises(SettingsError) as caught:
         read_comparison(file(base, **own))
     assert caught.value.problems == (
-        "arm plain-split: clients of a split model are judged by no rows of their own and train on all, "
-        "and those of plain-fedavg hold some out: set evaluation.per_client = false for all arms",
+        "configuration plain-split: clients of a split model are judged by no rows of their own and "
+        "train on all, "
+        "and those of plain-fedavg hold some out: set evaluation.per_client = false for all "
+        "configurations",
     )
 
 
@@ -309,7 +313,7 @@ def test_arms_that_hold_nothing_out_are_alike(file, base):
     own = {"objectives": arms, "methods": ["fedavg", "split"], "seeds": [0]}
     base["data"] = {"source": "builtin:instructions"}
     comparison = read_comparison(file(base, **own))
-    divided = [divide(cell.experiment).train for cell in comparison.cells]
+    divided = [partition_data(cell.experiment).train for cell in comparison.cells]
     assert divided[0] == divided[1]
 
 

@@ -13,7 +13,7 @@ from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.loading import LoadedData
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.row_tables import show_partition
 from fedloom.runs.run import run_experiment
 from observers import Heard
@@ -57,7 +57,7 @@ def sums(record):
 def test_what_is_over_a_cap_is_trained_on(tmp_path):
     """Found: of 4,000 rows of two clients 480 were neither trained on nor judged."""
     data = {"source": write(tmp_path / "x.jsonl", asks(4000)), "kind": "instruction"}
-    found = divide(make(data))
+    found = partition_data(make(data))
     # 800 would be held out for all, 512 are judged: 3,488 are dealt, of 1,744 rows 174 would be held out
     assert len(found.test) == 512
     assert [len(own) for own in found.held_out.values()] == [64, 64]
@@ -69,7 +69,7 @@ def test_what_is_over_a_cap_is_trained_on(tmp_path):
 
 def test_rows_that_nobody_would_judge_are_trained_on(tmp_path):
     data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction"}
-    found = divide(make(data, evaluation={"per_client": False}))
+    found = partition_data(make(data, evaluation={"per_client": False}))
     assert sum(map(len, found.train.values())) == 80 and not any(found.held_out.values())
 
 
@@ -77,7 +77,7 @@ def test_only_rows_that_are_judged_take_training_rows_out(tmp_path):
     """Of a test set with more rows than are judged, the others cost nothing."""
     data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction"}
     data["test_source"] = write(tmp_path / "t.jsonl", asks(40))  # p0 to p39
-    found = divide(make(data, evaluation={"max_examples": 10, "per_client": False}))
+    found = partition_data(make(data, evaluation={"max_examples": 10, "per_client": False}))
     judged = {row.prompt for row in found.test}
     trained = {row.prompt for rows in found.train.values() for row in rows}
     assert len(judged) == 10 and trained == {f"p{i}" for i in range(100)} - judged
@@ -89,7 +89,7 @@ def test_only_rows_that_are_judged_take_training_rows_out(tmp_path):
 def test_clients_of_a_split_model_hold_nothing_out(tmp_path):
     """No client has the whole model, so nobody would judge what it holds out."""
     data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction"}
-    found = divide(make(data, method={"name": "split"}))
+    found = partition_data(make(data, method={"name": "split"}))
     assert sum(map(len, found.train.values())) == 80 and not any(found.held_out.values())
     assert found.accounts.source.held_out == 0 and found.accounts.closes
 
@@ -99,7 +99,7 @@ def test_answers_of_five_models_to_ninety_prompts(tmp_path):
     rows = asks(450, 90, model=lambda i: f"m{i // 90}")
     data = {"source": write(tmp_path / "x.jsonl", rows), "kind": "instruction"}
     parties = {"partition": {"kind": "column", "column": "model"}, "federation": {"clients": 5}}
-    found = divide(make(data, **parties))
+    found = partition_data(make(data, **parties))
     assert (
         len(found.test) == 90
         and Counter(row.prompt for row in found.test).most_common()[-1][1] == 5
@@ -116,7 +116,7 @@ def test_a_column_says_who_stays_on_one_side_and_with_one_client(tmp_path):
     rows = asks(200, patient=lambda i: f"x{i // 5}")
     data = {"source": write(tmp_path / "x.jsonl", rows), "kind": "instruction", "group": "patient"}
     for kind in ({"kind": "iid"}, {"kind": "size", "sizes": [1.0, 3.0]}):
-        found = divide(make(data, partition={**kind, "client_test_fraction": 0.2}))
+        found = partition_data(make(data, partition={**kind, "client_test_fraction": 0.2}))
         sides = [found.test, *found.train.values(), *found.held_out.values()]
         patients = [{row.columns["patient"] for row in side} for side in sides]
         assert sum(map(len, patients)) == 40 and len(set().union(*patients)) == 40
@@ -128,7 +128,7 @@ def test_fewer_groups_than_clients_are_refused(tmp_path):
     rows = asks(60, patient=lambda i: f"x{i % 3}")
     data = {"source": write(tmp_path / "x.jsonl", rows), "kind": "instruction", "group": "patient"}
     with pytest.raises(DataError) as caught:
-        divide(make(data, federation={"clients": 4}))
+        partition_data(make(data, federation={"clients": 4}))
     assert str(caught.value) == (
         "data.group = 'patient': the 40 training rows are of 2 groups, fewer than federation.clients = 4, "
         "and a group stays with one client; use fewer clients or a finer column"
@@ -138,7 +138,7 @@ def test_fewer_groups_than_clients_are_refused(tmp_path):
 def test_most_rows_are_counted_before_any_is_held_out(tmp_path):
     """Found: max_rows were training rows, beside whatever was held out."""
     data = {"source": write(tmp_path / "x.jsonl", asks(100)), "kind": "instruction", "max_rows": 50}
-    found = divide(make(data))
+    found = partition_data(make(data))
     assert (
         len(found.test) == 10
         and sum(map(len, [*found.train.values(), *found.held_out.values()])) == 40
@@ -151,7 +151,7 @@ def test_most_rows_are_heeded_of_built_in_ones_too():
     experiment = Experiment.from_table(
         {"data": {"builtin_rows": 80, "max_rows": 30}, "federation": {"clients": 2}}
     )
-    source = divide(experiment).accounts.source
+    source = partition_data(experiment).accounts.source
     assert source.rows == 80 and source.dropped["over data.max_rows"] == 50
 
 
@@ -160,7 +160,7 @@ def test_none_need_be_held_out_where_there_is_a_test_source(tmp_path):
     source = write(tmp_path / "x.jsonl", asks(40))
     other = write(tmp_path / "y.jsonl", [{"prompt": f"t{i}", "completion": "c"} for i in range(9)])
     data = {"source": source, "kind": "instruction", "test_fraction": 0}
-    found = divide(make({**data, "test_source": other}))
+    found = partition_data(make({**data, "test_source": other}))
     assert len(found.test) == 9 and found.accounts.test == Account(9, judged=9)
     with pytest.raises(SettingsError) as caught:
         make(data)
@@ -179,7 +179,7 @@ def test_rows_with_a_prompt_of_the_test_source_are_left_out_of_training(tmp_path
         "kind": "instruction",
         "test_source": write(tmp_path / "y.jsonl", other),
     }
-    found = divide(make(data, evaluation={"max_examples": 5}))
+    found = partition_data(make(data, evaluation={"max_examples": 5}))
     assert not {"p3", "p7"} & {row.prompt for own in found.train.values() for row in own}
     accounts = found.accounts
     assert accounts.source.dropped == {"same prompt as a held-out row": 2}
@@ -200,7 +200,7 @@ def test_where_the_test_source_has_all_prompts_only_duplicates_are_left_out_and_
         "kind": "instruction",
         "test_source": write(tmp_path / "y.jsonl", other),
     }
-    found = divide(make(data, partition={"client_test_fraction": 0.0}))
+    found = partition_data(make(data, partition={"client_test_fraction": 0.0}))
     # the completion c(3i) goes with p(3i % 4) in training: the same prompt where i % 4 = 3i % 4, i even
     assert found.accounts.source.dropped == {"same text as a held-out row": 7}
     assert found.accounts.warnings == (
@@ -213,7 +213,7 @@ def test_where_the_test_source_has_all_prompts_only_duplicates_are_left_out_and_
 def test_a_test_source_that_is_the_source_leaves_nothing_to_train_on(tmp_path):
     source = write(tmp_path / "x.jsonl", asks(40))
     with pytest.raises(DataError) as caught:
-        divide(make({"source": source, "kind": "instruction", "test_source": source}))
+        partition_data(make({"source": source, "kind": "instruction", "test_source": source}))
     assert str(caught.value) == (
         "all 40 training rows are left out: same text as a held-out row of data.test_source; give another "
         "data.test_source"
@@ -222,7 +222,7 @@ def test_a_test_source_that_is_the_source_leaves_nothing_to_train_on(tmp_path):
 
 def test_one_prompt_for_all_rows_is_said(tmp_path):
     data = {"source": write(tmp_path / "x.jsonl", asks(40, 1)), "kind": "instruction"}
-    found = divide(make(data))
+    found = partition_data(make(data))
     assert found.accounts.warnings == (
         "the 40 rows share 1 prompt(s), of which none can be held out: rows are held out by prompt and "
         "completion, and 8 of 8 held-out rows have their prompt in training",
@@ -235,7 +235,7 @@ def test_one_prompt_for_all_rows_is_said(tmp_path):
 def test_rows_all_alike_are_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "c"}] * 20)
     with pytest.raises(DataError) as caught:
-        divide(make({"source": path, "kind": "instruction"}))
+        partition_data(make({"source": path, "kind": "instruction"}))
     assert str(caught.value) == (
         f"the 20 rows of {path} are all alike, none can be held out; name a held-out set as data.test_source"
     )
@@ -244,7 +244,7 @@ def test_rows_all_alike_are_refused(tmp_path):
 def test_one_group_alone_is_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", asks(20, ward=lambda i: "w"))
     with pytest.raises(DataError) as caught:
-        divide(make({"source": path, "kind": "instruction", "group": "ward"}))
+        partition_data(make({"source": path, "kind": "instruction", "group": "ward"}))
     assert str(caught.value) == (
         f"data.group = 'ward': the 20 rows of {path} are of 1 group(s), the smallest of 20 rows, more than "
         "half of all; none can be held out: name a held-out set as data.test_source"
@@ -256,7 +256,7 @@ def test_pairs_as_single_answers_are_a_line_of_their_own(tmp_path):
     data = {"source": write(tmp_path / "x.jsonl", rows), "kind": "preference"}
     for feedback in ("together", "spread"):
         parts = {"partition": {"feedback": feedback, "kind": "size", "sizes": [1.0, 3.0]}}
-        found = divide(make(data, objective={"name": "kto"}, **parts))
+        found = partition_data(make(data, objective={"name": "kto"}, **parts))
         assert found.accounts.source.made == {"pairs as two single answers": 36}
         assert found.accounts.source.trained == 72 and found.accounts.closes
         assert [own.trained for own in found.accounts.clients.values()] == [18, 54]
@@ -268,7 +268,7 @@ def test_texts_to_pairs_are_a_line_of_their_own(tmp_path):
     ]
     sources = {"continuations": {"chosen": "p", "rejected": "n", "prompt_words": 2, "words": 4, "passages": 3}}  # fmt: skip
     data = {"source": write(tmp_path / "x.jsonl", rows), "kind": "preference", **sources}
-    found = divide(make(data, objective={"name": "dpo"}))
+    found = partition_data(make(data, objective={"name": "dpo"}))
     source = found.accounts.source
     assert source.rows == 60 and source.made == {"texts to pairs (data.continuations)": 30}
     assert found.accounts.closes and source.trained + source.held_out + source.judged == 90
@@ -284,8 +284,8 @@ def test_near_duplicates_are_counted_and_named(tmp_path):
         {"prompt": " ".join(f"y{i}z{j}" for j in range(12)), "completion": "c"} for i in range(40)
     ]
     data = {"source": write(tmp_path / "x.jsonl", rows + far), "kind": "instruction"}
-    assert divide(make(data)).accounts.warnings == ()
-    found = divide(make({**data, "near_duplicates": 0.7}))
+    assert partition_data(make(data)).accounts.warnings == ()
+    found = partition_data(make({**data, "near_duplicates": 0.7}))
     # 33 or 28 shared 3-grams of 35: 28 / 38 = 0.74 with every other row of the first forty
     (text,) = found.accounts.warnings
     near = [sum(row.row <= 40 for row in side) for side in (found.test, [r for own in found.held_out.values() for r in own])]  # fmt: skip
@@ -295,7 +295,7 @@ def test_near_duplicates_are_counted_and_named(tmp_path):
         f"{near[1]} of {held} that clients hold out have one in training, such as x.jsonl row "
     )
     assert len(re.findall(r"x\.jsonl row \d+ and x\.jsonl row \d+", text)) == 3
-    assert divide(make({**data, "near_duplicates": 0.8})).accounts.warnings == ()
+    assert partition_data(make({**data, "near_duplicates": 0.8})).accounts.warnings == ()
 
 
 def test_a_users_own_source_is_accounted_for():
@@ -306,7 +306,7 @@ def test_a_users_own_source_is_accounted_for():
             return LoadedData(rows[:30], rows[30:], "instruction", "own")
 
     experiment = Experiment.from_table({"objective": {"name": "sft"}, "federation": {"clients": 2}, "data": {"kind": "instruction", "source": "none.jsonl"}})  # fmt: skip
-    found = divide(experiment, Own())
+    found = partition_data(experiment, Own())
     assert found.accounts.source.dropped == {"same prompt as a held-out row": 10}
     assert found.accounts.test == Account(10, judged=10) and found.accounts.closes
 
@@ -321,7 +321,7 @@ def test_a_file_for_each_client_keeps_what_machines_could_not_know_and_counts_it
     experiment = make(
         data, partition={"kind": "files", "client_test_fraction": 0.2}, federation={"clients": 3}
     )
-    found = divide(experiment)
+    found = partition_data(experiment)
     held = {c: {row.prompt for row in own} for c, own in found.held_out.items()}
     overlap = sum(
         any(row.prompt in own for other, own in held.items() if other != client)
@@ -351,7 +351,7 @@ def test_changed_rows_of_a_clients_file_are_noticed(tmp_path):
         )
         test = write(tmp_path / "t.jsonl", [{"prompt": "t", "completion": "t"}])
         data = {"source": files, "kind": "instruction", "test_source": test}
-        digests.append(divide(make(data, partition={"kind": "files"})).loaded.digest)
+        digests.append(partition_data(make(data, partition={"kind": "files"})).loaded.digest)
     assert digests[0] != digests[1]
 
 
@@ -475,7 +475,7 @@ def refused(message):
 def check(table, made, test):
     """Count again from the files; return which ways were taken."""
     data, apart = table["data"], table["partition"]["kind"] == "files"
-    found = divide(Experiment.from_table(table))
+    found = partition_data(Experiment.from_table(table))
     accounts = found.accounts.to_record()
     kept = {"A", "B"} if "only" in data else {"A", "B", "C"}
     singles = data.get("incomplete_pairs") == "feedback"
@@ -601,7 +601,7 @@ def test_single_answers_beside_pairs_are_no_rows_to_judge(tmp_path):
         "kind": "preference",
         "incomplete_pairs": "feedback",
     }
-    found = divide(make(data, objective={"name": "kto"}))
+    found = partition_data(make(data, objective={"name": "kto"}))
     assert all(isinstance(row, Preference) for row in found.test) and len(found.test) == 10
     assert all(isinstance(row, Feedback) for own in found.train.values() for row in own)
     assert found.accounts.closes

@@ -11,7 +11,7 @@ from fedloom.accounting.costs import REPEATED, SERVER, Cost
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.federation.protocol import EVALUATE
 from fedloom.methods.contract.unseen_clients import AFTER
-from fedloom.runs.records import _evaluation_record, newcomers_record, summary_text, totals
+from fedloom.runs.records import _evaluation_record, summary_text, totals, unseen_clients_record
 
 TOTALS = {"bytes_down": 2_000_000, "bytes_up": 1_000_000, "flops": 3e9, "seconds": 4.0}
 
@@ -91,7 +91,7 @@ def test_jains_index_at_its_ends():
 def test_newcomers_means_by_hand():
     name = PRIMARY_METRICS["preference"].name
     joined = {3: {name: 0.5, AFTER + name: 0.7}, 5: {name: 0.6, AFTER + name: 0.9}}
-    found = newcomers_record(joined, PRIMARY_METRICS["preference"])
+    found = unseen_clients_record(joined, PRIMARY_METRICS["preference"])
     assert found["before"][name] == pytest.approx(0.55) and found["after"][name] == pytest.approx(
         0.8
     )

@@ -35,7 +35,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import DPO
 from fedloom.runs.adapter_scores import evaluate_adapter
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run
 from fedloom.storage import checkpoint
@@ -350,7 +350,7 @@ def test_a_client_with_a_nan_loss_is_named_and_the_round_goes_on(experiment):
 
 def trained_row(built):
     """The number of a row that somebody trains on."""
-    return divide(built).train[1][0].row
+    return partition_data(built).train[1][0].row
 
 
 def test_whatever_breaks_on_a_client_leaves_that_client_out(experiment):

@@ -21,7 +21,7 @@ from fedloom.objectives.logps import completion_logps
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.assembly import assemble
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.forget import forget_client
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
@@ -72,7 +72,7 @@ def copied(sft, tmp_path):
 def begun(experiment):
     start = find_start(experiment)
     experiment = settled(experiment, start)
-    return assemble(experiment, divide(experiment), start=start)
+    return assemble(experiment, partition_data(experiment), start=start)
 
 
 def text_of(caught):
@@ -109,7 +109,7 @@ def test_every_log_ratio_is_exactly_0_before_any_step(build, sft, name):
     method = {"name": "fedpdpo" if name in ("pdpo", "pkto") else "fedavg"}
     experiment = build("x", adapter={"start": str(sft)}, objective={"name": name}, method=method)
     parts = begun(experiment)
-    own = parts.local.equipment[1]
+    own = parts.local.resources[1]
     parts.local.add_reference(1, 1)
     share = parts.local.shares[1]
     own.model.write(own.initial)
@@ -133,7 +133,7 @@ def test_reference_base_is_what_peft_computes_without_the_adapter(build, sft, mo
     parts = begun(experiment)
     parts.local.add_reference(1, 0)
     share = parts.local.shares[0]
-    model = parts.local.equipment[0].model
+    model = parts.local.resources[0].model
     model.write(parts.initial)
     batch = collate(share, np.arange(len(share)), model.pad, model.device)
     backbone = load_backbone(str(model_folder), pad_token_id=model.pad)
@@ -275,7 +275,7 @@ def damaged(folder, how):
         ("integers", "torch.int32"),
         ("cut", "is damaged"),
         ("pickled", "pickled weights are not read"),
-        ("no json", "is no configuration of an adapter"),
+        ("no json", "is not a configuration of an adapter"),
         ("long json", "more than 1048576 bytes"),
     ],
 )
@@ -292,9 +292,9 @@ def test_what_is_no_adapter_is_said_to_be_none(build, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"has no adapter_config\.json"):
         fedloom.run(build("x", adapter={"start": str(tmp_path / "empty")}))
-    with pytest.raises(ModelError, match="is no folder: give a run folder"):
+    with pytest.raises(ModelError, match="is not a folder: give a run folder"):
         fedloom.run(build("x", adapter={"start": str(tmp_path / "gone")}))
-    with pytest.raises(ModelError, match="is no folder here and cannot be had from the Hub"):
+    with pytest.raises(ModelError, match="is not a folder here and cannot be had from the Hub"):
         fedloom.run(build("x", adapter={"start": "nobody/nothing"}))
     with pytest.raises(SettingsError, match="set that too"):
         build("x", objective={"name": "dpo", "reference": "start"})
@@ -381,7 +381,7 @@ def test_clients_start_from_what_is_their_own(build, tmp_path, method):
     parts = begun(build("second", adapter={"start": str(first.folder)}, **own))
     engine = parts.local
     digests = set()
-    for client, equipment in engine.equipment.items():
+    for client, equipment in engine.resources.items():
         assert equipment.own_start
         saved = load_file(first.folder / "clients" / f"{client:04d}" / "adapter_model.safetensors")
         assert all(torch.equal(t, equipment.initial[n]) for n, t in saved.items())
@@ -466,7 +466,7 @@ def test_clients_of_smaller_rank_start_from_their_part(build, sft, method):
     groups = {"groups": {"small": {"clients": [1], "rank": 2}}}
     method = {"name": method}
     parts = begun(build("x", adapter={"start": str(sft)}, clients=groups, method=method))
-    whole, small = (parts.local.equipment[client].initial for client in (0, 1))
+    whole, small = (parts.local.resources[client].initial for client in (0, 1))
     name = next(name for name in whole if ".lora_A." in name)
     assert torch.equal(small[name], whole[name][:2])
     with pytest.raises(SettingsError, match=r"leave clients.groups.small.rank out"):

@@ -143,7 +143,7 @@ def worker(name, **sections):
     home.path.mkdir()
     path = home.path / "my.toml"
     path.write_text(write_toml(sections))
-    home.write_joining(
+    home.write_registration(
         Registration(
             gateway="localhost:9", number=0, name="n", key=str(FOLDER / "client.key"), own=str(path)
         )

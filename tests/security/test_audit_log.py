@@ -96,7 +96,7 @@ def test_a_log_that_is_all_torn_begins_anew(tmp_path):
 def test_a_line_of_no_text_is_named(log):
     with log.open("ab") as file:
         file.write(b"\xff\n")
-    with pytest.raises(AuditError, match=r"audit.jsonl, line 5: it is no line"):
+    with pytest.raises(AuditError, match=r"audit.jsonl, line 5: it is not a line"):
         verify(log)
 
 
@@ -173,7 +173,7 @@ def test_a_resumed_run_goes_on_with_its_log(experiment, tmp_path):
     ]
     assert states[0] == states[1]
     shown = CliRunner().invoke(app, ["audit", "verify", str(tmp_path / "run")])
-    assert f"{len(lines)} lines hold together: 3 clients, 0 messages refused" in shown.output
+    assert f"{len(lines)} lines are intact: 3 clients, 0 messages refused" in shown.output
     assert "in all 5 exchanges all clients were sent the same" in shown.output
 
 

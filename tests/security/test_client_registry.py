@@ -29,11 +29,11 @@ def test_numbers_of_members_stay(path, keys):
     assert Members(path).revoke("site-1").number == 1
     members = Members(path)
     assert members.key(1) is None and members.key(7) is None and members.key(2) is not None
-    assert not members.lets_in(1) and [own.number for own in members.allowed] == [0, 2]
+    assert not members.is_allowed(1) and [own.number for own in members.allowed] == [0, 2]
     assert Members(path).allow("site-3", keys[3]) == 3  # not in the place of who is revoked
     assert Members(path).allow("site-1", keys[1]) == 1  # let in again, under its number
     assert Members(path).key(1) is not None
-    assert members.allow("site-1", keys[1]) == 1 and members.lets_in(1)  # as the file is now
+    assert members.allow("site-1", keys[1]) == 1 and members.is_allowed(1)  # as the file is now
 
 
 def test_each_has_a_name_and_a_key_of_its_own(path, keys, tmp_path):

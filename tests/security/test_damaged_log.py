@@ -1,4 +1,5 @@
-"""A client whose own log does not hold together: its operator and the coordinator are told why it is not there."""
+"""A client whose own log is damaged: its operator and the coordinator are told why it is not
+connected."""
 
 import pytest
 
@@ -44,9 +45,7 @@ def test_the_coordinator_is_told_and_the_run_goes_on(table, loopback, tmp_path):
     run_experiment(experiment, observer=Silent(), remote=federation.engine(experiment))
     refused = [event["reason"] for event in events(tmp_path / "run", "refused_join")]
     assert refused
-    assert set(refused) == {
-        "its own audit log does not hold together; worker.log on its machine says why"
-    }
+    assert set(refused) == {"its own audit log is damaged; worker.log on its machine says why"}
     answered = {event["client"] for event in events(tmp_path / "run", "accepted")}
     assert answered == {0, 2}
     assert (home / "audit.jsonl").read_bytes() == before

@@ -1,7 +1,7 @@
 """An admitted client turns hostile and plays all it can think of, round after round.
 
 It is in quarantine by the one rule there is, the others' result is that of a run without it, to the bit, and
-neither the run's audit log, nor its records, nor the log of offences grows by more than is said here.
+neither the run's audit log, nor its records, nor the log of violations grows by more than is said here.
 
 Over messages: real workers, the real engine, real messages of Flower in one process. Over streams: the same,
 with the real streams over a socket, and clients that are threads at its other end.
@@ -15,11 +15,11 @@ from dataclasses import replace
 
 import pytest
 
-from fedloom.deployment.offences import FILE, OffenceLog, read_offences
+from fedloom.deployment.violations import FILE, ViolationLog, read_violations
 from fedloom.deployment.worker import Worker
 from fedloom.engines.flower.streams import Streams
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.offences import KINDS
+from fedloom.federation.violations import KINDS
 from fedloom.reports.run_page import write_report
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
@@ -177,7 +177,7 @@ def by_hand(played):
 
 
 def test_over_messages(loopback, table, tmp_path, alone):
-    log = OffenceLog(tmp_path / FILE)
+    log = ViolationLog(tmp_path / FILE)
     folder = tmp_path / "run"
     attacks = play(loopback, table, folder, Attacks.next, watch=log)
     found = records(folder)
@@ -197,7 +197,7 @@ def test_over_messages(loopback, table, tmp_path, alone):
     assert first > 15
     paused = [record["paused"] for record in found]
     assert sum(map(bool, paused)) == ROUNDS - len(attacks.played)
-    standing = read_offences(log.path).clients
+    standing = read_violations(log.path).clients
     assert list(standing) == [BAD]
     assert sum(standing[BAD].kinds.values()) == sum(k in KINDS for *_, k in attacks.played)
     in_bytes(folder, tmp_path / "alone", log.path, len(attacks.played))
@@ -285,7 +285,7 @@ def test_over_streams(loopback, table, tmp_path, alone, monkeypatch):
     monkeypatch.setattr(type(loopback(1)), "worker", worker)
 
     def open_stream(self, address, run):
-        client = self.joining.number
+        client = self.registration.number
         if self._streaming != run:
             self._streaming = run
             threading.Thread(target=serve, args=(self, client), daemon=True).start()
@@ -293,7 +293,7 @@ def test_over_streams(loopback, table, tmp_path, alone, monkeypatch):
             time.sleep(0.1)
 
     monkeypatch.setattr(Worker, "_open_stream", open_stream)
-    log = OffenceLog(tmp_path / FILE)
+    log = ViolationLog(tmp_path / FILE)
     folder = tmp_path / "run"
 
     def streams(run, patience):
@@ -320,7 +320,7 @@ def test_over_streams(loopback, table, tmp_path, alone, monkeypatch):
 def test_reports_by_the_thousand_are_one_record_a_round(loopback, table, tmp_path):
     """Who faces the network tells the run of each wrong call of a client; a flood of them is counted."""
     place = tmp_path / "s" / "run"
-    log = OffenceLog(tmp_path / FILE)
+    log = ViolationLog(tmp_path / FILE)
     folder = tmp_path / "run"
     reports = []
 
@@ -349,14 +349,14 @@ def test_reports_by_the_thousand_are_one_record_a_round(loopback, table, tmp_pat
         run_experiment(experiment, observer=Flood(), remote=engine)
     found = records(folder)
     assert found[1]["offences"] == [
-        {"client": BAD, "kind": "forbidden", "reason": found[1]["offences"][0]["reason"], "count": 1000},
-        {"client": BAD, "kind": "oversized", "reason": "a body of 1 GB", "count": 1},
+        {"client": BAD, "kind": "forbidden", "reason": found[1]["offences"][0]["reason"], "count":
+        1000}, {"client": BAD, "kind": "oversized", "reason": "a body of 1 GB", "count": 1},
     ]  # fmt: skip
-    # offences in each round from 2 on: those of 2, 3 and 4 pause 5 and 6, of 5, 6 and 7 pause 8 and 9
+    # violations in each round from 2 on: those of 2, 3 and 4 pause 5 and 6, of 5, 6 and 7 pause 8 and 9
     paused = [5, 6, 8, 9, 11, 12]
     assert [r["round"] for r in found if r["paused"]] == paused
     assert [r["round"] for r in found if BAD not in r["clients"]] == paused
     assert (folder / "audit.jsonl").stat().st_size < 110_000
     assert (folder / "rounds.jsonl").stat().st_size < 30_000
     assert log.path.stat().st_size < 60_000
-    assert read_offences(log.path).clients[BAD].kinds["forbidden"] >= 100
+    assert read_violations(log.path).clients[BAD].kinds["forbidden"] >= 100

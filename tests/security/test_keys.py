@@ -141,7 +141,7 @@ def test_a_new_certificate_keeps_the_authority(tmp_path):
     left = own.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     assert datetime.timedelta(days=29) < left < datetime.timedelta(days=31)
     assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(IdentityError, match="'a b' is no name or address"):
+    with pytest.raises(IdentityError, match="'a b' is not a name or address"):
         make_authority(tmp_path, ["a b"])
 
 
@@ -150,7 +150,7 @@ def test_a_new_certificate_keeps_the_authority(tmp_path):
 )
 def test_a_host_that_is_none_is_told_before_anything_is_written(tmp_path, host):
     with pytest.raises(
-        IdentityError, match=r"is no name or address of a machine; give one such as"
+        IdentityError, match=r"is not a name or address of a machine; give one such as"
     ):
         make_authority(tmp_path / "new", [host, "localhost"])
     assert not (tmp_path / "new").exists()

@@ -30,7 +30,7 @@ from typer.main import get_command
 
 from fedloom.deployment import exposure, fleet, handshake
 from fedloom.deployment.gateway_client import GatewayClient
-from fedloom.deployment.offences import read_offences
+from fedloom.deployment.violations import read_violations
 from fedloom.errors import ConnectionFailed
 from fedloom.security.keys import read_key
 from machines import machines
@@ -227,8 +227,8 @@ def client_of(site):
 
 
 def counted(site):
-    """How many offences of that client have been counted."""
-    standings = read_offences(site.server / "offences.jsonl").clients
+    """How many violations of that client have been counted."""
+    standings = read_violations(site.server / "offences.jsonl").clients
     return sum(standings[0].kinds.values()) if 0 in standings else 0
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from fedloom.errors import OutputError
-from fedloom.storage.files import sweep, write_atomically, written_atomically
+from fedloom.storage.files import remove_temporary, write_atomically, written_atomically
 
 
 def test_threads_that_write_one_file_do_not_tear_it(tmp_path):
@@ -42,7 +42,7 @@ def test_what_a_writer_left_behind_is_swept(tmp_path):
         again = tmp_path / "again"
         again.mkdir()
         (again / left.name).write_bytes(b"half")
-    sweep(again, "entry.json")
+    remove_temporary(again, "entry.json")
     assert list(again.iterdir()) == []
 
 

@@ -118,9 +118,7 @@ def test_lines_beyond_the_checkpoint_are_cut_off_and_the_totals_are_those_of_a_w
             file.write(last + last[:20])
     said = Heard()
     result = resume_run(run, observer=said)
-    told = (
-        "cut off, as these rounds are played again: 2 lines of rounds.jsonl, 2 lines of costs.jsonl"
-    )
+    told = "cut off, as these rounds are run again: 2 lines of rounds.jsonl, 2 lines of costs.jsonl"
     assert told in said.stages and "continuing after round 2 of 4" in said.stages
     for name in ("bytes_up", "bytes_down", "flops", "examples", "tokens", "targets", "steps"):
         assert result.costs[name] == whole.costs[name]
@@ -168,7 +166,7 @@ def test_a_run_that_has_ended_says_so(experiment, stopped, tmp_path):
     run = shutil.copytree(stopped[1].folder, tmp_path / "run")
     said = Heard()
     resume_run(run, observer=said)
-    assert "round 4 was the last: what a run leaves at its end is written again" in said.stages
+    assert "round 4 was the last: the final files are written again" in said.stages
     assert not any("continuing" in text for text in said.stages)
 
 

@@ -14,7 +14,7 @@ from fedloom.reports.comparison_page import read_cells, results, write_compariso
 from fedloom.reports.frameworks_page import write_frameworks
 from fedloom.runs.assembly import assemble
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import run_experiment
 from fedloom.training.steps import row_tokens
@@ -78,7 +78,7 @@ def spent(folder, width):
 
 def check_spent(experiment, folder, budget):
     """Compare what was spent with the budget: the same, or of tokens beyond it by a row a step at most."""
-    shares = assemble(experiment, divide(experiment)).local.shares.values()
+    shares = assemble(experiment, partition_data(experiment)).local.shares.values()
     width = next(iter(shares)).tokens.width
     turns = spent(folder, width)
     clients = 1 if experiment.method.name == "centralised" else 3
@@ -168,7 +168,7 @@ def test_too_small_a_budget_is_refused_with_the_least_that_works(
 def test_too_few_tokens_are_refused_with_the_least_that_works(file, tmp_path):
     (cell,) = read_comparison(file(["pfedme"], "tokens", 60)).cells
     free = Experiment.from_table({**cell.experiment.to_table(), "training": {}})
-    shares = assemble(free, divide(free)).local.shares
+    shares = assemble(free, partition_data(free)).local.shares
     longest, client = max((int(row_tokens(share).max()), c) for c, share in shares.items())
     with pytest.raises(SettingsError) as caught:
         compare(read_comparison(file(["fedavg", "pfedme"], "tokens", 60)), tmp_path / "out")

@@ -145,7 +145,7 @@ def test_one_number_that_is_not_finite_is_seen_wherever_it_stands(dtype, size):
 
 
 def test_of_an_honest_party_metrics_that_would_be_refused_are_left_out():
-    """Training diverges: what comes of it is no offence."""
+    """Training diverges: what comes of it is not a violation."""
     metrics = {"loss": float("nan"), "accuracy": 1.0 + 1e-9, "margin": -3.5}
     data = encode(Payload(TENSORS, {"examples": 1}, metrics), SCHEMA)
     assert decode(data, SCHEMA).metrics == {"margin": -3.5}

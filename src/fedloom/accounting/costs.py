@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SERVER = -1
-"""Client id of costs that the server bears."""
+"""Client id under which the server's own costs are recorded."""
 
 REFERENCE = "reference"
 """The phase in which a client scores its rows under the reference model, once in a run."""
 
 REPEATED = "reference_again"
-"""The same after a resume, by a client that had done it before: on record, and in no total, so that the
-totals of a run do not depend on whether it was stopped."""
+"""The same after a resume, by a client that had done it before the stop: recorded, but left out of every
+total, so that the totals of a run do not depend on whether it was stopped."""
 
 BEGIN = "begin"
-"""Phase in which a client is sent what the run starts from."""
+"""Phase in which a client is sent the starting adapter of the run."""
 
 
 @dataclass

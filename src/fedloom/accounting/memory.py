@@ -1,10 +1,10 @@
 """Memory that training takes on a client, estimated from shapes.
 
 Weights, then for every trained number itself, its gradient and what the optimizer keeps, then what the
-forward pass leaves for the backward one. The last is an estimate: twice what every linear layer that the
-backward pass reaches reads and writes (norms, rotations and products between them keep about as much
-again), and for the output layer its logits three times (themselves, their log-probabilities, their
-gradient). A test compares it with a process that trains.
+forward pass leaves for the backward one. The last is an estimate: twice the inputs and outputs of every
+linear layer that the backward pass reaches (norms, rotations and products between them keep about as much
+again), and for the output layer three times its logits (the logits, their log-probabilities, their
+gradient). A test compares the estimate with a process that trains.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 from fedloom.accounting.flops import ModelShape
 
 OPTIMIZER_SLOTS = {"adamw": 2, "adam": 2, "sgd": 0}
-"""Numbers kept for a trained number; sgd has one with momentum."""
+"""Optimizer states per trained parameter; sgd has one with momentum."""
 
 
 KEPT_BETWEEN = 2
-"""All activations that are kept, over those that linear layers read and write; read off a process."""
+"""Ratio of all activations that are kept to the inputs and outputs of linear layers; measured on a
+process."""
 
 
 def training_memory(

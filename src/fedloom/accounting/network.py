@@ -20,7 +20,7 @@ class Link:
         uplink: Bits a second from the client.
         downlink: Bits a second to it.
         latency: Seconds of a message there and back.
-        speed: Floating-point operations a second that its device really does.
+        speed: Floating-point operations per second that its device reaches in practice.
     """
 
     uplink: float

@@ -54,7 +54,7 @@ def parse_quantity(text: str, unit: str) -> float:
         unit: ``bit``, ``B``, ``FLOP`` or ``s``.
 
     Raises:
-        ValueError: It is none; what one looks like is said.
+        ValueError: It is not such a quantity; the message shows an example.
     """
     small = "m|u" if unit == "s" else "k|M|G|T|P"
     found = re.fullmatch(rf"\s*([0-9.]+)\s*({small})?(i)?(?:{UNITS[unit]})\s*", text)
@@ -64,7 +64,7 @@ def parse_quantity(text: str, unit: str) -> float:
         number = 0.0
     if not found or not number > 0:
         raise ValueError(
-            f"{text!r} is no quantity above 0 in {unit}; write it like {EXAMPLES[unit]}"
+            f"{text!r} is not a quantity above 0 in {unit}; write it like {EXAMPLES[unit]}"
         )
     if unit == "s":
         return number * {None: 1.0, "m": 1e-3, "u": 1e-6}[found[2]]

@@ -1,11 +1,11 @@
 """Bytes a client and the server exchange in a round, in closed form, to stand beside what was measured.
 
 ====================  ==================================================================================
-FedLLM                adapter down and up: ``2 P b``
-KD-FedLLM             knowledge up and down: ``2 N (k b + k i + s)`` for N public positions, k entries
+parameters            adapter down and up: ``2 P b``
+logits                soft labels up and down: ``2 N (k b + k i + s)`` for N public positions, k entries
                       of b bytes, their indices of i bytes (0 where all are sent) and a scale of s
-Split-FedLLM          for T tokens trained on: ``T (d b_a + s) up + T (d b_g + s) down``, twice that in
-                      U-shape; what the server must know of the rows; the front half down and up
+activations           for T tokens trained on: ``T (d b_a + s) up + T (d b_g + s) down``, twice that in
+                      U-shape; what the server must know of the rows; the client part down and up
 ====================  ==================================================================================
 
 and for each message a header (``header``), whose length was read off real ones. A count of 4 bytes an
@@ -40,7 +40,7 @@ def row_bytes(width: int, encoding: str) -> int:
 
 
 FEDLLM = "FedLLM"
-"""The framework in which parameters travel (arXiv 2501.04436, the first)."""
+"""Name of the framework that exchanges parameters (FedLLM in arXiv 2501.04436)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class ParameterTraffic:
-    """FedLLM.
+    """Traffic of methods that exchange parameters (FedLLM in arXiv 2501.04436).
 
     Attributes:
         down: Bytes of the tensors sent to a client.
@@ -101,7 +101,7 @@ class ParameterTraffic:
 
 @dataclass(frozen=True)
 class LogitTraffic:
-    """KD-FedLLM.
+    """Traffic of methods that exchange logits (KD-FedLLM in arXiv 2501.04436).
 
     Attributes:
         positions: Public positions of a round, N.
@@ -121,24 +121,24 @@ class LogitTraffic:
     def of_round(self, done: Done) -> Sent:
         """Return the bytes of a round; they do not depend on what was done in it."""
         row = row_bytes(self.entries, self.encoding) + self.entries * self.index
-        knowledge = self.positions * (row + (4 if self.adaptive else 0))
+        soft_labels = self.positions * (row + (4 if self.adaptive else 0))
         buffers = 1 + (self.index > 0) + (self.encoding == "int8") + self.adaptive
-        down = knowledge + header(buffers, 1) + header(0, 1)
-        up = knowledge + header(buffers, 1, 2) + header(0, 0, 4)
+        down = soft_labels + header(buffers, 1) + header(0, 1)
+        up = soft_labels + header(buffers, 1, 2) + header(0, 0, 4)
         return Sent(down, up, 2)
 
 
 @dataclass(frozen=True)
 class ActivationTraffic:
-    """Split-FedLLM.
+    """Traffic of methods that exchange activations (Split-FedLLM in arXiv 2501.04436).
 
     Attributes:
-        front: Bytes of the clients' half of the adapter.
+        front: Bytes of the client part of the adapter.
         hidden: Numbers of an activation, d.
         activations: Their encoding.
         gradients: That of their gradients.
-        facts: Bytes the server is told of a sequence.
-        targets: Whether it is told the completions' tokens.
+        facts: Bytes that describe a sequence to the server.
+        targets: Whether the completions' tokens are sent to the server.
         u_shape: Whether head and labels are at the client.
         average_every: Steps between two averages, 0 for one a round.
     """
@@ -155,17 +155,17 @@ class ActivationTraffic:
 
     def of_round(self, done: Done) -> Sent:
         """Return the bytes of a round in which a client took so many steps."""
-        legs = ceil(done.steps / self.average_every) if self.average_every else 1
+        segments = ceil(done.steps / self.average_every) if self.average_every else 1
         forward = done.tokens * row_bytes(self.hidden, self.activations)
         backward = done.tokens * row_bytes(self.hidden, self.gradients)
         known = done.rows * self.facts + (4 * done.targets if self.targets else 0)
         answer = 1 + (self.activations == "int8") + 1 + self.targets
         gradient = 1 + (self.gradients == "int8")
-        down = legs * (self.front + header(1, 1) + header(0))
+        down = segments * (self.front + header(1, 1) + header(0))
         down += backward + done.steps * header(gradient, 5)
-        up = legs * (self.front + header(1, 1, 1))
-        up += forward + known + (done.steps + legs) * header(answer, 3)
-        exchanges = done.steps + 2 * legs
+        up = segments * (self.front + header(1, 1, 1))
+        up += forward + known + (done.steps + segments) * header(answer, 3)
+        exchanges = done.steps + 2 * segments
         if self.u_shape:
             down += forward + done.steps * header(1 + (self.activations == "int8"))
             up += backward + done.steps * header(gradient, 2)

@@ -28,7 +28,7 @@ def stacked(adapters: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     Source: Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
     Low-Rank Adaptations", https://arxiv.org/abs/2409.05976, equation 6: A = [A_1; ...; A_K],
     B = [p_1 B_1, ..., p_K B_K]. (The paper puts p_k on A; the product is the same, and on B it leaves
-    A where it was for a single adapter.) What is no factor is averaged with the same weights.
+    A where it was for a single adapter.) What is not a factor is averaged with the same weights.
 
     Args:
         adapters: Of any ranks, with the same other shapes.
@@ -79,7 +79,7 @@ def nearest(adapter: Tensors, rank: int, before: Tensors | None = None) -> Tenso
     https://arxiv.org/abs/2402.11505, algorithm 1.
 
     Args:
-        adapter: Of any rank; what is no factor stays as it is.
+        adapter: Of any rank; what is not a factor stays as it is.
         rank: Of the result; where the product has a smaller one, the rest is zero.
         before: Adapter of that rank; the rest then has its rows of A, beside zeros in B: where both
             factors are zero, no gradient ever moves either.

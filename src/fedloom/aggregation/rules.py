@@ -58,7 +58,7 @@ def combined(
         return geometric_median(updates, weights)
     if rule == "clipped_mean":
         return clipped_mean(updates, weights, start, largest)
-    raise ValueError(f"{rule!r} is no rule")
+    raise ValueError(f"{rule!r} is not a rule")
 
 
 class AggregationSettings(Settings):

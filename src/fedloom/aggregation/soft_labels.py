@@ -160,13 +160,13 @@ def combine(
     return joined(parts)
 
 
-def shortened(knowledge: SoftLabels, k: int | None, mass: float | None) -> SoftLabels:
+def shortened(soft_labels: SoftLabels, k: int | None, mass: float | None) -> SoftLabels:
     """Keep the likeliest entries of what is known; see :func:`likeliest`."""
-    rows = max(1, CHUNK // knowledge.width)
+    rows = max(1, CHUNK // soft_labels.width)
     parts = []
-    for start in range(0, len(knowledge), rows):
-        where = torch.arange(start, min(len(knowledge), start + rows))
-        parts.append(likeliest(knowledge.at(where), k, mass))
+    for start in range(0, len(soft_labels), rows):
+        where = torch.arange(start, min(len(soft_labels), start + rows))
+        parts.append(likeliest(soft_labels.at(where), k, mass))
     return joined(parts)
 
 

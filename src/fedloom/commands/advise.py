@@ -45,14 +45,14 @@ def advise(
         raise typer.BadParameter(str(error)) from None
     refuse_early(lambda: check_rows(experiment, assignments))
     begin_loading(quiet=False)
-    from fedloom.commands.terminal import advice_table, make_console, working
+    from fedloom.commands.terminal import estimate_table, make_console, working
     from fedloom.runs.cost_estimate import advise as count
     from fedloom.runs.cost_estimate import recommend
 
     settings, console = experiment_from(experiment, assignments), make_console()
     with working(console, "reading the rows") as stage:
         options = count(settings, link, memory, stage=stage)
-    console.print(advice_table(options))
+    console.print(estimate_table(options))
     for framework, problem in dict.fromkeys((o.framework, o.problem) for o in options if o.problem):
         console.print(
             f"{framework} cannot be used here: {problem}", style="yellow", highlight=False

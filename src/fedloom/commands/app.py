@@ -89,21 +89,21 @@ def require_experiment(path: Path) -> None:
     if (path / RUN).is_file():
         problem = (
             f"{path} is the folder of a run: fedloom run --resume {path} goes on with it, fedloom report "
-            f"{path} shows it, fedloom run {path / EXPERIMENT} plays it again"
+            f"{path} shows it, fedloom run {path / EXPERIMENT} runs it again"
         )
     elif found := sorted(path.glob("*.toml")):
         problem += f": {', '.join(str(own) for own in found[:3])}"
     raise SettingsError([problem], "the command")
 
 
-def require_home(home: Path, of: str = "server") -> None:
+def require_data_folder(folder: Path, of: str = "server") -> None:
     """Check that a folder is there, before anything is looked for in it or written to it.
 
     Raises:
         OutputError: It is not.
     """
-    if not home.is_dir():
-        raise OutputError(f"there is no {of}'s folder {home}: give it with --home")
+    if not folder.is_dir():
+        raise OutputError(f"there is no {of}'s folder {folder}: give it with --home")
 
 
 def say(text: str) -> None:

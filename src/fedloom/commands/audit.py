@@ -19,7 +19,7 @@ def verify(
 
     found = check(run)
     say(
-        f"{found.lines} lines hold together: {found.clients} clients, {found.refused} messages refused; "
+        f"{found.lines} lines are intact: {found.clients} clients, {found.refused} messages refused; "
         f"the last hash is {found.last}"
     )
     if found.earlier:

@@ -12,7 +12,7 @@ from fedloom.commands.app import (
     ClientFolderOption,
     begin_loading,
     client_app,
-    require_home,
+    require_data_folder,
     say,
 )
 from fedloom.storage.targets import require_folder
@@ -32,15 +32,15 @@ def join_federation(
     ca: Annotated[Path, typer.Option(help="The federation's authority.", readable=False)] = Path(
         "ca.pem"
     ),
-    home: ClientFolderOption = CLIENT_FOLDER,
-    insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read along.")] = False,
+    client_folder: ClientFolderOption = CLIENT_FOLDER,
+    insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read the traffic.")] = False,
 ) -> None:
     """Take part in a federation; runs until it is stopped."""
     # typer would refuse a key or authority that may not be read before we can say whose it is.
     from fedloom.deployment.client import take_part
 
-    require_folder(home, "--home")
-    take_part(home, server, key, None if insecure else ca, data, say=say)
+    require_folder(client_folder, "--home")
+    take_part(client_folder, server, key, None if insecure else ca, data, say=say)
 
 
 @client_app.command("check")
@@ -71,15 +71,15 @@ def approve_run(
     run: Annotated[
         str | None, typer.Argument(help="First letters of its id (default: list what waits).")
     ] = None,
-    home: ClientFolderOption = CLIENT_FOLDER,
+    client_folder: ClientFolderOption = CLIENT_FOLDER,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Let a run in that waits for a person, once it is clear what it is."""
-    require_home(home, "client")
+    require_data_folder(client_folder, "client")
     from fedloom.deployment.consent import Approvals
     from fedloom.deployment.folders import ClientFolder
 
-    own = ClientFolder(home)
+    own = ClientFolder(client_folder)
     if run is not None:
         Approvals(own).find(run)
     begin_loading(quiet=False)
@@ -101,12 +101,12 @@ def approve_run(
         say("it goes on waiting")
         return
     approvals.approve(waiting)
-    say(f"run {waiting.run[:8]} is let in; the server asks again within half a minute")
+    say(f"run {waiting.run[:8]} is approved; the server asks again within half a minute")
 
 
 @client_app.command("leave")
-def leave_federation(home: ClientFolderOption = CLIENT_FOLDER) -> None:
+def leave_federation(client_folder: ClientFolderOption = CLIENT_FOLDER) -> None:
     """Stop taking part; what this client keeps stays on its disk."""
     from fedloom.deployment.client import leave
 
-    say(f"told process {leave(home)} to stop")
+    say(f"asked process {leave(client_folder)} to stop")

@@ -74,7 +74,7 @@ def _check_and_leave(check: Callable[[], object], writing: int) -> NoReturn:
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         sys.meta_path.insert(0, _Absent())
-        importlib.import_module = _importing  # a method of the user's, for one
+        setattr(importlib, "import_module", _importing)  # noqa: B010 - a method of the user's, for one
         check()
     except FedloomError as error:
         with contextlib.suppress(BaseException):

@@ -59,4 +59,6 @@ def forget(
     from fedloom.runs.forget import forget_client
 
     count = forget_client(run, client)
-    say(f"deleted from {count} places in {run}; a resumed run starts client {client} afresh")
+    say(
+        f"deleted from {count} places in {run}; a resumed run starts client {client} with an empty store"
+    )

@@ -17,18 +17,18 @@ def certs(
         list[str] | None,
         typer.Option(help="Name or address by which clients reach the server. May be repeated."),
     ] = None,
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
     days: Annotated[int, typer.Option(help="The certificate is good for.", min=1, max=36500)] = 365,
 ) -> None:
     """Make the federation's authority, unless it is there, and a new certificate of the server."""
     from fedloom.security.certificates import CA, CERTIFICATE, make_authority
 
-    require_folder(home, "--home")
+    require_folder(server_folder, "--home")
     hosts = list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"]))
-    make_authority(home, hosts, days)
+    make_authority(server_folder, hosts, days)
     say(
-        f"wrote {home / CERTIFICATE} for {', '.join(hosts)}, good for {days} days; give every client "
-        f"{home / CA}"
+        f"wrote {server_folder / CERTIFICATE} for {', '.join(hosts)}, valid for {days} days; give every "
+        f"client {server_folder / CA}"
     )
 
 

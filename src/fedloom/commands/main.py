@@ -68,7 +68,7 @@ def main() -> NoReturn:
         typer.secho(f"{text}; pip install 'fedloom[flower]'", fg=typer.colors.RED, err=True)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
-        typer.secho("fedloom: stopped; nothing was begun that could go on", err=True)
+        typer.secho("fedloom: stopped; nothing was started that could be resumed", err=True)
         sys.exit(130)
     except Exception as error:
         if told := _out_of_memory(error):

@@ -12,7 +12,7 @@ from fedloom.commands.app import (
     MemberName,
     ServerFolderOption,
     members_app,
-    require_home,
+    require_data_folder,
     say,
 )
 
@@ -26,33 +26,33 @@ def allow_member(
     folder: Annotated[
         Path | None, typer.Option(help="Let in all whose keys are here as NAME.pub.")
     ] = None,
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Let a member in, or let it in again; or all of a folder at once."""
     if (name is None or public is None) if folder is None else name is not None:
         raise typer.BadParameter("give either NAME and its public key, or --folder")
-    require_home(home)
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
     from fedloom.security.client_registry import keys_in, read_public
 
-    members = ServerFolder(home).members()
+    members = ServerFolder(server_folder).members()
     if folder is not None:
         entries = keys_in(folder)
         members.allow_all(entries)
-        say(f"{len(entries)} members are let in: {', '.join(n for n, _ in entries[:5])}, ...")
+        say(f"{len(entries)} members are allowed: {', '.join(n for n, _ in entries[:5])}, ...")
     elif name is not None and public is not None:
-        say(f"{name} is member {members.allow(name, read_public(public))}; it is let in")
+        say(f"{name} is member {members.allow(name, read_public(public))}; it is allowed")
 
 
 @members_app.command("revoke")
-def revoke_member(name: MemberName, home: ServerFolderOption = SERVER_FOLDER) -> None:
+def revoke_member(name: MemberName, server_folder: ServerFolderOption = SERVER_FOLDER) -> None:
     """Let a member in no longer; its name and number stay its own."""
-    require_home(home)
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
-    member = ServerFolder(home).members().revoke(name)
+    member = ServerFolder(server_folder).members().revoke(name)
     say(
-        f"{name}, member {member.number}, is let in no longer; `fedloom members allow` lets it in again"
+        f"{name}, member {member.number}, is no longer allowed; `fedloom members allow` allows it again"
     )
 
 
@@ -60,13 +60,13 @@ def revoke_member(name: MemberName, home: ServerFolderOption = SERVER_FOLDER) ->
 def rename_member(
     name: MemberName,
     new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Give a member another name."""
-    require_home(home)
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
-    member = ServerFolder(home).members().rename(name, new)
+    member = ServerFolder(server_folder).members().rename(name, new)
     say(f"{name}, member {member.number}, is called {new}")
 
 
@@ -74,14 +74,14 @@ def rename_member(
 def rotate_member(
     name: MemberName,
     public: Annotated[Path, typer.Argument(help="Its new public key.", show_default=False)],
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Give a member another key; the one before opens nothing from now on."""
-    require_home(home)
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
     from fedloom.security.client_registry import read_public
 
-    member = ServerFolder(home).members().rotate(name, read_public(public))
+    member = ServerFolder(server_folder).members().rotate(name, read_public(public))
     say(f"{name}, member {member.number}, has this key from now on; it joins again with it")
 
 
@@ -92,41 +92,41 @@ def withdraw_member(
         bool,
         typer.Option("--again", help="Play those runs again without it."),
     ] = False,
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
     """Let a member in no longer, and say which runs and adapters hold its work."""
-    require_home(home)
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
-    from fedloom.deployment.submit import play_again
+    from fedloom.deployment.submit import run_again
     from fedloom.deployment.withdrawal import works_of
 
-    own = ServerFolder(home)
+    own = ServerFolder(server_folder)
     member = own.members().withdraw(name)
     works = works_of(own, member)
-    say(f"{name}, member {member.number}, is let in no longer; {len(works)} runs hold its work")
+    say(f"{name}, member {member.number}, is no longer allowed; {len(works)} runs hold its work")
     for work in works:
         say(work.text())
         if again and (work.checkpoint is not None or work.others):
-            asked = play_again(home, work)
+            asked = run_again(server_folder, work)
             say(f"  in the queue as {asked['id'][:8]}")
 
 
 @members_app.command("remove")
-def remove_member(name: MemberName, home: ServerFolderOption = SERVER_FOLDER) -> None:
-    """Forget a member that is let in no longer; its name, key and number may be another's then."""
-    require_home(home)
+def remove_member(name: MemberName, server_folder: ServerFolderOption = SERVER_FOLDER) -> None:
+    """Forget a member that is no longer allowed; its name, key and number may be another's then."""
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
-    member = ServerFolder(home).members().remove(name)
-    say(f"{name} is no member any more; number {member.number} is free")
+    member = ServerFolder(server_folder).members().remove(name)
+    say(f"{name} is no longer a member; number {member.number} is free")
 
 
 @members_app.command("list")
-def list_members(home: ServerFolderOption = SERVER_FOLDER) -> None:
+def list_members(server_folder: ServerFolderOption = SERVER_FOLDER) -> None:
     """Show the members: number, name, whether they are let in, and the end of their keys."""
-    require_home(home)
+    require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
-    for member in ServerFolder(home).members().members:
+    for member in ServerFolder(server_folder).members().members:
         state = "" if member.state == "allowed" else f"  {member.state}"
         say(f"{member.number:4}  {member.name:24}  ...{member.key[-16:]}{state}")

@@ -16,7 +16,7 @@ from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.load import context_of
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.model_building import model_folder
 from fedloom.runs.token_rows import longest
 
@@ -44,7 +44,7 @@ def show_row(experiment: Experiment, number: int) -> Group:
             'data.source = "clients": rows are with the clients; each sees its own with '
             "fedloom client check"
         )
-    division = divide(experiment)
+    division = partition_data(experiment)
     examples = [(client, row) for client, rows in division.train.items() for row in rows]
     if not 0 <= number < len(examples):
         raise DataError(

@@ -43,21 +43,23 @@ def run(
     ] = None,
     fresh_client: Annotated[
         list[int] | None,
-        typer.Option(help="With --resume: this client starts afresh. May be repeated."),
+        typer.Option(
+            help="With --resume: this client starts with an empty store. May be repeated."
+        ),
     ] = None,
     engine: Annotated[
         str,
         typer.Option(help="simulation: all clients in this process; flower: on other machines."),
     ] = "simulation",
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
     if engine not in ("simulation", "flower"):
-        raise typer.BadParameter(f"{engine!r} is no engine; there are simulation and flower")
+        raise typer.BadParameter(f"{engine!r} is not an engine; there are simulation and flower")
     if engine == "flower":
         _run_between_machines(
-            home, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
+            server_folder, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
         )
         return
     if experiment is None and resume is None:
@@ -113,7 +115,7 @@ def _read_run(path: Path, assignments: list[str] | None) -> Experiment:
 
 
 def _run_between_machines(
-    home: Path,
+    server_folder: Path,
     experiment: Path | None,
     assignments: list[str] | None,
     resume: Path | None,
@@ -127,7 +129,7 @@ def _run_between_machines(
     if (experiment is None) == (resume is None):
         raise typer.BadParameter("give either an experiment file or --resume FOLDER")
     asked = ask_for_run(
-        home,
+        server_folder,
         experiment,
         assignments or [],
         resume=resume,
@@ -136,8 +138,8 @@ def _run_between_machines(
     )
     if waits := before_it(asked):
         say(waits)
-        require_sound(home, asked)
-    say(follow(home, asked, terminal_observer(quiet)))
+        require_sound(server_folder, asked)
+    say(follow(server_folder, asked, terminal_observer(quiet)))
 
 
 @app.command("follow")
@@ -146,13 +148,13 @@ def follow_run(
         str | None,
         typer.Argument(help="Name, or first letters of the id (default: the one under way)."),
     ] = None,
-    home: ServerFolderOption = SERVER_FOLDER,
+    server_folder: ServerFolderOption = SERVER_FOLDER,
     quiet: Quiet = False,
 ) -> None:
     """Watch a run between machines, from its beginning; to end this ends nothing else."""
     from fedloom.deployment.submit import find_run, follow
 
-    say(follow(home, find_run(home, run), terminal_observer(quiet)))
+    say(follow(server_folder, find_run(server_folder, run), terminal_observer(quiet)))
 
 
 @app.command()

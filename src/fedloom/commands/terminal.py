@@ -328,12 +328,12 @@ class ComparisonTerminal(Lines):
         """Say what is about to run and open the bar."""
         if self.silent:
             return
-        settings, cells = comparison.settings, comparison.cells
+        settings, cells = comparison.settings, comparison.grid_runs
         work = f"{settings.amount} {settings.budget} per client and round"
         what = "objectives" if settings.objectives else "scenarios"
         _print(
             self.console,
-            f"{comparison.name}: {len(settings.rows)} {what} x {len(settings.method_arms)} "
+            f"{comparison.name}: {len(settings.rows)} {what} x {len(settings.method_configurations)} "
             f"methods x {len(settings.seeds)} seeds, "
             f"{'each as it is set' if settings.budget == 'as_set' else work}",
             "bold",
@@ -356,7 +356,7 @@ class ComparisonTerminal(Lines):
             self.task = self.progress.add_task("runs", total=waiting)
             self.progress.start()
 
-    def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+    def run_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
         """Print the run's result on one line and move the bar."""
         self.ended = done
         if self.silent:
@@ -477,7 +477,7 @@ def comparison_table(folder: Path) -> Table:
 
 
 def frameworks_table(folder: Path) -> Table:
-    """Return every arm of every scenario: what it reached, and what it cost a client in a round."""
+    """Return every configuration of every scenario: its metric, and its costs for a client in a round."""
     from fedloom.reports.comparison_page import read_cells
     from fedloom.reports.frameworks_page import arms, results
 
@@ -488,7 +488,7 @@ def frameworks_table(folder: Path) -> Table:
         box=None,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("arm", no_wrap=True)
+    table.add_column("configuration", no_wrap=True)
     for column in (found["metric"], "sent", "compute", "memory", *record["links"]):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("front")
@@ -509,7 +509,7 @@ def frameworks_table(folder: Path) -> Table:
 
 
 def personal_table(folder: Path) -> Table:
-    """Return what each arm's clients fare like in every scenario, on rows of their own."""
+    """Return the metric of each configuration's clients on their own rows, in every scenario."""
     from fedloom.reports.comparison_page import read_cells
     from fedloom.reports.personal_page import arms, references, results
 
@@ -521,7 +521,7 @@ def personal_table(folder: Path) -> Table:
         box=None,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("arm", no_wrap=True)
+    table.add_column("configuration", no_wrap=True)
     others = [
         name for name in references(every) if any(name in row["gains"] for row in found["arms"])
     ]
@@ -542,10 +542,10 @@ def personal_table(folder: Path) -> Table:
     return table
 
 
-def advice_table(options: Sequence[Estimate]) -> Table:
-    """Return what each way to train costs the client with the most to do, in a round; all derived."""
+def estimate_table(options: Sequence[Estimate]) -> Table:
+    """Return, for each method, the derived costs of a round for the client with the most work."""
     table = Table(
-        title="a round of the client with the most to do, derived", box=None, padding=(0, 1, 0, 0)
+        title="a round of the client with the most work, derived", box=None, padding=(0, 1, 0, 0)
     )
     table.add_column("framework", no_wrap=True)
     for column in ("down", "up", "trips", "compute", "memory", "time"):

@@ -79,30 +79,32 @@ class ControlSocket:
             return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
 
 
-def ask(home: ServerFolder, question: str, **facts: Any) -> Any:
+def ask(server_folder: ServerFolder, request: str, **facts: Any) -> Any:
     """Return what the server in a folder answers.
 
     Raises:
         ConnectionFailed: No server runs there, or it is another user's.
         FedloomError: It cannot do what it is asked, for the reason given.
     """
-    require_own(home.path)
+    require_own(server_folder.path)
     try:
-        connection = connect(home.path / SOCKET, TIMEOUT)
+        connection = connect(server_folder.path / SOCKET, TIMEOUT)
     except ConnectionFailed:
-        if lock_owner(home.lock) is not None:
+        if lock_owner(server_folder.lock) is not None:
             raise ConnectionFailed(
-                f"the server in {home.path} is starting or ending; try again"
+                f"the server in {server_folder.path} is starting or ending; try again"
             ) from None
         raise ConnectionFailed(
-            f"no server runs in {home.path}: `fedloom server start --home {home.path}`"
+            f"no server runs in {server_folder.path}: `fedloom server start --home {server_folder.path}`"
         ) from None
     with connection:
         connection.settimeout(TIMEOUT)
-        write_frame(connection, json.dumps({"ask": question, **facts}).encode())
+        write_frame(connection, json.dumps({"ask": request, **facts}).encode())
         content = read_frame(reader(connection), lambda: LONGEST)
     if content is None:
-        raise ConnectionFailed(f"the server in {home.path} gave no answer within {TIMEOUT:.0f} s")
+        raise ConnectionFailed(
+            f"the server in {server_folder.path} gave no answer within {TIMEOUT:.0f} s"
+        )
     found = json.loads(content)
     if "error" in found:
         failed = FedloomError(found["error"])
@@ -126,7 +128,7 @@ def require_own(folder: Path) -> None:
         ) from None
     except PermissionError:
         raise ConnectionFailed(
-            f"{folder} cannot be looked into by {_user(os.geteuid())}: run this command as the server's "
+            f"{folder} cannot be read by {_user(os.geteuid())}: run this command as the server's "
             "user (`sudo -u USER fedloom ...`)"
         ) from None
     if owner != os.geteuid() != 0:

@@ -33,7 +33,7 @@ import pyrage
 from pydantic import Field
 
 from fedloom.deployment.folders import ServerFolder
-from fedloom.deployment.offences import FILE as OFFENCES
+from fedloom.deployment.violations import FILE as VIOLATIONS
 from fedloom.errors import (
     ConnectionFailed,
     FedloomError,
@@ -53,11 +53,11 @@ MANIFEST = "manifest.json"
 SETTINGS = "settings.toml"
 RUNS = "runs"
 
-FILES = (MEMBERS, CA, CA_KEY, CERTIFICATE, KEY, SETTINGS, AUDIT, OFFENCES)
+FILES = (MEMBERS, CA, CA_KEY, CERTIFICATE, KEY, SETTINGS, AUDIT, VIOLATIONS)
 """Of the server's folder."""
 
 NEEDED = (MEMBERS, CA, CERTIFICATE, KEY)
-"""Without which a folder is no server's."""
+"""Without which a folder is not a server's."""
 
 AGE = b"age-encryption.org/"
 """How an encrypted backup begins."""
@@ -107,33 +107,38 @@ class Restored:
 
 
 def back_up(
-    home: ServerFolder, target: Path, *, runs: bool = False, passphrase: str | None = None
+    server_folder: ServerFolder, target: Path, *, runs: bool = False, passphrase: str | None = None
 ) -> Manifest:
     """Write a backup of a server's folder, whether or not the server runs; return what it holds.
 
     Args:
-        home: The folder.
+        server_folder: The folder.
         target: File to write, for its owner alone.
         runs: Whether the run folders that the server played in go with it.
         passphrase: What it is encrypted with, in memory; ``None`` for not at all.
 
     Raises:
         OutputError: A file cannot be read or written, or there is something at ``target``.
-        SettingsError: The folder is no server's.
+        SettingsError: The folder is not a server's.
     """
-    missing = [name for name in NEEDED if not (home.path / name).is_file()]
+    missing = [name for name in NEEDED if not (server_folder.path / name).is_file()]
     if missing:
         raise SettingsError(
-            [f"{home.path} is no server's folder: {', '.join(missing)} missing"], "the command"
+            [f"{server_folder.path} is not a server's folder: {', '.join(missing)} missing"],
+            "the command",
         )
     if target.exists():
         raise OutputError(f"{target} is there already; choose another name")
-    closed, lines = _log(home.path / AUDIT)
-    paths = [home.path / name for name in FILES if name != AUDIT and (home.path / name).is_file()]
+    closed, lines = _log(server_folder.path / AUDIT)
+    paths = [
+        server_folder.path / name
+        for name in FILES
+        if name != AUDIT and (server_folder.path / name).is_file()
+    ]
     contents: list[tuple[str, Path | bytes]] = [(path.name, path) for path in [*closed, *paths]]
     if lines:
         contents.append((AUDIT, lines))
-    folders = dict(_run_folders(home)) if runs else {}
+    folders = dict(_run_folders(server_folder)) if runs else {}
     for name, folder in folders.items():
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         contents += [
@@ -149,9 +154,11 @@ def back_up(
     return manifest
 
 
-def _run_folders(home: ServerFolder) -> Iterator[tuple[str, Path]]:
+def _run_folders(server_folder: ServerFolder) -> Iterator[tuple[str, Path]]:
     """Yield the run folders that a server played in and that stand, each with a name of its own."""
-    found = dict.fromkeys(Path(event["folder"]) for event in events(home.path, "run_folder"))
+    found = dict.fromkeys(
+        Path(event["folder"]) for event in events(server_folder.path, "run_folder")
+    )
     taken: set[str] = set()
     for folder in found:
         if folder.is_dir():
@@ -236,12 +243,12 @@ def is_encrypted(source: Path) -> bool:
         raise OutputError(f"cannot read the backup {source}: {error.strerror}") from error
 
 
-def restore(source: Path, home: ServerFolder, passphrase: str | None = None) -> Restored:
+def restore(source: Path, server_folder: ServerFolder, passphrase: str | None = None) -> Restored:
     """Make a server's folder from a backup; what is there already stays, and then nothing is done.
 
     Args:
         source: The backup.
-        home: The folder, which is not there or empty.
+        server_folder: The folder, which is not there or empty.
         passphrase: Of an encrypted one.
 
     Raises:
@@ -250,28 +257,32 @@ def restore(source: Path, home: ServerFolder, passphrase: str | None = None) -> 
         SettingsError: The folder holds something, or the backup is none.
         ConnectionFailed: A server runs there.
     """
-    if lock_owner(home.lock) is not None:
-        raise ConnectionFailed(f"a server runs in {home.path}; choose another --home")
-    if home.path.exists() and not (home.path.is_dir() and not any(home.path.iterdir())):
+    if lock_owner(server_folder.lock) is not None:
+        raise ConnectionFailed(f"a server runs in {server_folder.path}; choose another --home")
+    if server_folder.path.exists() and not (
+        server_folder.path.is_dir() and not any(server_folder.path.iterdir())
+    ):
         raise SettingsError(
-            [f"{home.path} holds something already; choose a folder that is not there"],
+            [f"{server_folder.path} holds something already; choose a folder that is not there"],
             "the command",
         )
-    staging = home.path.with_name(f".{home.path.name}.{os.getpid()}")
+    staging = server_folder.path.with_name(f".{server_folder.path.name}.{os.getpid()}")
     try:
         staging.mkdir(parents=True, mode=0o700)
         manifest = _read(source, staging, passphrase)
         restored = _checked(ServerFolder(staging), manifest)
-        folders = [home.path / RUNS / name for name in manifest.runs]
+        folders = [server_folder.path / RUNS / name for name in manifest.runs]
         log = AuditLog(staging / AUDIT)
         log.record("restored", backup=manifest.time)
         for folder in folders:  # where a member's work is looked for
             log.record("run_folder", folder=str(folder.resolve()))
         with contextlib.suppress(FileNotFoundError):
-            home.path.rmdir()
-        staging.rename(home.path)
+            server_folder.path.rmdir()
+        staging.rename(server_folder.path)
     except OSError as error:
-        raise OutputError(f"cannot restore {home.path}: {error.strerror or error}") from error
+        raise OutputError(
+            f"cannot restore {server_folder.path}: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Restored(*restored, manifest.time, folders)
@@ -279,7 +290,7 @@ def restore(source: Path, home: ServerFolder, passphrase: str | None = None) -> 
 
 def _read(source: Path, folder: Path, passphrase: str | None) -> Manifest:
     """Unpack a backup into an empty folder."""
-    damaged = f"{source} is no whole backup of a server"
+    damaged = f"{source} is not a whole backup of a server"
     try:
         with contextlib.ExitStack() as closing:
             file: IO[bytes] = closing.enter_context(source.open("rb"))
@@ -292,7 +303,7 @@ def _read(source: Path, folder: Path, passphrase: str | None) -> Manifest:
                 closing.enter_context(tarfile.open(fileobj=file, mode="r|gz"))
             ):
                 if manifest is not None:
-                    raise OutputError(f"{damaged}: something follows the manifest")
+                    raise OutputError(f"{damaged}: there is content after the manifest")
                 if entry.name == MANIFEST:
                     manifest = _manifest(content.read(LONGEST + 1), source)
                 else:
@@ -304,7 +315,7 @@ def _read(source: Path, folder: Path, passphrase: str | None) -> Manifest:
             raise OutputError(f"cannot read the backup {source}: {error.strerror}") from error
         raise OutputError(f"{damaged}: {error}") from None
     if manifest is None or found != manifest.files:
-        raise OutputError(f"{damaged}: its files are not those of its manifest")
+        raise OutputError(f"{damaged}: its files differ from its manifest")
     return manifest
 
 
@@ -312,7 +323,7 @@ def _entries(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, IO[byt
     for entry in archive:
         content = archive.extractfile(entry) if entry.isreg() else None
         if content is None or not _is_expected(entry.name):
-            raise OutputError(f"{entry.name[:80]!r} is nothing that a backup holds")
+            raise OutputError(f"{entry.name[:80]!r} does not belong in a backup")
         yield entry, content
 
 
@@ -331,7 +342,7 @@ def _is_expected(name: str) -> bool:
 def _place(folder: Path, entry: tarfile.TarInfo, content: IO[bytes]) -> File:
     path, digest = folder / entry.name, hashlib.sha256()
     if entry.size > shutil.disk_usage(folder).free:
-        raise OutputError(f"{entry.name[:80]} has {entry.size} bytes, for which there is no room")
+        raise OutputError(f"{entry.name[:80]} has {entry.size} bytes, and there is no room for it")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         while part := content.read(1 << 20):
@@ -361,21 +372,24 @@ def _manifest(text: bytes, source: Path) -> Manifest:
         )
     for name in found.runs:
         if re.fullmatch(r"[^/\0]+", name) is None or name in (".", ".."):
-            raise OutputError(f"{source} has a run of the name {name[:80]!r}")
+            raise OutputError(f"{source} holds a run with the invalid name {name[:80]!r}")
     return found
 
 
-def _checked(home: ServerFolder, manifest: Manifest) -> tuple[int, list[str]]:
+def _checked(server_folder: ServerFolder, manifest: Manifest) -> tuple[int, list[str]]:
     """Return how many members a restored folder lets in and what its certificate names."""
     for name in NEEDED:
         if name not in manifest.files:
             raise OutputError(f"the backup has no {name}")
     try:
-        members, hosts = len(home.members().allowed), hosts_of(home.certificate.read_text())
+        members, hosts = (
+            len(server_folder.members().allowed),
+            hosts_of(server_folder.certificate.read_text()),
+        )
         if any(map(_is_log, manifest.files)):
-            verify(home.path)
+            verify(server_folder.path)
     except (FedloomError, ValueError) as error:
-        raise OutputError(f"the backup holds what cannot be used: {error}") from None
+        raise OutputError(f"the backup cannot be used: {error}") from None
     return members, hosts
 
 
@@ -390,7 +404,7 @@ def read_passphrase(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"cannot read the passphrase in {path}: {first_line(error)}") from None
     if not first:
-        raise OutputError(f"the first line of {path} is empty: it is to be the passphrase")
+        raise OutputError(f"the first line of {path} is empty: it must be the passphrase")
     return first
 
 
@@ -404,9 +418,10 @@ def restored_text(folder: Path, restored: Restored) -> str:
     """Return what an operator must know of what was restored."""
     made = datetime.datetime.fromtimestamp(restored.time, datetime.UTC)
     lines = [
-        f"restored {folder} as of {made:%Y-%m-%d %H:%M} UTC: {restored.members} members are let in, the "
+        f"restored {folder} as of {made:%Y-%m-%d %H:%M} UTC: {restored.members} members are allowed, the "
         f"certificate names {', '.join(restored.hosts)}",
-        "who was revoked or withdrawn since then is let in again: look at `fedloom members list`",
+        "members that were revoked or withdrawn since then are allowed again: check `fedloom members "
+        "list`",
         f"start it with `fedloom server start --home {folder}`, and never beside the one it comes from",
     ]
     lines += [f"run folder {path}" for path in restored.runs]

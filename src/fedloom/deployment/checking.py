@@ -116,27 +116,27 @@ def check(path: Path, experiment: Path | None, client: int) -> Look:
     return Look(Group(*parts), sound and not problems)
 
 
-def waiting_table(home: ClientFolder) -> RenderableType:
+def waiting_table(client_folder: ClientFolder) -> RenderableType:
     """Return the runs of a client's folder that wait for a person."""
-    found = Approvals(home).waiting()
+    found = Approvals(client_folder).waiting()
     if not found:
         return Text("no run waits for approval")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("run", "what", "first asked", "last asked"):
         table.add_column(name, no_wrap=name != "what")
-    own = home.own_file()
+    own = client_folder.own_file()
     for one in found:
         try:
             what = _words(examine(one.experiment, own, one.client, one.classes).asked)
         except PolicyError:
-            what = "no experiment that this client can take part in"
+            what = "not an experiment that this client can take part in"
         table.add_row(one.run[:8], Text(what), _ago(one.first), _ago(one.last))
     return table
 
 
-def waiting_run(home: ClientFolder, waiting: Waiting) -> Look:
+def waiting_run(client_folder: ClientFolder, waiting: Waiting) -> Look:
     """Return what would run if a run were let in: what, on which rows, with which protection."""
-    own, joining = home.own_file(), home.joining()
+    own, registration = client_folder.own_file(), client_folder.registration()
     try:
         examined = examine(waiting.experiment, own, waiting.client, waiting.classes)
     except PolicyError as error:
@@ -147,7 +147,7 @@ def waiting_run(home: ClientFolder, waiting: Waiting) -> Look:
         [
             (
                 "connection",
-                "TLS, and the server proves who it is" if joining.authority else "no TLS",
+                "TLS, and the server proves who it is" if registration.authority else "no TLS",
             ),
             *_protection(examined.asked, own),
         ]
@@ -262,7 +262,7 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
             facts.append(("at most", f"{part.max_rows:,} rows, drawn"))
     shares = {
         "own": "all of them are this client's",
-        "experiment": "they are everybody's; the experiment deals this client its share",
+        "experiment": "they are everybody's; the experiment's partition gives this client its share",
     }
     return [("kind", data.kind or str(data.builtin_kind)), *facts, ("whose", shares[data.share])]
 

@@ -32,13 +32,13 @@ AGAIN = 1.0, 60.0
 
 
 def join(
-    home: ClientFolder,
+    client_folder: ClientFolder,
     server: str,
     *,
     key: Path,
     authority: Path | None,
     own: Path | None = None,
-    ready: Callable[[Registration], None] = lambda joining: None,
+    ready: Callable[[Registration], None] = lambda registration: None,
     say: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Take part in a federation until told to stop (SIGTERM or SIGINT).
@@ -46,7 +46,7 @@ def join(
     A server that cannot be reached is waited for, also at the start: this machine may have booted first.
 
     Args:
-        home: The client's folder.
+        client_folder: The client's folder.
         server: HOST:PORT of the server's gateway.
         key: The client's private key.
         authority: The federation's ca.pem; ``None`` for no TLS.
@@ -55,7 +55,7 @@ def join(
         say: Told which proxy is used, and who is waited for.
 
     Raises:
-        AuditError: This client's own log does not hold together.
+        AuditError: This client's own log is damaged.
         IdentityError: The key cannot be read, or is not let in; the authority has expired; the server is
             another one, or speaks another protocol.
         ConnectionFailed: A client runs in the folder.
@@ -69,13 +69,13 @@ def join(
     stopping = threading.Event()
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.set())
-    with only("client", home.lock):
-        _require_whole(home.path / FILE)
-        gateway = GatewayClient(server, own_key, content, home.id)
+    with only("client", client_folder.lock):
+        _require_whole(client_folder.path / FILE)
+        gateway = GatewayClient(server, own_key, content, client_folder.id)
         card = _registered(gateway, stopping, say)
         if card is None:
             return
-        joining = Registration(
+        registration = Registration(
             gateway=server,
             number=card.number,
             name=card.name,
@@ -83,11 +83,14 @@ def join(
             authority=str(authority.resolve()) if authority else None,
             own=str(own.resolve()) if own else None,
         )
-        home.write_joining(joining)
+        client_folder.write_registration(registration)
         node = FlowerNode(
-            gateway, lambda envelope: ask_worker(home.path, envelope), policy.max_bytes, say
+            gateway,
+            lambda envelope: ask_worker(client_folder.path, envelope),
+            policy.max_bytes,
+            say,
         )
-        _keep_going(home, node, stopping, lambda: ready(joining))
+        _keep_going(client_folder, node, stopping, lambda: ready(registration))
 
 
 def _means(
@@ -142,25 +145,28 @@ def _require_whole(log: Path) -> None:
 
 
 def _keep_going(
-    home: ClientFolder, node: FlowerNode, stopping: threading.Event, ready: Callable[[], None]
+    client_folder: ClientFolder,
+    node: FlowerNode,
+    stopping: threading.Event,
+    ready: Callable[[], None],
 ) -> None:
     """Answer messages until told to stop."""
-    end_worker(home)  # it may know another key or file
-    start_worker(home.path)
+    end_worker(client_folder)  # it may know another key or file
+    start_worker(client_folder.path)
     ready()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(node.run)
         try:
             while not stopping.wait(0.2) and not running.done():
-                make_room(home.path / WORKER_LOG)
+                make_room(client_folder.path / WORKER_LOG)
         finally:
             node.stop()
-            end_worker(home)  # who waits for its answer is woken
+            end_worker(client_folder)  # who waits for its answer is woken
     running.result()
 
 
 def take_part(
-    home: Path,
+    client_folder: Path,
     address: str,
     key: Path,
     authority: Path | None,
@@ -171,30 +177,42 @@ def take_part(
     os.umask(0o077)
     find_proxy(*split_address(address))
     _means(key, authority, own)  # no folder is made for a mistake
-    if make_private(home):
-        say(f"{home} could be read by other users of this machine, and cannot any more")
+    if make_private(client_folder):
+        say(f"{client_folder} could be read by other users of this machine, and cannot any more")
     if authority is None:
         say(
-            "warning: no TLS: everybody on the network can read along, and another server could pass "
+            "warning: no TLS: everybody on the network can read the traffic, and another server could "
+            "pass "
             "for this one"
         )
 
-    def ready(joining: Registration) -> None:
-        say(f"joined {address} as {joining.name}, member {joining.number}; folder {home}")
+    def ready(registration: Registration) -> None:
+        say(
+            f"joined {address} as {registration.name}, member {registration.number}; folder "
+            f"{client_folder}"
+        )
 
-    join(ClientFolder(home), address, key=key, authority=authority, own=own, ready=ready, say=say)
+    join(
+        ClientFolder(client_folder),
+        address,
+        key=key,
+        authority=authority,
+        own=own,
+        ready=ready,
+        say=say,
+    )
 
 
-def leave(home: Path) -> int:
+def leave(client_folder: Path) -> int:
     """Tell the client in a folder to stop; return its process.
 
     Raises:
         ConnectionFailed: None runs there.
     """
-    return end("client", ClientFolder(home).lock)
+    return end("client", ClientFolder(client_folder).lock)
 
 
-def end_worker(home: ClientFolder) -> None:
+def end_worker(client_folder: ClientFolder) -> None:
     """End the worker of a home, if it runs."""
     with contextlib.suppress(ConnectionFailed):
-        end("worker", home.pid)
+        end("worker", client_folder.pid)

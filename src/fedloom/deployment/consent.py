@@ -47,9 +47,12 @@ class Approved(StoredRecord):
 class Approvals:
     """Runs of a client's folder that wait or have been let in."""
 
-    def __init__(self, home: ClientFolder) -> None:
+    def __init__(self, client_folder: ClientFolder) -> None:
         """Look at a client's folder."""
-        self._waiting, self._approved = home.path / "waiting", home.path / "approved"
+        self._waiting, self._approved = (
+            client_folder.path / "waiting",
+            client_folder.path / "approved",
+        )
 
     def has(self, run: str, experiment: str) -> bool:
         """Return whether a person has let in this experiment as this run."""
@@ -117,9 +120,9 @@ class Day:
     _asked: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, home: ClientFolder) -> Day:
+    def of(cls, client_folder: ClientFolder) -> Day:
         """Return the count of a client's folder."""
-        return cls(home.path / "today.toml")
+        return cls(client_folder.path / "today.toml")
 
     def begin_run(self, run: str, experiment: str, policy: PolicySettings) -> None:
         """Count a run, unless it is the one that was begun last, of the same experiment.

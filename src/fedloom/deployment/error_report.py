@@ -32,7 +32,7 @@ WHY = f"; {WORKER_LOG} on its machine says why"
 
 MORE = "the experiment asks for more than this client allows"
 CLOSED = "the experiment asks for what this client does not allow"
-OTHER = "the experiment's is not this client's"
+OTHER = "the experiment's setting differs from this client's"
 
 LINES = {
     f"policy.{name}": MORE if name.startswith("max_") else CLOSED
@@ -43,7 +43,7 @@ LINES |= dict.fromkeys(
 )
 LINES |= {
     "data": "this client offers no rows",
-    "experiment": "it is none that this client can take part in",
+    "experiment": "this client cannot take part in it",
 }
 """Lines of a client's file that can refuse, and what is said beside each."""
 
@@ -58,12 +58,12 @@ class Sentence(StrEnum):
     NOT_FINITE = "its loss became NaN or infinite" + WHY
     MEMORY = "not even one example at a time fits into its memory"
     UNVERIFIED = "its own model, saved and loaded again, is not the one that was trained" + WHY
-    AUDIT = "its own audit log does not hold together" + WHY
-    UNFIT = "what was sent is not what this client was told of the run" + WHY
+    AUDIT = "its own audit log is damaged" + WHY
+    UNFIT = "what was sent does not match the description of the run that this client has" + WHY
     FOREIGN = "the message is for another client"
     RESUMED = "the run has been resumed since this was sent"
     START = LACKS_START
-    ANEW = "this client was started anew and must be told of the run again"
+    ANEW = "this client was restarted and must be sent the run's description again"
 
 
 class ReportedError(MessageError):

@@ -48,7 +48,7 @@ def require_unexposed(host: str, port: int, *, tls: bool, private: int) -> None:
         if b"HTTP/1" in answer or SETTINGS in answer[3:9]:
             what = request.split(b" HTTP")[0].decode()
             raise ConnectionFailed(
-                f"port {port} answers {what!r} to strangers; this server does not serve"
+                f"port {port} answers {what!r} without a proof of a key; this server does not serve"
             )
     for address in _own_addresses():
         with contextlib.suppress(OSError), socket.create_connection((address, private), 0.5):

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from fedloom.deployment.connections import CHUNK
 from fedloom.deployment.flower_nodes import NodeKey
-from fedloom.errors import ConnectionFailed, MessageError, OffenceKind
+from fedloom.errors import ConnectionFailed, MessageError, ViolationKind
 
 CALLS = {
     f"/v1/fleet/{name}": limit
@@ -120,7 +120,7 @@ class Refused(MessageError):
         status: Of the HTTP response.
     """
 
-    def __init__(self, status: int, reason: str, kind: OffenceKind = "forbidden") -> None:
+    def __init__(self, status: int, reason: str, kind: ViolationKind = "forbidden") -> None:
         """Keep status and reason; the kind counts where an honest client sends no such request."""
         super().__init__(reason, kind)
         self.status = status
@@ -142,13 +142,13 @@ def pass_on(
     Args:
         connection: To the client, which has proven its key.
         upstream: Flower's server.
-        node: Returns the client's node while it is let in; asked for each request.
+        node: Returns the client's node while it is allowed; asked for each request.
         pace: Waits until the client may make another request.
         turn: Held while one of its large bodies is passed on, which Flower holds in memory.
 
     Raises:
         Forbidden: It sent what no honest client sends.
-        Refused: It is let in no longer, or there is no room.
+        Refused: It is no longer allowed, or there is no room.
         ConnectionFailed: Flower's server is not there, or gave no answer.
         OSError: A connection ended or broke.
     """
@@ -164,7 +164,7 @@ def pass_on(
                 pace()
                 own = node()
                 if own is None:
-                    raise Refused(401, "its key is let in no longer")
+                    raise Refused(401, "its key is no longer allowed")
                 length = _require_allowed(request)
                 if request.target in (PUSH, PUSH_MESSAGES) and not upstream.has_room():
                     raise Refused(507, "Flower's database is as large as gateway.flower_bytes")
@@ -193,10 +193,10 @@ def _require_allowed(request: h11.Request) -> int:
         method = request.method.decode("latin-1")[:8]
         raise Forbidden(403, f"{method} {path[:80]!r} is not offered")
     if len(headers) != len(request.headers):  # who reads the first and who the last would differ
-        raise Forbidden(400, "a header stands there twice", "malformed")
+        raise Forbidden(400, "a header is given twice", "malformed")
     length = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers or not length.isdigit() or len(length) > 12:
-        raise Forbidden(411, "the request does not say how long it is", "malformed")
+        raise Forbidden(411, "the request does not state its length", "malformed")
     if int(length) > CALLS[path]:
         reason = f"{int(length)} bytes to {path}, {CALLS[path]} are allowed"
         raise Forbidden(413, reason, "oversized")
@@ -221,7 +221,7 @@ def require_own_reply(body: bytes) -> None:
     if said.src_node_id != pushed.node.node_id or said.dst_node_id != SUPERLINK_NODE_ID:
         raise Forbidden(403, "a message in the name of another node, or to another", "forged")
     if not said.reply_to_message_id or said.message_id != tree.object_id:
-        raise Forbidden(403, "a message that is no reply", "replayed")
+        raise Forbidden(403, "a message that is not a reply", "replayed")
 
 
 def _refuse(client: h11.Connection, connection: Connection, error: Refused) -> None:
@@ -251,7 +251,7 @@ def _exchange(
     """Pass one request on, and the response back; return whether another may follow.
 
     Raises:
-        ProtocolError: The body is no HTTP.
+        ProtocolError: The body is not HTTP.
     """
     server, end = h11.Connection(h11.CLIENT, HEAD), time.monotonic() + IDLE + length / SLOWEST
     kept = [(name, value) for name, value in request.headers if name in HEADERS]
@@ -288,7 +288,7 @@ def _parts(client: h11.Connection, connection: Connection, end: float) -> Iterat
     """Yield the body of a request as it comes."""
     while isinstance(event := _next(client, connection), h11.Data):
         if time.monotonic() > end:
-            raise ConnectionAbortedError("it came too slowly")
+            raise ConnectionAbortedError("the body arrived too slowly")
         yield bytes(event.data)
 
 
@@ -296,7 +296,7 @@ def _next(side: h11.Connection, connection: Connection, at_once: int = CHUNK) ->
     """Return the next event of a connection, reading as much as it needs, so many bytes at a time.
 
     Raises:
-        RemoteProtocolError: What comes is no HTTP.
+        RemoteProtocolError: What comes is not HTTP.
         OSError: The connection has ended, between two requests or in the middle of one.
     """
     while not isinstance(event := side.next_event(), h11.Event):

@@ -75,7 +75,7 @@ AGAIN = 0.5, 5.0
 """Seconds until a lost server is looked for again: at first, and at most."""
 
 REFUSED = 30.0, 300.0
-"""The same where the server does not let this client in any more: it may, later."""
+"""The same where the server does not admit this client any more: it may, later."""
 
 SMALL = 1 << 20
 """Bytes of the longest response that carries no part of a message's content."""
@@ -106,7 +106,7 @@ class FlowerNode:
     ) -> None:
         """Take part as the client of ``gateway``; see :meth:`run`."""
         self.answer, self.max_bytes, self.say = answer, max_bytes, say
-        self._told = ""
+        self._notified = ""
         self._budget = ByteBudget(LONGEST_HEADER + max_bytes)
         bound_arrays(self._budget)
         self._gateway = gateway
@@ -128,12 +128,12 @@ class FlowerNode:
                     self._take_part(client, node)
                 pause = AGAIN[0]
             except IdentityError as error:
-                self._tell(f"{error}; trying again every few minutes")
+                self._notify(f"{error}; trying again every few minutes")
                 pause, refused = refused, min(2 * refused, REFUSED[1])
             except UNREACHABLE as error:
                 LOG.info("the server cannot be reached: %s", _reason(error))
                 if not isinstance(error, httpx.HTTPStatusError):
-                    self._tell(f"the server cannot be reached: {_reason(error)}; trying again")
+                    self._notify(f"the server cannot be reached: {_reason(error)}; trying again")
                 pause, soon = soon, min(2 * soon, AGAIN[1])
             except Exception:  # whatever a server sends, this client goes on
                 LOG.exception("the server's answer cannot be used")
@@ -143,10 +143,10 @@ class FlowerNode:
             self._stopping.wait(pause)
         self._leave()
 
-    def _tell(self, text: str) -> None:
+    def _notify(self, text: str) -> None:
         """Say something, unless it was said last."""
-        if text != self._told:
-            self._told = text
+        if text != self._notified:
+            self._notified = text
             self.say(text)
 
     def _take_part(self, client: FleetHttpClient, node: Node) -> None:
@@ -154,9 +154,9 @@ class FlowerNode:
         self._node = node
         if not self._is_known(client, node):
             raise ConnectionFailed("Flower's server does not know this node; it may be starting")
-        if self._told:
-            self._tell("taking part again")
-            self._told = ""
+        if self._notified:
+            self._notify("taking part again")
+            self._notified = ""
         over = threading.Event()
         beating = threading.Thread(target=self._beat, args=(node, over), daemon=True)
         beating.start()
@@ -188,7 +188,7 @@ class FlowerNode:
         while not over.is_set():
             try:
                 with fleet_client(self._gateway, SMALL) as (client, now):
-                    if now.node_id != node.node_id:  # the server was started anew
+                    if now.node_id != node.node_id:  # the server was restarted
                         over.set()
                     while not over.wait(0.5 * HEARTBEAT):
                         if not self._is_known(client, node):
@@ -273,7 +273,7 @@ class FlowerNode:
             whole = inflate_object_from_contents(tree.object_id, contents)
         except MessageError:
             raise
-        except Exception as error:  # whatever Flower raises over what is no message
+        except Exception as error:  # whatever Flower raises over what is not a message
             raise MessageError(f"the message cannot be read: {type(error).__name__}") from None
         if not isinstance(whole, Message) or not whole.has_content():
             raise MessageError("the message holds nothing")
@@ -349,7 +349,7 @@ def fleet_client(gateway: GatewayClient, max_bytes: int) -> Iterator[tuple[Fleet
 
     Raises:
         ConnectionFailed: The server cannot be reached, is another one, or is not ready yet.
-        IdentityError: It does not let this client in.
+        IdentityError: It does not admit this client.
     """
     backend = _Backend(gateway)
     with _FleetClient(_Transport(backend, max_bytes)) as client:
@@ -440,7 +440,7 @@ class _Backend(httpcore.NetworkBackend):
         connection, card = self._gateway.open("fleet")
         if card.node != self.node:
             connection.close()
-            raise ConnectionFailed("the server was started anew; this client is another node now")
+            raise ConnectionFailed("the server was restarted; this client is another node now")
         return _Stream(connection)
 
     def close(self) -> None:

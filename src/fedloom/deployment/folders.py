@@ -97,7 +97,7 @@ class ClientFolder:
         """Return the folder of what this client keeps of a run."""
         return self.path / "runs" / run
 
-    def joining(self) -> Registration:
+    def registration(self) -> Registration:
         """Return how the client was joined.
 
         Raises:
@@ -105,13 +105,13 @@ class ClientFolder:
         """
         return Registration.read(self.path / "client.toml")
 
-    def write_joining(self, joining: Registration) -> None:
+    def write_registration(self, registration: Registration) -> None:
         """Keep how the client was joined."""
-        joining.write(self.path / "client.toml")
+        registration.write(self.path / "client.toml")
 
     def own_file(self) -> OwnFile:
         """Return what the client says of itself."""
-        own = self.joining().own
+        own = self.registration().own
         return OwnFile.read(Path(own)) if own else OwnFile()
 
 
@@ -205,7 +205,7 @@ class ServerFolder:
         """Return how the server was started.
 
         Raises:
-            SettingsError: It was not, or the folder is no server's.
+            SettingsError: It was not, or the folder is not a server's.
         """
         if not self.started.is_file():
             raise SettingsError(

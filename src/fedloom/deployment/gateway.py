@@ -44,7 +44,7 @@ from fedloom.errors import (
     OutputError,
     SettingsError,
 )
-from fedloom.federation.offences import Report, one_line
+from fedloom.federation.violations import Report, one_line
 from fedloom.security.audit_log import Limited
 from fedloom.security.client_registry import CachedMembers, Members
 from fedloom.security.rate_limits import RateLimits, TokenBucket
@@ -60,7 +60,7 @@ BATCH = 64
 BODIES = 2
 """Large bodies of one client that are passed on at a time: Flower holds each whole in memory."""
 
-NOT_YET = "the server is starting, or has just let this client in: it is tried again"
+NOT_YET = "the server is starting, or has just admitted this client: it is tried again"
 
 SETTLING = 10.0
 """Seconds in which a client that was let in must take the word of it."""
@@ -151,7 +151,7 @@ class Allowed:
         if key not in self.numbers:
             why = "has been revoked" if key in self.revoked else "is not known here"
             raise IdentityError(
-                f"the key {key[-16:]} {why}; the coordinator lets it in with "
+                f"the key {key[-16:]} {why}; the coordinator allows it with "
                 "`fedloom members allow NAME FILE.pub`"
             )
         return self.numbers[key]
@@ -167,7 +167,7 @@ class _Unproven:
     nonce: bytes = b""
     got: bytearray = field(default_factory=bytearray)
     encrypted: bool = False
-    greeted: bool = False
+    nonce_sent: bool = False
 
 
 @dataclass
@@ -176,7 +176,7 @@ class _Admitted:
 
     client: int
     key: str
-    home: str
+    folder_id: str
     purpose: Purpose
     end: Callable[[], None]
 
@@ -292,7 +292,7 @@ class Gateway:
             own.end()
 
     def follow(self) -> None:
-        """End the connections of clients that are let in no longer."""
+        """End the connections of clients that are no longer allowed."""
         allowed = self._current()
         with self._lock:
             gone = [own for own in self._connections.values() if own.key not in allowed.numbers]
@@ -386,7 +386,7 @@ class Gateway:
         else:
             return
         oldest = next(own for own in self._unproven.values() if own.address == crowded)
-        self._refused(oldest, "it gave way to newer connections before it proved a key", "room")
+        self._refused(oldest, "it was closed for newer connections before it proved a key", "room")
 
     def _expire(self, now: float) -> None:
         while self._unproven:
@@ -409,7 +409,9 @@ class Gateway:
             self._selector.modify(own.connection, selectors.EVENT_WRITE, own)
         except IdentityError as error:
             later = isinstance(error, _Later)
-            self._refused(own, str(error), "later" if later else "identity", tell=True, later=later)
+            self._refused(
+                own, str(error), "later" if later else "identity", notify=True, later=later
+            )
         except FedloomError as error:  # the list of members was never whole
             self._refused(own, f"it cannot be decided: {error}", "later")
         except OSError as error:  # TLS says which alert, in words of its own
@@ -429,12 +431,12 @@ class Gateway:
             )
             own.encrypted = True
             self._selector.register(own.connection, selectors.EVENT_READ, own)
-        if not own.greeted:
+        if not own.nonce_sent:
             if isinstance(own.connection, ssl.SSLSocket):
                 own.connection.do_handshake()
             own.nonce = own.nonce or os.urandom(handshake.NONCE)
             own.connection.send(handshake.MAGIC + own.nonce)
-            own.greeted = True
+            own.nonce_sent = True
 
     @staticmethod
     def _received(own: _Unproven) -> bool:
@@ -473,10 +475,10 @@ class Gateway:
             all_mine = [other for other in self._connections.values() if other.client == number]
             full = len(self._connections) >= self.settings.connections
         mine = len(all_mine)
-        if any(other.purpose == "fleet" and other.home != claim.home for other in all_mine):
+        if any(other.purpose == "fleet" and other.folder_id != claim.home for other in all_mine):
             raise _Later(
                 "with this key a client in another folder or on another machine takes part already; stop "
-                "that one first. If nobody knows of one, tell the coordinator: the key may be copied"
+                "that one first. If there is none, inform the coordinator: the key may have been copied"
             )
         if full or mine >= self.settings.connections_per_client:
             raise _Later(
@@ -515,12 +517,12 @@ class Gateway:
         reason: str,
         kind: Refusal,
         *,
-        tell: bool = False,
+        notify: bool = False,
         later: bool = False,
         what: str = "connects",
     ) -> None:
         """Close a connection; say why, to who began as a client does."""
-        if tell:
+        if notify:
             with contextlib.suppress(OSError):
                 own.connection.send(handshake.frame({"refused": reason, "later": later}))
             what = "joins"

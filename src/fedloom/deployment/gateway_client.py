@@ -28,7 +28,7 @@ TIMEOUT = 4.0
 PORT = 9092
 """Where a gateway listens unless it is told otherwise."""
 
-GREETED = 1.0
+NONCE_SECONDS = 1.0
 """Seconds for a server without TLS to begin."""
 
 OUT_OF_FORCE = 9, 10
@@ -51,7 +51,7 @@ class ProtocolMismatch(IdentityError):
     def __init__(self, address: str, protocol: int | None) -> None:
         """Say which protocol it is, if it is one of this package."""
         if protocol is None:
-            super().__init__(f"what listens at {address} is no gateway of fedloom")
+            super().__init__(f"what listens at {address} is not a gateway of fedloom")
             return
         older, newer = "an older", "a newer"
         theirs = older if protocol < PROTOCOL else newer
@@ -84,20 +84,20 @@ class GatewayClient:
         address: HOST:PORT of the gateway.
         key: The client's.
         authority: PEM of the federation's authority; ``None`` for no TLS.
-        home: Tells the client's folder from all others; see :class:`Claim`.
+        folder_id: Tells the client's folder from all others; see :class:`Claim`.
     """
 
     address: str
     key: ec.EllipticCurvePrivateKey
     authority: bytes | None
-    home: str
+    folder_id: str
 
     def register(self) -> Card:
         """Say who this is; return what the server knows it by.
 
         Raises:
             ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
-            IdentityError: It does not let this client in.
+            IdentityError: It does not admit this client.
         """
         connection, card = self.open("register")
         connection.close()
@@ -111,7 +111,7 @@ class GatewayClient:
 
         Raises:
             ConnectionFailed: It cannot be opened, or broke.
-            IdentityError: The server does not let this client in.
+            IdentityError: The server does not admit this client.
         """
         connection, _ = self.open("stream", run)
         connection.settimeout(None)
@@ -126,7 +126,7 @@ class GatewayClient:
 
         Raises:
             ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
-            IdentityError: It does not let this client in.
+            IdentityError: It does not admit this client.
         """
         connection = connect(self.address, self.authority)
         try:
@@ -150,22 +150,22 @@ class GatewayClient:
         if answer.get("later"):
             raise ConnectionFailed(reason)
         raise IdentityError(
-            f"the server at {described(self.address)} does not let this client in: {reason}"
+            f"the server at {described(self.address)} does not admit this client: {reason}"
         )
 
     def _prove(self, connection: socket.socket, purpose: Purpose, run: str) -> dict[str, Any]:
         if self.authority is None:  # a server that speaks TLS waits for it, and says nothing
-            connection.settimeout(GREETED)
-        greeting = _read(connection, handshake.GREETING)
-        nonce = handshake.nonce_of(greeting)
+            connection.settimeout(NONCE_SECONDS)
+        received = _read(connection, handshake.SERVER_NONCE_FRAME)
+        nonce = handshake.nonce_of(received)
         if nonce is None:
-            raise ProtocolMismatch(described(self.address), handshake.protocol_of(greeting))
+            raise ProtocolMismatch(described(self.address), handshake.protocol_of(received))
         connection.settimeout(TIMEOUT)
         certificate = b""
         if isinstance(connection, ssl.SSLSocket):
             certificate = connection.getpeercert(binary_form=True) or b""
         connection.sendall(
-            handshake.make_claim(self.key, nonce, certificate, purpose, self.home, run)
+            handshake.make_claim(self.key, nonce, certificate, purpose, self.folder_id, run)
         )
         (length,) = handshake.LENGTH.unpack(_read(connection, handshake.LENGTH.size))
         answer = json.loads(_read(connection, length))
@@ -185,7 +185,7 @@ def split_address(address: str, default: int = PORT) -> tuple[str, int]:
     if found is None or not 0 < port < 1 << 16:
         raise SettingsError(
             [
-                f"{address!r} is no HOST:PORT, such as fed.example.org:{default} or "
+                f"{address!r} is not a HOST:PORT, such as fed.example.org:{default} or "
                 f"[2001:db8::1]:{default}"
             ],
             "the command",
@@ -235,7 +235,7 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
                 "the coordinator makes a new one with `fedloom certs`, or this machine's clock is wrong"
             ) from None
         raise IdentityError(
-            f"the server at {where} is not the one that your authority vouches for "
+            f"the server at {where} does not have a certificate of your authority "
             f"({error.verify_message}); ask the coordinator for its ca.pem of today, and for a server "
             "certificate that names this host (`fedloom certs --host`)"
             f"{INSPECTED if where != address else ''}"
@@ -243,7 +243,8 @@ def connect(address: str, authority: bytes | None) -> socket.socket:
     except (ssl.SSLEOFError, ConnectionError):
         plain.close()
         raise ConnectionFailed(
-            f"the server at {where} closed the connection at once; has it too many from here?"
+            f"the server at {where} closed the connection at once; are there too many connections from "
+            "this address?"
         ) from None
     except OSError as error:
         plain.close()
@@ -274,7 +275,7 @@ def _complain(address: str, reason: str) -> None:
     with contextlib.suppress(OSError, ValueError, ConnectionFailed):
         plain = _reach(address, 1.0)
         with context.wrap_socket(plain) as connection:
-            if handshake.nonce_of(_read(connection, handshake.GREETING)) is not None:
+            if handshake.nonce_of(_read(connection, handshake.SERVER_NONCE_FRAME)) is not None:
                 connection.sendall(handshake.make_distrust(reason))
 
 
@@ -286,5 +287,5 @@ def _read(connection: socket.socket, count: int) -> bytes:
     """
     content = reader(connection)(count)
     if content is None:
-        raise ConnectionAbortedError("it was closed before it said what it had to")
+        raise ConnectionAbortedError("the connection was closed before the handshake was complete")
     return content

@@ -37,7 +37,7 @@ MAGIC = b"fedloom gateway %d\n" % PROTOCOL
 NONCE = 32
 """Bytes of a nonce, drawn from the system's source of randomness."""
 
-GREETING = len(MAGIC) + NONCE
+SERVER_NONCE_FRAME = len(MAGIC) + NONCE
 
 LENGTH = struct.Struct("<H")
 """Before a claim and before the answer to it."""
@@ -51,7 +51,7 @@ OUT_OF_DATE, AHEAD = 300, 4
 Nothing of the proof rests on it; but what is written down on both sides could not be compared.
 """
 
-FOREIGN = "it does not begin as a client of fedloom does"
+FOREIGN = "it does not begin as a fedloom client does"
 
 Purpose = Literal["register", "fleet", "stream"]
 """What a connection is for: to be told the client's number, calls of Flower's Fleet interface, or
@@ -94,7 +94,7 @@ class Claim(Settings):
         content = _signed(nonce, certificate, words, self.time)
         if not is_signed(public_key(self.key), content, bytes.fromhex(self.signature)):
             raise IdentityError(
-                "the signature is not one of the key that it names, for this server"
+                "the signature does not verify with the key that it names, for this server"
             )
 
 
@@ -140,14 +140,14 @@ def read_claim(content: bytes) -> Claim | Distrust:
         raise IdentityError(FOREIGN) from None
 
 
-def nonce_of(greeting: bytes) -> bytes | None:
-    """Return the nonce in a server's greeting, or ``None`` where it is no gateway of this protocol."""
-    return greeting[len(MAGIC) :] if greeting.startswith(MAGIC) else None
+def nonce_of(received: bytes) -> bytes | None:
+    """Return the nonce in a server's greeting, or ``None`` where it is not a gateway of this protocol."""
+    return received[len(MAGIC) :] if received.startswith(MAGIC) else None
 
 
-def protocol_of(greeting: bytes) -> int | None:
-    """Return which protocol the gateway that greets so speaks, or ``None`` where it is no gateway."""
-    found = re.match(rb"fedloom gateway (\d{1,4})\n", greeting)
+def protocol_of(received: bytes) -> int | None:
+    """Return which protocol the gateway that greets so speaks, or ``None`` where it is not a gateway."""
+    found = re.match(rb"fedloom gateway (\d{1,4})\n", received)
     return int(found[1]) if found else None
 
 

@@ -33,7 +33,7 @@ class Health:
         self,
         folder: Path,
         certificate: Path | None,
-        family: Supervisor,
+        supervisor: Supervisor,
         nodes: FlowerNodes,
         gateway: Gateway,
     ) -> None:
@@ -42,12 +42,12 @@ class Health:
         Args:
             folder: The server's.
             certificate: The server's; ``None`` without TLS.
-            family: Flower's processes.
+            supervisor: Flower's processes.
             nodes: Flower's nodes.
             gateway: The gateway.
         """
         self.folder, self.certificate = folder, certificate
-        self.family, self.nodes, self.gateway = family, nodes, gateway
+        self.supervisor, self.nodes, self.gateway = supervisor, nodes, gateway
         self.expires: float | None = None
         if certificate is not None:
             self.expires = read_certificate(certificate).not_valid_after_utc.timestamp()
@@ -64,19 +64,23 @@ class Health:
     def problems(self) -> list[str]:
         """Return why clients cannot take part or runs not be played; nothing where all is well."""
         found = []
-        for child in self.family.children:
-            if not child.is_running:
-                found.append(f"{child.name} does not run, it is started again: see {child.log}")
+        for supervised in self.supervisor.processes:
+            if not supervised.is_running:
+                found.append(
+                    f"{supervised.name} does not run, it is started again: see {supervised.log}"
+                )
         if self.nodes.problem:
-            found.append(f"Flower's server is not told who is let in: {self.nodes.problem}")
+            found.append(f"Flower's server does not know the allowed members: {self.nodes.problem}")
         if self.certificate is not None:
             try:
                 require_current(self.certificate)
             except IdentityError as error:
                 found.append(str(error))
         try:
-            if slip := self.gateway.members.slip:
-                found.append(f"the list of members is as it was when it could last be read: {slip}")
+            if fault := self.gateway.members.fault:
+                found.append(
+                    f"the list of members is as it was when it could last be read: {fault}"
+                )
         except FedloomError as error:
             found.append(str(error))
         return found

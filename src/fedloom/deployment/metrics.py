@@ -90,7 +90,7 @@ class ServerCollector(Collector):
         yield self._open(server["connections"])
         yield from self._totals()
         yield from _runs(status["runs"])
-        yield _offences(members)
+        yield _violations(members)
 
     @staticmethod
     def _open(connections: Mapping[str, int]) -> Metric:
@@ -154,7 +154,7 @@ def _runs(runs: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
     return waiting, done, planned, missing
 
 
-def _offences(members: Iterable[Mapping[str, Any]]) -> Metric:
+def _violations(members: Iterable[Mapping[str, Any]]) -> Metric:
     found = CounterMetricFamily(
         "fedloom_offences", "What members got wrong, by kind.", labels=["member", "kind"]
     )
@@ -171,7 +171,7 @@ class MetricsServer:
         """Answer at HOST:PORT until :meth:`close`.
 
         Raises:
-            SettingsError: The address is no private one.
+            SettingsError: The address is not a private one.
             ConnectionFailed: The port is taken.
         """
         host, port = private_address(where)

@@ -53,7 +53,7 @@ def chosen(experiment: Experiment, members: Members) -> list[Participant]:
     if federation.members is not None:
         by_name = {own.name: own for own in allowed}
         problems = [
-            f"federation.members: {name!r} is not let in; let in are: {names}"
+            f"federation.members: {name!r} is not an allowed member; allowed are: {names}"
             for name in federation.members
             if name not in by_name
         ]
@@ -63,27 +63,31 @@ def chosen(experiment: Experiment, members: Members) -> list[Participant]:
         names = ", ".join(federation.members)
     if not allowed:
         raise SettingsError(
-            ["nobody is let in: `fedloom members allow NAME FILE.pub` for each client"]
+            ["no member is allowed: `fedloom members allow NAME FILE.pub` for each client"]
         )
     if federation.clients != len(allowed):
         raise SettingsError(
             [
                 f"federation.clients is {federation.clients}, and {len(allowed)} members are to take "
                 f"part ({names}): leave federation.clients out, name those who take part in "
-                "federation.members, or let others in"
+                "federation.members, or allow other members"
             ]
         )
     return [Participant(member.number, member.name) for member in allowed]
 
 
-def ordered(home: ServerFolder, order: RunRequest) -> tuple[Experiment, list[Participant]]:
+def requested_run(
+    server_folder: ServerFolder, run_request: RunRequest
+) -> tuple[Experiment, list[Participant]]:
     """Return the experiment that an order is for, and the members that take part in it.
 
     Raises:
         SettingsError: With every mistake in it.
     """
-    members, file = home.members(), experiment_file(home, order.id)
-    experiment = experiment_of(file, order.assignments, order.name, order.source, members)
+    members, file = server_folder.members(), experiment_file(server_folder, run_request.id)
+    experiment = experiment_of(
+        file, run_request.assignments, run_request.name, run_request.source, members
+    )
     return experiment, chosen(experiment, members)
 
 

@@ -1,7 +1,7 @@
 """What of a server's experiment a client takes over, and what of it its own file refuses.
 
 The client's experiment is made anew from an allow-list. Every setting of an experiment stands in one
-of four tables here: taken as it is (it can neither choose rows nor cost much), taken where it is no
+of four tables here: taken as it is (it can neither choose rows nor cost much), taken where it is not a
 larger than a line of the client's ``[policy]``, decided by a function of this file, or left (the
 server's own affair, or this machine's). What stands in none is not taken, and a test fails over it.
 
@@ -185,7 +185,7 @@ def permitted(text: str, own: OwnFile, client: int, classes: int) -> Experiment:
         classes: How many classes the server says that there are.
 
     Raises:
-        PolicyError: It is no experiment, or the file does not allow it; with every reason.
+        PolicyError: It is not an experiment, or the file does not allow it; with every reason.
     """
     examined = examine(text, own, client, classes)
     if examined.experiment is None:
@@ -202,7 +202,7 @@ def examine(
         sent: Whether a server sent it, and it is not one that a server would be asked to run.
 
     Raises:
-        PolicyError: It is no experiment.
+        PolicyError: It is not an experiment.
     """
     if len(text) > LONGEST:
         reason = f"its text has {len(text)} characters, {LONGEST} are read"
@@ -376,7 +376,7 @@ class _Examiner:
         """Return the adapter; it starts from what the server sends, and from no path or Hub name."""
         asked = self.asked.adapter
         if self.sent and asked.start is not None and SENT.fullmatch(asked.start) is None:
-            reason = f"adapter.start = {asked.start!r} is nothing that a server sends"
+            reason = f"adapter.start = {asked.start!r} is not something that a server sends"
             self.refuse("experiment", reason)
         return AdapterSettings(**self._taken("adapter", asked), start=asked.start)
 
@@ -394,16 +394,20 @@ class _Examiner:
             return None
         if data_kind(asked) != data_kind(own):
             self.refuse(
-                "data.kind", f"{data_kind(asked)!r} is asked for, here is {data_kind(own)!r}"
+                "data.kind", f"{data_kind(asked)!r} is requested, here it is {data_kind(own)!r}"
             )
         if asked.choices != own.choices:
-            self.refuse("data.choices", f"{asked.choices} are asked for, here are {own.choices}")
+            self.refuse(
+                "data.choices", f"{asked.choices} are requested, here they are {own.choices}"
+            )
         if self.shared and own.is_builtin and asked.sources != own.sources:
-            self.refuse("data.source", f"{asked.source!r} is asked for, here is {own.source!r}")
+            self.refuse("data.source", f"{asked.source!r} is requested, here it is {own.source!r}")
         for name in EVERYBODYS:
             here, there = getattr(own, name), getattr(asked, name)
             if name in own.model_fields_set and here != there:
-                self.refuse(f"data.{name}", f"{str(there)!r} is asked for, here is {str(here)!r}")
+                self.refuse(
+                    f"data.{name}", f"{str(there)!r} is requested, here it is {str(here)!r}"
+                )
         taken: dict[str, Any] = {"max_length": asked.max_length}
         taken |= {name: getattr(asked, name) for name in EVERYBODYS}
         self._bounded("data.max_length", asked.max_length, MOST["data.max_length"])

@@ -41,7 +41,7 @@ PRIVILEGED = (
 """What to do where a port may not be used."""
 
 LARGE = 16 << 20
-"""Bytes of a log above which it is begun anew; one old log is kept."""
+"""Bytes of a log above which it is started again; one old log is kept."""
 
 
 @dataclass
@@ -100,7 +100,7 @@ class SupervisedProcess:
     def _pid(self) -> Path:
         return self.log.with_suffix(".pid")
 
-    def end_leftover(self) -> None:
+    def end_orphan(self) -> None:
         """End what was left running when those who cared for it were killed."""
         with contextlib.suppress(OSError, ValueError):
             left = int(self._pid.read_text())
@@ -128,17 +128,17 @@ class SupervisedProcess:
 class Supervisor:
     """Several children that live and end together."""
 
-    children: list[SupervisedProcess] = field(default_factory=list)
+    processes: list[SupervisedProcess] = field(default_factory=list)
 
-    def end_leftovers(self) -> None:
+    def end_orphans(self) -> None:
         """End what earlier ones left running when they were killed."""
-        for child in self.children:
-            child.end_leftover()
+        for supervised in self.processes:
+            supervised.end_orphan()
 
     def stop(self) -> None:
         """End all, the youngest first."""
-        for child in reversed(self.children):
-            child.stop()
+        for supervised in reversed(self.processes):
+            supervised.stop()
 
 
 def make_room(log: Path) -> None:
@@ -254,7 +254,9 @@ def reachable(host: str) -> str:
     return "localhost" if host in ("0.0.0.0", "::") else host
 
 
-def wait_until_open(host: str, port: int, child: SupervisedProcess, seconds: float = 60.0) -> None:
+def wait_until_open(
+    host: str, port: int, supervised: SupervisedProcess, seconds: float = 60.0
+) -> None:
     """Wait until a child listens.
 
     Raises:
@@ -264,7 +266,7 @@ def wait_until_open(host: str, port: int, child: SupervisedProcess, seconds: flo
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
             return
-        if child.process is not None and child.process.poll() is not None:
+        if supervised.process is not None and supervised.process.poll() is not None:
             break
         time.sleep(0.1)
-    raise ConnectionFailed(f"{child.name} did not start; see {child.log}")
+    raise ConnectionFailed(f"{supervised.name} did not start; see {supervised.log}")

@@ -112,7 +112,8 @@ class Proxy:
         found = STATUS.match(header)
         if found is None:
             raise ConnectionFailed(
-                f"what listens at {self} is no HTTP proxy: it answers {_shown(header.splitlines()[0])!r}"
+                f"what listens at {self} is not an HTTP proxy: it answers "
+                f"{_shown(header.splitlines()[0])!r}"
             )
         status, told = int(found[1]), _shown(found[1] + found[2])
         if status // 100 == 2:
@@ -179,7 +180,7 @@ def _read_url(name: str, url: str) -> Proxy:
         raise _wrong(
             name,
             url,
-            "it is no URL of a proxy, such as http://proxy.example.org:3128 or "
+            "it is not a URL of a proxy, such as http://proxy.example.org:3128 or "
             f"http://USER:PASSWORD@proxy.example.org:3128, {ENCODED}",
         )
     if (found["scheme"] or "http").lower() != "http":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fedloom.deployment.client_file import OwnFile
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import Division, OwnRows, divide, only
+from fedloom.runs.division import OwnRows, PartitionedData, only, partition_data
 
 
 def divided(
     experiment: Experiment, own: OwnFile, client: int, classes: tuple[str, ...] | None
-) -> Division:
+) -> PartitionedData:
     """Return what a client holds.
 
     Args:
@@ -23,5 +23,5 @@ def divided(
         DataError: The rows cannot be used; the text may quote them, and names files of this machine.
     """
     if own.data is not None and own.data.share == "experiment":
-        return only(divide(experiment), client)
-    return divide(experiment, own=OwnRows(client, experiment.data, classes))
+        return only(partition_data(experiment), client)
+    return partition_data(experiment, own=OwnRows(client, experiment.data, classes))

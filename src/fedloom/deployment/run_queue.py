@@ -47,7 +47,7 @@ class QueuedRun:
     """A run that was asked for.
 
     Attributes:
-        order: What is to be run.
+        run_request: What is to be run.
         state: waiting, starting, playing, over.
         flower: Flower's number of it, once it was started.
         since: When the state began, in seconds since 1970.
@@ -63,7 +63,7 @@ class QueuedRun:
         deadline: When that process must have begun, by the monotonic clock.
     """
 
-    order: RunRequest
+    run_request: RunRequest
     state: str = "waiting"
     flower: int | None = None
     since: float = field(default_factory=time.time)
@@ -81,8 +81,8 @@ class QueuedRun:
     def shown(self) -> dict[str, Any]:
         """Return what is shown of it."""
         return {
-            "id": self.order.id,
-            "name": self.order.name,
+            "id": self.run_request.id,
+            "name": self.run_request.name,
             "state": self.state,
             "since": self.since,
             "folder": self.folder,
@@ -102,21 +102,26 @@ class RunQueue:
     """The runs of a server; threads may share it."""
 
     def __init__(
-        self, home: ServerFolder, control: FlowerControl, note: Record, counts: Counts
+        self, server_folder: ServerFolder, control: FlowerControl, note: Record, counts: Counts
     ) -> None:
         """Begin with no runs: what an earlier server was asked for is over.
 
         Args:
-            home: The server's folder.
+            server_folder: The server's folder.
             control: Flower's server, which starts processes.
             note: Told which runs began and ended, for the audit log.
             counts: Runs by how they ended, rounds and their seconds.
         """
-        self.home, self.control, self.note, self.counts = home, control, note, counts
+        self.server_folder, self.control, self.note, self.counts = (
+            server_folder,
+            control,
+            note,
+            counts,
+        )
         self._runs: dict[str, QueuedRun] = {}
         self._done: dict[str, float] = {}
         self._lock = threading.RLock()
-        for leftover in home.requests.iterdir():
+        for leftover in server_folder.requests.iterdir():
             leftover.unlink(missing_ok=True)
 
     def submit(self, asked: Asked) -> QueuedRun:
@@ -126,13 +131,15 @@ class RunQueue:
             OutputError: It cannot be written down.
         """
         id = uuid.uuid4().hex
-        order = RunRequest(id=id, home=str(self.home.path.resolve()), **asked.order())
+        run_request = RunRequest(
+            id=id, home=str(self.server_folder.path.resolve()), **asked.carried_over()
+        )
         if asked.text is not None:
-            write_atomically(experiment_file(self.home, id), asked.text.encode())
-        with RunEvents(run_event_file(self.home, id)):
+            write_atomically(experiment_file(self.server_folder, id), asked.text.encode())
+        with RunEvents(run_event_file(self.server_folder, id)):
             pass  # who watches finds it
-        order.write(run_request_file(self.home, id))
-        run = QueuedRun(order)
+        run_request.write(run_request_file(self.server_folder, id))
+        run = QueuedRun(run_request)
         with self._lock:
             self._runs[id] = run
         return run
@@ -147,8 +154,8 @@ class RunQueue:
         with self._lock:
             stopped = []
             for run in list(self._runs.values()):
-                if id is None or run.order.id.startswith(id):
-                    stopped.append(run.order.name)
+                if id is None or run.run_request.id.startswith(id):
+                    stopped.append(run.run_request.name)
                     self._stop(run)
             return stopped
 
@@ -166,7 +173,7 @@ class RunQueue:
             for id, end in list(self._done.items()):
                 if now > end:
                     del self._done[id]
-                    for path in self.home.requests.glob(f"{id}.*"):
+                    for path in self.server_folder.requests.glob(f"{id}.*"):
                         path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -176,18 +183,20 @@ class RunQueue:
                 self._stop(run, "the server was stopped")
 
     def _is_free(self) -> bool:
-        return lock_owner(self.home.playing) is None
+        return lock_owner(self.server_folder.playing) is None
 
     def _begin(self, run: QueuedRun) -> None:
         try:
-            run.flower = self.control.start(run_request_file(self.home, run.order.id))
+            run.flower = self.control.start(
+                run_request_file(self.server_folder, run.run_request.id)
+            )
         except FedloomError as error:
             self._end(run, f"the run cannot be started: {error}")
             return
         run.enter("starting")
-        run.reader = RunEventReader(run_event_file(self.home, run.order.id))
+        run.reader = RunEventReader(run_event_file(self.server_folder, run.run_request.id))
         run.deadline = time.monotonic() + BEGINNING
-        self.note("run_started", run=run.order.id, name=run.order.name)
+        self.note("run_started", run=run.run_request.id, name=run.run_request.name)
 
     def _look(self, run: QueuedRun) -> None:
         """Read what is new of a run, and see whether the process that plays it is there."""
@@ -196,7 +205,7 @@ class RunQueue:
         for told in run.reader.read():
             self._take(run, told)
             if told["event"] == "folder":
-                self.note("run_folder", run=run.order.id, folder=run.folder)
+                self.note("run_folder", run=run.run_request.id, folder=run.folder)
             if told["event"] in LAST:
                 self._over(run, "finished" if told["event"] == "finished" else "failed")
                 return
@@ -205,9 +214,9 @@ class RunQueue:
             if not run.gone:
                 run.gone = True  # one more look: its last word may have come in between
                 return
-            self._end(run, f"the process that played the rounds is gone; {go_on(run.folder)}")
+            self._end(run, f"the process that ran the rounds is gone; {go_on(run.folder)}")
         elif not run.begun and time.monotonic() > run.deadline:
-            log = self.home.path / "logs" / "serverapp.out"
+            log = self.server_folder.path / "logs" / "serverapp.out"
             self._end(run, f"Flower has not started the run within {BEGINNING:.0f} s; see {log}")
 
     def _take(self, run: QueuedRun, told: dict[str, Any]) -> None:
@@ -248,9 +257,9 @@ class RunQueue:
         """Say the last word of a run in place of its process."""
         with (
             contextlib.suppress(FedloomError),
-            RunEvents(run_event_file(self.home, run.order.id)) as news,
+            RunEvents(run_event_file(self.server_folder, run.run_request.id)) as run_events,
         ):
-            news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
+            run_events.emit("failed", text=text, exit_code=RoundFailed.exit_code)
         if run.flower is not None:
             with contextlib.suppress(FedloomError):  # it may have ended meanwhile
                 self.control.stop(run.flower)
@@ -259,6 +268,6 @@ class RunQueue:
     def _over(self, run: QueuedRun, outcome: Outcome) -> None:
         run.enter("over")
         self.counts.add("runs", outcome)
-        self._runs.pop(run.order.id, None)
-        self._done[run.order.id] = time.monotonic() + KEPT
-        self.note("run_ended", run=run.order.id, name=run.order.name)
+        self._runs.pop(run.run_request.id, None)
+        self._done[run.run_request.id] = time.monotonic() + KEPT
+        self.note("run_ended", run=run.run_request.id, name=run.run_request.name)

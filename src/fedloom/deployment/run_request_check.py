@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from fedloom.deployment.folders import ServerFolder
-from fedloom.deployment.participants import ordered
+from fedloom.deployment.participants import requested_run
 from fedloom.deployment.run_requests import RunRequest, run_request_file
 from fedloom.display.untrusted_text import message
 from fedloom.errors import FedloomError
@@ -22,12 +22,12 @@ from fedloom.errors import FedloomError
 
 def main() -> int:
     """Check the order that is named."""
-    home, id = ServerFolder(Path(sys.argv[1]).resolve()), sys.argv[2]
-    order = RunRequest.read(run_request_file(home, id))
-    os.chdir(order.cwd)
+    server_folder, id = ServerFolder(Path(sys.argv[1]).resolve()), sys.argv[2]
+    run_request = RunRequest.read(run_request_file(server_folder, id))
+    os.chdir(run_request.cwd)
     try:
-        if order.resume is None:
-            ordered(home, order)
+        if run_request.resume is None:
+            requested_run(server_folder, run_request)
     except FedloomError as error:
         print(message(str(error)))
         return error.exit_code

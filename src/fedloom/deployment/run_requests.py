@@ -18,8 +18,8 @@ from typing import Any, Self
 from fedloom.accounting.costs import Cost
 from fedloom.deployment.folders import ServerFolder, StoredRecord
 from fedloom.errors import FedloomError, OutputError, RoundFailed
-from fedloom.federation.offences import Offence
 from fedloom.federation.records import Absence, Evaluation, RoundRecord
+from fedloom.federation.violations import Violation
 from fedloom.runs.observers import Plan, RunObserver
 from fedloom.settings.schema import Settings
 
@@ -53,8 +53,8 @@ class Asked(Settings):
     fresh_clients: list[int] = []
     """Clients who start afresh then."""
 
-    def order(self) -> dict[str, Any]:
-        """Return what an order takes over."""
+    def carried_over(self) -> dict[str, Any]:
+        """Return what the run request takes over."""
         return self.model_dump(exclude={"text"})
 
 
@@ -74,19 +74,19 @@ class RunRequest(StoredRecord):
     fresh_clients: list[int] = []
 
 
-def run_request_file(home: ServerFolder, id: str) -> Path:
-    """Return where the order of a request is."""
-    return home.requests.resolve() / f"{id}.order.toml"
+def run_request_file(server_folder: ServerFolder, id: str) -> Path:
+    """Return where the run request of an id is stored."""
+    return server_folder.requests.resolve() / f"{id}.order.toml"
 
 
-def experiment_file(home: ServerFolder, id: str) -> Path:
+def experiment_file(server_folder: ServerFolder, id: str) -> Path:
     """Return where the experiment of a request is."""
-    return home.requests.resolve() / f"{id}.experiment.toml"
+    return server_folder.requests.resolve() / f"{id}.experiment.toml"
 
 
-def run_event_file(home: ServerFolder, id: str) -> Path:
+def run_event_file(server_folder: ServerFolder, id: str) -> Path:
     """Return where it is told what becomes of a request."""
-    return home.requests.resolve() / f"{id}.jsonl"
+    return server_folder.requests.resolve() / f"{id}.jsonl"
 
 
 class RunEvents:
@@ -116,38 +116,38 @@ class RunEvents:
         """Close the file."""
         self._file.close()
 
-    def tell(self, event: str, **facts: Any) -> None:
+    def emit(self, event: str, **facts: Any) -> None:
         """Write one line."""
         self._file.write(json.dumps({"event": event, **facts}) + "\n")
 
     def stage(self, text: str) -> None:
         """Something is being prepared."""
-        self.tell("stage", text=text)
+        self.emit("stage", text=text)
 
     def begin(self, plan: Plan) -> None:
         """Training is about to start."""
-        self.tell("begin", plan=asdict(plan))
+        self.emit("begin", plan=asdict(plan))
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
         """A client has answered."""
-        self.tell("client_done", round=round, client=client, done=done, of=of)
+        self.emit("client_done", round=round, client=client, done=done, of=of)
 
     def round_done(self, record: RoundRecord) -> None:
         """A round is over."""
         own = record.evaluation
         if own is not None:  # rows are for the run folder
             record = replace(record, evaluation=replace(own, sample=None))
-        told = asdict(record)
-        del told["presence"]  # of interest to who plays the rounds alone
-        self.tell("round_done", record=told)
+        event_record = asdict(record)
+        del event_record["presence"]  # of interest to who plays the rounds alone
+        self.emit("round_done", record=event_record)
 
     def warning(self, text: str) -> None:
         """Something the user should know."""
-        self.tell("warning", text=text)
+        self.emit("warning", text=text)
 
     def end(self) -> None:
         """The run is over, well or not."""
-        self.tell("end")
+        self.emit("end")
 
 
 class RunEventReader:
@@ -176,13 +176,13 @@ def read_run_events(path: Path, still_there: Callable[[], bool]) -> Iterator[dic
     """
     reader, looked, there = RunEventReader(path), time.monotonic(), True
     while True:
-        news = reader.read()
-        for told in news:
-            last = told["event"] in LAST
-            yield told
+        events = reader.read()
+        for event_record in events:
+            last = event_record["event"] in LAST
+            yield event_record
             if last:
                 return
-        if news:
+        if events:
             looked = time.monotonic()
         elif not there:
             return
@@ -195,14 +195,14 @@ def read_run_events(path: Path, still_there: Callable[[], bool]) -> Iterator[dic
 def go_on(folder: str) -> str:
     """Return what to do about a run that was stopped."""
     if not folder:
-        return "nothing of it was trained: ask for it again"
+        return "nothing was trained: submit it again"
     return (
         "everything up to the last round is saved: go on with "
         f"`fedloom run --resume {folder} --engine flower`"
     )
 
 
-def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
+def show(events: Iterator[dict[str, Any]], observer: RunObserver) -> str:
     """Pass news of a run on; return the summary that a finished run ends with.
 
     Raises:
@@ -210,26 +210,28 @@ def show(news: Iterator[dict[str, Any]], observer: RunObserver) -> str:
         RoundFailed: It ended without a word.
     """
     folder = ""
-    for told in news:
-        event = told.pop("event")
+    for event_record in events:
+        event = event_record.pop("event")
         match event:
             case "finished":
-                return str(told["summary"])
+                return str(event_record["summary"])
             case "failed":
-                error = FedloomError(told["text"])
-                error.exit_code = told["exit_code"]
+                error = FedloomError(event_record["text"])
+                error.exit_code = event_record["exit_code"]
                 raise error
             case "folder":
-                folder = str(told["folder"])
+                folder = str(event_record["folder"])
             case "attendance":
                 pass  # of interest to `fedloom status`
             case "begin":
-                names = {int(client): name for client, name in told["plan"]["names"].items()}
-                observer.begin(Plan(**{**told["plan"], "names": names}))
+                names = {
+                    int(client): name for client, name in event_record["plan"]["names"].items()
+                }
+                observer.begin(Plan(**{**event_record["plan"], "names": names}))
             case "round_done":
-                observer.round_done(_record(told["record"]))
+                observer.round_done(_record(event_record["record"]))
             case _:
-                getattr(observer, event)(**told)
+                getattr(observer, event)(**event_record)
     raise RoundFailed(f"the server is gone, and the run with it; {go_on(folder)}")
 
 
@@ -247,7 +249,7 @@ def _record(table: dict[str, Any]) -> RoundRecord:
             **table,
             **numbered,
             "clients": tuple(table["clients"]),
-            "offences": tuple(Offence(**offence) for offence in table["offences"]),
+            "offences": tuple(Violation(**violation) for violation in table["offences"]),
             "weighed": weighed,
             "replaced": tuple(table["replaced"]),
             "absent": {int(client): Absence(**own) for client, own in table["absent"].items()},

@@ -25,8 +25,6 @@ from fedloom.deployment.gateway import Gateway, GatewaySettings
 from fedloom.deployment.gateway_client import PORT
 from fedloom.deployment.health import Health
 from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
-from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.deployment.offences import OffenceLog
 from fedloom.deployment.processes import (
     SupervisedProcess,
     Supervisor,
@@ -43,8 +41,10 @@ from fedloom.deployment.proxy import bypass_for_loopback
 from fedloom.deployment.run_queue import RunQueue
 from fedloom.deployment.run_requests import Asked
 from fedloom.deployment.status import server_status
-from fedloom.errors import ConnectionFailed, IdentityError, OffenceKind, SettingsError
-from fedloom.federation.offences import Offence, one_line
+from fedloom.deployment.violations import FILE as VIOLATIONS
+from fedloom.deployment.violations import ViolationLog
+from fedloom.errors import ConnectionFailed, IdentityError, SettingsError, ViolationKind
+from fedloom.federation.violations import Violation, one_line
 from fedloom.security.audit_log import FILE, AuditLog, Limited, no_op_recorder
 from fedloom.security.certificates import (
     CA,
@@ -80,7 +80,7 @@ CHECK = 60.0
 
 
 def start(
-    home: ServerFolder,
+    server_folder: ServerFolder,
     *,
     host: str = "0.0.0.0",
     port: int = PORT,
@@ -91,7 +91,7 @@ def start(
     """Serve until told to stop (SIGTERM or SIGINT).
 
     Args:
-        home: The server's folder.
+        server_folder: The server's folder.
         host: Address to listen at.
         port: Of the gateway.
         insecure: Whether to do without TLS: what travels can be read then, and nothing proves to a
@@ -108,10 +108,10 @@ def start(
     if metrics is not None:
         require_free(*private_address(metrics))
     if not insecure:
-        require_current(home.certificate)
-        require_current(home.authority)
-        read_key(home.key, "fedloom certs")
-        require_named(home.certificate, reachable(host))
+        require_current(server_folder.certificate)
+        require_current(server_folder.authority)
+        read_key(server_folder.key, "fedloom certs")
+        require_named(server_folder.certificate, reachable(host))
     serving = ServerStatus(
         host=host,
         port=port,
@@ -121,83 +121,93 @@ def start(
         since=time.time(),
         metrics=metrics,
     )
-    with only("server", home.lock):
-        _serve(home, serving, ready)
+    with only("server", server_folder.lock):
+        _serve(server_folder, serving, ready)
 
 
 def _serve(
-    home: ServerFolder, serving: ServerStatus, ready: Callable[[ServerStatus], None]
+    server_folder: ServerFolder, serving: ServerStatus, ready: Callable[[ServerStatus], None]
 ) -> None:
     """Serve as the only one in a home."""
     host, port, insecure = serving.host, serving.port, serving.insecure
-    settings = GatewaySettings.read(home.settings)
-    family = Supervisor(_children(home, serving))
-    family.end_leftovers()
+    settings = GatewaySettings.read(server_folder.settings)
+    supervisor = Supervisor(_flower_processes(server_folder, serving))
+    supervisor.end_orphans()
     require_free(host, port)
     bypass_for_loopback()  # Flower's own clients heed HTTPS_PROXY
     os.umask(0o077)
     opened = [
         folder
-        for folder in (home.path, home.flower, home.streams, home.requests, home.path / "logs")
+        for folder in (
+            server_folder.path,
+            server_folder.flower,
+            server_folder.streams,
+            server_folder.requests,
+            server_folder.path / "logs",
+        )
         if make_private(folder)
     ]
-    make_authority(home.flower, [HERE, "localhost"], days=INTERNAL)
-    log = AuditLog(home.path / FILE)
-    link = family.children[0]
+    make_authority(server_folder.flower, [HERE, "localhost"], days=INTERNAL)
+    log = AuditLog(server_folder.path / FILE)
+    link = supervisor.processes[0]
     stopping: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
     raise_limit_of_descriptors()
     sys.setswitchinterval(TURN)
-    authority = home.flower / CA
+    authority = server_folder.flower / CA
     context = ssl.create_default_context(cafile=str(authority))
-    upstream = Upstream(HERE, serving.flower, context, home.database, settings.flower_bytes)
+    upstream = Upstream(
+        HERE, serving.flower, context, server_folder.database, settings.flower_bytes
+    )
     with contextlib.ExitStack() as closing:
         control = closing.enter_context(
             FlowerControl(address(HERE, serving.flower), authority.read_bytes())
         )
-        nodes = FlowerNodes(control, home.members, home.nodes, log.record)
+        nodes = FlowerNodes(control, server_folder.members, server_folder.nodes, log.record)
         gateway = Gateway(
-            home.members,
+            server_folder.members,
             log.record,
-            home.streams,
+            server_folder.streams,
             upstream,
             settings,
-            partial(report_offence, home, OffenceLog(home.path / OFFENCES)),
-            lambda: stamp_of(home.path / MEMBERS),
+            partial(report_violation, server_folder, ViolationLog(server_folder.path / VIOLATIONS)),
+            lambda: stamp_of(server_folder.path / MEMBERS),
             nodes.of,
         )
         gateway.note = Limited(no_op_recorder)  # the next strangers are we ourselves
-        gateway.listen(host, port, None if insecure else (home.certificate, home.key))
+        gateway.listen(
+            host, port, None if insecure else (server_folder.certificate, server_folder.key)
+        )
         closing.callback(log.record, "stopped")
-        closing.callback(home.started.unlink, missing_ok=True)
-        closing.callback(family.stop)
+        closing.callback(server_folder.started.unlink, missing_ok=True)
+        closing.callback(supervisor.stop)
         closing.callback(gateway.stop)
-        begin_anew(home)
+        begin_anew(server_folder)
         link.keep_alive()
         wait_until_open(HERE, serving.flower, link)
         require_unexposed(reachable(host), port, tls=not insecure, private=serving.flower)
         gateway.note = Limited(log.record)
-        queue = RunQueue(home, control, log.record, gateway.counts)
+        queue = RunQueue(server_folder, control, log.record, gateway.counts)
         closing.callback(queue.close)
-        certificate = None if insecure else home.certificate
-        health = Health(home.path, certificate, family, nodes, gateway)
-        serving.write(home.started)
+        certificate = None if insecure else server_folder.certificate
+        health = Health(server_folder.path, certificate, supervisor, nodes, gateway)
+        serving.write(server_folder.started)
         log.record("started", port=port, tls=not insecure)
         for folder in opened:
             log.record("made_private", folder=folder.name)
-        expiry = Expiry(home, log, insecure=insecure)
+        expiry = Expiry(server_folder, log, insecure=insecure)
         nodes.follow()
-        status = partial(server_status, home, serving, gateway, queue, health)
-        closing.callback(_commands(home, status, queue).close)
+        status = partial(server_status, server_folder, serving, gateway, queue, health)
+        closing.callback(_commands(server_folder, status, queue).close)
         if serving.metrics is not None:
             collector = ServerCollector(status, gateway.counts, health)
             closing.callback(MetricsServer(serving.metrics, collector, health).close)
         ready(serving)
         while not stopping:
-            for child in family.children:
-                if child.keep_alive():
-                    log.record("restarted", process=child.name)
+            for supervised in supervisor.processes:
+                if supervised.keep_alive():
+                    log.record("restarted", process=supervised.name)
                     nodes.doubt()
             nodes.keep_following()
             queue.advance()
@@ -208,7 +218,7 @@ def _serve(
 
 
 def _commands(
-    home: ServerFolder, status: Callable[[], dict[str, Any]], queue: RunQueue
+    server_folder: ServerFolder, status: Callable[[], dict[str, Any]], queue: RunQueue
 ) -> ControlSocket:
     """Answer the commands of the server's user."""
 
@@ -220,7 +230,7 @@ def _commands(
         return {**queue.submit(settings).shown(), "before": before}
 
     return ControlSocket(
-        home.path / SOCKET,
+        server_folder.path / SOCKET,
         {
             "status": lambda asked: status(),
             "submit": submit,
@@ -230,28 +240,28 @@ def _commands(
     )
 
 
-def begin_anew(home: ServerFolder) -> None:
+def begin_anew(server_folder: ServerFolder) -> None:
     """Delete what Flower and runs of an earlier server have left: nothing in it is needed again.
 
     Who is let in stands in our own file, and a run that was under way is resumed from its own folder.
     """
     for name in ("", "-wal", "-shm", "-journal"):
-        home.database.with_name(home.database.name + name).unlink(missing_ok=True)
-    for leftover in home.streams.iterdir():
+        server_folder.database.with_name(server_folder.database.name + name).unlink(missing_ok=True)
+    for leftover in server_folder.streams.iterdir():
         leftover.unlink(missing_ok=True)
 
 
-def report_offence(
-    home: ServerFolder, log: OffenceLog, client: int, kind: OffenceKind, reason: str
+def report_violation(
+    server_folder: ServerFolder, log: ViolationLog, client: int, kind: ViolationKind, reason: str
 ) -> None:
     """Have what a client got wrong at the gateway count: in the run under way, or in the log alone."""
-    told, greeting = False, {"client": client, "offence": kind, "reason": one_line(reason)}
-    for path in home.streams.glob(RUN_PATTERN):
+    passed_on, report = False, {"client": client, "offence": kind, "reason": one_line(reason)}
+    for path in server_folder.streams.glob(RUN_PATTERN):
         with contextlib.suppress(ConnectionFailed, OSError), connect(path, 1.0) as run:
-            write_frame(run, json.dumps(greeting).encode())
-            told = True
-    if not told:
-        log.offended(Offence(client, kind, one_line(reason)))
+            write_frame(run, json.dumps(report).encode())
+            passed_on = True
+    if not passed_on:
+        log.record(Violation(client, kind, one_line(reason)))
 
 
 def raise_limit_of_descriptors() -> None:
@@ -262,7 +272,7 @@ def raise_limit_of_descriptors() -> None:
 
 
 def serve_federation(
-    home: Path,
+    server_folder: Path,
     host: str,
     port: int,
     *,
@@ -273,29 +283,32 @@ def serve_federation(
     """Serve until told to stop, and say when clients can join."""
     if insecure:
         say(
-            "warning: no TLS: everybody on the network can read along, and another server could pass "
+            "warning: no TLS: everybody on the network can read the traffic, and another server could "
+            "pass "
             "for this one"
         )
 
     def ready(serving: ServerStatus) -> None:
-        say(f"clients can join at port {port}; folder {home}")
+        say(f"clients can join at port {port}; folder {server_folder}")
 
-    own = ServerFolder(home)
+    own = ServerFolder(server_folder)
     start(own, host=host, port=port, insecure=insecure, metrics=metrics, ready=ready)
 
 
-def stop_server(home: Path) -> int:
+def stop_server(server_folder: Path) -> int:
     """Tell the server in a folder to stop; return its process.
 
     Raises:
         ConnectionFailed: None runs there.
     """
-    return end("server", ServerFolder(home).lock)
+    return end("server", ServerFolder(server_folder).lock)
 
 
-def _children(home: ServerFolder, serving: ServerStatus) -> list[SupervisedProcess]:
+def _flower_processes(
+    server_folder: ServerFolder, serving: ServerStatus
+) -> list[SupervisedProcess]:
     """Return Flower's server, and what starts a process for each run."""
-    logs, flower = home.path / "logs", home.flower.resolve()
+    logs, flower = server_folder.path / "logs", server_folder.flower.resolve()
     program("flower-superlink")  # or Flower is not installed
     link = [
         *(sys.executable, "-m", "fedloom.deployment.flower_server"),
@@ -305,7 +318,7 @@ def _children(home: ServerFolder, serving: ServerStatus) -> list[SupervisedProce
         "--enable-supernode-auth",
         *("--isolation", "process"),
         *("--host", HERE, "--port", str(serving.flower)),
-        *("--database", str(home.database.resolve())),
+        *("--database", str(server_folder.database.resolve())),
         "--disable-runtime-dependency-installation",
     ]
     starter = [
@@ -323,21 +336,21 @@ def _children(home: ServerFolder, serving: ServerStatus) -> list[SupervisedProce
 class Expiry:
     """Looks now and then whether the certificate is still in force, until the log says that it is not."""
 
-    def __init__(self, home: ServerFolder, log: AuditLog, *, insecure: bool) -> None:
-        self.home, self.log = home, log
-        self._told, self._next = insecure, 0.0
+    def __init__(self, server_folder: ServerFolder, log: AuditLog, *, insecure: bool) -> None:
+        self.server_folder, self.log = server_folder, log
+        self._warned, self._next = insecure, 0.0
 
     def look(self) -> None:
         """Look, if the last time is some while ago."""
-        if not self._told and time.monotonic() >= self._next:
+        if not self._warned and time.monotonic() >= self._next:
             self._next = time.monotonic() + CHECK
-            self._told = has_expired(self.home, self.log)
+            self._warned = has_expired(self.server_folder, self.log)
 
 
-def has_expired(home: ServerFolder, log: AuditLog) -> bool:
+def has_expired(server_folder: ServerFolder, log: AuditLog) -> bool:
     """Return whether the certificate is in force no longer: clients turn away, and the log says why."""
     try:
-        require_current(home.certificate)
+        require_current(server_folder.certificate)
     except IdentityError as error:
         log.record("expired", reason=str(error))
         return True

@@ -15,11 +15,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedloom.deployment.flower_nodes import read_nodes
 from fedloom.deployment.folders import ServerFolder
-from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.deployment.offences import OffenceLog
-from fedloom.deployment.participants import chosen, known, ordered
+from fedloom.deployment.participants import chosen, known, requested_run
 from fedloom.deployment.processes import only
 from fedloom.deployment.run_requests import RunEvents, RunRequest, go_on, run_event_file
+from fedloom.deployment.violations import FILE as VIOLATIONS
+from fedloom.deployment.violations import ViolationLog
 from fedloom.engines.flower.engine import FlowerEngine
 from fedloom.engines.flower.inflation import ByteBudget, bound_arrays, bound_pulls
 from fedloom.engines.flower.run_clients import RunClients
@@ -51,103 +51,117 @@ def main(grid: Grid, context: Context) -> None:
             ["this app is started by `fedloom run EXPERIMENT.toml --engine flower`"],
             "the Flower app",
         )
-    order = RunRequest.read(path)
-    home = ServerFolder(Path(order.home))
-    os.chdir(order.cwd)
+    run_request = RunRequest.read(path)
+    server_folder = ServerFolder(Path(run_request.home))
+    os.chdir(run_request.cwd)
     os.umask(0o077)
-    with only("run", home.playing, ENDING), RunEvents(run_event_file(home, order.id)) as news:
-        play = _Play(grid, home, order, news)
+    with (
+        only("run", server_folder.playing, ENDING),
+        RunEvents(run_event_file(server_folder, run_request.id)) as run_events,
+    ):
+        player = _RunPlayer(grid, server_folder, run_request, run_events)
         try:
-            result = play.run()
+            result = player.run()
         except FedloomError as error:
-            news.tell("failed", text=str(error), exit_code=error.exit_code)
+            run_events.emit("failed", text=str(error), exit_code=error.exit_code)
             raise
         except (SystemExit, KeyboardInterrupt):  # how Flower ends what plays a run that is stopped
-            text = f"the run was stopped; {go_on(play.folder)}"
-            news.tell("failed", text=text, exit_code=RoundFailed.exit_code)
+            text = f"the run was stopped; {go_on(player.folder)}"
+            run_events.emit("failed", text=text, exit_code=RoundFailed.exit_code)
             raise
         except BaseException as error:
-            news.tell("failed", text=f"{type(error).__name__}: {error}", exit_code=1)
+            run_events.emit("failed", text=f"{type(error).__name__}: {error}", exit_code=1)
             raise
-        news.tell("finished", summary=result.summary_text)
+        run_events.emit("finished", summary=result.summary_text)
 
 
-class _Play:
+class _RunPlayer:
     """Plays what was ordered.
 
     Attributes:
         folder: The run folder, once it is known.
     """
 
-    def __init__(self, grid: Grid, home: ServerFolder, order: RunRequest, news: RunEvents) -> None:
-        self.grid, self.home, self.order, self.news = grid, home, order, news
+    def __init__(
+        self,
+        grid: Grid,
+        server_folder: ServerFolder,
+        run_request: RunRequest,
+        run_events: RunEvents,
+    ) -> None:
+        self.grid, self.server_folder, self.run_request, self.run_events = (
+            grid,
+            server_folder,
+            run_request,
+            run_events,
+        )
         self.folder = ""
 
     def run(self) -> Result:
         """Play it to its end."""
-        order = self.order
-        if order.resume is not None:
-            return self._resumed(Path(order.resume))
-        experiment, participants = ordered(self.home, order)
+        run_request = self.run_request
+        if run_request.resume is not None:
+            return self._resumed(Path(run_request.resume))
+        experiment, participants = requested_run(self.server_folder, run_request)
         folder = free_folder(experiment).resolve()
         output = experiment.output.model_copy(update={"folder": str(folder)})
         experiment = replace(experiment, output=output)
-        self._tell_folder(folder)
+        self._emit_folder(folder)
         with contextlib.closing(self._engine(experiment, participants)) as engine:
-            return run_experiment(experiment, observer=self.news, remote=engine)
+            return run_experiment(experiment, observer=self.run_events, remote=engine)
 
     def _resumed(self, folder: Path) -> Result:
         experiment = Experiment.from_toml(folder / names.EXPERIMENT)
-        self._tell_folder(folder)
+        self._emit_folder(folder)
         participants = known(RunFolder.existing(folder).read_json(names.RUN))
         if participants is None:  # it was stopped before it began
-            participants = chosen(experiment, self.home.members())
+            participants = chosen(experiment, self.server_folder.members())
         with contextlib.closing(self._engine(experiment, participants)) as engine:
             return resume_run(
                 folder,
-                from_round=self.order.from_round,
-                fresh_clients=self.order.fresh_clients,
-                observer=self.news,
+                from_round=self.run_request.from_round,
+                fresh_clients=self.run_request.fresh_clients,
+                observer=self.run_events,
                 remote=engine,
             )
 
-    def _tell_folder(self, folder: Path) -> None:
+    def _emit_folder(self, folder: Path) -> None:
         self.folder = str(folder)
-        self.news.tell("folder", folder=self.folder)
+        self.run_events.emit("folder", folder=self.folder)
 
     def _engine(self, experiment: Experiment, participants: Sequence[Participant]) -> FlowerEngine:
-        home = self.home
-        roster = RunClients(
-            home.members,
+        server_folder = self.server_folder
+        run_clients = RunClients(
+            server_folder.members,
             participants,
             experiment.clients.newcomers,
-            owners=partial(read_nodes, home.nodes),
-            proven=not home.serving().insecure,
+            owners=partial(read_nodes, server_folder.nodes),
+            proven=not server_folder.serving().insecure,
         )
-        watch = OffenceLog(
-            home.path / OFFENCES, number_of=lambda client: participants[client].number
+        watch = ViolationLog(
+            server_folder.path / VIOLATIONS, number_of=lambda client: participants[client].number
         )
         return FlowerEngine(
-            _post(self.grid, home),
+            _transport(self.grid, server_folder),
             experiment.federation,
-            roster,
+            run_clients,
             watch,
-            attend=lambda attendance: self.news.tell("attendance", members=attendance),
+            attend=lambda attendance: self.run_events.emit("attendance", members=attendance),
         )
 
 
-def _post(grid: Grid, home: ServerFolder) -> FlowerTransport:
-    serving, budget = home.serving(), ByteBudget(SMALL)
+def _transport(grid: Grid, server_folder: ServerFolder) -> FlowerTransport:
+    serving, budget = server_folder.serving(), ByteBudget(SMALL)
     bound_arrays(budget)
     runtime: Any = grid
     bound_pulls(runtime._runtime_client, budget)
-    streams = partial(_open_streams, home)
+    streams = partial(_open_streams, server_folder)
     if serving.insecure:
         return FlowerTransport(grid, open_streams=streams, budget=budget)
-    certificate = home.certificate.read_text()
-    signing = partial(sign, read_key(home.key))
+    certificate = server_folder.certificate.read_text()
+    signing = partial(sign, read_key(server_folder.key))
     return FlowerTransport(grid, signing, certificate, streams, proven=True, budget=budget)
 
 
-def _open_streams(home: ServerFolder, run: str, patience: float) -> Streams:
-    return Streams(home.streams / run, patience)
+def _open_streams(server_folder: ServerFolder, run: str, patience: float) -> Streams:
+    return Streams(server_folder.streams / run, patience)

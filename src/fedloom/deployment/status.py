@@ -12,9 +12,9 @@ from rich.text import Text
 
 from fedloom.accounting.quantities import human_seconds
 from fedloom.deployment.folders import ServerFolder, ServerStatus
-from fedloom.deployment.offences import FILE as OFFENCES
-from fedloom.deployment.offences import OffenceSummaries, OffenceSummary, read_offences
-from fedloom.federation.offences import one_line
+from fedloom.deployment.violations import FILE as VIOLATIONS
+from fedloom.deployment.violations import ViolationSummaries, ViolationSummary, read_violations
+from fedloom.federation.violations import one_line
 from fedloom.security.client_registry import Member
 
 if TYPE_CHECKING:  # who only shows a status needs nothing of a server
@@ -26,15 +26,19 @@ STATES = {"allowed": "", "revoked": "revoked", "withdrawn": "withdrawn"}
 
 
 def server_status(
-    home: ServerFolder, serving: ServerStatus, gateway: Gateway, queue: RunQueue, health: Health
+    server_folder: ServerFolder,
+    serving: ServerStatus,
+    gateway: Gateway,
+    queue: RunQueue,
+    health: Health,
 ) -> dict[str, Any]:
     """Return what is known of the server, its members and the runs that were asked for."""
-    runs, known = queue.listed(), read_offences(home.path / OFFENCES)
+    runs, known = queue.listed(), read_violations(server_folder.path / VIOLATIONS)
     playing = any(run["state"] in ("starting", "playing") for run in runs)
     here, (clients, unproven) = gateway.presence(), gateway.open_connections()
     return {
         "server": {
-            "folder": str(home.path.resolve()),
+            "folder": str(server_folder.path.resolve()),
             "process": serving.pid,
             "port": serving.port,
             "tls": not serving.insecure,
@@ -46,7 +50,7 @@ def server_status(
         },
         "members": [
             _member(member, here.get(member.number), known, playing=playing, since=serving.since)
-            for member in home.members().members
+            for member in server_folder.members().members
         ],
         "runs": runs,
     }
@@ -55,7 +59,7 @@ def server_status(
 def _member(
     member: Member,
     presence: tuple[bool, float] | None,
-    known: OffenceSummaries,
+    known: ViolationSummaries,
     *,
     playing: bool,
     since: float,
@@ -63,9 +67,9 @@ def _member(
     """Return what is known of a member.
 
     Args:
-        member: As it is let in.
+        member: As it is allowed.
         presence: Whether it is connected, and since when it is or is not.
-        known: What the log of offences says.
+        known: What the log of violations says.
         playing: Whether a run is under way: quarantine is of a run, and ends with it.
         since: When the server was started.
     """
@@ -84,12 +88,12 @@ def _member(
         "connected": connected and member.state == "allowed",
         "since": moment,
         "reason": reason,
-        "offences": _offences(known.clients.get(member.number), known.run, playing=playing),
+        "offences": _violations(known.clients.get(member.number), known.run, playing=playing),
     }
 
 
-def _offences(
-    own: OffenceSummary | None, run: str | None, *, playing: bool
+def _violations(
+    own: ViolationSummary | None, run: str | None, *, playing: bool
 ) -> dict[str, Any] | None:
     if own is None:
         return None
@@ -122,13 +126,13 @@ def shown(status: Mapping[str, Any]) -> RenderableType:
 
 
 def members_table(members: list[dict[str, Any]]) -> Table:
-    """Return members as a table, with what is known of their offences where there are any."""
-    offended = any(member["offences"] for member in members)
+    """Return members as a table, with what is known of their violations where there are any."""
+    violated = any(member["offences"] for member in members)
     table = Table(box=None)
     table.add_column("member", justify="right")
     for column in ("name", "state", "since", "why"):
         table.add_column(column)
-    for column in ("offences", "quarantine", "last") if offended else ():
+    for column in ("offences", "quarantine", "last") if violated else ():
         table.add_column(column)
     for member in members:
         state = STATES[member["state"]] or ("connected" if member["connected"] else "away")
@@ -143,7 +147,7 @@ def members_table(members: list[dict[str, Any]]) -> Table:
                 else "no"
             )
             cells.append(one_line(f"{last['time']} {last['kind']}: {last['reason']}"))
-        table.add_row(*map(Text, cells))  # what a stranger said is no markup
+        table.add_row(*map(Text, cells))  # what a stranger said is not markup
     return table
 
 

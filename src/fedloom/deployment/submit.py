@@ -24,7 +24,7 @@ from fedloom.storage.run_folder import EXPERIMENT
 
 
 def ask_for_run(
-    home: Path,
+    server_folder: Path,
     experiment: Path | None,
     assignments: Iterable[str] = (),
     *,
@@ -36,7 +36,7 @@ def ask_for_run(
     """Put a run into the queue of a server; return what is known of it.
 
     Args:
-        home: The server's folder.
+        server_folder: The server's folder.
         experiment: An experiment in TOML; ``None`` to continue the run in ``resume``.
         assignments: As after ``--set``.
         resume: A run folder.
@@ -48,7 +48,7 @@ def ask_for_run(
     Raises:
         ConnectionFailed: No server runs in the folder.
         OutputError: The experiment cannot be read.
-        SettingsError: It is no TOML.
+        SettingsError: It is not TOML.
     """
     text, called = None, resume.name if resume is not None else ""
     if experiment is not None:
@@ -68,18 +68,18 @@ def ask_for_run(
         from_round=from_round,
         fresh_clients=list(fresh_clients),
     )
-    found: dict[str, Any] = ask(ServerFolder(home), "submit", **asked.model_dump())
+    found: dict[str, Any] = ask(ServerFolder(server_folder), "submit", **asked.model_dump())
     return found
 
 
-def find_run(home: Path, run: str | None) -> dict[str, Any]:
+def find_run(server_folder: Path, run: str | None) -> dict[str, Any]:
     """Return what is known of the run that is under way, or of the one whose id or name begins so.
 
     Raises:
         ConnectionFailed: No server runs in the folder.
         SettingsError: There is no such run.
     """
-    runs = ask(ServerFolder(home), "runs")
+    runs = ask(ServerFolder(server_folder), "runs")
     for own in runs:
         if run is None or own["id"].startswith(run) or own["name"] == run:
             found: dict[str, Any] = own
@@ -89,14 +89,14 @@ def find_run(home: Path, run: str | None) -> dict[str, Any]:
     raise SettingsError([f"{what}; under way or waiting: {there}"], "the command")
 
 
-def follow(home: Path, run: dict[str, Any], observer: RunObserver) -> str:
+def follow(server_folder: Path, run: dict[str, Any], observer: RunObserver) -> str:
     """Show a run until it is over; return its summary. To end this ends nothing else.
 
     Raises:
         FedloomError: The run failed.
         Interrupted: The user watches no longer.
     """
-    own = ServerFolder(home)
+    own = ServerFolder(server_folder)
     path = run_event_file(own, run["id"])
 
     def is_served() -> bool:  # another server that was started meanwhile has deleted the file
@@ -105,7 +105,7 @@ def follow(home: Path, run: dict[str, Any], observer: RunObserver) -> str:
     try:
         return show(read_run_events(path, is_served), observer)
     except KeyboardInterrupt:
-        at = "" if home == Path("fedloom-server") else f" --home {home}"
+        at = "" if server_folder == Path("fedloom-server") else f" --home {server_folder}"
         raise Interrupted(
             f"the run goes on: `fedloom follow{at}` shows it again, `fedloom stop{at}` ends it"
         ) from None
@@ -123,42 +123,48 @@ def before_it(run: dict[str, Any]) -> str:
     return f"waiting for its turn: {before[0]} is under way{others}; `fedloom status` shows how far"
 
 
-def require_sound(home: Path, run: dict[str, Any]) -> None:
+def require_sound(server_folder: Path, run: dict[str, Any]) -> None:
     """Check the experiment of a run that waits for its turn; with a mistake it leaves the queue.
 
     Raises:
         FedloomError: With every mistake in it.
     """
-    words = [sys.executable, "-m", "fedloom.deployment.run_request_check", str(home), run["id"]]
+    words = [
+        sys.executable,
+        "-m",
+        "fedloom.deployment.run_request_check",
+        str(server_folder),
+        run["id"],
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode and done.stdout:  # else it was its turn meanwhile, and that tells
         with contextlib.suppress(FedloomError):
-            stop_runs(home, run["id"])
+            stop_runs(server_folder, run["id"])
         error = FedloomError(done.stdout.strip())
         error.exit_code = done.returncode
         raise error
 
 
-def play_again(home: Path, work: Work) -> dict[str, Any]:
-    """Have a run played again without a member; return what is known of it. One under way is stopped.
+def run_again(server_folder: Path, work: Work) -> dict[str, Any]:
+    """Have a run run again without a member; return what is known of it. One under way is stopped.
 
     Raises:
         ConnectionFailed: No server runs in the folder.
     """
-    for own in ask(ServerFolder(home), "runs"):
+    for own in ask(ServerFolder(server_folder), "runs"):
         if own["folder"] == str(work.folder.resolve()):
-            stop_runs(home, own["id"])
+            stop_runs(server_folder, own["id"])
     if work.checkpoint is None:
         again = work.folder / EXPERIMENT
-        return ask_for_run(home, again, work.assignments, name=work.anew.name)
-    return ask_for_run(home, None, resume=work.folder, from_round=work.checkpoint)
+        return ask_for_run(server_folder, again, work.assignments, name=work.anew.name)
+    return ask_for_run(server_folder, None, resume=work.folder, from_round=work.checkpoint)
 
 
-def stop_runs(home: Path, run: str | None) -> list[str]:
+def stop_runs(server_folder: Path, run: str | None) -> list[str]:
     """Stop a run, or all; return the names of those that were stopped.
 
     Raises:
         ConnectionFailed: No server runs in the folder.
     """
-    stopped: list[str] = ask(ServerFolder(home), "stop", run=run)
+    stopped: list[str] = ask(ServerFolder(server_folder), "stop", run=run)
     return stopped

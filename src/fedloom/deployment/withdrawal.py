@@ -1,4 +1,4 @@
-"""Where a member's work is, and from which round on a run must be played again to be without it."""
+"""Where a member's work is, and from which round on a run must be run again to be without it."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Work:
 
     @property
     def anew(self) -> Path:
-        """The run folder of the run that is begun anew, where nothing saved is without the member."""
+        """The run folder of the run that is started again, where nothing saved is without the member."""
         return self.folder.with_name(f"{self.folder.name}-without-client-{self.client}")
 
     @property
     def assignments(self) -> list[str]:
-        """What the experiment is begun anew with, where nothing saved is without the member."""
+        """What the experiment is started again with, where nothing saved is without the member."""
         return [
             f"federation.members={json.dumps(self.others)}",
             f"federation.clients={len(self.others)}",
@@ -70,23 +70,23 @@ class Work:
         how = (
             f"round {self.checkpoint} is saved and has nothing of it"
             if self.checkpoint is not None
-            else "no saved round is without it, so it is begun anew with the others"
+            else "no saved round is without it, so it is started again with the others"
         )
         text = f"{self.folder}: in {where}{adapter}; {how}:\n  {self.command}"
         if self.started:
             later = ", ".join(map(str, self.started))
-            text += f"\n  started from it, and to be begun anew from what is without it: {later}"
+            text += f"\n  started from it, and to be started again from what is without it: {later}"
         return text
 
 
-def works_of(home: ServerFolder, member: Member) -> list[Work]:
+def works_of(server_folder: ServerFolder, member: Member) -> list[Work]:
     """Return where a member's work is, of the runs that this server has played and whose folders stand.
 
     Raises:
         OutputError: A run folder is damaged.
     """
-    folders = dict.fromkeys(event["folder"] for event in events(home.path, "run_folder"))
-    found = (_work(Path(folder), member, home.members()) for folder in folders)
+    folders = dict.fromkeys(event["folder"] for event in events(server_folder.path, "run_folder"))
+    found = (_work(Path(folder), member, server_folder.members()) for folder in folders)
     records = {Path(folder): _record(Path(folder)) for folder in folders}
     return [
         replace(work, started=tuple(_started(work.folder, records)))
@@ -133,6 +133,6 @@ def _work(path: Path, member: Member, members: Members) -> Work | None:
     summary: dict[str, Any] = folder.read_json(names.SUMMARY) or {}
     adapter = (summary.get("adapter") or {}).get("sha256")
     numbers = [own["number"] for own in record["members"] if own["number"] != member.number]
-    others = [members.numbered(number) for number in numbers if members.lets_in(number)]
+    others = [members.numbered(number) for number in numbers if members.is_allowed(number)]
     left = tuple(own.name for own in others if own is not None)
     return Work(path, clients[0], rounds, adapter, max(before, default=None), left)

@@ -136,19 +136,19 @@ class _Failed:
 class Worker:
     """Answers envelopes."""
 
-    def __init__(self, home: ClientFolder) -> None:
+    def __init__(self, client_folder: ClientFolder) -> None:
         """Read how the client was joined.
 
         Raises:
             SettingsError: It was not.
         """
-        self.home, self.joining = home, home.joining()
-        self.key = read_key(Path(self.joining.key))
-        authority = self.joining.authority
+        self.client_folder, self.registration = client_folder, client_folder.registration()
+        self.key = read_key(Path(self.registration.key))
+        authority = self.registration.authority
         self.authority = read_certificate(Path(authority)) if authority else None
-        self.log, self.damage = _own_log(home)
+        self.log, self.damage = _own_log(client_folder)
         self.run: Run | None = None
-        self.day, self.approvals = Day.of(home), Approvals(home)
+        self.day, self.approvals = Day.of(client_folder), Approvals(client_folder)
         self.heard = time.monotonic()
         self._lock = threading.Lock()
         self._last: tuple[str | int, ...] | None = None
@@ -164,7 +164,7 @@ class Worker:
             streamed: Whether it came over a stream, whose other end was made sure of when it was opened.
 
         Raises:
-            MessageError: It is no request, or not the server's: nothing can be said in reply.
+            MessageError: It is not a request, or not the server's: nothing can be said in reply.
         """
         with self._lock:
             self.heard = time.monotonic()
@@ -182,12 +182,12 @@ class Worker:
             self._last, self._reply = asked, seal(reply, payload, signing)
             self.heard = time.monotonic()
             if not streamed and header.streams:
-                self._open_stream(self.joining.gateway, header.run)
+                self._open_stream(self.registration.gateway, header.run)
             return self._reply.pack()
 
     def largest(self) -> int:
         """Return the bytes that a message may have, by the client's own file as it is now."""
-        return LONGEST_HEADER + self.home.own_file().policy.max_bytes
+        return LONGEST_HEADER + self.client_folder.own_file().policy.max_bytes
 
     def _require_server(self, envelope: Envelope, header: RequestHeader) -> None:
         """Check that the message is from the server whose authority this client was given."""
@@ -196,7 +196,7 @@ class Worker:
         key = issued_key(header.certificate or "", self.authority)
         if key is None or not is_signed(key, envelope.header, envelope.signature):
             raise MessageError(
-                "the message is not signed by a server that your authority vouches for; nothing was done"
+                "the message is not signed by a server of your authority; it was ignored"
             )
 
     def _carried_out(self, envelope: Envelope, header: RequestHeader) -> tuple[ReplyHeader, bytes]:
@@ -254,7 +254,7 @@ class Worker:
         if header.experiment is None:
             raise ReportedError(Sentence.ANEW)
         begun = time.monotonic()
-        own, number = self.home.own_file(), header.client
+        own, number = self.client_folder.own_file(), header.client
         experiment = permitted(header.experiment, own, number, len(header.classes))
         if number >= experiment.federation.clients:
             raise ReportedError(Sentence.UNFIT)
@@ -277,19 +277,19 @@ class Worker:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
         parts.local.tell = told
-        parts.local.allowance = _allowance(experiment, own.policy, parts.local.equipment[number])
+        parts.local.allowance = _allowance(experiment, own.policy, parts.local.resources[number])
         LOG.info(
             "run %s: ready after %.1f s, backbone loaded from %s",
             header.run[:8],
             time.monotonic() - begun,
             parts.model_path,
         )
-        kept = ClientVersions(self.home.run(header.run) / "kept")
+        kept = ClientVersions(self.client_folder.run(header.run) / "kept")
         every = experiment.output.checkpoint_every
         secret = own.worker.secret_noise
-        stretch = len(header.began)
+        segment = len(header.began)
         self.run = Run(
-            header.run, number, stretch, experiment, parts, kept, every, secret, own.policy
+            header.run, number, segment, experiment, parts, kept, every, secret, own.policy
         )
         return self.run
 
@@ -306,7 +306,7 @@ class Worker:
         if match is None:
             return None
         digest, earlier = match.groups()
-        file = self.home.run(header.run) / START_FILE
+        file = self.client_folder.run(header.run) / START_FILE
         if header.kind == "join" and header.request is not None:
             shared = decode(payload, _schemas(header, policy)[0]).tensors
             if digest_of_tensors(shared) != digest:
@@ -320,7 +320,7 @@ class Worker:
             raise ReportedError(Sentence.START)
         own = {}
         if earlier is not None and own_models(experiment):
-            folder = self.home.run(earlier) / "model"
+            folder = self.client_folder.run(earlier) / "model"
             own = {header.client: folder} if holds_adapter(folder) else {}
         return Start(match[0], shared or None, own)
 
@@ -362,11 +362,11 @@ class Worker:
 
         That is not what was kept over this very message by a worker that died before it answered.
         """
-        stretch = len(header.began)
-        now = Version(stretch, round)
+        segment = len(header.began)
+        now = Version(segment, round)
         if run.moment == now and not header.undone:
             return
-        undone = {(began, number) for began, number in header.undone} | {(stretch, header.number)}
+        undone = {(began, number) for began, number in header.undone} | {(segment, header.number)}
         known = run.kept.latest(header.began, round, undone)
         store = ClientStore({run.client: known[1]} if known is not None else None)
         if run.moment == now:
@@ -379,7 +379,7 @@ class Worker:
         """Write what this client would use now into its own folder, if it has a model of its own."""
         if header.request is None:
             return
-        engine, folder = run.parts.local, self.home.run(header.run) / "model"
+        engine, folder = run.parts.local, self.client_folder.run(header.run) / "model"
         self._remember(run, header, run.parts.evaluator.rounds)
         payload = decode(data, _schemas(header, run.policy)[0])
         client = engine.client(run.client, run.parts.evaluator.rounds)
@@ -411,9 +411,9 @@ class Worker:
 
         Where the server ends it, or it cannot be opened for a while, the next message opens another.
         """
-        authority = self.joining.authority
+        authority = self.registration.authority
         content = Path(authority).read_bytes() if authority else None
-        gateway, until = GatewayClient(address, self.key, content, self.home.id), math.inf
+        gateway, until = GatewayClient(address, self.key, content, self.client_folder.id), math.inf
         while time.monotonic() < until:
             try:
                 with gateway.stream(run) as (read, send), self._answering(send) as put:
@@ -453,7 +453,7 @@ class Worker:
                 messages.put_nowait(message)
             except queue.Full:
                 raise MessageError(
-                    "another message came while one waits; no server sends that"
+                    "another message arrived while one waits; no fedloom server sends that"
                 ) from None
 
         def answer_all() -> None:
@@ -504,20 +504,20 @@ def _allowance(experiment: Experiment, policy: PolicySettings, own: ClientResour
     return Allowance(policy.max_steps, policy.max_seconds, 2 * larger * numbers)
 
 
-def _own_log(home: ClientFolder) -> tuple[AuditLog | None, AuditError | None]:
+def _own_log(client_folder: ClientFolder) -> tuple[AuditLog | None, AuditError | None]:
     """Return the client's own log, or why there is none: then every message is answered by that."""
     try:
-        return AuditLog(home.path / FILE), None
+        return AuditLog(client_folder.path / FILE), None
     except AuditError as error:
         LOG.error("%s", error)
         return None, error
 
 
-def serve(worker: Worker, home: ClientFolder, idle: float) -> None:
+def serve(worker: Worker, client_folder: ClientFolder, idle: float) -> None:
     """Answer at the home's socket until nothing has been asked for ``idle`` seconds."""
-    with listen(home.socket) as listening:
+    with listen(client_folder.socket) as listening:
         listening.settimeout(1.0)
-        LOG.info("worker %d listens for client %d", os.getpid(), worker.joining.number)
+        LOG.info("worker %d listens for client %d", os.getpid(), worker.registration.number)
         while worker.busy or time.monotonic() - worker.heard < idle:
             try:
                 connection, _ = listening.accept()
@@ -544,9 +544,9 @@ def run(path: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     silence_transformers()
-    home = ClientFolder(path)
+    client_folder = ClientFolder(path)
     try:
-        serve(Worker(home), home, home.own_file().worker.idle)
+        serve(Worker(client_folder), client_folder, client_folder.own_file().worker.idle)
     except FedloomError as error:
         LOG.error("%s", error)
         return error.exit_code

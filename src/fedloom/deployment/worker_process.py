@@ -21,15 +21,15 @@ def main() -> None:
     end_with_parent()
     os.umask(0o077)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    home = Path(sys.argv[1])
+    client_folder = Path(sys.argv[1])
     try:
-        held = lock(home / LOCK)
+        held = lock(client_folder / LOCK)
     except FedloomError as error:
         sys.exit(f"ERROR {error}")
     if held is not None:
         from fedloom.deployment.worker import run
 
-        sys.exit(run(home))
+        sys.exit(run(client_folder))
 
 
 if __name__ == "__main__":

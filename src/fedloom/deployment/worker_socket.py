@@ -24,40 +24,42 @@ START = 120.0
 NO_LIMIT = 1 << 40
 
 
-def ask_worker(home: Path, envelope: Envelope) -> Envelope:
+def ask_worker(client_folder: Path, envelope: Envelope) -> Envelope:
     """Return the worker's reply; takes as long as the work does.
 
     Raises:
         ConnectionFailed: No worker can be started, or it died over this.
     """
-    with reach_worker(home) as connection:
+    with reach_worker(client_folder) as connection:
         write_frame(connection, envelope.pack())
         reply = read_frame(reader(connection), lambda: NO_LIMIT)
     if reply is None:
-        raise ConnectionFailed(f"the worker gave no answer; see {home / LOG}")
+        raise ConnectionFailed(f"the worker gave no answer; see {client_folder / LOG}")
     return Envelope.unpack(reply)
 
 
-def reach_worker(home: Path) -> socket.socket:
+def reach_worker(client_folder: Path) -> socket.socket:
     """Return a connection to the worker of a client's home; start one if there is none."""
     process, end = None, time.monotonic() + START
     while time.monotonic() < end:
         try:
-            return connect(home / SOCKET)
+            return connect(client_folder / SOCKET)
         except ConnectionFailed:
             if process is not None and process.poll():
                 break
-            if lock_owner(home / LOCK) is None and (process is None or process.poll() is not None):
-                process = start_worker(home)
+            if lock_owner(client_folder / LOCK) is None and (
+                process is None or process.poll() is not None
+            ):
+                process = start_worker(client_folder)
             time.sleep(0.1)
-    raise ConnectionFailed(f"the worker cannot be started; see {home / LOG}")
+    raise ConnectionFailed(f"the worker cannot be started; see {client_folder / LOG}")
 
 
-def start_worker(home: Path) -> subprocess.Popen[bytes]:
+def start_worker(client_folder: Path) -> subprocess.Popen[bytes]:
     """Start a worker that ends with this process."""
-    with (home / LOG).open("ab") as log:
+    with (client_folder / LOG).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fedloom.deployment.worker_process", str(home)],
+            [sys.executable, "-m", "fedloom.deployment.worker_process", str(client_folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -71,7 +71,7 @@ class SimulationEngine:
     """Runs handlers for one client after the other.
 
     Attributes:
-        equipment: What each client computes with.
+        resources: What each client computes with.
         shares: Training rows of each client; reference log-probs are added at first contact.
         handlers: Client side of every action.
         objective: What clients minimise.
@@ -88,7 +88,7 @@ class SimulationEngine:
         references: Where log-probs under reference models are kept.
     """
 
-    equipment: Mapping[int, ClientResources]
+    resources: Mapping[int, ClientResources]
     shares: dict[int, TokenShare]
     handlers: Mapping[str, Handler]
     objective: Objective
@@ -163,7 +163,7 @@ class SimulationEngine:
             if exchange.action not in self.handlers:
                 raise MessageError(f"there is no action {exchange.action[:40]!r}")
             self.allowance.begin(going_on=self.under_way(client, exchange.round))
-            self.equipment[client].model.allowance = self.allowance
+            self.resources[client].model.allowance = self.allowance
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
@@ -201,14 +201,14 @@ class SimulationEngine:
                 _count_training(cost, client)
 
         under_way = self.under_way(number, exchange.round)
-        budget = budget_of(self.training, self.equipment[number].model)
+        budget = budget_of(self.training, self.resources[number].model)
         whole, measure = largest_pass(budget, self.shares[number])
         size = self._fits.get(number, whole)
         return work(size) if under_way else fitting(work, size, f"client {number}", measure)
 
     def client(self, number: int, round: int) -> Client:
         """Return what a handler sees on a client."""
-        own = self.equipment[number]
+        own = self.resources[number]
         training = self.training
         if number in self._fits:
             budget = budget_of(training, own.model)
@@ -242,7 +242,7 @@ class SimulationEngine:
         if not self.objective.needs_reference or share.reference_logps is not None:
             return
         with self.ledger.measure(round, client, REFERENCE) as cost:
-            own = self.equipment[client]
+            own = self.resources[client]
             model, before = own.model, own.model.flops
             budget = scoring_budget(self.training, model)
             whole, measure = largest_pass(budget, share)

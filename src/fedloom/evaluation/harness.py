@@ -136,7 +136,7 @@ def require_tasks(tasks: Sequence[str]) -> None:
     """Check, before lm-eval is imported, that what is given as tasks can be some.
 
     Raises:
-        DataError: One is a file that is no YAML, or an empty name.
+        DataError: One is a file that is not YAML, or an empty name.
     """
     for task in tasks:
         suffix = Path(task).suffix

@@ -125,7 +125,7 @@ class Experiment:
         table = dict(table)
         problems: list[str] = []
         name = str(table.pop("name", name))
-        if not is_text(name):  # of a file whose name is no UTF-8
+        if not is_text(name):  # of a file whose name is not UTF-8
             problems.append(f"the name {name!r} cannot be written; rename the file, or set name")
             name = "experiment"
         if COMPARE in table:
@@ -295,7 +295,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "adapter" in parts:
         found += _start_contradictions(parts)
     if "clients" in parts and parts["clients"].newcomers:
-        found += _newcomer_contradictions(parts)
+        found += _unseen_client_contradictions(parts)
     if "data" in parts:
         found += parts["data"].contradictions()
     if parts.keys() >= {"data", "partition", "federation"}:
@@ -340,7 +340,7 @@ def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
     """Return what needs rows that the coordinator does not have."""
     found = []
     if "partition" in parts and parts["partition"].feedback == "spread":
-        found.append('partition.feedback = "spread" deals rows anew; data.source = "clients"')
+        found.append('partition.feedback = "spread" redistributes rows; data.source = "clients"')
     return found
 
 
@@ -360,11 +360,11 @@ def _files_contradictions(parts: Mapping[str, Any]) -> list[str]:
     if data.test_source is None:
         found.append(f"{what}: all rows are the clients'; name a held-out set, data.test_source")
     if parts["partition"].feedback == "spread":
-        found.append(f'partition.feedback = "spread" deals rows anew; {what}')
+        found.append(f'partition.feedback = "spread" redistributes rows; {what}')
     return found
 
 
-def _newcomer_contradictions(parts: Mapping[str, Any]) -> list[str]:
+def _unseen_client_contradictions(parts: Mapping[str, Any]) -> list[str]:
     """Return why nobody can join at the end."""
     if "evaluation" in parts and not parts["evaluation"].per_client:
         return ["clients.newcomers are judged by rows of their own: evaluation.per_client"]

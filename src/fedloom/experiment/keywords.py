@@ -54,7 +54,7 @@ def changed_table(table: Mapping[str, Any], keywords: Mapping[str, Any]) -> Tabl
     """Return a table with settings and sections changed; a new name starts its section anew.
 
     Raises:
-        SettingsError: A keyword is no setting, or one of several sections.
+        SettingsError: A keyword is not a setting, or one of several sections.
     """
     changed, problems = dict(table), []
     for keyword, value in keywords.items():

@@ -43,7 +43,7 @@ def unread_settings(experiment: Experiment) -> dict[str, str]:
 def unread_in_all(experiments: Iterable[Experiment]) -> list[str]:
     """Return what is told of settings that do nothing in any of the experiments that have them.
 
-    The base of a comparison may hold what some of its arms alone read.
+    The base of a comparison may hold settings that only some of its configurations read.
     """
     told: dict[str, str] = {}
     read: set[str] = set()

@@ -1,1 +1,1 @@
-"""The loop of rounds: who is there, who is asked, what is let in."""
+"""The loop of rounds: presence of clients, sampling, admission of answers."""

@@ -1,14 +1,13 @@
-"""Who is let in: answers from clients that are not trusted, checked before anything is made of them.
+"""Admission: answers of clients, which are not trusted, are checked before they are used.
 
-An answer must fit the schema that the server fixed before the round, be finite and in its ranges, claim
-no more rows than its client registered with, and move what was sent no further than is allowed. One that
-does not is left out with the reason, and is an offence (``offences.py``); a client that gives no answer,
-or says that it failed, has committed none. Offences outside of answers count alike
-(:meth:`Admission.report`). Repeat offenders are in quarantine for some rounds. All of it follows from the
-records of rounds, so a resumed run decides the same.
+An answer must fit the schema that the server fixed before the round, be finite and in range, claim no
+more rows than its client registered, and change the tensors that were sent by no more than the allowed
+norm. An answer that does not is left out with the reason, and counts as a violation (``violations.py``);
+no answer, or the report of a failure, is not a violation. Violations outside of answers count in the same
+way (:meth:`Admission.report`). Clients with repeated violations are in quarantine for some rounds. All
+decisions follow from the records of rounds, so a resumed run makes the same ones.
 
-What a client weighs is bounded, as nobody but the client can count its rows
-(:meth:`Admission.weight_bound`).
+The weight of a client is bounded, as the server cannot count its rows (:meth:`Admission.weight_bound`).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from fedloom.aggregation.robust import cut_change, distance
-from fedloom.errors import MessageError, OffenceKind, OutputError
-from fedloom.federation.offences import WHY, Offence, OffenceObserver, one_line, quarantined
+from fedloom.errors import MessageError, OutputError, ViolationKind
+from fedloom.federation.violations import WHY, Violation, ViolationObserver, one_line, quarantined
 from fedloom.security.audit_log import Limited, Record, digest_of, no_op_recorder
 from fedloom.settings.schema import Settings
 from fedloom.wire.messages import Answer, Exchange, Payload, Reply, decode, require_finite
@@ -33,22 +32,23 @@ TIMES, PART = 10, 10
 
 
 class AdmissionSettings(Settings):
-    """``[admission]``: what the server lets in."""
+    """``[admission]``: which answers the server accepts."""
 
     max_value: float = Field(default=1e6, gt=0)
     """Largest absolute value of a number in an answer's tensors."""
     max_change: float | None = Field(default=None, gt=0)
-    """Largest norm of what a client changed, over all tensors that it was sent (default: any)."""
+    """Largest Euclidean norm of a client's change over all tensors that it was sent (default: any)."""
     on_excess: Literal["reject", "clip"] = "reject"
-    """What becomes of an answer above it: left out, or its change shortened to it."""
+    """What to do with an answer above max_change: leave it out (reject), or scale its change to that norm
+    (clip)."""
     max_examples: int | Literal["any"] | None = None
-    """Examples that a client weighs as at most, however many it says that it has; "any" for no bound
-    (default: between machines ten times the upper quartile of the rows that clients registered with, or a
-    tenth of all; in one process, where rows are counted and not claimed, no bound)."""
+    """Largest weight of a client in examples, however many it claims; "any" for no bound (default:
+    between machines ten times the upper quartile of the registered rows, or a tenth of all rows; in one
+    process, where rows are counted and not claimed, no bound)."""
     offences: int = Field(default=3, ge=1)
-    """Rounds with an offence after which a client is in quarantine."""
+    """Rounds with protocol violations after which a client is put in quarantine."""
     pause: int = Field(default=10, ge=0)
-    """Rounds that it lasts, in which the client is not asked anything; 0 for no quarantine."""
+    """Rounds of the quarantine, in which the client is not asked anything; 0 for no quarantine."""
 
     @field_validator("max_examples", mode="before")
     @classmethod
@@ -58,9 +58,9 @@ class AdmissionSettings(Settings):
         raise ValueError('must be a whole number of at least 1, or "any"')
 
     def contradictions(self) -> list[str]:
-        """Return what in these settings cannot both be meant."""
+        """Return the contradictions in these settings, one line each."""
         if self.on_excess == "clip" and self.max_change is None:
-            return ['admission.on_excess = "clip" needs admission.max_change: clip to what?']
+            return ['admission.on_excess = "clip" needs admission.max_change: the norm to clip to']
         return []
 
 
@@ -69,9 +69,9 @@ class WeightBound:
     """The largest weight of a client.
 
     Attributes:
-        examples: That it may count as; ``None`` for any number.
-        cut: Clients that registered with more, each with its rows.
-        why: What the bound is, for people.
+        examples: Largest number of examples; ``None`` for any number.
+        cut: Clients that registered more, each with its rows.
+        why: The bound in words.
     """
 
     examples: int | None
@@ -80,38 +80,39 @@ class WeightBound:
 
 
 class Admission:
-    """Checks answers and knows who has offended.
+    """Checks answers and counts violations of clients.
 
     Attributes:
-        settings: What is let in.
+        settings: The bounds of accepted answers.
         rows_known: Whether the server has counted the clients' rows itself, as in one process.
-        run: The run, for who watches.
-        watch: Told of every offence as it comes.
-        audit: Told of offences outside of answers.
-        weighed: Clients of the round under way whose claim was cut: examples claimed, and those counted.
+        run: Id of the run, for the observer.
+        watch: Observer of every violation as it occurs.
+        audit: Audit log of violations outside of answers.
+        weighed: Clients of the current round whose claim was reduced: examples claimed and examples
+            counted.
     """
 
     def __init__(
         self,
         settings: AdmissionSettings | None = None,
-        earlier: Iterable[Offence] = (),
+        earlier: Iterable[Violation] = (),
         *,
         rows_known: bool = True,
         run: str | None = None,
-        watch: OffenceObserver | None = None,
+        watch: ViolationObserver | None = None,
         audit: Record = no_op_recorder,
     ) -> None:
-        """Begin with the offences of earlier rounds."""
+        """Start with the violations of earlier rounds."""
         self.settings = settings or AdmissionSettings()
-        self.rows_known, self.run, self.watch = rows_known, run, watch or OffenceObserver()
+        self.rows_known, self.run, self.watch = rows_known, run, watch or ViolationObserver()
         self.weighed: dict[int, tuple[float, int]] = {}
         self._audit = Limited(audit)
-        self._offended: dict[int, set[int]] = {}
-        self._open: dict[tuple[int, OffenceKind], Offence] = {}
+        self._violations: dict[int, set[int]] = {}
+        self._open: dict[tuple[int, ViolationKind], Violation] = {}
         self._lock = threading.Lock()
-        for offence in earlier:
-            if offence.round is not None:
-                self._offended.setdefault(offence.client, set()).add(offence.round)
+        for violation in earlier:
+            if violation.round is not None:
+                self._violations.setdefault(violation.client, set()).add(violation.round)
 
     def accept(
         self,
@@ -121,18 +122,18 @@ class Admission:
         keep: Callable[[int, Payload], Payload] = lambda client, payload: payload,
         audit: Record = no_op_recorder,
     ) -> tuple[list[Reply], dict[int, str]]:
-        """Check answers, each as it comes.
+        """Check answers, each as it arrives.
 
         Args:
-            answers: In any order; asked for once the log says what was sent.
+            answers: Answers in any order; iterated once the log holds what was sent.
             exchange: What was asked.
-            sizes: Rows each client registered with: the largest weight it may claim.
-            keep: Puts a client's payload away where there is room, and returns what stands for it.
-            audit: Told what was sent, what came and what became of it, without any content.
+            sizes: Registered rows of each client: the largest weight it may claim.
+            keep: Stores a client's payload in memory or on disk, and returns a payload that reads it.
+            audit: Audit log of requests, answers and decisions, without any content.
 
         Returns:
-            The usable replies in client order, so that sums do not depend on who came first, and for
-            each other client the reason why it is left out, in one line.
+            The usable replies in client order, so that sums do not depend on the order of arrival, and
+            for each other client the reason why it is left out, in one line.
         """
         replies: dict[int, Reply] = {}
         rejected: dict[int, str] = {}
@@ -155,7 +156,7 @@ class Admission:
             try:
                 if answer.data is None:
                     rejected[client] = one_line(answer.error or "no answer", WHY)
-                    kind = answer.offence
+                    kind = answer.violation
                 else:
                     payload = self._checked(client, answer.data, exchange, sizes, weight_bound)
                     replies[client], kind = Reply(client, keep(client, payload)), None
@@ -163,7 +164,7 @@ class Admission:
                 rejected[client], kind = one_line(str(error), WHY), error.kind
             if kind is not None:
                 facts["kind"] = kind
-                self._note(Offence(client, kind, rejected[client], exchange.round, self.run))
+                self._note(Violation(client, kind, rejected[client], exchange.round, self.run))
         for client in exchange.requests:
             if client not in replies and client not in rejected:
                 rejected[client] = "no answer"
@@ -174,33 +175,33 @@ class Admission:
             note(event, client, **facts, **reason)
         return [replies[client] for client in sorted(replies)], rejected
 
-    def report(self, client: int, kind: OffenceKind, reason: str) -> None:
-        """Count an offence that was found outside of an answer; any thread may.
+    def report(self, client: int, kind: ViolationKind, reason: str) -> None:
+        """Count a violation outside of an answer; thread-safe.
 
-        It is one of the round under way, or where none is, of the next. That a disk is full is not the
-        business of who reports: it ends the run where its records are written.
+        It counts for the current round, or where none is under way, for the next. A full disk is not an
+        error here: it ends the run where records are written.
         """
         why = one_line(reason)
-        self._note(Offence(client, kind, why, None, self.run))
+        self._note(Violation(client, kind, why, None, self.run))
         with contextlib.suppress(OutputError):
             self._audit("offence", source=client, client=client, kind=kind, reason=why)
 
-    def close(self, round: int) -> tuple[Offence, ...]:
-        """End a round: return its offences for the record, one of each client and kind.
+    def close(self, round: int) -> tuple[Violation, ...]:
+        """End a round: return its violations for the record, one per client and kind.
 
-        From now on they count for quarantine.
+        From then on they count for quarantine.
         """
         with self._lock:
             found, self._open = self._open, {}
         for client, _ in found:
-            self._offended.setdefault(client, set()).add(round)
+            self._violations.setdefault(client, set()).add(round)
         self.weighed = {}
         return tuple(replace(found[key], round=round) for key in sorted(found))
 
     def paused(self, round: int) -> dict[int, int]:
-        """Return the clients in quarantine in ``round``, each with the last round of that."""
+        """Return the clients in quarantine in ``round``, each with its last round there."""
         own = self.settings
-        return quarantined(self._offended, round, limit=own.offences, pause=own.pause)
+        return quarantined(self._violations, round, limit=own.offences, pause=own.pause)
 
     def without_paused(self, exchange: Exchange) -> Exchange:
         """Return an exchange without the clients that are in quarantine in its round."""
@@ -211,7 +212,7 @@ class Admission:
         return replace(exchange, requests=asked)
 
     def weight_bound(self, sizes: Mapping[int, int]) -> WeightBound:
-        """Return what a client may weigh at most, by what all have registered with.
+        """Return the largest weight of a client, given the registered rows of all.
 
         Where rows are claimed and not counted, one client's claim must not decide the mean: with 2^40
         rows it would be the mean. The bound is ``TIMES`` the rows of the client at the upper quartile, or
@@ -248,14 +249,14 @@ class Admission:
             )
         return WeightBound(most, {c: rows for c, rows in sorted(sizes.items()) if rows > most}, why)
 
-    def _note(self, offence: Offence) -> None:
-        """Keep an offence for the record of its round: the first of each client and kind, and a count."""
-        key = (offence.client, offence.kind)
+    def _note(self, violation: Violation) -> None:
+        """Keep a violation for the round's record: the first of each client and kind, and a count."""
+        key = (violation.client, violation.kind)
         with self._lock:
             known = self._open.get(key)
-            more = offence if known is None else replace(known, count=known.count + 1)
+            more = violation if known is None else replace(known, count=known.count + 1)
             self._open[key] = more
-        self.watch.offended(offence)
+        self.watch.record(violation)
 
     def _checked(
         self,

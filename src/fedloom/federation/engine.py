@@ -1,4 +1,4 @@
-"""What the loop of rounds needs of whatever carries its exchanges, here or on other machines."""
+"""The interface of engines, which carry exchanges to clients in this process or on other machines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedloom.accounting.ledger import Ledger
-from fedloom.federation.offences import OffenceObserver, Report
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence, Participant
+from fedloom.federation.violations import Report, ViolationObserver
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Answer, Exchange, Payload
 
 
 class Engine(Protocol):
-    """Where clients run. It sees messages, not algorithms.
+    """Carries exchanges to clients. It sees messages, not algorithms.
 
     Whatever goes wrong on a client becomes an :class:`Answer` that says so.
     """
@@ -26,15 +26,15 @@ class Engine(Protocol):
         ...
 
     def membership(self) -> Membership:
-        """Return who belongs to the federation, whether it can be asked now or not."""
+        """Return the clients that belong to the federation, reachable or not."""
         ...
 
     def absent(self) -> dict[int, Absence]:
-        """Return the clients that the run expects and that are not there."""
+        """Return the clients that the run expects and that are absent."""
         ...
 
     def title(self, client: int) -> str:
-        """Return what a client is called in messages."""
+        """Return the name of a client in messages."""
         ...
 
     def exchange(self, exchange: Exchange) -> Iterable[Answer]:
@@ -42,30 +42,30 @@ class Engine(Protocol):
         ...
 
     def discard(self, clients: Collection[int]) -> None:
-        """Have what these clients put aside over the last exchange not count, as their answers do not."""
+        """Discard what these clients stored in the last exchange, as their answers do not count."""
         ...
 
     def finish_round(self) -> None:
-        """Let what clients have put aside in this round count."""
+        """Let what clients stored in this round take effect."""
         ...
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What clients elsewhere must know of a run before they are asked anything.
+    """The description of a run that is sent to clients on other machines before any request.
 
     Attributes:
-        run: Tells it from all others; stays when it is resumed.
+        run: Id of the run; stays the same when it is resumed.
         experiment: Its TOML.
         classes: Class names in the order of their ids.
         model: SHA-256 of the backbone and tokenizer that all must have.
         began: For each time that the run began or was resumed, the last round finished before.
-        audit: Told who joins and who is refused.
-        undone: Messages whose answers did not count: client, how many times the run had begun or been
+        audit: Audit log of clients that register and that are refused.
+        discarded: Messages whose answers did not count: client, how many times the run had begun or been
             resumed, number.
-        report: Told of offences that are found outside of answers, by any thread.
-        warn: Told, in words, who is waited for.
-        start: What every client is sent once of what the run starts from; ``None`` where nothing is.
+        report: Called with violations outside of answers, from any thread.
+        warn: Called with a text that names the clients that the run waits for.
+        start: Payload with the start of the run, sent once to every client; ``None`` where there is none.
     """
 
     run: str
@@ -74,23 +74,23 @@ class RunDescription:
     model: str
     began: tuple[int, ...]
     audit: Record = no_op_recorder
-    undone: tuple[tuple[int, int, int], ...] = ()
+    discarded: tuple[tuple[int, int, int], ...] = ()
     report: Report = lambda client, kind, reason: None
     warn: Callable[[str], None] = lambda text: None
     start: Tensors | None = None
 
 
 class RemoteEngine(Engine, Protocol):
-    """An engine whose clients are other processes, which must be met before they can be asked."""
+    """An engine whose clients are other processes, which must register before they can be asked."""
 
     @property
     def name(self) -> str:
-        """What ``fedloom run --engine`` calls it."""
+        """Its name for ``fedloom run --engine``."""
         ...
 
     @property
-    def watch(self) -> OffenceObserver:
-        """Who is told of offences and quarantine as they come."""
+    def watch(self) -> ViolationObserver:
+        """Observer of violations and quarantine."""
         ...
 
     @property
@@ -104,17 +104,17 @@ class RemoteEngine(Engine, Protocol):
         ...
 
     def held_out(self) -> dict[int, int]:
-        """Return the rows that each client which was met is judged by."""
+        """Return the number of held-out rows of each registered client."""
         ...
 
     def begin(self, run_description: RunDescription, ledger: Ledger) -> None:
-        """Meet the clients; their costs go to the ledger.
+        """Wait for the clients to register; their costs go to the ledger.
 
         Raises:
-            RoundFailed: Fewer than are required came in time.
+            RoundFailed: Fewer than required registered in time.
         """
         ...
 
     def end(self, keep: Payload | None) -> None:
-        """Tell clients that the run is over; with ``keep``, what they make their own models of."""
+        """Tell clients that the run is over; from ``keep`` they build their own models."""
         ...

@@ -1,4 +1,4 @@
-"""``[federation]`` and ``[clients]``: who takes part, how often, and groups of clients."""
+"""``[federation]`` and ``[clients]``: participation, rounds, and groups of clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedloom.settings.schema import Of, Settings
 
 
 class ClientGroup(Settings):
-    """``[clients.groups.NAME]``: clients that compute with something else than the others."""
+    """``[clients.groups.NAME]``: clients with another backbone or rank than the others."""
 
     clients: list[int] = Field(min_length=1)
     """Their ids."""
@@ -22,39 +22,39 @@ class ClientGroup(Settings):
 
 
 class ClientsSettings(Settings):
-    """``[clients]``: what clients differ in beside their data."""
+    """``[clients]``: differences of clients other than their data."""
 
     groups: dict[str, ClientGroup] = {}
-    """Groups by name; clients in none have what [model] and [adapter] say."""
+    """Groups by name; clients in no group use [model] and [adapter]."""
     newcomers: list[int] = []
-    """Clients that join when training is over: given what is shared, they make newcomer_steps on their
-    own rows and are judged before and after."""
-    newcomer_steps: Annotated[int, Of("joins", (True,), "clients.newcomers names nobody")] = Field(
+    """Unseen clients, which take no part in training: after the last round they receive the shared state,
+    train newcomer_steps on their own rows, and are evaluated before and after."""
+    newcomer_steps: Annotated[int, Of("joins", (True,), "clients.newcomers is empty")] = Field(
         default=20, ge=1
     )
-    """Optimizer steps that each of them makes."""
+    """Optimizer steps of each unseen client."""
 
     def contradictions(self, clients: int) -> list[str]:
-        """Return what in these settings cannot both be meant."""
+        """Return the contradictions in these settings, one line each."""
         found = [
             f"clients.newcomers: there is no client {client} (0 to {clients - 1})"
             for client in self.newcomers
             if not 0 <= client < clients
         ]
         if len(set(self.newcomers)) >= clients:
-            found.append("clients.newcomers: nobody is left to train")
-        homes: dict[int, str] = {}
+            found.append("clients.newcomers: no client is left to train")
+        group_of: dict[int, str] = {}
         for name, group in self.groups.items():
             for client in group.clients:
                 if not 0 <= client < clients:
                     found.append(
                         f"clients.groups.{name}: there is no client {client} (0 to {clients - 1})"
                     )
-                if client in homes:
+                if client in group_of:
                     found.append(
-                        f"clients.groups: client {client} is in {homes[client]} and in {name}"
+                        f"clients.groups: client {client} is in {group_of[client]} and in {name}"
                     )
-                homes[client] = name
+                group_of[client] = name
         return found
 
 
@@ -64,33 +64,32 @@ class FederationSettings(Settings):
     rounds: int = Field(default=10, ge=1)
     """Rounds in all."""
     clients: int = Field(default=8, ge=1)
-    """Clients there are (between machines by default the members that are let in)."""
+    """Number of clients (between machines by default that of the allowed members)."""
     members: list[str] | None = None
     """Between machines, names of the members that take part, in the order of their clients' numbers
-    (default: all that are let in, by number). Clients are not told."""
+    (default: all allowed members, by number). It is not sent to clients."""
     require: Literal["all"] | int | float = "all"
-    """Between machines, clients without which a run does not begin: all, a number, or a share."""
+    """Between machines, clients that must be ready before a run starts: all, a number, or a share."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """Clients drawn for each round (default: all)."""
     seed: int = Field(default=0, ge=0)
-    """All randomness comes from it, the purpose, the client and the round."""
+    """Seed; all randomness is derived from it, the purpose, the client and the round."""
     quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of a round's clients that must give a usable answer; below it the run stops."""
     replacements: int = Field(default=0, ge=0)
-    """Clients that are drawn at most in place of those who gave no usable answer to a round's first
-    question."""
+    """Most replacements drawn for clients that gave no usable answer to the first request of a round."""
     deadline: float = Field(default=43_200, gt=0)
-    """Seconds that a client on another machine has to answer (default: twelve hours, as long as a message
-    of Flower's lives); who is later is left out of the round."""
+    """Seconds within which a client on another machine must answer (default: twelve hours, the lifetime
+    of a Flower message); a later client is left out of the round."""
     streams: bool = True
-    """Whether clients on other machines may keep a stream open; without one each exchange is a message
-    of Flower's, which takes some seconds."""
+    """Whether clients on other machines may keep a stream open; without one each exchange is a Flower
+    message, which takes some seconds."""
     reconnect: float = Field(default=10, ge=0)
-    """Seconds that a client whose stream breaks in the middle of an exchange has to come back; it goes
-    on where it was then, and is left out of the round otherwise."""
+    """Seconds within which a client must reconnect after its stream breaks in an exchange; the exchange
+    then continues where it stopped, otherwise the client is left out of the round."""
     patience: float = Field(default=600, gt=0)
-    """Seconds that a run waits for all of its clients on other machines when it begins, and a round for a
-    quorum of them."""
+    """Seconds that a run waits at its start for all clients on other machines, and a round for a quorum
+    of them."""
 
     @field_validator("require", mode="before")
     @classmethod
@@ -102,7 +101,7 @@ class FederationSettings(Settings):
 
     @property
     def required(self) -> int:
-        """Clients without which a run between machines does not begin."""
+        """Number of clients that must be ready before a run between machines starts."""
         if self.require == "all":
             return self.clients
         if isinstance(self.require, int):
@@ -110,14 +109,14 @@ class FederationSettings(Settings):
         return max(1, math.ceil(self.require * self.clients))
 
     def contradictions(self) -> list[str]:
-        """Return what in these settings cannot both be meant."""
+        """Return the contradictions in these settings, one line each."""
         found = []
         if isinstance(self.require, int) and self.require > self.clients:
             found.append(
                 f"federation.require = {self.require}, but there are federation.clients = {self.clients}"
             )
         if self.members is not None and len(set(self.members)) < len(self.members):
-            found.append("federation.members names somebody twice")
+            found.append("federation.members names a member twice")
         return found
 
     @property

@@ -1,8 +1,8 @@
-"""Who is there: the clients of a federation, told apart by what became of them.
+"""Presence: the clients of a federation by their state (member, available, suspended, left).
 
-A federation's clients are named by id, from its first round to its last. Who can be asked in a round is
-another question, and so is who answered. What a method keeps of a client is kept by its id, never by its
-place among those who happen to be there. Nothing here knows where clients run.
+Clients are named by id, from the first round to the last. Which clients can be asked in a round, and
+which answered, are separate facts. A method keys its state of a client by the client's id, never by a
+position among those that are present. This file does not know where clients run.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Membership:
-    """What an engine knows of who belongs to the federation.
+    """Membership of the federation, as the engine knows it.
 
     Attributes:
-        enrolled: Ids of all clients that take part in the run, whether they are there, have yet to come,
-            or have left; ascending. Clients that only join after the last round are not among them.
-        left: Those of them that are let in no longer.
-        rows: Training rows of each client that was met, as it registered them.
+        enrolled: Ids of all clients that take part in the run, whether present, not yet registered, or
+            gone; ascending. Unseen clients are not among them.
+        left: Enrolled clients that are no longer allowed.
+        rows: Training rows of each client that has registered.
     """
 
     enrolled: tuple[int, ...]
@@ -30,18 +30,18 @@ class Membership:
 
 @dataclass(frozen=True)
 class Presence:
-    """Who is there as a round begins, and what is remembered of the rounds before.
+    """Presence at the start of a round, with what is known from earlier rounds.
 
     Every tuple is ascending.
 
     Attributes:
-        members: Clients that belong to the federation, whether they are there or not.
-        available: Members that can be asked now: met, reachable, not suspended.
-        suspended: Members that are not asked for earlier offences, each with the last round of that.
-        left: Clients that left for good (their keys are let in no longer), each with the first round
-            without it. It is not asked unless it is let in again, and then it is a member as before.
-        rows: Training rows of every client met so far, those that are away too.
-        answered_last: The round of each client's last answer that counted; no entry is none yet.
+        members: Clients that belong to the federation, present or not.
+        available: Members that can be asked now: registered, reachable, not suspended.
+        suspended: Members that are not asked for earlier violations, each with its last round there.
+        left: Clients that left for good (their keys are no longer allowed), each with the first round
+            without it. It is not asked unless it is allowed again, and then it is a member as before.
+        rows: Training rows of every client registered so far, absent ones included.
+        answered_last: The round of each client's last answer that counted; no entry where there is none.
         interrupted: Clients that, since their last answer that counted, were away or gave none.
     """
 
@@ -55,13 +55,13 @@ class Presence:
 
     @classmethod
     def of(cls, rows: Mapping[int, int]) -> Presence:
-        """Return that of a first round in which all clients are there, with so many rows each."""
+        """Return the presence of a first round in which all clients are present, given their rows."""
         clients = tuple(sorted(rows))
         return cls(clients, clients, rows=dict(rows))
 
     @property
     def enrolled(self) -> tuple[int, ...]:
-        """Members and those that left: the N clients of papers, in which nobody leaves."""
+        """Members and clients that left: the N clients of papers, which assume that no client leaves."""
         return tuple(sorted({*self.members, *self.left}))
 
     def begun(
@@ -71,13 +71,13 @@ class Presence:
         reachable: Collection[int],
         suspended: Mapping[int, int],
     ) -> Presence:
-        """Return the presence of a round that begins after this one.
+        """Return the presence at the start of the next round.
 
         Args:
             round: From 1.
-            membership: Who belongs to the federation now.
-            reachable: Clients that are met and can be reached.
-            suspended: Clients that are not asked for earlier offences, each with the last such round.
+            membership: Current membership.
+            reachable: Registered clients that can be reached.
+            suspended: Clients in quarantine for earlier violations, each with the last round of it.
         """
         members = tuple(sorted(set(membership.enrolled) - membership.left))
         available = tuple(c for c in members if c in reachable and c not in suspended)
@@ -95,7 +95,7 @@ class Presence:
     def closed(
         self, round: int, answered: Collection[int], unanswered: Collection[int]
     ) -> Presence:
-        """Return what is remembered after a round.
+        """Return the presence after a round.
 
         Args:
             round: From 1.
@@ -112,16 +112,16 @@ class Presence:
 
     @classmethod
     def assumed(cls, membership: Membership, round: int) -> Presence:
-        """Return what is taken for granted after a round that kept no record of presence: all answered.
+        """Return the presence after a round without a record of it: all clients answered.
 
-        Checkpoints of releases before this record were made under that rule.
+        Checkpoints of earlier releases have no record of presence.
         """
         return cls(
             answered_last=dict.fromkeys(membership.enrolled, round), rows=dict(membership.rows)
         )
 
     def to_table(self) -> dict[str, Any]:
-        """Return what is remembered from round to round, as plain JSON."""
+        """Return the presence as plain JSON."""
         own = {"left": self.left, "rows": self.rows, "answered_last": self.answered_last}
         table: dict[str, Any] = {
             name: {str(client): value for client, value in values.items()}
@@ -131,7 +131,7 @@ class Presence:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Presence:
-        """Return what :meth:`to_table` made."""
+        """Return the presence in a table of :meth:`to_table`."""
         left, rows, answered_last = (
             {int(client): int(value) for client, value in table[name].items()}
             for name in ("left", "rows", "answered_last")
@@ -145,4 +145,4 @@ class Presence:
 
 
 NOBODY_YET = Presence()
-"""Before the first round: nobody has been met."""
+"""Presence before the first round: no client has registered."""

@@ -1,4 +1,4 @@
-"""What the loop of rounds and a method say to each other: cohort, replies, one round."""
+"""The interface between the loop of rounds and a method: cohort, replies, one round."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Cohort:
     Attributes:
         round: From 1.
         clients: Sampled client ids, ascending.
-        presence: Who belongs to the federation and who is there as the round begins.
+        presence: Presence at the start of the round.
         learning_rate: Of this round.
-        rejected: Clients left out so far, and why. A method adds those whose answers passed every check
-            and turned out to be of no use.
-        last: Whether no round follows.
-        notes: What a method has to say about the round, beside its clients' metrics; for the record.
-        details: Whatever more there is to show of it, as plain JSON.
-        warnings: What the user should know of it at once.
+        rejected: Clients left out so far, and why. A method adds clients whose answers passed every check
+            and cannot be used.
+        last: Whether this is the last round.
+        notes: Numbers of the method about the round, beside its clients' metrics; for the record.
+        details: Further facts about the round, as plain JSON.
+        warnings: Warnings to show to the user at once.
         reported: Names and ranges of what its clients report of a training.
     """
 
@@ -51,9 +51,9 @@ class Cohort:
 
     @property
     def returned(self) -> tuple[int, ...]:
-        """Sampled clients that answered in an earlier round and not in the last that they could have.
+        """Sampled clients that answered in an earlier round but not in the latest one.
 
-        What they keep is as old as that answer.
+        Their stores are as old as that answer.
         """
         earlier = self.presence.interrupted & self.presence.answered_last.keys()
         return tuple(client for client in self.clients if client in earlier)
@@ -63,7 +63,7 @@ class Replies(list[Reply]):
     """The replies to an exchange that passed every check, by client id ascending.
 
     Attributes:
-        missing: Each other client that was asked, and why its answer does not count.
+        missing: Each other client that was asked, and the reason why it is missing.
     """
 
     def __init__(self, replies: Iterable[Reply] = (), missing: Mapping[int, str] | None = None):
@@ -81,8 +81,8 @@ Round = Generator[Exchange, Replies, State]
 
 
 class Method(Protocol):
-    """What the loop of rounds calls of a method: all else of it is known in ``methods/`` alone."""
+    """The part of a method that the loop of rounds calls."""
 
     def round(self, state: State, cohort: Cohort) -> Round:
-        """Play one round: yield exchanges, receive replies, return the next state."""
+        """Run one round: yield exchanges, receive replies, return the next state."""
         ...

@@ -1,6 +1,6 @@
-"""What is known about a round, and who is told of it.
+"""Records of rounds, and the interface of observers.
 
-Nothing heavy is imported here, so a process that only watches is a small one.
+Nothing heavy is imported here, so a process that only observes stays small.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedloom.accounting.costs import Cost
-from fedloom.federation.offences import Offence
 from fedloom.federation.presence import NOBODY_YET, Presence
+from fedloom.federation.violations import Violation
 from fedloom.statistics.intervals import Sample
 
 
@@ -22,8 +22,9 @@ class Evaluation:
     Attributes:
         metrics: On the global set.
         clients: On each client's own rows.
-        sample: What each row of the global set adds to the headline metric, where the server has a model.
-        kept: Whether that goes into the record, as at the start and after the last round.
+        sample: Contribution of each row of the global set to the primary metric, where the server has a
+            model.
+        kept: Whether the sample goes into the record, as at the start and after the last round.
     """
 
     metrics: Mapping[str, float]
@@ -51,7 +52,7 @@ class Absence:
 
     Attributes:
         since: When that began, in seconds since 1970.
-        reason: In words that both operators can act on.
+        reason: Reason, in words that the operators of server and client can act on.
     """
 
     since: float
@@ -66,25 +67,25 @@ class RoundRecord:
         round: From 1; 0 is the evaluation before any training.
         clients: The cohort.
         rejected: Clients left out of the round, and why.
-        offences: What clients got wrong in it, in an answer or otherwise; one of each client and kind.
-        paused: Clients in quarantine for earlier offences, each with the last round of that.
-        weighed: Clients that claimed more examples than one may weigh: claimed, and counted.
-        replaced: Clients of the first draw in whose place others were drawn.
-        absent: Clients that could not be drawn for it, as they were not there.
+        offences: Protocol violations in the round; one entry per client and kind.
+        paused: Clients in quarantine for earlier violations, each with its last round there.
+        weighed: Clients whose claimed examples exceeded the weight bound: claimed, and counted.
+        replaced: Clients of the first draw that were replaced by others.
+        absent: Clients that could not be drawn, as they were absent.
         learning_rate: Of the round.
         train: Mean training metrics over the clients' examples; empty for round 0.
         client_train: The same for each client.
         evaluation: Held-out metrics, in rounds that evaluate.
         costs: What the round cost, by client and phase.
         seconds: Wall-clock time of the round, evaluation included.
-        details: What else the method shows of it, as plain JSON.
-        presence: What is remembered of who was there, for the rounds to come.
+        details: Further facts from the method, as plain JSON.
+        presence: Presence, for the following rounds.
     """
 
     round: int
     clients: tuple[int, ...] = ()
     rejected: Mapping[int, str] = field(default_factory=dict)
-    offences: tuple[Offence, ...] = ()
+    offences: tuple[Violation, ...] = ()
     paused: Mapping[int, int] = field(default_factory=dict)
     weighed: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     replaced: tuple[int, ...] = ()
@@ -100,7 +101,7 @@ class RoundRecord:
 
 
 class Observer(Protocol):
-    """Who watches a run: the terminal, an event file, a test."""
+    """Observer of a run: the terminal, an event file, a test."""
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
         """Client ``client`` has answered, as number ``done`` of ``of`` in this exchange."""
@@ -111,5 +112,5 @@ class Observer(Protocol):
         ...
 
     def warning(self, text: str) -> None:
-        """Something the user should know, which does not stop the run."""
+        """A warning to the user, which does not stop the run."""
         ...

@@ -1,7 +1,7 @@
 """LOOP 1: the rounds. There is no other loop of rounds.
 
-Sample a cohort, play the method's exchanges, check what comes back, evaluate, record, save. It
-knows neither the algorithm nor where clients run; evaluation and saving are passed in.
+Sample a cohort, run the method's exchanges, check the answers, evaluate, record, save. It knows neither
+the algorithm nor where clients run; evaluation and saving are passed in.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, enco
 from fedloom.wire.schema import LOSS, NumberSpec
 
 DISK_BUFFER_ABOVE = 512 << 20
-"""Bytes of an exchange's answers above which they wait on disk until all are there."""
+"""Bytes of an exchange's answers above which they are buffered on disk."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Server:
         learning_rate: Round to learning rate.
         evaluate: State and round to held-out metrics, or ``None`` in rounds that do not evaluate.
         finish: Called with each record and the state after it: writes record and checkpoint.
-        ledger: Collects the costs of everybody's work.
-        observer: Who watches.
-        admission: What answers are let in, and who has offended so far.
-        audit: Told of every message that goes out, is let in or refused.
+        ledger: Collects the costs of clients and server.
+        observer: Observer of the run.
+        admission: Checks answers and counts violations.
+        audit: Audit log of every message that is sent, accepted or refused.
         disk_buffer: Folder for answers that together are too large for memory.
         reported: Names and ranges of what clients report of a training.
-        presence: What is remembered of who was there in the rounds before.
+        presence: Presence in earlier rounds.
     """
 
     method: Method
@@ -65,7 +65,7 @@ class Server:
     presence: Presence = NOBODY_YET
 
     def run(self, state: State, done: int = -1) -> State:
-        """Play all rounds after round ``done`` and return the last state.
+        """Run all rounds after round ``done`` and return the last state.
 
         Args:
             state: The state after round ``done``.
@@ -87,27 +87,29 @@ class Server:
             paused = self.admission.paused(round)
             presence = self._present(round, paused, presence)
             cohort = self._cohort(round, presence)
-            self._tell_paused(round, paused)
-            absent = self._tell_absent(round, absent)
-            play = _Play(self, cohort)
-            state, cohort = play.run(state), play.cohort
+            self._report_quarantined(round, paused)
+            absent = self._report_absent(round, absent)
+            exchanges = _RoundExchanges(self, cohort)
+            state, cohort = exchanges.run(state), exchanges.cohort
             for text in cohort.warnings:
                 self.observer.warning(text)
-            presence = presence.closed(round, play.answered - play.rejected.keys(), play.rejected)
+            presence = presence.closed(
+                round, exchanges.answered - exchanges.rejected.keys(), exchanges.rejected
+            )
             evaluation = self.evaluate(state, round)
             weighed = dict(sorted(self.admission.weighed.items()))
             record = RoundRecord(
                 round,
                 cohort.clients,
-                dict(sorted(play.rejected.items())),
+                dict(sorted(exchanges.rejected.items())),
                 self.admission.close(round),
                 paused,
                 weighed,
-                play.replaced,
+                exchanges.replaced,
                 absent,
                 cohort.learning_rate,
-                _mean(play.metrics, play.examples) | cohort.notes,
-                dict(sorted(play.metrics.items())),
+                _mean(exchanges.metrics, exchanges.examples) | cohort.notes,
+                dict(sorted(exchanges.metrics.items())),
                 evaluation,
                 details=cohort.details,
                 presence=presence,
@@ -122,19 +124,19 @@ class Server:
         self.finish(record, state)
         self.observer.round_done(record)
 
-    def _tell_paused(self, round: int, paused: Mapping[int, int]) -> None:
-        """Warn of each client that is in quarantine from this round on."""
+    def _report_quarantined(self, round: int, paused: Mapping[int, int]) -> None:
+        """Warn about each client whose quarantine starts in this round."""
         before = self.admission.paused(round - 1)
         for client, until in sorted(paused.items()):
             if before.get(client) != until:
                 self.observer.warning(
                     f"{self.engine.title(client)} is in quarantine until round {until}: "
-                    f"offences in {self.admission.settings.offences} rounds (admission.offences)"
+                    f"violations in {self.admission.settings.offences} rounds (admission.offences)"
                 )
         self.admission.watch.quarantined(self.admission.run or "", round, paused)
 
-    def _tell_absent(self, round: int, before: Mapping[int, Absence]) -> Mapping[int, Absence]:
-        """Return who is missing in a round; warn of each who was not, and say who is back."""
+    def _report_absent(self, round: int, before: Mapping[int, Absence]) -> Mapping[int, Absence]:
+        """Return the absent clients of a round; warn about each change of presence."""
         absent = self.engine.absent()
         for client, own in sorted(absent.items()):
             if client not in before or before[client].reason != own.reason:
@@ -146,7 +148,7 @@ class Server:
         return absent
 
     def _present(self, round: int, paused: Mapping[int, int], before: Presence) -> Presence:
-        """Return who is there as a round begins; the engine may first wait for a quorum."""
+        """Return the presence at the start of a round; the engine may first wait for a quorum."""
         reachable = self.engine.sizes()
         return before.begun(round, self.engine.membership(), reachable, paused)
 
@@ -154,7 +156,7 @@ class Server:
         there, paused = presence.available, presence.suspended
         if not there:
             raise RoundFailed(
-                f"round {round}: all clients are in quarantine for repeated offences ("
+                f"round {round}: all clients are in quarantine for repeated violations ("
                 f"admission.offences = {self.admission.settings.offences}): {sorted(paused)}"
             )
         size = min(self.federation.cohort_size, len(there))
@@ -167,8 +169,8 @@ class Server:
         )
 
 
-class _Play:
-    """One round: drives the method's generator and keeps what came of it."""
+class _RoundExchanges:
+    """The exchanges of one round: drives the method's generator and collects the results."""
 
     def __init__(self, server: Server, cohort: Cohort) -> None:
         self.server, self.cohort = server, cohort
@@ -189,7 +191,7 @@ class _Play:
             try:
                 exchange = steps.send(replies)
             except StopIteration as stop:
-                self._tell()
+                self._report_progress()
                 self._require_quorum()
                 next_state: State = stop.value
                 return next_state
@@ -198,10 +200,10 @@ class _Play:
     def _with_replacements(
         self, state: State, steps: Round, exchange: Exchange, replies: Replies
     ) -> tuple[Round, Replies]:
-        """Draw others for who gave no usable answer, and ask them what the round began with.
+        """Draw replacements for clients without a usable answer, and send them the round's first request.
 
-        The round starts again with them in the cohort. That costs the others nothing if they are asked
-        the same, to the byte, as they have answered; if not, the round goes on without replacements.
+        The round starts again with them in the cohort. The other clients need not repeat their work if
+        their requests are the same bytes; if they are not, the round continues without replacements.
         """
         federation, cohort = self.server.federation, self.cohort
         lost = sorted(self.rejected.keys() & set(cohort.clients))
@@ -228,9 +230,9 @@ class _Play:
         return steps, Replies(sorted(replies, key=lambda reply: reply.client), self.rejected)
 
     def _replies(self, exchange: Exchange, *, last: bool = True) -> Replies:
-        """Return the usable replies; unless others may yet be drawn, they must make a quorum.
+        """Return the usable replies; unless replacements may still be drawn, they must reach the quorum.
 
-        Who is in quarantine is not asked, where a method asks all clients there are.
+        Clients in quarantine are not asked, even where a method asks all clients.
         """
         exchange = self.server.admission.without_paused(exchange)
         replies, rejected = self.server.admission.accept(
@@ -243,7 +245,7 @@ class _Play:
         self.rejected.update(rejected)
         self.answered.update(reply.client for reply in replies)
         self.server.engine.discard(rejected.keys())
-        self._tell()
+        self._report_progress()
         if last:
             self._require_quorum()
         for reply in replies:
@@ -253,14 +255,14 @@ class _Play:
         return Replies(replies, rejected)
 
     def _arriving(self, exchange: Exchange) -> Iterator[Answer]:
-        """Pass answers on as they come, and show that they do."""
+        """Pass answers on as they arrive, and notify the observer."""
         asked = len(exchange.requests)
         for done, answer in enumerate(self.server.engine.exchange(exchange), 1):
             self.server.observer.client_done(exchange.round, answer.client, done, asked)
             yield answer
 
     def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
-        """Return where payloads are kept until all are there: on disk, if they are many and large."""
+        """Return a function that stores payloads until all have arrived: on disk if they are large."""
         schema, folder = exchange.reply_schema, self.server.disk_buffer
         if folder is None or len(exchange.requests) * schema.max_bytes <= DISK_BUFFER_ABOVE:
             return lambda client, payload: payload
@@ -276,15 +278,15 @@ class _Play:
         folder.mkdir(parents=True, exist_ok=True)
         return put_away
 
-    def _tell(self) -> None:
-        """Warn of each client that was left out, once."""
+    def _report_progress(self) -> None:
+        """Warn once about each client that was left out."""
         for client in sorted(self.rejected.keys() - self.told):
             title, reason = self.server.engine.title(client), self.rejected[client]
             self.server.observer.warning(f"round {self.cohort.round}: {title} left out: {reason}")
         self.told |= self.rejected.keys()
 
     def _require_quorum(self) -> None:
-        """Count who has not been left out so far, whether this exchange asked all of them or one."""
+        """Check the quorum over all clients of the round that are not left out so far."""
         asked = len(self.cohort.clients)
         usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
         needed = max(1, math.ceil(self.server.federation.quorum * asked))
@@ -298,13 +300,13 @@ class _Play:
 
 
 def _goes_on(exchange: Exchange, first: Exchange, replies: Replies, only_drawn: bool) -> bool:
-    """Return whether a round that is begun anew asks those who have answered nothing else than before.
+    """Return whether a restarted round sends the clients that have answered the same requests.
 
     Args:
-        exchange: What the round began with.
-        first: What it begins with now.
-        replies: Answers to the former.
-        only_drawn: Whether who is asked now and was not before has been drawn since.
+        exchange: First exchange of the round before.
+        first: First exchange of the round now.
+        replies: Replies to the earlier exchange.
+        only_drawn: Whether clients that are asked now and were not before are replacements.
     """
     same = all(first.requests.get(c) == exchange.requests[c] for c in replies.answered)
     return same and only_drawn and first.action == exchange.action

@@ -110,7 +110,7 @@ class DistillationMethod(Method):
         "logits on public rows, up and down",
         "an adapter of its own",
         secure_aggregation=no("answers are put together text by text"),
-        client_privacy=no("an answer is no change of parameters"),
+        client_privacy=no("an answer is not a change of parameters"),
         row_privacy=yes("logits are those of a model that private steps made"),
         asynchronous=TOGETHER,
         absence=Absence(
@@ -344,19 +344,19 @@ class SoftLabelWire:
         self.index = index_dtype(width)
         self.specs = self._specs()
 
-    def pack(self, knowledge: SoftLabels) -> Tensors:
+    def pack(self, soft_labels: SoftLabels) -> Tensors:
         """Return what travels."""
         if not self.sparse:
-            return pack_rows(VALUES, knowledge.values, self.encoding)
-        assert knowledge.indices is not None, "knowledge of a part has indices"
+            return pack_rows(VALUES, soft_labels.values, self.encoding)
+        assert soft_labels.indices is not None, "knowledge of a part has indices"
         if not self.adaptive:
-            values = pack_rows(VALUES, knowledge.values, self.encoding)
-            return {**values, INDICES: knowledge.indices.to(self.index)}
-        assert knowledge.present is not None, "rows of different lengths say which entries count"
-        present = knowledge.present
-        packed = pack_rows(VALUES, knowledge.values.masked_fill(~present, 0.0), self.encoding)
+            values = pack_rows(VALUES, soft_labels.values, self.encoding)
+            return {**values, INDICES: soft_labels.indices.to(self.index)}
+        assert soft_labels.present is not None, "rows of different lengths say which entries count"
+        present = soft_labels.present
+        packed = pack_rows(VALUES, soft_labels.values.masked_fill(~present, 0.0), self.encoding)
         counts = present.sum(-1).to(torch.int32)
-        indices = knowledge.indices[present].to(self.index)
+        indices = soft_labels.indices[present].to(self.index)
         return {**packed, VALUES: packed[VALUES][present], INDICES: indices, COUNTS: counts}
 
     def unpack(self, tensors: Tensors) -> SoftLabels:

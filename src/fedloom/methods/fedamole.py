@@ -69,7 +69,7 @@ from fedloom.tensors import State, Tensors, by_client, join_parts, of_clients, p
 from fedloom.wire.messages import Exchange, Payload, Reply, encode
 from fedloom.wire.schema import Schema, TensorSpec
 
-HELD = "held"
+HELD_EXPERTS = "held"
 """Of a request: ``(layers, experts)`` uint8, which experts its client holds."""
 
 ASSIGNMENT = "assignment"
@@ -81,9 +81,9 @@ TOKENS = "tokens"
 EMBEDDING = "embedding"
 """Part of the state: the last of these that each client has sent; without an entry it has sent none."""
 
-KNOWN = "known"
+OLD_HAS_EMBEDDING = "known"
 """In checkpoints of an earlier release, which kept all of this by place: ``(clients,)`` whether a client
-has sent any, beside ``HELD`` with a last and ``TOKENS`` with a second dimension of clients."""
+has sent any, beside ``HELD_EXPERTS`` with a last and ``TOKENS`` with a second dimension of clients."""
 
 PROJECTED = "projected"
 """``(layers, experts, r)`` mean embeddings of experts."""
@@ -151,7 +151,7 @@ class FedAMoLESettings(NamedSettings):
 
 
 @dataclass(frozen=True)
-class Known:
+class ClientRecords:
     """What the server keeps of clients and experts beside the adapter.
 
     Attributes:
@@ -268,15 +268,17 @@ class FedAMoLE(OwnMixture):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send everyone its experts, take means, let experts choose."""
         adapter = part_of(state.tensors, ADAPTER)
-        known = self._known(state, cohort.presence)
+        known = self._client_records(state, cohort.presence)
         assigned = known.assigned
         if not assigned.keys() >= set(cohort.presence.members):
             assigned = self._assigned(known, cohort, cohort.round - 1)
-        held = {client: assigned[client] for client in cohort.clients}
-        replies = yield self._exchange(cohort, adapter, held)
-        adapter = self._means(adapter, replies, held)
-        known = self._learnt(known, replies, held)
-        cohort.details["experts"] = self._details(known, replies, held, cohort.presence.enrolled)
+        assignment = {client: assigned[client] for client in cohort.clients}
+        replies = yield self._exchange(cohort, adapter, assignment)
+        adapter = self._means(adapter, replies, assignment)
+        known = self._learnt(known, replies, assignment)
+        cohort.details["experts"] = self._details(
+            known, replies, assignment, cohort.presence.enrolled
+        )
         if not cohort.last and self.settings.assignment != "static":
             assigned = self._assigned(known, cohort, cohort.round)
         gone = cohort.presence.left  # what rows of theirs have made is kept no longer
@@ -305,25 +307,27 @@ class FedAMoLE(OwnMixture):
         embeddings += 4 * len(self.layers) * self.experts * share * self._sends_shares
         return ParameterTraffic(int(size) + len(self.layers) * self.experts, int(size + embeddings))
 
-    def _known(self, state: State, presence: Presence) -> Known:
+    def _client_records(self, state: State, presence: Presence) -> ClientRecords:
         """Return who holds what and the embeddings so far."""
         own = state.tensors
         projected = own.get(PROJECTED, torch.zeros(len(self.layers), self.experts, self.rank))
-        if HELD not in own:
-            return Known(by_client(own, ASSIGNMENT), by_client(own, EMBEDDING), projected)
-        sent = by_place(own[KNOWN], 0, presence)
+        if HELD_EXPERTS not in own:
+            return ClientRecords(by_client(own, ASSIGNMENT), by_client(own, EMBEDDING), projected)
+        sent = by_place(own[OLD_HAS_EMBEDDING], 0, presence)
         tokens = by_place(own[TOKENS], 1, presence)
         tokens = {client: embedding for client, embedding in tokens.items() if sent[client]}
-        return Known(by_place(own[HELD], 2, presence), tokens, projected)
+        return ClientRecords(by_place(own[HELD_EXPERTS], 2, presence), tokens, projected)
 
-    def _exchange(self, cohort: Cohort, adapter: Tensors, held: Mapping[int, Tensor]) -> Exchange:
+    def _exchange(
+        self, cohort: Cohort, adapter: Tensors, assignment: Mapping[int, Tensor]
+    ) -> Exchange:
         most = pack(adapter, self.layers, torch.ones(len(self.layers), self.experts))
         specs = {
             name: TensorSpec(name, tuple(t.shape), t.dtype, ragged=name.startswith(EXPERTS))
             for name, t in most.items()
         }
         request = Schema(tuple(specs.values()), (LEARNING_RATE,))
-        learnt = [spec for name, spec in specs.items() if name != HELD]
+        learnt = [spec for name, spec in specs.items() if name != HELD_EXPERTS]
         size = (len(self.layers), self.rank)
         learnt.append(TensorSpec(TOKENS, size, torch.float32))
         everything = (len(self.layers) * self.experts, self.rank)
@@ -333,7 +337,7 @@ class FedAMoLE(OwnMixture):
         numbers = {"learning_rate": cohort.learning_rate}
         requests: dict[int, bytes] = {}
         counts: dict[int, dict[str, int]] = {}
-        for client, own in held.items():
+        for client, own in assignment.items():
             packed = pack(adapter, self.layers, own)
             requests[client] = encode(Payload(packed, numbers), request)
             counts[client] = {name: len(t) for name, t in packed.items()}
@@ -347,17 +351,21 @@ class FedAMoLE(OwnMixture):
                         f"tensor {name} has {len(tensor)} rows, this client's experts make {wanted[name]}"
                     )
             if self._sends_shares:
-                _check_shares(payload.tensors[SHARES], held[client])
+                _check_shares(payload.tensors[SHARES], assignment[client])
 
         reply = Schema(tuple(learnt), TRAIN_REPLY_NUMBERS, cohort.reported)
         return Exchange("train", cohort.round, request, reply, requests, check)
 
     def _means(
-        self, adapter: Tensors, replies: Sequence[Reply], held: Mapping[int, Tensor]
+        self, adapter: Tensors, replies: Sequence[Reply], assignment: Mapping[int, Tensor]
     ) -> Tensors:
         """Return unweighted means over those who sent a tensor; what nobody sent stays."""
         sent = [
-            unpack({**reply.payload.tensors, HELD: held[reply.client]}, self.layers, adapter)
+            unpack(
+                {**reply.payload.tensors, HELD_EXPERTS: assignment[reply.client]},
+                self.layers,
+                adapter,
+            )
             for reply in replies
         ]
         result = dict(adapter)
@@ -367,18 +375,22 @@ class FedAMoLE(OwnMixture):
                 result |= weighted_mean(having, [1.0] * len(having))
         return result
 
-    def _learnt(self, known: Known, replies: Sequence[Reply], held: Mapping[int, Tensor]) -> Known:
+    def _learnt(
+        self, known: ClientRecords, replies: Sequence[Reply], assignment: Mapping[int, Tensor]
+    ) -> ClientRecords:
         """Return what is known with the replies' embeddings, an expert's as the mean over its holders."""
         tokens = dict(known.tokens)
         sums = torch.zeros_like(known.projected, dtype=torch.float64)
         counts = torch.zeros(*sums.shape[:2], 1, dtype=torch.float64)
         for reply in replies:
-            own = held[reply.client].bool()
+            own = assignment[reply.client].bool()
             tokens[reply.client] = reply.payload.tensors[TOKENS]
             sums[own] += reply.payload.tensors[PROJECTED].double()
             counts[own] += 1
         means = (sums / counts.clamp(min=1)).float()
-        return Known(known.assigned, tokens, torch.where(counts > 0, means, known.projected))
+        return ClientRecords(
+            known.assigned, tokens, torch.where(counts > 0, means, known.projected)
+        )
 
     @property
     def _sends_shares(self) -> bool:
@@ -387,15 +399,15 @@ class FedAMoLE(OwnMixture):
 
     def _details(
         self,
-        known: Known,
+        known: ClientRecords,
         replies: Sequence[Reply],
-        held: Mapping[int, Tensor],
+        assignment: Mapping[int, Tensor],
         clients: Sequence[int],
     ) -> dict[str, Any]:
         """Return what the report shows: who held what in this round, how tokens spread, who is alike."""
         shares: dict[str, list[list[float]]] = {}
         for reply in replies if self._sends_shares else ():
-            counts = held[reply.client].sum(1).tolist()
+            counts = assignment[reply.client].sum(1).tolist()
             parts = torch.split(reply.payload.tensors[SHARES], counts)
             shares[str(reply.client)] = [[round(x, 3) for x in part.tolist()] for part in parts]
         alike = similarity(*self._stacked(known, clients))
@@ -404,20 +416,20 @@ class FedAMoLE(OwnMixture):
             "experts": self.experts,
             "held": {
                 str(client): [torch.nonzero(layer)[:, 0].tolist() for layer in own]
-                for client, own in held.items()
+                for client, own in assignment.items()
             },
             "shares": shares,
             "clients": list(clients),
             "similarity": [[round(x, 3) for x in row] for row in alike.tolist()],
         }
 
-    def _stacked(self, known: Known, clients: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _stacked(self, known: ClientRecords, clients: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return ``(layers, clients, r)`` embeddings, and ``(clients,)`` whether each has sent any."""
         none = torch.zeros(len(self.layers), self.rank)
         tokens = torch.stack([known.tokens.get(client, none) for client in clients], 1)
         return tokens, torch.tensor([client in known.tokens for client in clients])
 
-    def _assigned(self, known: Known, cohort: Cohort, round: int) -> dict[int, Tensor]:
+    def _assigned(self, known: ClientRecords, cohort: Cohort, round: int) -> dict[int, Tensor]:
         """Return the next assignment; clients that have sent no embeddings have drawn relevances.
 
         One is drawn for every client that ever belonged to the federation, so that a client's does not
@@ -459,17 +471,19 @@ class FedAMoLE(OwnMixture):
         result = client.train(payload.numbers["learning_rate"])
         client.store[ADAPTER] = model.read()
         client.share = whole
-        sent = pack(client.store[ADAPTER], self.layers, payload.tensors[HELD])
-        del sent[HELD]
-        sent |= self._embeddings(client, _watched(client, rows, self.layers))
+        sent = pack(client.store[ADAPTER], self.layers, payload.tensors[HELD_EXPERTS])
+        del sent[HELD_EXPERTS]
+        sent |= self._embeddings(client, _probe(client, rows, self.layers))
         return Payload(sent, {"examples": len(whole) - len(rows)}, result.metrics)
 
-    def _embeddings(self, client: Client, seen: Watched) -> Tensors:
+    def _embeddings(self, client: Client, seen: Probed) -> Tensors:
         """Return a client's mean embeddings, with noise if there is to be any."""
         count, chosen = len(self.layers), self.settings
         if chosen.embedding_noise == "none":
             means = seen.sums.sum(0) / seen.tokens.sum()
-            shares = torch.cat([hits / hits.sum() for hits in seen.hits])
+            shares = torch.cat(
+                [routed_tokens / routed_tokens.sum() for routed_tokens in seen.routed_tokens]
+            )
             return {TOKENS: means[:count], PROJECTED: means[count:], SHARES: shares}
         rng = generator(client.noise_seed, "embedding noise", client.id, client.round)
         rows = (seen.sums / seen.tokens[:, None, None]).double().numpy()
@@ -505,13 +519,13 @@ class FedAMoLE(OwnMixture):
         return np.sort(rng.choice(count, size=max(1, wanted), replace=False)).astype(np.int64)
 
 
-def _check_shares(shares: Tensor, held: Tensor) -> None:
+def _check_shares(shares: Tensor, assignment: Tensor) -> None:
     """Check that in each layer the shares of a client's experts are at least 0 and add up to 1.
 
     Raises:
         MessageError: They do not, by more than rounding.
     """
-    for layer, own in enumerate(torch.split(shares, held.sum(1).tolist())):
+    for layer, own in enumerate(torch.split(shares, assignment.sum(1).tolist())):
         if len(own) and (float(own.min()) < 0 or abs(float(own.sum()) - 1) > ROUNDING):
             raise MessageError(
                 f"shares of tokens in layer {layer} must be at least 0 and add up to 1",
@@ -528,23 +542,23 @@ def is_domain(name: str) -> bool:
     return ".experts." in name
 
 
-def pack(tensors: Tensors, layers: Sequence[str], held: Tensor) -> Tensors:
+def pack(tensors: Tensors, layers: Sequence[str], assignment: Tensor) -> Tensors:
     """Return what travels: what all have by name, and held experts in one tensor for each size of layer.
 
     Args:
         tensors: All experts, or at least those held.
         layers: Their order.
-        held: ``(layers, experts)``, not 0 where an expert goes along.
+        assignment: ``(layers, experts)``, not 0 where an expert goes along.
     """
     packed = {name: tensor for name, tensor in tensors.items() if not is_domain(name)}
     rows: dict[str, list[Tensor]] = {}
     for number, layer in enumerate(layers):
-        for expert in torch.nonzero(held[number])[:, 0].tolist():
+        for expert in torch.nonzero(assignment[number])[:, 0].tolist():
             a, b = (tensors[f"{layer}.experts.{expert}.{factor}"] for factor in "AB")
             key = f"{EXPERTS}{a.shape[1]} {b.shape[0]}"
             rows.setdefault(key, []).append(torch.cat([a.reshape(-1), b.reshape(-1)]))
     packed |= {key: torch.stack(some) for key, some in sorted(rows.items())}
-    return {**packed, HELD: held.to(torch.uint8)}
+    return {**packed, HELD_EXPERTS: assignment.to(torch.uint8)}
 
 
 def unpack(packed: Tensors, layers: Sequence[str], like: Tensors) -> Tensors:
@@ -556,7 +570,7 @@ def unpack(packed: Tensors, layers: Sequence[str], like: Tensors) -> Tensors:
     for number, layer in enumerate(layers):
         (rank, inputs), (outputs, _) = sizes[layer], widths[layer]
         key = f"{EXPERTS}{inputs} {outputs}"
-        for expert in torch.nonzero(packed[HELD][number])[:, 0].tolist():
+        for expert in torch.nonzero(packed[HELD_EXPERTS][number])[:, 0].tolist():
             row = packed[key][taken.get(key, 0)]
             taken[key] = taken.get(key, 0) + 1
             found[f"{layer}.experts.{expert}.A"] = row[: rank * inputs].reshape(rank, inputs)
@@ -565,27 +579,27 @@ def unpack(packed: Tensors, layers: Sequence[str], like: Tensors) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Probed:
     """What a client's mixture shows on some rows.
 
     Attributes:
         sums: ``(rows, layers + held experts, r)``: sums over a row's tokens of P x in each layer, then of
             A_e x of each held expert in the order of layers and ids.
         tokens: ``(rows,)``, tokens of each row.
-        hits: For each layer ``(n,)``, tokens that pass each expert.
+        routed_tokens: For each layer ``(n,)``, tokens that pass each expert.
     """
 
     sums: Tensor
     tokens: Tensor
-    hits: list[Tensor]
+    routed_tokens: list[Tensor]
 
 
-def _watched(client: Client, rows: NDArray[np.int64], layers: Sequence[str]) -> Watched:
+def _probe(client: Client, rows: NDArray[np.int64], layers: Sequence[str]) -> Probed:
     """Run some rows of a client; the sequences of a pair are one row."""
     model = client.model
     assert isinstance(model, ExpertModel), "the experiment asks for experts"
     tokens = client.share.tokens.take(rows)
-    sums, lengths, hits = [], [], []
+    sums, lengths, routed_tokens = [], [], []
     with model.watching() as seen:
         for count in passes(client, tokens):
             own = [seen[name] for name in layers]
@@ -593,9 +607,9 @@ def _watched(client: Client, rows: NDArray[np.int64], layers: Sequence[str]) -> 
             whole = torch.cat(parts, 1).cpu()
             sums.append(whole.view(tokens.width, count, *whole.shape[1:]).sum(0))
             lengths.append(own[0].tokens.cpu().view(tokens.width, -1).sum(0))
-            hits.append([layer.hits.sum(0).cpu() for layer in own])
-    return Watched(
+            routed_tokens.append([layer.routed_tokens.sum(0).cpu() for layer in own])
+    return Probed(
         torch.cat(sums),
         torch.cat(lengths),
-        [torch.stack(of).sum(0) for of in zip(*hits, strict=True)],
+        [torch.stack(of).sum(0) for of in zip(*routed_tokens, strict=True)],
     )

@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedloom.aggregation.lora import residual
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MergesFactors
+from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, BackboneAdditions
 from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.averaging import mean_adapter
 from fedloom.methods.contract.method import ADAPTERS_ALONE
@@ -28,7 +28,7 @@ class FedExLoRASettings(NamedSettings):
     name: Literal["fedex_lora"] = "fedex_lora"
 
 
-class FedExLoRA(MergesFactors):
+class FedExLoRA(BackboneAdditions):
     """Averages the factors; the backbone takes what that loses."""
 
     declares = Declaration(
@@ -50,9 +50,9 @@ class FedExLoRA(MergesFactors):
     def __init__(self, settings: FedExLoRASettings) -> None:
         """Take no settings beyond the name."""
 
-    def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
+    def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
         """Have clients train the shared adapter."""
-        return training_exchange(cohort, adapter, {MERGE_COUNT: float(merges)})
+        return training_exchange(cohort, adapter, {ADDITION_COUNT: float(additions)})
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
         """Average, and say what that loses: in the record, and as factors."""

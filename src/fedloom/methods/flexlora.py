@@ -167,7 +167,7 @@ class FlexLoRA(Method):
     def mean(
         self, replies: Sequence[Reply], adapters: Sequence[Tensors], others: Sequence[Tensors]
     ) -> Tensors:
-        """Return the mean of what is no factor, which all clients hold."""
+        """Return the mean of what is not a factor, which all clients hold."""
         return weighted_mean(others, self.weights(replies, adapters))
 
     def _note(

@@ -21,7 +21,7 @@ from fedloom.aggregation.lora import (
     without_factors,
 )
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.bases.backbone_additions import MERGE_COUNT, MERGES, MergesFactors
+from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, ADDITIONS, BackboneAdditions
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.contract.client import Client
@@ -41,7 +41,7 @@ class FLoRASettings(NamedSettings):
     name: Literal["flora"] = "flora"
 
 
-class FLoRA(MergesFactors):
+class FLoRA(BackboneAdditions):
     """Stacks the factors of all clients; begins every round with fresh ones."""
 
     declares = Declaration(
@@ -80,18 +80,18 @@ class FLoRA(MergesFactors):
             )
 
     def kept(self, adapter: Tensors) -> Tensors:
-        """Return what is no factor, such as a classification head."""
+        """Return what is not a factor, such as a classification head."""
         return without_factors(adapter)
 
-    def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
+    def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
         """Have clients train factors of their own ranks."""
-        numbers = {LEARNING_RATE.name: cohort.learning_rate, MERGES: float(merges)}
+        numbers = {LEARNING_RATE.name: cohort.learning_rate, ADDITIONS: float(additions)}
         return Exchange.broadcast(
             "train",
             cohort.round,
             cohort.clients,
             Payload(adapter, numbers),
-            Schema.of(adapter, (LEARNING_RATE, MERGE_COUNT)),
+            Schema.of(adapter, (LEARNING_RATE, ADDITION_COUNT)),
             Schema(ragged_specs(self.fresh), TRAIN_REPLY_NUMBERS, cohort.reported),
             check_ranks(self.server.ranks),
         )

@@ -260,15 +260,17 @@ class Split(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Let all clients take their steps; average in the end, and before it every few steps."""
         front = part_of(state.tensors, FRONT)
-        desk = _ServerTrainer(self, cohort, part_of(state.tensors, BACK))
+        trainer = _ServerTrainer(self, cohort, part_of(state.tensors, BACK))
         training, finished = cohort.clients, 0.0
         while training:
-            collected, paused = yield from self._leg(cohort, training, front, desk)
+            collected, paused = yield from self._segment(cohort, training, front, trainer)
             weights = [reply.payload.numbers["examples"] for reply in collected]
-            halves = [reply.payload.tensors for reply in collected]
+            parts = [reply.payload.tensors for reply in collected]
             # Who finished earlier in this round stands by what was averaged then.
-            front = _mean_with(halves, weights, front, finished)
-            desk.average({r.client: w for r, w in zip(collected, weights, strict=True)}, finished)
+            front = _mean_with(parts, weights, front, finished)
+            trainer.average(
+                {r.client: w for r, w in zip(collected, weights, strict=True)}, finished
+            )
             own = {reply.client for reply in collected}
             training = tuple(client for client in paused if client in own)
             finished += sum(
@@ -277,41 +279,41 @@ class Split(Method):
                 if reply.client not in training
             )
         self.server.model.hold(self.server.model.parameters)
-        return State(join_parts(front=front, back=desk.back))
+        return State(join_parts(front=front, back=trainer.back))
 
-    def _leg(
-        self, cohort: Cohort, training: tuple[int, ...], front: Tensors, desk: _ServerTrainer
+    def _segment(
+        self, cohort: Cohort, training: tuple[int, ...], front: Tensors, trainer: _ServerTrainer
     ) -> Generator[Exchange, list[Reply], tuple[list[Reply], tuple[int, ...]]]:
         """Hand out front halves, take steps until an average is due, and collect them.
 
         Returns:
             The front halves that came back, and who has more steps to take.
         """
-        wire, last = desk.wire, self.settings.average_every or math.inf
+        wire, last = trainer.wire, self.settings.average_every or math.inf
         replies = yield wire.start(cohort, training, front)
         trained = {reply.client for reply in replies}
         paused: tuple[int, ...] = ()
         step = 0
         while replies:
             step += 1
-            going: list[Reply] = []
-            for turn in self._turns(replies):
-                asked = {reply.client for reply in turn}
+            unfinished: list[Reply] = []
+            for group in self._groups(replies):
+                asked = {reply.client for reply in group}
                 if self.u_shape:
-                    turn = yield wire.ask_for_loss(cohort, desk.continue_with(turn))
-                learnt = desk.learn_from_loss(turn) if self.u_shape else desk.learn(turn)
+                    group = yield wire.ask_for_loss(cohort, trainer.continue_with(group))
+                learnt = trainer.learn_from_loss(group) if self.u_shape else trainer.learn(group)
                 answers: list[Reply] = []
                 if learnt:
-                    answers = yield wire.answer(cohort, learnt, desk.bounds, pause=step >= last)
-                    desk.settle(learnt, answers)
+                    answers = yield wire.answer(cohort, learnt, trainer.bounds, pause=step >= last)
+                    trainer.confirm(learnt, answers)
                 trained -= asked - {reply.client for reply in answers}
-                going += [r for r in answers if r.payload.numbers["waiting"]]
-            paused = tuple(reply.client for reply in going)
-            replies = going if step < last else []
+                unfinished += [r for r in answers if r.payload.numbers["waiting"]]
+            paused = tuple(reply.client for reply in unfinished)
+            replies = unfinished if step < last else []
         collected = yield wire.collect(cohort, tuple(sorted(trained)), front)
         return collected, paused if step >= last else ()
 
-    def _turns(self, replies: list[Reply]) -> list[list[Reply]]:
+    def _groups(self, replies: list[Reply]) -> list[list[Reply]]:
         """Return who is answered together: one back half cannot wait for two clients' words at once."""
         waits = self.u_shape or self.clips
         alone = waits and self.settings.server == "sequential"
@@ -764,7 +766,7 @@ class _ServerTrainer:
             update(copy.parameters, copy.optimizer, self.server.training)
         return [_Learnt(client, entered.grad[mask], loss, norm)]
 
-    def settle(self, learnt: Sequence[_Learnt], answers: Sequence[Reply]) -> None:
+    def confirm(self, learnt: Sequence[_Learnt], answers: Sequence[Reply]) -> None:
         """Make the steps that waited for the norms of the clients' halves, of those that answered."""
         if not self.method.clips:
             return

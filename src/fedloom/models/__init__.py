@@ -3,6 +3,6 @@
 import logging
 
 # Optional libraries that peft imports where they are installed; what they could not load and we do not
-# use is no news to a user.
+# use tells a user nothing.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)

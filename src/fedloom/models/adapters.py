@@ -743,10 +743,10 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
     """Put a saved adapter of any kind on a backbone.
 
     Raises:
-        ModelError: ``folder`` is no PEFT folder, or one for another model.
+        ModelError: ``folder`` is not a PEFT folder, or one for another model.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} is no adapter: it has no adapter_config.json")
+        raise ModelError(f"{folder} is not an adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} has no adapter_model.safetensors; pickled weights are not read")
     try:

@@ -143,7 +143,7 @@ def _about_ends(config: Any, tokenizer: Any, path: str, revision: str | None) ->
 
 
 def _about_padding(config: Any, tokenizer: Any, path: str) -> list[str]:
-    """A classifier reads the last token that is no padding, so whoever loads it has to pad alike."""
+    """A classifier reads the last token that is not padding, so whoever loads it has to pad alike."""
     named, own = getattr(text_part(config), "pad_token_id", None), tokenizer.pad_token_id
     if not isinstance(named, int) or named < 0 or named == own:
         return []
@@ -162,7 +162,7 @@ def _about_classes(config: Any, classes: tuple[str, ...], path: str) -> list[str
         return []
     return [
         f"the classifier of {path} is for {len(known)} classes ({_shown(known)}), the rows have "
-        f"{len(classes)} ({_shown(classes)}): its output layer begins anew; it is kept where "
+        f"{len(classes)} ({_shown(classes)}): its output layer starts again; it is kept where "
         "names and order are the same"
     ]
 

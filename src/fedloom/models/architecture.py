@@ -60,8 +60,8 @@ def require_causal(model: nn.Module, path: str) -> None:
         path: Its name in the message.
 
     Raises:
-        ModelError: It is no causal language model, so its loss as one would be a leak; or it does not run
-            on rows of text alone, in a batch, of any length.
+        ModelError: It is not a causal language model, so its loss as one would be a leak; or it does not
+            run on rows of text alone, in a batch, of any length.
     """
     row = _probe(model)
     other = row.clone()
@@ -81,7 +81,7 @@ def require_causal(model: nn.Module, path: str) -> None:
         ) from error
     if logits.shape[:2] != ids.shape:
         raise ModelError(
-            f"{path} is no causal language model of one text ({kind}): for {ids.shape[0]} rows of "
+            f"{path} is not a causal language model of one text ({kind}): for {ids.shape[0]} rows of "
             f"{ids.shape[1]} tokens it returns logits of shape {tuple(logits.shape)}. Take a causal "
             "language model that reads text"
         )
@@ -89,7 +89,7 @@ def require_causal(model: nn.Module, path: str) -> None:
     changed = CHANGED * first.std()
     if not (first - second).abs().max() <= changed:
         raise ModelError(
-            f"{path} is no causal language model ({kind}): what it says of a token "
+            f"{path} is not a causal language model ({kind}): what it says of a token "
             "depends on tokens that come later. Take a decoder; an encoder can be trained with "
             'objective.name = "classification"'
         )
@@ -101,7 +101,7 @@ def require_causal(model: nn.Module, path: str) -> None:
 
 
 def _require_any_length(model: Any) -> None:
-    """Run a row of a length in training that is no multiple of what the configuration may ask for."""
+    """Run a row of a length in training that is not a multiple of what the configuration may ask for."""
     lengths = [
         value
         for name, value in model.config.to_dict().items()
@@ -156,14 +156,14 @@ def adaptable_layers(model: nn.Module) -> set[str]:
         ModelError: It does not run on a row of text.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-    watched: list[tuple[str, Tensor]] = []
+    probed: list[tuple[str, Tensor]] = []
 
     def watch(name: str) -> Any:
         def add_nothing(module: Any, inputs: Any, output: Any) -> Tensor | None:
             if not _is_product(module, inputs, output):
                 return None
             nothing = torch.zeros_like(output, requires_grad=True)
-            watched.append((name, nothing))
+            probed.append((name, nothing))
             return output + nothing  # type: ignore[no-any-return]
 
         return add_nothing
@@ -173,7 +173,7 @@ def adaptable_layers(model: nn.Module) -> set[str]:
     try:
         with torch.enable_grad():
             total = _logits(model, row, training=True).sum()
-            gradients = torch.autograd.grad(total, [own for _, own in watched], allow_unused=True)
+            gradients = torch.autograd.grad(total, [own for _, own in probed], allow_unused=True)
     except Exception as error:  # a model's code raises whatever it likes
         if row.device.type == "meta":
             return {name for name, module in linear.items() if not is_router(module)}
@@ -182,7 +182,7 @@ def adaptable_layers(model: nn.Module) -> set[str]:
         for hook in hooks:
             hook.remove()
     reached = {
-        name for (name, _), gradient in zip(watched, gradients, strict=True) if gradient is not None
+        name for (name, _), gradient in zip(probed, gradients, strict=True) if gradient is not None
     }
     # Of experts that are modules of their own, a row passes some.
     kinds = {_of_any_expert(name) for name in reached}

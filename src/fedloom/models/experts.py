@@ -74,13 +74,13 @@ class Seen:
         tokens: ``(b,)``, how many.
         token: ``(b, r)`` of P x.
         experts: ``(b, n, r)`` of A_e x.
-        hits: ``(b, n)`` tokens that pass each expert.
+        routed_tokens: ``(b, n)`` tokens that pass each expert.
     """
 
     tokens: Tensor
     token: Tensor
     experts: Tensor
-    hits: Tensor
+    routed_tokens: Tensor
 
 
 class ExpertLinear(nn.Module):
@@ -133,15 +133,15 @@ class ExpertLinear(nn.Module):
         if mask is None or mask.shape != shape:
             mask = torch.ones(shape, device=z.device)
         gated = Gated.apply(z, values, mask, self.rank, self.top_k)  # type: ignore[no-untyped-call]
-        weighted, balance, hits = gated
+        weighted, balance, routed_tokens = gated
         if torch.is_grad_enabled():
             self.routing.terms.append(balance)
         if self.routing.seen is not None:
-            self._note(z, mask, hits)
+            self._note(z, mask, routed_tokens)
         beside = F.linear(weighted.T, self.up).view(*shape, self.outputs)
         return y + (self.scaling * beside).to(y.dtype)
 
-    def _note(self, z: Tensor, mask: Tensor, hits: Tensor) -> None:
+    def _note(self, z: Tensor, mask: Tensor, routed_tokens: Tensor) -> None:
         """Keep what a pass shows."""
         assert self.routing.seen is not None, "somebody watches"
         rows, real = len(mask), mask.float()
@@ -150,7 +150,7 @@ class ExpertLinear(nn.Module):
             real.sum(-1),
             sums[:, : self.rank],
             sums[:, 2 * self.rank :].reshape(rows, -1, self.rank),
-            hits.view(-1, *mask.shape).sum(-1).T,
+            routed_tokens.view(-1, *mask.shape).sum(-1).T,
         )
 
     def read(self) -> Tensors:
@@ -214,18 +214,18 @@ class Gated(torch.autograd.Function):
             gates = torch.zeros_like(chances).scatter_(0, chosen, most / whole)
         real = mask.to(chances.dtype)
         share = (real / real.sum(-1, keepdim=True)).flatten()  # a token's, in its sequence's means
-        hits = (gates > 0).to(chances.dtype)
+        routed_tokens = (gates > 0).to(chances.dtype)
         sequences = (count, *mask.shape)
-        shares = (hits * share).view(sequences).sum(-1)
+        shares = (routed_tokens * share).view(sequences).sum(-1)
         balance = count * ((chances * share).view(sequences).sum(-1) * shares).sum(0)
         source = z[rank:] if values is None else values
         weighted = source.clone()
         weighted[rank:].view_as(experts).mul_(gates.unsqueeze(1).to(z.dtype))
-        hits = hits * mask.flatten()
+        routed_tokens = routed_tokens * mask.flatten()
         ctx.save_for_backward(z, values, chances, gates, whole, share, shares)
         ctx.rank = rank
-        ctx.mark_non_differentiable(hits)
-        return weighted, balance, hits
+        ctx.mark_non_differentiable(routed_tokens)
+        return weighted, balance, routed_tokens
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, of_balance: Tensor, _: Tensor) -> Any:
@@ -447,7 +447,7 @@ def load_experts(backbone: nn.Module, folder: Path) -> tuple[nn.Module, AdapterS
             kind="experts", targets=list(named), **{name: record[name] for name in KEPT_SETTINGS}
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder} is no folder of experts, or damaged: {error}") from error
+        raise ModelError(f"{folder} is not a folder of experts, or damaged: {error}") from error
     expected = {
         f"{name}.{part}"
         for name, ids in named.items()

@@ -1,8 +1,8 @@
 """A client's model as ``transformers`` loads it: adapter merged, own head in place, tokenizer beside.
 
-Without a bottleneck adapter that is an ordinary model folder. A bottleneck is no part of any architecture
-that ``transformers`` knows, so the folder then has a file of code (``exported_modeling.py``) that needs
-``trust_remote_code=True``.
+Without a bottleneck adapter that is an ordinary model folder. A bottleneck is not part of any
+architecture that ``transformers`` knows, so the folder then has a file of code (``exported_modeling.py``)
+that needs ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def export_causal(model: AdapterModel, tokenizer: Any, folder: Path) -> bool:
     Args:
         model: A causal model; it is used up: its adapter is merged into its backbone.
         tokenizer: Saved beside.
-        folder: Where to; made if it is not there.
+        folder: Where to; made if it is not connected.
 
     Raises:
         ModelError: The adapter cannot be merged (prompt tuning, a quantised backbone), or transformers
@@ -59,7 +59,7 @@ def export_reward(model: AdapterModel, tokenizer: Any, folder: Path) -> None:
     Args:
         model: A causal model with a reward head; it is used up.
         tokenizer: Saved beside.
-        folder: Where to; made if it is not there.
+        folder: Where to; made if it is not connected.
 
     Raises:
         ModelError: There is no reward head, or the adapter cannot be merged.

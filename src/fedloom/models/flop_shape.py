@@ -375,7 +375,7 @@ def _is_stack(experts: Any) -> bool:
 
 
 def _is_router(module: Any) -> bool:
-    """Return whether a module that is no linear layer chooses experts by a matrix of weights."""
+    """Return whether a module that is not a linear layer chooses experts by a matrix of weights."""
     weight = module._parameters.get("weight")
     kind = type(module).__name__
     named = "Router" in kind or "Gate" in kind

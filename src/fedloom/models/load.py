@@ -240,7 +240,7 @@ def _require_whole(
         path: Its name in the message.
         model: As loaded.
         report: What transformers says of loading it.
-        begins: Modules that may begin anew.
+        begins: Modules that may start again.
 
     Raises:
         ModelError: Some are not there, or of another size.

@@ -145,7 +145,9 @@ def read_adapter(folder: Path, name: str) -> SavedAdapter:
         found |= {"kind": "experts", "targets": list(layers) if isinstance(layers, dict) else None}
         return SavedAdapter(name, folder, _checked(found, name), record)
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"adapter.start = {name!r}: {folder} has no {CONFIG}, so it is no adapter")
+        raise ModelError(
+            f"adapter.start = {name!r}: {folder} has no {CONFIG}, so it is not an adapter"
+        )
     record = _json(folder / CONFIG, name)
     if not (folder / PEFT_WEIGHTS).is_file():
         raise ModelError(
@@ -263,7 +265,7 @@ def hub_folder(name: str) -> Path | None:
                 found = huggingface_hub.hf_hub_download(path, file, revision=revision)
     except Exception as error:  # whatever the network or the Hub raises
         raise ModelError(
-            f"adapter.start = {name!r} is no folder here and cannot be had from the Hub: "
+            f"adapter.start = {name!r} is not a folder here and cannot be had from the Hub: "
             f"{first_line(error)}"
         ) from error
     return Path(found).parent
@@ -387,10 +389,10 @@ def _json(path: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
         record = json.loads(content)
         if not isinstance(record, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"adapter.start = {name!r}: {path} is no configuration of an adapter: {first_line(error)}"
+            f"adapter.start = {name!r}: {path} is not a configuration of an adapter: {first_line(error)}"
         ) from error
     return record
 

@@ -220,7 +220,7 @@ def compare(
 
 
 def _apart(own: Tensor, other: Tensor) -> float:
-    """Return by how much numbers differ at most; infinity where one alone is no number."""
+    """Return by how much numbers differ at most; infinity where one alone is not a number."""
     alike = (own == other) | (own.isnan() & other.isnan())
     return float((own - other).abs().masked_fill(alike, 0.0).nan_to_num(torch.inf, torch.inf).max())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.saved_models import assemble_saved
 from fedloom.runs.start import find_start, settled
 from fedloom.statistics.intervals import Interval, sample_interval
@@ -44,14 +44,14 @@ def evaluate_adapter(
         begin: Told how many rows there are; what it returns is called with those that are done.
 
     Raises:
-        ModelError: The folder is no adapter, or one for another model.
+        ModelError: The folder is not an adapter, or one for another model.
     """
     start = find_start(experiment)
     experiment = settled(experiment, start)
     reference = None
     if start is not None and experiment.reference == "start":
         reference = start.shared if isinstance(start.shared, Path) else None
-    division = divide(experiment)
+    division = partition_data(experiment)
     model, held_out = assemble_saved(experiment, division, adapter, reference)
     held_out.done = begin(len(held_out))
     metrics = held_out.score(model)

@@ -32,7 +32,7 @@ from fedloom.models.load import fingerprint
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.runs.client_models import ModelBundles, references_of
-from fedloom.runs.division import Division, judged_kind
+from fedloom.runs.division import PartitionedData, judged_kind
 from fedloom.runs.start import Start
 from fedloom.runs.token_rows import bad_rows_in_all
 from fedloom.storage.client_store import ClientStore
@@ -58,7 +58,7 @@ class RunComponents:
         max_length: Tokens of a training sequence at most.
     """
 
-    division: Division
+    division: PartitionedData
     model: AdapterModel
     encoder: TextEncoder
     initial: Tensors
@@ -79,7 +79,7 @@ class RunComponents:
 
 def assemble(
     experiment: Experiment,
-    division: Division,
+    division: PartitionedData,
     *,
     objective: Objective | None = None,
     store: ClientStore | None = None,
@@ -125,7 +125,7 @@ def assemble(
     newcomers = frozenset(experiment.clients.newcomers)
     members = 1 if method.pools_data else federation.clients - len(newcomers)
     participations = federation.rounds * min(federation.cohort_size, members) / members
-    equipment = {client: bundles.equipment(client, public) for client in train}
+    resources = {client: bundles.resources(client, public) for client in train}
     initial = own.initial
     method.setup(
         ServerSide(
@@ -173,7 +173,7 @@ def assemble(
     told = pass_warnings(
         experiment.training,
         experiment.model.quantization,
-        {client: (equipment[client].model, share) for client, share in train.items()},
+        {client: (resources[client].model, share) for client, share in train.items()},
     )
     accounts = replace(accounts, warnings=(*accounts.warnings, *told))
     if division.test and not readable:
@@ -183,7 +183,7 @@ def assemble(
             "other rows as data.test_source, or raise evaluation.max_length"
         )
     engine = SimulationEngine(
-        equipment,
+        resources,
         train,
         {**method.handlers(), EVALUATE: evaluator.handler(), JOIN: welcome.handler()},
         objective,
@@ -221,7 +221,7 @@ def assemble(
 
 def _accounted(
     experiment: Experiment,
-    division: Division,
+    division: PartitionedData,
     bundles: ModelBundles,
     public: PublicRows | None,
     held_out: HeldOut,

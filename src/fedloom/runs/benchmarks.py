@@ -301,7 +301,7 @@ def _forms_in_words(candidates: Sequence[Candidate], settings: GenerationSetting
 
 
 def model_path(model: str) -> str:
-    """Return a base model's folder or Hub name; the tiny model is made if it is not there."""
+    """Return a base model's folder or Hub name; the tiny model is made if it is not connected."""
     if model != TINY:
         return model
     return str(tiny_model(cache_folder(), pretraining_texts(generator(0, "tiny"), TINY_TEXTS)))
@@ -436,12 +436,12 @@ def _base_of(folder: Path) -> str:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder} is no adapter: it has no adapter_config.json") from None
+        raise ModelError(f"{folder} is not an adapter: it has no adapter_config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be read: {error}") from None
     model = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(model, str) or not model:
-        raise ModelError(f"{folder} does not name its base model; say --set model.path=FOLDER")
+        raise ModelError(f"{folder} does not name its base model; give --set model.path=FOLDER")
     return model
 
 

@@ -16,7 +16,7 @@ from fedloom.data.examples import Text
 from fedloom.data.templates import TEMPLATES, alpaca
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.records import prompt_of
 from fedloom.storage.run_folder import EXPERIMENT
 
@@ -56,7 +56,7 @@ def adapter_folder(path: Path) -> Path:
                 else f"its run has not ended; go on with fedloom run --resume {path}"
             )
         )
-    raise ModelError(f"{path} is no adapter: it has no {CONFIG}")
+    raise ModelError(f"{path} is not an adapter: it has no {CONFIG}")
 
 
 def run_of(path: Path) -> Path | None:
@@ -100,7 +100,7 @@ def trained_form(adapter: Path | None) -> Form | None:
         ending = after.partition("}")[2]
         return Form(template, lambda question: f"{before}{question}{ending}")
     try:
-        train = divide(experiment).loaded.train
+        train = partition_data(experiment).loaded.train
     except DataError:  # its files are elsewhere
         return None
     return form_of([prompt_of(example) for example in train[:ASKED]])

@@ -26,7 +26,7 @@ from fedloom.models.architecture import switch_dropout_off
 from fedloom.models.load import context_length
 from fedloom.models.split_model import ClientPart, check_split_point
 from fedloom.objectives.base import Objective
-from fedloom.runs.division import Division, judged_kind
+from fedloom.runs.division import PartitionedData, judged_kind
 from fedloom.runs.model_building import backbone_of, build_model, of_server, with_model
 from fedloom.runs.start import Start
 from fedloom.runs.token_rows import TokenReader
@@ -82,7 +82,7 @@ class ModelBundles:
     def __init__(
         self,
         experiment: Experiment,
-        division: Division,
+        division: PartitionedData,
         method: Method,
         objective: Objective,
         stage: Callable[[str], None],
@@ -133,7 +133,7 @@ class ModelBundles:
         self.read: dict[int, tuple[Cut, list[Untokenized]]] = {}
         self.judged: dict[int, TokenSet] = {}
         self.own: dict[int, Tensors] = {}
-        self._fronts: dict[tuple[tuple[str, int], int, bool], ClientPart] = {}
+        self._client_parts: dict[tuple[tuple[str, int], int, bool], ClientPart] = {}
 
     def warnings(self) -> list[str]:
         """Return where models, tokenizers, files and settings do not say the same; each once."""
@@ -223,7 +223,7 @@ class ModelBundles:
         }
         return {client: read[self.clients[client]][client] for client in clients}
 
-    def equipment(self, client: int, public: dict[tuple[str, int], PublicRows]) -> ClientResources:
+    def resources(self, client: int, public: dict[tuple[str, int], PublicRows]) -> ClientResources:
         """Return what a client computes with."""
         bundle = self.of_client(client)
         initial, own = bundle.initial, self._own_start(client)
@@ -245,14 +245,14 @@ class ModelBundles:
     def front(self, bundle: ModelBundle, blocks: int, *, tail: bool) -> ClientPart:
         """Return the first blocks of a kit's model with what is started from, loaded once."""
         key = (bundle.key, blocks, tail)
-        if key not in self._fronts:
-            own = _front_half(
+        if key not in self._client_parts:
+            own = _client_part(
                 self.experiment, self.division, bundle, blocks, tail=tail, empty=self.empty
             )
             if self.start is not None:
                 own.write(self.start.part(own))
-            self._fronts[key] = own
-        return self._fronts[key]
+            self._client_parts[key] = own
+        return self._client_parts[key]
 
     def client_held_out(self) -> dict[int, HeldOut]:
         """Return each client's own held-out set, where it has one, as its model reads it."""
@@ -322,9 +322,9 @@ def _require_linear(experiment: Experiment, model: AdapterModel) -> None:
         )
 
 
-def _front_half(
+def _client_part(
     experiment: Experiment,
-    division: Division,
+    division: PartitionedData,
     bundle: ModelBundle,
     cut: int,
     *,

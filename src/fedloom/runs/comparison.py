@@ -1,6 +1,6 @@
 """A fair comparison: one base experiment, a grid of objectives, methods and seeds, one budget for all.
 
-The published study this package starts from gave its arms different numbers of optimizer steps,
+The published study this package starts from gave its configurations different numbers of optimizer steps,
 different lengths and different checkpoints. Here every cell of the grid is a run of the same
 experiment with the same work per client and round, judged at the same round; what each cell really did
 is read from its ledger and shown. Cells are whole run folders: a comparison that was stopped goes on
@@ -37,7 +37,7 @@ from fedloom.methods import DEFAULT, METHODS, make_method
 from fedloom.models.load import TINY, fingerprint, load_tokenizer, require_reachable
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.observers import Silent
 from fedloom.runs.parent_process import end_with_parent
@@ -53,7 +53,7 @@ from fedloom.storage.run_folder import RunFolder, is_comparison, other_versions
 from fedloom.training.settings import AMOUNTS
 
 Overrides = dict[str, dict[str, Any]]
-"""Sections of an experiment, with the settings in which an arm differs from the base."""
+"""Sections of an experiment, with the settings in which a configuration differs from the base."""
 
 
 class LinkSettings(Settings):
@@ -69,7 +69,7 @@ class LinkSettings(Settings):
     """Floating-point operations a second that its device really does."""
 
     def contradictions(self) -> list[str]:
-        """Return what is no quantity."""
+        """Return what is not a quantity."""
         found = []
         for name, unit in LINK_UNITS.items():
             try:
@@ -91,21 +91,21 @@ class CompareSettings(Settings):
     """``[compare]``: the axes, and what is held equal."""
 
     budget: Literal["steps", "examples", "tokens", "as_set"] = "steps"
-    """What every client does equally much of in every round, in every arm: optimizer steps, examples (a
-    pair counts as the two answers it holds) or tokens. as_set: what each arm's own settings say."""
+    """The unit of work that is equal for every client, round and configuration: optimizer steps, examples
+    (a pair counts as the two answers it holds) or tokens. as_set: each configuration's own settings."""
     amount: int | None = Field(default=None, ge=1)
     """How many of them, per client and round; not with as_set."""
     per_model: bool = False
     """Whether the amount is of each model that a client trains, a batch counted once; else it is of all
     that a client computes in a round: its personal model too, and each of several steps on a batch."""
     objectives: list[str] | dict[str, Overrides] = {}
-    """Names of objectives with their defaults, or arms by name, each with the sections in which it
-    differs from the base experiment."""
+    """Names of objectives with their defaults, or configurations by name, each with the sections in which
+    it differs from the base experiment."""
     scenarios: dict[str, Overrides] = {}
     """Instead of objectives: situations by name (clients, partition, model, ...), in each of which all
     methods are weighed against each other: quality, traffic, client compute, memory, time."""
     methods: list[str] | dict[str, Overrides] = [DEFAULT]
-    """Names of methods with their defaults, or arms by name with their sections."""
+    """Names of methods with their defaults, or configurations by name with their sections."""
     judged_by: Literal["global", "clients"] = "global"
     """Of scenarios. global: the global held-out set, and what quality costs (frameworks). clients: each
     client's own held-out rows, by the model it would use (personalised methods)."""
@@ -142,7 +142,9 @@ class CompareSettings(Settings):
                 found.append(f"compare.methods {name!r}: {nearest(name, METHODS)}")
         for name in (*self.rows, *self.methods):
             if not name.replace("_", "").isalnum():
-                found.append(f"compare: arm {name!r} names a folder; use letters, digits and _")
+                found.append(
+                    f"compare: configuration {name!r} names a folder; use letters, digits and _"
+                )
         return found
 
     @property
@@ -160,8 +162,8 @@ class CompareSettings(Settings):
         return "scenarios" if self.scenarios else "objectives"
 
     @property
-    def method_arms(self) -> dict[str, Overrides]:
-        """Every method arm with its sections."""
+    def method_configurations(self) -> dict[str, Overrides]:
+        """Every configuration of the method axis with its sections."""
         if isinstance(self.methods, dict):
             return self.methods
         return {name: {"method": {"name": name}} for name in self.methods}
@@ -172,8 +174,8 @@ class GridRun:
     """One run of the grid.
 
     Attributes:
-        objective: Name of its objective arm, or of its scenario.
-        method: Name of its method arm.
+        objective: Name of its configuration on the objective axis, or of its scenario.
+        method: Name of its configuration on the method axis.
         seed: Its seed.
         experiment: All of its settings.
     """
@@ -196,13 +198,13 @@ class Comparison:
     Attributes:
         name: The file's name without its ending.
         settings: The axes and the budget.
-        cells: Every run, in the order objective, method, seed.
+        grid_runs: Every run, in the order objective, method, seed.
         table: The file as it was read, for the record.
     """
 
     name: str
     settings: CompareSettings
-    cells: tuple[GridRun, ...]
+    grid_runs: tuple[GridRun, ...]
     table: Mapping[str, Any]
 
 
@@ -223,7 +225,7 @@ class CompareObserver(Protocol):
         """
         ...
 
-    def cell_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+    def run_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
         """A run has ended well."""
         ...
 
@@ -261,15 +263,15 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
         SettingsError: With every mistake, each said once.
     """
     if COMPARE not in table:
-        raise SettingsError([f"[{COMPARE}] is missing: which arms and seeds?"], place)
+        raise SettingsError([f"[{COMPARE}] is missing: name the configurations and seeds"], place)
     base = {section: value for section, value in table.items() if section != COMPARE}
     settings, problems = parse(CompareSettings, table[COMPARE], COMPARE)
     problems += settings.contradictions() if settings else []
     if settings is None or problems:
         raise SettingsError(problems, place)
-    cells = []
+    grid_runs = []
     for objective, sections in settings.rows.items():
-        for method, more in settings.method_arms.items():
+        for method, more in settings.method_configurations.items():
             for seed in settings.seeds:
                 merged = _merged(base, sections, more, {"federation": {"seed": seed}})
                 try:
@@ -279,32 +281,35 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
                             ['compare.judged_by = "clients" needs evaluation.per_client']
                         )
                 except SettingsError as error:
-                    problems += [f"arm {objective}-{method}: {text}" for text in error.problems]
+                    problems += [
+                        f"configuration {objective}-{method}: {text}" for text in error.problems
+                    ]
                     break
-                cells.append(GridRun(objective, method, seed, experiment))
-    problems += _unlike_rows(cells)
+                grid_runs.append(GridRun(objective, method, seed, experiment))
+    problems += _unlike_rows(grid_runs)
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)), place)
-    return Comparison(name, settings, tuple(cells), table)
+    return Comparison(name, settings, tuple(grid_runs), table)
 
 
-def _unlike_rows(cells: Iterable[GridRun]) -> list[str]:
-    """Return arms that train on rows which others of their row of the grid hold out."""
+def _unlike_rows(grid_runs: Iterable[GridRun]) -> list[str]:
+    """Return configurations that train on rows which others in their row of the grid hold out."""
     found = []
-    for objective, group in groupby(cells, key=lambda cell: cell.objective):
+    for objective, group in groupby(grid_runs, key=lambda grid_run: grid_run.objective):
         arms = [
-            (cell.method, cell.experiment)
-            for cell in group
-            if cell.experiment.partition.client_test_fraction
+            (grid_run.method, grid_run.experiment)
+            for grid_run in group
+            if grid_run.experiment.partition.client_test_fraction
         ]
         holding = [method for method, experiment in arms if experiment.judges_clients]
         for method, experiment in arms:
             partly = not METHODS[experiment.method.name][1].whole_at_clients
             if holding and partly and experiment.evaluation.per_client:
                 found.append(
-                    f"arm {objective}-{method}: clients of a split model are judged by no rows of their "
+                    f"configuration {objective}-{method}: clients of a split model are judged by no rows "
+                    "of their "
                     f"own and train on all, and those of {objective}-{holding[0]} hold some out: set "
-                    "evaluation.per_client = false for all arms"
+                    "evaluation.per_client = false for all configurations"
                 )
     return found
 
@@ -334,33 +339,35 @@ def compare(
         OutputError: The folder holds another comparison, or another process writes there.
         CheckpointError: What is done was done with other rows, or another model, than there are now.
         DataError: The data cannot be read.
-        ModelError: The model is not there, or what an arm starts from is not, or has changed.
+        ModelError: The model is not there, or the start of a configuration is not, or has changed.
         FedloomError: Some runs failed; the others are done and kept.
     """
     folder = folder or Path("comparisons") / comparison.name
-    comparison = replace(comparison, cells=tuple(map(_settled, comparison.cells)))
+    comparison = replace(comparison, grid_runs=tuple(map(_resolved, comparison.grid_runs)))
     with contextlib.ExitStack() as held:
         known = is_comparison(folder)  # else nothing is left there by what is refused
         if known:
             held.enter_context(RunFolder(folder).locked())
-        waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
+        waiting = [grid_run for grid_run in comparison.grid_runs if not _is_done(folder, grid_run)]
         if waiting and observer is not None:
-            observer.stage("checking data and models of every arm")
+            observer.stage("checking data and models of every configuration")
         _check_reachable(waiting)
         if not known:
             _make(folder)
             held.enter_context(RunFolder(folder).locked())
-            waiting = [cell for cell in comparison.cells if not _is_done(folder, cell)]
-        left = {cell.name for cell in waiting}
-        done = [cell for cell in comparison.cells if left and cell.name not in left]
+            waiting = [
+                grid_run for grid_run in comparison.grid_runs if not _is_done(folder, grid_run)
+            ]
+        left = {grid_run.name for grid_run in waiting}
+        done = [grid_run for grid_run in comparison.grid_runs if left and grid_run.name not in left]
         _require_same_rows(folder, done)
         _write_record(folder, comparison)
         workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
         if observer is not None:
             observer.begin(comparison, len(waiting), workers, partial(_how_far, folder, waiting))
-            for text in unread_in_all(cell.experiment for cell in comparison.cells):
+            for text in unread_in_all(grid_run.experiment for grid_run in comparison.grid_runs):
                 observer.warning(text)
-            for text in _other_versions(folder, done, len(comparison.cells)):
+            for text in _other_versions(folder, done, len(comparison.grid_runs)):
                 observer.warning(text)
         return _run_waiting(comparison, waiting, folder, workers, observer)
 
@@ -381,7 +388,7 @@ def _run_waiting(
             if outcome.error is not None:
                 failed[outcome.name] = outcome.error
             elif observer is not None:
-                observer.cell_done(outcome.name, outcome.metric, outcome.value, count, len(waiting))
+                observer.run_done(outcome.name, outcome.metric, outcome.value, count, len(waiting))
             if observer is not None:
                 for text in outcome.warnings:
                     observer.warning(f"{outcome.name}: {text}")
@@ -406,18 +413,18 @@ def _run_waiting(
     return folder
 
 
-def _settled(cell: GridRun) -> GridRun:
+def _resolved(grid_run: GridRun) -> GridRun:
     """Return a cell with the settings of the adapter that it starts from.
 
     Raises:
         SettingsError: It says otherwise.
     """
     try:
-        start = find_start(cell.experiment)
-        return replace(cell, experiment=settled(cell.experiment, start))
+        start = find_start(grid_run.experiment)
+        return replace(grid_run, experiment=settled(grid_run.experiment, start))
     except SettingsError as error:
-        arm = f"arm {cell.objective}-{cell.method}"
-        raise SettingsError([f"{arm}: {text}" for text in error.problems]) from None
+        configuration = f"configuration {grid_run.objective}-{grid_run.method}"
+        raise SettingsError([f"{configuration}: {text}" for text in error.problems]) from None
 
 
 @dataclass
@@ -441,24 +448,29 @@ class _Collecting(Silent):
 
 
 def _outcomes(
-    cells: list[GridRun], folder: Path, workers: int, *, by_clients: bool
+    grid_runs: list[GridRun], folder: Path, workers: int, *, by_clients: bool
 ) -> Iterator[_Outcome]:
     jobs = [
-        (cell.name, cell.experiment.to_table(), str(folder / names.RUNS / cell.name), by_clients)
-        for cell in cells
+        (
+            grid_run.name,
+            grid_run.experiment.to_table(),
+            str(folder / names.RUNS / grid_run.name),
+            by_clients,
+        )
+        for grid_run in grid_runs
     ]
     if workers == 1:
-        yield from (_run_cell(*job) for job in jobs)
+        yield from (_run_one(*job) for job in jobs)
         return
     # spawn: a forked child of a process that has used torch's threads may hang. Jobs are handed out one
     # by one: what a pool has queued cannot be taken back when the user stops.
     waiting = iter(jobs)
     with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-        running = {pool.submit(_run_cell, *job) for job in islice(waiting, workers)}
+        running = {pool.submit(_run_one, *job) for job in islice(waiting, workers)}
         try:
             while running:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(_run_cell, *job) for job in islice(waiting, len(ended))}
+                running |= {pool.submit(_run_one, *job) for job in islice(waiting, len(ended))}
                 yield from (future.result() for future in ended)
         except Terminated:
             for worker in active_children():  # Ctrl-C in a terminal reaches them by itself
@@ -467,7 +479,7 @@ def _outcomes(
             raise
 
 
-def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
+def _run_one(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
     """Run or continue one cell; whatever goes wrong in it is told, not raised."""
     observer = _Collecting()
     known = set(unread_settings(Experiment.from_table(table)).values())  # told of the comparison
@@ -491,52 +503,56 @@ def _run_cell(name: str, table: dict[str, Any], path: str, by_clients: bool) -> 
     return _Outcome(name, metric, value, warnings=told)
 
 
-def _check_reachable(cells: Sequence[GridRun]) -> None:
-    """Read each arm's data and build its models without weights once, before anything runs.
+def _check_reachable(grid_runs: Sequence[GridRun]) -> None:
+    """Read each configuration's data and build its models without weights, before any run starts.
 
     Raises:
-        DataError: The data cannot be read or divided as an arm asks.
-        ModelError: A model is not there, or cannot be used as an arm asks.
+        DataError: The data cannot be read or partitioned as a configuration asks.
+        ModelError: A model is missing, or cannot be used as a configuration asks.
     """
-    arms = {_reads(cell): cell.experiment for cell in reversed(cells)}
-    for path, revision in {(e.model.path, e.model.revision) for e in arms.values()}:
+    experiments = {_reads(grid_run): grid_run.experiment for grid_run in reversed(grid_runs)}
+    for path, revision in {(e.model.path, e.model.revision) for e in experiments.values()}:
         if path != TINY:
             load_tokenizer(path, revision)
-    for experiment in arms.values():
-        divide(experiment)
-    for experiment in {cell.method: cell.experiment for cell in reversed(cells)}.values():
-        assemble(experiment, divide(experiment), empty=True)
+    for experiment in experiments.values():
+        partition_data(experiment)
+    for experiment in {
+        grid_run.method: grid_run.experiment for grid_run in reversed(grid_runs)
+    }.values():
+        assemble(experiment, partition_data(experiment), empty=True)
 
 
 def require_readable(comparison: Comparison) -> None:
-    """Check that the files and the models' folders of every arm are there; nothing is read.
+    """Check that the files and model folders of every configuration exist; nothing is read.
 
     Raises:
         DataError: A data file is not there or cannot be opened.
         ModelError: A model's folder is none.
     """
-    for experiment in {_reads(cell): cell.experiment for cell in comparison.cells}.values():
+    for experiment in {
+        _reads(grid_run): grid_run.experiment for grid_run in comparison.grid_runs
+    }.values():
         require_files(experiment.data)
-    for path in {cell.experiment.model.path for cell in comparison.cells}:
+    for path in {grid_run.experiment.model.path for grid_run in comparison.grid_runs}:
         require_reachable(path)
 
 
-def _reads(cell: GridRun) -> tuple[str, str]:
+def _reads(grid_run: GridRun) -> tuple[str, str]:
     """Return what tells cells apart that read other data: public rows are the method's."""
-    needs_public = METHODS[cell.experiment.method.name][1].needs_public
-    return cell.objective, cell.method if needs_public else ""
+    needs_public = METHODS[grid_run.experiment.method.name][1].needs_public
+    return grid_run.objective, grid_run.method if needs_public else ""
 
 
-def _is_done(folder: Path, cell: GridRun) -> bool:
+def _is_done(folder: Path, grid_run: GridRun) -> bool:
     """Return whether a cell's run is finished.
 
     Raises:
         OutputError: Its folder holds a run of other settings.
     """
-    path = folder / names.RUNS / cell.name
+    path = folder / names.RUNS / grid_run.name
     if not (path / names.EXPERIMENT).is_file():
         return False
-    left, right = (e.to_table() for e in (_saved(path), cell.experiment))
+    left, right = (e.to_table() for e in (_saved(path), grid_run.experiment))
     different = [s for s in left if s not in ("name", "output") and left[s] != right[s]]
     if different:
         raise OutputError(
@@ -544,7 +560,7 @@ def _is_done(folder: Path, cell: GridRun) -> bool:
             "folder with --to, or delete that one"
         )
     known = (RunFolder(path).read_json(names.RUN) or {}).get("start") or {}
-    start = find_start(cell.experiment) if known else None
+    start = find_start(grid_run.experiment) if known else None
     if start is not None and start.digests() != known["sha256"]:
         raise OutputError(
             f"{path} holds a run that started from adapter.start = {start.name!r} as it was before it "
@@ -563,20 +579,20 @@ def _saved(path: Path) -> Experiment:
 def _require_same_rows(folder: Path, done: Sequence[GridRun]) -> None:
     """Check that the runs which are left will read the rows and the model of those that are done.
 
-    Seeds of an arm share theirs: one of each is looked at.
+    The seeds of a configuration share data and model, so one of them is checked.
 
     Raises:
         CheckpointError: They will not.
     """
-    first = {_reads(cell): cell for cell in reversed(done)}
+    first = {_reads(grid_run): grid_run for grid_run in reversed(done)}
     models: dict[str, str] = {}
-    for cell in first.values():
-        path = folder / names.RUNS / cell.name
+    for grid_run in first.values():
+        path = folder / names.RUNS / grid_run.name
         run = RunFolder(path).read_json(names.RUN) or {}
-        model = of_server(cell.experiment).model.path
+        model = of_server(grid_run.experiment).model.path
         if model not in models:
             models[model] = fingerprint(model_folder(model))
-        now = {"data": divide(cell.experiment).loaded.digest, "model": models[model]}
+        now = {"data": partition_data(grid_run.experiment).loaded.digest, "model": models[model]}
         before = {
             "data": run.get("data", {}).get("digest"),
             "model": run.get("model", {}).get("sha256"),
@@ -584,7 +600,8 @@ def _require_same_rows(folder: Path, done: Sequence[GridRun]) -> None:
         for what, digest in now.items():
             if (old := before[what]) is not None and old != digest:
                 raise CheckpointError(
-                    f"the {what} of arm {cell.objective}-{cell.method} changed since {path} was run "
+                    f"the {what} of configuration {grid_run.objective}-{grid_run.method} changed since "
+                    f"{path} was run "
                     f"(SHA-256 {old[:12]}, now {digest[:12]}), and runs that differ in that cannot be "
                     "compared: put it back, or give another folder with --to"
                 )
@@ -593,25 +610,25 @@ def _require_same_rows(folder: Path, done: Sequence[GridRun]) -> None:
 def _other_versions(folder: Path, done: Sequence[GridRun], of: int) -> list[str]:
     """Say which runs were made with other versions than those that are left will be."""
     found: Counter[str] = Counter()
-    for cell in done:
-        run = RunFolder(folder / names.RUNS / cell.name).read_json(names.RUN)
+    for grid_run in done:
+        run = RunFolder(folder / names.RUNS / grid_run.name).read_json(names.RUN)
         found[", ".join(other_versions(run, versions())) if run else ""] += 1
     return [
         f"{count} of {of} runs were made with other versions than those that are left will be: {text}; "
-        "arms may differ for that alone"
+        "configurations may differ for that alone"
         for text, count in found.items()
         if text
     ]
 
 
-def _how_far(folder: Path, cells: Iterable[GridRun]) -> tuple[int, int]:
+def _how_far(folder: Path, grid_runs: Iterable[GridRun]) -> tuple[int, int]:
     """Return how many rounds of runs are done and how many there are, that of the start among them."""
     done = of = 0
-    for cell in cells:
+    for grid_run in grid_runs:
         with contextlib.suppress(OSError):
-            path = folder / names.RUNS / cell.name / names.ROUNDS
+            path = folder / names.RUNS / grid_run.name / names.ROUNDS
             done += path.read_bytes().count(b"\n") if path.is_file() else 0
-        of += cell.experiment.federation.rounds + 1
+        of += grid_run.experiment.federation.rounds + 1
     return done, of
 
 
@@ -636,10 +653,10 @@ def _write_record(folder: Path, comparison: Comparison) -> None:
             "kind": comparison.settings.kind,
             "links": {name: asdict(own.link()) for name, own in comparison.settings.links.items()},
             "objectives": list(comparison.settings.rows),
-            "methods": list(comparison.settings.method_arms),
+            "methods": list(comparison.settings.method_configurations),
             "cells": [
                 {"name": c.name, "objective": c.objective, "method": c.method, "seed": c.seed}
-                for c in comparison.cells
+                for c in comparison.grid_runs
             ],
         },
     )
@@ -674,9 +691,9 @@ def _budgeted(table: dict[str, Any], settings: CompareSettings) -> dict[str, Any
 
 
 def _trains_more_than_once(table: Mapping[str, Any]) -> bool:
-    """Return whether a client of an arm trains several models in a round, or steps again on a batch.
+    """Return whether a client trains several models in a round, or repeats steps on a batch.
 
-    Mistakes in the arm's settings are told by the experiment that is made of it.
+    Mistakes in the settings are reported when the experiment is built from them.
     """
     sections = {name: table[name] for name in ("method", "federation") if name in table}
     try:
@@ -691,7 +708,7 @@ def _default_workers(comparison: Comparison) -> int:
     """One process a core where each uses one thread; a GPU is not shared."""
     import torch
 
-    training = comparison.cells[0].experiment.training
+    training = comparison.grid_runs[0].experiment.training
     on_cpu = training.device == "cpu" or (
         training.device == "auto" and not torch.cuda.is_available()
     )

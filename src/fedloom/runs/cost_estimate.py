@@ -25,7 +25,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.split_model import ClientPart
 from fedloom.randomness import generator
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.start import find_start, settled
 from fedloom.training.layout import Budget, budget_of
 from fedloom.training.memory import client_memory
@@ -85,7 +85,7 @@ def advise(
         stage(f"counting {name}")
         try:
             variant = replace(experiment, **changes)
-            parts = assemble(variant, divide(variant), empty=True)
+            parts = assemble(variant, partition_data(variant), empty=True)
         except FedloomError as error:
             if framework == FEDLLM:
                 raise
@@ -112,14 +112,14 @@ def recommend(options: list[Estimate]) -> str:
     chosen = quick[0] if quick else fastest
     if quick:
         why = (
-            "it fits, no other round is much shorter, and it trains one model on everybody's rows "
+            "it fits, no other round is much shorter, and it trains one model on all clients' rows "
             "without public data"
         )
     elif whole:
         slower = min(option.seconds for option in whole) / fastest.seconds
         why = f"its round is the shortest; FedLLM's takes {slower:.1f} times as long"
     else:
-        why = "the whole model does not fit on a client, and of what fits its round is the shortest"
+        why = "the whole model does not fit on a client, and its round is the shortest of those that fit"
     text = f"Try {chosen.name} first: {why}."
     if chosen.remark:
         text += f" {chosen.remark}"
@@ -160,7 +160,7 @@ def _option(
     traffic = parts.method.traffic(parts.initial)
     worst: Estimate | None = None
     for client, share in parts.local.shares.items():
-        model = parts.local.equipment[client].model
+        model = parts.local.resources[client].model
         done, own_flops = _own_rows(experiment, client, share, model, parts)
         flops = parts.method.compute(_FirstRound(client, parts, own_flops))
         sent = traffic.of_round(done)
@@ -205,8 +205,8 @@ class _FirstRound:
     def __init__(self, client: int, parts: RunComponents, own: float) -> None:
         self.client, self.seed = client, parts.local.seed
         self.training = parts.local.training
-        equipment = parts.local.equipment[client]
-        self.public, self._model, self._own = equipment.public, equipment.model, own
+        resources = parts.local.resources[client]
+        self.public, self._model, self._own = resources.public, resources.model, own
 
     def own_rows(self) -> float:
         return self._own

@@ -50,7 +50,7 @@ from fedloom.randomness import derive_seed, generator
 from fedloom.settings.plugins import Choices
 
 UNROLLED = "pairs as two single answers"
-DEALT_ANEW = 'answers dealt anew (partition.feedback = "spread")'
+PARTITIONED_ANEW = 'answers redistributed (partition.feedback = "spread")'
 SHOWN_PAIRS = 3
 """Near-duplicates that are named."""
 
@@ -72,7 +72,7 @@ def own_source(settings: DataSettings) -> str | None:
 
 
 @dataclass(frozen=True)
-class Division:
+class PartitionedData:
     """Who holds which rows, before any model is loaded.
 
     Attributes:
@@ -122,13 +122,13 @@ class OwnRows:
     classes: tuple[str, ...] | None
 
 
-def divide(
+def partition_data(
     experiment: Experiment,
     source: DataSource | None = None,
     objective: Objective | None = None,
     *,
     own: OwnRows | None = None,
-) -> Division:
+) -> PartitionedData:
     """Read the data and deal it to the clients.
 
     Args:
@@ -161,7 +161,7 @@ def divide(
     elif by_files:
         pools = {client: read.train for client, read in files.items()}
     else:
-        pools = _dealt(experiment, loaded)
+        pools = _partitioned(experiment, loaded)
     sides = _sides(experiment, loaded, pools, public, apart=by_files)
     train = {c: [pools[c][i] for i in kept] for c, kept in sides.trained.items()}
     held_out = {c: [pools[c][i] for i in aside] for c, aside in sides.held_out.items()}
@@ -183,7 +183,7 @@ def divide(
     if accounts.test is not None:
         over = {OVER_MOST: len(loaded.test) - len(test)}
         accounts = replace(accounts, test=accounts.test.dropping(over, judged=len(test)))
-    division = Division(
+    division = PartitionedData(
         loaded,
         answers,
         {c: _judged(rows, experiment) for c, rows in held_out.items()},
@@ -213,7 +213,7 @@ def judged_kind(experiment: Experiment, kind: str) -> str:
     return "answer" if experiment.evaluation.judged_by == "rouge_l" else kind
 
 
-def only(division: Division, client: int) -> Division:
+def only(division: PartitionedData, client: int) -> PartitionedData:
     """Return what is one client's of a division."""
     return replace(
         division,
@@ -337,7 +337,7 @@ def _with_public(
     return loaded, as_task(public, classes, labelled=settings.labelled), account
 
 
-def _dealt(experiment: Experiment, loaded: LoadedData) -> dict[int, list[Example]]:
+def _partitioned(experiment: Experiment, loaded: LoadedData) -> dict[int, list[Example]]:
     """Return the rows that each client is dealt; none where clients elsewhere have their own."""
     count, seed = experiment.federation.clients, experiment.federation.seed
     if experiment.data.is_private:
@@ -441,7 +441,7 @@ def _accounts(
         pairs = 0
         if answers is not train:
             pairs = sum(isinstance(row, Preference) for row in rows)
-        made = {UNROLLED: pairs, DEALT_ANEW: len(answers[client]) - len(rows) - pairs}
+        made = {UNROLLED: pairs, PARTITIONED_ANEW: len(answers[client]) - len(rows) - pairs}
         account = read or Account(len(pools[client]))
         clients[client] = account.dropping(
             dropped,
@@ -542,7 +542,7 @@ def _overlaps(
 
 
 def _near(
-    division: Division,
+    division: PartitionedData,
     train: Mapping[int, Sequence[Example]],
     held_out: Mapping[int, Sequence[Example]],
     test: Sequence[Example],
@@ -569,7 +569,7 @@ def _near(
     ]
 
 
-def _shown_place(division: Division, client: int, row: Example) -> str:
+def _shown_place(division: PartitionedData, client: int, row: Example) -> str:
     return placed(*division.place(client, row.row))
 
 

@@ -12,7 +12,7 @@ from fedloom.models.card import Facts, base_facts, describe
 from fedloom.models.export import export_causal, export_reward
 from fedloom.models.saved import FACTS
 from fedloom.objectives import OBJECTIVES
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.model_building import client_base, model_folder, of_server
 from fedloom.runs.model_cards import UNKNOWN_PROMPT, evaluation_facts, facts_of
 from fedloom.runs.saved_models import load_saved
@@ -59,7 +59,7 @@ def export(
         reward: Write the explicit reward head as a model that scores texts instead.
 
     Raises:
-        OutputError: It is no run folder, has no such model, or the target is not empty.
+        OutputError: It is not a run folder, has no such model, or the target is not empty.
         ModelError: The model cannot be had, or has no such head.
         VerificationError: What was written, loaded again, is not the model that was merged.
     """
@@ -67,7 +67,7 @@ def export(
     folder = RunFolder(run)
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
     classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
-    classes = divide(experiment).classes if classification else ()
+    classes = partition_data(experiment).classes if classification else ()
     encoder, model = load_saved(experiment, classes, adapter)
     tokenizer = encoder.tokenizer
     check = ExportCheck(experiment, model, reward=reward) if experiment.output.verify else None
@@ -117,7 +117,7 @@ def places_of(
     """Return the adapter that is meant, and the folder that the model goes to; see :func:`export`.
 
     Raises:
-        OutputError: It is no run folder, has no such model, or the target is not empty.
+        OutputError: It is not a run folder, has no such model, or the target is not empty.
     """
     folder = RunFolder.existing(run)
     adapter = _adapter_of(folder, client)

@@ -22,13 +22,13 @@ def forget_client(path: Path, client: int) -> int:
         The number of places it was deleted from.
 
     Raises:
-        OutputError: It is no run folder, its run is under way, it holds nothing of the client, or a file
-            cannot be deleted.
+        OutputError: It is not a run folder, its run is under way, it holds nothing of the client, or a
+            file cannot be deleted.
     """
     folder = RunFolder.existing(path)
     if not folder.is_begun:
         raise OutputError(
-            f"{path} holds nothing that client {client} keeps: no run was begun there"
+            f"{path} holds no store or model of client {client}: no run was begun there"
         )
     with folder.locked():
         found = checkpoint.forget(folder.checkpoints, client)
@@ -43,5 +43,5 @@ def forget_client(path: Path, client: int) -> int:
                         raise OutputError(f"cannot delete {place}: {error.strerror}") from error
                     found += 1
     if not found:
-        raise OutputError(f"{path} holds nothing that client {client} keeps")
+        raise OutputError(f"{path} holds no store or model of client {client}")
     return found

@@ -47,7 +47,7 @@ from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
 from fedloom.reports import row_account
 from fedloom.runs.assembly import RunComponents
-from fedloom.runs.division import Division
+from fedloom.runs.division import PartitionedData
 from fedloom.runs.made_with import MadeWith, plugins_record
 from fedloom.runs.model_building import of_server
 from fedloom.runs.start import Start
@@ -162,7 +162,7 @@ def start_record(
 
 def _tokens_per_pass(experiment: Experiment, parts: RunComponents) -> int | None:
     """Return the tokens of a pass, ``None`` where examples are counted or models have other numbers."""
-    models = [parts.model, *(own.model for own in parts.local.equipment.values())]
+    models = [parts.model, *(own.model for own in parts.local.resources.values())]
     found = {tokens_per_pass(experiment.training, model) for model in models}
     return found.pop() if len(found) == 1 else None
 
@@ -171,7 +171,7 @@ def _client_memory(experiment: Experiment, parts: RunComponents) -> float | None
     """Return bytes that training takes on the client that needs most, derived, if it is known here."""
     engine, quantization = parts.local, experiment.model.quantization
     needed = [
-        client_memory(engine.equipment[client].model, share, experiment.training, quantization)
+        client_memory(engine.resources[client].model, share, experiment.training, quantization)
         for client, share in engine.shares.items()
     ]
     return max(needed, default=None)
@@ -183,7 +183,7 @@ def _role(method: Method) -> dict[str, object]:
     return {"title": own.title, "kind": own.role, "reference": own.reference}
 
 
-def _feedback_record(experiment: Experiment, division: Division) -> dict[str, Any] | None:
+def _feedback_record(experiment: Experiment, division: PartitionedData) -> dict[str, Any] | None:
     """Return what became of pairs; the counts are of the rows as they were dealt, not as planned."""
     deal = division.feedback
     if deal is None:
@@ -208,7 +208,7 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in ("fedloom", *PACKAGES)}
 
 
-def fingerprint(experiment: Experiment, division: Division, made: MadeWith) -> str:
+def fingerprint(experiment: Experiment, division: PartitionedData, made: MadeWith) -> str:
     """SHA-256 over everything that shapes the results, except the model's weights (checked apart)."""
     table = experiment.to_table()
     del table["output"], table["name"]
@@ -220,7 +220,7 @@ def fingerprint(experiment: Experiment, division: Division, made: MadeWith) -> s
 
 def partition_record(
     experiment: Experiment,
-    division: Division,
+    division: PartitionedData,
     sizes: Mapping[int, int] | None = None,
     held_out: Mapping[int, int] | None = None,
 ) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def partition_record(
         held_out: Rows that each says it is judged by, where clients alone know them.
     """
     shares = division.shares
-    if sizes is not None and held_out is not None and not _are_dealt(division, sizes):
+    if sizes is not None and held_out is not None and not _are_partitioned(division, sizes):
         return {
             "kind": "own",
             "column": None,
@@ -264,7 +264,7 @@ def partition_record(
     }
 
 
-def _are_dealt(division: Division, sizes: Mapping[int, int]) -> bool:
+def _are_partitioned(division: PartitionedData, sizes: Mapping[int, int]) -> bool:
     """Return whether clients elsewhere hold the rows that were dealt here."""
     return bool(division.train) and all(
         client in division.train and len(division.train[client]) == rows
@@ -338,7 +338,7 @@ def round_record(
             {"client": client, "name": title(client), "reason": why}
             for client, why in record.rejected.items()
         ],
-        "offences": [offence.to_record() for offence in record.offences],
+        "offences": [violation.to_record() for violation in record.offences],
         "replaced": list(record.replaced),
         "absent": [
             {
@@ -419,7 +419,7 @@ def _evaluation_record(
     return {"global": dict(evaluation.metrics), **found_rows, "clients": clients}
 
 
-def newcomers_record(
+def unseen_clients_record(
     joined: Mapping[int, Mapping[str, float]], headline: PrimaryMetric
 ) -> dict[str, Any]:
     """Return what clients that joined at the end were judged by, before and after their own steps."""

@@ -12,7 +12,7 @@ from fedloom.data.loading import LoadedData
 from fedloom.display.untrusted_text import named
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.records import account_tables, partition_record, partition_table
 
@@ -29,7 +29,7 @@ def show_partition(experiment: Experiment, picture: Path) -> Shown:
     """Return what each client holds and what became of every row, and write the picture of the former."""
     from fedloom.reports.figures import partition_svg
 
-    division = divide(experiment)
+    division = partition_data(experiment)
     record = partition_record(experiment, division)
     try:
         picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")

@@ -34,10 +34,10 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unread import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.engine import RemoteEngine, RunDescription
-from fedloom.federation.offences import of_rounds
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
+from fedloom.federation.violations import of_rounds
 from fedloom.methods import METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import require_reachable
@@ -45,7 +45,7 @@ from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.made_with import MadeWith, require_same_plugins
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.model_cards import ModelCards
@@ -54,7 +54,6 @@ from fedloom.runs.records import (
     SIMULATION,
     answers_of,
     fingerprint,
-    newcomers_record,
     partition_record,
     prompt_of,
     round_record,
@@ -63,6 +62,7 @@ from fedloom.runs.records import (
     summary_record,
     summary_text,
     tools_of,
+    unseen_clients_record,
     versions,
 )
 from fedloom.runs.result import Result
@@ -85,7 +85,7 @@ from fedloom.storage import checkpoint
 from fedloom.storage import run_folder as names
 from fedloom.storage.checkpoint import Checkpoint
 from fedloom.storage.client_store import ClientStore
-from fedloom.storage.files import sweep
+from fedloom.storage.files import remove_temporary
 from fedloom.storage.run_folder import Record, RunFolder, other_versions
 from fedloom.tensors import State, Tensors
 from fedloom.training.optimizers import round_learning_rate
@@ -114,7 +114,7 @@ def run_experiment(
             trackers = _open_trackers(experiment, folder)
             observer.stage("reading data")
             _require_rows(experiment, remote)
-            division = divide(experiment, data, objective)
+            division = partition_data(experiment, data, objective)
             say_layouts(division.loaded, observer)
             if start is not None:
                 _require_base(experiment, start, observer)
@@ -129,8 +129,8 @@ def run_experiment(
             )
             for text in unread_settings(experiment).values():
                 observer.warning(text)
-            _tell_rows(parts, observer)
-            _tell_start(experiment, parts.objective, observer)
+            _report_rows(parts, observer)
+            _report_start(experiment, parts.objective, observer)
             log = AuditLog(folder.path / audit_log.FILE)
             made = MadeWith(objective, data)
             for text in made.warnings:
@@ -174,7 +174,7 @@ def resume_run(
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
-        OutputError: ``path`` is no run folder.
+        OutputError: ``path`` is not a run folder.
     """
     observer = observer or Silent()
     folder = RunFolder.existing(path)
@@ -185,7 +185,7 @@ def resume_run(
         )
     with folder.locked():
         for place in (folder.path, folder.checkpoints):
-            sweep(place)
+            remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = _experiment_of(folder, begun, experiment_file, assignments, observer)
         _require_same_engine(folder, begun, remote)
@@ -196,7 +196,7 @@ def resume_run(
         log = _log_of(folder)
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
-        division = divide(experiment, data, objective)
+        division = partition_data(experiment, data, objective)
         say_layouts(division.loaded, observer)
         digest = fingerprint(experiment, division, made)
         saved = None
@@ -215,12 +215,12 @@ def resume_run(
             start=start,
         )
         _require_same_model(folder, begun, parts)
-        _tell_rows(parts, observer)
-        _tell_start(experiment, parts.objective, observer)
-        _tell_versions(begun, observer)
+        _report_rows(parts, observer)
+        _report_start(experiment, parts.objective, observer)
+        _report_versions(begun, observer)
         done = saved.round if saved else -1
         if cut := record_marks.cut_back(folder, saved.records["files"] if saved else {}):
-            observer.stage(f"cut off, as these rounds are played again: {', '.join(cut)}")
+            observer.stage(f"cut off, as these rounds are run again: {', '.join(cut)}")
         run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
         run.prepare(done, begun if done >= 0 else None)
         if saved is not None:
@@ -279,7 +279,7 @@ def _log_of(folder: RunFolder) -> AuditLog:
     """Open the log of a run that is resumed.
 
     Raises:
-        AuditError: It does not hold together.
+        AuditError: It is damaged.
     """
     try:
         return AuditLog(folder.path / audit_log.FILE)
@@ -306,7 +306,7 @@ def _where(done: int, rounds: int) -> str:
     if done < 0:
         return "starting again from the beginning"
     if done == rounds:
-        return f"round {done} was the last: what a run leaves at its end is written again"
+        return f"round {done} was the last: the final files are written again"
     return f"continuing after round {done} of {rounds}"
 
 
@@ -358,7 +358,7 @@ class _Run:
             self.observer.stage("waiting for clients")
             earlier = audit_log.events(self.audit.path, "began", "undone")
             began = [e for e in earlier if e["event"] == "began" and e.get("run") == id]
-            undone = [e for e in earlier if e["event"] == "undone"]
+            discarded = [e for e in earlier if e["event"] == "undone"]
             run_description = RunDescription(
                 id,
                 self._for_clients(start).to_toml(defaults=False),  # older ones know fewer
@@ -366,7 +366,7 @@ class _Run:
                 self.parts.model_digest,
                 (*(event["after"] for event in began), done),
                 self.audit.record,
-                tuple((e["client"], e["stretch"], e["message_number"]) for e in undone),
+                tuple((e["client"], e["stretch"], e["message_number"]) for e in discarded),
                 self.admission.report,
                 self.observer.warning,
                 start if travels(self.experiment) else None,
@@ -380,7 +380,7 @@ class _Run:
         rows = {str(client): size for client, size in sizes.items()}
         facts = {"run": id, "experiment": self.digest, "after": done, "clients": rows}
         self.audit.record("began", **facts, versions=versions())
-        self._tell_heaviest(sizes)
+        self._report_heaviest(sizes)
 
     def _for_clients(self, start: Tensors) -> Experiment:
         """Return the experiment as clients are told of it: neither who else takes part nor any path."""
@@ -390,7 +390,7 @@ class _Run:
     def _count_start(self, start: Tensors) -> None:
         """Count what each client would be sent before the first round."""
         size = len(encode(Payload(start), Schema.of(start)))
-        for client in self.parts.local.equipment:
+        for client in self.parts.local.resources:
             cost = Cost(0, client, BEGIN, bytes_down=size, exchanges=1)
             self.parts.ledger.costs.append(cost)
 
@@ -410,15 +410,15 @@ class _Run:
             ]
         self.folder.write_json(names.RUN, record)
 
-    def _tell_heaviest(self, sizes: Mapping[int, int]) -> None:
+    def _report_heaviest(self, sizes: Mapping[int, int]) -> None:
         """Say what a client weighs at most, if there is a bound, and whose rows are more."""
         bound = self.admission.weight_bound(sizes)
         if bound.examples is None:
             return
-        self.observer.stage(f"a client weighs as {bound.examples} examples at most: {bound.why}")
+        self.observer.stage(f"a client weighs at most {bound.examples} examples: {bound.why}")
         for client, registered in bound.cut.items():
             self.observer.warning(
-                f"client {client} registered {registered} rows and weighs as {bound.examples}: "
+                f"client {client} registered {registered} rows and weighs {bound.examples}: "
                 f"{bound.why}"
             )
 
@@ -476,7 +476,7 @@ class _Run:
                 cost.phase = REPEATED
         self.folder.append(names.COSTS, [asdict(cost) for cost in record.costs])
         self.folder.append(
-            names.ROUNDS, [round_record(record, self._headline, self.parts.engine.title)]
+            names.ROUNDS, [round_record(record, self._primary_metric, self.parts.engine.title)]
         )
         for tracker in self.trackers:
             tracker.log(round_numbers(record), record.round)
@@ -529,7 +529,7 @@ class _Run:
         )
 
     @property
-    def _headline(self) -> PrimaryMetric:
+    def _primary_metric(self) -> PrimaryMetric:
         return PRIMARY_METRICS[self.parts.division.judged]
 
     def _finish(self, state: State) -> Result:
@@ -539,7 +539,7 @@ class _Run:
         summary = summary_record(
             self.folder.read_lines(names.ROUNDS),
             self.folder.read_lines(names.COSTS),
-            self._headline.name,
+            self._primary_metric.name,
             next(adapter / name for name in WEIGHTS if (adapter / name).is_file())
             if adapter
             else None,
@@ -549,7 +549,7 @@ class _Run:
             state, rounds, self.parts.engine, self.admission, self.audit.record
         )
         if joined:
-            summary["newcomers"] = newcomers_record(joined, self._headline)
+            summary["newcomers"] = unseen_clients_record(joined, self._primary_metric)
         if self.remote is not None:
             self.remote.end(self._own_models(state))
         summary["records"] = self.marks.now()
@@ -567,7 +567,7 @@ class _Run:
             summary["before_metrics"],
             adapter,
             summary["totals"],
-            summary_text(summary, self._headline, self.folder.path),
+            summary_text(summary, self._primary_metric, self.folder.path),
         )
 
     def _write_adapters(self, state: State) -> Path | None:
@@ -592,7 +592,7 @@ class _Run:
         if self.folder.adapter.is_dir():
             self.cards.write(self.folder.adapter, self.parts.model, None, summary)
         for client in self._owners():
-            model = self.parts.local.equipment[client].model
+            model = self.parts.local.resources[client].model
             self.cards.write(self.folder.client(client), model, client, summary)
 
     def _owners(self) -> list[int]:
@@ -647,7 +647,7 @@ def _require_base(experiment: Experiment, start: Start, observer: RunObserver) -
         observer.warning(doubt)
 
 
-def _tell_start(experiment: Experiment, objective: Objective, observer: RunObserver) -> None:
+def _report_start(experiment: Experiment, objective: Objective, observer: RunObserver) -> None:
     """Say what a run starts from, and which model its reference is."""
     name = experiment.adapter.start
     if name is not None:
@@ -659,7 +659,7 @@ def _tell_start(experiment: Experiment, objective: Objective, observer: RunObser
         )
 
 
-def _tell_rows(parts: RunComponents, observer: RunObserver) -> None:
+def _report_rows(parts: RunComponents, observer: RunObserver) -> None:
     """Say what became of every row, and warn of what a result would be mistaken by."""
     for name, own in row_account.sources(parts.accounts.to_record()).items():
         observer.stage(row_account.sentence(name, own))
@@ -682,7 +682,7 @@ def _new_folder(experiment: Experiment) -> Iterator[RunFolder]:
     """
     chosen, path = experiment.output.folder, free_folder(experiment)
     while True:
-        sweep(path, names.EXPERIMENT)  # of a run that was killed before it began
+        remove_temporary(path, names.EXPERIMENT)  # of a run that was killed before it began
         _require_empty(path, chosen)
         try:
             path.mkdir(parents=True, exist_ok=bool(chosen))
@@ -790,7 +790,7 @@ def _require_same_engine(
     if made is not None and made != now:
         raise SettingsError(
             [
-                f"{folder.path} was run with --engine {made}; what its clients keep is there, and not "
+                f"{folder.path} was run with --engine {made}; its clients' stores are there, and not "
                 f"with {now}: resume it with --engine {made}"
             ],
             "the command",
@@ -810,7 +810,7 @@ def _require_same_data(folder: RunFolder, run: Record | None, digest: str) -> No
         )
 
 
-def _tell_versions(run: Record | None, observer: RunObserver) -> None:
+def _report_versions(run: Record | None, observer: RunObserver) -> None:
     """Say which versions are others than those that a run was begun with."""
     if run is not None and (others := other_versions(run, versions())):
         observer.warning(

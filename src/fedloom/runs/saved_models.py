@@ -12,14 +12,17 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import context_length
 from fedloom.objectives import make_objective
-from fedloom.runs.division import Division
+from fedloom.runs.division import PartitionedData
 from fedloom.runs.model_building import build_model, of_server
 from fedloom.runs.token_rows import TokenReader
 from fedloom.training.references import add_reference_logps
 
 
 def assemble_saved(
-    experiment: Experiment, division: Division, adapter: Path | None, start: Path | None = None
+    experiment: Experiment,
+    division: PartitionedData,
+    adapter: Path | None,
+    start: Path | None = None,
 ) -> tuple[AdapterModel, HeldOut]:
     """Return the backbone with a saved adapter (or a fresh one, which is the base model), and the set.
 
@@ -30,7 +33,7 @@ def assemble_saved(
         start: That of the reference model, where it is not the base model.
 
     Raises:
-        ModelError: A folder is no PEFT folder, or one for another model.
+        ModelError: A folder is not a PEFT folder, or one for another model.
     """
     experiment = of_server(experiment)
     objective = make_objective(experiment.objective)
@@ -57,7 +60,7 @@ def load_saved(
     """Return how texts are read and the backbone with a saved adapter and own parts, or fresh ones.
 
     Raises:
-        ModelError: ``adapter`` is no PEFT folder, or one for another model.
+        ModelError: ``adapter`` is not a PEFT folder, or one for another model.
     """
     objective = make_objective(experiment.objective)
     built = build_model(of_server(experiment), objective, classes, lambda text: None, adapter)

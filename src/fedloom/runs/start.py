@@ -186,7 +186,7 @@ def find_start(experiment: Experiment) -> Start | None:
     folder = hub_folder(name)
     if folder is None:
         raise ModelError(
-            f"adapter.start = {name!r} is no folder: give a run folder, a PEFT folder (with "
+            f"adapter.start = {name!r} is not a folder: give a run folder, a PEFT folder (with "
             "adapter_config.json), or a Hub name as OWNER/NAME"
         )
     return Start(name, folder)

@@ -22,7 +22,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.agreement import embedded
 from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
-from fedloom.runs.division import Division
+from fedloom.runs.division import PartitionedData
 from fedloom.storage.cache import cache_folder
 from fedloom.training.layout import tokens_per_pass
 from fedloom.training.reference_cache import ReferenceCache
@@ -30,7 +30,7 @@ from fedloom.training.reference_cache import ReferenceCache
 
 def bad_rows_in_all(
     experiment: Experiment,
-    division: Division,
+    division: PartitionedData,
     read: Mapping[int, tuple[Cut, Sequence[Untokenized]]],
     held_out: Mapping[int, TokenSet],
     judged: Sequence[Untokenized] = (),
@@ -76,7 +76,7 @@ class TokenReader:
     def __init__(
         self,
         experiment: Experiment,
-        division: Division,
+        division: PartitionedData,
         objective: Objective,
         encoder: TextEncoder,
         model: AdapterModel,

@@ -224,12 +224,12 @@ class Verifier:
             yield "held-out", common.share.tokens
         if client is None or not evaluator.common:
             yield "held-out", evaluator.held_out.share.tokens
-        asked = client if client is not None else min(local.equipment, default=None)
+        asked = client if client is not None else min(local.resources, default=None)
         if asked is None or (client is None and evaluator.common):
             return
         if asked in evaluator.client_held_out:
             yield "the client's held-out", evaluator.client_held_out[asked].share.tokens
-        public = local.equipment[asked].public
+        public = local.resources[asked].public
         if public is not None:
             yield "public", public.share.tokens
         if asked in local.shares:

@@ -1,12 +1,12 @@
-"""A log of who took part and what was sent, let in and refused, that cannot be changed unnoticed.
+"""The audit log: who took part and what was sent, accepted and refused; a change in it is detected.
 
 One JSON object a line. Each holds the SHA-256 of the line before it and of itself, so a line that is
-changed, taken out or put in breaks the chain where it stands. What the log says of a message is its
-size and SHA-256, never its content. Cutting off the end cannot be seen from the log alone: keep the
-last hash, which ``fedloom audit verify`` prints, elsewhere.
+changed, removed or added breaks the chain at its place. Of a message the log holds the size and SHA-256,
+never the content. A missing end cannot be detected from the log alone: keep the last hash, which
+``fedloom audit verify`` prints, on another machine.
 
 A log that has become large is closed: its file is named after its last line, and a new one goes on with
-the chain. Closed files may be moved elsewhere; what is left says how many lines came before it.
+the chain. Closed files may be moved elsewhere; the remaining files say how many lines came before them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fedloom.security.rate_limits import TokenBucket
 FILE = "audit.jsonl"
 
 BURST, PACE = 100, 10.0
-"""Events of one source and kind that are noted at once, and seconds for one more from then on: of 300
-bytes each that is 3 MB a day."""
+"""Events of one source and kind that are recorded at once, and seconds per further event: at 300 bytes
+each that is 3 MB a day."""
 
 SOURCES = 4096
-"""Sources and kinds that are told apart at a time."""
+"""Pairs of source and kind that are counted separately at a time."""
 
 LARGE = 64 << 20
 """Bytes of a file of a log above which it is closed, and a new one begun."""
@@ -44,24 +44,24 @@ CONTINUED = "continued"
 """The event that each file but the first begins with."""
 
 START = "0" * 64
-"""What stands for the line before the first."""
+"""Hash in place of that of a line before the first."""
 
 OWN = {"number", "time", "event", "before", "sha256"}
-"""What every line says; no event may say it otherwise."""
+"""Keys of every line; no event may use them."""
 
 Record = Callable[..., None]
-"""Notes an event, by name, with plain JSON about it."""
+"""Records an event: its name, and facts as plain JSON."""
 
 
 def no_op_recorder(event: str, **facts: Any) -> None:
-    """Note nothing."""
+    """Record nothing."""
 
 
 class Limited:
-    """Notes what others can cause at will: of each source and event no more than so often.
+    """Records events that a peer can cause at will, at a bounded rate for each source and event.
 
-    What is too much is counted, and the next that is noted says how many before it were not (``more``).
-    Of sources that cost nothing, such as addresses, all are one (``source=None``). Threads may share one.
+    Events above the rate are counted, and the next recorded event gives their number (``more``). Sources
+    that cost a peer nothing, such as addresses, are counted as one (``source=None``). Thread-safe.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Limited:
         sources: int = SOURCES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Pass on to ``note``.
+        """Wrap ``note``.
 
         Args:
-            note: Notes an event.
-            burst: Events of one kind and source that are noted at once.
-            pace: Seconds for one more from then on.
-            sources: Kinds and sources that are told apart; those beyond share one.
-            clock: Gives seconds.
+            note: Records an event.
+            burst: Events of one kind and source that are recorded at once.
+            pace: Seconds per further event.
+            sources: Kinds and sources that are distinguished; those beyond share one.
+            clock: Returns the time in seconds.
         """
         self._note, self._burst, self._pace = note, float(burst), pace
         self._most, self._clock = sources, clock
@@ -88,7 +88,7 @@ class Limited:
         self._lock = threading.Lock()
 
     def __call__(self, event: str, *, source: Hashable = None, **facts: Any) -> None:
-        """Note an event of a source, or count it."""
+        """Record an event of a source, or count it."""
         with self._lock:
             now = self._clock()
             counted = self._counted((event, source), now)
@@ -96,14 +96,16 @@ class Limited:
                 counted.more += 1
                 return
             more = {"more": counted.more} if counted.more else {}
-            counted.more += 1  # what cannot be noted is counted still
+            counted.more += 1  # an event that cannot be recorded is still counted
             self._note(event, **facts, **more)
             counted.more = 0
 
     def _counted(self, key: Hashable, now: float) -> _Counted:
-        """Return what is known of a source; the lock is held."""
+        """Return the state of a source; the lock is held."""
         if key not in self._sources:
-            if len(self._sources) >= self._most:  # a full one without a count is as good as none
+            if (
+                len(self._sources) >= self._most
+            ):  # a full bucket without a count holds no information
                 self._sources = {
                     other: own
                     for other, own in self._sources.items()
@@ -117,7 +119,7 @@ class Limited:
 
 @dataclass
 class _Counted:
-    """One source: what it may still have noted, and how much was counted since the last that was."""
+    """State of one source: its token bucket, and the events counted since the last recorded one."""
 
     bucket: TokenBucket
     more: int = 0
@@ -125,18 +127,18 @@ class _Counted:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """A log that holds together.
+    """Result of verifying an intact log.
 
     Attributes:
         lines: How many.
-        last: SHA-256 of the last, which stands for all of them.
+        last: SHA-256 of the last line, which covers all lines before it.
         refused: Messages that were refused.
         clients: Clients that ever answered.
-        exchanges: Rounds and actions that clients were asked for; played again after a resume they are
-            others.
-        earlier: Lines before these, in files that are not here.
-        unequal: Those among them in which not all were sent the same, as by methods that send each client
-            its own; of any other it would be a server that tells some of them something else.
+        exchanges: Requested rounds and actions; repeated after a resume they count again.
+        earlier: Number of earlier lines, in files that are missing here.
+        unequal: Exchanges in which clients were sent different messages. Methods that send each client
+            its own message have them; with any other method it means that the server treated clients
+            differently.
     """
 
     lines: int
@@ -149,13 +151,13 @@ class AuditResult:
 
 
 class AuditLog:
-    """Appends to a log, after what it holds already; threads may share one."""
+    """Appends to a log; thread-safe."""
 
     def __init__(self, path: Path) -> None:
-        """Go on with the log at ``path``, or begin it.
+        """Open the log at ``path``, or create it.
 
         Raises:
-            AuditError: It is there and does not hold together.
+            AuditError: The existing log is damaged.
         """
         self.path = path
         self._last, self._count = START, 0
@@ -168,14 +170,14 @@ class AuditLog:
 
     @property
     def position(self) -> dict[str, Any]:
-        """How many lines there are, and the SHA-256 of the last, which stands for all of them."""
+        """The number of lines, and the SHA-256 of the last one, which covers all lines before it."""
         return {"lines": self._count, "sha256": self._last}
 
     def require(self, position: Mapping[str, Any]) -> None:
-        """Check that the log still holds the lines that it held when it was at a position.
+        """Check that the log still holds the lines up to an earlier position.
 
         Raises:
-            AuditError: It ends before, or is another log.
+            AuditError: It ends before that position, or its lines differ.
         """
         lines, last = int(position["lines"]), str(position["sha256"])
         if self._count < lines:
@@ -183,17 +185,17 @@ class AuditLog:
         for path, number, line in _lines(_files(self.path)):
             body = json.loads(line)
             if body["number"] == lines and body["sha256"] != last:
-                raise AuditError(f"{path}, line {number}: it is another than was written")
+                raise AuditError(f"{path}, line {number}: it is not the line that was written")
 
     def record(self, event: str, **facts: Any) -> None:
-        """Note an event: it survives this process at once, and the machine after :meth:`sync`.
+        """Record an event; it survives a crash of the machine after :meth:`sync`.
 
-        What could not be written is in no chain: the log goes on where it was.
+        An event that could not be written is not part of the chain.
 
         Raises:
             OutputError: The disk is full or the folder not writable.
         """
-        assert not OWN & facts.keys(), f"{OWN & facts.keys()} are the log's own words"
+        assert not OWN & facts.keys(), f"{OWN & facts.keys()} are reserved keys of the log"
         with self._lock:
             if self._count and not (self.path.is_file() and self.path.stat().st_size):
                 self._add(CONTINUED, {})
@@ -201,7 +203,7 @@ class AuditLog:
                 self._close()
 
     def _add(self, event: str, facts: dict[str, Any]) -> int:
-        """Add a line; return how large the file is then."""
+        """Add a line; return the size of the file in bytes."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         first = {"number": self._count + 1, "time": now, "event": event}
         body = {**first, **facts, "before": self._last}
@@ -211,14 +213,14 @@ class AuditLog:
         return size
 
     def _close(self) -> None:
-        """Name the file after its last line; the next line begins another."""
+        """Rename the file after its last line; the next line starts a new file."""
         self._append("", sync=True)
         stem, kind = self.path.stem, self.path.suffix
-        with contextlib.suppress(OSError):  # it is tried again with the next line
+        with contextlib.suppress(OSError):  # it is retried with the next line
             self.path.rename(self.path.with_name(f"{stem}-{self._count:012d}{kind}"))
 
     def sync(self) -> None:
-        """Have what was noted reach the disk.
+        """Sync recorded events to the disk.
 
         Raises:
             OutputError: The disk is full or the folder not writable.
@@ -240,13 +242,13 @@ class AuditLog:
 
 
 def verify(path: Path) -> AuditResult:
-    """Check that no line was changed, taken out or put in.
+    """Check that no line was changed, removed or added.
 
     Args:
         path: The log, or a run folder that holds one.
 
     Raises:
-        AuditError: It does not hold together; the first line that does not is named.
+        AuditError: It is damaged; the first damaged line is named.
         OutputError: There is no log.
     """
     path = _log(path)
@@ -281,7 +283,7 @@ def _verified(paths: Iterable[Path]) -> AuditResult:
             count += 1
             chained = body["before"] == before and body["number"] == earlier + count
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise AuditError(f"{path}, line {number}: it is no line of an audit log") from error
+            raise AuditError(f"{path}, line {number}: it is not a line of an audit log") from error
         if not chained or _digest(body) != claimed:
             raise AuditError(
                 f"{path}, line {number}: it was changed, or lines before it are missing or new; lines "
@@ -301,13 +303,13 @@ def _verified(paths: Iterable[Path]) -> AuditResult:
 
 @dataclass(frozen=True)
 class Match:
-    """What a client's log and a run's say of the same messages.
+    """Agreement of a client's log and a run's log about the same messages.
 
     Attributes:
         run: The run.
-        asked: Messages that came to the client, each as the run's log has it.
-        answered: Answers that the client gave, each as the run's log has it.
-        lost: Answers that it gave and the run's log does not know: they did not arrive.
+        asked: Messages that the client received, each equal in the run's log.
+        answered: Answers that the client gave, each equal in the run's log.
+        lost: Answers that the client gave and that are missing in the run's log: they did not arrive.
     """
 
     run: str
@@ -317,18 +319,17 @@ class Match:
 
 
 def match(run: Path, client: Path) -> Match:
-    """Compare the log of a run folder with the one that a client kept of the same run.
+    """Compare the log of a run folder with a client's log of the same run.
 
-    A server that tells one client something else than it writes down, or writes down an answer that
-    the client did not give, is found by it; and what one client was sent and another, the run's log
-    holds side by side.
+    It detects a server that sends a client something else than it records, or that records an answer that
+    the client did not give. The run's log alone shows what each client was sent.
 
     Args:
         run: The run folder, or its log.
         client: The client's folder, or its log.
 
     Raises:
-        AuditError: One of them does not hold together, they differ, or the client was not in the run.
+        AuditError: A log is damaged, they differ, or the client was not in the run.
         OutputError: There is no log.
     """
     for path in (run, client):
@@ -365,7 +366,7 @@ def _message(event: dict[str, Any]) -> tuple[int, int, str, str]:
 
 
 def events(path: Path, *names: str) -> list[dict[str, Any]]:
-    """Return the events of these names in a log, in their order; none where there is no log yet.
+    """Return the events with these names in a log, in order; none where there is no log yet.
 
     Args:
         path: The log, or a folder that holds one.
@@ -399,7 +400,7 @@ def _log(path: Path) -> Path:
 
 
 def digest_of(data: bytes) -> str:
-    """Return what a log says of a message."""
+    """Return the digest of a message as recorded in a log."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -408,7 +409,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Drop a last line that a kill has torn; it was never reported as written."""
+    """Drop an incomplete last line after a kill; it was never reported as written."""
     with path.open("rb") as file:
         whole = sum(len(line) for line in file if line.endswith(b"\n"))
     if whole < path.stat().st_size:

@@ -1,4 +1,4 @@
-"""The server's certificate, and the authority that signs it.
+"""The server's certificate and the certificate authority that signs it.
 
 The server proves itself by a certificate of the federation's own authority (``ca.pem``, which clients
 are given). Keys of certificates are elliptic curves, P-256.
@@ -29,20 +29,20 @@ CA, CA_KEY = "ca.pem", "ca.key"
 CERTIFICATE, KEY = "server.pem", "server.key"
 DAYS = 365
 LONGEST_HOST, LABEL = 253, r"[A-Za-z0-9*-]{1,63}"
-"""Characters of a machine's name in all, and what stands between its dots (RFC 1035, 2.3.4)."""
+"""Longest host name and longest label of one, in characters (RFC 1035, 2.3.4)."""
 
 
 def make_authority(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
-    """Make an authority, unless it is there, and a new certificate of the server.
+    """Create the authority if there is none, and a new certificate of the server.
 
     Args:
-        folder: Where they go.
+        folder: Folder for both.
         hosts: Names and addresses by which clients reach the server.
-        days: That the certificate is good for; the authority is for ten times as long.
+        days: Validity of the certificate; the authority's is ten times as long.
 
     Raises:
         OutputError: They cannot be written.
-        IdentityError: The authority that is there cannot be read, or a host is no name or address.
+        IdentityError: The existing authority cannot be read, or a host is not a name or address.
     """
     names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
     now = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
@@ -80,7 +80,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     """Return the certificate in a file.
 
     Raises:
-        IdentityError: There is none, or it may not be read.
+        IdentityError: The file is missing or may not be read.
     """
     try:
         return x509.load_pem_x509_certificate(read_bytes(path))
@@ -91,10 +91,10 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def require_current(path: Path) -> None:
-    """Check that a certificate is in force.
+    """Check that a certificate is valid now.
 
     Raises:
-        IdentityError: It has expired, or is not in force yet; or there is none.
+        IdentityError: It has expired, is not valid yet, or is missing.
     """
     certificate, now = read_certificate(path), datetime.datetime.now(datetime.UTC)
     if now > certificate.not_valid_after_utc:
@@ -113,7 +113,7 @@ def hosts_of(certificate: str) -> list[str]:
     """Return the hosts that a certificate (PEM) is for.
 
     Raises:
-        ValueError: It is no certificate, or for none.
+        ValueError: It is not a certificate, or names no host.
     """
     own = x509.load_pem_x509_certificate(certificate.encode())
     found = [e.value for e in own.extensions if isinstance(e.value, x509.SubjectAlternativeName)]
@@ -124,7 +124,7 @@ def hosts_of(certificate: str) -> list[str]:
 
 
 def issued_key(certificate: str, authority: x509.Certificate) -> ec.EllipticCurvePublicKey | None:
-    """Return the public key in a certificate (PEM), if that authority issued it and it is in force."""
+    """Return the public key in a certificate (PEM), if that authority issued it and it is valid now."""
     now = datetime.datetime.now(datetime.UTC)
     try:
         own = x509.load_pem_x509_certificate(certificate.encode())
@@ -147,7 +147,7 @@ def _alternative(host: str) -> x509.GeneralName:
         labels = host.removesuffix(".").split(".")
         if len(host) > LONGEST_HOST or not all(re.fullmatch(LABEL, label) for label in labels):
             raise IdentityError(
-                f"{quoted(host, 80)} is no name or address of a machine; give one such as "
+                f"{quoted(host, 80)} is not a name or address of a machine; give one such as "
                 "fed.example.org or 192.0.2.7"
             ) from None
         return x509.DNSName(host)

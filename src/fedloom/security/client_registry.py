@@ -1,7 +1,7 @@
-"""The members of a federation: who is let in, by which key, under which name and number.
+"""The client registry: the members of a federation with their keys, names, numbers and states.
 
-One TOML file of the server's folder is the truth; what Flower and the gateway hold is derived from it.
-Every change is made under a lock and is in force for a server that runs within a second.
+One TOML file in the server's folder is authoritative; the tables of Flower and the gateway are derived
+from it. Every change is made under a lock and takes effect in a running server within a second.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fedloom.settings.toml import read_toml, write_toml
 from fedloom.storage.files import lock, write_atomically
 
 FILE, FORMER = "members.toml", "clients.toml"
-"""The file, and the one of earlier releases, which is read where there is no other."""
+"""The file, and that of earlier releases, which is read where the former is missing."""
 
 NAME = r"^[^\W_]([\w.@-]{0,62}[\w])?$"
-"""A member's name: letters, digits and ``. _ - @`` within, at most 64 characters."""
+"""Form of a member's name: letters, digits and, inside, ``. _ - @``; at most 64 characters."""
 
 
 def _sound_name(name: str) -> str:
@@ -38,31 +38,31 @@ def _sound_name(name: str) -> str:
 
 
 State = Literal["allowed", "revoked", "withdrawn"]
-"""Let in; let in no longer; no longer, and what it gave is to be without effect."""
+"""States of a member: allowed; revoked; withdrawn (revoked, and its contributions are to be removed)."""
 
 
 class Member(Settings):
     """A member of the federation."""
 
     number: int = Field(ge=0)
-    """Stays the member's until it is removed."""
+    """Number of the member; it stays the same until the member is removed."""
     name: Annotated[str, AfterValidator(_sound_name)]
     key: str
-    """Public, as one line of OpenSSH."""
+    """Public key as one line in OpenSSH format."""
     state: State = "allowed"
     since: str = ""
-    """When the state began (ISO 8601, UTC)."""
+    """When the state was set (ISO 8601, UTC)."""
 
 
 class Members:
-    """Who is let in, as a TOML file says; every method that changes it reads it anew under a lock."""
+    """The registry in a TOML file; every method that changes it rereads it under a lock."""
 
     def __init__(self, path: Path) -> None:
         """Read the file, if there is one.
 
         Raises:
-            SettingsError: It is no TOML.
-            IdentityError: It is not of that form, or two members have the same number, name or key.
+            SettingsError: It is not TOML.
+            IdentityError: It is malformed, or two members have the same number, name or key.
         """
         self.path = path
         self.members: tuple[Member, ...] = _read(path)
@@ -70,11 +70,11 @@ class Members:
 
     @property
     def allowed(self) -> list[Member]:
-        """The members that are let in, by number."""
+        """The allowed members, by number."""
         return [member for member in self.members if member.state == "allowed"]
 
     def named(self, name: str) -> Member:
-        """Return the member of a name.
+        """Return the member with a name.
 
         Raises:
             IdentityError: There is none.
@@ -86,32 +86,32 @@ class Members:
         raise IdentityError(f"no member has the name {name!r}; there are: {known}")
 
     def numbered(self, number: int) -> Member | None:
-        """Return the member of a number, if there is one."""
+        """Return the member with a number, if there is one."""
         return self._by_number.get(number)
 
-    def lets_in(self, number: int) -> bool:
-        """Return whether the member of a number is let in."""
+    def is_allowed(self, number: int) -> bool:
+        """Return whether the member with a number is allowed."""
         member = self._by_number.get(number)
         return member is not None and member.state == "allowed"
 
     def key(self, number: int) -> ec.EllipticCurvePublicKey | None:
-        """Return a member's public key, if it is let in."""
-        return public_key(self._by_number[number].key) if self.lets_in(number) else None
+        """Return a member's public key, if it is allowed."""
+        return public_key(self._by_number[number].key) if self.is_allowed(number) else None
 
     def allow(self, name: str, public: str) -> int:
-        """Let a member in, or let it in again with the key that it had; return its number.
+        """Allow a member, or allow it again with the key that it had; return its number.
 
         Raises:
-            IdentityError: The name or the key is another member's, or no key of this kind.
+            IdentityError: The name or the key belongs to another member, or the key is of another kind.
             OutputError: The file cannot be written.
         """
         return self.allow_all([(name, public)])[0]
 
     def allow_all(self, entries: Iterable[tuple[str, str]]) -> list[int]:
-        """Let members in, all of them or none; return their numbers.
+        """Allow members, all or none; return their numbers.
 
         Args:
-            entries: Of each its name and its public key.
+            entries: Name and public key of each.
 
         Raises:
             IdentityError: As of :meth:`allow`.
@@ -124,53 +124,54 @@ class Members:
         return numbers
 
     def revoke(self, name: str) -> Member:
-        """Let a member in no longer; its name and number stay its own.
+        """Revoke a member; its name and number stay reserved for it.
 
         Raises:
-            IdentityError: There is no member of that name.
+            IdentityError: There is no member with that name.
             OutputError: The file cannot be written.
         """
         return self._change(name, state="revoked")
 
     def withdraw(self, name: str) -> Member:
-        """Let a member in no longer, as :meth:`revoke`, since it takes back what it gave.
+        """Revoke a member, as :meth:`revoke`, because it withdraws its contributions.
 
         Raises:
-            IdentityError: There is no member of that name.
+            IdentityError: There is no member with that name.
             OutputError: The file cannot be written.
         """
         return self._change(name, state="withdrawn")
 
     def rename(self, name: str, new: str) -> Member:
-        """Give a member another name.
+        """Rename a member.
 
         Raises:
-            IdentityError: There is no member of that name, or the new one is another's or no name.
+            IdentityError: There is no member with that name, or the new name is invalid or another
+                member's.
             OutputError: The file cannot be written.
         """
         return self._change(name, name=new)
 
     def rotate(self, name: str, public: str) -> Member:
-        """Give a member another key; the one before opens nothing from then on.
+        """Replace a member's key; the earlier key is refused from then on.
 
         Raises:
-            IdentityError: There is no member of that name, or the key is another's or no key.
+            IdentityError: There is no member with that name, or the key is invalid or another member's.
             OutputError: The file cannot be written.
         """
         return self._change(name, key=_line(public))
 
     def remove(self, name: str) -> Member:
-        """Forget a member that is let in no longer: name, key and number may be given to another.
+        """Remove a revoked member: its name, key and number become free.
 
         Raises:
-            IdentityError: There is no member of that name, or it is let in.
+            IdentityError: There is no member with that name, or it is allowed.
             OutputError: The file cannot be written.
         """
         with self._changing() as members:
             member = self.named(name)
             if member.state == "allowed":
                 raise IdentityError(
-                    f"{name} is let in; revoke it first: `fedloom members revoke {name}`"
+                    f"{name} is allowed; revoke it first: `fedloom members revoke {name}`"
                 )
             del members[member.number]
         return member
@@ -188,7 +189,7 @@ class Members:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[int, Member]]:
-        """Yield the members by number, to be changed; they are written if nothing is wrong with them."""
+        """Yield the members by number, to be changed; they are written if they are valid."""
         held = lock(self.path.with_name(f".{self.path.name}.lock"))
         if held is None:
             raise OutputError(f"another command is changing {self.path}; try again")
@@ -209,10 +210,10 @@ class Members:
 
 
 class CachedMembers:
-    """Who is let in, as of when the list could last be read: a slip in it changes nothing.
+    """The registry as last read without a fault: a fault in the file changes nothing.
 
     Attributes:
-        slip: What is wrong with the list, as of the last look.
+        fault: What is wrong with the file, as of the last reading; empty where nothing is.
     """
 
     def __init__(
@@ -221,42 +222,43 @@ class CachedMembers:
         note: Callable[[str], object],
         stamp: Callable[[], object] | None = None,
     ) -> None:
-        """Ask ``read``; tell ``note`` what is wrong with the list, once.
+        """Read with ``read``; report each fault in the file to ``note`` once.
 
         Args:
-            read: Reads the list.
-            note: Is told why it could not be read.
-            stamp: Returns something else once the list has changed; without it, it is read each time.
+            read: Reads the registry.
+            note: Called with the reason where it could not be read.
+            stamp: Returns another value once the file has changed; without it, the file is read each
+                time.
         """
         self._read, self._note, self._stamp = read, note, stamp
         self._known: Members | None = None
         self._seen: object = None
-        self.slip = ""
+        self.fault = ""
 
     def __call__(self) -> Members:
         """Return it.
 
         Raises:
-            SettingsError: The list could never be read.
+            SettingsError: The registry could never be read.
             IdentityError: As before.
         """
         seen = self._stamp() if self._stamp is not None else None
         if self._known is not None and seen is not None and seen == self._seen:
             return self._known
         try:
-            self._known, slip = self._read(), ""
+            self._known, fault = self._read(), ""
         except (IdentityError, SettingsError) as error:
             if self._known is None:
                 raise
-            slip = str(error)
-            if slip != self.slip:
-                self._note(slip)
-        self.slip, self._seen = slip, seen
+            fault = str(error)
+            if fault != self.fault:
+                self._note(fault)
+        self.fault, self._seen = fault, seen
         return self._known
 
 
 def stamp_of(path: Path) -> object:
-    """Return what tells a file from what stood there before, or ``None`` where there is none."""
+    """Return a value that changes when the file changes, or ``None`` where there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -281,7 +283,7 @@ def read_public(path: Path) -> str:
 
     Raises:
         OutputError: It cannot be read.
-        IdentityError: It is none.
+        IdentityError: It is not a public key.
     """
     try:
         text = path.read_text()
@@ -331,7 +333,7 @@ def _read(path: Path) -> tuple[Member, ...]:
 
 
 def _of_former(path: Path) -> tuple[Member, ...]:
-    """Return the members of a list as earlier releases kept it: a number is a place in it."""
+    """Return the members of a list in the form of earlier releases, numbered by position."""
     found = []
     for number, row in enumerate(_rows(path, "client")):
         revoked = row.get("revoked", False)
@@ -362,7 +364,7 @@ def _require_distinct(members: Sequence[Member], where: str = "") -> None:
 
 
 def _line(public: str) -> str:
-    """Return a public key as the file has it."""
+    """Return a public key as written in the file."""
     line = " ".join(public.split()[:2])
     public_pem(line)
     return line

@@ -1,6 +1,6 @@
-"""Keys and signatures: a client proves itself by its private key, whose public half the server knows.
+"""Keys and signatures: a client authenticates with its private key, whose public key the server has.
 
-Keys of clients are elliptic curves, P-384 (what Flower asks for).
+Keys of clients are elliptic curves, P-384, as Flower requires.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ALGORITHM = ec.ECDSA(hashes.SHA384())
 
 
 def make_key(path: Path) -> Path:
-    """Make a client's key at ``path`` and its public half beside it; return the latter's path.
+    """Create a client's key at ``path`` and its public key beside it; return the latter's path.
 
     Raises:
-        OutputError: One is there already, or it cannot be written.
+        OutputError: The file exists already, or cannot be written.
     """
     if path.exists():
         raise OutputError(f"{path} is there already; a key is never written over")
@@ -46,7 +46,7 @@ def read_key(path: Path, maker: str = "fedloom keys new") -> ec.EllipticCurvePri
         maker: The command that makes such a key.
 
     Raises:
-        IdentityError: There is none, it may not be read, or it is of another kind.
+        IdentityError: It is missing, may not be read, or is of another kind.
     """
     try:
         content = read_bytes(path)
@@ -67,7 +67,7 @@ def sign(key: ec.EllipticCurvePrivateKey, content: bytes) -> bytes:
 
 
 def secret_number(key: ec.EllipticCurvePrivateKey, *words: str) -> int:
-    """Return a number in [0, 2**63) that only who has the private key can tell from its words.
+    """Return a number in [0, 2**63) that only the owner of the key can derive from ``words``.
 
     Source: HMAC (RFC 2104) with SHA-256, keyed by the private key.
     """
@@ -77,7 +77,7 @@ def secret_number(key: ec.EllipticCurvePrivateKey, *words: str) -> int:
 
 
 def is_signed(key: ec.EllipticCurvePublicKey, content: bytes, signature: bytes) -> bool:
-    """Return whether a signature is one of that key over that content."""
+    """Return whether a signature verifies with a public key over a content."""
     try:
         key.verify(signature, content, ALGORITHM)
     except InvalidSignature:
@@ -95,7 +95,7 @@ def public_pem(line: str) -> bytes:
 
 
 def public_line(key: ec.EllipticCurvePrivateKey) -> str:
-    """Return the public half of a key as a line of OpenSSH."""
+    """Return the public key of a private key as a line in OpenSSH format."""
     public = key.public_key()
     return public.public_bytes(pem.Encoding.OpenSSH, pem.PublicFormat.OpenSSH).decode()
 
@@ -115,7 +115,7 @@ def public_key(line: str) -> ec.EllipticCurvePublicKey:
                 "new` writes beside it"
             ) from error
         raise IdentityError(
-            "this is no public key of OpenSSH, as `fedloom keys new` writes one to NAME.pub"
+            "this is not a public key of OpenSSH, as `fedloom keys new` writes one to NAME.pub"
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IdentityError("the public key is of another kind; `fedloom keys new` makes one")
@@ -126,7 +126,7 @@ def read_bytes(path: Path) -> bytes:
     """Return what is in a file.
 
     Raises:
-        IdentityError: It may not be read: what to do differs from where there is none.
+        IdentityError: It may not be read; what to do differs from a missing file.
         OSError: It cannot be read.
     """
     try:
@@ -136,7 +136,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _whose(path: Path) -> str:
-    """Return why a file may not be read: whose it is, or a folder that it lies in, and what to do."""
+    """Return why a file may not be read: the owner of the file or of a parent folder, and what to do."""
     closed = path
     while True:
         with contextlib.suppress(PermissionError):

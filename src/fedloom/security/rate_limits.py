@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass
 class TokenBucket:
-    """A token bucket: each event takes a token; tokens come back at a rate, up to a burst.
+    """A token bucket: each event takes a token; tokens return at a rate, up to a burst.
 
     Attributes:
         rate: Tokens a second.
-        burst: Tokens that there are at most, and at first.
-        since: The clock, in seconds, when ``tokens`` was right.
-        tokens: Tokens there were then.
+        burst: Largest number of tokens, which is also the initial number.
+        since: Time in seconds at which ``tokens`` was computed.
+        tokens: Tokens at that time.
     """
 
     rate: float

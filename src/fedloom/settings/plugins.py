@@ -1,4 +1,4 @@
-"""Classes that a section chooses by ``name``: fedloom's own, installed ones, and ones of the user.
+"""Classes that a section chooses by ``name``: fedloom's, installed packages' and the user's own.
 
 ``Choices`` is a mapping from a name to settings and class. It lists fedloom's own alone, and finds
 others when they are asked for: of an entry point of its group, or ``package.module:Class``, for which the
@@ -88,7 +88,7 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
         return len(self.ours)
 
     def __contains__(self, name: object) -> bool:
-        """Return whether there is such a name, or it is that of a class; imports nothing."""
+        """Return whether there is such a name, or it has the form of a class's name; imports nothing."""
         return name in self.ours or self.is_foreign(name)
 
     def __getitem__(self, name: str) -> tuple[type[NamedSettings], type[KindT]]:
@@ -114,7 +114,7 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
         """Import a class that is not fedloom's, once.
 
         Raises:
-            SettingsError: It is not there, fails when it is imported, or is none that could be used.
+            SettingsError: It does not exist, its import fails, or the class cannot be used.
         """
         if name not in self._found:
             self._found[name] = self._resolved(name)
@@ -137,7 +137,7 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
             raise SettingsError([f"module {module_name} has no class {class_name!r}{hint}"])
         if not isinstance(kind, type) or not issubclass(kind, self.base):
             whole = f"{self.base.__module__}.{self.base.__qualname__}"
-            raise SettingsError([f"{value} is no subclass of {whole}"])
+            raise SettingsError([f"{value} is not a subclass of {whole}"])
         settings: Any = getattr(kind, "Settings", NamedSettings)
         lacks = [] if _is_settings(settings) else ["its Settings must subclass NamedSettings"]
         lacks += self.require(kind) if not lacks else []

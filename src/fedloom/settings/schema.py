@@ -1,7 +1,7 @@
-"""Checked settings: the base class of every section, and complaints in one line each.
+"""Checked settings: the base class of every section, and one line for every mistake.
 
 Each part of the package owns the settings it reads, as a subclass of :class:`Settings`; this file
-knows none of them. Pydantic's complaints become one line each that names the nearest right key.
+knows none of them. Each of Pydantic's errors becomes one line that names the nearest valid key.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class NamedSettings(Settings):
 
 @dataclass(frozen=True)
 class Of:
-    """Stands beside a setting's type: it is read where another setting, or a fact, has such a value.
+    """Annotates a setting that is read only where another setting, or a fact, has given values.
 
     Attributes:
         what: Section and key, or the name of a fact (``experiment/unread.py``).
-        values: Those with which it is read.
-        otherwise: Why it is not, for a fact; of a setting, the value says it.
+        values: Values with which it is read.
+        otherwise: Why it is not read, for a fact; for a setting, its value says why.
     """
 
     what: str
@@ -64,10 +64,10 @@ def parse(
     Args:
         settings_class: The part's settings.
         table: What stood in the file under ``where``.
-        where: The section's name, put before each key in a complaint.
+        where: The section's name, put before each key in a message.
 
     Returns:
-        The settings, or ``None`` where there are complaints; and the complaints, one line each.
+        The settings, or ``None`` where there are mistakes; and the mistakes, one line each.
     """
     if not isinstance(table, Mapping):
         return None, [f"[{where}] must be a section, not {quoted(table, 60)}"]

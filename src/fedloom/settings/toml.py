@@ -17,7 +17,8 @@ LARGEST = 16 * 2**20
 """Bytes of a file of settings; one of TOML that names every member of a federation has some thousands."""
 
 NOT_TOML = (ValueError, RecursionError)
-"""What ``tomllib`` raises: no TOML, no UTF-8, a number of thousands of digits, brackets without end."""
+"""Exceptions of ``tomllib``: invalid TOML, invalid UTF-8, a number of thousands of digits, brackets
+nested too deeply."""
 
 
 def read_toml(path: Path) -> Table:
@@ -46,7 +47,7 @@ def parse_toml(text: str, source: str) -> Table:
     """Read TOML that another machine has sent.
 
     Raises:
-        SettingsError: It is no TOML.
+        SettingsError: It is not TOML.
     """
     try:
         return tomllib.loads(text)
@@ -55,14 +56,14 @@ def parse_toml(text: str, source: str) -> Table:
 
 
 def require_section(table: Table, source: str) -> None:
-    """Refuse the file of an experiment that says nothing: every setting has a default, a run has none.
+    """Refuse an experiment file without any section.
 
     Raises:
         SettingsError: There is no section in it.
     """
     if not table.keys() - {"name"}:
         raise SettingsError(
-            ["no section is in it, so it names no experiment; `fedloom init FILE` writes one"],
+            ["it has no section, so it describes no experiment; `fedloom init FILE` writes one"],
             source,
         )
 
@@ -77,10 +78,10 @@ def override(table: Table, assignments: Iterable[str]) -> Table:
 
     A value is read as TOML (``3``, ``0.5``, ``true``, ``["a"]``, ``"text"``) and, where it is not,
     taken as a plain string, so ``--set data.source=rows.jsonl`` needs no quotes. A new
-    ``section.name`` starts its section anew: what was set for one objective is not of another.
+    ``section.name`` replaces its section: settings of one objective do not apply to another.
 
     Raises:
-        SettingsError: An assignment has no ``=`` or runs through something that is no table.
+        SettingsError: An assignment has no ``=`` or runs through something that is not a table.
     """
     result = _copy(table)
     problems = []

@@ -1,1 +1,1 @@
-"""How sure a figure is."""
+"""Uncertainty of a figure: intervals and tests."""

@@ -20,15 +20,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class GroupTest:
-    """Whether members of one group have more to do with each other than with others.
+    """Whether members of one group are more similar to each other than to members of other groups.
 
     Attributes:
         same: Mean over pairs within a group.
         other: Mean over pairs across groups.
-        expected: Mean of ``same`` over ways to deal the same group sizes, which is its null distribution.
+        expected: Mean of ``same`` over assignments to groups of the same sizes, which is its null
+            distribution.
         deviation: Its standard deviation there.
-        p: Share of these ways in which it is at least as large.
-        ways: How many were tried: all there are for up to eight members, else so many random ones.
+        p: Share of these assignments in which it is at least as large.
+        ways: How many assignments were tried: all of them for up to eight members, else a random sample.
     """
 
     same: float
@@ -44,7 +45,7 @@ RANDOM_WAYS = 5000
 
 
 def group_test(values: Sequence[Sequence[float]], groups: Sequence[str]) -> GroupTest:
-    """Compare pairs within groups with pairs across, against all ways to deal out the groups.
+    """Compare pairs within groups with pairs across, against all assignments to groups of the same sizes.
 
     Args:
         values: ``(n, n)``, symmetric; the diagonal counts for nothing.

@@ -1,9 +1,9 @@
-"""How sure a mean, a share or a difference is: 95 % intervals over one kind of unit. Pure.
+"""Uncertainty of a mean, a share or a difference: 95 % intervals over one kind of unit. Pure.
 
 An interval says over what it is: held-out rows (another draw of rows, the same models), clients, seeds
-(another training, the same rows where seeds share them) or questions. Where the units cannot carry one it
-says what would be needed, and none is made up: no deviation is estimated below five units, and units that
-are all alike tell nothing of how others would differ.
+(another training, the same rows where seeds share them) or questions. Where there are too few units, or
+all of them are equal, there is no interval and a text says what would be needed: no deviation is
+estimated below five units, and equal units say nothing about how others would differ.
 
 Shares: Wilson 1927, as scipy computes it. Means of numbers in known bounds: one unit is added at either
 bound (Agresti and Coull 1998, https://doi.org/10.1080/00031305.1998.10480550; of paired differences of
@@ -94,7 +94,7 @@ class Sample:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Sample:
-        """Return what :meth:`to_record` wrote; an end that is no number is infinite."""
+        """Return what :meth:`to_record` wrote; an end that is not a number is infinite."""
         totals = tuple(map(float, record["totals"]))
         low, high = record["bounds"]
         return cls(
@@ -107,7 +107,7 @@ class Sample:
 
 
 def student(freedom: int) -> float:
-    """Return by how many standard errors a 95 % interval of Student's t reaches to either side."""
+    """Return how many standard errors a 95 % interval of Student's t reaches to either side."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, 0.5 + LEVEL / 2))
@@ -151,7 +151,7 @@ def mean_interval(
         values: One a unit, at least one.
         over: What the units are.
         bounds: Of the values; no interval leaves them.
-        step: Distance of two values that can be told apart, such as 1/n of an accuracy over n rows. A
+        step: Distance of two values that can be distinguished, such as 1/n of an accuracy over n rows. A
             deviation below that of rounding to it (step / sqrt(12)) is taken as this.
     """
     import numpy as np
@@ -182,11 +182,11 @@ def sample_interval(sample: Sample, over: str = "rows") -> Interval:
 
 
 Judged = tuple[Sequence[str], Sample]
-"""The names of the rows that a model was judged by, and what they add."""
+"""A model's evaluation: the names of the held-out rows, and what each row adds to the metric."""
 
 
 def rows_interval(models: Sequence[Judged]) -> Interval:
-    """Return the mean metric of an arm's models and its interval over rows: other rows, the same models.
+    """Return the mean metric of a configuration's models, and its interval for other rows.
 
     Args:
         models: One a seed; a row that several judged is one unit.
@@ -197,11 +197,11 @@ def rows_interval(models: Sequence[Judged]) -> Interval:
 
 
 def rows_difference(left: Sequence[Judged], right: Sequence[Judged]) -> Interval:
-    """Return how models of one arm differ from those of another, by rows: other rows, the same models.
+    """Return the difference of two configurations' models, and its interval for other rows.
 
     Args:
-        left: One arm's models, one a seed; a row that several judged is one unit.
-        right: The other arm's, each beside the model that was judged by the same rows.
+        left: Models of one configuration, one per seed; a row that several judged is one unit.
+        right: Models of the other configuration, each beside the model that was judged by the same rows.
 
     Raises:
         ValueError: Two models side by side were not judged by the same rows.

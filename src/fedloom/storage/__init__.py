@@ -1,1 +1,1 @@
-"""What touches the disk: whole files, checkpoints, run folders, clients' state."""
+"""Everything that is written to disk: atomic files, checkpoints, run folders, client stores."""

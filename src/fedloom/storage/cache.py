@@ -1,4 +1,4 @@
-"""Where the tiny model and tokenised data are kept between runs."""
+"""The cache folder of the tiny model and of tokenised data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return where the tiny model and tokenised data are kept: FEDLOOM_CACHE or the user's cache."""
+    """Return the cache folder: FEDLOOM_CACHE, or ``fedloom`` in the user's cache folder."""
     chosen = os.environ.get("FEDLOOM_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(base) / "fedloom"

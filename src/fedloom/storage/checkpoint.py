@@ -1,11 +1,12 @@
 """State between rounds on disk: atomic, checksummed, and enough to continue bit for bit.
 
-A checkpoint is a folder ``round-0003`` that appears all at once (written beside, synced, renamed)::
+A checkpoint is a folder ``round-0003`` that appears atomically (written under another name, synced,
+renamed)::
 
     state.safetensors       the server's tensors
-    state.json              the server's numbers, the round, who was there, fingerprints of experiment
-                            and records
-    client-0004.safetensors what client 4 keeps between rounds; linked, not copied, when unchanged
+    state.json              the server's numbers, the round, presence of clients, fingerprints of the
+                            experiment and the records
+    client-0004.safetensors the store of client 4; linked, not copied, when unchanged
     manifest.json           SHA-256 of every file above
 
 The newest two are kept, so that one stays whole if the other is damaged later.
@@ -40,11 +41,11 @@ class Checkpoint:
     Attributes:
         round: Last finished round, 0 before the first.
         state: The server's state.
-        clients: What each client keeps.
+        clients: The store of each client.
         fingerprint: SHA-256 over everything that shapes the results of the experiment.
-        records: What the run's records were when it was saved, by the file's name; plain JSON.
-        presence: What is remembered of who was there in the rounds so far; plain JSON, and ``None`` where
-            an earlier release saved it.
+        records: Size and hash of the run's record files when it was saved, by file name; plain JSON.
+        presence: Presence of clients in the rounds so far; plain JSON, and ``None`` where an earlier
+            release saved the checkpoint.
     """
 
     round: int
@@ -59,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) 
     """Write a checkpoint into ``folder`` and drop all but the newest two.
 
     Args:
-        folder: The run's ``checkpoints`` folder; made if it is not there.
+        folder: The run's ``checkpoints`` folder; made if it is not connected.
         checkpoint: What to keep.
         changed: Clients whose tensors differ from the newest checkpoint on disk; the files of the
             others are linked. ``None`` writes all.
@@ -99,7 +100,7 @@ def load(
         folder: The run's ``checkpoints`` folder.
         fingerprint: What the checkpoint's fingerprint must be.
         round: A round to go back to, from 0.
-        fresh: Clients who start afresh: what they kept is neither checked nor read.
+        fresh: Clients that start with an empty store: their saved stores are neither checked nor read.
 
     Raises:
         CheckpointError: There is none; a file does not match its checksum (the whole ones that are
@@ -203,7 +204,7 @@ def _number(path: Path) -> int:
 
 
 def forget(folder: Path, client: int) -> int:
-    """Delete what a client keeps from every checkpoint; return from how many.
+    """Delete a client's store from every checkpoint; return from how many.
 
     Raises:
         OutputError: A file cannot be deleted.
@@ -228,11 +229,11 @@ def _client_file(client: int) -> str:
 
 
 def _afresh(damage: str) -> str:
-    """Say how a client whose store is damaged may start afresh; nothing for other files."""
+    """Return a hint for a client whose store is damaged; an empty string for other files."""
     found = re.search(r"client-(\d+)\.safetensors", damage)
     if found is None:
         return ""
-    return f"; or let that client start afresh: add --fresh-client {int(found[1])}"
+    return f"; or let that client start with an empty store: add --fresh-client {int(found[1])}"
 
 
 def _damage(path: Path, without: Collection[str] = ()) -> str:

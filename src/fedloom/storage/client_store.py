@@ -1,8 +1,8 @@
-"""What each client keeps between rounds, in memory; a checkpoint writes it to disk.
+"""The client store: tensors that each client keeps between rounds, in memory.
 
-What clients store in a round counts once the round is over. Until then it is pending, so a run that
-is stopped in the middle of a round is saved as it was before that round, and what a client stored over an
-answer that does not count can be undone.
+Tensors that clients store in a round take effect once the round is over. Until then they are pending, so
+a run that is stopped in the middle of a round is saved as it was before that round, and tensors stored
+with an answer that does not count can be discarded.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class ClientStore:
         return dict(self._pending.get(client, self._slots.get(client, {})))
 
     def stage(self, client: int, slots: Slots) -> None:
-        """Replace a client's slots, if they differ from what it had; pending until the round ends."""
+        """Replace a client's slots if they differ; the change is pending until the round ends."""
         previous = self.slots(client)
         if slots.keys() != previous.keys() or any(slots[k] is not previous[k] for k in slots):
             self._before.setdefault(client, self._pending.get(client))
             self._pending[client] = dict(slots)
 
     def begin_exchange(self) -> None:
-        """Begin what :meth:`discard` goes back to."""
+        """Mark the state that :meth:`discard` returns to."""
         self._before.clear()
 
     def discard(self, client: int) -> None:
-        """Forget what a client has stored since the mark."""
+        """Discard what a client has stored since :meth:`begin_exchange`."""
         if client in self._before:
             before = self._before.pop(client)
             self._pending.pop(client)
@@ -58,7 +58,7 @@ class ClientStore:
                 self._pending[client] = before
 
     def finish_round(self) -> None:
-        """Let everything that is pending count."""
+        """Let all pending changes take effect."""
         self._slots.update(self._pending)
         self.changed.update(self._pending)
         self._pending.clear()

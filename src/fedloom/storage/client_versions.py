@@ -1,9 +1,9 @@
-"""What a client keeps between rounds, on its own disk, one version for each message it took part in.
+"""A client's store on its own disk, with one version for each message it answered.
 
 A server that was stopped goes on after the last round that it saved, which may be before the last that
-this client has seen. So versions say in which stretch of the run (from one beginning to the next) they
-were made, and those of rounds that were given up are never used again. Nor are those of messages whose
-answers came too late or were refused: nobody else knows what was learnt then.
+this client has seen. So each version names the segment of the run (from one start or resume to the next)
+in which it was made, and versions of rounds that were lost are never used again. Nor are versions of
+messages whose answers came too late or were refused: the server does not know what was learnt then.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from fedloom.tensors import Tensors
 
 @dataclass(frozen=True, order=True)
 class Version:
-    """When something was kept.
+    """When a version was stored.
 
     Attributes:
         began: How many times the run had begun or been resumed.
         round: In which round.
-        number: Over which message, counted in that stretch.
+        number: Number of the message, counted in that segment.
     """
 
     began: int
     round: int
     number: int = 0
 
-    def counts(self, began: Sequence[int], undone: Collection[tuple[int, int]] = ()) -> bool:
-        """Return whether it was kept in a round, and over a message, that counts.
+    def counts(self, began: Sequence[int], discarded: Collection[tuple[int, int]] = ()) -> bool:
+        """Return whether the round and the message of this version count.
 
         Args:
             began: For each time that the run began or was resumed, the last round finished before.
-            undone: Messages whose answers did not count, by stretch and number.
+            discarded: Messages whose answers did not count, by segment and number.
         """
-        if self.began > len(began) or (self.began, self.number) in undone:
+        if self.began > len(began) or (self.began, self.number) in discarded:
             return False
         return all(self.round <= after for after in began[self.began :])
 
@@ -55,23 +55,23 @@ class ClientVersions:
         self.folder = folder
 
     def latest(
-        self, began: Sequence[int], round: int, undone: Collection[tuple[int, int]] = ()
+        self, began: Sequence[int], round: int, discarded: Collection[tuple[int, int]] = ()
     ) -> tuple[Version, Tensors] | None:
         """Return the newest version that counts in ``round``, and drop those that never will again.
 
         Args:
             began: As of :meth:`Version.counts`.
             round: The round.
-            undone: As of :meth:`Version.counts`.
+            discarded: As of :meth:`Version.counts`.
 
         Raises:
             CheckpointError: It is damaged.
         """
         versions = self._versions()
         for version in versions:
-            if not version.counts(began, undone):
+            if not version.counts(began, discarded):
                 self._path(version).unlink(missing_ok=True)
-        usable = [v for v in versions if v.counts(began, undone) and v.round <= round]
+        usable = [v for v in versions if v.counts(began, discarded) and v.round <= round]
         if not usable:
             return None
         newest = usable[-1]
@@ -79,14 +79,14 @@ class ClientVersions:
             return newest, safetensors.torch.load_file(self._path(newest))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"what this client keeps is damaged ({self._path(newest)}: {error}); delete that file "
+                f"the store of this client is damaged ({self._path(newest)}: {error}); delete that file "
                 "to go on with the version before it"
             ) from None
 
     def put(self, version: Version, tensors: Tensors, *, oldest: int) -> None:
         """Keep tensors, and drop versions before the one that a server gone back to ``oldest`` needs.
 
-        Of one round the last two stay: the last may yet be undone.
+        Of one round the last two versions stay: the last may still be discarded.
 
         Raises:
             OutputError: The disk is full or not writable.

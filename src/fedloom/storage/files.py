@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files that one process holds as long as it lives."""
+"""Atomic files, and lock files that a process holds as long as it lives."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from typing import IO, TextIO
 from fedloom.errors import OutputError
 
 TRIES, PAUSE = 5, 0.05
-"""Times that a lock is asked for, and seconds between: who only looks at it has it for a moment."""
+"""Attempts to take a lock, and seconds between them: a process that only reads the owner holds it for a
+moment."""
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """Yield a file that is at ``path`` once it is whole; for its owner alone unless ``mode`` says else.
+    """Yield a file that appears at ``path`` once it is complete, for its owner alone by default.
 
     Until then it stands beside it, under the number that the system gives this thread, so that neither
     another process nor another thread writes there.
 
     Raises:
-        OutputError: It cannot be written; what was there before still is.
+        OutputError: It cannot be written; the earlier content is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
     try:
@@ -46,17 +47,17 @@ def written_atomically(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file at once, for its owner alone unless ``mode`` says otherwise.
+    """Write a file atomically, readable by its owner alone unless ``mode`` says otherwise.
 
     Raises:
-        OutputError: It cannot be written; what was there before still is.
+        OutputError: It cannot be written; the earlier content is unchanged.
     """
     with written_atomically(path, mode) as file:
         file.write(content)
 
 
 def make_private(folder: Path) -> bool:
-    """Make a folder, or have one that is there be its owner's alone; return whether others could look.
+    """Make a folder readable by its owner alone; return whether others could read it before.
 
     Raises:
         OutputError: It cannot be made, or is another user's.
@@ -71,8 +72,8 @@ def make_private(folder: Path) -> bool:
     return open_to_others
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Delete what writers of such a name that were killed have left in a folder: ``.NAME.NUMBER``."""
+def remove_temporary(folder: Path, name: str = "*") -> None:
+    """Delete temporary files (``.NAME.NUMBER``) that killed writers have left in a folder."""
     for path in folder.glob(f".{name}.*"):
         if path.suffix[1:].isdecimal():
             if path.is_dir():
@@ -84,12 +85,12 @@ def sweep(folder: Path, name: str = "*") -> None:
 def lock(path: Path, note: str = "") -> TextIO | None:
     """Return a lock that no other process has while the file is open, or ``None`` where another has it.
 
-    The number of this process stands in the file. The system lets go of the lock when the process ends,
-    however it does; the number alone would tell nothing, since it may be another process's by then.
+    The number of this process is in the file. The system releases the lock when the process ends, however
+    it ends; the number alone would not be enough, since another process may have it by then.
 
     Args:
         path: The file.
-        note: What else stands in it, from the second line on.
+        note: Further content of the file, from the second line on.
 
     Raises:
         OutputError: The file cannot be written, or not locked.

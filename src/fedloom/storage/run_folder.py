@@ -1,21 +1,21 @@
-"""The run folder: what ``fedloom run`` leaves, written and read in one place.
+"""The run folder: the results of ``fedloom run``, written and read in one place.
 
 ::
 
     experiment.toml   the resolved experiment, defaults included
     run.json          versions, seed, command, model, data, the metric and its meaning
-    partition.json    what each client holds
+    partition.json    rows and labels of each client
     rounds.jsonl      one line a round; the first is the evaluation before any training
     costs.jsonl       one line a round, client and phase
     samples.json      held-out prompts answered before and after
     summary.json      before, after, totals, the adapter's checksum and what was verified; at the end
     adapter/          the global adapter as a PEFT folder, with its card
-    clients/          models of single clients, where they have something of their own
-    checkpoints/      what a resumed run starts from
+    clients/          models of single clients that have personal parts
+    checkpoints/      state that a resumed run starts from
     .lock             held by the process that writes here, with its host and since when
 
-Files are JSON with numbers that are not finite as null. Whole files appear at once; lines are
-synced one by one, so that a killed run loses none that it reported.
+Files are JSON with numbers that are not finite as null. Whole files appear atomically; lines are synced
+one by one, so that a killed run loses no line that it reported.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ EVALUATION = "evaluation.json"
 """In the folder of an evaluation with judges: everything its page shows but the answers."""
 ANSWERS = "answers.jsonl"
 ANSWERED = "answered.json"
-"""What the answers depend on: as long as it is the same, they are not made again."""
+"""Everything that the answers depend on: as long as it is unchanged, answers are not generated again."""
 JUDGEMENTS = "judgements.jsonl"
 LOCK = ".lock"
-"""The file that makes the process which writes to a folder the only one."""
+"""The lock file of the one process that may write to a folder."""
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 MAKE_ROOM = "make room or choose another output.folder"
@@ -77,24 +77,24 @@ class RunFolder:
         """Open the folder of an earlier run.
 
         Raises:
-            OutputError: It is not there, or is no run folder.
+            OutputError: It is not there, or is not a run folder.
         """
         if not path.is_dir():
             raise OutputError(f"no run folder at {path}")
         if not (path / EXPERIMENT).is_file():
-            raise OutputError(f"{path} is no run folder: it has no {EXPERIMENT}")
+            raise OutputError(f"{path} is not a run folder: it has no {EXPERIMENT}")
         return cls(path)
 
     @property
     def is_begun(self) -> bool:
-        """Whether a run was ever started here; an experiment file alone is none."""
+        """Whether a run was ever started here; an experiment file alone does not count."""
         return (self.path / RUN).is_file() or (self.path / LOCK).is_file()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process that writes here.
+        """Hold the lock of the only process that writes here.
 
-        The system lets go of a lock whose process has ended, however it did, so none is ever left over.
+        The system releases the lock when the process ends, however it ends, so none is ever left behind.
 
         Raises:
             OutputError: Another process writes here, or this file system has no locks.
@@ -128,7 +128,7 @@ class RunFolder:
         return self.path / "adapter"
 
     def client(self, number: int) -> Path:
-        """PEFT folder of a client's own model, with its own parts beside the adapter."""
+        """PEFT folder of a client's model, with its personal parts beside the adapter."""
         return self.path / "clients" / f"{number:04d}"
 
     def write_text(self, name: str, text: str) -> None:
@@ -210,7 +210,7 @@ class RunFolder:
         """Return a file's text, empty where there is no such file.
 
         Raises:
-            OutputError: It may not be read, or is no text in UTF-8.
+            OutputError: It may not be read, or is not text in UTF-8.
         """
         content = self.read_bytes(name) or b""
         try:
@@ -237,7 +237,7 @@ def is_comparison(folder: Path) -> bool:
 
 
 def versions_of(run: Mapping[str, Any]) -> dict[str, str]:
-    """Return the versions that a run was begun with, fedloom's among them.
+    """Return the versions that a run was started with, including fedloom's.
 
     Args:
         run: The content of ``run.json``.
@@ -246,7 +246,7 @@ def versions_of(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """Return which versions are others than those that a run was begun with, for people.
+    """Return, as text, the versions that differ from those that a run was started with.
 
     Args:
         run: The content of ``run.json``.
@@ -262,9 +262,9 @@ def other_versions(run: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Snapshot(RunFolder):
-    """A run folder each of whose files is read once: what is checked is then what is shown.
+    """A run folder of which each file is read once: the content checked is the content shown.
 
-    A run that goes on adds lines while its page is made, and a large record takes long to read.
+    A run under way adds lines while its page is made, and a large record takes long to read.
     """
 
     _bytes: dict[str, bytes | None] = field(default_factory=dict, repr=False, compare=False)

@@ -1,9 +1,9 @@
-"""Where commands write what a user names: over nothing that is there, into no folder that is not.
+"""Paths that a user names for output: nothing is overwritten, no parent folder is created.
 
-A path whose folder is not there is more often a typing mistake than a wish, and a page or picture of the
-same name is more often wanted than not. Names of fedloom's own choice get a number where they are taken,
-folders of its own choice (``runs``, ``evaluations``, ``comparisons``) are made, and pages within the
-folders that they are about are made anew.
+A path whose folder is not there is more often a typing mistake than intended, and a page or picture of
+the same name is often still needed. Names that fedloom chooses get a number where they are taken, folders
+that it chooses (``runs``, ``evaluations``, ``comparisons``) are created, and pages inside the folder that
+they describe are overwritten.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def require_new_file(path: Path, option: str, *, force: bool = False) -> Path:
 
     Args:
         path: The file.
-        option: By which another is named.
+        option: The option that names another path.
         force: Whether one that is there may be written over.
 
     Raises:
-        OutputError: It is there, it is a folder, or its folder is not there.
+        OutputError: It exists, it is a folder, or its parent folder does not exist.
     """
     require_place(path, option)
     if path.is_dir():
@@ -35,14 +35,14 @@ def require_new_file(path: Path, option: str, *, force: bool = False) -> Path:
 
 
 def require_place(path: Path | None, option: str) -> None:
-    """Check that what would hold a file or folder is there, if one was named.
+    """Check that the parent folder of a named file or folder exists.
 
     Raises:
         OutputError: It is not.
     """
     if path is not None and not path.parent.is_dir():
         raise OutputError(
-            f"there is no folder {path.parent} to hold {path.name}: make it, or mend the path after "
+            f"there is no folder {path.parent} to hold {path.name}: create it, or correct the path after "
             f"{option}"
         )
 
@@ -51,7 +51,7 @@ def require_folder(path: Path, option: str) -> None:
     """Check that a folder is there, or can be made in one that is.
 
     Raises:
-        OutputError: It is a file, or what would hold it is not there.
+        OutputError: It is a file, or its parent folder does not exist.
     """
     require_place(path, option)
     if path.exists() and not path.is_dir():
@@ -59,7 +59,7 @@ def require_folder(path: Path, option: str) -> None:
 
 
 def free_file(path: Path, *, force: bool = False) -> Path:
-    """Return a file of fedloom's own choice: the path, or one with a number while that is there."""
+    """Return a file name that fedloom chooses: the path, or the path with a number while that exists."""
     number, free = 2, path
     while free.exists() and not force:
         free, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1

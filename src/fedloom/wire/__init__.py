@@ -1,1 +1,1 @@
-"""What travels: schemas, payloads, envelopes, framing."""
+"""Messages: schemas, payloads, envelopes, framing."""

@@ -1,8 +1,8 @@
-"""What surrounds a payload between machines: who sends it to whom in which exchange, and a signature.
+"""The envelope of a payload between machines: sender, receiver, exchange, and a signature.
 
 A header is JSON of a fixed form, read before the payload is touched. It holds the payload's SHA-256, so
 the signature over the header (``security/keys.py``) covers run, round, client and content. Packed, an
-envelope is one run of bytes::
+envelope is one sequence of bytes::
 
     fedloom1 | length of header | length of signature | header | signature | payload
 """
@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from fedloom.errors import MessageError, OffenceKind
+from fedloom.errors import MessageError, ViolationKind
 from fedloom.settings.schema import Settings
 
 PROTOCOL = 3
-"""Of all that travels between machines; raised when older clients could not take part."""
+"""Protocol version of messages between machines; raised when older clients could not take part."""
 
 MAGIC = b"fedloom1"
 PREFIX = struct.Struct("<8sIH")
@@ -30,54 +30,55 @@ MAX_HEADER = 16 << 20
 """Bytes of the longest header: a schema of a hundred thousand tensors."""
 
 LONGEST_HEADER = PREFIX.size + MAX_HEADER + (1 << 16)
-"""Bytes of all that may stand before a payload, signature included."""
+"""Largest number of bytes before a payload, signature included."""
 
 MAX_REPLY_HEADER = 64 << 10
-"""Bytes of the longest header that a client may send: it has no schema in it."""
+"""Bytes of the longest header that a client may send: it holds no schema."""
 
 LONGEST = 4000
-"""Characters of what is said of an error."""
+"""Longest text of an error, in characters."""
 
 
 LACKS_START = "it has not been sent yet what the run starts from"
-"""What a client says that must be sent it before it can be ready."""
+"""Reply of a client that must be sent the start of the run before it can be ready."""
 
 
 def printable(text: str) -> str:
-    """Return a stranger's words without what moves a terminal's cursor, and not at any length."""
+    """Return untrusted text with only printable characters and of bounded length."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:LONGEST])
 
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 Tally = Annotated[int, Field(ge=0, le=1 << 50)]
-"""What a client counts in one phase of an exchange: rows, tokens, steps; bytes of memory. A thousand
-machines that train on a million tokens a second take twelve days for that many tokens."""
+"""Largest count that a client may report for one phase of an exchange: rows, tokens, steps; bytes of
+memory. A thousand machines that train on a million tokens a second take twelve days for that many
+tokens."""
 
 FLOPS, SECONDS = 1e24, 1e8
 """Most floating-point operations, and seconds, of one phase of an exchange: a thousand accelerators of
 1e15 operations a second for twelve days, and three years."""
 
 PHASES = 16
-"""Most phases that a client may speak of in one answer."""
+"""Most phases that a client may report in one answer."""
 
 SchemaTable = dict[str, Any]
 
 
 class RequestHeader(Settings):
-    """Of what a server sends to a client."""
+    """Header of a request from the server to a client."""
 
     kind: Literal["join", "exchange", "end"]
-    """What is asked: to get ready, to carry out an action, to write own models and let go."""
+    """Kind of the request: get ready, carry out an action, or write the client's own models and end."""
     run: str = Field(pattern="^[0-9a-f]{32}$")
-    """Tells the run from all others, and names a folder of the client's."""
+    """Id of the run; also the name of a folder at the client."""
     began: list[int]
     """For each time that the run began or was resumed, the last round finished before."""
     client: Count
     """Its number in the run."""
     round: Count = 0
     number: Count = 0
-    """Of the message, since the run began or was resumed: the same number is the same message."""
+    """Number of the message since the run was started or resumed: the same number is the same message."""
     action: str = Field(default="", max_length=64)
     request: SchemaTable | None = None
     reply: SchemaTable | None = None
@@ -89,10 +90,11 @@ class RequestHeader(Settings):
     certificate: str | None = None
     """PEM of the server's certificate, which the client checks with its authority's."""
     undone: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
-    """Earlier messages to this client whose answers did not count, by how many times the run had begun or
-    been resumed and by their number: nor does what it kept over them."""
+    """Earlier messages to this client whose answers did not count, by the segment of the run and their
+    number: the client discards what it stored with them."""
     held: Count = 0
-    """Bytes of the answer that are there already, from a stream that broke: the rest is asked for."""
+    """Bytes of the answer that have arrived already over a stream that broke: only the rest is
+    requested."""
     payload: str = ""
     """SHA-256 of the payload."""
 
@@ -111,26 +113,26 @@ class WorkDone(Settings):
 
 
 class Joined(Settings):
-    """What a client that is ready says of itself; counts alone."""
+    """Report of a client that is ready; it holds counts and hashes alone."""
 
     rows: int = Field(ge=1, le=1 << 40)
-    """It trains on."""
+    """Number of training rows."""
     held_out: int = Field(ge=0, le=1 << 40)
-    """It is judged by."""
+    """Number of held-out rows."""
     model: Annotated[str, Field(max_length=64), AfterValidator(printable)]
     """SHA-256 of its backbone and tokenizer."""
     version: Annotated[str, Field(max_length=32), AfterValidator(printable)]
-    """Of fedloom."""
+    """Version of fedloom."""
     protocol: Count = 1
-    """What both sides must speak alike."""
+    """Protocol version, which must be equal on both sides."""
 
 
 class ReplyHeader(Settings):
-    """Of what a client sends back."""
+    """Header of a client's reply."""
 
     run: str = Field(max_length=64)
     began: Count
-    """How many times the run had begun or been resumed when it was asked."""
+    """Segment of the run in which it was asked (how many times the run had been started or resumed)."""
     client: Count
     round: Count
     number: Count
@@ -143,24 +145,24 @@ class ReplyHeader(Settings):
 
 HeaderT = TypeVar("HeaderT", RequestHeader, ReplyHeader)
 
-KIND_OF: dict[str, OffenceKind] = {
+KIND_OF: dict[str, ViolationKind] = {
     "finite_number": "not_finite",
     "greater_than_equal": "out_of_range",
     "less_than_equal": "out_of_range",
     "string_too_long": "oversized",
     "too_long": "oversized",
 }
-"""What pydantic calls the mistakes in a header that are not of its form."""
+"""Pydantic's names of mistakes that mean that a header is malformed."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A header, what it speaks of, and who vouches for it.
+    """A header, the payload it describes, and a signature.
 
     Attributes:
         header: JSON, exactly as it was signed.
         payload: An encoded payload; see ``messages.py``.
-        signature: Over the header; empty where the connection itself says who sends.
+        signature: Over the header; empty where the connection itself proves the sender.
     """
 
     header: bytes
@@ -168,11 +170,11 @@ class Envelope:
     signature: bytes = b""
 
     def pack(self) -> bytes:
-        """Return it as one run of bytes."""
+        """Return it as one sequence of bytes."""
         return b"".join(self.parts())
 
     def parts(self) -> tuple[bytes, bytes]:
-        """Return what is packed in two parts, the second being the payload itself, not a copy."""
+        """Return the packed bytes in two parts; the second is the payload itself, not a copy."""
         prefix = PREFIX.pack(MAGIC, len(self.header), len(self.signature))
         return b"".join([prefix, self.header, self.signature]), self.payload
 
@@ -181,7 +183,7 @@ class Envelope:
         """Return the envelope that was packed as ``data``.
 
         Raises:
-            MessageError: It is none.
+            MessageError: It is not an envelope.
         """
         if len(data) < PREFIX.size:
             raise MessageError(f"envelope has {len(data)} bytes, too few to be one")
@@ -196,10 +198,10 @@ class Envelope:
         )
 
     def read(self, form: type[HeaderT], *, longest: int = MAX_HEADER) -> HeaderT:
-        """Return the header, checked; and check that the payload is the one it speaks of.
+        """Return the checked header; check that the payload is the one it describes.
 
         Raises:
-            MessageError: The header is too long, not of that form, or of another payload.
+            MessageError: The header is too long, malformed, or describes another payload.
         """
         if len(self.header) > longest:
             raise MessageError(
@@ -211,13 +213,13 @@ class Envelope:
             first = error.errors(include_input=False)[0]
             where = printable(".".join(map(str, first["loc"]))[:64])
             raise MessageError(
-                f"header is not of the form it must have: {where}: {first['msg']}",
+                f"header is malformed: {where}: {first['msg']}",
                 KIND_OF.get(first["type"], "malformed"),
             ) from None
         except (ValueError, RecursionError) as error:
-            raise MessageError(f"header is not of the form it must have: {error}") from None
+            raise MessageError(f"header is malformed: {error}") from None
         if header.payload != _digest(self.payload):
-            raise MessageError("payload is not the one that its header speaks of", "forged")
+            raise MessageError("payload does not match the SHA-256 in its header", "forged")
         return header
 
 
@@ -227,7 +229,7 @@ def seal(
     """Return an envelope, signed if there is something to sign with.
 
     Args:
-        header: What is said of the payload; its SHA-256 is added where it is not there yet.
+        header: Describes the payload; the payload's SHA-256 is added where it is missing.
         payload: An encoded payload.
         sign: Returns the signature of a header.
     """

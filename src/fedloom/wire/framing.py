@@ -15,20 +15,20 @@ from fedloom.errors import ConnectionFailed, MessageError
 
 LENGTH = struct.Struct("<Q")
 TRUSTED = 64 << 20
-"""Bytes of memory that are made on the word of a length alone."""
+"""Bytes of memory that are allocated because of an announced length alone."""
 
 OVER = (1 << 64) - 1
-"""Stands for the length of a message where none will come: the stream is ended on purpose."""
+"""Marker in place of a message's length: the stream is ended on purpose."""
 
 LONGEST = 100
 """Bytes of a socket's path that every system allows."""
 
 Read = Callable[[int], bytes | None]
-"""Returns so many bytes, or ``None`` where the stream has ended."""
+"""Reads the given number of bytes; ``None`` where the stream has ended."""
 
 
 class Readable(Protocol):
-    """What is used of a socket to read from it."""
+    """The part of a socket that is used for reading."""
 
     def recv_into(self, buffer: memoryview, count: int = 0, /) -> int:
         """Read at most so many bytes; 0 at the end."""
@@ -36,7 +36,7 @@ class Readable(Protocol):
 
 
 class Writable(Protocol):
-    """What is used of a socket to write to it."""
+    """The part of a socket that is used for writing."""
 
     def sendall(self, content: bytes, /) -> None:
         """Write all of it."""
@@ -66,14 +66,14 @@ def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
         limit: Bytes that the message may have; asked when one comes.
 
     Raises:
-        MessageError: It is longer; nothing of it has been read.
-        StreamOver: None will come.
+        MessageError: It is longer than allowed; nothing of it has been read.
+        StreamOver: The other side has ended the stream.
     """
     length = read_length(read)
     if length is None:
         return None
     if length > limit():
-        raise MessageError(f"a message of {length} bytes, {limit()} are allowed", "oversized")
+        raise MessageError(f"a message of {length} bytes; {limit()} are allowed", "oversized")
     return read(length)
 
 
@@ -113,7 +113,7 @@ def listen(path: Path) -> socket.socket:
     """Return a listening socket in a folder that only this user can open.
 
     Raises:
-        ConnectionFailed: The place cannot be made.
+        ConnectionFailed: The socket cannot be created.
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -133,7 +133,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def serve_each(listening: socket.socket, serve: Callable[[socket.socket], object]) -> None:
-    """Have each connection that comes be served by a thread of its own, until :func:`stop_listening`."""
+    """Serve each connection in its own thread until :func:`stop_listening`."""
 
     def accept() -> None:
         while True:
@@ -147,7 +147,7 @@ def serve_each(listening: socket.socket, serve: Callable[[socket.socket], object
 
 
 def stop_listening(listening: socket.socket, path: Path) -> None:
-    """Close a listening socket and take it away; who waits for connections of it is woken."""
+    """Close and delete a listening socket; threads that wait for its connections are woken."""
     with suppress(OSError):
         listening.shutdown(socket.SHUT_RDWR)
     listening.close()
@@ -174,7 +174,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
 
 @contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """Yield a name of a socket that is short enough: a long path goes by way of its open folder."""
+    """Yield a path that is short enough for a socket: a long one goes through its open folder."""
     if len(os.fsencode(path)) <= LONGEST:
         yield str(path)
         return

@@ -1,4 +1,4 @@
-"""What travels between server and clients, and the checks on arrival.
+"""Messages between server and clients, and the checks on arrival.
 
 An :class:`Exchange` asks some clients for one action. Both directions have a :class:`Schema`, fixed
 before anything is sent: names, shapes, dtypes, and numbers with their ranges, and with them a cap on the
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.errors import MessageError, OffenceKind
+from fedloom.errors import MessageError, ViolationKind
 from fedloom.tensors import OnDemand, Tensors, largest_value
 from fedloom.wire.packing import METADATA, Buffer, buffers_of, content, header_of, pack
 from fedloom.wire.schema import (
@@ -52,7 +52,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question to some clients and the form of their answers.
+    """One request to some clients and the schemas of both directions.
 
     Attributes:
         action: Name of the client-side handler.
@@ -60,8 +60,8 @@ class Exchange:
         request_schema: Schema of what goes to the clients.
         reply_schema: Schema of what must come back.
         requests: Encoded payload for each client; equal payloads may be the same object.
-        check: What a reply must fulfil beyond its schema; raises :class:`MessageError` where it does
-            not, given the client and its payload. That client is left out of the round.
+        check: Checks a reply beyond its schema, given the client and its payload; raises
+            :class:`MessageError` where it is wrong. That client is left out of the round.
     """
 
     action: str
@@ -98,22 +98,22 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine brings back from one client: encoded bytes, or why there are none.
+    """One client's answer as the engine returns it: encoded bytes, or why there are none.
 
     Attributes:
         client: Who was asked.
         data: Encoded payload.
         error: Why there is none.
         digest: SHA-256 of the payload, where the engine has found it already.
-        offence: Of what kind ``error`` is, where the engine has found that the client sent what it must
-            not, and it is proven that the client sent it; ``None`` where it failed.
+        violation: Kind of protocol violation, where it is proven that the client sent what it must not
+            send; ``None`` where the client failed.
     """
 
     client: int
     data: bytes | None = None
     error: str | None = None
     digest: str | None = None
-    offence: OffenceKind | None = None
+    violation: ViolationKind | None = None
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class Reply:
 def encode(payload: Payload, schema: Schema) -> bytes:
     """Encode a payload as the bytes that travel.
 
-    A metric that is not finite or not in its range is left out: whoever decodes it would refuse the
-    whole, and an honest client whose training diverges has not offended.
+    A metric that is not finite or not in its range is left out: the receiver would refuse the whole
+    message, and an honest client whose training diverges has violated nothing.
 
     Raises:
-        MessageError: The payload does not fit ``schema`` (a mistake in a method, not of a peer), or a
+        MessageError: The payload does not fit ``schema`` (a mistake in a method, not at the peer), or a
             number is not in its range.
     """
     _check_names(payload, schema)
@@ -164,8 +164,8 @@ def decode(data: bytes, schema: Schema) -> Payload:
         Tensors that share memory with one buffer per dtype, and numbers and metrics in their ranges.
 
     Raises:
-        MessageError: Too large, not safetensors, another schema, or numbers or metrics that are not
-            declared, not finite or not in their ranges.
+        MessageError: It is too large, not safetensors, of another schema, or holds numbers or metrics
+            that are not declared, not finite or out of range.
     """
     if len(data) > schema.max_bytes:
         raise MessageError(
@@ -201,7 +201,7 @@ def decode(data: bytes, schema: Schema) -> Payload:
 
 
 class StoredTensors(OnDemand):
-    """The tensors of an encoded payload in a file; each is read when it is asked for, and not kept."""
+    """Tensors of an encoded payload in a file; each is read on access and not kept."""
 
     def __init__(self, path: Path, schema: Schema) -> None:
         """Find each tensor of ``schema`` in a file of bytes that :func:`decode` has accepted."""
@@ -322,7 +322,7 @@ def _require_in_range(what: str, value: object, spec: NumberSpec) -> None:
     """Check one number.
 
     Raises:
-        MessageError: It is none, not finite, or not in its range.
+        MessageError: It is not a number, not finite, or out of its range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MessageError(f"{what} is {str(value)[:40]!r}, it must be a number")

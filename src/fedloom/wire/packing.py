@@ -3,7 +3,7 @@
 A file of safetensors is eight bytes of length, a header in JSON, and the buffers that it names, one
 after the other. The library copies a payload four times on its way to bytes. Here each buffer is copied
 once, out of the tensors that lie in it, and once on its way back, into memory that numpy asks large pages
-for. What is read comes from strangers: every word of its header is checked. This file knows no schema.
+for. Bytes that are read are untrusted: every field of the header is checked. This file knows no schema.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
 }
-"""What the format calls what can travel."""
+"""Names of the dtypes in the format."""
 
 _KNOWN = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -42,18 +42,18 @@ SMALL = 1 << 20
 """Bytes up to which the parts of a buffer are put together by torch first: one more copy, fewer calls."""
 
 METADATA = "__metadata__"
-"""Where a header has texts about the whole."""
+"""Key of the metadata in a header."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A run of numbers of one dtype.
+    """A sequence of numbers of one dtype.
 
     Attributes:
         dtype: Of each.
         shape: How many there are.
-        parts: What lies in it, in order, if it is to be written.
-        start: Where it begins among the buffers, in bytes, if it was read.
+        parts: Its tensors in order, if it is to be written.
+        start: Its offset among the buffers in bytes, if it was read.
     """
 
     dtype: torch.dtype
@@ -71,7 +71,7 @@ def pack(buffers: Mapping[str, Buffer], metadata: Mapping[str, str]) -> bytes:
     """Return buffers as bytes that safetensors reads; the same buffers are the same bytes.
 
     Raises:
-        MessageError: A dtype that cannot travel.
+        MessageError: A dtype that cannot be sent.
     """
     header: dict[str, object] = {METADATA: dict(sorted(metadata.items()))}
     raw: list[memoryview] = []
@@ -79,7 +79,7 @@ def pack(buffers: Mapping[str, Buffer], metadata: Mapping[str, str]) -> bytes:
     for name in sorted(buffers, key=lambda name: (-buffers[name].dtype.itemsize, name)):
         own = buffers[name]
         if own.dtype not in DTYPES:
-            raise MessageError(f"buffer {name} is {own.dtype}, which cannot travel")
+            raise MessageError(f"buffer {name} is {own.dtype}, which cannot be sent")
         place = [start, start + own.size]
         header[name] = {"dtype": DTYPES[own.dtype], "shape": own.shape, "data_offsets": place}
         raw += _raw(own)
@@ -111,7 +111,7 @@ def buffers_of(header: Mapping[str, object], size: int) -> dict[str, Buffer]:
     """Return the buffers that a header names, which fill ``size`` bytes without a gap.
 
     Raises:
-        MessageError: They do not, or one is not described as safetensors does.
+        MessageError: They do not, or one is malformed.
     """
     found = {name: _buffer(name, entry) for name, entry in header.items() if name != METADATA}
     end = 0
@@ -120,7 +120,7 @@ def buffers_of(header: Mapping[str, object], size: int) -> dict[str, Buffer]:
             raise MessageError(f"payload has a gap or an overlap of buffers at byte {end}")
         end += own.size
     if end != size:
-        raise MessageError(f"payload has {size} bytes of buffers, its header speaks of {end}")
+        raise MessageError(f"payload has {size} bytes of buffers, its header describes {end}")
     return found
 
 
@@ -148,7 +148,7 @@ def _buffer(name: str, entry: object) -> Buffer:
             own = Buffer(known, tuple(shape), start=place[0])
             if own.size == place[1] - place[0]:
                 return own
-    raise MessageError(f"payload describes its buffer {name[:64]!r} as safetensors does not")
+    raise MessageError(f"payload describes its buffer {name[:64]!r} not in the form of safetensors")
 
 
 def _counts(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""How rows of numbers travel: whole, in 16 bits, or in 8 with a scale for every row.
+"""Encodings of rows of numbers: float32, 16 bits, or int8 with a scale for every row.
 
 Rows are tokens (activations, gradients) or scored positions (logits). ``int8`` rounds each row to 255
 levels between minus and plus its largest magnitude, which travels beside it as a float32.
@@ -38,7 +38,7 @@ def row_specs(
 
 
 def pack_rows(name: str, rows: Tensor, encoding: Encoding) -> Tensors:
-    """Return ``(rows, width)`` float32 as the tensors that travel under ``name``."""
+    """Return ``(rows, width)`` float32 as the tensors that are sent under ``name``."""
     rows = rows.detach().float().cpu()
     if encoding != "int8":
         return {name: rows.to(DTYPES[encoding])}

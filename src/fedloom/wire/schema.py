@@ -1,4 +1,4 @@
-"""What a payload may hold: names, shapes and dtypes of tensors, names and ranges of numbers.
+"""Schemas: names, shapes and dtypes of a payload's tensors, names and ranges of its numbers.
 
 A schema is fixed before anything is sent, and gives a cap on the bytes.
 """
@@ -34,7 +34,7 @@ MAX_RANK, MAX_PAYLOAD = 8, 1 << 40
 """Most dimensions of a tensor, and bytes of the largest payload that a schema may describe (1 TiB)."""
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-"""What the dtypes that can travel are called in a schema that is sent."""
+"""Names of the dtypes in a schema that is sent."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TensorSpec:
     """Name, shape and dtype of one tensor in a payload.
 
     Attributes:
-        ragged: Whether the first dimension is the most there may be, not what there must be.
+        ragged: Whether the first dimension is an upper bound, not the exact size.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class NumberSpec:
-    """Name and range of one number in a payload; both ends belong to the range.
+    """Name and range of one number in a payload; both ends are in the range.
 
     Attributes:
         name: What it is called.
@@ -124,7 +124,7 @@ class Schema:
         return cls(specs, numbers, metrics)
 
     def to_table(self) -> dict[str, Any]:
-        """Return it as plain JSON, for a party that must be told."""
+        """Return it as plain JSON, to be sent."""
         rows = [[s.name, list(s.shape), _dtype_name(s.dtype), s.ragged] for s in self.tensors]
         return {
             "tensors": rows,
@@ -134,10 +134,10 @@ class Schema:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Schema:
-        """Return what :meth:`to_table` was given, from a peer that is not trusted.
+        """Return the schema in a table of :meth:`to_table`, which comes from an untrusted peer.
 
         Raises:
-            MessageError: It is no such table, or describes more than ``MAX_TENSORS`` tensors,
+            MessageError: It is not such a table, or describes more than ``MAX_TENSORS`` tensors,
                 ``MAX_NUMBERS`` numbers or metrics, ``MAX_RANK`` dimensions or ``MAX_PAYLOAD`` bytes.
         """
         try:
@@ -151,7 +151,7 @@ class Schema:
             if found.max_bytes > MAX_PAYLOAD:
                 raise ValueError(f"{found.max_bytes} bytes, {MAX_PAYLOAD} are allowed")
         except (KeyError, TypeError, ValueError) as error:
-            raise MessageError(f"a schema is not of the form it must have: {error}") from None
+            raise MessageError(f"a schema is malformed: {error}") from None
         return found
 
     @cached_property
@@ -190,13 +190,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _few(rows: object, most: int) -> list[Any]:
     if not isinstance(rows, list) or len(rows) > most:
-        raise ValueError(f"a list of at most {most} rows is wanted")
+        raise ValueError(f"a list of at most {most} rows is expected")
     return rows
 
 
 def _name(value: object, longest: int) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
-        raise ValueError(f"{str(value)[:40]!r} is no name of 1 to {longest} characters")
+        raise ValueError(f"{str(value)[:40]!r} is not a name of 1 to {longest} characters")
     return value
 
 
@@ -204,11 +204,13 @@ def _tensor_spec(name: object, shape: object, dtype: object, ragged: object) -> 
     """Return a tensor's spec from a row of a table, checked."""
     sizes = tuple(_few(shape, MAX_RANK))
     if not all(type(n) is int and 0 <= n <= MAX_PAYLOAD for n in sizes):
-        raise ValueError(f"{str(shape)[:80]} is no shape")
+        raise ValueError(f"{str(shape)[:80]} is not a shape")
     if not isinstance(dtype, str) or dtype not in DTYPE_NAMES:
-        raise ValueError(f"{str(dtype)[:40]!r} is no dtype that travels")
+        raise ValueError(f"{str(dtype)[:40]!r} is not a dtype that can be sent")
     if not isinstance(ragged, bool) or (ragged and not sizes):
-        raise ValueError("a tensor is ragged, which has a dimension, or not")
+        raise ValueError(
+            "ragged must be true or false, and true only for a tensor with a dimension"
+        )
     return TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
 
 
@@ -217,7 +219,7 @@ def _number_spec(name: object, lowest: object, highest: object) -> NumberSpec:
     ends = []
     for end in (lowest, highest):
         if isinstance(end, bool) or not isinstance(end, int | float) or not abs(end) <= FINITE:
-            raise ValueError(f"{str(end)[:40]} is no end of a range")
+            raise ValueError(f"{str(end)[:40]} is not a bound of a range")
         ends.append(float(end))
     return NumberSpec(_name(name, MAX_NUMBER_NAME), *ends)
 

@@ -1,4 +1,5 @@
-"""The table of offences: what of a client's answers is one, of which kind, and what befalls an honest client.
+"""The table of violations: what of a client's answers is one, of which kind, and what befalls an honest
+client.
 
 Each case is one exchange of three clients, in which client 1's answer is what the case says.
 """
@@ -12,10 +13,10 @@ import pytest
 from fedloom.errors import MessageError
 from fedloom.federation.admission import Admission
 from fedloom.federation.engine import RunDescription
-from fedloom.federation.offences import OffenceObserver
+from fedloom.federation.violations import ViolationObserver
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.security.keys import read_key, sign
 from fedloom.training.results import reported
 from fedloom.wire.envelope import Envelope, Joined, ReplyHeader, seal
@@ -27,12 +28,12 @@ from unchecked import rewritten
 BAD = 1
 
 
-class Told(OffenceObserver):
+class Told(ViolationObserver):
     def __init__(self):
         self.kinds = []
 
-    def offended(self, offence):
-        self.kinds.append((offence.client, offence.kind))
+    def record(self, violation):
+        self.kinds.append((violation.client, violation.kind))
 
 
 class Site:
@@ -42,7 +43,7 @@ class Site:
         self.federation, self.round, self.earlier = federation, 0, {}
         self.mail = federation.mail()
         self.engine = federation.engine(experiment, self.mail, proven)
-        self.parts = assemble(experiment, divide(experiment), remote=self.engine)
+        self.parts = assemble(experiment, partition_data(experiment), remote=self.engine)
         self.told = Told()
         self.admission = Admission(experiment.admission, watch=self.told)
         facts = (experiment.to_toml(), (), self.parts.model_digest, (-1,))
@@ -52,7 +53,7 @@ class Site:
         self.engine.begin(run_description, self.parts.ledger)
 
     def asked(self, change):
-        """Play a round; return client 1's offence (or ``None``) and why it is left out."""
+        """Play a round; return client 1's violation (or ``None``) and why it is left out."""
         self.round += 1
         adapter = self.parts.initial
         exchange = Exchange.broadcast(
@@ -168,7 +169,7 @@ BY_HEADER = {
         "not_finite",
     ),
 }  # fmt: skip
-"""What is wrong around a payload: an offence where it is proven who sent it."""
+"""What is wrong around a payload: a violation where it is proven who sent it."""
 
 BY_CONTENT = {
     "no bytes": (payload_as(lambda p: b""), "malformed"),
@@ -277,7 +278,7 @@ NO_JOINS = {
 @pytest.mark.parametrize("proven", [True, False])
 def test_a_wrong_answer_to_who_it_is_is_an_offence_of_who_owns_the_node(site, proven):
     own = site(proven)
-    roster, told = own.engine.roster, []
+    roster, told = own.engine.run_clients, []
     roster.report = lambda client, kind, reason: told.append((client, kind))
     key = read_key(own.federation.folder / "1.key")
     asked = own.engine._header("join", BAD)
@@ -286,14 +287,14 @@ def test_a_wrong_answer_to_who_it_is_is_an_offence_of_who_owns_the_node(site, pr
     )
     for kind, make in JOINS.items():
         told.clear()
-        roster.welcome(101, make(reply, lambda text: sign(key, text)), asked)
+        roster.register(101, make(reply, lambda text: sign(key, text)), asked)
         assert told == ([(BAD, kind)] if proven else []), kind
     for name, make in NO_JOINS.items():
         told.clear()
-        roster.welcome(101, make(reply, lambda text: sign(key, text)), asked)
+        roster.register(101, make(reply, lambda text: sign(key, text)), asked)
         assert told == [], name
     told.clear()
-    roster.welcome(101, MessageError("no envelope"), asked)
+    roster.register(101, MessageError("no envelope"), asked)
     assert told == ([(BAD, "malformed")] if proven else [])
 
 

@@ -40,11 +40,11 @@ def there(tmp_path):
             owners=lambda: {20: 2},
         )
         for client in joined:
-            roster.joined[client] = Joined(rows=10 + client, held_out=0, model="m", version="1")
+            roster.registered[client] = Joined(rows=10 + client, held_out=0, model="m", version="1")
         post = SimpleNamespace(online=set, open_streams=None, pull=lambda ids: ())
         settings = FederationSettings(clients=3, patience=0.05, **federation)
         engine = FlowerEngine(post, settings, roster)
-        engine._streams, engine._briefing = (
+        engine._streams, engine._run_description = (
             Open(joined),
             RunDescription("0" * 32, "", (), "m", (-1,)),
         )
@@ -79,13 +79,15 @@ def test_one_answer_of_a_node_is_enough_whichever_it_is(there, monkeypatch):
 
     def welcome(node, found, asked):
         told.append((node, found, asked.number))
-        engine.roster.nodes[2] = node
+        engine.run_clients.nodes[2] = node
 
-    monkeypatch.setattr(engine.roster, "welcome", welcome)
+    monkeypatch.setattr(engine.run_clients, "register", welcome)
     monkeypatch.setattr("fedloom.engines.flower.run_clients.SILENT", 0.0)
-    engine.post.push = lambda node, header, payload: pushed.append(node) or f"id-{header.number}"
-    engine.post.online = lambda: {20}
-    engine.post.pull = lambda ids: [("id-1", "an answer")] if len(pushed) > 1 else []
+    engine.transport.send = lambda node, header, payload: (
+        pushed.append(node) or f"id-{header.number}"
+    )
+    engine.transport.online = lambda: {20}
+    engine.transport.receive = lambda ids: [("id-1", "an answer")] if len(pushed) > 1 else []
     engine._meet()
     assert pushed == [20] and not told
     engine._meet()
@@ -121,7 +123,7 @@ def test_who_is_waited_for_is_said_now_and_then(there, monkeypatch):
     engine, _ = there([0, 1])
     said = []
     monkeypatch.setattr("fedloom.engines.flower.engine.NOTICE", 0.01)
-    engine._briefing = replace(engine.run_description, warn=said.append)
+    engine._run_description = replace(engine.run_description, warn=said.append)
     with pytest.raises(RoundFailed):
         engine.begin(engine.run_description, Ledger())
     assert len(said) >= 2

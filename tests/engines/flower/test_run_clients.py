@@ -59,7 +59,7 @@ def ready(**facts):
 def test_a_client_is_where_it_said_last(site):
     roster, reply = site
     for node in (10, 20):
-        roster.welcome(node, reply(1, by=1, joined=ready()), asked(1))
+        roster.register(node, reply(1, by=1, joined=ready()), asked(1))
     assert roster.nodes == {1: 20} and list(roster.judged) == [1]
     assert roster.unknown({20, 40}) == {40: 2}
     assert roster.unknown({40}) == {40: 2} and roster.nodes == {}
@@ -96,8 +96,8 @@ def test_a_clients_number_is_its_place_in_the_run(tmp_path):
 
 def test_who_could_not_join_is_left_alone_for_a_while(site):
     roster, reply = site
-    roster.welcome(10, reply(0, by=1), asked(0))
-    roster.welcome(20, "Node Unavailable", asked(1))
+    roster.register(10, reply(0, by=1), asked(0))
+    roster.register(20, "Node Unavailable", asked(1))
     assert roster.unknown({10, 20, 40}) == {40: 2}
     assert {c: own.reason for c, own in roster.absent().items()} == {
         0: "it is not signed with the key of client 0",
@@ -109,10 +109,10 @@ def test_who_could_not_join_is_left_alone_for_a_while(site):
 def test_another_protocol_is_told_apart_from_another_release(site):
     roster, reply = site
     old = Joined(rows=3, held_out=1, model="m", version="0.0.9")
-    roster.welcome(20, reply(1, by=1, joined=old), asked(1))
+    roster.register(20, reply(1, by=1, joined=old), asked(1))
     assert "has fedloom 0.0.9 (protocol 1), the server" in roster.absent()[1].reason
     assert "upgrade the older one" in roster.absent()[1].reason
-    roster.welcome(20, reply(1, by=1, joined=ready()), asked(1))  # of release 0
+    roster.register(20, reply(1, by=1, joined=ready()), asked(1))  # of release 0
     assert 1 not in roster.absent()
 
 
@@ -128,7 +128,7 @@ def test_who_says_nothing_is_asked_again_within_the_patience_of_a_run(site, monk
             asked_at.append(second)
     assert asked_at == [0, 15, *range(45, 300, 30)]
     assert roster.absent()[1].reason == ASKED
-    roster.welcome(20, reply(1, by=1, joined=ready()), asked(1))
+    roster.register(20, reply(1, by=1, joined=ready()), asked(1))
     assert roster.unknown({20}) == {} and 1 not in roster.absent()
     roster.lost(1, "its connection broke")  # it is asked at once, and so is one that was away
     assert roster.unknown({20}) == {20: 1}
@@ -141,7 +141,7 @@ def test_an_absence_has_the_last_reason_and_the_moment_when_it_began(site, monke
     roster, reply = site
     now = 1000.0
     monkeypatch.setattr("fedloom.engines.flower.run_clients.time.time", lambda: now)
-    roster.welcome(20, reply(1, by=1, joined=ready()), asked(1))
+    roster.register(20, reply(1, by=1, joined=ready()), asked(1))
     assert 1 not in roster.absent()
     now = 2000.0
     roster.lost(1, "its connection broke")
@@ -149,9 +149,9 @@ def test_an_absence_has_the_last_reason_and_the_moment_when_it_began(site, monke
     assert roster.absent()[1] == Absence(2000.0, "its connection broke")
     roster.unknown({10})  # its node is not online any more
     assert roster.absent()[1] == Absence(2000.0, GONE)
-    roster.welcome(20, "its model cannot be loaded", asked(1))
+    roster.register(20, "its model cannot be loaded", asked(1))
     assert roster.absent()[1] == Absence(2000.0, "its model cannot be loaded")
-    roster.welcome(20, reply(1, by=1, joined=ready()), asked(1))
+    roster.register(20, reply(1, by=1, joined=ready()), asked(1))
     assert 1 not in roster.absent({1})
     attendance = roster.attendance()
     assert attendance[1] == {
@@ -164,11 +164,11 @@ def test_who_is_revoked_is_forgotten_and_his_stream_no_proof_any_more(site, tmp_
     roster, reply = site
     for client in (0, 1):
         answer = reply(client, by=client, joined=ready())
-        roster.welcome(10 + 10 * client, answer, asked(client))
+        roster.register(10 + 10 * client, answer, asked(client))
     assert roster.revoked() == []
     members = Members(tmp_path / "members.toml")
     members.revoke("site-1")
-    assert roster.revoked() == [1] and list(roster.joined) == [0] and roster.nodes == {0: 10}
+    assert roster.revoked() == [1] and list(roster.registered) == [0] and roster.nodes == {0: 10}
     assert roster.revoked() == [] and roster.absent()[1].reason == REVOKED
     members.allow("site-1", (tmp_path / "1.pub").read_text())
     assert roster.revoked() == [] and roster.absent()[1].reason == GONE

@@ -265,6 +265,6 @@ def test_who_faces_the_network_reports_offences_at_the_same_place(
     with connect(path, 5.0) as connection:
         connection.settimeout(5.0)
         write_frame(connection, json.dumps({"client": 3, **greeting}).encode())
-        assert connection.recv(1) == b""  # it is closed, and is no stream
+        assert connection.recv(1) == b""  # it is closed, and is not a stream
     assert reports == ([(3, *told)] if told else []) and 3 not in streams
     assert all(len(reason) <= 200 for _, _, reason in reports)

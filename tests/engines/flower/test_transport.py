@@ -10,7 +10,7 @@ from fedloom.engines.flower.transport import FlowerTransport
 from fedloom.wire.envelope import LONGEST
 
 
-class FlowerMessage:
+class MessageGrid:
     """Hands out what there is for an id, once, as Flower does: also what it then cannot read."""
 
     def __init__(self, **there):
@@ -34,26 +34,26 @@ def failed(reason, to=None):
 @pytest.mark.parametrize("to", ["", "b", "another"])
 def test_what_answers_something_else_is_nobodys_answer(to):
     """Flower hands a run whatever is addressed to it, with the reply that was asked for."""
-    post = FlowerTransport(FlowerMessage(a=failed("slipped in", to), b=failed("no room")))
-    assert dict(post.pull(["a", "b"])) == {"b": "no room"}
+    transport = FlowerTransport(MessageGrid(a=failed("slipped in", to), b=failed("no room")))
+    assert dict(transport.receive(["a", "b"])) == {"b": "no room"}
 
 
 @pytest.mark.parametrize("error", [ValueError("bad head"), KeyError("object"), DecodeError("wire")])
 def test_a_reply_that_cannot_be_read_takes_no_other_with_it(error):
-    post = FlowerTransport(FlowerMessage(a=failed("no room"), b=error, c=failed("no time")))
-    found = dict(post.pull(["a", "b", "c", "d"]))
+    transport = FlowerTransport(MessageGrid(a=failed("no room"), b=error, c=failed("no time")))
+    found = dict(transport.receive(["a", "b", "c", "d"]))
     assert found["a"] == "no room" and found["c"] == "no time" and found.keys() == set("abc")
     assert found["b"].startswith(f"its answer cannot be read: {type(error).__name__}")
 
 
 def test_a_link_that_is_down_is_no_fault_of_a_client():
     with pytest.raises(ConnectionError):
-        list(FlowerTransport(FlowerMessage(a=ConnectionError())).pull(["a"]))
+        list(FlowerTransport(MessageGrid(a=ConnectionError())).receive(["a"]))
 
 
 def test_what_a_stranger_says_is_not_kept_at_any_length():
-    post = FlowerTransport(
-        FlowerMessage(a=failed("x" * 10**6), b=ValueError("y" * 10**6), c=failed(""))
+    transport = FlowerTransport(
+        MessageGrid(a=failed("x" * 10**6), b=ValueError("y" * 10**6), c=failed(""))
     )
-    found = dict(post.pull("abc"))
+    found = dict(transport.receive("abc"))
     assert len(found["a"]) == len(found["b"]) == LONGEST and found["c"] == "it failed"

@@ -214,7 +214,7 @@ def test_a_proxys_connections_are_bounded_too(monkeypatch):
 
 def test_an_address_that_is_none_is_one_message():
     for url in ("http://a:x/v1", "http://host:99999999/v1", "http://a\x00b/v1"):
-        with pytest.raises(JudgeError, match="is no http or https address"):
+        with pytest.raises(JudgeError, match="is not an http or https address"):
             judge(url)
     with pytest.raises(JudgeError, match=r"no judge answers at http://a{70}\.org/v1"):
         judge(f"http://{'a' * 70}.org/v1").check()  # no name that can be asked for

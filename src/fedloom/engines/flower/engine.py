@@ -5,7 +5,7 @@ opaque array (the encoded payload, bf16 and all) beside a signed header (``wire/
 message to a client brings it all it must know of the run, and, where streams are allowed, the place where
 it may open one; a client with an open stream is asked over that, any other by a message of Flower.
 
-An answer that is wrong is an offence (``federation/offences.py``) where its sender is proven, so that
+An answer that is wrong is a violation (``federation/violations.py``) where its sender is proven, so that
 nobody can put a client in quarantine by sending in its name:
 
 - Over a stream: its client proved its key before the stream was passed on to here. (Without TLS, who
@@ -37,10 +37,10 @@ from fedloom.engines.flower.streams import StreamRequest, StreamResponse, Stream
 from fedloom.engines.flower.transport import SMALL, FlowerTransport
 from fedloom.errors import MessageError, OutputError, RoundFailed
 from fedloom.federation.engine import RunDescription
-from fedloom.federation.offences import OffenceObserver
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence, Participant
+from fedloom.federation.violations import ViolationObserver
 from fedloom.security.audit_log import Limited, no_op_recorder
 from fedloom.wire.envelope import LACKS_START, Envelope, RequestHeader, WorkDone, seal
 from fedloom.wire.messages import Answer, Exchange, Payload, encode
@@ -55,7 +55,7 @@ LOOK = 1.0
 NOTICE = 30.0
 """Seconds after which it is said who is waited for, and again each time."""
 
-BROKEN = "its connection broke, and it has not come back"
+BROKEN = "its connection broke and was not restored"
 
 
 @dataclass(frozen=True)
@@ -87,29 +87,29 @@ class FlowerEngine:
     """Carries exchanges to clients on other machines.
 
     Attributes:
-        post: How they are reached.
+        transport: How they are reached.
         federation: How many there should be, how long they have.
-        roster: Who is there.
-        watch: Told of offences and quarantine as they come.
+        run_clients: Who is there.
+        watch: Told of violations and quarantine as they come.
         attend: Told, whenever that changes, of each client whether it is there and why not.
         late: Replies that came after their round had gone on without them.
     """
 
     name: ClassVar[str] = "flower"
-    post: FlowerTransport
+    transport: FlowerTransport
     federation: FederationSettings
-    roster: RunClients
-    watch: OffenceObserver = field(default_factory=OffenceObserver)
+    run_clients: RunClients
+    watch: ViolationObserver = field(default_factory=ViolationObserver)
     attend: Callable[[list[dict[str, object]]], object] = lambda attendance: None
     late: int = 0
     _attendance: list[dict[str, object]] = field(default_factory=list)
-    _joining: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
+    _registering: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
     _messages: dict[str, int] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
     _number: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
-    _undone: dict[int, list[list[int]]] = field(default_factory=dict)
-    _briefing: RunDescription | None = None
+    _discarded: dict[int, list[list[int]]] = field(default_factory=dict)
+    _run_description: RunDescription | None = None
     _streams: Streams | None = None
     _start: tuple[Schema, bytes] | None = None
     _ledger: Ledger = field(default_factory=Ledger)
@@ -118,43 +118,51 @@ class FlowerEngine:
     @property
     def run_description(self) -> RunDescription:
         """What clients are told of the run, from :meth:`begin` on."""
-        assert self._briefing is not None, "the runner begins before it asks"
-        return self._briefing
+        assert self._run_description is not None, "the runner begins before it asks"
+        return self._run_description
 
     @property
     def judged(self) -> Collection[int]:
         """Clients that have held-out rows of their own, of those met so far."""
-        return self.roster.judged
+        return self.run_clients.judged
 
     @property
     def participants(self) -> Sequence[Participant]:
         """The members that the run expects, in the order of their clients' numbers."""
-        return self.roster.participants
+        return self.run_clients.participants
 
     def held_out(self) -> dict[int, int]:
         """Return the rows that each client which was met is judged by."""
-        return {client: own.held_out for client, own in sorted(self.roster.joined.items())}
+        return {client: own.held_out for client, own in sorted(self.run_clients.registered.items())}
 
     def title(self, client: int) -> str:
         """Return what a client is called in messages."""
-        return self.roster.title(client)
+        return self.run_clients.title(client)
 
     def begin(self, run_description: RunDescription, ledger: Ledger) -> None:
         """Meet the clients; wait until all are ready, or patience is over and those required are."""
-        self._briefing, self._ledger = run_description, ledger
-        self.roster.model, self.roster.audit = run_description.model, run_description.audit
-        self.roster.report, self._noted = run_description.report, Limited(run_description.audit)
+        self._run_description, self._ledger = run_description, ledger
+        self.run_clients.model, self.run_clients.audit = (
+            run_description.model,
+            run_description.audit,
+        )
+        self.run_clients.report, self._noted = (
+            run_description.report,
+            Limited(run_description.audit),
+        )
         if run_description.start is not None:
             schema = Schema.of(run_description.start)
             self._start = schema, encode(Payload(run_description.start), schema)
-        for client, stretch, number in run_description.undone:
-            self._undone.setdefault(client, []).append([stretch, number])
-        if self.post.open_streams is not None and self.federation.streams:
-            self._streams = self.post.open_streams(run_description.run, self.federation.reconnect)
-            self._streams.client_of = self.roster.client_of
+        for client, segment, number in run_description.discarded:
+            self._discarded.setdefault(client, []).append([segment, number])
+        if self.transport.open_streams is not None and self.federation.streams:
+            self._streams = self.transport.open_streams(
+                run_description.run, self.federation.reconnect
+            )
+            self._streams.client_of = self.run_clients.client_of
             self._streams.report = run_description.report
             self._streams.returned = self._note_return
-        everybody = set(range(len(self.participants))) - self.roster.withdrawn()
+        everybody = set(range(len(self.participants))) - self.run_clients.withdrawn()
         needed = min(self.federation.required, len(everybody))
         self._wait_for(everybody, len(everybody), needed, "federation.require")
 
@@ -168,22 +176,22 @@ class FlowerEngine:
         self._meet()
         there = self._there()
         if len(there) < self._quorum:
-            expected = set(range(len(self.participants))) - set(self.roster.newcomers)
-            expected -= self.roster.withdrawn()
+            expected = set(range(len(self.participants))) - set(self.run_clients.unseen)
+            expected -= self.run_clients.withdrawn()
             self._wait_for(expected, self._quorum, self._quorum, "federation.quorum")
             there = self._there()
-        return {client: self.roster.joined[client].rows for client in there}
+        return {client: self.run_clients.registered[client].rows for client in there}
 
     def membership(self) -> Membership:
-        """Return the clients that the run expects, who is let in no longer, and rows of those met."""
-        enrolled = set(range(len(self.participants))) - set(self.roster.newcomers)
-        rows = {c: own.rows for c, own in self.roster.joined.items() if c in enrolled}
-        left = frozenset(self.roster.not_let_in() & enrolled)
+        """Return the clients that the run expects, who is no longer allowed, and rows of those met."""
+        enrolled = set(range(len(self.participants))) - set(self.run_clients.unseen)
+        rows = {c: own.rows for c, own in self.run_clients.registered.items() if c in enrolled}
+        left = frozenset(self.run_clients.not_let_in() & enrolled)
         return Membership(tuple(sorted(enrolled)), left, rows)
 
     def absent(self) -> dict[int, Absence]:
         """Return the clients that the run expects and that cannot be asked, and why."""
-        return self.roster.absent(self._streaming())
+        return self.run_clients.absent(self._streaming())
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked, all at once."""
@@ -201,10 +209,10 @@ class FlowerEngine:
             self._numbers[client] = header.number
             asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
             if asked is None:
-                yield Answer(client, error="it is not there")
+                yield Answer(client, error="it is not connected")
             else:
                 waiting[client] = asked
-        self.post.budget.limit = exchange.reply_schema.max_bytes + SMALL
+        self.transport.budget.limit = exchange.reply_schema.max_bytes + SMALL
         start, deadline = time.monotonic(), self.federation.deadline
         notice = _Notice(self.run_description.warn)
         while waiting:
@@ -231,15 +239,15 @@ class FlowerEngine:
 
     def discard(self, clients: Collection[int]) -> None:
         """Tell these clients with the next message that what they kept over the last does not count."""
-        stretch = len(self.run_description.began)
+        segment = len(self.run_description.began)
         for client, number in self._numbers.items():
             if client in clients:
-                self._undone.setdefault(client, []).append([stretch, number])
+                self._discarded.setdefault(client, []).append([segment, number])
                 self.run_description.audit(
-                    "undone", client=client, stretch=stretch, message_number=number
+                    "undone", client=client, segment=segment, message_number=number
                 )
             else:
-                self._undone.pop(client, None)  # it was told, and has answered
+                self._discarded.pop(client, None)  # it was told, and has answered
 
     def finish_round(self) -> None:
         """Do nothing: clients know by the next round's messages that this one is over."""
@@ -274,41 +282,43 @@ class FlowerEngine:
                 client, StreamRequest(message, partial(_rest, header), limit)
             )
         if question is None:
-            if client not in self.roster.nodes:
+            if client not in self.run_clients.nodes:
                 return None
-            self._messages[self._push(self.roster.nodes[client], header, data)] = client
+            self._messages[self._send(self.run_clients.nodes[client], header, data)] = client
         return _Asked(client, header, len(data), question)
 
-    def _push(self, node: int, header: RequestHeader, payload: bytes) -> str:
+    def _send(self, node: int, header: RequestHeader, payload: bytes) -> str:
         """Send a message that says all a client must know; return its id."""
         told = {
             "experiment": self.run_description.experiment,
             "classes": list(self.run_description.classes),
             "streams": self._streams is not None,
         }
-        return self.post.push(node, header.model_copy(update=told), payload)
+        return self.transport.send(node, header.model_copy(update=told), payload)
 
     def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
         """Yield what has come since the last look from those waited for, once for each."""
         yield from self._streamed(waiting)
-        for id, found in self.post.pull([*self._messages, *self._joining]):
-            if id in self._joining:
-                node, asked = self._joining.pop(id)
+        for id, found in self.transport.receive([*self._messages, *self._registering]):
+            if id in self._registering:
+                node, asked = self._registering.pop(id)
                 if self._start is not None and self._lacks_start(found, asked):
                     self._send_start(node, asked.client, *self._start)
                     continue
-                self.roster.welcome(node, found, asked)
-                if node in self.roster.nodes.values():  # and however often it was asked
-                    self._joining = {i: own for i, own in self._joining.items() if own[0] != node}
+                self.run_clients.register(node, found, asked)
+                if node in self.run_clients.nodes.values():  # and however often it was asked
+                    self._registering = {
+                        i: own for i, own in self._registering.items() if own[0] != node
+                    }
             elif id in self._messages:
-                yield self._messages.pop(id), _Found(found, self.post.proven)
+                yield self._messages.pop(id), _Found(found, self.transport.proven)
 
     def _lacks_start(self, found: Envelope | MessageError | str, asked: RequestHeader) -> bool:
         """Return whether a client says that it must be sent what the run starts from; once a question."""
         if asked.request is not None or not isinstance(found, Envelope):
             return False
         try:
-            return self.roster.trusted(found, asked).error == LACKS_START
+            return self.run_clients.trusted(found, asked).error == LACKS_START
         except MessageError:
             return False  # whoever takes clients in says what is wrong with it
 
@@ -316,7 +326,7 @@ class FlowerEngine:
         """Ask a client again whether it is ready, with what the run starts from."""
         told = {"request": schema.to_table()}
         header = self._header("join", client).model_copy(update=told)
-        self._joining[self._push(node, header, data)] = node, header
+        self._registering[self._send(node, header, data)] = node, header
         self._ledger.costs.append(Cost(0, client, BEGIN, bytes_down=len(data), exchanges=1))
 
     def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
@@ -328,7 +338,7 @@ class FlowerEngine:
         for arrival in streams.take(POLL):
             asked = waiting.get(arrival.client)
             if arrival.message is None and arrival.client not in streams:
-                self.roster.lost(arrival.client, BROKEN)  # its machine may be gone
+                self.run_clients.lost(arrival.client, BROKEN)  # its machine may be gone
             if asked is not None and asked.question == arrival.question is not None:
                 yield arrival.client, _Found(_unpacked(arrival), not arrival.resumed)
             elif isinstance(arrival.message, Path):  # it is waited for no longer
@@ -344,17 +354,17 @@ class FlowerEngine:
             if isinstance(content, MessageError):
                 raise content
             stream = None if asked.question is None else client
-            reply = self.roster.trusted(content, asked.header, stream)
+            reply = self.run_clients.trusted(content, asked.header, stream)
         except MessageError as error:
             return Answer(
                 client,
-                error=f"its answer cannot be trusted: {error}",
-                offence=error.kind if found.proven else None,
+                error=f"its answer is rejected: {error}",
+                violation=error.kind if found.proven else None,
             )
         self._count(reply.work, asked, exchange)
         if reply.error is not None:
             if reply.error == LACKS_START:  # its copy is lost: it is asked again, and sent another
-                self.roster.lost(client, LACKS_START)
+                self.run_clients.lost(client, LACKS_START)
             return Answer(client, error=reply.error)
         cost.bytes_up = len(content.payload)
         return Answer(client, content.payload, digest=reply.payload)
@@ -375,7 +385,7 @@ class FlowerEngine:
 
     def _give_up(self, asked: _Asked) -> None:
         """Wait for an answer no longer: what still comes of it is dropped."""
-        self.roster.lost(
+        self.run_clients.lost(
             asked.client, f"gave no answer within {self.federation.deadline:g} seconds"
         )
         if asked.question is not None and self._streams is not None:
@@ -392,33 +402,33 @@ class FlowerEngine:
             began=list(self.run_description.began),
             client=client,
             number=self._number,
-            undone=self._undone.get(client, []),
+            undone=self._discarded.get(client, []),
         )
 
     def _meet(self) -> None:
         """Ask clients that have not said whether they are ready, and hear those that have."""
-        for node, client in self.roster.unknown(self.post.online()).items():
+        for node, client in self.run_clients.unknown(self.transport.online()).items():
             header = self._header("join", client)
-            self._joining[self._push(node, header, b"")] = node, header
-            self.roster.asked(node, client)
-        if self._joining:
+            self._registering[self._send(node, header, b"")] = node, header
+            self.run_clients.asked(node, client)
+        if self._registering:
             for _ in self._arrivals({}):
                 pass
-        if self._forgotten and (late := self.post.come(self._forgotten)):
+        if self._forgotten and (late := self.transport.come(self._forgotten)):
             self._forgotten -= late
             self.late += len(late)
             self._noted("late", replies=self.late)
 
     def _there(self) -> list[int]:
         """Return the members that are ready and can be reached."""
-        for client in self.roster.revoked():
+        for client in self.run_clients.revoked():
             if self._streams is not None:
                 self._streams.drop(client)
-        attendance = self.roster.attendance(self._streaming())
+        attendance = self.run_clients.attendance(self._streaming())
         if attendance != self._attendance:
             self._attendance = attendance
             self.attend(attendance)
-        return self.roster.there(self._streaming())
+        return self.run_clients.there(self._streaming())
 
     def _streaming(self) -> Container[int]:
         return () if self._streams is None else self._streams
@@ -440,7 +450,7 @@ class FlowerEngine:
         Raises:
             RoundFailed: There are fewer; each that is missing is named, with the reason.
         """
-        roster, patience = self.roster, self.federation.patience
+        run_clients, patience = self.run_clients, self.federation.patience
         start = time.monotonic()
         notice = _Notice(self.run_description.warn)
         while True:
@@ -450,7 +460,7 @@ class FlowerEngine:
             ready = len(clients) - len(missing)
             if ready >= wanted:
                 return
-            who = "; ".join(f"{roster.title(c)}: {own.reason}" for c, own in missing.items())
+            who = "; ".join(f"{run_clients.title(c)}: {own.reason}" for c, own in missing.items())
             notice.look(partial("waiting for {}".format, who))
             if time.monotonic() > start + patience:
                 break
@@ -485,7 +495,7 @@ def _unpacked(arrival: StreamResponse) -> Envelope | MessageError | str:
     if arrival.fault is not None:
         return arrival.fault
     if arrival.message is None:
-        return "its stream broke, and it did not come back in time"
+        return "its stream broke and was not restored in time"
     if not (content := taken(arrival.message)):  # what a client sends that could not make an answer
         return "it could not answer; its log says why"
     try:

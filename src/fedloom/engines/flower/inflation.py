@@ -33,7 +33,7 @@ stands still meanwhile."""
 
 
 class ByteBudget:
-    """Bytes that one message may have; begun anew for each.
+    """Bytes that one message may have; started again for each.
 
     Attributes:
         limit: These bytes, of what is pulled and of what is made of it.

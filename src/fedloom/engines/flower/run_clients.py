@@ -4,7 +4,7 @@ A run expects members of the federation; a client's number in the run is a place
 sends is proven to be a member's where the node has proven the member's key before anything of it is
 passed on (:attr:`RunClients.proven`): without that, a third party may send anything in a member's name,
 and replay what the member once signed. So what is wrong with a reply to the question who a node is, is an
-offence of the member that owns the node where that is proven, and nobody's otherwise.
+violation of the member that owns the node where that is proven, and nobody's otherwise.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from fedloom.errors import MessageError
-from fedloom.federation.offences import WHY, Report, one_line
 from fedloom.federation.records import Absence, Participant
+from fedloom.federation.violations import WHY, Report, one_line
 from fedloom.security.audit_log import Limited, Record, no_op_recorder
 from fedloom.security.client_registry import CachedMembers, Members
 from fedloom.security.keys import is_signed
@@ -41,9 +41,9 @@ UNSEEN = (
     "not connected since this run began: its machine, its network or `fedloom client join` is down"
 )
 GONE = "not connected: its machine, its network or `fedloom client join` is down"
-ASKED = "connected, and has not said yet whether it can take part"
-REVOKED = "let in no longer: `fedloom members list`"
-WITHDRAWN = "withdrawn: it takes part in no run any more"
+ASKED = "connected, and has not reported yet whether it can take part"
+REVOKED = "no longer allowed: `fedloom members list`"
+WITHDRAWN = "withdrawn: it no longer takes part in any run"
 NOT_LET_IN = REVOKED, WITHDRAWN
 
 
@@ -54,25 +54,25 @@ class RunClients:
     Attributes:
         members: Returns who is let in, as of now.
         participants: The members that the run expects; a client's number is a place here.
-        newcomers: Clients that are there and take no part yet: only who names them reaches them.
+        unseen: Clients that are there and take no part yet: only who names them reaches them.
         owners: Returns the number of the member that each of Flower's nodes belongs to.
         proven: Whether a node has proven its member's key.
         model: SHA-256 of the backbone and tokenizer that all must have.
         audit: Told who joins and who is refused.
         report: Told of what clients get wrong.
-        joined: What each client said of itself when it was ready.
+        registered: What each client said of itself when it was ready.
         nodes: Where a client can be reached by a message, while it can.
     """
 
     members: Callable[[], Members]
     participants: Sequence[Participant]
-    newcomers: Collection[int] = ()
+    unseen: Collection[int] = ()
     owners: Callable[[], Mapping[int, int]] = dict
     proven: bool = False
     model: str = ""
     audit: Record = no_op_recorder
     report: Report = lambda client, kind, reason: None
-    joined: dict[int, Joined] = field(default_factory=dict)
+    registered: dict[int, Joined] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
     _absences: dict[int, Absence] = field(default_factory=dict)
     _waits: dict[int, float] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class RunClients:
     @property
     def judged(self) -> Collection[int]:
         """Clients that have held-out rows of their own, of those met by the time it is looked at."""
-        return _Judged(self.joined, self.newcomers)
+        return _Judged(self.registered, self.unseen)
 
     def title(self, client: int) -> str:
         """Return what a client is called in messages."""
@@ -137,14 +137,14 @@ class RunClients:
 
     def there(self, streaming: Container[int]) -> list[int]:
         """Return the clients that are ready and can be reached: by a message, or over an open stream."""
-        ready = self.joined.keys() - set(self.newcomers)
+        ready = self.registered.keys() - set(self.unseen)
         return sorted(client for client in ready if self._is_reached(client, streaming))
 
     def absent(self, streaming: Container[int] = ()) -> dict[int, Absence]:
         """Return the clients that cannot be asked, newcomers among them, and why."""
         found = {}
         for client in range(len(self.participants)):
-            if client in self.joined and self._is_reached(client, streaming):
+            if client in self.registered and self._is_reached(client, streaming):
                 self._absences.pop(client, None)
             else:
                 found[client] = self._absences.setdefault(client, Absence(time.time(), GONE))
@@ -174,12 +174,12 @@ class RunClients:
         return found
 
     def not_let_in(self) -> set[int]:
-        """Return the clients whose members are let in no longer, withdrawn ones among them."""
+        """Return the clients whose members are no longer allowed, withdrawn ones among them."""
         members = self.members()
         return {
             client
             for client, own in enumerate(self.participants)
-            if not members.lets_in(own.number)
+            if not members.is_allowed(own.number)
         }
 
     def _is_reached(self, client: int, streaming: Container[int]) -> bool:
@@ -190,14 +190,14 @@ class RunClients:
         self._absences[client] = Absence(since, reason)
 
     def revoked(self) -> list[int]:
-        """Forget the clients whose members are let in no longer; return them."""
+        """Forget the clients whose members are no longer allowed; return them."""
         members, gone = self.members(), []
         for client, own in enumerate(self.participants):
-            if members.lets_in(own.number):
+            if members.is_allowed(own.number):
                 if client in self._absences and self._absences[client].reason in NOT_LET_IN:
                     self._absent(client, GONE)
                 continue
-            if self.joined.pop(client, None) is not None:
+            if self.registered.pop(client, None) is not None:
                 gone.append(client)
                 self.audit("revoked", client=client)
             member = members.numbered(own.number)
@@ -205,7 +205,7 @@ class RunClients:
             self.lost(client, WITHDRAWN if taken_back else REVOKED)
         return gone
 
-    def welcome(
+    def register(
         self, node: int, found: Envelope | MessageError | str, asked: RequestHeader
     ) -> None:
         """Take a client in that says it is ready, or note why not.
@@ -228,9 +228,9 @@ class RunClients:
             return
         problem = str(found) if reply is None else self._problem(reply)
         if reply is None or reply.joined is None or problem is not None:
-            self._refuse(node, client, problem or "it does not say what it has")
+            self._refuse(node, client, problem or "it does not report its rows and model")
             return
-        self.joined[client], self.nodes[client] = reply.joined, node
+        self.registered[client], self.nodes[client] = reply.joined, node
         self._absences.pop(client, None)
         self._waits.pop(node, None)
         facts = {"rows": reply.joined.rows, "model": reply.joined.model}
@@ -253,7 +253,7 @@ class RunClients:
             stream: The client over whose stream it came; that was made sure of when it was opened.
 
         Raises:
-            MessageError: It is no reply, not to this, or not signed by the client it names.
+            MessageError: It is not a reply, not to this, or not signed by the client it names.
         """
         reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
         if stream != reply.client:
@@ -278,7 +278,7 @@ class RunClients:
     def _problem(self, reply: ReplyHeader) -> str | None:
         """Return why a client cannot take part in this run, if so; it has not offended thereby."""
         if reply.error is not None or reply.joined is None:
-            return reply.error or "it does not say what it has"
+            return reply.error or "it does not report its rows and model"
         if reply.joined.protocol != PROTOCOL:
             return (
                 f"it has fedloom {reply.joined.version} (protocol {reply.joined.protocol}), the server "
@@ -286,7 +286,7 @@ class RunClients:
             )
         if reply.joined.model != self.model:
             return (
-                f"its model or tokenizer is another one: SHA-256 {reply.joined.model[:12]}, the "
+                f"its model or tokenizer differs: SHA-256 {reply.joined.model[:12]}, the "
                 f"server's is {self.model[:12]}"
             )
         return None
@@ -294,15 +294,15 @@ class RunClients:
 
 @dataclass(frozen=True)
 class _Judged(Collection[int]):
-    joined: Mapping[int, Joined]
-    newcomers: Collection[int]
+    registered: Mapping[int, Joined]
+    unseen: Collection[int]
 
     def __contains__(self, client: object) -> bool:
         return client in set(self)
 
     def __iter__(self) -> Iterator[int]:
-        own = (client for client, said in self.joined.items() if said.held_out)
-        return (client for client in own if client not in self.newcomers)
+        own = (client for client, said in self.registered.items() if said.held_out)
+        return (client for client in own if client not in self.unseen)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

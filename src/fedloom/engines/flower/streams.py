@@ -6,7 +6,7 @@ some seconds: what has arrived of a large answer is kept, and it sends the rest.
 lost for the exchange that was under way, and nothing more: the next message goes another way.
 
 What comes over a stream is proven to be its client's: it proved its key before the stream was passed on.
-So what is too long, or comes where nothing was asked, is an offence of that client; but not what comes
+So what is too long, or comes where nothing was asked, is a violation of that client; but not what comes
 over a stream that another of the same client has taken the place of, or that was given up here, as an
 honest client may have been about to answer then. The same socket takes reports of what a client does
 wrong at the gateway.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedloom.errors import MessageError
-from fedloom.federation.offences import KINDS, Report, one_line
+from fedloom.federation.violations import KINDS, Report, one_line
 from fedloom.wire.framing import (
     LENGTH,
     OVER,
@@ -53,7 +53,7 @@ PART = 1 << 20
 RETURNS = 8
 """Times that a client may come back over one question: one that only ever breaks its stream is lost."""
 
-GREETING = 1 << 12
+LONGEST_OPENING = 1 << 12
 """Bytes of the longest first message, which says whose stream it is, or what a client got wrong."""
 
 SUPERSEDED = 5.0
@@ -93,7 +93,7 @@ class StreamResponse:
         question: Which one it answers; ``None`` where a stream broke over none.
         message: See above.
         resumed: Whether it came in two parts, over streams before and after the client came back. A
-            client whose process was started anew in between sends something else from there on, and has
+            client whose process was restarted in between sends something else from there on, and has
             not offended thereby.
         fault: What is wrong with what came in its place, if something came.
     """
@@ -212,9 +212,9 @@ class Streams:
     def _serve(self, connection: socket.socket) -> None:
         read, stream = reader(connection), _Stream(connection)
         try:
-            greeting = json.loads(read_frame(read, lambda: GREETING) or b"{}")
-            client = self.client_of(int(greeting["client"]))
-            kind, reason = greeting.get("offence"), str(greeting.get("reason", ""))
+            opening = json.loads(read_frame(read, lambda: LONGEST_OPENING) or b"{}")
+            client = self.client_of(int(opening["client"]))
+            kind, reason = opening.get("offence"), str(opening.get("reason", ""))
         except (MessageError, ValueError, KeyError, TypeError, AttributeError):
             connection.close()
             return
@@ -226,7 +226,7 @@ class Streams:
                 self.report(client, kind, one_line(reason))
             connection.close()  # it has been taken
             return
-        self._welcome(client, stream)
+        self._take_over(client, stream)
         threading.Thread(target=self._write, args=(stream,), daemon=True).start()
         hopeless, fault = False, None
         try:
@@ -240,7 +240,7 @@ class Streams:
         stream.over.set()
         self._broke(client, stream, hopeless=hopeless, fault=fault)
 
-    def _welcome(self, client: int, stream: _Stream) -> None:
+    def _take_over(self, client: int, stream: _Stream) -> None:
         """Let a stream take the place of the one before; what was asked is asked over it again."""
         with self._lock:
             before, asked = self._streams.get(client), self._asked.get(client)

@@ -24,7 +24,7 @@ SMALL = PREFIX.size + MAX_REPLY_HEADER
 """Bytes that a reply without a payload may have."""
 
 
-class FlowerMessage(Protocol):
+class MessageGrid(Protocol):
     """What is used of a Flower grid."""
 
     def get_nodes(self) -> Iterable[Any]:
@@ -45,7 +45,7 @@ class FlowerTransport:
     """What the server needs to reach clients.
 
     Attributes:
-        mail: Flower's messages.
+        grid: Flower's messages.
         sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
         certificate: That certificate in PEM.
         open_streams: Opens the place where streams of a run's clients come in, who may come back within
@@ -53,7 +53,7 @@ class FlowerTransport:
         proven: Whether each node has proven a client's key, so that what it sends is that client's.
     """
 
-    mail: FlowerMessage
+    grid: MessageGrid
     sign: Callable[[bytes], bytes] | None = None
     certificate: str | None = None
     open_streams: Callable[[str, float], Streams] | None = None
@@ -62,25 +62,25 @@ class FlowerTransport:
 
     def online(self) -> set[int]:
         """Return the nodes that can be reached."""
-        return {node.node_id for node in self.mail.get_nodes() if node.status == "online"}
+        return {node.node_id for node in self.grid.get_nodes() if node.status == "online"}
 
-    def push(self, node: int, header: RequestHeader, payload: bytes) -> str:
+    def send(self, node: int, header: RequestHeader, payload: bytes) -> str:
         """Sign and send a message; return its id."""
         sealed = seal(
             header.model_copy(update={"certificate": self.certificate}), payload, self.sign
         )
         message = Message(to_records(sealed), dst_node_id=node, message_type="query")
-        (id,) = self.mail.push_messages([message])
+        (id,) = self.grid.push_messages([message])
         return id
 
     def come(self, ids: Iterable[str]) -> set[str]:
         """Return which of these have been replied to, where the replies are of no use any more."""
         self.budget.begin()
         with contextlib.suppress(*UNREADABLE, MessageError, ConnectionFailed):
-            return {m.metadata.reply_to_message_id for m in self.mail.pull_messages(ids)}
+            return {m.metadata.reply_to_message_id for m in self.grid.pull_messages(ids)}
         return set()
 
-    def pull(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | MessageError | str]]:
+    def receive(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | MessageError | str]]:
         """Yield the replies that have come, with the id of what each answers.
 
         In place of one that holds no envelope there is an error, and in place of one that Flower cannot
@@ -93,7 +93,7 @@ class FlowerTransport:
         for id in ids:
             self.budget.begin()
             try:
-                found = list(self.mail.pull_messages([id]))
+                found = list(self.grid.pull_messages([id]))
             except MessageError as error:
                 yield id, error
                 continue

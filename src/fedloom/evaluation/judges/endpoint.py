@@ -120,9 +120,9 @@ class EndpointJudge:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise JudgeError(f"{url!r} is no http or https address: {error}") from None
+            raise JudgeError(f"{url!r} is not an http or https address: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
-            raise JudgeError(f"{url!r} is no http or https address")
+            raise JudgeError(f"{url!r} is not an http or https address")
         if parsed.userinfo:
             raise JudgeError(f"give the judge's key in {KEY}, not within its address")
         port = f":{parsed.port}" if parsed.port else ""
@@ -269,7 +269,7 @@ class EndpointJudge:
         return reply
 
     def _require_taken(self, reply: Reply) -> None:
-        """Raise what a status means that is no success; see :meth:`_post`."""
+        """Raise what a status means that is not a success; see :meth:`_post`."""
         if reply.status in REFUSED:
             raise self._refused(reply.status)
         if reply.status in PASSING or reply.status >= 500:

@@ -28,7 +28,8 @@ EXCERPT = 200
 """Characters that are shown of what somebody answered."""
 
 SECRET = 8
-"""Characters from which on a key is taken out of texts; a shorter one ("none", "test") is no secret."""
+"""Characters from which on a key is taken out of texts; a shorter one ("none", "test") is not a
+secret."""
 
 
 class ReplyError(Exception):

@@ -37,10 +37,10 @@ from fedloom.wire.schema import Schema, amount
 BASE = "base"
 """Where the sum of all products is, in the state and at a client."""
 
-MERGES = "merges"
+ADDITIONS = "merges"
 """How many rounds' products are in it."""
 
-MERGE_COUNT = amount(MERGES)
+ADDITION_COUNT = amount(ADDITIONS)
 """That, as it travels."""
 
 MADE = "made/"
@@ -53,7 +53,7 @@ OUT_OF_DATE = "behind "
 """Before the id of such a client in checkpoints of an earlier release, which did not say how many."""
 
 
-class MergesFactors(Method):
+class BackboneAdditions(Method):
     """A method whose rounds end with factors that everybody adds to the backbone.
 
     A subclass says how a round trains (:meth:`training`), what of it goes on as an adapter and what is
@@ -74,8 +74,8 @@ class MergesFactors(Method):
         super().setup(server)
         self.fresh, self.scaling = server.model.read(), server.model.scaling
 
-    def training(self, cohort: Cohort, adapter: Tensors, merges: int) -> Exchange:
-        """Return what the cohort is asked to do; its request has the number ``merges``."""
+    def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
+        """Return what the cohort is asked to do; its request has the number ``additions``."""
         raise TypeError(f"{type(self).__name__} must define training(cohort, adapter, merges)")
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
@@ -96,29 +96,31 @@ class MergesFactors(Method):
 
     def initial_state(self, adapter: Tensors) -> State:
         """Keep the adapter; nothing has been added yet."""
-        return State(join_parts(adapter=self.kept(adapter)), {MERGES: 0.0})
+        return State(join_parts(adapter=self.kept(adapter)), {ADDITIONS: 0.0})
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Bring those up to date who are behind; train; have everybody add what is to be added."""
         adapter, base = part_of(state.tensors, ADAPTER), part_of(state.tensors, BASE)
-        merges, earlier = int(state.numbers[MERGES]), _additions(state)
-        behind = yield from self._catch_up_all(cohort, base, earlier, merges, _behind(state))
-        there = tuple(client for client in cohort.clients if client not in behind)
-        replies = yield self.training(replace(cohort, clients=there), adapter, merges)
+        additions, earlier = int(state.numbers[ADDITIONS]), _additions(state)
+        out_of_date = yield from self._catch_up_all(
+            cohort, base, earlier, additions, _out_of_date(state)
+        )
+        there = tuple(client for client in cohort.clients if client not in out_of_date)
+        replies = yield self.training(replace(cohort, clients=there), adapter, additions)
         adapter, factors = self.combined(replies, cohort)
         added, base = pack(factors), self._moved(base, factors)
-        asked = [client for client in cohort.presence.available if client not in behind]
-        confirmed = yield self._send("merge", cohort, asked, added, merges + 1)
-        made = {client: behind.get(client, merges) for client in cohort.presence.members}
+        asked = [client for client in cohort.presence.available if client not in out_of_date]
+        confirmed = yield self._send("merge", cohort, asked, added, additions + 1)
+        made = {client: out_of_date.get(client, additions) for client in cohort.presence.members}
         made |= dict.fromkeys(cohort.presence.left, 0)  # if it is ever let in again
-        made |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, merges + 1)
-        lacking = {client: count for client, count in made.items() if count <= merges}
-        kept = _still_wanted({**earlier, merges + 1: added}, lacking, tensor_bytes(base))
+        made |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, additions + 1)
+        lacking = {client: count for client, count in made.items() if count <= additions}
+        kept = _still_wanted({**earlier, additions + 1: added}, lacking, tensor_bytes(base))
         numbers = {f"{MADE}{client:06d}": float(count) for client, count in lacking.items()}
         tensors = join_parts(adapter=adapter, base=base)
         for number, factors in kept.items():
             tensors |= {f"{ADDITION}{number:06d}/{name}": t for name, t in factors.items()}
-        return State(tensors, {MERGES: merges + 1.0, **numbers})
+        return State(tensors, {ADDITIONS: additions + 1.0, **numbers})
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
@@ -134,8 +136,8 @@ class MergesFactors(Method):
 
     def sent_for_evaluation(self, state: State) -> Tensors:
         """Return the adapter alone, with the number of additions that it goes with."""
-        merges = torch.tensor([int(state.numbers[MERGES])])
-        return {**part_of(state.tensors, ADAPTER), MERGES: merges}
+        additions = torch.tensor([int(state.numbers[ADDITIONS])])
+        return {**part_of(state.tensors, ADAPTER), ADDITIONS: additions}
 
     def sent_to_unseen(self, state: State) -> Tensors:
         """Return the changes of the backbone too."""
@@ -143,9 +145,9 @@ class MergesFactors(Method):
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the backbone's changes, received or kept, and the adapter received."""
-        adapter = {n: t for n, t in payload.tensors.items() if n != MERGES}
+        adapter = {n: t for n, t in payload.tensors.items() if n != ADDITIONS}
         received = any(name.startswith(MOVED) for name in adapter)
-        base = {} if received else self._base(client, int(payload.tensors[MERGES]))
+        base = {} if received else self._base(client, int(payload.tensors[ADDITIONS]))
         client.model.write({**client.initial, **adapter, **base})
 
     def traffic(self, adapter: Tensors) -> Traffic:
@@ -163,34 +165,39 @@ class MergesFactors(Method):
         cohort: Cohort,
         base: Tensors,
         earlier: Mapping[int, Tensors],
-        merges: int,
-        behind: Mapping[int, int],
+        additions: int,
+        out_of_date: Mapping[int, int],
     ) -> Generator[Exchange, Replies, dict[int, int]]:
         """Send clients that can be asked what they lack; return who is behind then, with what it has."""
-        made = dict(behind)
+        made = dict(out_of_date)
         there = [client for client in cohort.presence.available if client in made]
         size = tensor_bytes(base)
-        in_parts = {c for c in there if _bytes_lacking(earlier, made[c], merges) < size}
+        in_parts = {c for c in there if _bytes_lacking(earlier, made[c], additions) < size}
         whole = [client for client in there if client not in in_parts]
         if whole:
-            confirmed = yield self._send("catch_up", cohort, whole, base, merges)
-            made |= dict.fromkeys(confirmed.answered, merges)
+            confirmed = yield self._send("catch_up", cohort, whole, base, additions)
+            made |= dict.fromkeys(confirmed.answered, additions)
         for number in sorted(earlier):
             asked = [client for client in in_parts if made[client] == number - 1]
             if asked:
                 confirmed = yield self._send("merge", cohort, asked, earlier[number], number)
                 made |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, number)
-        return {client: count for client, count in made.items() if count < merges}
+        return {client: count for client, count in made.items() if count < additions}
 
     def _send(
-        self, action: str, cohort: Cohort, clients: Collection[int], tensors: Tensors, merges: int
+        self,
+        action: str,
+        cohort: Cohort,
+        clients: Collection[int],
+        tensors: Tensors,
+        additions: int,
     ) -> Exchange:
         return Exchange.broadcast(
             action,
             cohort.round,
             tuple(sorted(clients)),
-            Payload(tensors, {MERGES: float(merges)}),
-            Schema.of(tensors, (MERGE_COUNT,)),
+            Payload(tensors, {ADDITIONS: float(additions)}),
+            Schema.of(tensors, (ADDITION_COUNT,)),
             Schema(numbers=TRAIN_REPLY_NUMBERS),
         )
 
@@ -198,45 +205,45 @@ class MergesFactors(Method):
         changes = products(factors, self.scaling)
         return {name: base[name] + t if name in base else t for name, t in changes.items()}
 
-    def _base(self, client: Client, merges: int) -> Tensors:
+    def _base(self, client: Client, additions: int) -> Tensors:
         """Return a client's changes of the backbone.
 
         Raises:
             TrainingError: It has not made all additions that the server has.
         """
         kept = client.store.get(BASE, {})
-        own = int(kept[MERGES]) if kept else 0
-        if own != merges:
+        own = int(kept[ADDITIONS]) if kept else 0
+        if own != additions:
             raise TrainingError(
-                f"it has added {own} of {merges} rounds to its backbone; the server sends it the whole "
-                "before the next round"
+                f"its backbone has the additions of {own} of {additions} rounds; the server sends all of "
+                "it before the next round"
             )
-        return {name: tensor for name, tensor in kept.items() if name != MERGES}
+        return {name: tensor for name, tensor in kept.items() if name != ADDITIONS}
 
     def _train(self, client: Client, payload: Payload) -> Payload:
-        base = self._base(client, int(payload.numbers[MERGES]))
+        base = self._base(client, int(payload.numbers[ADDITIONS]))
         client.model.write({**self.start(client, payload), **base})
         result = client.train(payload.numbers["learning_rate"])
         sent = self.upload(client.model.read())
         return Payload(sent, {"examples": len(client.share)}, result.metrics)
 
     def _merge(self, client: Client, payload: Payload) -> Payload:
-        merges = int(payload.numbers[MERGES])
+        additions = int(payload.numbers[ADDITIONS])
         factors = unpack(payload.tensors, client.initial)
-        base = self._moved(self._base(client, merges - 1), factors)
+        base = self._moved(self._base(client, additions - 1), factors)
         rank = len(payload.tensors[FACTORS])
         client.model.flops += sum(2.0 * rank * change.numel() for change in base.values())
-        return self._keep(client, base, merges)
+        return self._keep(client, base, additions)
 
     def _catch_up(self, client: Client, payload: Payload) -> Payload:
-        return self._keep(client, payload.tensors, int(payload.numbers[MERGES]))
+        return self._keep(client, payload.tensors, int(payload.numbers[ADDITIONS]))
 
-    def _keep(self, client: Client, base: Tensors, merges: int) -> Payload:
-        client.store[BASE] = {**base, MERGES: torch.tensor([merges])}
+    def _keep(self, client: Client, base: Tensors, additions: int) -> Payload:
+        client.store[BASE] = {**base, ADDITIONS: torch.tensor([additions])}
         return Payload(numbers={"examples": len(client.share)})
 
 
-def _behind(state: State) -> dict[int, int]:
+def _out_of_date(state: State) -> dict[int, int]:
     """Return the clients that have not made all additions, each with how many it has made."""
     found = {
         int(n.removeprefix(OUT_OF_DATE)): 0 for n in state.numbers if n.startswith(OUT_OF_DATE)
@@ -252,9 +259,9 @@ def _additions(state: State) -> dict[int, Tensors]:
     return {int(number): part_of(state.tensors, f"{ADDITION}{number}") for number in numbers}
 
 
-def _bytes_lacking(earlier: Mapping[int, Tensors], made: int, merges: int) -> float:
+def _bytes_lacking(earlier: Mapping[int, Tensors], made: int, additions: int) -> float:
     """Return the bytes of the additions after the first ``made``; infinite where one is not kept."""
-    lacking = range(made + 1, merges + 1)
+    lacking = range(made + 1, additions + 1)
     if any(number not in earlier for number in lacking):
         return math.inf
     return sum(tensor_bytes(earlier[number]) for number in lacking)

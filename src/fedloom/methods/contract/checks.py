@@ -22,7 +22,7 @@ def general(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
         yield from _parameters(kind, view)
         yield from _amounts(kind, view)
     yield from _start(kind, view)
-    yield from _newcomers(kind, view)
+    yield from _unseen_clients(kind, view)
     yield from _rows(kind, view)
 
 
@@ -145,7 +145,7 @@ def _start(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
             )
 
 
-def _newcomers(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
+def _unseen_clients(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield why nobody can join at the end."""
     if view.clients is None or not view.clients.newcomers:
         return

@@ -3,7 +3,7 @@
 Two kinds of processes append to it: the one that plays a run, and the one that faces the network. A lock
 keeps their lines apart. It is bounded: of each client and kind a hundred lines are written at once and
 one in ten seconds from then on, with a count of the rest (``more``), and when the file has grown to
-``LARGEST`` bytes it begins anew with one line that sums up what was in it (the file before is kept,
+``LARGEST`` bytes it starts again with one line that sums up what was in it (the file before is kept,
 once). Lines are JSON::
 
     {"time": ..., "client": 3, "kind": "forged", "reason": "...", "run": ..., "round": 7, "more": 12}
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import OutputError
-from fedloom.federation.offences import KINDS, Offence, OffenceObserver, one_line
+from fedloom.federation.violations import KINDS, Violation, ViolationObserver, one_line
 from fedloom.security.audit_log import Limited
 from fedloom.storage.files import write_atomically
 
@@ -39,21 +39,21 @@ FILE = "offences.jsonl"
 """In the server's folder."""
 
 LARGEST = 4 << 20
-"""Bytes of the file, after which it begins anew."""
+"""Bytes of the file, after which it starts again."""
 
 SUMMED_UP = 4096
-"""Clients that are summed up at most when the file begins anew: those that offended last."""
+"""Clients that are summed up at most when the file starts again: those that offended last."""
 
 
 @dataclass
-class OffenceSummary:
+class ViolationSummary:
     """What is known of one client.
 
     Attributes:
         kinds: How often it offended, by kind.
-        kind: Of the last offence.
-        reason: Of the last offence.
-        time: Of the last offence (ISO 8601, UTC).
+        kind: Of the last violation.
+        reason: Of the last violation.
+        time: Of the last violation (ISO 8601, UTC).
         run: The run in which it is in quarantine, if it is.
         until: The last round of that.
     """
@@ -67,7 +67,7 @@ class OffenceSummary:
 
 
 @dataclass
-class OffenceSummaries:
+class ViolationSummaries:
     """What a log says.
 
     Attributes:
@@ -76,10 +76,10 @@ class OffenceSummaries:
     """
 
     run: str | None = None
-    clients: dict[int, OffenceSummary] = field(default_factory=dict)
+    clients: dict[int, ViolationSummary] = field(default_factory=dict)
 
 
-class OffenceLog(OffenceObserver):
+class ViolationLog(ViolationObserver):
     """Appends to the log at a path; threads and processes may share one."""
 
     def __init__(
@@ -88,7 +88,7 @@ class OffenceLog(OffenceObserver):
         largest: int = LARGEST,
         number_of: Callable[[int], int] = lambda client: client,
     ) -> None:
-        """Write at ``path``, which begins anew at ``largest`` bytes.
+        """Write at ``path``, which starts again at ``largest`` bytes.
 
         Args:
             path: The log.
@@ -105,11 +105,15 @@ class OffenceLog(OffenceObserver):
         self._paused = {}
         self._append({"event": "began", "run": run})
 
-    def offended(self, offence: Offence) -> None:
-        """Note an offence, or count it."""
-        facts = {"reason": one_line(offence.reason), "run": offence.run, "round": offence.round}
-        number = self.number_of(offence.client)
-        self._limited(offence.kind, source=number, client=number, **facts)
+    def record(self, violation: Violation) -> None:
+        """Note a violation, or count it."""
+        facts = {
+            "reason": one_line(violation.reason),
+            "run": violation.run,
+            "round": violation.round,
+        }
+        number = self.number_of(violation.client)
+        self._limited(violation.kind, source=number, client=number, **facts)
 
     def quarantined(self, run: str, round: int, paused: Mapping[int, int]) -> None:
         """Note who is in quarantine from this round on, or until another than before, and who is back."""
@@ -139,7 +143,7 @@ class OffenceLog(OffenceObserver):
             self._failed = False
         except (OSError, OutputError) as error:
             if not self._failed:
-                LOG.warning("offences cannot be written to %s: %s", self.path, error)
+                LOG.warning("violations cannot be written to %s: %s", self.path, error)
             self._failed = True
 
     @contextlib.contextmanager
@@ -150,7 +154,7 @@ class OffenceLog(OffenceObserver):
 
     def _begin_anew(self) -> None:
         """Keep the file as it is under another name, and what it says in one line; the lock is held."""
-        known = read_offences(self.path)
+        known = read_violations(self.path)
         last = list(known.clients.items())[-SUMMED_UP:]
         clients = {str(client): asdict(standing) for client, standing in last}
         line = json.dumps({"event": "earlier", "run": known.run, "clients": clients})
@@ -158,9 +162,9 @@ class OffenceLog(OffenceObserver):
         write_atomically(self.path, line.encode() + b"\n")
 
 
-def read_offences(path: Path) -> OffenceSummaries:
+def read_violations(path: Path) -> ViolationSummaries:
     """Return what the log at ``path`` says, nothing where there is none; damaged lines are left out."""
-    found = OffenceSummaries()
+    found = ViolationSummaries()
     for line in _lines(path):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             _take(found, json.loads(line))
@@ -175,24 +179,24 @@ def _lines(path: Path) -> Iterable[bytes]:
         return
 
 
-def _take(found: OffenceSummaries, line: dict[str, Any]) -> None:
+def _take(found: ViolationSummaries, line: dict[str, Any]) -> None:
     """Take one line into account."""
     event = line.get("event")
     if event == "began":
         found.run = str(line["run"])
     elif event == "earlier":
         found.run = line["run"]
-        found.clients |= {int(c): OffenceSummary(**own) for c, own in line["clients"].items()}
+        found.clients |= {int(c): ViolationSummary(**own) for c, own in line["clients"].items()}
     elif event == "quarantine":
-        own = found.clients.setdefault(int(line["client"]), OffenceSummary())
+        own = found.clients.setdefault(int(line["client"]), ViolationSummary())
         own.run, own.until = str(line["run"]), int(line["until"])
     elif event == "return":
-        own = found.clients.setdefault(int(line["client"]), OffenceSummary())
+        own = found.clients.setdefault(int(line["client"]), ViolationSummary())
         own.run = own.until = None
     elif line["kind"] in KINDS:
         client, kind, count = int(line["client"]), line["kind"], 1 + int(line.get("more", 0))
         last = kind, str(line["reason"]), str(line["time"])
-        own = found.clients.pop(client, OffenceSummary())
+        own = found.clients.pop(client, ViolationSummary())
         own.kinds[kind] = own.kinds.get(kind, 0) + count
         own.kind, own.reason, own.time = last
         found.clients[client] = own  # who offended last is at the end

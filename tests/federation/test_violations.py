@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedloom.federation.offences import KINDS, Offence, of_rounds, one_line, quarantined
+from fedloom.federation.violations import KINDS, Violation, of_rounds, one_line, quarantined
 
 
 def test_the_kinds_are_a_closed_set():
@@ -30,12 +30,12 @@ def test_a_strangers_words_are_one_line_of_bounded_length(text, shown):
 
 
 def test_the_record_of_a_round_has_room_for_one_of_each_client_and_kind():
-    offence = Offence(3, "forged", "x\n" * 500, 7, "r" * 32, 12)
-    record = offence.to_record()
+    violation = Violation(3, "forged", "x\n" * 500, 7, "r" * 32, 12)
+    record = violation.to_record()
     assert record == {"client": 3, "kind": "forged", "reason": record["reason"], "count": 12}
     assert len(record["reason"]) == 200
     (back,) = of_rounds([{"round": 7, "rejected": [], "offences": [record]}])
-    assert back == Offence(3, "forged", record["reason"], 7, None, 12)
+    assert back == Violation(3, "forged", record["reason"], 7, None, 12)
 
 
 def test_records_of_before_there_were_kinds_are_read():
@@ -47,13 +47,13 @@ def test_records_of_before_there_were_kinds_are_read():
             {"client": 5, "reason": "older still"},
         ],
     }
-    assert of_rounds([old]) == [Offence(1, "malformed", "tensor a holds NaN or infinity", 4)]
+    assert of_rounds([old]) == [Violation(1, "malformed", "tensor a holds NaN or infinity", 4)]
 
 
 def test_quarantine_by_hand():
     offended = {7: [10, 1, 4, 9, 4], 8: [4]}
     found = {r: quarantined(offended, r, limit=2, pause=3) for r in range(1, 16)}
-    # the second round with an offence, 4, pauses 5 to 7; those of 9 and 10 pause 11 to 13
+    # the second round with a violation, 4, pauses 5 to 7; those of 9 and 10 pause 11 to 13
     assert [r for r, own in found.items() if 7 in own] == [5, 6, 7, 11, 12, 13]
     assert found[6] == {7: 7} and found[12] == {7: 13}
     assert not any(8 in own for own in found.values())
