@@ -91,7 +91,7 @@ GRID = SimpleNamespace(
         method_configurations=["fedavg"],
         seeds=[0, 1],
     ),
-    cells=["one", "two"],
+    grid_runs=["one", "two"],
 )
 """What is shown of a comparison before it begins."""
 

@@ -42,7 +42,7 @@ class Site:
         make_authority(folder, ["localhost"], days=90)
         running = SimpleNamespace(poll=lambda: None)
         self.child = SupervisedProcess(["flower-superlink"], folder / "superlink.out", {}, running)
-        self.nodes, self.members = SimpleNamespace(problem=""), SimpleNamespace(slip="")
+        self.nodes, self.members = SimpleNamespace(problem=""), SimpleNamespace(fault="")
         gateway = SimpleNamespace(members=self.members)
         self.health = Health(
             folder, folder / "server.pem", Supervisor([self.child]), self.nodes, gateway

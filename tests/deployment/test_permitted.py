@@ -556,7 +556,7 @@ def arms():
     for path in sorted(ROOT.glob("recipes/**/*.toml")):
         if "[compare]" in path.read_text():
             plan = read_comparison(path)
-            yield from ((f"{path.stem} {cell.name}", cell.experiment) for cell in plan.cells)
+            yield from ((f"{path.stem} {cell.name}", cell.experiment) for cell in plan.grid_runs)
         else:
             yield path.stem, Experiment.from_toml(path)
 

@@ -138,7 +138,7 @@ def test_every_setting_that_is_declared_has_a_case():
 )
 def test_no_recipe_has_a_setting_that_does_nothing(path):
     if COMPARE in read_toml(path):
-        experiments = [cell.experiment for cell in read_comparison(path).cells]
+        experiments = [cell.experiment for cell in read_comparison(path).grid_runs]
     else:
         experiments = [Experiment.from_toml(path)]
     assert unread_in_all(experiments) == []

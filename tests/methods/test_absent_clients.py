@@ -18,7 +18,7 @@ from fedloom.errors import CheckpointError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Membership, Presence
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.bases.backbone_additions import ADDITION, BASE, MADE, MERGES
+from fedloom.methods.bases.backbone_additions import ADDITION, BASE, MADE, ADDITIONS
 from fedloom.methods.bases.packed_factors import FACTORS
 from fedloom.methods.bases.packed_factors import unpack as unpack_factors
 from fedloom.methods.bases.parameter_averaging import ADAPTER
@@ -26,7 +26,7 @@ from fedloom.methods.contract.method import by_place
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
     EMBEDDING,
-    HELD,
+    HELD_EXPERTS,
     PROJECTED,
     TOKENS,
     FedAMoLE,
@@ -147,7 +147,7 @@ def test_the_backbone_takes_every_round_and_nobody_loses_one(play, method, sched
     up_to_date = schedule.answering(ROUNDS)
     for client in up_to_date:
         kept = found.kept(client, BASE)
-        assert int(kept[MERGES]) == ROUNDS
+        assert int(kept[ADDITIONS]) == ROUNDS
         assert all(torch.equal(kept[name], server[name]) for name in server)
     made = {n.removeprefix(MADE) for n in found.states[-1].numbers if n.startswith(MADE)}
     assert {int(client) for client in made} == set(range(CLIENTS)) - up_to_date
@@ -168,10 +168,10 @@ def test_who_was_away_is_sent_what_it_lacks_or_the_sum_if_that_is_smaller(play):
         {f"{ADDITION}000003/{FACTORS}"},
         set(),
     ]
-    assert found.states[2].numbers == {MERGES: 3.0, f"{MADE}000000": 2.0, f"{MADE}000001": 1.0}
+    assert found.states[2].numbers == {ADDITIONS: 3.0, f"{MADE}000000": 2.0, f"{MADE}000001": 1.0}
     assert set(found.of("catch_up", 4)) == {1}
     sent = [
-        (client, request.numbers[MERGES])
+        (client, request.numbers[ADDITIONS])
         for action, number, client, request, _ in found.seen
         if (action, number) == ("merge", 4)
     ]
@@ -202,10 +202,10 @@ def test_fedamole_gives_each_client_the_experts_that_were_assigned_to_it(play, s
             limits = nearest_limits(method.experts, len(there), 2, 8, 2)
             held = dict(zip(there, assign_experts(shares, *limits).T, strict=True))
             for client, (request, _) in found.of("train", number).items():
-                assert request.tensors[HELD][layer].bool().tolist() == held[client].tolist()
+                assert request.tensors[HELD_EXPERTS][layer].bool().tolist() == held[client].tolist()
         replies = found.of("train", number)
         sent = {
-            c: unpack({**r.tensors, HELD: q.tensors[HELD]}, method.layers, like)
+            c: unpack({**r.tensors, HELD_EXPERTS: q.tensors[HELD_EXPERTS]}, method.layers, like)
             for c, (q, r) in replies.items()
         }
         for request, _ in replies.values():
@@ -219,7 +219,7 @@ def test_fedamole_gives_each_client_the_experts_that_were_assigned_to_it(play, s
         adapter = after
         sums, holders = torch.zeros_like(projected), torch.zeros(*projected.shape[:2], 1)
         for client, (request, reply) in replies.items():
-            own = request.tensors[HELD].bool()
+            own = request.tensors[HELD_EXPERTS].bool()
             tokens[client] = reply.tensors[TOKENS].double()
             sums[own] += reply.tensors[PROJECTED].double()
             holders[own] += 1

@@ -9,7 +9,7 @@ import torch
 from fedloom.aggregation.lora import averaging_error, only_factors, rank_of
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import SettingsError
-from fedloom.methods.bases.backbone_additions import BASE, MERGES
+from fedloom.methods.bases.backbone_additions import BASE, ADDITIONS
 from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
 from fedloom.models.backbone_delta import MOVED, products
 from fedloom.wire.messages import Answer, decode, encode
@@ -87,7 +87,7 @@ def test_flora_adds_the_mean_of_products_of_every_round(experiment, federate, an
     assert distance(base, whole) < 1e-6
     for client in ranks:  # every client has made the same additions
         kept = found.parts.engine.store.slots(client)[BASE]
-        assert int(kept[MERGES]) == 2
+        assert int(kept[ADDITIONS]) == 2
         assert all(torch.equal(kept[name], base[name]) for name in base)
     factors = [unpack(payloads[1].tensors, found.parts.initial) for payloads in rounds]
     for name in factors[0]:

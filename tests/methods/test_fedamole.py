@@ -16,7 +16,7 @@ from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
     EMBEDDING,
-    HELD,
+    HELD_EXPERTS,
     PROJECTED,
     SHARES,
     TOKENS,
@@ -80,13 +80,14 @@ def test_every_round_keeps_the_limits_and_everyone_is_judged_by_its_own(
     layers = found.parts.method.layers
     for round in (1, 2, 3):
         own = of_round(messages, round)
-        held = torch.stack([own[c][0].tensors[HELD] for c in range(4)], -1)
+        held = torch.stack([own[c][0].tensors[HELD_EXPERTS] for c in range(4)], -1)
         assert held.shape == (len(layers), 6, 4)
         assert (held.sum(2) == 2).all()
         assert held.sum(1).min() >= 2 and held.sum(1).max() <= 4
     changed = [
         (
-            of_round(messages, 1)[c][0].tensors[HELD] != of_round(messages, 2)[c][0].tensors[HELD]
+            of_round(messages, 1)[c][0].tensors[HELD_EXPERTS]
+            != of_round(messages, 2)[c][0].tensors[HELD_EXPERTS]
         ).any()
         for c in range(4)
     ]
@@ -95,7 +96,7 @@ def test_every_round_keeps_the_limits_and_everyone_is_judged_by_its_own(
     assert len(losses) == 4
     for client in range(4):
         kept = found.parts.engine.store.slots(client)[ADAPTER]
-        counts = of_round(messages, 3)[client][0].tensors[HELD].sum(1).tolist()
+        counts = of_round(messages, 3)[client][0].tensors[HELD_EXPERTS].sum(1).tolist()
         for layer, count in zip(layers, counts, strict=True):
             assert sum(is_domain(n) and n.startswith(f"{layer}.") for n in kept) == 2 * count
 
@@ -105,7 +106,7 @@ def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(
     layers, like = found.parts.method.layers, found.parts.initial
     own = of_round(messages, 3)
     sent = {
-        c: unpack({**reply.tensors, HELD: request.tensors[HELD]}, layers, like)
+        c: unpack({**reply.tensors, HELD_EXPERTS: request.tensors[HELD_EXPERTS]}, layers, like)
         for c, (request, reply) in own.items()
     }
     final = part_of(found.state.tensors, ADAPTER)
@@ -118,7 +119,7 @@ def test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all(
     layer, expert = 0, 3
     rows = []
     for request, reply in own.values():
-        held = request.tensors[HELD]
+        held = request.tensors[HELD_EXPERTS]
         if held[layer, expert]:
             rows.append(reply.tensors[PROJECTED][int(held[layer, :expert].sum())])
     assert torch.allclose(projected[layer, expert], torch.stack(rows).mean(0), atol=1e-6)
@@ -133,7 +134,7 @@ def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
     rank, sizes = 2, set()
     for round in (1, 2, 3):
         for client, (request, _) in of_round(messages, round).items():
-            held = request.tensors[HELD].sum(1).tolist()
+            held = request.tensors[HELD_EXPERTS].sum(1).tolist()
             down, up = len(shapes) * 6, 4 * rank * len(shapes)
             for (_, layer), count in zip(shapes.items(), held, strict=True):
                 own = rank * (layer.inputs + layer.outputs)
@@ -153,7 +154,8 @@ def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
 def test_ablations_draw_in_every_round_or_once(experiment, federate, messages, change, moves):
     federate(experiment(method={**METHOD, **change}, **MIXTURE))
     held = [
-        torch.stack([of_round(messages, r)[c][0].tensors[HELD] for c in range(4)]) for r in (1, 2)
+        torch.stack([of_round(messages, r)[c][0].tensors[HELD_EXPERTS] for c in range(4)])
+        for r in (1, 2)
     ]
     assert torch.equal(*held) is not moves
 
@@ -161,7 +163,7 @@ def test_ablations_draw_in_every_round_or_once(experiment, federate, messages, c
 def test_homogeneous_clients_hold_equally_many(experiment, federate, messages):
     federate(experiment(method={**METHOD, "homogeneous": True}, **MIXTURE))
     for _, _, request, _ in messages:
-        assert set(request.tensors[HELD].sum(1).tolist()) == {3}
+        assert set(request.tensors[HELD_EXPERTS].sum(1).tolist()) == {3}
 
 
 def test_absent_clients_are_assigned_by_what_they_last_sent(experiment, federate, messages):
@@ -387,7 +389,7 @@ def test_the_record_says_who_held_what_and_how_tokens_spread(usual):
         details = record.details["experts"]
         assert details["experts"] == 6 and len(details["layers"]) == len(found.parts.model.layers)
         for client, (request, reply) in of_round(messages, record.round).items():
-            held = [torch.nonzero(layer)[:, 0].tolist() for layer in request.tensors[HELD]]
+            held = [torch.nonzero(layer)[:, 0].tolist() for layer in request.tensors[HELD_EXPERTS]]
             assert details["held"][str(client)] == held
             shares = details["shares"][str(client)]
             assert [len(layer) for layer in shares] == [len(layer) for layer in held]

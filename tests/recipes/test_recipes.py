@@ -147,7 +147,7 @@ def quick_or_slow(paths):
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_a_comparison_is_read(path):
     found = read_comparison(path)
-    assert len({(cell.name, cell.experiment.federation.seed) for cell in found.cells}) > 1
+    assert len({(cell.name, cell.experiment.federation.seed) for cell in found.grid_runs}) > 1
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
             "model.path": mixture_folder,
             "compare.methods.fedmoe.method.experts_per_client": 3,
         }
-    for cell in {c.objective: c for c in read_comparison(path).cells}.values():
+    for cell in {c.objective: c for c in read_comparison(path).grid_runs}.values():
         data, column = cell.experiment.data, cell.experiment.partition.column
         for domain, source in data.parts.items():
             if not source.is_builtin:
@@ -180,9 +180,9 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
                 changes[f"{place}.source"] = json.dumps(files)
                 changes[f"compare.scenarios.{cell.objective}.partition.minimum"] = 8
     whole = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
-    first, once = whole.cells[0].objective, {c.objective: c for c in whole.cells}
-    cells = [c for c in whole.cells if c.objective == first or c is once[c.objective]]
-    small = dataclasses.replace(whole, cells=tuple(cells))
+    first, once = whole.grid_runs[0].objective, {c.objective: c for c in whole.grid_runs}
+    cells = [c for c in whole.grid_runs if c.objective == first or c is once[c.objective]]
+    small = dataclasses.replace(whole, grid_runs=tuple(cells))
     folder = compare(small, tmp_path / "out", workers=1)
     page = write_personal(folder).read_text()
     assert "<th>gain over</th><th>local only</th>" in page and "<th>fedavg</th>" in page
@@ -190,7 +190,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
         judged = {"choice": "Accuracy: share of held-out rows", "answer": "Rouge l: mean ROUGE-L"}
         kind = judged_kind(cell.experiment, cell.experiment.kind)
         assert judged.get(kind, "Preference accuracy: ") in page or kind == "instruction"
-    for cell in small.cells:
+    for cell in small.grid_runs:
         assert cell.method.replace("_", " ") in page
 
 
@@ -199,7 +199,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
 def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     """Every cell is sound; every arm is run once, in the first scenario, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
-    recipe = read_comparison(path).cells[0].experiment
+    recipe = read_comparison(path).grid_runs[0].experiment
     changes = {
         "model.path": model_folder,
         "data.source": rows_file(filler(recipe)),
@@ -215,14 +215,14 @@ def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     if "split_deep" not in path.read_text():
         del changes["compare.methods.split_deep.method.cut"]
     whole = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])
-    first = {cell.method: cell for cell in reversed(whole.cells)}
+    first = {cell.method: cell for cell in reversed(whole.grid_runs)}
     assert {cell.experiment.method.name for cell in first.values()} >= {
         "fedavg",
         "distillation",
         "split",
     }
     folder = compare(
-        dataclasses.replace(whole, cells=tuple(first.values())), tmp_path / "out", workers=1
+        dataclasses.replace(whole, grid_runs=tuple(first.values())), tmp_path / "out", workers=1
     )
     assert "Where each framework wins" in write_frameworks(folder).read_text()
 
@@ -237,7 +237,7 @@ def test_comparison(path, rows_file, model_folder, tmp_path):
     """Every cell of the grid is sound; one run of every objective is done, at the recipe's own work."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
     whole = read_comparison(path)
-    recipe = whole.cells[0].experiment
+    recipe = whole.grid_runs[0].experiment
     changes = {
         "model.path": model_folder,
         "data.source": rows_file(filler(recipe)),
@@ -247,7 +247,7 @@ def test_comparison(path, rows_file, model_folder, tmp_path):
         "federation.clients": 12,
         "federation.clients_per_round": 2,
         "compare.seeds": [0],
-        "compare.methods": f'["{whole.cells[0].method}"]',
+        "compare.methods": f'["{whole.grid_runs[0].method}"]',
         "evaluation.max_examples": 10,
     }
     comparison = read_comparison(path, [f"{key}={value}" for key, value in changes.items()])

@@ -89,7 +89,7 @@ def comparison_file(table, tmp_path):
 @pytest.mark.slow
 def test_a_grid_to_its_page(comparison_file, tmp_path):
     comparison = read_comparison(comparison_file())
-    assert len(comparison.cells) == 16
+    assert len(comparison.grid_runs) == 16
     folder = compare(comparison, tmp_path / "out", workers=1)
     page = write_frameworks(folder).read_text()
     found = json.loads((folder / "results.json").read_text())

@@ -68,7 +68,7 @@ def shas(folder):
 def test_a_grid_is_run_once_and_reported(file, tmp_path):
     once = {"federation": {"clients": 3, "rounds": 1}}
     comparison = read_comparison(file(once, methods=["fedavg", "scaffold"]))
-    assert len(comparison.cells) == 3 * 2 * 2
+    assert len(comparison.grid_runs) == 3 * 2 * 2
     folder = compare(comparison, tmp_path / "out", workers=1)
     first = shas(folder)
     assert len(first) == 12
@@ -313,7 +313,7 @@ def test_arms_that_hold_nothing_out_are_alike(file, base):
     own = {"objectives": arms, "methods": ["fedavg", "split"], "seeds": [0]}
     base["data"] = {"source": "builtin:instructions"}
     comparison = read_comparison(file(base, **own))
-    divided = [partition_data(cell.experiment).train for cell in comparison.cells]
+    divided = [partition_data(cell.experiment).train for cell in comparison.grid_runs]
     assert divided[0] == divided[1]
 
 

@@ -93,7 +93,7 @@ def check_spent(experiment, folder, budget):
 
 
 def cell_of(file, method, budget, folder):
-    (cell,) = read_comparison(file([method], budget)).cells
+    (cell,) = read_comparison(file([method], budget)).grid_runs
     table = {**cell.experiment.to_table(defaults=False), "output": {"folder": str(folder)}}
     return Experiment.from_table(table)
 
@@ -166,7 +166,7 @@ def test_too_small_a_budget_is_refused_with_the_least_that_works(
 
 
 def test_too_few_tokens_are_refused_with_the_least_that_works(file, tmp_path):
-    (cell,) = read_comparison(file(["pfedme"], "tokens", 60)).cells
+    (cell,) = read_comparison(file(["pfedme"], "tokens", 60)).grid_runs
     free = Experiment.from_table({**cell.experiment.to_table(), "training": {}})
     shares = assemble(free, partition_data(free)).local.shares
     longest, client = max((int(row_tokens(share).max()), c) for c, share in shares.items())
@@ -184,7 +184,7 @@ def test_too_few_tokens_are_refused_with_the_least_that_works(file, tmp_path):
 def test_the_other_reading_counts_each_model_and_each_batch_once(file, tmp_path):
     """Four steps of each model: FedAvg makes 4, Ditto 8, pFedMe 4 of w and 20 of theta."""
     comparison = read_comparison(file(["fedavg", "ditto", "pfedme"], "steps", 4, per_model=True))
-    assert {cell.experiment.training.amount_per for cell in comparison.cells} == {"model"}
+    assert {cell.experiment.training.amount_per for cell in comparison.grid_runs} == {"model"}
     folder = compare(comparison, tmp_path / "out", workers=1)
     found = {row["method"]: row["steps"] for row in results(*read_cells(folder))["did"]}
     assert {name: row["mean"] for name, row in found.items()} == {

@@ -1,7 +1,7 @@
-"""The simulation engine: all clients in this process, over as few frozen backbones as their kinds.
+"""The simulation engine: all clients in this process, with one frozen backbone per kind of model.
 
-Requests and replies are encoded and decoded exactly as they would be between machines, so the
-ledger's bytes are those that would travel and no client sees another one's tensors.
+Requests and replies are encoded and decoded exactly as they would be between machines, so the ledger
+counts the bytes that would be sent, and no client sees another client's tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOG = logging.getLogger(__name__)
 
 
 def named(error: Exception) -> str:
-    """Return what is said of something that broke on a client."""
+    """Return the text of an error at a client."""
     if isinstance(error, FedloomError):
         return str(error)
     LOG.debug("a client failed", exc_info=error)
@@ -45,15 +45,15 @@ def named(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class ClientResources:
-    """What a client computes with; clients of one kind share it and write their adapters in turn.
+    """Model and data of a client; clients of one kind share them and load their adapters in turn.
 
     Attributes:
-        model: The backbone, or the part of it that clients have, with the adapter.
+        model: The backbone, or the client part of a split model, with the adapter.
         initial: The adapter as it was initialised.
-        max_length: Tokens a training sequence has at most.
+        max_length: Longest training sequence in tokens.
         width: Classes, or tokens of the vocabulary.
         public: The public rows under this model's tokenizer.
-        reference: What the reference model has for an adapter, where it is not the base model.
+        reference: Adapter of the reference model, where that is not the base model.
         own_start: Whether ``initial`` is this client's own model, of an earlier run.
     """
 
@@ -68,24 +68,25 @@ class ClientResources:
 
 @dataclass
 class SimulationEngine:
-    """Runs handlers for one client after the other.
+    """Runs the handlers of clients one after the other.
 
     Attributes:
-        resources: What each client computes with.
-        shares: Training rows of each client; reference log-probs are added at first contact.
-        handlers: Client side of every action.
-        objective: What clients minimise.
-        training: How.
+        resources: Model and data of each client.
+        shares: Training rows of each client; reference log-probs are added when the client first takes
+            part.
+        handlers: Client-side handler of every action.
+        objective: Objective that clients minimise.
+        training: Settings of local training.
         seed: The experiment's seed.
-        participations: Rounds that a client takes part in on average.
+        participations: Expected number of rounds in which a client takes part.
         rounds: Rounds of the run.
-        store: What clients keep between rounds.
-        ledger: Where costs go.
-        newcomers: Clients that are there and no members yet: only who names them reaches them.
-        noise_seed: What noise that hides rows is drawn from, if not from the seed.
-        tell: What the server is told of an error.
-        allowance: What each request may compute.
-        references: Where log-probs under reference models are kept.
+        store: The client store.
+        ledger: The ledger of costs.
+        newcomers: Unseen clients: present, but asked only when named explicitly.
+        noise_seed: Seed of noise that hides rows, if not the experiment's seed.
+        tell: Returns the text about an error that is sent to the server.
+        allowance: Bound on the work of one request.
+        references: Cache of log-probs under reference models.
     """
 
     resources: Mapping[int, ClientResources]
@@ -106,7 +107,7 @@ class SimulationEngine:
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
-    """What fits into a client's memory at a time, in tokens or examples, where it has been asked."""
+    """Largest pass that fits into a client's memory, in tokens or examples, once it has been measured."""
 
     def sizes(self) -> dict[int, int]:
         """Return the number of training rows of each client."""
@@ -117,20 +118,20 @@ class SimulationEngine:
         }
 
     def membership(self) -> Membership:
-        """Return all clients but newcomers: in one process nobody leaves."""
+        """Return all clients but unseen ones: in one process no client leaves."""
         rows = self.sizes()
         return Membership(tuple(rows), rows=rows)
 
     def absent(self) -> dict[int, Absence]:
-        """Return nobody: all clients are in this process."""
+        """Return no client: all clients are in this process."""
         return {}
 
     def title(self, client: int) -> str:
-        """Return what a client is called in messages."""
+        """Return the name of a client in messages."""
         return f"client {client}"
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
-        """Carry out one action on every client asked, one after the other."""
+        """Carry out a request at each client, one after the other."""
         if exchange.round != self._round:
             self._sessions, self._round = {}, exchange.round
         self.store.begin_exchange()
@@ -138,19 +139,19 @@ class SimulationEngine:
             yield self._answer(exchange, client, data)
 
     def rows(self, client: int) -> int:
-        """Return the training rows of a client, a newcomer too."""
+        """Return the training rows of a client, which may be unseen."""
         return len(self.shares[client])
 
     def under_way(self, client: int, round: int) -> bool:
-        """Return whether a client has begun something in this round that takes several exchanges."""
+        """Return whether a client is in the middle of work that takes several exchanges."""
         return round == self._round and bool(self._sessions.get(client))
 
     def restart(self, store: ClientStore) -> None:
-        """Go on with what clients kept at some other time, as if no round were under way."""
+        """Replace the client store, as if no round were under way."""
         self.store, self._round = store, -1
 
     def discard(self, clients: Collection[int]) -> None:
-        """Forget what these clients have put aside over the last exchange."""
+        """Discard what these clients stored in the last exchange."""
         for client in clients:
             self.store.discard(client)
 
@@ -167,11 +168,11 @@ class SimulationEngine:
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
-        except Exception as error:  # whatever breaks on a client is that client's affair
+        except Exception as error:  # an error at one client must not stop the others
             return Answer(client, error=self.tell(error))
 
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
-        """Decode a request, carry it out, encode the reply; what the client keeps is stored last."""
+        """Decode a request, carry it out, encode the reply, then update the client store."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
             cost.bytes_down, cost.exchanges = len(data), 1
             payload = decode(data, exchange.request_schema)
@@ -184,7 +185,7 @@ class SimulationEngine:
     def _worked(
         self, exchange: Exchange, number: int, payload: Payload, cost: Cost
     ) -> tuple[Client, Payload]:
-        """Carry out an action; where memory does not suffice, with smaller passes from then on."""
+        """Carry out an action; where memory does not suffice, use smaller passes from then on."""
 
         def work(size: int) -> tuple[Client, Payload]:
             self._fits[number] = size
@@ -193,7 +194,7 @@ class SimulationEngine:
             try:
                 return client, self.handlers[exchange.action](client, payload)
             except Exception:
-                if not under_way:  # nothing of a failed attempt is left
+                if not under_way:  # discard the failed attempt
                     self._sessions.pop(number)
                 raise
             finally:
@@ -207,7 +208,7 @@ class SimulationEngine:
         return work(size) if under_way else fitting(work, size, f"client {number}", measure)
 
     def client(self, number: int, round: int) -> Client:
-        """Return what a handler sees on a client."""
+        """Return the client that a handler works on."""
         own = self.resources[number]
         training = self.training
         if number in self._fits:
@@ -237,7 +238,7 @@ class SimulationEngine:
         )
 
     def add_reference(self, round: int, client: int) -> None:
-        """Score a client's rows under the reference model when it first takes part."""
+        """Compute a client's log-probs under the reference model when it first takes part."""
         share = self.shares[client]
         if not self.objective.needs_reference or share.reference_logps is not None:
             return

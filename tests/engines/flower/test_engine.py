@@ -41,7 +41,7 @@ def there(tmp_path):
         )
         for client in joined:
             roster.registered[client] = Joined(rows=10 + client, held_out=0, model="m", version="1")
-        post = SimpleNamespace(online=set, open_streams=None, pull=lambda ids: ())
+        post = SimpleNamespace(online=set, open_streams=None, receive=lambda ids: ())
         settings = FederationSettings(clients=3, patience=0.05, **federation)
         engine = FlowerEngine(post, settings, roster)
         engine._streams, engine._run_description = (

@@ -1,22 +1,21 @@
 """The deployed engine: requests and replies as messages of Flower, between machines.
 
-Of Flower it uses messages and the list of nodes (``transport.py``), nothing else. Each message is one
-opaque array (the encoded payload, bf16 and all) beside a signed header (``wire/envelope.py``). The first
-message to a client brings it all it must know of the run, and, where streams are allowed, the place where
-it may open one; a client with an open stream is asked over that, any other by a message of Flower.
+It uses only two parts of Flower: messages and the list of nodes (``transport.py``). Each message is one
+opaque array (the encoded payload) beside a signed header (``wire/envelope.py``). The first message to a
+client holds the description of the run and, where streams are allowed, the address for opening one; a
+client with an open stream is asked over it, any other client by a Flower message.
 
-An answer that is wrong is a violation (``federation/violations.py``) where its sender is proven, so that
-nobody can put a client in quarantine by sending in its name:
+A wrong answer is a violation (``federation/violations.py``) where its sender is proven, so that no third
+party can put a client in quarantine by sending in its name:
 
-- Over a stream: its client proved its key before the stream was passed on to here. (Without TLS, who
-  controls the network in between may change what travels, as it may also cut the client off.)
+- Over a stream: its client proved its key before the stream was passed on to this process. (Without TLS,
+  an attacker in the network may change the bytes, or disconnect the client.)
 - By a message of Flower: where each node has proven a client's key (``FlowerTransport.proven``, with
-  TLS). A signature that does not fit proves nothing, and one that fits proves who made a reply, not who
-  sends it
-  now: an old one can be replayed by whoever has seen it. Once a reply is signed for this very question,
-  what is wrong with its content is its client's.
-- An answer that came in two parts, before and after its client came back, may be of two processes of an
-  honest client: the first ended in the middle of it.
+  TLS). A wrong signature proves nothing, and a valid one proves who made a reply, not who sends it now:
+  an attacker can replay an old reply. Once a reply is signed for exactly this request, its content is
+  attributed to its client.
+- An answer that came in two parts, before and after its client came back, may come from two processes of
+  an honest client, of which the first was killed.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ from fedloom.wire.messages import Answer, Exchange, Payload, encode
 from fedloom.wire.schema import Schema
 
 POLL = 0.1
-"""Seconds between looks for replies."""
+"""Seconds between checks for replies."""
 
 LOOK = 1.0
-"""Seconds between looks for clients, while a run waits for them."""
+"""Seconds between checks for clients, while a run waits for them."""
 
 NOTICE = 30.0
-"""Seconds after which it is said who is waited for, and again each time."""
+"""Seconds between messages that name the clients a run waits for."""
 
 BROKEN = "its connection broke and was not restored"
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question under way: to whom, its payload's bytes, and how streams know it if it went over one."""
+    """A pending request: client, bytes of its payload, and its id if sent over a stream."""
 
     client: int
     header: RequestHeader
@@ -71,7 +70,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Found:
-    """What came of a question: an envelope, what is wrong with what came, or why nothing did.
+    """The outcome of a request: an envelope, an error in the answer, or why there is none.
 
     Attributes:
         content: See above.
@@ -87,12 +86,13 @@ class FlowerEngine:
     """Carries exchanges to clients on other machines.
 
     Attributes:
-        transport: How they are reached.
-        federation: How many there should be, how long they have.
-        run_clients: Who is there.
-        watch: Told of violations and quarantine as they come.
-        attend: Told, whenever that changes, of each client whether it is there and why not.
-        late: Replies that came after their round had gone on without them.
+        transport: How clients are reached.
+        federation: Number of clients, deadlines.
+        run_clients: The clients of the run and their state.
+        watch: Observer of violations and quarantine.
+        attend: Called with the presence of each client, and the reason of its absence, whenever that
+            changes.
+        late: Number of replies that came after their round had continued without them.
     """
 
     name: ClassVar[str] = "flower"
@@ -117,13 +117,13 @@ class FlowerEngine:
 
     @property
     def run_description(self) -> RunDescription:
-        """What clients are told of the run, from :meth:`begin` on."""
+        """The description of the run that is sent to clients; set by :meth:`begin`."""
         assert self._run_description is not None, "the runner begins before it asks"
         return self._run_description
 
     @property
     def judged(self) -> Collection[int]:
-        """Clients that have held-out rows of their own, of those met so far."""
+        """Registered clients that have held-out rows of their own."""
         return self.run_clients.judged
 
     @property
@@ -132,15 +132,15 @@ class FlowerEngine:
         return self.run_clients.participants
 
     def held_out(self) -> dict[int, int]:
-        """Return the rows that each client which was met is judged by."""
+        """Return the number of held-out rows of each registered client."""
         return {client: own.held_out for client, own in sorted(self.run_clients.registered.items())}
 
     def title(self, client: int) -> str:
-        """Return what a client is called in messages."""
+        """Return the name of a client in messages."""
         return self.run_clients.title(client)
 
     def begin(self, run_description: RunDescription, ledger: Ledger) -> None:
-        """Meet the clients; wait until all are ready, or patience is over and those required are."""
+        """Wait for the clients: for all, or after federation.patience for the required ones."""
         self._run_description, self._ledger = run_description, ledger
         self.run_clients.model, self.run_clients.audit = (
             run_description.model,
@@ -167,12 +167,12 @@ class FlowerEngine:
         self._wait_for(everybody, len(everybody), needed, "federation.require")
 
     def _note_return(self, client: int, held: int) -> None:
-        """Note that a client came back; a stream's thread must not end for a full disk."""
+        """Record that a client has reconnected; a full disk must not end the thread of a stream."""
         with contextlib.suppress(OutputError):
             self._noted("returned", source=client, client=client, held=held)
 
     def sizes(self) -> dict[int, int]:
-        """Return the training rows of each client that is there now; waits for a quorum of them."""
+        """Return the training rows of each client that is present; waits for a quorum of them."""
         self._meet()
         there = self._there()
         if len(there) < self._quorum:
@@ -183,7 +183,7 @@ class FlowerEngine:
         return {client: self.run_clients.registered[client].rows for client in there}
 
     def membership(self) -> Membership:
-        """Return the clients that the run expects, who is no longer allowed, and rows of those met."""
+        """Return the clients of the run, those no longer allowed, and the rows of registered ones."""
         enrolled = set(range(len(self.participants))) - set(self.run_clients.unseen)
         rows = {c: own.rows for c, own in self.run_clients.registered.items() if c in enrolled}
         left = frozenset(self.run_clients.not_let_in() & enrolled)
@@ -194,7 +194,7 @@ class FlowerEngine:
         return self.run_clients.absent(self._streaming())
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
-        """Carry out one action on every client asked, all at once."""
+        """Send one request to each client, all at once, and yield their answers."""
         facts = {
             "round": exchange.round,
             "action": exchange.action,
@@ -227,7 +227,7 @@ class FlowerEngine:
                 return
 
     def _asked_for(self, round: int, waiting: Mapping[int, _Asked]) -> str:
-        """Return whose answers a round waits for."""
+        """Return the clients whose answers a round waits for, in words."""
         now, streaming = time.monotonic(), self._streaming()
         who = []
         for client, asked in sorted(waiting.items()):
@@ -238,7 +238,7 @@ class FlowerEngine:
         return f"round {round} waits for {'; '.join(who)}" if who else ""
 
     def discard(self, clients: Collection[int]) -> None:
-        """Tell these clients with the next message that what they kept over the last does not count."""
+        """Tell these clients with the next message to discard what they stored with the last one."""
         segment = len(self.run_description.began)
         for client, number in self._numbers.items():
             if client in clients:
@@ -247,13 +247,13 @@ class FlowerEngine:
                     "undone", client=client, segment=segment, message_number=number
                 )
             else:
-                self._discarded.pop(client, None)  # it was told, and has answered
+                self._discarded.pop(client, None)  # it has been informed and has answered
 
     def finish_round(self) -> None:
-        """Do nothing: clients know by the next round's messages that this one is over."""
+        """Do nothing: clients learn from the next round's messages that this round is over."""
 
     def end(self, keep: Payload | None) -> None:
-        """Tell clients that the run is over, and wait a while for those that write models."""
+        """Tell clients that the run is over, and wait for those that write models."""
         schema = Schema.of(keep.tensors) if keep is not None else None
         data = encode(keep, schema) if keep is not None and schema is not None else b""
         facts = {"request": schema.to_table()} if schema is not None else {}
@@ -274,7 +274,7 @@ class FlowerEngine:
             self._streams.close()
 
     def _ask(self, client: int, header: RequestHeader, data: bytes, limit: int) -> _Asked | None:
-        """Send over the client's stream if it has one, or as a message; ``None`` if there is no way."""
+        """Send a request over the client's stream or as a message; ``None`` if neither is possible."""
         question = None
         if self._streams is not None and client in self._streams:
             message = seal(header, data).parts()
@@ -288,7 +288,7 @@ class FlowerEngine:
         return _Asked(client, header, len(data), question)
 
     def _send(self, node: int, header: RequestHeader, payload: bytes) -> str:
-        """Send a message that says all a client must know; return its id."""
+        """Send a message with the description of the run; return its id."""
         told = {
             "experiment": self.run_description.experiment,
             "classes": list(self.run_description.classes),
@@ -297,7 +297,7 @@ class FlowerEngine:
         return self.transport.send(node, header.model_copy(update=told), payload)
 
     def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
-        """Yield what has come since the last look from those waited for, once for each."""
+        """Yield the answers that have arrived since the last call, one per pending request."""
         yield from self._streamed(waiting)
         for id, found in self.transport.receive([*self._messages, *self._registering]):
             if id in self._registering:
@@ -306,7 +306,7 @@ class FlowerEngine:
                     self._send_start(node, asked.client, *self._start)
                     continue
                 self.run_clients.register(node, found, asked)
-                if node in self.run_clients.nodes.values():  # and however often it was asked
+                if node in self.run_clients.nodes.values():  # however often it was asked
                     self._registering = {
                         i: own for i, own in self._registering.items() if own[0] != node
                     }
@@ -314,23 +314,23 @@ class FlowerEngine:
                 yield self._messages.pop(id), _Found(found, self.transport.proven)
 
     def _lacks_start(self, found: Envelope | MessageError | str, asked: RequestHeader) -> bool:
-        """Return whether a client says that it must be sent what the run starts from; once a question."""
+        """Return whether a client must first be sent the start of the run; at most once per request."""
         if asked.request is not None or not isinstance(found, Envelope):
             return False
         try:
             return self.run_clients.trusted(found, asked).error == LACKS_START
         except MessageError:
-            return False  # whoever takes clients in says what is wrong with it
+            return False  # registration reports what is wrong with it
 
     def _send_start(self, node: int, client: int, schema: Schema, data: bytes) -> None:
-        """Ask a client again whether it is ready, with what the run starts from."""
+        """Ask a client again whether it is ready, with the start of the run."""
         told = {"request": schema.to_table()}
         header = self._header("join", client).model_copy(update=told)
         self._registering[self._send(node, header, data)] = node, header
         self._ledger.costs.append(Cost(0, client, BEGIN, bytes_down=len(data), exchanges=1))
 
     def _streamed(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
-        """Yield what came over streams; wait a moment if there is nothing."""
+        """Yield what arrived over streams; wait briefly if there is nothing."""
         streams = self._streams
         if streams is None:
             time.sleep(POLL)
@@ -338,7 +338,7 @@ class FlowerEngine:
         for arrival in streams.take(POLL):
             asked = waiting.get(arrival.client)
             if arrival.message is None and arrival.client not in streams:
-                self.run_clients.lost(arrival.client, BROKEN)  # its machine may be gone
+                self.run_clients.lost(arrival.client, BROKEN)  # its machine may be down
             if asked is not None and asked.question == arrival.question is not None:
                 yield arrival.client, _Found(_unpacked(arrival), not arrival.resumed)
             elif isinstance(arrival.message, Path):  # it is waited for no longer
@@ -363,17 +363,19 @@ class FlowerEngine:
             )
         self._count(reply.work, asked, exchange)
         if reply.error is not None:
-            if reply.error == LACKS_START:  # its copy is lost: it is asked again, and sent another
+            if (
+                reply.error == LACKS_START
+            ):  # its copy is lost: the request is repeated with another copy
                 self.run_clients.lost(client, LACKS_START)
             return Answer(client, error=reply.error)
         cost.bytes_up = len(content.payload)
         return Answer(client, content.payload, digest=reply.payload)
 
     def _count(self, work: Iterable[WorkDone], asked: _Asked, exchange: Exchange) -> None:
-        """Note what a client says that it has done.
+        """Record the work that a client reports.
 
-        Of the phases only those that an exchange has; and no more seconds in all than have passed here
-        since it was asked.
+        Only phases of the exchange count, and at most as many seconds in total as have passed here since
+        the request.
         """
         left = time.monotonic() - asked.since
         for done in work:
@@ -384,7 +386,7 @@ class FlowerEngine:
                 self._ledger.costs.append(cost)
 
     def _give_up(self, asked: _Asked) -> None:
-        """Wait for an answer no longer: what still comes of it is dropped."""
+        """Stop waiting for an answer; a late one is dropped."""
         self.run_clients.lost(
             asked.client, f"gave no answer within {self.federation.deadline:g} seconds"
         )
@@ -406,7 +408,7 @@ class FlowerEngine:
         )
 
     def _meet(self) -> None:
-        """Ask clients that have not said whether they are ready, and hear those that have."""
+        """Ask clients whether they are ready, and register those that have answered."""
         for node, client in self.run_clients.unknown(self.transport.online()).items():
             header = self._header("join", client)
             self._registering[self._send(node, header, b"")] = node, header
@@ -439,16 +441,16 @@ class FlowerEngine:
         return max(1, min(quorum, self.federation.required))
 
     def _wait_for(self, clients: Collection[int], wanted: int, needed: int, setting: str) -> None:
-        """Wait until so many of these clients are ready, as long as patience lasts.
+        """Wait until enough of these clients are ready, at most federation.patience seconds.
 
         Args:
-            clients: Who counts; newcomers may be among them.
-            wanted: How many end the wait.
-            needed: How many are enough once patience is over.
-            setting: What says so.
+            clients: Clients that count; unseen clients may be among them.
+            wanted: Number that ends the wait.
+            needed: Number that is enough after federation.patience.
+            setting: Setting that asks for ``needed``.
 
         Raises:
-            RoundFailed: There are fewer; each that is missing is named, with the reason.
+            RoundFailed: Fewer are ready; each missing client is named with the reason.
         """
         run_clients, patience = self.run_clients, self.federation.patience
         start = time.monotonic()
@@ -473,13 +475,13 @@ class FlowerEngine:
 
 
 class _Notice:
-    """Says now and then who is waited for."""
+    """Reports at intervals which clients a run waits for."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn, self._next = warn, time.monotonic() + NOTICE
 
     def look(self, text: Callable[[], str]) -> None:
-        """Say it, if the last time is some while ago."""
+        """Report the text, unless it was reported a short time ago."""
         if time.monotonic() > self._next:
             self._next = time.monotonic() + NOTICE
             if said := text():
@@ -487,7 +489,7 @@ class _Notice:
 
 
 def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:
-    """Return the message that asks for an answer from so many bytes on."""
+    """Return the message that requests the rest of an answer after the bytes that have arrived."""
     return seal(header.model_copy(update={"held": held, "payload": ""})).parts()
 
 
@@ -496,7 +498,9 @@ def _unpacked(arrival: StreamResponse) -> Envelope | MessageError | str:
         return arrival.fault
     if arrival.message is None:
         return "its stream broke and was not restored in time"
-    if not (content := taken(arrival.message)):  # what a client sends that could not make an answer
+    if not (
+        content := taken(arrival.message)
+    ):  # the client's reply where it could not make an answer
         return "it could not answer; its log says why"
     try:
         return Envelope.unpack(content)

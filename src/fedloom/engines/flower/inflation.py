@@ -1,8 +1,8 @@
-"""What a message of Flower may take of memory: bytes that are pulled, and arrays that are made of them.
+"""Bounds on the memory of a Flower message: bytes that are pulled, and arrays that are built from them.
 
 Flower cuts an array into parts and names equal ones once, so a message of a few megabytes can stand for
-as many terabytes; and it pulls a message whole before anybody can look at it. So both are counted here,
-while it is pulled and before an array is put together.
+as many terabytes; and it pulls a whole message before it can be checked. So both are counted here: bytes
+while they are pulled, arrays before they are built.
 """
 
 from __future__ import annotations
@@ -24,58 +24,58 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from fedloom.errors import ConnectionFailed, MessageError
 
 HEADS = 1 << 16
-"""Bytes that Flower's own words about an envelope may have: some hundred, and a name for each part."""
+"""Bytes of Flower's metadata about an envelope: a few hundred, and a name for each part."""
 
 
 PATIENCE, SLOWEST = 5.0, 1e6
-"""Seconds that the parts of a message are waited for, and bytes a second beyond that: the loop of rounds
-stands still meanwhile."""
+"""Seconds that the server waits for the parts of a message, and bytes per second beyond that: the loop of
+rounds is blocked meanwhile."""
 
 
 class ByteBudget:
-    """Bytes that one message may have; started again for each.
+    """Budget of bytes of one message; reset for each message.
 
     Attributes:
-        limit: These bytes, of what is pulled and of what is made of it.
+        limit: Largest number of bytes, both of pulled data and of built arrays.
     """
 
     def __init__(self, limit: int) -> None:
-        """Allow so many."""
+        """Allow this number of bytes."""
         self.limit = limit
         self._pulled = self._made = 0
         self._end = math.inf
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Count from nothing: another message comes."""
+        """Reset the counts for another message."""
         with self._lock:
             self._pulled = self._made = 0
             self._end = time.monotonic() + PATIENCE + self.limit / SLOWEST
 
     def wait(self) -> None:
-        """Know that a part is not there yet.
+        """Record that a part has not arrived yet.
 
         Raises:
-            ConnectionFailed: It has been waited for long enough; others wait meanwhile.
+            ConnectionFailed: The time limit of the message is over.
         """
         if time.monotonic() > self._end:
             raise ConnectionFailed("its answer did not come whole in time")
 
     def pull(self, count: int) -> None:
-        """Count bytes that came.
+        """Count pulled bytes.
 
         Raises:
-            MessageError: They are too many by now.
+            MessageError: The limit is exceeded.
         """
         with self._lock:
             self._pulled += count
             self._require(self._pulled)
 
     def make(self, count: int) -> None:
-        """Count bytes of an array before it is made.
+        """Count the bytes of an array before it is built.
 
         Raises:
-            MessageError: They would be too many.
+            MessageError: The limit would be exceeded.
         """
         with self._lock:
             self._made += count
@@ -89,12 +89,12 @@ class ByteBudget:
 
 
 def bound_arrays(budget: ByteBudget) -> None:
-    """Have Flower make arrays of messages in this process only while there is room for them."""
+    """Make Flower check the budget in this process before it builds an array of a message."""
 
     class Bounded:
         @staticmethod
         def inflate(content: bytes, children: dict[str, Any] | None = None) -> Array:
-            """Return what Flower makes of an array's parts, if that is not too large."""
+            """Return the array that Flower builds from its parts, if the budget allows it."""
             places = json.loads(get_object_body(content, Array))["arraychunk_ids"]
             names = get_object_children_ids_from_object_content(content)
             budget.make(sum(len((children or {})[names[place]].data) for place in places))
@@ -105,7 +105,7 @@ def bound_arrays(budget: ByteBudget) -> None:
 
 
 def bound_pulls(client: Any, budget: ByteBudget) -> None:
-    """Count what Flower's client of a run pulls, as it comes."""
+    """Count the bytes that Flower's client of a run pulls."""
     pull: Callable[[Any], Any] = client.PullObject
 
     def counted(request: Any) -> Any:

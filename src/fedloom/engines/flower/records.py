@@ -10,11 +10,11 @@ from fedloom.errors import MessageError
 from fedloom.wire.envelope import Envelope
 
 STYPE = "fedloom.safetensors"
-"""What Flower is told an encoded payload is, which to it is one opaque array."""
+"""Dtype name under which Flower stores an encoded payload as one opaque array."""
 
 
 def to_records(envelope: Envelope) -> RecordDict:
-    """Return an envelope as what a message of Flower holds: the payload is one opaque array."""
+    """Return an envelope as the content of a Flower message: the payload is one opaque array."""
     header: dict[str, Any] = {"header": envelope.header, "signature": envelope.signature}
     shape = (len(envelope.payload),)
     payload = Array(dtype="uint8", shape=shape, stype=STYPE, data=envelope.payload)
@@ -24,10 +24,10 @@ def to_records(envelope: Envelope) -> RecordDict:
 
 
 def from_records(content: RecordDict) -> Envelope:
-    """Return what :func:`to_records` was given.
+    """Return the envelope from the content of :func:`to_records`.
 
     Raises:
-        MessageError: It was no envelope.
+        MessageError: It is not an envelope.
     """
     match content.get("header"), content.get("payload"):
         case ConfigRecord() as header, ArrayRecord() as payload:

@@ -1,10 +1,10 @@
-"""Who takes part in a run between machines: whom it expects, who is ready, where, and why others are not.
+"""The clients of a run between machines: expected members, their readiness, nodes and reasons of absence.
 
-A run expects members of the federation; a client's number in the run is a place among them. What a node
-sends is proven to be a member's where the node has proven the member's key before anything of it is
-passed on (:attr:`RunClients.proven`): without that, a third party may send anything in a member's name,
-and replay what the member once signed. So what is wrong with a reply to the question who a node is, is an
-violation of the member that owns the node where that is proven, and nobody's otherwise.
+A run expects members of the federation; a client's number in the run is an index into them. A reply
+is attributed to a member where the node has proven the member's key before anything of it is passed on
+(:attr:`RunClients.proven`): without that, a third party may send anything in a member's name, and replay
+what the member once signed. So a wrong reply to the request for registration is a violation of the member
+that owns the node where that is proven, and of no member otherwise.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fedloom.wire.envelope import (
 )
 
 AGAIN = 30.0
-"""Seconds until a client that could not join is asked again."""
+"""Seconds until a client that could not take part is asked again."""
 
 SILENT = 15.0
-"""Seconds until a node that does not say who it is is asked again, and from then on every :data:`AGAIN`.
-The question or its answer may have been lost with the client's process; who follows is the same node."""
+"""Seconds until a node that has not registered is asked again; later every :data:`AGAIN` seconds. The
+request or its answer may have been lost with the client's process, whose successor is the same node."""
 
 
 UNSEEN = (
@@ -52,16 +52,16 @@ class RunClients:
     """The clients of a run.
 
     Attributes:
-        members: Returns who is let in, as of now.
-        participants: The members that the run expects; a client's number is a place here.
-        unseen: Clients that are there and take no part yet: only who names them reaches them.
+        members: Returns the current registry.
+        participants: The members that the run expects; a client's number is an index here.
+        unseen: Unseen clients: present, but asked only when named explicitly.
         owners: Returns the number of the member that each of Flower's nodes belongs to.
-        proven: Whether a node has proven its member's key.
+        proven: Whether each node has proven its member's key.
         model: SHA-256 of the backbone and tokenizer that all must have.
-        audit: Told who joins and who is refused.
-        report: Told of what clients get wrong.
-        registered: What each client said of itself when it was ready.
-        nodes: Where a client can be reached by a message, while it can.
+        audit: Audit log of clients that register and that are refused.
+        report: Called with violations of clients.
+        registered: The report of each client when it became ready.
+        nodes: The node of each client that can be reached by a message.
     """
 
     members: Callable[[], Members]
@@ -78,7 +78,7 @@ class RunClients:
     _waits: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Have a slip in the list of members end no run."""
+        """Keep running with the last valid registry where the file has a fault."""
         self.members = CachedMembers(
             self.members, lambda reason: self.audit("unread_members", reason=reason)
         )
@@ -89,21 +89,21 @@ class RunClients:
 
     @property
     def judged(self) -> Collection[int]:
-        """Clients that have held-out rows of their own, of those met by the time it is looked at."""
+        """View of the registered clients that have held-out rows of their own."""
         return _Judged(self.registered, self.unseen)
 
     def title(self, client: int) -> str:
-        """Return what a client is called in messages."""
+        """Return the name of a client in messages."""
         return f"{self.participants[client].name} (client {client})"
 
     def client_of(self, number: int) -> int | None:
-        """Return the client that a member is in this run, if the run expects it."""
+        """Return the client number of a member in this run, if the run expects it."""
         return self._clients.get(number)
 
     def unknown(self, online: Collection[int]) -> dict[int, int]:
-        """Return the nodes, of those online, to be asked whether they are ready, and whose they are.
+        """Return the online nodes that must be asked whether they are ready, with their clients.
 
-        Those that went are forgotten.
+        Nodes that are offline are forgotten.
         """
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
         self._waits = {node: own for node, own in self._waits.items() if node in online}
@@ -122,7 +122,7 @@ class RunClients:
         return dict(sorted(found.items()))
 
     def asked(self, node: int, client: int) -> None:
-        """Note that a client has been asked whether it is ready, and has a while to say so."""
+        """Record that a client has been asked whether it is ready."""
         self._wait(node, AGAIN if node in self._waits else SILENT)
         if client in self._absences and self._absences[client].reason in (UNSEEN, GONE):
             self._absent(client, ASKED)
@@ -131,7 +131,7 @@ class RunClients:
         self._waits[node] = time.monotonic() + seconds
 
     def lost(self, client: int, reason: str) -> None:
-        """Note that a client may be gone, and why: it must say again that it is there."""
+        """Record that a client may be gone, and why: it must register again."""
         self.nodes.pop(client, None)
         self._absent(client, reason)
 
@@ -141,7 +141,7 @@ class RunClients:
         return sorted(client for client in ready if self._is_reached(client, streaming))
 
     def absent(self, streaming: Container[int] = ()) -> dict[int, Absence]:
-        """Return the clients that cannot be asked, newcomers among them, and why."""
+        """Return the clients that cannot be asked, unseen clients included, and why."""
         found = {}
         for client in range(len(self.participants)):
             if client in self.registered and self._is_reached(client, streaming):
@@ -151,7 +151,7 @@ class RunClients:
         return found
 
     def attendance(self, streaming: Container[int] = ()) -> list[dict[str, object]]:
-        """Return each client with its member, and since when and why it is missing, if it is."""
+        """Return each client with its member and, if it is absent, since when and why."""
         absent = self.absent(streaming)
         return [
             {
@@ -165,7 +165,7 @@ class RunClients:
         ]
 
     def withdrawn(self) -> set[int]:
-        """Return the clients whose members were withdrawn: a run goes on without them on purpose."""
+        """Return the clients whose members were withdrawn: a run continues without them on purpose."""
         members, found = self.members(), set()
         for client, own in enumerate(self.participants):
             member = members.numbered(own.number)
@@ -174,7 +174,7 @@ class RunClients:
         return found
 
     def not_let_in(self) -> set[int]:
-        """Return the clients whose members are no longer allowed, withdrawn ones among them."""
+        """Return the clients whose members are no longer allowed, withdrawn ones included."""
         members = self.members()
         return {
             client
@@ -208,15 +208,15 @@ class RunClients:
     def register(
         self, node: int, found: Envelope | MessageError | str, asked: RequestHeader
     ) -> None:
-        """Take a client in that says it is ready, or note why not.
+        """Register a client that reports to be ready, or record why it is refused.
 
         Args:
-            node: Where it is.
-            found: What it replied, what is wrong with that, or why it did not.
-            asked: The question.
+            node: Its node.
+            found: Its reply, an error in it, or why there is none.
+            asked: The request.
         """
         client = asked.client
-        assert client is not None, "a question is to a client"
+        assert client is not None, "a request is to a client"
         try:
             if isinstance(found, MessageError):
                 raise found
@@ -224,7 +224,9 @@ class RunClients:
         except MessageError as error:
             self._refuse(node, client, str(error))
             if self.proven:
-                self.report(client, error.kind, f"its answer to who it is: {error}")
+                self.report(
+                    client, error.kind, f"its answer to the request for registration: {error}"
+                )
             return
         problem = str(found) if reply is None else self._problem(reply)
         if reply is None or reply.joined is None or problem is not None:
@@ -245,15 +247,16 @@ class RunClients:
     def trusted(
         self, envelope: Envelope, asked: RequestHeader, stream: int | None = None
     ) -> ReplyHeader:
-        """Return the header of a reply to what was asked, from who it says.
+        """Return the header of a reply, after checking its sender and that it answers the request.
 
         Args:
             envelope: The reply.
-            asked: The question.
-            stream: The client over whose stream it came; that was made sure of when it was opened.
+            asked: The request.
+            stream: The client over whose stream it came, which was authenticated when it was opened.
 
         Raises:
-            MessageError: It is not a reply, not to this, or not signed by the client it names.
+            MessageError: It is not a reply, answers another request, or is not signed by the client it
+                names.
         """
         reply = envelope.read(ReplyHeader, longest=MAX_REPLY_HEADER)
         if stream != reply.client:
@@ -276,7 +279,7 @@ class RunClients:
         return reply
 
     def _problem(self, reply: ReplyHeader) -> str | None:
-        """Return why a client cannot take part in this run, if so; it has not offended thereby."""
+        """Return why a client cannot take part in this run, or ``None``; this is not a violation."""
         if reply.error is not None or reply.joined is None:
             return reply.error or "it does not report its rows and model"
         if reply.joined.protocol != PROTOCOL:

@@ -1,15 +1,14 @@
-"""Open streams to clients: the server's end, inside the process that plays the rounds.
+"""Open streams to clients: the server's end, inside the process that runs the rounds.
 
-Who may come in is decided at the gateway (``deployment/gateway.py``), which passes the bytes of a stream
-to a socket of this process and says whose they are. A client whose stream breaks may come back within
-some seconds: what has arrived of a large answer is kept, and it sends the rest. If it does not, it is
-lost for the exchange that was under way, and nothing more: the next message goes another way.
+The gateway (``deployment/gateway.py``) authenticates clients and passes the bytes of a stream to a socket
+of this process, with the client's number. A client whose stream breaks may reconnect within some seconds:
+the part of a large answer that has arrived is kept, and the client sends the rest. If it does not
+reconnect, it is lost for the current exchange only: the next request is sent as a message.
 
-What comes over a stream is proven to be its client's: it proved its key before the stream was passed on.
-So what is too long, or comes where nothing was asked, is a violation of that client; but not what comes
-over a stream that another of the same client has taken the place of, or that was given up here, as an
-honest client may have been about to answer then. The same socket takes reports of what a client does
-wrong at the gateway.
+Data on a stream is attributed to its client, which proved its key before the stream was passed on. So a
+message that is too long, or that was not requested, is a violation of that client; but not on a stream
+that a newer one of the same client has replaced, or that was given up here, as an honest client may have
+been about to answer. The same socket receives reports of violations at the gateway.
 """
 
 from __future__ import annotations
@@ -45,23 +44,23 @@ from fedloom.wire.framing import (
 LOG = logging.getLogger(__name__)
 
 LARGE = 1 << 22
-"""Bytes above which a message waits on disk, so that any number of clients may send at once."""
+"""Bytes above which a message is buffered on disk, so that any number of clients may send at once."""
 
 PART = 1 << 20
-"""Bytes of a large message that are written at a time."""
+"""Bytes of a large message per write."""
 
 RETURNS = 8
-"""Times that a client may come back over one question: one that only ever breaks its stream is lost."""
+"""Most reconnects of a client during one request; a client that breaks its stream more often is lost."""
 
 LONGEST_OPENING = 1 << 12
-"""Bytes of the longest first message, which says whose stream it is, or what a client got wrong."""
+"""Bytes of the longest first message, which names the client of a stream, or reports a violation."""
 
 SUPERSEDED = 5.0
-"""Seconds in which a stream that another takes the place of must have written down what came over it."""
+"""Seconds within which a replaced stream must have written what arrived over it."""
 
 
 def taken(message: bytes | Path) -> bytes:
-    """Return what came over a stream; a file of it is gone then."""
+    """Return a message that came over a stream; its file is deleted."""
     if isinstance(message, bytes):
         return message
     content = message.read_bytes()
@@ -71,12 +70,12 @@ def taken(message: bytes | Path) -> bytes:
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """What a client is asked.
+    """A request to a client.
 
     Attributes:
         message: In parts.
-        rest: Returns the message that asks for the rest of an answer of which so many bytes are here.
-        limit: Bytes that the answer may have.
+        rest: Returns the message that requests the rest of an answer, given the bytes that have arrived.
+        limit: Largest number of bytes of the answer.
     """
 
     message: tuple[bytes, ...]
@@ -86,16 +85,15 @@ class StreamRequest:
 
 @dataclass(frozen=True)
 class StreamResponse:
-    """The answer to a question: a message, the file of a large one, or ``None`` where there is none.
+    """The answer to a request: a message, the file of a large one, or ``None`` where there is none.
 
     Attributes:
         client: Who was asked.
-        question: Which one it answers; ``None`` where a stream broke over none.
+        question: Id of the request; ``None`` where a stream broke without one.
         message: See above.
-        resumed: Whether it came in two parts, over streams before and after the client came back. A
-            client whose process was restarted in between sends something else from there on, and has
-            not offended thereby.
-        fault: What is wrong with what came in its place, if something came.
+        resumed: Whether it came in two parts, before and after the client reconnected. A client whose
+            process was restarted in between may send another second part, which is not a violation.
+        fault: Error in the data that came in its place, if any.
     """
 
     client: int
@@ -107,7 +105,7 @@ class StreamResponse:
 
 @dataclass
 class _Asked:
-    """A question under way: how much of its answer is here, and since when its stream is broken."""
+    """A pending request: how much of its answer has arrived, and since when its stream is broken."""
 
     number: int
     question: StreamRequest
@@ -127,17 +125,17 @@ class _Stream:
 
 
 class Streams:
-    """Streams by client; what comes over them is in :attr:`arrived`, and :meth:`take` takes it.
+    """Streams by client; arrived messages are in :attr:`arrived` and are taken by :meth:`take`.
 
     Attributes:
-        arrived: Answers, and what there will be none to.
-        returned: Told of a client that came back, and how many bytes of its answer are here.
-        report: Told of what clients get wrong where nothing was asked, or before a stream was theirs.
-        client_of: Returns the client that the member of a number is in this run, if it is one.
+        arrived: Answers, and failures of requests.
+        returned: Called when a client reconnects, with the bytes of its answer that have arrived.
+        report: Called with violations outside of requests.
+        client_of: Returns the client number of a member in this run, if it takes part.
     """
 
     def __init__(self, path: Path, patience: float = 0.0) -> None:
-        """Listen at ``path``; who was asked something may come back within ``patience`` seconds."""
+        """Listen at ``path``; clients may reconnect within ``patience`` seconds."""
         self.arrived: queue.Queue[StreamResponse] = queue.Queue()
         self.returned: Callable[[int, int], object] = lambda client, held: None
         self.report: Report = lambda client, kind, reason: None
@@ -145,11 +143,11 @@ class Streams:
         self._patience = patience
         self._streams: dict[int, _Stream] = {}
         self._asked: dict[int, _Asked] = {}
-        self._untaken: dict[Path, int] = {}  # large answers that have arrived, and whose they are
+        self._untaken: dict[Path, int] = {}  # large answers that have arrived, and their clients
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
-        for leftover in path.parent.glob(f"{path.name}-*"):  # of a process that was killed
+        for leftover in path.parent.glob(f"{path.name}-*"):  # left by a process that was killed
             leftover.unlink()
         serve_each(self._listening, self._serve)
 
@@ -158,10 +156,10 @@ class Streams:
         return client in self._streams
 
     def send(self, client: int, question: StreamRequest) -> int | None:
-        """Ask a client something.
+        """Send a request to a client.
 
         Returns:
-            What its answer will be known by, or ``None`` where the client has no stream.
+            Id of the request, or ``None`` where the client has no stream.
         """
         asked = _Asked(next(self._numbers), question)
         with self._lock:
@@ -175,7 +173,7 @@ class Streams:
         return None
 
     def take(self, timeout: float) -> Iterator[StreamResponse]:
-        """Yield what has arrived; wait so many seconds for the first."""
+        """Yield what has arrived; wait at most ``timeout`` seconds for the first."""
         now = time.monotonic()
         with self._lock:
             for client, asked in list(self._asked.items()):
@@ -187,7 +185,7 @@ class Streams:
                 yield self._handed(self.arrived.get_nowait())
 
     def drop(self, client: int) -> None:
-        """Close a client's stream, if it has one; an answer of it is neither waited for nor kept."""
+        """Close a client's stream, if it has one; its pending answer is dropped."""
         with self._lock:
             given_up = [path for path, owner in self._untaken.items() if owner == client]
             if (asked := self._asked.pop(client, None)) is not None:
@@ -197,12 +195,12 @@ class Streams:
                 path.unlink(missing_ok=True)
             stream = self._streams.pop(client, None)
         if stream is not None:
-            with contextlib.suppress(OSError):  # it is not to come back by itself
+            with contextlib.suppress(OSError):  # it must not reconnect
                 stream.connection.send(LENGTH.pack(OVER), socket.MSG_DONTWAIT)
             self._end(stream)
 
     def close(self) -> None:
-        """Close all streams and listen no longer; of answers that were not taken nothing is left."""
+        """Close all streams and stop listening; delete answers that were not taken."""
         stop_listening(self._listening, self._path)
         with self._lock:
             clients = self._streams.keys() | self._asked.keys() | set(self._untaken.values())
@@ -224,7 +222,7 @@ class Streams:
         if kind is not None:
             if kind in KINDS:
                 self.report(client, kind, one_line(reason))
-            connection.close()  # it has been taken
+            connection.close()  # the report has been received
             return
         self._take_over(client, stream)
         threading.Thread(target=self._write, args=(stream,), daemon=True).start()
@@ -241,13 +239,13 @@ class Streams:
         self._broke(client, stream, hopeless=hopeless, fault=fault)
 
     def _take_over(self, client: int, stream: _Stream) -> None:
-        """Let a stream take the place of the one before; what was asked is asked over it again."""
+        """Replace a client's stream by a new one; a pending request is repeated over it."""
         with self._lock:
             before, asked = self._streams.get(client), self._asked.get(client)
             self._streams[client] = stream
         if before is not None:
             self._end(before)
-            if not before.over.wait(SUPERSEDED):  # it is writing what came, and nobody else may
+            if not before.over.wait(SUPERSEDED):  # it is still writing what arrived
                 self._end(stream)
                 return
         with self._lock:
@@ -263,11 +261,11 @@ class Streams:
         self._put(stream, asked.question.rest(asked.held) if asked.held else asked.question.message)
 
     def _received(self, read: Read, client: int, stream: _Stream) -> bool:
-        """Take the next message, a large one into a file as it comes; return whether there was one.
+        """Receive the next message, a large one into a file; return whether there was one.
 
         Raises:
-            MessageError: It is longer than it may be, or nothing was asked.
-            OSError: It cannot be kept.
+            MessageError: It is longer than allowed, or nothing was requested.
+            OSError: It cannot be written to disk.
         """
         length = read_length(read)
         with self._lock:
@@ -295,8 +293,8 @@ class Streams:
         return True
 
     def _written(self, read: Read, length: int, client: int, asked: _Asked) -> Path | None:
-        """Return the file to which so many bytes were added as they came, or ``None`` if they did not."""
-        with self._lock:  # once its question is given up, no file of it comes to be
+        """Return the file to which ``length`` bytes were appended, or ``None`` where the stream broke."""
+        with self._lock:  # once its request is given up, no file is created
             if self._asked.get(client) is not asked:
                 return None
             file: BinaryIO = self._file(client, asked).open("ab" if asked.held else "wb")
@@ -309,7 +307,7 @@ class Streams:
         return self._file(client, asked)
 
     def _handed(self, arrival: StreamResponse) -> StreamResponse:
-        """Return an arrival, whose file is from now on the business of who takes it."""
+        """Return a response; the caller now owns its file."""
         if isinstance(arrival.message, Path):
             with self._lock:
                 self._untaken.pop(arrival.message, None)
@@ -326,13 +324,13 @@ class Streams:
             try:
                 write_frame(stream.connection, *message)
             except OSError:
-                self._end(stream)  # who reads it sees that it is broken
+                self._end(stream)  # the reading thread notices that it is broken
                 return
 
     def _broke(
         self, client: int, stream: _Stream, *, hopeless: bool, fault: MessageError | None
     ) -> None:
-        """Count the seconds from now on in which a client may come back, if it was asked something."""
+        """Start the time limit for reconnecting, if the client has a pending request."""
         self._end(stream)
         with self._lock:
             if self._streams.get(client) is not stream:
@@ -349,13 +347,13 @@ class Streams:
             self.report(client, fault.kind, str(fault))
 
     def _fail(self, client: int, fault: MessageError | None = None) -> None:
-        """Wait for the answer of a client no longer; the lock is held."""
+        """Give up the pending request of a client; the lock is held."""
         asked = self._asked.pop(client)
         self._file(client, asked).unlink(missing_ok=True)
         self.arrived.put(StreamResponse(client, asked.number, resumed=asked.resumed, fault=fault))
 
     def _file(self, client: int, asked: _Asked) -> Path:
-        """Return where a large answer of a client to a question waits."""
+        """Return the file of a large answer of a client to a request."""
         return self._path.with_name(f"{self._path.name}-{client:06d}-{asked.number:09d}")
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How messages travel on Flower: all that is used of it, messages and the list of nodes."""
+"""The Flower transport: the two parts of Flower that are used, messages and the list of nodes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fedloom.errors import ConnectionFailed, MessageError
 from fedloom.wire.envelope import MAX_REPLY_HEADER, PREFIX, Envelope, RequestHeader, printable, seal
 
 UNREADABLE = (DecodeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-"""What Flower raises over a reply that is none; a link that is down is something else."""
+"""What Flower raises over a malformed reply, in contrast to a broken connection."""
 
 
 SMALL = PREFIX.size + MAX_REPLY_HEADER
-"""Bytes that a reply without a payload may have."""
+"""Bytes of the largest reply without a payload."""
 
 
 class MessageGrid(Protocol):
-    """What is used of a Flower grid."""
+    """The part of Flower's grid that is used."""
 
     def get_nodes(self) -> Iterable[Any]:
-        """Return the nodes there are, each with ``node_id`` and ``status``."""
+        """Return all nodes, each with ``node_id`` and ``status``."""
         ...
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -36,21 +36,22 @@ class MessageGrid(Protocol):
         ...
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there by now."""
+        """Return the replies that have arrived."""
         ...
 
 
 @dataclass(frozen=True)
 class FlowerTransport:
-    """What the server needs to reach clients.
+    """Sends requests to clients and receives their replies.
 
     Attributes:
-        grid: Flower's messages.
+        grid: Flower's grid.
         sign: Signs a header with the key of the server's certificate; ``None`` without TLS.
         certificate: That certificate in PEM.
-        open_streams: Opens the place where streams of a run's clients come in, who may come back within
-            so many seconds; ``None`` for no streams.
-        proven: Whether each node has proven a client's key, so that what it sends is that client's.
+        open_streams: Opens the server's end of streams of a run, given the seconds for reconnecting;
+            ``None`` for no streams.
+        proven: Whether each node has proven a client's key, so that its messages are attributed to that
+            client.
     """
 
     grid: MessageGrid
@@ -74,21 +75,21 @@ class FlowerTransport:
         return id
 
     def come(self, ids: Iterable[str]) -> set[str]:
-        """Return which of these have been replied to, where the replies are of no use any more."""
+        """Return which of these messages have replies, where the replies are no longer used."""
         self.budget.begin()
         with contextlib.suppress(*UNREADABLE, MessageError, ConnectionFailed):
             return {m.metadata.reply_to_message_id for m in self.grid.pull_messages(ids)}
         return set()
 
     def receive(self, ids: Iterable[str]) -> Iterator[tuple[str, Envelope | MessageError | str]]:
-        """Yield the replies that have come, with the id of what each answers.
+        """Yield the replies that have arrived, each with the id of its request.
 
-        In place of one that holds no envelope there is an error, and in place of one that Flower cannot
-        read or that says that the client failed, a text: Flower does not tell a transfer that broke from
-        a reply that never was one.
+        A reply without an envelope is returned as an error, and one that Flower cannot read, or that
+        reports a failure of the client, as a text: Flower does not distinguish a broken transfer from a
+        malformed reply.
 
-        Each is asked for by itself: Flower deletes what it hands out, and one that it cannot read would
-        take with it those it has read before.
+        Each is pulled separately: Flower deletes the replies it returns, and an unreadable one would lose
+        those read before it.
         """
         for id in ids:
             self.budget.begin()
@@ -104,7 +105,7 @@ class FlowerTransport:
                 yield id, printable(f"its answer cannot be read: {type(error).__name__}: {error}")
                 continue
             for message in found:
-                if message.metadata.reply_to_message_id == id:  # and not what somebody slipped in
+                if message.metadata.reply_to_message_id == id:  # and not an injected message
                     yield id, _read(message)
 
 
