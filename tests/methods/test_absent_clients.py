@@ -18,7 +18,7 @@ from fedloom.errors import CheckpointError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Membership, Presence
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.bases.backbone_additions import ADDITION, BASE, MADE, ADDITIONS
+from fedloom.methods.bases.backbone_additions import ADDITION, ADDITIONS, BASE, MADE
 from fedloom.methods.bases.packed_factors import FACTORS
 from fedloom.methods.bases.packed_factors import unpack as unpack_factors
 from fedloom.methods.bases.parameter_averaging import ADAPTER

@@ -9,7 +9,7 @@ import torch
 from fedloom.aggregation.lora import averaging_error, only_factors, rank_of
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import SettingsError
-from fedloom.methods.bases.backbone_additions import BASE, ADDITIONS
+from fedloom.methods.bases.backbone_additions import ADDITIONS, BASE
 from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
 from fedloom.models.backbone_delta import MOVED, products
 from fedloom.wire.messages import Answer, decode, encode
