@@ -11,9 +11,16 @@ from fedloom.aggregation.soft_labels import likeliest
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.public import PublicRows
 from fedloom.errors import DataError, MessageError, ModelError, SettingsError
-from fedloom.methods.distillation import DistillationSettings, SoftLabelWire, index_dtype
+from fedloom.methods.distillation import (
+    DistillationSettings,
+    SoftLabelWire,
+    answers,
+    index_dtype,
+)
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.runs.adapter_scores import evaluate_adapter
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import divide
 from fedloom.runs.run import resume_run
 from fedloom.wire.messages import Payload, decode, encode
 
@@ -55,6 +62,33 @@ def watching(seen):
         parts.engine.exchange = watched
 
     return watch
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("sft", {"top_k": 7}), ("sft", {"top_mass": 0.4}), ("classification", {})])  # fmt: skip
+def test_answers_stand_in_the_order_of_the_rows_however_they_are_read(
+    distil, kind, kept, monkeypatch
+):
+    built = distil(kind)
+    parts = assemble(built, divide(built))
+    equipment, head = parts.local.equipment[0], parts.local.objective.head
+    model, public = equipment.model, equipment.public
+    settings = DistillationSettings(**kept)
+    own = parts.local.training
+    assert len(set(public.share.tokens.lengths.tolist())) > 3  # passes go from long to short
+
+    def said(**changed):
+        found = answers(model, public, head, settings, own.model_copy(update=changed))
+        return found.dense()
+
+    together = said(tokens_per_pass=10_000)
+    assert together.shape == (int(public.share.positions[-1]), public.width)
+    apart = said(tokens_per_pass=1)
+    assert not torch.equal(together, together[0].expand_as(together))
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
+    monkeypatch.setattr(
+        "fedloom.objectives.logps.CHUNK", 5 * public.width
+    )  # five positions at a time
+    torch.testing.assert_close(said(tokens_per_pass=10_000), together, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

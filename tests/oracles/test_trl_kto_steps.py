@@ -82,9 +82,9 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "epoch_batches", lambda *_, **__: iter(blocks))
     losses, kls, accumulate = [], [], steps._accumulate_gradients
 
-    def record(model, objective, parts, totals):
+    def record(model, objective, parts, totals, graphs):
         kls.append(float(objective.statistics(model, parts)))
-        found = accumulate(model, objective, parts, totals)
+        found = accumulate(model, objective, parts, totals, graphs)
         losses.append(found.loss)
         return found
 

@@ -33,7 +33,7 @@ from fedloom.errors import (
 )
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
-from fedloom.objectives import DPO
+from fedloom.objectives import DPO, OBJECTIVES
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
@@ -504,6 +504,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
             # Time differs, and a resumed run's evaluation scores the reference model once more.
             assert {**left, "seconds": 0, "flops": 0} == {**right, "seconds": 0, "flops": 0}
         assert {n: result.costs[n] for n in WORK} == {n: whole.costs[n] for n in WORK}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dpo"])
+def test_any_objective_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, name):
+    settings = {
+        "objective": {"name": name},
+        "data": {
+            "source": {**SETS, "pdpo": SETS["dpo"], "pkto": SETS["kto"]}[name],
+            "builtin_rows": 30,
+        },
+        "training": {"tokens_per_pass": 150, "batch_size": 8},
+    }
+    whole = fedloom.run(experiment(**settings))
+    broken = tmp_path / "broken"
+    built = experiment(**settings, output={"folder": str(broken)})
+    with pytest.raises(Interrupted):
+        fedloom.run(built, observer=Stop(2))
+    assert sha(resume_run(broken).folder) == sha(whole.folder)
 
 
 def test_resuming_a_finished_run_changes_nothing(experiment):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom.accounting.memory import activation_bytes
 from fedloom.data.builtin import builtin_examples
 from fedloom.data.client_rows import TokenShare, mismatch
 from fedloom.data.tokenize import tokenize
@@ -14,16 +15,20 @@ from fedloom.evaluation.generate import load_encoder
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.heads import PersonalModules, attach_personal
 from fedloom.models.load import load_backbone
-from fedloom.objectives import OBJECTIVES
+from fedloom.objectives import KTO, OBJECTIVES
+from fedloom.objectives.base import StatisticObjective
 from fedloom.training.layout import (
+    GRAPHS,
     Budget,
     budget_of,
+    graph_tokens,
     passes,
     row_costs,
     scoring_budget,
     tokens_per_pass,
 )
 from fedloom.training.memory import client_memory, pass_warnings
+from fedloom.training.passes import StepLayout
 from fedloom.training.references import add_reference_logps
 from fedloom.training.settings import TrainingSettings, Work
 from fedloom.training.steps import train_locally
@@ -167,8 +172,10 @@ def test_gradients_are_those_of_one_padded_batch(party, name):
     assert len(passes(row_costs(share), np.arange(len(share)), Budget(10, tokens))) > 2
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert expected.norm() > 1e-4
-    pairs, causal = objective.kind == "preference", objective.head == "causal"
-    assert model.shared_prompts is (True if pairs else None)
+    tokens_of, causal = share.tokens, objective.head == "causal"
+    asked = tokens_of.width == 2 or objective.needs_mismatched
+    asked = asked or (causal and len(np.unique(tokens_of.prompt_numbers)) < len(share))
+    assert model.shared_prompts is (True if asked else None)
     assert (model.head is not None) is causal
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-4, abs=1e-5)
     assert (parts.examples, parts.tokens, parts.targets) == (
@@ -180,11 +187,149 @@ def test_gradients_are_those_of_one_padded_batch(party, name):
     assert torch.equal(again, found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_final_adapters_are_those_of_padded_batches(party, name):
+    """Six steps of SGD, which makes no more of rounding than the gradient does (Adam divides by its size)."""
+    objective, model, share = party(name)
+    start = model.read()
+
+    def train(**settings):
+        model.write(start)
+        train_locally(
+            model, share, objective, TrainingSettings(batch_size=5, optimizer="sgd", max_grad_norm=1.0, **settings),
+            learning_rate=0.3, seed=0, client=0, round=1, work=Work(steps=6),
+        )  # fmt: skip
+        return torch.cat([tensor.flatten() for tensor in model.read().values()]).double()
+
+    def padded():
+        kept, model.shared_prompts, model.__dict__["head"] = model.shared_prompts, False, None
+        try:
+            return train(micro_batch_size=5)
+        finally:
+            model.shared_prompts = kept
+            del model.__dict__["head"]
+
+    first = torch.cat([tensor.flatten() for tensor in start.values()]).double()
+    expected = padded()
+    tokens = int(row_costs(share).max()) * 3 // 2
+    found = train(tokens_per_pass=tokens)
+    assert (expected - first).norm() > 0.1
+    assert (found - expected).norm() < 1e-4 * (expected - first).norm()
+    assert torch.equal(train(tokens_per_pass=tokens), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_number_of_threads_changes_rounding_alone(party, name):
+    """And with so many the same bits each time. Sums may be cut otherwise, which MKL and oneDNN choose."""
+    objective, model, share = party(name)
+    tokens, before = int(row_costs(share).max()) * 3 // 2, torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            own, _ = gradients(objective, model, share, tokens_per_pass=tokens)
+            assert torch.equal(own, found.setdefault(threads, own))
+    finally:
+        torch.set_num_threads(before)
+    assert (found[2] - found[1]).norm() < 1e-5 * found[1].norm()
+
+
+def behind_long_prompts(tokens):
+    """Return rows with 60 more tokens before each, others for each row."""
+    parts = [
+        np.concatenate(
+            [(np.arange(60) * (row + 7) % 200 + 5).astype(np.int32), tokens.sequence(row)[0]]
+        )
+        for row in range(len(tokens))
+    ]
+    masks = [np.concatenate([np.zeros(60, bool), tokens.mask(row)]) for row in range(len(tokens))]
+    return replace(
+        tokens, tokens=np.concatenate(parts), trained=np.concatenate(masks), prompts=tokens.prompts + 60,
+        starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def long_prompts(party):
+    """Build an objective on single answers, a model, and rows of long prompts and short answers."""
+
+    def build(name):
+        objective, model, share = party(name)
+        mixed = None if share.mismatched is None else behind_long_prompts(share.mismatched)
+        share = TokenShare(behind_long_prompts(share.tokens), mixed)
+        return objective, model, add_reference_logps(model, share, Budget(10))
+
+    return build
+
+
+POOLED = [name for name in OBJECTIVES if issubclass(OBJECTIVES[name][1], StatisticObjective)]
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_a_statistic_of_the_batch_takes_no_pass_of_its_own(long_prompts, name, monkeypatch):
+    objective, model, share = long_prompts(name)
+    longest = int(row_costs(share).max())
+    settings = TrainingSettings(batch_size=len(share), tokens_per_pass=longest * 3 // 2)
+    expected, whole = gradients_of_one_padded_batch(objective, model, share)
+    several, _ = gradients(objective, model, share, tokens_per_pass=longest)  # by passes of its own
+    assert (several - expected).norm() < 1e-5 * expected.norm()
+
+    def refuse(*_):
+        raise AssertionError("a pass of its own")
+
+    monkeypatch.setattr(type(objective), "statistics", refuse)
+    before = model.flops
+    found, parts = gradients(objective, model, share, tokens_per_pass=settings.tokens_per_pass)
+    spent, before = model.flops - before, model.flops
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-4, abs=1e-5)
+    again, _ = gradients(objective, model, share, tokens_per_pass=settings.tokens_per_pass)
+    assert torch.equal(again, found)
+    before = model.flops
+    laid_out = StepLayout(model, share, budget_of(settings, model), 1 << 30)
+    for batch in laid_out.batches(np.arange(len(share))):
+        assert (batch.joint is None) is (share.mismatched is None)
+        model.count_reading(batch.joint or batch.sequences)
+    assert spent == pytest.approx(model.flops - before, rel=1e-12)
+    with pytest.raises(AssertionError, match="a pass of its own"):
+        gradients(objective, model, share, tokens_per_pass=longest)
+
+
+def test_how_many_graphs_are_held(long_prompts):
+    _, model, share = long_prompts("kto")
+    whole = int(GRAPHS // activation_bytes(model.shape))
+    assert whole > 10_000
+    assert graph_tokens(TrainingSettings(), model, 500) == whole
+    assert graph_tokens(TrainingSettings(precision="bf16"), model, 500) // 2 == whole
+    assert graph_tokens(TrainingSettings(tokens_per_pass=501), model, 500) == whole
+    # memory is short: the longest row has a pass of its own, or examples are counted
+    assert graph_tokens(TrainingSettings(tokens_per_pass=500), model, 500) == 0
+    assert graph_tokens(TrainingSettings(micro_batch_size=8), model, 500) == 0
+    # what is held is told: 4 rows of the longest, with their mismatched completions, in place of a pass
+    own = share.tokens.lengths + share.mismatched.lengths
+    own -= np.minimum(share.tokens.prompts, share.mismatched.prompts)
+    budget, settings = (
+        Budget(10, 200),
+        TrainingSettings(batch_size=4, tokens_per_pass=int(own.max())),
+    )
+    plain, held = (client_memory(model, share, settings, "none", own) for own in (None, KTO()))
+    less = held - plain
+    places = 4 * int(own.max()) - int(row_costs(share).max())
+    assert less == pytest.approx(places * activation_bytes(model.shape))
+    rows = np.arange(len(share))
+    needed = StepLayout(model, share, budget, 1 << 30).joint.places(rows)
+    for graphs, joint in ((needed, True), (needed - 1, False), (0, False)):
+        found = StepLayout(model, share, budget, graphs).batches(rows)
+        assert {batch.joint is not None for batch in found} == {joint}
+
+
 def masked(share, rows):
-    """Return a share in which nothing counts of some rows, each of one sequence."""
-    trained = share.tokens.trained.copy()
+    """Return a share in which nothing counts of some rows."""
+    trained, width = share.tokens.trained.copy(), share.tokens.width
     for row in rows:
-        trained[share.tokens.starts[row] : share.tokens.starts[row + 1]] = False
+        trained[share.tokens.starts[row * width] : share.tokens.starts[(row + 1) * width]] = False
     return replace(share, tokens=replace(share.tokens, trained=trained))
 
 
@@ -198,8 +343,9 @@ def test_a_pass_in_which_nothing_counts_changes_nothing(party):
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
 
 
-def test_a_batch_in_which_nothing_counts_is_left_out_and_counted(party):
-    objective, model, share = party("sft", rows=4)
+@pytest.mark.parametrize("name", [n for n, (_, own) in OBJECTIVES.items() if own.head == "causal"])
+def test_a_batch_in_which_nothing_counts_is_left_out_and_counted(party, name):
+    objective, model, share = party(name, rows=4)
     start = model.read()
     settings = TrainingSettings(batch_size=2)
     options = {"learning_rate": 1e-2, "seed": 0, "client": 0, "round": 1}
@@ -212,8 +358,8 @@ def test_a_batch_in_which_nothing_counts_is_left_out_and_counted(party):
     assert nothing.metrics == {"skipped_steps": 2.0} and nothing.steps == 0
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.read().items())
     some = train(masked(share, range(3)), Work(epochs=2))  # one row of four counts
-    assert some.steps == 2 and some.metrics["skipped_steps"] == 2.0
     assert np.isfinite(some.metrics["loss"])
+    assert some.steps == 2 and some.metrics["skipped_steps"] == 2.0
 
 
 def test_rows_of_more_tokens_than_were_asked_for_are_told(party):

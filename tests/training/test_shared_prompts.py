@@ -1,5 +1,7 @@
 """Pairs whose prompt is read once: which token sees which, and which models may read so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import TokenSet
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.objectives.logps import completion_logps
-from fedloom.training.layout import row_costs, saves
+from fedloom.training.layout import Budget, group_places, groups, row_costs, saves
 from fedloom.training.shared_prompts import shares_prompts
 
 CPU = torch.device("cpu")
@@ -56,7 +58,7 @@ def test_what_is_read_and_which_token_sees_which():
         6,
         3,
     ]
-    reading = read_once(tokens, np.array([0, 1]), pad=0)
+    reading = read_once(tokens, [np.array([0]), np.array([1])], pad=0)
     assert reading.input_ids.tolist() == [[4, 5, 7, 8, 9, 10], [6, 11, 12, 0, 0, 0]]
     assert reading.position_ids.tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 1, 0, 0, 0]]
     assert reading.branches.tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, -1, -1, -1]]
@@ -74,12 +76,85 @@ def test_what_is_read_and_which_token_sees_which():
     ]
 
 
+def answers(*rows):
+    """Return single answers, each ``(prompt, answer)`` of token ids."""
+    both = pairs(*[(prompt, own, own) for prompt, own in rows])
+    lengths = np.diff(both.starts)[::2]
+    kept = np.concatenate(
+        [np.arange(both.starts[2 * i], both.starts[2 * i + 1]) for i in range(len(rows))]
+    )
+    return replace(
+        both, width=1, tokens=both.tokens[kept], trained=both.trained[kept],
+        starts=np.concatenate([[0], np.cumsum(lengths)]), prompts=both.prompts[::2], cut=both.cut[::2],
+    )  # fmt: skip
+
+
+def test_answers_to_one_prompt_are_read_after_it():
+    tokens = answers(([4, 5], [7]), ([6], [7]), ([4, 5], [8, 9]), ([4, 5], [7, 3]))
+    assert tokens.prompt_numbers.tolist() == [0, 1, 0, 0]
+    reading = read_once(tokens, [np.array([0, 2, 3]), np.array([1])], pad=0)
+    assert reading.input_ids.tolist() == [[4, 5, 7, 8, 9, 7, 3], [6, 7, 0, 0, 0, 0, 0]]
+    assert reading.branches.tolist() == [[0, 0, 1, 2, 2, 3, 3], [0, 1, -1, -1, -1, -1, -1]]
+    assert reading.position_ids[0].tolist() == [0, 1, 2, 2, 3, 2, 3]
+    # of rows 0, 2, 3, 1: the token before each that counts
+    assert reading.sources.tolist() == [1, 1, 3, 1, 5, 7]
+    assert reading.ends.tolist() == [2, 4, 6, 8]
+
+
+def test_rows_and_their_mismatched_completions_are_two_sequences_of_an_example():
+    tokens = answers(([4, 5], [7]), ([6], [8, 9]))
+    both = tokens.paired(answers(([4, 5], [8, 9]), ([6], [7])))
+    assert (both.width, len(both)) == (2, 2)
+    assert [both.sequence(i)[0].tolist() for i in range(4)] == [
+        [4, 5, 7],
+        [4, 5, 8, 9],
+        [6, 8, 9],
+        [6, 7],
+    ]
+    assert both.mask(1).tolist() == [False, False, True, True] and both.prompts.tolist() == [
+        2,
+        2,
+        1,
+        1,
+    ]
+    assert both.common_starts.tolist() == [2, 1]
+
+
+def grouped(tokens, budget=Budget(9, 100), attention=0.0, context=100, rows=None):  # noqa: B008
+    rows = np.arange(len(tokens)) if rows is None else np.array(rows)
+    return [own.tolist() for own in groups(tokens, rows, budget, attention, context)]
+
+
+def test_which_answers_are_read_after_one_prompt():
+    prompt = [3] * 8
+    tokens = answers((prompt, [7, 8]), ([3], [9]), (prompt, [9, 9]), ([3], [8]), (prompt, [5]))
+    # 13 places of 31; a prompt of one token saves 1 of 4, but that is worth reading once too
+    assert grouped(tokens) == [[0, 2, 4], [1, 3]]
+    assert grouped(tokens, rows=[4, 3, 0]) == [[4, 0], [3]]
+    assert group_places(tokens, np.array([0, 2, 4])) == 13
+    assert group_places(tokens, np.array([1, 3])) == 3
+    assert grouped(tokens, Budget(9, 12)) == [
+        [0, 2],
+        [1, 3],
+        [4],
+    ]  # 12 places a pass, 13 would not do
+    assert grouped(tokens, Budget(9, 5)) == [
+        [0],
+        [1, 3],
+        [2],
+        [4],
+    ]  # no more than the longest row, 10
+    assert grouped(tokens, Budget(2)) == [[0, 2], [1, 3], [4]]  # two examples a pass
+    assert grouped(tokens, context=12) == [[0, 2], [1, 3], [4]]
+    # where attention is all that costs, 12 x 12 places of two rows are 0.72 of twice 10 x 10, and 13 x 13 of
+    # all three 0.75 of 12 x 12 + 9 x 9; in the other rows 3 x 3 are more than 0.9 of twice 2 x 2
+    assert grouped(tokens, attention=1e6) == [[0, 2, 4], [1], [3]]
+
+
 def test_prompts_are_read_once_where_that_saves_something():
     tokens = pairs(([3] * 8, [7, 8], [9, 10]), ([3], [7] * 9, [8] * 9))
     assert row_costs(TokenShare(tokens), shared_prompts=True).tolist() == [12, 19]
-    assert saves(tokens, np.array([0]))  # 12 places of 20
-    assert not saves(tokens, np.array([1]))  # 19 of 20
-    assert not saves(tokens, np.array([0, 1]))
+    assert saves(20, 18) and not saves(20, 19)
 
 
 @pytest.mark.parametrize(("name", "shares"), [("mistral", True), ("gpt2", True), ("bloom", False), ("mamba", False)])  # fmt: skip
@@ -99,8 +174,8 @@ def test_no_sequence_is_beyond_a_window():
     for longest in (True, False):
         own = tokens if longest else pairs((list(range(3, 14)), [20, 21, 22], [23, 24, 25]))
         plain, shared = (
-            completion_logps(model, collate(TokenShare(own), np.array([0]), 0, CPU, shared_prompts=read).sequences)
-            for read in (False, True)
+            completion_logps(model, collate(TokenShare(own), np.array([0]), 0, CPU, groups=read).sequences)
+            for read in (None, [np.array([0])])
         )  # fmt: skip
         assert bool((plain - shared).abs().max() < 1e-5) is longest
 

@@ -20,6 +20,17 @@ KEPT_BETWEEN = 2
 process."""
 
 
+def activation_bytes(shape: ModelShape, element: int = 4) -> float:
+    """Return bytes a token that the forward pass leaves for the backward one, but for the output layer.
+
+    Args:
+        shape: The model's part that is on the client.
+        element: Bytes of an activation.
+    """
+    reached = [linear for linear in shape.linears if linear.reached]
+    return float(element * KEPT_BETWEEN * sum(x.inputs + x.outputs for x in reached))
+
+
 def training_memory(
     shape: ModelShape,
     *,
@@ -41,7 +52,6 @@ def training_memory(
         head_positions: Positions of a batch that the output layer is applied to.
         element: Bytes of an activation.
     """
-    reached = [linear for linear in shape.linears if linear.reached]
-    activations = KEPT_BETWEEN * tokens * sum(x.inputs + x.outputs for x in reached)
-    head = 3 * head_positions * shape.head.outputs
-    return weights + trained * 4 * (2 + OPTIMIZER_SLOTS[optimizer]) + element * (activations + head)
+    activations = tokens * activation_bytes(shape, element)
+    head = element * 3 * head_positions * shape.head.outputs
+    return weights + trained * 4 * (2 + OPTIMIZER_SLOTS[optimizer]) + activations + head

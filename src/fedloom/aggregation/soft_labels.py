@@ -46,9 +46,13 @@ class SoftLabels:
 
     def at(self, positions: Tensor) -> Tensor:
         """Return ``(n, width)`` log-probabilities of some positions, missing entries filled."""
-        present = None if self.present is None else self.present[positions]
+        return self.take(positions).dense()
+
+    def take(self, positions: Tensor) -> SoftLabels:
+        """Return the answers about some positions, in that order."""
         indices = None if self.indices is None else self.indices[positions]
-        return SoftLabels(self.width, self.values[positions], indices, present).dense()
+        present = None if self.present is None else self.present[positions]
+        return SoftLabels(self.width, self.values[positions], indices, present)
 
     def dense(self) -> Tensor:
         """Return ``(N, width)`` log-probabilities, missing entries filled."""
@@ -153,7 +157,7 @@ def combine(
             dense = torch.stack([answer.at(where) for answer in answers])
             table = dense[best[where], torch.arange(len(where))]
         elif rule == "mean":
-            table = _mean([_part(answer, where) for answer in answers], weights)
+            table = _mean([answer.take(where) for answer in answers], weights)
         else:
             table = _mean_prob([answer.at(where) for answer in answers], weights, rule)
         parts.append(likeliest(table.log_softmax(-1), kept))
@@ -180,12 +184,6 @@ def joined(parts: Sequence[SoftLabels]) -> SoftLabels:
         torch.cat(indices) if indices else None,
         torch.cat(present) if present else None,
     )
-
-
-def _part(answer: SoftLabels, where: Tensor) -> SoftLabels:
-    indices = None if answer.indices is None else answer.indices[where]
-    present = None if answer.present is None else answer.present[where]
-    return SoftLabels(answer.width, answer.values[where], indices, present)
 
 
 def _mean(answers: Sequence[SoftLabels], weights: Sequence[float]) -> Tensor:

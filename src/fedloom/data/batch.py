@@ -85,6 +85,8 @@ class Sequences:
             the LM head need not be applied to columns that hold prompt alone.
         shared: How a model reads them that reads once what several begin with; ``None`` where each is
             read by itself.
+        graded: Of how many completion tokens, from the first on, the log-probs are to have a gradient;
+            ``None`` for all.
     """
 
     input_ids: Tensor
@@ -92,6 +94,7 @@ class Sequences:
     completion_mask: Tensor
     first_completion: int
     shared: Reading | None = None
+    graded: int | None = None
 
     @property
     def reading(self) -> Reading:
@@ -112,6 +115,7 @@ class Sequences:
             self.completion_mask.to(device, non_blocking=True),
             self.first_completion,
             None if self.shared is None else self.shared.to(device),
+            self.graded,
         )
 
 
@@ -128,6 +132,8 @@ class Batch:
         reference_logps: ``(sequences,)`` log-probs of the completions under the reference model.
         mismatched: Each example's prompt with another example's completion (KTO), or ``None``.
         mismatched_reference_logps: ``(examples,)`` their reference log-probs.
+        joint: ``sequences``, then ``mismatched`` without a gradient, in one pass that reads once what all
+            begin with; ``None`` where they take a pass each.
         teacher: ``(positions, width)`` log-probabilities to distil from: a position is an example with
             a class, or a completion token, row by row.
     """
@@ -141,6 +147,12 @@ class Batch:
     mismatched: Sequences | None = None
     mismatched_reference_logps: Tensor | None = None
     teacher: Tensor | None = None
+    joint: Sequences | None = None
+
+    @property
+    def places(self) -> int:
+        """Tokens of the pass with gradients, padding counted."""
+        return (self.joint or self.sequences).reading.input_ids.numel()
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedloom.data.batch import Batch, Reading, Sequences
 from fedloom.data.client_rows import Indices, TokenShare
-from fedloom.data.tokenize import TokenSet
+from fedloom.data.tokenize import TokenSet, common_start
 
 
 def epoch_batches(
@@ -50,7 +50,8 @@ def collate(
     pad: int,
     device: torch.device,
     *,
-    shared_prompts: bool = False,
+    groups: Sequence[Indices] | None = None,
+    joint: TokenSet | None = None,
 ) -> Batch:
     """Build the batch of the rows at ``indices``.
 
@@ -59,13 +60,21 @@ def collate(
         indices: ``(examples,)`` positions in ``share.tokens``.
         pad: Token id to pad with.
         device: Where the tensors go.
-        shared_prompts: Whether what the sequences of an example begin with is read once.
+        groups: The same rows, in the same order: what the sequences of a group begin with is read once.
+            ``None`` where each sequence is read by itself.
+        joint: With ``groups``: each row beside its mismatched completion (:meth:`TokenSet.paired`), for
+            one pass over both.
     """
     tokens = share.tokens
     numbers = sequence_numbers(tokens.width, indices)
     sequences, real, completion = pad_sequences(tokens, numbers, pad, device)
-    if shared_prompts:
-        sequences = replace(sequences, shared=read_once(tokens, indices, pad).to(device))
+    together = None
+    if groups is not None and joint is not None:
+        both = pad_sequences(joint, sequence_numbers(2, indices), pad, device)[0]
+        shared = read_once(joint, groups, pad).to(device)
+        together = replace(both, shared=shared, graded=completion)
+    elif groups is not None:
+        sequences = replace(sequences, shared=read_once(tokens, groups, pad).to(device))
     labels = tokens.labels[indices]
     where = torch.from_numpy(indices)
     mismatched = None
@@ -81,6 +90,7 @@ def collate(
         mismatched=mismatched,
         mismatched_reference_logps=_pick(share.mismatched_reference_logps, where, device),
         teacher=_answers(share, indices, device),
+        joint=together,
     )
 
 
@@ -113,24 +123,26 @@ def pad_sequences(
     return sequences.to(device), int(lengths.sum()), int(completion.sum())
 
 
-def read_once(tokens: TokenSet, indices: Indices, pad: int) -> Reading:
-    """Return how the sequences of some examples are read one after another behind what they begin with.
+def read_once(tokens: TokenSet, groups: Sequence[Indices], pad: int) -> Reading:
+    """Return how the sequences of groups are read one after another behind what they begin with.
 
     Args:
         tokens: The tokenised rows.
-        indices: ``(examples,)`` positions in ``tokens``; each is a row of what is read.
+        groups: Positions in ``tokens``; each group is a row of what is read.
         pad: Token id to pad with.
     """
-    common, costs = tokens.common_starts[indices], tokens.costs(shared_prompts=True)[indices]
-    shape = (len(indices), int(costs.max()))
+    width = tokens.width
+    numbers = [(g[:, None] * width + np.arange(width)).reshape(-1).tolist() for g in groups]
+    parts = [[tokens.sequence(number)[0] for number in own] for own in numbers]
+    common = [common_start(own) for own in parts]
+    costs = [sum(map(len, own)) - (len(own) - 1) * n for own, n in zip(parts, common, strict=True)]
+    shape = (len(groups), max(costs))
     ids, positions = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
     branches = np.full(shape, -1, np.int64)
     places: dict[int, NDArray[np.int64]] = {}
-    for row, (example, start) in enumerate(zip(indices.tolist(), common.tolist(), strict=True)):
+    for row, start in enumerate(common):
         end = start
-        for branch in range(tokens.width):
-            number = example * tokens.width + branch
-            own = tokens.sequence(number)[0]
+        for branch, (number, own) in enumerate(zip(numbers[row], parts[row], strict=True)):
             further = np.arange(end, end + len(own) - start)
             end += len(further)
             place = np.concatenate([np.arange(start), further])
@@ -138,13 +150,13 @@ def read_once(tokens: TokenSet, indices: Indices, pad: int) -> Reading:
             branches[row, further] = branch + 1
             places[number] = place + row * shape[1]
         branches[row, :start] = 0
-    numbers = sequence_numbers(tokens.width, indices).tolist()
-    sources = [places[number][:-1][tokens.mask(number)[1:]] for number in numbers]
+    order = sequence_numbers(width, np.concatenate(groups)).tolist()
+    sources = [places[number][:-1][tokens.mask(number)[1:]] for number in order]
     return Reading(
         torch.from_numpy(ids),
         torch.from_numpy((branches >= 0).astype(np.int64)),
         torch.from_numpy(np.concatenate(sources)),
-        torch.from_numpy(np.array([places[number][-1] for number in numbers])),
+        torch.from_numpy(np.array([places[number][-1] for number in order])),
         torch.from_numpy(positions),
         torch.from_numpy(branches),
     )

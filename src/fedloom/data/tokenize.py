@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -126,10 +127,43 @@ class TokenSet:
         found = np.zeros(len(self), np.int64)
         for example in range(len(self)):
             own = [self.sequence(example * self.width + i)[0] for i in range(self.width)]
-            most = min(map(len, own)) - 1
-            alike = np.logical_and.reduce([part[:most] == own[0][:most] for part in own])
-            found[example] = most if alike.all() else int(alike.argmin())
+            found[example] = common_start(own)
         return found
+
+    @cached_property
+    def prompt_numbers(self) -> NDArray[np.int64]:
+        """``(examples,)`` the same number for examples whose prompts have the same tokens."""
+        known: dict[bytes, int] = {}
+        found = np.zeros(len(self), np.int64)
+        for example in range(len(self)):
+            tokens, prompt = self.sequence(example * self.width)
+            found[example] = known.setdefault(tokens[:prompt].tobytes(), len(known))
+        return found
+
+    def paired(self, others: TokenSet) -> TokenSet:
+        """Return these examples with two sequences each: their own, and that of ``others`` in its place.
+
+        Args:
+            others: As many examples, of one sequence each as these.
+        """
+        count, numbers = len(self), np.arange(2 * len(self)).reshape(2, -1).T.reshape(-1)
+        lengths = np.concatenate([np.diff(self.starts), np.diff(others.starts)])
+        starts = np.concatenate([self.starts[:-1], len(self.tokens) + others.starts[:-1]])
+        order = [np.arange(starts[n], starts[n] + lengths[n]) for n in numbers]
+        places = np.concatenate(order) if count else np.zeros(0, np.int64)
+
+        def both(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(self, name), getattr(others, name)])
+
+        return replace(
+            self,
+            width=2,
+            tokens=both("tokens")[places],
+            trained=both("trained")[places],
+            starts=np.concatenate([[0], np.cumsum(lengths[numbers])]).astype(np.int64),
+            prompts=both("prompts")[numbers],
+            cut=both("cut")[numbers],
+        )
 
     def sequence(self, number: int) -> tuple[NDArray[np.int32], int]:
         """Return the tokens of sequence ``number`` and how many of them are prompt."""
@@ -157,6 +191,14 @@ class TokenSet:
             escaped=self.escaped[positions],
             labels=self.labels[positions],
         )
+
+
+def common_start(sequences: Sequence[NDArray[np.int32]]) -> int:
+    """Return how many tokens all sequences begin with; at least one token of each is beyond them."""
+    most = min(map(len, sequences)) - 1
+    first = sequences[0][:most]
+    alike = np.logical_and.reduce([own[:most] == first for own in sequences])
+    return most if alike.all() else int(alike.argmin())
 
 
 def tokenize(

@@ -36,9 +36,9 @@ from fedloom.settings.schema import Of, Settings
 from fedloom.statistics.intervals import SHARE, Sample
 from fedloom.tensors import Tensors
 from fedloom.training.layout import Budget
+from fedloom.training.passes import Layout
 from fedloom.training.reference_cache import ReferenceCache
 from fedloom.training.references import add_reference_logps
-from fedloom.training.steps import Layout
 
 
 class EvaluationSettings(Settings):

@@ -28,7 +28,7 @@ from torch import Tensor
 from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import LogitTraffic, Traffic
 from fedloom.aggregation.soft_labels import Rule, SoftLabels, combine, joined, likeliest, shortened
-from fedloom.data.batching import collate, epoch_batches
+from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.errors import MessageError
@@ -41,12 +41,14 @@ from fedloom.methods.contract.method import FirstRound, Method, ModelSpec, Revea
 from fedloom.methods.declaration import TOGETHER, Absence, Declaration, no, yes
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Head
-from fedloom.objectives.distillation import Distillation, scored_logits
+from fedloom.objectives.distillation import Distillation, logits_in_parts
 from fedloom.randomness import generator
 from fedloom.settings.schema import NamedSettings, Of
 from fedloom.tensors import State, Tensors
+from fedloom.training.layout import scoring_budget
+from fedloom.training.passes import Layout
 from fedloom.training.results import reported
-from fedloom.training.settings import Part, Work
+from fedloom.training.settings import Part, TrainingSettings, Work
 from fedloom.training.steps import train_locally
 from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.row_encodings import Encoding, pack_rows, row_specs, unpack_rows
@@ -60,9 +62,6 @@ DISTIL = "distil_"
 
 LEAST, LEAST_SURE = -1e4, 1e-3
 """Bounds of an honest log-probability, rounding included."""
-
-SCORING_BATCH = 32
-"""Public rows in one forward pass without gradients."""
 
 
 class DistillationSettings(NamedSettings):
@@ -185,10 +184,7 @@ class DistillationMethod(Method):
         share = self.rows_of_round(first.public, first.seed, 1).share
         rows, training = np.arange(len(share)), first.training
         with torch.no_grad():
-            scoring = sum(
-                first.passes(share, rows[start : start + SCORING_BATCH], SCORING_BATCH)
-                for start in range(0, len(share), SCORING_BATCH)
-            )
+            scoring = first.passes(share, rows, scoring=True)
         order = generator(first.seed, "distil batches", first.client, 1)
         epochs = self.settings.client_epochs
         batches = epoch_batches(len(share), training.batch_size, order, epochs=epochs)
@@ -234,7 +230,7 @@ class DistillationMethod(Method):
                 purpose="distil ",
             )
             if settings.down == "server":
-                known = answers(server.model, public, head, settings)
+                known = answers(server.model, public, head, settings, server.training)
             else:
                 known = shortened(consensus, settings.top_k, settings.top_mass)
             tensors = server.model.read()
@@ -275,7 +271,7 @@ class DistillationMethod(Method):
         result = client.train(payload.numbers["learning_rate"], part=Part(0, 2))
         client.store[ADAPTER] = client.model.read()
         public, wire = self._client_rows(client)
-        said = answers(client.model, public, client.objective.head, self.settings)
+        said = answers(client.model, public, client.objective.head, self.settings, client.training)
         numbers = {"examples": len(client.share)}
         return Payload(wire.pack(said), numbers, result.metrics)
 
@@ -436,18 +432,31 @@ def index_dtype(width: int) -> torch.dtype:
 
 
 def answers(
-    model: AdapterModel, public: PublicRows, head: Head, settings: DistillationSettings
+    model: AdapterModel,
+    public: PublicRows,
+    head: Head,
+    settings: DistillationSettings,
+    training: TrainingSettings,
 ) -> SoftLabels:
-    """Return what the adapter that ``model`` holds says about public rows, no more than is kept."""
-    parts = []
+    """Return what the adapter that ``model`` holds says about public rows, no more than is kept.
+
+    Args:
+        model: Of a client or the server.
+        public: The rows, as this model reads them.
+        head: What of.
+        settings: How many entries of a position are kept.
+        training: What a pass holds.
+    """
+    starts = public.share.positions
+    layout = Layout(model, public.share, scoring_budget(training, model))
+    parts, places = [], []
     with model.evaluating():
-        for start in range(0, len(public.share), SCORING_BATCH):
-            rows = np.arange(start, min(start + SCORING_BATCH, len(public.share)))
-            batch = collate(public.share, rows, model.pad, model.device)
-            logits, _ = scored_logits(model, batch, head)
-            logps = logits[:, : public.width].float().log_softmax(-1).cpu()
-            parts.append(likeliest(logps, settings.top_k, settings.top_mass))
-    return joined(parts)
+        for indices, batch in layout.everything():
+            places += [np.arange(starts[row], starts[row + 1]) for row in indices]
+            for logits in logits_in_parts(model, batch, head):
+                logps = logits[:, : public.width].float().log_softmax(-1).cpu()
+                parts.append(likeliest(logps, settings.top_k, settings.top_mass))
+    return joined(parts).take(torch.from_numpy(np.concatenate(places).argsort()))
 
 
 def true_entries(public: PublicRows, head: Head) -> Tensor | None:

@@ -258,7 +258,7 @@ class AdapterModel:
         if head is None:
             return None
         reading = sequences.reading
-        self.count_reading(reading)
+        self.count_reading(sequences)
         options = {} if reading.position_ids is None else {"position_ids": reading.position_ids}
         mask = reading.attention_mask
         if reading.branches is not None:
@@ -272,10 +272,13 @@ class AdapterModel:
                 rewards = self.own.rewards_of(states[reading.ends])
         return Predicting(states[reading.sources], self._logits, head.width, head.trained, rewards)
 
-    def count_reading(self, reading: Reading) -> None:
+    def count_reading(self, sequences: Sequences) -> None:
         """Add the FLOPs of :meth:`predicting`, and of the output layer where tokens are predicted."""
+        reading, graded = sequences.reading, sequences.graded
         rows, length = reading.input_ids.shape
-        self.count(rows, length + self.virtual_tokens, len(reading.sources) / rows)
+        positions = len(reading.sources)
+        back = positions if graded is None else graded
+        self.count(rows, length + self.virtual_tokens, positions / rows, back / rows)
 
     @cached_property
     def head(self) -> OutputHead | None:
@@ -311,8 +314,14 @@ class AdapterModel:
         """Return what the adapter adds to the loss of the passes since the last time; here nothing."""
         return None
 
-    def count(self, rows: int, length: int, positions: float) -> None:
+    def count(self, rows: int, length: int, positions: float, graded: float | None = None) -> None:
         """Add the FLOPs of a pass over ``(rows, length)`` tokens, and of its backward pass if any.
+
+        Args:
+            rows: Rows of the pass.
+            length: Padded tokens of each.
+            positions: Of each, to which the output layer is applied, on average.
+            graded: Those of them that the backward pass begins at (default: all).
 
         Raises:
             PolicyError: There is no time left for it.
@@ -321,7 +330,8 @@ class AdapterModel:
         forward = forward_flops(self.shape, rows, length, positions)
         self.flops += forward
         if torch.is_grad_enabled():
-            self.flops += backward_flops(self.shape, rows, length, positions)
+            back = positions if graded is None else graded
+            self.flops += backward_flops(self.shape, rows, length, back)
             self.flops += forward if self.checkpointed else 0.0
 
     def parameters_of(self, tensors: Tensors) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ and computes what concerns the whole optimizer batch once beforehand (:meth:`Obj
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -91,3 +92,38 @@ class Objective:
             statistics: What :meth:`statistics` returned for this optimizer step.
         """
         raise TypeError(f"{type(self).__name__} must define loss(model, batch, statistics)")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the loss of a micro-batch is worked out of.
+
+    Attributes:
+        logps: ``(sequences,)`` log-probs of the completions.
+        rewards: ``(sequences,)`` explicit rewards, where there is a reward head.
+        mismatched: ``(examples,)`` log-probs of mismatched completions without a gradient (KTO).
+    """
+
+    logps: Tensor
+    rewards: Tensor | None = None
+    mismatched: Tensor | None = None
+
+
+class StatisticObjective(Objective):
+    """Base of objectives whose loss of a row needs a statistic of the whole optimizer batch.
+
+    Where there is room for the graphs of all micro-batches, the loop scores all of them before the first
+    loss, so that the statistic takes no pass of its own.
+    """
+
+    def scores(self, model: Model, batch: Batch) -> Scores:
+        """Return what :meth:`statistic` and :meth:`loss_of` are worked out of, with a gradient."""
+        raise TypeError(f"{type(self).__name__} must define scores(model, batch)")
+
+    def statistic(self, scores: Sequence[Scores], batches: Sequence[Batch]) -> Tensor:
+        """Return the statistic, without a gradient, from the scores of all micro-batches."""
+        raise TypeError(f"{type(self).__name__} must define statistic(scores, batches)")
+
+    def loss_of(self, scores: Scores, batch: Batch, statistic: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean loss of a micro-batch from its scores; see :meth:`loss`."""
+        raise TypeError(f"{type(self).__name__} must define loss_of(scores, batch, statistic)")

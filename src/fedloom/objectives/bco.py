@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
+from fedloom.objectives.base import Metrics, Model, ReferenceSettings, Scores, StatisticObjective
 from fedloom.objectives.logps import completion_logps
 from fedloom.wire.schema import amount, fraction, score
 
@@ -54,7 +54,7 @@ def bco_loss(rewards: Tensor, desirable: Tensor, shift: Tensor) -> tuple[Tensor,
     return -F.logsigmoid(margins).mean(), metrics  # equation 12
 
 
-class BCO(Objective):
+class BCO(StatisticObjective):
     """BCO on single answers, against the frozen base model."""
 
     kind = "feedback"
@@ -66,18 +66,32 @@ class BCO(Objective):
         """Keep beta."""
         self.beta = (settings or BCOSettings()).beta
 
+    def scores(self, model: Model, batch: Batch) -> Scores:
+        """Return the log-probs."""
+        return Scores(completion_logps(model, batch.sequences))
+
+    @torch.no_grad()
+    def statistic(self, scores: Sequence[Scores], batches: Sequence[Batch]) -> Tensor:
+        """Return delta over the whole optimizer batch."""
+        rewards = [self._rewards(*own) for own in zip(scores, batches, strict=True)]
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return reward_shift(torch.cat(rewards), torch.cat(labels))
+
     @torch.no_grad()
     def statistics(self, model: Model, batches: Sequence[Batch]) -> Tensor | None:
-        """Return delta over the whole optimizer batch."""
-        rewards = torch.cat([self._rewards(model, batch) for batch in batches])
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        return reward_shift(rewards, torch.cat(labels))
+        """Return delta, by passes of its own."""
+        return self.statistic([self.scores(model, batch) for batch in batches], batches)
+
+    def loss_of(self, scores: Scores, batch: Batch, statistic: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean loss over rows."""
+        assert batch.labels is not None
+        return bco_loss(self._rewards(scores, batch), batch.labels, statistic)
 
     def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
         """Return the mean loss over rows."""
-        assert batch.labels is not None and statistics is not None
-        return bco_loss(self._rewards(model, batch), batch.labels, statistics)
+        assert statistics is not None, "the loop passes the reward shift"
+        return self.loss_of(self.scores(model, batch), batch, statistics)
 
-    def _rewards(self, model: Model, batch: Batch) -> Tensor:
+    def _rewards(self, scores: Scores, batch: Batch) -> Tensor:
         assert batch.reference_logps is not None, "the loop adds the reference log-probs"
-        return self.beta * (completion_logps(model, batch.sequences) - batch.reference_logps)
+        return self.beta * (scores.logps - batch.reference_logps)

@@ -7,12 +7,15 @@ keeps the gradient's size as T grows. Used by KD-FedLLM (``methods/distillation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.data.batch import Batch
 from fedloom.objectives.base import Head, Metrics, Model, Objective
-from fedloom.objectives.logps import completion_logits
+from fedloom.objectives.logps import completion_logits, completion_logits_in_parts
 from fedloom.wire.schema import fraction, score
 
 
@@ -48,6 +51,18 @@ def scored_logits(model: Model, batch: Batch, head: Head) -> tuple[Tensor, Tenso
         return output.logits, batch.labels
     logits, targets, _ = completion_logits(model, sequences)
     return logits, targets
+
+
+def logits_in_parts(model: Model, batch: Batch, head: Head) -> Iterator[Tensor]:
+    """Yield the logits of :func:`scored_logits` some positions at a time, without a gradient.
+
+    So that those of long passes and a large vocabulary are never held together.
+    """
+    with torch.no_grad():
+        if head == "causal":
+            yield from completion_logits_in_parts(model, batch.sequences)
+        else:
+            yield scored_logits(model, batch, head)[0]
 
 
 class Distillation(Objective):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
+from fedloom.objectives.base import Metrics, Model, ReferenceSettings, Scores, StatisticObjective
 from fedloom.objectives.logps import completion_logps
 from fedloom.wire.schema import NumberSpec, amount, fraction, score
 
@@ -126,7 +127,7 @@ def kto_loss(
     return losses.mean(), metrics
 
 
-class KTO(Objective):
+class KTO(StatisticObjective):
     """KTO on single answers, against the frozen base model."""
 
     kind = "feedback"
@@ -168,34 +169,64 @@ class KTO(Objective):
         desirable = float(batch.labels.sum())
         return {"reward_desirable": desirable, "reward_undesirable": len(batch) - desirable}
 
+    def scores(self, model: Model, batch: Batch) -> Scores:
+        """Return the log-probs of completions, and without a gradient those of mismatched ones."""
+        if batch.joint is not None:
+            own, mismatched = completion_logps(model, batch.joint).chunk(2)
+            return Scores(own, mismatched=mismatched.detach())
+        return replace(self._own(model, batch), mismatched=self._mismatched(model, batch))
+
+    @torch.no_grad()
+    def statistic(self, scores: Sequence[Scores], batches: Sequence[Batch]) -> Tensor:
+        """Return z0 over the mismatched completions of the whole optimizer batch."""
+        policy = [own.mismatched for own in scores if own.mismatched is not None]
+        reference = [
+            batch.mismatched_reference_logps
+            for batch in batches
+            if batch.mismatched_reference_logps is not None
+        ]
+        if len(policy) < len(batches):  # a client with one row: KTO with z0 = 0
+            return torch.zeros((), device=batches[0].sequences.input_ids.device)
+        return kl_estimate(torch.cat(policy), torch.cat(reference))
+
     @torch.no_grad()
     def statistics(self, model: Model, batches: Sequence[Batch]) -> Tensor | None:
-        """Return z0 over the mismatched completions of the whole optimizer batch."""
-        policy, reference = [], []
-        for batch in batches:
-            if batch.mismatched is None:  # a client with one row: KTO with z0 = 0
-                return torch.zeros((), device=batch.sequences.input_ids.device)
-            assert batch.mismatched_reference_logps is not None
-            policy.append(completion_logps(model, batch.mismatched))
-            reference.append(batch.mismatched_reference_logps)
-        return kl_estimate(torch.cat(policy), torch.cat(reference))
+        """Return z0, by passes of its own."""
+        nothing = torch.zeros(0)
+        scores = [Scores(nothing, mismatched=self._mismatched(model, batch)) for batch in batches]
+        return self.statistic(scores, batches)
 
     def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
         """Return the mean loss over rows."""
-        assert batch.labels is not None and batch.reference_logps is not None
         assert statistics is not None, "the loop passes the reference point"
+        return self.loss_of(self._own(model, batch), batch, statistics)
+
+    def loss_of(self, scores: Scores, batch: Batch, statistic: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean loss over rows."""
+        assert batch.labels is not None and batch.reference_logps is not None
         loss, metrics = kto_loss(
-            completion_logps(model, batch.sequences),
+            self._rewarded(scores),
             batch.reference_logps,
             batch.labels,
-            statistics,
+            statistic,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
-        metrics["single_class"] = statistics.new_tensor(self.single_class)
-        metrics["without_kl"] = statistics.new_tensor(batch.mismatched is None)
+        metrics["single_class"] = statistic.new_tensor(self.single_class)
+        metrics["without_kl"] = statistic.new_tensor(batch.mismatched is None)
         return loss, metrics
+
+    def _rewarded(self, scores: Scores) -> Tensor:
+        """Return what stands for the policy's log-probs in the loss: these themselves."""
+        return scores.logps
+
+    def _own(self, model: Model, batch: Batch) -> Scores:
+        return Scores(completion_logps(model, batch.sequences))
+
+    @torch.no_grad()
+    def _mismatched(self, model: Model, batch: Batch) -> Tensor | None:
+        return None if batch.mismatched is None else completion_logps(model, batch.mismatched)
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ log p(y|x) is the sum over the completion's tokens, not the mean (Rafailov et al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from fedloom.data.batch import Predicting, Sequences
 from fedloom.objectives.base import Model
-from fedloom.objectives.chunked_head import token_logps
+from fedloom.objectives.chunked_head import CHUNK, token_logps
 
 
 def completion_logits(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,6 +40,17 @@ def completion_logits(model: Model, sequences: Sequences) -> tuple[Tensor, Tenso
     return predicting.logits(predicting.states).float(), _targets(sequences), mask
 
 
+def completion_logits_in_parts(model: Model, sequences: Sequences) -> Iterator[Tensor]:
+    """Yield the logits of :func:`completion_logits` some positions at a time, where they can be."""
+    predicting = _predicting(model, sequences)
+    if predicting is None:
+        yield _logits(_pass(model, sequences), sequences)[0]
+        return
+    size = max(1, CHUNK // predicting.width)
+    for start in range(0, len(predicting.states), size):
+        yield predicting.logits(predicting.states[start : start + size]).float()
+
+
 def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
     """Score the completion tokens of each sequence, in float32.
 
@@ -57,7 +70,10 @@ def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, 
 
 
 def completion_logps(model: Model, sequences: Sequences) -> Tensor:
-    """Return ``(sequences,)`` float32: the summed log-prob of each completion."""
+    """Return ``(sequences,)`` float32: the summed log-prob of each completion.
+
+    Those beyond ``sequences.graded`` are without a gradient.
+    """
     return _summed(_scored(model, sequences)[0], sequences)
 
 
@@ -79,12 +95,24 @@ def _scored(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Any]:
     """Return ``(completion tokens,)`` log-probs, whether each was the likeliest token, and rewards."""
     predicting = _predicting(model, sequences)
     if predicting is not None:
-        return *token_logps(predicting, _targets(sequences)), predicting.rewards
+        return *_token_logps(predicting, sequences), predicting.rewards
     output = _pass(model, sequences)
     logits, targets, _ = _logits(output, sequences)
     correct = logits.detach().argmax(-1) == targets
     scores = -F.cross_entropy(logits, targets, reduction="none")
     return scores, correct, getattr(output, "rewards", None)
+
+
+def _token_logps(predicting: Predicting, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Return log-probs and whether each token was the likeliest, with gradients where they are wanted."""
+    targets, graded = _targets(sequences), sequences.graded
+    if graded is None:
+        return token_logps(predicting, targets)
+    own = token_logps(replace(predicting, states=predicting.states[:graded]), targets[:graded])
+    with torch.no_grad():
+        rest = replace(predicting, states=predicting.states[graded:])
+        others = token_logps(rest, targets[graded:])
+    return torch.cat([own[0], others[0]]), torch.cat([own[1], others[1]])
 
 
 def _predicting(model: Model, sequences: Sequences) -> Predicting | None:

@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model
-from fedloom.objectives.kto import KTO, KTOSettings, kto_loss
+from fedloom.objectives.base import Metrics, Model, Scores
+from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.objectives.logps import completion_rewards
 from fedloom.wire.schema import fraction
 
@@ -46,23 +46,26 @@ class PKTO(KTO):
         super().__init__(settings)
         self.gamma = settings.gamma
 
-    def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
+    def scores(self, model: Model, batch: Batch) -> Scores:
+        """Return log-probs and explicit rewards, and the log-probs of mismatched completions."""
+        if batch.joint is not None:
+            logps, rewards = completion_rewards(model, batch.joint)
+            (own, mismatched), explicit = logps.chunk(2), rewards.chunk(2)[0]
+            return Scores(own, explicit, mismatched.detach())
+        return super().scores(model, batch)
+
+    def loss_of(self, scores: Scores, batch: Batch, statistic: Tensor) -> tuple[Tensor, Metrics]:
         """Return the mean loss over rows."""
-        assert batch.labels is not None and batch.reference_logps is not None
-        assert statistics is not None, "the loop passes the reference point"
-        logps, explicit = completion_rewards(model, batch.sequences)
-        # r2 on the scale of a log-ratio: beta times it is gamma r2.
-        loss, metrics = kto_loss(
-            logps + self.gamma / self.beta * explicit,
-            batch.reference_logps,
-            batch.labels,
-            statistics,
-            beta=self.beta,
-            desirable_weight=self.desirable_weight,
-            undesirable_weight=self.undesirable_weight,
-        )
+        assert batch.labels is not None and scores.rewards is not None
+        loss, metrics = super().loss_of(scores, batch, statistic)
         signs = torch.where(batch.labels, 1.0, -1.0)
-        metrics["explicit_sided_accuracy"] = (explicit.detach() * signs > 0).float().mean()
-        metrics["single_class"] = statistics.new_tensor(self.single_class)
-        metrics["without_kl"] = statistics.new_tensor(batch.mismatched is None)
+        metrics["explicit_sided_accuracy"] = (scores.rewards.detach() * signs > 0).float().mean()
         return loss, metrics
+
+    def _rewarded(self, scores: Scores) -> Tensor:
+        """Return log-probs with r2 on the scale of a log-ratio: beta times it is gamma r2."""
+        assert scores.rewards is not None, "the model has a reward head"
+        return scores.logps + self.gamma / self.beta * scores.rewards
+
+    def _own(self, model: Model, batch: Batch) -> Scores:
+        return Scores(*completion_rewards(model, batch.sequences))

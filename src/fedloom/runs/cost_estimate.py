@@ -27,9 +27,10 @@ from fedloom.randomness import generator
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import partition_data
 from fedloom.runs.start import find_start, settled
-from fedloom.training.layout import Budget, budget_of
+from fedloom.training.layout import Budget, budget_of, scoring_budget
 from fedloom.training.memory import client_memory
-from fedloom.training.steps import Layout, within
+from fedloom.training.passes import Layout
+from fedloom.training.steps import within
 
 CLOSE = 1.5
 """A round of FedLLM that lasts at most so many times the shortest is short enough to try it first."""
@@ -164,7 +165,13 @@ def _option(
         done, own_flops = _own_rows(experiment, client, share, model, parts)
         flops = parts.method.compute(_FirstRound(client, parts, own_flops))
         sent = traffic.of_round(done)
-        needed = client_memory(model, share, experiment.training, experiment.model.quantization)
+        needed = client_memory(
+            model,
+            share,
+            experiment.training,
+            experiment.model.quantization,
+            parts.local.objective,
+        )
         option = Estimate(
             name, framework, sent, flops, needed, link.seconds(sent, flops), fits=needed <= memory
         )
@@ -211,8 +218,8 @@ class _FirstRound:
     def own_rows(self) -> float:
         return self._own
 
-    def passes(self, share: TokenShare, indices: np.ndarray, size: int | None = None) -> float:
-        budget = budget_of(self.training, self._model) if size is None else Budget(size)
+    def passes(self, share: TokenShare, indices: np.ndarray, *, scoring: bool = False) -> float:
+        budget = (scoring_budget if scoring else budget_of)(self.training, self._model)
         return _pass(share, indices, self._model, budget)
 
 
@@ -229,7 +236,7 @@ def _pass(share: TokenShare, indices: np.ndarray, model: AdapterModel, budget: B
             if model.ending is not None:
                 model.ending.count(scored or count * length)
         elif scored and model.head is not None:
-            model.count_reading(sequences.reading)
+            model.count_reading(sequences)
         else:
             kept = length - sequences.first_completion + 1 if scored else length
             model.count(count, length + model.virtual_tokens, kept)

@@ -171,7 +171,13 @@ def _client_memory(experiment: Experiment, parts: RunComponents) -> float | None
     """Return bytes that training takes on the client that needs most, derived, if it is known here."""
     engine, quantization = parts.local, experiment.model.quantization
     needed = [
-        client_memory(engine.resources[client].model, share, experiment.training, quantization)
+        client_memory(
+            engine.resources[client].model,
+            share,
+            experiment.training,
+            quantization,
+            engine.objective,
+        )
         for client, share in engine.shares.items()
     ]
     return max(needed, default=None)

@@ -2,6 +2,8 @@
 
 Rows are sorted by length and as many are put together as fit a number of tokens, padding counted: on a
 CPU little is gained by a pass of more tokens than a few hundred, and padding costs as much as tokens do.
+Rows with the same prompt become a group, whose prompt is read once, where that saves something and no
+larger pass is needed than for the longest row.
 The loss is normalised over the optimizer batch (``steps.py``), so a layout changes the order of
 summation and nothing else. It follows from rows, settings, the model's shape and the kind of device
 alone, never from a timing, so that whoever works out a batch again takes the same passes.
@@ -12,9 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedloom.accounting.flops import ModelShape, forward_flops
+from fedloom.accounting.memory import activation_bytes
 from fedloom.data.client_rows import Indices, TokenShare
-from fedloom.data.tokenize import TokenSet
+from fedloom.data.tokenize import TokenSet, common_start
 from fedloom.models.adapters import AdapterModel
 from fedloom.training.settings import TrainingSettings
 
@@ -34,6 +39,10 @@ ON_GPU_WIDER = 8192
 
 WORTH_SHARING = 0.9
 """Share of a pass's places that is left at most where prompts are read once."""
+
+GRAPHS = 2 << 30
+"""Bytes at most of what forward passes leave for the backward ones, where all those of an optimizer batch
+come before the first backward pass."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,25 @@ def scoring_budget(settings: TrainingSettings, model: AdapterModel) -> Budget:
     return replace(budget, rows=max(budget.rows, 16))
 
 
+def graph_tokens(settings: TrainingSettings, model: AdapterModel, longest: int) -> int:
+    """Return of how many tokens, padding counted, the graphs may be held before the first backward pass.
+
+    None where examples are counted, or tokens are so few that the longest row has a pass of its own:
+    memory is short then.
+
+    Args:
+        settings: Of the training.
+        model: What computes.
+        longest: Places of the largest example.
+    """
+    if settings.counts_examples or model.whole_batches or model.checkpointed:
+        return 0
+    if settings.tokens_per_pass != "auto" and settings.tokens_per_pass <= longest:
+        return 0
+    element = 2 if settings.precision == "bf16" else 4
+    return int(GRAPHS // max(1.0, activation_bytes(model.shape, element)))
+
+
 def row_costs(share: TokenShare, *, shared_prompts: bool = False) -> Indices:
     """Return ``(examples,)``: the places that each example takes in a pass of rows as long as itself.
 
@@ -97,19 +125,116 @@ def row_costs(share: TokenShare, *, shared_prompts: bool = False) -> Indices:
     return costs
 
 
-def passes(costs: Indices, indices: Indices, budget: Budget) -> list[Indices]:
+def attention_cost(shape: ModelShape) -> float:
+    """Return what a token costs for each token it attends to, over its cost in linear layers."""
+    one, two, none = (forward_flops(shape, 1, length, 0) for length in (1, 2, 0))
+    attention = (two - 2 * one + none) / 2
+    return attention / max(1.0, one - none - attention)
+
+
+def groups(
+    tokens: TokenSet, indices: Indices, budget: Budget, attention: float, context: int
+) -> list[Indices]:
+    """Put examples together whose prompts have the same tokens, where their prompt is worth reading once.
+
+    A group takes no more places than a pass holds, or than the longest example does by itself.
+
+    Args:
+        tokens: The tokenised rows.
+        indices: Those of an optimizer batch, or any others.
+        budget: What a pass holds at most.
+        attention: What a token costs for each token it attends to, over its cost in linear layers.
+        context: Places that a row of a pass has at most.
+
+    Returns:
+        All of ``indices``, those of a group together, in the order of the first of each.
+    """
+    numbers = tokens.prompt_numbers[indices]
+    if len(np.unique(numbers)) == len(indices):
+        return [indices[place : place + 1] for place in range(len(indices))]
+    longest = max(group_places(tokens, indices[place : place + 1]) for place in range(len(indices)))
+    most = min(context, max(budget.tokens or context, longest))
+
+    def work(places: int) -> float:
+        return places * (1 + attention * places)
+
+    found: list[_Group] = []
+    last: dict[int, int] = {}
+    for example, number in zip(indices.tolist(), numbers.tolist(), strict=True):
+        new = _Group.of(tokens, example)
+        if number in last:
+            both = found[last[number]].joined(new)
+            before = work(found[last[number]].places) + work(new.places)
+            fitting = both.places <= most and len(both.examples) <= budget.rows
+            if fitting and work(both.places) <= WORTH_SHARING * before:
+                found[last[number]] = both
+                continue
+        last[number] = len(found)
+        found.append(new)
+    return [np.array(group.examples, np.int64) for group in found]
+
+
+def group_places(tokens: TokenSet, group: Indices) -> int:
+    """Return how many places the examples of a group take, what they begin with being read once."""
+    found = _Group.of(tokens, int(group[0]))
+    for example in group[1:].tolist():
+        found = found.joined(_Group.of(tokens, example))
+    return found.places
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Examples read one after another behind the ``common`` tokens that their sequences begin with."""
+
+    examples: tuple[int, ...]
+    first: NDArray[np.int32]
+    common: int
+    shortest: int
+    tokens: int
+    sequences: int
+
+    @classmethod
+    def of(cls, tokens: TokenSet, example: int) -> _Group:
+        first = tokens.sequence(example * tokens.width)[0]
+        starts = tokens.starts[example * tokens.width : (example + 1) * tokens.width + 1]
+        lengths = np.diff(starts)
+        common = len(first) if tokens.width == 1 else int(tokens.common_starts[example])
+        return cls((example,), first, common, int(lengths.min()), int(lengths.sum()), tokens.width)
+
+    @property
+    def places(self) -> int:
+        common = min(self.common, self.shortest - 1)  # a token of each is beyond what they share
+        return self.tokens - (self.sequences - 1) * common
+
+    def joined(self, other: _Group) -> _Group:
+        alike = common_start([self.first, other.first])
+        return _Group(
+            self.examples + other.examples,
+            self.first,
+            min(self.common, other.common, alike),
+            min(self.shortest, other.shortest),
+            self.tokens + other.tokens,
+            self.sequences + other.sequences,
+        )
+
+
+def passes(
+    costs: Indices, indices: Indices, budget: Budget, sizes: Indices | None = None
+) -> list[Indices]:
     """Cut rows into passes, the longest first, each of rows alike in length.
 
     Args:
-        costs: ``(examples,)`` places that each example takes; see :func:`row_costs`.
+        costs: ``(rows,)`` places that each row takes; see :func:`row_costs`.
         indices: The rows of an optimizer batch, or any others.
         budget: What a pass holds at most.
+        sizes: ``(rows,)`` examples of each row (default: one).
 
     Returns:
         All of ``indices``, in their own order where one pass holds them.
     """
     own = costs[indices]
-    if fits(len(indices), int(own.max(initial=0)), budget):
+    counts = np.ones_like(own) if sizes is None else sizes[indices]
+    if fits(int(counts.sum()), len(own), int(own.max(initial=0)), budget):
         return [indices]
     if budget.tokens is not None:  # less than any row has would be no budget
         budget = replace(budget, tokens=max(budget.tokens, int(own.min())))
@@ -118,25 +243,30 @@ def passes(costs: Indices, indices: Indices, budget: Budget) -> list[Indices]:
     start = 0
     while start < len(order):
         longest = int(own[order[start]])
-        count = 1
-        while start + count < len(order) and fits(count + 1, longest, budget):
+        count, examples = 1, int(counts[order[start]])
+        while start + count < len(order):
+            examples += int(counts[order[start + count]])
+            if not fits(examples, count + 1, longest, budget):
+                break
             count += 1
         found.append(indices[order[start : start + count]])
         start += count
     return found
 
 
-def saves(tokens: TokenSet, indices: Indices) -> bool:
-    """Return whether a pass of examples is shorter where what their sequences begin with is read once.
+def saves(plain: int, shared: int) -> bool:
+    """Return whether a pass of so many places is worth reading where it has less of them.
 
     What is known of attention is told by a mask of all pairs of places then, which costs something too.
+
+    Args:
+        plain: Places where each sequence is read by itself.
+        shared: Where what the sequences of a group begin with is read once.
     """
-    if tokens.width == 1:
-        return False
-    plain, once = tokens.costs()[indices], tokens.costs(shared_prompts=True)[indices]
-    return bool(once.max() <= WORTH_SHARING * plain.max())
+    return shared <= WORTH_SHARING * plain
 
 
-def fits(rows: int, longest: int, budget: Budget) -> bool:
-    """Return whether so many rows, padded to the longest, are within a budget."""
-    return rows <= budget.rows and (budget.tokens is None or rows * longest <= budget.tokens)
+def fits(examples: int, rows: int, longest: int, budget: Budget) -> bool:
+    """Return whether so many examples in rows padded to the longest are within a budget."""
+    within = budget.tokens is None or rows * longest <= budget.tokens
+    return examples <= budget.rows and within

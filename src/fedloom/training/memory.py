@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from fedloom.accounting.memory import training_memory
@@ -15,7 +16,8 @@ from fedloom.data.client_rows import TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.quantize import Quantization, quantized_bytes
 from fedloom.models.split_model import ClientPart
-from fedloom.training.layout import Budget, budget_of, row_costs
+from fedloom.objectives.base import Objective, StatisticObjective
+from fedloom.training.layout import Budget, budget_of, graph_tokens, row_costs
 from fedloom.training.settings import TrainingSettings
 
 LOG = logging.getLogger(__name__)
@@ -142,7 +144,11 @@ def asked_for(error: BaseException) -> str:
 
 
 def client_memory(
-    model: AdapterModel, share: TokenShare, training: TrainingSettings, quantization: Quantization
+    model: AdapterModel,
+    share: TokenShare,
+    training: TrainingSettings,
+    quantization: Quantization,
+    objective: Objective | None = None,
 ) -> float:
     """Return bytes that training on ``share`` takes at most, derived.
 
@@ -151,6 +157,8 @@ def client_memory(
         share: The client's rows; the longest sets the size of a batch.
         training: Batch size, optimizer and precision.
         quantization: Of the frozen weights.
+        objective: One that needs a statistic of a step holds the graphs of several passes, where they are
+            few enough (``layout.graph_tokens``).
     """
     budget = budget_of(training, model)
     longest = int(row_costs(share).max())
@@ -158,13 +166,26 @@ def client_memory(
     if budget.tokens is not None:
         rows = max(1, min(rows, budget.tokens // longest))
     tokens = rows * (longest + share.tokens.width * model.virtual_tokens)
+    held = 0
+    if isinstance(objective, StatisticObjective):
+        whole = min(training.batch_size, len(share)) * _longest_of_both(share)
+        held = min(whole, graph_tokens(training, model, longest))
     headless = isinstance(model, ClientPart) and model.ending is None
     return training_memory(
         model.shape,
         weights=quantized_bytes(model.model, quantization),
         trained=sum(p.numel() for p in model.parameters.values()),
         optimizer=training.optimizer,
-        tokens=tokens,
+        tokens=max(tokens, held),
         head_positions=0 if headless else tokens,
         element=2 if training.precision == "bf16" else 4,
     )
+
+
+def _longest_of_both(share: TokenShare) -> int:
+    """Return the most places that a row takes, with its mismatched completion where it has one."""
+    tokens, others = share.tokens, share.mismatched
+    if others is None:
+        return int(tokens.costs().max())
+    prompts = np.minimum(tokens.prompts, others.prompts)
+    return int((tokens.lengths + others.lengths - prompts).max())

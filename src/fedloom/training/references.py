@@ -14,8 +14,8 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.logps import completion_logps
 from fedloom.tensors import Tensors
 from fedloom.training.layout import Budget
+from fedloom.training.passes import Layout
 from fedloom.training.reference_cache import ReferenceCache
-from fedloom.training.steps import Layout
 
 
 def add_reference_logps(
@@ -38,18 +38,24 @@ def add_reference_logps(
             not depend on what was computed before.
     """
     known = cache.model(model, start) if cache is not None else None
-    layouts = [  # made first: a model without its adapter cannot be asked for gradients
-        Layout(model, TokenShare(tokens), budget)
-        for tokens in (share.tokens, share.mismatched)
-        if tokens is not None
-    ]
+    # layouts first: a model without its adapter cannot be asked for gradients
+    layouts = _layouts(model, share, budget)
     with model.reference(start):
-        own, *mismatched = (_all_logps(layout, cache, known) for layout in layouts)
-    return replace(
-        share,
-        reference_logps=own,
-        mismatched_reference_logps=mismatched[0] if mismatched else None,
-    )
+        found = [_all_logps(layout, cache, known) for layout in layouts]
+    if share.mismatched is None:
+        return replace(share, reference_logps=found[0])
+    own, mismatched = found if len(found) == 2 else found[0].view(-1, 2).T
+    return replace(share, reference_logps=own, mismatched_reference_logps=mismatched)
+
+
+def _layouts(model: AdapterModel, share: TokenShare, budget: Budget) -> list[Layout]:
+    """Return the layout of rows and mismatched completions together, or of each by themselves."""
+    if share.mismatched is None:
+        return [Layout(model, TokenShare(share.tokens), budget)]
+    together = Layout(model, TokenShare(share.tokens.paired(share.mismatched)), budget)
+    if together.shared:
+        return [together]
+    return [Layout(model, TokenShare(own), budget) for own in (share.tokens, share.mismatched)]
 
 
 def _all_logps(layout: Layout, cache: ReferenceCache | None, known: str | None) -> Tensor:
@@ -65,6 +71,6 @@ def _all_logps(layout: Layout, cache: ReferenceCache | None, known: str | None) 
         else:
             logps = cache.logps(known, batch.sequences, score)
             if model.flops == before and model.head is not None:
-                model.count_reading(batch.sequences.reading)
+                model.count_reading(batch.sequences)
         result[torch.from_numpy(numbers)] = logps
     return result

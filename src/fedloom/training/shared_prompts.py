@@ -18,6 +18,7 @@ from fedloom.data.batch import Sequences
 from fedloom.data.batching import collate
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import TokenSet
+from fedloom.errors import first_line
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.configuration import text_part, vocabulary
 from fedloom.objectives.logps import completion_token_logps
@@ -50,8 +51,14 @@ def shares_prompts(model: AdapterModel, longest: int) -> bool:
             attention of a shared reading knows nothing of.
     """
     if model.shared_prompts is None:
-        model.shared_prompts = _asked(model)
+        model.shared_prompts = not reason_against(model)
     return model.shared_prompts and longest <= _window(model)
+
+
+def context(model: AdapterModel) -> int:
+    """Return how many places a row has at most: some models have tables of no more."""
+    own = getattr(text_part(model.model.config), "max_position_embeddings", None)
+    return own if isinstance(own, int) and own > 0 else 1 << 30
 
 
 def _window(model: Any) -> int:
@@ -60,28 +67,34 @@ def _window(model: Any) -> int:
     return min((own for own in given if isinstance(own, int) and own > 0), default=1 << 30)
 
 
-def _asked(model: AdapterModel) -> bool:
-    if model.alone or model.virtual_tokens or model.head is None:
-        return False
+def reason_against(model: AdapterModel) -> str:
+    """Return why a model reads each sequence by itself; empty where it need not. Asks the model."""
+    if model.alone:
+        return "what is added to the loss is a mean over sequences"
+    if model.virtual_tokens:
+        return "virtual tokens come before the text"
+    if model.head is None:
+        return "logits do not follow from what the output layer reads"
     if model.device.type == "meta":  # cannot be asked: as most do
-        return True
+        return ""
     share = _tiny(vocabulary(model.model.config, 64))
     flops, was_training = model.flops, model.model.training
     model.model.eval()
     try:
         plain, shared = (
-            collate(share, np.arange(2), model.pad, model.device, shared_prompts=own).sequences
-            for own in (False, True)
+            collate(share, np.arange(2), model.pad, model.device, groups=groups).sequences
+            for groups in (None, [np.array([0]), np.array([1])])
         )
-        return _alike(model, plain, shared, share)
-    except Exception:  # a model's code raises whatever it likes
-        return False
+        return _difference(model, plain, shared, share)
+    except Exception as error:  # a model's code raises whatever it likes
+        return f"it raises {type(error).__name__}: {first_line(error)}"
     finally:
         model.flops = flops
         model.model.train(was_training)
 
 
-def _alike(model: AdapterModel, plain: Sequences, shared: Sequences, share: TokenShare) -> bool:
+def _difference(model: AdapterModel, plain: Sequences, shared: Sequences, share: TokenShare) -> str:
+    """Return what a model says otherwise of the same sequences in another reading; empty for nothing."""
     logps, gradient = _answers(model, plain)
     found, slope = _answers(model, shared)
     most, steepest = LOGPS, GRADIENTS
@@ -93,9 +106,13 @@ def _alike(model: AdapterModel, plain: Sequences, shared: Sequences, share: Toke
         )  # after 5 of chosen, 3 of rejected
         most = max(most, NOISE * float((alone - logps[own]).abs().max()))
         steepest = IN_LOWER_PRECISION
-    return bool((found - logps).abs().max() <= most) and bool(
-        (slope - gradient).norm() <= steepest * gradient.norm()
-    )
+    apart = float((found - logps).abs().max())
+    if not apart <= most:  # NaN too
+        return f"log-probs differ by {apart:.1g}"
+    apart, norm = float((slope - gradient).norm()), float(gradient.norm())
+    if not apart <= steepest * norm:
+        return f"gradients differ by {apart:.1g}, their norm being {norm:.1g}"
+    return ""
 
 
 def _answers(model: AdapterModel, sequences: Sequences) -> tuple[Tensor, Tensor]:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.data.batch import Batch
-from fedloom.data.batching import collate, epoch_batches
+from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.errors import NonFiniteLoss
 from fedloom.models.adapters import AdapterModel
-from fedloom.objectives.base import Objective
+from fedloom.objectives.base import Objective, StatisticObjective
 from fedloom.randomness import derive_seed, generator
 from fedloom.tensors import Tensors
 from fedloom.training.dropout import DropoutStream
-from fedloom.training.layout import Budget, budget_of, passes, row_costs, saves
+from fedloom.training.layout import budget_of, graph_tokens, row_costs
 from fedloom.training.optimizers import make_optimizer, optimizer_state
+from fedloom.training.passes import StepLayout
 from fedloom.training.results import (
     BALANCE,
     Gradients,
@@ -33,7 +34,9 @@ from fedloom.training.results import (
     Totals,
 )
 from fedloom.training.settings import TrainingSettings, Work
-from fedloom.training.shared_prompts import shares_prompts
+
+WITHOUT_GRAPHS = 1 << 62
+"""Tokens whose graphs are held where there are none."""
 
 
 def train_locally(
@@ -77,9 +80,10 @@ def train_locally(
         PolicyError: It took more steps, or longer, than ``model.allowance`` has.
     """
     objective = objective.for_client(share.tokens.labels)
+    graphs = graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
 
     def own_gradients(parts: list[Batch], totals: Totals) -> RemoteGradients:
-        return _accumulate_gradients(model, objective, parts, totals)
+        return _accumulate_gradients(model, objective, parts, totals, graphs)
         yield  # nobody else is needed
 
     steps = local_steps(
@@ -136,7 +140,8 @@ def local_steps(
     batches = epoch_batches(
         len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
     )
-    lay_out = Layout(model, share, budget_of(settings, model))
+    graphs = graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
+    lay_out = StepLayout(model, share, budget_of(settings, model), graphs)
     for indices in within(share, batches, work):
         parts = lay_out.batches(indices)
         for _ in range(repeats):
@@ -259,71 +264,39 @@ def local_loss(
     objective = objective.for_client(share.tokens.labels)
     order = generator(seed, "loss batches", client, round)
     totals = Totals()
-    lay_out = Layout(model, share, budget_of(settings, model))
+    lay_out = StepLayout(model, share, budget_of(settings, model), WITHOUT_GRAPHS)
     with model.evaluating():
         for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
             model.allowance.step()
             parts = lay_out.batches(indices)
-            for part, _, metrics in _losses(model, objective, parts):
+            for part, _, metrics in _losses(model, objective, parts, WITHOUT_GRAPHS):
                 totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
     return totals.result({}).metrics["loss"]
 
 
-class Layout:
-    """Cuts rows of one party into passes, and makes what a model reads in each."""
-
-    def __init__(self, model: AdapterModel, share: TokenShare, budget: Budget) -> None:
-        """Look at all rows once.
-
-        Args:
-            model: Whose passes they are.
-            share: The rows.
-            budget: What a pass holds at most.
-        """
-        self.model, self.share, self.budget = model, share, budget
-        tokens = share.tokens
-        self.shared = tokens.width > 1 and shares_prompts(model, int(tokens.lengths.max(initial=0)))
-        self.costs = row_costs(share, shared_prompts=self.shared)
-
-    def passes(self, indices: Indices | None = None) -> list[Indices]:
-        """Return the passes of some rows, or of all, longest first."""
-        chosen = np.arange(len(self.share)) if indices is None else indices
-        return passes(self.costs, chosen, self.budget)
-
-    def batches(self, indices: Indices) -> list[Batch]:
-        """Return an optimizer batch as one batch a pass."""
-        return [self.batch(own) for own in self.passes(indices)]
-
-    def batch(self, indices: Indices) -> Batch:
-        """Return the batch of one pass."""
-        shared = self.shared and saves(self.share.tokens, indices)
-        model, empty = self.model, self.model.device.type == "meta"
-        device = torch.device("cpu") if empty else model.device
-        return collate(self.share, indices, model.pad, device, shared_prompts=shared)
-
-    def everything(self) -> Iterator[tuple[Indices, Batch]]:
-        """Yield the rows of each pass over all of them, and their batch."""
-        for indices in self.passes():
-            yield indices, self.batch(indices)
-
-
 def _losses(
-    model: AdapterModel, objective: Objective, parts: list[Batch]
+    model: AdapterModel, objective: Objective, parts: list[Batch], graphs: int
 ) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
     """Yield each pass with its term of the optimizer batch's loss, and its metrics.
+
+    A statistic of the whole optimizer batch takes no pass of its own where ``graphs`` tokens hold all
+    passes: what the loss is worked out of is computed for all of them before the first loss.
 
     The objective's loss is a mean over what its weight counts, what a model adds to it one over
     sequences: each counts by its own share of the optimizer batch. A pass in which nothing counts is left
     out: its mean is over nothing.
     """
-    weights = [objective.weight(part) for part in parts]
+    causal = objective.head == "causal"
+    weights = [
+        0.0 if causal and not part.completion_tokens else objective.weight(part) for part in parts
+    ]
     counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
     if not counted:
         return
-    statistics = objective.statistics(model, parts)
+    loss_of = _statistic_first(model, objective, parts, graphs)
     whole, rows = sum(weights), sum(len(part) for part, _ in counted)
     for part, weight in counted:
-        loss, metrics = objective.loss(model, part, statistics)
+        loss, metrics = loss_of(part)
         metrics = {"loss": loss.detach(), **metrics}
         term, penalty = loss * (weight / whole), model.penalty()
         if penalty is not None:
@@ -332,13 +305,29 @@ def _losses(
         yield part, term, metrics
 
 
+def _statistic_first(
+    model: AdapterModel, objective: Objective, parts: list[Batch], graphs: int
+) -> Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """Return the loss and the metrics of each pass, with what they need of all passes."""
+    held = sum(part.places for part in parts) <= graphs and not model.alone
+    if objective.needs_mismatched:  # a pass of their own needs no graph
+        held = held and all(part.joint is not None for part in parts)
+    if not isinstance(objective, StatisticObjective) or not held:
+        statistics = objective.statistics(model, parts)
+        return lambda part: objective.loss(model, part, statistics)
+    scores = {id(part): objective.scores(model, part) for part in parts}
+    statistic = objective.statistic(list(scores.values()), parts)
+    # each graph is let go with its pass
+    return lambda part: objective.loss_of(scores.pop(id(part)), part, statistic)
+
+
 def _own_weights(objective: Objective, part: Batch) -> dict[str, float]:
     """Return what metrics of a pass are means over, where it is not the objective's weight."""
     return {BALANCE.name: float(len(part)), **objective.metric_weights(part)}
 
 
 def _accumulate_gradients(
-    model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals
+    model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals, graphs: int
 ) -> Gradients:
     """Add up the gradients of one optimizer batch; return what is known of them.
 
@@ -346,7 +335,7 @@ def _accumulate_gradients(
     over the optimizer batch however it was cut (the mistake of torchtune issue 2307).
     """
     step_loss, none = torch.zeros((), device=model.device), True
-    for part, term, metrics in _losses(model, objective, parts):
+    for part, term, metrics in _losses(model, objective, parts, graphs):
         term.backward()  # type: ignore[no-untyped-call]
         step_loss += term.detach()
         totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))

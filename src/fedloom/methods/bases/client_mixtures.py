@@ -11,7 +11,7 @@ from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.method import Method
 from fedloom.tensors import State, Tensors, join_parts, part_of
 from fedloom.training.layout import scoring_budget
-from fedloom.training.steps import Layout
+from fedloom.training.passes import Layout
 from fedloom.wire.messages import Payload
 
 

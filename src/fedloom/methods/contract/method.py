@@ -131,11 +131,11 @@ class FirstRound(Protocol):
         """Return the operations of training on the client's own rows."""
 
     def passes(
-        self, share: TokenShare, indices: NDArray[np.int64], size: int | None = None
+        self, share: TokenShare, indices: NDArray[np.int64], *, scoring: bool = False
     ) -> float:
         """Return those of rows: forward and, with gradients on, backward.
 
-        They are laid out ``size`` at a time, or else as a batch is when training.
+        They are laid out as a batch is when training, or as rows are that are scored.
         """
 
 

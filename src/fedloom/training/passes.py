@@ -1,0 +1,134 @@
+"""The passes over one party's rows: what a model reads in each, by the layout of ``layout.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fedloom.data.batch import Batch
+from fedloom.data.batching import collate
+from fedloom.data.client_rows import Indices, TokenShare
+from fedloom.models.adapters import AdapterModel
+from fedloom.training.layout import (
+    Budget,
+    attention_cost,
+    group_places,
+    groups,
+    passes,
+    row_costs,
+    saves,
+)
+from fedloom.training.shared_prompts import context, shares_prompts
+
+
+class Layout:
+    """Cuts rows of one party into passes, and makes what a model reads in each."""
+
+    def __init__(
+        self, model: AdapterModel, share: TokenShare, budget: Budget, *, joint: bool = False
+    ) -> None:
+        """Look at all rows once.
+
+        Args:
+            model: Whose passes they are.
+            share: The rows.
+            budget: What a pass holds at most.
+            joint: Whether each row is read in one pass with its mismatched completion.
+        """
+        self.model, self.share, self.budget = model, share, budget
+        self.tokens, self.paired = share.tokens, None
+        if joint and share.mismatched is not None:
+            self.tokens = self.paired = share.tokens.paired(share.mismatched)
+        self.shared = self._shares()
+        self.plain = self.tokens.costs()
+        self.costs = row_costs(share)  # where each sequence is read by itself
+        self.attention = attention_cost(model.shape)
+        self.context = context(model)
+
+    def _shares(self) -> bool:
+        tokens = self.tokens
+        if self.share.mismatched is not None and self.paired is None:
+            return False  # these are read beside the rows, and would be as many
+        alike = tokens.width > 1 or int(tokens.prompt_numbers.max(initial=0)) + 1 < len(tokens)
+        if not alike or not tokens.trained.any():  # texts of a class have no prompts
+            return False
+        return shares_prompts(self.model, int(tokens.lengths.max(initial=0)))
+
+    def passes(self, indices: Indices) -> list[list[Indices]]:
+        """Return the passes of some rows, longest first, each as the groups whose prompt is read once."""
+        if not self.shared:
+            return [[own] for own in passes(self.costs, indices, self.budget)]
+        found = groups(self.tokens, indices, self.budget, self.attention, self.context)
+        costs = np.array([self._read_once(own) for own in found])
+        sizes = np.array([len(own) for own in found])
+        cut = passes(costs, np.arange(len(found)), self.budget, sizes)
+        return [[found[place] for place in own] for own in cut]
+
+    def places(self, indices: Indices) -> int:
+        """Return how many tokens the passes of some rows have together, padding counted."""
+        return sum(self._places(own) for own in self.passes(indices))
+
+    def batches(self, indices: Indices) -> list[Batch]:
+        """Return an optimizer batch as one batch a pass."""
+        return [self.batch(own) for own in self.passes(indices)]
+
+    def batch(self, own: list[Indices]) -> Batch:
+        """Return the batch of one pass."""
+        model, empty = self.model, self.model.device.type == "meta"
+        device = torch.device("cpu") if empty else model.device
+        once = own if self._once(own) else None
+        rows = np.concatenate(own)
+        return collate(self.share, rows, model.pad, device, groups=once, joint=self.paired)
+
+    def everything(self) -> Iterator[tuple[Indices, Batch]]:
+        """Yield the rows of each pass over all of them, and their batch."""
+        for own in self.passes(np.arange(len(self.share))):
+            yield np.concatenate(own), self.batch(own)
+
+    def _once(self, own: list[Indices]) -> bool:
+        """Return whether the prompts of a pass are read once."""
+        if not self.shared or self.paired is not None:
+            return self.shared
+        return saves(self._plain(own), len(own) * max(map(self._read_once, own)))
+
+    def _places(self, own: list[Indices]) -> int:
+        once = self._once(own)
+        return len(own) * max(map(self._read_once, own)) if once else self._plain(own)
+
+    def _plain(self, own: list[Indices]) -> int:
+        rows = np.concatenate(own)
+        return len(rows) * int(self.plain[rows].max())
+
+    def _read_once(self, group: Indices) -> int:
+        return group_places(self.tokens, group)
+
+
+class StepLayout:
+    """The passes of optimizer batches: those of mismatched completions among them, or beside them."""
+
+    def __init__(self, model: AdapterModel, share: TokenShare, budget: Budget, graphs: int) -> None:
+        """Look at all rows once.
+
+        Args:
+            model: Whose passes they are.
+            share: The rows.
+            budget: What a pass holds at most.
+            graphs: Tokens whose graphs may be held before the first backward pass.
+        """
+        self.graphs, self.alone = graphs, Layout(model, share, budget)
+        self.mismatched = None if share.mismatched is None else np.diff(share.mismatched.starts)
+        both = Layout(model, share, budget, joint=True) if graphs else self.alone
+        self.joint = both if both.paired is not None and both.shared else None
+
+    def batches(self, indices: Indices) -> list[Batch]:
+        """Return an optimizer batch as one batch a pass."""
+        chosen = self.alone
+        if self.joint is not None and self.mismatched is not None:
+            joint, alone = self.joint.places(indices), self.alone.places(indices)
+            # forward and backward over both, or over rows alone and forward over the others
+            apart = 2 * alone + int(self.mismatched[indices].sum())
+            if joint <= self.graphs and saves(apart, 2 * joint):
+                chosen = self.joint
+        return chosen.batches(indices)
