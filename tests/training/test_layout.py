@@ -198,7 +198,7 @@ def test_final_adapters_are_those_of_padded_batches(party, name):
         model.write(start)
         train_locally(
             model, share, objective, TrainingSettings(batch_size=5, optimizer="sgd", max_grad_norm=1.0, **settings),
-            learning_rate=0.3, seed=0, client=0, round=1, work=Work(steps=6),
+            learning_rate=0.05, seed=0, client=0, round=1, work=Work(steps=6),
         )  # fmt: skip
         return torch.cat([tensor.flatten() for tensor in model.read().values()]).double()
 
@@ -214,7 +214,7 @@ def test_final_adapters_are_those_of_padded_batches(party, name):
     expected = padded()
     tokens = int(row_costs(share).max()) * 3 // 2
     found = train(tokens_per_pass=tokens)
-    assert (expected - first).norm() > 0.1
+    assert (expected - first).norm() > 0.02
     assert (found - expected).norm() < 1e-4 * (expected - first).norm()
     assert torch.equal(train(tokens_per_pass=tokens), found)
 

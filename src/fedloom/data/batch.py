@@ -6,7 +6,8 @@ Built by ``batching.py``, read by ``objectives/``; neither knows the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Reading:
         position_ids: ``(rows, length)`` int64; ``None`` where they rise by one.
         branches: ``(rows, length)`` int64: 0 on what all sequences of a row begin with, then from 1 the
             number of the sequence that goes on, -1 on padding; ``None`` for one sequence a row.
+        segments: Of each row, how many tokens all its sequences begin with, and where each ends; ``None``
+            for one sequence a row.
     """
 
     input_ids: Tensor
@@ -33,15 +36,16 @@ class Reading:
     ends: Tensor
     position_ids: Tensor | None = None
     branches: Tensor | None = None
+    segments: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device) -> Reading:
         """Return the same on ``device``."""
-        return Reading(
-            *(
-                None if value is None else value.to(device, non_blocking=True)  # type: ignore[arg-type]
-                for value in vars(self).values()
-            )
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def seen(self) -> Tensor:
         """Return ``(rows, 1, length, length)`` bool: whether a token attends to another.

@@ -140,16 +140,19 @@ def read_once(tokens: TokenSet, groups: Sequence[Indices], pad: int) -> Reading:
     ids, positions = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
     branches = np.full(shape, -1, np.int64)
     places: dict[int, NDArray[np.int64]] = {}
+    segments = []
     for row, start in enumerate(common):
-        end = start
+        end, ends = start, []
         for branch, (number, own) in enumerate(zip(numbers[row], parts[row], strict=True)):
             further = np.arange(end, end + len(own) - start)
             end += len(further)
+            ends.append(end)
             place = np.concatenate([np.arange(start), further])
             ids[row, place], positions[row, place] = own, np.arange(len(own))
             branches[row, further] = branch + 1
             places[number] = place + row * shape[1]
         branches[row, :start] = 0
+        segments.append((start, *ends))
     order = sequence_numbers(width, np.concatenate(groups)).tolist()
     sources = [places[number][:-1][tokens.mask(number)[1:]] for number in order]
     return Reading(
@@ -159,6 +162,7 @@ def read_once(tokens: TokenSet, groups: Sequence[Indices], pad: int) -> Reading:
         torch.from_numpy(np.array([places[number][-1] for number in order])),
         torch.from_numpy(positions),
         torch.from_numpy(branches),
+        tuple(segments),
     )
 
 

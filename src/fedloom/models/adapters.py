@@ -59,6 +59,7 @@ from fedloom.models.configuration import BLOCKS, number, text_part
 from fedloom.models.flop_shape import block_of, model_shape
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.output_head import OutputHead, output_head
+from fedloom.models.tree_attention import NEVER, applies, tree_attention
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import Settings
 from fedloom.tensors import Tensors
@@ -161,6 +162,8 @@ class AdapterModel:
         base: The frozen weights under LoRA's factors.
         shared_prompts: Whether what sequences begin with may be read once; ``None`` until it is asked
             (``training/shared_prompts.py``).
+        tree_from: Places of such a row from which on attention is worked out sequence by sequence; asked
+            with it.
     """
 
     unmergeable = ""
@@ -209,6 +212,7 @@ class AdapterModel:
         self.allowance = Allowance()
         self.base = FrozenWeights(model)
         self.shared_prompts: bool | None = None
+        self.tree_from = NEVER
 
     @property
     def scaling(self) -> float:
@@ -261,9 +265,14 @@ class AdapterModel:
         self.count_reading(sequences)
         options = {} if reading.position_ids is None else {"position_ids": reading.position_ids}
         mask = reading.attention_mask
+        by_sequence: AbstractContextManager[None] = nullcontext()
         if reading.branches is not None:
-            options["attention_mask"] = self._attended(reading)
-        with self._precision(), head.aside() as read:
+            seen = options["attention_mask"] = self._attended(reading)
+            config: Any = self.model.config
+            kind = config._attn_implementation
+            if not self.checkpointed and applies(reading, kind, self.tree_from):
+                by_sequence = tree_attention(reading, seen)
+        with self._precision(), head.aside() as read, by_sequence:
             self._run(reading.input_ids, mask, **options)
         states = read[0][:, -mask.shape[1] :].flatten(0, 1)  # virtual tokens come before
         rewards = None

@@ -21,6 +21,7 @@ from fedloom.data.tokenize import TokenSet
 from fedloom.errors import first_line
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.configuration import text_part, vocabulary
+from fedloom.models.tree_attention import LEAST, NEVER
 from fedloom.objectives.logps import completion_token_logps
 
 LOGPS = 1e-4
@@ -77,6 +78,16 @@ def reason_against(model: AdapterModel) -> str:
         return "logits do not follow from what the output layer reads"
     if model.device.type == "meta":  # cannot be asked: as most do
         return ""
+    model.tree_from = NEVER
+    reason = _tried(model)
+    if not reason:
+        model.tree_from = 0
+        model.tree_from = NEVER if _tried(model) else LEAST
+    return reason
+
+
+def _tried(model: AdapterModel) -> str:
+    """Return what a model says otherwise where prompts are read once; empty for nothing."""
     share = _tiny(vocabulary(model.model.config, 64))
     flops, was_training = model.flops, model.model.training
     model.model.eval()
