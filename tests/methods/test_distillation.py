@@ -20,7 +20,7 @@ from fedloom.methods.distillation import (
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.wire.messages import Payload, decode, encode
 
@@ -69,9 +69,9 @@ def test_answers_stand_in_the_order_of_the_rows_however_they_are_read(
     distil, kind, kept, monkeypatch
 ):
     built = distil(kind)
-    parts = assemble(built, divide(built))
-    equipment, head = parts.local.equipment[0], parts.local.objective.head
-    model, public = equipment.model, equipment.public
+    parts = assemble(built, partition_data(built))
+    resources, head = parts.local.resources[0], parts.local.objective.head
+    model, public = resources.model, resources.public
     settings = DistillationSettings(**kept)
     own = parts.local.training
     assert len(set(public.share.tokens.lengths.tolist())) > 3  # passes go from long to short
