@@ -22,6 +22,7 @@ IMPORTERS = {
         "models/quantize.py",
         "models/tiny.py",
         "models/exported_modeling.py",
+        "models/tree_attention.py",
         "data/chat.py",
     ),
     "peft": ("models/",),
