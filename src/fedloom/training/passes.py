@@ -27,7 +27,13 @@ class Layout:
     """Cuts rows of one party into passes, and makes what a model reads in each."""
 
     def __init__(
-        self, model: AdapterModel, share: TokenShare, budget: Budget, *, joint: bool = False
+        self,
+        model: AdapterModel,
+        share: TokenShare,
+        budget: Budget,
+        *,
+        joint: bool = False,
+        by_itself: bool = False,
     ) -> None:
         """Look at all rows once.
 
@@ -36,12 +42,13 @@ class Layout:
             share: The rows.
             budget: What a pass holds at most.
             joint: Whether each row is read in one pass with its mismatched completion.
+            by_itself: Whether each sequence is read by itself, whatever the model may.
         """
         self.model, self.share, self.budget = model, share, budget
         self.tokens, self.paired = share.tokens, None
         if joint and share.mismatched is not None:
             self.tokens = self.paired = share.tokens.paired(share.mismatched)
-        self.shared = self._shares()
+        self.shared = not by_itself and self._shares()
         self.plain = self.tokens.costs()
         self.costs = row_costs(share)  # where each sequence is read by itself
         self.attention = attention_cost(model.shape)

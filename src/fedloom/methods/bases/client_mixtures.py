@@ -40,7 +40,8 @@ class OwnMixture(Method):
 def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
     """Run rows through a client's model, without gradients; yield the rows of each pass after it."""
     model = client.model
-    layout = Layout(model, TokenShare(tokens), scoring_budget(client.training, model))
+    budget = scoring_budget(client.training, model)
+    layout = Layout(model, TokenShare(tokens), budget, by_itself=True)  # the model is called itself
     for indices, batch in layout.everything():
         read = batch.sequences
         with model.evaluating():
