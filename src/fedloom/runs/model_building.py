@@ -181,21 +181,31 @@ def build_model(
             backbone = attach_experts(backbone, settings, seed=experiment.federation.seed)
         experts = ExpertModel(backbone, settings, pad, autocast, checkpointed)
         return path, encoder, experts
+    model = _with_peft(experiment, backbone, parts, adapter, classification=classification)
+    return path, encoder, AdapterModel(model, pad, autocast, checkpointed)
+
+
+def _with_peft(
+    experiment: Experiment,
+    backbone: Any,
+    parts: PersonalModules,
+    adapter: Path | None,
+    *,
+    classification: bool,
+) -> Any:
+    """Return a backbone with PEFT's adapter and the clients' own parts, new or saved in ``adapter``."""
+    seed = experiment.federation.seed
     if adapter is not None:
-        model = load_adapter(backbone, adapter)
-        parts = saved_parts(adapter)
+        model, parts = load_adapter(backbone, adapter), saved_parts(adapter)
     else:
         model = attach_adapter(
-            backbone,
-            experiment.adapter,
-            classification=classification,
-            seed=experiment.federation.seed,
+            backbone, experiment.adapter, classification=classification, seed=seed
         )
     if parts:
-        head = attach_personal(model, parts, experiment.federation.seed)
+        head = attach_personal(model, parts, seed)
         if adapter is not None:
             load_personal(head, adapter)
-    return path, encoder, AdapterModel(model, pad, autocast, checkpointed)
+    return model
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:

@@ -74,7 +74,6 @@ def run_record(
 ) -> dict[str, Any]:
     """Return the content of ``run.json``: all that is known before the first round."""
     division = parts.division
-    loaded = division.loaded
     trained = sum(p.numel() for p in parts.model.parameters.values())
     everything = sum(p.numel() for p in parts.model.model.parameters())
     own = versions()
@@ -106,23 +105,7 @@ def run_record(
             "parameters": everything - trained,
             "trainable": trained,
         },
-        "data": {
-            "source": ", ".join(dict.fromkeys(experiment.data.all_sources)),
-            "kind": loaded.kind,
-            "max_length": parts.max_length,
-            "train": sum(parts.engine.sizes().values()),
-            "client_held_out": sum(len(rows) for rows in division.held_out.values()),
-            "global_held_out": len(division.test),
-            "malformed": parts.accounts.malformed,
-            "bad_rows": [str(row) for row in parts.bad_rows[:20]],
-            "dropped": parts.accounts.dropped,
-            "account": parts.accounts.to_record(),
-            "digest": loaded.digest,
-            "held_out_rows": held_out_rows(
-                [division.test[i] for i in parts.evaluator.held_out.share.tokens.index]
-            ),
-            "feedback": _feedback_record(experiment, division),
-        },
+        "data": _data_record(experiment, parts),
         "classes": list(division.classes),
         "method": experiment.method.name,
         "method_role": _role(parts.method),
@@ -131,6 +114,28 @@ def run_record(
         "promise": parts.method.privacy_statement(),
         "metric": asdict(PRIMARY_METRICS[division.judged]),
         "fingerprint": fingerprint(experiment, division, made),
+    }
+
+
+def _data_record(experiment: Experiment, parts: RunComponents) -> dict[str, Any]:
+    """Return what ``run.json`` has under ``data``: where rows are from, and how many are what."""
+    division = parts.division
+    return {
+        "source": ", ".join(dict.fromkeys(experiment.data.all_sources)),
+        "kind": division.loaded.kind,
+        "max_length": parts.max_length,
+        "train": sum(parts.engine.sizes().values()),
+        "client_held_out": sum(len(rows) for rows in division.held_out.values()),
+        "global_held_out": len(division.test),
+        "malformed": parts.accounts.malformed,
+        "bad_rows": [str(row) for row in parts.bad_rows[:20]],
+        "dropped": parts.accounts.dropped,
+        "account": parts.accounts.to_record(),
+        "digest": division.loaded.digest,
+        "held_out_rows": held_out_rows(
+            [division.test[i] for i in parts.evaluator.held_out.share.tokens.index]
+        ),
+        "feedback": _feedback_record(experiment, division),
     }
 
 
