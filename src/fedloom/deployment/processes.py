@@ -102,9 +102,11 @@ class SupervisedProcess:
 
     def end_orphan(self) -> None:
         """End what was left running when those who cared for it were killed."""
-        with contextlib.suppress(OSError, ValueError):
+        import psutil
+
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
             left = int(self._pid.read_text())
-            words = Path(f"/proc/{left}/cmdline").read_bytes().decode().split("\0")
+            words = psutil.Process(left).cmdline()
             name = Path(self.command[0]).name
             named = any(Path(word).name == name for word in words)
             if named and set(self.command[1:3]) <= set(words):

@@ -335,7 +335,7 @@ def lacking(model: AdapterModel) -> str | None:
     """Return why a second copy of a model cannot be held beside it, if it cannot."""
     needed = sum(p.numel() * p.element_size() for p in model.model.parameters())
     free = _free_bytes(model.device)
-    if free is None or needed <= free:
+    if needed <= free:
         return None
     return (
         f"a second copy of the model takes {human_bytes(needed)}, and {human_bytes(free)} of memory are "
@@ -343,18 +343,14 @@ def lacking(model: AdapterModel) -> str | None:
     )
 
 
-def _free_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free on a device, where that can be asked."""
+def _free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a device."""
+    import psutil
+
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
+    return int(psutil.virtual_memory().available)
 
 
 def sentence(outcome: dict[str, Any]) -> str:
