@@ -47,6 +47,18 @@ def test_commands_on_a_page_exist_with_their_options(page):
         assert given <= known, (words, given - known)
 
 
+@pytest.mark.slow
+def test_python_on_the_page_about_the_command_line_runs(experiment, tmp_path, monkeypatch):
+    import fedloom
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.toml").write_text(experiment().to_toml())
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "command-line.md").read_text(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "command-line.md", "exec"), {"fedloom": fedloom})
+
+
 def test_messages_that_are_explained_are_messages_of_the_code():
     quoted = re.findall(r"^\| (`.*?`) \|", (DOCS / "troubleshooting.md").read_text(), re.M)
     source = " ".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))

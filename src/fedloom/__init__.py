@@ -9,7 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.commands.api import ComparisonResult, compare, evaluate, report, resume, run
+    from fedloom.commands.api import (
+        ComparisonResult,
+        compare,
+        evaluate,
+        export,
+        partition,
+        report,
+        resume,
+        run,
+    )
     from fedloom.errors import FedloomError
     from fedloom.experiment.experiment import Experiment
     from fedloom.methods.contract.method import Method
@@ -29,6 +38,8 @@ _MODULES = {
     "Result": "fedloom.runs.result",
     "compare": "fedloom.commands.api",
     "evaluate": "fedloom.commands.api",
+    "export": "fedloom.commands.api",
+    "partition": "fedloom.commands.api",
     "report": "fedloom.commands.api",
     "resume": "fedloom.commands.api",
     "run": "fedloom.commands.api",
@@ -45,6 +56,8 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "export",
+    "partition",
     "report",
     "resume",
     "run",

@@ -18,11 +18,16 @@ from fedloom.objectives.base import Objective
 from fedloom.reports.choose import write_page_of
 from fedloom.runs import comparison as grids
 from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
+from fedloom.runs.export import Exported
+from fedloom.runs.export import export as export_run
 from fedloom.runs.observers import Callbacks, RunObserver, Silent
 from fedloom.runs.result import Result
+from fedloom.runs.row_tables import show_partition
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.settings.toml import read_toml
 from fedloom.storage.run_folder import RESULTS, RunFolder
+from fedloom.storage.targets import require_new_file, require_place
+from fedloom.training.results import OnStep
 
 OnRound = Callable[[RoundRecord], object]
 OnEvaluation = Callable[[int, Evaluation], object]
@@ -37,6 +42,7 @@ def run(
     progress: bool = False,
     on_round: OnRound | None = None,
     on_evaluation: OnEvaluation | None = None,
+    on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
     """Run an experiment to its end.
@@ -44,12 +50,16 @@ def run(
     Args:
         experiment: A TOML file, a table of sections, or an :class:`Experiment`.
         objective: Your own objective instead of the one in the experiment, or settings of the section.
-        data: Your own source of examples instead of ``[data]``, or settings of the section.
+        data: Your own source of examples (see :class:`~fedloom.data.loading.DataSource`; an attribute
+            ``kind`` says what they are if no preferences), or settings of the section ``[data]``.
         observer: Watches the run; by default only warnings are shown.
         progress: Show what the command shows, in a terminal or notebook; not together with ``observer``.
         on_round: Called with the record of each round once it is saved; round 0 is the evaluation of the
             start. What it raises ends the run, which can be resumed.
         on_evaluation: Called with a round's number and its evaluation, in rounds that evaluate.
+        on_step: Called after each optimizer step of a client (all are in this process) with a
+            :class:`~fedloom.training.results.StepRecord`: round, client, step, loss, learning rate,
+            examples, tokens. What it raises ends the run, which can be resumed from the last whole round.
         settings: Other values than the experiment's, as after ``--set``: ``rounds=2``, or for keys that
             several sections have, ``evaluation={"batch_size": 8}``.
 
@@ -58,11 +68,12 @@ def run(
     """
     if isinstance(objective, Mapping):
         settings, objective = {"objective": objective, **settings}, None
-    if isinstance(data, Mapping):
-        settings, data = {"data": data, **settings}, None
+    source, settings = _own_source(data, settings)
     read = read_experiment(experiment, settings)
     watching = _watching(observer, progress, on_round, on_evaluation)
-    return run_experiment(read, objective=objective, data=data, observer=watching)
+    return run_experiment(
+        read, objective=objective, data=source, observer=watching, on_step=on_step
+    )
 
 
 def resume(
@@ -75,6 +86,7 @@ def resume(
     progress: bool = False,
     on_round: OnRound | None = None,
     on_evaluation: OnEvaluation | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Continue a run and end with the same bits as if it had never stopped.
 
@@ -87,6 +99,7 @@ def resume(
         progress: As in :func:`run`.
         on_round: As in :func:`run`; called for the rounds that are played now.
         on_evaluation: As in :func:`run`; called for the rounds that are played now.
+        on_step: As in :func:`run`; called for the steps that are made now.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
@@ -94,7 +107,12 @@ def resume(
     """
     watching = _watching(observer, progress, on_round, on_evaluation)
     return resume_run(
-        Path(folder), from_round=from_round, objective=objective, data=data, observer=watching
+        Path(folder),
+        from_round=from_round,
+        objective=objective,
+        data=data,
+        observer=watching,
+        on_step=on_step,
     )
 
 
@@ -172,6 +190,70 @@ def evaluate(
     return evaluate_adapter(read_experiment(experiment, settings), path)
 
 
+def partition(
+    experiment: str | Path | Mapping[str, Any] | Experiment,
+    *,
+    data: DataSource | Mapping[str, Any] | None = None,
+    picture: str | Path | None = None,
+    **settings: Any,
+) -> Mapping[str, Any]:
+    """Return which client would hold which rows, before anything is trained.
+
+    Args:
+        experiment: As in :func:`run`.
+        data: As in :func:`run`.
+        picture: An SVG file to draw it in, if it is to be drawn.
+        settings: As in :func:`run`.
+
+    Returns:
+        What a run writes as ``partition.json``: ``kind``, ``column``, ``values``, and for each of
+        ``clients`` its rows ``train`` and ``held_out``, and ``counts`` of each value. Warnings are shown.
+
+    Raises:
+        DataError: The rows cannot be read, or a client would be left without any.
+        OutputError: The picture cannot be written.
+        SettingsError: With every mistake in the settings.
+    """
+    source, settings = _own_source(data, settings)
+    read = read_experiment(experiment, settings)
+    target = None
+    if picture is not None:
+        target = require_new_file(Path(picture), "picture=", force=True)
+    shown = show_partition(read, target, source)
+    for text in shown.warnings:
+        Silent().warning(text)
+    return shown.record
+
+
+def export(
+    folder: str | Path,
+    *,
+    client: int | None = None,
+    reward: bool = False,
+    to: str | Path | None = None,
+) -> Exported:
+    """Write a model of a run, adapter merged, as a folder that ``transformers`` loads by itself.
+
+    Args:
+        folder: The run folder.
+        client: Whose model (default: the global one).
+        reward: Write the explicit reward head, as a model that scores texts, instead.
+        to: A new or empty folder (default: in the run folder).
+
+    Returns:
+        Where it is (``folder``), the line that loads it (``loading``), and what came of loading it again
+        and comparing it with the merged model (``verified``).
+
+    Raises:
+        OutputError: It is no run folder, has no such model, or the target is not empty.
+        ModelError: The model cannot be had, or has no such head.
+        VerificationError: What was written, loaded again, is not the model that was merged.
+    """
+    target = Path(to) if to is not None else None
+    require_place(target, "to=")
+    return export_run(Path(folder), client, target, reward=reward)
+
+
 def report(*folders: str | Path, to: str | Path | None = None) -> Path:
     """Make the page of a run, of several runs, of a comparison or of an evaluation.
 
@@ -193,6 +275,23 @@ def report(*folders: str | Path, to: str | Path | None = None) -> Path:
     if target is None and len(folders) > 1:
         target = Path("comparison.html")
     return write_page_of([Path(folder) for folder in folders], target, Silent().warning)
+
+
+def _own_source(
+    data: DataSource | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> tuple[DataSource | None, dict[str, Any]]:
+    """Return a user's own source, if ``data`` is one, and all settings.
+
+    A source that says its kind stands in the experiment in place of the rows that would be read.
+    """
+    if isinstance(data, Mapping):
+        return None, {"data": data, **settings}
+    kind = getattr(data, "kind", None)
+    if kind is None:
+        return data, dict(settings)
+    own = type(data)
+    named = {"source": f"object {own.__module__}.{own.__qualname__}", "kind": kind}
+    return data, {"data": named, **settings}
 
 
 def _watching(

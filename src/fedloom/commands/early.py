@@ -19,7 +19,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from fedloom.errors import FedloomError
 
@@ -74,7 +74,7 @@ def _check_and_leave(check: Callable[[], object], writing: int) -> NoReturn:
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         sys.meta_path.insert(0, _Absent())
-        setattr(importlib, "import_module", _importing)  # noqa: B010 - a method of the user's, for one
+        setattr(importlib, "import_module", _imported)  # noqa: B010 - a method of the user's, for one
         check()
     except FedloomError as error:
         with contextlib.suppress(BaseException):
@@ -90,10 +90,14 @@ class _Unknown(BaseException):
     """What happens is not to be told here; passes whoever would make an error of it."""
 
 
-def _importing(name: str, *package: str | None, load: Any = importlib.import_module) -> Any:
+def _imported(
+    name: str,
+    package: str | None = None,
+    load: Callable[..., types.ModuleType] = importlib.import_module,
+) -> types.ModuleType:
     """Import a module; that it fails says nothing, as it may need what is absent here."""
     try:
-        return load(name, *package)
+        return load(name, package)
     except Exception as error:
         raise _Unknown from error
 

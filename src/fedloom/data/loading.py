@@ -327,7 +327,10 @@ def _cannot_hold_out(
 class DataSource(Protocol):
     """A user's own source of examples, passed to :func:`fedloom.run` as an object.
 
-    One that ``data.source`` names as ``package.module:Class`` is made with the settings of ``[data]``.
+    One that ``data.source`` names as ``package.module:Class`` is made with the settings of ``[data]``. An
+    object whose examples are of another kind than the experiment's ``[data]`` says so by an attribute
+    ``kind``, as in ``data.kind``: "preference", "feedback", "instruction" or "labelled". The run folder's
+    experiment then names its class as ``data.source``.
     """
 
     def load(self, rng: np.random.Generator) -> LoadedData:

@@ -29,6 +29,7 @@ from fedloom.training.layout import budget_of, scoring_budget
 from fedloom.training.memory import fitting, largest_pass
 from fedloom.training.reference_cache import ReferenceCache
 from fedloom.training.references import add_reference_logps
+from fedloom.training.results import OnStep, StepRecord
 from fedloom.training.settings import TrainingSettings
 from fedloom.wire.messages import Answer, Exchange, Payload, decode, encode
 
@@ -41,6 +42,31 @@ def named(error: Exception) -> str:
         return str(error)
     LOG.debug("a client failed", exc_info=error)
     return f"{type(error).__name__}: {error}"
+
+
+class CallbackError(BaseException):
+    """What ``on_step`` raised: no failure of the client that nobody may take for one, or try again after.
+
+    Attributes:
+        error: The exception itself.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        """Keep it."""
+        super().__init__(error)
+        self.error = error
+
+
+def ending(on_step: OnStep) -> OnStep:
+    """Return a function that calls ``on_step`` and raises what that raises as :class:`CallbackError`."""
+
+    def call(step: StepRecord) -> None:
+        try:
+            on_step(step)
+        except Exception as error:
+            raise CallbackError(error) from error
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,7 @@ class SimulationEngine:
         tell: Returns the text about an error that is sent to the server.
         allowance: Bound on the work of one request.
         references: Cache of log-probs under reference models.
+        on_step: Called after each optimizer step of a client; what it raises is raised as it is.
     """
 
     resources: Mapping[int, ClientResources]
@@ -104,6 +131,7 @@ class SimulationEngine:
     tell: Callable[[Exception], str] = named
     allowance: Allowance = field(default_factory=Allowance)
     references: ReferenceCache | None = None
+    on_step: OnStep | None = None
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -168,8 +196,11 @@ class SimulationEngine:
             if exchange.action != EVALUATE:
                 self.add_reference(exchange.round, client)
             return Answer(client, self._handle(exchange, client, data))
+        except CallbackError as raised:
+            failure = raised.error
         except Exception as error:  # an error at one client must not stop the others
             return Answer(client, error=self.tell(error))
+        raise failure  # here, so that it is as the user's function raised it
 
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
         """Decode a request, carry it out, encode the reply, then update the client store."""
@@ -235,6 +266,7 @@ class SimulationEngine:
             public=own.public,
             own_start=own.own_start,
             session=self._sessions.setdefault(number, {}),
+            on_step=ending(self.on_step) if self.on_step is not None else None,
         )
 
     def add_reference(self, round: int, client: int) -> None:

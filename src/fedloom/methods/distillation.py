@@ -290,6 +290,7 @@ class DistillationMethod(Method):
             round=client.round,
             work=self._distilling(client),
             purpose="distil ",
+            on_step=client.on_step,
         )
         client.store[ADAPTER] = client.model.read()
         metrics = client.last.metrics

@@ -415,6 +415,7 @@ class Split(Method):
             client=client.id,
             round=client.round,
             work=client.work,
+            on_step=client.on_step,
         )
 
     def _noisy(self, tokens: Tensor, generator: torch.Generator) -> Tensor:

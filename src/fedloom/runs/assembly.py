@@ -38,6 +38,7 @@ from fedloom.runs.token_rows import bad_rows_in_all
 from fedloom.storage.client_store import ClientStore
 from fedloom.tensors import Tensors
 from fedloom.training.memory import pass_warnings
+from fedloom.training.results import OnStep
 from fedloom.training.steps import row_tokens
 
 
@@ -88,6 +89,7 @@ def assemble(
     remote: RemoteEngine | None = None,
     only: int | None = None,
     start: Start | None = None,
+    on_step: OnStep | None = None,
 ) -> RunComponents:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -101,100 +103,55 @@ def assemble(
         remote: Where the clients are, if not in this process: their rows are not touched then.
         only: The one client that is in this process, on its own machine; there is no server here.
         start: The adapter that training goes on from; its settings are those of the experiment.
+        on_step: Called after each optimizer step of a client in this process.
 
     Raises:
         ModelError: The model or its adapter cannot be built, or what it starts from is of another.
         DataError: A client has no row left after tokenising.
         SettingsError: A round's tokens are too few for its trainings.
     """
-    objective = objective or make_objective(experiment.objective)
-    method = make_method(experiment.method)
     bundles = ModelBundles(
-        experiment, division, method, objective, stage, empty=empty, only=only, start=start
+        experiment,
+        division,
+        make_method(experiment.method),
+        objective or make_objective(experiment.objective),
+        stage,
+        empty=empty,
+        only=only,
+        start=start,
     )
-    own = bundles.of_server
-    reader = own.reader
+    method, objective, own = bundles.method, bundles.objective, bundles.of_server
     stage("tokenising")
     train = {} if remote else bundles.training_shares(pooled=method.pools_data)
     _require_tokens(experiment, method, train)
     for text in bundles.read_apart(train):
         stage(text)
-    public = bundles.public_rows()
-    ledger = Ledger()
-    federation = experiment.federation
-    newcomers = frozenset(experiment.clients.newcomers)
-    members = 1 if method.pools_data else federation.clients - len(newcomers)
-    participations = federation.rounds * min(federation.cohort_size, members) / members
+    public, ledger = bundles.public_rows(), Ledger()
     resources = {client: bundles.resources(client, public) for client in train}
     initial = own.initial
-    method.setup(
-        ServerSide(
-            own.model,
-            objective,
-            experiment.training,
-            federation.seed,
-            participations,
-            reader.max_length,
-            own.width,
-            public.get(own.key),
-            ledger,
-            min(federation.cohort_size, members),
-            {client: key[1] for client, key in bundles.clients.items()},
-            experiment.aggregation,
-        )
-    )
-    judged = experiment.judges_clients
-    here = judged and (remote is None or method.pools_data)
-    client_held_out = bundles.client_held_out() if here else {}
-    needing = train if method.personal and judged else {c: train[c] for c in newcomers}
-    if remote is None:
-        _require_held_out(needing, client_held_out)
-    welcome = UnseenClients(
-        method,
-        sorted(newcomers),
-        {c: rows for c, rows in client_held_out.items() if c in newcomers},
-        experiment.clients.newcomer_steps,
-        experiment.training.learning_rate,
-        judged_kind(experiment, division.loaded.kind),
-    )
-    held_out = own.held_out
-    readable = held_out.share.tokens.index.tolist()
-    evaluator = Evaluator(
-        method,
-        held_out,
-        {c: bundles.common_held_out(c) for c in train} if method.own_models else {},
-        {c: rows for c, rows in client_held_out.items() if c not in newcomers},
-        remote.judged if remote and judged else client_held_out.keys() - newcomers,
-        experiment.evaluation.every,
-        experiment.federation.rounds,
-        judged_kind(experiment, division.loaded.kind),
-    )
-    accounts, bad_rows = _accounted(experiment, division, bundles, public.get(own.key), held_out)
+    method.setup(_server_side(bundles, public.get(own.key), ledger))
+    evaluator, welcome = _evaluation(bundles, train, remote)
+    accounts, bad_rows = _accounted(bundles, public.get(own.key))
     told = pass_warnings(
         experiment.training,
         experiment.model.quantization,
         {client: (resources[client].model, share) for client, share in train.items()},
     )
-    accounts = replace(accounts, warnings=(*accounts.warnings, *told))
-    if division.test and not readable:
-        reasons = sorted({lost.reason for lost in held_out.share.tokens.dropped})
-        raise DataError(
-            f"no row of the global held-out set is left after tokenising ({'; '.join(reasons)}); give "
-            "other rows as data.test_source, or raise evaluation.max_length"
-        )
+    prompts = _prompts(bundles)
     engine = SimulationEngine(
         resources,
         train,
         {**method.handlers(), EVALUATE: evaluator.handler(), JOIN: welcome.handler()},
         objective,
         experiment.training,
-        federation.seed,
-        participations,
-        federation.rounds,
+        experiment.federation.seed,
+        _cohort_and_participations(experiment, method)[1],
+        experiment.federation.rounds,
         store or ClientStore(),
         ledger,
-        newcomers,
+        frozenset(experiment.clients.newcomers),
         references=references_of(only),
+        on_step=on_step,
     )
     return RunComponents(
         division,
@@ -208,31 +165,109 @@ def assemble(
         evaluator,
         welcome,
         ledger,
-        accounts,
+        replace(accounts, warnings=(*accounts.warnings, *told)),
         bad_rows,
-        [division.test[i] for i in readable[: experiment.evaluation.samples]]
-        if not division.classes
-        else [],
+        prompts,
         own.path,
         fingerprint(own.path),
-        reader.max_length,
+        own.reader.max_length,
     )
 
 
+def _cohort_and_participations(experiment: Experiment, method: Method) -> tuple[int, float]:
+    """Return the clients of a round, and the rounds that each takes part in on average."""
+    federation = experiment.federation
+    newcomers = set(experiment.clients.newcomers)
+    members = 1 if method.pools_data else federation.clients - len(newcomers)
+    cohort = min(federation.cohort_size, members)
+    return cohort, federation.rounds * cohort / members
+
+
+def _server_side(bundles: ModelBundles, public: PublicRows | None, ledger: Ledger) -> ServerSide:
+    """Return what the method has on the server beside its state."""
+    experiment, own = bundles.experiment, bundles.of_server
+    cohort, participations = _cohort_and_participations(experiment, bundles.method)
+    return ServerSide(
+        own.model,
+        bundles.objective,
+        experiment.training,
+        experiment.federation.seed,
+        participations,
+        own.reader.max_length,
+        own.width,
+        public,
+        ledger,
+        cohort,
+        {client: key[1] for client, key in bundles.clients.items()},
+        experiment.aggregation,
+    )
+
+
+def _evaluation(
+    bundles: ModelBundles, train: Mapping[int, TokenShare], remote: RemoteEngine | None
+) -> tuple[Evaluator, UnseenClients]:
+    """Return what judges the rounds, and what judges clients that join when training is over.
+
+    Raises:
+        DataError: A client that is in this process and must be judged has no held-out row.
+    """
+    experiment, division, method = bundles.experiment, bundles.division, bundles.method
+    newcomers, judged = frozenset(experiment.clients.newcomers), experiment.judges_clients
+    here = judged and (remote is None or method.pools_data)
+    held_out = bundles.client_held_out() if here else {}
+    if remote is None:
+        needing = train if method.personal and judged else {c: train[c] for c in newcomers}
+        _require_held_out(needing, held_out)
+    kind = judged_kind(experiment, division.loaded.kind)
+    evaluator = Evaluator(
+        method,
+        bundles.of_server.held_out,
+        {c: bundles.common_held_out(c) for c in train} if method.own_models else {},
+        {c: rows for c, rows in held_out.items() if c not in newcomers},
+        remote.judged if remote and judged else held_out.keys() - newcomers,
+        experiment.evaluation.every,
+        experiment.federation.rounds,
+        kind,
+    )
+    return evaluator, UnseenClients(
+        method,
+        sorted(newcomers),
+        {c: rows for c, rows in held_out.items() if c in newcomers},
+        experiment.clients.newcomer_steps,
+        experiment.training.learning_rate,
+        kind,
+    )
+
+
+def _prompts(bundles: ModelBundles) -> list[Example]:
+    """Return the held-out examples to answer before and after; none where texts are classified.
+
+    Raises:
+        DataError: There are held-out rows, and none is left after tokenising.
+    """
+    test, tokens = bundles.division.test, bundles.of_server.held_out.share.tokens
+    readable = tokens.index.tolist()
+    if test and not readable:
+        reasons = sorted({lost.reason for lost in tokens.dropped})
+        raise DataError(
+            f"no row of the global held-out set is left after tokenising ({'; '.join(reasons)}); give "
+            "other rows as data.test_source, or raise evaluation.max_length"
+        )
+    samples = 0 if bundles.division.classes else bundles.experiment.evaluation.samples
+    return [test[i] for i in readable[:samples]]
+
+
 def _accounted(
-    experiment: Experiment,
-    division: PartitionedData,
-    bundles: ModelBundles,
-    public: PublicRows | None,
-    held_out: HeldOut,
+    bundles: ModelBundles, public: PublicRows | None
 ) -> tuple[Accounts, tuple[BadRow, ...]]:
     """Return what became of every row, after tokenising, and all malformed rows.
 
     Raises:
         DataError: With those that cannot be tokenised, too many rows are malformed.
     """
+    experiment, division = bundles.experiment, bundles.division
     unread = len(division.public) - (len(public.share) if public is not None else 0)
-    judged = held_out.share.tokens
+    judged = bundles.of_server.held_out.share.tokens
     accounts = division.accounts.tokenised(bundles.read, bundles.judged, judged, unread)
     told = cut_warnings(accounts, division.loaded.kind, bundles.of_server.reader.max_length)
     told += escaped_warnings(accounts) + bundles.warnings()

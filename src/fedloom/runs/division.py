@@ -149,7 +149,7 @@ def partition_data(
     elif by_files:
         loaded, files = _by_files(experiment)
     else:
-        loaded = _loaded(experiment, source)
+        loaded = _loaded(experiment, source, objective)
     classes = own.classes if own else None
     if classes is None:
         classes = _classes([*loaded.train, *loaded.test])
@@ -225,7 +225,9 @@ def only(division: PartitionedData, client: int) -> PartitionedData:
     )
 
 
-def _loaded(experiment: Experiment, source: DataSource | None) -> LoadedData:
+def _loaded(
+    experiment: Experiment, source: DataSource | None, objective: Objective | None
+) -> LoadedData:
     """Return what the experiment's sources hold, or a user's own, with the held-out set set apart."""
     rng, most = generator(experiment.federation.seed, "data"), experiment.evaluation.max_examples
     drawing = _drawing(experiment)
@@ -240,6 +242,7 @@ def _loaded(experiment: Experiment, source: DataSource | None) -> LoadedData:
     if source is None:
         return load_examples(experiment.data, rng, most, drawing=drawing)
     loaded = source.load(rng)
+    _require_kind(experiment, loaded.kind, source, objective)
     taken = few(loaded.test, most, drawing)
     train, dropped, warnings = without_judged(loaded.train, taken, experiment.data.group)
     account = Account(len(loaded.train)).dropping(dropped, trained=len(train))
@@ -247,6 +250,26 @@ def _loaded(experiment: Experiment, source: DataSource | None) -> LoadedData:
     return replace(
         loaded, train=train, account=account, test_account=judged, warnings=warnings, places=()
     )
+
+
+def _require_kind(
+    experiment: Experiment, kind: str, source: DataSource, objective: Objective | None
+) -> None:
+    """Check that the examples of a user's own source are what it, or ``[data]``, says of them.
+
+    Raises:
+        DataError: They are of another kind, or of one that the objective cannot train on.
+    """
+    said, name = experiment.data.kind, experiment.objective.name
+    needed = (objective or make_objective(experiment.objective)).accepts
+    who = f"load() of {type(source).__qualname__} returned {kind} examples"
+    if said not in (None, kind):
+        raise DataError(f"{who}, and their kind is said to be {said!r}: mend one of them")
+    if kind not in needed:
+        raise DataError(
+            f"{who}, and objective.name = {name!r} needs {' or '.join(needed)} data: say kind = {kind!r} "
+            "in the class, and choose an objective for it"
+        )
 
 
 def _whole(data: DataSettings, seed: int, classes: tuple[str, ...] | None) -> LoadedData:

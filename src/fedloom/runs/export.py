@@ -124,7 +124,7 @@ def places_of(
     whose = "global" if client is None else f"client-{client:04d}"
     target = target or folder.path / "exported" / (f"{whose}-reward" if reward else whose)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} is not empty; give another folder with --to")
+        raise OutputError(f"{target} is not empty; give another folder with --to, in Python to=")
     return adapter, target
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedloom.data.loading import LoadedData
+from fedloom.data.loading import DataSource, LoadedData
 from fedloom.display.untrusted_text import named
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
@@ -19,25 +20,40 @@ from fedloom.runs.records import account_tables, partition_record, partition_tab
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a division: tables, and what a user should know of it."""
+    """What is shown of a division: what ``partition.json`` would hold, tables, and warnings."""
 
+    record: dict[str, Any]
     tables: RenderableType
     warnings: tuple[str, ...]
 
 
-def show_partition(experiment: Experiment, picture: Path) -> Shown:
-    """Return what each client holds and what became of every row, and write the picture of the former."""
+def show_partition(
+    experiment: Experiment, picture: Path | None, source: DataSource | None = None
+) -> Shown:
+    """Return what each client holds and what became of every row.
+
+    Args:
+        experiment: The settings.
+        picture: Where a picture of the former is written, if it is wanted.
+        source: A user's own source of examples instead of the one in the settings.
+
+    Raises:
+        DataError: The rows cannot be read or dealt.
+        OutputError: The picture cannot be written.
+    """
     from fedloom.reports.figures import partition_svg
 
-    division = partition_data(experiment)
+    division = partition_data(experiment, source)
     record = partition_record(experiment, division)
-    try:
-        picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {picture}: {error.strerror}") from error
+    if picture is not None:
+        try:
+            picture.write_text(partition_svg(record, standalone=True), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {picture}: {error.strerror}") from error
     lines = [Text(named(text), style="dim") for text in division.loaded.layouts]
     accounts = account_tables(division.accounts.to_record())
-    return Shown(Group(*lines, partition_table(record), accounts), division.accounts.warnings)
+    tables = Group(*lines, partition_table(record), accounts)
+    return Shown(record, tables, division.accounts.warnings)
 
 
 def say_layouts(loaded: LoadedData, observer: RunObserver) -> None:

@@ -89,7 +89,7 @@ from fedloom.storage.files import remove_temporary
 from fedloom.storage.run_folder import Record, RunFolder, other_versions
 from fedloom.tensors import State, Tensors
 from fedloom.training.optimizers import round_learning_rate
-from fedloom.training.results import reported
+from fedloom.training.results import OnStep, reported
 from fedloom.wire.messages import Payload, encode
 from fedloom.wire.schema import Schema
 
@@ -104,6 +104,7 @@ def run_experiment(
     data: DataSource | None = None,
     observer: RunObserver,
     remote: RemoteEngine | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
     start = find_start(experiment)
@@ -126,6 +127,7 @@ def run_experiment(
                 stage=observer.stage,
                 remote=remote,
                 start=start,
+                on_step=on_step,
             )
             for text in unread_settings(experiment).values():
                 observer.warning(text)
@@ -158,6 +160,7 @@ def resume_run(
     objective: Objective | None = None,
     data: DataSource | None = None,
     remote: RemoteEngine | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Continue the run in ``path`` and end with the same bits as if it had never stopped.
 
@@ -171,6 +174,7 @@ def resume_run(
         objective: As in :func:`run`, if the run was started with one.
         data: As in :func:`run`, if the run was started with one.
         remote: Where the clients are, if not in this process.
+        on_step: Called after each optimizer step of a client in this process.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
@@ -213,6 +217,7 @@ def resume_run(
             stage=observer.stage,
             remote=remote,
             start=start,
+            on_step=on_step,
         )
         _require_same_model(folder, begun, parts)
         _report_rows(parts, observer)

@@ -24,6 +24,35 @@ StepHook = Callable[[Mapping[str, nn.Parameter]], None]
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """What is known of an optimizer step of a client without waiting for the device once more.
+
+    Attributes:
+        round: From 1.
+        client: The client's id.
+        training: Which of the client's trainings in the round it is part of; "" where it makes one alone.
+        step: From 1 in each training.
+        loss: Of the batch, in the objective's unit, before the step.
+        learning_rate: Of the round.
+        examples: Trained on in this training so far, repetitions counted.
+        tokens: Trained on in this training so far, padding not counted.
+    """
+
+    round: int
+    client: int
+    training: str
+    step: int
+    loss: float
+    learning_rate: float
+    examples: int
+    tokens: int
+
+
+OnStep = Callable[[StepRecord], object]
+"""Who is told of every step."""
+
+
+@dataclass(frozen=True)
 class Gradients:
     """What is known of gradients once they are in the parameters.
 

@@ -29,8 +29,10 @@ from fedloom.training.results import (
     BALANCE,
     Gradients,
     LocalResult,
+    OnStep,
     RemoteGradients,
     StepHook,
+    StepRecord,
     Totals,
 )
 from fedloom.training.settings import TrainingSettings, Work
@@ -55,6 +57,7 @@ def train_locally(
     state: Tensors | None = None,
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
+    on_step: OnStep | None = None,
 ) -> LocalResult:
     """Train the adapter that ``model`` holds on one party's rows, in place.
 
@@ -74,6 +77,7 @@ def train_locally(
         before_step: Called with the parameters before each optimizer step, gradients ready and not
             yet clipped: a method adds its own term here.
         after_step: Called with the parameters after each optimizer step.
+        on_step: Called with what is known of each step, once it is made.
 
     Raises:
         NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
@@ -101,6 +105,7 @@ def train_locally(
         state=state,
         before_step=before_step,
         after_step=after_step,
+        on_step=on_step,
     )
     try:
         next(steps)
@@ -126,6 +131,7 @@ def local_steps(
     state: Tensors | None = None,
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
+    on_step: OnStep | None = None,
 ) -> Generator[Any, Any, LocalResult]:
     """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
 
@@ -163,6 +169,9 @@ def local_steps(
                 elsewhere=found.elsewhere,
             )
             totals.steps += 1
+            if on_step is not None:
+                done = (totals.steps, found.loss, learning_rate, totals.examples, totals.tokens)
+                on_step(StepRecord(round, client, purpose.strip(), *done))
     kept = optimizer_state(model.parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
 

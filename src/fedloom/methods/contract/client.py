@@ -11,7 +11,7 @@ from fedloom.data.public import PublicRows
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.tensors import Tensors
-from fedloom.training.results import LocalResult, StepHook
+from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
 from fedloom.training.steps import local_loss, train_locally
 from fedloom.wire.messages import Payload
@@ -46,6 +46,7 @@ class Client:
         session: What lives from one exchange to the next and ends with the round; never saved.
         last: What the trainings of this request did, for the ledger.
         begun: The first of them.
+        on_step: Told of each step of its trainings, in a run that is watched so.
     """
 
     id: int
@@ -67,6 +68,7 @@ class Client:
     session: dict[str, Any] = field(default_factory=dict)
     last: LocalResult | None = None
     begun: Part | None = None
+    on_step: OnStep | None = None
 
     @property
     def work(self) -> Work:
@@ -125,6 +127,7 @@ class Client:
                 state=self.store.get(slot),
                 before_step=before_step,
                 after_step=after_step,
+                on_step=self.on_step,
             )
         if result.optimizer_state:
             self.store[slot] = result.optimizer_state
