@@ -40,7 +40,7 @@ finally:
 
 def early(*arguments):
     words = [sys.executable, "-c", ONE, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=OWN)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -190,5 +190,5 @@ def test_the_recipes_pass():
         "[Experiment.from_toml(path) for path in sys.argv[1:]]"
     ))  # fmt: skip
     words = [sys.executable, "-c", code, *map(str, single)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=OWN)
     assert single and (done.returncode, done.stdout + done.stderr) == (0, "")
