@@ -1,6 +1,6 @@
-"""How commands speak with the server that runs in a folder: over a socket that is its user's alone.
+"""The administration socket: commands send requests to the running server of a folder, as the same user.
 
-A command sends one question as JSON and gets one answer. Nothing heavy is imported here.
+A command sends one request as JSON and receives one answer. Imports stay small.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ SOCKET = Path("control") / "socket"
 """In the server's folder."""
 
 LONGEST = 16 << 20
-"""Bytes of a question or an answer: an experiment, and what is known of ten thousand members."""
+"""Largest request or answer in bytes: an experiment, and the status of ten thousand members."""
 
 TIMEOUT = 20.0
-"""Seconds that a command waits for an answer, and the server for a question."""
+"""Seconds that a command waits for an answer, and the server for a request."""
 
 Handler = Callable[[dict[str, Any]], object]
-"""Answers a question with what JSON can hold."""
+"""Handles a request; returns what JSON can hold."""
 
 
 class ControlSocket:
-    """Where a server answers the commands of its user."""
+    """The socket on which a server answers the commands of its user."""
 
     def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
-        """Answer at ``path`` what is asked, by name; until :meth:`close`.
+        """Answer requests at ``path``, by name, until :meth:`close`.
 
         Raises:
-            ConnectionFailed: The place cannot be made.
+            ConnectionFailed: The socket cannot be created.
         """
         self._path, self._handlers = path, handlers
         self._listening = listen(path)
         serve_each(self._listening, self._serve)
 
     def close(self) -> None:
-        """Answer no longer."""
+        """Stop answering."""
         stop_listening(self._listening, self._path)
 
     def _serve(self, connection: socket.socket) -> None:
@@ -74,17 +74,17 @@ class ControlSocket:
             return {"answer": self._handlers[table.pop("ask")](table)}
         except FedloomError as error:
             return {"error": str(error), "exit_code": error.exit_code}
-        except Exception as error:  # whatever a command sends, the server goes on
+        except Exception as error:  # an error in one command must not stop the server
             LOG.exception("a command was not answered")
             return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
 
 
 def ask(server_folder: ServerFolder, request: str, **facts: Any) -> Any:
-    """Return what the server in a folder answers.
+    """Send a request to the server of a folder; return its answer.
 
     Raises:
         ConnectionFailed: No server runs there, or it is another user's.
-        FedloomError: It cannot do what it is asked, for the reason given.
+        FedloomError: The server refuses the request, for the given reason.
     """
     require_own(server_folder.path)
     try:
@@ -114,7 +114,7 @@ def ask(server_folder: ServerFolder, request: str, **facts: Any) -> Any:
 
 
 def require_own(folder: Path) -> None:
-    """Check that a folder is there and this user's own, or that this user is root.
+    """Check that a folder exists and belongs to this user, or that this user is root.
 
     Raises:
         ConnectionFailed: It is another user's, or there is none.

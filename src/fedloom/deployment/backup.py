@@ -1,12 +1,12 @@
-"""Everything of a server that cannot be made again, in one file, and a server's folder made from it.
+"""Backups: everything of a server that cannot be recreated, in one file, and its restoration.
 
-A backup is a tar archive, compressed: who is let in, the authority and the server's certificate with
-their keys, settings, the logs that must not be lost, and on request the run folders. What Flower keeps is
-derived from these and not in it. With a passphrase the archive is a file of age (age-encryption.org),
-which ``age --decrypt`` reads as well.
+A backup is a tar archive, compressed: the client registry, the authority and the server's certificate
+with their keys, settings, logs, and on request the run folders. Flower's own files are derived from these
+and are not included. With a passphrase the archive is a file of age (age-encryption.org), which ``age
+--decrypt`` reads as well.
 
-A backup comes back from elsewhere: nothing in it is taken whose name, kind, size or hash is not as the
-manifest says, and nothing is in place before all of it is.
+A backup is untrusted input: every file must match the manifest in name, kind, size and hash, and the
+folder appears only when all of it has been checked.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ SETTINGS = "settings.toml"
 RUNS = "runs"
 
 FILES = (MEMBERS, CA, CA_KEY, CERTIFICATE, KEY, SETTINGS, AUDIT, VIOLATIONS)
-"""Of the server's folder."""
+"""Files of the server's folder that are backed up."""
 
 NEEDED = (MEMBERS, CA, CERTIFICATE, KEY)
-"""Without which a folder is not a server's."""
+"""Files that every server's folder has."""
 
 AGE = b"age-encryption.org/"
-"""How an encrypted backup begins."""
+"""First bytes of an encrypted backup."""
 
 LONGEST = 16 << 20
-"""Bytes of the longest manifest: of a hundred thousand files."""
+"""Bytes of the longest manifest, for a hundred thousand files."""
 
 FORM = 1
-"""Of backups; a reader takes those of its own and earlier forms."""
+"""Format version of backups; earlier versions can be read."""
 
 
 class File(Settings):
@@ -81,21 +81,21 @@ class Manifest(Settings):
 
     form: int
     version: str
-    """Of the package that made it."""
+    """Version of the package that wrote it."""
     time: float
-    """When it was made, in seconds since 1970."""
+    """Time of the backup in seconds since 1970."""
     files: dict[str, File]
     runs: dict[str, str] = {}
-    """Where each run folder was, by its name in ``runs``."""
+    """Original path of each run folder, by its name in ``runs``."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What was restored.
+    """Result of a restoration.
 
     Attributes:
-        members: How many are let in.
-        hosts: What the server's certificate names.
+        members: Number of allowed members.
+        hosts: Hosts in the server's certificate.
         time: When the backup was made, in seconds since 1970.
         runs: Run folders.
     """
@@ -113,12 +113,12 @@ def back_up(
 
     Args:
         server_folder: The folder.
-        target: File to write, for its owner alone.
-        runs: Whether the run folders that the server played in go with it.
-        passphrase: What it is encrypted with, in memory; ``None`` for not at all.
+        target: File to write, readable by its owner alone.
+        runs: Whether the server's run folders are included.
+        passphrase: Passphrase for encryption; ``None`` for none.
 
     Raises:
-        OutputError: A file cannot be read or written, or there is something at ``target``.
+        OutputError: A file cannot be read or written, or ``target`` exists.
         SettingsError: The folder is not a server's.
     """
     missing = [name for name in NEEDED if not (server_folder.path / name).is_file()]
@@ -155,7 +155,7 @@ def back_up(
 
 
 def _run_folders(server_folder: ServerFolder) -> Iterator[tuple[str, Path]]:
-    """Yield the run folders that a server played in and that stand, each with a name of its own."""
+    """Yield the existing run folders of a server, each with a unique name."""
     found = dict.fromkeys(
         Path(event["folder"]) for event in events(server_folder.path, "run_folder")
     )
@@ -170,13 +170,13 @@ def _run_folders(server_folder: ServerFolder) -> Iterator[tuple[str, Path]]:
 
 
 def _log(path: Path) -> tuple[list[Path], bytes]:
-    """Return the closed files of a log and the whole lines of the open one, as of one moment.
+    """Return the closed files of a log and the complete lines of the open one, as of one point in time.
 
-    The open one may be closed while it is read, and others after it: they are of a later moment.
+    The open file may be closed while it is read; files closed later are left out.
     """
     try:
         file = path.open("rb")
-    except FileNotFoundError:  # the next is not begun yet
+    except FileNotFoundError:  # the next file does not exist yet
         return closed_files(path), b""
     with file:
         own = os.fstat(file.fileno())
@@ -219,7 +219,7 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
 
 
 class _Hashing(io.RawIOBase):
-    """A file that is hashed while it is read."""
+    """A file that computes its SHA-256 while it is read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -231,7 +231,7 @@ class _Hashing(io.RawIOBase):
 
 
 def is_encrypted(source: Path) -> bool:
-    """Return whether a backup asks for a passphrase.
+    """Return whether a backup is encrypted.
 
     Raises:
         OutputError: It cannot be read.
@@ -244,17 +244,17 @@ def is_encrypted(source: Path) -> bool:
 
 
 def restore(source: Path, server_folder: ServerFolder, passphrase: str | None = None) -> Restored:
-    """Make a server's folder from a backup; what is there already stays, and then nothing is done.
+    """Restore a server's folder from a backup; an existing folder is never changed.
 
     Args:
         source: The backup.
-        server_folder: The folder, which is not there or empty.
+        server_folder: The folder, which must be missing or empty.
         passphrase: Of an encrypted one.
 
     Raises:
         OutputError: The backup is damaged, or something cannot be written.
         IdentityError: The passphrase is wrong.
-        SettingsError: The folder holds something, or the backup is none.
+        SettingsError: The folder is not empty, or the file is not a backup.
         ConnectionFailed: A server runs there.
     """
     if lock_owner(server_folder.lock) is not None:
@@ -274,7 +274,7 @@ def restore(source: Path, server_folder: ServerFolder, passphrase: str | None = 
         folders = [server_folder.path / RUNS / name for name in manifest.runs]
         log = AuditLog(staging / AUDIT)
         log.record("restored", backup=manifest.time)
-        for folder in folders:  # where a member's work is looked for
+        for folder in folders:  # `fedloom members withdraw` reads these events
             log.record("run_folder", folder=str(folder.resolve()))
         with contextlib.suppress(FileNotFoundError):
             server_folder.path.rmdir()
@@ -377,7 +377,7 @@ def _manifest(text: bytes, source: Path) -> Manifest:
 
 
 def _checked(server_folder: ServerFolder, manifest: Manifest) -> tuple[int, list[str]]:
-    """Return how many members a restored folder lets in and what its certificate names."""
+    """Return the number of allowed members of a restored folder and the hosts in its certificate."""
     for name in NEEDED:
         if name not in manifest.files:
             raise OutputError(f"the backup has no {name}")
@@ -409,13 +409,13 @@ def read_passphrase(path: Path) -> str:
 
 
 def size_text(manifest: Manifest, target: Path) -> str:
-    """Return how much a backup holds."""
+    """Return the size of a backup, in words."""
     runs = f", {len(manifest.runs)} run folders" if manifest.runs else ""
     return f"{len(manifest.files)} files{runs}, {target.stat().st_size / 1e6:.1f} MB"
 
 
 def restored_text(folder: Path, restored: Restored) -> str:
-    """Return what an operator must know of what was restored."""
+    """Return the text for the operator after a restoration."""
     made = datetime.datetime.fromtimestamp(restored.time, datetime.UTC)
     lines = [
         f"restored {folder} as of {made:%Y-%m-%d %H:%M} UTC: {restored.members} members are allowed, the "

@@ -1,7 +1,7 @@
-"""What a client's file means, in words: for `fedloom client check` and `fedloom client approve`.
+"""The meaning of a client's file in words, for `fedloom client check` and `fedloom client approve`.
 
-Everything is shown before anything is sent: which rows there are and how one of them is trained on, what
-the server will be able to learn and to ask for, and what of an experiment would be refused.
+Everything is shown before anything is sent: the rows and how one of them is trained on, what the server
+can learn and may request, and which settings of an experiment would be refused.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def _sending(what: Reveal) -> list[str]:
 ALWAYS_SHOWN = {
     "numbers": "How many rows there are, mean losses and accuracies on them, and the time, memory and "
     "compute of the work.",
-    "adapters": "What was trained here, after each round. It is made of the rows, and who looks for it "
-    "can find traces of them.",
+    "adapters": "The trained parameters, after each round. They depend on the rows, and traces of rows "
+    "can be found in them.",
     "control_variates": f"With {' or '.join(_sending('control_variates'))}: how training here differs "
     "from the others'.",
 }
-"""What the server learns whatever the policy says."""
+"""What the server learns under every policy."""
 
 SHOWN_PROBLEMS = 3
-"""Malformed rows that are shown."""
+"""Number of malformed rows that are shown."""
 
 LONGEST_SAMPLE = 600
 """Characters of each text of a sample row."""
@@ -69,10 +69,10 @@ LONGEST_SAMPLE = 600
 
 @dataclass(frozen=True)
 class Look:
-    """What was found.
+    """Result of a check.
 
     Attributes:
-        shown: As it is printed.
+        shown: The text to print.
         sound: Whether this client could take part: its rows can be read and nothing is refused.
     """
 
@@ -81,11 +81,11 @@ class Look:
 
 
 def check(path: Path, experiment: Path | None, client: int) -> Look:
-    """Say what a client's file means and, of an experiment, whether this client could take part in it.
+    """Describe a client's file and whether the client could take part in an experiment.
 
     Args:
         path: The client's file.
-        experiment: An experiment as the coordinator would run it.
+        experiment: An experiment as the coordinator would submit it.
         client: The client's number.
 
     Raises:
@@ -117,7 +117,7 @@ def check(path: Path, experiment: Path | None, client: int) -> Look:
 
 
 def waiting_table(client_folder: ClientFolder) -> RenderableType:
-    """Return the runs of a client's folder that wait for a person."""
+    """Return a table of the runs of a client's folder that wait for approval."""
     found = Approvals(client_folder).waiting()
     if not found:
         return Text("no run waits for approval")
@@ -135,7 +135,7 @@ def waiting_table(client_folder: ClientFolder) -> RenderableType:
 
 
 def waiting_run(client_folder: ClientFolder, waiting: Waiting) -> Look:
-    """Return what would run if a run were let in: what, on which rows, with which protection."""
+    """Return what would run if a run were approved: experiment, rows, protection."""
     own, registration = client_folder.own_file(), client_folder.registration()
     try:
         examined = examine(waiting.experiment, own, waiting.client, waiting.classes)
@@ -162,7 +162,7 @@ def waiting_run(client_folder: ClientFolder, waiting: Waiting) -> Look:
 
 
 def _what_may_be(own: OwnFile) -> list[RenderableType]:
-    """Return what the server will be able to learn and to ask for."""
+    """Return what the server can learn and may request."""
     shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     shown.add_column(no_wrap=True)
     shown.add_column(no_wrap=True)
@@ -180,7 +180,7 @@ def _what_may_be(own: OwnFile) -> list[RenderableType]:
             ("methods", ", ".join(open_methods(own)) or "none"),
             ("objectives", ", ".join(policy.objectives or OBJECTIVES)),
             ("models", ", ".join(_models(own))),
-            ("approval", "each run waits for a person here" if policy.approve else "not needed"),
+            ("approval", "each run waits for approval here" if policy.approve else "not needed"),
         ]
     )
     bounds = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -204,7 +204,7 @@ def _models(own: OwnFile) -> list[str]:
 
 
 def _unknown_names(policy: PolicySettings) -> list[str]:
-    """Return what a policy names that there is not, which opens nothing."""
+    """Return warnings about unknown names in a policy, which allow nothing."""
     known: dict[str, Choices[Any]] = {"objectives": OBJECTIVES, "methods": METHODS}
     return [
         f"policy.{field}: there is no {name!r}; there are {', '.join(names.names)}"
@@ -269,15 +269,15 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _Read:
-    """What was read of a client's rows.
+    """The rows of a client, as read.
 
     Attributes:
         loaded: All of them.
-        count: How many this client trains on, where that can be said.
+        count: Number of training rows of this client, where it is known.
         sample: One of these.
-        place: Where it stands.
-        classes: The classes of labelled rows.
-        became: What became of the rows.
+        place: Its file and row number.
+        classes: Class names of labelled rows.
+        became: Account of the rows.
     """
 
     loaded: LoadedData
@@ -291,7 +291,7 @@ class _Read:
 def _read(own: OwnFile, experiment: Experiment | None, client: int) -> _Read:
     """Read the rows, as the worker does."""
     data = own.data
-    assert data is not None, "the caller has looked"
+    assert data is not None, "the caller has checked"
     if experiment is None:
         said = data.model_dump(exclude={"share"}, exclude_unset=True)
         loaded = load_examples(DataSettings(**said), generator(0, "data"), hold_out=False)
@@ -326,7 +326,7 @@ def _sample(
     """Return a row as it is trained on: through the tokenizer where the model is there, else plainly."""
     model = (
         experiment.model if experiment else own.model
-    )  # an experiment's is this file's, if it has one
+    )  # the file's model replaces the experiment's
     data = experiment.data if experiment else own.data
     if model is None or data is None:
         return f"{read.place}, as it is read", _plain(row)
@@ -387,7 +387,7 @@ def _short(text: str) -> str:
 
 
 def _verdict(examined: Examined, own: OwnFile, rows: int | None) -> tuple[RenderableType, bool]:
-    """Return whether this client could take part in an experiment, and every reason why not."""
+    """Return whether this client could take part in an experiment, with every reason against it."""
     reasons = [(one.line, one.reason) for one in examined.refusals]
     if rows is not None:
         steps, most = fewest_steps(examined.asked, rows), own.policy.max_steps
@@ -399,7 +399,7 @@ def _verdict(examined: Examined, own: OwnFile, rows: int | None) -> tuple[Render
     if reasons:
         count = f"{len(reasons)} reason{'s' if len(reasons) > 1 else ''}"
         refused = Text(
-            f"It would be refused, for {count}; the server is told the line alone:", "red"
+            f"It would be refused, for {count}; the server is sent only the setting's name:", "red"
         )
         return Group(what, refused, _table(reasons)), False
     parts = [what, Text("This client could take part.", "green")]
@@ -411,7 +411,7 @@ def _verdict(examined: Examined, own: OwnFile, rows: int | None) -> tuple[Render
 
 
 def _words(experiment: Experiment) -> str:
-    """Return in a line what an experiment is."""
+    """Return a one-line description of an experiment."""
     federation, training = experiment.federation, experiment.training
     given = ("local_steps", "local_examples", "local_tokens", "total_epochs")
     work = [
@@ -436,7 +436,7 @@ def _leaves(experiment: Experiment) -> RenderableType:
 
 
 def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str]]:
-    """Yield what hides rows, and what bounds the work."""
+    """Yield the protection of rows, and the bounds of the work."""
     noise = [
         f"{name} = {value}"
         for name, value in experiment.method.model_dump().items()
@@ -450,7 +450,7 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
         source = (
             "this client's key"
             if own.worker.secret_noise
-            else "the experiment's seed, which all know"
+            else "the experiment's seed, which all parties know"
         )
         yield "noise", f"{', '.join(noise)}, drawn from {source}"
     else:
@@ -467,7 +467,7 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
 
 
 def _said(name: str) -> str:
-    """Return what the policy's own file says of one of its lines."""
+    """Return the description of a line of the policy."""
     return " ".join(str(PolicySettings.model_fields[name].description).split())
 
 
@@ -487,7 +487,7 @@ def _section(title: str, content: RenderableType) -> RenderableType:
 
 
 def _table(facts: Iterable[tuple[str, str]], wrong: str = "") -> Table:
-    """Return names beside words; none of the words is markup, and none moves a terminal's cursor."""
+    """Return a table of names and texts, in which untrusted text has no markup or control characters."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""A client of a federation: what fetches Flower's messages, and the worker that answers them."""
+"""A client of a federation: it fetches Flower's messages, and its worker answers them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedloom.security.keys import read_key
 from fedloom.storage.files import make_private
 
 AGAIN = 1.0, 60.0
-"""Seconds until a server that cannot be reached at the start is looked for again: first, and at most."""
+"""Seconds until the next attempt to reach the server at the start: at first, and at most."""
 
 
 def join(
@@ -41,9 +41,10 @@ def join(
     ready: Callable[[Registration], None] = lambda registration: None,
     say: Callable[[str], object] = lambda text: None,
 ) -> None:
-    """Take part in a federation until told to stop (SIGTERM or SIGINT).
+    """Take part in a federation until stopped (SIGTERM or SIGINT).
 
-    A server that cannot be reached is waited for, also at the start: this machine may have booted first.
+    The client waits for a server that cannot be reached, also at the start: this machine may have booted
+    first.
 
     Args:
         client_folder: The client's folder.
@@ -51,13 +52,13 @@ def join(
         key: The client's private key.
         authority: The federation's ca.pem; ``None`` for no TLS.
         own: The client's file.
-        ready: Called once the server has let this client in.
-        say: Told which proxy is used, and who is waited for.
+        ready: Called once the server has admitted this client.
+        say: Called with texts: the proxy, and the server that it waits for.
 
     Raises:
         AuditError: This client's own log is damaged.
-        IdentityError: The key cannot be read, or is not let in; the authority has expired; the server is
-            another one, or speaks another protocol.
+        IdentityError: The key cannot be read, or is not allowed; the authority has expired; the server is
+            another one, or has another protocol version.
         ConnectionFailed: A client runs in the folder.
         SettingsError: The client's file has mistakes, the server's address is none, or
             the environment names a proxy that cannot be used.
@@ -99,7 +100,7 @@ def _means(
     """Return the policy of a client's file, the federation's authority and the client's key.
 
     Raises:
-        IdentityError: The key cannot be read, or the authority not or no more.
+        IdentityError: The key or the authority cannot be read, or the authority has expired.
         SettingsError: The file has mistakes.
     """
     policy = (OwnFile.read(own) if own is not None else OwnFile()).policy
@@ -111,10 +112,10 @@ def _means(
 def _registered(
     gateway: GatewayClient, stopping: threading.Event, say: Callable[[str], object]
 ) -> Card | None:
-    """Return what the server says of this client once it lets it in; ``None`` where told to stop first.
+    """Return the server's registration of this client; ``None`` where it is stopped before.
 
     Raises:
-        IdentityError: It does not, or is another server.
+        IdentityError: The server does not admit this client, or is another server.
     """
     pause, said = AGAIN[0], ""
     while not stopping.is_set():
@@ -130,17 +131,17 @@ def _registered(
 
 
 def _require_whole(log: Path) -> None:
-    """Check that what this client has written down so far holds together.
+    """Check that this client's audit log is intact.
 
     Raises:
-        AuditError: It does not; nobody would know what this client was asked.
+        AuditError: It is damaged, so there is no proof of earlier requests.
     """
     try:
         AuditLog(log)
     except AuditError as error:
         raise AuditError(
-            f"{error}. This client takes part again once that file is moved away, where it can still be "
-            "looked at; then it begins a new one"
+            f"{error}. Move that file to another folder, where it can still be examined; then this "
+            "client takes part again with a new log"
         ) from None
 
 
@@ -150,8 +151,8 @@ def _keep_going(
     stopping: threading.Event,
     ready: Callable[[], None],
 ) -> None:
-    """Answer messages until told to stop."""
-    end_worker(client_folder)  # it may know another key or file
+    """Answer messages until stopped."""
+    end_worker(client_folder)  # it may have another key or file
     start_worker(client_folder.path)
     ready()
     with ThreadPoolExecutor(1) as pool:
@@ -161,7 +162,7 @@ def _keep_going(
                 make_room(client_folder.path / WORKER_LOG)
         finally:
             node.stop()
-            end_worker(client_folder)  # who waits for its answer is woken
+            end_worker(client_folder)  # threads that wait for its answer are woken
     running.result()
 
 
@@ -173,12 +174,12 @@ def take_part(
     own: Path | None,
     say: Callable[[str], object],
 ) -> None:
-    """Take part in a federation until told to stop, and say under which number."""
+    """Take part in a federation until stopped, and print the member's number."""
     os.umask(0o077)
     find_proxy(*split_address(address))
-    _means(key, authority, own)  # no folder is made for a mistake
+    _means(key, authority, own)  # a mistake must not leave a folder behind
     if make_private(client_folder):
-        say(f"{client_folder} could be read by other users of this machine, and cannot any more")
+        say(f"{client_folder} could be read by other users of this machine; it is private now")
     if authority is None:
         say(
             "warning: no TLS: everybody on the network can read the traffic, and another server could "
@@ -204,7 +205,7 @@ def take_part(
 
 
 def leave(client_folder: Path) -> int:
-    """Tell the client in a folder to stop; return its process.
+    """Stop the client of a folder; return its process id.
 
     Raises:
         ConnectionFailed: None runs there.
@@ -213,6 +214,6 @@ def leave(client_folder: Path) -> int:
 
 
 def end_worker(client_folder: ClientFolder) -> None:
-    """End the worker of a home, if it runs."""
+    """End the worker of a client's folder, if it runs."""
     with contextlib.suppress(ConnectionFailed):
         end("worker", client_folder.pid)

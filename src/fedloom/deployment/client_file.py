@@ -19,16 +19,15 @@ from fedloom.settings.toml import read_toml
 
 
 class OwnData(DataSettings):
-    """``[data]`` of a client's file: its rows and how they are read, which no server can change."""
+    """``[data]`` of a client's file: its rows and how they are read; no server can change it."""
 
     share: Literal["own", "experiment"] = "own"
-    """own: all these rows are this client's. experiment: they are the rows of all clients, of which
-    this one takes its share as the experiment deals them, with its seed: for built-in rows, and for
-    trying things."""
+    """own: all these rows belong to this client. experiment: they are the rows of all clients, of which
+    this client takes its part of the experiment's partition: for built-in rows and for tests."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows are this client's, and none is held out for all."""
+        """Whether all rows belong to this client, and none is in a global held-out set."""
         return self.share == "own"
 
     def contradictions(self) -> list[str]:
@@ -42,16 +41,16 @@ class OwnData(DataSettings):
             return found
         if self.is_builtin and not self.domains:
             found.append(
-                f'data.source = {self.source!r} is nobody\'s own: data.share = "experiment"'
+                f'data.source = {self.source!r} belongs to no client: data.share = "experiment"'
             )
         for name in ("test_source", "test_split", "test_kind"):
             if getattr(self, name) is not None:
-                found.append(f'data.{name} is the coordinator\'s, unless data.share = "experiment"')
+                found.append(f'data.{name} is set by the coordinator, unless data.share = "experiment"')
         return found
 
 
 class OwnPublic(Settings):
-    """``[public]`` of a client's file: rows that all parties have, as they lie here."""
+    """``[public]`` of a client's file: rows that all parties have, and their path here."""
 
     source: str | list[str]
     """As public.source of an experiment."""
@@ -67,13 +66,13 @@ class OwnModel(Settings):
     """``[model]`` of a client's file."""
 
     path: str
-    """Where the experiment's model lies on this machine."""
+    """Path of the experiment's model on this machine."""
     revision: str | None = None
     """Of a Hub name, its branch, tag or commit."""
 
 
 class OwnTraining(Settings):
-    """``[training]`` of a client's file: how this machine computes."""
+    """``[training]`` of a client's file: compute settings of this machine."""
 
     device: str | None = None
     """As training.device of an experiment."""
@@ -82,14 +81,14 @@ class OwnTraining(Settings):
 
 
 class OwnWorker(Settings):
-    """``[worker]`` of a client's file: the process that keeps model and rows between messages."""
+    """``[worker]`` of a client's file: the process that keeps model and rows in memory."""
 
     idle: float = Field(default=3600, gt=0)
     """Seconds without a message after which it ends; the next message starts it again."""
     secret_noise: bool = True
-    """Whether noise that hides rows (method.embedding_noise, method.activation_noise) is drawn from
-    this client's key, so that the server cannot take it off again; false: from the experiment's seed,
-    which gives the bits of a simulation."""
+    """Whether noise that hides rows (method.embedding_noise, method.activation_noise) is drawn from this
+    client's key, so that the server cannot remove it; false: from the experiment's seed, which gives the
+    same bits as a simulation."""
 
 
 OWN_SECTIONS: dict[str, type[Settings]] = {
@@ -104,7 +103,7 @@ OWN_SECTIONS: dict[str, type[Settings]] = {
 
 @dataclass(frozen=True)
 class OwnFile:
-    """What a client says of itself: nothing of it leaves its machine, and it decides."""
+    """The client's file, which stays on its machine and precedes the experiment."""
 
     data: OwnData | None = None
     public: OwnPublic | None = None
@@ -136,7 +135,7 @@ class OwnFile:
 
 
 def _beside(parts: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a file's sections with the paths in them that lie beside the file as absolute ones."""
+    """Return a file's sections with relative paths made absolute, relative to the file's folder."""
 
     def found(text: str) -> str:
         return str(folder / text) if (folder / text).exists() else text

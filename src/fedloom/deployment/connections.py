@@ -1,4 +1,4 @@
-"""Connections between a client and the gateway, which notice when the other end is gone."""
+"""Connections between a client and the gateway that detect a lost peer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import ssl
 import threading
 
 CHUNK = 1 << 18
-"""Bytes that are passed on at a time."""
+"""Bytes that are passed on per read."""
 
 PROBE, PATIENCE = 10, 15
-"""Seconds without a word after which it is asked whether the other end is there, and in which it must
-have confirmed what it was sent: then it is broken, however silent the network was about that."""
+"""Seconds of silence after which TCP keep-alive probes start, and within which sent data must be
+acknowledged; then the connection counts as broken."""
 
 
 def notice_absence(connection: socket.socket) -> None:
-    """Have the system end a connection whose other end has gone without a word."""
+    """Make the system end a connection whose peer is lost."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -31,9 +31,9 @@ def notice_absence(connection: socket.socket) -> None:
 
 
 def abort(connection: socket.socket) -> None:
-    """Break a connection, so that whoever waits for it is woken.
+    """Break a connection, so that threads waiting for it are woken.
 
-    TLS is not told: by its own shutdown the connection would go on in clear.
+    Without a TLS shutdown: after one the connection would continue unencrypted.
     """
     with contextlib.suppress(OSError):
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
@@ -42,12 +42,12 @@ def abort(connection: socket.socket) -> None:
 class Duplex:
     """A connection of which one thread may read while another writes.
 
-    OpenSSL allows one call at a time for a connection of TLS. So each is made under a lock and never
-    waits there: who must wait for the network does so outside.
+    OpenSSL allows one call at a time for a TLS connection. So each call is made under a lock and does not
+    block; waiting for the network happens outside the lock.
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        """Take over a connection, with TLS or without."""
+        """Wrap a connection, with TLS or without."""
         connection.setblocking(False)
         self._connection, self._lock = connection, threading.Lock()
         self._over = False
@@ -93,11 +93,11 @@ class Duplex:
             raise ConnectionAbortedError("the connection was closed")
 
     def end(self) -> None:
-        """Break the connection; who waits for it is woken. Called any number of times, by any thread."""
+        """Break the connection; waiting threads are woken. Idempotent and thread-safe."""
         self._over = True
         abort(self._connection)
 
     def close(self) -> None:
-        """Let go of it, once nobody uses it any more."""
+        """Close it, once no thread uses it."""
         self.end()
         self._connection.close()

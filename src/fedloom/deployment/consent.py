@@ -1,7 +1,6 @@
-"""What a client's owner has agreed to: runs that a person let in, and how much of a day is used up.
+"""Consent at a client: approved runs, and the use of the daily limits.
 
-Both are small files in the client's folder, so they outlive the worker, and a command that is called
-while the worker idles sees them too.
+Both are small files in the client's folder, so they outlive the worker, and commands can read them.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from fedloom.errors import PolicyError, Refusal, SettingsError
 from fedloom.security.audit_log import digest_of
 
 MOST_WAITING = 20
-"""Runs that wait at most; the one that was not asked about for the longest time makes room."""
+"""Most waiting runs; the one that the server has not asked about for the longest time is dropped."""
 
 
 class Waiting(StoredRecord):
-    """A run that waits for a person."""
+    """A run that waits for approval."""
 
     run: str
     experiment: str
-    """As the server sent it."""
+    """The experiment as the server sent it."""
     client: int
     """This client's number in the run."""
     classes: int = 0
-    """How many classes the server says that there are."""
+    """Number of classes according to the server."""
     first: float
     """When the server first asked, in seconds since 1970."""
     last: float
@@ -37,30 +36,30 @@ class Waiting(StoredRecord):
 
 
 class Approved(StoredRecord):
-    """A run that a person has let in."""
+    """An approved run."""
 
     experiment: str
-    """SHA-256 of the experiment's text: another one under the same run is not let in."""
+    """SHA-256 of the experiment's text: another experiment under the same run id is not approved."""
     when: float
 
 
 class Approvals:
-    """Runs of a client's folder that wait or have been let in."""
+    """Waiting and approved runs of a client's folder."""
 
     def __init__(self, client_folder: ClientFolder) -> None:
-        """Look at a client's folder."""
+        """Open a client's folder."""
         self._waiting, self._approved = (
             client_folder.path / "waiting",
             client_folder.path / "approved",
         )
 
     def has(self, run: str, experiment: str) -> bool:
-        """Return whether a person has let in this experiment as this run."""
+        """Return whether this experiment is approved as this run."""
         path = self._approved / f"{run}.toml"
         return path.is_file() and Approved.read(path).experiment == digest_of(experiment.encode())
 
     def ask(self, run: str, experiment: str, client: int, classes: int) -> None:
-        """Note that a run waits."""
+        """Record that a run waits for approval."""
         path, now = self._waiting / f"{run}.toml", time.time()
         first = now
         if path.is_file() and (known := Waiting.read(path)).experiment == experiment:
@@ -73,11 +72,11 @@ class Approvals:
             old.unlink(missing_ok=True)
 
     def waiting(self) -> list[Waiting]:
-        """Return the runs that wait, the one that was asked about last first."""
+        """Return the waiting runs, the latest request first."""
         return [Waiting.read(path) for path in sorted(self._waiting.glob("*.toml"), key=_age)]
 
     def find(self, beginning: str) -> Waiting:
-        """Return the run that waits whose id begins so.
+        """Return the waiting run whose id has this beginning.
 
         Raises:
             SettingsError: None does, or several.
@@ -90,21 +89,21 @@ class Approvals:
         raise SettingsError([f"{many} with {beginning!r}; there are: {there}"], "the command")
 
     def approve(self, waiting: Waiting) -> None:
-        """Let a run in; the server asks again by itself."""
+        """Approve a run; the server repeats its request automatically."""
         approved = Approved(experiment=digest_of(waiting.experiment.encode()), when=time.time())
         approved.write(self._approved / f"{waiting.run}.toml")
         (self._waiting / f"{waiting.run}.toml").unlink(missing_ok=True)
 
 
 class Today(StoredRecord):
-    """What was begun on a day."""
+    """Runs and rounds that were started on a day."""
 
     day: str
     """YYYY-MM-DD, UTC."""
     runs: int = 0
     rounds: int = 0
     last: str = ""
-    """The run that was begun last, and the SHA-256 of its experiment's text."""
+    """The latest run, and the SHA-256 of its experiment's text."""
 
 
 @dataclass
@@ -112,7 +111,7 @@ class Day:
     """Counts the runs and rounds of a day.
 
     Attributes:
-        path: Where the count is kept.
+        path: File of the count.
     """
 
     path: Path
@@ -125,10 +124,10 @@ class Day:
         return cls(client_folder.path / "today.toml")
 
     def begin_run(self, run: str, experiment: str, policy: PolicySettings) -> None:
-        """Count a run, unless it is the one that was begun last, of the same experiment.
+        """Count a run, unless it is the latest one with the same experiment.
 
         Raises:
-            PolicyError: There were enough today.
+            PolicyError: The limit of the day is reached.
         """
         today, own = self._today(), f"{run} {digest_of(experiment.encode())}"
         if today.last == own:
@@ -141,16 +140,16 @@ class Day:
     def begin_work(
         self, round: tuple[str, int, int], action: str, policy: PolicySettings, *, going_on: bool
     ) -> None:
-        """Count a round at the first work that is asked for in it, and work that is asked for again.
+        """Count a round at its first request for work, and each repeated request.
 
         Args:
-            round: The run, the stretch of it, and the round.
-            action: What is asked for.
-            policy: How many rounds a day may have.
-            going_on: Whether this is the next step of work that was counted when it began.
+            round: Run, segment and round.
+            action: The requested action.
+            policy: The policy with the limit of rounds per day.
+            going_on: Whether this continues work that was counted when it started.
 
         Raises:
-            PolicyError: There were enough today.
+            PolicyError: The limit of the day is reached.
         """
         if round != self._round:
             self._round, self._asked = round, set()

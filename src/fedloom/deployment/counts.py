@@ -1,4 +1,4 @@
-"""What a server has counted since its start: connections, refusals, bytes, runs, rounds."""
+"""Counters of a server since its start: connections, refusals, bytes, runs, rounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Count = Literal["connections", "refusals", "received", "sent", "runs", "rounds",
 
 
 class Counts:
-    """Counts by name and label; threads may share one."""
+    """Counts by name and label; thread-safe."""
 
     def __init__(self) -> None:
         """Begin with nothing."""

@@ -1,8 +1,8 @@
-"""What a client tells the server of what went wrong: lines of its policy and a few sentences.
+"""Errors that a client reports to the server: lines of its policy and a fixed set of sentences.
 
-Words of errors may quote rows, paths, columns or settings, and which error it was may tell whether a
-file is there. So everything that a worker says goes through :func:`told`; the client's own log has the
-rest.
+The texts of errors may quote rows, paths, columns or settings, and the kind of an error may reveal
+whether a file exists. So every error that a worker sends goes through :func:`told`; the details are in
+the client's own log.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ LINES |= {
     "data": "this client offers no rows",
     "experiment": "this client cannot take part in it",
 }
-"""Lines of a client's file that can refuse, and what is said beside each."""
+"""Lines of a client's file that can refuse, with the text that is sent."""
 
 
 class Sentence(StrEnum):
-    """Everything else that a server can be told."""
+    """All other texts that are sent to the server."""
 
     WAITS = "waits for a person's approval (policy.approve)"
     READING = "its rows cannot be used as the experiment asks" + WHY
@@ -67,7 +67,7 @@ class Sentence(StrEnum):
 
 
 class ReportedError(MessageError):
-    """An error of which the server is told one of the sentences."""
+    """An error that is reported to the server as one of the sentences."""
 
     def __init__(self, sentence: Sentence) -> None:
         """Keep the sentence."""
@@ -77,10 +77,10 @@ class ReportedError(MessageError):
 
 @contextmanager
 def failing_as(sentence: Sentence) -> Iterator[None]:
-    """Have whatever goes wrong inside be told by one sentence, or be the rows' fault.
+    """Report any error inside as one sentence, or as an error in the rows.
 
     Raises:
-        ReportedError: Something did; the client's log has what.
+        ReportedError: An error occurred; details are in the client's log.
         PolicyError: The policy refuses it.
     """
     try:
@@ -94,7 +94,7 @@ def failing_as(sentence: Sentence) -> Iterator[None]:
 
 
 def told(error: Exception) -> str:
-    """Return what the server is told of an error, and write down all of it here."""
+    """Return the text about an error for the server, and write the details to the local log."""
     cause = error.__cause__ if isinstance(error, ReportedError) and error.__cause__ else error
     trace = None if isinstance(cause, FedloomError) else cause
     LOG.warning("%s", message(str(cause) or type(cause).__name__), exc_info=trace)

@@ -1,4 +1,4 @@
-"""Whether anything of Flower answers from the network, asked of the server itself before it serves."""
+"""Check before the server starts that nothing of Flower answers from the network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PATHS = (
     "/health",
     "/docs",
 )
-"""One or two of each interface that Flower's server has."""
+"""One or two calls of each interface of Flower's server."""
 
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-"""How a client of gRPC begins: its preface, and a frame of empty settings."""
+"""First bytes of a gRPC client: preface, and a frame of empty settings."""
 
 SETTINGS = b"\x04\x00\x00\x00\x00\x00"
 """What follows the length in the frame of settings with which a server of HTTP/2 answers."""
@@ -37,7 +37,7 @@ def require_unexposed(host: str, port: int, *, tls: bool, private: int) -> None:
         private: Port of Flower's server, which must be reachable on this machine alone.
 
     Raises:
-        ConnectionFailed: One does; the server must not serve then.
+        ConnectionFailed: One does, so the server must not start.
     """
     requests = [
         f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 0\r\n\r\n".encode()
@@ -59,7 +59,7 @@ def require_unexposed(host: str, port: int, *, tls: bool, private: int) -> None:
 
 
 def _answer(host: str, port: int, request: bytes, *, tls: bool) -> bytes:
-    """Return what comes back over a connection of a stranger who sends this and nothing else."""
+    """Return the answer to a connection that sends only this request, without authentication."""
     answer = b""
     with contextlib.suppress(OSError):
         connection = socket.create_connection((host, port), 2)

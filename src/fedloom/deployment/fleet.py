@@ -1,8 +1,8 @@
-"""Flower's Fleet interface, as far as a client that is let in needs it, and as nobody else.
+"""Flower's Fleet interface, restricted to the calls that an admitted client needs.
 
-The gateway reads the head of each HTTP request, lets through what is named here and nothing else, signs
-it as the node of the member that has proven its key (``flower_nodes.py``), and passes the body on as it
-comes: none is held in memory. Flower's server itself listens on this machine alone.
+The gateway reads the head of each HTTP request, passes on only the calls named here, signs
+it as the node of the member that has proven its key (``flower_nodes.py``), and streams the body through
+without holding it in memory. Flower's server itself listens on this machine alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ IDLE = 120.0
 
 
 class Connection(Protocol):
-    """What is needed of a socket."""
+    """The part of a socket that is used."""
 
     def settimeout(self, seconds: float | None, /) -> None:
         """See ``socket``."""
@@ -79,9 +79,9 @@ class Upstream:
     """Where Flower's server listens on this machine.
 
     Attributes:
-        context: By which it is known.
-        database: Its file, in which objects that clients push wait.
-        most: Bytes that the file may have before no more are taken.
+        context: Verifies its certificate.
+        database: File of its database, which holds objects that clients have pushed.
+        most: Bytes of the file above which no more objects are accepted.
     """
 
     host: str
@@ -101,7 +101,7 @@ class Upstream:
         """Return a connection to it.
 
         Raises:
-            ConnectionFailed: It is not there.
+            ConnectionFailed: It cannot be reached.
         """
         try:
             plain = socket.create_connection((self.host, self.port), 10)
@@ -121,7 +121,7 @@ class Refused(MessageError):
     """
 
     def __init__(self, status: int, reason: str, kind: ViolationKind = "forbidden") -> None:
-        """Keep status and reason; the kind counts where an honest client sends no such request."""
+        """Keep status and reason; ``kind`` is the kind of violation."""
         super().__init__(reason, kind)
         self.status = status
 
@@ -144,11 +144,11 @@ def pass_on(
         upstream: Flower's server.
         node: Returns the client's node while it is allowed; asked for each request.
         pace: Waits until the client may make another request.
-        turn: Held while one of its large bodies is passed on, which Flower holds in memory.
+        turn: Lock that is held while one of its large bodies is passed on, which Flower holds in memory.
 
     Raises:
-        Forbidden: It sent what no honest client sends.
-        Refused: It is no longer allowed, or there is no room.
+        Forbidden: It sent something that honest clients do not send.
+        Refused: It is no longer allowed, or the database is full.
         ConnectionFailed: Flower's server is not there, or gave no answer.
         OSError: A connection ended or broke.
     """
@@ -158,7 +158,7 @@ def pass_on(
     try:
         while True:
             try:
-                request = _next(client, connection, HEAD)  # or the connection ends here
+                request = _next(client, connection, HEAD)  # otherwise the connection ends here
                 if not isinstance(request, h11.Request):
                     return
                 pace()
@@ -192,7 +192,7 @@ def _require_allowed(request: h11.Request) -> int:
     if request.method != b"POST" or path not in CALLS:
         method = request.method.decode("latin-1")[:8]
         raise Forbidden(403, f"{method} {path[:80]!r} is not offered")
-    if len(headers) != len(request.headers):  # who reads the first and who the last would differ
+    if len(headers) != len(request.headers):  # readers that take the first and the last would disagree
         raise Forbidden(400, "a header is given twice", "malformed")
     length = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers or not length.isdigit() or len(length) > 12:
@@ -204,9 +204,9 @@ def _require_allowed(request: h11.Request) -> int:
 
 
 def require_own_reply(body: bytes) -> None:
-    """Check that what a client sends as messages is one reply of its own to the server, and nothing else.
+    """Check that a client pushes exactly one message: its own reply to the server.
 
-    Flower proves which node calls, and takes what the messages inside say of their sender and target.
+    Flower authenticates the calling node, but trusts the sender and target inside the messages.
 
     Raises:
         Forbidden: It is something else.
@@ -225,7 +225,7 @@ def require_own_reply(body: bytes) -> None:
 
 
 def _refuse(client: h11.Connection, connection: Connection, error: Refused) -> None:
-    """Tell the client, and read no more of it."""
+    """Send the refusal to the client, and read nothing more from it."""
     text = str(error).encode()
     headers = [
         ("content-length", str(len(text))),
@@ -285,7 +285,7 @@ def _exchange(
 
 
 def _parts(client: h11.Connection, connection: Connection, end: float) -> Iterator[bytes]:
-    """Yield the body of a request as it comes."""
+    """Yield the body of a request in parts, as it arrives."""
     while isinstance(event := _next(client, connection), h11.Data):
         if time.monotonic() > end:
             raise ConnectionAbortedError("the body arrived too slowly")

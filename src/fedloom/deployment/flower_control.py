@@ -1,4 +1,4 @@
-"""What the server tells Flower's server, and asks it: nodes and runs, over its Control interface.
+"""The client of the Control interface of Flower's server: nodes and runs.
 
 It is called in this process, over HTTP to 127.0.0.1, so a call takes milliseconds; Flower's command line,
 which does the same, takes seconds to start.
@@ -36,7 +36,7 @@ APP = Path(__file__).with_name("app")
 """The Flower app."""
 
 LISTED = 100
-"""Runs that are asked for at most: the last ones."""
+"""Number of latest runs that are requested."""
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class FlowerRun:
 
     Attributes:
         id: Flower's number of it.
-        is_over: Whether it has ended, however it did.
+        is_over: Whether it has ended, successfully or not.
     """
 
     id: int
@@ -55,10 +55,10 @@ class FlowerRun:
 
 
 class FlowerControl:
-    """Flower's server, as its own user may speak to it."""
+    """Connection to the Control interface of Flower's server."""
 
     def __init__(self, address: str, authority: bytes) -> None:
-        """Speak to the server at an address that this authority (PEM) vouches for."""
+        """Connect to the server at an address whose certificate this authority (PEM) has signed."""
         self._client = ControlHttpClient.from_server_address(
             server_address=address,
             insecure=False,
@@ -79,7 +79,7 @@ class FlowerControl:
         self.close()
 
     def register(self, public_pem: bytes, name: str) -> int:
-        """Make a node for a public key; return its number.
+        """Register a node for a public key; return its number.
 
         Raises:
             ConnectionFailed: Flower cannot be reached, or refuses: a key may be used once.
@@ -91,7 +91,7 @@ class FlowerControl:
         return node
 
     def unregister(self, node: int) -> None:
-        """Have a node be none any more.
+        """Remove a node.
 
         Raises:
             ConnectionFailed: Flower cannot be reached, or does not know it.
@@ -112,7 +112,7 @@ class FlowerControl:
         """Start a run of our app; return Flower's number of it.
 
         Args:
-            order: What it is told: the file that says what is to be run.
+            order: File of the run request, which is passed to the run.
 
         Raises:
             ConnectionFailed: Flower cannot be reached, or refuses.
@@ -159,7 +159,7 @@ class FlowerControl:
 
 
 def _said(response: httpx.Response) -> str:
-    """Return the words of an answer that is an error; Flower puts them into JSON."""
+    """Return the text of an error response, which Flower wraps in JSON."""
     try:
         found = response.json()
     except (ValueError, RecursionError):

@@ -1,9 +1,9 @@
 """A client as a node of Flower: it fetches messages, has the worker answer them, and sends the answers.
 
-It speaks Flower's Fleet interface through the gateway, in this process, as the node that the gateway says
-and signs for (``flower_nodes.py``). Nothing that Flower's server has
-is ever run here: no bundle is installed or loaded, no port is opened. The bundle of a run is looked at
-all the same, and a message of a run with any other than the app of this package is refused.
+It speaks Flower's Fleet interface through the gateway, in this process, as the node that the gateway
+assigns and signs for (``flower_nodes.py``). No code from Flower's server runs here: no bundle is
+installed or loaded, no port is opened. The bundle of a run is still checked, and messages of a run with
+any app but this package's are refused.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ APP = "53d1758fbc427e3df0fb09950f3f4d9924ec7663a84e042ddda478a3b4fe1f7f"
 """What a run's bundle must be: :func:`digest_of_bundle` of the app of this package (``app/``)."""
 
 BUNDLE = 64 << 10
-"""Bytes of the largest bundle that is looked at, packed and unpacked; the app's has 3 kB."""
+"""Bytes of the largest bundle that is checked, packed and unpacked; the app's has 3 kB."""
 
 HEARTBEAT = 10.0
-"""Seconds within which Flower is told again that this node is there; after twice as many it counts as
-away. The least that Flower takes."""
+"""Seconds between heartbeats; after twice as many the node counts as offline. It is the smallest value
+that Flower accepts."""
 
 SOON, LATER, LIVELY = 0.5, 3.0, 60.0
-"""Seconds between looks for messages in the first minute after one, and from then on."""
+"""Seconds between polls for messages in the first minute after a message, and later."""
 
 AGAIN = 0.5, 5.0
-"""Seconds until a lost server is looked for again: at first, and at most."""
+"""Seconds until the next attempt to reach a lost server: at first, and at most."""
 
 REFUSED = 30.0, 300.0
 """The same where the server does not admit this client any more: it may, later."""
@@ -81,11 +81,11 @@ SMALL = 1 << 20
 """Bytes of the longest response that carries no part of a message's content."""
 
 UNREACHABLE = (httpx.HTTPError, httpcore.NetworkError, ConnectionFailed, OSError)
-"""What is raised where the server cannot be reached, or does not answer as it should."""
+"""Exceptions where the server cannot be reached, or does not answer correctly."""
 
 
 class RefusedApp(MessageError):
-    """The bundle of a run is another than the app of this package."""
+    """The bundle of a run is not the app of this package."""
 
 
 class FlowerNode:
@@ -94,7 +94,7 @@ class FlowerNode:
     Attributes:
         answer: Returns the reply to an envelope; takes as long as the work does.
         max_bytes: Bytes that the payload of a message may have.
-        say: Told, for people, when the server is lost and when it is found again.
+        say: Called with texts when the server is lost and when it is reached again.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class FlowerNode:
         self._stopping.set()
 
     def run(self) -> None:
-        """Take part until stopped; a server that goes, or lets this client in no more, is waited for."""
+        """Take part until stopped; wait for a server that is lost or refuses this client."""
         soon, refused = AGAIN[0], REFUSED[0]
         while not self._stopping.is_set():
             begun = time.monotonic()
@@ -135,7 +135,7 @@ class FlowerNode:
                 if not isinstance(error, httpx.HTTPStatusError):
                     self._notify(f"the server cannot be reached: {_reason(error)}; trying again")
                 pause, soon = soon, min(2 * soon, AGAIN[1])
-            except Exception:  # whatever a server sends, this client goes on
+            except Exception:  # an error in a server's answer must not stop this client
                 LOG.exception("the server's answer cannot be used")
                 pause, soon = soon, min(2 * soon, AGAIN[1])
             if time.monotonic() - begun > AGAIN[1]:
@@ -144,13 +144,13 @@ class FlowerNode:
         self._leave()
 
     def _notify(self, text: str) -> None:
-        """Say something, unless it was said last."""
+        """Report a text, unless it was the last one reported."""
         if text != self._notified:
             self._notified = text
             self.say(text)
 
     def _take_part(self, client: FleetHttpClient, node: Node) -> None:
-        """Answer messages until Flower does not know this node any more, or cannot be reached."""
+        """Answer messages until Flower no longer knows this node, or cannot be reached."""
         self._node = node
         if not self._is_known(client, node):
             raise ConnectionFailed("Flower's server does not know this node; it may be starting")
@@ -166,7 +166,7 @@ class FlowerNode:
             over.set()
 
     def _leave(self) -> None:
-        """Tell Flower that this node goes, if it can be told."""
+        """Deactivate this node in Flower, if it can be reached."""
         if self._node is not None:
             with (
                 contextlib.suppress(Exception),
@@ -176,7 +176,7 @@ class FlowerNode:
 
     @staticmethod
     def _is_known(client: FleetHttpClient, node: Node) -> bool:
-        """Tell Flower that this node is there; return whether it knows it."""
+        """Send a heartbeat to Flower; return whether it knows this node."""
         request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT)
         try:
             return client.SendNodeHeartbeat(request).success
@@ -184,7 +184,7 @@ class FlowerNode:
             return False
 
     def _beat(self, node: Node, over: threading.Event) -> None:
-        """Say that this node is there, over a connection of its own, however long an answer takes."""
+        """Send heartbeats over a separate connection, however long an answer takes."""
         while not over.is_set():
             try:
                 with fleet_client(self._gateway, SMALL) as (client, now):
@@ -193,7 +193,7 @@ class FlowerNode:
                     while not over.wait(0.5 * HEARTBEAT):
                         if not self._is_known(client, node):
                             over.set()
-            except Exception as error:  # whatever a server sends
+            except Exception as error:  # any error in a server's answer
                 LOG.info("no heartbeat: %s", _reason(error))
                 over.wait(AGAIN[0])
 
@@ -205,7 +205,7 @@ class FlowerNode:
                 message = message_from_proto(found.messages_list[0])
                 try:
                     self._answer_one(client, node, message, found.message_object_trees[0])
-                except httpx.HTTPStatusError as error:  # its run may be over
+                except httpx.HTTPStatusError as error:  # the run may be over
                     LOG.warning("a message was not answered: %s", _reason(error))
                 heard = time.monotonic()
                 continue
@@ -215,7 +215,7 @@ class FlowerNode:
     def _answer_one(
         self, client: FleetHttpClient, node: Node, message: Message, tree: ObjectTree
     ) -> None:
-        """Answer a message; what goes wrong with it is said in the reply."""
+        """Answer a message; an error is reported in the reply."""
         run = message.metadata.run_id
         try:
             self._require_own_app(client, node, run)
@@ -253,7 +253,7 @@ class FlowerNode:
         """Return a message with its content.
 
         Raises:
-            MessageError: It is too large, not whole, or not what it says it is.
+            MessageError: It is too large, incomplete, or does not match its hash.
         """
         contents: dict[str, bytes] = {}
         self._budget.begin()
@@ -265,9 +265,9 @@ class FlowerNode:
             content = found.object_content
             self._budget.pull(len(content))
             if not (found.object_found and found.object_available):
-                raise MessageError("the message is not there whole")
+                raise MessageError("the message is incomplete")
             if hashlib.sha256(content).hexdigest() != own.object_id:
-                raise MessageError("a part of the message is not what it says it is")
+                raise MessageError("a part of the message does not match its hash")
             contents[own.object_id] = content
         try:
             whole = inflate_object_from_contents(tree.object_id, contents)
@@ -276,7 +276,7 @@ class FlowerNode:
         except Exception as error:  # whatever Flower raises over what is not a message
             raise MessageError(f"the message cannot be read: {type(error).__name__}") from None
         if not isinstance(whole, Message) or not whole.has_content():
-            raise MessageError("the message holds nothing")
+            raise MessageError("the message is empty")
         whole.metadata.__dict__["_message_id"] = tree.object_id
         return whole
 
@@ -312,7 +312,7 @@ def refusal_of_bundle(content: bytes) -> str | None:
         own = digest_of_bundle(content) == APP
     except MessageError as error:
         return str(error)
-    return None if own else "this client takes part in runs of fedloom's own app alone"
+    return None if own else "this client takes part only in runs of fedloom's own app"
 
 
 def digest_of_bundle(content: bytes) -> str:
@@ -334,7 +334,7 @@ def digest_of_bundle(content: bytes) -> str:
                 found.update(f"{info.filename}\n{own}\n".encode())
     except MessageError:
         raise
-    except Exception:  # of all that can be wrong with a file that is packed
+    except Exception:  # any error in a packed file
         raise MessageError("the bundle of the run cannot be read") from None
     return found.hexdigest()
 
@@ -344,11 +344,11 @@ def fleet_client(gateway: GatewayClient, max_bytes: int) -> Iterator[tuple[Fleet
     """Yield Flower's client of its Fleet interface, through the gateway, and which node this is.
 
     Args:
-        gateway: Where, and as whom.
+        gateway: Address and identity.
         max_bytes: Bytes of the longest response.
 
     Raises:
-        ConnectionFailed: The server cannot be reached, is another one, or is not ready yet.
+        ConnectionFailed: The server cannot be reached, is another server, or is not ready yet.
         IdentityError: It does not admit this client.
     """
     backend = _Backend(gateway)
@@ -371,7 +371,7 @@ class _FleetClient(FleetHttpClient):
 
 
 class _Transport(httpx.BaseTransport):
-    """HTTP over connections on which the gateway has let this client in."""
+    """HTTP over connections on which the gateway has admitted this client."""
 
     def __init__(self, backend: _Backend, max_bytes: int) -> None:
         self._backend = backend
@@ -385,7 +385,7 @@ class _Transport(httpx.BaseTransport):
         response = self._inner.handle_request(request)
         if response.headers.get("content-encoding", "identity") != "identity":
             response.close()
-            raise httpx.ReadError("the server's response is packed, and was not to be")
+            raise httpx.ReadError("the server's response is compressed, which is not allowed")
         stream = response.stream
         assert isinstance(stream, httpx.SyncByteStream), "a client that waits has such streams"
         response.stream = _Bounded(stream, self._max_bytes)
@@ -397,7 +397,7 @@ class _Transport(httpx.BaseTransport):
 
 
 class _Bounded(httpx.SyncByteStream):
-    """A response of which no more is read than is allowed."""
+    """A response that is read up to the allowed length."""
 
     def __init__(self, stream: httpx.SyncByteStream, room: int) -> None:
         self._stream, self._room = stream, room
@@ -414,7 +414,7 @@ class _Bounded(httpx.SyncByteStream):
 
 
 class _Backend(httpcore.NetworkBackend):
-    """Opens connections at the gateway, whatever address is asked for; the first at once.
+    """Opens connections at the gateway, whatever the requested address; the first one immediately.
 
     Attributes:
         node: Flower's number of this client, as the gateway says with each connection.
@@ -444,7 +444,7 @@ class _Backend(httpcore.NetworkBackend):
         return _Stream(connection)
 
     def close(self) -> None:
-        """Close the first connection, if nobody has it."""
+        """Close the first connection, if it is unused."""
         if not self._taken:
             self._first.close()
 

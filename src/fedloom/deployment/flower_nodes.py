@@ -1,9 +1,9 @@
-"""Flower's nodes: one for each member that is let in, with a key of the server's making.
+"""Flower's nodes: one for each allowed member, with a key that the server creates.
 
-Flower knows a node by a key, takes each key once and for ever, and forgets none. So the keys by which it
-knows nodes are not the members': the server makes one for each member that it lets in, keeps it in memory
-alone, and the gateway signs with it what a member sends to Flower, once the member has proven its own
-key. Who is let in again, comes with another key or after Flower's database was lost has another node.
+Flower knows a node by a key, takes each key once and for ever, and forgets none. So the keys of nodes are
+not the members' keys: the server creates one for each allowed member and keeps it only in memory; the
+gateway signs the member's requests to Flower with it, once the member has proven its own key. A member
+that is allowed again, has a new key, or returns after Flower's database was lost gets a new node.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fedloom.settings.toml import read_toml, write_toml
 from fedloom.storage.files import write_atomically
 
 RETRY = 5.0
-"""Seconds before Flower is told again what it could not be told."""
+"""Seconds until a failed update of Flower's nodes is retried."""
 
 
 @dataclass(frozen=True)
 class NodeKey:
-    """What Flower knows a member by.
+    """The node of a member in Flower.
 
     Attributes:
         node: Flower's number.
-        member: The member as it was let in.
+        member: The member as it was allowed.
         private: The node's key.
     """
 
@@ -47,7 +47,7 @@ class NodeKey:
     private: ec.EllipticCurvePrivateKey
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the headers by which a request to Flower proves to be this node's."""
+        """Return the headers that authenticate a request to Flower as this node's."""
         moment = now().isoformat()
         signature = sign_message(self.private, moment.encode())
         public = public_key_to_bytes(self.private.public_key())
@@ -59,22 +59,22 @@ class NodeKey:
 
 
 class FlowerNodes:
-    """Has Flower know whom we let in, as often as that changes.
+    """Keeps Flower's nodes equal to the allowed members.
 
     Attributes:
-        problem: Why it could not be told at the last try.
+        problem: Why the last update failed.
     """
 
     def __init__(
         self, control: FlowerControl, members: Callable[[], Members], path: Path, note: Record
     ) -> None:
-        """Speak to a server of Flower that has no node yet.
+        """Connect to a Flower server that has no nodes yet.
 
         Args:
             control: Flower's server.
-            members: Returns who is let in, as of now.
-            path: File for the processes that play runs: the node of each member's number.
-            note: Told who was let in and who is no longer, for the audit log.
+            members: Returns the current registry.
+            path: File for the processes of runs: the node of each member's number.
+            note: Audit log of members that are allowed and revoked.
         """
         self.control, self.members, self.path, self.note = control, members, path, note
         self._keys: dict[int, NodeKey] = {}
@@ -84,18 +84,19 @@ class FlowerNodes:
         self._again, self.problem = 0.0, ""
 
     def of(self, number: int) -> NodeKey | None:
-        """Return the node of a member, once it has one; from any thread."""
+        """Return the node of a member, once it has one; thread-safe."""
         return self._keys.get(number)
 
     def doubt(self) -> None:
-        """Have the next look make sure that Flower, which was started again, knows its nodes still."""
+        """Make the next update check that Flower, which was restarted, still has its nodes."""
         self._doubtful = True
 
     def follow(self) -> None:
-        """Make nodes for who was let in, and end those of who is no longer, since the last call.
+        """Create nodes of newly allowed members, and remove those of revoked ones, since the last call.
 
         Raises:
-            FedloomError: The list cannot be read, or Flower not be told; what was done stays done.
+            FedloomError: The registry cannot be read, or Flower cannot be reached; completed changes
+                stay.
         """
         members = self.members().members
         if self._doubtful:
@@ -109,14 +110,14 @@ class FlowerNodes:
         failed: list[FedloomError] = []
         for number, known in list(self._keys.items()):
             if number not in allowed or allowed[number].key != known.member.key:
-                del self._keys[number]  # the gateway passes nothing on from here
+                del self._keys[number]  # the gateway stops passing its requests on
                 self._leftover.append(known.node)
                 self.note("revoked", client=number, name=known.member.name)
         for node in list(self._leftover):
             try:
                 self.control.unregister(node)
                 self._leftover.remove(node)
-            except FedloomError as error:  # the others are not to wait for this one
+            except FedloomError as error:  # the others must not wait for this one
                 failed.append(error)
         for number, member in allowed.items():
             if number not in self._keys:
@@ -136,13 +137,13 @@ class FlowerNodes:
         self._seen = members
 
     def keep_following(self) -> None:
-        """Follow; what fails is noted in the audit log, once, and tried again after a while."""
+        """Call :meth:`follow`; a failure is recorded once in the audit log and retried later."""
         if time.monotonic() < self._again:
             return
         try:
             self.follow()
             self.problem = ""
-        except Exception as error:  # whatever it is, the runs go on
+        except Exception as error:  # a failure must not stop the runs
             self._again = time.monotonic() + RETRY
             reason = f"{type(error).__name__}: {error}"
             if not self.problem:

@@ -1,8 +1,8 @@
-"""Starts Flower's server so that nobody but its own user can speak to it.
+"""Starts Flower's server so that only its own user can connect to it.
 
-It listens on this machine alone, behind the gateway. But there too, whoever may reach its Control and
-Runtime interfaces may run code with the rights of its user, and it knows no password for them: so a
-connection is taken only from a process of the same user (or of root, who may do anything).
+It listens on this machine alone, behind the gateway. But any local process that reaches its Control and
+Runtime interfaces could run code with the rights of its user, and they have no password: so connections
+are accepted only from processes of the same user (or of root).
 
 Run as ``python -m fedloom.deployment.flower_server ARGUMENT ...`` with the arguments of
 ``flower-superlink``.
@@ -22,11 +22,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from fedloom.runs.parent_process import end_with_parent
 
 CONNECTIONS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
-"""Where Linux lists them, with the user whose process has each end."""
+"""Where Linux lists TCP connections, with the user of each end."""
 
 
 def owner(port: int, listening: int) -> int | None:
-    """Return the user who connected from a port of this machine, or ``None`` where that is not known.
+    """Return the id of the user who connected from a port of this machine, or ``None`` where unknown.
 
     Args:
         port: The connecting end.

@@ -1,4 +1,4 @@
-"""Starts a process for each run when Flower's server asks for it, and ends with the server.
+"""Starts a process for each run when Flower's server requests it, and ends with the server.
 
 Run as ``python -m fedloom.deployment.flower_starter ARGUMENT ...`` with the arguments of
 ``flower-superexec``.
@@ -22,7 +22,7 @@ from fedloom.runs.parent_process import end_with_parent, of_this_process
 
 
 class Forking(SubprocessExecutor):
-    """Has the processes of runs forked (``fork_server.py``), and starts none of another kind."""
+    """Starts the processes of runs through the fork server (``fork_server.py``), and no others."""
 
     def __init__(self) -> None:
         """Start the fork server."""

@@ -1,4 +1,4 @@
-"""Where the server and a client of a federation keep what is theirs."""
+"""The data folders of the server and of a client of a federation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fedloom.storage.files import write_atomically
 
 
 class StoredRecord(Settings):
-    """What one process of ours writes for another, as TOML."""
+    """A record that one process of fedloom writes for another, as TOML."""
 
     def write(self, path: Path) -> None:
-        """Keep it; half of it is never read."""
+        """Write it atomically."""
         write_atomically(path, write_toml(self.model_dump()).encode())
 
     @classmethod
@@ -33,7 +33,7 @@ class StoredRecord(Settings):
         """Read what :meth:`write` wrote.
 
         Raises:
-            SettingsError: It cannot be read, or is something else.
+            SettingsError: It cannot be read, or is malformed.
         """
         found, problems = parse(cls, read_toml(path), path.stem)
         if found is None:
@@ -42,7 +42,7 @@ class StoredRecord(Settings):
 
 
 class Registration(StoredRecord):
-    """How a client was joined, as its processes read it."""
+    """Registration of a client with a server, as its processes read it."""
 
     gateway: str
     """HOST:PORT of the server's gateway."""
@@ -52,7 +52,7 @@ class Registration(StoredRecord):
     """Of the member."""
     key: str
     authority: str | None = None
-    """File of the federation's authority; left out for no TLS."""
+    """File of the federation's authority; missing without TLS."""
     own: str | None = None
     """The client's file."""
 
@@ -65,20 +65,20 @@ class ClientFolder:
 
     @property
     def socket(self) -> Path:
-        """Where the worker listens."""
+        """Socket of the worker."""
         return self.path / SOCKET
 
     @property
     def lock(self) -> Path:
-        """The process that takes part, and the lock that makes it the only one."""
+        """Lock file of the client process, which holds its process id."""
         return self.path / "client.pid"
 
     @property
     def id(self) -> str:
-        """What tells this folder from all others; made at the first look.
+        """Id of this folder; created at the first access.
 
         Raises:
-            OutputError: It cannot be written down.
+            OutputError: It cannot be written.
         """
         path = self.path / "id"
         with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -90,15 +90,15 @@ class ClientFolder:
 
     @property
     def pid(self) -> Path:
-        """The worker's process, and the lock that makes it the only one."""
+        """Lock file of the worker, which holds its process id."""
         return self.path / worker_lock.LOCK
 
     def run(self, run: str) -> Path:
-        """Return the folder of what this client keeps of a run."""
+        """Return the folder of a run at this client."""
         return self.path / "runs" / run
 
     def registration(self) -> Registration:
-        """Return how the client was joined.
+        """Return the client's registration.
 
         Raises:
             SettingsError: It was not.
@@ -106,29 +106,29 @@ class ClientFolder:
         return Registration.read(self.path / "client.toml")
 
     def write_registration(self, registration: Registration) -> None:
-        """Keep how the client was joined."""
+        """Store the client's registration."""
         registration.write(self.path / "client.toml")
 
     def own_file(self) -> OwnFile:
-        """Return what the client says of itself."""
+        """Return the client's file."""
         own = self.registration().own
         return OwnFile.read(Path(own)) if own else OwnFile()
 
 
 class ServerStatus(StoredRecord):
-    """How the server was started, as other commands read it."""
+    """State of a started server, as other commands read it."""
 
     host: str
     port: int
-    """Where the gateway listens."""
+    """Port of the gateway."""
     flower: int
-    """Where Flower's server listens, on this machine alone."""
+    """Port of Flower's server, on this machine only."""
     insecure: bool
     pid: int
     since: float
     """When it was started, in seconds since 1970."""
     metrics: str | None = None
-    """Where it gives figures for Prometheus."""
+    """Address of the metrics for Prometheus."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class ServerFolder:
 
     @property
     def lock(self) -> Path:
-        """The process that serves, and the lock that makes it the only one."""
+        """Lock file of the server process, which holds its process id."""
         return self.path / "server.pid"
 
     @property
     def playing(self) -> Path:
-        """The process that plays a run, and the lock that makes it the only one."""
+        """Lock file of the current run's process, which holds its process id."""
         return self.path / "run.pid"
 
     @property
@@ -164,37 +164,37 @@ class ServerFolder:
 
     @property
     def flower(self) -> Path:
-        """What Flower keeps."""
+        """Folder of Flower's files."""
         return self.path / "flower"
 
     @property
     def streams(self) -> Path:
-        """Sockets of runs, where the gateway passes streams on to."""
+        """Folder of the sockets of runs, to which the gateway passes streams."""
         return self.path / "streams"
 
     @property
     def nodes(self) -> Path:
-        """The node by which Flower knows each member; see ``flower_nodes.py``."""
+        """Table of Flower's node of each member; see ``flower_nodes.py``."""
         return self.path / "nodes.toml"
 
     @property
     def database(self) -> Path:
-        """What Flower's server keeps as long as this one runs."""
+        """Database of Flower's server, deleted at each start."""
         return self.path / "flower.db"
 
     @property
     def requests(self) -> Path:
-        """What was asked to be run, and how far it is."""
+        """Folder of run requests and run events."""
         return self.path / "requests"
 
     @property
     def settings(self) -> Path:
-        """Bounds of the gateway, where they are not the defaults."""
+        """Settings of the gateway, where they differ from the defaults."""
         return self.path / "settings.toml"
 
     @property
     def started(self) -> Path:
-        """How the server was started; not there when it does not run."""
+        """State of the started server; missing when it does not run."""
         return self.path / "server.toml"
 
     def members(self) -> Members:

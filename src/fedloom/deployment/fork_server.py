@@ -1,6 +1,6 @@
-"""A fork server: has imported what plays a run, and forks the process of each run from itself.
+"""A fork server: it has imported the code of a run, and forks the process of each run.
 
-To import all of that takes seconds, which no run has to wait for. Nothing else is done before the fork:
+These imports take seconds, which runs then need not wait for. Nothing else is done before the fork:
 no thread is started, no connection opened, no model loaded.
 
 Run as ``python -m fedloom.deployment.fork_server``; for each line of its standard input, the arguments of
@@ -27,7 +27,7 @@ def main() -> None:
     end_with_parent()
     for name in NEEDED:
         importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for how a run's process ends
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the exit status of a run
     for line in sys.stdin:
         if os.fork() == 0:
             play(json.loads(line))
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def play(arguments: list[str]) -> None:
-    """Be the process of a run."""
+    """Run as the process of a run."""
     end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -50,7 +50,7 @@ def play(arguments: list[str]) -> None:
         code = end.code if isinstance(end.code, int) else 1
     else:
         code = 0
-    os._exit(code)  # to take down the interpreter page by page took seconds of a core
+    os._exit(code)  # a normal interpreter shutdown took seconds
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The gateway: the one port of a federation that faces the network.
+"""The gateway: the only port of a federation that is open to the network.
 
-A connection comes to something in three steps, and each has a bound before it costs anything: TLS, within
-some seconds; a proof of the client's key (``handshake.py``), in one frame of at most a kilobyte; then
-what an admitted client may have: its number, calls of Flower's Fleet interface (``fleet.py``), or a
-stream of messages, passed on unread to the process that plays the rounds. Whoever has not proven a key by
-then, and whatever else is asked for, is disconnected. Flower itself listens on this machine alone.
+A connection is admitted in three steps, each with a bound on its cost: TLS, within some seconds; a proof
+of the client's key (``handshake.py``), in one frame of at most a kilobyte; then the service of an
+admitted client: its number, calls of Flower's Fleet interface (``fleet.py``), or a stream of messages,
+passed on unread to the process that runs the rounds. A connection without a proof of a key, or with any
+other request, is closed. Flower itself listens on this machine alone.
 
-Connections that have proven nothing yet are the business of one thread, and of nothing else until their
-first byte is there: so thousands of idle ones cost a socket each, and the oldest give way to new ones.
+Unauthenticated connections are handled by one thread, and use nothing else until their first byte
+arrives: so thousands of idle ones cost one socket each, and the oldest are closed for new ones.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from fedloom.wire.framing import connect, write_frame
 LOG = logging.getLogger("fedloom.gateway")
 
 BATCH = 64
-"""Connections that are accepted at a time, before those that wait are looked at again."""
+"""Connections that are accepted in one batch, before waiting ones are handled again."""
 
 BODIES = 2
 """Large bodies of one client that are passed on at a time: Flower holds each whole in memory."""
@@ -63,43 +63,43 @@ BODIES = 2
 NOT_YET = "the server is starting, or has just admitted this client: it is tried again"
 
 SETTLING = 10.0
-"""Seconds in which a client that was let in must take the word of it."""
+"""Seconds within which an admitted client must read the answer."""
 
 
 Refusal = Literal["rate", "room", "time", "handshake", "identity", "distrust", "later"]
-"""Why a connection is closed before a client is let in: too many a second, no room, too late, no
-handshake, a key that is not let in, a client that does not trust this server, not now."""
+"""Kinds of refusals before a client is admitted: rate, no room, timeout, no handshake, a key that is not
+allowed, a client that does not trust this server, retry later."""
 
 
 class _Later(IdentityError):
-    """A client is not let in now, and may be when it asks again."""
+    """A client is refused now, and may be admitted later."""
 
 
 class GatewaySettings(Settings):
     """``[gateway]`` of ``settings.toml`` in the server's folder: bounds of what faces the network."""
 
     unproven: int = Field(default=512, ge=1)
-    """Connections that may be open at a time without having proven a key; the oldest gives way to a new
-    one. Each takes some 30 kB once TLS has begun, 1 kB before."""
+    """Most open connections without a proof of a key; the oldest is closed for a new one. Each takes some
+    30 kB once TLS has begun, 1 kB before."""
     unproven_per_address: int = Field(default=64, ge=1)
-    """The same from one address; a hospital behind one address needs a handful, for a moment each."""
+    """The same per address; a hospital behind one address needs a few, for a moment each."""
     handshake_seconds: float = Field(default=10.0, gt=0)
-    """Seconds from the connection to the proof of a key, TLS included."""
+    """Seconds until a connection must have proven a key, including TLS."""
     handshakes_per_second: float = Field(default=10.0, gt=0)
-    """Handshakes that are begun for one address in the long run; more are closed at once."""
+    """Handshakes per second and address, on average; further connections are closed at once."""
     handshake_burst: int = Field(default=100, ge=1)
-    """Handshakes that are begun for one address at once."""
+    """Handshakes per address in a burst."""
     connections_per_client: int = Field(default=16, ge=6)
-    """Connections that one client may have open. It has two for Flower's calls and one for its run, and
-    for a while others beside them that have broken without its machine's saying so."""
+    """Most open connections of one client. It has two for Flower's calls and one for its run, and for a
+    while others that broke without notice."""
     requests_per_second: float = Field(default=20.0, gt=0)
-    """Calls of Flower's that are passed on for one client in the long run; more wait. A client looks for
-    messages twice a second at most."""
+    """Flower calls per second and client, on average; further calls wait. A client polls at most twice a
+    second."""
     request_burst: int = Field(default=200, ge=1)
-    """Calls of Flower's that are passed on for one client at once."""
+    """Flower calls per client in a burst."""
     flower_bytes: int = Field(default=16 << 30, ge=1 << 20)
-    """Bytes of Flower's database above which it takes no more from clients: answers of large models that
-    travel as messages wait there; over streams none do."""
+    """Bytes of Flower's database above which no more data is accepted from clients: answers that are sent
+    as messages wait there; answers over streams do not."""
     connections: int = Field(default=4096, ge=2)
     """Connections of all clients; each has a thread, a stream two."""
 
@@ -126,11 +126,11 @@ class GatewaySettings(Settings):
 
 @dataclass(frozen=True)
 class Allowed:
-    """Who is let in, by key: a look into a table, however many there are.
+    """The allowed members by key; a table lookup.
 
     Attributes:
-        numbers: Of those let in, by their key as a line of OpenSSH.
-        revoked: Keys that once were.
+        numbers: Numbers of allowed members, by key in OpenSSH format.
+        revoked: Keys that were revoked.
     """
 
     numbers: dict[str, int]
@@ -138,7 +138,7 @@ class Allowed:
 
     @classmethod
     def of(cls, members: Members) -> Allowed:
-        """Return the table of a list."""
+        """Return the table of a registry."""
         numbers = {own.key: own.number for own in members.allowed}
         return cls(numbers, frozenset(own.key for own in members.members) - numbers.keys())
 
@@ -146,7 +146,7 @@ class Allowed:
         """Return the number of the client with a key.
 
         Raises:
-            IdentityError: It is not let in.
+            IdentityError: It is not allowed.
         """
         if key not in self.numbers:
             why = "has been revoked" if key in self.revoked else "is not known here"
@@ -159,7 +159,7 @@ class Allowed:
 
 @dataclass
 class _Unproven:
-    """A connection of somebody who has not proven a key yet."""
+    """A connection without a proof of a key."""
 
     connection: socket.socket
     address: str
@@ -172,7 +172,7 @@ class _Unproven:
 
 @dataclass
 class _Admitted:
-    """A connection of a client that has."""
+    """A connection of an admitted client."""
 
     client: int
     key: str
@@ -182,7 +182,7 @@ class _Admitted:
 
 
 def source(host: str) -> str:
-    """Return what counts as one address: of IPv6 a network of 64 bits, as addresses in it are free."""
+    """Return the address that is counted: for IPv6 the /64 network."""
     own = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(own, ipaddress.IPv6Address):
         if own.ipv4_mapped is not None:
@@ -192,18 +192,17 @@ def source(host: str) -> str:
 
 
 class Gateway:
-    """Lets clients in.
+    """Admits clients.
 
     Attributes:
         settings: Bounds.
-        note: Told of each client that is let in, and of each stranger that is not, for the audit log; of
-            each client, and of all strangers together, no more than so often.
-        report: Told of what a client that is let in gets wrong here: its number, kind and reason.
+        note: Audit log of admitted clients and refused connections, at a bounded rate per client and for
+            all refused connections together.
+        report: Called with violations of an admitted client: its number, kind and reason.
         streams: Folder of the sockets of runs, by the run's id.
         upstream: Flower's server.
         node: Returns the node by which Flower knows the client of a number, once there is one.
-        counts: Connections of clients by what they are for, refusals by their kind, bytes of streams and
-            calls.
+        counts: Counts of connections by purpose, of refusals by kind, of bytes of streams and calls.
     """
 
     def __init__(
@@ -246,7 +245,7 @@ class Gateway:
         self._thread: threading.Thread | None = None
 
     def listen(self, host: str, port: int, certificate: tuple[Path, Path] | None) -> None:
-        """Listen, and serve until :meth:`stop`.
+        """Listen and serve until :meth:`stop`.
 
         Args:
             host: Address.
@@ -259,7 +258,7 @@ class Gateway:
         if certificate is not None:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_3
-            self._context.num_tickets = 0  # no session is resumed: each connection proves its key
+            self._context.num_tickets = 0  # no TLS session is resumed: each connection must prove its key
             try:
                 self._context.load_cert_chain(*certificate)
             except (ssl.SSLError, OSError) as error:
@@ -282,7 +281,7 @@ class Gateway:
         self._thread.start()
 
     def stop(self) -> None:
-        """Listen no longer and end all connections."""
+        """Stop listening and end all connections."""
         self._stopping = True
         if self._thread is not None:
             self._thread.join()
@@ -300,11 +299,11 @@ class Gateway:
             own.end()
 
     def open_connections(self) -> tuple[int, int]:
-        """Return how many connections of clients are open, and how many that have proven nothing yet."""
+        """Return the numbers of open connections of clients and of unauthenticated ones."""
         return len(self._connections), len(self._unproven)
 
     def presence(self) -> dict[int, tuple[bool, float]]:
-        """Return of each client that was ever here whether it is, and since when (s since 1970)."""
+        """Return for each client seen so far whether it is connected, and since when (s since 1970)."""
         with self._lock:
             return {client: (count > 0, since) for client, (count, since) in self._presence.items()}
 
@@ -333,9 +332,9 @@ class Gateway:
                 try:
                     if key.data is None:
                         self._accept(listening)
-                    elif id(key.data) in self._unproven:  # it may have given way to another
+                    elif id(key.data) in self._unproven:  # it may have been closed for another
                         self._advance(key.data)
-                except Exception:  # whatever one of them brought about, the others go on
+                except Exception:  # an error in one connection must not stop the others
                     LOG.exception("a connection was dropped")
                     if key.data is not None:
                         self._drop(key.data)
@@ -354,7 +353,7 @@ class Gateway:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._shed()
-                return  # nobody else waits
+                return  # no more connections are waiting
             now, address = time.monotonic(), source(host)
             if not self._handshakes.allows(address, now):
                 connection.close()
@@ -370,7 +369,7 @@ class Gateway:
                 self._advance(own)
 
     def _shed(self) -> None:
-        """Close the oldest connection where the system has no room for more."""
+        """Close the oldest connection where the system has no more descriptors."""
         if self._unproven:
             oldest = next(iter(self._unproven.values()))
             self._refused(oldest, "the system has no room for more", "room")
@@ -378,7 +377,7 @@ class Gateway:
             time.sleep(0.05)
 
     def _make_room(self, address: str) -> None:
-        """Have the oldest give way where there are too many, those of the busiest address first."""
+        """Close the oldest connections where there are too many, those of the busiest address first."""
         if self._addresses[address] >= self.settings.unproven_per_address:
             crowded = address
         elif len(self._unproven) >= self.settings.unproven:
@@ -398,7 +397,7 @@ class Gateway:
         self._handshakes.forget(now, lambda address: self._addresses[address] > 0)
 
     def _advance(self, own: _Unproven) -> None:
-        """Go on with a connection as far as what has come allows."""
+        """Continue the handshake of a connection as far as its data allows."""
         try:
             self._begin(own)
             if self._received(own):
@@ -412,17 +411,17 @@ class Gateway:
             self._refused(
                 own, str(error), "later" if later else "identity", notify=True, later=later
             )
-        except FedloomError as error:  # the list of members was never whole
+        except FedloomError as error:  # the registry could never be read
             self._refused(own, f"it cannot be decided: {error}", "later")
-        except OSError as error:  # TLS says which alert, in words of its own
+        except OSError as error:  # OpenSSL's text of the TLS alert
             reason = getattr(error, "reason", None) or error.strerror or "it broke"
             self._refused(own, f"no handshake: {str(reason)[:80]}", "handshake")
 
     def _begin(self, own: _Unproven) -> None:
-        """Have TLS stand, and say the nonce.
+        """Complete TLS, and send the nonce.
 
         Raises:
-            OSError: More must come first, or the connection is no good.
+            OSError: More data is needed, or the connection has failed.
         """
         if self._context is not None and not own.encrypted:
             self._selector.unregister(own.connection)
@@ -440,7 +439,7 @@ class Gateway:
 
     @staticmethod
     def _received(own: _Unproven) -> bool:
-        """Return whether the first frame is here whole; no more than that is read.
+        """Return whether the first frame is complete; nothing beyond it is read.
 
         Raises:
             OSError: It is too long, or the connection has ended.
@@ -459,17 +458,17 @@ class Gateway:
             own.got += new
 
     def _decide(self, own: _Unproven) -> None:
-        """Let a client in, or not.
+        """Admit a client, or refuse it.
 
         Raises:
-            IdentityError: It is not let in, for the reason given.
+            IdentityError: It is refused, for the given reason.
         """
         claim = handshake.read_claim(bytes(own.got[handshake.LENGTH.size :]))
         if isinstance(claim, Distrust):
             reason = "it does not trust this server: " + claim.reason
             self._refused(own, reason, "distrust", what="joins")
             return
-        claim.require_proof(own.nonce, self._certificate)  # or it would learn which keys are known
+        claim.require_proof(own.nonce, self._certificate)  # otherwise it would learn which keys are known
         number = self._current().number(claim.key)
         with self._lock:
             all_mine = [other for other in self._connections.values() if other.client == number]
@@ -499,7 +498,7 @@ class Gateway:
         ).start()
 
     def _forget(self, own: _Unproven) -> None:
-        """Watch a connection no longer."""
+        """Stop watching a connection."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(own.connection)
         if self._unproven.pop(id(own), None) is not None:
@@ -521,7 +520,7 @@ class Gateway:
         later: bool = False,
         what: str = "connects",
     ) -> None:
-        """Close a connection; say why, to who began as a client does."""
+        """Close a connection; send the reason if the handshake began correctly."""
         if notify:
             with contextlib.suppress(OSError):
                 own.connection.send(handshake.frame({"refused": reason, "later": later}))
@@ -530,12 +529,12 @@ class Gateway:
         self._noted(what, own.address, reason, kind)
 
     def _noted(self, what: str, address: str, reason: str, kind: Refusal) -> None:
-        """Note a refusal; strangers are refused all the same where the disk is full."""
+        """Record a refusal; it also takes effect where the disk is full."""
         self.counts.add("refusals", kind)
         with contextlib.suppress(OutputError):
             self.note("refused_client", what=what, peer=address, reason=one_line(reason))
 
-    # what is let in
+    # services for admitted clients
 
     def _serve_client(self, connection: socket.socket, claim: Claim, own: _Admitted) -> None:
         self.counts.add("connections", claim.purpose)
@@ -568,7 +567,7 @@ class Gateway:
         except fleet.Forbidden as error:
             self.report(own.client, error.kind, str(error))
         except (OSError, FedloomError):
-            pass  # it went, or Flower is being started again: it comes back
+            pass  # it disconnected, or Flower is restarting: it reconnects
         finally:
             with self._lock:
                 self._connections.pop(id(own), None)
@@ -576,12 +575,12 @@ class Gateway:
             connection.close()
 
     def _card(self, number: int) -> dict[str, Any]:
-        """Return what a client is told of itself."""
+        """Return the registration data that a client is sent."""
         member = self.members().numbered(number)
         return {"number": number, "name": member.name if member else ""}
 
     def _pace_of(self, client: int) -> Callable[[], object]:
-        """Return what waits until a client may make another call of Flower's, over any connection."""
+        """Return a function that waits until a client may make another Flower call."""
         with self._lock:
             new = TokenBucket(
                 self.settings.requests_per_second, self.settings.request_burst, time.monotonic()
@@ -595,12 +594,12 @@ class Gateway:
         return wait
 
     def _turn_of(self, client: int) -> threading.BoundedSemaphore:
-        """Return what lets so many large bodies of a client through at a time."""
+        """Return the semaphore that bounds a client's concurrent large bodies."""
         with self._lock:
             return self._turns.setdefault(client, threading.BoundedSemaphore(BODIES))
 
     def _stream(self, connection: socket.socket, run: str, own: _Admitted) -> None:
-        """Pass bytes on between a client and the process that plays a run."""
+        """Pass bytes between a client and the process of a run."""
         try:
             inner = connect(self.streams / run)
         except ConnectionFailed:
@@ -624,10 +623,10 @@ class Gateway:
 
 
 class _Counted:
-    """A connection whose bytes are counted, for calls of Flower's."""
+    """A connection that counts its bytes, for Flower calls."""
 
     def __init__(self, connection: socket.socket, counts: Counts) -> None:
-        """Count what a client sends as received, and what it is sent as sent."""
+        """Count the bytes from a client as received, and those to it as sent."""
         self._connection, self._counts = connection, counts
         self.settimeout = connection.settimeout
 
@@ -646,7 +645,7 @@ class _Counted:
 def _pass_on(
     source: Duplex | socket.socket, target: Duplex | socket.socket, passed: Callable[[int], object]
 ) -> None:
-    """Pass on what comes until one of two connections ends; then the other ends as well."""
+    """Pass bytes on until one of two connections ends; then end the other."""
     buffer = memoryview(bytearray(CHUNK))
     with contextlib.suppress(OSError):
         while count := source.recv_into(buffer):

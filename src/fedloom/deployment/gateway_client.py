@@ -1,4 +1,4 @@
-"""A client at the gateway: it makes sure of the server, proves its key, and is let through."""
+"""The client's side of the gateway: it verifies the server and proves its key."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from fedloom.wire.envelope import PROTOCOL, printable
 from fedloom.wire.framing import Read, reader, write_frame
 
 TIMEOUT = 4.0
-"""Seconds for each step until a client is let in."""
+"""Seconds for each step until a client is admitted."""
 
 
 PORT = 9092
-"""Where a gateway listens unless it is told otherwise."""
+"""Default port of a gateway."""
 
 NONCE_SECONDS = 1.0
-"""Seconds for a server without TLS to begin."""
+"""Seconds within which a server without TLS must send its first bytes."""
 
 OUT_OF_FORCE = 9, 10
-"""What OpenSSL calls a certificate that is not valid yet, or has expired."""
+"""OpenSSL's codes of a certificate that is not valid yet, or has expired."""
 
 INSPECTED = (
     "; or the proxy answers with a certificate of its own (TLS inspection): have its administrator "
     "exempt this host"
 )
-"""Why else a server behind a proxy may not be trusted."""
+"""Another reason why a server behind a proxy may not be trusted."""
 
 
 class RunIsOver(ConnectionFailed):
-    """The run that a stream was to be opened to is not under way."""
+    """The run of a stream is not under way."""
 
 
 class ProtocolMismatch(IdentityError):
-    """What listens at an address speaks another protocol."""
+    """The service at an address has another protocol version."""
 
     def __init__(self, address: str, protocol: int | None) -> None:
-        """Say which protocol it is, if it is one of this package."""
+        """Name the protocol version, if it is one of this package."""
         if protocol is None:
             super().__init__(f"what listens at {address} is not a gateway of fedloom")
             return
@@ -63,12 +63,12 @@ class ProtocolMismatch(IdentityError):
 
 @dataclass(frozen=True)
 class Card:
-    """What the server says of a client that it lets in.
+    """The server's registration data of an admitted client.
 
     Attributes:
         number: The member's number.
         name: Its name.
-        node: Flower's number of it, where calls of Flower's were asked for.
+        node: Its Flower node, for the purpose of Flower calls.
     """
 
     number: int
@@ -78,13 +78,13 @@ class Card:
 
 @dataclass(frozen=True)
 class GatewayClient:
-    """A client at the gateway.
+    """A client's connection to the gateway.
 
     Attributes:
         address: HOST:PORT of the gateway.
         key: The client's.
         authority: PEM of the federation's authority; ``None`` for no TLS.
-        folder_id: Tells the client's folder from all others; see :class:`Claim`.
+        folder_id: Id of the client's folder; see :class:`Claim`.
     """
 
     address: str
@@ -93,10 +93,10 @@ class GatewayClient:
     folder_id: str
 
     def register(self) -> Card:
-        """Say who this is; return what the server knows it by.
+        """Prove this client's key; return its registration data.
 
         Raises:
-            ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
+            ConnectionFailed: The server cannot be reached, or has no certificate of the authority.
             IdentityError: It does not admit this client.
         """
         connection, card = self.open("register")
@@ -105,12 +105,12 @@ class GatewayClient:
 
     @contextlib.contextmanager
     def stream(self, run: str) -> Iterator[tuple[Read, Callable[[bytes], None]]]:
-        """Open a stream to a run: yields how to read from it and how to send a message.
+        """Open a stream to a run; yield a function that reads from it and one that sends a message.
 
         One thread may read while another sends.
 
         Raises:
-            ConnectionFailed: It cannot be opened, or broke.
+            ConnectionFailed: It cannot be opened, or it broke.
             IdentityError: The server does not admit this client.
         """
         connection, _ = self.open("stream", run)
@@ -122,10 +122,10 @@ class GatewayClient:
             own.close()
 
     def open(self, purpose: Purpose, run: str = "") -> tuple[socket.socket, Card]:
-        """Return a connection on which the server has let this client in, and what it says of it.
+        """Return a connection on which the server has admitted this client, and its registration data.
 
         Raises:
-            ConnectionFailed: The server cannot be reached, or is another than the authority vouches for.
+            ConnectionFailed: The server cannot be reached, or has no certificate of the authority.
             IdentityError: It does not admit this client.
         """
         connection = connect(self.address, self.authority)
@@ -154,7 +154,7 @@ class GatewayClient:
         )
 
     def _prove(self, connection: socket.socket, purpose: Purpose, run: str) -> dict[str, Any]:
-        if self.authority is None:  # a server that speaks TLS waits for it, and says nothing
+        if self.authority is None:  # a server with TLS waits for it and sends nothing
             connection.settimeout(NONCE_SECONDS)
         received = _read(connection, handshake.SERVER_NONCE_FRAME)
         nonce = handshake.nonce_of(received)
@@ -175,7 +175,7 @@ class GatewayClient:
 
 
 def split_address(address: str, default: int = PORT) -> tuple[str, int]:
-    """Return host and port of HOST:PORT or HOST, where an address of IPv6 stands in brackets.
+    """Return host and port of HOST:PORT or HOST; an IPv6 address is in brackets.
 
     Raises:
         SettingsError: It is neither.
@@ -204,11 +204,11 @@ def described(address: str) -> str:
 
 
 def connect(address: str, authority: bytes | None) -> socket.socket:
-    """Return a connection to the server that the authority vouches for.
+    """Return a connection to the server, verified by the authority.
 
     Raises:
-        ConnectionFailed: Nobody answers, or not as a server does that could let this client in.
-        IdentityError: Someone else answers.
+        ConnectionFailed: Nothing answers, or the answer is not that of a fedloom server.
+        IdentityError: Another server answers.
         SettingsError: The environment names a proxy that cannot be used.
     """
     host, _ = split_address(address)
@@ -269,7 +269,7 @@ def _reach(address: str, timeout: float) -> socket.socket:
 
 
 def _complain(address: str, reason: str) -> None:
-    """Tell a server that is not trusted why, for its audit log, and nothing of who says so."""
+    """Send the reason of distrust to an untrusted server, for its audit log, without an identity."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with contextlib.suppress(OSError, ValueError, ConnectionFailed):
@@ -283,7 +283,7 @@ def _read(connection: socket.socket, count: int) -> bytes:
     """Return exactly so many bytes.
 
     Raises:
-        OSError: There are not so many.
+        OSError: The connection ends before.
     """
     content = reader(connection)(count)
     if content is None:

@@ -1,15 +1,15 @@
 """How a client proves its key at the gateway, before anything else that it sends is read.
 
-Inside TLS the server speaks first: a greeting with a nonce of its own. The client answers with one claim:
-what the connection is for, and a signature with its key over the nonce, the server's certificate as the
-client was shown it, the purpose and the run. The server replies whether it lets the client in.
+Inside TLS the server sends the first message: a nonce that it has drawn. The client answers with one
+claim: what the connection is for, and a signature with its key over the nonce, the server's certificate
+as the client was shown it, the purpose and the run. The server replies whether it admits the client.
 
 The nonce makes a claim worthless at any other time, the certificate's hash (the channel binding
 ``tls-server-end-point``, RFC 5929) at any other server: one that passes on the nonce of another server
 gets a signature that names its own certificate. This was chosen over certificates of clients (mutual TLS)
 because a client keeps the one key whose public half is registered and needs nothing back that expires;
-because a stranger costs no more than one signature's check, whatever it claims; and because who is
-refused is told why in words, which an alert of TLS cannot.
+because an unauthenticated peer costs at most one verification of a signature; and because a refused
+client gets a reason in words, which a TLS alert cannot carry.
 
 Nothing here reads or writes a socket.
 """
@@ -40,7 +40,7 @@ NONCE = 32
 SERVER_NONCE_FRAME = len(MAGIC) + NONCE
 
 LENGTH = struct.Struct("<H")
-"""Before a claim and before the answer to it."""
+"""Length prefix of a claim and of the answer to it."""
 
 LONGEST = 1024
 """Bytes of the longest claim; one of this package has about 700."""
@@ -48,18 +48,17 @@ LONGEST = 1024
 OUT_OF_DATE, AHEAD = 300, 4
 """Seconds by which a client's clock may be behind the server's, and ahead of it.
 
-Nothing of the proof rests on it; but what is written down on both sides could not be compared.
+The proof does not depend on it; but logs of both sides could not be compared otherwise.
 """
 
 FOREIGN = "it does not begin as a fedloom client does"
 
 Purpose = Literal["register", "fleet", "stream"]
-"""What a connection is for: to be told the client's number, calls of Flower's Fleet interface, or
-messages of a run."""
+"""Purpose of a connection: registration, calls of Flower's Fleet interface, or messages of a run."""
 
 
 class Claim(Settings):
-    """What a client says of itself."""
+    """The claim of a client: its key, the purpose, and a signature."""
 
     key: str = Field(max_length=300, pattern="^ecdsa-sha2-nistp(256|384|521) [A-Za-z0-9+/=]+$")
     """Its public key as one line of OpenSSH."""
@@ -67,7 +66,7 @@ class Claim(Settings):
     run: str = Field(default="", pattern="^([0-9a-f]{32})?$")
     """The run whose messages are to be streamed; empty for the other purposes."""
     home: str = Field(pattern="^[0-9a-f]{32}$")
-    """Tells the folder from which it takes part from all others."""
+    """Id of the client's folder."""
     time: float
     """Its clock, in seconds since 1970."""
     signature: str = Field(max_length=256, pattern="^([0-9a-f]{2})*$")
@@ -100,7 +99,7 @@ class Claim(Settings):
 
 @dataclass(frozen=True)
 class Distrust:
-    """A client that turns away says why, and nothing of itself: the server is not the one it expects."""
+    """Message of a client that refuses the server: the reason, without the client's identity."""
 
     reason: str
 
@@ -113,7 +112,7 @@ def make_claim(
     home: str,
     run: str = "",
 ) -> bytes:
-    """Return the frame in which a client says who it is; arguments as of :class:`Claim`."""
+    """Return the frame of a client's claim; arguments as of :class:`Claim`."""
     line, moment = public_line(key), time.time()
     signature = sign(key, _signed(nonce, certificate, (line, purpose, run, home), moment)).hex()
     claim = Claim(key=line, purpose=purpose, run=run, home=home, time=moment, signature=signature)
@@ -126,10 +125,10 @@ def make_distrust(reason: str) -> bytes:
 
 
 def read_claim(content: bytes) -> Claim | Distrust:
-    """Return what a stranger's first frame says.
+    """Return the content of the first frame of an unauthenticated peer.
 
     Raises:
-        IdentityError: It is none of this package.
+        IdentityError: It is not a frame of this package.
     """
     try:
         table = json.loads(content)
@@ -141,12 +140,12 @@ def read_claim(content: bytes) -> Claim | Distrust:
 
 
 def nonce_of(received: bytes) -> bytes | None:
-    """Return the nonce in a server's greeting, or ``None`` where it is not a gateway of this protocol."""
+    """Return the nonce in a server's first message, or ``None`` for another protocol version."""
     return received[len(MAGIC) :] if received.startswith(MAGIC) else None
 
 
 def protocol_of(received: bytes) -> int | None:
-    """Return which protocol the gateway that greets so speaks, or ``None`` where it is not a gateway."""
+    """Return the protocol version in a gateway's first message, or ``None`` where it is not a gateway."""
     found = re.match(rb"fedloom gateway (\d{1,4})\n", received)
     return int(found[1]) if found else None
 

@@ -1,4 +1,4 @@
-"""Whether a server does its work, and what keeps it from it, in words that its operator can act on."""
+"""Health of a server: whether it works, and problems in words that its operator can act on."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from fedloom.errors import FedloomError, IdentityError
 from fedloom.security.certificates import read_certificate, require_current
 
 STUCK = 30.0
-"""Seconds without a turn of the server's loop, which takes a fifth of one, after which it is stuck."""
+"""Seconds without an iteration of the server's loop, which takes 0.2 s, after which it counts as
+stuck."""
 
 SOON = 14 * 86_400.0
-"""Seconds before the certificate's last day from which on that is said."""
+"""Seconds before the certificate's expiry at which warnings start."""
 
 LITTLE = 256 << 20
-"""Bytes free on the disk below which that is said."""
+"""Free bytes on the disk below which a warning is given."""
 
 
 class Health:
-    """Looks after a server that runs; any thread may ask.
+    """Health of a running server; thread-safe.
 
     Attributes:
         expires: When the certificate expires, in seconds since 1970; ``None`` without TLS.
@@ -37,7 +38,7 @@ class Health:
         nodes: FlowerNodes,
         gateway: Gateway,
     ) -> None:
-        """Begin with a turn.
+        """Start with an iteration of the loop.
 
         Args:
             folder: The server's.
@@ -54,15 +55,15 @@ class Health:
         self._turned = time.monotonic()
 
     def turn(self) -> None:
-        """Take note that the server's loop has come round."""
+        """Record an iteration of the server's loop."""
         self._turned = time.monotonic()
 
     def is_alive(self) -> bool:
-        """Return whether the server's loop goes round."""
+        """Return whether the server's loop is running."""
         return time.monotonic() < self._turned + STUCK
 
     def problems(self) -> list[str]:
-        """Return why clients cannot take part or runs not be played; nothing where all is well."""
+        """Return problems that keep clients from taking part or runs from starting."""
         found = []
         for supervised in self.supervisor.processes:
             if not supervised.is_running:
@@ -86,7 +87,7 @@ class Health:
         return found
 
     def warnings(self) -> list[str]:
-        """Return what will keep the server from its work if nothing is done."""
+        """Return warnings about problems that will occur without action."""
         found = []
         if self.expires is not None and 0 < (left := self.expires - time.time()) < SOON:
             found.append(

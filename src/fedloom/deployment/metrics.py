@@ -1,4 +1,4 @@
-"""Figures of a server for Prometheus, and whether it is alive and ready, over HTTP at a private address.
+"""Metrics of a server for Prometheus, and its liveness and readiness, over HTTP at a private address.
 
 They are collected when they are asked for, from what ``fedloom status`` shows and from counts since the
 server's start.
@@ -61,10 +61,10 @@ class ServerCollector(Collector):
         build.add_metric([importlib.metadata.version("fedloom"), str(PROTOCOL)], 1)
         yield build
         yield GaugeMetricFamily(
-            "fedloom_start_time_seconds", "When the server was started.", server["since"]
+            "fedloom_start_time_seconds", "Start of the server.", server["since"]
         )
         yield GaugeMetricFamily(
-            "fedloom_ready", "Whether clients can take part and runs be played.",
+            "fedloom_ready", "Whether clients can take part and runs can start.",
             not self.health.problems(),
         )  # fmt: skip
         if self.health.expires is not None:
@@ -77,7 +77,7 @@ class ServerCollector(Collector):
             counted.add_metric([state], sum(own["state"] == state for own in members))
         yield counted
         connected = GaugeMetricFamily(
-            "fedloom_member_connected", "Whether a member that is let in is.", labels=["member"]
+            "fedloom_member_connected", "Whether an allowed member is connected.", labels=["member"]
         )
         since = GaugeMetricFamily(
             "fedloom_member_since_seconds", "When that began.", labels=["member"]
@@ -103,10 +103,10 @@ class ServerCollector(Collector):
 
     def _totals(self) -> Iterable[Metric]:
         connections = CounterMetricFamily(
-            "fedloom_connections", "Connections of clients that were let in.", labels=["purpose"]
+            "fedloom_connections", "Connections of admitted clients.", labels=["purpose"]
         )
         refusals = CounterMetricFamily(
-            "fedloom_refusals", "Connections that were not let in.", labels=["reason"]
+            "fedloom_refusals", "Refused connections.", labels=["reason"]
         )
         ended = CounterMetricFamily("fedloom_runs", "Runs that ended.", labels=["outcome"])
         counted: Mapping[Count, CounterMetricFamily] = {
@@ -127,7 +127,7 @@ class ServerCollector(Collector):
         yield traffic
         rounds, seconds = self.counts.of("rounds"), self.counts.of("round_seconds")
         yield SummaryMetricFamily(
-            "fedloom_round_seconds", "Rounds that were played, and their seconds.",
+            "fedloom_round_seconds", "Finished rounds, and their seconds.",
             int(sum(rounds.values())), sum(seconds.values()),
         )  # fmt: skip
 
@@ -191,7 +191,7 @@ class MetricsServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *arguments: object) -> None:
-                """Log nothing: it is asked every few seconds."""
+                """Log nothing: requests come every few seconds."""
 
             def handle(self) -> None:
                 with contextlib.suppress(OSError):  # who asked has gone
@@ -205,7 +205,7 @@ class MetricsServer:
         threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True).start()
 
     def close(self) -> None:
-        """Answer no longer."""
+        """Stop answering."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -230,7 +230,7 @@ def private_address(where: str) -> tuple[str, int]:
     """Return host and port of an address that other networks do not reach.
 
     Raises:
-        SettingsError: It is another one: the figures name members, and nobody is asked for a key.
+        SettingsError: It is another one: the metrics name members, and there is no authentication.
     """
     host, port = split_address(where, PORT)
     with contextlib.suppress(ValueError):
@@ -239,7 +239,7 @@ def private_address(where: str) -> tuple[str, int]:
             return str(own), port
     raise SettingsError(
         [
-            f"--metrics {where}: figures name members, and whoever asks is shown them, so they are "
+            f"--metrics {where}: figures name members, without authentication, so they are "
             f"given at a private address alone, such as {address('127.0.0.1', PORT)}"
         ],
         "the command",

@@ -1,4 +1,4 @@
-"""Which members take part in a run, and under which client's number."""
+"""The members that take part in a run, and their client numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fedloom.settings.toml import override, read_toml, require_section
 def experiment_of(
     path: Path, assignments: Iterable[str], name: str, source: str, members: Members
 ) -> Experiment:
-    """Return the experiment in a file, for as many clients as members are to take part in it.
+    """Return the experiment in a file, with one client for each member that takes part.
 
     Args:
         path: The file.
         assignments: As after ``--set``.
-        name: Names the run.
+        name: Name of the run.
         source: What the file is called in messages.
-        members: Who is let in.
+        members: The registry.
 
     Raises:
         SettingsError: With every mistake in it.
@@ -45,8 +45,8 @@ def chosen(experiment: Experiment, members: Members) -> list[Participant]:
     """Return the members that an experiment is for, in the order of their clients' numbers.
 
     Raises:
-        SettingsError: Nobody is let in, somebody is named who is not, or the experiment is for another
-            number of clients.
+        SettingsError: No member is allowed, a named member is not allowed, or the experiment is for
+            another number of clients.
     """
     federation, allowed = experiment.federation, members.allowed
     names = ", ".join(own.name for own in allowed) or "nobody"
@@ -79,7 +79,7 @@ def chosen(experiment: Experiment, members: Members) -> list[Participant]:
 def requested_run(
     server_folder: ServerFolder, run_request: RunRequest
 ) -> tuple[Experiment, list[Participant]]:
-    """Return the experiment that an order is for, and the members that take part in it.
+    """Return the experiment of a run request, and the members that take part in it.
 
     Raises:
         SettingsError: With every mistake in it.

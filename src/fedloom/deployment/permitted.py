@@ -1,9 +1,9 @@
-"""What of a server's experiment a client takes over, and what of it its own file refuses.
+"""Which settings of a server's experiment a client adopts, and which its own file refuses.
 
-The client's experiment is made anew from an allow-list. Every setting of an experiment stands in one
-of four tables here: taken as it is (it can neither choose rows nor cost much), taken where it is not a
-larger than a line of the client's ``[policy]``, decided by a function of this file, or left (the
-server's own affair, or this machine's). What stands in none is not taken, and a test fails over it.
+The client's experiment is rebuilt from an allow-list. Every setting of an experiment is in one of four
+tables here: taken as it is (it can neither choose rows nor cost much), taken where it is not a larger
+than a line of the client's ``[policy]``, decided by a function of this file, or left (the server's own
+affair, or this machine's). A setting in no table is not adopted, and a test fails for it.
 
 Nothing is read and nothing is loaded in this file.
 """
@@ -34,13 +34,13 @@ from fedloom.settings.toml import parse_toml
 from fedloom.training.settings import Work
 
 DEEPEST = 50
-"""Dots before the first "=" of a line: to read a key of many thousand takes a parser hours."""
+"""Most dots before the first "=" of a line: a parser would take hours for a key of many thousands."""
 
 LONGEST = 256 << 10
 """Characters of an experiment's text: a share for each of ten thousand clients takes a third of that."""
 
 ALWAYS = frozenset({"adapters", "control_variates"})
-"""What replies may hold without a line of its own in the policy."""
+"""Contents of replies that need no line in the policy."""
 
 
 def _names(fields: Mapping[str, str]) -> frozenset[str]:
@@ -146,12 +146,12 @@ server."""
 
 @dataclass(frozen=True)
 class Examined:
-    """An experiment, held against a client's file.
+    """Result of checking an experiment against a client's file.
 
     Attributes:
-        asked: As the server sent it.
+        asked: The experiment as the server sent it.
         refusals: Everything that the file does not allow; where there is none, ``experiment`` is there.
-        experiment: As this client would take part in it.
+        experiment: The experiment as this client would take part in it.
     """
 
     asked: Experiment
@@ -176,13 +176,13 @@ class Examined:
 
 
 def permitted(text: str, own: OwnFile, client: int, classes: int) -> Experiment:
-    """Return a server's experiment as a client takes part in it.
+    """Return a server's experiment as this client takes part in it.
 
     Args:
         text: The experiment as it was sent.
         own: The client's file.
         client: The client's number.
-        classes: How many classes the server says that there are.
+        classes: Number of classes according to the server.
 
     Raises:
         PolicyError: It is not an experiment, or the file does not allow it; with every reason.
@@ -196,7 +196,7 @@ def permitted(text: str, own: OwnFile, client: int, classes: int) -> Experiment:
 def examine(
     text: str, own: OwnFile, client: int, classes: int = 0, *, sent: bool = True
 ) -> Examined:
-    """Hold an experiment against a client's file; see :func:`permitted`.
+    """Check an experiment against a client's file; see :func:`permitted`.
 
     Args are those of :func:`permitted`, but for:
         sent: Whether a server sent it, and it is not one that a server would be asked to run.
@@ -271,13 +271,13 @@ def open_methods(own: OwnFile) -> list[str]:
 
 
 def _closed(method: Method, own: OwnFile) -> list[str]:
-    """Return what a method's replies hold that a client's file does not open."""
+    """Return the contents of a method's replies that a client's file does not allow."""
     needed = sorted(method.reveals - ALWAYS)
     return [what for what in needed if what not in REVEALING or not getattr(own.policy, what)]
 
 
 class _Examiner:
-    """Makes a client's experiment section by section, and collects what is refused."""
+    """Builds a client's experiment section by section, and collects refusals."""
 
     def __init__(self, asked: Experiment, own: OwnFile, client: int, *, sent: bool) -> None:
         self.asked, self.own, self.client, self.sent = asked, own, client, sent
@@ -287,7 +287,7 @@ class _Examiner:
         self.shared = own.data is not None and own.data.share == "experiment"
 
     def examined(self, classes: int) -> Examined:
-        """Return what came of it."""
+        """Return the result."""
         self._bounded("the classes", classes, "max_width")
         self._require_method()
         data = self._data()
@@ -311,7 +311,7 @@ class _Examiner:
         return Examined(self.asked, tuple(self.refusals), experiment)
 
     def refuse(self, line: str, reason: str) -> None:
-        """Note a reason."""
+        """Record a refusal."""
         self.refusals.append(Refusal(line, reason))
 
     def _section(self, name: str) -> Settings:
@@ -446,7 +446,7 @@ class _Examiner:
                 found[name] = there
             elif own is not None and getattr(own, name) not in (None, default):
                 found[name] = default or LONGEST_SEQUENCE
-        if asked.source is None:  # they are dealt with the others, and read as these are
+        if asked.source is None:  # they are partitioned and read with the others
             found.pop("ambiguous", None)
         return found
 
@@ -485,7 +485,7 @@ class _Examiner:
         return self.own.model.revision if self.own.model else self.asked.model.revision
 
     def _partition(self) -> Settings:
-        """Return how rows are dealt: not at all, unless they are everybody's."""
+        """Return the partition: none, unless the rows belong to all clients."""
         asked = self.asked.partition
         if self.shared:
             return asked

@@ -1,8 +1,8 @@
-"""``[policy]`` of a client's file: what the server may ask. What it does not say is closed.
+"""``[policy]`` of a client's file: what the server may request. Anything else is refused.
 
-The defaults let in federations whose replies carry adapters, at sizes that the recipes stay below by
-far and that keep a client's machine usable. How an experiment is held against them is
-``permitted.py``'s business. No torch here: commands that only read a client's file need none.
+The defaults allow federations whose replies carry adapters, at sizes that the recipes stay below by
+far and that keep a client's machine usable. ``permitted.py`` checks an experiment against them. No torch
+here: commands that only read a client's file need none.
 """
 
 from __future__ import annotations

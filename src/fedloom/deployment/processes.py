@@ -1,4 +1,4 @@
-"""Processes of Flower under our care: started, started again when they die, stopped with us."""
+"""Supervision of Flower's processes: start, restart after a crash, and stop."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ given back to the system at once (glibc would keep pieces of them), and lie in l
 there (a copy of 54.5 MB: 18 to 4.5 ms, the rest were page faults)."""
 
 PAUSE = 1.0
-"""Seconds before a child that died is started again; doubled each time, up to a minute."""
+"""Seconds before a process that died is restarted; doubled each time, up to a minute."""
 
 PRIVILEGED = (
     "for a port below 1024 set AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit, or run "
     "`sysctl net.ipv4.ip_unprivileged_port_start=443` as root, or have the firewall forward it to a port "
     "above"
 )
-"""What to do where a port may not be used."""
+"""Advice where a port may not be used."""
 
 LARGE = 16 << 20
-"""Bytes of a log above which it is started again; one old log is kept."""
+"""Bytes of a log above which it is rotated; one old log is kept."""
 
 
 @dataclass
 class SupervisedProcess:
-    """A process that is to be there as long as we are.
+    """A process that runs as long as this one.
 
     Attributes:
         command: Its arguments, program first.
         log: Where its output goes.
-        environment: What it has beside ours.
+        environment: Environment variables beside those of this process.
     """
 
     command: Sequence[str]
@@ -72,7 +72,7 @@ class SupervisedProcess:
         return self.process is not None and self.process.poll() is None
 
     def keep_alive(self) -> bool:
-        """Start it if it does not run; return whether it had ended before."""
+        """Start it if it does not run; return whether it had ended."""
         make_room(self.log)
         if self.is_running:
             if time.monotonic() > self._again + 60:
@@ -101,7 +101,7 @@ class SupervisedProcess:
         return self.log.with_suffix(".pid")
 
     def end_orphan(self) -> None:
-        """End what was left running when those who cared for it were killed."""
+        """End an orphan that an earlier, killed supervisor has left running."""
         import psutil
 
         with contextlib.suppress(OSError, ValueError, psutil.Error):
@@ -114,7 +114,7 @@ class SupervisedProcess:
                 time.sleep(0.5)
 
     def stop(self) -> None:
-        """End it and what it has started."""
+        """End it and its child processes."""
         if self.process is None:
             return
         for kind in (signal.SIGTERM, signal.SIGKILL):
@@ -128,26 +128,26 @@ class SupervisedProcess:
 
 @dataclass
 class Supervisor:
-    """Several children that live and end together."""
+    """Several processes that start and end together."""
 
     processes: list[SupervisedProcess] = field(default_factory=list)
 
     def end_orphans(self) -> None:
-        """End what earlier ones left running when they were killed."""
+        """End orphans of an earlier, killed supervisor."""
         for supervised in self.processes:
             supervised.end_orphan()
 
     def stop(self) -> None:
-        """End all, the youngest first."""
+        """End all, the last started first."""
         for supervised in reversed(self.processes):
             supervised.stop()
 
 
 def make_room(log: Path) -> None:
-    """Begin a log anew once it is large; who appends to it goes on, and what was in it is kept once."""
+    """Rotate a log once it is large; writers continue to append, and one old log is kept."""
     with contextlib.suppress(OSError):
         if log.stat().st_size > LARGE:
-            with contextlib.suppress(OSError):  # the disk may be full: the more reason to make room
+            with contextlib.suppress(OSError):  # the disk may be full, which is a reason to free space
                 shutil.copyfile(log, log.with_name(f"{log.name}.1"))
             os.truncate(log, 0)
 
@@ -181,15 +181,15 @@ def program(name: str) -> str:
 
 @contextlib.contextmanager
 def only(what: str, path: Path, patience: float = 0.0) -> Iterator[None]:
-    """Be the only server, run or client of a home.
+    """Hold the lock of the only server, run or client of a folder.
 
     Args:
         what: Which of them.
-        path: Its lock, in the home.
-        patience: Seconds that another one, which may be ending, has to let go of it.
+        path: Its lock file, in the folder.
+        patience: Seconds to wait for another process, which may be ending, to release it.
 
     Raises:
-        ConnectionFailed: Another one is there.
+        ConnectionFailed: Another process holds it.
     """
     end = time.monotonic() + patience
     while (held := lock(path)) is None:
@@ -203,11 +203,11 @@ def only(what: str, path: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def end(what: str, path: Path) -> int:
-    """Tell the process that has a lock to end; return it.
+    """Send SIGTERM to the process that holds a lock; return its id.
 
     Args:
-        what: Whether it is the server, the client or the worker of a home.
-        path: Its lock, in the home.
+        what: Server, client or worker, for messages.
+        path: Its lock file, in the folder.
 
     Raises:
         ConnectionFailed: There is none, or it is another user's.
@@ -223,17 +223,17 @@ def end(what: str, path: Path) -> int:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens at now."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def require_free(host: str, port: int) -> None:
-    """Check that nobody listens at a port.
+    """Check that a port is free.
 
     Raises:
-        ConnectionFailed: Somebody does, or it may not be used.
+        ConnectionFailed: It is in use, or may not be used.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -259,7 +259,7 @@ def reachable(host: str) -> str:
 def wait_until_open(
     host: str, port: int, supervised: SupervisedProcess, seconds: float = 60.0
 ) -> None:
-    """Wait until a child listens.
+    """Wait until a process listens.
 
     Raises:
         ConnectionFailed: It ended, or does not listen in time.

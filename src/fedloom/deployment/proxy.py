@@ -1,8 +1,9 @@
 """The HTTP proxy that a client's environment names, and connections through it.
 
-It is named as for curl: by ``HTTPS_PROXY`` or else ``ALL_PROXY``, and ``NO_PROXY`` has the hosts that are
-reached without; a name in lower case counts before one in upper case. Unlike in curl, and as in browsers,
-``localhost`` and loopback addresses are always reached without: for the proxy they are its own machine.
+It is configured as for curl: by ``HTTPS_PROXY`` or else ``ALL_PROXY``, and ``NO_PROXY`` has the hosts
+that are reached without; a name in lower case counts before one in upper case. Unlike in curl, and as in
+browsers, ``localhost`` and loopback addresses are always reached without: for the proxy they are its own
+machine.
 
 A tunnel is opened by CONNECT (RFC 9110, section 9.3.6) with credentials by Basic (RFC 7617). What travels
 in it is not looked at here: TLS with the server begins inside, so the proxy cannot read it.
@@ -156,7 +157,7 @@ def find_proxy(host: str, port: int) -> Proxy | None:
 
 
 def bypass_for_loopback() -> None:
-    """Have HTTP clients of this process and its children reach this machine without a proxy."""
+    """Make HTTP clients of this process and its children reach this machine without a proxy."""
     known = getproxies_environment().get("no", "")
     if known != "*":
         os.environ["no_proxy"] = ",".join([*filter(None, [known]), "localhost", "127.0.0.1"])
@@ -172,7 +173,7 @@ def _read_url(name: str, url: str) -> Proxy:
     """Return the proxy of a URL.
 
     Raises:
-        SettingsError: It is none, or one that is not spoken to here.
+        SettingsError: It is not a proxy URL, or of a kind that is not supported.
     """
     found = URL.fullmatch(url)
     port = int(found["port"] or PORT) if found else 0

@@ -1,4 +1,4 @@
-"""A client's rows: those that its own file names, or its share of what the experiment deals."""
+"""A client's rows: those of its own file, or its part of the experiment's partition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedloom.runs.division import OwnRows, PartitionedData, only, partition_data
 def divided(
     experiment: Experiment, own: OwnFile, client: int, classes: tuple[str, ...] | None
 ) -> PartitionedData:
-    """Return what a client holds.
+    """Return a client's rows.
 
     Args:
         experiment: As the client takes part in it (``permitted.py``).

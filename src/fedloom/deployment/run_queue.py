@@ -1,8 +1,8 @@
-"""Runs that were asked for: one is played at a time, the others wait their turn.
+"""The queue of runs: one runs at a time, the others wait.
 
-The server's process keeps the queue. A run is played by a process that Flower starts, which tells what
-happens in a file of news; whoever watches reads that. Where that process dies, its last word is written
-here, so that a file of news always has one.
+The server's process keeps the queue. A run is executed by a process that Flower starts, which writes its
+events to a file; observers read that file. Where that process dies, the final event is written here, so
+that every file of events has one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from fedloom.security.audit_log import Record
 from fedloom.storage.files import lock_owner, write_atomically
 
 BEGINNING = 120.0
-"""Seconds in which Flower must have started the process that plays a run."""
+"""Seconds within which Flower must have started the process of a run."""
 
 KEPT = 600.0
-"""Seconds that the files of a run which is over are kept, for who still watches."""
+"""Seconds for which the files of a finished run are kept for observers."""
 
 
 Outcome = Literal["finished", "failed", "stopped"]
@@ -44,23 +44,23 @@ Outcome = Literal["finished", "failed", "stopped"]
 
 @dataclass
 class QueuedRun:
-    """A run that was asked for.
+    """A requested run.
 
     Attributes:
-        run_request: What is to be run.
+        run_request: The run request.
         state: waiting, starting, playing, over.
         flower: Flower's number of it, once it was started.
         since: When the state began, in seconds since 1970.
         folder: The run folder, once it is known.
         round: The last finished round.
         rounds: Rounds in all.
-        attendance: Who takes part, and why the others do not, by the client's number in the run.
-        left_out: Who was left out of the last finished round or is in quarantine, and why.
-        warning: What was last warned of since that round.
-        begun: Whether the process that plays it has been there.
-        gone: Whether that process was not there at the last look.
-        reader: Reads what it tells.
-        deadline: When that process must have begun, by the monotonic clock.
+        attendance: Presence of clients with reasons of absence, by client number.
+        left_out: Clients left out of the last finished round or in quarantine, and why.
+        warning: Last warning since that round.
+        begun: Whether the process of the run has started.
+        gone: Whether that process was missing at the last check.
+        reader: Reads its events.
+        deadline: Time by which that process must have started (monotonic clock).
     """
 
     run_request: RunRequest
@@ -79,7 +79,7 @@ class QueuedRun:
     deadline: float = 0.0
 
     def shown(self) -> dict[str, Any]:
-        """Return what is shown of it."""
+        """Return its status as JSON."""
         return {
             "id": self.run_request.id,
             "name": self.run_request.name,
@@ -104,12 +104,12 @@ class RunQueue:
     def __init__(
         self, server_folder: ServerFolder, control: FlowerControl, note: Record, counts: Counts
     ) -> None:
-        """Begin with no runs: what an earlier server was asked for is over.
+        """Start with an empty queue: requests to an earlier server are over.
 
         Args:
             server_folder: The server's folder.
             control: Flower's server, which starts processes.
-            note: Told which runs began and ended, for the audit log.
+            note: Audit log of runs that start and end.
             counts: Runs by how they ended, rounds and their seconds.
         """
         self.server_folder, self.control, self.note, self.counts = (
@@ -128,7 +128,7 @@ class RunQueue:
         """Put a run at the end of the queue.
 
         Raises:
-            OutputError: It cannot be written down.
+            OutputError: It cannot be written.
         """
         id = uuid.uuid4().hex
         run_request = RunRequest(
@@ -137,7 +137,7 @@ class RunQueue:
         if asked.text is not None:
             write_atomically(experiment_file(self.server_folder, id), asked.text.encode())
         with RunEvents(run_event_file(self.server_folder, id)):
-            pass  # who watches finds it
+            pass  # observers expect it
         run_request.write(run_request_file(self.server_folder, id))
         run = QueuedRun(run_request)
         with self._lock:
@@ -145,7 +145,7 @@ class RunQueue:
         return run
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return what is shown of the runs that are not over, the one that is played first."""
+        """Return the status of the runs that are not over, the current one first."""
         with self._lock:
             return [run.shown() for run in self._runs.values()]
 
@@ -160,7 +160,7 @@ class RunQueue:
             return stopped
 
     def advance(self) -> None:
-        """Take note of what has happened, and begin the next run if none is played."""
+        """Read new events, and start the next run if none is active."""
         with self._lock:
             for run in list(self._runs.values()):
                 if run.flower is not None:
@@ -177,7 +177,7 @@ class RunQueue:
                         path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Say that all runs end with the server."""
+        """End all runs, as the server stops."""
         with self._lock:
             for run in list(self._runs.values()):
                 self._stop(run, "the server was stopped")
@@ -199,7 +199,7 @@ class RunQueue:
         self.note("run_started", run=run.run_request.id, name=run.run_request.name)
 
     def _look(self, run: QueuedRun) -> None:
-        """Read what is new of a run, and see whether the process that plays it is there."""
+        """Read new events of a run, and check whether its process exists."""
         assert run.reader is not None
         alive = not self._is_free()
         for told in run.reader.read():
@@ -212,7 +212,7 @@ class RunQueue:
         run.begun = run.begun or alive
         if run.begun and not alive:
             if not run.gone:
-                run.gone = True  # one more look: its last word may have come in between
+                run.gone = True  # one more check: its final event may have been written in between
                 return
             self._end(run, f"the process that ran the rounds is gone; {go_on(run.folder)}")
         elif not run.begun and time.monotonic() > run.deadline:
@@ -254,7 +254,7 @@ class RunQueue:
         self._end(run, why + hint, "stopped")
 
     def _end(self, run: QueuedRun, text: str, outcome: Outcome = "failed") -> None:
-        """Say the last word of a run in place of its process."""
+        """Write the final event of a run in place of its process."""
         with (
             contextlib.suppress(FedloomError),
             RunEvents(run_event_file(self.server_folder, run.run_request.id)) as run_events,

@@ -1,4 +1,4 @@
-"""Checks an experiment that waits for its turn, so that a mistake in it is told now and not then.
+"""Checks the experiment of a waiting run, so that mistakes are reported at once.
 
 It is a process of its own, as it needs seconds and some hundred megabytes to import what knows every
 setting, and who watches a run is to need neither.
@@ -21,7 +21,7 @@ from fedloom.errors import FedloomError
 
 
 def main() -> int:
-    """Check the order that is named."""
+    """Check the named run request."""
     server_folder, id = ServerFolder(Path(sys.argv[1]).resolve()), sys.argv[2]
     run_request = RunRequest.read(run_request_file(server_folder, id))
     os.chdir(run_request.cwd)

@@ -1,8 +1,8 @@
-"""How a run is asked of the server, and how the process that plays it tells what becomes of it.
+"""Run requests to the server, and the events that the process of a run writes.
 
-``fedloom run --engine flower`` has the server put an order into its queue; Flower starts the process that
-plays the rounds, and that writes what happens as lines of JSON, which ``fedloom run`` and
-``fedloom follow`` show as a run in one's own process is shown. Nothing heavy is imported here.
+``fedloom run --engine flower`` puts a run request into the server's queue; Flower starts the process that
+runs the rounds, which writes events as lines of JSON; ``fedloom run`` and ``fedloom follow`` show them
+like a local run. Imports stay small.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from fedloom.runs.observers import Plan, RunObserver
 from fedloom.settings.schema import Settings
 
 LOOK = 0.1
-"""Seconds between looks for news."""
+"""Seconds between checks for events."""
 
 ASK = 2.0
-"""Seconds without news after which it is looked whether the server is still there."""
+"""Seconds without events after which the server is checked."""
 
 LAST = ("finished", "failed")
-"""Events after which no other comes."""
+"""Final events."""
 
 
 class Asked(Settings):
-    """What the server is asked to run."""
+    """A request to run an experiment, as a command sends it."""
 
     name: str
-    """Of the experiment, for people."""
+    """Name of the experiment."""
     cwd: str
-    """Where paths in the experiment begin."""
+    """Working directory, for relative paths in the experiment."""
     source: str = "the experiment"
     """The experiment's file, as it is called in messages."""
     text: str | None = None
@@ -51,7 +51,7 @@ class Asked(Settings):
     from_round: int | None = None
     """Continue after the checkpoint of this round."""
     fresh_clients: list[int] = []
-    """Clients who start afresh then."""
+    """Clients that start with an empty store."""
 
     def carried_over(self) -> dict[str, Any]:
         """Return what the run request takes over."""
@@ -59,10 +59,10 @@ class Asked(Settings):
 
 
 class RunRequest(StoredRecord):
-    """What is to be run, for the process that plays it."""
+    """A run request, for the process that executes it."""
 
     id: str
-    """Of the request."""
+    """Id of the request."""
     home: str
     """The server's folder."""
     name: str
@@ -85,15 +85,15 @@ def experiment_file(server_folder: ServerFolder, id: str) -> Path:
 
 
 def run_event_file(server_folder: ServerFolder, id: str) -> Path:
-    """Return where it is told what becomes of a request."""
+    """Return the file of the events of a run request."""
     return server_folder.requests.resolve() / f"{id}.jsonl"
 
 
 class RunEvents:
-    """Tells what happens in a run as lines of JSON; an observer of it."""
+    """Observer that writes the events of a run as lines of JSON."""
 
     def __init__(self, path: Path) -> None:
-        """Go on with the file at ``path``.
+        """Append to the file at ``path``.
 
         Raises:
             OutputError: It cannot be written.
@@ -138,7 +138,7 @@ class RunEvents:
         if own is not None:  # rows are for the run folder
             record = replace(record, evaluation=replace(own, sample=None))
         event_record = asdict(record)
-        del event_record["presence"]  # of interest to who plays the rounds alone
+        del event_record["presence"]  # needed only by the process that runs the rounds
         self.emit("round_done", record=event_record)
 
     def warning(self, text: str) -> None:
@@ -151,14 +151,14 @@ class RunEvents:
 
 
 class RunEventReader:
-    """Reads what is told in a file from where it stopped before."""
+    """Reads new events of a file since the last call."""
 
     def __init__(self, path: Path) -> None:
         """Read the file at ``path``, which may not be there yet."""
         self._path, self._read = path, 0
 
     def read(self) -> list[dict[str, Any]]:
-        """Return what was told since the last call; half of a line that is being written is not."""
+        """Return the events since the last call; an incomplete last line is left out."""
         found = []
         with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
             file.seek(self._read)
@@ -170,9 +170,9 @@ class RunEventReader:
 
 
 def read_run_events(path: Path, still_there: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Yield what is told, as it is; ends with the last word, or once the server is no longer there.
+    """Yield events as they are written, until the final event, or until the server is gone.
 
-    What was told until then is read before a run counts as gone.
+    Remaining events are read before a run counts as gone.
     """
     reader, looked, there = RunEventReader(path), time.monotonic(), True
     while True:
@@ -193,7 +193,7 @@ def read_run_events(path: Path, still_there: Callable[[], bool]) -> Iterator[dic
 
 
 def go_on(folder: str) -> str:
-    """Return what to do about a run that was stopped."""
+    """Return the advice for a run that was stopped."""
     if not folder:
         return "nothing was trained: submit it again"
     return (
@@ -203,11 +203,11 @@ def go_on(folder: str) -> str:
 
 
 def show(events: Iterator[dict[str, Any]], observer: RunObserver) -> str:
-    """Pass news of a run on; return the summary that a finished run ends with.
+    """Pass events of a run to an observer; return the summary of a finished run.
 
     Raises:
-        FedloomError: The run failed, for the reason told.
-        RoundFailed: It ended without a word.
+        FedloomError: The run failed, for the given reason.
+        RoundFailed: It ended without a final event.
     """
     folder = ""
     for event_record in events:
@@ -236,7 +236,7 @@ def show(events: Iterator[dict[str, Any]], observer: RunObserver) -> str:
 
 
 def _record(table: dict[str, Any]) -> RoundRecord:
-    """Return the record of which ``table`` is the JSON."""
+    """Return the record from its JSON table."""
     evaluation = table["evaluation"]
     if evaluation is not None:
         clients = {int(client): own for client, own in evaluation["clients"].items()}

@@ -1,4 +1,4 @@
-"""The server of a federation: the gateway, Flower's server behind it, and what keeps them going."""
+"""The server of a federation: the gateway, Flower's server behind it, and their supervision."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ from fedloom.storage.files import make_private
 from fedloom.wire.framing import connect, write_frame
 
 RUN_PATTERN = "[0-9a-f]" * 32
-"""Names of the sockets of runs."""
+"""File names of the sockets of runs."""
 
 HERE = "127.0.0.1"
 """Where Flower's server listens: on this machine alone."""
 
 INTERNAL = 3650
-"""Days that the certificates are good for by which Flower's processes on this machine know each other;
-the server's is made anew at each start."""
+"""Validity in days of the certificates between Flower's processes on this machine; the server's is
+renewed at each start."""
 
 TURN = 5e-4
-"""Seconds after which a thread of the server gives way to another that waits: what members send is passed
-on while strangers' handshakes are worked on, and would wait ten times as long by default."""
+"""Interval in seconds after which a thread yields to a waiting one: members' data is passed on while
+handshakes of other peers are processed, and would wait ten times as long by default."""
 
 CHECK = 60.0
-"""Seconds between looks at the certificate's last day."""
+"""Seconds between checks of the certificate's expiry."""
 
 
 def start(
@@ -88,14 +88,14 @@ def start(
     metrics: str | None = None,
     ready: Callable[[ServerStatus], None] = lambda serving: None,
 ) -> None:
-    """Serve until told to stop (SIGTERM or SIGINT).
+    """Serve until stopped (SIGTERM or SIGINT).
 
     Args:
         server_folder: The server's folder.
         host: Address to listen at.
         port: Of the gateway.
-        insecure: Whether to do without TLS: what travels can be read then, and nothing proves to a
-            client that this is its server; keys of clients are asked for all the same.
+        insecure: Whether to serve without TLS: traffic can then be read, and clients cannot verify the
+            server; clients must still prove their keys.
         metrics: HOST:PORT, at a private address, of figures for Prometheus and of whether it is alive
             and ready; ``None`` for none.
         ready: Called once clients can join.
@@ -128,7 +128,7 @@ def start(
 def _serve(
     server_folder: ServerFolder, serving: ServerStatus, ready: Callable[[ServerStatus], None]
 ) -> None:
-    """Serve as the only one in a home."""
+    """Serve as the only server of a folder."""
     host, port, insecure = serving.host, serving.port, serving.insecure
     settings = GatewaySettings.read(server_folder.settings)
     supervisor = Supervisor(_flower_processes(server_folder, serving))
@@ -175,7 +175,7 @@ def _serve(
             lambda: stamp_of(server_folder.path / MEMBERS),
             nodes.of,
         )
-        gateway.note = Limited(no_op_recorder)  # the next strangers are we ourselves
+        gateway.note = Limited(no_op_recorder)  # the next unauthenticated requests come from this process
         gateway.listen(
             host, port, None if insecure else (server_folder.certificate, server_folder.key)
         )
@@ -241,9 +241,9 @@ def _commands(
 
 
 def begin_anew(server_folder: ServerFolder) -> None:
-    """Delete what Flower and runs of an earlier server have left: nothing in it is needed again.
+    """Delete files that Flower and runs of an earlier server have left; none is needed again.
 
-    Who is let in stands in our own file, and a run that was under way is resumed from its own folder.
+    The registry is a separate file, and an interrupted run is resumed from its run folder.
     """
     for name in ("", "-wal", "-shm", "-journal"):
         server_folder.database.with_name(server_folder.database.name + name).unlink(missing_ok=True)
@@ -254,7 +254,7 @@ def begin_anew(server_folder: ServerFolder) -> None:
 def report_violation(
     server_folder: ServerFolder, log: ViolationLog, client: int, kind: ViolationKind, reason: str
 ) -> None:
-    """Have what a client got wrong at the gateway count: in the run under way, or in the log alone."""
+    """Count a violation at the gateway: in the current run, or otherwise only in the log."""
     passed_on, report = False, {"client": client, "offence": kind, "reason": one_line(reason)}
     for path in server_folder.streams.glob(RUN_PATTERN):
         with contextlib.suppress(ConnectionFailed, OSError), connect(path, 1.0) as run:
@@ -265,7 +265,7 @@ def report_violation(
 
 
 def raise_limit_of_descriptors() -> None:
-    """Let this process have as many connections open as the system allows it."""
+    """Raise the limit of open connections of this process to the system's maximum."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -280,7 +280,7 @@ def serve_federation(
     metrics: str | None,
     say: Callable[[str], object],
 ) -> None:
-    """Serve until told to stop, and say when clients can join."""
+    """Serve until stopped, and print when clients can join."""
     if insecure:
         say(
             "warning: no TLS: everybody on the network can read the traffic, and another server could "
@@ -296,7 +296,7 @@ def serve_federation(
 
 
 def stop_server(server_folder: Path) -> int:
-    """Tell the server in a folder to stop; return its process.
+    """Stop the server of a folder; return its process id.
 
     Raises:
         ConnectionFailed: None runs there.
@@ -309,7 +309,7 @@ def _flower_processes(
 ) -> list[SupervisedProcess]:
     """Return Flower's server, and what starts a process for each run."""
     logs, flower = server_folder.path / "logs", server_folder.flower.resolve()
-    program("flower-superlink")  # or Flower is not installed
+    program("flower-superlink")  # otherwise Flower is not installed
     link = [
         *(sys.executable, "-m", "fedloom.deployment.flower_server"),
         *("--ssl-ca-certfile", str(flower / CA)),
@@ -334,21 +334,21 @@ def _flower_processes(
 
 
 class Expiry:
-    """Looks now and then whether the certificate is still in force, until the log says that it is not."""
+    """Checks periodically whether the certificate is valid, until the log records that it is not."""
 
     def __init__(self, server_folder: ServerFolder, log: AuditLog, *, insecure: bool) -> None:
         self.server_folder, self.log = server_folder, log
         self._warned, self._next = insecure, 0.0
 
     def look(self) -> None:
-        """Look, if the last time is some while ago."""
+        """Check, if the last check was some time ago."""
         if not self._warned and time.monotonic() >= self._next:
             self._next = time.monotonic() + CHECK
             self._warned = has_expired(self.server_folder, self.log)
 
 
 def has_expired(server_folder: ServerFolder, log: AuditLog) -> bool:
-    """Return whether the certificate is in force no longer: clients turn away, and the log says why."""
+    """Return whether the certificate has expired, and record it: clients refuse the connection."""
     try:
         require_current(server_folder.certificate)
     except IdentityError as error:
@@ -358,7 +358,7 @@ def has_expired(server_folder: ServerFolder, log: AuditLog) -> bool:
 
 
 def require_named(certificate: Path, host: str) -> None:
-    """Check that the server's certificate names the host at which its own machine reaches it.
+    """Check that the server's certificate names the host under which this machine reaches it.
 
     Raises:
         IdentityError: It does not.

@@ -1,4 +1,4 @@
-"""What Flower starts on the server for each run: the loop of rounds, with clients on other machines."""
+"""The Flower app of a run on the server: the loop of rounds with clients on other machines."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from fedloom.storage.run_folder import RunFolder
 app = ServerApp()
 
 ENDING = 30.0
-"""Seconds that a run which was stopped may take to end before the next begins."""
+"""Seconds to wait for a stopped run to end before the next one starts."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the run that was ordered, as the only one: a client has the model of one run at a time."""
+    """Execute the requested run, one at a time: a client holds the model of one run."""
     end_with_parent()
     path = Path(str(context.run_config["order"]))
     if not path.is_file():
@@ -65,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
         except FedloomError as error:
             run_events.emit("failed", text=str(error), exit_code=error.exit_code)
             raise
-        except (SystemExit, KeyboardInterrupt):  # how Flower ends what plays a run that is stopped
+        except (SystemExit, KeyboardInterrupt):  # Flower ends the process of a stopped run in this way
             text = f"the run was stopped; {go_on(player.folder)}"
             run_events.emit("failed", text=text, exit_code=RoundFailed.exit_code)
             raise
@@ -76,7 +76,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class _RunPlayer:
-    """Plays what was ordered.
+    """Executes a run request.
 
     Attributes:
         folder: The run folder, once it is known.
@@ -98,7 +98,7 @@ class _RunPlayer:
         self.folder = ""
 
     def run(self) -> Result:
-        """Play it to its end."""
+        """Execute it to its end."""
         run_request = self.run_request
         if run_request.resume is not None:
             return self._resumed(Path(run_request.resume))
@@ -114,7 +114,7 @@ class _RunPlayer:
         experiment = Experiment.from_toml(folder / names.EXPERIMENT)
         self._emit_folder(folder)
         participants = known(RunFolder.existing(folder).read_json(names.RUN))
-        if participants is None:  # it was stopped before it began
+        if participants is None:  # the run was stopped before its first round
             participants = chosen(experiment, self.server_folder.members())
         with contextlib.closing(self._engine(experiment, participants)) as engine:
             return resume_run(

@@ -1,4 +1,4 @@
-"""What a server that runs says of itself, as JSON, and how that is shown on a terminal."""
+"""The status of a running server as JSON, and its view on a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedloom.deployment.violations import ViolationSummaries, ViolationSummary, 
 from fedloom.federation.violations import one_line
 from fedloom.security.client_registry import Member
 
-if TYPE_CHECKING:  # who only shows a status needs nothing of a server
+if TYPE_CHECKING:  # showing a status needs no imports of the server
     from fedloom.deployment.gateway import Gateway
     from fedloom.deployment.health import Health
     from fedloom.deployment.run_queue import RunQueue
@@ -32,7 +32,7 @@ def server_status(
     queue: RunQueue,
     health: Health,
 ) -> dict[str, Any]:
-    """Return what is known of the server, its members and the runs that were asked for."""
+    """Return the status of the server, its members and the requested runs."""
     runs, known = queue.listed(), read_violations(server_folder.path / VIOLATIONS)
     playing = any(run["state"] in ("starting", "playing") for run in runs)
     here, (clients, unproven) = gateway.presence(), gateway.open_connections()
@@ -64,14 +64,14 @@ def _member(
     playing: bool,
     since: float,
 ) -> dict[str, Any]:
-    """Return what is known of a member.
+    """Return the status of a member.
 
     Args:
         member: As it is allowed.
-        presence: Whether it is connected, and since when it is or is not.
-        known: What the log of violations says.
-        playing: Whether a run is under way: quarantine is of a run, and ends with it.
-        since: When the server was started.
+        presence: Whether it is connected, and since when.
+        known: Summary of the log of violations.
+        playing: Whether a run is under way: quarantine belongs to a run, and ends with it.
+        since: Start of the server.
     """
     connected, moment = presence or (False, since)
     reason = ""
@@ -126,7 +126,7 @@ def shown(status: Mapping[str, Any]) -> RenderableType:
 
 
 def members_table(members: list[dict[str, Any]]) -> Table:
-    """Return members as a table, with what is known of their violations where there are any."""
+    """Return members as a table, with columns for violations where there are any."""
     violated = any(member["offences"] for member in members)
     table = Table(box=None)
     table.add_column("member", justify="right")
@@ -147,12 +147,12 @@ def members_table(members: list[dict[str, Any]]) -> Table:
                 else "no"
             )
             cells.append(one_line(f"{last['time']} {last['kind']}: {last['reason']}"))
-        table.add_row(*map(Text, cells))  # what a stranger said is not markup
+        table.add_row(*map(Text, cells))  # untrusted text is not markup
     return table
 
 
 def _run(run: Mapping[str, Any]) -> list[RenderableType]:
-    """Return a run, and who of those that it expects is missing."""
+    """Return lines about a run and its missing clients."""
     where = f" in {run['folder']}" if run["folder"] else ""
     progress = ""
     if run["rounds"] is not None:

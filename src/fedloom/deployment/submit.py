@@ -1,4 +1,4 @@
-"""Runs with the clients of a federation: asked for here, played by a process that Flower starts.
+"""Runs between machines: requested here, executed by a process that Flower starts.
 
 Who watches a run does nothing for it: it may be ended and begun again at any time.
 """
@@ -33,7 +33,7 @@ def ask_for_run(
     fresh_clients: Iterable[int] = (),
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Put a run into the queue of a server; return what is known of it.
+    """Put a run into the queue of a server; return its status.
 
     Args:
         server_folder: The server's folder.
@@ -41,7 +41,7 @@ def ask_for_run(
         assignments: As after ``--set``.
         resume: A run folder.
         from_round: Continue after the checkpoint of this round.
-        fresh_clients: Clients who start afresh then.
+        fresh_clients: Clients that start with an empty store.
         name: What the run is called in the queue; the name of the experiment's file or of the run
             folder otherwise.
 
@@ -56,7 +56,7 @@ def ask_for_run(
             text = experiment.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"cannot read the experiment {experiment}: {error}") from None
-        require_section(parse_toml(text, str(experiment)), str(experiment))  # told without a server
+        require_section(parse_toml(text, str(experiment)), str(experiment))  # reported without a server
         called = experiment.stem
     asked = Asked(
         name=name or called,
@@ -73,7 +73,7 @@ def ask_for_run(
 
 
 def find_run(server_folder: Path, run: str | None) -> dict[str, Any]:
-    """Return what is known of the run that is under way, or of the one whose id or name begins so.
+    """Return the status of the current run, or of the one whose id or name has this beginning.
 
     Raises:
         ConnectionFailed: No server runs in the folder.
@@ -90,16 +90,16 @@ def find_run(server_folder: Path, run: str | None) -> dict[str, Any]:
 
 
 def follow(server_folder: Path, run: dict[str, Any], observer: RunObserver) -> str:
-    """Show a run until it is over; return its summary. To end this ends nothing else.
+    """Show a run until it is over; return its summary. Stopping this does not stop the run.
 
     Raises:
         FedloomError: The run failed.
-        Interrupted: The user watches no longer.
+        Interrupted: The user stopped the command.
     """
     own = ServerFolder(server_folder)
     path = run_event_file(own, run["id"])
 
-    def is_served() -> bool:  # another server that was started meanwhile has deleted the file
+    def is_served() -> bool:  # a server started in the meantime has deleted the file
         return lock_owner(own.lock) is not None and path.exists()
 
     try:
@@ -115,7 +115,7 @@ def follow(server_folder: Path, run: dict[str, Any], observer: RunObserver) -> s
 
 
 def before_it(run: dict[str, Any]) -> str:
-    """Return what a run waits for, if it does."""
+    """Return which runs a waiting run waits for; empty for other runs."""
     before = [own["name"] for own in run.get("before", [])]
     if not before:
         return ""
@@ -137,7 +137,7 @@ def require_sound(server_folder: Path, run: dict[str, Any]) -> None:
         run["id"],
     ]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode and done.stdout:  # else it was its turn meanwhile, and that tells
+    if done.returncode and done.stdout:  # otherwise it has started, and its events say it
         with contextlib.suppress(FedloomError):
             stop_runs(server_folder, run["id"])
         error = FedloomError(done.stdout.strip())
@@ -146,7 +146,7 @@ def require_sound(server_folder: Path, run: dict[str, Any]) -> None:
 
 
 def run_again(server_folder: Path, work: Work) -> dict[str, Any]:
-    """Have a run run again without a member; return what is known of it. One under way is stopped.
+    """Request a run again without a member; return its status. A current run is stopped.
 
     Raises:
         ConnectionFailed: No server runs in the folder.

@@ -1,6 +1,6 @@
-"""The log of what admitted clients get wrong, in the server's folder, and what is shown of it.
+"""The log of protocol violations in the server's folder, and its summary.
 
-Two kinds of processes append to it: the one that plays a run, and the one that faces the network. A lock
+Two kinds of processes append to it: the process of a run, and the server process. A lock
 keeps their lines apart. It is bounded: of each client and kind a hundred lines are written at once and
 one in ten seconds from then on, with a count of the rest (``more``), and when the file has grown to
 ``LARGEST`` bytes it starts again with one line that sums up what was in it (the file before is kept,
@@ -42,12 +42,12 @@ LARGEST = 4 << 20
 """Bytes of the file, after which it starts again."""
 
 SUMMED_UP = 4096
-"""Clients that are summed up at most when the file starts again: those that offended last."""
+"""Most clients in the summary when the file is rotated: those with the latest violations."""
 
 
 @dataclass
 class ViolationSummary:
-    """What is known of one client.
+    """Violations of one client.
 
     Attributes:
         kinds: How often it offended, by kind.
@@ -72,7 +72,7 @@ class ViolationSummaries:
 
     Attributes:
         run: The run that began or was resumed last.
-        clients: By number, those who offended last at the end.
+        clients: Summaries by member number, the latest violation last.
     """
 
     run: str | None = None
@@ -80,7 +80,7 @@ class ViolationSummaries:
 
 
 class ViolationLog(ViolationObserver):
-    """Appends to the log at a path; threads and processes may share one."""
+    """Appends to the log; safe for threads and processes."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class ViolationLog(ViolationObserver):
         Args:
             path: The log.
             largest: See above.
-            number_of: Returns the member's number of a client in the run that is told of.
+            number_of: Returns the member's number of a client in the run that is recorded.
         """
         self.path, self.largest, self.number_of = path, largest, number_of
         self._limited = Limited(self._write)
@@ -116,7 +116,7 @@ class ViolationLog(ViolationObserver):
         self._limited(violation.kind, source=number, client=number, **facts)
 
     def quarantined(self, run: str, round: int, paused: Mapping[int, int]) -> None:
-        """Note who is in quarantine from this round on, or until another than before, and who is back."""
+        """Record which clients enter quarantine in this round, change its end, or leave it."""
         for client, until in sorted(paused.items()):
             if self._paused.get(client) != until:
                 facts = {"run": run, "round": round, "until": until}
@@ -130,7 +130,7 @@ class ViolationLog(ViolationObserver):
         self._append({"client": client, "kind": kind, **facts})
 
     def _append(self, facts: Mapping[str, Any]) -> None:
-        """Write a line; that a disk is full ends neither a run nor the server, and is in a log once."""
+        """Write a line; a full disk ends neither a run nor the server, and is logged once."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": now, **facts}, ensure_ascii=False).encode() + b"\n"
         try:
@@ -153,7 +153,7 @@ class ViolationLog(ViolationObserver):
             yield
 
     def _begin_anew(self) -> None:
-        """Keep the file as it is under another name, and what it says in one line; the lock is held."""
+        """Rotate the file, and start the new one with a summary line; the lock is held."""
         known = read_violations(self.path)
         last = list(known.clients.items())[-SUMMED_UP:]
         clients = {str(client): asdict(standing) for client, standing in last}

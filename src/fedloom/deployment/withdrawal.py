@@ -1,4 +1,4 @@
-"""Where a member's work is, and from which round on a run must be run again to be without it."""
+"""Contributions of a member to runs, and the round from which a run must be repeated without it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fedloom.storage.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Work:
-    """A member's work in a run.
+    """A member's contributions to a run.
 
     Attributes:
         folder: The run folder.
         client: The member's number in the run.
-        rounds: The rounds that took an answer of it.
-        adapter: SHA-256 of the adapter that came of them; ``None`` where there is none yet.
-        checkpoint: The last round that is saved and has nothing of it; ``None`` where there is none.
-        others: Names of the run's other members, of those that are let in.
+        rounds: Rounds with an accepted answer of the member.
+        adapter: SHA-256 of the resulting adapter; ``None`` where there is none yet.
+        checkpoint: The last saved round without its contributions; ``None`` where there is none.
+        others: Names of the run's other allowed members.
         started: Folders of runs that started from its adapters, or from those of such a run.
     """
 
@@ -41,12 +41,12 @@ class Work:
 
     @property
     def anew(self) -> Path:
-        """The run folder of the run that is started again, where nothing saved is without the member."""
+        """Folder of the repeated run, where no saved round is without the member."""
         return self.folder.with_name(f"{self.folder.name}-without-client-{self.client}")
 
     @property
     def assignments(self) -> list[str]:
-        """What the experiment is started again with, where nothing saved is without the member."""
+        """Assignments of the repeated run, where no saved round is without the member."""
         return [
             f"federation.members={json.dumps(self.others)}",
             f"federation.clients={len(self.others)}",
@@ -55,7 +55,7 @@ class Work:
 
     @property
     def command(self) -> str:
-        """What plays the run again without the member."""
+        """Command that repeats the run without the member."""
         words = ["--resume", str(self.folder), "--from-round", str(self.checkpoint)]
         if self.checkpoint is None:
             words = [str(self.folder / names.EXPERIMENT)]
@@ -63,14 +63,14 @@ class Work:
         return shlex.join(["fedloom", "run", *words, "--engine", "flower"])
 
     def text(self) -> str:
-        """Return what is said of it."""
+        """Return a description of it."""
         first, last, count = self.rounds[0], self.rounds[-1], len(self.rounds)
         where = f"round {first}" if count == 1 else f"{count} rounds, {first} to {last}"
         adapter = f", and in its adapter (SHA-256 {self.adapter[:12]})" if self.adapter else ""
         how = (
             f"round {self.checkpoint} is saved and has nothing of it"
             if self.checkpoint is not None
-            else "no saved round is without it, so it is started again with the others"
+            else "no saved round is without it, so the run starts again with the others"
         )
         text = f"{self.folder}: in {where}{adapter}; {how}:\n  {self.command}"
         if self.started:
@@ -80,7 +80,7 @@ class Work:
 
 
 def works_of(server_folder: ServerFolder, member: Member) -> list[Work]:
-    """Return where a member's work is, of the runs that this server has played and whose folders stand.
+    """Return a member's contributions to runs of this server whose folders exist.
 
     Raises:
         OutputError: A run folder is damaged.
@@ -103,7 +103,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _started(path: Path, records: Mapping[Path, Mapping[str, Any]]) -> Iterator[Path]:
-    """Yield the runs that started from a run, and from those, in the order in which they were begun."""
+    """Yield the runs that started from a run, directly or indirectly, in the order of their start."""
     ids = {records[path].get("id")} - {None}
     for folder, record in records.items():
         if (record.get("start") or {}).get("run") in ids:

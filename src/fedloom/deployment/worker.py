@@ -1,9 +1,9 @@
 """The resident worker: one process on a client's host that keeps model and rows between messages.
 
-It is asked by the process that fetches Flower's messages, over a socket that only this user can open, and
-by the server over a stream that the worker opened after a message told it where. Requests are
-the same in both: an envelope, answered by an envelope. It carries them out with the very engine that
-simulates, for its one client.
+It receives requests from the process that fetches Flower's messages, over a socket that only this user
+can open, and from the server over a stream that the worker has opened. Requests have the same form in
+both cases: an envelope, answered by an envelope. It carries them out with the engine of simulations, for
+its one client.
 
 Its process begins in ``worker_process.py``.
 """
@@ -77,17 +77,16 @@ from fedloom.wire.schema import Schema
 LOG = logging.getLogger("fedloom.worker")
 
 PAUSE = 0.5
-"""Seconds between tries to open a stream that broke."""
+"""Seconds between attempts to reopen a broken stream."""
 
 START_FILE = "start.safetensors"
-"""In the folder of a run: what it starts from."""
+"""File in the folder of a run: the start of the run."""
 
 COOLING = 5.0
-"""Seconds in which rows and model are not read again after they could not be used: whoever asks for it
-again is told the same."""
+"""Seconds for which a failure to read rows or model is repeated without reading them again."""
 
 RETURNING = 30.0
-"""Seconds in which that is tried; after them the next message opens another."""
+"""Seconds of attempts; afterwards the next message opens another stream."""
 
 
 @dataclass
@@ -95,17 +94,17 @@ class Run:
     """A run that this client takes part in, made ready.
 
     Attributes:
-        id: Tells it from all others.
+        id: Id of the run.
         client: This client's number in it.
-        began: How many times it had begun or been resumed when this client last heard of it.
+        began: Segment of the run in the latest message (how many times it had been started or resumed).
         experiment: As this client takes part in it.
         parts: Model, rows and handlers, for this client alone.
-        kept: What it keeps between rounds, on disk.
+        kept: The client store on disk.
         every: Rounds between the server's checkpoints.
         secret_noise: Whether noise that hides rows is drawn from the client's key.
-        policy: What the client's file said when the run was made ready.
-        moment: The stretch and round that the store in memory is of.
-        latest: The last stretch and round that work was asked for in; there is none before them any more.
+        policy: The client's policy when the run was prepared.
+        moment: Segment and round of the store in memory.
+        latest: The latest segment and round with a request for work; earlier ones are over.
     """
 
     id: str
@@ -123,7 +122,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a run and its experiment were refused with, and until when that is not tried again."""
+    """The refusal of a run and its experiment, and until when it is repeated without a new attempt."""
 
     asked: tuple[str, str]
     error: PolicyError | ReportedError
@@ -137,7 +136,7 @@ class Worker:
     """Answers envelopes."""
 
     def __init__(self, client_folder: ClientFolder) -> None:
-        """Read how the client was joined.
+        """Read the client's registration.
 
         Raises:
             SettingsError: It was not.
@@ -157,14 +156,14 @@ class Worker:
         self._failed: _Failed | None = None
 
     def answer(self, packed: bytes, *, streamed: bool) -> bytes:
-        """Return the packed reply to a packed request; whatever goes wrong is in it.
+        """Return the packed reply to a packed request; errors are reported in the reply.
 
         Args:
             packed: The request.
-            streamed: Whether it came over a stream, whose other end was made sure of when it was opened.
+            streamed: Whether it came over a stream, whose server was verified when it was opened.
 
         Raises:
-            MessageError: It is not a request, or not the server's: nothing can be said in reply.
+            MessageError: It is not a request, or not from the server, so there is no reply.
         """
         with self._lock:
             self.heard = time.monotonic()
@@ -175,7 +174,7 @@ class Worker:
             # a run that was killed before it began counts its messages anew in the same stretch
             counted = (header.run, len(header.began), header.number)
             asked = (*counted, header.kind, header.round, header.action)
-            if asked == self._last and self._reply is not None:  # it did not reach the server whole
+            if asked == self._last and self._reply is not None:  # it did not reach the server completely
                 return self._reply.pack()[header.held :]
             reply, payload = self._carried_out(envelope, header)
             signing = None if streamed else partial(sign, self.key)
@@ -186,11 +185,11 @@ class Worker:
             return self._reply.pack()
 
     def largest(self) -> int:
-        """Return the bytes that a message may have, by the client's own file as it is now."""
+        """Return the largest size of a message in bytes, by the client's current policy."""
         return LONGEST_HEADER + self.client_folder.own_file().policy.max_bytes
 
     def _require_server(self, envelope: Envelope, header: RequestHeader) -> None:
-        """Check that the message is from the server whose authority this client was given."""
+        """Check that the message is signed by a server of this client's authority."""
         if self.authority is None:
             return
         key = issued_key(header.certificate or "", self.authority)
@@ -226,23 +225,23 @@ class Worker:
                 said["payload"] = digest = digest_of(payload)
                 self._note("answered", header, payload, digest)
             return reply.model_copy(update=said), payload
-        except Exception as error:  # whatever breaks here is this client's affair
+        except Exception as error:  # an error here must not stop the worker
             LOG.info("message %d was not carried out", header.number)
             return reply.model_copy(update={"error": told(error)}), b""
 
     def _note(self, event: str, header: RequestHeader, payload: bytes, digest: str) -> None:
-        """Note in this client's own log what it was asked, or what it answered."""
+        """Record a request or an answer in this client's audit log."""
         if header.kind == "exchange" and self.log is not None:
             where = {"run": header.run, "client": header.client}
             what = {"round": header.round, "action": header.action}
             self.log.record(event, **where, **what, bytes=len(payload), message=digest)
 
     def _ready(self, header: RequestHeader, payload: bytes) -> Run:
-        """Return the run that a message is of, made ready.
+        """Return the run of a message, prepared.
 
         Raises:
             PolicyError: The client's own file does not allow it.
-            ReportedError: Its rows or its model cannot be used, or nobody has let it in yet.
+            ReportedError: Its rows or its model cannot be used, or it is not approved yet.
         """
         if self.run is not None and self.run.id == header.run:
             if header.client != self.run.client:
@@ -263,7 +262,7 @@ class Worker:
             raise ReportedError(Sentence.WAITS)
         start = self._start(header, payload, experiment, own.policy)
         self.day.begin_run(header.run, header.experiment, own.policy)
-        self.run = None  # one model at a time; what is refused costs the run under way nothing
+        self.run = None  # one model at a time; a refused run does not affect the current one
         asked = header.run, header.experiment
         if self._failed is not None and self._failed.again(asked):
             raise self._failed.error
@@ -296,7 +295,7 @@ class Worker:
     def _start(
         self, header: RequestHeader, payload: bytes, experiment: Experiment, policy: PolicySettings
     ) -> Start | None:
-        """Return what the run starts from: as it is sent now or was before, and this client's own model.
+        """Return the start of the run, as sent now or before, with this client's own model.
 
         Raises:
             PolicyError: It is larger than the policy allows.
@@ -343,9 +342,9 @@ class Worker:
         run.latest = moment
         going_on = engine.under_way(number, header.round)
         self.day.begin_work((run.id, *moment), header.action, run.policy, going_on=going_on)
-        self._note("asked", header, data, header.payload)  # no more often than the policy allows
+        self._note("asked", header, data, header.payload)  # at most as often as the policy allows
         self._remember(run, header, header.round)
-        if run.secret_noise:  # asked the same again, the same noise; anything else, other noise
+        if run.secret_noise:  # the same request gets the same noise, another request other noise
             engine.noise_seed = secret_number(self.key, run.id, header.payload)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})
         (answer,) = engine.exchange(exchange)
@@ -358,9 +357,9 @@ class Worker:
         return answer.data or b"", answer.error
 
     def _remember(self, run: Run, header: RequestHeader, round: int) -> None:
-        """Have in memory what this client kept before this message, and counts.
+        """Load the client store as it was before this message, without discarded versions.
 
-        That is not what was kept over this very message by a worker that died before it answered.
+        Versions of this same message, from a worker that died before it answered, are not used.
         """
         segment = len(header.began)
         now = Version(segment, round)
@@ -376,7 +375,7 @@ class Worker:
         run.moment = now
 
     def _write_model(self, run: Run, header: RequestHeader, data: bytes) -> None:
-        """Write what this client would use now into its own folder, if it has a model of its own."""
+        """Write this client's model into its folder, if it has personal parts."""
         if header.request is None:
             return
         engine, folder = run.parts.local, self.client_folder.run(header.run) / "model"
@@ -407,7 +406,7 @@ class Worker:
         threading.Thread(target=self._stream, args=(address, run), daemon=True).start()
 
     def _stream(self, address: str, run: str) -> None:
-        """Answer what comes over a stream, and open it again where it breaks.
+        """Answer requests over a stream, and reopen it where it breaks.
 
         Where the server ends it, or it cannot be opened for a while, the next message opens another.
         """
@@ -434,15 +433,15 @@ class Worker:
             except Exception:
                 LOG.exception("run %s: stream failed", run[:8])
                 break
-        if self._streaming == run:  # and not another's by now
+        if self._streaming == run:  # and not the stream of another run
             self._streaming = None
 
     @contextlib.contextmanager
     def _answering(self, send: Callable[[bytes], None]) -> Iterator[Callable[[bytes], None]]:
-        """Yield what messages of a stream are put into, to be answered one after the other.
+        """Yield a function that queues messages of a stream, which are answered one after the other.
 
-        That is a thread's work, so that who reads sees at once that a stream breaks, and opens another
-        while the answer is still being worked on; over that the server asks for it again.
+        They are answered by a thread, so that the reading thread notices a broken stream at once and
+        opens another during the work; the server repeats its request over that one.
         """
         messages: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
 
@@ -460,7 +459,7 @@ class Worker:
             while not over.is_set() and (message := messages.get()) is not None:
                 try:
                     send(self.answer(message, streamed=True))
-                except OSError:  # it broke: over another the same is asked again
+                except OSError:  # it broke: the request is repeated over another stream
                     return
                 except Exception:
                     LOG.exception("a message of a stream cannot be answered")
@@ -477,7 +476,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being worked on, or may come over a stream."""
+        """Whether work is in progress, or may arrive over a stream."""
         return self._lock.locked() or self._streaming is not None
 
 
@@ -486,7 +485,7 @@ def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Sch
 
     Raises:
         MessageError: One is none.
-        PolicyError: One is too large; nothing of that size has been made.
+        PolicyError: One is too large; nothing of that size has been allocated.
     """
     nothing = Schema().to_table()
     both = tuple(Schema.from_table(table or nothing) for table in (header.request, header.reply))
@@ -498,14 +497,14 @@ def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Sch
 
 
 def _allowance(experiment: Experiment, policy: PolicySettings, own: ClientResources) -> Allowance:
-    """Return what one request may compute: of adapters, two of the largest rank side by side (feddpa)."""
+    """Return the bound on the work of one request; feddpa has two adapters of the largest rank."""
     numbers = sum(tensor.numel() for tensor in own.initial.values())
     larger = max(1.0, policy.max_rank / experiment.adapter.rank)
     return Allowance(policy.max_steps, policy.max_seconds, 2 * larger * numbers)
 
 
 def _own_log(client_folder: ClientFolder) -> tuple[AuditLog | None, AuditError | None]:
-    """Return the client's own log, or why there is none: then every message is answered by that."""
+    """Return the client's audit log, or the error that every message is then answered with."""
     try:
         return AuditLog(client_folder.path / FILE), None
     except AuditError as error:
@@ -514,7 +513,7 @@ def _own_log(client_folder: ClientFolder) -> tuple[AuditLog | None, AuditError |
 
 
 def serve(worker: Worker, client_folder: ClientFolder, idle: float) -> None:
-    """Answer at the home's socket until nothing has been asked for ``idle`` seconds."""
+    """Answer at the folder's socket until there was no request for ``idle`` seconds."""
     with listen(client_folder.socket) as listening:
         listening.settimeout(1.0)
         LOG.info("worker %d listens for client %d", os.getpid(), worker.registration.number)
@@ -526,7 +525,7 @@ def serve(worker: Worker, client_folder: ClientFolder, idle: float) -> None:
             worker.heard = time.monotonic()
             connection.settimeout(None)
             threading.Thread(target=_serve, args=(worker, connection), daemon=True).start()
-    LOG.info("worker %d ends: nothing was asked for %g seconds", os.getpid(), idle)
+    LOG.info("worker %d ends: no request for %g seconds", os.getpid(), idle)
 
 
 def _serve(worker: Worker, connection: socket.socket) -> None:
@@ -540,7 +539,7 @@ def _serve(worker: Worker, connection: socket.socket) -> None:
 
 
 def run(path: Path) -> int:
-    """Serve the client's folder at ``path`` until nothing is asked; return the process's exit code."""
+    """Serve the client's folder at ``path`` until idle; return the process's exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     silence_transformers()

@@ -1,6 +1,6 @@
-"""The file by which one worker a folder is held; it imports nothing, so that it is found at once."""
+"""The lock file of the one worker of a folder; this module imports nothing, so that it loads at once."""
 
 from __future__ import annotations
 
 LOCK = "worker.pid"
-"""In the client's folder: the number of this process, and the lock that makes it the only one."""
+"""File in the client's folder: process id and lock of the only worker."""

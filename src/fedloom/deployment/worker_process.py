@@ -1,4 +1,4 @@
-"""The process of a worker: the only one of its home before it imports what takes seconds.
+"""The process of a worker: it takes the lock of its folder before slow imports.
 
 Run as ``python -m fedloom.deployment.worker_process HOME``.
 """
@@ -17,7 +17,7 @@ from fedloom.storage.files import lock
 
 
 def main() -> None:
-    """Run the worker of the home that the command line names, unless another does."""
+    """Run the worker of the folder on the command line, unless another one runs."""
     end_with_parent()
     os.umask(0o077)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -1,4 +1,4 @@
-"""How the worker of a host is found, and one started where none runs. No torch here."""
+"""Connects to the worker of a client's folder, and starts one where none runs. No torch here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_LIMIT = 1 << 40
 
 
 def ask_worker(client_folder: Path, envelope: Envelope) -> Envelope:
-    """Return the worker's reply; takes as long as the work does.
+    """Send a request to the worker; return its reply, after the work is done.
 
     Raises:
         ConnectionFailed: No worker can be started, or it died over this.
@@ -39,7 +39,7 @@ def ask_worker(client_folder: Path, envelope: Envelope) -> Envelope:
 
 
 def reach_worker(client_folder: Path) -> socket.socket:
-    """Return a connection to the worker of a client's home; start one if there is none."""
+    """Return a connection to the worker of a client's folder; start one if there is none."""
     process, end = None, time.monotonic() + START
     while time.monotonic() < end:
         try:
