@@ -13,7 +13,7 @@ import pytest
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import TEMPLATE_DATE
 from fedloom.deployment.client_file import OwnFile
-from fedloom.deployment.error_report import LINES, told
+from fedloom.deployment.error_report import LINES, text_for_server
 from fedloom.deployment.permitted import (
     DECIDED,
     LEFT,
@@ -178,7 +178,7 @@ def test_nothing_about_rows_comes_from_the_server(own, hostile):
 def test_a_client_without_rows_offers_none(own):
     found = ask(own({}))
     assert lines(found) == ["data"] and found.experiment is None
-    assert told(PolicyError(*found.refusals)) == "data: this client offers no rows"
+    assert text_for_server(PolicyError(*found.refusals)) == "data: this client offers no rows"
 
 
 def test_a_client_reads_its_own_rows_whatever_the_experiment_names(own):
@@ -254,7 +254,7 @@ def test_what_is_trained_on_of_a_row_is_the_experiments(own):
         ("data.train_on", "'last_answer' is requested, here it is 'completion'"),
         ("data.template_date", "'2025-02-03' is requested, here it is '2024-07-26'"),
     ]
-    assert told(PolicyError(*found.refusals)) == (
+    assert text_for_server(PolicyError(*found.refusals)) == (
         "data.train_on: the experiment's setting differs from this client's; "
         "data.template_date: the experiment's setting differs from this client's"
     )
@@ -468,7 +468,7 @@ def test_numbers_above_their_bounds_are_refused_by_the_line_alone(own, name, val
     section, key = name.split(".")
     found = ask(own(SHARED), **{section: {key: value}})
     assert lines(found) == [f"policy.{MOST[name]}"]
-    text = told(PolicyError(*found.refusals))
+    text = text_for_server(PolicyError(*found.refusals))
     assert text == f"policy.{MOST[name]}: the experiment asks for more than this client allows"
     most = getattr(PolicySettings(), MOST[name])
     assert not lines(ask(own(SHARED), **{section: {key: most}}))  # of the very bound
@@ -508,7 +508,7 @@ def test_what_is_no_experiment_is_refused(own):
     for text in ("x = [", "[nothing]\na = 1", "a = " + "[" * 100_000, "#" * (LONGEST + 1)):
         with pytest.raises(PolicyError) as refused:
             permitted(text, own(SHARED), 0, 0)
-        assert told(refused.value) == "experiment: this client cannot take part in it"
+        assert text_for_server(refused.value) == "experiment: this client cannot take part in it"
 
 
 def test_the_machine_is_the_clients(own):
@@ -546,7 +546,9 @@ def test_batches_are_counted_as_what_will_be_computed(own, training, method, ste
     if steps > 1:
         with pytest.raises(PolicyError, match=r"policy\.max_steps") as refused:
             require_steps(asked, own(SHARED, max_steps=steps - 1), 100)
-        assert told(refused.value).startswith("policy.max_steps: the experiment asks for more")
+        assert text_for_server(refused.value).startswith(
+            "policy.max_steps: the experiment asks for more"
+        )
 
 
 def arms():

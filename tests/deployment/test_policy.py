@@ -11,7 +11,13 @@ import pytest
 from fedloom.data.loading import load_examples
 from fedloom.deployment.checking import check, waiting_run, waiting_table
 from fedloom.deployment.consent import MOST_WAITING, Approvals, Day
-from fedloom.deployment.error_report import LINES, ReportedError, Sentence, failing_as, told
+from fedloom.deployment.error_report import (
+    LINES,
+    ReportedError,
+    Sentence,
+    failing_as,
+    text_for_server,
+)
 from fedloom.deployment.policy import PolicySettings
 from fedloom.errors import (
     AuditError,
@@ -78,11 +84,11 @@ def test_few_sentences_are_ever_said(caplog):
     allowed |= {f"{line}: {said}" for line, said in LINES.items()}
     for error in errors:
         caplog.clear()
-        said = told(error)
+        said = text_for_server(error)
         assert set(said.split("; policy.")[0:1]) <= allowed or said in allowed
         assert "Miller" not in said and "row 7" not in said and "/data" not in said
         assert str(error) in caplog.text or not str(error)
-    assert told(PolicyError(*errors[10].refusals[:1])) == f"policy.max_rank: {MORE}"
+    assert text_for_server(PolicyError(*errors[10].refusals[:1])) == f"policy.max_rank: {MORE}"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_which_error_it_was_is_not_said(error):
             with failing_as(sentence):
                 raise error
         except ReportedError as found:
-            return told(found)
+            return text_for_server(found)
 
     assert said(Sentence.READING) == Sentence.READING.value
     rows = isinstance(error, DataError)  # none is left once they are tokenised

@@ -145,7 +145,7 @@ def test_what_is_not_allowed_is_not_computed_and_nothing_is_kept(suited, method,
     parts = assemble(experiment, partition_data(experiment))
     engine, told = parts.local, None
     engine.allowance = Allowance(**allowed)
-    engine.tell = lambda error: ";".join(one.line for one in error.refusals)
+    engine.error_text = lambda error: ";".join(one.line for one in error.refusals)
     cohort = Cohort(1, (0,), Presence.of(engine.sizes()), 1e-3, last=True)
     round = parts.method.round(parts.method.initial_state(parts.initial), cohort)
     exchange = next(round)

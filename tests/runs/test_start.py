@@ -25,7 +25,7 @@ from fedloom.runs.division import partition_data
 from fedloom.runs.forget import forget_client
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
-from fedloom.runs.start import find_start, kept_start, settled
+from fedloom.runs.start import find_start, kept_start, with_adapter_settings
 from fedloom.settings.toml import write_toml
 from fedloom.storage.run_folder import RunFolder
 from fedloom.training.layout import Budget
@@ -71,7 +71,7 @@ def copied(sft, tmp_path):
 
 def begun(experiment):
     start = find_start(experiment)
-    experiment = settled(experiment, start)
+    experiment = with_adapter_settings(experiment, start)
     return assemble(experiment, partition_data(experiment), start=start)
 
 

@@ -30,7 +30,7 @@ from fedloom.deployment.consent import Approvals, Waiting
 from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.policy import REVEALING, PolicySettings
-from fedloom.deployment.rows import divided
+from fedloom.deployment.rows import partitioned
 from fedloom.display.untrusted_text import message, named, placed
 from fedloom.errors import DataError, FedloomError, OutputError, PolicyError, first_line
 from fedloom.evaluation.generate import load_encoder
@@ -302,7 +302,7 @@ def _read(own: OwnFile, experiment: Experiment | None, client: int) -> _Read:
         raise DataError(
             f"there is no client {client} among {experiment.federation.clients}; give --client"
         )
-    division = divided(experiment, own, client, None)
+    division = partitioned(experiment, own, client, None)
     trained = division.train[client]
     accounts = division.accounts
     became = row_account.sentence("here", accounts.clients[client].to_record()), *accounts.warnings

@@ -45,7 +45,9 @@ class OwnData(DataSettings):
             )
         for name in ("test_source", "test_split", "test_kind"):
             if getattr(self, name) is not None:
-                found.append(f'data.{name} is set by the coordinator, unless data.share = "experiment"')
+                found.append(
+                    f'data.{name} is set by the coordinator, unless data.share = "experiment"'
+                )
         return found
 
 

@@ -1,8 +1,8 @@
 """Errors that a client reports to the server: lines of its policy and a fixed set of sentences.
 
 The texts of errors may quote rows, paths, columns or settings, and the kind of an error may reveal
-whether a file exists. So every error that a worker sends goes through :func:`told`; the details are in
-the client's own log.
+whether a file exists. So every error that a worker sends goes through :func:`text_for_server`; the
+details are in the client's own log.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def failing_as(sentence: Sentence) -> Iterator[None]:
         raise ReportedError(sentence) from error
 
 
-def told(error: Exception) -> str:
+def text_for_server(error: Exception) -> str:
     """Return the text about an error for the server, and write the details to the local log."""
     cause = error.__cause__ if isinstance(error, ReportedError) and error.__cause__ else error
     trace = None if isinstance(cause, FedloomError) else cause

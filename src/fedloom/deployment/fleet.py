@@ -192,7 +192,9 @@ def _require_allowed(request: h11.Request) -> int:
     if request.method != b"POST" or path not in CALLS:
         method = request.method.decode("latin-1")[:8]
         raise Forbidden(403, f"{method} {path[:80]!r} is not offered")
-    if len(headers) != len(request.headers):  # readers that take the first and the last would disagree
+    if len(headers) != len(
+        request.headers
+    ):  # readers that take the first and the last would disagree
         raise Forbidden(400, "a header is given twice", "malformed")
     length = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers or not length.isdigit() or len(length) > 12:

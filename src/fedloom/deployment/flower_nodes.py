@@ -78,7 +78,7 @@ class FlowerNodes:
         """
         self.control, self.members, self.path, self.note = control, members, path, note
         self._keys: dict[int, NodeKey] = {}
-        self._leftover: list[int] = []
+        self._orphaned: list[int] = []
         self._seen: tuple[Member, ...] | None = None
         self._doubtful = False
         self._again, self.problem = 0.0, ""
@@ -102,7 +102,7 @@ class FlowerNodes:
         if self._doubtful:
             known_to_flower = self.control.nodes().keys()
             self._keys = {n: key for n, key in self._keys.items() if key.node in known_to_flower}
-            self._leftover = [node for node in self._leftover if node in known_to_flower]
+            self._orphaned = [node for node in self._orphaned if node in known_to_flower]
             self._seen, self._doubtful = (), False
         if members == self._seen:
             return
@@ -111,12 +111,12 @@ class FlowerNodes:
         for number, known in list(self._keys.items()):
             if number not in allowed or allowed[number].key != known.member.key:
                 del self._keys[number]  # the gateway stops passing its requests on
-                self._leftover.append(known.node)
+                self._orphaned.append(known.node)
                 self.note("revoked", client=number, name=known.member.name)
-        for node in list(self._leftover):
+        for node in list(self._orphaned):
             try:
                 self.control.unregister(node)
-                self._leftover.remove(node)
+                self._orphaned.remove(node)
             except FedloomError as error:  # the others must not wait for this one
                 failed.append(error)
         for number, member in allowed.items():

@@ -30,11 +30,11 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the exit status of a run
     for line in sys.stdin:
         if os.fork() == 0:
-            play(json.loads(line))
+            run_process(json.loads(line))
             return
 
 
-def play(arguments: list[str]) -> None:
+def run_process(arguments: list[str]) -> None:
     """Run as the process of a run."""
     end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -258,7 +258,9 @@ class Gateway:
         if certificate is not None:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_3
-            self._context.num_tickets = 0  # no TLS session is resumed: each connection must prove its key
+            self._context.num_tickets = (
+                0  # no TLS session is resumed: each connection must prove its key
+            )
             try:
                 self._context.load_cert_chain(*certificate)
             except (ssl.SSLError, OSError) as error:
@@ -468,7 +470,9 @@ class Gateway:
             reason = "it does not trust this server: " + claim.reason
             self._refused(own, reason, "distrust", what="joins")
             return
-        claim.require_proof(own.nonce, self._certificate)  # otherwise it would learn which keys are known
+        claim.require_proof(
+            own.nonce, self._certificate
+        )  # otherwise it would learn which keys are known
         number = self._current().number(claim.key)
         with self._lock:
             all_mine = [other for other in self._connections.values() if other.client == number]

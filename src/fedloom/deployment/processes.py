@@ -147,7 +147,9 @@ def make_room(log: Path) -> None:
     """Rotate a log once it is large; writers continue to append, and one old log is kept."""
     with contextlib.suppress(OSError):
         if log.stat().st_size > LARGE:
-            with contextlib.suppress(OSError):  # the disk may be full, which is a reason to free space
+            with contextlib.suppress(
+                OSError
+            ):  # the disk may be full, which is a reason to free space
                 shutil.copyfile(log, log.with_name(f"{log.name}.1"))
             os.truncate(log, 0)
 

@@ -7,7 +7,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.runs.division import OwnRows, PartitionedData, only, partition_data
 
 
-def divided(
+def partitioned(
     experiment: Experiment, own: OwnFile, client: int, classes: tuple[str, ...] | None
 ) -> PartitionedData:
     """Return a client's rows.

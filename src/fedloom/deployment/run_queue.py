@@ -121,8 +121,8 @@ class RunQueue:
         self._runs: dict[str, QueuedRun] = {}
         self._done: dict[str, float] = {}
         self._lock = threading.RLock()
-        for leftover in server_folder.requests.iterdir():
-            leftover.unlink(missing_ok=True)
+        for stale in server_folder.requests.iterdir():
+            stale.unlink(missing_ok=True)
 
     def submit(self, asked: Asked) -> QueuedRun:
         """Put a run at the end of the queue.

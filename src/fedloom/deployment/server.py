@@ -175,7 +175,9 @@ def _serve(
             lambda: stamp_of(server_folder.path / MEMBERS),
             nodes.of,
         )
-        gateway.note = Limited(no_op_recorder)  # the next unauthenticated requests come from this process
+        gateway.note = Limited(
+            no_op_recorder
+        )  # the next unauthenticated requests come from this process
         gateway.listen(
             host, port, None if insecure else (server_folder.certificate, server_folder.key)
         )
@@ -247,8 +249,8 @@ def begin_anew(server_folder: ServerFolder) -> None:
     """
     for name in ("", "-wal", "-shm", "-journal"):
         server_folder.database.with_name(server_folder.database.name + name).unlink(missing_ok=True)
-    for leftover in server_folder.streams.iterdir():
-        leftover.unlink(missing_ok=True)
+    for stale in server_folder.streams.iterdir():
+        stale.unlink(missing_ok=True)
 
 
 def report_violation(

@@ -65,7 +65,10 @@ def main(grid: Grid, context: Context) -> None:
         except FedloomError as error:
             run_events.emit("failed", text=str(error), exit_code=error.exit_code)
             raise
-        except (SystemExit, KeyboardInterrupt):  # Flower ends the process of a stopped run in this way
+        except (
+            SystemExit,
+            KeyboardInterrupt,
+        ):  # Flower ends the process of a stopped run in this way
             text = f"the run was stopped; {go_on(player.folder)}"
             run_events.emit("failed", text=text, exit_code=RoundFailed.exit_code)
             raise

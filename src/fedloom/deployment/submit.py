@@ -56,7 +56,9 @@ def ask_for_run(
             text = experiment.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"cannot read the experiment {experiment}: {error}") from None
-        require_section(parse_toml(text, str(experiment)), str(experiment))  # reported without a server
+        require_section(
+            parse_toml(text, str(experiment)), str(experiment)
+        )  # reported without a server
         called = experiment.stem
     asked = Asked(
         name=name or called,

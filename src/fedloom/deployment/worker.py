@@ -28,12 +28,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from fedloom.deployment.consent import Approvals, Day
-from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, told
+from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, text_for_server
 from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
-from fedloom.deployment.rows import divided
+from fedloom.deployment.rows import partitioned
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import (
     AuditError,
@@ -174,7 +174,9 @@ class Worker:
             # a run that was killed before it began counts its messages anew in the same stretch
             counted = (header.run, len(header.began), header.number)
             asked = (*counted, header.kind, header.round, header.action)
-            if asked == self._last and self._reply is not None:  # it did not reach the server completely
+            if (
+                asked == self._last and self._reply is not None
+            ):  # it did not reach the server completely
                 return self._reply.pack()[header.held :]
             reply, payload = self._carried_out(envelope, header)
             signing = None if streamed else partial(sign, self.key)
@@ -227,7 +229,7 @@ class Worker:
             return reply.model_copy(update=said), payload
         except Exception as error:  # an error here must not stop the worker
             LOG.info("message %d was not carried out", header.number)
-            return reply.model_copy(update={"error": told(error)}), b""
+            return reply.model_copy(update={"error": text_for_server(error)}), b""
 
     def _note(self, event: str, header: RequestHeader, payload: bytes, digest: str) -> None:
         """Record a request or an answer in this client's audit log."""
@@ -268,14 +270,14 @@ class Worker:
             raise self._failed.error
         try:
             with failing_as(Sentence.READING):
-                division = divided(experiment, own, number, tuple(header.classes))
+                division = partitioned(experiment, own, number, tuple(header.classes))
             require_steps(experiment, own, len(division.train[number]))
             with failing_as(Sentence.LOADING):
                 parts = assemble(experiment, division, only=number, stage=LOG.info, start=start)
         except (PolicyError, ReportedError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
-        parts.local.tell = told
+        parts.local.error_text = text_for_server
         parts.local.allowance = _allowance(experiment, own.policy, parts.local.resources[number])
         LOG.info(
             "run %s: ready after %.1f s, backbone loaded from %s",
@@ -365,8 +367,10 @@ class Worker:
         now = Version(segment, round)
         if run.moment == now and not header.undone:
             return
-        undone = {(began, number) for began, number in header.undone} | {(segment, header.number)}
-        known = run.kept.latest(header.began, round, undone)
+        discarded = {(began, number) for began, number in header.undone} | {
+            (segment, header.number)
+        }
+        known = run.kept.latest(header.began, round, discarded)
         store = ClientStore({run.client: known[1]} if known is not None else None)
         if run.moment == now:
             run.parts.local.store = store

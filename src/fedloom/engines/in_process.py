@@ -108,9 +108,9 @@ class SimulationEngine:
         rounds: Rounds of the run.
         store: The client store.
         ledger: The ledger of costs.
-        newcomers: Unseen clients: present, but asked only when named explicitly.
+        unseen: Unseen clients: present, but asked only when named explicitly.
         noise_seed: Seed of noise that hides rows, if not the experiment's seed.
-        tell: Returns the text about an error that is sent to the server.
+        error_text: Returns the text about an error that is sent to the server.
         allowance: Bound on the work of one request.
         references: Cache of log-probs under reference models.
         on_step: Called after each optimizer step of a client; what it raises is raised as it is.
@@ -126,9 +126,9 @@ class SimulationEngine:
     rounds: int
     store: ClientStore
     ledger: Ledger
-    newcomers: frozenset[int] = frozenset()
+    unseen: frozenset[int] = frozenset()
     noise_seed: int | None = None
-    tell: Callable[[Exception], str] = named
+    error_text: Callable[[Exception], str] = named
     allowance: Allowance = field(default_factory=Allowance)
     references: ReferenceCache | None = None
     on_step: OnStep | None = None
@@ -142,7 +142,7 @@ class SimulationEngine:
         return {
             client: len(share)
             for client, share in sorted(self.shares.items())
-            if client not in self.newcomers
+            if client not in self.unseen
         }
 
     def membership(self) -> Membership:
@@ -199,7 +199,7 @@ class SimulationEngine:
         except CallbackError as raised:
             failure = raised.error
         except Exception as error:  # an error at one client must not stop the others
-            return Answer(client, error=self.tell(error))
+            return Answer(client, error=self.error_text(error))
         raise failure  # here, so that it is as the user's function raised it
 
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:

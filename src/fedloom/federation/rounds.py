@@ -78,8 +78,8 @@ class Server:
         if done < 0:
             start = time.perf_counter()
             evaluation = self.evaluate(state, 0)
-            offences = self.admission.close(0)
-            self._finish(RoundRecord(0, offences=offences, evaluation=evaluation), state, start)
+            violations = self.admission.close(0)
+            self._finish(RoundRecord(0, offences=violations, evaluation=evaluation), state, start)
         absent: Mapping[int, Absence] = {}
         presence = self.presence
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):

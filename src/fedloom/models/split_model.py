@@ -94,14 +94,14 @@ class ClientPart(AdapterModel):
         super().__init__(model, pad, autocast)
         whole = _hugging_face(model)
         base = getattr(whole, whole.base_model_prefix)
-        anatomy = ARCHITECTURE_LAYOUTS[whole.config.model_type]
-        self.blocks = _without(base, {anatomy.norm: nn.Identity()})
-        self.ending = ModelHead(self, getattr(base, anatomy.norm), _head(whole)) if tail else None
+        layout = ARCHITECTURE_LAYOUTS[whole.config.model_type]
+        self.blocks = _without(base, {layout.norm: nn.Identity()})
+        self.ending = ModelHead(self, getattr(base, layout.norm), _head(whole)) if tail else None
         if not tail:
             kept = {n: p for n, p in self.parameters.items() if block_of(n) is not None}
             self.parameters = kept
             _drop_head(whole)
-            setattr(base, anatomy.norm, nn.Identity())
+            setattr(base, layout.norm, nn.Identity())
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         """Return ``(rows, length, hidden)`` activations after the client's last block."""
@@ -130,21 +130,21 @@ class ServerPart(AdapterModel):
         """
         super().__init__(whole.model, whole.pad, whole.autocast, whole.checkpointed)
         model = _hugging_face(whole.model)
-        anatomy = check_split_point(model.config, cut)
+        layout = check_split_point(model.config, cut)
         base = getattr(model, model.base_model_prefix)
         count = int(model.config.num_hidden_layers)
         self.shape = model_shape(whole.model, range(cut, count), gradient_enters=True)
         self.parameters = {
             name: parameter
             for name, parameter in self.parameters.items()
-            if _is_behind(name, cut, tail=tail)
+            if _is_after(name, cut, tail=tail)
         }
         own: dict[str, nn.Module] = {
-            anatomy.blocks: nn.ModuleList(getattr(base, anatomy.blocks)[cut:])
+            layout.blocks: nn.ModuleList(getattr(base, layout.blocks)[cut:])
         }
-        own |= {name: _NOTHING[name] for name in anatomy.before}
-        norm = getattr(base, anatomy.norm)
-        own[anatomy.norm] = nn.Identity()
+        own |= {name: _NOTHING[name] for name in layout.before}
+        norm = getattr(base, layout.norm)
+        own[layout.norm] = nn.Identity()
         self.blocks = _without(base, own)
         self.blocks.config = copy.deepcopy(model.config)
         keep_blocks(self.blocks.config, range(cut, count))
@@ -228,7 +228,7 @@ class _Zero(nn.Module):
 _NOTHING: dict[str, nn.Module] = {"wpe": _Zero(), "drop": nn.Identity()}
 
 
-def _is_behind(name: str, cut: int, *, tail: bool) -> bool:
+def _is_after(name: str, cut: int, *, tail: bool) -> bool:
     """Return whether a trained tensor is the server's: of a later block, or of its head."""
     block = block_of(name)
     return not tail if block is None else block >= cut

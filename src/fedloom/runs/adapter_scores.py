@@ -10,7 +10,7 @@ from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.division import partition_data
 from fedloom.runs.saved_models import assemble_saved
-from fedloom.runs.start import find_start, settled
+from fedloom.runs.start import find_start, with_adapter_settings
 from fedloom.statistics.intervals import Interval, sample_interval
 
 
@@ -47,7 +47,7 @@ def evaluate_adapter(
         ModelError: The folder is not an adapter, or one for another model.
     """
     start = find_start(experiment)
-    experiment = settled(experiment, start)
+    experiment = with_adapter_settings(experiment, start)
     reference = None
     if start is not None and experiment.reference == "start":
         reference = start.shared if isinstance(start.shared, Path) else None

@@ -25,7 +25,7 @@ from fedloom.federation.protocol import EVALUATE
 from fedloom.methods import make_method
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
-from fedloom.methods.contract.unseen_clients import ACTION as JOIN
+from fedloom.methods.contract.unseen_clients import ACTION as UNSEEN
 from fedloom.methods.contract.unseen_clients import UnseenClients
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import fingerprint
@@ -68,7 +68,7 @@ class RunComponents:
     engine: Engine
     local: SimulationEngine
     evaluator: Evaluator
-    newcomers: UnseenClients
+    unseen: UnseenClients
     ledger: Ledger
     accounts: Accounts
     bad_rows: tuple[BadRow, ...]
@@ -130,7 +130,7 @@ def assemble(
     resources = {client: bundles.resources(client, public) for client in train}
     initial = own.initial
     method.setup(_server_side(bundles, public.get(own.key), ledger))
-    evaluator, welcome = _evaluation(bundles, train, remote)
+    evaluator, unseen_clients = _evaluation(bundles, train, remote)
     accounts, bad_rows = _accounted(bundles, public.get(own.key))
     told = pass_warnings(
         experiment.training,
@@ -141,7 +141,7 @@ def assemble(
     engine = SimulationEngine(
         resources,
         train,
-        {**method.handlers(), EVALUATE: evaluator.handler(), JOIN: welcome.handler()},
+        {**method.handlers(), EVALUATE: evaluator.handler(), UNSEEN: unseen_clients.handler()},
         objective,
         experiment.training,
         experiment.federation.seed,
@@ -163,7 +163,7 @@ def assemble(
         remote or engine,
         engine,
         evaluator,
-        welcome,
+        unseen_clients,
         ledger,
         replace(accounts, warnings=(*accounts.warnings, *told)),
         bad_rows,
@@ -177,8 +177,8 @@ def assemble(
 def _cohort_and_participations(experiment: Experiment, method: Method) -> tuple[int, float]:
     """Return the clients of a round, and the rounds that each takes part in on average."""
     federation = experiment.federation
-    newcomers = set(experiment.clients.newcomers)
-    members = 1 if method.pools_data else federation.clients - len(newcomers)
+    unseen = set(experiment.clients.newcomers)
+    members = 1 if method.pools_data else federation.clients - len(unseen)
     cohort = min(federation.cohort_size, members)
     return cohort, federation.rounds * cohort / members
 
@@ -212,27 +212,27 @@ def _evaluation(
         DataError: A client that is in this process and must be judged has no held-out row.
     """
     experiment, division, method = bundles.experiment, bundles.division, bundles.method
-    newcomers, judged = frozenset(experiment.clients.newcomers), experiment.judges_clients
+    unseen, judged = frozenset(experiment.clients.newcomers), experiment.judges_clients
     here = judged and (remote is None or method.pools_data)
     held_out = bundles.client_held_out() if here else {}
     if remote is None:
-        needing = train if method.personal and judged else {c: train[c] for c in newcomers}
+        needing = train if method.personal and judged else {c: train[c] for c in unseen}
         _require_held_out(needing, held_out)
     kind = judged_kind(experiment, division.loaded.kind)
     evaluator = Evaluator(
         method,
         bundles.of_server.held_out,
         {c: bundles.common_held_out(c) for c in train} if method.own_models else {},
-        {c: rows for c, rows in held_out.items() if c not in newcomers},
-        remote.judged if remote and judged else held_out.keys() - newcomers,
+        {c: rows for c, rows in held_out.items() if c not in unseen},
+        remote.judged if remote and judged else held_out.keys() - unseen,
         experiment.evaluation.every,
         experiment.federation.rounds,
         kind,
     )
     return evaluator, UnseenClients(
         method,
-        sorted(newcomers),
-        {c: rows for c, rows in held_out.items() if c in newcomers},
+        sorted(unseen),
+        {c: rows for c, rows in held_out.items() if c in unseen},
         experiment.clients.newcomer_steps,
         experiment.training.learning_rate,
         kind,

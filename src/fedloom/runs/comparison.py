@@ -43,7 +43,7 @@ from fedloom.runs.observers import Silent
 from fedloom.runs.parent_process import end_with_parent
 from fedloom.runs.records import versions
 from fedloom.runs.run import resume_run, run_experiment
-from fedloom.runs.start import find_start, settled
+from fedloom.runs.start import find_start, with_adapter_settings
 from fedloom.runs.stopping import Terminated
 from fedloom.settings.schema import Settings, parse
 from fedloom.settings.suggestions import nearest
@@ -296,13 +296,13 @@ def _unlike_rows(grid_runs: Iterable[GridRun]) -> list[str]:
     """Return configurations that train on rows which others in their row of the grid hold out."""
     found = []
     for objective, group in groupby(grid_runs, key=lambda grid_run: grid_run.objective):
-        arms = [
+        configurations = [
             (grid_run.method, grid_run.experiment)
             for grid_run in group
             if grid_run.experiment.partition.client_test_fraction
         ]
-        holding = [method for method, experiment in arms if experiment.judges_clients]
-        for method, experiment in arms:
+        holding = [method for method, experiment in configurations if experiment.judges_clients]
+        for method, experiment in configurations:
             partly = not METHODS[experiment.method.name][1].whole_at_clients
             if holding and partly and experiment.evaluation.per_client:
                 found.append(
@@ -421,7 +421,7 @@ def _resolved(grid_run: GridRun) -> GridRun:
     """
     try:
         start = find_start(grid_run.experiment)
-        return replace(grid_run, experiment=settled(grid_run.experiment, start))
+        return replace(grid_run, experiment=with_adapter_settings(grid_run.experiment, start))
     except SettingsError as error:
         configuration = f"configuration {grid_run.objective}-{grid_run.method}"
         raise SettingsError([f"{configuration}: {text}" for text in error.problems]) from None

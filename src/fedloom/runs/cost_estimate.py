@@ -26,7 +26,7 @@ from fedloom.models.split_model import ClientPart
 from fedloom.randomness import generator
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import partition_data
-from fedloom.runs.start import find_start, settled
+from fedloom.runs.start import find_start, with_adapter_settings
 from fedloom.training.layout import Budget, budget_of, scoring_budget
 from fedloom.training.memory import client_memory
 from fedloom.training.passes import Layout
@@ -81,7 +81,7 @@ def advise(
     Raises:
         FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
     """
-    experiment, options = settled(experiment, find_start(experiment)), []
+    experiment, options = with_adapter_settings(experiment, find_start(experiment)), []
     for name, framework, changes, remark in _variants(experiment):
         stage(f"counting {name}")
         try:

@@ -196,19 +196,19 @@ def _role(method: Method) -> dict[str, object]:
 
 def _feedback_record(experiment: Experiment, division: PartitionedData) -> dict[str, Any] | None:
     """Return what became of pairs; the counts are of the rows as they were dealt, not as planned."""
-    deal = division.feedback
-    if deal is None:
+    feedback = division.feedback
+    if feedback is None:
         return None
-    rows = [row for own in deal.rows.values() for row in own]
+    rows = [row for own in feedback.rows.values() for row in own]
     return {
         "arrangement": experiment.partition.feedback,
-        "pairs": deal.pairs,
+        "pairs": feedback.pairs,
         "rows": len(rows),
         "desirable": sum(row.desirable for row in rows),
-        "intact_share": deal.intact_share,
-        "expected_intact_share_if_spread": deal.expected_intact_share,
+        "intact_share": feedback.intact_share,
+        "expected_intact_share_if_spread": feedback.expected_intact_share,
         "single_class_clients": sum(
-            len({row.desirable for row in own}) == 1 for own in deal.rows.values()
+            len({row.desirable for row in own}) == 1 for own in feedback.rows.values()
         ),
     }
 

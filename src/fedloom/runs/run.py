@@ -73,9 +73,9 @@ from fedloom.runs.start import (
     find_start,
     kept_start,
     sent,
-    settled,
     told,
     travels,
+    with_adapter_settings,
 )
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
@@ -108,7 +108,7 @@ def run_experiment(
 ) -> Result:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
     start = find_start(experiment)
-    experiment = settled(experiment, start)
+    experiment = with_adapter_settings(experiment, start)
     with _new_folder(experiment) as folder:
         try:
             folder.write_text(names.EXPERIMENT, experiment.to_toml())
@@ -269,7 +269,7 @@ def _experiment_of(
     if file is not None:
         given = Experiment.from_toml(file, assignments, name=experiment.name)
         if given.adapter.start == experiment.adapter.start:
-            given = settled(given, start)
+            given = with_adapter_settings(given, start)
         _require_same(given, experiment, folder.path)
         observer.stage(
             f"the settings are those of {folder.path / names.EXPERIMENT}; {file} has the same, but for "
@@ -550,7 +550,7 @@ class _Run:
             else None,
         )
         rounds = self.experiment.federation.rounds
-        joined = self.parts.newcomers.welcome(
+        joined = self.parts.unseen.evaluate_all(
             state, rounds, self.parts.engine, self.admission, self.audit.record
         )
         if joined:
@@ -843,12 +843,12 @@ def _plan(experiment: Experiment, parts: RunComponents) -> Plan:
     missing = ", ".join(parts.engine.title(client) for client in sorted(absent))
     of = f"{there} of {everybody} clients, without {missing}" if absent else f"{there} clients"
     objective = type(parts.objective).__name__
-    deal = parts.division.feedback
+    feedback = parts.division.feedback
     pairs = ""
-    if deal is not None and deal.pairs:
+    if feedback is not None and feedback.pairs:
         pairs = (
-            f"; {human_count(deal.pairs)} pairs as single answers, {experiment.partition.feedback}: "
-            f"{deal.intact_share:.2f} of the pairs whole at one client"
+            f"; {human_count(feedback.pairs)} pairs as single answers, {experiment.partition.feedback}: "
+            f"{feedback.intact_share:.2f} of the pairs whole at one client"
         )
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "

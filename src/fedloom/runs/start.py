@@ -227,7 +227,7 @@ def kept_start(experiment: Experiment, folder: RunFolder, run: Record | None) ->
     return start
 
 
-def settled(experiment: Experiment, start: Start | None) -> Experiment:
+def with_adapter_settings(experiment: Experiment, start: Start | None) -> Experiment:
     """Return an experiment with the settings of the adapter that it starts from.
 
     Raises:

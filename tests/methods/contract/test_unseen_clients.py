@@ -52,7 +52,7 @@ def test_only_a_newcomers_own_parts_are_fitted(experiment, federate):
         return own
 
     parts.engine.client = watching
-    parts.newcomers.welcome(found.state, 2, parts.engine, Admission())
+    parts.unseen.evaluate_all(found.state, 2, parts.engine, Admission())
     assert len(trained) == 2
     assert all(name.startswith("own.") for names in trained for name in names)
 

@@ -147,8 +147,8 @@ class Streams:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._listening, self._path = listen(path), path
-        for leftover in path.parent.glob(f"{path.name}-*"):  # left by a process that was killed
-            leftover.unlink()
+        for stale in path.parent.glob(f"{path.name}-*"):  # left by a process that was killed
+            stale.unlink()
         serve_each(self._listening, self._serve)
 
     def __contains__(self, client: object) -> bool:

@@ -60,7 +60,7 @@ class UnseenClients:
 
         return join
 
-    def welcome(
+    def evaluate_all(
         self,
         state: State,
         round: int,
