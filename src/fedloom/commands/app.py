@@ -1,6 +1,6 @@
-"""What commands share: groups, options, and how they read an experiment and speak.
+"""Shared parts of commands: groups, options, reading an experiment, output.
 
-Nothing heavy is imported before it is needed.
+Slow imports happen only when they are needed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ client_app = typer.Typer(help="A client of a federation between machines.", no_a
 app.add_typer(client_app, name="client")
 keys_app = typer.Typer(help="The key of a client.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-members_app = typer.Typer(help="Who is let in to a federation.", no_args_is_help=True)
+members_app = typer.Typer(help="The members of a federation.", no_args_is_help=True)
 app.add_typer(members_app, name="members")
 data_app = typer.Typer(help="The rows of an experiment.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 audit_app = typer.Typer(
-    help="The log of who sent what, and what became of it.", no_args_is_help=True
+    help="The audit log: who sent what, and whether it was accepted.", no_args_is_help=True
 )
 app.add_typer(audit_app, name="audit")
 
@@ -72,10 +72,10 @@ def fedloom(
 
 
 def require_experiment(path: Path) -> None:
-    """Say at once, and what to do, where no experiment can be read.
+    """Fail at once, with advice, where no experiment can be read.
 
     Raises:
-        SettingsError: It is a folder, or not there.
+        SettingsError: It is a folder, or missing.
     """
     if not path.is_dir():
         if not path.exists():
@@ -97,7 +97,7 @@ def require_experiment(path: Path) -> None:
 
 
 def require_data_folder(folder: Path, of: str = "server") -> None:
-    """Check that a folder is there, before anything is looked for in it or written to it.
+    """Check that a data folder exists, before it is read or written.
 
     Raises:
         OutputError: It is not.
@@ -107,17 +107,17 @@ def require_data_folder(folder: Path, of: str = "server") -> None:
 
 
 def say(text: str) -> None:
-    """Print text in which names, paths and words of others may stand."""
+    """Print text that may hold untrusted names, paths and messages."""
     typer.echo(visible(text))
 
 
 def doubt(text: str) -> None:
-    """Print on standard error, on one line, why a page's figures are doubted."""
+    """Print on standard error, on one line, a doubt about the figures of a page."""
     typer.secho(message(f"warning: {text}"), fg=typer.colors.YELLOW, err=True)
 
 
 def check_rows(path: Path, assignments: list[str] | None) -> None:
-    """Raise what can be told of an experiment and its files without a model."""
+    """Raise mistakes in an experiment and its files that can be found without a model."""
     require_experiment(path)
     from fedloom.data.reader import require_files
 
@@ -125,7 +125,7 @@ def check_rows(path: Path, assignments: list[str] | None) -> None:
 
 
 def begin_loading(quiet: bool) -> RunObserver:
-    """Return who watches, after saying what takes the first seconds."""
+    """Return the observer, after printing what takes the first seconds."""
     observer = terminal_observer(quiet)
     if "torch" not in sys.modules:
         observer.stage("loading torch, transformers and peft")
@@ -140,7 +140,7 @@ def experiment_from(path: Path, assignments: list[str] | None) -> Experiment:
 
 
 def terminal_observer(quiet: bool) -> RunObserver:
-    """Return who shows a run on this terminal."""
+    """Return the observer that shows a run on this terminal."""
     from fedloom.commands.terminal import make_console, make_observer
 
     return make_observer(make_console(), quiet=quiet)

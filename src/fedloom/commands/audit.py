@@ -14,7 +14,7 @@ from fedloom.commands.app import audit_app, say
 def verify(
     run: Annotated[Path, typer.Argument(help="Run folder, or its audit log.", show_default=False)],
 ) -> None:
-    """Check that the log of who sent what, and what became of it, was not changed."""
+    """Check that the audit log was not changed."""
     from fedloom.security.audit_log import verify as check
 
     found = check(run)
@@ -41,7 +41,7 @@ def match_logs(
         Path, typer.Argument(help="A client's folder, or its log.", show_default=False)
     ],
 ) -> None:
-    """Check that a run's log says of a client's messages what the client's own log says."""
+    """Check that a run's log and a client's own log agree about the client's messages."""
     from fedloom.security.audit_log import match
 
     found = match(run, client)

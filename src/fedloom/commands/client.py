@@ -36,7 +36,7 @@ def join_federation(
     insecure: Annotated[bool, typer.Option(help="No TLS: everybody can read the traffic.")] = False,
 ) -> None:
     """Take part in a federation; runs until it is stopped."""
-    # typer would refuse a key or authority that may not be read before we can say whose it is.
+    # Not checked by typer: our message for an unreadable key or authority names its owner.
     from fedloom.deployment.client import take_part
 
     require_folder(client_folder, "--home")
@@ -51,10 +51,10 @@ def check_client(
     ] = None,
     client: Annotated[int, typer.Option(help="This client's number.", min=0)] = 0,
 ) -> None:
-    """Say what a server would learn and may ask for, on which rows, and what would be refused."""
+    """Show what a server could learn and may request, on which rows, and what would be refused."""
     from fedloom.deployment.client_file import OwnFile
 
-    OwnFile.read(data)  # a mistake in it is told before what reads rows is loaded
+    OwnFile.read(data)  # report mistakes in it before slow imports
     begin_loading(quiet=False)
     from fedloom.commands.terminal import make_console, working
     from fedloom.deployment.checking import check
@@ -74,7 +74,7 @@ def approve_run(
     client_folder: ClientFolderOption = CLIENT_FOLDER,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Let a run in that waits for a person, once it is clear what it is."""
+    """Approve a run that waits for approval, after showing what it is."""
     require_data_folder(client_folder, "client")
     from fedloom.deployment.consent import Approvals
     from fedloom.deployment.folders import ClientFolder
@@ -106,7 +106,7 @@ def approve_run(
 
 @client_app.command("leave")
 def leave_federation(client_folder: ClientFolderOption = CLIENT_FOLDER) -> None:
-    """Stop taking part; what this client keeps stays on its disk."""
+    """Stop taking part; the client's files stay on its disk."""
     from fedloom.deployment.client import leave
 
     say(f"asked process {leave(client_folder)} to stop")

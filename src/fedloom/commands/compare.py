@@ -36,7 +36,7 @@ def compare(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a grid of objectives or scenarios, methods and seeds; goes on where it was stopped."""
+    """Run a grid of objectives or scenarios, methods and seeds; continues where it was stopped."""
     require_experiment(comparison)
     require_place(target, "--to")
     refuse_early(lambda: _check_comparison(comparison, assignments))
@@ -56,7 +56,7 @@ def compare(
 
 
 def _check_comparison(path: Path, assignments: list[str] | None) -> None:
-    """Raise what can be told of a comparison without a model."""
+    """Raise mistakes in a comparison that can be found without a model."""
     from fedloom.runs.comparison import read_comparison, require_readable
 
     require_readable(read_comparison(path, assignments or []))

@@ -32,7 +32,7 @@ def partition(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Show which client holds what, before anything is trained."""
+    """Show the rows of each client, before anything is trained."""
     if picture is not None:
         require_new_file(picture, "--picture", force=force)
     refuse_early(lambda: check_rows(experiment, assignments))
@@ -42,7 +42,7 @@ def partition(
 
     settings, console = experiment_from(experiment, assignments), make_console()
     target = picture or free_file(Path(f"{settings.name}-partition.svg"), force=force)
-    with working(console, "reading the rows and dealing them to clients"):
+    with working(console, "reading the rows and partitioning them"):
         shown = show_partition(settings, target)
     console.print(shown.tables)
     for text in shown.warnings:

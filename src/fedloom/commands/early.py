@@ -1,4 +1,4 @@
-"""What can be refused before what computes is imported: a mistake is told in a second, not in eight.
+"""Early checks: a mistake is reported within a second, before torch is imported (eight seconds).
 
 The parts of an experiment own their settings, so their files are imported to check them, and those
 import torch, transformers and peft, which takes seconds. Here a child process imports the same files

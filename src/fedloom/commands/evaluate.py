@@ -102,7 +102,7 @@ def _check_evaluation(
     tasks: list[str],
     target: Path | None,
 ) -> None:
-    """Raise what can be told of an evaluation without a model."""
+    """Raise mistakes in an evaluation that can be found without a model."""
     from fedloom.commands import evaluation
 
     evaluation.check(

@@ -32,13 +32,13 @@ from fedloom.storage.run_folder import Record, RunFolder
 
 BASE = Path(benchmarks.BASE)
 HELD_OUT = "held_out.json"
-"""The file that a held-out evaluation leaves."""
+"""The file of a held-out evaluation."""
 
 
 def show_held_out(
     given: Sequence[Path], adapter: Path | None, assignments: Sequence[str], target: Path | None
 ) -> None:
-    """Print what adapters reach on global held-out sets, and leave that as a file.
+    """Print the metrics of adapters on global held-out sets, and write them to a file.
 
     Args:
         given: An experiment in TOML, or run folders and adapters in them, each with its own experiment.
@@ -132,7 +132,7 @@ def check(
     tasks: Sequence[str] = (),
     target: Path | None = None,
 ) -> None:
-    """Check what can be told before a model is read; raise what the evaluation would."""
+    """Raise mistakes in an evaluation that can be found before a model is read."""
     if benchmark is None and not tasks:
         pairs = held_out_pairs(given, adapter, assignments)
         benchmarks.new_folder(target, pairs[0][0].name, make=False)
@@ -190,7 +190,7 @@ def show_benchmark(
 def show_audit(
     path: Path, judges: Sequence[str], assignments: Sequence[str], limit: int | None
 ) -> None:
-    """Print how judges do on pairs that people judged, beside chance and the longer answer."""
+    """Print the accuracy of judges on pairs judged by people, beside chance and the longer answer."""
     check_audit(path, judges, assignments)
     settings = benchmarks.EvaluateSettings.read(assignments).judging
     chosen = choose.make_judges(judges, settings)
@@ -205,7 +205,7 @@ def show_audit(
 
 
 def check_audit(path: Path, judges: Sequence[str], assignments: Sequence[str]) -> None:
-    """Check what can be told before a judge is loaded; raise what :func:`show_audit` would."""
+    """Raise mistakes that can be found before a judge is loaded; as :func:`show_audit`."""
     if not judges:
         raise JudgeError("--judge-audit needs a judge: --judge http://HOST/v1 or a model's folder")
     benchmarks.EvaluateSettings.read(assignments)
@@ -216,7 +216,7 @@ def check_audit(path: Path, judges: Sequence[str], assignments: Sequence[str]) -
 def show_harness(
     given: Sequence[Path], tasks: Sequence[str], assignments: Sequence[str], limit: int | None
 ) -> None:
-    """Print what lm-eval finds for each adapter."""
+    """Print the results of lm-eval for each adapter."""
     require_tasks(tasks)
     settings = benchmarks.EvaluateSettings.read(assignments)
     console, table = make_console(), Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -263,7 +263,7 @@ def _score_table(record: Record) -> Table:
 
 
 def _doubts(record: Record) -> list[str]:
-    """Return what speaks against believing the scores."""
+    """Return reasons to doubt the scores."""
     lines = []
     for judge in record["judges"]:
         lost = judge["asked"] - judge["usable"]

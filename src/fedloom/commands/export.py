@@ -26,7 +26,7 @@ def export(
         Path | None, typer.Option("--to", help="Folder (default: in the run folder).")
     ] = None,
 ) -> None:
-    """Write a model of a run, or a client's own, as a folder that transformers loads by itself."""
+    """Write a model of a run, or a client's own, as a folder that transformers loads."""
     require_place(target, "--to")
     refuse_early(lambda: _check_export(run, client, target, reward))
     begin_loading(quiet=False)
@@ -51,7 +51,7 @@ def forget(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     client: Annotated[int, typer.Option(help="Who leaves.", min=0)],
 ) -> None:
-    """Delete what a run folder holds of a client's own: its model, and its store in checkpoints."""
+    """Delete a client's model and store from a run folder and its checkpoints."""
     from fedloom.storage.run_folder import RunFolder
 
     RunFolder.existing(run)

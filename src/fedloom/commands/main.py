@@ -1,4 +1,4 @@
-"""The command line: all commands, and what becomes of an error."""
+"""The command line: all commands, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main() -> NoReturn:
     for stream in (
         sys.stdout,
         sys.stderr,
-    ):  # what a terminal's encoding has not is shown as an escape
+    ):  # characters that the terminal's encoding lacks are shown as escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -88,7 +88,7 @@ def _usage_error(error: Exception) -> NoReturn:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """Return what to say where memory does not suffice, empty for any other error."""
+    """Return the message where memory does not suffice, empty for any other error."""
     if not isinstance(error, MemoryError | RuntimeError):
         return ""
     from fedloom.training.memory import asked_for, is_out_of_memory

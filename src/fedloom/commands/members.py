@@ -24,11 +24,11 @@ def allow_member(
         Path | None, typer.Argument(help="Its public key.", show_default=False)
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Let in all whose keys are here as NAME.pub.")
+        Path | None, typer.Option(help="Allow all members whose keys are here as NAME.pub.")
     ] = None,
     server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
-    """Let a member in, or let it in again; or all of a folder at once."""
+    """Allow a member, again after a revocation, or all members of a folder."""
     if (name is None or public is None) if folder is None else name is not None:
         raise typer.BadParameter("give either NAME and its public key, or --folder")
     require_data_folder(server_folder)
@@ -46,7 +46,7 @@ def allow_member(
 
 @members_app.command("revoke")
 def revoke_member(name: MemberName, server_folder: ServerFolderOption = SERVER_FOLDER) -> None:
-    """Let a member in no longer; its name and number stay its own."""
+    """Revoke a member; its name and number stay reserved for it."""
     require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
@@ -62,7 +62,7 @@ def rename_member(
     new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
     server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
-    """Give a member another name."""
+    """Rename a member."""
     require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
@@ -76,7 +76,7 @@ def rotate_member(
     public: Annotated[Path, typer.Argument(help="Its new public key.", show_default=False)],
     server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
-    """Give a member another key; the one before opens nothing from now on."""
+    """Replace a member's key; the earlier key is refused from now on."""
     require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
     from fedloom.security.client_registry import read_public
@@ -90,11 +90,11 @@ def withdraw_member(
     name: MemberName,
     again: Annotated[
         bool,
-        typer.Option("--again", help="Play those runs again without it."),
+        typer.Option("--again", help="Run those runs again without it."),
     ] = False,
     server_folder: ServerFolderOption = SERVER_FOLDER,
 ) -> None:
-    """Let a member in no longer, and say which runs and adapters hold its work."""
+    """Revoke a member, and list the runs and adapters that contain its contributions."""
     require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
     from fedloom.deployment.submit import run_again
@@ -103,7 +103,10 @@ def withdraw_member(
     own = ServerFolder(server_folder)
     member = own.members().withdraw(name)
     works = works_of(own, member)
-    say(f"{name}, member {member.number}, is no longer allowed; {len(works)} runs hold its work")
+    say(
+        f"{name}, member {member.number}, is no longer allowed; {len(works)} runs contain its "
+        "contributions"
+    )
     for work in works:
         say(work.text())
         if again and (work.checkpoint is not None or work.others):
@@ -113,7 +116,7 @@ def withdraw_member(
 
 @members_app.command("remove")
 def remove_member(name: MemberName, server_folder: ServerFolderOption = SERVER_FOLDER) -> None:
-    """Forget a member that is no longer allowed; its name, key and number may be another's then."""
+    """Remove a revoked member; its name, key and number become free."""
     require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 
@@ -123,7 +126,7 @@ def remove_member(name: MemberName, server_folder: ServerFolderOption = SERVER_F
 
 @members_app.command("list")
 def list_members(server_folder: ServerFolderOption = SERVER_FOLDER) -> None:
-    """Show the members: number, name, whether they are let in, and the end of their keys."""
+    """Show the members: number, name, state, and the end of their keys."""
     require_data_folder(server_folder)
     from fedloom.deployment.folders import ServerFolder
 

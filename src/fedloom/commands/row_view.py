@@ -22,7 +22,7 @@ from fedloom.runs.token_rows import longest
 
 PROMPT, TRAINED, SPECIAL = "grey50", "green", "bold magenta"
 UNBOUNDED = 1 << 30
-"""Tokens; no row has as many."""
+"""A number of tokens above that of any row."""
 
 BORDER = "\u2502"
 """Stands between tokens."""
@@ -32,7 +32,7 @@ def show_row(experiment: Experiment, number: int) -> Group:
     """Return an example as its tokens, before and after truncation.
 
     Args:
-        experiment: Says where rows are and which model reads them.
+        experiment: Names the rows and the model.
         number: Which of the training examples, from 0 on, client by client.
 
     Raises:

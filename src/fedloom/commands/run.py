@@ -89,7 +89,7 @@ def run(
 
 
 def _check_run(experiment: Path | None, assignments: list[str] | None, resume: Path | None) -> None:
-    """Raise what can be told of a run without a model."""
+    """Raise mistakes in a run that can be found without a model."""
     if resume is not None:
         from fedloom.experiment.experiment import Experiment
         from fedloom.storage.run_folder import EXPERIMENT, RunFolder
@@ -107,7 +107,7 @@ def _check_run(experiment: Path | None, assignments: list[str] | None, resume: P
 
 
 def _read_run(path: Path, assignments: list[str] | None) -> Experiment:
-    """Read an experiment whose folder, if it names one, can be made."""
+    """Read an experiment; check that its output folder can be created."""
     experiment = experiment_from(path, assignments)
     if experiment.output.folder:
         require_place(Path(experiment.output.folder), "output.folder")
@@ -151,7 +151,7 @@ def follow_run(
     server_folder: ServerFolderOption = SERVER_FOLDER,
     quiet: Quiet = False,
 ) -> None:
-    """Watch a run between machines, from its beginning; to end this ends nothing else."""
+    """Show a run between machines, from its start; stopping this does not stop the run."""
     from fedloom.deployment.submit import find_run, follow
 
     say(follow(server_folder, find_run(server_folder, run), terminal_observer(quiet)))
@@ -162,7 +162,7 @@ def demo(
     assignments: Assignments = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run the main job on embedded defaults and write its report. Needs no network and no files."""
+    """Run a demonstration on built-in rows and write its report. Needs no network and no files."""
     from fedloom.commands.starting import starting_file
 
     if assignments:

@@ -14,7 +14,7 @@ from fedloom.storage.targets import require_folder, require_place
 @server_app.command("start")
 def start_server(
     server_folder: ServerFolderOption = SERVER_FOLDER,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "0.0.0.0",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     port: Annotated[
         int, typer.Option(help="The one port that clients connect to.", min=1, max=65535)
     ] = 9092,

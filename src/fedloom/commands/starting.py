@@ -8,7 +8,7 @@ from fedloom.errors import OutputError
 
 
 def starting_file() -> Path:
-    """Return where it lies."""
+    """Return its path."""
     return Path(__file__).with_name("starting.toml")
 
 

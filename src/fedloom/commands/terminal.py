@@ -1,6 +1,6 @@
-"""What a run shows on the terminal: a live table, plain lines, or nothing.
+"""The terminal view of a run: a live table, plain lines, or nothing.
 
-It only watches (see ``server.Observer``); no result depends on it.
+It only observes (see ``federation/records.py``); no result depends on it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HowFar = Callable[[], tuple[int, int]]
 
 
 class PlainConsole(Console):
-    """A console that shows what it is given: no markup in it, nothing that moves a terminal's cursor."""
+    """A console without markup, in which untrusted text cannot move the terminal's cursor."""
 
     def __init__(self, **settings: Any) -> None:
         """Take the settings of rich's own console."""
@@ -78,12 +78,12 @@ def make_console() -> Console:
 
 
 def make_text(text: str) -> Text:
-    """Return words of others where rich would read markup in them."""
+    """Return untrusted text in a form in which rich reads no markup."""
     return Text(visible(text))
 
 
 def make_observer(console: Console, *, quiet: bool) -> Terminal:
-    """Return what fits the terminal: live where it can be redrawn, else plain lines."""
+    """Return the observer for this terminal: live where it can be redrawn, else plain lines."""
     if quiet:
         return Terminal(console, silent=True)
     return LiveTerminal(console) if console.is_terminal else Terminal(console)
@@ -91,7 +91,7 @@ def make_observer(console: Console, *, quiet: bool) -> Terminal:
 
 @contextlib.contextmanager
 def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Say what a command does for as long as it does it; what is yielded says what it does next.
+    """Show what a command is doing; yield a function that changes the text.
 
     On a terminal that is a line which moves, else plain lines, at least every :data:`SILENCE` seconds.
     """
@@ -116,13 +116,13 @@ def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
 
 @dataclass
 class Lines:
-    """Plain lines, and what is under way whenever none was printed for :data:`SILENCE` seconds.
+    """Prints lines, and the current work whenever none was printed for :data:`SILENCE` seconds.
 
     Attributes:
         console: Where to print.
         silent: Whether only warnings are printed.
         said: When the last line was printed, in seconds of ``time.perf_counter``.
-        over: Whether nothing more is said by itself.
+        over: Whether the periodic lines have ended.
     """
 
     console: Console
@@ -136,7 +136,7 @@ class Lines:
         _print(self.console, text, style)
 
     def watch(self, under_way: Callable[[], str]) -> None:
-        """Say what is under way whenever nothing was said for a while, until the end."""
+        """Print the current work at intervals, until the end."""
         self.over.clear()
         self.said = began = time.perf_counter()
 
@@ -153,7 +153,7 @@ class Lines:
         _warn(self.console, text)
 
     def end(self) -> None:
-        """Say nothing more by itself."""
+        """End the periodic lines."""
         self.over.set()
 
 
@@ -167,12 +167,12 @@ class Terminal(Lines):
     under_way: str = "evaluating the start"
 
     def stage(self, text: str) -> None:
-        """Say what is being prepared."""
+        """Print what is being prepared."""
         if not self.silent:
             self.line(text, "dim")
 
     def begin(self, plan: Plan) -> None:
-        """Say what is about to run."""
+        """Print the plan of the run."""
         self.plan, self.started = plan, time.perf_counter()
         if not self.silent:
             for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
@@ -259,7 +259,7 @@ class LiveTerminal(Terminal):
     def begin(self, plan: Plan) -> None:
         """Open the live table."""
         super().begin(plan)
-        self.over.set()  # the table shows by itself what is under way
+        self.over.set()  # the table shows the current work
         self.live = Live(self._picture(), console=self.console, refresh_per_second=8)
         self.live.start()
 
@@ -320,7 +320,7 @@ class ComparisonTerminal(Lines):
     ended: int = 0
 
     def stage(self, text: str) -> None:
-        """Say what is being prepared."""
+        """Print what is being prepared."""
         if not self.silent:
             self.line(text, "dim")
 
@@ -372,7 +372,7 @@ class ComparisonTerminal(Lines):
             self.progress.stop()
 
     def _follow(self, waiting: int, workers: int, far: HowFar) -> None:
-        """Say how far the runs are and, once that is known, how long they may take."""
+        """Print the progress of the runs and, once known, an estimate of their time."""
         began, before = time.perf_counter(), far()[0]
 
         def under_way() -> str:
@@ -586,10 +586,10 @@ def _number(value: float | None) -> str:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    """Print a line whatever kind of console it is, which may be a caller's own."""
+    """Print a line on any kind of console, which may be the caller's."""
     console.print(Text(visible(text), style), highlight=False, soft_wrap=True)
 
 
 def _warn(console: Console, text: str) -> None:
-    """Print a warning that may hold a stranger's words, whose brackets are no markup."""
+    """Print a warning that may hold untrusted text, whose brackets are not markup."""
     console.print(Text(message(f"warning: {text}"), "yellow"), highlight=False, soft_wrap=True)

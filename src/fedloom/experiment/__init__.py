@@ -1,1 +1,1 @@
-"""What an experiment's file says, and what in it cannot both be meant."""
+"""Experiments: their settings, and contradictions between sections."""

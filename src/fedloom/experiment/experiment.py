@@ -43,7 +43,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class OutputSettings(Settings):
-    """``[output]``: what a run leaves behind."""
+    """``[output]``: files of a run."""
 
     folder: str | None = None
     """The run folder (default: runs/NAME, with a number added while that exists)."""
@@ -52,8 +52,8 @@ class OutputSettings(Settings):
     trackers: list[Tracker] = []
     """Also send figures to "tensorboard" (files in the run folder), "wandb" or "mlflow"."""
     verify: bool = True
-    """Whether what was saved is loaded afresh at the end, by transformers and PEFT, and compared with the
-    model that was trained; a difference is an error. At clients too."""
+    """Whether the saved folders are loaded again at the end, by transformers and PEFT, and compared with
+    the trained model; a difference is an error. It applies to clients too."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _foreign(
 
 
 def _contradictions(parts: Mapping[str, Any]) -> list[str]:
-    """Return what cannot both be meant, among the sections that are sound by themselves."""
+    """Return contradictions between the sections that are valid on their own."""
     found: list[str] = []
     if "training" in parts:
         found += parts["training"].contradictions()
@@ -365,14 +365,16 @@ def _files_contradictions(parts: Mapping[str, Any]) -> list[str]:
 
 
 def _unseen_client_contradictions(parts: Mapping[str, Any]) -> list[str]:
-    """Return why nobody can join at the end."""
+    """Return why there can be no unseen clients."""
     if "evaluation" in parts and not parts["evaluation"].per_client:
-        return ["clients.newcomers are judged by rows of their own: evaluation.per_client"]
+        return [
+            "clients.newcomers are evaluated on their own rows: set evaluation.per_client = true"
+        ]
     return []
 
 
 def _view(parts: Mapping[str, Any]) -> ExperimentView:
-    """Return what a method sees of the sections that are sound by themselves."""
+    """Return the view of a method on the valid sections."""
     own = {name: part for name, part in parts.items() if name in _SEEN}
     kinds = {name: kind for name, (_, kind) in METHODS.items()}
     if "objective" in parts:

@@ -80,7 +80,7 @@ def changed_table(table: Mapping[str, Any], keywords: Mapping[str, Any]) -> Tabl
 
 
 def nearest_few(word: str, names: set[str]) -> str:
-    """Return the name that was meant, as far as that can be told, and how to give sections."""
+    """Return the nearest name, and how to give sections."""
     hint, _, _ = nearest(word, names).partition("allowed:")
     return f'{hint}give settings by name, or sections: federation={{"rounds": 2}}'
 

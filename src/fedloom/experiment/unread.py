@@ -2,7 +2,7 @@
 
 Where a setting is read for some values of another, or for some kinds of experiment, that stands beside
 its type (:class:`fedloom.settings.schema.Of`): here it is compared with the experiment. A setting at its
-default is never told: files that were written from a run hold them all.
+default is never reported: files written by a run hold all settings.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def unread_settings(experiment: Experiment) -> dict[str, str]:
 
 
 def unread_in_all(experiments: Iterable[Experiment]) -> list[str]:
-    """Return what is told of settings that do nothing in any of the experiments that have them.
+    """Return warnings about settings that do nothing in any of the experiments that have them.
 
     The base of a comparison may hold settings that only some of its configurations read.
     """

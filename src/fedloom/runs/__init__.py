@@ -1,1 +1,1 @@
-"""A run from experiment to folder, and what is made of several."""
+"""A run from experiment to run folder, comparisons, evaluations, exports."""

@@ -16,12 +16,12 @@ from fedloom.statistics.intervals import Interval, sample_interval
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """What an adapter reaches on a global held-out set.
+    """Metrics of an adapter on a global held-out set.
 
     Attributes:
         rows: How many rows that is.
         metrics: By name.
-        headline: Name of the one that is judged by.
+        headline: Name of the primary metric.
         interval: Of that one, over the rows; ``None`` where there is none.
     """
 
@@ -41,7 +41,8 @@ def evaluate_adapter(
     Args:
         experiment: Says which rows those are.
         adapter: The folder, ``None`` for the base model.
-        begin: Told how many rows there are; what it returns is called with those that are done.
+        begin: Called with the number of rows; returns a function that is called with the number of rows
+            done.
 
     Raises:
         ModelError: The folder is not an adapter, or one for another model.

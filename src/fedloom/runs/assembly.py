@@ -1,7 +1,7 @@
-"""Where the parts meet: an experiment's settings become clients with rows, a model and a method.
+"""Assembly: the settings of an experiment become clients with rows, a model and a method.
 
-Two steps, so that the first can be shown before the second is paid for: ``division.py`` (who holds what)
-needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
+Two steps, so that the first can be shown without the cost of the second: ``division.py`` (rows of each
+client) needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class RunComponents:
         model: The server's model.
         initial: Its adapter as it was initialised.
         engine: Where clients run.
-        local: Those of them that run in this process.
-        accounts: What became of every row, after tokenising.
-        bad_rows: Malformed rows, those among them that no chat template takes.
+        local: The engine of clients in this process, if any.
+        accounts: The account of every row, after tokenising.
+        bad_rows: Malformed rows, including those that the chat template refuses.
         prompts: Held-out examples to answer before and after.
         model_path: Folder or Hub name that the backbone came from.
         model_digest: Its fingerprint.
@@ -95,14 +95,14 @@ def assemble(
 
     Args:
         experiment: The settings.
-        division: Who holds what.
+        division: Rows of each client.
         objective: A user's own objective instead of the one in the settings.
-        store: What clients kept in an earlier part of this run.
-        stage: Told what is being done.
-        empty: Build models without weights, to count by; nothing can be run then.
-        remote: Where the clients are, if not in this process: their rows are not touched then.
+        store: The client store of an earlier part of this run.
+        stage: Called with a text about the current work.
+        empty: Build models without weights, for counting; nothing can be run then.
+        remote: Engine of clients on other machines; their rows are then not read here.
         only: The one client that is in this process, on its own machine; there is no server here.
-        start: The adapter that training goes on from; its settings are those of the experiment.
+        start: The adapter that training starts from; its settings are those of the experiment.
         on_step: Called after each optimizer step of a client in this process.
 
     Raises:
@@ -260,7 +260,7 @@ def _prompts(bundles: ModelBundles) -> list[Example]:
 def _accounted(
     bundles: ModelBundles, public: PublicRows | None
 ) -> tuple[Accounts, tuple[BadRow, ...]]:
-    """Return what became of every row, after tokenising, and all malformed rows.
+    """Return the accounts of rows after tokenising, and all malformed rows.
 
     Raises:
         DataError: With those that cannot be tokenised, too many rows are malformed.
@@ -276,10 +276,10 @@ def _accounted(
 
 
 def _require_held_out(train: Mapping[int, TokenShare], held_out: Mapping[int, HeldOut]) -> None:
-    """Check that every client can be judged by rows of its own, which is what personal models are for.
+    """Check that every client has held-out rows of its own, as personal models need.
 
     Raises:
-        DataError: Some cannot; they are named with what they hold.
+        DataError: Some have none; they are named with their number of rows.
     """
     without = [client for client in train if client not in held_out]
     if without:

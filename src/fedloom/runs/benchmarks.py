@@ -1,6 +1,6 @@
-"""Adapters answer a benchmark and judges score the answers: from folders to a folder.
+"""Evaluation with judges: adapters answer a benchmark and judges score the answers.
 
-The folder that is left (answers, every single verdict, and a summary) is what the page is made from.
+It writes a folder with answers, verdicts and a summary, from which the page is made.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BASE = "base"
 
 
 class GenerationSettings(Settings):
-    """``generation``: how the models answer."""
+    """``generation``: settings of the models' answers."""
 
     template: Template | None = None
     """What is put around a question: "alpaca" (2502.14187), the model's own "chat" template, or
@@ -110,10 +110,10 @@ class EvaluateSettings:
 
 
 class Progress(Protocol):
-    """Who watches an evaluation."""
+    """Observer of an evaluation."""
 
     def begin(self, text: str, total: int) -> Callable[[int], None]:
-        """Some work of ``total`` parts begins; return what is to be called with the parts done."""
+        """Start work of ``total`` parts; return a function that is called with the parts done."""
         ...
 
 
@@ -122,10 +122,10 @@ class Candidate:
     """A model whose answers are judged.
 
     Attributes:
-        label: What it is called in tables.
+        label: Its name in tables.
         adapter: Its PEFT folder, ``None`` for the base model.
         model: Folder or Hub name of the base model.
-        form: How it was asked in training, where that is known.
+        form: Form of its prompts in training, where known.
     """
 
     label: str
@@ -145,7 +145,7 @@ def find_candidates(
     *,
     asked_as_trained: bool = False,
 ) -> list[Candidate]:
-    """Return what the paths on the command line stand for; a path that is given twice stands once.
+    """Return the candidates of the paths on the command line, each once.
 
     Args:
         given: PEFT folders, run folders with an ``adapter`` in them, or ``base``.
@@ -183,12 +183,12 @@ def evaluate_benchmark(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Let every candidate answer and every judge score; return the folder with all of it.
+    """Let every candidate answer and every judge score; return the folder of the results.
 
     Raises:
         ModelError: A model cannot be loaded.
-        JudgeError: A judge cannot work at all.
-        OutputError: The folder holds something, is another process's, or cannot be written.
+        JudgeError: A judge cannot be used.
+        OutputError: The folder is not empty, is locked by another process, or cannot be written.
     """
     for judge in judges:
         judge.check()

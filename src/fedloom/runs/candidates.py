@@ -1,4 +1,4 @@
-"""What a path given to ``fedloom evaluate`` stands for: an adapter, its run, and how that run asked.
+"""Paths given to ``fedloom evaluate``: the adapter, its run, and the form of the run's prompts.
 
 A run folder, the ``adapter`` in it, and ``clients/0003`` in it are all adapters of that run. A PEFT
 folder elsewhere is an adapter without a run: on which rows it was trained, and in which form, is not

@@ -1,4 +1,4 @@
-"""Every kind of model in a federation, each loaded once, and how each reads the data."""
+"""Every kind of model in a federation, loaded once, with the data as it reads it."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from fedloom.training.shared_prompts import shares_prompts
 
 
 def references_of(only: int | None) -> ReferenceCache | None:
-    """Return where log-probs under reference models are kept.
+    """Return the cache of log-probs under reference models.
 
-    Not on a client's own machine: its policy does not speak of what would lie there.
+    Not on a client's own machine, as its policy does not cover such a cache.
     """
     return reference_cache(cache_folder() / "references") if only is None else None
 
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A backbone with an adapter, and how it reads the data.
+    """A backbone with an adapter, and the data as it reads it.
 
     Attributes:
-        key: What tells it from others: model and rank.
+        key: Model and rank, which identify it.
         starts: Whether the reference model has the adapter as it is at first.
     """
 
@@ -67,7 +67,7 @@ class ModelBundle:
 
     @property
     def reference(self) -> Tensors | None:
-        """What the reference model has for an adapter, ``None`` for the base model."""
+        """Adapter of the reference model, ``None`` for the base model."""
         return self.initial if self.starts else None
 
     @cached_property
@@ -136,7 +136,7 @@ class ModelBundles:
         self._client_parts: dict[tuple[tuple[str, int], int, bool], ClientPart] = {}
 
     def warnings(self) -> list[str]:
-        """Return where models, tokenizers, files and settings do not say the same; each once."""
+        """Return warnings where models, tokenizers, files and settings disagree; each once."""
         experiment, told = self.experiment, []
         lengths = {
             "data.max_length": experiment.data.max_length,
@@ -224,7 +224,7 @@ class ModelBundles:
         return {client: read[self.clients[client]][client] for client in clients}
 
     def resources(self, client: int, public: dict[tuple[str, int], PublicRows]) -> ClientResources:
-        """Return what a client computes with."""
+        """Return the model and data of a client."""
         bundle = self.of_client(client)
         initial, own = bundle.initial, self._own_start(client)
         if own is not None:
@@ -243,7 +243,7 @@ class ModelBundles:
         )
 
     def front(self, bundle: ModelBundle, blocks: int, *, tail: bool) -> ClientPart:
-        """Return the first blocks of a kit's model with what is started from, loaded once."""
+        """Return the first blocks of a bundle's model with the starting adapter, loaded once."""
         key = (bundle.key, blocks, tail)
         if key not in self._client_parts:
             own = _client_part(
@@ -267,7 +267,7 @@ class ModelBundles:
         return {client: held_out for client, held_out in sets.items() if len(held_out)}
 
     def public_rows(self) -> dict[tuple[str, int], PublicRows]:
-        """Return the public rows under each kit's tokenizer; a row that one of them drops, all drop."""
+        """Return the public rows under each bundle's tokenizer, without rows that one drops."""
         rows = self.division.public
         if not rows:
             return {}
@@ -288,7 +288,7 @@ class ModelBundles:
         self, key: tuple[str, int], stage: Callable[[str], None]
     ) -> tuple[str, TextEncoder, AdapterModel]:
         experiment = with_model(self.experiment, *key)
-        empty = self.empty or self.partly  # a client that has a part never loads the whole
+        empty = self.empty or self.partly  # a client with a part of a model never loads the whole
         return build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
 
 
@@ -331,10 +331,10 @@ def _client_part(
     tail: bool,
     empty: bool,
 ) -> ClientPart:
-    """Load the first blocks of a model alone, which are all that a client holds.
+    """Load only the first blocks of a model, the client part of a split model.
 
     Raises:
-        ModelError: The model cannot be cut there, or the adapter has nothing in the client's blocks.
+        ModelError: The model cannot be split there, or the adapter has no layer in the client's blocks.
     """
     config: Any = bundle.model.model.config
     check_split_point(config, cut)

@@ -1,10 +1,9 @@
 """A fair comparison: one base experiment, a grid of objectives, methods and seeds, one budget for all.
 
 The published study this package starts from gave its configurations different numbers of optimizer steps,
-different lengths and different checkpoints. Here every cell of the grid is a run of the same
-experiment with the same work per client and round, judged at the same round; what each cell really did
-is read from its ledger and shown. Cells are whole run folders: a comparison that was stopped goes on
-with what is missing.
+different lengths and different checkpoints. Here every run of the grid has the same work per client and
+round and is evaluated at the same round; the work that each run really did is read from its ledger and
+shown. Each is a run folder: a comparison that was stopped continues with the missing runs.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ Overrides = dict[str, dict[str, Any]]
 
 
 class LinkSettings(Settings):
-    """``[compare.links.NAME]``: what clients of a class have."""
+    """``[compare.links.NAME]``: links and devices of a class of clients."""
 
     uplink: str = "20Mbit"
     """Bits a second from the client."""
@@ -66,7 +65,7 @@ class LinkSettings(Settings):
     latency: str = "30ms"
     """Of a message there and back."""
     speed: str = "1TFLOP"
-    """Floating-point operations a second that its device really does."""
+    """Floating-point operations per second that its device reaches in practice."""
 
     def contradictions(self) -> list[str]:
         """Return what is not a quantity."""
@@ -88,13 +87,13 @@ LINK_UNITS = {"uplink": "bit", "downlink": "bit", "latency": "s", "speed": "FLOP
 
 
 class CompareSettings(Settings):
-    """``[compare]``: the axes, and what is held equal."""
+    """``[compare]``: the axes of the grid, and the common budget."""
 
     budget: Literal["steps", "examples", "tokens", "as_set"] = "steps"
     """The unit of work that is equal for every client, round and configuration: optimizer steps, examples
     (a pair counts as the two answers it holds) or tokens. as_set: each configuration's own settings."""
     amount: int | None = Field(default=None, ge=1)
-    """How many of them, per client and round; not with as_set."""
+    """Amount of the budget per client and round; not with as_set."""
     per_model: bool = False
     """Whether the amount is of each model that a client trains, a batch counted once; else it is of all
     that a client computes in a round: its personal model too, and each of several steps on a batch."""
@@ -103,7 +102,7 @@ class CompareSettings(Settings):
     it differs from the base experiment."""
     scenarios: dict[str, Overrides] = {}
     """Instead of objectives: situations by name (clients, partition, model, ...), in each of which all
-    methods are weighed against each other: quality, traffic, client compute, memory, time."""
+    methods are compared: quality, traffic, client compute, memory, time."""
     methods: list[str] | dict[str, Overrides] = [DEFAULT]
     """Names of methods with their defaults, or configurations by name with their sections."""
     judged_by: Literal["global", "clients"] = "global"
@@ -239,7 +238,7 @@ class CompareObserver(Protocol):
 
 
 def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
-    """Read a comparison and check every cell of it before anything runs.
+    """Read a comparison and check every run of its grid.
 
     Args:
         path: An experiment file with a section ``[compare]``.
@@ -252,7 +251,7 @@ def read_comparison(path: Path, assignments: Iterable[str] = ()) -> Comparison:
 
 
 def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison:
-    """Check a comparison that has been read, every cell of it.
+    """Check every run of a comparison that has been read.
 
     Args:
         table: Sections of an experiment, and ``compare``.
@@ -321,9 +320,9 @@ def compare(
     workers: int | None = None,
     observer: CompareObserver | None = None,
 ) -> Path:
-    """Run what is missing of the grid and leave a folder that a report is made from.
+    """Run the missing runs of the grid in a folder from which the report is made.
 
-    This process is the only one that writes there meanwhile.
+    This process holds the lock of the folder.
 
     Args:
         comparison: From :func:`read_comparison`.
@@ -337,7 +336,7 @@ def compare(
 
     Raises:
         OutputError: The folder holds another comparison, or another process writes there.
-        CheckpointError: What is done was done with other rows, or another model, than there are now.
+        CheckpointError: Finished runs used other rows or another model than the current ones.
         DataError: The data cannot be read.
         ModelError: The model is not there, or the start of a configuration is not, or has changed.
         FedloomError: Some runs failed; the others are done and kept.
@@ -345,7 +344,7 @@ def compare(
     folder = folder or Path("comparisons") / comparison.name
     comparison = replace(comparison, grid_runs=tuple(map(_resolved, comparison.grid_runs)))
     with contextlib.ExitStack() as held:
-        known = is_comparison(folder)  # else nothing is left there by what is refused
+        known = is_comparison(folder)  # a refused comparison must not leave a folder behind
         if known:
             held.enter_context(RunFolder(folder).locked())
         waiting = [grid_run for grid_run in comparison.grid_runs if not _is_done(folder, grid_run)]
@@ -379,7 +378,7 @@ def _run_waiting(
     workers: int,
     observer: CompareObserver | None,
 ) -> Path:
-    """Run the cells that are left; see :func:`compare`."""
+    """Run the missing runs of the grid; see :func:`compare`."""
     failed: dict[str, str] = {}
     try:
         by_clients = comparison.settings.judged_by == "clients"
@@ -414,7 +413,7 @@ def _run_waiting(
 
 
 def _resolved(grid_run: GridRun) -> GridRun:
-    """Return a cell with the settings of the adapter that it starts from.
+    """Return a run of the grid with the settings of its starting adapter.
 
     Raises:
         SettingsError: It says otherwise.
@@ -429,7 +428,7 @@ def _resolved(grid_run: GridRun) -> GridRun:
 
 @dataclass
 class _Outcome:
-    """How a cell's run ended; plain, as it comes from another process."""
+    """Outcome of a run of the grid; plain data, as it comes from another process."""
 
     name: str
     metric: str = ""
@@ -480,7 +479,7 @@ def _outcomes(
 
 
 def _run_one(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _Outcome:
-    """Run or continue one cell; whatever goes wrong in it is told, not raised."""
+    """Run or continue one run of the grid; errors are returned, not raised."""
     observer = _Collecting()
     known = set(unread_settings(Experiment.from_table(table)).values())  # told of the comparison
     table = {**table, "output": {**table["output"], "folder": path}, "name": name}
@@ -494,7 +493,7 @@ def _run_one(name: str, table: dict[str, Any], path: str, by_clients: bool) -> _
         raise  # the user stopped everything, not this run alone
     except FedloomError as error:
         return _Outcome(name, error=str(error), warnings=observer.warnings)
-    except Exception as error:  # one cell's crash must not take the others' results along
+    except Exception as error:  # a crash of one run must not lose the results of others
         return _Outcome(name, error=f"{type(error).__name__}: {error}", warnings=observer.warnings)
     summary = json.loads((result.folder / names.SUMMARY).read_text(encoding="utf-8"))
     metric, clients = summary["metric"], summary["clients_after"]
@@ -538,13 +537,13 @@ def require_readable(comparison: Comparison) -> None:
 
 
 def _reads(grid_run: GridRun) -> tuple[str, str]:
-    """Return what tells cells apart that read other data: public rows are the method's."""
+    """Return a key that differs between runs that read other data: public rows depend on the method."""
     needs_public = METHODS[grid_run.experiment.method.name][1].needs_public
     return grid_run.objective, grid_run.method if needs_public else ""
 
 
 def _is_done(folder: Path, grid_run: GridRun) -> bool:
-    """Return whether a cell's run is finished.
+    """Return whether a run of the grid is finished.
 
     Raises:
         OutputError: Its folder holds a run of other settings.
@@ -608,7 +607,7 @@ def _require_same_rows(folder: Path, done: Sequence[GridRun]) -> None:
 
 
 def _other_versions(folder: Path, done: Sequence[GridRun], of: int) -> list[str]:
-    """Say which runs were made with other versions than those that are left will be."""
+    """Return a warning about runs made with other versions than the remaining ones will be."""
     found: Counter[str] = Counter()
     for grid_run in done:
         run = RunFolder(folder / names.RUNS / grid_run.name).read_json(names.RUN)

@@ -1,4 +1,4 @@
-"""What each framework would cost a client in a round, for a model and data as they are; trains nothing.
+"""Estimated costs of each framework for a client in a round; trains nothing.
 
 The model is built without weights, the data is read, divided and tokenised as for a run, and the batches
 of the first round are drawn from the seed: bytes, exchanges and compute are then closed forms of what a
@@ -38,7 +38,7 @@ CLOSE = 1.5
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to train, and what it costs the client with the most to do.
+    """One way to train, and its costs for the client with the most work.
 
     Attributes:
         name: Framework and configuration.
@@ -48,8 +48,8 @@ class Estimate:
         memory: Bytes that training takes on the client.
         seconds: Of a round on the link.
         fits: Whether the memory is there.
-        problem: Why this cannot be used here; everything else is zero then.
-        remark: What to know before it is tried.
+        problem: Why this cannot be used here; the other numbers are zero then.
+        remark: A remark for the user.
     """
 
     name: str
@@ -70,13 +70,13 @@ def advise(
     *,
     stage: Callable[[str], None] = lambda text: None,
 ) -> list[Estimate]:
-    """Return what could be tried.
+    """Return the estimates of all ways to train.
 
     Args:
         experiment: Model, data, partition and training as for a run; its method is one of the options.
         link: What clients have.
         memory: Bytes a client has.
-        stage: Told what is being done.
+        stage: Called with a text about the current work.
 
     Raises:
         FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
@@ -100,7 +100,7 @@ def advise(
 
 
 def recommend(options: list[Estimate]) -> str:
-    """Say which option to try first, and why, from costs alone."""
+    """Return which way to try first, and why, from costs alone."""
     fitting = [option for option in options if option.fits]
     if not fitting:
         return (

@@ -1,4 +1,4 @@
-"""Who is trained on what and judged by what: an experiment's rows, dealt to clients and held out.
+"""The rows of an experiment: partitioned among clients, held out, public.
 
 No model is needed for it, so that it can be shown before one is loaded (``assembly.py`` does that).
 """
@@ -73,7 +73,7 @@ def own_source(settings: DataSettings) -> str | None:
 
 @dataclass(frozen=True)
 class PartitionedData:
-    """Who holds which rows, before any model is loaded.
+    """The rows of all parties, before any model is loaded.
 
     Attributes:
         loaded: What was read.
@@ -81,11 +81,11 @@ class PartitionedData:
         held_out: Rows of each client kept for its own evaluation.
         test: The global held-out set.
         classes: Class names in the order of their ids; empty unless the data is labelled.
-        shares: What each client trains on, for the table and the picture.
-        feedback: What became of pairs where single answers are trained on, else ``None``.
+        shares: Label distribution of each client, for the table and the picture.
+        feedback: The account of pairs where single answers are trained on, else ``None``.
         public: Rows that every party has; empty where no method needs them.
         judged: Kind of the global held-out set.
-        accounts: What became of every row.
+        accounts: The account of every row.
         files: What was read of each client's file, where each has its own.
     """
 
@@ -129,13 +129,13 @@ def partition_data(
     *,
     own: OwnRows | None = None,
 ) -> PartitionedData:
-    """Read the data and deal it to the clients.
+    """Read the data and partition it among the clients.
 
     Args:
         experiment: The settings.
         source: A user's own source of examples instead of the one in the settings.
         objective: A user's own objective: pairs are unrolled where it trains on feedback.
-        own: The rows of this one client instead, all of them; no others are dealt then.
+        own: All rows of this one client instead; there is no partition then.
 
     Raises:
         DataError: The data cannot be read, a client would be left without rows, or has others' classes.
@@ -214,7 +214,7 @@ def judged_kind(experiment: Experiment, kind: str) -> str:
 
 
 def only(division: PartitionedData, client: int) -> PartitionedData:
-    """Return what is one client's of a division."""
+    """Return the part of one client."""
     return replace(
         division,
         train={client: division.train[client]},
@@ -361,7 +361,7 @@ def _with_public(
 
 
 def _partitioned(experiment: Experiment, loaded: LoadedData) -> dict[int, list[Example]]:
-    """Return the rows that each client is dealt; none where clients elsewhere have their own."""
+    """Return the rows of each client; none where clients on other machines have their own."""
     count, seed = experiment.federation.clients, experiment.federation.seed
     if experiment.data.is_private:
         return {client: [] for client in range(count)}
@@ -380,7 +380,7 @@ def _sides(
     *,
     apart: bool,
 ) -> Split:
-    """Divide each client's rows into those it trains on and those it is judged by.
+    """Split each client's rows into training and held-out rows.
 
     ``apart``: each by itself, as on machines of their own, where nobody knows of the others' rows.
     """
@@ -443,7 +443,7 @@ def _accounts(
     answers: Mapping[int, Sequence[Example]],
     public: int,
 ) -> Accounts:
-    """Return what became of every row, before anything is tokenised.
+    """Return the account of every row, before tokenising.
 
     Args:
         loaded: What was read and is dealt.

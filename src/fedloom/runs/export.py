@@ -1,4 +1,4 @@
-"""Take a trained model out of a run folder, for those who use it elsewhere."""
+"""Export a trained model from a run folder."""
 
 from __future__ import annotations
 

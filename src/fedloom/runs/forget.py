@@ -1,4 +1,4 @@
-"""What a client left in a run's folder, deleted."""
+"""Deletes a client's model and store from a run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedloom.storage.run_folder import RunFolder
 
 
 def forget_client(path: Path, client: int) -> int:
-    """Delete all that a run folder holds of what a client keeps: its model and its checkpoints.
+    """Delete a client's model and its stores in checkpoints from a run folder.
 
     Args:
         path: A run folder.

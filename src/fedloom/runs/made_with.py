@@ -1,4 +1,4 @@
-"""What a run was made with beside its experiment file, by hash: objects of Python, classes of others."""
+"""Python objects and plug-in classes of a run, by hash."""
 
 from __future__ import annotations
 

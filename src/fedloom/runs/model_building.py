@@ -1,4 +1,4 @@
-"""Backbones and adapters as an experiment says them, built."""
+"""Builds backbones and adapters of an experiment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of the models that a run leaves: the facts that their cards are made of."""
+"""Facts for the model cards of a run's models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of a run while it is under way: its plan, and whoever watches all of it.
+"""The plan of a run, and observers of a whole run.
 
 Nothing heavy is imported here, so a process that only watches is a small one.
 """
@@ -16,7 +16,7 @@ from fedloom.federation.records import Evaluation, Observer, RoundRecord
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is about to do, for whoever watches.
+    """The plan of a run, for observers.
 
     Attributes:
         headline: One line: who trains what how.
@@ -39,7 +39,7 @@ class Plan:
 
 
 class RunObserver(Observer, Protocol):
-    """Who watches a whole run; a terminal, for one."""
+    """Observer of a whole run, such as a terminal."""
 
     def stage(self, text: str) -> None:
         """Something is being prepared."""
@@ -84,7 +84,7 @@ class Callbacks:
     What a function raises ends the run; the rounds until then are saved, and the run can be resumed.
 
     Attributes:
-        observer: Is told of everything.
+        observer: Receives every call.
         on_round: Called with the record of each round, round 0 (the evaluation of the start) included.
         on_evaluation: Called with a round's number and its evaluation, in rounds that evaluate.
     """
@@ -94,19 +94,19 @@ class Callbacks:
     on_evaluation: Callable[[int, Evaluation], object] | None = None
 
     def stage(self, text: str) -> None:
-        """Tell the observer."""
+        """Notify the observer."""
         self.observer.stage(text)
 
     def begin(self, plan: Plan) -> None:
-        """Tell the observer."""
+        """Notify the observer."""
         self.observer.begin(plan)
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
-        """Tell the observer."""
+        """Notify the observer."""
         self.observer.client_done(round, client, done, of)
 
     def round_done(self, record: RoundRecord) -> None:
-        """Tell the observer, and call the functions."""
+        """Notify the observer, and call the functions."""
         self.observer.round_done(record)
         if record.evaluation is not None and self.on_evaluation is not None:
             self.on_evaluation(record.round, record.evaluation)
@@ -114,9 +114,9 @@ class Callbacks:
             self.on_round(record)
 
     def warning(self, text: str) -> None:
-        """Tell the observer."""
+        """Notify the observer."""
         self.observer.warning(text)
 
     def end(self) -> None:
-        """Tell the observer."""
+        """Notify the observer."""
         self.observer.end()

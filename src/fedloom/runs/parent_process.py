@@ -1,6 +1,6 @@
-"""Processes that end with the one that started them, however that ends.
+"""Processes that end with their parent, also after a crash.
 
-Linux tells a process of its parent's death; elsewhere it looks twice a second who its parent is.
+On Linux the kernel signals the parent's death; elsewhere the process checks its parent twice a second.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def of_this_process() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Have this process be killed when its parent ends; at once, if that has ended already."""
+    """Make this process be killed when its parent ends; at once if it has ended already."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)

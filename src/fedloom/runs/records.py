@@ -1,4 +1,4 @@
-"""What is written down about a run: the content of the files in its folder, as plain JSON.
+"""Records of a run: the content of the files in its folder, as plain JSON.
 
 Compute only; ``run.py`` decides when and writes. What each file holds stands in docs/run-folder.md.
 """
@@ -61,7 +61,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy",
 
 
 SIMULATION = "simulation"
-"""What the engine is called whose clients are in this process."""
+"""Name of the engine with all clients in this process."""
 
 
 def run_record(
@@ -153,7 +153,7 @@ def held_out_rows(rows: Iterable[Example]) -> list[str]:
 def start_record(
     experiment: Experiment, start: Start | None, objective: Objective
 ) -> dict[str, Any] | None:
-    """Return what a run starts from and which model its reference is; ``None`` where it starts afresh."""
+    """Return the start of a run and its reference model; ``None`` for a new adapter."""
     if start is None:
         return None
     return {
@@ -195,7 +195,7 @@ def _role(method: Method) -> dict[str, object]:
 
 
 def _feedback_record(experiment: Experiment, division: PartitionedData) -> dict[str, Any] | None:
-    """Return what became of pairs; the counts are of the rows as they were dealt, not as planned."""
+    """Return the account of pairs; counts are of the actual partition, not of the plan."""
     feedback = division.feedback
     if feedback is None:
         return None
@@ -433,7 +433,7 @@ def _evaluation_record(
 def unseen_clients_record(
     joined: Mapping[int, Mapping[str, float]], headline: PrimaryMetric
 ) -> dict[str, Any]:
-    """Return what clients that joined at the end were judged by, before and after their own steps."""
+    """Return the metrics of unseen clients, before and after their own steps."""
     before = [metrics[headline.name] for metrics in joined.values()]
     after = [metrics[AFTER + headline.name] for metrics in joined.values()]
     return {

@@ -1,4 +1,4 @@
-"""Who holds which rows, shown before anything is trained."""
+"""Tables of the rows of each client, before anything is trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedloom.runs.records import account_tables, partition_record, partition_tab
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a division: what ``partition.json`` would hold, tables, and warnings."""
+    """The tables of a partition, and warnings."""
 
     record: dict[str, Any]
     tables: RenderableType

@@ -1,6 +1,6 @@
-"""Run an experiment from start to folder: the story of a run, and its continuation.
+"""Runs an experiment, and resumes it.
 
-A run leaves a folder (``storage/run_folder.py``) from which alone reports are made and runs resumed.
+Reports and resumed runs read only the run folder (``storage/run_folder.py``).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ from fedloom.wire.messages import Payload, encode
 from fedloom.wire.schema import Schema
 
 PUT_BACK = "put it back from a backup, or start a new run"
-"""What to do where a record of a run that is to be resumed is damaged."""
+"""Advice where a record of a run to resume is damaged."""
 
 
 def run_experiment(
@@ -140,7 +140,7 @@ def run_experiment(
             run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
             run.prepare(-1)
         except RoundFailed:
-            raise  # the folder's log says who could not take part
+            raise  # the audit log in the folder names clients that could not take part
         except BaseException:
             shutil.rmtree(
                 folder.path, ignore_errors=True
@@ -169,7 +169,7 @@ def resume_run(
         experiment_file: Checked against the folder's own experiment if it is given.
         assignments: As after ``--set``, with ``experiment_file``.
         from_round: Go back to the checkpoint of this round.
-        fresh_clients: Clients who start afresh: what they kept, damaged or not, is not read.
+        fresh_clients: Clients that start with an empty store; their saved stores are not read.
         observer: Watches the run.
         objective: As in :func:`run`, if the run was started with one.
         data: As in :func:`run`, if the run was started with one.
@@ -236,7 +236,7 @@ def resume_run(
 
 
 def _laid_out(experiment: Experiment, begun: Record | None) -> Experiment:
-    """Return the experiment with the passes that a run was begun with, on whatever device it goes on."""
+    """Return the experiment with the pass size that the run was started with, on any device."""
     recorded = (begun or {}).get("tokens_per_pass")
     if recorded is None or experiment.training.tokens_per_pass != "auto":
         return experiment
@@ -245,7 +245,7 @@ def _laid_out(experiment: Experiment, begun: Record | None) -> Experiment:
 
 
 def _presence_of(saved: Checkpoint, parts: RunComponents) -> Presence:
-    """Return what a checkpoint remembers of who was there."""
+    """Return the presence in a checkpoint."""
     if saved.presence is None:
         return Presence.assumed(parts.engine.membership(), saved.round)
     return Presence.from_table(saved.presence)
@@ -307,7 +307,7 @@ def _require_records(folder: RunFolder, saved: Checkpoint, log: AuditLog) -> Non
 
 
 def _where(done: int, rounds: int) -> str:
-    """Say where a resumed run goes on."""
+    """Return where a resumed run continues, in words."""
     if done < 0:
         return "starting again from the beginning"
     if done == rounds:
@@ -317,7 +317,7 @@ def _where(done: int, rounds: int) -> str:
 
 @dataclass
 class _Run:
-    """One run under way: owns its folder, its parts and who watches."""
+    """One run: owns its folder, its components and its observer."""
 
     experiment: Experiment
     folder: RunFolder
@@ -342,7 +342,7 @@ class _Run:
         self.cards = ModelCards(self.experiment, self.parts, self.made.objective)
 
     def prepare(self, done: int, known: Record | None = None) -> None:
-        """Meet clients that are elsewhere, and write down what is known before the next round.
+        """Wait for clients on other machines, and write the records known before the next round.
 
         Args:
             done: The last finished round, -1 before the evaluation of the start.
@@ -388,12 +388,12 @@ class _Run:
         self._report_heaviest(sizes)
 
     def _for_clients(self, start: Tensors) -> Experiment:
-        """Return the experiment as clients are told of it: neither who else takes part nor any path."""
+        """Return the experiment as sent to clients: without other members and paths."""
         own = told(self.experiment, self.start, start)
         return replace(own, federation=own.federation.model_copy(update={"members": None}))
 
     def _count_start(self, start: Tensors) -> None:
-        """Count what each client would be sent before the first round."""
+        """Count the bytes that each client would be sent before the first round."""
         size = len(encode(Payload(start), Schema.of(start)))
         for client in self.parts.local.resources:
             cost = Cost(0, client, BEGIN, bytes_down=size, exchanges=1)
@@ -416,7 +416,7 @@ class _Run:
         self.folder.write_json(names.RUN, record)
 
     def _report_heaviest(self, sizes: Mapping[int, int]) -> None:
-        """Say what a client weighs at most, if there is a bound, and whose rows are more."""
+        """Report the bound on a client's weight, and the clients above it."""
         bound = self.admission.weight_bound(sizes)
         if bound.examples is None:
             return
@@ -428,7 +428,7 @@ class _Run:
             )
 
     def go(self, state: State, done: int) -> Result:
-        """Play the rounds that are left, then write what a finished run leaves."""
+        """Run the remaining rounds, then write the final files."""
         experiment, parts = self.experiment, self.parts
         server = Server(
             method=parts.method,
@@ -519,7 +519,7 @@ class _Run:
         self.saved = round
 
     def _keep_last(self) -> None:
-        """Save the last whole round, if it was not due; a full disk does not hide what ends the run."""
+        """Save the last finished round, if it was not due; a full disk hides no other error."""
         if self.last is not None and self.last[0] > self.saved:
             try:
                 self._save(*self.last)
@@ -527,7 +527,7 @@ class _Run:
                 self.observer.warning(f"round {self.last[0]} is not saved: {error}")
 
     def _interrupted(self) -> Interrupted:
-        """Say how to go on."""
+        """Return how to resume the run."""
         what = f"everything up to round {self.saved}" if self.saved >= 0 else "nothing yet"
         return Interrupted(
             f"stopped; {what} is saved. Go on with: fedloom run --resume {self.folder.path}"
@@ -615,7 +615,7 @@ class _Run:
         return Payload(method.sent_for_evaluation(state) or {})
 
     def _write_own(self, client: int, state: State) -> AdapterModel:
-        """Write what a client would use now into its model, and return that."""
+        """Load a client's parameters into its model, and return it."""
         method, engine = self.parts.method, self.parts.local
         seen = engine.client(client, self.experiment.federation.rounds)
         method.load(seen, Payload(method.sent_for_evaluation(state) or {}))
@@ -653,7 +653,7 @@ def _require_base(experiment: Experiment, start: Start, observer: RunObserver) -
 
 
 def _report_start(experiment: Experiment, objective: Objective, observer: RunObserver) -> None:
-    """Say what a run starts from, and which model its reference is."""
+    """Report the start of a run and its reference model."""
     name = experiment.adapter.start
     if name is not None:
         observer.stage(f"starting from the adapter {named(name)}")
@@ -665,7 +665,7 @@ def _report_start(experiment: Experiment, objective: Objective, observer: RunObs
 
 
 def _report_rows(parts: RunComponents, observer: RunObserver) -> None:
-    """Say what became of every row, and warn of what a result would be mistaken by."""
+    """Report the account of rows, and warn of what could distort results."""
     for name, own in row_account.sources(parts.accounts.to_record()).items():
         observer.stage(row_account.sentence(name, own))
     for text in parts.accounts.warnings:
@@ -680,7 +680,7 @@ def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:
 
 @contextlib.contextmanager
 def _new_folder(experiment: Experiment) -> Iterator[RunFolder]:
-    """Make the run folder, and be the only process that writes there.
+    """Create the run folder, and take its lock.
 
     Raises:
         OutputError: It holds something already, another run begins there, or it cannot be made.
@@ -721,7 +721,7 @@ def _require_empty(path: Path, chosen: str | None) -> None:
 
 
 def require_startable(experiment: Experiment) -> None:
-    """Check what can be told of a run before its data and model are read.
+    """Raise mistakes in a run that can be found before its data and model are read.
 
     Raises:
         OutputError: Its folder holds something already.
@@ -790,7 +790,7 @@ def _require_rows(experiment: Experiment, remote: RemoteEngine | None) -> None:
 def _require_same_engine(
     folder: RunFolder, run: Record | None, remote: RemoteEngine | None
 ) -> None:
-    """Check that clients are where they were: what they keep is there."""
+    """Check that the engine is the same, as it has the client stores."""
     made, now = (run or {}).get("engine"), _name_of(remote)
     if made is not None and made != now:
         raise SettingsError(
@@ -816,7 +816,7 @@ def _require_same_data(folder: RunFolder, run: Record | None, digest: str) -> No
 
 
 def _report_versions(run: Record | None, observer: RunObserver) -> None:
-    """Say which versions are others than those that a run was begun with."""
+    """Report the versions that differ from those at the start of the run."""
     if run is not None and (others := other_versions(run, versions())):
         observer.warning(
             f"resumed with other versions than the run was begun with: {', '.join(others)}; results may "
@@ -883,7 +883,7 @@ def _work(experiment: Experiment, parts: RunComponents, sizes: Mapping[int, int]
 
 
 def _evaluated_first(parts: RunComponents) -> str:
-    """Say what is done before the first round, which may take as long as one."""
+    """Report the work before the first round, which may take as long as one."""
     clients = parts.evaluator.client_held_out
     own = f", and {sum(map(len, clients.values()))} of {len(clients)} clients" if clients else ""
     return (

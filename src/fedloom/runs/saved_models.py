@@ -1,4 +1,4 @@
-"""Models with a saved adapter, for those who only evaluate or export them."""
+"""Models with a saved adapter, for evaluation and export."""
 
 from __future__ import annotations
 

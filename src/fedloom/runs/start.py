@@ -1,7 +1,7 @@
-"""What a run starts from: an earlier run's adapters, a PEFT folder, or an adapter from the Hub.
+"""The start of a run: an earlier run's adapters, a PEFT folder, or an adapter from the Hub.
 
-The settings of the adapter are the folder's; what an experiment says beside must be the same. A copy of
-what was found lies in the run folder (``start/``), so that a run that is resumed depends on nothing else.
+The settings of the adapter are the folder's; settings in the experiment must be equal. A copy of it is in
+the run folder (``start/``), so that a run that is resumed depends on nothing else.
 """
 
 from __future__ import annotations
@@ -50,21 +50,20 @@ SAME = ("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k")
 or are how it is trained."""
 
 SENT = re.compile(r"sha256:([0-9a-f]{64})(?:@([0-9a-f]{32}))?")
-"""What clients on other machines are told in place of a path: the SHA-256 of what they are sent, and the
-run that it is of."""
+"""Sent to clients on other machines in place of a path: the SHA-256 of the tensors, and their run."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from.
+    """The start of a run.
 
     Attributes:
-        name: As the experiment calls it.
+        name: Its name in the experiment.
         shared: The global adapter: its folder, or its tensors where they were sent; ``None`` where every
             client has its own.
         clients: Folders of clients' own models.
         run: The run that it is of, if any.
-        record: What ``run.json`` of that run says.
+        record: Content of ``run.json`` of that run.
     """
 
     name: str
@@ -161,7 +160,7 @@ class Start:
 
 
 def find_start(experiment: Experiment) -> Start | None:
-    """Return what an experiment starts from, if it starts from anything.
+    """Return the start of an experiment, or ``None``.
 
     Raises:
         ModelError: There is no such folder, it holds no adapter, or it cannot be had from the Hub.
@@ -299,9 +298,9 @@ def travels(experiment: Experiment) -> bool:
 
 
 def sent(start: Start | None, initial: Tensors) -> Tensors:
-    """Return what every client is sent of what a run starts from, given the adapter as it is at first.
+    """Return the tensors of the start that every client is sent, given the initial adapter.
 
-    A client's own parts are not: they are where that client is.
+    Personal parts are not sent: they are at their client.
     """
     if start is None or start.shared is None:
         return {}
@@ -309,7 +308,7 @@ def sent(start: Start | None, initial: Tensors) -> Tensors:
 
 
 def told(experiment: Experiment, start: Start | None, tensors: Tensors) -> Experiment:
-    """Return an experiment as clients are told of it: what they are sent, by its SHA-256, and no path."""
+    """Return an experiment as sent to clients: the start by its SHA-256, without a path."""
     if start is None:
         return experiment
     name = None

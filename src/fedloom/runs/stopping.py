@@ -1,6 +1,6 @@
-"""Being told to end: SIGTERM, which a service manager, a batch system or ``kill`` sends, is Ctrl-C.
+"""Termination: SIGTERM, from a service manager, a batch system or ``kill``, is handled like Ctrl-C.
 
-What a run saves at Ctrl-C it saves then too, and says how to go on.
+The run saves its state in both cases, and prints how to resume it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of an experiment to token rows, for one model."""
+"""Tokenises the rows of an experiment for one model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def longest(max_length: int | None, context: int) -> int:
 
 
 class TokenReader:
-    """Turns each part of a division into token rows, counting what is dropped."""
+    """Tokenises each part of the rows, counting dropped rows."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Figures of a run for TensorBoard, Weights & Biases or MLflow; each an optional extra.
 
-They watch like the terminal does (see ``server.Observer``) and get numbers only.
+They observe a run like the terminal (see ``federation/records.py``) and get numbers only.
 """
 
 from __future__ import annotations

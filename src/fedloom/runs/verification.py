@@ -1,4 +1,4 @@
-"""Whether the folders that a run leaves hold the models that were trained: see ``models/verify.py``.
+"""Checks that the saved folders hold the models that were trained; see ``models/verify.py``.
 
 What a model says is asked when it is saved. When all is written, each folder is loaded as its card says
 onto a base that is loaded afresh, once for all folders of it, and freed afterwards.
