@@ -36,7 +36,7 @@ def rows_of(path):
     [
         (
             rb'{"a": "\ud800"}',
-            r"'a': holds \ud800, half of a pair of surrogates, which is no character",
+            r"'a': holds \ud800, half of a pair of surrogates, which is not a character",
         ),
         (
             rb'{"a": [{"b\udfff": 1}]}',
@@ -46,10 +46,10 @@ def rows_of(path):
         (b"[" * 101 + b"]" * 101, "nested deeper than 100 brackets"),
         (b"[" * 100_000, "nested deeper than 100 brackets"),
         (b'{"a": "\xff"}', "not UTF-8 (byte 0xff after 7 characters); save the file as UTF-8"),
-        (b'{"a": NaN}', "holds NaN, which is no number in JSON; write null, or a number"),
+        (b'{"a": NaN}', "holds NaN, which is not a number in JSON; write null, or a number"),
         (
             b'{"a": [-Infinity]}',
-            "holds -Infinity, which is no number in JSON; write null, or a number",
+            "holds -Infinity, which is not a number in JSON; write null, or a number",
         ),
         (b'{"a": 1e999}', "holds the number 1e999, which is too large"),
         (
@@ -104,9 +104,9 @@ def test_a_bad_row_of_a_whole_file_is_told_of_that_row(tmp_path):
     (tmp_path / "x.json").write_bytes(b"[" + b",".join(rows) + b"]")
     assert rows_of(tmp_path / "x.json") == [
         {"text": "a", "label": "x"},
-        "'a': holds NaN, which is no number in JSON; write null, or a number",
+        "'a': holds NaN, which is not a number in JSON; write null, or a number",
         "the key 'a' stands twice in an object",
-        r"'a': holds \ud800, half of a pair of surrogates, which is no character",
+        r"'a': holds \ud800, half of a pair of surrogates, which is not a character",
         "'a': not UTF-8 (byte 0xe9); save the file as UTF-8",
         7,
     ]
@@ -345,7 +345,7 @@ BOMB = "unpacks to more than 100 times its size, as no rows do; "
             "has a header that cannot be read: not UTF-8 (byte 0xff after",
         ),
         (made("x.parquet", b""), "is empty, and a Parquet file never is; copy it again"),
-        (made("x.parquet", b"PAR1" + b"x" * 40 + b"PAR1"), "is no Parquet file that can be read ("),
+        (made("x.parquet", b"PAR1" + b"x" * 40 + b"PAR1"), "is not a Parquet file that can be read ("),
         (
             made("x.parquet", b"PARE" + b"x" * 40 + b"PARE"),
             "is an encrypted Parquet file; decrypt it ",
@@ -446,7 +446,7 @@ def test_what_is_not_there_says_why(tmp_path):
         with pytest.raises(DataError) as error:
             rows_of(tmp_path / name)
         assert str(error.value) == f"data file not found: {tmp_path / name}{words}"
-    with pytest.raises(DataError, match=r"x\\x00\.jsonl is no name of a file: embedded null byte"):
+    with pytest.raises(DataError, match=r"x\\x00\.jsonl is not a name of a file: embedded null byte"):
         rows_of(tmp_path / "x\0.jsonl")
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         rows_of(tmp_path / ("x" * 300 + ".jsonl"))

@@ -176,7 +176,7 @@ def test_the_line_to_paste(found, kind, line):
     [
         ({"good": ["5"]}, ["feedback"], "data.values.good: unknown key; there are desirable, und"),
         ({"tie": ["5"]}, ["preference"], "data.values must say what means first or second"),
-        ({"desirable": [">= much"]}, ["feedback"], "'>= much' is no comparison with a number"),
+        ({"desirable": [">= much"]}, ["feedback"], "'>= much' is not a comparison with a number"),
         (
             {"desirable": [5], "undesirable": ["5"]},
             ["feedback"],

@@ -106,7 +106,7 @@ TURNS = Preference(1, (USER,), (ASSISTANT,), (OTHER,))
             "Question/Best Answer/Incorrect Answers",
             PAIR,
         ),
-        (  # of what is no list of answers all is kept
+        (  # of what is not a list of answers all is kept
             {"Question": "q; r", "Best Answer": "a; b", "Incorrect Answers": "c; d"},
             "Question/Best Answer/Incorrect Answers",
             Preference(1, "q; r\n", "a; b", "c"),

@@ -69,7 +69,7 @@ def test_the_answer_may_be_a_call():
     [
         ('{"a": 1}', {"a": 1}),
         ({"a": None}, {"a": None}),
-        ("CET", "CET"),  # text that is no object stays text
+        ("CET", "CET"),  # text that is not an object stays text
         ("[1]", "[1]"),
         (None, {}),
     ],
@@ -84,9 +84,9 @@ def test_arguments(given, kept):
     [
         (
             r'{"a": "\ud800"}',
-            r"'a': holds \ud800, half of a pair of surrogates, which is no character",
+            r"'a': holds \ud800, half of a pair of surrogates, which is not a character",
         ),
-        ('{"a": NaN}', "holds NaN, which is no number in JSON; write null, or a number"),
+        ('{"a": NaN}', "holds NaN, which is not a number in JSON; write null, or a number"),
         ('{"a": 1, "a": 2}', "the key 'a' stands twice in an object"),
         ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested deeper than 100 brackets"),
         ('{"a": 1e999}', "holds the number 1e999, which is too large"),
@@ -164,7 +164,7 @@ def deep(levels):
         (said("user", "x", images=["a.png"]), "message 1 of messages holds images; fedloom trains"),
         (said("user", [{"type": "text", "text": 3}]), "has a text part whose text is 3"),
         (said("user", [{"image": "a.png"}]), "no object with a type, got {'image': 'a.png'}"),
-        (said("user", ["x"]), "has a part that is no object with a type, got 'x'"),
+        (said("user", ["x"]), "has a part that is not an object with a type, got 'x'"),
         (said("user", None), "role and content are needed, its content is None"),
         (said("user", 3), "role and content are needed, its content is 3"),
         (said("wizard", "x"), "message 1 of messages has the role 'wizard', not user, assistant"),

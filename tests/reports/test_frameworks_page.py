@@ -33,7 +33,7 @@ def test_the_front_is_what_nobody_beats_in_both():
     by_bytes = [a.name for a in ARMS[:5] if on_front(a, ARMS, lambda x: x.sent)]
     assert by_bytes == ["lora", "lora small", "logits"]
     by_flops = [a.name for a in ARMS[:5] if on_front(a, ARMS, lambda x: x.flops)]
-    assert by_flops == ["lora", "split"]  # the baseline is better and cheaper, and is no rival
+    assert by_flops == ["lora", "split"]  # the baseline is better and cheaper, and is not a rival
 
 
 def test_wins_are_counted_at_the_most_accurate_arm():
@@ -118,7 +118,7 @@ def test_a_grid_to_its_page(comparison_file, tmp_path):
     [
         ({"scenarios": {}}, "needs objectives or scenarios"),
         ({"objectives": {"a": {}}}, "one of the two"),
-        ({"links": {"x": {"uplink": "quick"}}}, "compare.links.x.uplink: 'quick' is no quantity"),
+        ({"links": {"x": {"uplink": "quick"}}}, "compare.links.x.uplink: 'quick' is not a quantity"),
         ({"links": {"x": {"speed": "3MB"}}}, "compare.links.x.speed"),
     ],
 )

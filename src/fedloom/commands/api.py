@@ -103,7 +103,7 @@ def resume(
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
-        OutputError: ``folder`` is no run folder.
+        OutputError: ``folder`` is not a run folder.
     """
     watching = _watching(observer, progress, on_round, on_evaluation)
     return resume_run(

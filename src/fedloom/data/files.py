@@ -77,7 +77,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _is_special(path: Path) -> bool:
-    """Return whether something is there that is no file: that is said before its ending is."""
+    """Return whether something is there that is not a file: that is said before its ending is."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""JSON to rows: a row a line, or a whole file; what is no value that a row may hold, is told of its row.
+"""JSON to rows: one row per line, or a whole file; a value that a row may not hold makes it malformed.
 
 Python's own reader takes more than JSON (NaN, the last of two equal keys, lone surrogates) and stops at
 depths and numbers where a row should only be counted as malformed.
@@ -48,7 +48,7 @@ BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTA
 def json_lines(file: TextIO) -> Iterator[tuple[int, Any]]:
     """Yield the row of each line that is not blank with the line's number from 1.
 
-    A line that is no row is yielded as the :class:`RowError` that says so.
+    A line that is not a row is yielded as the :class:`RowError` that says so.
 
     Raises:
         UnreadableError: A line has no end.
@@ -118,7 +118,7 @@ def is_deep(text: str) -> bool:
 
 
 def fault(row: object) -> RowError | None:
-    """Return what in a row is no value that a row may hold, however deep it lies."""
+    """Return what in a row is not a value that a row may hold, however deep it lies."""
     parts = row.items() if isinstance(row, dict) else [("", row)]
     for name, part in parts:
         reason = _fault((name, part))
@@ -146,16 +146,16 @@ def _fault(part: object) -> str | None:
 
 def _half(half: str) -> str:
     code = ord(half)
-    if 0xDC80 <= code <= 0xDCFF:  # as a byte that is no UTF-8 was read
+    if 0xDC80 <= code <= 0xDCFF:  # as a byte that is not UTF-8 was read
         return f"not UTF-8 (byte 0x{code - 0xDC00:02x}); save the file as UTF-8"
-    return f"holds \\u{code:04x}, half of a pair of surrogates, which is no character"
+    return f"holds \\u{code:04x}, half of a pair of surrogates, which is not a character"
 
 
 def json_value(text: str) -> Any:
     """Return what a JSON text holds, of a line or of JSON that stands in a row as text.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is not JSON.
         RowError: It holds what no row may hold.
     """
     if reason := not_utf8(text):
@@ -257,7 +257,7 @@ def _decoder(wrong: Callable[[str], Any]) -> json.JSONDecoder:
         )
 
     def constant(name: str) -> Any:
-        return wrong(f"holds {name}, which is no number in JSON; write null, or a number")
+        return wrong(f"holds {name}, which is not a number in JSON; write null, or a number")
 
     return json.JSONDecoder(
         object_pairs_hook=pairs, parse_int=whole, parse_float=broken, parse_constant=constant

@@ -54,7 +54,7 @@ def wrong_values(values: Values, kinds: Sequence[str]) -> list[str]:
     if not any(values.get(name) for group in groups for name in group[:2]):
         found.append(f"data.values must say what means {' or '.join(groups[0][:2])}")
     found += [
-        f"data.values.{name}: {entry!r} is no comparison with a number, such as '>= 4'"
+        f"data.values.{name}: {entry!r} is not a comparison with a number, such as '>= 4'"
         for name, entries in values.items()
         for entry in entries
         if isinstance(entry, str) and entry.strip()[:1] in ("<", ">")

@@ -32,7 +32,7 @@ ROLES = {
 """Roles, with the names of the ShareGPT layout and of OpenAI's older one."""
 
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-"""Keys beside a message's text that hold what is no text."""
+"""Keys beside a message's text that hold what is not text."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of parts that are text."""
@@ -154,7 +154,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
 
 def _part(part: Any, where: str) -> dict[str, str]:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise RowError(f"{where} has a part that is no object with a type, got {shown(part)}")
+        raise RowError(f"{where} has a part that is not an object with a type, got {shown(part)}")
     kind = part["type"]
     if kind in TEXT_PARTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}

@@ -60,7 +60,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         DataError: It is not there.
-        UnreadableError: It is no regular file, may not be read, or is not what its name says.
+        UnreadableError: It is not a regular file, may not be read, or is not what its name says.
     """
     with _regular(path) as file:
         if not path.name.lower().endswith(".gz"):
@@ -74,7 +74,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def text_of(file: BinaryIO, newline: str | None) -> io.TextIOWrapper:
-    r"""Return a file's bytes as text, where a byte that is no UTF-8 stands as :func:`not_utf8` finds it.
+    r"""Return a file's bytes as text, where a byte that is not UTF-8 stands as :func:`not_utf8` finds it.
 
     Args:
         file: As :func:`opened` yields it, at its beginning.
@@ -119,7 +119,7 @@ def _regular(path: Path) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError as error:  # a NUL in its name
-        raise UnreadableError(f"is no name of a file: {error}") from None
+        raise UnreadableError(f"is not a name of a file: {error}") from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise DataError(f"data file not found: {named(path)}{_hint(path)}") from None

@@ -46,7 +46,7 @@ def parquet_rows(file: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
         size: Its bytes.
 
     Raises:
-        UnreadableError: It is no Parquet file, is encrypted, damaged or unpacks beyond all measure.
+        UnreadableError: It is not a Parquet file, is encrypted, damaged or unpacks beyond all measure.
     """
     if not size:
         raise UnreadableError("is empty, and a Parquet file never is; copy it again")
@@ -76,7 +76,8 @@ def parquet_rows(file: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
         if isinstance(error, OSError) and error.errno:  # the disk's, not pyarrow's own
             raise
         raise UnreadableError(
-            f"is no Parquet file that can be read ({reason_of(error)}); copy it again, or write it anew"
+            f"is not a Parquet file that can be read ({reason_of(error)}); copy it again, or write it "
+            "anew"
         ) from error
 
 

@@ -103,11 +103,11 @@ def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
     ``doubts`` about those that are shown.
 
     Raises:
-        OutputError: It is no comparison, or no run in it has finished.
+        OutputError: It is not a comparison, or no run in it has finished.
     """
     record = RunFolder(folder).read_json(names.COMPARISON)
     if record is None:
-        raise OutputError(f"{folder} is no comparison: it has no {names.COMPARISON}")
+        raise OutputError(f"{folder} is not a comparison: it has no {names.COMPARISON}")
     cells = []
     for cell in record["cells"]:
         path = folder / names.RUNS / cell["name"]

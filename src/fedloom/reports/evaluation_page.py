@@ -34,7 +34,7 @@ def write_evaluation(folder: Path, target: Path | None = None) -> Path:
     files = RunFolder(folder)
     record = files.read_json(names.EVALUATION)
     if record is None:
-        raise OutputError(f"{folder} is no evaluation: it has no {names.EVALUATION}")
+        raise OutputError(f"{folder} is not an evaluation: it has no {names.EVALUATION}")
     page = render(record, files.read_lines(names.ANSWERS))
     return write_page(page, target or folder / "report.html")
 

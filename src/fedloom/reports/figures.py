@@ -53,7 +53,7 @@ STYLE: Any = {
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
     "patch.linewidth": 0.0,
-    "text.parse_math": False,  # a name may hold $, and is no formula
+    "text.parse_math": False,  # a name may hold $, and is not a formula
 }
 
 COLUMN = 4.4
@@ -665,5 +665,5 @@ def _svg(figure: Figure) -> str:
 
 
 def _as_file(text: str) -> str:
-    """Return a picture that is no part of a page: dark ink, and the colours themselves."""
+    """Return a picture that is not part of a page: dark ink, and the colours themselves."""
     return re.sub(r"var\(--c\d, (#\w+)\)", r"\1", text.replace("currentColor", "#222222"))

@@ -52,7 +52,7 @@ class Configuration:
         memory: Of a client's training, derived.
         process: Peak memory of the whole simulation's process, measured.
         seconds: Of a round by link, derived: its slowest client's.
-        baseline: Whether it is no framework, but what every table needs.
+        baseline: Whether it is not a framework, but what every table needs.
     """
 
     scenario: str
@@ -91,7 +91,7 @@ class Configuration:
 
     @property
     def is_framework(self) -> bool:
-        """Whether it is no baseline."""
+        """Whether it is not a baseline."""
         return not self.baseline
 
 

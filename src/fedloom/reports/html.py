@@ -60,7 +60,7 @@ def write_page(page: str, target: Path) -> Path:
 
 
 def _shown(value: Any) -> Any:
-    """Return what is filled in; text that is no markup of our own is shown with all that is in it."""
+    """Return what is filled in; text that is not markup of our own is shown with all that is in it."""
     return visible(value) if type(value) is str else value
 
 

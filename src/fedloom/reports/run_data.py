@@ -89,7 +89,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        OutputError: It is no run folder, or was stopped before it began.
+        OutputError: It is not a run folder, or was stopped before it began.
     """
     files = Snapshot.existing(folder)
     run = files.read_json(names.RUN)

@@ -54,7 +54,7 @@ def write_report(
         The file.
 
     Raises:
-        OutputError: A folder is no run folder, or the page cannot be written.
+        OutputError: A folder is not a run folder, or the page cannot be written.
     """
     once = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
     for folder in once:
