@@ -345,7 +345,10 @@ BOMB = "unpacks to more than 100 times its size, as no rows do; "
             "has a header that cannot be read: not UTF-8 (byte 0xff after",
         ),
         (made("x.parquet", b""), "is empty, and a Parquet file never is; copy it again"),
-        (made("x.parquet", b"PAR1" + b"x" * 40 + b"PAR1"), "is not a Parquet file that can be read ("),
+        (
+            made("x.parquet", b"PAR1" + b"x" * 40 + b"PAR1"),
+            "is not a Parquet file that can be read (",
+        ),
         (
             made("x.parquet", b"PARE" + b"x" * 40 + b"PARE"),
             "is an encrypted Parquet file; decrypt it ",
@@ -446,7 +449,9 @@ def test_what_is_not_there_says_why(tmp_path):
         with pytest.raises(DataError) as error:
             rows_of(tmp_path / name)
         assert str(error.value) == f"data file not found: {tmp_path / name}{words}"
-    with pytest.raises(DataError, match=r"x\\x00\.jsonl is not a name of a file: embedded null byte"):
+    with pytest.raises(
+        DataError, match=r"x\\x00\.jsonl is not a name of a file: embedded null byte"
+    ):
         rows_of(tmp_path / "x\0.jsonl")
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         rows_of(tmp_path / ("x" * 300 + ".jsonl"))

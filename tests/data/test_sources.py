@@ -170,7 +170,11 @@ def test_an_incomplete_pair_among_the_held_out_rows_is_dropped_whatever_becomes_
         (lambda p: (p / "x.csv").write_text("prompt,completion\n"), "x.csv", "is empty"),
         (lambda p: (p / "x.json").write_text("[1,"), "x.json", "is not JSON"),
         (lambda p: (p / "x.jsonl.gz").write_bytes(b"no gzip"), "x.jsonl.gz", "is not compressed"),
-        (lambda p: (p / "x.parquet").write_bytes(b"no parquet"), "x.parquet", "is not a Parquet file"),
+        (
+            lambda p: (p / "x.parquet").write_bytes(b"no parquet"),
+            "x.parquet",
+            "is not a Parquet file",
+        ),
         (lambda p: (p / "x.jsonl").write_bytes(b'{"prompt": "\xff"}'), "x.jsonl", "not UTF-8"),
         (lambda p: None, "./x.txt", "unknown ending"),
         (

@@ -67,14 +67,14 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
 
 
 def _lacks(kind: type[Method]) -> list[str]:
-    """Return what a method of somebody else does not say of itself, as fedloom's own do."""
+    """Return which attributes a plug-in method lacks that fedloom's own define."""
     found = undefined(kind, ("declares", "reveals", "round", "handlers"), Method)
     settings = getattr(kind, "Settings", NamedSettings).model_fields.keys() - {"name"}
     said = {*kind.taken, *kind.bounded, *kind.named_models}
     for name in sorted(settings - said):
         found.append(
             f"method.{name} is in none of its taken, bounded and named_models, by which clients decide "
-            "whether they take it over"
+            "whether they adopt it"
         )
     return found
 
@@ -83,7 +83,7 @@ METHODS = Choices("fedloom.methods", OURS, Method, _lacks)
 """Name in ``[method]`` to its settings and its class."""
 
 DEFAULT = "fedavg"
-"""The method of an experiment that names none."""
+"""The default method."""
 
 
 def make_method(settings: NamedSettings) -> Method:

@@ -24,7 +24,7 @@ class CentralisedSettings(NamedSettings):
 
 
 class Centralised(Method):
-    """One client with everybody's rows."""
+    """One client with the rows of all clients."""
 
     declares = Declaration(
         "Centralised",

@@ -172,7 +172,7 @@ class FedAMoLE(OwnMixture):
         "FedAMoLE",
         "https://arxiv.org/abs/2411.19128",
         "adapted",
-        "what becomes of absent clients is ours",
+        "the treatment of absent clients is our own",
         "FedLLM",
         "the client's experts, down and up; embeddings of some rows up",
         "its mixture",

@@ -1,1 +1,1 @@
-"""What several methods share: one file for each way of keeping, adding to or sending parameters."""
+"""Shared by several methods: one file per way of storing, adding or sending parameters."""

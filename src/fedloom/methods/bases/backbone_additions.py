@@ -1,16 +1,16 @@
-"""What methods have in common that add what clients learnt to the backbone itself.
+"""Base class of methods that add the clients' updates to the backbone itself.
 
 Averaging LoRA's A and B apart is not averaging their products. These methods keep the sum exact: what the
 factors of one low rank cannot hold is sent to every client as stacked factors after each round, and
 server and clients add the product to the frozen weights. A client keeps the sum of these products, as
 large as the layers that LoRA is beside, and the weights as they were loaded stay the reference model's.
 
-Each addition has a number. A client that was away for some is sent those before it trains, in the same
-round: one by one, or the sum of all there have been where that is smaller. The server keeps, by client
-id, who has made how many, and the additions that somebody lacks, while they are smaller than the sum. A
-client that comes for the first time is sent the sum, and so is one that was asked to make an addition and
-did not confirm it, as nothing is known of it then. One that turns out to lack some after all (its store
-is gone) would train another model: it says so, and is left out until the next round.
+Each addition has a number. A client that missed some is sent them before it trains, in the same round:
+one by one, or the sum of all additions where that is smaller. The server stores, by client id, the number
+of additions that each client has, and the additions that a client lacks, while they are smaller than the
+sum. A new client is sent the sum, and so is a client that did not confirm an addition, as its state is
+then unknown. A client that turns out to lack some (its store is lost) would train another model: it
+reports that, and is left out until the next round.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from fedloom.wire.messages import Exchange, Payload, Reply
 from fedloom.wire.schema import Schema, amount
 
 BASE = "base"
-"""Where the sum of all products is, in the state and at a client."""
+"""Part of the state, and slot of the client store, with the sum of all products."""
 
 ADDITIONS = "merges"
-"""How many rounds' products are in it."""
+"""Number of rounds whose products are in the sum."""
 
 ADDITION_COUNT = amount(ADDITIONS)
-"""That, as it travels."""
+"""The same number in messages."""
 
 MADE = "made/"
-"""Before the id of a client that has not made all of them: how many it has; 0 where that is not known."""
+"""Prefix of the id of a client that is out of date: the number of its additions; 0 where unknown."""
 
 ADDITION = "addition/"
-"""Before the number of an addition that some client lacks: its packed factors."""
+"""Prefix of the number of an addition that some client lacks: its packed factors."""
 
 OUT_OF_DATE = "behind "
-"""Before the id of such a client in checkpoints of an earlier release, which did not say how many."""
+"""Prefix of the id of such a client in checkpoints of an earlier release, without the number."""
 
 
 class BackboneAdditions(Method):
-    """A method whose rounds end with factors that everybody adds to the backbone.
+    """A method whose rounds end with factors that server and clients add to the backbone.
 
-    A subclass says how a round trains (:meth:`training`), what of it goes on as an adapter and what is
-    added (:meth:`combined`), and what a client trains from (:meth:`start`).
+    A subclass defines the training of a round (:meth:`training`), the next adapter and the factors to add
+    (:meth:`combined`), and the adapter that a client trains from (:meth:`start`).
 
     Attributes:
         fresh: The server's adapter as it was initialised.
@@ -70,12 +70,12 @@ class BackboneAdditions(Method):
     scaling: float
 
     def setup(self, server: ServerSide) -> None:
-        """Note the adapter's shapes and scaling."""
+        """Store the adapter's shapes and scaling."""
         super().setup(server)
         self.fresh, self.scaling = server.model.read(), server.model.scaling
 
     def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
-        """Return what the cohort is asked to do; its request has the number ``additions``."""
+        """Return the training exchange of the cohort; its request has the number ``additions``."""
         raise TypeError(f"{type(self).__name__} must define training(cohort, adapter, merges)")
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
@@ -83,7 +83,7 @@ class BackboneAdditions(Method):
         raise TypeError(f"{type(self).__name__} must define combined(replies, cohort)")
 
     def kept(self, adapter: Tensors) -> Tensors:
-        """Return what of an adapter the state keeps; here all of it."""
+        """Return the part of an adapter that the state keeps; here all of it."""
         return adapter
 
     def start(self, client: Client, payload: Payload) -> Tensors:
@@ -91,15 +91,15 @@ class BackboneAdditions(Method):
         return payload.tensors
 
     def upload(self, trained: Tensors) -> Tensors:
-        """Return what a client sends of what it trained; here all of it."""
+        """Return the part of the trained adapter that a client sends; here all of it."""
         return trained
 
     def initial_state(self, adapter: Tensors) -> State:
-        """Keep the adapter; nothing has been added yet."""
+        """Return the adapter with no additions."""
         return State(join_parts(adapter=self.kept(adapter)), {ADDITIONS: 0.0})
 
     def round(self, state: State, cohort: Cohort) -> Round:
-        """Bring those up to date who are behind; train; have everybody add what is to be added."""
+        """Send missing additions; train; send the new factors to be added by all."""
         adapter, base = part_of(state.tensors, ADAPTER), part_of(state.tensors, BASE)
         additions, earlier = int(state.numbers[ADDITIONS]), _additions(state)
         out_of_date = yield from self._catch_up_all(
@@ -112,7 +112,7 @@ class BackboneAdditions(Method):
         asked = [client for client in cohort.presence.available if client not in out_of_date]
         confirmed = yield self._send("merge", cohort, asked, added, additions + 1)
         made = {client: out_of_date.get(client, additions) for client in cohort.presence.members}
-        made |= dict.fromkeys(cohort.presence.left, 0)  # if it is ever let in again
+        made |= dict.fromkeys(cohort.presence.left, 0)  # if it is ever allowed again
         made |= dict.fromkeys(asked, 0) | dict.fromkeys(confirmed.answered, additions + 1)
         lacking = {client: count for client, count in made.items() if count <= additions}
         kept = _still_wanted({**earlier, additions + 1: added}, lacking, tensor_bytes(base))
@@ -151,13 +151,13 @@ class BackboneAdditions(Method):
         client.model.write({**client.initial, **adapter, **base})
 
     def traffic(self, adapter: Tensors) -> Traffic:
-        """Count the adapter down and up, and then as many clients' factors as are stacked."""
+        """Count the adapter down and up, and then the stacked factors down."""
         factors = tensor_bytes(only_factors(adapter))
         down = tensor_bytes(self.kept(adapter))
         return ParameterTraffic(down, tensor_bytes(adapter), also_down=self.stacked() * factors)
 
     def stacked(self) -> int:
-        """Return how many clients' factors are sent to everybody after a round; here a cohort's."""
+        """Return how many clients' factors are sent to all clients after a round; here a cohort's."""
         return self.server.cohort
 
     def _catch_up_all(
@@ -168,7 +168,7 @@ class BackboneAdditions(Method):
         additions: int,
         out_of_date: Mapping[int, int],
     ) -> Generator[Exchange, Replies, dict[int, int]]:
-        """Send clients that can be asked what they lack; return who is behind then, with what it has."""
+        """Send missing additions; return the clients that are still out of date, with their numbers."""
         made = dict(out_of_date)
         there = [client for client in cohort.presence.available if client in made]
         size = tensor_bytes(base)
@@ -244,7 +244,7 @@ class BackboneAdditions(Method):
 
 
 def _out_of_date(state: State) -> dict[int, int]:
-    """Return the clients that have not made all additions, each with how many it has made."""
+    """Return the clients that are out of date, each with the number of its additions."""
     found = {
         int(n.removeprefix(OUT_OF_DATE)): 0 for n in state.numbers if n.startswith(OUT_OF_DATE)
     }
@@ -253,7 +253,7 @@ def _out_of_date(state: State) -> dict[int, int]:
 
 
 def _additions(state: State) -> dict[int, Tensors]:
-    """Return the additions that are kept, by their numbers, ascending."""
+    """Return the stored additions by number, ascending."""
     names = [n.removeprefix(ADDITION) for n in state.tensors if n.startswith(ADDITION)]
     numbers = sorted({name.partition("/")[0] for name in names})
     return {int(number): part_of(state.tensors, f"{ADDITION}{number}") for number in numbers}

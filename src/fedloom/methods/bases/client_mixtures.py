@@ -1,4 +1,4 @@
-"""What methods share whose clients each hold some experts, of all that the server keeps."""
+"""Base class of methods in which each client holds some of the server's experts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fedloom.wire.messages import Payload
 
 
 class OwnMixture(Method):
-    """Base of methods whose clients hold some experts each, of all that the server keeps."""
+    """Base class of methods in which each client holds some of the server's experts."""
 
     own_models = True
 
     def initial_state(self, adapter: Tensors) -> State:
-        """Keep all experts; nobody holds any yet."""
+        """Return all experts; no client holds any yet."""
         return State(join_parts(adapter=adapter))
 
     def shared(self, state: State) -> Tensors | None:
@@ -33,7 +33,7 @@ class OwnMixture(Method):
         return part_of(state.tensors, ADAPTER)
 
     def load(self, client: Client, payload: Payload) -> None:
-        """Write what was received, or the client's own mixture, or before its first round the initial."""
+        """Load the received mixture, or the client's own, or before its first round the initial one."""
         client.model.write(payload.tensors or client.store.get(ADAPTER, client.initial))
 
 

@@ -1,4 +1,4 @@
-"""How LoRA factors of any rank travel: as one tensor with one row a rank.
+"""Encoding of LoRA factors of any rank: one tensor with one row per rank.
 
 A row has a row of every A and a column of every B, so a payload has one buffer whatever the number of
 layers, how many rows there may be is in its schema, and one number says whether a client's rank is right.

@@ -1,4 +1,4 @@
-"""What methods share whose clients send back the adapter they were sent."""
+"""Functions of methods whose clients train and return the adapter they were sent."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import FINITE, NumberSpec, Schema, amount
 
 EXAMPLES = NumberSpec("examples", 1.0, 2.0**40)
-"""Training rows that a client weighs by; not more than it registered with (``admission.py``)."""
+"""Number of training rows, a client's weight; at most the registered number (``admission.py``)."""
 
 TRAIN_REPLY_NUMBERS = (EXAMPLES,)
 
 LEARNING_RATE = amount("learning_rate", FINITE)
-"""Of a round, to clients."""
+"""Learning rate of a round, sent to clients."""
 
 ADAPTER = "adapter"
-"""Where the adapter is, among the parts of a state, a payload or what a client keeps."""
+"""Name of the adapter among the parts of a state or payload, and in the client store."""
 
 
 def proximal_gradient(start: Tensors, strength: float) -> StepHook:
@@ -43,7 +43,7 @@ def proximal_gradient(start: Tensors, strength: float) -> StepHook:
 
 
 def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Payload:
-    """Start from the adapter received, train, send the adapter back: the client of FedAvg."""
+    """Load the received adapter, train it, return it: the client of FedAvg."""
     client.model.write(payload.tensors)
     result = client.train(payload.numbers["learning_rate"], part=part)
     return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
@@ -52,9 +52,9 @@ def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Pa
 def training_exchange(
     cohort: Cohort, adapter: Tensors, more: Mapping[NumberSpec, float] | None = None
 ) -> Exchange:
-    """Ask the whole cohort to train ``adapter`` and send it back with the number of examples.
+    """Return the exchange in which the cohort trains ``adapter``; replies hold the number of examples.
 
-    Numbers in ``more`` travel with the learning rate.
+    Numbers in ``more`` are sent with the learning rate.
     """
     numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
     return Exchange.broadcast(

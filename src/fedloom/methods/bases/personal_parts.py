@@ -1,8 +1,8 @@
-"""What methods have in common whose clients keep some of what is trained.
+"""Base classes of methods with personal parts, which stay with the client.
 
 Of :class:`KeepsParts` the shared tensors are averaged as in FedAvg; the others are trained with them,
-kept between rounds in the client's store, and are in no message: the schema of every exchange has no
-place for them.
+kept between rounds in the client's store, and are in no message, as no schema of an exchange contains
+them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import NumberSpec, Schema
 
 PERSONAL = "personal"
-"""Where a client keeps its own tensors."""
+"""Slot of the client store with the personal tensors."""
 
 PERSONAL_FIRST = "personal "
-"""Purpose of the training of a client's own tensors, where it is one apart."""
+"""Purpose of a separate training of the personal tensors."""
 
 
 class KeepsParts(Method):
-    """FedAvg of some tensors; :meth:`keeps` says which stay with the client.
+    """FedAvg of some tensors; :meth:`keeps` defines the personal ones.
 
     Attributes:
-        fresh: The kept tensors as every client starts with them.
+        fresh: Initial values of the personal tensors.
     """
 
     averages = True
@@ -44,28 +44,28 @@ class KeepsParts(Method):
     fresh: Tensors
 
     def keeps(self, name: str) -> bool:
-        """Return whether a client keeps the tensor of this name to itself."""
+        """Return whether the tensor with this name is personal."""
         raise TypeError(f"{type(self).__name__} must define keeps(name)")
 
     def setup(self, server: ServerSide) -> None:
-        """Note what a client starts with: a newcomer's parts, by which the server judges its share."""
+        """Store the initial personal tensors, with which the server evaluates the shared ones."""
         super().setup(server)
         self.fresh = self.own(server.model.read())
 
     def own(self, tensors: Tensors) -> Tensors:
-        """Return those tensors that a client keeps."""
+        """Return the personal tensors."""
         return {name: tensor for name, tensor in tensors.items() if self.keeps(name)}
 
     def common(self, tensors: Tensors) -> Tensors:
-        """Return those tensors that travel."""
+        """Return the shared tensors."""
         return {name: tensor for name, tensor in tensors.items() if not self.keeps(name)}
 
     def initial_state(self, adapter: Tensors) -> State:
-        """Keep the shared tensors alone."""
+        """Return a state of the shared tensors."""
         return State(self.common(adapter))
 
     def round(self, state: State, cohort: Cohort) -> Round:
-        """Send the shared tensors, average what comes back."""
+        """Send the shared tensors, average the answers."""
         replies = yield training_exchange(cohort, state.tensors)
         return State(self.averaged(replies, cohort, state.tensors, noted=True))
 
@@ -74,7 +74,7 @@ class KeepsParts(Method):
         return {"train": self._train}
 
     def shared(self, state: State) -> Tensors:
-        """Return what a client has that just joined: the shared tensors and fresh ones of its own."""
+        """Return the adapter of an unseen client: shared tensors and initial personal ones."""
         return {**self.fresh, **state.tensors}
 
     def sent_for_evaluation(self, state: State) -> Tensors:
@@ -87,18 +87,18 @@ class KeepsParts(Method):
         return ParameterTraffic(size, size)
 
     def load(self, client: Client, payload: Payload) -> None:
-        """Write the shared tensors and the client's own, or fresh ones before its first training."""
+        """Load the shared tensors and the personal ones, or initial ones before the first training."""
         own = client.store.get(PERSONAL) or self.own(client.initial)
         client.model.write({**own, **payload.tensors})
 
     def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
-        """Fit the client's own tensors; what is shared stays as it is, if anything is its own."""
+        """Train the personal tensors with the shared ones frozen; without personal ones train all."""
         common = [name for name in client.model.parameters if not self.keeps(name)]
         frozen = common if len(common) < len(client.model.parameters) else []
         client.train(learning_rate, purpose="settling ", frozen=frozen, work=work)
 
     def fit(self, client: Client, learning_rate: float) -> LocalResult:
-        """Train what the model holds; here all of it at once."""
+        """Train the loaded adapter; here all of it at once."""
         return client.train(learning_rate)
 
     def _train(self, client: Client, payload: Payload) -> Payload:
@@ -111,12 +111,12 @@ class KeepsParts(Method):
 
 
 class KeepsAdapter(Method):
-    """A method whose clients keep a whole adapter of their own beside the shared one."""
+    """A method whose clients have a whole personal adapter beside the shared one."""
 
     personal = True
 
     def load(self, client: Client, payload: Payload) -> None:
-        """Write the client's own adapter once there is one, the shared one before."""
+        """Load the client's personal adapter if there is one, otherwise the shared one."""
         before = client.initial if client.own_start else payload.tensors
         client.model.write(client.store.get(ADAPTER, before))
 
@@ -124,9 +124,9 @@ class KeepsAdapter(Method):
 def ask_everybody(
     action: str, cohort: Cohort, adapter: Tensors, metrics: tuple[NumberSpec, ...]
 ) -> Exchange:
-    """Send ``adapter`` to every client there is, in the cohort or not; only numbers come back.
+    """Send ``adapter`` to every available client, in the cohort or not; replies hold only numbers.
 
-    They are the examples, and what is declared in ``metrics``.
+    These are the examples and the declared ``metrics``.
     """
     return Exchange.broadcast(
         action,
@@ -141,7 +141,7 @@ def ask_everybody(
 def one_after_the_other(
     client: Client, learning_rate: float, own: Collection[str], common: Collection[str]
 ) -> LocalResult:
-    """Train a client's own tensors with the shared ones frozen, then the other way round (FedRep).
+    """Train the personal tensors with the shared ones frozen, then the shared ones (FedRep).
 
     Each part gets the whole of the client's work, or half of it where an amount is of the round.
     """

@@ -1,1 +1,1 @@
-"""What a method is, what a client is, and how both are asked and judged."""
+"""The contract of methods: method, client, checks, evaluation."""

@@ -1,4 +1,4 @@
-"""Means of the adapters that clients sent back, by rows or all alike."""
+"""Means of the adapters of clients, weighted by rows or uniformly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mean_adapter(
     *,
     by_rows: bool = True,
 ) -> Tensors:
-    """Return the mean of the adapters that clients sent back, weighted by their rows or all alike.
+    """Return the mean of the adapters that clients sent back, weighted by rows or uniformly.
 
     It is written to ``out``, which may be the first of them, if given.
 
@@ -39,5 +39,5 @@ def mean_adapter(
 
 
 def weights_of(replies: Sequence[Reply], *, by_rows: bool) -> list[float]:
-    """Return what each client weighs: its rows, or 1."""
+    """Return the weight of each client: its rows, or 1."""
     return [reply.payload.numbers["examples"] if by_rows else 1.0 for reply in replies]

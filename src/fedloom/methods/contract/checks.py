@@ -1,4 +1,4 @@
-"""What no method of a kind goes with: the contradictions that follow from what its class says of itself.
+"""Contradictions that follow from the class attributes of a method.
 
 A method adds its own in :meth:`fedloom.methods.contract.method.Method.check`. Each function yields
 nothing where a section that it needs is not sound.
@@ -146,7 +146,7 @@ def _start(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
 
 
 def _unseen_clients(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
-    """Yield why nobody can join at the end."""
+    """Yield why there can be no unseen clients."""
     if view.clients is None or not view.clients.newcomers:
         return
     if kind.pools_data or not kind.shares_parameters:

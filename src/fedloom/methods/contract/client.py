@@ -1,4 +1,4 @@
-"""A client as a method's handlers see it: its model, its rows, what it keeps, and its training."""
+"""A client as a method's handlers see it: model, rows, store and training."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from fedloom.training.steps import local_loss, train_locally
 from fedloom.wire.messages import Payload
 
 OPTIMIZER = "optimizer"
-"""Where a client keeps its optimizer's tensors, if it does."""
+"""Slot of the client store with the optimizer's state, if it is kept."""
 
 
 @dataclass
 class Client:
-    """What a handler sees on a client.
+    """The client that a handler works on.
 
     Attributes:
         id: The client's id.
         round: From 1; 0 for the evaluation before any training.
-        model: The backbone with the adapter; it holds another client's leftovers until written.
+        model: The backbone with the adapter; it holds another client's parameters until written.
         initial: The adapter as every party initialises it from the seed, or what the run starts from.
         share: The client's training rows.
         objective: What it minimises.
-        training: How.
+        training: Settings of local training.
         seed: The experiment's seed.
-        noise_seed: What noise that hides the client's rows is drawn from: between machines a secret of
-            the client's, another for every message; in a simulation the experiment's seed.
+        noise_seed: Seed of noise that hides the client's rows: between machines a secret of the client,
+            different for every message; in a simulation the experiment's seed.
         participations: Rounds that a client takes part in on average, T |S| / N.
         rounds: T, rounds of the run.
-        store: What the client keeps between rounds, by slot; never in a message. What a handler
-            changes here is stored if the handler ends well, and forgotten if it fails.
+        store: The client store by slot; never in a message. Changes by a handler are stored if the
+            handler succeeds, and discarded if it fails.
         max_length: Tokens a training sequence has at most.
         width: Classes, or tokens of the vocabulary.
         public: The public rows that every party has, where the experiment has some.
         own_start: Whether ``initial`` is this client's own model, of an earlier run.
-        session: What lives from one exchange to the next and ends with the round; never saved.
-        last: What the trainings of this request did, for the ledger.
+        session: State between the exchanges of a round; never saved.
+        last: Results of the trainings of this request, for the ledger.
         begun: The first of them.
         on_step: Told of each step of its trainings, in a run that is watched so.
     """
@@ -72,7 +72,7 @@ class Client:
 
     @property
     def work(self) -> Work:
-        """How much the client does on its own rows in a round."""
+        """The work of the client on its own rows in a round."""
         return self.training.work(len(self.share), self.participations)
 
     def due(self, part: Part, repeats: int = 1) -> Work:

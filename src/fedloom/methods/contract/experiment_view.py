@@ -1,4 +1,4 @@
-"""What a method sees of an experiment when it says what in it cannot be meant together."""
+"""The view of a method on an experiment, for its checks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Clients(Protocol):
 
     @property
     def newcomers(self) -> list[int]:
-        """Clients that join when training is over."""
+        """Unseen clients."""
 
 
 class Federation(Protocol):
@@ -48,7 +48,7 @@ class Federation(Protocol):
 
     @property
     def clients(self) -> int:
-        """Clients there are."""
+        """Number of clients."""
 
     @property
     def rounds(self) -> int:
@@ -68,12 +68,12 @@ class Evaluation(Protocol):
 
     @property
     def per_client(self) -> bool:
-        """Whether clients are judged by rows of their own."""
+        """Whether clients are evaluated on their own rows."""
 
 
 @dataclass(frozen=True)
 class ExperimentView:
-    """An experiment's sections, those that are sound by themselves; ``None`` for any other.
+    """The valid sections of an experiment; ``None`` for any other.
 
     Attributes:
         method: Settings of the method that is asked.

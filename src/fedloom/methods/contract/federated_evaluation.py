@@ -1,8 +1,8 @@
-"""Judge one state everywhere: on the server's held-out set and on every client's own.
+"""Evaluates one state on the server's held-out set and on every client's own.
 
 Clients are asked through an exchange like any other, so the same code serves every engine and its
-bytes are counted. Where clients keep models of their own they are judged by these, on the global set
-too: means over clients stand beside the server's figures, or in their place where it has no model.
+bytes are counted. Clients with personal models are evaluated with these, also on the global set: means
+over clients are given beside the server's figures, or instead of them where it has no model.
 """
 
 from __future__ import annotations

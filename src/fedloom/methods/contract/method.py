@@ -146,7 +146,7 @@ class ServerSide:
     Attributes:
         model: The server's own model.
         objective: What the federation minimises.
-        training: How.
+        training: Settings of local training.
         seed: The experiment's seed.
         participations: Rounds that a client takes part in on average.
         max_length: Tokens a training sequence of a client has at most.

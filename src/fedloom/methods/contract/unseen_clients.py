@@ -1,7 +1,7 @@
-"""Clients that join when training is over: what the federation is worth to those who were not in it.
+"""Unseen clients, which take no part in training: the benefit of the federation for them.
 
-Each gets what the server shares, has fresh parts of its own, makes some steps on its own rows, and is
-judged on its held-out rows before and after.
+Each receives the shared state, has initial personal parts, trains some steps on its own rows, and is
+evaluated on its held-out rows before and after.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ AFTER = "after."
 
 @dataclass(frozen=True)
 class UnseenClients:
-    """Everything that welcoming needs.
+    """Evaluates unseen clients.
 
     Attributes:
-        method: Says what a client is given and what it fits.
+        method: Defines what a client is sent and how it personalises.
         clients: Their ids.
         held_out: Each one's held-out rows.
         steps: Optimizer steps that each makes.
@@ -68,7 +68,7 @@ class UnseenClients:
         admission: Admission,
         audit: Record = no_op_recorder,
     ) -> dict[int, dict[str, float]]:
-        """Have them join after ``round``; return each one's metrics, those after under ``after.``."""
+        """Evaluate them after ``round``; return their metrics, those after their steps as ``after.``."""
         shared = self.method.sent_to_unseen(state)
         if not self.clients:
             return {}
