@@ -8,7 +8,8 @@ PORT=${PORT:-9092}
 mkdir two_machines
 cd two_machines
 
-# The coordinator: certificates, and who is let in. A key stays with its client, who hands over NAME.pub.
+# The coordinator: certificates, and the allowed members. A key stays with its client, which sends
+# NAME.pub.
 fedloom certs --host localhost
 for site in north south; do
   fedloom keys new $site.key

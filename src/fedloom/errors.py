@@ -11,18 +11,18 @@
     ├── MessageError        a message that is not what it must be: form, schema, range, sender
     ├── TrainingError       local training on one client failed; the round goes on without it
     │   └── NonFiniteLoss   the loss became NaN or infinite: which client, step and examples
-    ├── JudgeError          a judge that cannot work at all: a refused key, no server, a wrong address
+    ├── JudgeError          a judge that cannot be used: a refused key, no server, a wrong address
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
     ├── AuditError          an audit log that is damaged
-    ├── IdentityError       a key or certificate that is missing, expired, or not let in
+    ├── IdentityError       a key or certificate that is missing, expired, or not allowed
     ├── ConnectionFailed    another machine, or a process of our own, cannot be reached (now)
     ├── OutputError         the run folder cannot be written or read
     └── Interrupted         the user stopped the run; it can be resumed
 
 A message says what was wrong, the value, and what to do. The command line prints it without a
-traceback and exits with the class's ``exit_code``. What starts a server or client again by itself
-(``deploy/systemd``) leaves alone one that ended by an error of which ``restart_helps`` is false.
+traceback and exits with the class's ``exit_code``. Service managers (``deploy/systemd``) do not restart a
+server or client that ended with an error whose ``restart_helps`` is false.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ViolationKind = Literal[
     "too_many_names",
     "forbidden",
 ]
-"""What an admitted client can get wrong; ``federation/violations.py`` says what each kind means."""
+"""Kinds of protocol violations of an admitted client; ``federation/violations.py`` explains each kind."""
 
 
 def first_line(error: BaseException) -> str:
@@ -170,7 +170,7 @@ class AuditError(FedloomError):
 
 
 class IdentityError(FedloomError):
-    """A key or certificate is missing, has expired, or is not let in; no restart mends that."""
+    """A key or certificate is missing, has expired, or is not allowed; a restart does not help."""
 
     exit_code = 5
     restart_helps = False

@@ -198,7 +198,7 @@ class ServerFolder:
         return self.path / "server.toml"
 
     def members(self) -> Members:
-        """Return who is let in, as of now."""
+        """Return the current registry."""
         return Members(self.path / MEMBERS)
 
     def serving(self) -> ServerStatus:

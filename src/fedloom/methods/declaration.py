@@ -135,7 +135,7 @@ ADDS_TO_BACKBONE = Absence(
     "adds nothing; the round's factors and residual are of those that answered",
     "before it trains, in the same round, it is sent the additions to the backbone that it lacks, or "
     "their sum if that is smaller",
-    "is sent nothing; let in again, it gets the sum",
+    "is sent nothing; if it is allowed again, it gets the sum",
 )
 """Of methods that put what was learnt into the backbone."""
 
