@@ -163,7 +163,7 @@ def deep(levels):
         (said("user", [{"type": "video"}]), "message 1 of messages holds a video part; fedloom"),
         (said("user", "x", images=["a.png"]), "message 1 of messages holds images; fedloom trains"),
         (said("user", [{"type": "text", "text": 3}]), "has a text part whose text is 3"),
-        (said("user", [{"image": "a.png"}]), "no object with a type, got {'image': 'a.png'}"),
+        (said("user", [{"image": "a.png"}]), "not an object with a type, got {'image': 'a.png'}"),
         (said("user", ["x"]), "has a part that is not an object with a type, got 'x'"),
         (said("user", None), "role and content are needed, its content is None"),
         (said("user", 3), "role and content are needed, its content is 3"),

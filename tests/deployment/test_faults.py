@@ -40,7 +40,7 @@ CASES = {
     ),
     "another payload": (
         lambda e, h, f: Envelope(e.header, e.payload[:-1] + b"x", e.signature),
-        "not the one that its header speaks of",
+        "does not match the SHA-256 in its header",
     ),
     "of another round": (
         lambda e, h, f: resealed(f, 1, h.model_copy(update={"round": 7}), e.payload),
@@ -72,7 +72,7 @@ CASES = {
             f, 1, h.model_copy(update={"work": [h.work[0].model_copy(update={"flops": -1.0})]}),
             e.payload,
         ),
-        "header is not of the form",
+        "header is malformed",
     ),
     "an error of Flower": (lambda e, h, f: "Node Unavailable", "Node Unavailable"),
     "too many bytes": (

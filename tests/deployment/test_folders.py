@@ -49,7 +49,7 @@ def test_a_file_with_everything(tmp_path):
         ("", "data.source: missing"),
         ('source = "rows.jsonl"', "data.kind is missing"),
         ('source = "clients"', "is for experiments"),
-        ('source = "builtin:labelled"', 'is nobody\'s own: data.share = "experiment"'),
+        ('source = "builtin:labelled"', 'belongs to no client: data.share = "experiment"'),
         ('source = "builtin:labelled"\nshare = "experiment"\nkind = "preference"', "data.kind ="),
         ('source = "a.jsonl"\nkind = "labelled"\ntest_source = "b.jsonl"', "data.test_source"),
         ('source = "a.jsonl"\nkind = "labelled"\ndeal = true', "data.deal: unknown key"),

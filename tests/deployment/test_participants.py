@@ -65,7 +65,7 @@ def test_as_many_as_the_members_are_may_be_drawn_for_a_round(read, members, tmp_
         ('clients = 1\nmembers = ["a", "c"]', r"is 1, and 2 members are to take part \(a, c\)"),
         ('members = ["a", "b", "x"]', "'b' is not an allowed member; allowed are: a, c, d"),
         ('members = ["a", "a"]', "federation.members names a member twice"),
-        ("members = []", "nobody is let in"),
+        ("members = []", "no member is allowed"),
         ("require = 9", "federation.require = 9, but there are federation.clients = 3"),
         ("require = 0", "federation.require"),
         ("require = 1.5", "federation.require"),

@@ -75,7 +75,7 @@ def test_a_failure_is_told_with_its_exit_code(tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "hint"),
-    [("runs/x", "go on with `fedloom run --resume runs/x "), ("", "nothing of it was trained")],
+    [("runs/x", "go on with `fedloom run --resume runs/x "), ("", "nothing was trained")],
 )
 def test_a_run_that_is_gone_with_its_server_is_told(tmp_path, monkeypatch, folder, hint):
     monkeypatch.setattr("fedloom.deployment.run_requests.ASK", 0.0)

@@ -266,7 +266,7 @@ def test_a_file_without_a_section_is_no_experiment(call, tmp_path, text, command
     code, out = call(command, tmp_path / "x.toml", "--set", "federation.rounds=1")
     assert code == 2 and out == (
         f"fedloom: {tmp_path}/x.toml has 1 mistake:\n"
-        "  - no section is in it, so it names no experiment; `fedloom init FILE` writes one\n"
+        "  - it has no section, so it describes no experiment; `fedloom init FILE` writes one\n"
     )
 
 

@@ -186,8 +186,8 @@ def test_a_record_says_whose_claim_was_cut_and_a_run_says_so_when_it_begins(expe
     assert cut and len(cut) < 3
     lines = (result.folder / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["weighed"] for line in lines] == [{}, cut, cut]
-    told = [text for text in Hearing.heard if "weighs as" in text]
-    assert told[0] == "a client weighs as 8 examples at most: admission.max_examples"
+    told = [text for text in Hearing.heard if "weighs" in text]
+    assert told[0] == "a client weighs at most 8 examples: admission.max_examples"
     assert len(told) == 1 + len(cut) and all("registered" in text for text in told[1:])
     page = write_report([result.folder]).read_text()
     assert f"Client {next(iter(cut))} claimed" in page and "and weighed as 8" in page
@@ -305,7 +305,7 @@ def test_no_honest_client_is_over_a_generous_bound(experiment, federate, name):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"admission": {"on_excess": "clip"}}, "clip to what"),
+        ({"admission": {"on_excess": "clip"}}, "the norm to clip to"),
         (
             {"admission": {"max_change": 1.0}, "method": {"name": "split", "cut": 1}},
             "do not travel",

@@ -25,7 +25,9 @@ def test_the_operator_is_told_before_the_client_joins(tmp_path):
     home.path.mkdir()
     make_key(key)
     damaged(home.path / "audit.jsonl")
-    with pytest.raises(AuditError, match=r"line 2: it was changed.* once that file is moved away"):
+    with pytest.raises(
+        AuditError, match=r"line 2: it was changed.* Move that file to another folder"
+    ):
         client.join(home, "localhost:9", key=key, authority=None)
 
 

@@ -434,6 +434,8 @@ def test_a_server_that_would_show_flower_to_the_network_does_not_serve():
     own = grpc.server(ThreadPoolExecutor(1))
     port = own.add_insecure_port("127.0.0.1:0")
     own.start()
-    with pytest.raises(ConnectionFailed, match="to strangers; this server does not serve"):
+    with pytest.raises(
+        ConnectionFailed, match="without a proof of a key; this server does not serve"
+    ):
         exposure.require_unexposed("127.0.0.1", port, tls=False, private=1)
     own.stop(None)

@@ -106,10 +106,10 @@ def test_buffers_that_are_not_what_safetensors_writes_are_refused(header):
 
 
 def test_a_word_that_nobody_asked_for_is_refused():
-    with pytest.raises(MessageError, match="buffer 'x' as safetensors does not"):
+    with pytest.raises(MessageError, match="buffer 'x' not in the form of safetensors"):
         buffers_of({"x": entry(more=1)}, 8)
 
 
 def test_a_dtype_that_cannot_travel_is_named():
-    with pytest.raises(MessageError, match=r"torch\.complex64, which cannot travel"):
+    with pytest.raises(MessageError, match=r"torch\.complex64, which cannot be sent"):
         packed({"x": torch.zeros(1, dtype=torch.complex64)})

@@ -73,7 +73,7 @@ def read_frame(read: Read, limit: Callable[[], int]) -> bytes | None:
     if length is None:
         return None
     if length > limit():
-        raise MessageError(f"a message of {length} bytes; {limit()} are allowed", "oversized")
+        raise MessageError(f"a message of {length} bytes, {limit()} are allowed", "oversized")
     return read(length)
 
 

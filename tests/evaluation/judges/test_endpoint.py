@@ -158,7 +158,7 @@ def test_a_request_that_is_not_taken_is_said_at_once(serve):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("ftp://x/v1", "no http or https"),
+        ("ftp://x/v1", "not an http or https"),
         ("http://", "no http"),
         ("http://me:pw@x/v1", "FEDLOOM_JUDGE_KEY"),
     ],
