@@ -27,5 +27,5 @@ class HeardOfComparison(Heard):
         self.how_far = far if waiting else None
         self.far += [far()] if waiting else []
 
-    def cell_done(self, name, metric, value, done, of):
+    def run_done(self, name, metric, value, done, of):
         self.far.append(self.how_far())

@@ -96,7 +96,7 @@ def test_a_child_that_dies_is_started_again_and_ends_with_us(tmp_path, monkeypat
     while not words.read_bytes():  # it has just been started, and is not yet what it will be
         time.sleep(0.001)
     again = SupervisedProcess(child.command, child.log, {})
-    again.end_leftover()  # as after a kill of who started it
+    again.end_orphan()  # as after a kill of who started it
     assert child.process.wait(5) == -9
     child.stop()
 

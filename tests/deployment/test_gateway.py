@@ -226,7 +226,7 @@ class TestClaims:
         honest, hostile = Site(tmp_path / "a"), tmp_path / "b"
         make_authority(hostile, ["localhost"])
         with honest.stranger() as target:
-            greeting = target.recv(handshake.GREETING)
+            greeting = target.recv(handshake.SERVER_NONCE_FRAME)
             listening = socket.create_server(("127.0.0.1", 0))
             took = []
 
@@ -261,7 +261,7 @@ class TestClaims:
         answers = []
         for key in (public, unknown):
             with site.stranger() as connection:
-                connection.recv(handshake.GREETING)
+                connection.recv(handshake.SERVER_NONCE_FRAME)
                 claim = {"key": key, "purpose": "register", "home": "a" * 32, "time": time.time()}
                 connection.sendall(handshake.frame({**claim, "signature": "30"}))
                 answers.append(connection.recv(2000))
@@ -304,7 +304,7 @@ class TestBounds:
     )
     def test_who_does_not_begin_as_a_client_is_closed(self, site, sent):
         with site.stranger() as connection:
-            assert connection.recv(handshake.GREETING).startswith(handshake.MAGIC)
+            assert connection.recv(handshake.SERVER_NONCE_FRAME).startswith(handshake.MAGIC)
             with contextlib.suppress(OSError):
                 connection.sendall(sent)
             answer = b""
@@ -324,7 +324,7 @@ class TestBounds:
         half.sendall(b"\x00\x04[")
         assert plain.recv(1) == b""
         for connection in (silent, half):
-            connection.recv(handshake.GREETING)
+            connection.recv(handshake.SERVER_NONCE_FRAME)
             assert connection.recv(1) == b""
         assert 0.4 < time.monotonic() - start < 3
         assert until(lambda: len(site.notes) == 3)
@@ -398,7 +398,7 @@ def test_strangers_cannot_fill_the_log_and_clients_are_still_noted(bounded):
     site, start = bounded(handshake_burst=1000), time.monotonic()
     for _ in range(130):
         with site.stranger() as connection:
-            connection.recv(handshake.GREETING)
+            connection.recv(handshake.SERVER_NONCE_FRAME)
             connection.sendall(handshake.make_distrust("why"))
             connection.recv(1)
     site.client().register()
@@ -446,7 +446,7 @@ def test_another_authority_is_told(site, tmp_path):
 
 def test_what_is_noted_of_distrust_is_short(site):
     with site.stranger() as connection:
-        connection.recv(handshake.GREETING)
+        connection.recv(handshake.SERVER_NONCE_FRAME)
         connection.sendall(handshake.frame({"distrust": "\u001b" * 160}))
         connection.recv(1)
     assert until(lambda: site.notes)

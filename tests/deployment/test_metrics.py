@@ -128,8 +128,8 @@ def test_a_server_is_alive_as_long_as_its_loop_goes_round(site, monkeypatch):
     ("fault", "said"),
     [
         (lambda site: setattr(site.child.process, "poll", lambda: 1), "flower-superlink does not run"),
-        (lambda site: setattr(site.nodes, "problem", "no answer"), "not told who is let in: no answer"),
-        (lambda site: setattr(site.members, "slip", "line 3"), "when it could last be read: line 3"),
+        (lambda site: setattr(site.nodes, "problem", "no answer"), "does not know the allowed members: no answer"),
+        (lambda site: setattr(site.members, "fault", "line 3"), "when it could last be read: line 3"),
         (lambda site: (site.health.folder / "server.pem").unlink(), "server.pem"),
     ],
 )  # fmt: skip

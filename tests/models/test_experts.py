@@ -202,14 +202,14 @@ def test_what_is_watched_are_sums_over_the_real_tokens_of_each_sequence(model_fo
         model(input_ids=IDS, attention_mask=MASK)
     name = next(iter(model.layers))
     own = seen[name]
-    assert own.tokens.tolist() == [6, 4] and own.hits.sum(1).tolist() == [12, 8]
+    assert own.tokens.tolist() == [6, 4] and own.routed_tokens.sum(1).tolist() == [12, 8]
     assert own.experts.shape == (2, 5, 4)
     for row, length in enumerate((6, 4)):
         with model.evaluating(), model.watching() as apart:
             model(
                 input_ids=IDS[row : row + 1, :length], attention_mask=MASK[row : row + 1, :length]
             )
-        for part in ("token", "experts", "hits"):
+        for part in ("token", "experts", "routed_tokens"):
             alone, together = getattr(apart[name], part)[0], getattr(own, part)[row]
             assert torch.allclose(alone, together, atol=1e-4)
     with model.evaluating():

@@ -91,7 +91,7 @@ async def wrong(port):
     reader, writer = await connect(port, TLS)
     try:
         COUNTS["handshakes"] += 1
-        greeting = await reader.readexactly(handshake.GREETING)
+        greeting = await reader.readexactly(handshake.SERVER_NONCE_FRAME)
         writer.write(
             handshake.make_claim(KEY, greeting[-handshake.NONCE :], b"", "fleet", "a" * 32)
         )

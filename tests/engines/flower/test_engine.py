@@ -93,7 +93,7 @@ def test_one_answer_of_a_node_is_enough_whichever_it_is(there, monkeypatch):
     engine._meet()
     assert pushed == [20, 20] and told == [(20, "an answer", 1)]
     engine._meet()
-    assert pushed == [20, 20] and engine._joining == {}
+    assert pushed == [20, 20] and engine._registering == {}
 
 
 def test_a_run_begins_as_soon_as_newcomers_and_all_others_are_there(there, monkeypatch):
