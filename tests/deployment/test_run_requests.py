@@ -133,7 +133,7 @@ def ordered(tmp_path, monkeypatch):
             own.folder = "runs/x"
             return end()
 
-        monkeypatch.setattr(serverapp._RunPlayer, "run", run)
+        monkeypatch.setattr(serverapp._RequestedRun, "run", run)
         config = {"order": str(run_request_file(home, order.id))}
         return serverapp.main(None, SimpleNamespace(run_config=config))
 

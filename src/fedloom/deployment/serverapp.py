@@ -59,9 +59,9 @@ def main(grid: Grid, context: Context) -> None:
         only("run", server_folder.playing, ENDING),
         RunEvents(run_event_file(server_folder, run_request.id)) as run_events,
     ):
-        player = _RunPlayer(grid, server_folder, run_request, run_events)
+        requested = _RequestedRun(grid, server_folder, run_request, run_events)
         try:
-            result = player.run()
+            result = requested.run()
         except FedloomError as error:
             run_events.emit("failed", text=str(error), exit_code=error.exit_code)
             raise
@@ -69,7 +69,7 @@ def main(grid: Grid, context: Context) -> None:
             SystemExit,
             KeyboardInterrupt,
         ):  # Flower ends the process of a stopped run in this way
-            text = f"the run was stopped; {go_on(player.folder)}"
+            text = f"the run was stopped; {go_on(requested.folder)}"
             run_events.emit("failed", text=text, exit_code=RoundFailed.exit_code)
             raise
         except BaseException as error:
@@ -78,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
         run_events.emit("finished", summary=result.summary_text)
 
 
-class _RunPlayer:
+class _RequestedRun:
     """Executes a run request.
 
     Attributes:
