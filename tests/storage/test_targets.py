@@ -25,9 +25,7 @@ def test_one_that_is_there_needs_force(tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_that_is_not_there_is_not_made(tmp_path, force):
-    with pytest.raises(
-        OutputError, match=r"there is no folder .*nope to hold x.html: "
-    ):
+    with pytest.raises(OutputError, match=r"there is no folder .*nope to hold x.html: "):
         require_new_file(tmp_path / "nope" / "x.html", "--to", force=force)
     assert not (tmp_path / "nope").exists()
 
