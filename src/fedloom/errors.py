@@ -12,6 +12,8 @@
     ├── TrainingError       local training on one client failed; the round goes on without it
     │   └── NonFiniteLoss   the loss became NaN or infinite: which client, step and examples
     ├── JudgeError          a judge that cannot be used: a refused key, no server, a wrong address
+    ├── PluginError         a method, objective, source or judge of somebody else's fails, or breaks its
+    │                       contract
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
     ├── AuditError          an audit log that is damaged
@@ -154,8 +156,14 @@ class JudgeError(FedloomError):
     """A judge cannot work at all; a single verdict that is missing or unreadable is counted instead."""
 
 
+class PluginError(FedloomError):
+    """A class that is not fedloom's own fails, or returns what it must not; no restart mends that."""
+
+    restart_helps = False
+
+
 class RoundFailed(FedloomError):
-    """Too few clients gave a usable answer for the round to count."""
+    """A round does not count: too few usable answers, or what was made of them is not finite."""
 
 
 class CheckpointError(FedloomError):

@@ -74,6 +74,20 @@ def by_client(tensors: Tensors, part: str) -> dict[int, Tensor]:
     return {int(name): tensor for name, tensor in sorted(part_of(tensors, part).items())}
 
 
+def with_own_memory(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return tensors contiguous and none over the memory of another, as a file of safetensors wants them.
+
+    Only those are copied that must be.
+    """
+    found = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name, tensor in sorted(found.items(), key=lambda own: own[1].data_ptr()):
+        if tensor.numel() and tensor.data_ptr() < end:
+            found[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.numel() * tensor.element_size())
+    return found
+
+
 def tensor_bytes(tensors: Tensors) -> int:
     """Return the bytes of tensors without a header."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

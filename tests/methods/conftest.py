@@ -1,6 +1,6 @@
 """Two clients with two parameters, each with a quadratic loss, under the real handlers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ from fedloom.methods.contract.client import Client
 from fedloom.training.results import LocalResult
 from fedloom.wire.messages import Reply, decode, encode, require_finite
 
-TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
+TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0), 2: (-2.0, 0.5)}
 ROWS = {0: 1, 1: 3}
 START = (0.0, 1.0)
 RATE = 0.1
@@ -68,22 +68,30 @@ class QuadraticClient(Client):
 
 @pytest.fixture
 def play():
-    """Play rounds of a method through encoded messages; return its state after each."""
+    """Play rounds of a method through encoded messages; return its state after each.
 
-    def run(method, rounds=3, cohort=(0, 1), steps=2):
+    ``absent`` has the clients of ``rows`` that are not there, by round.
+    """
+
+    def run(method, rounds=3, cohort=(0, 1), steps=2, rows=ROWS, absent=None):
         model = Model()
-        kept = {0: {}, 1: {}}
+        kept = {client: {} for client in rows}
         state = method.initial_state({"lora_w": torch.tensor(START, dtype=torch.float64)})
         states = []
         for number in range(1, rounds + 1):
+            away = (absent or {}).get(number, ())
+            there = tuple(client for client in cohort if client not in away)
+            whole = Presence.of(rows)
+            presence = replace(whole, available=tuple(c for c in whole.members if c not in away))
             generator = method.round(
-                state, Cohort(number, cohort, Presence.of(ROWS), RATE, last=number == rounds)
+                state, Cohort(number, there, presence, RATE, last=number == rounds)
             )
             exchange = next(generator)
             try:
                 while True:
                     replies = [
-                        _answer(method, exchange, k, model, kept, steps) for k in exchange.requests
+                        _answer(method, exchange, k, model, kept, steps, rows)
+                        for k in exchange.requests
                     ]
                     exchange = generator.send(replies)
             except StopIteration as stop:
@@ -96,10 +104,10 @@ def play():
     return run
 
 
-def _answer(method, exchange, number, model, kept, steps):
+def _answer(method, exchange, number, model, kept, steps, rows):
     client = QuadraticClient(
         id=number, round=exchange.round, model=model, initial={"lora_w": torch.tensor(START)},
-        share=range(ROWS[number]), objective=None, training=SimpleNamespace(learning_rate=RATE), seed=0, noise_seed=0, participations=1.0, rounds=3, store=dict(kept[number]),
+        share=range(rows[number]), objective=None, training=SimpleNamespace(learning_rate=RATE), seed=0, noise_seed=0, participations=1.0, rounds=3, store=dict(kept[number]),
         steps=steps,
     )  # fmt: skip
     request = decode(exchange.requests[number], exchange.request_schema)

@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 
 import fedloom
+from fedloom.commands.main import main
 from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.permitted import examine, open_methods
 from fedloom.deployment.policy import PolicySettings
-from fedloom.errors import CheckpointError, JudgeError, PolicyError, SettingsError
+from fedloom.errors import (
+    CheckpointError,
+    JudgeError,
+    MessageError,
+    PluginError,
+    PolicyError,
+    RoundFailed,
+    SettingsError,
+)
 from fedloom.evaluation.judges.choose import JUDGES, make_judges
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.experiment.experiment import Experiment
@@ -24,12 +33,12 @@ from fedloom.runs.division import SOURCES, partition_data
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.settings import plugins
+from fedloom.tensors import part_of
 from loopback import builtin, client_file
 
 PAGE = (Path(__file__).parents[2] / "docs" / "write_a_method.md").read_text(encoding="utf-8")
-METHOD, EXPERIMENT = (
-    re.search(rf"```{kind}\n(.*?)```", PAGE, re.S)[1] for kind in ("python", "toml")
-)
+METHOD, BY_HAND = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+EXPERIMENT = re.search(r"```toml\n(.*?)```", PAGE, re.S)[1]
 NAME = "feddyn:FedDyn"
 
 
@@ -62,6 +71,11 @@ def test_the_page_s_experiment_is_one(folder):
     }
 
 
+def test_the_page_s_round_by_hand(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    exec(compile(BY_HAND, "by hand", "exec"), {})  # it asserts
+
+
 def test_the_page_s_method_does_what_its_paper_says(folder, play):
     """One coordinate and step by step: client k steps w -= .1 (w - t_k - g_k + alpha (w - w_t))."""
     settings, kind = METHODS[NAME]
@@ -78,6 +92,29 @@ def test_the_page_s_method_does_what_its_paper_says(folder, play):
         h -= 0.5 / 2 * sum(own - w for own in trained)
         w = sum(trained) / 2 - h / 0.5
         assert adapter[0] == pytest.approx(w)
+
+
+def test_the_page_s_method_with_a_client_that_is_away(folder, play):
+    """Three clients, two rounds, the second of them away in the first: m stays 3, its g stays 0."""
+    settings, kind = METHODS[NAME]
+    rows, absent = {0: 1, 1: 3, 2: 2}, {1: {1}}
+    found = play(
+        kind(settings(name=NAME, alpha=0.5)), 2, (0, 1, 2), steps=1, rows=rows, absent=absent
+    )
+    # Targets 1, 3 and -2, one step of rate 0.1 on w - t - g + 0.5 (w - w_t), the last of which is 0.
+    # Round 1 from w = 0, clients 0 and 2: w_0 = 0.1, w_2 = -0.2, so g_0 = -0.05 and g_2 = 0.1;
+    # h = -0.5 / 3 (0.1 - 0.2) = 1/60, w = -0.05 - (1/60) / 0.5 = -1/12.
+    # Round 2, all three: w_k - w = -0.1 (w - t_k - g_k), which is 1/120 + 0.1 (t_k + g_k):
+    # 1/120 + 0.095, 1/120 + 0.3 and 1/120 - 0.19, in all 0.23;
+    # h = 1/60 - 0.5 / 3 * 0.23 = -13/600, w = -1/12 + 0.23 / 3 + (13/600) / 0.5 = 11/300.
+    first, second = (adapter[0] for adapter in found.adapters)
+    assert first == pytest.approx(-1 / 12) and second == pytest.approx(11 / 300)
+    slopes = [float(found.kept[k]["slope"]["lora_w"][0]) for k in range(3)]
+    moved = [1 / 120 + 0.095, 1 / 120 + 0.3, 1 / 120 - 0.19]
+    before = [-0.05, 0.0, 0.1]
+    assert slopes == pytest.approx([g - 0.5 * d for g, d in zip(before, moved, strict=True)])
+    drift = float(part_of(found.states[-1].tensors, "drift")["lora_w"][0])
+    assert drift == pytest.approx(-13 / 600) and drift == pytest.approx(sum(slopes) / 3)
 
 
 def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
@@ -119,6 +156,11 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         (NAME, "1 / 0", "its module feddyn cannot be imported: ZeroDivisionError: division by zero"),
         (NAME, METHOD.replace('taken = ("alpha",)', ""), "method.alpha is in none of its taken, bounded and named_models"),
         (NAME, METHOD.replace("reveals = ADAPTERS_ALONE", ""), "it must define reveals"),
+        (NAME, METHOD.replace("= ADAPTERS_ALONE", "= {'gradients'}"), "its reveals must be a set of some of activations, adapters"),
+        (NAME, METHOD.replace("= ADAPTERS_ALONE", "= 'adapters'"), "its reveals must be a set of some of"),
+        (NAME, METHOD.replace("declares = Declaration(", "declares = dict("), "its declares must be a fedloom.methods.declaration.Declaration"),
+        (NAME, METHOD.replace('taken = ("alpha",)', 'taken = ("alpha")'), "its taken is a text: it must be a tuple of names"),
+        (NAME, METHOD.replace('taken = ("alpha",)', 'taken = ("alpha", "alfa")'), "'alfa' in its taken, bounded or named_models is none of its settings: did you mean 'alpha'? allowed: alpha"),
         (NAME, METHOD.replace("def round(", "def rounds("), "it must define round"),
         (NAME, METHOD.replace("def handlers(", "def handler("), "it must define handlers"),
         (NAME, METHOD.replace("Settings = FedDynSettings", "Settings = dict"), "its Settings must subclass NamedSettings"),
@@ -176,11 +218,14 @@ def test_a_server_makes_no_client_import_what_its_file_does_not_name(folder, sec
         own = own_file(**policy)
         with pytest.raises(
             PolicyError,
-            match=f"nothing is imported that policy.{section}s of this client's file does not name",
+            match=f"nothing is imported that policy.{section}s of this client's file does not name. Once "
+            rf'its code has been read here, {section}s = \["feddyn:FedDyn"\] in \[policy\] allows it',
         ):
             examine(text, own, 0)
         assert "feddyn" not in sys.modules and not (folder / "imported").exists()
     assert "feddyn" not in open_methods(own_file())
+    assert open_methods(own_file(methods=["fedavg", NAME])) == [NAME, "fedavg"]
+    assert "feddyn" not in sys.modules
     assert PolicySettings(methods=[NAME]).names("method", NAME)
 
 
@@ -216,6 +261,71 @@ def test_an_objective_of_others(folder, table):
         Experiment.from_table(
             {"objective": {"name": "feddyn:Mine"}, "data": {"source": "builtin:labelled"}}
         )
+
+
+FIGURE = METHOD.replace("result.metrics)", '{**result.metrics, "slope_norm": 2.0})')
+NUMBER = 'metrics=(NumberSpec("slope_norm", 0.0, 9.0),)'
+
+
+def test_a_figure_of_clients_is_declared_where_it_is_asked_for(folder, play):
+    (folder / "feddyn.py").write_text(FIGURE)
+    settings, kind = METHODS[NAME]
+    with pytest.raises(
+        MessageError, match=r"\['slope_norm'\] are not declared: .*metrics=\(NumberSpec"
+    ):
+        play(kind(settings(name=NAME)), rounds=1)
+    forget()
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    declared = FIGURE.replace("(cohort, start)", f"(cohort, start, {NUMBER})")
+    (folder / "feddyn.py").write_text(f"from fedloom.wire.schema import NumberSpec\n{declared}")
+    settings, kind = METHODS[NAME]
+    assert len(play(kind(settings(name=NAME)), rounds=1).states) == 1
+
+
+SLIPS = {
+    "a settings' name": ("self.alpha = settings.alpha", "self.alpha = settings.alfa", PluginError, "feddyn:FedDyn failed: AttributeError: .*feddyn.py, line {}, in __init__"),
+    "the server's step": ("share = len(trained)", "share = 1 / 0", PluginError, "feddyn:FedDyn failed: ZeroDivisionError: division by zero .*feddyn.py, line {}, in round"),
+    "the client's step": ("client.model.write(start)", 'start["gone"]', RoundFailed, r"client 0, client 1, client 2: KeyError: 'gone' \(.*feddyn.py, line {}, in _train\)"),
+    "no settings taken": ("def __init__(self, settings: FedDynSettings) -> None:", "def __init__(self, *, settings=FedDynSettings(name='x')) -> None:", PluginError, "feddyn:FedDyn: too many positional arguments: it must define __init__"),
+    "no payload": ("return Payload(trained,", "return (trained,", RoundFailed, "client 0, client 1, client 2: the handler of 'train' returned a tuple: it must return Payload"),
+    "a number kept": ("client.store[SLOPE] = {", 'client.store["n"] = 1.0; client.store[SLOPE] = {', RoundFailed, "in client.store\\['n'\\], there is a float where there must be a dictionary"),
+    "a slot's name": ("client.store[SLOPE] = {", 'client.store["a|b"] = {}; client.store[SLOPE] = {', RoundFailed, "the name of a slot holds no '|'"),
+    "other names": ("return Payload(trained,", 'return Payload({"x." + n: t for n, t in trained.items()},', RoundFailed, "a payload lacks the tensors .* and has 'x.base_model"),
+    "other action": ('{"train": self', '{"fit": self', RoundFailed, "there is no action 'train': the method's handlers.. has evaluate, fit, "),
+    "not finite": ("adapter = {n: t - drift[n] / self.alpha", "adapter = {n: t / 0", RoundFailed, "FedDyn: round.* made NaN or infinity of the answers"),
+    "nothing returned": ("return State(join_parts(adapter=adapter, drift=drift))", "pass", PluginError, "round.* returned nothing: it must return State"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_in_a_class_is_one_error_that_says_where(folder, table, slip):
+    old, new, kind, words = SLIPS[slip]
+    code = METHOD.replace(old, new)
+    assert code != METHOD
+    (folder / "feddyn.py").write_text(code)
+    line = next(n for n, text in enumerate(code.splitlines(), 1) if new.splitlines()[0] in text)
+    with pytest.raises(kind, match=words.replace("{}", str(line))) as caught:
+        fedloom.run(Experiment.from_table({**table, "method": {"name": NAME}}))
+    assert "\n" not in str(caught.value)
+    if kind is PluginError and "failed" in words:
+        assert caught.value.__cause__ is not None
+
+
+def test_a_check_that_fails_is_no_traceback_on_the_command_line(folder, monkeypatch, capsys):
+    broken = METHOD.replace(
+        "    def __init__",
+        "    @classmethod\n    def check(cls, view):\n        return 1 / 0\n\n    def __init__",
+    )
+    (folder / "feddyn.py").write_text(broken)
+    (folder / "mine.toml").write_text(EXPERIMENT)
+    monkeypatch.setattr(sys, "argv", ["fedloom", "run", "mine.toml"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("fedloom: feddyn:FedDyn failed: ZeroDivisionError: division by zero (")
+    assert told.endswith("in check): correct it there")
 
 
 @pytest.mark.slow

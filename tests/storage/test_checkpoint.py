@@ -12,7 +12,7 @@ from fedloom.errors import CheckpointError, OutputError
 from fedloom.federation.presence import Presence
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint
-from fedloom.tensors import State
+from fedloom.tensors import State, with_own_memory
 
 
 def state(round, fingerprint="f" * 64):
@@ -33,6 +33,24 @@ def test_round_trip_is_exact(tmp_path):
         assert torch.equal(back.state.tensors[name], tensor)
         assert back.state.tensors[name].dtype == tensor.dtype
     assert torch.equal(back.clients[7]["adapter|w"], torch.tensor([7.0]))
+
+
+def test_tensors_over_one_memory_are_kept_apart(tmp_path):
+    """A method may keep what it was sent twice, or a part of it, or a transposed one."""
+    w = torch.arange(6.0).view(2, 3)
+    own = {"w": w, "same": w, "row": w[1], "turned": w.T, "none": torch.zeros(0)}
+    checkpoint.save(
+        tmp_path, Checkpoint(1, State(own), {0: {f"s|{n}": t for n, t in own.items()}}, "f" * 64)
+    )
+    back = checkpoint.load(tmp_path, "f" * 64)
+    for name, tensor in own.items():
+        assert torch.equal(back.state.tensors[name], tensor)
+        assert torch.equal(back.clients[0][f"s|{name}"], tensor)
+    found = with_own_memory(own)
+    assert found["w"].data_ptr() != found["same"].data_ptr() and torch.equal(found["row"], w[1])
+    halves = dict(zip("ab", torch.arange(4.0).split(2), strict=True))
+    kept = with_own_memory(halves)  # beside each other in one buffer: nothing is copied
+    assert all(kept[n].data_ptr() == halves[n].data_ptr() for n in halves)
 
 
 def test_who_was_there_is_kept_and_a_checkpoint_of_before_says_so(tmp_path):

@@ -278,8 +278,19 @@ def test_a_schema_from_a_stranger_has_bounds(own):
 
 
 def test_a_method_that_breaks_its_own_schema_is_told():
-    with pytest.raises(MessageError, match="differ in"):
+    with pytest.raises(MessageError, match=r"lacks the tensors 'a\.B', 'b\.A', 'c' of its schema"):
         encode(Payload({}, {"examples": 1}), SCHEMA)
+    renamed = {("w.c" if name == "c" else name): t for name, t in TENSORS.items()}
+    with pytest.raises(MessageError, match=r"lacks the tensors 'c' of its schema, and has 'w\.c'"):
+        encode(Payload(renamed, {"examples": 1}), SCHEMA)
+    with pytest.raises(
+        MessageError, match="has the tensors 'd', 'e', 'f' and 1 more, which its schema"
+    ):
+        encode(
+            Payload({**TENSORS, **dict.fromkeys("defg", torch.zeros(1))}, {"examples": 1}), SCHEMA
+        )
+    with pytest.raises(MessageError, match="lacks the numbers 'examples'"):
+        encode(Payload(TENSORS, {}), SCHEMA)
     with pytest.raises(MessageError, match="the schema asks for"):
         encode(Payload({**TENSORS, "c": torch.zeros(3)}, {"examples": 1}), SCHEMA)
 

@@ -71,7 +71,7 @@ def main() -> NoReturn:
         typer.secho("fedloom: stopped; nothing was started that could be resumed", err=True)
         sys.exit(130)
     except Exception as error:
-        if told := _out_of_memory(error):
+        if told := _out_of_memory(error) or _of_plugin(error):
             typer.secho(message(f"fedloom: {told}"), fg=typer.colors.RED, err=True)
             sys.exit(1)
         _usage_error(error)
@@ -85,6 +85,13 @@ def _usage_error(error: Exception) -> NoReturn:
         raise error
     show()
     sys.exit(int(getattr(error, "exit_code", 2)))
+
+
+def _of_plugin(error: Exception) -> str:
+    """Return what to say of an error in a class that is not fedloom's, empty for any other error."""
+    from fedloom.settings.plugins import plugin_error
+
+    return str(plugin_error(error) or "")
 
 
 def _out_of_memory(error: Exception) -> str:

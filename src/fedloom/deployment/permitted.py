@@ -259,8 +259,12 @@ def _fewest(work: Work, rows: int, batch: int, longest: int) -> int:
 
 
 def open_methods(own: OwnFile) -> list[str]:
-    """Return the methods that a client's file allows with some settings of theirs."""
-    return [
+    """Return the methods that a client's file allows with some settings of theirs.
+
+    Those that are not fedloom's are allowed by being listed, and are not imported here.
+    """
+    listed = [name for name in own.policy.methods or () if METHODS.is_foreign(name)]
+    return listed + [
         name
         for name, (settings, kind) in METHODS.items()
         if (own.policy.methods is None or name in own.policy.methods)

@@ -49,6 +49,7 @@ from fedloom.models.allowance import Allowance
 from fedloom.models.load import silence_transformers
 from fedloom.models.saved_adapter import holds_adapter
 from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.made_with import plugin_digests
 from fedloom.runs.model_cards import ModelCards
 from fedloom.runs.start import SENT, Start, digest_of_tensors, own_models
 from fedloom.runs.verification import Verifier, sentence
@@ -333,6 +334,7 @@ class Worker:
             model=parts.model_digest,
             version=version("fedloom"),
             protocol=PROTOCOL,
+            plugins=plugin_digests(run.experiment),
         )
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:

@@ -15,7 +15,8 @@ from fedloom.accounting.costs import REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
-from fedloom.errors import FedloomError, MessageError
+from fedloom.errors import FedloomError, MessageError, PluginError
+from fedloom.federation.contract import fault_of, kind_of
 from fedloom.federation.presence import Membership
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Absence
@@ -23,7 +24,8 @@ from fedloom.methods.contract.client import Client, Handler
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.allowance import Allowance
 from fedloom.objectives.base import Objective
-from fedloom.storage.client_store import ClientStore
+from fedloom.settings.plugins import plugin_place
+from fedloom.storage.client_store import SEPARATOR, ClientStore
 from fedloom.tensors import Tensors
 from fedloom.training.layout import budget_of, scoring_budget
 from fedloom.training.memory import fitting, largest_pass
@@ -41,7 +43,8 @@ def named(error: Exception) -> str:
     if isinstance(error, FedloomError):
         return str(error)
     LOG.debug("a client failed", exc_info=error)
-    return f"{type(error).__name__}: {error}"
+    place = plugin_place(error)
+    return f"{type(error).__name__}: {error}{f' ({place})' * bool(place)}"
 
 
 class CallbackError(BaseException):
@@ -190,7 +193,10 @@ class SimulationEngine:
     def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
         try:
             if exchange.action not in self.handlers:
-                raise MessageError(f"there is no action {exchange.action[:40]!r}")
+                raise MessageError(
+                    f"there is no action {exchange.action[:40]!r}: the method's handlers() has "
+                    f"{', '.join(sorted(self.handlers))}"
+                )
             self.allowance.begin(going_on=self.under_way(client, exchange.round))
             self.resources[client].model.allowance = self.allowance
             if exchange.action != EVALUATE:
@@ -208,6 +214,7 @@ class SimulationEngine:
             cost.bytes_down, cost.exchanges = len(data), 1
             payload = decode(data, exchange.request_schema)
             client, reply = self._worked(exchange, number, payload, cost)
+            _require_sound(exchange.action, client, reply)
             encoded = encode(reply, exchange.reply_schema)
             cost.bytes_up = len(encoded)
         self.store.stage(number, client.store)
@@ -289,6 +296,27 @@ class SimulationEngine:
             )
             cost.flops = model.flops - before
             cost.tokens, cost.examples = len(share.tokens.tokens), len(share)
+
+
+def _require_sound(action: str, client: Client, reply: object) -> None:
+    """Check what a handler returned, and what it left in the client's store.
+
+    Raises:
+        PluginError: It is no payload, or what is stored are no named tensors.
+    """
+    if not isinstance(reply, Payload):
+        raise PluginError(
+            f"the handler of {action!r} returned {kind_of(reply)}: it must return "
+            "Payload(tensors, numbers, metrics)"
+        )
+    for slot, tensors in client.store.items():
+        if SEPARATOR in slot:
+            raise PluginError(f"client.store[{slot!r}]: the name of a slot holds no {SEPARATOR!r}")
+        if fault := fault_of(tensors):
+            raise PluginError(
+                f"in client.store[{slot!r}], {fault}; a slot holds a dictionary of tensors, such as "
+                f'client.store["counts"] = {{"steps": torch.tensor(3.0)}}'
+            )
 
 
 def _count_training(cost: Cost, client: Client) -> None:

@@ -236,7 +236,8 @@ def _parse_section(
     if choice.is_foreign(name) and not importable(section, name):
         return None, [
             f"{section}.name = {name!r} is a class that is not fedloom's own: nothing is imported that "
-            f"policy.{section}s of this client's file does not name"
+            f"policy.{section}s of this client's file does not name. Once its code has been read here, "
+            f'{section}s = ["{name}"] in [policy] allows it and what else that line lists, no other'
         ]
     try:
         settings_class: type[Settings] = choice[name][0]

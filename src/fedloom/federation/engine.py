@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedloom.accounting.ledger import Ledger
@@ -66,6 +66,7 @@ class RunDescription:
         report: Called with violations outside of answers, from any thread.
         warn: Called with a text that names the clients that the run waits for.
         start: Payload with the start of the run, sent once to every client; ``None`` where there is none.
+        plugins: By section, SHA-256 of the file of each class that is not fedloom's; all must have it.
     """
 
     run: str
@@ -78,6 +79,7 @@ class RunDescription:
     report: Report = lambda client, kind, reason: None
     warn: Callable[[str], None] = lambda text: None
     start: Tensors | None = None
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
 
 class RemoteEngine(Engine, Protocol):

@@ -15,6 +15,7 @@ from pathlib import Path
 from fedloom.accounting.ledger import Ledger
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.federation.admission import Admission
+from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
@@ -182,19 +183,18 @@ class _RoundExchanges:
         self.answered: set[int] = set()
 
     def run(self, state: State) -> State:
-        steps = self.server.method.round(state, self.cohort)
-        exchange = next(steps)
+        method = self.server.method
+        steps, exchange = begin(method, state, self.cohort)
         replies = self._replies(exchange, last=not self.server.federation.replacements)
         if self.server.federation.replacements:
             steps, replies = self._with_replacements(state, steps, exchange, replies)
         while True:
             try:
-                exchange = steps.send(replies)
+                exchange = require_exchange(method, steps.send(replies))
             except StopIteration as stop:
                 self._report_progress()
                 self._require_quorum()
-                next_state: State = stop.value
-                return next_state
+                return require_state(method, stop.value, "round(state, cohort)")
             replies = self._replies(exchange)
 
     def _with_replacements(
@@ -216,8 +216,7 @@ class _RoundExchanges:
             other = replace(
                 cohort, clients=tuple(sorted([*kept, *drawn])), notes={}, details={}, warnings=[]
             )
-            again = self.server.method.round(state, other)
-            first = next(again)
+            again, first = begin(self.server.method, state, other)
             new = {c: data for c, data in first.requests.items() if c not in exchange.requests}
             if _goes_on(exchange, first, replies, new.keys() <= set(drawn)):
                 self.cohort, self.replaced = other, tuple(lost[:count])
@@ -291,8 +290,10 @@ class _RoundExchanges:
         usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
         needed = max(1, math.ceil(self.server.federation.quorum * asked))
         if usable < needed:
-            title = self.server.engine.title
-            reasons = "; ".join(f"{title(c)}: {why}" for c, why in sorted(self.rejected.items()))
+            title, alike = self.server.engine.title, dict[str, list[str]]()
+            for client, why in sorted(self.rejected.items()):
+                alike.setdefault(why, []).append(title(client))
+            reasons = "; ".join(f"{', '.join(who)}: {why}" for why, who in alike.items())
             raise RoundFailed(
                 f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
                 f"federation.quorum asks for {needed}. {reasons}"

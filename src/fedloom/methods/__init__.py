@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Set
+from typing import get_args
+
+from fedloom.errors import PluginError
 from fedloom.methods.centralised import Centralised, CentralisedSettings
-from fedloom.methods.contract.method import Method
+from fedloom.methods.contract.method import Method, Reveal
+from fedloom.methods.declaration import Declaration
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
@@ -34,6 +40,7 @@ from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
 from fedloom.settings.plugins import Choices, undefined
 from fedloom.settings.schema import NamedSettings
+from fedloom.settings.suggestions import nearest
 
 OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedavg": (FedAvgSettings, FedAvg),
@@ -69,8 +76,23 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
 def _lacks(kind: type[Method]) -> list[str]:
     """Return which attributes a plug-in method lacks that fedloom's own define."""
     found = undefined(kind, ("declares", "reveals", "round", "handlers"), Method)
+    if not isinstance(getattr(kind, "declares", None), Declaration | None):
+        found.append("its declares must be a fedloom.methods.declaration.Declaration")
+    reveals: object = getattr(kind, "reveals", frozenset())
+    words = {*get_args(Reveal)}
+    if not isinstance(reveals, property) and not (isinstance(reveals, Set) and reveals <= words):
+        found.append(f"its reveals must be a set of some of {', '.join(sorted(words))}")
+    for name in ("taken", "named_models"):
+        if isinstance(getattr(kind, name), str):
+            found.append(f'its {name} is a text: it must be a tuple of names, such as ("alpha",)')
+            return found
     settings = getattr(kind, "Settings", NamedSettings).model_fields.keys() - {"name"}
     said = {*kind.taken, *kind.bounded, *kind.named_models}
+    for name in sorted(said - settings):
+        near = nearest(name, sorted(settings)) if settings else "it has no settings"
+        found.append(
+            f"{name!r} in its taken, bounded or named_models is none of its settings: {near}"
+        )
     for name in sorted(settings - said):
         found.append(
             f"method.{name} is in none of its taken, bounded and named_models, by which clients decide "
@@ -87,5 +109,18 @@ DEFAULT = "fedavg"
 
 
 def make_method(settings: NamedSettings) -> Method:
-    """Return the method that ``settings`` describe."""
-    return METHODS[settings.name][1](settings)
+    """Return the method that ``settings`` describe.
+
+    Raises:
+        PluginError: Its class, which is not fedloom's, does not take them.
+    """
+    kind = METHODS[settings.name][1]
+    if METHODS.is_foreign(settings.name):
+        try:
+            inspect.signature(kind).bind(settings)
+        except TypeError as error:
+            raise PluginError(
+                f"method {settings.name}: {error}: it must define __init__(self, settings), which gets "
+                "the settings of [method] and nothing else"
+            ) from error
+    return kind(settings)

@@ -25,6 +25,7 @@ from fedloom.federation.protocol import EVALUATE
 from fedloom.methods import make_method
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
+from fedloom.methods.contract.soundness import sound_handlers
 from fedloom.methods.contract.unseen_clients import ACTION as UNSEEN
 from fedloom.methods.contract.unseen_clients import UnseenClients
 from fedloom.models.adapters import AdapterModel
@@ -141,7 +142,11 @@ def assemble(
     engine = SimulationEngine(
         resources,
         train,
-        {**method.handlers(), EVALUATE: evaluator.handler(), UNSEEN: unseen_clients.handler()},
+        {
+            **sound_handlers(method, (EVALUATE, UNSEEN)),
+            EVALUATE: evaluator.handler(),
+            UNSEEN: unseen_clients.handler(),
+        },
         objective,
         experiment.training,
         experiment.federation.seed,

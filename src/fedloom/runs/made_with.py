@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fedloom.errors import CheckpointError
 from fedloom.experiment.experiment import SECTIONS, Experiment
 from fedloom.objectives.base import Objective
 from fedloom.runs.division import SOURCES, own_source
-from fedloom.settings.plugins import Choices
+from fedloom.settings.plugins import Choices, plugin_error
 from fedloom.storage.run_folder import Record
+from fedloom.training.memory import is_out_of_memory
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,35 @@ def plugins_record(experiment: Experiment) -> dict[str, dict[str, str]]:
     source = own_source(experiment.data)
     found["data"] = SOURCES.provenance(source) if source is not None else None
     return {section: own.to_record() for section, own in found.items() if own is not None}
+
+
+def plugin_digests(experiment: Experiment) -> dict[str, str]:
+    """Return the SHA-256 of the file of each class that is not ours and that server and clients share.
+
+    Where rows come from is each party's own affair.
+    """
+    found = plugins_record(experiment)
+    return {section: own["sha256"] for section, own in found.items() if section != "data"}
+
+
+def naming_plugins(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """Have a function say in one error which class of somebody else's failed, and in which line.
+
+    The raised :class:`~fedloom.errors.PluginError` has the error as its cause. Anything else, and memory
+    that does not suffice, is raised as it is.
+    """
+
+    @wraps(function)
+    def named(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            told = None if is_out_of_memory(error) else plugin_error(error)
+            if told is None:
+                raise
+            raise told from error
+
+    return named
 
 
 def require_same_plugins(folder: Path, run: Record | None, experiment: Experiment) -> None:

@@ -39,6 +39,7 @@ from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
 from fedloom.federation.violations import of_rounds
 from fedloom.methods import METHODS
+from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import require_reachable
 from fedloom.models.saved_adapter import WEIGHTS
@@ -46,7 +47,12 @@ from fedloom.objectives.base import Objective
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import partition_data
-from fedloom.runs.made_with import MadeWith, require_same_plugins
+from fedloom.runs.made_with import (
+    MadeWith,
+    naming_plugins,
+    plugin_digests,
+    require_same_plugins,
+)
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.model_cards import ModelCards
 from fedloom.runs.observers import Plan, RunObserver, Silent
@@ -97,6 +103,7 @@ PUT_BACK = "put it back from a backup, or start a new run"
 """Advice where a record of a run to resume is damaged."""
 
 
+@naming_plugins
 def run_experiment(
     experiment: Experiment,
     *,
@@ -129,6 +136,7 @@ def run_experiment(
                 start=start,
                 on_step=on_step,
             )
+            state = first_state(parts.method, parts.initial)
             for text in unread_settings(experiment).values():
                 observer.warning(text)
             _report_rows(parts, observer)
@@ -146,9 +154,10 @@ def run_experiment(
                 folder.path, ignore_errors=True
             )  # nothing was trained: leave nothing behind
             raise
-        return run.go(parts.method.initial_state(parts.initial), -1)
+        return run.go(state, -1)
 
 
+@naming_plugins
 def resume_run(
     path: Path,
     experiment_file: Path | None = None,
@@ -230,7 +239,7 @@ def resume_run(
         run.prepare(done, begun if done >= 0 else None)
         if saved is not None:
             run.presence = _presence_of(saved, parts)
-        state = saved.state if saved else parts.method.initial_state(parts.initial)
+        state = saved.state if saved else first_state(parts.method, parts.initial)
         observer.stage(_where(done, experiment.federation.rounds))
         return run.go(state, done)
 
@@ -375,6 +384,7 @@ class _Run:
                 self.admission.report,
                 self.observer.warning,
                 start if travels(self.experiment) else None,
+                plugin_digests(self.experiment),
             )
             self.remote.begin(run_description, self.parts.ledger)
         elif known is None and travels(self.experiment):

@@ -14,6 +14,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -21,13 +22,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from fedloom.errors import SettingsError, first_line
+from fedloom.errors import FedloomError, PluginError, SettingsError, first_line
 from fedloom.settings.schema import NamedSettings
 
 KindT = TypeVar("KindT")
 
 CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """``package.module:Class``."""
+
+_FILES: dict[str, str] = {}
+"""Files of the classes that are not fedloom's and were imported here, each with its name."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
             raise SettingsError([f"{value}: {text}" for text in lacks])
         file = getattr(module, "__file__", None) or ""
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+        _FILES[file] = value
         owner = _owner(points[0]) if points else ("", "")
         return settings, kind, Provenance(module_name, class_name, file, digest, *owner)
 
@@ -159,6 +164,36 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
     def _points(self, name: str | None = None) -> list[EntryPoint]:
         found = entry_points(group=self.group)
         return [point for point in found if name is None or point.name == name]
+
+
+def plugin_place(error: BaseException) -> str:
+    """Return where, in a file of a class that is not fedloom's, an error arose: "a.py, line 7, in round".
+
+    It is the innermost such line that the error passed through, and empty where it passed through none.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return next(
+        (
+            f"{f.filename}, line {f.lineno}, in {f.name}"
+            for f in frames[::-1]
+            if f.filename in _FILES
+        ),
+        "",
+    )
+
+
+def plugin_error(error: Exception) -> PluginError | None:
+    """Return one error for what a class that is not fedloom's raised, ``None`` for anything else.
+
+    Errors that fedloom raises on purpose say enough by themselves.
+    """
+    place = "" if isinstance(error, FedloomError) else plugin_place(error)
+    if not place:
+        return None
+    return PluginError(
+        f"{_FILES[place.partition(', line ')[0]]} failed: {type(error).__name__}: {first_line(error)} "
+        f"({place}): correct it there"
+    )
 
 
 def undefined(kind: type[Any], names: Iterable[str], base: type[Any] = object) -> list[str]:

@@ -28,7 +28,7 @@ import safetensors.torch
 
 from fedloom.errors import CheckpointError, OutputError
 from fedloom.storage.files import write_atomically
-from fedloom.tensors import State, Tensors
+from fedloom.tensors import State, Tensors, with_own_memory
 
 KEPT = 2
 """Checkpoints that stay on disk."""
@@ -140,7 +140,7 @@ def _write_files(
     state = checkpoint.state
     sums["state.safetensors"] = _write(
         folder / "state.safetensors",
-        safetensors.torch.save({name: t.contiguous() for name, t in state.tensors.items()}),
+        safetensors.torch.save(with_own_memory(state.tensors)),
     )
     facts = {
         "round": checkpoint.round,
@@ -157,7 +157,7 @@ def _write_files(
             os.link(previous / name, folder / name)
             sums[name] = before[name]
         else:
-            sums[name] = _write(folder / name, safetensors.torch.save(tensors))
+            sums[name] = _write(folder / name, safetensors.torch.save(with_own_memory(tensors)))
     _write(folder / "manifest.json", json.dumps(sums).encode())
 
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 
 from fedloom.tensors import Tensors
 
+SEPARATOR = "|"
+"""Between the name of a slot and that of a tensor in it; no slot's name has one."""
+
 Slots = dict[str, Tensors]
 """Named sets of tensors, such as ``adapter`` and ``optimizer``."""
 
@@ -31,7 +34,7 @@ class ClientStore:
         for client, tensors in (flat or {}).items():
             slots = self._slots.setdefault(client, {})
             for key, tensor in tensors.items():
-                slot, _, name = key.partition("|")
+                slot, _, name = key.partition(SEPARATOR)
                 slots.setdefault(slot, {})[name] = tensor
 
     def slots(self, client: int) -> Slots:
@@ -68,7 +71,7 @@ class ClientStore:
         """Return every client's tensors as of the last finished round under ``slot|name``."""
         return {
             client: {
-                f"{slot}|{name}": tensor
+                f"{slot}{SEPARATOR}{name}": tensor
                 for slot, tensors in slots.items()
                 for name, tensor in tensors.items()
             }

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from fedloom.errors import CheckpointError
 from fedloom.storage.files import write_atomically
-from fedloom.tensors import Tensors
+from fedloom.tensors import Tensors, with_own_memory
 
 
 @dataclass(frozen=True, order=True)
@@ -91,7 +91,7 @@ class ClientVersions:
         Raises:
             OutputError: The disk is full or not writable.
         """
-        write_atomically(self._path(version), safetensors.torch.save(tensors))
+        write_atomically(self._path(version), safetensors.torch.save(with_own_memory(tensors)))
         versions = self._versions()
         before = [known for known in versions if known.round <= oldest]
         same = [known for known in versions if known.round == version.round]

@@ -125,6 +125,11 @@ class Joined(Settings):
     """Version of fedloom."""
     protocol: Count = 1
     """Protocol version, which must be equal on both sides."""
+    plugins: dict[
+        Annotated[str, Field(max_length=32), AfterValidator(printable)],
+        Annotated[str, Field(max_length=64), AfterValidator(printable)],
+    ] = Field(default={}, max_length=8)
+    """SHA-256 of the file of each class that is not fedloom's own, by section of the experiment."""
 
 
 class ReplyHeader(Settings):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -259,16 +259,35 @@ def require_finite(payload: Payload) -> dict[str, float]:
 def _check_names(payload: Payload, schema: Schema) -> None:
     names = {spec.name for spec in schema.tensors}
     numbers = {spec.name for spec in schema.numbers}
-    if set(payload.tensors) != names or set(payload.numbers) != numbers:
-        odd = set(payload.tensors) ^ names | set(payload.numbers) ^ numbers
-        raise MessageError(f"payload and schema differ in {sorted(odd)[:5]}")
+    for what, found, asked in (
+        ("tensors", payload.tensors.keys(), names),
+        ("numbers", payload.numbers.keys(), numbers),
+    ):
+        if lacking := sorted(asked - found):
+            more = f", and has {_few_of(found - asked)}" if found - asked else ""
+            raise MessageError(
+                f"a payload lacks the {what} {_few_of(lacking)} of its schema{more}: names are those of "
+                "what was asked for"
+            )
+        if extra := found - asked:
+            raise MessageError(
+                f"a payload has the {what} {_few_of(extra)}, which its schema has not"
+            )
     for spec in schema.numbers:
         _require_in_range(f"number {spec.name}", payload.numbers[spec.name], spec)
     if undeclared := payload.metrics.keys() - {spec.name for spec in schema.metrics}:
         raise MessageError(
             f"metrics {sorted(undeclared)[:5]} are not declared: what reports them (an objective in "
-            "`reported`, a method in its schema) declares the name and range of each"
+            "`reported`, a method in its schema, as by training_exchange(..., metrics=(NumberSpec(name, "
+            "lowest, highest),))) declares the name and range of each"
         )
+
+
+def _few_of(names: Iterable[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - 3
+    return ", ".join(map(repr, ordered[:3])) + f" and {more} more" * (more > 0)
 
 
 def _fits(tensor: Tensor | Buffer, spec: TensorSpec) -> bool:

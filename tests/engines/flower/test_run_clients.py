@@ -106,6 +106,21 @@ def test_who_could_not_join_is_left_alone_for_a_while(site):
     }
 
 
+def test_a_client_with_another_file_of_a_class_is_told(site):
+    roster, reply = site
+    roster.plugins = {"method": "a" * 64, "objective": "b" * 64}
+    both = {"method": "a" * 64, "objective": "b" * 64, "other": "c" * 64}
+    roster.welcome(10, reply(0, by=0, joined=ready(plugins=both)), asked(0))
+    roster.welcome(20, reply(1, by=1, joined=ready(plugins={**both, "method": "d" * 64})), asked(1))
+    roster.welcome(40, reply(2, by=2, joined=ready(plugins={"method": "a" * 64})), asked(2))
+    told = "give both the same file, then restart the client"
+    assert roster.nodes == {0: 10}
+    assert {c: own.reason for c, own in roster.absent().items()} == {
+        1: f"its file of method.name is another one: SHA-256 {'d' * 12}, the server's is {'a' * 12}: {told}",
+        2: f"its file of objective.name is another one: SHA-256 unknown, the server's is {'b' * 12}: {told}",
+    }
+
+
 def test_another_protocol_is_told_apart_from_another_release(site):
     roster, reply = site
     old = Joined(rows=3, held_out=1, model="m", version="0.0.9")

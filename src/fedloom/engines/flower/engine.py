@@ -150,6 +150,7 @@ class FlowerEngine:
             run_description.report,
             Limited(run_description.audit),
         )
+        self.run_clients.plugins = run_description.plugins
         if run_description.start is not None:
             schema = Schema.of(run_description.start)
             self._start = schema, encode(Payload(run_description.start), schema)

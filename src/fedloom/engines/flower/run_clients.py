@@ -58,6 +58,7 @@ class RunClients:
         owners: Returns the number of the member that each of Flower's nodes belongs to.
         proven: Whether each node has proven its member's key.
         model: SHA-256 of the backbone and tokenizer that all must have.
+        plugins: By section, SHA-256 of the file of each class that is not fedloom's; all must have it.
         audit: Audit log of clients that register and that are refused.
         report: Called with violations of clients.
         registered: The report of each client when it became ready.
@@ -70,6 +71,7 @@ class RunClients:
     owners: Callable[[], Mapping[int, int]] = dict
     proven: bool = False
     model: str = ""
+    plugins: Mapping[str, str] = field(default_factory=dict)
     audit: Record = no_op_recorder
     report: Report = lambda client, kind, reason: None
     registered: dict[int, Joined] = field(default_factory=dict)
@@ -292,6 +294,13 @@ class RunClients:
                 f"its model or tokenizer differs: SHA-256 {reply.joined.model[:12]}, the "
                 f"server's is {self.model[:12]}"
             )
+        for section, digest in sorted(self.plugins.items()):
+            theirs = reply.joined.plugins.get(section, "")
+            if theirs != digest:
+                return (
+                    f"its file of {section}.name is another one: SHA-256 {theirs[:12] or 'unknown'}, the "
+                    f"server's is {digest[:12]}: give both the same file, then restart the client"
+                )
         return None
 
 

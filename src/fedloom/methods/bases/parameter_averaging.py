@@ -50,11 +50,18 @@ def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Pa
 
 
 def training_exchange(
-    cohort: Cohort, adapter: Tensors, more: Mapping[NumberSpec, float] | None = None
+    cohort: Cohort,
+    adapter: Tensors,
+    more: Mapping[NumberSpec, float] | None = None,
+    metrics: tuple[NumberSpec, ...] = (),
 ) -> Exchange:
     """Return the exchange in which the cohort trains ``adapter``; replies hold the number of examples.
 
-    Numbers in ``more`` are sent with the learning rate.
+    Args:
+        cohort: Who is asked.
+        adapter: What is sent.
+        more: Numbers that travel with the learning rate.
+        metrics: Names and ranges of what clients report beside the objective's own metrics.
     """
     numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
     return Exchange.broadcast(
@@ -63,5 +70,5 @@ def training_exchange(
         cohort.clients,
         Payload(adapter, {spec.name: value for spec, value in numbers.items()}),
         Schema.of(adapter, tuple(numbers)),
-        Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
+        Schema.of(adapter, TRAIN_REPLY_NUMBERS, (*cohort.reported, *metrics)),
     )
