@@ -217,7 +217,11 @@ class RunQueue:
             self._end(run, f"the process that ran the rounds is gone; {go_on(run.folder)}")
         elif not run.begun and time.monotonic() > run.deadline:
             log = self.server_folder.path / "logs" / "serverapp.out"
-            self._end(run, f"Flower has not started the run within {BEGINNING:.0f} s; see {log}")
+            self._end(
+                run,
+                f"Flower has not started the run within {BEGINNING:.0f} s, as happens on a machine that "
+                f"is very busy: nothing was begun, ask for it again; {log} may say more",
+            )
 
     def _take(self, run: QueuedRun, told: dict[str, Any]) -> None:
         match told["event"]:
