@@ -154,7 +154,7 @@ def test_a_broken_client_is_left_out_while_the_quorum_stands():
 def test_below_the_quorum_the_run_stops_and_says_why():
     built, records = server(Engine(broken={0, 1}))
     with pytest.raises(
-        RoundFailed, match=r"round 1: 1 of 3 clients .* asks for 2\. client 0: broken"
+        RoundFailed, match=r"round 1: 1 of 3 clients .* asks for 2\. client 0, client 1: broken"
     ):
         built.run(State(START))
     assert [record.round for record in records] == [0]
