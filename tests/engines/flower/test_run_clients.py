@@ -111,7 +111,9 @@ def test_a_client_with_another_file_of_a_class_is_told(site):
     roster.plugins = {"method": "a" * 64, "objective": "b" * 64}
     both = {"method": "a" * 64, "objective": "b" * 64, "other": "c" * 64}
     roster.register(10, reply(0, by=0, joined=ready(plugins=both)), asked(0))
-    roster.register(20, reply(1, by=1, joined=ready(plugins={**both, "method": "d" * 64})), asked(1))
+    roster.register(
+        20, reply(1, by=1, joined=ready(plugins={**both, "method": "d" * 64})), asked(1)
+    )
     roster.register(40, reply(2, by=2, joined=ready(plugins={"method": "a" * 64})), asked(2))
     told = "give both the same file, then restart the client"
     assert roster.nodes == {0: 10}
