@@ -129,8 +129,6 @@ def pages(folder, model):
     import fedloom
     from fedloom.experiment.experiment import Experiment
     from fedloom.reports.comparison_page import write_comparison
-    from fedloom.reports.frameworks_page import write_frameworks
-    from fedloom.reports.personal_page import write_personal
     from fedloom.reports.run_page import write_report
     from fedloom.runs.comparison import compare, read_comparison
     from fedloom.settings.toml import write_toml
@@ -148,11 +146,10 @@ def pages(folder, model):
         found[name] = write_report([own])
     some = [folder / "run-3", folder / "run-20", folder / "run-200"]
     found["several"] = write_report(some, folder / "several.html")
-    writers = (write_comparison, write_personal, write_frameworks)
-    for (name, table), write in zip(grids(model).items(), writers, strict=True):
+    for name, table in grids(model).items():
         file = folder / f"{name}.toml"
         file.write_text(write_toml(table))
-        found[name] = write(compare(read_comparison(file), folder / name, workers=1))
+        found[name] = write_comparison(compare(read_comparison(file), folder / name, workers=1))
     found["judged"] = judged(folder, some[:2])
     return found
 

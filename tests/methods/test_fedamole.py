@@ -25,7 +25,7 @@ from fedloom.methods.fedamole import (
     unpack,
 )
 from fedloom.privacy.gaussian import noise_multiplier
-from fedloom.reports.experts_section import history
+from fedloom.reports.sections.expert_assignment import history
 from fedloom.runs.export import export
 from fedloom.runs.observers import Silent
 from fedloom.runs.records import partition_record

@@ -9,8 +9,7 @@ import pytest
 import fedloom
 from fedloom.data.row_parsing import template_columns
 from fedloom.experiment.experiment import Experiment
-from fedloom.reports.frameworks_page import write_frameworks
-from fedloom.reports.personal_page import write_personal
+from fedloom.reports.comparison_page import write_comparison
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.division import judged_kind
 
@@ -184,7 +183,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
     cells = [c for c in whole.grid_runs if c.objective == first or c is once[c.objective]]
     small = dataclasses.replace(whole, grid_runs=tuple(cells))
     folder = compare(small, tmp_path / "out", workers=1)
-    page = write_personal(folder).read_text()
+    page = write_comparison(folder).read_text()
     assert "<th>gain over</th><th>local only</th>" in page and "<th>fedavg</th>" in page
     for cell in once.values():
         judged = {"choice": "Accuracy: share of held-out rows", "answer": "Rouge l: mean ROUGE-L"}
@@ -224,7 +223,7 @@ def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
     folder = compare(
         dataclasses.replace(whole, grid_runs=tuple(first.values())), tmp_path / "out", workers=1
     )
-    assert "Where each framework wins" in write_frameworks(folder).read_text()
+    assert "Where each framework wins" in write_comparison(folder).read_text()
 
 
 @pytest.mark.slow

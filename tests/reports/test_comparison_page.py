@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import REPEATED, Cost
-from fedloom.reports.comparison_page import GridRun, _arm, _means_by_objective, _paired
+from fedloom.reports.comparison_data import GridRun
+from fedloom.reports.paired import _paired, paired_tables, rows_in
+from fedloom.reports.sections.outcomes import arm, means_by_objective
 from fedloom.reports.spent import budget_words, comparison_words, spent_rows
 
 RESOURCES = {"steps": 4, "examples": 8, "tokens": 16, "flops": 32, "seconds": 64}
@@ -39,16 +41,17 @@ def cell(
 @pytest.fixture(autouse=True)
 def without_rows(monkeypatch):
     """Intervals over rows have hand values of their own."""
-    from fedloom.reports import comparison_page
+    from fedloom.reports import paired
+    from fedloom.reports.sections import outcomes
     from fedloom.statistics.intervals import Interval
 
     none = Interval(None, None, None, 0, "rows")
-    monkeypatch.setattr(comparison_page, "over_rows", lambda runs, values: none)
-    monkeypatch.setattr(comparison_page, "difference_over_rows", lambda pairs, gap: none)
+    monkeypatch.setattr(outcomes, "over_rows", lambda runs, values: none)
+    monkeypatch.setattr(paired, "difference_over_rows", lambda pairs, gap: none)
 
 
 def test_an_arm_by_hand():
-    found = _arm([cell(0, 0.5), cell(1, 0.6, scale=3), cell(2, 1.0, scale=2)])
+    found = arm([cell(0, 0.5), cell(1, 0.6, scale=3), cell(2, 1.0, scale=2)])
     assert found["runs"] == 3 and found["mean"] == pytest.approx(0.7)
     assert found["before"] == pytest.approx(0.35)
     assert (found["lowest"], found["highest"]) == (0.5, 1.0)
@@ -77,10 +80,82 @@ def test_a_difference_is_the_mean_over_seeds_of_the_mean_over_methods(higher_is_
     assert _paired(blocks[:3])["difference"] == pytest.approx(0)
 
 
+def pairs(record, cells):
+    found = rows_in(paired_tables(record, cells))
+    return [
+        (
+            r["left"],
+            r["right"],
+            r.get("objective", r.get("method")),
+            round(r["difference"], 9),
+            r["runs"],
+        )
+        for r in found
+    ]
+
+
+def test_where_methods_alone_differ_they_are_paired():
+    cells = [cell(s, v) for s, v in ((0, 0.5), (1, 0.6))]
+    cells += [cell(s, v, method="ditto") for s, v in ((0, 0.9), (1, 0.8), (2, 0.1))]
+    record = {"objectives": ["dpo"], "methods": ["fedavg", "ditto"]}
+    assert pairs(record, cells) == [  # (0.4 + 0.2) / 2; seed 2 has no counterpart
+        ("fedavg", "ditto", None, 0.3, 2),
+        ("fedavg", "ditto", "dpo", 0.3, 2),
+    ]
+    (table,) = paired_tables(record, cells)
+    assert (table["of"], table["within"]) == ("methods", "objective")
+
+
+def test_where_both_differ_either_is_paired_over_the_other():
+    """dpo 0.5 and 0.6 (ditto), kto 0.7 and 0.9: kto - dpo .2 and .3; ditto - fedavg .1 and .2."""
+    values = {("dpo", "fedavg"): 0.5, ("dpo", "ditto"): 0.6}
+    values |= {("kto", "fedavg"): 0.7, ("kto", "ditto"): 0.9}
+    cells = [cell(0, value, objective=o, method=m) for (o, m), value in values.items()]
+    record = {"objectives": ["dpo", "kto"], "methods": ["fedavg", "ditto"]}
+    objectives = [("dpo", "kto", None, 0.25, 2), ("dpo", "kto", "fedavg", 0.2, 1), ("dpo", "kto", "ditto", 0.3, 1)]  # fmt: skip
+    methods = [("fedavg", "ditto", None, 0.15, 2), ("fedavg", "ditto", "dpo", 0.1, 1), ("fedavg", "ditto", "kto", 0.2, 1)]  # fmt: skip
+    assert pairs(record, cells) == objectives + methods
+    assert pairs({**record, "kind": "scenarios"}, cells) == methods  # a scenario is no arm
+
+
+def test_runs_judged_by_other_metrics_or_on_other_rows_are_not_paired():
+    record = {"kind": "scenarios", "objectives": ["a", "b"], "methods": ["fedavg", "ditto"]}
+    cells = [cell(0, 0.5, objective=o, method=m) for o in "ab" for m in record["methods"]]
+    for own in cells[2:]:
+        own.run.metric = "loss"
+    assert pairs(record, cells) == [("fedavg", "ditto", "a", 0, 1), ("fedavg", "ditto", "b", 0, 1)]
+    cells[1].summary["judged_on"] = "clients"
+    cells[0].summary["judged_on"] = "global"
+    assert [row[2] for row in pairs(record, cells)] == [None, "b"]
+
+
+def test_p_values_of_a_table_are_adjusted_for_their_number(monkeypatch):
+    """Holm: .01 and .04 of two tests become .02 and .04; the means and the single rows are apart."""
+    from fedloom.reports import paired
+    from fedloom.statistics.intervals import Interval
+
+    chances = iter([0.01, 0.04, 0.03, 0.5])
+    monkeypatch.setattr(
+        paired,
+        "difference_over_rows",
+        lambda pairs, gap: Interval(gap, -1, 1, 9, "rows", p=next(chances)),
+    )
+    methods = ["fedavg", "ditto", "fedper"]
+    cells = [cell(0, 0.5, method=method) for method in methods[:2]] + [
+        cell(1, 0.5, method="fedper")
+    ]
+    cells += [cell(1, 0.5, method="ditto")]
+    (table,) = paired_tables({"objectives": ["dpo"], "methods": methods}, cells)
+    overall, single = table["parts"]
+    assert [row["models"]["p_adjusted"] for row in overall["rows"]] == [0.02, 0.04]
+    assert [row["models"]["p_adjusted"] for row in single["rows"]] == [0.06, 0.5]
+    assert overall["tests"] == {"models": 2, "seeds": 0}
+
+
 def test_an_objectives_mean_is_over_seeds_of_the_means_over_methods():
     """Seed 0: (0.2 + 0.6) / 2, seed 1: 0.8 alone: 0.6, which the mean of the three runs is not."""
     cells = [cell(0, 0.2), cell(0, 0.6, method="ditto"), cell(1, 0.8)]
-    (found,) = _means_by_objective({"objectives": ["dpo"]}, cells)
+    (found,) = means_by_objective({"objectives": ["dpo"]}, cells)
     assert found["mean"] == pytest.approx(0.6) and found["runs"] == 3
     assert found["seeds"]["units"] == 2
 

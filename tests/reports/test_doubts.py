@@ -10,8 +10,6 @@ import pytest
 import fedloom
 from fedloom.reports.comparison_page import write_comparison
 from fedloom.reports.doubts import all_doubts
-from fedloom.reports.frameworks_page import write_frameworks
-from fedloom.reports.personal_page import write_personal
 from fedloom.reports.run_data import Run, read_run
 from fedloom.reports.run_page import render, write_report
 from fedloom.storage.run_folder import RunFolder
@@ -87,14 +85,10 @@ def test_every_comparison_shows_and_tells_them(folder, tmp_path, call):
     record = {"name": "grid", "budget": "as_set", "amount": None, "seeds": [0, 1], "links": {}}
     record |= {"objectives": ["a"], "methods": ["m"], "cells": cells}
     files = RunFolder(tmp_path / "grid")
-    for kind, write in (
-        ("objectives", write_comparison),
-        ("personal", write_personal),
-        ("scenarios", write_frameworks),
-    ):
+    for kind in ("objectives", "personal", "scenarios"):
         files.write_json("comparison.json", {**record, "kind": kind})
         said = []
-        page = write(files.path, warn=said.append).read_text()
+        page = write_comparison(files.path, warn=said.append).read_text()
         assert said[0].startswith("the figures of a-m-s1 are not to be relied on, as its records")
         assert "run.json was changed" in said[0] or "run.json has" in said[0]
         assert said[1].startswith("a-m-s1 was resumed with other versions than it was begun with")

@@ -10,8 +10,8 @@ import tomli_w
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS, make_method
-from fedloom.reports.comparison_page import read_cells, results, write_comparison
-from fedloom.reports.frameworks_page import write_frameworks
+from fedloom.reports.comparison_data import read_cells
+from fedloom.reports.comparison_page import results, write_comparison
 from fedloom.runs.assembly import assemble
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.division import partition_data
@@ -190,7 +190,7 @@ def test_the_other_reading_counts_each_model_and_each_batch_once(file, tmp_path)
     assert {name: row["mean"] for name, row in found.items()} == {
         "fedavg": 4, "ditto": 8, "pfedme": 20
     }  # fmt: skip
-    page = write_frameworks(folder).read_text()
+    page = write_comparison(folder).read_text()
     assert (
         "Of each model that it trains, a client does 4 optimizer steps a round in every arm; methods "
         "that train several, or step several times on a batch, compute more." in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -36,6 +37,12 @@ def human_seconds(seconds: float) -> str:
 def human_count(count: float) -> str:
     """Return a whole number with thin thousands: ``12 345``."""
     return f"{count:,.0f}".replace(",", "\u202f")
+
+
+def human_number(value: float) -> str:
+    """Return a number with thin thousands if it is whole or large, else with four digits: ``0.1235``."""
+    whole = value == round(value) if math.isfinite(value) else False
+    return human_count(value) if whole or 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _scaled(value: float, step: float, units: tuple[str, ...]) -> str:

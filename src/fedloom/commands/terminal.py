@@ -447,98 +447,16 @@ class Bars:
 
 
 def results_table(folder: Path) -> Table:
-    """Return the table of a comparison, of its kind."""
-    from fedloom.reports.frameworks_page import is_frameworks
-    from fedloom.reports.personal_page import is_personal
+    """Return the table of what a comparison is about."""
+    from fedloom.reports.comparison_page import summary
 
-    if is_personal(folder):
-        return personal_table(folder)
-    return frameworks_table(folder) if is_frameworks(folder) else comparison_table(folder)
-
-
-def comparison_table(folder: Path) -> Table:
-    """Return a comparison's metric as methods by objectives, with intervals over held-out rows."""
-    from fedloom.reports.comparison_page import read_cells, results
-
-    found = results(*read_cells(folder))
-    objectives = list(dict.fromkeys(row["objective"] for row in found["arms"]))
-    table = Table(
-        title=f"{found['metric']}, mean (95 % over {found['held_out_rows']} rows: these trained models)",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column("method")
-    for objective in objectives:
-        table.add_column(objective, justify="right", no_wrap=True)
-    for method in dict.fromkeys(row["method"] for row in found["arms"]):
-        cells = {r["objective"]: r for r in found["arms"] if r["method"] == method}
-        table.add_row(method, *(_mean_cell(cells.get(name)) for name in objectives))
-    return table
-
-
-def frameworks_table(folder: Path) -> Table:
-    """Return every configuration of every scenario: its metric, and its costs for a client in a round."""
-    from fedloom.reports.comparison_page import read_cells
-    from fedloom.reports.frameworks_page import arms, results
-
-    record, cells = read_cells(folder)
-    found = results(record, cells, arms(record, cells))
-    table = Table(
-        title=f"{found['metric']} (95 % over rows), and costs of a client in a round",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("configuration", no_wrap=True)
-    for column in (found["metric"], "sent", "compute", "memory", *record["links"]):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("front")
-    for scenario in dict.fromkeys(row["scenario"] for row in found["arms"]):
-        table.add_row(Text(scenario, style="bold"))
-        for row in (row for row in found["arms"] if row["scenario"] == scenario):
-            fronts = [word for word in ("bytes", "flops") if row[f"front_{word}"]]
-            table.add_row(
-                f" {row['name']}",
-                f"{row['mean']:.3f}{_ends(row['over_rows'])}",
-                human_bytes(row["down"] + row["up"]),
-                human_flops(row["flops"]),
-                human_bytes(row["memory"]),
-                *(human_seconds(row["seconds"][link]) for link in record["links"]),
-                "both" if len(fronts) == 2 else "".join(fronts),
-            )
-    return table
-
-
-def personal_table(folder: Path) -> Table:
-    """Return the metric of each configuration's clients on their own rows, in every scenario."""
-    from fedloom.reports.comparison_page import read_cells
-    from fedloom.reports.personal_page import arms, references, results
-
-    record, cells = read_cells(folder)
-    every = arms(record, cells)
-    found = results(record, cells, every)
-    table = Table(
-        title="clients judged on their own rows, mean (95 % over clients)",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("configuration", no_wrap=True)
-    others = [
-        name for name in references(every) if any(name in row["gains"] for row in found["arms"])
-    ]
-    for column in ("mean", *(f"over\n{name}" for name in others), "worst\ntenth", "sent"):
-        table.add_column(column, justify="right", no_wrap=True)
-    scenarios = {row["scenario"]: row["metric"] for row in found["arms"]}
-    for scenario, metric in scenarios.items():
-        table.add_row(Text(scenario, style="bold"), metric.replace("_", " "))
-        for row in (row for row in found["arms"] if row["scenario"] == scenario):
-            over = [row["gains"].get(name) for name in others]
-            table.add_row(
-                f" {row['name']}",
-                f"{row['mean']:.3f}{_ends(row['over_clients'])}",
-                *(f"{gain['difference']:+.3f}" if gain else "-" for gain in over),
-                f"{row['worst_decile']:.3f}",
-                human_bytes(row["sent"]),
-            )
+    own = summary(folder)
+    table = Table(title=own.title, box=None, padding=(0, 1, 0, 0))
+    for place, column in enumerate(own.columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in own.rows:
+        heading = len(row) < len(own.columns)
+        table.add_row(*(Text(cell, style="bold" if heading else "") for cell in row))
     return table
 
 
@@ -566,19 +484,6 @@ def estimate_table(options: Sequence[Estimate]) -> Table:
             "yes" if option.fits else "no",
         )
     return table
-
-
-def _mean_cell(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{row['mean']:.3f}{_ends(row['models'])}"
-
-
-def _ends(interval: Mapping[str, Any]) -> str:
-    """Return an interval after its mean, or that there is none."""
-    if interval["low"] is None:
-        return " (-)"
-    return f" ({interval['low']:.3f}-{interval['high']:.3f})"
 
 
 def _number(value: float | None) -> str:

@@ -38,6 +38,7 @@ from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
+from fedloom.reports.sections.spec import problems
 from fedloom.settings.plugins import Choices, undefined
 from fedloom.settings.schema import NamedSettings
 from fedloom.settings.suggestions import nearest
@@ -98,7 +99,7 @@ def _lacks(kind: type[Method]) -> list[str]:
             f"method.{name} is in none of its taken, bounded and named_models, by which clients decide "
             "whether they adopt it"
         )
-    return found
+    return found + problems(kind.sections)
 
 
 METHODS = Choices("fedloom.methods", OURS, Method, _lacks)

@@ -64,6 +64,7 @@ from fedloom.methods.declaration import (
 from fedloom.models.experts import ExpertModel, split_name
 from fedloom.privacy.gaussian import ad_hoc_noise, noise_multiplier, private_mean
 from fedloom.randomness import generator
+from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, by_client, join_parts, of_clients, part_of
 from fedloom.wire.messages import Exchange, Payload, Reply, encode
@@ -190,6 +191,7 @@ class FedAMoLE(OwnMixture):
         ),
     )
     reveals: frozenset[Reveal] = frozenset({"adapters", "embeddings"})
+    sections = (SectionSpec("expert_assignment", "Who holds which experts", "", "experts"),)
     taken = (
         "clients_per_expert",
         "max_experts_per_client",

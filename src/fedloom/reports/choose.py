@@ -7,8 +7,6 @@ from pathlib import Path
 
 from fedloom.reports.comparison_page import write_comparison
 from fedloom.reports.evaluation_page import is_evaluation, write_evaluation
-from fedloom.reports.frameworks_page import is_frameworks, write_frameworks
-from fedloom.reports.personal_page import is_personal, write_personal
 from fedloom.reports.run_page import write_report
 from fedloom.storage.run_folder import is_comparison
 
@@ -28,10 +26,6 @@ def write_page_of(
     """
     if len(folders) == 1:
         (folder,) = folders
-        if is_personal(folder):
-            return write_personal(folder, target, warn)
-        if is_frameworks(folder):
-            return write_frameworks(folder, target, warn)
         if is_comparison(folder):
             return write_comparison(folder, target, warn)
         if is_evaluation(folder):

@@ -43,6 +43,7 @@ def render(record: Record, answers: Sequence[Record]) -> str:
     """Return the page as HTML."""
     return fill(
         "evaluation.html.j2",
+        title=record["benchmark"],
         record=record,
         models=[model["label"] for model in record["models"]],
         charts=[(judge["name"], _chart(judge)) for judge in record["judges"]],

@@ -7,7 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
+from fedloom.accounting.quantities import (
+    human_bytes,
+    human_count,
+    human_flops,
+    human_number,
+    human_seconds,
+)
 from fedloom.display.untrusted_text import visible
 from fedloom.errors import OutputError
 from fedloom.reports.glossary import INTERVALS, entries
@@ -27,11 +33,12 @@ def fill(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "bytes": human_bytes,
+        "bytes": lambda value: "-" if value is None else human_bytes(value),
         "flops": human_flops,
         "seconds": human_seconds,
         "count": human_count,
         "number": _number,
+        "figure": lambda value: "-" if value is None else human_number(value),
         "signed": lambda value: "-" if value is None else f"{value:+.3f}",
         "interval": lambda own: interval(own, "{:.3f}"),
         "signed_interval": lambda own: interval(own, "{:+.3f}"),

@@ -6,7 +6,7 @@ held-out rows. *The method*: would another training say the same? Its units are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from fedloom.reports.glossary import entry
 from fedloom.reports.run_data import Run
 from fedloom.statistics.intervals import (
+    LEAST,
     UNBOUNDED,
     Interval,
     Judged,
@@ -30,6 +31,13 @@ OTHER_ROWS = "not estimable: the arms were judged by different rows"
 
 COMPANIONS = {"loss": "token_accuracy"}
 """The metric that must not go the other way unsaid; of all others it is the loss."""
+
+
+Line = tuple[list[float], list[float]]
+"""Rounds, and a value at each."""
+
+Band = tuple[list[float], list[float], list[float]]
+"""Rounds, and the lower and the upper edge at each."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,19 @@ def interval_of(run: Run, evaluation: Mapping[str, Any]) -> Interval:
     if own is not None:
         return Interval(value, own["low"], own["high"], own["units"], "rows", None, own["missing"])
     return counted_interval(run.metric, value, count)
+
+
+def global_band(run: Run) -> Band:
+    """Return rounds, and the ends of the metric's interval over rows where it has one."""
+    found = [
+        (float(record["round"]), interval_of(run, record["evaluation"]))
+        for record in run.evaluated
+        if record["evaluation"]["global"].get(run.metric) is not None
+    ]
+    kept = [
+        (x, own.low, own.high) for x, own in found if own.low is not None and own.high is not None
+    ]
+    return [x for x, _, _ in kept], [low for _, low, _ in kept], [high for _, _, high in kept]
 
 
 def rows_of(run: Run) -> int:
@@ -157,19 +178,80 @@ def over_seeds(values: Sequence[float], run: Run, *, differences: bool = False) 
         run: One of the runs; says which metric that is, and over how many rows.
         differences: Whether they are differences.
     """
-    own = entry(run.metric)
-    low, high = own.bounds if own else UNBOUNDED
-    bounds = (low - high, high - low) if differences else (low, high)
-    step = 1 / max(1, rows_of(run)) if own is not None and own.counted else 0.0
-    return mean_interval(values, "seeds", bounds, step)
+    rows = max(1, rows_of(run))
+    return over_units(values, "seeds", run.metric, differences=differences, rows=rows)
 
 
-def over_clients(values: Sequence[float], metric: str, *, differences: bool = False) -> Interval:
-    """Return the mean over clients and its interval; see :func:`over_seeds`."""
+def over_units(
+    values: Sequence[float], over: str, metric: str, *, differences: bool = False, rows: int = 0
+) -> Interval:
+    """Return the mean over clients or seeds and its interval, or what would be needed for one.
+
+    Args:
+        values: One a unit: a metric, or a difference in it.
+        over: What the units are.
+        metric: Which metric that is.
+        differences: Whether the values are differences.
+        rows: Over how many rows each value is, where all are over the same number.
+    """
     own = entry(metric)
     low, high = own.bounds if own else UNBOUNDED
     bounds = (low - high, high - low) if differences else (low, high)
-    return mean_interval(values, "clients", bounds)
+    step = 1 / rows if own is not None and own.counted and rows else 0.0
+    return mean_interval(values, over, bounds, step)
+
+
+def span(own: Interval | Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """Return the ends of an interval for a chart, where it has any."""
+    if own is None:
+        return None
+    low, high = (own["low"], own["high"]) if isinstance(own, Mapping) else (own.low, own.high)
+    return None if low is None or high is None else (low, high)
+
+
+def seeds_line(
+    lines: Sequence[Line], over: Callable[[Sequence[float]], Interval]
+) -> tuple[Line, Band]:
+    """Return the mean of the lines of several seeds, at the rounds that all have, and a band around it.
+
+    The band is the interval over seeds at each round where it is estimable; with fewer seeds than any
+    needs, from the lowest to the highest.
+
+    Args:
+        lines: One a seed.
+        over: Returns mean and interval of the values of one round.
+    """
+    seeds = [dict(zip(*line, strict=True)) for line in lines]
+    rounds = [x for x in lines[0][0] if all(x in own for own in seeds)]
+    values = [[own[x] for own in seeds] for x in rounds]
+    mean = rounds, [fmean(ys) for ys in values]
+    if len(lines) < LEAST:
+        return mean, (rounds, [min(ys) for ys in values], [max(ys) for ys in values])
+    ends = [(x, span(over(ys))) for x, ys in zip(rounds, values, strict=True)]
+    kept = [(x, *own) for x, own in ends if own is not None]
+    return mean, (
+        [x for x, _, _ in kept],
+        [low for _, low, _ in kept],
+        [high for _, _, high in kept],
+    )
+
+
+def band_words(counts: Iterable[int]) -> str:
+    """Return what the bands around lines of several seeds are, given how many seeds each line has."""
+    several = [count for count in counts if count > 1]
+    few = f"from the lowest to the highest seed, as 95 % over seeds needs at least {LEAST}"
+    if not several:
+        return ""
+    if max(several) < LEAST:
+        return f"the band goes {few}"
+    if min(several) >= LEAST:
+        return "the band is of 95 % over seeds"
+    return f"the band is of 95 % over seeds; of fewer than {LEAST} it goes {few}"
+
+
+def over_clients(values: Sequence[float], metric: str, *, differences: bool = False) -> Interval:
+    """Return the mean over clients and its interval; see :func:`over_units`."""
+    return over_units(values, "clients", metric, differences=differences)
 
 
 def duplicates(runs: Sequence[Run]) -> dict[int, str]:
@@ -198,19 +280,6 @@ def _made(run: Run) -> str:
 
     settings = tomllib.loads(run.experiment)
     return repr({key: own for key, own in settings.items() if key not in ("name", "output")})
-
-
-def global_band(run: Run) -> tuple[list[float], list[float], list[float]]:
-    """Return rounds, and the ends of the metric's interval over rows where it has one."""
-    found = [
-        (float(record["round"]), interval_of(run, record["evaluation"]))
-        for record in run.evaluated
-        if record["evaluation"]["global"].get(run.metric) is not None
-    ]
-    kept = [
-        (x, own.low, own.high) for x, own in found if own.low is not None and own.high is not None
-    ]
-    return [x for x, _, _ in kept], [low for _, low, _ in kept], [high for _, _, high in kept]
 
 
 def _gain(samples: Sequence[Sample | None], difference: float) -> Interval:

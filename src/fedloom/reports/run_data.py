@@ -16,6 +16,9 @@ from fedloom.security import audit_log
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, Snapshot
 
+MANY = 20
+"""Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
+
 
 @dataclass(frozen=True)
 class Run:

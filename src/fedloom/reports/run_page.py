@@ -7,6 +7,7 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from fedloom.accounting.quantities import human_bytes, human_count, human_flops,
 from fedloom.reports import row_account
 from fedloom.reports.client_rounds import client_costs, server_costs, turns
 from fedloom.reports.doubts import all_doubts, doubts_of
-from fedloom.reports.experts_section import experts_section
 from fedloom.reports.html import fill, write_page
 from fedloom.reports.judged import (
+    Line,
+    band_words,
     counted_interval,
     duplicates,
     global_band,
@@ -24,18 +26,18 @@ from fedloom.reports.judged import (
     over_clients,
     over_rows,
     over_seeds,
+    over_units,
     rows_of,
+    seeds_line,
+    span,
 )
-from fedloom.reports.run_data import Run, read_run
+from fedloom.reports.run_data import MANY, Run, read_run
+from fedloom.reports.sections.by_method import drawn
 from fedloom.statistics.intervals import Interval
 from fedloom.storage.run_folder import Record
 
 SHOWN = 100
 """Answers that were left out which a page lists; of the others it says how many they are."""
-
-
-MANY = 20
-"""Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
 
 
 def write_report(
@@ -102,7 +104,7 @@ def _view(run: Run) -> dict[str, Any]:
         "holdings": _holdings(run),
         "accounts": _accounts(run),
         "resources": _resources(run),
-        "experts": experts_section(run.rounds, run.partition),
+        "by_method": drawn([run]),
         "samples": run.samples,
         "rejected": rejected[:SHOWN],
         "names": _names(run),
@@ -310,7 +312,7 @@ def _client_spans(run: Run, after: Record) -> dict[str, tuple[float, float] | No
     """Return the ends of the interval of each client's metric after, over its own rows."""
     each = run.evaluated[-1]["evaluation"]["clients"]["each"]
     return {
-        client: _span(_client_interval(run, value, int(each[client].get("examples", 0))))
+        client: span(_client_interval(run, value, int(each[client].get("examples", 0))))
         for client, value in after.items()
     }
 
@@ -423,7 +425,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     if cost:
         by_bytes = {label: (row["bytes"] / 1e6, row["after"]) for label, row in cost.items()}
         by_flops = {label: (row["flops"] / 1e9, row["after"]) for label, row in cost.items()}
-        spans = {label: _span(row["interval"]) for label, row in cost.items()}
+        spans = {label: span(row["interval"]) for label, row in cost.items()}
         charts.append(
             (
                 f"{words.capitalize()} against traffic, 95 % over held-out rows",
@@ -438,19 +440,12 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
         )
     return {
         "rows": rows,
-        "figures": charts,
+        "figures": [*charts, *_mean_curves(list(same.values()), metric)],
         "metric": metric,
         "groups": _groups(runs),
         "notes": counted_once(runs),
         "shown": list(dict.fromkeys(run.metric for run in runs)),
     }
-
-
-def _span(interval: Interval | None) -> tuple[float, float] | None:
-    """Return the ends of an interval to be drawn, where it has any."""
-    if interval is None or interval.low is None or interval.high is None:
-        return None
-    return interval.low, interval.high
 
 
 def _comparison_row(label: str, run: Run) -> Record:
@@ -476,8 +471,8 @@ def _comparison_row(label: str, run: Run) -> Record:
     }
 
 
-def _groups(runs: Sequence[Run]) -> list[Record]:
-    """Return mean and intervals of runs that differ in their seed alone; one made twice counts once."""
+def _by_seed(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Return a name and the runs of each set that differ in their seed alone, one made twice once."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = _settings(run.experiment)
@@ -485,18 +480,52 @@ def _groups(runs: Sequence[Run]) -> list[Record]:
         settings.pop("output", None)
         settings["federation"].pop("seed", None)
         groups.setdefault(repr(settings), []).append(run)
-    rows = []
+    found = []
     for members in groups.values():
         again = duplicates(members)
-        alone = [run for place, run in enumerate(members) if place not in again]
-        found = [(run, reached.after) for run in alone if (reached := outcome(run)) is not None]
+        own = _settings(members[0].experiment)
+        name = f"{own['objective']['name']} by {own['method']['name']}"
+        found.append((name, [run for place, run in enumerate(members) if place not in again]))
+    return found
+
+
+def _mean_curves(runs: Sequence[Run], metric: str) -> list[tuple[str, str]]:
+    """Return charts of the metric and both losses, a line with a band for runs of several seeds."""
+    from fedloom.reports import figures
+
+    kinds: list[tuple[str, str, Callable[[Run], Line]]] = [
+        ("held-out", metric, lambda run: run.global_line(metric)),
+        ("held-out", "loss", lambda run: run.global_line("loss")),
+        ("training", "loss", lambda run: run.train_line()),
+    ]
+    charts = []
+    for which, name, line_of in kinds[metric == "loss" :]:
+        lines, bands, counts = {}, {}, []
+        over = partial(over_units, over="seeds", metric=name)
+        for group, members in _by_seed(runs):
+            found = [line for run in members if (line := line_of(run))[0]]
+            if len(found) > 1:
+                lines[group], bands[group] = seeds_line(found, over)
+                counts.append(len(found))
+        if lines:
+            words = f"{which} {name.replace('_', ' ')}"
+            chart = figures.line_chart(lines, "round", words, bands=bands)
+            caption = f"{words.capitalize()} by round, mean over seeds; {band_words(counts)}"
+            charts.append((caption, chart))
+    return charts
+
+
+def _groups(runs: Sequence[Run]) -> list[Record]:
+    """Return mean and intervals of runs that differ in their seed alone; one made twice counts once."""
+    rows = []
+    for name, members in _by_seed(runs):
+        found = [(run, reached.after) for run in members if (reached := outcome(run)) is not None]
         if len(found) > 1:
             kept, values = [run for run, _ in found], [value for _, value in found]
-            settings = _settings(kept[0].experiment)
             sure = over_seeds(values, kept[0])
             rows.append(
                 {
-                    "name": f"{settings['objective']['name']} by {settings['method']['name']}",
+                    "name": name,
                     "runs": len(values),
                     "mean": sure.estimate,
                     "models": over_rows(kept, values),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from fedloom.accounting.quantities import human_count, human_flops
+from fedloom.accounting.quantities import human_count, human_flops, human_number
 from fedloom.reports.client_rounds import client_costs
 from fedloom.reports.run_data import Run
 from fedloom.storage.run_folder import Record
@@ -98,7 +98,7 @@ def _range(values: list[float]) -> Record:
 
 def _shown(row: Record, what: str) -> str:
     mean = row[what]["mean"]
-    return human_flops(mean) if what == "flops" else f"{mean:,.1f}"
+    return human_flops(mean) if what == "flops" else human_number(mean)
 
 
 def _name(row: Record) -> str:

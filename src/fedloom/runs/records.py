@@ -109,6 +109,7 @@ def run_record(
         "classes": list(division.classes),
         "method": experiment.method.name,
         "method_role": _role(parts.method),
+        "sections": [asdict(own) for own in parts.method.sections],
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(parts.method.traffic(parts.initial)),
         "promise": parts.method.privacy_statement(),
@@ -191,7 +192,13 @@ def _client_memory(experiment: Experiment, parts: RunComponents) -> float | None
 def _role(method: Method) -> dict[str, object]:
     """Return what a report of several methods must know of one."""
     own = method.declares
-    return {"title": own.title, "kind": own.role, "reference": own.reference}
+    personal = method.own_models or method.personal
+    return {
+        "title": own.title,
+        "kind": own.role,
+        "reference": own.reference,
+        "personal": personal and own.role == "method",
+    }
 
 
 def _feedback_record(experiment: Experiment, division: PartitionedData) -> dict[str, Any] | None:

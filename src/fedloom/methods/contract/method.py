@@ -37,6 +37,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalModules
 from fedloom.models.split_model import ClientPart
 from fedloom.objectives.base import Objective
+from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
 from fedloom.training.settings import TrainingSettings, Work
@@ -185,6 +186,7 @@ class Method(MethodTraits):
             is named.
         named_models: Those that name a backbone, which a client must allow.
         least: Settings with which replies hold the least; the others reveal more.
+        sections: What a report shows of it: figures that it wrote into the rounds' ``cohort.details``.
         aggregation: The rule.
         server: What it has on the server, from :meth:`setup` on.
     """
@@ -195,6 +197,7 @@ class Method(MethodTraits):
     bounded: Mapping[str, str] = MappingProxyType({})
     named_models: tuple[str, ...] = ()
     least: Mapping[str, object] = MappingProxyType({})
+    sections: tuple[SectionSpec, ...] = ()
     aggregation = AggregationSettings()
     server: ServerSide
 

@@ -1,11 +1,13 @@
-"""The page of a comparison of frameworks: fronts and wins by hand, and a real small grid to its page."""
+"""What frameworks cost: fronts and wins by hand, and a real small grid to its page."""
 
 import json
 
 import pytest
 
 from fedloom.errors import SettingsError
-from fedloom.reports.frameworks_page import Configuration, on_front, verdicts, write_frameworks
+from fedloom.reports.comparison_data import on_front
+from fedloom.reports.comparison_page import write_comparison
+from fedloom.reports.sections.costs import CostArm, _marks, verdicts
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.settings.toml import write_toml
 from fedloom.statistics.intervals import Interval
@@ -13,10 +15,27 @@ from fedloom.statistics.intervals import Interval
 
 def arm(name, framework, accuracy, sent, flops, scenario="one", memory=1.0, higher=True):
     sure = Interval(accuracy, None, None, 1, "seeds")
-    return Configuration(
-        scenario, name, framework, higher, (accuracy,), sure, sure, None, sent, 0.0, sent, 0.0, flops, 0.0, memory, 0.0,
-        {"slow": sent}, framework == "Local only",
-    )  # fmt: skip
+    return CostArm(
+        scenario=scenario,
+        name=name,
+        higher_is_better=higher,
+        values={0: accuracy},
+        sent=sent,
+        flops=flops,
+        baseline=framework == "Local only",
+        framework=framework,
+        over_rows=sure,
+        over_seeds=sure,
+        clients=None,
+        down=sent,
+        up=0.0,
+        expected=sent,
+        deviation=0.0,
+        server_flops=0.0,
+        memory=memory,
+        process=0.0,
+        seconds={"slow": sent},
+    )
 
 
 ARMS = [
@@ -30,10 +49,18 @@ ARMS = [
 
 
 def test_the_front_is_what_nobody_beats_in_both():
-    by_bytes = [a.name for a in ARMS[:5] if on_front(a, ARMS, lambda x: x.sent)]
+    marks = {a.name: _marks(a, ARMS) for a in ARMS}
+    by_bytes = [name for name, own in marks.items() if own["front_bytes"]]
     assert by_bytes == ["lora", "lora small", "logits"]
-    by_flops = [a.name for a in ARMS[:5] if on_front(a, ARMS, lambda x: x.flops)]
-    assert by_flops == ["lora", "split"]  # the baseline is better and cheaper, and is not a rival
+    by_flops = [name for name, own in marks.items() if own["front_flops"]]
+    assert by_flops == ["lora", "split"]  # the baseline is better and cheaper, and is no rival
+
+
+def test_who_is_better_for_the_same_cost_is_on_the_front_alone():
+    low, high = arm("a", "FedLLM", 0.6, 10, 1), arm("b", "FedLLM", 0.7, 10, 1)
+    assert [on_front(a, [low, high], lambda x: x.sent) for a in (low, high)] == [False, True]
+    elsewhere = arm("c", "FedLLM", 0.9, 1, 1, scenario="two")
+    assert on_front(high, [low, high, elsewhere], lambda x: x.sent)
 
 
 def test_wins_are_counted_at_the_most_accurate_arm():
@@ -91,7 +118,7 @@ def test_a_grid_to_its_page(comparison_file, tmp_path):
     comparison = read_comparison(comparison_file())
     assert len(comparison.grid_runs) == 16
     folder = compare(comparison, tmp_path / "out", workers=1)
-    page = write_frameworks(folder).read_text()
+    page = write_comparison(folder).read_text()
     found = json.loads((folder / "results.json").read_text())
     assert len(found["arms"]) == 8 and found["metric"] == "accuracy"
     for row in found["arms"]:
@@ -118,10 +145,7 @@ def test_a_grid_to_its_page(comparison_file, tmp_path):
     [
         ({"scenarios": {}}, "needs objectives or scenarios"),
         ({"objectives": {"a": {}}}, "one of the two"),
-        (
-            {"links": {"x": {"uplink": "quick"}}},
-            "compare.links.x.uplink: 'quick' is not a quantity",
-        ),
+        ({"links": {"x": {"uplink": "quick"}}}, "compare.links.x.uplink: 'quick' is not a quantity"),
         ({"links": {"x": {"speed": "3MB"}}}, "compare.links.x.speed"),
     ],
 )

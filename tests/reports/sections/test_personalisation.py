@@ -1,4 +1,4 @@
-"""The best round of a run beside its last."""
+"""How clients fare on rows of their own, by hand."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.accounting.costs import Cost
-from fedloom.reports.personal_page import Configuration, _arm, _best_round, gains
+from fedloom.reports.sections.personalisation import ClientsArm, arm_of, best_round, gains
 
 
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 0.9), (False, 0.3)])
@@ -18,11 +18,11 @@ def test_the_best_round_is_one_after_training(higher_is_better, best):
     rounds.append({"round": 4, "evaluation": {"clients": None}})
     metric = {"name": "m", "higher_is_better": higher_is_better}
     run = SimpleNamespace(evaluated=rounds, metric="m", run={"metric": metric})
-    assert _best_round(SimpleNamespace(run=run)) == best
+    assert best_round(SimpleNamespace(run=run)) == best
 
 
 def arm(method, values, clients, *, higher_is_better=True, **roles):
-    return Configuration(
+    return ClientsArm(
         scenario="one",
         name=method,
         method=method,
@@ -85,13 +85,14 @@ def test_an_arm_is_the_mean_of_its_runs_by_hand():
         judged = {"round": 1, "evaluation": {"clients": {"mean": {"accuracy": mean + 0.05}}}}
         return SimpleNamespace(
             seed=seed,
+            role={},
             metrics={"accuracy": 0.4 + 0.2 * seed},
             summary={"clients_after": after},
             run=SimpleNamespace(metric="accuracy", run=run, costs=costs, evaluated=[judged]),
         )
 
     cells = [cell(0, 0.5, {"0": 0.4, "1": 0.6}, 0.1), cell(1, 0.7, {"0": 0.6, "1": 0.8}, 0.3)]
-    found = _arm("one", "ditto", cells)
+    found = arm_of("one", "ditto", cells)
     assert found.values == {0: 0.5, 1: 0.7} and found.best == pytest.approx({0: 0.55, 1: 0.75})
     assert found.clients == pytest.approx({0: 0.5, 1: 0.7}) and found.newcomer == pytest.approx(0.5)
     assert (found.worst_decile, found.spread) == (pytest.approx(0.2), pytest.approx(0.4))

@@ -2,11 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fedloom.reports.experts_section import experts_section, history
+from fedloom.reports.sections.by_method import drawn
+from fedloom.reports.sections.expert_assignment import history
 from fedloom.statistics.difference_tests import group_test
 
 PARTITION = {
@@ -39,6 +41,15 @@ DETAILS = {
 
 def record(round, **changes):
     return {"round": round, "details": {"experts": {**DETAILS, **changes}}}
+
+
+def run(*rounds, partition=PARTITION, **own):
+    return SimpleNamespace(run={"seed": 0, **own}, partition=partition, rounds=list(rounds))
+
+
+def section_of(*rounds, partition=PARTITION):
+    (own,) = drawn([run(*rounds, partition=partition)])
+    return own.content
 
 
 def test_clients_stand_by_group_and_share_what_both_hold():
@@ -110,17 +121,28 @@ def test_clients_that_were_divided_by_rows_or_have_a_value_each_have_no_groups()
         "clients": [{"client": c, "counts": {str(c): 3}} for c in range(4)],
     }
     for partition in ({**PARTITION, "column": None}, alone):
-        section = experts_section([record(1)], partition)
+        section = section_of(record(1), partition=partition)
         assert section["test"] is None and section["groups"] == []
         assert section["history"].clients == (0, 1, 2, 3)
 
 
-def test_runs_without_experts_have_no_section():
-    assert experts_section([{"round": 0}, {"round": 1, "details": {}}], PARTITION) is None
+def test_runs_of_earlier_releases_declare_nothing_and_have_the_section_where_there_is_one():
+    assert drawn([run({"round": 0}, {"round": 1, "details": {}})]) == []
+    declared = [{"kind": "expert_assignment", "title": "Who", "text": "", "key": "held"}]
+    assert [own.spec.title for own in drawn([run(record(1))])] == ["Who holds which experts"]
+    (own,) = drawn([run(record(1), sections=declared)])
+    assert own.note == "no round has anything under details['held']"
+
+
+def test_details_of_another_form_are_said_to_be_so():
+    (own,) = drawn([run(record(1), record(2, held={"0": 3}))])
+    assert own.content == {} and own.note == (
+        "kind 'expert_assignment' cannot draw details['experts']: it lacks what this kind draws"
+    )
 
 
 def test_many_rounds_are_thinned_to_the_first_the_last_and_some_between():
-    section = experts_section([record(i) for i in range(1, 201)], PARTITION)
+    section = section_of(*(record(i) for i in range(1, 201)))
     assert len(section["rounds"]) == len(section["cells"]) == 60
     assert section["rounds"][0] == 1 and section["rounds"][-1] == 200
 
@@ -149,6 +171,5 @@ def test_the_page_of_a_run(tmp_path, experiment):
 def test_values_are_escaped(tmp_path):
     from fedloom.reports.html import fill
 
-    section = experts_section([record(1)], PARTITION)
-    page = fill("experts.html.j2", view={"experts": section})
+    page = fill("sections/expert_assignment.html.j2", own=section_of(record(1)))
     assert "x<b>est</b>" not in page and "x&lt;b&gt;est" in page

@@ -1,4 +1,4 @@
-"""What a run's page shows of experts: who held which in each layer, how tokens spread, who is alike.
+"""Who held which experts in each layer, how tokens spread, and which clients are alike.
 
 Everything comes from the records of rounds; clients are put in order of the commonest value of the column
 they were divided by, where there is one.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from fedloom.reports.run_data import Run
+from fedloom.reports.sections.details import few
 from fedloom.statistics.difference_tests import GroupTest, group_test
 from fedloom.storage.run_folder import Record
 
@@ -116,13 +118,9 @@ class ExpertHistory:
         return group_test(self.shared(round), self.groups) if self.groups else None
 
 
-def history(rounds: Sequence[Record], partition: Record) -> ExpertHistory | None:
-    """Return what the records of a run say about experts, or ``None`` where there are none."""
-    found = {
-        r["round"]: r["details"]["experts"] for r in rounds if "experts" in r.get("details", {})
-    }
-    if not found:
-        return None
+def history(rounds: Sequence[Record], partition: Record, key: str = "experts") -> ExpertHistory:
+    """Return what the records of a run's rounds, one at least, say about experts under ``key``."""
+    found = {r["round"]: r["details"][key] for r in rounds if key in r.get("details", {})}
     last = found[max(found)]
     clients = sorted({int(client) for one in found.values() for client in one["held"]})
     commonest = _commonest(partition)
@@ -135,15 +133,14 @@ def history(rounds: Sequence[Record], partition: Record) -> ExpertHistory | None
     return ExpertHistory(tuple(clients), groups, last["experts"], tuple(last["layers"]), found)
 
 
-def experts_section(rounds: Sequence[Record], partition: Record) -> dict[str, Any] | None:
-    """Return what the template shows, or ``None`` for a run without experts."""
+def draw(key: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what the template shows of the first run; other seeds have clients with other rows."""
     from fedloom.reports import figures
 
-    own = history(rounds, partition)
-    if own is None:
-        return None
+    partition = runs[0].partition
+    own = history(runs[0].rounds, partition, key)
     last = max(own.rounds)
-    shown = _few(sorted(own.rounds))
+    shown = few(sorted(own.rounds), MOST_ROUNDS)
     labels = [str(client) for client in own.clients]
     charts = [
         (
@@ -205,13 +202,6 @@ def _spans(own: ExpertHistory) -> list[dict[str, Any]]:
             found.append({"name": group, "start": place * CELL, "clients": [], "colour": colour})
         found[-1]["clients"].append(client)
     return found
-
-
-def _few(rounds: Sequence[int]) -> list[int]:
-    if len(rounds) <= MOST_ROUNDS:
-        return list(rounds)
-    step = (len(rounds) - 1) / (MOST_ROUNDS - 1)
-    return [rounds[round(i * step)] for i in range(MOST_ROUNDS)]
 
 
 def _short(name: str) -> str:
