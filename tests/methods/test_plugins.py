@@ -18,6 +18,7 @@ from fedloom.errors import (
     CheckpointError,
     JudgeError,
     MessageError,
+    OutputError,
     PluginError,
     PolicyError,
     RoundFailed,
@@ -121,6 +122,7 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
     run = fedloom.run(Experiment.from_table({**table, "method": {"name": NAME}}))
     record = json.loads((run.folder / "run.json").read_text())
     assert record["method"] == NAME and record["method_role"]["title"] == "FedDyn"
+    assert [own["key"] for own in record["sections"]] == ["drift", "distance"]
     (own,) = record["plugins"].values()
     assert (own["module"], own["name"], own["file"]) == (
         "feddyn",
@@ -128,6 +130,15 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         str(folder / "feddyn.py"),
     )
     fedloom.resume(run.folder)  # it is done, and the same
+    forget()  # a report imports nothing
+    page = fedloom.report(run.folder, to=run.folder / "own.html").read_text()
+    assert "feddyn" not in sys.modules
+    rounds = [json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines()]
+    went = [own["details"]["distance"]["0"] for own in rounds[1:]]
+    cells = "".join(f"<td>{value:.4g}</td>" for value in went)
+    assert f"<tr><td>0</td>{cells}</tr>" in page and "How far clients went</h2>" in page
+    assert "What the server keeps</h2>" in page and "Norm of h." in page
+    assert all(own["details"]["drift"] > 0 for own in rounds[1:])
     forget()
     (folder / "feddyn.py").write_text(METHOD + "# changed\n")
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
@@ -162,6 +173,9 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         (NAME, METHOD.replace('taken = ("alpha",)', 'taken = ("alpha")'), "its taken is a text: it must be a tuple of names"),
         (NAME, METHOD.replace('taken = ("alpha",)', 'taken = ("alpha", "alfa")'), "'alfa' in its taken, bounded or named_models is none of its settings: did you mean 'alpha'? allowed: alpha"),
         (NAME, METHOD.replace("def round(", "def rounds("), "it must define round"),
+        (NAME, METHOD.replace('("line_chart"', '("pie"'), "its section 'What the server keeps' is of kind 'pie'; allowed: line_chart, client_table, expert_assignment"),
+        (NAME, METHOD.replace('key="drift"', 'key=""'), "must have a title, and the key of the rounds' details it shows"),
+        (NAME, METHOD.replace("    sections = (", "    sections = [1]\n    other = ("), "its sections must be a tuple of SectionSpec(kind, title, text, key), got [1]"),
         (NAME, METHOD.replace("def handlers(", "def handler("), "it must define handlers"),
         (NAME, METHOD.replace("Settings = FedDynSettings", "Settings = dict"), "its Settings must subclass NamedSettings"),
         ("feddyn", METHOD, "allowed: centralised, distillation"),
@@ -174,6 +188,15 @@ def test_a_class_that_cannot_be_used_is_one_clear_line(folder, name, code, words
     (problem,) = caught.value.problems
     assert problem.startswith(f"method.name = {name!r}: ") and words in problem
     assert "\n" not in problem
+
+
+def test_figures_that_json_has_no_form_for_are_one_clear_line(folder, table):
+    wrong = METHOD.replace("= norm(drift)", "= drift")
+    (folder / "feddyn.py").write_text(wrong)
+    with pytest.raises(OutputError) as caught:
+        fedloom.run(Experiment.from_table({**table, "method": {"name": NAME}}))
+    assert "rounds.jsonl: Object of type Tensor is not JSON serializable; records" in str(caught.value)
+    assert str(caught.value).endswith("give the .tolist() of a tensor")
 
 
 def test_its_settings_are_checked_like_ours(folder):

@@ -150,9 +150,16 @@ class RunFolder:
         """Append lines to a JSONL file and sync them.
 
         Raises:
-            OutputError: The disk is full or the folder not writable.
+            OutputError: The disk is full or the folder not writable, or JSON has no form for a record.
         """
-        text = "".join(json.dumps(finite(dict(r)), allow_nan=False) + "\n" for r in records)
+        try:
+            text = "".join(json.dumps(finite(dict(r)), allow_nan=False) + "\n" for r in records)
+        except TypeError as error:
+            raise OutputError(
+                f"cannot write {self.path / name}: {first_line(error)}; records (a method's "
+                "cohort.details and notes among them) are of numbers, texts, lists and mappings: give "
+                "the .tolist() of a tensor"
+            ) from error
 
         target = self.path / name
         try:
