@@ -1,6 +1,18 @@
 """Numbers as people read them."""
 
-from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
+import ast
+from pathlib import Path
+
+import pytest
+
+import fedloom
+from fedloom.accounting.quantities import (
+    human_bytes,
+    human_count,
+    human_flops,
+    human_number,
+    human_seconds,
+)
 
 
 def test_units():
@@ -18,3 +30,43 @@ def test_units():
         "2 h 07 min",
     ]
     assert human_count(12345) == "12\u202f345"
+
+
+def test_counts_with_a_sign():
+    assert [human_count(n, signed=True) for n in (20, -4000)] == ["+20", "-4\u202f000"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (12, "12"),
+        (12345.0, "12\u202f345"),
+        (1720.5, "1\u202f720"),
+        (287.8333, "287.8"),
+        (0.123456, "0.1235"),
+        (0, "0"),
+        (1e20, "100\u202f000\u202f000\u202f000\u202f000\u202f000\u202f000"),
+        (1.5e-7, "1.5e-07"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+    ],
+)
+def test_numbers_whole_or_not(value, shown):
+    assert human_number(value) == shown
+
+
+OTHER = ("display/untrusted_text.py",)
+"""Below accounting's layer, in errors that are cut off."""
+
+
+def test_thousands_are_written_in_one_way():
+    """No f-string of the package has thousands of its own; ``human_count`` writes them."""
+    root = Path(fedloom.__file__).parent
+    found = []
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
+                spec = ast.unparse(node.format_spec)
+                found += [(name, node.lineno)] if "," in spec else []
+    assert {name for name, _ in found} == {"accounting/quantities.py", *OTHER}, found

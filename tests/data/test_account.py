@@ -30,12 +30,12 @@ def test_an_account_closes_or_says_what_is_missing():
 def test_an_account_in_words():
     own = Account(4000, {"a": 20}, 12, {"b": 100, "c": 8}, 0, 3320, 330, 250).to_record()
     assert row_account.sentence("rows", own) == (
-        "rows: 4,000 read + 20 made of them = 12 malformed + 108 dropped + 3,320 trained on + 330 held out "
+        "rows: 4\u202f000 read + 20 made of them = 12 malformed + 108 dropped + 3\u202f320 trained on + 330 held out "
         "by clients + 250 held out for all"
     )
     assert row_account.lines(own) == [
-        ("read", "4,000"), ("a", "+20"), ("malformed", "12"), ("dropped: b", "100"), ("dropped: c", "8"),
-        ("trained on", "3,320"), ("held out by clients", "330"), ("held out for all", "250"),
+        ("read", "4\u202f000"), ("a", "+20"), ("malformed", "12"), ("dropped: b", "100"), ("dropped: c", "8"),
+        ("trained on", "3\u202f320"), ("held out by clients", "330"), ("held out for all", "250"),
     ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_above_five_in_a_hundred_rows_it_is_warned_of():
 
     assert told(Cut(100, 5, 0, 5, 50, 0)) == [] == told(None)
     assert told(Cut(1000, 60, 3, 61, 5000, 12)) == [
-        "96 tokens are too few for 61 of 1,000 training rows (6.1%): 5,000 tokens from the beginning of 60 "
+        "96 tokens are too few for 61 of 1\u202f000 training rows (6.1%): 5\u202f000 tokens from the beginning of 60 "
         "prompts and 12 tokens from the end of the answers of 3 rows are cut; raise data.max_length as far "
         "as the model and memory allow"
     ]

@@ -54,7 +54,7 @@ def rows_of(path):
         (b'{"a": 1e999}', "holds the number 1e999, which is too large"),
         (
             b'{"a": ' + b"7" * 4000 + b"}",
-            "holds a whole number of 4,000 digits; at most 100 are read",
+            "holds a whole number of 4\u202f000 digits; at most 100 are read",
         ),
         (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' stands twice in an object"),
         (b'{"a": {"x": 1, "x": 1}}', "the key 'x' stands twice in an object"),
@@ -326,7 +326,7 @@ BOMB = "unpacks to more than 100 times its size, as no rows do; "
         (made("x.json", b"[" * 10_000), "is nested deeper than 100 brackets; no row needs that"),
         (
             made("x.json", b"[" + b"0," * 4_000_001 + b"0]"),
-            "holds more than 4,000,000 values, and a .json file is read whole; write its rows as JSON lines",
+            "holds more than 4\u202f000\u202f000 values, and a .json file is read whole; write its rows as JSON lines",
         ),
         (
             made("x.csv", b'a,b\n1,2\n3,"4\n5,6\n'),
@@ -366,7 +366,7 @@ BOMB = "unpacks to more than 100 times its size, as no rows do; "
         (table("x.parquet", ("a", pa.nulls(2_000_000, pa.int32()))), BOMB),
         (
             table("x.parquet", *((f"c{i}", [1]) for i in range(10_001))),
-            "has 10,001 columns; at most 10,",
+            "has 10\u202f001 columns; at most 10\u202f000 are read",
         ),
     ],
 )

@@ -90,7 +90,10 @@ def test_arguments(given, kept):
         ('{"a": 1, "a": 2}', "the key 'a' stands twice in an object"),
         ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested deeper than 100 brackets"),
         ('{"a": 1e999}', "holds the number 1e999, which is too large"),
-        ('{"a": ' + "7" * 4000 + "}", "holds a whole number of 4,000 digits; at most 100 are read"),
+        (
+            '{"a": ' + "7" * 4000 + "}",
+            "holds a whole number of 4\u202f000 digits; at most 100 are read",
+        ),
     ],
 )
 def test_json_in_a_text_is_read_by_the_rules_of_rows(text, reason):

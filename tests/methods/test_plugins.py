@@ -195,7 +195,9 @@ def test_figures_that_json_has_no_form_for_are_one_clear_line(folder, table):
     (folder / "feddyn.py").write_text(wrong)
     with pytest.raises(OutputError) as caught:
         fedloom.run(Experiment.from_table({**table, "method": {"name": NAME}}))
-    assert "rounds.jsonl: Object of type Tensor is not JSON serializable; records" in str(caught.value)
+    assert "rounds.jsonl: Object of type Tensor is not JSON serializable; records" in str(
+        caught.value
+    )
     assert str(caught.value).endswith("give the .tolist() of a tensor")
 
 

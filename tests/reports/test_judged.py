@@ -119,18 +119,20 @@ def test_arms_that_were_judged_by_other_rows_are_not_paired(folder, tmp_path):
 def test_comparisons_of_few_seeds_say_what_is_missing(folder, tmp_path):
     """One run that stands for two seeds is one seed, on every page of a comparison."""
     cells = [
-        {"name": f"a-m-s{seed}", "objective": "a", "method": "m", "seed": seed} for seed in (0, 1)
+        {"name": f"a-m_x-s{seed}", "objective": "a", "method": "m_x", "seed": seed}
+        for seed in (0, 1)
     ]
     for cell in cells:
         shutil.copytree(folder, tmp_path / "grid/runs" / cell["name"])
     record = {"name": "grid", "budget": "as_set", "amount": None, "seeds": [0, 1], "links": {}}
-    record |= {"objectives": ["a"], "methods": ["m"], "cells": cells}
+    record |= {"objectives": ["a"], "methods": ["m_x"], "cells": cells}
     files = RunFolder(tmp_path / "grid")
-    note = "a-m-s1 has the seed and settings of a-m-s0: they count as one seed."
+    note = "a-m_x-s1 has the seed and settings of a-m_x-s0: they count as one seed."
     for kind in ("objectives", "personal", "scenarios"):
         files.write_json("comparison.json", {**record, "kind": kind})
         page = write_comparison(files.path).read_text()
         assert note in page and "What these figures mean" in page
+        assert "m_x" in page and "m x" not in page  # a name is written as in the file
         assert "not estimable from 1 seed: needs at least 5" in page and "±" not in page
         found = files.read_json("results.json")
         assert (found["finished"], found["planned"]) == (2, 2)

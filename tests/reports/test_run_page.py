@@ -147,7 +147,7 @@ def test_the_account_of_rows_is_shown(folder):
     run["data"]["account"]["warnings"] = ["mind <this>"]
     RunFolder(folder).write_json("run.json", run)
     page = write_report([folder]).read_text()
-    assert "What became of the rows" in page and "<td>read</td><td>4,321</td>" in page
+    assert "What became of the rows" in page and "<td>read</td><td>4\u202f321</td>" in page
     assert "<td>dropped: not among &lt;b&gt;</td><td>7</td>" in page
     assert "mind &lt;this&gt;" in page and "unaccounted for" not in page
 

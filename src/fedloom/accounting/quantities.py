@@ -34,9 +34,9 @@ def human_seconds(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
-def human_count(count: float) -> str:
-    """Return a whole number with thin thousands: ``12 345``."""
-    return f"{count:,.0f}".replace(",", "\u202f")
+def human_count(count: float, *, signed: bool = False) -> str:
+    """Return a whole number with thin thousands: ``12 345``, or ``+12 345`` if signed."""
+    return f"{count:{'+' * signed},.0f}".replace(",", "\u202f")
 
 
 def human_number(value: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.tokenize import TokenSet, Untokenized
 
 Counts = Mapping[str, int]
@@ -251,7 +252,8 @@ def cut_warnings(accounts: Accounts, kind: str, max_length: int) -> list[str]:
         more = f" and {len(much) - len(shown)} more" if len(much) > len(shown) else ""
         whose += f", of client{'s' if len(much) > 1 else ''} {', '.join(shown)}{more} above all"
     return [
-        f"{max_length} tokens are too few for {cut.cut_rows:,} of {cut.rows:,} {whose} "
+        f"{max_length} tokens are too few for {human_count(cut.cut_rows)} of "
+        f"{human_count(cut.rows)} {whose} "
         f"({cut.share:.1%}): {told_cut(cut, kind)} are cut; raise data.max_length as far as the model "
         "and memory allow"
     ]
@@ -264,7 +266,8 @@ def escaped_warnings(accounts: Accounts) -> list[str]:
         return []
     return [
         f"control tokens of the tokenizer, such as its end token, stand in the text of "
-        f"{cut.escaped_rows:,} of {cut.rows:,} training rows and are encoded as text; if these rows were "
+        f"{human_count(cut.escaped_rows)} of {human_count(cut.rows)} training rows and are "
+        "encoded as text; if these rows were "
         'rendered with the chat template beforehand: data.control_tokens = "control"'
     ]
 
@@ -272,12 +275,20 @@ def escaped_warnings(accounts: Accounts) -> list[str]:
 def told_cut(cut: Cut, kind: str) -> str:
     """Return what was cut in words: from how many rows how many tokens."""
     if kind == "labelled":
-        return f"{cut.prompt_tokens:,} tokens from the end of {cut.prompt_rows:,} texts"
+        return (
+            f"{human_count(cut.prompt_tokens)} tokens from the end of "
+            f"{human_count(cut.prompt_rows)} texts"
+        )
     parts = [
-        (cut.prompt_tokens, f"the beginning of {cut.prompt_rows:,} prompts"),
-        (cut.completion_tokens, f"the end of the answers of {cut.completion_rows:,} rows"),
+        (cut.prompt_tokens, f"the beginning of {human_count(cut.prompt_rows)} prompts"),
+        (
+            cut.completion_tokens,
+            f"the end of the answers of {human_count(cut.completion_rows)} rows",
+        ),
     ]
-    told = " and ".join(f"{tokens:,} tokens from {where}" for tokens, where in parts if tokens)
+    told = " and ".join(
+        f"{human_count(tokens)} tokens from {where}" for tokens, where in parts if tokens
+    )
     return told or "nothing"
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8
 from fedloom.data.rows import RowError
 from fedloom.display.untrusted_text import short
@@ -118,7 +119,7 @@ class _Lines:
     @property
     def place(self) -> str:
         """The row that is being read."""
-        return f"row {self.row + 1} (line {self.first:,})"
+        return f"row {self.row + 1} (line {human_count(self.first)})"
 
     def __iter__(self) -> _Lines:
         return self

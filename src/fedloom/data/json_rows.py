@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn, TextIO
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8, require_text
 from fedloom.data.rows import RowError
 from fedloom.display.untrusted_text import short
@@ -81,7 +82,8 @@ def json_whole(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     del content
     if max(text.count(","), text.count("[") + text.count("{")) > MOST_VALUES:
         raise UnreadableError(
-            f"holds more than {MOST_VALUES:,} values, and a .json file is read whole; {JSON_LINES}"
+            f"holds more than {human_count(MOST_VALUES)} values, and a .json file is read whole; "
+            f"{JSON_LINES}"
         )
     if is_deep(text):
         raise UnreadableError(f"is nested deeper than {DEEPEST} brackets; no row needs that")
@@ -190,7 +192,8 @@ def _skip_line(file: TextIO, number: int) -> None:
             return
         if skipped > SKIPPED:
             raise UnreadableError(
-                f"holds no JSON lines: line {number} goes on beyond {SKIPPED // 2**20:,} Mi characters"
+                f"holds no JSON lines: line {number} goes on beyond "
+                f"{human_count(SKIPPED // 2**20)} Mi characters"
             )
 
 
@@ -245,7 +248,8 @@ def _decoder(wrong: Callable[[str], Any]) -> json.JSONDecoder:
         if len(digits) <= LONGEST_NUMBER:
             return int(digits)
         return wrong(
-            f"holds a whole number of {len(digits):,} digits; at most {LONGEST_NUMBER} are read"
+            f"holds a whole number of {human_count(len(digits))} digits; at most "
+            f"{LONGEST_NUMBER} are read"
         )
 
     def broken(digits: str) -> Any:

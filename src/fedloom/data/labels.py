@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.rows import RowError, as_list, shown
 
 Values = Mapping[str, Sequence[str | int | float | bool]]
@@ -239,7 +240,10 @@ def in_words(found: Mapping[str, int]) -> str:
     """Return values with how often each was met, the commonest first."""
     order = sorted(found, key=lambda value: (-found[value], value))
     more = f" and {len(order) - SHOWN_VALUES} more values" if len(order) > SHOWN_VALUES else ""
-    return ", ".join(f"{value!r} ({found[value]:,})" for value in order[:SHOWN_VALUES]) + more
+    return (
+        ", ".join(f"{value!r} ({human_count(found[value])})" for value in order[:SHOWN_VALUES])
+        + more
+    )
 
 
 def _marks(names: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.account import Account, added
 from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
 from fedloom.data.continuations import continuations
@@ -161,7 +162,8 @@ def without_judged(
     if others:
         shared = [own or group_key(row) in groups for own, row in zip(shared, train, strict=True)]
         warnings.append(
-            f"{len(others):,} of {len(test):,} held-out rows have no column {column!r} (data.group): "
+            f"{human_count(len(others))} of {human_count(len(test))} held-out rows have no "
+            f"column {column!r} (data.group): "
             "training rows with the same prompt are left out in its place"
         )
     count = sum(shared)
@@ -173,8 +175,10 @@ def without_judged(
             prompts = {group_key(row) for row in train}
             both = sum(group_key(row) in prompts for row in test)
             warnings.append(
-                f"{count:,} of {len(train):,} training rows have the prompt of a row of the test set: "
-                f"only exact duplicates are left out ({sum(alike):,}), and {both:,} of {len(test):,} "
+                f"{human_count(count)} of {human_count(len(train))} training rows have the "
+                "prompt of a row of the test set: "
+                f"only exact duplicates are left out ({human_count(sum(alike))}), and "
+                f"{human_count(both)} of {human_count(len(test))} "
                 "held-out rows have their prompt in training"
             )
         shared, reasons = alike, {SAME_ROW: sum(alike)}
@@ -297,8 +301,10 @@ def _hold_out(
         prompts = {group_key(row) for row in kept}
         both = sum(group_key(row) in prompts for row in held)
         warnings = (
-            f"the {len(rows):,} rows share {len(prompts):,} prompt(s), of which none can be held out: "
-            f"rows are held out by prompt and completion, and {both:,} of {len(held):,} held-out rows "
+            f"the {human_count(len(rows))} rows share {human_count(len(prompts))} prompt(s), of "
+            "which none can be held out: "
+            f"rows are held out by prompt and completion, and {human_count(both)} of "
+            f"{human_count(len(held))} held-out rows "
             "have their prompt in training",
         )
     return kept, held, {r: n for r, n in found.dropped[-1].items() if n}, warnings

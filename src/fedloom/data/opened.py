@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from fedloom.accounting.quantities import human_count
 from fedloom.display.untrusted_text import named
 from fedloom.errors import DataError
 
@@ -110,7 +111,10 @@ def not_utf8(text: str) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) - 0xDC00
-        return f"not UTF-8 (byte 0x{byte:02x} after {error.start:,} characters); save the file as UTF-8"
+        return (
+            f"not UTF-8 (byte 0x{byte:02x} after {human_count(error.start)} characters); save "
+            "the file as UTF-8"
+        )
     return None
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.json_rows import DEEPEST
 from fedloom.data.opened import LONGEST_ROW, RATIO, UNPACKED, UnreadableError
 from fedloom.data.rows import RowError
@@ -101,7 +102,8 @@ def _require_measure(source: pyarrow.parquet.ParquetFile, size: int) -> None:
         raise UnreadableError("has no columns")
     if facts.num_columns > MOST_COLUMNS:
         raise UnreadableError(
-            f"has {facts.num_columns:,} columns; at most {MOST_COLUMNS:,} are read: leave out some"
+            f"has {human_count(facts.num_columns)} columns; at most {human_count(MOST_COLUMNS)} "
+            "are read: leave out some"
         )
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]

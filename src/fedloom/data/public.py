@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.account import Account
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.examples import (
@@ -173,7 +174,8 @@ def read_public(
     )
     warnings = (
         (
-            f"{alike:,} of the {len(rows):,} rows of public.source have the prompt of a row of the "
+            f"{human_count(alike)} of the {human_count(len(rows))} rows of public.source have "
+            "the prompt of a row of the "
             "held-out set: as half of them or more have, only equal texts are looked for",
         )
         if alike

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.ambiguity import without_ambiguous
 from fedloom.data.examples import Example, Instruction
 from fedloom.data.files import is_file, is_pattern, read_file
@@ -154,7 +155,7 @@ class Reader:
         if examples:
             return examples
         here = Counter(self.so_far.dropped) - before
-        dropped = ", ".join(f"{count:,} {why}" for why, count in here.items())
+        dropped = ", ".join(f"{human_count(count)} {why}" for why, count in here.items())
         met = ""
         if NOT_AMONG in here and self.met:
             met = f"; the values that there are: {values_in_words(self.met)}"
@@ -364,7 +365,8 @@ class Reader:
             return
         meant = " or ".join(GROUPS[self.kind][:2])
         raise DataError(
-            f"{name}: {self._label(reading)!r} is not understood in {failed:,} of {seen:,} rows; it "
+            f"{name}: {self._label(reading)!r} is not understood in {human_count(failed)} of "
+            f"{human_count(seen)} rows; it "
             f"holds {values_in_words(self.met)}. What is {meant} is not guessed; say it in "
             f"[{self.section}], such as\n"
             f"  {example_line(self.met, self.kind)}\n"

@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.accounting.quantities import human_bytes, human_seconds
+from fedloom.accounting.quantities import human_bytes, human_count, human_number, human_seconds
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
 from fedloom.data.loading import LoadedData, load_examples
@@ -259,7 +259,7 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
             for column, values in part.only.items()
         ]
         if part.max_rows:
-            facts.append(("at most", f"{part.max_rows:,} rows, drawn"))
+            facts.append(("at most", f"{human_count(part.max_rows)} rows, drawn"))
     shares = {
         "own": "all of them are this client's",
         "experiment": "they are everybody's; the experiment's partition gives this client its share",
@@ -313,11 +313,13 @@ def _read(own: OwnFile, experiment: Experiment | None, client: int) -> _Read:
 
 def _counted(loaded: LoadedData, count: int | None) -> str:
     whole = len(loaded.train) + len(loaded.test)
-    text = f"{whole:,} can be used"
+    text = f"{human_count(whole)} can be used"
     if loaded.bad_rows:
-        text += f", {len(loaded.bad_rows):,} malformed"
-    text += "".join(f", {number:,} dropped ({why})" for why, number in loaded.dropped.items())
-    return text if count in (None, whole) else f"{text}; {count:,} examples to train on"
+        text += f", {human_count(len(loaded.bad_rows))} malformed"
+    text += "".join(
+        f", {human_count(number)} dropped ({why})" for why, number in loaded.dropped.items()
+    )
+    return text if count in (None, whole) else f"{text}; {human_count(count)} examples to train on"
 
 
 def _sample(
@@ -393,7 +395,10 @@ def _verdict(examined: Examined, own: OwnFile, rows: int | None) -> tuple[Render
         steps, most = fewest_steps(examined.asked, rows), own.policy.max_steps
         if steps > most:
             reasons.append(
-                ("policy.max_steps", f"{steps:,} batches in a request are above {most:,}")
+                (
+                    "policy.max_steps",
+                    f"{human_count(steps)} batches in a request are above {human_count(most)}",
+                )
             )
     what = Text(_words(examined.asked))
     if reasons:
@@ -420,7 +425,7 @@ def _words(experiment: Experiment) -> str:
     each = work[0] if work else f"{training.local_epochs or 1} local_epochs"
     text = (
         f"{experiment.objective.name} with {experiment.method.name} on {experiment.model.path}, "
-        f"{federation.rounds:,} rounds among {federation.clients:,} clients, "
+        f"{human_count(federation.rounds)} rounds among {human_count(federation.clients)} clients, "
         f"{each} of batches of {training.batch_size}"
     )
     return message(named(text))
@@ -459,9 +464,10 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
     yield (
         "bounds",
         (
-            f"{policy.max_steps:,} batches, {human_seconds(policy.max_seconds)} and "
-            f"{human_bytes(policy.max_bytes)} a request; {policy.max_rounds_a_day:,} rounds "
-            f"and {policy.max_runs_a_day:,} runs a day"
+            f"{human_count(policy.max_steps)} batches, {human_seconds(policy.max_seconds)} and "
+            f"{human_bytes(policy.max_bytes)} a request; {human_count(policy.max_rounds_a_day)} "
+            "rounds "
+            f"and {human_count(policy.max_runs_a_day)} runs a day"
         ),
     )
 
@@ -475,7 +481,7 @@ def _amount(name: str, policy: PolicySettings) -> str:
     value = getattr(policy, name)
     if name == "max_bytes":
         return human_bytes(value)
-    return human_seconds(value) if name == "max_seconds" else f"{value:,}"
+    return human_seconds(value) if name == "max_seconds" else human_number(value)
 
 
 def _ago(when: float) -> str:

@@ -344,7 +344,7 @@ def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -
             heights = [place + rise for rise in _apart(values, width)]
             axes.plot(values, heights, "o", color=PALETTE[4], markersize=4, alpha=0.8, mew=0)
             axes.plot([mean, mean], [place - 0.34, place + 0.34], color=PALETTE[0], linewidth=2.4)
-        axes.set_yticks(range(len(order)), _labels(name.replace("_", " ") for name in order))
+        axes.set_yticks(range(len(order)), _labels(order))
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         _finish_axes(axes, label, "")

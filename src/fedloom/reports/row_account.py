@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedloom.accounting.quantities import human_count
+
 Record = Mapping[str, Any]
 
 USED = {
@@ -31,24 +33,20 @@ def sources(record: Record) -> dict[str, Record]:
 
 def lines(own: Record) -> list[tuple[str, str]]:
     """Return an account as lines: what was read, what was lost and why, what is used."""
-    found = [("read", f"{own['rows']:,}")]
-    found += [(reason, f"{count:+,}") for reason, count in own["made"].items()]
+    found = [("read", human_count(own["rows"]))]
+    found += [(reason, human_count(count, signed=True)) for reason, count in own["made"].items()]
     if own["malformed"]:
-        found.append(("malformed", f"{own['malformed']:,}"))
-    found += [(f"dropped: {reason}", f"{count:,}") for reason, count in own["dropped"].items()]
-    found += [(said, f"{own[name]:,}") for name, said in USED.items() if own[name]]
+        found.append(("malformed", human_count(own["malformed"])))
+    found += [
+        (f"dropped: {reason}", human_count(count)) for reason, count in own["dropped"].items()
+    ]
+    found += [(said, human_count(own[name])) for name, said in USED.items() if own[name]]
     if own["unaccounted"]:
-        found.append(("unaccounted for", f"{own['unaccounted']:,}"))
-    cut = own["cut"]
-    if cut and cut["cut_rows"]:
-        share = cut["cut_rows"] / cut["rows"]
-        found.append(
-            ("cut to max_length, of those trained on", f"{cut['cut_rows']:,} ({share:.1%})")
-        )
-    cut = own["held_out_cut"]
-    if cut and cut["cut_rows"]:
-        share = cut["cut_rows"] / cut["rows"]
-        found.append(("cut to max_length, of those held out", f"{cut['cut_rows']:,} ({share:.1%})"))
+        found.append(("unaccounted for", human_count(own["unaccounted"])))
+    for cut, whose in ((own["cut"], "trained on"), (own["held_out_cut"], "held out")):
+        if cut and cut["cut_rows"]:
+            share = f"{human_count(cut['cut_rows'])} ({cut['cut_rows'] / cut['rows']:.1%})"
+            found.append((f"cut to max_length, of those {whose}", share))
     return found
 
 
@@ -60,11 +58,11 @@ def client_lines(record: Record) -> list[dict[str, str]]:
         rows.append(
             {
                 "client": str(own["client"]),
-                "rows": f"{own['rows']:,}",
-                "made": f"{made:+,}" if made else "",
-                "left out": f"{own['malformed'] + sum(own['dropped'].values()):,}",
-                "trained on": f"{own['trained']:,}",
-                "held out": f"{own['held_out']:,}",
+                "rows": human_count(own["rows"]),
+                "made": human_count(made, signed=True) if made else "",
+                "left out": human_count(own["malformed"] + sum(own["dropped"].values())),
+                "trained on": human_count(own["trained"]),
+                "held out": human_count(own["held_out"]),
                 "cut": f"{cut['cut_rows'] / cut['rows']:.1%}" if cut and cut["rows"] else "",
             }
         )
@@ -77,7 +75,8 @@ def sentence(name: str, own: Record) -> str:
     parts = [(own["malformed"], "malformed"), (dropped, "dropped")]
     parts += [(own[key], said) for key, said in USED.items()]
     parts.append((own["unaccounted"], "unaccounted for"))
-    given = f"{own['rows']:,} read"
+    given = f"{human_count(own['rows'])} read"
     if made:
-        given += f" {'+' if made > 0 else '-'} {abs(made):,} made of them"
-    return f"{name}: {given} = " + " + ".join(f"{count:,} {said}" for count, said in parts if count)
+        given += f" {'+' if made > 0 else '-'} {human_count(abs(made))} made of them"
+    became = (f"{human_count(count)} {said}" for count, said in parts if count)
+    return f"{name}: {given} = " + " + ".join(became)

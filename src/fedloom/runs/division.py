@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.account import Account, Accounts, added
 from fedloom.data.duplicates import near_duplicates
 from fedloom.data.examples import Example, Instruction, Labelled, Preference, as_choice
@@ -489,7 +490,7 @@ def _left_out(dropped: Mapping[str, int]) -> list[str]:
     reasons = [(dropped[r], r) for r in (SAME_PROMPT, SAME_GROUP, SAME_ROW) if dropped.get(r)]
     if not reasons:
         return []
-    told = ", ".join(f"{count:,} with the {reason}" for count, reason in reasons)
+    told = ", ".join(f"{human_count(count)} with the {reason}" for count, reason in reasons)
     return [f"training rows left out: {told}"]
 
 
@@ -506,7 +507,8 @@ def _split_warnings(
         both = sum(group_key(row) in known for row in rows)
         found.append(
             f"{_named(sides.by_row)} too few prompts to hold one out: rows are held out by prompt and "
-            f"completion, and {both:,} of {len(rows):,} held-out rows have their prompt in training"
+            f"completion, and {human_count(both)} of {human_count(len(rows))} held-out rows have "
+            "their prompt in training"
         )
     if sides.without:
         found.append(
@@ -558,8 +560,10 @@ def _overlaps(
         return []
     what = "prompt" if column is None else "data.group"
     return [
-        f"{count:,} training rows have the {what} of a row that another client holds out, and "
-        f"{shared:,} that of a row of the global held-out set; they are trained on, as between machines "
+        f"{human_count(count)} training rows have the {what} of a row that another client holds "
+        "out, and "
+        f"{human_count(shared)} that of a row of the global held-out set; they are trained on, "
+        "as between machines "
         "nobody can know of them"
     ]
 
@@ -586,8 +590,10 @@ def _near(
         pairs.append(f"{where} and {_shown_place(division, client, near)}")
     everyone = sum(position < len(test) for position in found)
     return [
-        f"near-duplicates (Jaccard {threshold:g} of word 3-grams): {everyone:,} of {len(test):,} rows of "
-        f"the global held-out set and {len(found) - everyone:,} of {len(judged) - len(test):,} that "
+        f"near-duplicates (Jaccard {threshold:g} of word 3-grams): {human_count(everyone)} of "
+        f"{human_count(len(test))} rows of "
+        f"the global held-out set and {human_count(len(found) - everyone)} of "
+        f"{human_count(len(judged) - len(test))} that "
         f"clients hold out have one in training, such as {'; '.join(pairs)}"
     ]
 

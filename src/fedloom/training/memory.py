@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fedloom.accounting.memory import training_memory
+from fedloom.accounting.quantities import human_count
 from fedloom.data.client_rows import TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.quantize import Quantization, quantized_bytes
@@ -123,7 +124,7 @@ def pass_warnings(
     count = sum(int((own > asked).sum()) for own in costs.values())
     return [
         f"training rows of more tokens than training.tokens_per_pass = {asked}, each of which has a "
-        f"pass of its own: {count:,}; {takes}"
+        f"pass of its own: {human_count(count)}; {takes}"
     ]
 
 

@@ -112,7 +112,7 @@ def test_a_section_is_escaped_and_says_whose_seed_it_is():
 def test_what_cannot_be_drawn_is_said_in_its_place(kind, value, why):
     (own,) = by_method.drawn([run([{"1": 1}, value], kind=kind)])
     assert own.content == {} and why in own.note
-    assert "<p class=\"note\">" in fill("by_method.html.j2", part=own)
+    assert '<p class="note">' in fill("by_method.html.j2", part=own)
 
 
 def test_nothing_written_is_said_too():
