@@ -115,6 +115,12 @@ def test_what_cannot_be_drawn_is_said_in_its_place(kind, value, why):
     assert '<p class="note">' in fill("by_method.html.j2", part=own)
 
 
+@pytest.mark.parametrize("sections", [3, "x", ["x", 1]])
+def test_a_record_that_was_changed_declares_nothing(sections):
+    own = SimpleNamespace(run={"seed": 0, "sections": sections}, rounds=[])
+    assert by_method.drawn([own]) == []
+
+
 def test_nothing_written_is_said_too():
     (own,) = by_method.drawn([run([])])
     assert own.note == "no round has anything under details['own_figure']"

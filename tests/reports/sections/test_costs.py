@@ -145,7 +145,10 @@ def test_a_grid_to_its_page(comparison_file, tmp_path):
     [
         ({"scenarios": {}}, "needs objectives or scenarios"),
         ({"objectives": {"a": {}}}, "one of the two"),
-        ({"links": {"x": {"uplink": "quick"}}}, "compare.links.x.uplink: 'quick' is not a quantity"),
+        (
+            {"links": {"x": {"uplink": "quick"}}},
+            "compare.links.x.uplink: 'quick' is not a quantity",
+        ),
         ({"links": {"x": {"speed": "3MB"}}}, "compare.links.x.speed"),
     ],
 )

@@ -48,8 +48,8 @@ class Drawn:
 def specs_of(run: Run) -> list[SectionSpec]:
     """Return the sections that a run's method declares."""
     declared = run.run.get("sections")
-    if declared is not None:
-        return [SectionSpec.from_record(own) for own in declared]
+    if isinstance(declared, list):
+        return [SectionSpec.from_record(own) for own in declared if isinstance(own, Mapping)]
     keys = {key for record in run.rounds for key in record.get("details", {})}
     return [own for key, own in EARLIER.items() if key in keys]
 
