@@ -57,7 +57,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="fedloom", standalone_mode=False)
     except FedloomError as error:
         typer.secho(message(f"fedloom: {error}"), fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
