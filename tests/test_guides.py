@@ -55,9 +55,8 @@ def test_the_page_of_reproducibility(tmp_path):
     said = play("reproducibility.md", tmp_path)
     assert any("3 states, the first that differs: none" in text for text in said)
     first = json.loads((tmp_path / "first/summary.json").read_text())
-    scores = json.loads((tmp_path / "evaluations/first/held_out.json").read_text())
-    metric = "preference_accuracy"
-    assert scores["metrics"][metric] == pytest.approx(first["after"])
+    scores = json.loads((tmp_path / "evaluations/experiment/held_out.json").read_text())
+    assert scores["evaluated"][0]["metrics"]["preference_accuracy"] == first["after"]
 
 
 SITES = ("north", "south", "east")
