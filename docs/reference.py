@@ -26,7 +26,7 @@ from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.benchmarks import GenerationSettings
 from fedloom.runs.comparison import CompareSettings, LinkSettings
-from fedloom.settings.schema import Settings
+from fedloom.settings.schema import Settings, descriptions
 
 HERE = Path(__file__).parent
 
@@ -106,10 +106,11 @@ def rows_of(kind: type[Settings]) -> Iterator[str]:
     """Yield the lines of a table of settings."""
     yield "| setting | type | default | |"
     yield "| --- | --- | --- | --- |"
+    said = descriptions(kind)
     for name, field in kind.model_fields.items():
-        if name == "name" and field.description is None:
+        if name == "name" and name not in said:
             continue  # it stands in the heading
-        words = " ".join((field.description or "").split()).replace("|", "\\|")
+        words = " ".join(said.get(name, "").split()).replace("|", "\\|")
         kind_of = type_of(field.annotation) + bounds_of(field)
         yield f"| `{name}` | {kind_of} | {default_of(field)} | {words} |"
 

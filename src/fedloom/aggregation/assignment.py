@@ -18,8 +18,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import eye_array, kron, vstack
 from torch import Tensor
 
 
@@ -101,6 +99,9 @@ def assign_experts(
         ValueError: Relevances that are not finite, or limits that cannot be kept; each violated
             inequality is named.
     """
+    from scipy.optimize import linprog  # which no other method waits for
+    from scipy.sparse import eye_array, kron, vstack
+
     experts, clients = relevance.shape
     limits = (clients_per_expert, max_experts_per_client, min_experts_per_client)
     if not np.isfinite(relevance).all():

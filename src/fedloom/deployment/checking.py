@@ -44,6 +44,7 @@ from fedloom.reports import row_account
 from fedloom.runs.model_building import model_folder
 from fedloom.runs.token_rows import longest
 from fedloom.settings.plugins import Choices
+from fedloom.settings.schema import descriptions
 
 
 def _sending(what: Reveal) -> list[str]:
@@ -474,7 +475,7 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
 
 def _said(name: str) -> str:
     """Return the description of a line of the policy."""
-    return " ".join(str(PolicySettings.model_fields[name].description).split())
+    return " ".join(descriptions(PolicySettings)[name].split())
 
 
 def _amount(name: str, policy: PolicySettings) -> str:

@@ -22,7 +22,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.optimize import minimize
 
 from fedloom.aggregation.server_optimizers import difference, nesterov_momentum
 from fedloom.federation.protocol import Cohort, Round
@@ -172,6 +171,8 @@ class FDLoRA(KeepsAdapter):
         return reply
 
     def _mix(self, client: Client, payload: Payload) -> Payload:
+        from scipy.optimize import minimize  # which no other method waits for
+
         private = client.store.get(PRIVATE, payload.tensors)
 
         def write(weights: NDArray[np.float64]) -> None:

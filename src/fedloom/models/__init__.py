@@ -2,7 +2,12 @@
 
 import logging
 
+from fedloom.models.peft_backends import without_bitsandbytes
+
 # Optional libraries that peft imports where they are installed; what they could not load and we do not
 # use tells a user nothing.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+with without_bitsandbytes():
+    import peft as peft  # here, so that it is imported without, whichever file here needs it first

@@ -6,6 +6,7 @@ knows none of them. Each of Pydantic's errors becomes one line that names the ne
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,7 +28,6 @@ class Settings(BaseModel):
         frozen=True,
         strict=True,
         validate_default=True,
-        use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
 
@@ -54,6 +54,26 @@ class Of:
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def descriptions(settings_class: type[Settings]) -> dict[str, str]:
+    """Return what stands below each setting of a class in its source.
+
+    Pydantic would read all of it whenever a class is made, in every process, and few ask for it.
+    """
+    import ast
+    import inspect
+    import textwrap
+
+    found = {}
+    for own in reversed(settings_class.__mro__[: settings_class.__mro__.index(Settings)]):
+        source = ast.parse(textwrap.dedent(inspect.getsource(own))).body[0]
+        assert isinstance(source, ast.ClassDef)
+        for field, text in itertools.pairwise(source.body):
+            match field, text:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(words))):
+                    found[name] = inspect.cleandoc(words)
+    return found
 
 
 def parse(

@@ -128,15 +128,27 @@ def share_interval(successes: float, units: int, over: str = "rows") -> Interval
         units: Of how many; with 0 nothing is estimable.
         over: What the units are.
     """
-    from scipy.stats import binomtest
-
     if not units:
         return Interval(None, None, None, 0, over, missing=f"not estimable without {over}")
-    ends = [
-        binomtest(min(units, round_(successes)), units).proportion_ci(LEVEL, method="wilson")
-        for round_ in (math.floor, math.ceil)
-    ]
-    return Interval(successes / units, float(ends[0].low), float(ends[1].high), units, over)
+    low, high = (
+        _wilson(min(units, round_(successes)), units)[end]
+        for end, round_ in enumerate((math.floor, math.ceil))
+    )
+    return Interval(successes / units, low, high, units, over)
+
+
+def _wilson(successes: int, units: int) -> tuple[float, float]:
+    """Return Wilson's interval (Newcombe 1998, method 3), as ``scipy.stats.binomtest`` does to the bit.
+
+    That one is not called, as the import of ``scipy.stats`` takes as long as a first step.
+    """
+    from scipy.special import ndtri
+
+    z, share = float(ndtri(0.5 + 0.5 * LEVEL)), successes / units
+    whole = 2 * (units + z**2)
+    centre = (2 * units * share + z**2) / whole
+    half = z / whole * math.sqrt(4 * units * share * (1 - share) + z**2)
+    return (centre - half if successes else 0.0, centre + half if successes < units else 1.0)
 
 
 def mean_interval(
