@@ -14,6 +14,9 @@ REPEATED = "reference_again"
 """The same after a resume, by a client that had done it before the stop: recorded, but left out of every
 total, so that the totals of a run do not depend on whether it was stopped."""
 
+EVALUATE = "evaluate"
+"""The phase, and the action, that trains nothing."""
+
 BEGIN = "begin"
 """Phase in which a client is sent the starting adapter of the run."""
 

@@ -21,8 +21,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.accounting.quantities import human_bytes, human_flops, human_seconds
+from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
 from fedloom.display.untrusted_text import HIDDEN, message, visible
+from fedloom.runs.progress import RoundWork, TimeLeft, tokens_a_second
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,8 +163,8 @@ class Terminal(Lines):
     """Plain lines: one for each round."""
 
     plan: Plan | None = None
-    started: float = field(default_factory=time.perf_counter)
-    first_round: int | None = None
+    last: float = field(default_factory=time.perf_counter)
+    time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
     under_way: str = "evaluating the start"
 
     def stage(self, text: str) -> None:
@@ -173,7 +174,8 @@ class Terminal(Lines):
 
     def begin(self, plan: Plan) -> None:
         """Print the plan of the run."""
-        self.plan, self.started = plan, time.perf_counter()
+        self.plan, self.last = plan, time.perf_counter()
+        self.time_left = TimeLeft(plan.ahead or [RoundWork(1.0)] * (plan.rounds + 1))
         if not self.silent:
             for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
                 self.line(text, style)
@@ -204,8 +206,9 @@ class Terminal(Lines):
 
     def _cells(self, record: RoundRecord) -> Mapping[str, str]:
         assert self.plan is not None
-        if self.first_round is None:
-            self.first_round, self.started = record.round, time.perf_counter()
+        now = time.perf_counter()
+        self.time_left.round_done(record, now - self.last)
+        self.last, speed = now, tokens_a_second(record)
         down = sum(cost.bytes_down for cost in record.costs)
         up = sum(cost.bytes_up for cost in record.costs)
         metric, worst = self._judged(record.evaluation)
@@ -219,6 +222,7 @@ class Terminal(Lines):
             self.plan.metric: _number(metric),
             "worst client": _number(worst),
             "sent": f"{human_bytes(down)} down {human_bytes(up)} up" if down + up else "",
+            "tokens/s": human_count(round(speed)) if speed else "",
             "left": self._left(record.round),
         }
 
@@ -241,11 +245,9 @@ class Terminal(Lines):
         return evaluation.metrics.get(name), worst(own) if own else None
 
     def _left(self, round: int) -> str:
-        assert self.plan is not None and self.first_round is not None
-        if round == self.first_round or round == self.plan.rounds:
-            return ""
-        per_round = (time.perf_counter() - self.started) / (round - self.first_round)
-        return human_seconds(per_round * (self.plan.rounds - round))
+        assert self.plan is not None
+        left = self.time_left.seconds()
+        return "" if left is None or round == self.plan.rounds else human_seconds(left)
 
 
 @dataclass

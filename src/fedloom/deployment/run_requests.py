@@ -21,6 +21,7 @@ from fedloom.errors import FedloomError, OutputError, RoundFailed
 from fedloom.federation.records import Absence, Evaluation, RoundRecord
 from fedloom.federation.violations import Violation
 from fedloom.runs.observers import Plan, RunObserver
+from fedloom.runs.progress import RoundWork
 from fedloom.settings.schema import Settings
 
 LOOK = 0.1
@@ -224,10 +225,10 @@ def show(events: Iterator[dict[str, Any]], observer: RunObserver) -> str:
             case "attendance":
                 pass  # of interest to `fedloom status`
             case "begin":
-                names = {
-                    int(client): name for client, name in event_record["plan"]["names"].items()
-                }
-                observer.begin(Plan(**{**event_record["plan"], "names": names}))
+                plan = event_record["plan"]
+                names = {int(client): name for client, name in plan["names"].items()}
+                ahead = tuple(RoundWork(*work) for work in plan.get("ahead", ()))
+                observer.begin(Plan(**{**plan, "names": names, "ahead": ahead}))
             case "round_done":
                 observer.round_done(_record(event_record["record"]))
             case _:

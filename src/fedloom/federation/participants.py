@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from fedloom.randomness import generator
 from fedloom.settings.schema import Of, Settings
 
 
@@ -123,3 +125,10 @@ class FederationSettings(Settings):
     def cohort_size(self) -> int:
         """Clients drawn for each round."""
         return self.clients_per_round or self.clients
+
+
+def draw_cohort(settings: FederationSettings, round: int, there: Sequence[int]) -> tuple[int, ...]:
+    """Return the clients of a round, ascending, drawn from those that are there."""
+    size = min(settings.cohort_size, len(there))
+    drawn = generator(settings.seed, "cohort", round=round).choice(there, size=size, replace=False)
+    return tuple(sorted(int(client) for client in drawn))

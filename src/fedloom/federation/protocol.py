@@ -6,13 +6,11 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedloom.accounting.costs import EVALUATE as EVALUATE
 from fedloom.federation.presence import Presence
 from fedloom.tensors import State
 from fedloom.wire.messages import Exchange, Reply
 from fedloom.wire.schema import LOSS, NumberSpec
-
-EVALUATE = "evaluate"
-"""The action that trains nothing."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fedloom.errors import OutputError, RoundFailed
 from fedloom.federation.admission import Admission
 from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
-from fedloom.federation.participants import FederationSettings
+from fedloom.federation.participants import FederationSettings, draw_cohort
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.protocol import Cohort, Method, Replies, Round
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
@@ -160,10 +160,7 @@ class Server:
                 f"round {round}: all clients are in quarantine for repeated violations ("
                 f"admission.offences = {self.admission.settings.offences}): {sorted(paused)}"
             )
-        size = min(self.federation.cohort_size, len(there))
-        rng = generator(self.federation.seed, "cohort", round=round)
-        drawn = rng.choice(there, size=size, replace=False)
-        clients = tuple(sorted(int(client) for client in drawn))
+        clients = draw_cohort(self.federation, round, there)
         last = round == self.federation.rounds
         return Cohort(
             round, clients, presence, self.learning_rate(round), last=last, reported=self.reported

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from fedloom.display.untrusted_text import message
 from fedloom.federation.records import Evaluation, Observer, RoundRecord
+from fedloom.runs.progress import RoundWork
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
         names: What each client is called, where it has a name.
         work: What a round trains beside what the evaluation of the start takes, so that the time of the
             former can be told from that of the latter; 0 where that is not known.
+        ahead: What each round does, that of the start first, as far as it is known.
     """
 
     headline: str
@@ -36,6 +38,7 @@ class Plan:
     higher_is_better: bool
     names: Mapping[int, str] = field(default_factory=dict)
     work: float = 0.0
+    ahead: tuple[RoundWork, ...] = ()
 
 
 class RunObserver(Observer, Protocol):

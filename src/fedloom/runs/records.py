@@ -50,12 +50,14 @@ from fedloom.runs.assembly import RunComponents
 from fedloom.runs.division import PartitionedData
 from fedloom.runs.made_with import MadeWith, plugins_record
 from fedloom.runs.model_building import of_server
+from fedloom.runs.progress import trained_tokens
 from fedloom.runs.start import Start
 from fedloom.runs.verification import sentence
 from fedloom.statistics.intervals import Sample, change, sample_interval
 from fedloom.storage import run_folder as names
 from fedloom.training.layout import tokens_per_pass
 from fedloom.training.memory import client_memory
+from fedloom.training.steps import row_tokens
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
 
@@ -126,6 +128,7 @@ def _data_record(experiment: Experiment, parts: RunComponents) -> dict[str, Any]
         "kind": division.loaded.kind,
         "max_length": parts.max_length,
         "train": sum(parts.engine.sizes().values()),
+        "tokens": sum(int(row_tokens(own).sum()) for own in parts.local.shares.values()) or None,
         "client_held_out": sum(len(rows) for rows in division.held_out.values()),
         "global_held_out": len(division.test),
         "malformed": parts.accounts.malformed,
@@ -373,6 +376,7 @@ def round_record(
         "train": dict(record.train) or None,
         "client_train": {str(c): dict(m) for c, m in record.client_train.items()},
         "evaluation": _evaluation_record(record.evaluation, headline),
+        "tokens": trained_tokens(record),
         "bytes_down": sum(cost.bytes_down for cost in costs),
         "bytes_up": sum(cost.bytes_up for cost in costs),
         "flops": sum(cost.flops for cost in costs),

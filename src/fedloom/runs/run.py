@@ -34,6 +34,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unread import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.engine import RemoteEngine, RunDescription
+from fedloom.federation.participants import draw_cohort
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
@@ -56,6 +57,7 @@ from fedloom.runs.made_with import (
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.model_cards import ModelCards
 from fedloom.runs.observers import Plan, RunObserver, Silent
+from fedloom.runs.progress import RoundWork
 from fedloom.runs.records import (
     SIMULATION,
     answers_of,
@@ -96,6 +98,7 @@ from fedloom.storage.run_folder import Record, RunFolder, other_versions
 from fedloom.tensors import State, Tensors
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import OnStep, reported
+from fedloom.training.steps import row_tokens
 from fedloom.wire.messages import Payload, encode
 from fedloom.wire.schema import Schema
 
@@ -465,7 +468,7 @@ class _Run:
             reported=reported(parts.objective),
             presence=self.presence,
         )
-        self.observer.begin(_plan(experiment, parts))
+        self.observer.begin(_plan(experiment, parts, done))
         if done < 0:
             self.observer.stage(_evaluated_first(parts))
         self.saved = done
@@ -842,7 +845,7 @@ def _require_same_model(folder: RunFolder, run: Record | None, parts: RunCompone
         )
 
 
-def _plan(experiment: Experiment, parts: RunComponents) -> Plan:
+def _plan(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
     federation, sizes = experiment.federation, parts.engine.sizes()
     headline = PRIMARY_METRICS[parts.division.judged]
     trained = sum(p.numel() for p in parts.model.parameters.values())
@@ -872,7 +875,41 @@ def _plan(experiment: Experiment, parts: RunComponents) -> Plan:
         headline.higher_is_better,
         {client: parts.engine.title(client) for client in sorted({*sizes, *absent})},
         _work(experiment, parts, sizes) if there == len(parts.local.sizes()) else 0.0,
+        _ahead(experiment, parts, sizes, done),
     )
+
+
+def _ahead(
+    experiment: Experiment, parts: RunComponents, sizes: Mapping[int, int], done: int
+) -> tuple[RoundWork, ...]:
+    """Return what each round does, from the evaluation of the start on, if who is there now stays.
+
+    Of clients elsewhere rows are known and no tokens; a token a row does then.
+    """
+    federation, training = experiment.federation, experiment.training
+    every, scores = experiment.evaluation.every, parts.objective.needs_reference
+    participations = federation.rounds * min(federation.cohort_size, len(sizes)) / len(sizes)
+    tokens = {
+        client: float(row_tokens(parts.local.shares[client]).sum())
+        if client in parts.local.shares
+        else float(rows)
+        for client, rows in sizes.items()
+    }
+    due = {
+        client: training.work(rows, participations).most_tokens(
+            rows, tokens[client], training.batch_size
+        )
+        for client, rows in sizes.items()
+    }
+    new, found = set(sizes), [RoundWork(0.0)]
+    for round in range(1, federation.rounds + 1):
+        cohort = draw_cohort(federation, round, tuple(sizes))
+        first = new.intersection(cohort) if scores and round > done else set()
+        new -= first
+        judged = float(round % every == 0 or round == federation.rounds)
+        trained = sum(due[client] for client in cohort)
+        found.append(RoundWork(trained, sum(tokens[client] for client in first), judged))
+    return tuple(found)
 
 
 TRAINED = 3.0

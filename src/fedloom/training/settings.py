@@ -80,6 +80,18 @@ class Work:
             bounds.append(self.epochs * -(-rows // batch_size))
         return min(bounds)
 
+    def most_tokens(self, rows: int, tokens: float, batch_size: int) -> float:
+        """Return how many tokens this can train on at most, of rows with so many together."""
+        bounds = [math.inf if self.tokens is None else float(self.tokens)]
+        a_row = tokens / max(1, rows)
+        if self.epochs is not None:
+            bounds.append(self.epochs * tokens)
+        if self.steps is not None:
+            bounds.append(self.steps * batch_size * a_row)
+        if self.examples is not None:
+            bounds.append(self.examples * a_row)
+        return min(bounds)
+
 
 ADAM = Of("training.optimizer", ("adam", "adamw"))
 
