@@ -19,6 +19,7 @@ from fedloom.commands import data
 from fedloom.commands import evaluate
 from fedloom.commands import compare
 from fedloom.commands import advise
+from fedloom.commands import tune
 from fedloom.commands import export
 from fedloom.commands import keys
 from fedloom.commands import members
@@ -36,6 +37,7 @@ COMMANDS = (
     evaluate,
     compare,
     advise,
+    tune,
     export,
     keys,
     members,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedloom.runs.comparison import Comparison
     from fedloom.runs.cost_estimate import Estimate
     from fedloom.runs.observers import Plan
+    from fedloom.runs.tuning import Trial
 
 SHOWN_ROUNDS = 12
 """Rounds in the live table; earlier ones scroll away (all are in rounds.jsonl)."""
@@ -484,6 +485,27 @@ def estimate_table(options: Sequence[Estimate]) -> Table:
             human_bytes(option.memory),
             human_seconds(option.seconds),
             "yes" if option.fits else "no",
+        )
+    return table
+
+
+def tuning_table(trial: Trial) -> Table:
+    """Return how fast each value of a setting was."""
+    first = trial.candidates[0]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(first.setting, justify="right")
+    for column in ("tokens/s", "peak memory", f"times as fast as {first.value}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for own in trial.candidates:
+        if own.problem:
+            table.add_row(str(own.value), own.problem)
+            continue
+        ends = f" ({min(own.ratios):.2f}-{max(own.ratios):.2f})" if own is not first else ""
+        table.add_row(
+            str(own.value),
+            human_count(round(own.speed)),
+            human_bytes(own.memory),
+            f"{own.ratio:.2f}{ends}",
         )
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -138,3 +139,55 @@ def _without_none(table: Mapping[str, Any]) -> Table:
         for key, value in table.items()
         if value is not None
     }
+
+
+def set_key(text: str, section: str, key: str, value: int, source: str) -> str:
+    """Return a TOML file's text with one number set, and every other line as it was.
+
+    Args:
+        text: Of the file.
+        section: A table of the file, or one that is not in it yet.
+        key: In the section.
+        value: What is set.
+        source: The file, for messages.
+
+    Raises:
+        SettingsError: The section is written in a way that a line cannot be put into (``training = { }``,
+            ``training.key = 1``).
+    """
+    wanted: Table = tomllib.loads(text)
+    wanted.setdefault(section, {})[key] = value
+    end = "\r\n" if "\r\n" in text else "\n"
+    lines = text.splitlines(keepends=True)
+    new = f"{key} = {value}"
+    header = re.compile(rf"\s*\[\s*{re.escape(section)}\s*\]\s*(#.*)?$")
+    own = re.compile(rf"(\s*){re.escape(key)}\s*=\s*[^#\r\n]*?(\s*(?:#.*)?)$")
+    at = next((i for i, line in enumerate(lines) if header.match(line.rstrip("\r\n"))), None)
+    if at is None:
+        ended = "" if not text or text.endswith("\n") else end
+        changed = f"{text}{ended}{end if text else ''}[{section}]{end}{new}{end}"
+    else:
+        inside = range(at + 1, len(lines))
+        stop = next((i for i in inside if lines[i].lstrip().startswith("[")), len(lines))
+        for i in range(at + 1, stop):
+            bare = lines[i].rstrip("\r\n")
+            if found := own.match(bare):
+                lines[i] = f"{found[1]}{new}{found[2]}{lines[i][len(bare) :]}"
+                break
+        else:
+            lines[at] = lines[at].rstrip("\r\n") + end
+            lines.insert(at + 1, new + end)
+        changed = "".join(lines)
+    try:
+        right = tomllib.loads(changed) == wanted
+    except NOT_TOML:
+        right = False
+    if not right:
+        raise SettingsError(
+            [
+                f"no line of [{section}] can be set to {key} = ...: write the section as a line "
+                f"[{section}] with one line for each setting below it"
+            ],
+            source,
+        )
+    return changed
