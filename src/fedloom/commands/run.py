@@ -52,11 +52,17 @@ def run(
         typer.Option(help="simulation: all clients in this process; flower: on other machines."),
     ] = "simulation",
     server_folder: ServerFolderOption = SERVER_FOLDER,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Leave a trace for Perfetto in the run folder."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
     if engine not in ("simulation", "flower"):
         raise typer.BadParameter(f"{engine!r} is not an engine; there are simulation and flower")
+    if profile and engine == "flower":
+        raise typer.BadParameter("--profile is of a simulation: clients elsewhere are not recorded")
     if engine == "flower":
         _run_between_machines(
             server_folder, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
@@ -81,10 +87,13 @@ def run(
                 from_round=from_round,
                 fresh_clients=fresh_client or [],
                 observer=observer,
+                profile=profile,
             )
         else:
             assert experiment is not None
-            result = run_experiment(_read_run(experiment, assignments), observer=observer)
+            result = run_experiment(
+                _read_run(experiment, assignments), observer=observer, profile=profile
+            )
     say(result.summary_text)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, Cost
 from fedloom.accounting.quantities import human_count
@@ -102,6 +102,9 @@ from fedloom.training.steps import row_tokens
 from fedloom.wire.messages import Payload, encode
 from fedloom.wire.schema import Schema
 
+if TYPE_CHECKING:
+    from fedloom.runs.profiling import Profile
+
 PUT_BACK = "put it back from a backup, or start a new run"
 """Advice where a record of a run to resume is damaged."""
 
@@ -115,8 +118,12 @@ def run_experiment(
     observer: RunObserver,
     remote: RemoteEngine | None = None,
     on_step: OnStep | None = None,
+    profile: bool = False,
 ) -> Result:
-    """Run an experiment in a new folder, with clients in this process or where ``remote`` has them."""
+    """Run an experiment in a new folder, with clients in this process or where ``remote`` has them.
+
+    With ``profile`` a trace of where the time goes is left in the folder.
+    """
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
     with _new_folder(experiment) as folder:
@@ -149,6 +156,7 @@ def run_experiment(
             for text in made.warnings:
                 observer.warning(text)
             run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
+            run.profiled = profile
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
@@ -173,6 +181,7 @@ def resume_run(
     data: DataSource | None = None,
     remote: RemoteEngine | None = None,
     on_step: OnStep | None = None,
+    profile: bool = False,
 ) -> Result:
     """Continue the run in ``path`` and end with the same bits as if it had never stopped.
 
@@ -187,6 +196,7 @@ def resume_run(
         data: As in :func:`run`, if the run was started with one.
         remote: Where the clients are, if not in this process.
         on_step: Called after each optimizer step of a client in this process.
+        profile: Whether a trace of where the time goes is left in the folder.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
@@ -239,6 +249,7 @@ def resume_run(
         if cut := record_marks.cut_back(folder, saved.records["files"] if saved else {}):
             observer.stage(f"cut off, as these rounds are run again: {', '.join(cut)}")
         run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
+        run.profiled = profile
         run.prepare(done, begun if done >= 0 else None)
         if saved is not None:
             run.presence = _presence_of(saved, parts)
@@ -343,6 +354,8 @@ class _Run:
     presence: Presence = NOBODY_YET
     last: tuple[int, State, dict[str, Any], Presence] | None = None
     saved: int = -1
+    profiled: bool = False
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         """Begin to follow the records."""
@@ -473,7 +486,8 @@ class _Run:
             self.observer.stage(_evaluated_first(parts))
         self.saved = done
         try:
-            state = server.run(state, done)
+            with self._profiling(server, done) as server:
+                state = server.run(state, done)
         except BaseException as error:
             self._keep_last()
             if isinstance(error, KeyboardInterrupt):
@@ -485,6 +499,23 @@ class _Run:
             for tracker in self.trackers:
                 tracker.close()
         return self._finish(state)
+
+    @contextlib.contextmanager
+    def _profiling(self, server: Server, done: int) -> Iterator[Server]:
+        """Yield the server; where a trace is asked for, one of which everything is noted."""
+        if not self.profiled:
+            yield server
+            return
+        from fedloom.runs.profiling import Profile
+
+        self.profile = Profile(self.folder.path / f"trace-{done + 1:04d}.json")
+        try:
+            with self.profile.recording(server) as watched:
+                yield watched
+        finally:
+            self.observer.stage(
+                f"profile: {self.profile.path}  (open it at https://ui.perfetto.dev or chrome://tracing)"
+            )
 
     def _finish_round(self, record: RoundRecord, state: State) -> None:
         self.audit.record("round", round=record.round, state=state.digest())
@@ -523,11 +554,13 @@ class _Run:
 
     def _save(self, round: int, state: State, records: dict[str, Any], presence: Presence) -> None:
         store = self.parts.local.store
-        checkpoint.save(
-            self.folder.checkpoints,
-            Checkpoint(round, state, store.flat(), self.digest, records, presence.to_table()),
-            store.changed,
-        )
+        profile = self.profile
+        with profile.span("checkpoint", round=round) if profile else contextlib.nullcontext():
+            checkpoint.save(
+                self.folder.checkpoints,
+                Checkpoint(round, state, store.flat(), self.digest, records, presence.to_table()),
+                store.changed,
+            )
         store.changed.clear()
         self.saved = round
 
