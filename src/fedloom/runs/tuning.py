@@ -25,7 +25,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 from fedloom.runs.start import find_start, settled
 from fedloom.tensors import Tensors
 from fedloom.training.layout import budget_of, tokens_per_pass
@@ -173,7 +173,7 @@ def tune(
     start = find_start(experiment)
     experiment = settled(experiment, start)
     stage("reading data")
-    parts = assemble(experiment, divide(experiment), stage=stage, start=start)
+    parts = assemble(experiment, partition_data(experiment), stage=stage, start=start)
     bench = _bench(experiment, parts)
     auto = tokens_per_pass(experiment.training.model_copy(update={TOKENS: "auto"}), bench.model)
     if auto is None:
