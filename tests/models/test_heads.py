@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedloom.errors import ModelError
+from fedloom.models import adapters
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
 from fedloom.models.heads import (
     PersonalModules,
@@ -150,6 +151,22 @@ def test_flops_are_those_torch_counts(model_folder, parts, freeze):
         if loss.requires_grad:
             loss.backward()
     assert model.flops == counter.get_total_flops()
+
+
+def test_a_shape_is_read_off_the_modules_once_for_what_is_frozen(monkeypatch):
+    model, read = personal(), []
+    before, real = model.shape, adapters.model_shape
+    monkeypatch.setattr(
+        adapters, "model_shape", lambda *of, **how: read.append(1) or real(*of, **how)
+    )
+    for names in ([], ["own.reward.weight"], [], ["own.reward.weight"], ["own.head.weight"]):
+        with model.frozen(names):
+            assert (model.shape is before) == (not names)
+        assert model.shape is before
+    assert len(read) == 2
+    model.shape = real(model.model)  # of a model that has changed
+    with model.frozen(["own.reward.weight"]):
+        assert len(read) == 3
 
 
 def test_what_is_frozen_stays_and_is_trained_again_afterwards():

@@ -41,7 +41,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedloom.accounting.flops import backward_flops, forward_flops
+from fedloom.accounting.flops import ModelShape, backward_flops, forward_flops
 from fedloom.data.batch import Predicting, Reading, Sequences
 from fedloom.errors import ModelError, first_line
 from fedloom.models.allowance import Allowance
@@ -209,6 +209,7 @@ class AdapterModel:
         prompt = getattr(config, "num_virtual_tokens", 0)
         self.virtual_tokens = int(prompt or 0)
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
+        self._partly_trained: tuple[ModelShape, dict[frozenset[str], ModelShape]] = self.shape, {}
         self.flops = 0.0
         self.allowance = Allowance()
         self.base = FrozenWeights(model)
@@ -410,17 +411,32 @@ class AdapterModel:
     @contextmanager
     def frozen(self, names: Collection[str]) -> Iterator[None]:
         """Inside, the parameters of these names stay as they are and cost no gradient."""
+        if not names:
+            yield
+            return
         everything, shape = self.parameters, self.shape
         for name in names:
             everything[name].requires_grad_(False)
         self.parameters = {n: p for n, p in everything.items() if n not in names}
-        self.shape = model_shape(self.model, gradient_enters=self.virtual_tokens > 0)
+        self.shape = self._shape_of(shape, frozenset(self.parameters))
         try:
             yield
         finally:
             for name in names:
                 everything[name].requires_grad_(True)
             self.parameters, self.shape = everything, shape
+
+    def _shape_of(self, whole: ModelShape, trained: frozenset[str]) -> ModelShape:
+        """Return the shape with these parameters trained, once for as long as the model has this shape.
+
+        Reading it off the modules takes as long as half an optimizer step of a small model.
+        """
+        if self._partly_trained[0] is not whole:
+            self._partly_trained = whole, {}
+        known = self._partly_trained[1]
+        if trained not in known:
+            known[trained] = model_shape(self.model, gradient_enters=self.virtual_tokens > 0)
+        return known[trained]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
