@@ -26,12 +26,13 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.division import partition_data
-from fedloom.runs.start import find_start, settled
+from fedloom.runs.start import find_start, with_adapter_settings
 from fedloom.tensors import Tensors
 from fedloom.training.layout import budget_of, tokens_per_pass
 from fedloom.training.memory import is_out_of_memory
+from fedloom.training.passes import Layout
 from fedloom.training.settings import TrainingSettings, Work
-from fedloom.training.steps import Layout, local_loss, train_locally
+from fedloom.training.steps import local_loss, train_locally
 
 TOKENS, THREADS = "tokens_per_pass", "threads"
 
@@ -171,7 +172,7 @@ def tune(
     """
     _require_tokens_counted(experiment)
     start = find_start(experiment)
-    experiment = settled(experiment, start)
+    experiment = with_adapter_settings(experiment, start)
     stage("reading data")
     parts = assemble(experiment, partition_data(experiment), stage=stage, start=start)
     bench = _bench(experiment, parts)
