@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+import numpy as np
 import torch
 
 from fedloom.accounting.ledger import peak_memory, reset_peak_memory
@@ -153,7 +154,7 @@ class _Bench:
         """Return the rows of each pass over all of the client's rows: candidates alike are one."""
         settings = _with(self.training, TOKENS, tokens)
         layout = Layout(self.model, self.share, budget_of(settings, self.model))
-        return tuple(map(len, layout.passes()))
+        return tuple(sum(map(len, own)) for own in layout.passes(np.arange(len(self.share))))
 
 
 def tune(
