@@ -1,4 +1,4 @@
-"""What every engine must do, asked of both: a third one would be added here and nowhere else."""
+"""What every engine must do, asked of all: another one would be added here and nowhere else."""
 
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from fedloom.runs.division import partition_data
 from fedloom.training.results import reported
 from fedloom.wire.messages import Exchange, Payload, decode
 from fedloom.wire.schema import Schema
+from pools import with_pool
 
 
 def run_description(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
@@ -22,12 +23,15 @@ def run_description(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
     return RunDescription("0" * 32, experiment.to_toml(), classes, parts.model_digest, began, audit)
 
 
-@pytest.fixture(params=["simulation", "flower"])
+@pytest.fixture(params=["simulation", "workers", "flower"])
 def engine(request, experiment):
     """An engine with three clients that is ready, and its parts."""
     settings = experiment(training={"local_steps": 1}, federation={"patience": 0.5})
     if request.param == "simulation":
         parts = assemble(settings, partition_data(settings))
+        return parts.engine, parts
+    if request.param == "workers":
+        parts, _ = with_pool(settings)
         return parts.engine, parts
     remote = request.getfixturevalue("loopback")(3).engine(settings)
     parts = assemble(settings, partition_data(settings), remote=remote)

@@ -24,6 +24,7 @@ from fedloom.runs.observers import Callbacks, RunObserver, Silent
 from fedloom.runs.result import Result
 from fedloom.runs.row_tables import show_partition
 from fedloom.runs.run import resume_run, run_experiment
+from fedloom.runs.workers import Workers
 from fedloom.settings.toml import read_toml
 from fedloom.storage.run_folder import RESULTS, RunFolder
 from fedloom.storage.targets import require_new_file, require_place
@@ -43,6 +44,7 @@ def run(
     on_round: OnRound | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_step: OnStep | None = None,
+    workers: Workers = 1,
     **settings: Any,
 ) -> Result:
     """Run an experiment to its end.
@@ -60,6 +62,7 @@ def run(
         on_step: Called after each optimizer step of a client (all are in this process) with a
             :class:`~fedloom.training.results.StepRecord`: round, client, step, loss, learning rate,
             examples, tokens. What it raises ends the run, which can be resumed from the last whole round.
+        workers: Processes of this machine that work on clients, or "auto"; the results are those of one.
         settings: Other values than the experiment's, as after ``--set``: ``rounds=2``, or for keys that
             several sections have, ``evaluation={"batch_size": 8}``.
 
@@ -72,7 +75,12 @@ def run(
     read = read_experiment(experiment, settings)
     watching = _watching(observer, progress, on_round, on_evaluation)
     return run_experiment(
-        read, objective=objective, data=source, observer=watching, on_step=on_step
+        read,
+        objective=objective,
+        data=source,
+        observer=watching,
+        on_step=on_step,
+        workers=workers,
     )
 
 
@@ -87,6 +95,7 @@ def resume(
     on_round: OnRound | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_step: OnStep | None = None,
+    workers: Workers = 1,
 ) -> Result:
     """Continue a run and end with the same bits as if it had never stopped.
 
@@ -100,6 +109,7 @@ def resume(
         on_round: As in :func:`run`; called for the rounds that are played now.
         on_evaluation: As in :func:`run`; called for the rounds that are played now.
         on_step: As in :func:`run`; called for the steps that are made now.
+        workers: As in :func:`run`; the run may have had another number.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
@@ -113,6 +123,7 @@ def resume(
         data=data,
         observer=watching,
         on_step=on_step,
+        workers=workers,
     )
 
 

@@ -27,6 +27,7 @@ from fedloom.storage.targets import require_new_file, require_place
 
 if TYPE_CHECKING:
     from fedloom.experiment.experiment import Experiment
+    from fedloom.runs.workers import Workers
 
 
 @app.command()
@@ -51,6 +52,14 @@ def run(
         str,
         typer.Option(help="simulation: all clients in this process; flower: on other machines."),
     ] = "simulation",
+    workers: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Processes of this machine that work on clients; auto: as many as fit. The results are "
+            "those of one process.",
+        ),
+    ] = "1",
     server_folder: ServerFolderOption = SERVER_FOLDER,
     profile: Annotated[
         bool,
@@ -59,11 +68,16 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
+    count = _workers(workers)
     if engine not in ("simulation", "flower"):
         raise typer.BadParameter(f"{engine!r} is not an engine; there are simulation and flower")
     if profile and engine == "flower":
         raise typer.BadParameter("--profile is of a simulation: clients elsewhere are not recorded")
     if engine == "flower":
+        if count != 1:
+            raise typer.BadParameter(
+                "--workers is for clients of this machine, not --engine flower"
+            )
         _run_between_machines(
             server_folder, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
         )
@@ -88,13 +102,26 @@ def run(
                 fresh_clients=fresh_client or [],
                 observer=observer,
                 profile=profile,
+                workers=count,
             )
         else:
             assert experiment is not None
             result = run_experiment(
-                _read_run(experiment, assignments), observer=observer, profile=profile
+                _read_run(experiment, assignments),
+                observer=observer,
+                profile=profile,
+                workers=count,
             )
     say(result.summary_text)
+
+
+def _workers(text: str) -> Workers:
+    """Read ``--workers``."""
+    if text == "auto":
+        return "auto"
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise typer.BadParameter(f"--workers {text!r}: give a number from 1, or auto")
 
 
 def _check_run(experiment: Path | None, assignments: list[str] | None, resume: Path | None) -> None:

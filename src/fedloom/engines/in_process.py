@@ -173,6 +173,15 @@ class SimulationEngine:
         """Return the training rows of a client, which may be unseen."""
         return len(self.shares[client])
 
+    def fit_of(self, client: int) -> int | None:
+        """Return what fits into a client's memory at a time, in tokens or examples, if that is known."""
+        return self._fits.get(client)
+
+    def remember_fit(self, client: int, size: int | None) -> None:
+        """Begin a client's work with passes of this size, as :meth:`fit_of` returned it elsewhere."""
+        if size is not None:
+            self._fits[client] = size
+
     def under_way(self, client: int, round: int) -> bool:
         """Return whether a client is in the middle of work that takes several exchanges."""
         return round == self._round and bool(self._sessions.get(client))

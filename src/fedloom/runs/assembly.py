@@ -91,6 +91,7 @@ def assemble(
     only: int | None = None,
     start: Start | None = None,
     on_step: OnStep | None = None,
+    probe: bool = True,
 ) -> RunComponents:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -105,6 +106,8 @@ def assemble(
         only: The one client that is in this process, on its own machine; there is no server here.
         start: The adapter that training starts from; its settings are those of the experiment.
         on_step: Called after each optimizer step of a client in this process.
+        probe: Look whether prompts can be shared, to say so where not; that computes gradients, after
+            which this process cannot be forked.
 
     Raises:
         ModelError: The model or its adapter cannot be built, or what it starts from is of another.
@@ -125,7 +128,7 @@ def assemble(
     stage("tokenising")
     train = {} if remote else bundles.training_shares(pooled=method.pools_data)
     _require_tokens(experiment, method, train)
-    for text in bundles.read_apart(train):
+    for text in bundles.read_apart(train) if probe else ():
         stage(text)
     public, ledger = bundles.public_rows(), Ledger()
     resources = {client: bundles.resources(client, public) for client in train}

@@ -87,6 +87,7 @@ from fedloom.runs.start import (
 )
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
+from fedloom.runs.workers import Workers, WorkerTask, host_process, with_workers
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog
 from fedloom.storage import checkpoint
@@ -119,14 +120,17 @@ def run_experiment(
     remote: RemoteEngine | None = None,
     on_step: OnStep | None = None,
     profile: bool = False,
+    workers: Workers = 1,
 ) -> Result:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them.
 
-    With ``profile`` a trace of where the time goes is left in the folder.
+    With ``profile`` a trace of where the time goes is left in the folder. With several ``workers``,
+    as many processes of this machine work on clients.
     """
+    _require_here(workers, on_step, profile)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
-    with _new_folder(experiment) as folder:
+    with _new_folder(experiment) as folder, host_process(workers) as host:
         try:
             folder.write_text(names.EXPERIMENT, experiment.to_toml())
             trackers = _open_trackers(experiment, folder)
@@ -155,6 +159,8 @@ def run_experiment(
             made = MadeWith(objective, data)
             for text in made.warnings:
                 observer.warning(text)
+            task = WorkerTask(experiment, objective, data, start)
+            parts = with_workers(parts, workers, host, task, observer)
             run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
             run.profiled = profile
             run.prepare(-1)
@@ -182,6 +188,7 @@ def resume_run(
     remote: RemoteEngine | None = None,
     on_step: OnStep | None = None,
     profile: bool = False,
+    workers: Workers = 1,
 ) -> Result:
     """Continue the run in ``path`` and end with the same bits as if it had never stopped.
 
@@ -197,11 +204,13 @@ def resume_run(
         remote: Where the clients are, if not in this process.
         on_step: Called after each optimizer step of a client in this process.
         profile: Whether a trace of where the time goes is left in the folder.
+        workers: Processes of this machine that work on clients; the run may have had another number.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
         OutputError: ``path`` is not a run folder.
     """
+    _require_here(workers, on_step, profile)
     observer = observer or Silent()
     folder = RunFolder.existing(path)
     if not folder.is_begun:
@@ -209,7 +218,7 @@ def resume_run(
             f"no run was begun in {path}, it holds {names.EXPERIMENT} alone: start one with "
             f"fedloom run {path / names.EXPERIMENT}"
         )
-    with folder.locked():
+    with folder.locked(), host_process(workers) as host:
         for place in (folder.path, folder.checkpoints):
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
@@ -231,8 +240,9 @@ def resume_run(
             _require_records(folder, saved, log)
         _require_same_data(folder, begun, digest)
         store = ClientStore(saved.clients if saved else None)
+        laid_out = _laid_out(experiment, begun)
         parts = assemble(
-            _laid_out(experiment, begun),
+            laid_out,
             division,
             objective=objective,
             store=store,
@@ -248,6 +258,8 @@ def resume_run(
         done = saved.round if saved else -1
         if cut := record_marks.cut_back(folder, saved.records["files"] if saved else {}):
             observer.stage(f"cut off, as these rounds are run again: {', '.join(cut)}")
+        task = WorkerTask(laid_out, objective, data, start)
+        parts = with_workers(parts, workers, host, task, observer)
         run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
         run.profiled = profile
         run.prepare(done, begun if done >= 0 else None)
@@ -256,6 +268,20 @@ def resume_run(
         state = saved.state if saved else first_state(parts.method, parts.initial)
         observer.stage(_where(done, experiment.federation.rounds))
         return run.go(state, done)
+
+
+def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> None:
+    """Check that what follows each step is in the process in which clients train.
+
+    Raises:
+        SettingsError: It is not.
+    """
+    if workers != 1 and (on_step is not None or profile):
+        asked = "on_step" if on_step is not None else "--profile"
+        raise SettingsError(
+            [f"{asked} follows steps in this process, and workers are others: leave out workers"],
+            "the command",
+        )
 
 
 def _laid_out(experiment: Experiment, begun: Record | None) -> Experiment:

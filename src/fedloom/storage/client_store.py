@@ -37,6 +37,13 @@ class ClientStore:
                 slot, _, name = key.partition(SEPARATOR)
                 slots.setdefault(slot, {})[name] = tensor
 
+    @classmethod
+    def of(cls, client: int, slots: Slots) -> ClientStore:
+        """Return a store in which one client has these slots."""
+        store = cls()
+        store._slots[client] = dict(slots)
+        return store
+
     def slots(self, client: int) -> Slots:
         """Return a copy of a client's slots; the tensors in it are not to be written to."""
         return dict(self._pending.get(client, self._slots.get(client, {})))

@@ -1,0 +1,363 @@
+"""Processes that work on simulated clients: how they are started, asked, replaced and ended.
+
+A *host* process is started afresh and builds what the run has: rows, models, tokens. Then it forks the
+workers, which share its memory as long as they only read it, and forks another where one ends. So the
+weights of the frozen model are there once for all workers, beside those of the process that plays the
+run. All of them end with that process, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Literal
+
+import psutil
+import torch
+
+from fedloom.data.loading import DataSource
+from fedloom.engines.in_process import SimulationEngine
+from fedloom.engines.workers import (
+    ClientRequest,
+    ClientResult,
+    WorkersEngine,
+    carry_out,
+)
+from fedloom.errors import FedloomError, RoundFailed, SettingsError
+from fedloom.experiment.experiment import Experiment
+from fedloom.models.quantize import quantized_bytes
+from fedloom.objectives.base import Objective
+from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.division import partition_data
+from fedloom.runs.observers import RunObserver
+from fedloom.runs.parent_process import end_with_parent, of_this_process
+from fedloom.runs.start import Start
+from fedloom.tensors import Tensors
+from fedloom.training.memory import client_memory
+
+Workers = int | Literal["auto"]
+"""How many processes work on clients; "auto": as many as there are cores and memory for."""
+
+PROCESS = 250e6
+"""Bytes that a forked worker has of its own before it trains, measured with tiny models (230 MB)."""
+
+HOST = "import sys; from fedloom.runs.workers import host; host(int(sys.argv[1]))"
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What workers build the run's parts of.
+
+    Attributes:
+        experiment: The run's.
+        objective: A user's own.
+        data: A user's own source.
+        start: The adapter that training goes on from.
+        model: Fingerprint of the model that the run has.
+        rows: Training rows of each client, as the run has them.
+    """
+
+    experiment: Experiment
+    objective: Objective | None
+    data: DataSource | None
+    start: Start | None
+    model: str = ""
+    rows: Mapping[int, int] = field(default_factory=dict)
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def host_process(asked: Workers) -> Iterator[HostProcess | None]:
+    """Start the host process where there may be workers, so that it imports while data is read."""
+    if asked == 1:
+        yield None
+        return
+    host = HostProcess()
+    try:
+        yield host
+    finally:
+        host.close()
+
+
+def with_workers(
+    parts: RunComponents,
+    asked: Workers,
+    host: HostProcess | None,
+    task: WorkerTask,
+    observer: RunObserver,
+) -> RunComponents:
+    """Have processes of this machine work on a run's clients; with one worker, this process does.
+
+    Args:
+        parts: What the run has.
+        asked: How many workers, or "auto".
+        host: What forks them.
+        task: What ``parts`` were made of.
+        observer: Told what is done.
+
+    Raises:
+        SettingsError: They are too many for this machine's memory, or clients are elsewhere, or what the
+            user made himself cannot be given to other processes.
+        FedloomError: The workers do not start.
+    """
+    workers = _number(asked, parts, task.experiment, observer)
+    if workers == 1 or host is None:
+        return parts
+    observer.stage(f"starting {workers} workers")
+    host.build(replace(task, model=parts.model_digest, rows=parts.local.sizes()))
+    return replace(parts, engine=WorkersEngine(parts.local, ProcessPool(host, workers)))
+
+
+def _number(
+    asked: Workers, parts: RunComponents, experiment: Experiment, observer: RunObserver
+) -> int:
+    """Return how many workers there will be.
+
+    Raises:
+        SettingsError: They are too many for this machine's memory, or clients are elsewhere.
+    """
+    if asked == 1:
+        return 1
+    if asked != "auto" and asked < 1:
+        raise SettingsError(
+            [f'workers = {asked}: give a number from 1, or "auto"'], "the call of run"
+        )
+    if parts.engine is not parts.local:
+        raise SettingsError(
+            ["--workers is for clients in this machine; here they are elsewhere: leave it out"],
+            "the command",
+        )
+    if parts.model.device.type != "cpu":
+        raise SettingsError(
+            [f"--workers {asked}: workers are for CPUs; on {parts.model.device} use one"],
+            "the command",
+        )
+    cores, each = available_cores(), _memory_of_one(parts, experiment)
+    free = psutil.virtual_memory().available - (each.weights + each.process)
+    fits = max(0, int(free // (each.training + each.process)))
+    most = min(cores, experiment.federation.cohort_size, max(1, fits))
+    if asked == "auto":
+        return most
+    if asked > fits:
+        raise SettingsError(
+            [
+                f"--workers {asked}: this machine has {free / 1e9:.1f} GB for workers and each takes "
+                f"about {(each.training + each.process) / 1e9:.1f} GB (derived): at most {fits} fit"
+            ],
+            "the command",
+        )
+    if asked > cores:
+        observer.warning(
+            f"{asked} workers share {cores} core{'s' if cores > 1 else ''}, which is slower than {most}"
+        )
+    return asked
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes: the frozen weights, training on the client that needs most, and a process itself."""
+
+    weights: float
+    training: float
+    process: float = PROCESS
+
+
+def _memory_of_one(parts: RunComponents, experiment: Experiment) -> _Memory:
+    """Return what a worker takes, derived."""
+    quantization, weights, training = experiment.model.quantization, 0.0, 0.0
+    for client, share in parts.local.shares.items():
+        model = parts.local.resources[client].model
+        own = float(quantized_bytes(model.model, quantization))
+        needed = client_memory(model, share, experiment.training, quantization)
+        weights, training = max(weights, own), max(training, needed - own)
+    return _Memory(weights, training)
+
+
+class HostProcess:
+    """The process that builds what a run has and forks workers."""
+
+    def __init__(self) -> None:
+        """Start it; it imports what it needs at once."""
+        self._control, theirs = socket.socketpair()
+        environment = {**os.environ, **of_this_process(), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HOST, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the process that plays the run alone
+        )
+        theirs.close()
+        self._connection = Connection(os.dup(self._control.fileno()))
+
+    def build(self, task: WorkerTask) -> None:
+        """Send what is to be built.
+
+        Raises:
+            SettingsError: What the user made himself cannot be given to other processes.
+        """
+        try:
+            content = pickle.dumps(task)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                [
+                    f"an objective or source of your own cannot be given to workers ({error}): define "
+                    "its class at the top of a module that can be imported, or run with one worker"
+                ],
+                "the call of run",
+            ) from None
+        self._connection.send_bytes(content)
+
+    def fork(self, worker: int) -> tuple[Connection, str]:
+        """Fork a worker; return the connection with it, and how the one before it ended.
+
+        Raises:
+            FedloomError: The host could not build what the run has.
+            RoundFailed: The host has ended.
+        """
+        try:
+            self._connection.send_bytes(str(worker).encode())
+            answer: dict[str, str] = json.loads(self._connection.recv_bytes())
+            if "error" in answer:
+                raise FedloomError(answer["error"])
+            _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
+            return Connection(descriptors[0]), answer["ended"]
+        except (EOFError, OSError):
+            raise RoundFailed(
+                "the process that starts workers has ended (often for want of memory): give fewer "
+                "workers, or go on with one"
+            ) from None
+
+    def close(self) -> None:
+        """End it, and with it the workers."""
+        self._connection.close()
+        self._control.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class ProcessPool:
+    """Workers in processes of this machine."""
+
+    def __init__(self, host: HostProcess, size: int) -> None:
+        """Have the host fork them; see :meth:`HostProcess.fork`."""
+        self.size, self._host = size, host
+        self._connections = {worker: host.fork(worker)[0] for worker in range(size)}
+
+    def send(self, worker: int, request: ClientRequest) -> None:
+        """Give an idle worker something to do."""
+        with contextlib.suppress(OSError):  # it has ended, which is noticed when it is waited for
+            self._connections[worker].send_bytes(_packed(request))
+
+    def receive(self) -> tuple[int, ClientResult | str]:
+        """Wait until a worker has done its work, or replace one that has ended without."""
+        ready = wait([*self._connections.values()])
+        worker = min(own for own, connection in self._connections.items() if connection in ready)
+        try:
+            result: ClientResult = pickle.loads(self._connections[worker].recv_bytes())
+            return worker, result
+        except (EOFError, OSError):
+            self._connections[worker].close()
+            self._connections[worker], ended = self._host.fork(worker)
+            return worker, ended
+
+
+def _packed(value: object) -> bytes:
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def host(descriptor: int) -> None:
+    """Build what a run has, then fork a worker whenever one is asked for; end with the run's process."""
+    end_with_parent()
+    torch.set_num_threads(1)
+    control = socket.socket(fileno=descriptor)
+    connection = Connection(os.dup(descriptor))
+    problem, workers = "", dict[int, int]()
+    try:
+        engine = _built(pickle.loads(connection.recv_bytes()))
+    except (EOFError, OSError):
+        os._exit(0)  # the run needs no workers, or has ended
+    except Exception as error:
+        problem = f"workers could not be started: {error}"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not outlive a fork
+    while True:
+        try:
+            worker = int(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+        if problem:
+            connection.send_bytes(json.dumps({"error": problem}).encode())
+            continue
+        ended = _how_ended(workers[worker]) if worker in workers else ""
+        ours, theirs = socket.socketpair()
+        workers[worker] = os.fork()
+        if workers[worker] == 0:
+            for other in (control, connection, theirs):
+                other.close()
+            _work(engine, Connection(ours.detach()))
+        ours.close()
+        connection.send_bytes(json.dumps({"ended": ended}).encode())
+        socket.send_fds(control, [b"w"], [theirs.fileno()])
+        theirs.close()
+
+
+def _built(task: WorkerTask) -> SimulationEngine:
+    """Build the engine that workers have.
+
+    Raises:
+        FedloomError: Something has changed since the run was begun.
+    """
+    division = partition_data(task.experiment, task.data, task.objective)
+    parts = assemble(
+        task.experiment, division, objective=task.objective, start=task.start, probe=False
+    )
+    if parts.model_digest != task.model or parts.local.sizes() != task.rows:
+        raise FedloomError("model or rows have changed since the run was begun; start it again")
+    return parts.local
+
+
+def _how_ended(process: int) -> str:
+    _, status = os.waitpid(process, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL:
+        return "by signal 9, as the system does where memory does not suffice"
+    return f"by signal {-code}" if code < 0 else f"with exit status {code}"
+
+
+def _work(engine: SimulationEngine, connection: Connection) -> None:
+    """Be a worker until nobody asks any more."""
+    end_with_parent()
+    while True:
+        try:
+            request: ClientRequest = pickle.loads(connection.recv_bytes())
+            result = carry_out(engine, request)
+            owned = {name: _owned(own) for name, own in result.slots.items()}
+            connection.send_bytes(_packed(replace(result, slots=owned)))
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+def _owned(tensors: Tensors) -> Tensors:
+    """Return tensors without what else lies in their storages, which would travel along."""
+    return {
+        name: tensor
+        if tensor.untyped_storage().nbytes() == tensor.nbytes
+        else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,48 @@
+"""Workers that live in the test's own process, to have them answer in any order and end at any moment."""
+
+import copy
+
+import numpy as np
+
+from fedloom.engines.workers import WorkersEngine, carry_out
+from fedloom.runs.assembly import assemble
+from fedloom.runs.division import partition_data
+
+
+class PoolHere:
+    """A pool whose workers are engines of this process.
+
+    Attributes:
+        dies: For each request that is received, whether its worker ends without an answer.
+    """
+
+    def __init__(self, settings, size, seed=0, dies=()):
+        self.size, self.dies = size, list(dies)
+        self._make = lambda: assemble(settings, partition_data(settings)).local
+        self._engines = [self._make() for _ in range(size)]
+        self._asked = {}
+        self._rng = np.random.default_rng(seed)
+        self.order = []
+
+    def send(self, worker, request):
+        assert worker not in self._asked, "a worker has one request at a time"
+        self._asked[worker] = request
+        self.order.append(request.client)
+
+    def receive(self):
+        worker = int(self._rng.choice(sorted(self._asked)))
+        request = self._asked.pop(worker)
+        if self.dies and self.dies.pop(0):
+            self._engines[worker] = self._make()
+            return worker, "by signal 9"
+        sent = copy.deepcopy(request)  # as through a pipe: no tensor is the same object
+        return worker, copy.deepcopy(carry_out(self._engines[worker], sent))
+
+
+def with_pool(settings, size=2, **others):
+    """Return a run's parts whose engine has workers in this process, and their pool."""
+    from dataclasses import replace
+
+    parts = assemble(settings, partition_data(settings))
+    pool = PoolHere(settings, size, **others)
+    return replace(parts, engine=WorkersEngine(parts.local, pool)), pool
