@@ -131,7 +131,7 @@ def test_cut_and_lost_rows_of_a_run_are_in_its_accounts(experiment, rows_file):
 
 def test_rows_that_no_template_takes_are_malformed(experiment, rows_file, monkeypatch):
     """As many as data.max_bad_share allows are left out; of more the first are named."""
-    from fedloom.data.tokenize import TokenSet, Untokenized
+    from fedloom.data.token_set import TokenSet, Untokenized
     from fedloom.runs import token_rows
 
     def picky(rows, encoder, max_length, classes=(), cache=None, *, keep_alike=False):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fedloom
 from fedloom.data.examples import Preference
 from fedloom.data.loading import LoadedData
-from fedloom.data.tokenize import Untokenized
+from fedloom.data.token_set import Untokenized
 from fedloom.errors import (
     CheckpointError,
     DataError,

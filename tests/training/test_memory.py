@@ -12,7 +12,7 @@ SCRIPT = """
     from pathlib import Path
     import numpy as np, torch
     from fedloom.data.client_rows import TokenShare
-    from fedloom.data.tokenize import TokenSet
+    from fedloom.data.token_set import TokenSet
     from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
     from fedloom.models.load import load_backbone
     from fedloom.objectives import SFT
@@ -67,7 +67,7 @@ STEP = """
     import numpy as np, torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from fedloom.data.client_rows import TokenShare
-    from fedloom.data.tokenize import TokenSet
+    from fedloom.data.token_set import TokenSet
     from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
     from fedloom.objectives import DPO
     from fedloom.training.layout import Budget

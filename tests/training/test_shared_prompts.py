@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaCon
 
 from fedloom.data.batching import collate, read_once
 from fedloom.data.client_rows import TokenShare
-from fedloom.data.tokenize import TokenSet
+from fedloom.data.token_set import TokenSet
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
 from fedloom.objectives.logps import completion_logps
 from fedloom.training.layout import Budget, group_places, groups, row_costs, saves

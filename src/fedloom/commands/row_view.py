@@ -10,7 +10,8 @@ from rich.text import Text
 
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference
-from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.data.token_set import TokenSet
+from fedloom.data.tokenize import tokenize
 from fedloom.display.untrusted_text import named, placed
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder

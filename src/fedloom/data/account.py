@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.tokenize import TokenSet, Untokenized
+from fedloom.data.token_set import TokenSet, Untokenized
 
 Counts = Mapping[str, int]
 """How many, by reason; zeros are left out."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedloom.data.batch import Batch, Reading, Sequences
 from fedloom.data.client_rows import Indices, TokenShare
-from fedloom.data.tokenize import TokenSet, common_start
+from fedloom.data.token_set import TokenSet, common_start
 
 
 def epoch_batches(

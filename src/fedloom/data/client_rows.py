@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.data.tokenize import TokenSet, fit
+from fedloom.data.token_set import TokenSet
+from fedloom.data.tokenize import fit
 
 Indices = NDArray[np.int64]
 

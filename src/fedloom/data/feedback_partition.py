@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedloom.data.examples import Example, Feedback, Preference, unpair
+from fedloom.data.stored_rows import StoredRows
 
 Rows = dict[int, list[Feedback]]
 """Feedback rows of each client."""
@@ -26,13 +27,13 @@ class FeedbackPartition:
     """Who holds single answers, and what has become of the pairs.
 
     Attributes:
-        rows: Feedback rows of each client.
+        rows: Feedback rows of each client; with data.streaming they stay in their files.
         pairs: Pairs that were unrolled.
         intact_share: Share of them whose two answers lie with one client; 0 without pairs.
         expected_intact_share: What dealing at random gives on average, for the same client sizes.
     """
 
-    rows: Rows
+    rows: Mapping[int, Sequence[Feedback] | StoredRows]
     pairs: int
     intact_share: float
     expected_intact_share: float
@@ -57,6 +58,11 @@ def partition_feedback(
     )
     share = whole / len(pairs) if pairs else 0.0
     return FeedbackPartition(rows, len(pairs), share, _expected(len(own) for own in rows.values()))
+
+
+def undivided(held: Mapping[int, StoredRows]) -> FeedbackPartition:
+    """Return what has become of single answers that were single answers in the data: nothing."""
+    return FeedbackPartition(held, 0, 0.0, _expected(map(len, held.values())))
 
 
 def spread(rows: Mapping[int, Sequence[Feedback]], rng: np.random.Generator) -> Rows:

@@ -21,6 +21,9 @@ from fedloom.errors import DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
+STREAMED = (".jsonl", ".parquet")
+"""Those of files in which a row is found without reading those before it."""
+
 
 def read_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a local file with their numbers (lines for JSONL, else rows, from 1).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fedloom.errors import DataError, first_line
@@ -16,10 +16,19 @@ def read_hub(
     Raises:
         DataError: It cannot be had.
     """
+    return told(name, iter(enumerate(hub_rows(name, split, subset, data_dir), 1)))
+
+
+def hub_rows(name: str, split: str, subset: str | None = None, data_dir: str | None = None) -> Any:
+    """Return the rows of a set on the Hub, which has a length and is indexed from 0.
+
+    Raises:
+        DataError: It cannot be had.
+    """
     import datasets
 
     try:
-        rows: Iterable[Any] = datasets.load_dataset(
+        return datasets.load_dataset(
             name, subset, data_dir=data_dir, split=split, trust_remote_code=False
         )
     except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
@@ -28,10 +37,9 @@ def read_hub(
             f"{name!r} (split {split!r}) cannot be had from the Hub: {reason}\n"
             "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
         ) from error
-    return _told(name, iter(enumerate(rows, 1)))
 
 
-def _told(name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+def told(name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yield rows; what goes wrong while one of them is had is an error of the set."""
     while True:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,10 +14,13 @@ from fedloom.data.account import Account, added
 from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
 from fedloom.data.continuations import continuations
 from fedloom.data.examples import Example, Preference
+from fedloom.data.partition import value_of
 from fedloom.data.reader import BadRow, Read, Reader
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, SourceSettings
-from fedloom.data.splits import SAME_ROW, Limit, group_key, row_key, same, split
-from fedloom.errors import DataError
+from fedloom.data.splits import SAME_ROW, Limit, facts_of, group_keys, row_keys, same, split
+from fedloom.data.stored_rows import RowIndex, are_pairs, digests, joined, take
+from fedloom.errors import DataError, OutputError
+from fedloom.storage.cache import cache_folder
 
 PAIRS_OF_TEXTS = "texts to pairs (data.continuations)"
 OVER_MOST = "over evaluation.max_examples"
@@ -29,7 +31,7 @@ class LoadedData:
     """What was read.
 
     Attributes:
-        train: Examples to be dealt to clients.
+        train: Examples to be dealt to clients; with data.streaming they stay in their files.
         test: The global held-out set.
         kind: Kind of the training examples.
         digest: SHA-256 over all examples, so that a resumed run notices changed data.
@@ -44,7 +46,7 @@ class LoadedData:
         layouts: Which layout was recognised in which files, a line for each.
     """
 
-    train: list[Example]
+    train: Sequence[Example]
     test: list[Example]
     kind: str
     digest: str
@@ -76,6 +78,7 @@ def load_examples(
     *,
     hold_out: bool = True,
     drawing: np.random.Generator | None = None,
+    column: str | None = None,
 ) -> LoadedData:
     """Read all examples and set the global held-out set apart.
 
@@ -87,6 +90,8 @@ def load_examples(
         hold_out: Whether rows are held out at all; if not, all are training examples.
         drawing: Draws ``most`` of the rows of a test set from elsewhere, as they will be judged: the
             others take no training row out.
+        column: What clients differ in, of which an index of rows in files (data.streaming) keeps the
+            values.
 
     Raises:
         DataError: A missing or empty file, an absent column, too many malformed rows, or rows of which
@@ -94,7 +99,8 @@ def load_examples(
     """
     order = int(rng.spawn(1)[0].integers(1 << 63))  # whatever else is drawn
     read, judged = Read(), Read()
-    train, kind = _training_rows(settings, read, rng)
+    store = _store(settings, column) if settings.streaming else None
+    train, kind = _training_rows(settings, read, rng, store)
     test: list[Example] = []
     test_kind = settings.test_kind or kind
     elsewhere = settings.test_source is not None or settings.test_split is not None
@@ -104,7 +110,7 @@ def load_examples(
     if elsewhere:
         tests = (settings.test_source,) if settings.test_source else settings.sources
         reader = Reader(settings, settings, test_kind, judged, judged=True)
-        test = reader.read_all(tests, settings.test_split or "test")
+        test = list(reader.read_all(tests, settings.test_split or "test"))
         test_account = Account(
             judged.seen, dict(judged.made), len(judged.bad), dict(judged.dropped), judged=len(test)
         )
@@ -115,8 +121,8 @@ def load_examples(
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
     examples = hashlib.sha256()
-    for example in (*train, *test):
-        examples.update(repr(example).encode("utf-8", "surrogatepass"))
+    for own in (*digests(train), *digests(test)):
+        examples.update(own)
     return LoadedData(
         train,
         test,
@@ -134,8 +140,8 @@ def load_examples(
 
 
 def without_judged(
-    train: list[Example], test: Sequence[Example], column: str | None
-) -> tuple[list[Example], dict[str, int], tuple[str, ...]]:
+    train: Sequence[Example], test: Sequence[Example], column: str | None
+) -> tuple[Sequence[Example], dict[str, int], tuple[str, ...]]:
     """Return the training rows that have nothing in common with a held-out set from elsewhere.
 
     Where half of them or more have a prompt of the held-out set, only exact duplicates are taken out, as
@@ -157,37 +163,33 @@ def without_judged(
     warnings: list[str] = []
     known = [row for row in test if column is None or column in row.columns]
     others = [row for row in test if column is not None and column not in row.columns]
-    groups = {group_key(row, column) for row in known} | {group_key(row) for row in others}
-    shared = [group_key(row, column) in groups for row in train]
+    shared = np.isin(group_keys(train, column), group_keys(known, column))
     if others:
-        shared = [own or group_key(row) in groups for own, row in zip(shared, train, strict=True)]
+        shared |= np.isin(group_keys(train), group_keys(others))
         warnings.append(
             f"{human_count(len(others))} of {human_count(len(test))} held-out rows have no "
             f"column {column!r} (data.group): "
             "training rows with the same prompt are left out in its place"
         )
-    count = sum(shared)
+    count = int(shared.sum())
     reasons = {same(column): count}
     if column is None and 2 * count >= len(train):
-        whole = {row_key(row) for row in test}
-        alike = [row_key(row) in whole for row in train]
-        if sum(alike) < count:
-            prompts = {group_key(row) for row in train}
-            both = sum(group_key(row) in prompts for row in test)
+        alike = np.isin(row_keys(train), row_keys(test))
+        if alike.sum() < count:
+            both = int(np.isin(group_keys(test), group_keys(train)).sum())
             warnings.append(
                 f"{human_count(count)} of {human_count(len(train))} training rows have the "
                 "prompt of a row of the test set: "
-                f"only exact duplicates are left out ({human_count(sum(alike))}), and "
+                f"only exact duplicates are left out ({human_count(int(alike.sum()))}), and "
                 f"{human_count(both)} of {human_count(len(test))} "
                 "held-out rows have their prompt in training"
             )
-        shared, reasons = alike, {SAME_ROW: sum(alike)}
+        shared, reasons = alike, {SAME_ROW: int(alike.sum())}
     elif column is not None:
-        whole = {row_key(row) for row in test}
-        alike = [not own and row_key(row) in whole for own, row in zip(shared, train, strict=True)]
-        shared = [own or also for own, also in zip(shared, alike, strict=True)]
-        reasons[SAME_ROW] = sum(alike)
-    kept = [row for row, own in zip(train, shared, strict=True) if not own]
+        alike = ~shared & np.isin(row_keys(train), row_keys(test))
+        shared |= alike
+        reasons[SAME_ROW] = int(alike.sum())
+    kept = take(train, np.flatnonzero(~shared))
     if not kept:
         why = " and ".join(reason for reason, number in reasons.items() if number)
         raise DataError(
@@ -197,16 +199,35 @@ def without_judged(
     return kept, {reason: number for reason, number in reasons.items() if number}, tuple(warnings)
 
 
-def few(rows: list[Example], limit: int | None, rng: np.random.Generator) -> list[Example]:
+def few(rows: Sequence[Example], limit: int | None, rng: np.random.Generator) -> Sequence[Example]:
     """Return at most ``limit`` of the rows, drawn, in their order."""
     if limit is None or len(rows) <= limit:
         return rows
-    return [rows[i] for i in np.sort(rng.choice(len(rows), size=limit, replace=False))]
+    return take(rows, np.sort(rng.choice(len(rows), size=limit, replace=False)))
+
+
+def _store(settings: DataSettings, column: str | None) -> RowIndex:
+    """Return an empty index of rows that stay in their files, in the folder of caches.
+
+    Raises:
+        OutputError: It cannot be made there.
+    """
+    folder = cache_folder() / "rows"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return RowIndex(
+            folder, lambda row: facts_of(row, settings.group, value_of(row, column)), column
+        )
+    except OSError as error:
+        raise OutputError(
+            f"data.streaming keeps where rows stand in {folder}, which cannot be written: "
+            f"{error.strerror}; set the variable FEDLOOM_CACHE to another folder"
+        ) from error
 
 
 def _training_rows(
-    settings: DataSettings, read: Read, rng: np.random.Generator
-) -> tuple[list[Example], str]:
+    settings: DataSettings, read: Read, rng: np.random.Generator, store: RowIndex | None
+) -> tuple[Sequence[Example], str]:
     """Read or generate the rows of all sources, and their kind."""
     if settings.is_builtin and not settings.domains:
         name = settings.sources[0].removeprefix(BUILTIN_PREFIX)
@@ -222,19 +243,19 @@ def _training_rows(
         if len(train) < len(rows):
             read.dropped["not among data.only"] = len(rows) - len(train)
         return _at_most(train, settings.max_rows, "data.max_rows", read, rng), BUILTIN_KINDS[name]
-    train = []
+    parts: list[Sequence[Example]] = []
     for domain, part in settings.parts.items():
         if part.is_private:
             continue
-        rows = _read_part(settings, part, domain, read, rng)
+        own = _read_part(settings, part, domain, read, rng, store)
         name = f"data.domains.{domain}.max_rows" if domain else "data.max_rows"
-        train += _at_most(rows, part.max_rows, name, read, rng)
-    return train, str(settings.kind)
+        parts.append(_at_most(own, part.max_rows, name, read, rng))
+    return joined(parts), str(settings.kind)
 
 
 def _at_most(
-    rows: list[Example], limit: int | None, name: str, read: Read, rng: np.random.Generator
-) -> list[Example]:
+    rows: Sequence[Example], limit: int | None, name: str, read: Read, rng: np.random.Generator
+) -> Sequence[Example]:
     """Return at most so many of the rows, counting those that are left out."""
     kept = few(rows, limit, rng)
     if len(kept) < len(rows):
@@ -248,11 +269,13 @@ def _read_part(
     domain: str,
     read: Read,
     rng: np.random.Generator,
-) -> list[Example]:
+    store: RowIndex | None,
+) -> Sequence[Example]:
     """Read what one domain holds, or all there is where there are no domains."""
     kind = "labelled" if part.continuations else str(settings.kind)
     first = read.rows
-    rows = Reader(settings, part, kind, read, domain).read_all(part.sources, part.split)
+    reader = Reader(settings, part, kind, read, domain, store=store)
+    rows = reader.read_all(part.sources, part.split)
     if part.continuations is None:
         return rows
     extra = {"domain": domain} if domain else {}
@@ -266,8 +289,8 @@ def _read_part(
 
 
 def _hold_out(
-    rows: list[Example], settings: DataSettings, order: int, most: int | None
-) -> tuple[list[Example], list[Example], dict[str, int], tuple[str, ...]]:
+    rows: Sequence[Example], settings: DataSettings, order: int, most: int | None
+) -> tuple[Sequence[Example], list[Example], dict[str, int], tuple[str, ...]]:
     """Set the global held-out set of a source apart.
 
     Returns:
@@ -292,14 +315,14 @@ def _hold_out(
         only=only,  # single answers made of incomplete pairs are not judged
         over=OVER_MOST,
     )
-    held = [rows[i] for i in found.held_out[-1]]
+    held = list(take(rows, found.held_out[-1]))
     if not held:
         raise DataError(_cannot_hold_out(rows, settings, only))
     warnings: tuple[str, ...] = ()
-    kept = [rows[i] for i in found.trained[-1]]
+    kept = take(rows, found.trained[-1])
     if found.by_row:
-        prompts = {group_key(row) for row in kept}
-        both = sum(group_key(row) in prompts for row in held)
+        prompts = np.unique(group_keys(kept))
+        both = int(np.isin(group_keys(held), prompts).sum())
         warnings = (
             f"the {human_count(len(rows))} rows share {human_count(len(prompts))} prompt(s), of "
             "which none can be held out: "
@@ -311,20 +334,20 @@ def _hold_out(
 
 
 def _cannot_hold_out(
-    rows: list[Example], settings: DataSettings, only: type[Preference] | None
+    rows: Sequence[Example], settings: DataSettings, only: type[Preference] | None
 ) -> str:
     """Say why no row of a source can be held out."""
     ways = "name a held-out set as data.test_source"
-    if only is not None and not any(isinstance(row, only) for row in rows):
+    if only is not None and not are_pairs(rows).any():
         return (
             f"none of the {len(rows)} rows of {settings.source} is a whole pair, which alone can be held "
             f"out; {ways}"
         )
     if settings.group is not None:
-        groups = Counter(group_key(row, settings.group) for row in rows)
+        _, sizes = np.unique(group_keys(rows, settings.group), return_counts=True)
         return (
             f"data.group = {settings.group!r}: the {len(rows)} rows of {settings.source} are of "
-            f"{len(groups)} group(s), the smallest of {min(groups.values())} rows, more than half of "
+            f"{len(sizes)} group(s), the smallest of {min(sizes)} rows, more than half of "
             f"all; none can be held out: {ways}"
         )
     return f"the {len(rows)} rows of {settings.source} are all alike, none can be held out; {ways}"

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedloom.accounting.quantities import human_count
 from fedloom.data.json_rows import DEEPEST
 from fedloom.data.opened import LONGEST_ROW, RATIO, UNPACKED, UnreadableError
@@ -80,6 +83,47 @@ def parquet_rows(file: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
             f"is not a Parquet file that can be read ({reason_of(error)}); copy it again, or write it "
             "anew"
         ) from error
+
+
+def parquet_rows_at(
+    file: BinaryIO, size: int, numbers: NDArray[np.int64]
+) -> Iterator[tuple[int, Any]]:
+    """Yield the rows with these ascending numbers of a file that :func:`parquet_rows` has read.
+
+    Raises:
+        UnreadableError: It cannot be read any more.
+    """
+    try:
+        source = _open(file)
+        start = 1
+        for group in range(source.num_row_groups):
+            count = source.metadata.row_group(group).num_rows
+            first, last = np.searchsorted(numbers, (start, start + count))
+            if first < last:
+                yield from _rows_of_group(file, source, group, size, start, numbers[first:last])
+            start += count
+    except UnreadableError:
+        raise
+    except Exception as error:  # pyarrow raises whatever its parts raise
+        raise UnreadableError(f"cannot be read any more ({reason_of(error)})") from error
+
+
+def _rows_of_group(
+    file: BinaryIO,
+    source: pyarrow.parquet.ParquetFile,
+    group: int,
+    size: int,
+    start: int,
+    numbers: NDArray[np.int64],
+) -> Iterator[tuple[int, Any]]:
+    """Yield rows of a row group, whose first has the number ``start``."""
+    many = _batch_size(file, source, group, size)
+    for batch in source.iter_batches(batch_size=many, row_groups=[group]):
+        first, last = np.searchsorted(numbers, (start, start + batch.num_rows))
+        own = numbers[first:last]
+        if len(own):
+            yield from zip(own.tolist(), _rows(batch.take(own - start)), strict=True)
+        start += batch.num_rows
 
 
 def reason_of(error: Exception) -> str:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedloom.data.examples import Example, Feedback, Labelled
-from fedloom.data.splits import group_key
+from fedloom.data.splits import group_keys
+from fedloom.data.stored_rows import StoredRows, row_numbers, take
 from fedloom.errors import DataError
 from fedloom.settings.schema import Of, Settings
 
@@ -115,21 +116,33 @@ def partition(
     """
     if group is not None and settings.kind in ("iid", "size"):
         return _deal_groups(examples, settings, clients, rng, group)
-    groups = _groups(examples)
-    _check_enough(len(groups), settings, clients)
+    units, first = _units(examples)
+    _check_enough(len(first), settings, clients)
     if settings.kind == "iid":
-        dealt = _cut(rng.permutation(len(groups)), np.ones(clients))
+        dealt = _cut(rng.permutation(len(first)), np.ones(clients))
     elif settings.kind == "size":
-        dealt = _cut(rng.permutation(len(groups)), np.array(settings.sizes))
+        dealt = _cut(rng.permutation(len(first)), np.array(settings.sizes))
     else:
-        values = column_values([examples[group[0]] for group in groups], str(settings.column))
+        values = column_values(take(examples, first), str(settings.column))
         by_value = _positions(values)
         if settings.kind == "column":
             dealt = _by_column(by_value, clients, rng)
         else:
             dealt = _dirichlet(by_value, settings.alpha, clients, rng)
     dealt = _top_up(dealt, settings.minimum, rng)
-    return [np.sort(_rows(groups, numbers)) for numbers in dealt]
+    owner = np.empty(len(first), np.int64)
+    for client, numbers in enumerate(dealt):
+        owner[numbers] = client
+    return [np.flatnonzero(owner[units] == client) for client in range(clients)]
+
+
+def value_of(example: Example, column: str | None) -> str | None:
+    """Return what a row has in a column that clients differ in, ``None`` where it is not there."""
+    if column == "label" and isinstance(example, Labelled):
+        return example.label
+    if column == "label" and isinstance(example, Feedback):
+        return str(example.desirable).lower()
+    return None if column is None else example.columns.get(column)
 
 
 def column_values(examples: Sequence[Example], column: str) -> list[str]:
@@ -138,23 +151,25 @@ def column_values(examples: Sequence[Example], column: str) -> list[str]:
     Raises:
         DataError: A row has no such column; those there are, are named.
     """
-    values = []
-    for example in examples:
-        if column == "label" and isinstance(example, Labelled):
-            values.append(example.label)
-        elif column == "label" and isinstance(example, Feedback):
-            values.append(str(example.desirable).lower())
-        elif column in example.columns:
-            values.append(example.columns[column])
-        else:
-            raise DataError(_absent(column, example))
+    if isinstance(examples, StoredRows):
+        if examples.store.column != column:
+            raise DataError(
+                f"data.streaming = true: column {column!r} is not in the index of the rows, which has "
+                f"{examples.store.column!r}"
+            )
+        found = examples.texts("value")
+    else:
+        found = [value_of(row, column) for row in examples]
+    values = [value for value in found if value is not None]
+    if len(values) < len(found):
+        raise DataError(_absent(column, examples[found.index(None)]))
     return values
 
 
 def shares(held: Sequence[Sequence[Example]], settings: PartitionSettings) -> LabelDistribution:
     """Count what each client holds, by the partition's column or, without one, by class label."""
     column = settings.column
-    if column is None and all(isinstance(x, Labelled | Feedback) for rows in held for x in rows):
+    if column is None and all(map(_have_labels, held)):
         column = "label"
     if column is None:
         return LabelDistribution(None, ("all",), tuple((len(rows),) for rows in held))
@@ -165,12 +180,23 @@ def shares(held: Sequence[Sequence[Example]], settings: PartitionSettings) -> La
     )
 
 
-def _groups(examples: Sequence[Example]) -> list[Indices]:
-    """Return the positions of each row number, in order of first appearance."""
-    groups: dict[int, list[int]] = {}
-    for position, example in enumerate(examples):
-        groups.setdefault(example.row, []).append(position)
-    return [np.array(positions, np.int64) for positions in groups.values()]
+def _have_labels(rows: Sequence[Example]) -> bool:
+    """Return whether all rows are of a kind with labels; those in files are all of one kind."""
+    looked_at = rows[:1] if isinstance(rows, StoredRows) else rows
+    return all(isinstance(row, Labelled | Feedback) for row in looked_at)
+
+
+def _units(examples: Sequence[Example]) -> tuple[Indices, Indices]:
+    """Return what is dealt: each row number, in order of first appearance.
+
+    Returns:
+        ``(examples,)`` which of them an example is of, and ``(units,)`` where each stands first.
+    """
+    _, first, own = np.unique(row_numbers(examples), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    places = np.empty(len(first), np.int64)
+    places[order] = np.arange(len(first))
+    return places[own], first[order]
 
 
 def _positions(values: Sequence[str]) -> list[Indices]:
@@ -179,10 +205,6 @@ def _positions(values: Sequence[str]) -> list[Indices]:
     for position, value in enumerate(values):
         found.setdefault(value, []).append(position)
     return [np.array(found[value], np.int64) for value in sorted(found)]
-
-
-def _rows(groups: list[Indices], numbers: Indices) -> Indices:
-    return np.concatenate([groups[n] for n in numbers]) if len(numbers) else np.zeros(0, np.int64)
 
 
 def _check_enough(rows: int, settings: PartitionSettings, clients: int) -> None:
@@ -216,10 +238,9 @@ def _deal_groups(
     The largest group goes first, each to the client that is furthest from its share; of groups alike in
     size the order is drawn.
     """
-    by_key: dict[bytes, list[int]] = {}
-    for position, example in enumerate(examples):
-        by_key.setdefault(group_key(example, group), []).append(position)
-    units = [np.array(positions, np.int64) for positions in by_key.values()]
+    _, first, own = np.unique(group_keys(examples, group), return_index=True, return_inverse=True)
+    by_key = np.split(np.argsort(own, kind="stable"), np.cumsum(np.bincount(own))[:-1])
+    units = [by_key[number] for number in np.argsort(first)]  # in order of first appearance
     if len(units) < clients:
         raise DataError(
             f"data.group = {group!r}: the {len(examples)} training rows are of {len(units)} groups, "

@@ -13,16 +13,18 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedloom.accounting.quantities import human_count
-from fedloom.data.ambiguity import without_ambiguous
+from fedloom.data.account import added
+from fedloom.data.ambiguity import Claims
 from fedloom.data.examples import Example, Instruction
 from fedloom.data.files import is_file, is_pattern, read_file
-from fedloom.data.hub import read_hub
 from fedloom.data.labels import GROUPS, LABEL, NOT_AMONG, example_line, number_of
 from fedloom.data.labels import in_words as values_in_words
 from fedloom.data.layouts import (
@@ -35,6 +37,7 @@ from fedloom.data.layouts import (
     recognise,
 )
 from fedloom.data.layouts import in_words as layouts_in_words
+from fedloom.data.row_files import HubRows, RowFile, row_file
 from fedloom.data.row_parsing import (
     Reading,
     make_example,
@@ -45,6 +48,7 @@ from fedloom.data.row_parsing import (
 )
 from fedloom.data.rows import LONGEST_SHOWN, RowError
 from fedloom.data.sources import DataSettings, SourceSettings
+from fedloom.data.stored_rows import RowIndex, StoredRows, joined, take
 from fedloom.errors import DataError
 
 SHOWN_BAD_ROWS = 5
@@ -124,11 +128,14 @@ class Reader:
         domain: str = "",
         *,
         judged: bool = False,
+        store: RowIndex | None = None,
     ) -> None:
         """Read as ``settings`` say; what goes wrong is counted in ``read``.
 
-        Of rows that are ``judged`` all are of their kind: an incomplete pair is dropped.
+        Of rows that are ``judged`` all are of their kind: an incomplete pair is dropped. With a ``store``
+        examples stay in their files, and where they stand is noted there.
         """
+        self.store = store
         self.settings, self.kind, self.so_far = settings, kind, read
         self.max_bad_share = data.max_bad_share
         self.incomplete = data.incomplete_pairs == "feedback" and not judged
@@ -140,11 +147,11 @@ class Reader:
         self.met: Counter[str] = Counter()
         self.choices = data.choices
 
-    def read_all(self, sources: Iterable[str], split: str) -> list[Example]:
+    def read_all(self, sources: Iterable[str], split: str) -> Sequence[Example]:
         """Read every source; rows of all of them have numbers of their own."""
-        return [example for source in sources for example in self.read(source, split)]
+        return joined([self.read(source, split) for source in sources])
 
-    def read(self, source: str, split: str) -> list[Example]:
+    def read(self, source: str, split: str) -> Sequence[Example]:
         """Read a file, a pattern of files or a set on the Hub.
 
         Raises:
@@ -161,47 +168,56 @@ class Reader:
             met = f"; the values that there are: {values_in_words(self.met)}"
         raise DataError(f"{source} holds no usable row (dropped: {dropped or 'none'}){met}")
 
-    def _examples_of(self, source: str, split: str) -> list[Example]:
+    def _examples_of(self, source: str, split: str) -> Sequence[Example]:
         """Read a file, a pattern of files or a set on the Hub, which may give no example."""
         if not is_file(source):
             settings = self.settings
-            return self._part(source, read_hub(source, split, settings.subset, settings.data_dir))
+            hub = HubRows(source, split, settings.subset, settings.data_dir)
+            return self._part(source, hub)
         if not is_pattern(source):
             path = Path(os.path.expanduser(source))
             several = len(self.settings.sources) > 1
             extra = {"file": path.name.partition(".")[0]} if several else None
-            return self._part(path.name, read_file(path), extra)
+            return self._part(path.name, self._file(path), extra)
         paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(source)))]
         if not paths:
             raise DataError(f"no data file matches {source}")
-        examples: list[Example] = []
-        for path in paths:
-            label = path.name.partition(".")[0]
-            examples += self._part(path.name, read_file(path), {"file": label})
-        return examples
+        return joined(
+            [
+                self._part(path.name, self._file(path), {"file": path.name.partition(".")[0]})
+                for path in paths
+            ]
+        )
+
+    def _file(self, path: Path) -> RowFile:
+        return row_file(path, None if self.store is None else self.store.folder)
 
     def _part(
-        self,
-        name: str,
-        rows: Iterator[tuple[int, Any]],
-        extra: Mapping[str, str] | None = None,
-    ) -> list[Example]:
+        self, name: str, file: RowFile, extra: Mapping[str, str] | None = None
+    ) -> Sequence[Example]:
         """Read one file; its row numbers begin after those of the files before it."""
-        examples: list[Example] = []
         bad: list[BadRow] = []
         seen = last = several = 0
         offset = self.so_far.rows
+        rows = file.rows()
         first = list(itertools.islice(rows, LOOKED_AT))
         looked_at = [row for _, row in first if isinstance(row, dict)]
         reading = self._reading(name, looked_at) if looked_at else None
         self.met = Counter()
+        more = {**(extra or {}), **self.own}
+        examples = _Examples(self.store)
+        if self.store is not None:
+            self.store.begin(
+                name,
+                file,
+                offset,
+                lambda number, row: self._made(offset + number, _with(row, more), reading),
+            )
         for number, row in itertools.chain(first, rows):
             seen += 1
-            if isinstance(row, dict):
-                row = {**row, **(extra or {}), **self.own}
-            found = self._examples(name, number, offset, row, bad, reading)
+            found = self._examples(name, number, offset, _with(row, more), bad, reading)
             several += max(0, len(found) - 1)
-            examples += found
+            examples.add(found)
             last = max(last, number)
         self.so_far.rows += last
         self.so_far.seen += seen
@@ -215,7 +231,11 @@ class Reader:
         advice = self._advice(bad, seen, looked_at) if bad else MEND
         check_bad(name, bad, seen, self.max_bad_share, advice)
         self.so_far.bad += bad
-        return self._unambiguous(examples)
+        if self.keep_ambiguous:
+            return examples.all()
+        kept, dropped = examples.claims.unambiguous()
+        self.so_far.dropped = added(self.so_far.dropped, dropped)
+        return take(examples.all(), kept)
 
     def _reading(self, name: str, rows: list[dict[str, Any]]) -> Reading:
         """Return how a file's rows are read: by the layout that most of them have.
@@ -284,15 +304,6 @@ class Reader:
                 f"score_2 of two answers); it has: {', '.join(sorted(map(str, row)))}"
             )
 
-    def _unambiguous(self, examples: list[Example]) -> list[Example]:
-        """Leave out what a file marks both ways, unless data.ambiguous keeps it."""
-        if self.keep_ambiguous:
-            return examples
-        kept, dropped = without_ambiguous(examples)
-        for reason, count in dropped.items():
-            self.so_far.dropped[reason] = self.so_far.dropped.get(reason, 0) + count
-        return kept
-
     def _examples(
         self,
         name: str,
@@ -302,25 +313,10 @@ class Reader:
         bad: list[BadRow],
         reading: Reading | None,
     ) -> list[Example]:
+        """Return the examples of a row; where it gives none, that is counted."""
+        met: dict[str, Any] = {}
         try:
-            if isinstance(row, RowError):
-                raise row
-            if not isinstance(row, dict):
-                raise RowError(f"must be an object with columns, got {type(row).__name__}")
-            if any(str(row.get(name)) not in kept for name, kept in self.settings.only.items()):
-                raise RowError("not among data.only", malformed=False)
-            own = renamed(row, self.settings.columns, self.settings.template)
-            own = self._named_choice(own, reading)
-            self._meet(own, reading)
-            if self.incomplete and self.kind == "preference":
-                return pair_or_feedback(offset + number, own, reading)
-            example = make_example(self.kind, offset + number, own, reading)
-            if self.choices and isinstance(example, Instruction):
-                if example.completion not in self.choices:
-                    raise RowError("the completion is not among data.choices")
-                columns = {**example.columns, "completion": str(example.completion)}
-                example = replace(example, columns=columns)
-            return [example]
+            return self._made(offset + number, row, reading, met)
         except RowError as error:
             if error.malformed:
                 bad.append(BadRow(name, number, str(error), error.cause))
@@ -328,6 +324,42 @@ class Reader:
                 dropped = self.so_far.dropped
                 dropped[str(error)] = dropped.get(str(error), 0) + 1
             return []
+        finally:
+            self._meet(met, reading)
+
+    def _made(
+        self, number: int, row: object, reading: Reading | None, met: dict[str, Any] | None = None
+    ) -> list[Example]:
+        """Return the examples of a row, which is the same whenever it is read.
+
+        Args:
+            number: Of the row in the data.
+            row: As it was read.
+            reading: How the rows of its file are read.
+            met: Gets the row under our names, even where it gives no example.
+
+        Raises:
+            RowError: It gives none.
+        """
+        if isinstance(row, RowError):
+            raise row
+        if not isinstance(row, dict):
+            raise RowError(f"must be an object with columns, got {type(row).__name__}")
+        if any(str(row.get(name)) not in kept for name, kept in self.settings.only.items()):
+            raise RowError("not among data.only", malformed=False)
+        own = renamed(row, self.settings.columns, self.settings.template)
+        own = self._named_choice(own, reading)
+        if met is not None:
+            met.update(own)
+        if self.incomplete and self.kind == "preference":
+            return pair_or_feedback(number, own, reading)
+        example = make_example(self.kind, number, own, reading)
+        if self.choices and isinstance(example, Instruction):
+            if example.completion not in self.choices:
+                raise RowError("the completion is not among data.choices")
+            columns = {**example.columns, "completion": str(example.completion)}
+            example = replace(example, columns=columns)
+        return [example]
 
     def _named_choice(self, row: dict[str, Any], reading: Reading | None) -> dict[str, Any]:
         """Return a row with its choice in words where it is given as its number, or as digits (CSV)."""
@@ -392,6 +424,35 @@ class Reader:
             f"{self.kind} data ({self.kind_said_by})? Which columns are meant (data.columns = "
             f'{{ prompt = "..." }}, data.template)? The columns are {there}'
         )
+
+
+class _Examples:
+    """The examples of a file as they are read: in memory, or in a store."""
+
+    def __init__(self, store: RowIndex | None) -> None:
+        self.store, self.claims = store, Claims()
+        self.kept: list[Example] = []
+        self.first = 0 if store is None else store.count
+
+    def add(self, examples: list[Example]) -> None:
+        """Take the examples of a row."""
+        for example in examples:
+            self.claims.add(example)
+        if self.store is None:
+            self.kept += examples
+        else:
+            self.store.add(examples)
+
+    def all(self) -> Sequence[Example]:
+        """Return the examples of all rows."""
+        if self.store is None:
+            return self.kept
+        return StoredRows(self.store, np.arange(self.first, self.store.count))
+
+
+def _with(row: object, more: Mapping[str, str]) -> object:
+    """Return a row with columns that its file gives it."""
+    return {**row, **more} if isinstance(row, dict) else row
 
 
 def check_bad(

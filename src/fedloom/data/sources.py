@@ -10,6 +10,7 @@ from pydantic import Field
 from fedloom.data.builtin import BUILTIN_KINDS
 from fedloom.data.continuations import ContinuationSettings
 from fedloom.data.examples import Kind
+from fedloom.data.files import ENDINGS, STREAMED
 from fedloom.data.labels import wrong_values
 from fedloom.data.layouts import LAYOUTS
 from fedloom.settings.schema import Settings
@@ -101,6 +102,11 @@ class DataSettings(SourceSettings):
     """What becomes, file by file, of pairs that are marked both ways or whose answers differ in white
     space alone, and of single answers that are desirable in one row and undesirable in another;
     and of pairs that differ behind max_length alone: dropped and counted, or kept."""
+    streaming: bool = False
+    """Whether training rows stay in their files, for sources larger than memory: JSON lines, Parquet and
+    sets on the Hub. An index of where they stand and their tokens lie in the cache folder instead
+    (FEDLOOM_CACHE); the result is the same bit for bit. Held-out rows, and a test_source, are read
+    whole."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of malformed rows above which the run does not start."""
     max_length: int | None = Field(default=None, ge=2)
@@ -181,6 +187,8 @@ class DataSettings(SourceSettings):
                 )
             if part.continuations and self.kind != "preference":
                 found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
+        if self.streaming:
+            found += self._not_streamed()
         elsewhere = self.test_source is not None or self.test_split is not None
         if self.test_fraction == 0 and not elsewhere and not self.is_whole:
             found.append(
@@ -218,4 +226,25 @@ class DataSettings(SourceSettings):
             found.append(f"data.kind is missing: is {what} {', '.join(LAYOUTS)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
+        return found
+
+    def _not_streamed(self) -> list[str]:
+        """Return what in these settings needs all rows in memory, or to be read from the beginning."""
+        what, found = "data.streaming = true", []
+        if self.is_private:
+            found.append(f'{what}: with data.source = "{CLIENTS}" the rows are on other machines')
+        for name, part in self.parts.items():
+            section = f"data.domains.{name}" if name else "data"
+            if part.is_builtin:
+                found.append(f"{what}: {section}.source = {part.source!r} is generated in memory")
+            if part.continuations:
+                found.append(f"{what}: {section}.continuations makes pairs of all texts together")
+            found += [
+                f"{what}: {section}.source = {source!r}: a row of such a file is not found without "
+                "reading those before it; write JSON lines (.jsonl, not compressed) or Parquet"
+                for source in part.sources
+                if source.lower().endswith(ENDINGS) and not source.lower().endswith(STREAMED)
+            ]
+        if self.near_duplicates is not None:
+            found.append(f"{what}: data.near_duplicates compares all rows with each other")
         return found

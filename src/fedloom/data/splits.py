@@ -11,9 +11,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.data.examples import (
     Choice,
@@ -25,13 +28,18 @@ from fedloom.data.examples import (
     Text,
     plain_text,
 )
+from fedloom.data.stored_rows import Facts, Keys, StoredRows, are_pairs, row_numbers, take
 from fedloom.errors import DataError
 
 Key = bytes
 """Digest of what rows of a group have in common."""
 
-Sizes = Mapping[int, Mapping[Key, int]]
-"""For each client, how many rows of each group it has."""
+Positions = NDArray[np.int64]
+
+SIZE = 16
+"""Bytes of a key."""
+
+KEY = f"S{SIZE}"
 
 FEWEST = 5
 """Rows below which a client holds out none."""
@@ -136,6 +144,39 @@ def row_key(example: Example) -> Key:
     return _digest("row", row_text(example))
 
 
+def group_keys(rows: Sequence[Example], column: str | None = None) -> Keys:
+    """Return ``(rows,)`` their :func:`group_key`; of rows in files from their index.
+
+    Raises:
+        DataError: A row has no such column.
+    """
+    if not isinstance(rows, StoredRows):
+        return np.array([group_key(row, column) for row in rows], KEY)
+    keys: Keys = rows.entry("prompt" if column is None else "group")
+    if column is not None and (without := np.flatnonzero(keys == b"")).size:
+        group_key(rows[int(without[0])], column)
+    return keys
+
+
+def row_keys(rows: Sequence[Example]) -> Keys:
+    """Return ``(rows,)`` their :func:`row_key`; of rows in files from their index."""
+    if isinstance(rows, StoredRows):
+        return rows.entry("whole")
+    return np.array([row_key(row) for row in rows], KEY)
+
+
+def facts_of(example: Example, group: str | None, value: str | None) -> Facts:
+    """Return what the index of rows in files keeps of one.
+
+    Args:
+        example: The row.
+        group: ``data.group``.
+        value: Of the column that clients differ in.
+    """
+    own = group_key(example, group) if group is not None and group in example.columns else b""
+    return Facts(group_key(example), row_key(example), own, value)
+
+
 def split(
     rows: Mapping[int, Sequence[Example]],
     limits: Mapping[int, Limit],
@@ -167,36 +208,30 @@ def split(
     Raises:
         DataError: A row has no such column, or a client would train on nothing.
     """
-    keys = {client: [group_key(row, column) for row in own] for client, own in rows.items()}
+    keys = {client: group_keys(own, column) for client, own in rows.items()}
     judged = {
-        client: [only is None or isinstance(row, only) for row in own]
+        client: are_pairs(own) if only is not None else np.ones(len(own), np.bool_)
         for client, own in rows.items()
     }
     chooser = _Chooser(keys, judged, limits, order, never)
     chooser.together()
     chooser.least_harm(any_size=column is not None)
-    found: dict[int, list[int]] = {}
+    found: dict[int, Positions] = {}
     if column is None:
         for any_size in (
             False,
             True,
         ):  # rows over the most that are judged are lost: the last way out
             if chooser.empty():
-                taken = chooser.taken()
-                more = _by_row(
-                    rows, keys, judged, limits, order, chooser.empty(), taken, never, any_size
-                )
-                found |= {client: own for client, own in more.items() if own}
-                chooser.settle({client: len(own) for client, own in more.items() if own})
+                more = _by_row(rows, chooser, judged, limits, order, never, any_size)
+                found |= {client: own for client, own in more.items() if len(own)}
+                chooser.settle({client: len(own) for client, own in more.items() if len(own)})
             if not any_size:
                 chooser.least_harm(any_size=True)
-    claimed = chooser.taken()
-    held = {
-        client: [i for i, key in enumerate(own) if key in chooser.chosen[client]]
-        for client, own in keys.items()
-    } | found
+    held = {client: np.flatnonzero(chooser.has(client)) for client in rows} | found
+    claimed = {client: chooser.is_taken(client) for client in rows}
     copies = tuple(found if column is None else rows)
-    sides = _sides(rows, keys, judged, limits, order, held, claimed, copies, column, over)
+    sides = _sides(rows, judged, limits, order, held, claimed, copies, column, over)
     return replace(sides, by_row=tuple(sorted(found)), without=tuple(chooser.empty()))
 
 
@@ -213,30 +248,50 @@ def keyed(key: Key, order: int) -> tuple[bytes, Key]:
 
 
 class _Chooser:
-    """Chooses groups for all clients at once, and keeps count of what each would train on."""
+    """Chooses groups for all clients at once, and keeps count of what each would train on.
+
+    A group's number is its place in the order of keyed hashes.
+    """
 
     def __init__(
         self,
-        keys: Mapping[int, Sequence[Key]],
-        judged: Mapping[int, Sequence[bool]],
+        keys: Mapping[int, Keys],
+        judged: Mapping[int, NDArray[np.bool_]],
         limits: Mapping[int, Limit],
         order: int,
         never: Collection[Key],
     ) -> None:
-        self.sizes: dict[int, Counter[Key]] = {c: Counter(own) for c, own in keys.items()}
-        self.judged = {
-            client: {key for key, useful in zip(own, judged[client], strict=True) if useful}
-            for client, own in keys.items()
-        }
-        self.limits, self.never = limits, never
-        self.holders: defaultdict[Key, list[int]] = defaultdict(list)
-        for client, own in self.sizes.items():
-            for key in own:
-                self.holders[key].append(client)
-        self.places = {key: keyed(key, order) for key in self.holders}
-        self.chosen: dict[int, set[Key]] = {client: set() for client in keys}
+        self.clients, self.limits = list(keys), limits
+        together = np.concatenate([np.zeros(0, KEY), *keys.values()])
+        names, inverse = np.unique(together, return_inverse=True)
+        places = _places(names, order)
+        ends = np.cumsum([len(own) for own in keys.values()])[:-1]
+        self.own = dict(zip(keys, np.split(places[inverse], ends), strict=True))
+        self.never = np.zeros(len(names), np.bool_)
+        self.never[places] = np.isin(names, np.array(list(never), KEY))
+        self.groups: dict[int, Positions] = {}
+        self.sizes: dict[int, Positions] = {}
+        self.judged: dict[int, NDArray[np.bool_]] = {}
+        for client, own in self.own.items():
+            self.groups[client], self.sizes[client] = np.unique(own, return_counts=True)
+            self.judged[client] = np.isin(self.groups[client], own[judged[client]])
+        # who holds a group stands one after another, in the order of the clients
+        groups = np.concatenate([np.zeros(0, np.int64), *self.groups.values()])
+        by_group = np.argsort(groups, kind="stable")
+        self._starts = np.searchsorted(groups[by_group], np.arange(len(names) + 1))
+        numbers = np.arange(len(self.clients))
+        self._who = np.repeat(numbers, [len(own) for own in self.groups.values()])[by_group]
+        self._rows = np.concatenate([np.zeros(0, np.int64), *self.sizes.values()])[by_group]
+        self._fit = np.concatenate([np.zeros(0, np.bool_), *self.judged.values()])[by_group]
+        self.chosen: dict[int, dict[int, int]] = {client: {} for client in keys}
         self.left = {client: len(own) for client, own in keys.items()}
         self.settled: set[int] = set()
+
+    def holders(self, group: int) -> list[tuple[int, int]]:
+        """Return who holds a group, each with how many rows of it."""
+        own = slice(self._starts[group], self._starts[group + 1])
+        who = (self.clients[number] for number in self._who[own].tolist())
+        return list(zip(who, self._rows[own].tolist(), strict=True))
 
     def empty(self) -> list[int]:
         """Return the clients that were to hold out rows and have none."""
@@ -246,9 +301,17 @@ class _Chooser:
             if self.limits[client].rows and not own and client not in self.settled
         ]
 
-    def taken(self) -> frozenset[Key]:
+    def taken(self) -> frozenset[int]:
         """Return all groups that are held out by somebody."""
         return frozenset().union(*self.chosen.values())
+
+    def has(self, client: int) -> NDArray[np.bool_]:
+        """Return ``(rows,)`` whether a client's rows are of groups that it holds out."""
+        return np.isin(self.own[client], list(self.chosen[client]))
+
+    def is_taken(self, client: int) -> NDArray[np.bool_]:
+        """Return ``(rows,)`` whether a client's rows are of groups that somebody holds out."""
+        return np.isin(self.own[client], list(self.taken()))
 
     def settle(self, held: Mapping[int, int]) -> None:
         """Take note of clients that hold out so many rows otherwise."""
@@ -260,92 +323,107 @@ class _Chooser:
         """Hold out groups that have room with everybody who has them, so that no row is lost."""
         room = {client: limit.rows for client, limit in self.limits.items()}
         waiting = {client for client, rows in room.items() if rows}
-        for key in sorted(self.holders, key=self.places.__getitem__):
+        for group in self._with_room() if waiting else []:
             if not waiting:
                 return
-            who = self.holders[key]
-            if key in self.never or any(self.sizes[c][key] > room[c] for c in who):
+            who = self.holders(int(group))
+            if any(rows > room[client] for client, rows in who):
                 continue
-            if not all(key in self.judged[c] for c in who):
-                continue
-            for client in who:
-                self._take(client, key)
-                room[client] -= self.sizes[client][key]
+            for client, rows in who:
+                self._take(client, int(group), rows)
+                room[client] -= rows
                 if not room[client]:
                     waiting.discard(client)
+
+    def _with_room(self) -> Positions:
+        """Return the groups that all who have them could hold out, if they held out nothing else."""
+        if not len(self._rows):
+            return np.zeros(0, np.int64)
+        room = np.array([self.limits[client].rows for client in self.clients])
+        fit = np.logical_and.reduceat(
+            self._fit & (self._rows <= room[self._who]), self._starts[:-1]
+        )
+        return np.flatnonzero(fit & ~self.never)
 
     def least_harm(self, *, any_size: bool) -> None:
         """Give each client that holds out nothing the group of which others have fewest rows."""
         whole = sum(self.left.values())
         claimed = set(self.taken())
         for client in self.empty():
-            best: tuple[int, bool, int, tuple[bytes, Key]] | None = None
-            own = sum(self.sizes[client].values())
-            for key in self.judged[client]:
-                size = self.sizes[client][key]
-                if key in self.never or 2 * size > own:
+            best: tuple[int, bool, int, int] | None = None
+            own = len(self.own[client])
+            judged = self.judged[client]
+            pairs = zip(self.groups[client][judged], self.sizes[client][judged], strict=True)
+            for group, size in ((int(one), int(rows)) for one, rows in pairs):
+                if self.never[group] or 2 * size > own:
                     continue
                 if size > self.limits[client].most and not any_size:
                     continue
-                others = [c for c in self.holders[key] if c != client]
                 lost = 0
-                if key not in claimed:
-                    lost = sum(self.sizes[c][key] for c in others)
-                    if any(self.left[c] <= self.sizes[c][key] for c in (client, *others)):
+                if group not in claimed:
+                    who = self.holders(group)
+                    lost = sum(rows for other, rows in who if other != client)
+                    if any(self.left[other] <= rows for other, rows in who):
                         continue
                     if 2 * (lost + size) > whole:
                         continue
-                found = (lost, key not in claimed, size, self.places[key])
+                found = (lost, group not in claimed, size, group)
                 best = found if best is None or found < best else best
             if best is None:
                 continue
-            key = best[3][1]
-            if key in claimed:
-                self.chosen[client].add(key)
+            size, group = best[2:]
+            if group in claimed:
+                self.chosen[client][group] = size
                 continue
-            claimed.add(key)
-            for other in self.holders[key]:
-                if other == client or self._fits_too(other, key):
-                    self._take(other, key)
+            claimed.add(group)
+            for other, rows in self.holders(group):
+                if other == client or self._fits_too(other, group, rows):
+                    self._take(other, group, rows)
                 else:
-                    self.left[other] -= self.sizes[other][key]
+                    self.left[other] -= rows
 
-    def _fits_too(self, client: int, key: Key) -> bool:
+    def _fits_too(self, client: int, group: int, rows: int) -> bool:
         """Return whether a client may hold out a group more, up to twice its share: else it loses it."""
-        limit, held = (
-            self.limits[client],
-            sum(self.sizes[client][own] for own in self.chosen[client]),
-        )
-        return key in self.judged[client] and held + self.sizes[client][key] <= min(
-            limit.most, 2 * limit.rows
-        )
+        limit, held = self.limits[client], sum(self.chosen[client].values())
+        judged = self.judged[client][np.searchsorted(self.groups[client], group)]
+        return bool(judged) and held + rows <= min(limit.most, 2 * limit.rows)
 
-    def _take(self, client: int, key: Key) -> None:
-        self.chosen[client].add(key)
-        self.left[client] -= self.sizes[client][key]
+    def _take(self, client: int, group: int, rows: int) -> None:
+        self.chosen[client][group] = rows
+        self.left[client] -= rows
+
+
+def _places(names: Keys, order: int) -> Positions:
+    """Return each group's place in the order of keyed hashes; those that are alike by their keys."""
+    hashes = (int.from_bytes(keyed(name, order)[0], "big") for name in _bytes(names))
+    by_hash = np.argsort(np.fromiter(hashes, np.uint64, len(names)), kind="stable")
+    places = np.empty(len(names), np.int64)
+    places[by_hash] = np.arange(len(names))
+    return places
+
+
+def _bytes(keys: Keys) -> Iterator[Key]:
+    """Yield keys as they are, zeros at their ends too."""
+    return (key.ljust(SIZE, b"\0") for key in keys)
 
 
 def _by_row(
     rows: Mapping[int, Sequence[Example]],
-    keys: Mapping[int, Sequence[Key]],
-    judged: Mapping[int, Sequence[bool]],
+    chooser: _Chooser,
+    judged: Mapping[int, NDArray[np.bool_]],
     limits: Mapping[int, Limit],
     order: int,
-    empty: Collection[int],
-    claimed: Collection[Key],
     never: Collection[Key],
     any_size: bool,
-) -> dict[int, list[int]]:
+) -> dict[int, Positions]:
     """Return the positions that clients with too few prompts hold out, by prompt and completion.
 
     Rows whose prompt another client holds out are not among them: they are left out of training.
     """
-    places = {
-        client: [i for i, key in enumerate(own) if key not in claimed]
-        for client, own in keys.items()
-    }
-    whole = {client: _row_keys([rows[client][i] for i in own]) for client, own in places.items()}
-    useful = {client: [judged[client][i] for i in own] for client, own in places.items()}
+    empty = chooser.empty()
+    places = {client: np.flatnonzero(~chooser.is_taken(client)) for client in rows}
+    whole = {client: _whole_keys(take(rows[client], own)) for client, own in places.items()}
+    useful = {client: judged[client][own] for client, own in places.items()}
     own_limits = {
         client: Limit(
             min(limits[client].rows, max(0, len(own) - 1)) if client in empty else 0,
@@ -353,72 +431,66 @@ def _by_row(
         )
         for client, own in places.items()
     }
-    chooser = _Chooser(whole, useful, own_limits, order, never)
-    chooser.together()
+    by_row = _Chooser(whole, useful, own_limits, order, never)
+    by_row.together()
     if any_size:
-        chooser.least_harm(any_size=True)
-    return {
-        client: [
-            i
-            for i, key in zip(places[client], whole[client], strict=True)
-            if key in chooser.chosen[client]
-        ]
-        for client in empty
-    }
+        by_row.least_harm(any_size=True)
+    return {client: places[client][by_row.has(client)] for client in empty}
 
 
-def _row_keys(rows: Sequence[Example]) -> list[Key]:
+def _whole_keys(rows: Sequence[Example]) -> Keys:
     """Return each row's key; what was made of one row of the data stays together."""
-    first: dict[int, Key] = {}
-    return [first.setdefault(row.row, row_key(row)) for row in rows]
+    _, first, own = np.unique(row_numbers(rows), return_index=True, return_inverse=True)
+    keys: Keys = row_keys(rows)[first[own]]
+    return keys
 
 
 def _sides(
     rows: Mapping[int, Sequence[Example]],
-    keys: Mapping[int, Sequence[Key]],
-    judged: Mapping[int, Sequence[bool]],
+    judged: Mapping[int, NDArray[np.bool_]],
     limits: Mapping[int, Limit],
     order: int,
-    held: Mapping[int, Sequence[int]],
-    claimed: Collection[Key],
+    held: Mapping[int, Positions],
+    claimed: Mapping[int, NDArray[np.bool_]],
     copies: Collection[int],
     column: str | None,
     over: str,
 ) -> Split:
     """Put every row on its side, and count those that are on neither.
 
-    ``held`` are positions of the rows of held-out groups, ``claimed`` those groups; of the held-out rows
-    of ``copies`` exact duplicates are left out of training.
+    ``held`` are positions of the rows of held-out groups, ``claimed`` which rows are of such groups; of
+    the held-out rows of ``copies`` exact duplicates are left out of training.
     """
     result = Split({}, {}, {client: Counter() for client in rows})
     for client, own in rows.items():
-        useful = [i for i in held[client] if judged[client][i]]
+        useful = held[client][judged[client][held[client]]]
         result.dropped[client][NOT_JUDGED] = len(held[client]) - len(useful)
         if len(useful) > limits[client].most:
-            useful.sort(key=lambda i: keyed(row_key(own[i]), order))
+            drawn = np.argsort(_places(row_keys(take(own, useful)), order), kind="stable")
             result.dropped[client][over] = len(useful) - limits[client].most
-            useful = sorted(useful[: limits[client].most])
-        result.held_out[client] = useful
-    whole = {row_key(rows[client][i]) for client in copies for i in held[client]}
+            useful = np.sort(useful[drawn[: limits[client].most]])
+        result.held_out[client] = useful.tolist()
+    aside = [row_keys(take(rows[client], held[client])) for client in copies]
+    whole = np.concatenate([np.zeros(0, KEY), *aside])
     for client, own in rows.items():
-        aside, kept = set(held[client]), []
-        for i, row in enumerate(own):
-            if i in aside:
-                continue
-            if keys[client][i] in claimed:
-                result.dropped[client][same(column)] += 1
-            elif whole and row_key(row) in whole:
-                result.dropped[client][SAME_ROW] += 1
-            else:
-                kept.append(i)
-        if own and not kept:
+        trained = np.ones(len(own), np.bool_)
+        trained[held[client]] = False
+        alike = trained & claimed[client]
+        trained &= ~claimed[client]
+        kept = np.flatnonzero(trained)
+        copied = np.isin(row_keys(take(own, kept)), whole) if len(whole) else kept < 0
+        kept = kept[~copied]
+        for reason, count in ((same(column), alike.sum()), (SAME_ROW, copied.sum())):
+            if count:
+                result.dropped[client][reason] = int(count)
+        if len(own) and not len(kept):
             who = f"client {client}" if client >= 0 else "training"
             raise DataError(
                 f"{who} would have no row to train on: of its {len(own)} rows "
                 f"{_told(result.dropped[client])}, and {len(result.held_out[client])} are held out; use "
                 "fewer clients, a larger partition.minimum, or partition.client_test_fraction = 0"
             )
-        result.trained[client] = kept
+        result.trained[client] = kept.tolist()
     return result
 
 
@@ -439,4 +511,4 @@ def _asked(prompt: Text) -> str:
 
 def _digest(what: str, text: str) -> Key:
     data = text.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=16, person=what.encode()).digest()
+    return hashlib.blake2b(data, digest_size=SIZE, person=what.encode()).digest()

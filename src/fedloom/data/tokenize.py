@@ -10,195 +10,34 @@ left is dropped and counted. Both sides of a pair keep the same prompt tokens.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors.numpy
-from numpy.typing import NDArray
 
 from fedloom.data.chat import RenderingError
-from fedloom.data.encode import Encoded, TextEncoder
+from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
+from fedloom.data.stored_rows import StoredRows, digests
+from fedloom.data.token_file import read_tokens, write_tokens
+from fedloom.data.token_set import TokenSet, Untokenized, join
 from fedloom.errors import OutputError
-from fedloom.storage.files import write_atomically
+from fedloom.storage.cache import make_room, touch
 
-FORMAT = "fedloom-tokens-4"
+FORMAT = "fedloom-tokens-5"
 """Changes whenever this file would give other tokens for the same input."""
 
 TOGETHER = 1024
 """Examples that are tokenised together."""
 
+MOST_BYTES = 4 * 1024**3
+"""Of all files of a cache together; those that were read longest ago go first."""
+
 NOTHING_LEFT = "no completion token left"
 NO_PROMPT = "no token before the completion"
 ALIKE = "answers alike within data.max_length"
-
-
-@dataclass(frozen=True)
-class Untokenized:
-    """An example of which no tokens are trained on.
-
-    Attributes:
-        position: Where it stood in what was tokenised.
-        row: Its row number in the data.
-        reason: Why.
-        malformed: Whether the row itself is at fault.
-    """
-
-    position: int
-    row: int
-    reason: str
-    malformed: bool = False
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """Tokenised examples of one kind, ragged rows in flat arrays.
-
-    Attributes:
-        width: Sequences an example has: 2 for pairs (chosen, rejected), one a choice, else 1.
-        index: ``(examples,)`` position of each example in what was tokenised (some were dropped).
-        rows: ``(examples,)`` row number in the data.
-        tokens: ``(total,)`` int32, all sequences one after another.
-        trained: ``(total,)`` bool, true on the tokens whose log-prob counts.
-        starts: ``(examples * width + 1,)`` where each sequence begins.
-        prompts: ``(examples * width,)`` number of tokens before the first that counts, in each sequence.
-        cut: ``(examples * width, 2)`` tokens that ``max_length`` cut from prompt and completion.
-        escaped: ``(examples,)`` bool, true where control tokens stand in the text, encoded as text.
-        labels: ``(examples,)`` class id, number of the right choice, or 1 for desirable and 0 for not; -1
-            where there is none.
-        dropped: The examples of which nothing is trained on.
-    """
-
-    width: int
-    index: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    starts: NDArray[np.int64]
-    prompts: NDArray[np.int64]
-    cut: NDArray[np.int64]
-    escaped: NDArray[np.bool_]
-    labels: NDArray[np.int64]
-    dropped: tuple[Untokenized, ...]
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.index)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """``(examples,)`` tokens of the longest sequence of each example."""
-        lengths = np.diff(self.starts).reshape(-1, self.width)
-        return lengths.max(axis=1) if len(lengths) else np.zeros(0, np.int64)
-
-    @property
-    def completion_lengths(self) -> NDArray[np.int64]:
-        """``(sequences,)`` tokens that count in each sequence."""
-        before = np.concatenate([[0], np.cumsum(self.trained)])
-        return np.diff(before[self.starts]).astype(np.int64)
-
-    def costs(self, *, shared_prompts: bool = False) -> NDArray[np.int64]:
-        """Return ``(examples,)`` places that each example takes in a pass of rows as long as itself.
-
-        Args:
-            shared_prompts: Whether what all its sequences begin with is read once
-                (:meth:`common_starts`).
-        """
-        padded: NDArray[np.int64] = self.lengths * self.width
-        if not shared_prompts or self.width == 1:
-            return padded
-        whole = np.diff(self.starts).reshape(-1, self.width).sum(1)
-        once: NDArray[np.int64] = whole - (self.width - 1) * self.common_starts
-        return once
-
-    @cached_property
-    def common_starts(self) -> NDArray[np.int64]:
-        """``(examples,)`` tokens that all sequences of an example begin with.
-
-        At least one token of each is beyond them.
-        """
-        found = np.zeros(len(self), np.int64)
-        for example in range(len(self)):
-            own = [self.sequence(example * self.width + i)[0] for i in range(self.width)]
-            found[example] = common_start(own)
-        return found
-
-    @cached_property
-    def prompt_numbers(self) -> NDArray[np.int64]:
-        """``(examples,)`` the same number for examples whose prompts have the same tokens."""
-        known: dict[bytes, int] = {}
-        found = np.zeros(len(self), np.int64)
-        for example in range(len(self)):
-            tokens, prompt = self.sequence(example * self.width)
-            found[example] = known.setdefault(tokens[:prompt].tobytes(), len(known))
-        return found
-
-    def paired(self, others: TokenSet) -> TokenSet:
-        """Return these examples with two sequences each: their own, and that of ``others`` in its place.
-
-        Args:
-            others: As many examples, of one sequence each as these.
-        """
-        count, numbers = len(self), np.arange(2 * len(self)).reshape(2, -1).T.reshape(-1)
-        lengths = np.concatenate([np.diff(self.starts), np.diff(others.starts)])
-        starts = np.concatenate([self.starts[:-1], len(self.tokens) + others.starts[:-1]])
-        order = [np.arange(starts[n], starts[n] + lengths[n]) for n in numbers]
-        places = np.concatenate(order) if count else np.zeros(0, np.int64)
-
-        def both(name: str) -> NDArray[Any]:
-            return np.concatenate([getattr(self, name), getattr(others, name)])
-
-        return replace(
-            self,
-            width=2,
-            tokens=both("tokens")[places],
-            trained=both("trained")[places],
-            starts=np.concatenate([[0], np.cumsum(lengths[numbers])]).astype(np.int64),
-            prompts=both("prompts")[numbers],
-            cut=both("cut")[numbers],
-        )
-
-    def sequence(self, number: int) -> tuple[NDArray[np.int32], int]:
-        """Return the tokens of sequence ``number`` and how many of them are prompt."""
-        return self.tokens[self.starts[number] : self.starts[number + 1]], int(self.prompts[number])
-
-    def mask(self, number: int) -> NDArray[np.bool_]:
-        """Return which tokens of sequence ``number`` count."""
-        return self.trained[self.starts[number] : self.starts[number + 1]]
-
-    def take(self, positions: NDArray[np.int64]) -> TokenSet:
-        """Return the examples at ``positions`` (in this set), in that order."""
-        numbers = (positions[:, None] * self.width + np.arange(self.width)).reshape(-1)
-        parts = [self.sequence(int(number))[0] for number in numbers]
-        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-        masks = [self.mask(int(number)) for number in numbers]
-        return replace(
-            self,
-            index=self.index[positions],
-            rows=self.rows[positions],
-            tokens=np.concatenate(parts) if parts else np.zeros(0, np.int32),
-            trained=np.concatenate(masks) if masks else np.zeros(0, np.bool_),
-            starts=starts,
-            prompts=self.prompts[numbers],
-            cut=self.cut[numbers],
-            escaped=self.escaped[positions],
-            labels=self.labels[positions],
-        )
-
-
-def common_start(sequences: Sequence[NDArray[np.int32]]) -> int:
-    """Return how many tokens all sequences begin with; at least one token of each is beyond them."""
-    most = min(map(len, sequences)) - 1
-    first = sequences[0][:most]
-    alike = np.logical_and.reduce([own[:most] == first for own in sequences])
-    return most if alike.all() else int(alike.argmin())
 
 
 def tokenize(
@@ -223,14 +62,42 @@ def tokenize(
     Returns:
         The examples that have a completion token, in order.
     """
+    width = _width(examples[0]) if examples else 1
+
+    def parts() -> Iterator[TokenSet]:
+        """Yield some examples after others: texts take more room than tokens."""
+        rows = iter(examples)
+        for start in range(0, len(examples), TOGETHER):
+            some = list(itertools.islice(rows, TOGETHER))
+            yield _part(some, start, width, encoder, max_length, classes, keep_alike)
+
     if cache is None:
-        return _tokenize(examples, encoder, max_length, classes, keep_alike)
-    file = cache / f"{_key(examples, encoder, max_length, classes, keep_alike)}.safetensors"
-    found = _read(file)
+        return join(list(parts()), width)
+    stored = isinstance(examples, StoredRows)
+    file = cache / f"{_key(examples, encoder, max_length, classes, keep_alike)}.tokens"
+    found = read_tokens(file, mapped=stored)
     if found is None:
-        found = _tokenize(examples, encoder, max_length, classes, keep_alike)
-        _write(file, found)
-    return found
+        try:
+            write_tokens(file, parts())
+        except OutputError as error:
+            if stored:
+                raise OutputError(
+                    f"data.streaming keeps the tokens of all rows on disk: {error}; set the variable "
+                    "FEDLOOM_CACHE to a folder with room for them"
+                ) from error
+            return join(list(parts()), width)  # the cache costs time, nothing else
+        found = read_tokens(file, mapped=stored)
+    else:
+        touch(file)
+    make_room(cache, MOST_BYTES, file)
+    if found is not None:
+        return found
+    if stored:
+        raise OutputError(
+            f"{file} is not what was written there a moment ago; look at the disk, or set the variable "
+            "FEDLOOM_CACHE to a folder on another one"
+        )
+    return join(list(parts()), width)
 
 
 def fit(
@@ -250,22 +117,23 @@ def fit(
     return list(prompt[len(prompt) - room :]), kept
 
 
-def _tokenize(
+def _part(
     examples: Sequence[Example],
+    start: int,
+    width: int,
     encoder: TextEncoder,
     max_length: int,
     classes: Sequence[str],
     keep_alike: bool,
 ) -> TokenSet:
-    width = _width(examples[0]) if examples else 1
+    """Return the tokens of some examples, of which the first stood at ``start``."""
     ids = {name: number for number, name in enumerate(classes)}
     bos = encoder.tokenizer.bos_token_id
     index, rows, labels, prompts, cut, escaped = [], [], [], [], [], []
-    parts: list[NDArray[np.int32]] = []
-    masks: list[NDArray[np.bool_]] = []
+    tokens, counts, lengths = list[int](), bytearray(), [0]
     dropped: list[Untokenized] = []
     for position, (example, encoded) in enumerate(
-        zip(examples, _encoded(examples, encoder), strict=True)
+        zip(examples, encoder.examples(examples), strict=True), start
     ):
         if isinstance(encoded, RenderingError):
             dropped.append(Untokenized(position, example.row, str(encoded), malformed=True))
@@ -290,32 +158,25 @@ def _tokenize(
         labels.append(_label(example, ids))
         escaped.append(encoded.escaped)
         for completion, mask, length in zip(completions, trained, whole[1], strict=True):
-            parts.append(np.array([*prompt, *completion], np.int32))
-            masks.append(np.array([False] * len(prompt) + mask, np.bool_))
+            tokens += prompt
+            tokens += completion
+            counts += bytes(len(prompt)) + bytes(mask)
+            lengths.append(len(prompt) + len(completion))
             prompts.append(len(prompt))
             cut.append((whole[0] - len(prompt), length - len(completion)))
-    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
     return TokenSet(
         width,
         np.array(index, np.int64),
         np.array(rows, np.int64),
-        np.concatenate(parts) if parts else np.zeros(0, np.int32),
-        np.concatenate(masks) if masks else np.zeros(0, np.bool_),
-        starts.astype(np.int64),
+        np.array(tokens, np.int32),
+        np.frombuffer(bytes(counts), np.bool_),
+        np.cumsum(lengths).astype(np.int64),
         np.array(prompts, np.int64),
         np.array(cut, np.int64).reshape(-1, 2),
         np.array(escaped, np.bool_),
         np.array(labels, np.int64),
         tuple(dropped),
     )
-
-
-def _encoded(
-    examples: Sequence[Example], encoder: TextEncoder
-) -> Iterator[Encoded | RenderingError]:
-    """Yield each example's tokens, some examples tokenised together: texts take more room than tokens."""
-    for start in range(0, len(examples), TOGETHER):
-        yield from encoder.examples(examples[start : start + TOGETHER])
 
 
 def _useless(
@@ -359,36 +220,6 @@ def _key(
 ) -> str:
     settings = f"{FORMAT}|{max_length}|{list(classes)}|{keep_alike}|{encoder.identity}"
     digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
-    for example in examples:
-        digest.update(repr(example).encode("utf-8", "surrogatepass"))
+    for own in digests(examples):
+        digest.update(own)
     return digest.hexdigest()
-
-
-def _read(file: Path) -> TokenSet | None:
-    try:
-        arrays = safetensors.numpy.load_file(file)
-        return TokenSet(
-            width=int(arrays["width"][0]),
-            index=arrays["index"],
-            rows=arrays["rows"],
-            tokens=arrays["tokens"],
-            trained=arrays["trained"],
-            starts=arrays["starts"],
-            prompts=arrays["prompts"],
-            cut=arrays["cut"],
-            escaped=arrays["escaped"],
-            labels=arrays["labels"],
-            dropped=tuple(Untokenized(**lost) for lost in json.loads(arrays["dropped"].tobytes())),
-        )
-    except Exception:  # a cache that is absent, torn or foreign is simply made again
-        return None
-
-
-def _write(file: Path, tokens: TokenSet) -> None:
-    names = ("index", "rows", "tokens", "trained", "starts", "prompts", "cut", "escaped", "labels")
-    arrays = {name: getattr(tokens, name) for name in names}
-    arrays["width"] = np.array([tokens.width])
-    lost = json.dumps([asdict(one) for one in tokens.dropped])
-    arrays["dropped"] = np.frombuffer(lost.encode(), np.uint8)
-    with contextlib.suppress(OutputError):  # without a cache it costs time, nothing else
-        write_atomically(file, safetensors.numpy.save(arrays))  # its owner's: tokens are the rows

@@ -24,7 +24,8 @@ from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference, plain_text
 from fedloom.data.loading import LoadedData, load_examples
 from fedloom.data.sources import DataSettings
-from fedloom.data.tokenize import TokenSet, tokenize
+from fedloom.data.token_set import TokenSet
+from fedloom.data.tokenize import tokenize
 from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.consent import Approvals, Waiting
 from fedloom.deployment.folders import ClientFolder

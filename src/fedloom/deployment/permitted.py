@@ -131,7 +131,7 @@ LEFT = _names(
     {
         "data": "subset data_dir split columns template only answers_between continuations "
         "control_tokens max_rows test_source test_split test_kind incomplete_pairs max_bad_share "
-        "domains group near_duplicates values min_margin",
+        "domains group near_duplicates values min_margin streaming",
         "public": "columns template",
         "federation": "members require quorum replacements deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",

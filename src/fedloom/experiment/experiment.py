@@ -306,6 +306,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "data" in parts and "objective" in parts:
         found += _kind_contradictions(parts["data"], parts["objective"])
         found += _feedback_contradictions(parts)
+    if "data" in parts and parts["data"].streaming:
+        found += _streaming_contradictions(parts)
     return found
 
 
@@ -342,6 +344,31 @@ def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:
     found = []
     if "partition" in parts and parts["partition"].feedback == "spread":
         found.append('partition.feedback = "spread" redistributes rows; data.source = "clients"')
+    return found
+
+
+def _streaming_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what needs all rows in memory, with rows that stay in their files."""
+    data, found, what = parts["data"], [], "data.streaming = true"
+    if "partition" in parts and parts["partition"].kind == "files":
+        found.append(
+            f'{what}: partition.kind = "files" reads each client\'s file whole, as clients do'
+        )
+    if "objective" in parts:
+        name = parts["objective"].name
+        objective = OBJECTIVES[name][1]
+        if objective.needs_mismatched:
+            found.append(
+                f"{what}: objective.name = {name!r} joins each prompt with the completion of another row"
+            )
+        elif objective.kind == "feedback" and data_kind(data) == "preference":
+            found.append(f"{what}: objective.name = {name!r} makes two single answers of each pair")
+    own_public = "public" in parts and parts["public"].source is not None
+    if "method" in parts and METHODS[parts["method"].name][1].needs_public and not own_public:
+        found.append(
+            f"{what}: method.name = {parts['method'].name!r} draws its public rows from all rows; name "
+            "others as public.source"
+        )
     return found
 
 

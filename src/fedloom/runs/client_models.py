@@ -13,7 +13,7 @@ from fedloom.data.account import Cut
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.public import PublicRows
-from fedloom.data.tokenize import TokenSet, Untokenized
+from fedloom.data.token_set import TokenSet, Untokenized
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import HeldOut

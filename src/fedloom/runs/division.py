@@ -18,7 +18,7 @@ from fedloom.accounting.quantities import human_count
 from fedloom.data.account import Account, Accounts, added
 from fedloom.data.duplicates import near_duplicates
 from fedloom.data.examples import Example, Instruction, Labelled, Preference, as_choice
-from fedloom.data.feedback_partition import FeedbackPartition, partition_feedback
+from fedloom.data.feedback_partition import FeedbackPartition, partition_feedback, undivided
 from fedloom.data.loading import (
     OVER_MOST,
     DataSource,
@@ -37,10 +37,12 @@ from fedloom.data.splits import (
     SAME_ROW,
     Split,
     group_key,
+    group_keys,
     limit_of,
     row_key,
     split,
 )
+from fedloom.data.stored_rows import StoredRows, are_pairs, labels_of, take
 from fedloom.display.untrusted_text import placed
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
@@ -78,7 +80,7 @@ class PartitionedData:
 
     Attributes:
         loaded: What was read.
-        train: Training rows of each client.
+        train: Training rows of each client; with data.streaming they stay in their files.
         held_out: Rows of each client kept for its own evaluation.
         test: The global held-out set.
         classes: Class names in the order of their ids; empty unless the data is labelled.
@@ -91,7 +93,7 @@ class PartitionedData:
     """
 
     loaded: LoadedData
-    train: dict[int, list[Example]]
+    train: dict[int, Sequence[Example]]
     held_out: dict[int, list[Example]]
     test: list[Example]
     classes: tuple[str, ...]
@@ -153,10 +155,11 @@ def partition_data(
         loaded = _loaded(experiment, source, objective)
     classes = own.classes if own else None
     if classes is None:
-        classes = _classes([*loaded.train, *loaded.test])
+        classes = _classes(loaded.train, loaded.test)
     limit = experiment.evaluation
-    judged = few(loaded.test, limit.max_examples, _drawing(experiment))
+    judged = list(few(loaded.test, limit.max_examples, _drawing(experiment)))
     loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
+    pools: dict[int, Sequence[Example]]
     if own is not None:
         pools = {own.client: loaded.train}
     elif by_files:
@@ -164,8 +167,8 @@ def partition_data(
     else:
         pools = _partitioned(experiment, loaded)
     sides = _sides(experiment, loaded, pools, public, apart=by_files)
-    train = {c: [pools[c][i] for i in kept] for c, kept in sides.trained.items()}
-    held_out = {c: [pools[c][i] for i in aside] for c, aside in sides.held_out.items()}
+    train = {c: take(pools[c], kept) for c, kept in sides.trained.items()}
+    held_out = {c: list(take(pools[c], aside)) for c, aside in sides.held_out.items()}
     warnings = [
         *loaded.warnings,
         *_split_warnings(sides, train, held_out),
@@ -174,7 +177,11 @@ def partition_data(
     test = _judged(judged, experiment)
     feedback = None
     answers = train
-    if (objective or make_objective(experiment.objective)).kind == "feedback":
+    single = (objective or make_objective(experiment.objective)).kind == "feedback"
+    stored = {c: rows for c, rows in train.items() if isinstance(rows, StoredRows)}
+    if single and stored:
+        feedback = undivided(stored)
+    elif single:
         together = experiment.partition.feedback == "together"
         feedback = partition_feedback(train, None if together else generator(seed, "feedback"))
         answers = {client: list(rows) for client, rows in feedback.rows.items()}
@@ -233,6 +240,11 @@ def _loaded(
     rng, most = generator(experiment.federation.seed, "data"), experiment.evaluation.max_examples
     drawing = _drawing(experiment)
     named = own_source(experiment.data)
+    if experiment.data.streaming and (source is not None or named is not None):
+        raise DataError(
+            "data.streaming = true reads rows of files and of the Hub, and a source of your own gives "
+            "its examples itself: leave data.streaming out"
+        )
     if source is None and named is not None:
         try:
             source = SOURCES[named][1](experiment.data)
@@ -241,7 +253,8 @@ def _loaded(
                 [f"data.source = {named!r}: {t}" for t in error.problems]
             ) from error
     if source is None:
-        return load_examples(experiment.data, rng, most, drawing=drawing)
+        column = experiment.partition.column or "label"
+        return load_examples(experiment.data, rng, most, drawing=drawing, column=column)
     loaded = source.load(rng)
     _require_kind(experiment, loaded.kind, source, objective)
     taken = few(loaded.test, most, drawing)
@@ -279,6 +292,11 @@ def _whole(data: DataSettings, seed: int, classes: tuple[str, ...] | None) -> Lo
     Raises:
         DataError: They cannot be read, or are of other classes than the coordinator's.
     """
+    if data.streaming:
+        raise DataError(
+            "data.streaming = true: the rows that a client has on its own machine are read whole; leave "
+            "it out of the client's file"
+        )
     loaded = load_examples(data, generator(seed, "data"), hold_out=False)
     # columns are for dealing rows, and of a client's own rows there is nothing to deal
     kept = {data.group} if data.group is not None else set()
@@ -361,7 +379,7 @@ def _with_public(
     return loaded, as_task(public, classes, labelled=settings.labelled), account
 
 
-def _partitioned(experiment: Experiment, loaded: LoadedData) -> dict[int, list[Example]]:
+def _partitioned(experiment: Experiment, loaded: LoadedData) -> dict[int, Sequence[Example]]:
     """Return the rows of each client; none where clients on other machines have their own."""
     count, seed = experiment.federation.clients, experiment.federation.seed
     if experiment.data.is_private:
@@ -370,7 +388,7 @@ def _partitioned(experiment: Experiment, loaded: LoadedData) -> dict[int, list[E
     dealt: list[Indices] = partition(
         loaded.train, experiment.partition, count, rng, experiment.data.group
     )
-    return {client: [loaded.train[i] for i in own] for client, own in enumerate(dealt)}
+    return {client: take(loaded.train, own) for client, own in enumerate(dealt)}
 
 
 def _sides(
@@ -464,7 +482,7 @@ def _accounts(
         dropped = sides.dropped[client]
         pairs = 0
         if answers is not train:
-            pairs = sum(isinstance(row, Preference) for row in rows)
+            pairs = int(are_pairs(rows).sum())
         made = {UNROLLED: pairs, PARTITIONED_ANEW: len(answers[client]) - len(rows) - pairs}
         account = read or Account(len(pools[client]))
         clients[client] = account.dropping(
@@ -502,9 +520,9 @@ def _split_warnings(
     """Return what could not be divided as it should be."""
     found = []
     if sides.by_row:
-        known = {group_key(row) for rows in train.values() for row in rows}
+        known = np.concatenate([group_keys(rows) for rows in train.values()])
         rows = [row for client in sides.by_row for row in held_out[client]]
-        both = sum(group_key(row) in known for row in rows)
+        both = int(np.isin(group_keys(rows), known).sum())
         found.append(
             f"{_named(sides.by_row)} too few prompts to hold one out: rows are held out by prompt and "
             f"completion, and {human_count(both)} of {human_count(len(rows))} held-out rows have "
@@ -602,8 +620,8 @@ def _shown_place(division: PartitionedData, client: int, row: Example) -> str:
     return placed(*division.place(client, row.row))
 
 
-def _classes(examples: Sequence[Example]) -> tuple[str, ...]:
-    return tuple(sorted({example.label for example in examples if isinstance(example, Labelled)}))
+def _classes(*several: Sequence[Example]) -> tuple[str, ...]:
+    return tuple(sorted(set().union(*map(labels_of, several))))
 
 
 def _require_known(rows: Sequence[Example], classes: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -37,6 +38,7 @@ from fedloom.data.examples import (
     first_answer,
     plain_text,
 )
+from fedloom.data.stored_rows import are_desirable
 from fedloom.display.untrusted_text import label
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
@@ -209,17 +211,15 @@ def _feedback_record(experiment: Experiment, division: PartitionedData) -> dict[
     feedback = division.feedback
     if feedback is None:
         return None
-    rows = [row for own in feedback.rows.values() for row in own]
+    desirable = [are_desirable(own) for own in feedback.rows.values()]
     return {
         "arrangement": experiment.partition.feedback,
         "pairs": feedback.pairs,
-        "rows": len(rows),
-        "desirable": sum(row.desirable for row in rows),
+        "rows": sum(map(len, desirable)),
+        "desirable": sum(int(own.sum()) for own in desirable),
         "intact_share": feedback.intact_share,
         "expected_intact_share_if_spread": feedback.expected_intact_share,
-        "single_class_clients": sum(
-            len({row.desirable for row in own}) == 1 for own in feedback.rows.values()
-        ),
+        "single_class_clients": sum(len(np.unique(own)) == 1 for own in desirable),
     }
 
 

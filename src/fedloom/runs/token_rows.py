@@ -14,7 +14,9 @@ from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Instruction, first_answer, last_answer, plain_text
 from fedloom.data.reader import BadRow, check_bad
 from fedloom.data.sources import LONGEST_SEQUENCE
-from fedloom.data.tokenize import TokenSet, Untokenized, tokenize
+from fedloom.data.stored_rows import joined
+from fedloom.data.token_set import TokenSet, Untokenized
+from fedloom.data.tokenize import tokenize
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.experiment.experiment import Experiment
@@ -98,7 +100,7 @@ class TokenReader:
         What was cut from each client's rows, and which are lost, is kept in ``read``.
         """
         clients = self.division.train
-        whole = self.tokens([row for rows in clients.values() for row in rows], self.max_length)
+        whole = self.tokens(joined(list(clients.values())), self.max_length)
         start = 0
         for client, rows in clients.items():
             end = start + len(rows)
@@ -108,7 +110,7 @@ class TokenReader:
             start = end
         bad_rows_in_all(self.experiment, self.division, self.read, {})
         if pooled:
-            clients = {0: [row for rows in clients.values() for row in rows]}
+            clients = {0: joined(list(clients.values()))}
         result, start = {}, 0
         for client, rows in clients.items():
             end = start + len(rows)
@@ -174,7 +176,7 @@ class TokenReader:
         classes = self.division.classes
         encoder = encoder or self.encoder
         found = tokenize(rows, encoder, max_length, classes, cache, keep_alike=alike)
-        most = int(found.tokens.max(initial=-1))
+        most = found.largest_token
         if self.embedded is not None and most >= self.embedded:
             name = encoder.tokenizer.convert_ids_to_tokens(most)
             raise ModelError(

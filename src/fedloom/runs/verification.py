@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedloom.accounting.quantities import human_bytes, human_seconds
-from fedloom.data.tokenize import TokenSet
+from fedloom.data.token_set import TokenSet
 from fedloom.errors import ModelError, VerificationError, first_line
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel

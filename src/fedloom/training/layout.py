@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedloom.accounting.flops import ModelShape, forward_flops
 from fedloom.accounting.memory import activation_bytes
 from fedloom.data.client_rows import Indices, TokenShare
-from fedloom.data.tokenize import TokenSet, common_start
+from fedloom.data.token_set import TokenSet, common_start
 from fedloom.models.adapters import AdapterModel
 from fedloom.training.settings import TrainingSettings
 

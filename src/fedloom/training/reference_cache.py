@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedloom.data.batch import Sequences
 from fedloom.errors import OutputError
 from fedloom.models.adapters import AdapterModel
+from fedloom.storage.cache import make_room
 from fedloom.storage.files import write_atomically
 from fedloom.tensors import Tensors
 
@@ -125,19 +126,9 @@ class ReferenceCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.folder / model).open("ab") as file:
                 file.write(entry)
-            self._make_room(model)
+            make_room(self.folder, self.most, self.folder / model)
         except OSError:
             return  # a cache that cannot be written costs time, nothing else
-
-    def _make_room(self, model: str) -> None:
-        assert self.folder is not None, "files are in a folder"
-        files = sorted(self.folder.iterdir(), key=lambda file: file.stat().st_mtime)
-        used = sum(file.stat().st_size for file in files)
-        for file in [*(f for f in files if f.name != model), self.folder / model]:
-            if used <= self.most:
-                return
-            used -= file.stat().st_size
-            file.unlink(missing_ok=True)
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedloom.data.batch import Sequences
 from fedloom.data.batching import collate
 from fedloom.data.client_rows import TokenShare
-from fedloom.data.tokenize import TokenSet
+from fedloom.data.token_set import TokenSet
 from fedloom.errors import first_line
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.configuration import text_part, vocabulary

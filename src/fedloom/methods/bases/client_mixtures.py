@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedloom.data.client_rows import TokenShare
-from fedloom.data.tokenize import TokenSet
+from fedloom.data.token_set import TokenSet
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.method import Method
