@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,7 @@ class RowIndex:
     def __post_init__(self) -> None:
         """Make the file, which has no name."""
         self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - as long as the index
+        weakref.finalize(self, self._file.close)
         self._waiting: list[tuple[Any, ...]] = []
         self.count = 0
         self._mapped = np.zeros(0, ENTRY)
