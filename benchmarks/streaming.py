@@ -2,12 +2,12 @@
 
     .venv/bin/python benchmarks/streaming.py [--rows FILE.jsonl.gz ... --count 20000] [--megabytes 2048]
 
-``--rows`` are pairs (``chosen``, ``rejected`` with "Human:" turns), repeated to ``--count`` with a number in
-the prompt; what is told is the CPU time of a process, children too, from its start to its first optimizer
-step (SimPO, which needs no reference): loaded and with ``data.streaming``, each with an empty cache and with
-the one that the run before has left. ``--megabytes`` makes JSON lines of instructions of about 2 KB, trains
-four steps on them with ``data.streaming``, and tells the most memory that the process had (VmHWM: pages of
-mapped files count too). Every run is a process of its own with a cache of its own; all of it is deleted.
+``--rows`` are pairs (``chosen``, ``rejected`` with "Human:" turns), repeated to ``--count`` with a number
+in the prompt; what is told is the CPU time of a process from its start to its first optimizer step (SimPO,
+which needs no reference): loaded and with ``data.streaming``, each with an empty cache and with the one
+that the run before has left. ``--megabytes`` makes JSON lines of instructions of about 2 KB, trains on them
+with ``data.streaming``, and tells the most memory that the process had (pages of mapped files count too).
+Every run is a process of its own with a cache of its own; all of it is deleted.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -81,9 +80,9 @@ def make_pairs(path: Path, files: list[Path], count: int) -> list[str]:
     """Write pairs repeated to a count, each with its number in the prompt; return some texts."""
     rows = []
     for file in files:
-        opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
-        with opened as lines:
-            rows += [json.loads(line) for line in lines]
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        rows += [json.loads(line) for line in content.splitlines()]
     turn = "\n\nHuman:"
     with path.open("w") as out:
         for number, row in zip(range(count), itertools.cycle(rows)):
@@ -106,7 +105,8 @@ def make_instructions(path: Path, megabytes: int) -> list[str]:
             if len(texts) < 500:
                 texts.append(text)
             if size >= megabytes * 2**20:
-                return texts
+                break
+    return texts
 
 
 def measured(table: dict, cache: Path, *, first: bool) -> dict:
@@ -174,7 +174,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--megabytes", type=int, nargs="*", default=[])
     given = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as temporary:
         if given.rows:
             first_steps(Path(temporary), sorted(given.rows), given.count)

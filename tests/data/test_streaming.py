@@ -237,10 +237,7 @@ def test_what_needs_all_rows_is_refused_by_name(tmp_path):
     refused("data.near_duplicates compares all rows", data={"near_duplicates": 0.8})
     refused("'kto' joins each prompt with the completion of another row", objective="kto")
     refused("'bco' makes two single answers of each pair", objective="bco")
-    refused(
-        "'fedmd' draws its public rows from all rows",
-        method={"name": "fedmd"},
-    )
+    refused("'distillation' draws its public rows", method={"name": "distillation"})
     refused(
         'partition.kind = "files"',
         [source, source, source],
