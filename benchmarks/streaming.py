@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/streaming.py [--rows FILE.jsonl.gz ... --count 20000] [--megabytes 2048]
 
-``--rows`` are pairs (``chosen``, ``rejected`` with "Human:" turns), repeated to ``--count`` with a number
-in the prompt; what is told is the CPU time of a process from its start to its first optimizer step (SimPO,
-which needs no reference): loaded and with ``data.streaming``, each with an empty cache and with the one
-that the run before has left. ``--megabytes`` makes JSON lines of instructions of about 2 KB, trains on them
-with ``data.streaming``, and tells the most memory that the process had (pages of mapped files count too).
-Every run is a process of its own with a cache of its own; all of it is deleted.
+``--rows`` are pairs (``chosen``, ``rejected`` with "Human:" turns), repeated to ``--count`` with a
+number in the prompt; what is told is the CPU time of a process from its start to its first
+optimizer step (SimPO, which needs no reference): loaded and with ``data.streaming``, each with an
+empty cache and with the one that the run before has left. ``--megabytes`` makes JSON lines of
+instructions of about 2 KB, trains on them with ``data.streaming``, and tells the most memory that
+the process had (pages of mapped files count too). Every run is a process of its own with a cache of
+its own; all of it is deleted.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from fedloom.data.row_files import HubRows, line_ends, row_file
 from fedloom.data.stored_rows import StoredRows
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import divide
+from fedloom.runs.division import partition_data
 
 
 def pairs(count, seed=0):
@@ -72,8 +72,8 @@ def facts(division):
 
 
 def alike(source, **settings):
-    loaded = divide(experiment(source, False, **settings))
-    streamed = divide(experiment(source, True, **settings))
+    loaded = partition_data(experiment(source, False, **settings))
+    streamed = partition_data(experiment(source, True, **settings))
     assert all(isinstance(rows, StoredRows) for rows in streamed.train.values())
     assert facts(streamed) == facts(loaded)
     assert loaded.accounts.closes
@@ -216,7 +216,7 @@ def other_text_same_time(path):
 @pytest.mark.parametrize("change", [touched, shorter, other_text_same_time, os.unlink])
 def test_a_file_that_changes_under_way_is_noticed(tmp_path, change):
     path = write(tmp_path / "rows.jsonl", pairs(60))
-    division = divide(experiment(str(path), True))
+    division = partition_data(experiment(str(path), True))
     change(path)
     with pytest.raises(DataError, match=r"rows\.jsonl.* (has changed|is gone)"):
         list(division.train[0])
@@ -246,8 +246,14 @@ def test_what_needs_all_rows_is_refused_by_name(tmp_path):
     )
 
 
+def test_files_of_a_pattern_that_are_not_streamed_are_refused_by_name(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    with pytest.raises(DataError, match=r"data.streaming = true: .*a\.csv: a row of such a file"):
+        partition_data(experiment(str(tmp_path / "a*"), True))
+
+
 def test_nothing_is_left_of_an_index(tmp_path, cache):
-    divide(experiment(str(write(tmp_path / "rows.jsonl", pairs(60))), True))
+    partition_data(experiment(str(write(tmp_path / "rows.jsonl", pairs(60))), True))
     assert list((cache / "rows").iterdir()) == []
 
 
@@ -257,6 +263,6 @@ def test_too_many_malformed_rows_are_the_same_error(tmp_path):
     told = []
     for streaming in (False, True):
         with pytest.raises(DataError) as error:
-            divide(experiment(str(path), streaming))
+            partition_data(experiment(str(path), streaming))
         told.append(str(error.value))
     assert told[0] == told[1] and "5 of 15 rows" in told[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Group
 from rich.text import Text
 
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Feedback, Labelled, Preference
+from fedloom.data.stored_rows import joined
 from fedloom.data.token_set import TokenSet
 from fedloom.data.tokenize import tokenize
 from fedloom.display.untrusted_text import named, placed
@@ -46,12 +48,13 @@ def show_row(experiment: Experiment, number: int) -> Group:
             "fedloom client check"
         )
     division = partition_data(experiment)
-    examples = [(client, row) for client, rows in division.train.items() for row in rows]
+    examples = joined(list(division.train.values()))
     if not 0 <= number < len(examples):
         raise DataError(
             f"--row {number}: there are {len(examples)} training examples; give 0 to {len(examples) - 1}"
         )
-    client, example = examples[number]
+    owners = np.repeat(list(division.train), [len(rows) for rows in division.train.values()])
+    client, example = int(owners[number]), examples[number]
     place = placed(*division.place(client, example.row))
     path = model_folder(experiment.model.path)
     encoder = load_encoder(path, experiment.model.revision, experiment.data)

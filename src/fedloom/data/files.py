@@ -24,6 +24,11 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parq
 STREAMED = (".jsonl", ".parquet")
 """Those of files in which a row is found without reading those before it."""
 
+NOT_FOUND = (
+    "a row of such a file is not found without reading those before it; write JSON lines (.jsonl, not "
+    "compressed) or Parquet"
+)
+
 
 def read_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a local file with their numbers (lines for JSONL, else rows, from 1).

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.data.files import read_file
+from fedloom.data.files import NOT_FOUND, STREAMED, read_file
 from fedloom.data.hub import hub_rows, told
 from fedloom.data.json_rows import json_value
 from fedloom.data.opened import UnreadableError, opened
@@ -53,9 +53,14 @@ def row_file(path: Path, folder: Path | None) -> RowFile:
     Args:
         path: The file.
         folder: Where it is kept where its rows stand; ``None`` where they are read once alone.
+
+    Raises:
+        DataError: A row of such a file is not found without those before it.
     """
     if folder is None:
         return _Once(path)
+    if path.is_file() and not path.name.lower().endswith(STREAMED):
+        raise DataError(f"data.streaming = true: {named(path)}: {NOT_FOUND}")
     stamp = _Stamp(path)
     return _Parquet(stamp) if path.name.lower().endswith(".parquet") else _Lines(stamp, folder)
 

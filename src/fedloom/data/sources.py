@@ -10,7 +10,7 @@ from pydantic import Field
 from fedloom.data.builtin import BUILTIN_KINDS
 from fedloom.data.continuations import ContinuationSettings
 from fedloom.data.examples import Kind
-from fedloom.data.files import ENDINGS, STREAMED
+from fedloom.data.files import ENDINGS, NOT_FOUND, STREAMED
 from fedloom.data.labels import wrong_values
 from fedloom.data.layouts import LAYOUTS
 from fedloom.settings.schema import Settings
@@ -231,6 +231,8 @@ class DataSettings(SourceSettings):
     def _not_streamed(self) -> list[str]:
         """Return what in these settings needs all rows in memory, or to be read from the beginning."""
         what, found = "data.streaming = true", []
+        if self.is_whole:
+            found.append(f"{what}: the rows that a client has on its own machine are read whole")
         if self.is_private:
             found.append(f'{what}: with data.source = "{CLIENTS}" the rows are on other machines')
         for name, part in self.parts.items():
@@ -240,8 +242,7 @@ class DataSettings(SourceSettings):
             if part.continuations:
                 found.append(f"{what}: {section}.continuations makes pairs of all texts together")
             found += [
-                f"{what}: {section}.source = {source!r}: a row of such a file is not found without "
-                "reading those before it; write JSON lines (.jsonl, not compressed) or Parquet"
+                f"{what}: {section}.source = {source!r}: {NOT_FOUND}"
                 for source in part.sources
                 if source.lower().endswith(ENDINGS) and not source.lower().endswith(STREAMED)
             ]

@@ -292,11 +292,6 @@ def _whole(data: DataSettings, seed: int, classes: tuple[str, ...] | None) -> Lo
     Raises:
         DataError: They cannot be read, or are of other classes than the coordinator's.
     """
-    if data.streaming:
-        raise DataError(
-            "data.streaming = true: the rows that a client has on its own machine are read whole; leave "
-            "it out of the client's file"
-        )
     loaded = load_examples(data, generator(seed, "data"), hold_out=False)
     # columns are for dealing rows, and of a client's own rows there is nothing to deal
     kept = {data.group} if data.group is not None else set()
