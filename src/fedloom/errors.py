@@ -159,6 +159,7 @@ class JudgeError(FedloomError):
 class PluginError(FedloomError):
     """A class that is not fedloom's own fails, or returns what it must not; no restart mends that."""
 
+    exit_code = 8
     restart_helps = False
 
 

@@ -56,13 +56,13 @@ CASES = {
     ),
     "of a run before it was resumed": (
         lambda e, h, f: resealed(f, 1, h.model_copy(update={"began": 9}), e.payload),
-        "cannot be trusted",
+        "is rejected: it is of",
     ),
     "in the name of another": (
         lambda e, h, f: resealed(f, 2, h.model_copy(update={"client": 2}), e.payload),
         "it is of client 2",
     ),
-    "no header": (lambda e, h, f: Envelope(b"{", e.payload, e.signature), "header is not"),
+    "no header": (lambda e, h, f: Envelope(b"{", e.payload, e.signature), "header is malformed"),
     "a long header": (
         lambda e, h, f: Envelope(b" " * (1 << 20), b"", e.signature),
         "header has 1048576 bytes",

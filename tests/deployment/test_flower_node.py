@@ -355,7 +355,7 @@ def test_a_response_that_is_packed_is_not_unpacked():
     transport._inner = Inner()
     with (
         httpx.Client(transport=transport) as client,
-        pytest.raises(httpx.ReadError, match="packed"),
+        pytest.raises(httpx.ReadError, match="compressed"),
     ):
         client.get("http://localhost/")
 

@@ -366,7 +366,7 @@ def test_a_run_waits_until_a_person_has_let_it_in(server, small, monkeypatch, ca
     assert "What leaves this machine" in out and "adapters" in out and "Protection" in out
     assert found.join(text, run=run)[2].error == Sentence.WAITS.value
     code, out = call("client", "approve", "3f3f", "--yes", "--home", home.path)
-    assert code == 0 and "run 3f3f3f3f is let in" in out
+    assert code == 0 and "run 3f3f3f3f is approved" in out
     assert found.join(text, run=run)[2].error is None
     assert call("client", "approve", "--home", home.path)[1].strip() == "no run waits for approval"
 
@@ -498,7 +498,7 @@ def test_checking_gives_every_reason_at_once(small, table, rows_file, tmp_path, 
     text = re.sub(r"\s+", " ", out)
     assert code == 1 and "It would be refused, for 3 reasons" in text
     for said in (
-        "data.kind 'feedback' is asked for",
+        "data.kind 'feedback' is requested",
         "adapter.rank = 300 is above 256",
         "policy.max_steps",
     ):

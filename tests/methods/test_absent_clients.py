@@ -310,7 +310,7 @@ def test_state_by_place_of_an_earlier_release_is_read_by_id_or_refused():
         "known": torch.tensor([1, 0, 1]),
         "projected": torch.ones(2, 2, 4),
     }
-    known = FedAMoLE._known(own, State(tensors), presence)
+    known = FedAMoLE._client_records(own, State(tensors), presence)
     assert known.assigned[7].tolist() == [[2, 5], [8, 11]] and known.tokens.keys() == {0, 7}
     assert known.tokens[7].tolist() == [[8.0, 9.0, 10.0, 11.0], [20.0, 21.0, 22.0, 23.0]]
     with pytest.raises(CheckpointError) as error:

@@ -46,7 +46,7 @@ def test_each_has_a_name_and_a_key_of_its_own(path, keys, tmp_path):
         Members(path).allow("site-0", keys[1])
     with pytest.raises(IdentityError, match="no member has the name 'x'; there are: site-0"):
         Members(path).revoke("x")
-    with pytest.raises(IdentityError, match="no public key"):
+    with pytest.raises(IdentityError, match="not a public key"):
         Members(path).allow("y", "nonsense")
     assert rows(path) == [(0, "site-0", "allowed")]
 
@@ -90,7 +90,7 @@ def test_a_life(path, keys):
 
 
 def test_of_several_all_or_none_are_let_in(path, keys, tmp_path):
-    with pytest.raises(IdentityError, match="no public key"):
+    with pytest.raises(IdentityError, match="not a public key"):
         Members(path).allow_all([("a", keys[0]), ("b", "nonsense")])
     assert not path.exists()
     folder = tmp_path / "keys"

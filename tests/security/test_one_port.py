@@ -427,7 +427,7 @@ def test_a_server_that_would_show_flower_to_the_network_does_not_serve():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         with pytest.raises(
-            ConnectionFailed, match="answers 'POST /v1/control/list-runs' to strang"
+            ConnectionFailed, match="answers 'POST /v1/control/list-runs' without a proof"
         ):
             exposure.require_unexposed("127.0.0.1", other.server_port, tls=False, private=1)
         other.shutdown()

@@ -162,7 +162,7 @@ def test_too_small_a_budget_is_refused_with_the_least_that_works(
 ):
     with pytest.raises(SettingsError) as caught:
         read_comparison(file([method], budget, amount))
-    assert list(caught.value.problems) == [f"arm plain-{method}: {message}"]
+    assert list(caught.value.problems) == [f"configuration plain-{method}: {message}"]
 
 
 def test_too_few_tokens_are_refused_with_the_least_that_works(file, tmp_path):

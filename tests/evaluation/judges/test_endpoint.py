@@ -159,7 +159,7 @@ def test_a_request_that_is_not_taken_is_said_at_once(serve):
     ("url", "message"),
     [
         ("ftp://x/v1", "not an http or https"),
-        ("http://", "no http"),
+        ("http://", "not an http"),
         ("http://me:pw@x/v1", "FEDLOOM_JUDGE_KEY"),
     ],
 )

@@ -63,7 +63,7 @@ def test_only_a_newcomers_own_parts_are_fitted(experiment, federate):
         ({"clients": {"newcomers": [9]}}, "there is no client 9"),
         ({"clients": {"newcomers": [0, 1, 2, 3]}}, "no client is left to train"),
         ({"method": {"name": "centralised"}}, "go with methods that share parameters"),
-        ({"evaluation": {"per_client": False}}, "judged by rows of their own"),
+        ({"evaluation": {"per_client": False}}, "evaluated on their own rows"),
     ],
 )
 def test_what_cannot_be_is_said(experiment, change, message):

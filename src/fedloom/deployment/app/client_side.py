@@ -1,4 +1,4 @@
-"""The client side of the Flower app: empty. Clients of fedloom run no code from a server."""
+"""A client's side of the Flower app: none. Clients of fedloom run nothing that a server brings."""
 
 from flwr.clientapp import ClientApp
 

@@ -1,4 +1,4 @@
-"""The server side of the Flower app: code of the installed package only."""
+"""The server's side of the Flower app: part of the installed package, nothing else is brought along."""
 
 from fedloom.deployment.serverapp import app
 
