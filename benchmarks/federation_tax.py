@@ -30,7 +30,7 @@ from fedloom.federation.rounds import Server
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.randomness import generator
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import Silent
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint

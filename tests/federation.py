@@ -7,8 +7,8 @@ import pytest
 from fedloom.federation.admission import Admission
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import partition_data
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedloom.engines.workers import WorkersEngine, carry_out
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 
 
 class PoolHere:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedloom
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 
 
 def test_the_package_equals_the_page(experiment):

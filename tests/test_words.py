@@ -56,7 +56,7 @@ TERMS = {
 
 FORMATS = {
     ("address_family", "metrics.py"): "an attribute that the standard library reads",
-    ("family", "exposure.py"): "of addresses, as in the module socket",
+    ("family", "network_exposure.py"): "of addresses, as in the module socket",
     ("family", "gateway.py"): "of addresses, as in the module socket",
     ("family", "metrics.py"): "of metrics, as in prometheus_client",
     ("home", "handshake.py"): "a field of a claim on the wire",

@@ -20,7 +20,7 @@ from fedloom.models.export import export_causal
 from fedloom.models.load import context_of, load_backbone, load_tokenizer
 from fedloom.objectives.logps import completion_logps
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 
 SMALL = {
     "hidden_size": 32,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import fedloom
-from fedloom.commands.starting import starting_file
+from fedloom.commands.starter_experiment import starting_file
 from fedloom.experiment.experiment import Experiment
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fedloom
-from fedloom.commands.starting import starting_file
+from fedloom.commands.starter_experiment import starting_file
 from fedloom.models.peft_backends import NAME, without_bitsandbytes
 
 OTHERS = {

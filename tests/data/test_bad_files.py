@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from fedloom.data import json_rows, opened
+from fedloom.data import json_rows, safe_open
 from fedloom.data.files import read_file
 from fedloom.data.json_rows import is_deep
 from fedloom.data.loading import load_examples
@@ -61,7 +61,7 @@ def rows_of(path):
         (b'{"a": "\x00"}', "not JSON (Invalid control character at: line 1 column 8 (char 7))"),
         (b'{"a": 1', "not JSON (Expecting ',' delimiter: line 1 column 8 (char 7))"),
         ('{"a": 1}\u2028'.encode(), "not JSON (Extra data: line 1 column 9 (char 8))"),
-        (b'{"a": "' + b"x" * opened.LONGEST_ROW + b'"}', "longer than 16 Mi characters"),
+        (b'{"a": "' + b"x" * safe_open.LONGEST_ROW + b'"}', "longer than 16 Mi characters"),
     ],
 )
 def test_a_line_that_is_no_row_is_told_and_reading_goes_on(tmp_path, line, reason):
@@ -419,7 +419,7 @@ def test_a_line_without_end_is_given_up(tmp_path, monkeypatch):
             "holds a value that cannot be had ('utf-8' codec can't decode byte 0xff",
         ),
         (pa.array([0, 2**62], pa.timestamp("ms")), "holds a value that cannot be had ("),
-        (pa.array(["ok", "x" * (opened.LONGEST_ROW + 1)]), "larger than 16 MiB"),
+        (pa.array(["ok", "x" * (safe_open.LONGEST_ROW + 1)]), "larger than 16 MiB"),
     ],
 )
 def test_a_parquet_row_that_python_cannot_hold_is_told(tmp_path, values, reason):
@@ -461,7 +461,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(opened.os, "open", refuse)
+    monkeypatch.setattr(safe_open.os, "open", refuse)
     with pytest.raises(
         DataError, match="may not be read by this user; change its permissions, or copy"
     ):
@@ -475,7 +475,7 @@ def test_a_disk_that_fails_half_way_is_one_error(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(opened.gzip.GzipFile, "read", fail)
+    monkeypatch.setattr(safe_open.gzip.GzipFile, "read", fail)
     with pytest.raises(DataError, match="cannot be read: Input/output error; look at the disk"):
         rows_of(path)
 
@@ -485,4 +485,4 @@ def test_a_sound_file_packs_to_less_than_a_hundredth(tmp_path):
         json.dumps({"text": f"the same words again, {i}", "label": "x"}) + "\n"
         for i in range(40_000)
     )
-    assert len(rows) / len(zlib.compress(rows.encode(), 9)) < opened.RATIO / 2
+    assert len(rows) / len(zlib.compress(rows.encode(), 9)) < safe_open.RATIO / 2

@@ -7,7 +7,7 @@ from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.public import PublicSettings, as_task, take_public, text_of
 from fedloom.errors import DataError, SettingsError
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 
 CLASSES = ("loss", "theft")
 METHOD = {"method": {"name": "distillation"}, "objective": {"name": "classification"}}

@@ -12,7 +12,7 @@ from fedloom.data.row_files import HubRows, line_ends, row_file
 from fedloom.data.stored_rows import StoredRows
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 
 
 def pairs(count, seed=0):

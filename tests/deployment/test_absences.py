@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fedloom.commands.terminal import Terminal
 from fedloom.deployment import worker
-from fedloom.deployment.counts import Counts
+from fedloom.deployment.counters import Counts
 from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.run_queue import RunQueue
 from fedloom.deployment.run_requests import Asked, RunEvents, run_event_file

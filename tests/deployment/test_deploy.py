@@ -88,7 +88,9 @@ def options(words):
         command = command.commands[words.pop(0)]
     params = command.make_context("fedloom", words).params
     paths = {"home", "ca", "key", "data"}
-    found = {{"server_folder": "home", "client_folder": "home"}.get(n, n): v for n, v in params.items()}
+    found = {
+        {"server_folder": "home", "client_folder": "home"}.get(n, n): v for n, v in params.items()
+    }
     return {name: Path(v) if name in paths and v else v for name, v in found.items()}
 
 

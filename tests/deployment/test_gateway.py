@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from fedloom.deployment import gateway_client, handshake
-from fedloom.deployment.fleet import Upstream
+from fedloom.deployment.flower_fleet import Upstream
 from fedloom.deployment.gateway import Gateway, GatewaySettings, source
 from fedloom.deployment.gateway_client import GatewayClient, ProtocolMismatch, RunIsOver
 from fedloom.deployment.processes import free_port

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedloom.deployment import health as healths
-from fedloom.deployment.counts import Counts
+from fedloom.deployment.counters import Counts
 from fedloom.deployment.health import Health
 from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
 from fedloom.deployment.processes import SupervisedProcess, Supervisor, free_port

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fedloom.data.loading import load_examples
-from fedloom.deployment.checking import check, waiting_run, waiting_table
+from fedloom.deployment.client_check import check, waiting_run, waiting_table
 from fedloom.deployment.consent import MOST_WAITING, Approvals, Day
 from fedloom.deployment.error_report import (
     LINES,
@@ -549,8 +549,8 @@ def test_checking_reads_rows_once_and_holds_none_out_for_all(
         reads.append(named)
         return load_examples(*words, **named)
 
-    monkeypatch.setattr("fedloom.runs.division.load_examples", counted)
-    monkeypatch.setattr("fedloom.deployment.checking.load_examples", counted)
+    monkeypatch.setattr("fedloom.runs.partitioning.load_examples", counted)
+    monkeypatch.setattr("fedloom.deployment.client_check.load_examples", counted)
     path, experiment = tmp_path / "own.toml", tmp_path / "x.toml"
     small["data"] = {"source": "x.jsonl", "kind": "preference"}
     experiment.write_text(write_toml(small))
@@ -614,8 +614,8 @@ def test_a_sample_is_read_by_the_models_revision_and_context(
         asked.append(revision)
         return load_encoder(path, None, data)
 
-    monkeypatch.setattr("fedloom.deployment.checking.load_encoder", load)
-    monkeypatch.setattr("fedloom.deployment.checking.context_of", lambda path, revision: 12)
+    monkeypatch.setattr("fedloom.deployment.client_check.load_encoder", load)
+    monkeypatch.setattr("fedloom.deployment.client_check.context_of", lambda path, revision: 12)
     path = tmp_path / "own.toml"
     rows = rows_file([{"prompt": "What? " * 30, "completion": " So."}])
     own = {"data": {"source": str(rows), "kind": "instruction"}}

@@ -207,7 +207,10 @@ class TestTunnels:
         with pytest.raises(IdentityError) as error:
             federation.register(tmp_path / "other" / "ca.pem")
         told = str(error.value)
-        assert f"fed.test:443 (through the proxy at {own.address}) does not have a certificate of your authority" in told
+        assert (
+            f"fed.test:443 (through the proxy at {own.address}) does not have a certificate of your authority"
+            in told
+        )
         assert "TLS inspection" in told and not any(secret in told for secret in SECRETS)
         end = time.monotonic() + 10
         while not any("it does not trust this server" in n["reason"] for n in federation.notes):

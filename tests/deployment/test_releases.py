@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import machines as other_machines
-from fedloom.commands.starting import starting_file
+from fedloom.commands.starter_experiment import starting_file
 from fedloom.experiment.experiment import Experiment
 from machines import machines
 

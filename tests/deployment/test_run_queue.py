@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fedloom.deployment import run_queue
-from fedloom.deployment.counts import Counts
+from fedloom.deployment.counters import Counts
 from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.run_queue import RunQueue
 from fedloom.deployment.run_requests import (

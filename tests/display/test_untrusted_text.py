@@ -29,8 +29,8 @@ from fedloom.errors import ModelError, first_line
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.device import choose_device
 from fedloom.reports import figures
+from fedloom.runs.partition_table import show_partition
 from fedloom.runs.records import partition_table
-from fedloom.runs.row_tables import show_partition
 
 STRANGE = {
     "escape": ("\x1b[2J\x1b]0;mine\x07", r"\x1b[2J\x1b]0;mine\x07"),

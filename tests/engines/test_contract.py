@@ -11,7 +11,7 @@ from fedloom.federation.engine import RunDescription
 from fedloom.federation.presence import Membership
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.training.results import reported
 from fedloom.wire.messages import Exchange, Payload, decode
 from fedloom.wire.schema import Schema

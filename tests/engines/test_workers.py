@@ -17,8 +17,8 @@ from fedloom.engines.workers import TRIES
 from fedloom.errors import RoundFailed, SettingsError
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.training.results import reported
 from pools import with_pool

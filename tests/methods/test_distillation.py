@@ -20,7 +20,7 @@ from fedloom.methods.distillation import (
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.wire.messages import Payload, decode, encode
 

@@ -12,8 +12,8 @@ import pytest
 import fedloom
 from fedloom.commands.main import main
 from fedloom.deployment.client_file import OwnData, OwnFile
-from fedloom.deployment.permitted import examine, open_methods
 from fedloom.deployment.policy import PolicySettings
+from fedloom.deployment.policy_enforcement import examine, open_methods
 from fedloom.errors import (
     CheckpointError,
     JudgeError,
@@ -30,8 +30,8 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPO, DPOSettings
-from fedloom.runs.division import SOURCES, partition_data
 from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import SOURCES, partition_data
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.settings import plugins
 from fedloom.tensors import part_of

@@ -14,9 +14,9 @@ from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
 from fedloom.methods.fedmoe import USED
 from fedloom.methods.scaffold import CONTROL
 from fedloom.methods.split import ROWS, TARGETS, SplitSettings
-from fedloom.models.allowance import Allowance
+from fedloom.models.request_limits import Allowance
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.wire.messages import Reply, decode
 from sampling import every
 

@@ -17,7 +17,7 @@ from fedloom.errors import ModelError, SettingsError
 from fedloom.models.load import load_backbone
 from fedloom.objectives.logps import completion_logps
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.saved_models import load_saved
 from sampling import sampled
 

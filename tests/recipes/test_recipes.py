@@ -11,7 +11,7 @@ from fedloom.data.row_parsing import template_columns
 from fedloom.experiment.experiment import Experiment
 from fedloom.reports.comparison_page import write_comparison
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import judged_kind
+from fedloom.runs.partitioning import judged_kind
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("recipes/**/*.toml"))

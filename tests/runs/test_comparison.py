@@ -25,7 +25,7 @@ from fedloom.errors import (
 from fedloom.reports.comparison_data import read_cells
 from fedloom.reports.comparison_page import results, write_comparison
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import versions
 from observers import HeardOfComparison
 

@@ -35,8 +35,8 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import DPO, OBJECTIVES
 from fedloom.runs.adapter_scores import evaluate_adapter
-from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.storage import checkpoint
 from sampling import drawn, every, tries

@@ -28,7 +28,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.superlink.main import create_app
 from typer.main import get_command
 
-from fedloom.deployment import exposure, fleet, handshake
+from fedloom.deployment import flower_fleet, handshake, network_exposure
 from fedloom.deployment.gateway_client import GatewayClient
 from fedloom.deployment.violations import read_violations
 from fedloom.errors import ConnectionFailed
@@ -135,10 +135,10 @@ def test_every_call_that_flower_has_is_known_here():
 
 
 def test_what_is_passed_on_is_the_least_that_a_client_needs():
-    assert set(fleet.CALLS) == {f"/v1/fleet/{name}" for name in FLEET.split()}
-    assert set(exposure.PATHS) <= set(PATHS)
+    assert set(flower_fleet.CALLS) == {f"/v1/fleet/{name}" for name in FLEET.split()}
+    assert set(network_exposure.PATHS) <= set(PATHS)
     interfaces = {path.rpartition("/")[0] for path in PATHS}
-    assert {path.rpartition("/")[0] for path in exposure.PATHS} >= interfaces - {"/docs"}
+    assert {path.rpartition("/")[0] for path in network_exposure.PATHS} >= interfaces - {"/docs"}
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
             connection.settimeout(10)
             status = int(re.match(rb"HTTP/1.1 (\d+)", connection.recv(1 << 16))[1])
         # its own calls come to Flower, which misses what they are of; of messages there is none
-        passed = path in fleet.CALLS and path != "/v1/fleet/push-messages"
+        passed = path in flower_fleet.CALLS and path != "/v1/fleet/push-messages"
         assert status in (400, 401, 415, 422) if passed else status == 403, path
 
 
@@ -429,7 +429,7 @@ def test_a_server_that_would_show_flower_to_the_network_does_not_serve():
         with pytest.raises(
             ConnectionFailed, match="answers 'POST /v1/control/list-runs' without a proof"
         ):
-            exposure.require_unexposed("127.0.0.1", other.server_port, tls=False, private=1)
+            network_exposure.require_unexposed("127.0.0.1", other.server_port, tls=False, private=1)
         other.shutdown()
     own = grpc.server(ThreadPoolExecutor(1))
     port = own.add_insecure_port("127.0.0.1:0")
@@ -437,5 +437,5 @@ def test_a_server_that_would_show_flower_to_the_network_does_not_serve():
     with pytest.raises(
         ConnectionFailed, match="without a proof of a key; this server does not serve"
     ):
-        exposure.require_unexposed("127.0.0.1", port, tls=False, private=1)
+        network_exposure.require_unexposed("127.0.0.1", port, tls=False, private=1)
     own.stop(None)

@@ -148,7 +148,7 @@ def test_two_processes_do_not_write_into_one_folder(stopped, tmp_path, experimen
 def test_two_runs_that_begin_at_once_have_two_folders(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     free = iter([tmp_path / "a", tmp_path / "b"])
-    monkeypatch.setattr("fedloom.runs.run.free_folder", lambda built: next(free))
+    monkeypatch.setattr("fedloom.runs.new_folder.free_folder", lambda built: next(free))
     (tmp_path / "a").mkdir()  # by another run, between the look and the making
     assert fedloom.run(experiment(output={"folder": None})).folder == tmp_path / "b"
 
@@ -185,6 +185,7 @@ def test_other_versions_are_told_and_recorded(stopped, tmp_path, monkeypatch):
     real = fedloom.runs.run.versions()
     now = {**real, "torch": "9.9", "fedloom": "7"}
     monkeypatch.setattr("fedloom.runs.run.versions", lambda: now)
+    monkeypatch.setattr("fedloom.runs.resume_checks.versions", lambda: now)
     said = Heard()
     resume_run(run, observer=said)
     [warning] = [text for text in said.warnings if "versions" in text]

@@ -14,8 +14,8 @@ from fedloom.reports.comparison_data import read_cells
 from fedloom.reports.comparison_page import results, write_comparison
 from fedloom.runs.assembly import assemble
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import partition_data
 from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import run_experiment
 from fedloom.training.steps import row_tokens
 from sampling import sampled

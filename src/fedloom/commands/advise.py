@@ -14,7 +14,7 @@ from fedloom.commands.app import (
     check_rows,
     experiment_from,
 )
-from fedloom.commands.early import refuse_early
+from fedloom.commands.early_checks import refuse_early
 
 
 @app.command()

@@ -21,13 +21,13 @@ from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
 from fedloom.runs.export import Exported
 from fedloom.runs.export import export as export_run
 from fedloom.runs.observers import Callbacks, RunObserver, Silent
+from fedloom.runs.partition_table import show_partition
 from fedloom.runs.result import Result
-from fedloom.runs.row_tables import show_partition
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.runs.workers import Workers
 from fedloom.settings.toml import read_toml
+from fedloom.storage.output_paths import require_new_file, require_place
 from fedloom.storage.run_folder import RESULTS, RunFolder
-from fedloom.storage.targets import require_new_file, require_place
 from fedloom.training.results import OnStep
 
 OnRound = Callable[[RoundRecord], object]

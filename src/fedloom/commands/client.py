@@ -15,7 +15,7 @@ from fedloom.commands.app import (
     require_data_folder,
     say,
 )
-from fedloom.storage.targets import require_folder
+from fedloom.storage.output_paths import require_folder
 
 
 @client_app.command("join")
@@ -57,7 +57,7 @@ def check_client(
     OwnFile.read(data)  # report mistakes in it before slow imports
     begin_loading(quiet=False)
     from fedloom.commands.terminal import make_console, working
-    from fedloom.deployment.checking import check
+    from fedloom.deployment.client_check import check
 
     console = make_console()
     with working(console, "reading the rows"):
@@ -84,7 +84,7 @@ def approve_run(
         Approvals(own).find(run)
     begin_loading(quiet=False)
     from fedloom.commands.terminal import make_console, working
-    from fedloom.deployment.checking import waiting_run, waiting_table
+    from fedloom.deployment.client_check import waiting_run, waiting_table
 
     console = make_console()
     if run is None:

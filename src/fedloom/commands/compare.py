@@ -16,9 +16,9 @@ from fedloom.commands.app import (
     require_experiment,
     say,
 )
-from fedloom.commands.early import refuse_early
+from fedloom.commands.early_checks import refuse_early
 from fedloom.runs.stopping import terminable
-from fedloom.storage.targets import require_place
+from fedloom.storage.output_paths import require_place
 
 
 @app.command()

@@ -19,8 +19,8 @@ from fedloom.commands.app import (
     say,
     terminal_observer,
 )
-from fedloom.commands.early import refuse_early
-from fedloom.storage.targets import free_file, require_new_file
+from fedloom.commands.early_checks import refuse_early
+from fedloom.storage.output_paths import free_file, require_new_file
 
 
 @app.command()
@@ -38,7 +38,7 @@ def partition(
     refuse_early(lambda: check_rows(experiment, assignments))
     begin_loading(quiet=False)
     from fedloom.commands.terminal import make_console, working
-    from fedloom.runs.row_tables import show_partition
+    from fedloom.runs.partition_table import show_partition
 
     settings, console = experiment_from(experiment, assignments), make_console()
     target = picture or free_file(Path(f"{settings.name}-partition.svg"), force=force)

@@ -25,8 +25,8 @@ from fedloom.models.load import fingerprint, require_reachable
 from fedloom.reports.evaluation_page import WARNINGS, write_evaluation
 from fedloom.reports.html import interval
 from fedloom.runs import benchmarks
+from fedloom.runs.adapter_paths import adapter_folder, run_of
 from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
-from fedloom.runs.candidates import adapter_folder, run_of
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, RunFolder
 

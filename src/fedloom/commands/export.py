@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fedloom.commands.app import app, begin_loading, say
-from fedloom.commands.early import refuse_early
-from fedloom.storage.targets import require_place
+from fedloom.commands.early_checks import refuse_early
+from fedloom.storage.output_paths import require_place
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedloom.commands.app import Force, app, doubt, say
-from fedloom.storage.targets import free_file, require_new_file
+from fedloom.storage.output_paths import free_file, require_new_file
 
 
 @app.command()

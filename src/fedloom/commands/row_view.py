@@ -19,8 +19,8 @@ from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.load import context_of
-from fedloom.runs.division import partition_data
 from fedloom.runs.model_building import model_folder
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.token_rows import longest
 
 PROMPT, TRAINED, SPECIAL = "grey50", "green", "bold magenta"

@@ -20,10 +20,10 @@ from fedloom.commands.app import (
     say,
     terminal_observer,
 )
-from fedloom.commands.early import refuse_early
+from fedloom.commands.early_checks import refuse_early
 from fedloom.errors import SettingsError
 from fedloom.runs.stopping import terminable
-from fedloom.storage.targets import require_new_file, require_place
+from fedloom.storage.output_paths import require_new_file, require_place
 
 if TYPE_CHECKING:
     from fedloom.experiment.experiment import Experiment
@@ -136,7 +136,7 @@ def _check_run(experiment: Path | None, assignments: list[str] | None, resume: P
         elif assignments:
             raise SettingsError(["--set cannot change a run that is resumed"], "the command")
         return
-    from fedloom.runs.run import require_startable
+    from fedloom.runs.new_folder import require_startable
 
     assert experiment is not None
     require_startable(_read_run(experiment, assignments))
@@ -199,7 +199,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run a demonstration on built-in rows and write its report. Needs no network and no files."""
-    from fedloom.commands.starting import starting_file
+    from fedloom.commands.starter_experiment import starting_file
 
     if assignments:
         refuse_early(lambda: _check_run(starting_file(), assignments, None))
@@ -224,7 +224,7 @@ def init(
     force: Force = False,
 ) -> None:
     """Write a commented starting file."""
-    from fedloom.commands.starting import write_starting_file
+    from fedloom.commands.starter_experiment import write_starting_file
 
     write_starting_file(require_new_file(path, "fedloom init FILE", force=force))
     say(f"wrote {path}; try: fedloom partition {path}; fedloom run {path}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedloom.commands.app import SERVER_FOLDER, ServerFolderOption, say, server_app
-from fedloom.storage.targets import require_folder, require_place
+from fedloom.storage.output_paths import require_folder, require_place
 
 
 @server_app.command("start")

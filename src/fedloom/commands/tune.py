@@ -18,7 +18,7 @@ from fedloom.commands.app import (
     experiment_from,
     say,
 )
-from fedloom.commands.early import refuse_early
+from fedloom.commands.early_checks import refuse_early
 from fedloom.errors import OutputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8
 from fedloom.data.rows import RowError
+from fedloom.data.safe_open import LONGEST_ROW, UnreadableError, not_utf8
 from fedloom.display.untrusted_text import short
 
 QUOTED = re.compile(r'(?:\A|(?<=,))"(?:[^"]++|"")*+"')

@@ -14,8 +14,8 @@ from typing import Any
 
 from fedloom.data.csv_rows import csv_rows
 from fedloom.data.json_rows import json_lines, json_whole
-from fedloom.data.opened import UnreadableError, opened, text_of
 from fedloom.data.parquet_rows import parquet_rows
+from fedloom.data.safe_open import UnreadableError, opened, text_of
 from fedloom.display.untrusted_text import named
 from fedloom.errors import DataError
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn, TextIO
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.opened import LONGEST_ROW, UnreadableError, not_utf8, require_text
 from fedloom.data.rows import RowError
+from fedloom.data.safe_open import LONGEST_ROW, UnreadableError, not_utf8, require_text
 from fedloom.display.untrusted_text import short
 
 DEEPEST = 100

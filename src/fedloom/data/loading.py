@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.account import Account, added
 from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
 from fedloom.data.continuations import continuations
 from fedloom.data.examples import Example, Preference
 from fedloom.data.partition import value_of
 from fedloom.data.reader import BadRow, Read, Reader
+from fedloom.data.row_accounting import Account, added
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, SourceSettings
 from fedloom.data.splits import SAME_ROW, Limit, facts_of, group_keys, row_keys, same, split
 from fedloom.data.stored_rows import RowIndex, are_pairs, digests, joined, take

@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.account import Account
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.examples import (
     Choice,
@@ -28,6 +27,7 @@ from fedloom.data.examples import (
     plain_text,
 )
 from fedloom.data.loading import load_examples
+from fedloom.data.row_accounting import Account
 from fedloom.data.sources import BUILTIN_PREFIX, ControlTokens, DataSettings
 from fedloom.data.splits import group_key, normalised, row_key
 from fedloom.errors import DataError

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.account import added
 from fedloom.data.ambiguity import Claims
 from fedloom.data.examples import Example, Instruction
 from fedloom.data.files import is_file, is_pattern, read_file
@@ -37,6 +36,7 @@ from fedloom.data.layouts import (
     recognise,
 )
 from fedloom.data.layouts import in_words as layouts_in_words
+from fedloom.data.row_accounting import added
 from fedloom.data.row_files import HubRows, RowFile, row_file
 from fedloom.data.row_parsing import (
     Reading,

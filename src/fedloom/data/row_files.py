@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from fedloom.data.files import NOT_FOUND, STREAMED, read_file
 from fedloom.data.hub import hub_rows, told
 from fedloom.data.json_rows import json_value
-from fedloom.data.opened import UnreadableError, opened
 from fedloom.data.parquet_rows import parquet_rows_at
 from fedloom.data.rows import RowError
+from fedloom.data.safe_open import UnreadableError, opened
 from fedloom.display.untrusted_text import named
 from fedloom.errors import DataError
 

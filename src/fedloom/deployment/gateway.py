@@ -2,9 +2,9 @@
 
 A connection is admitted in three steps, each with a bound on its cost: TLS, within some seconds; a proof
 of the client's key (``handshake.py``), in one frame of at most a kilobyte; then the service of an
-admitted client: its number, calls of Flower's Fleet interface (``fleet.py``), or a stream of messages,
-passed on unread to the process that runs the rounds. A connection without a proof of a key, or with any
-other request, is closed. Flower itself listens on this machine alone.
+admitted client: its number, calls of Flower's Fleet interface (``flower_fleet.py``), or a stream of
+messages, passed on unread to the process that runs the rounds. A connection without a proof of a key, or
+with any other request, is closed. Flower itself listens on this machine alone.
 
 Unauthenticated connections are handled by one thread, and use nothing else until their first byte
 arrives: so thousands of idle ones cost one socket each, and the oldest are closed for new ones.
@@ -32,9 +32,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedloom.deployment import fleet, handshake
+from fedloom.deployment import flower_fleet, handshake
 from fedloom.deployment.connections import CHUNK, Duplex, abort, notice_absence
-from fedloom.deployment.counts import Counts
+from fedloom.deployment.counters import Counts
 from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.deployment.handshake import Claim, Distrust, Purpose
 from fedloom.errors import (
@@ -210,7 +210,7 @@ class Gateway:
         members: Callable[[], Members],
         note: Callable[..., None],
         streams: Path,
-        upstream: fleet.Upstream,
+        upstream: flower_fleet.Upstream,
         settings: GatewaySettings | None = None,
         report: Report = lambda client, kind, reason: None,
         stamp: Callable[[], object] | None = None,
@@ -559,7 +559,7 @@ class Gateway:
             connection.sendall(handshake.frame({**self._card(own.client), "node": str(node.node)}))
             self._count_presence(own.client, 1)
             try:
-                fleet.pass_on(
+                flower_fleet.pass_on(
                     _Counted(connection, self.counts),
                     self.upstream,
                     lambda: self.node(own.client) if claim.key in self._current().numbers else None,
@@ -568,7 +568,7 @@ class Gateway:
                 )
             finally:
                 self._count_presence(own.client, -1)
-        except fleet.Forbidden as error:
+        except flower_fleet.Forbidden as error:
             self.report(own.client, error.kind, str(error))
         except (OSError, FedloomError):
             pass  # it disconnected, or Flower is restarting: it reconnects

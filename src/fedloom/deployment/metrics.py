@@ -21,7 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fedloom.deployment.counts import Count, Counts
+from fedloom.deployment.counters import Count, Counts
 from fedloom.deployment.gateway_client import split_address
 from fedloom.deployment.health import Health
 from fedloom.deployment.processes import address, require_free

@@ -1,8 +1,8 @@
 """``[policy]`` of a client's file: what the server may request. Anything else is refused.
 
 The defaults allow federations whose replies carry adapters, at sizes that the recipes stay below by
-far and that keep a client's machine usable. ``permitted.py`` checks an experiment against them. No torch
-here: commands that only read a client's file need none.
+far and that keep a client's machine usable. ``policy_enforcement.py`` checks an experiment against them.
+No torch here: commands that only read a client's file need none.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedloom.deployment.client_file import OwnFile
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import OwnRows, PartitionedData, only, partition_data
+from fedloom.runs.partitioning import OwnRows, PartitionedData, only, partition_data
 
 
 def partitioned(
@@ -13,7 +13,7 @@ def partitioned(
     """Return a client's rows.
 
     Args:
-        experiment: As the client takes part in it (``permitted.py``).
+        experiment: As the client takes part in it (``policy_enforcement.py``).
         own: The client's file.
         client: The client's number.
         classes: Class names in the order of their ids, as the coordinator has them; ``None`` for those

@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedloom.deployment.counts import Counts
+from fedloom.deployment.counters import Counts
 from fedloom.deployment.flower_control import FlowerControl
 from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.run_requests import (

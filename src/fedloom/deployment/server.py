@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.administration import SOCKET, ControlSocket
-from fedloom.deployment.exposure import require_unexposed
-from fedloom.deployment.fleet import Upstream
 from fedloom.deployment.flower_control import FlowerControl
+from fedloom.deployment.flower_fleet import Upstream
 from fedloom.deployment.flower_nodes import FlowerNodes
 from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.gateway import Gateway, GatewaySettings
 from fedloom.deployment.gateway_client import PORT
 from fedloom.deployment.health import Health
 from fedloom.deployment.metrics import MetricsServer, ServerCollector, private_address
+from fedloom.deployment.network_exposure import require_unexposed
 from fedloom.deployment.processes import (
     SupervisedProcess,
     Supervisor,

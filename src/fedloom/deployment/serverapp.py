@@ -28,9 +28,10 @@ from fedloom.engines.flower.transport import SMALL, FlowerTransport
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.records import Participant
+from fedloom.runs.new_folder import free_folder
 from fedloom.runs.parent_process import end_with_parent
 from fedloom.runs.result import Result
-from fedloom.runs.run import free_folder, resume_run, run_experiment
+from fedloom.runs.run import resume_run, run_experiment
 from fedloom.security.keys import read_key, sign
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import RunFolder

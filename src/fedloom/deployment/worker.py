@@ -31,8 +31,8 @@ from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, text_for_server
 from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
-from fedloom.deployment.permitted import permitted, require_steps
 from fedloom.deployment.policy import PolicySettings
+from fedloom.deployment.policy_enforcement import permitted, require_steps
 from fedloom.deployment.rows import partitioned
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import (
@@ -45,21 +45,21 @@ from fedloom.errors import (
     VerificationError,
 )
 from fedloom.experiment.experiment import Experiment
-from fedloom.models.allowance import Allowance
 from fedloom.models.load import silence_transformers
+from fedloom.models.request_limits import Allowance
 from fedloom.models.saved_adapter import holds_adapter
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.made_with import plugin_digests
+from fedloom.runs.code_digests import plugin_digests
+from fedloom.runs.initial_adapter import SENT, Start, digest_of_tensors, own_models
 from fedloom.runs.model_cards import ModelCards
-from fedloom.runs.start import SENT, Start, digest_of_tensors, own_models
 from fedloom.runs.verification import Verifier, sentence
 from fedloom.security.audit_log import FILE, AuditLog, digest_of
 from fedloom.security.certificates import issued_key, read_certificate
 from fedloom.security.keys import is_signed, read_key, secret_number, sign
 from fedloom.storage.checkpoint import KEPT
 from fedloom.storage.client_store import ClientStore
-from fedloom.storage.client_versions import ClientVersions, Version
 from fedloom.storage.files import write_atomically
+from fedloom.storage.versioned_client_store import ClientVersions, Version
 from fedloom.wire.envelope import (
     LONGEST_HEADER,
     PHASES,

@@ -51,7 +51,7 @@ def quoted(value: object, longest: int) -> str:
 
 
 def placed(name: object, row: int) -> str:
-    """Return where a row stands, as :meth:`fedloom.runs.division.Division.place` says it."""
+    """Return where a row stands, as :meth:`fedloom.runs.partitioning.Division.place` says it."""
     return f"{named(name)} row {row}"
 
 

@@ -22,7 +22,7 @@ from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Absence
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.allowance import Allowance
+from fedloom.models.request_limits import Allowance
 from fedloom.objectives.base import Objective
 from fedloom.settings.plugins import plugin_place
 from fedloom.storage.client_store import SEPARATOR, ClientStore

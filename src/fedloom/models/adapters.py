@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from fedloom.accounting.flops import ModelShape, backward_flops, forward_flops
 from fedloom.data.batch import Predicting, Reading, Sequences
 from fedloom.errors import ModelError, first_line
-from fedloom.models.allowance import Allowance
 from fedloom.models.architecture import (
     adaptable_layers,
     has_long_head,
@@ -60,6 +59,7 @@ from fedloom.models.flop_shape import block_of, model_shape
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.output_head import OutputHead, output_head
 from fedloom.models.peft_backends import without_bitsandbytes
+from fedloom.models.request_limits import Allowance
 from fedloom.models.tree_attention import NEVER, applies, tree_attention
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import Settings

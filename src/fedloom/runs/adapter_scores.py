@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import partition_data
+from fedloom.runs.initial_adapter import find_start, with_adapter_settings
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.saved_models import assemble_saved
-from fedloom.runs.start import find_start, with_adapter_settings
 from fedloom.statistics.intervals import Interval, sample_interval
 
 

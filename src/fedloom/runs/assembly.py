@@ -1,7 +1,8 @@
 """Assembly: the settings of an experiment become clients with rows, a model and a method.
 
-Two steps, so that the first can be shown without the cost of the second: ``division.py`` (rows of each
-client) needs no model; :func:`assemble` loads the backbone, tokenises and builds the server loop's parts.
+Two steps, so that the first can be shown without the cost of the second: ``partitioning.py`` (rows of
+each client) needs no model; :func:`assemble` loads the backbone, tokenises and builds the parts of the
+server's loop.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fedloom.accounting.ledger import Ledger
-from fedloom.data.account import Accounts, cut_warnings, escaped_warnings
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example
 from fedloom.data.public import PublicRows
 from fedloom.data.reader import BadRow
+from fedloom.data.row_accounting import Accounts, cut_warnings, escaped_warnings
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import DataError, SettingsError
 from fedloom.evaluation.held_out import HeldOut
@@ -33,8 +34,8 @@ from fedloom.models.load import fingerprint
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.runs.client_models import ModelBundles, references_of
-from fedloom.runs.division import PartitionedData, judged_kind
-from fedloom.runs.start import Start
+from fedloom.runs.initial_adapter import Start
+from fedloom.runs.partitioning import PartitionedData, judged_kind
 from fedloom.runs.token_rows import bad_rows_in_all
 from fedloom.storage.client_store import ClientStore
 from fedloom.tensors import Tensors

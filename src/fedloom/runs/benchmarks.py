@@ -33,13 +33,13 @@ from fedloom.evaluation.verdicts import (
     suspicious_answers,
 )
 from fedloom.models.adapters import load_adapter
-from fedloom.models.agreement import require_tokens
+from fedloom.models.consistency import require_tokens
 from fedloom.models.device import choose_device
 from fedloom.models.load import TINY, ModelSettings, fingerprint, load_backbone
 from fedloom.models.quantize import Quantization
 from fedloom.models.tiny import tiny_model
 from fedloom.randomness import derive_seed, generator
-from fedloom.runs.candidates import Form, adapter_folder, named_form, trained_form
+from fedloom.runs.adapter_paths import Form, adapter_folder, named_form, trained_form
 from fedloom.runs.model_building import TINY_TEXTS
 from fedloom.settings.schema import Settings, parse
 from fedloom.settings.suggestions import nearest

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.data.account import Cut
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.public import PublicRows
+from fedloom.data.row_accounting import Cut
 from fedloom.data.token_set import TokenSet, Untokenized
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import DataError, ModelError
@@ -21,14 +21,14 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of
-from fedloom.models.agreement import disagreements, length_warnings, require_same_vocabulary
 from fedloom.models.architecture import switch_dropout_off
+from fedloom.models.consistency import disagreements, length_warnings, require_same_vocabulary
 from fedloom.models.load import context_length
 from fedloom.models.split_model import ClientPart, check_split_point
 from fedloom.objectives.base import Objective
-from fedloom.runs.division import PartitionedData, judged_kind
+from fedloom.runs.initial_adapter import Start
 from fedloom.runs.model_building import backbone_of, build_model, of_server, with_model
-from fedloom.runs.start import Start
+from fedloom.runs.partitioning import PartitionedData, judged_kind
 from fedloom.runs.token_rows import TokenReader
 from fedloom.storage.cache import cache_folder
 from fedloom.tensors import Tensors

@@ -31,18 +31,18 @@ from fedloom.accounting.quantities import parse_quantity
 from fedloom.data.reader import require_files
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment.experiment import COMPARE, Experiment
-from fedloom.experiment.unread import unread_in_all, unread_settings
+from fedloom.experiment.unused_settings import unread_in_all, unread_settings
 from fedloom.methods import DEFAULT, METHODS, make_method
 from fedloom.models.load import TINY, fingerprint, load_tokenizer, require_reachable
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.initial_adapter import find_start, with_adapter_settings
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.observers import Silent
 from fedloom.runs.parent_process import end_with_parent
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import versions
 from fedloom.runs.run import resume_run, run_experiment
-from fedloom.runs.start import find_start, with_adapter_settings
 from fedloom.runs.stopping import Terminated
 from fedloom.settings.schema import Settings, parse
 from fedloom.settings.suggestions import nearest

@@ -25,8 +25,8 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.split_model import ClientPart
 from fedloom.randomness import generator
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import partition_data
-from fedloom.runs.start import find_start, with_adapter_settings
+from fedloom.runs.initial_adapter import find_start, with_adapter_settings
+from fedloom.runs.partitioning import partition_data
 from fedloom.training.layout import Budget, budget_of, scoring_budget
 from fedloom.training.memory import client_memory
 from fedloom.training.passes import Layout

@@ -8,13 +8,13 @@ from typing import Any
 
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.models.card import Facts, base_facts, describe
 from fedloom.models.export import export_causal, export_reward
+from fedloom.models.model_card import Facts, base_facts, describe
 from fedloom.models.saved import FACTS
 from fedloom.objectives import OBJECTIVES
-from fedloom.runs.division import partition_data
 from fedloom.runs.model_building import client_base, model_folder, of_server
 from fedloom.runs.model_cards import UNKNOWN_PROMPT, evaluation_facts, facts_of
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.saved_models import load_saved
 from fedloom.runs.verification import ExportCheck, sentence
 from fedloom.storage import run_folder as names

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from fedloom.errors import OutputError
-from fedloom.runs.start import FOLDER as START
+from fedloom.runs.initial_adapter import FOLDER as START
 from fedloom.storage import checkpoint
 from fedloom.storage.run_folder import RunFolder
 

@@ -19,8 +19,8 @@ from fedloom.federation.participants import ClientsSettings
 from fedloom.methods import METHODS, make_method
 from fedloom.methods.contract.method import ModelSpec
 from fedloom.models.adapters import AdapterModel, attach_adapter, load_adapter
-from fedloom.models.agreement import require_tokens
 from fedloom.models.architecture import switch_dropout_off
+from fedloom.models.consistency import require_tokens
 from fedloom.models.device import choose_device
 from fedloom.models.experts import ExpertModel, attach_experts, is_expert_folder, load_experts
 from fedloom.models.heads import PersonalModules, attach_personal, load_personal, saved_parts

@@ -14,8 +14,8 @@ from fedloom.errors import DataError, OutputError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.card import Facts, base_facts, describe, versions
 from fedloom.models.load import PLAIN_CHAT, START
+from fedloom.models.model_card import Facts, base_facts, describe, versions
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.model_building import client_base, model_folder, of_server
@@ -103,7 +103,7 @@ def facts_of(
     prompt: Facts,
     classes: tuple[str, ...],
 ) -> Facts:
-    """Return what a card says of an experiment's folder (``models/card.py``), without an evaluation.
+    """Return what a model card (``models/model_card.py``) says of a folder, without an evaluation.
 
     Args:
         experiment: Its settings.

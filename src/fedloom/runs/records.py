@@ -49,11 +49,11 @@ from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
 from fedloom.reports import row_account
 from fedloom.runs.assembly import RunComponents
-from fedloom.runs.division import PartitionedData
-from fedloom.runs.made_with import MadeWith, plugins_record
+from fedloom.runs.code_digests import MadeWith, plugins_record
+from fedloom.runs.initial_adapter import Start
 from fedloom.runs.model_building import of_server
+from fedloom.runs.partitioning import PartitionedData
 from fedloom.runs.progress import trained_tokens
-from fedloom.runs.start import Start
 from fedloom.runs.verification import sentence
 from fedloom.statistics.intervals import Sample, change, sample_interval
 from fedloom.storage import run_folder as names

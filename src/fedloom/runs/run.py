@@ -15,14 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, Cost
-from fedloom.accounting.quantities import human_count
 from fedloom.data.loading import DataSource
-from fedloom.data.reader import require_files
 from fedloom.display.untrusted_text import named
 from fedloom.errors import (
-    AuditError,
-    CheckpointError,
-    DataError,
     Interrupted,
     OutputError,
     RoundFailed,
@@ -31,35 +26,45 @@ from fedloom.errors import (
 from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
-from fedloom.experiment.unread import unread_settings
+from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.engine import RemoteEngine, RunDescription
-from fedloom.federation.participants import draw_cohort
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
 from fedloom.federation.violations import of_rounds
-from fedloom.methods import METHODS
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.load import require_reachable
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import partition_data
-from fedloom.runs.made_with import (
+from fedloom.runs.code_digests import (
     MadeWith,
     naming_plugins,
     plugin_digests,
     require_same_plugins,
 )
+from fedloom.runs.initial_adapter import (
+    Start,
+    check_base,
+    find_start,
+    sent,
+    told,
+    travels,
+    with_adapter_settings,
+)
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.model_cards import ModelCards
-from fedloom.runs.observers import Plan, RunObserver, Silent
-from fedloom.runs.progress import RoundWork
+from fedloom.runs.new_folder import (
+    new_folder,
+    require_rows,
+)
+from fedloom.runs.observers import RunObserver, Silent
+from fedloom.runs.partition_table import say_layouts
+from fedloom.runs.partitioning import partition_data
+from fedloom.runs.plan import evaluated_first, plan_of
 from fedloom.runs.records import (
-    SIMULATION,
     answers_of,
     fingerprint,
     partition_record,
@@ -74,16 +79,18 @@ from fedloom.runs.records import (
     versions,
 )
 from fedloom.runs.result import Result
-from fedloom.runs.row_tables import say_layouts
-from fedloom.runs.start import (
-    Start,
-    check_base,
-    find_start,
-    kept_start,
-    sent,
-    told,
-    travels,
-    with_adapter_settings,
+from fedloom.runs.resume_checks import (
+    engine_name,
+    experiment_of,
+    log_of,
+    presence_of,
+    report_versions,
+    require_records,
+    require_same_data,
+    require_same_engine,
+    require_same_model,
+    where_it_goes_on,
+    with_recorded_layout,
 )
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
@@ -95,19 +102,15 @@ from fedloom.storage import run_folder as names
 from fedloom.storage.checkpoint import Checkpoint
 from fedloom.storage.client_store import ClientStore
 from fedloom.storage.files import remove_temporary
-from fedloom.storage.run_folder import Record, RunFolder, other_versions
+from fedloom.storage.run_folder import Record, RunFolder
 from fedloom.tensors import State, Tensors
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import OnStep, reported
-from fedloom.training.steps import row_tokens
 from fedloom.wire.messages import Payload, encode
 from fedloom.wire.schema import Schema
 
 if TYPE_CHECKING:
     from fedloom.runs.profiling import Profile
-
-PUT_BACK = "put it back from a backup, or start a new run"
-"""Advice where a record of a run to resume is damaged."""
 
 
 @naming_plugins
@@ -130,12 +133,12 @@ def run_experiment(
     _require_here(workers, on_step, profile)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
-    with _new_folder(experiment) as folder, host_process(workers) as host:
+    with new_folder(experiment) as folder, host_process(workers) as host:
         try:
             folder.write_text(names.EXPERIMENT, experiment.to_toml())
             trackers = _open_trackers(experiment, folder)
             observer.stage("reading data")
-            _require_rows(experiment, remote)
+            require_rows(experiment, remote)
             division = partition_data(experiment, data, objective)
             say_layouts(division.loaded, observer)
             if start is not None:
@@ -222,13 +225,13 @@ def resume_run(
         for place in (folder.path, folder.checkpoints):
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
-        experiment, start = _experiment_of(folder, begun, experiment_file, assignments, observer)
-        _require_same_engine(folder, begun, remote)
-        _require_rows(experiment, remote)
+        experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
+        require_same_engine(folder, begun, remote)
+        require_rows(experiment, remote)
         made = MadeWith(objective, data)
         made.require_same(folder.path, begun)
         require_same_plugins(folder.path, begun, experiment)
-        log = _log_of(folder)
+        log = log_of(folder)
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
         division = partition_data(experiment, data, objective)
@@ -237,10 +240,10 @@ def resume_run(
         saved = None
         if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
             saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
-            _require_records(folder, saved, log)
-        _require_same_data(folder, begun, digest)
+            require_records(folder, saved, log)
+        require_same_data(folder, begun, digest)
         store = ClientStore(saved.clients if saved else None)
-        laid_out = _laid_out(experiment, begun)
+        laid_out = with_recorded_layout(experiment, begun)
         parts = assemble(
             laid_out,
             division,
@@ -251,10 +254,10 @@ def resume_run(
             start=start,
             on_step=on_step,
         )
-        _require_same_model(folder, begun, parts)
+        require_same_model(folder, begun, parts)
         _report_rows(parts, observer)
         _report_start(experiment, parts.objective, observer)
-        _report_versions(begun, observer)
+        report_versions(begun, observer)
         done = saved.round if saved else -1
         if cut := record_marks.cut_back(folder, saved.records["files"] if saved else {}):
             observer.stage(f"cut off, as these rounds are run again: {', '.join(cut)}")
@@ -264,9 +267,9 @@ def resume_run(
         run.profiled = profile
         run.prepare(done, begun if done >= 0 else None)
         if saved is not None:
-            run.presence = _presence_of(saved, parts)
+            run.presence = presence_of(saved, parts)
         state = saved.state if saved else first_state(parts.method, parts.initial)
-        observer.stage(_where(done, experiment.federation.rounds))
+        observer.stage(where_it_goes_on(done, experiment.federation.rounds))
         return run.go(state, done)
 
 
@@ -282,86 +285,6 @@ def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> No
             [f"{asked} follows steps in this process, and workers are others: leave out workers"],
             "the command",
         )
-
-
-def _laid_out(experiment: Experiment, begun: Record | None) -> Experiment:
-    """Return the experiment with the pass size that the run was started with, on any device."""
-    recorded = (begun or {}).get("tokens_per_pass")
-    if recorded is None or experiment.training.tokens_per_pass != "auto":
-        return experiment
-    training = experiment.training.model_copy(update={"tokens_per_pass": recorded})
-    return replace(experiment, training=training)
-
-
-def _presence_of(saved: Checkpoint, parts: RunComponents) -> Presence:
-    """Return the presence in a checkpoint."""
-    if saved.presence is None:
-        return Presence.assumed(parts.engine.membership(), saved.round)
-    return Presence.from_table(saved.presence)
-
-
-def _experiment_of(
-    folder: RunFolder,
-    run: Record | None,
-    file: Path | None,
-    assignments: Iterable[str],
-    observer: RunObserver,
-) -> tuple[Experiment, Start | None]:
-    """Return the experiment of a run folder and what it starts from, after comparing it with one given.
-
-    Raises:
-        CheckpointError: They differ in more than name and output.
-        SettingsError: Settings were given without an experiment.
-    """
-    experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
-    start = kept_start(experiment, folder, run)
-    if file is not None:
-        given = Experiment.from_toml(file, assignments, name=experiment.name)
-        if given.adapter.start == experiment.adapter.start:
-            given = with_adapter_settings(given, start)
-        _require_same(given, experiment, folder.path)
-        observer.stage(
-            f"the settings are those of {folder.path / names.EXPERIMENT}; {file} has the same, but for "
-            "its [output], which is not used"
-        )
-    elif list(assignments):
-        raise SettingsError(["--set cannot change a run that is resumed"], "the command")
-    return experiment, start
-
-
-def _log_of(folder: RunFolder) -> AuditLog:
-    """Open the log of a run that is resumed.
-
-    Raises:
-        AuditError: It is damaged.
-    """
-    try:
-        return AuditLog(folder.path / audit_log.FILE)
-    except AuditError as error:
-        raise AuditError(f"{error}; {PUT_BACK}") from None
-
-
-def _require_records(folder: RunFolder, saved: Checkpoint, log: AuditLog) -> None:
-    """Check that the records and the log are what they were when a checkpoint was saved.
-
-    Raises:
-        CheckpointError: A record is not.
-        AuditError: The log is not.
-    """
-    record_marks.require_unchanged(folder, saved.records.get("files", {}), saved.round)
-    try:
-        log.require(saved.records["audit"])
-    except AuditError as error:
-        raise AuditError(f"{error} by round {saved.round}; {PUT_BACK}") from None
-
-
-def _where(done: int, rounds: int) -> str:
-    """Return where a resumed run continues, in words."""
-    if done < 0:
-        return "starting again from the beginning"
-    if done == rounds:
-        return f"round {done} was the last: the final files are written again"
-    return f"continuing after round {done} of {rounds}"
 
 
 @dataclass
@@ -458,7 +381,7 @@ class _Run:
         held_out = remote.held_out() if remote is not None else None
         partition = partition_record(experiment, parts.division, sizes, held_out)
         self.folder.write_json(names.PARTITION, partition)
-        record = run_record(self.folder.path, experiment, parts, self.made, id, _name_of(remote))
+        record = run_record(self.folder.path, experiment, parts, self.made, id, engine_name(remote))
         record["start"] = start_record(experiment, self.start, parts.objective)
         if remote is not None:
             record["members"] = [
@@ -507,9 +430,9 @@ class _Run:
             reported=reported(parts.objective),
             presence=self.presence,
         )
-        self.observer.begin(_plan(experiment, parts, done))
+        self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
-            self.observer.stage(_evaluated_first(parts))
+            self.observer.stage(evaluated_first(parts))
         self.saved = done
         try:
             with self._profiling(server, done) as server:
@@ -747,251 +670,4 @@ def _report_rows(parts: RunComponents, observer: RunObserver) -> None:
 def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:
     return open_trackers(
         experiment.output.trackers, folder.path, experiment.name, experiment.to_table()
-    )
-
-
-@contextlib.contextmanager
-def _new_folder(experiment: Experiment) -> Iterator[RunFolder]:
-    """Create the run folder, and take its lock.
-
-    Raises:
-        OutputError: It holds something already, another run begins there, or it cannot be made.
-    """
-    chosen, path = experiment.output.folder, free_folder(experiment)
-    while True:
-        remove_temporary(path, names.EXPERIMENT)  # of a run that was killed before it began
-        _require_empty(path, chosen)
-        try:
-            path.mkdir(parents=True, exist_ok=bool(chosen))
-            path.chmod(0o700)  # held-out prompts and answers are in it
-            break
-        except FileExistsError:  # another run was quicker
-            path = free_folder(experiment)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"
-            ) from error
-    folder = RunFolder(path)
-    with folder.locked():
-        _require_empty(path, chosen)
-        yield folder
-
-
-def _require_empty(path: Path, chosen: str | None) -> None:
-    """Check that nothing is in a folder that was chosen.
-
-    Raises:
-        OutputError: Something is.
-    """
-    if not chosen or not path.exists():
-        return
-    if not path.is_dir() or any(own.name != names.LOCK for own in path.iterdir()):
-        raise OutputError(
-            f"output.folder {chosen!r} is not empty: choose another, or go on with "
-            f"fedloom run --resume {chosen}"
-        )
-
-
-def require_startable(experiment: Experiment) -> None:
-    """Raise mistakes in a run that can be found before its data and model are read.
-
-    Raises:
-        OutputError: Its folder holds something already.
-        DataError: A data file is not there or cannot be opened, or rows are not where they are needed.
-        ModelError: The model's folder is none.
-    """
-    if experiment.output.folder:
-        _require_empty(free_folder(experiment), experiment.output.folder)
-    _require_rows(experiment, None)
-    require_files(experiment.data)
-    for path in (of_server(experiment).model.path, *_models(experiment)):
-        require_reachable(path)
-
-
-def _models(experiment: Experiment) -> set[str]:
-    """Return the models of groups of clients."""
-    groups = experiment.clients.groups.values()
-    return {experiment.model.path, *(group.model for group in groups if group.model)}
-
-
-def free_folder(experiment: Experiment) -> Path:
-    """Return the folder that a run of an experiment goes to: as set, or a new one in ``runs``."""
-    path = Path(experiment.output.folder or Path("runs") / experiment.name)
-    if experiment.output.folder:
-        return path
-    number, candidate = 2, path
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return candidate
-
-
-def _require_same(given: Experiment, own: Experiment, path: Path) -> None:
-    """Refuse to continue a run as another experiment; name what differs."""
-    problems = []
-    left, right = given.to_table(), own.to_table()
-    for section in left:
-        if section in ("name", "output") or left[section] == right[section]:
-            continue
-        for key in sorted(left[section].keys() | right[section].keys()):
-            new, old = left[section].get(key), right[section].get(key)
-            if new != old:
-                problems.append(f"{section}.{key} is {new!r}, the run in {path} has {old!r}")
-    if problems:
-        raise CheckpointError(
-            f"{path} holds a run of another experiment:\n  " + "\n  ".join(problems)
-        )
-
-
-def _name_of(remote: RemoteEngine | None) -> str:
-    return SIMULATION if remote is None else remote.name
-
-
-def _require_rows(experiment: Experiment, remote: RemoteEngine | None) -> None:
-    """Check that this engine has the rows where the experiment needs them."""
-    if experiment.data.is_private and remote is None:
-        raise DataError(
-            'data.source = "clients": the rows are on other machines; use --engine flower'
-        )
-    if remote is not None and METHODS[experiment.method.name][1].pools_data:
-        raise DataError(
-            f"method.name = {experiment.method.name!r} puts all rows together: run it in one process"
-        )
-
-
-def _require_same_engine(
-    folder: RunFolder, run: Record | None, remote: RemoteEngine | None
-) -> None:
-    """Check that the engine is the same, as it has the client stores."""
-    made, now = (run or {}).get("engine"), _name_of(remote)
-    if made is not None and made != now:
-        raise SettingsError(
-            [
-                f"{folder.path} was run with --engine {made}; its clients' stores are there, and not "
-                f"with {now}: resume it with --engine {made}"
-            ],
-            "the command",
-        )
-
-
-def _require_same_data(folder: RunFolder, run: Record | None, digest: str) -> None:
-    """Check that a run which has no checkpoint is the one that began here.
-
-    Raises:
-        CheckpointError: Settings or data have changed since.
-    """
-    if run is not None and run["fingerprint"] != digest:
-        raise CheckpointError(
-            f"settings or data have changed since {folder.path} was started (fingerprint "
-            f"{run['fingerprint'][:12]}, now {digest[:12]}); start a new run"
-        )
-
-
-def _report_versions(run: Record | None, observer: RunObserver) -> None:
-    """Report the versions that differ from those at the start of the run."""
-    if run is not None and (others := other_versions(run, versions())):
-        observer.warning(
-            f"resumed with other versions than the run was begun with: {', '.join(others)}; results may "
-            "differ from those of a run without a break"
-        )
-
-
-def _require_same_model(folder: RunFolder, run: Record | None, parts: RunComponents) -> None:
-    if run is not None and run["model"]["sha256"] != parts.model_digest:
-        raise CheckpointError(
-            f"the model {run['model']['name']} has changed since {folder.path} was started "
-            f"(SHA-256 {run['model']['sha256'][:12]}, now {parts.model_digest[:12]}); start a new run"
-        )
-
-
-def _plan(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
-    federation, sizes = experiment.federation, parts.engine.sizes()
-    headline = PRIMARY_METRICS[parts.division.judged]
-    trained = sum(p.numel() for p in parts.model.parameters.values())
-    absent = parts.engine.absent()
-    there = len(sizes)
-    everybody = there + len(absent)
-    cohort = min(federation.cohort_size, there)
-    missing = ", ".join(parts.engine.title(client) for client in sorted(absent))
-    of = f"{there} of {everybody} clients, without {missing}" if absent else f"{there} clients"
-    objective = type(parts.objective).__name__
-    feedback = parts.division.feedback
-    pairs = ""
-    if feedback is not None and feedback.pairs:
-        pairs = (
-            f"; {human_count(feedback.pairs)} pairs as single answers, {experiment.partition.feedback}: "
-            f"{feedback.intact_share:.2f} of the pairs whole at one client"
-        )
-    return Plan(
-        f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
-        f"{cohort} of {of} a round",
-        f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
-        f"rows per client {min(sizes.values())} to {max(sizes.values())}, "
-        f"{len(parts.division.test)} held out"
-        f"{pairs}",
-        federation.rounds,
-        headline.name,
-        headline.higher_is_better,
-        {client: parts.engine.title(client) for client in sorted({*sizes, *absent})},
-        _work(experiment, parts, sizes) if there == len(parts.local.sizes()) else 0.0,
-        _ahead(experiment, parts, sizes, done),
-    )
-
-
-def _ahead(
-    experiment: Experiment, parts: RunComponents, sizes: Mapping[int, int], done: int
-) -> tuple[RoundWork, ...]:
-    """Return what each round does, from the evaluation of the start on, if who is there now stays.
-
-    Of clients elsewhere rows are known and no tokens; a token a row does then.
-    """
-    federation, training = experiment.federation, experiment.training
-    every, scores = experiment.evaluation.every, parts.objective.needs_reference
-    participations = federation.rounds * min(federation.cohort_size, len(sizes)) / len(sizes)
-    tokens = {
-        client: float(row_tokens(parts.local.shares[client]).sum())
-        if client in parts.local.shares
-        else float(rows)
-        for client, rows in sizes.items()
-    }
-    due = {
-        client: training.work(rows, participations).most_tokens(
-            rows, tokens[client], training.batch_size
-        )
-        for client, rows in sizes.items()
-    }
-    new, found = set(sizes), [RoundWork(0.0)]
-    for round in range(1, federation.rounds + 1):
-        cohort = draw_cohort(federation, round, tuple(sizes))
-        first = new.intersection(cohort) if scores and round > done else set()
-        new -= first
-        judged = float(round % every == 0 or round == federation.rounds)
-        trained = sum(due[client] for client in cohort)
-        found.append(RoundWork(trained, sum(tokens[client] for client in first), judged))
-    return tuple(found)
-
-
-TRAINED = 3.0
-"""Forward passes that training on a row takes: its own, and a backward one that is twice as long."""
-
-
-def _work(experiment: Experiment, parts: RunComponents, sizes: Mapping[int, int]) -> float:
-    """Return what a round trains, in rows judged at the start; see :class:`Plan`."""
-    federation, training = experiment.federation, experiment.training
-    judged = len(parts.division.test) + sum(map(len, parts.evaluator.client_held_out.values()))
-    participations = federation.rounds * min(federation.cohort_size, len(sizes)) / len(sizes)
-    steps = [
-        training.work(rows, participations).most_steps(rows, training.batch_size)
-        for rows in sizes.values()
-    ]
-    trained = sum(steps) / len(steps) * training.batch_size
-    return TRAINED * trained * min(federation.cohort_size, len(sizes)) / max(1, judged)
-
-
-def _evaluated_first(parts: RunComponents) -> str:
-    """Report the work before the first round, which may take as long as one."""
-    clients = parts.evaluator.client_held_out
-    own = f", and {sum(map(len, clients.values()))} of {len(clients)} clients" if clients else ""
-    return (
-        f"evaluating the start, before any training: {len(parts.division.test)} held-out rows{own}"
     )

@@ -12,8 +12,8 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import context_length
 from fedloom.objectives import make_objective
-from fedloom.runs.division import PartitionedData
 from fedloom.runs.model_building import build_model, of_server
+from fedloom.runs.partitioning import PartitionedData
 from fedloom.runs.token_rows import TokenReader
 from fedloom.training.references import add_reference_logps
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedloom.data.account import Cut, cut_of
 from fedloom.data.client_rows import TokenShare, mismatch
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Instruction, first_answer, last_answer, plain_text
 from fedloom.data.reader import BadRow, check_bad
+from fedloom.data.row_accounting import Cut, cut_of
 from fedloom.data.sources import LONGEST_SEQUENCE
 from fedloom.data.stored_rows import joined
 from fedloom.data.token_set import TokenSet, Untokenized
@@ -21,10 +21,10 @@ from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.agreement import embedded
+from fedloom.models.consistency import embedded
 from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
-from fedloom.runs.division import PartitionedData
+from fedloom.runs.partitioning import PartitionedData
 from fedloom.storage.cache import cache_folder
 from fedloom.training.layout import tokens_per_pass
 from fedloom.training.reference_cache import ReferenceCache

@@ -26,8 +26,8 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import partition_data
-from fedloom.runs.start import find_start, with_adapter_settings
+from fedloom.runs.initial_adapter import find_start, with_adapter_settings
+from fedloom.runs.partitioning import partition_data
 from fedloom.tensors import Tensors
 from fedloom.training.layout import budget_of, tokens_per_pass
 from fedloom.training.memory import is_out_of_memory

@@ -37,10 +37,10 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.quantize import quantized_bytes
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents, assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.initial_adapter import Start
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.parent_process import end_with_parent, of_this_process
-from fedloom.runs.start import Start
+from fedloom.runs.partitioning import partition_data
 from fedloom.tensors import Tensors
 from fedloom.training.memory import client_memory
 

@@ -43,7 +43,7 @@ class Of:
     """Annotates a setting that is read only where another setting, or a fact, has given values.
 
     Attributes:
-        what: Section and key, or the name of a fact (``experiment/unread.py``).
+        what: Section and key, or the name of a fact (``experiment/unused_settings.py``).
         values: Values with which it is read.
         otherwise: Why it is not read, for a fact; for a setting, its value says why.
     """

@@ -16,7 +16,7 @@ from fedloom.federation.engine import RunDescription
 from fedloom.federation.violations import ViolationObserver
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.security.keys import read_key, sign
 from fedloom.training.results import reported
 from fedloom.wire.envelope import Envelope, Joined, ReplyHeader, seal

@@ -10,7 +10,7 @@ from fedloom.evaluation.generate import Ask, generate, load_encoder
 from fedloom.evaluation.judges.base import Case, Verdict
 from fedloom.evaluation.judges.parsing import parse_judgelm
 from fedloom.evaluation.judges.prompts import judgelm_prompt
-from fedloom.models.agreement import require_tokens
+from fedloom.models.consistency import require_tokens
 from fedloom.models.load import context_length, load_backbone
 
 SCALE = (1.0, 10.0)

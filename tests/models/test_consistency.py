@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter
-from fedloom.models.agreement import disagreements, length_warnings, require_tokens
 from fedloom.models.configuration import UNLIMITED, context, keep_blocks
+from fedloom.models.consistency import disagreements, length_warnings, require_tokens
 from fedloom.models.load import context_length, load_backbone, load_tokenizer
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 
 SMALL = {
     "vocab_size": 320,

@@ -14,8 +14,8 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
-from fedloom.deployment import fleet
-from fedloom.deployment.fleet import Forbidden, Refused
+from fedloom.deployment import flower_fleet
+from fedloom.deployment.flower_fleet import Forbidden, Refused
 from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.errors import ConnectionFailed
 from fedloom.security.client_registry import Member
@@ -53,7 +53,7 @@ class Flower:
     def connect(self):
         return socket.create_connection(self.server.server_address)
 
-    has_room = fleet.Upstream.has_room
+    has_room = flower_fleet.Upstream.has_room
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def passing(flower):
         def serve():
             try:
                 with theirs:
-                    fleet.pass_on(
+                    flower_fleet.pass_on(
                         theirs,
                         flower,
                         lambda: NODE if allowed else None,
@@ -152,8 +152,8 @@ def test_a_reply_of_the_clients_own_is_passed_on_as_it_came(passing, flower):
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(passing, monkeypatch):
-    monkeypatch.setattr(fleet, "IDLE", 0.3)
-    monkeypatch.setattr(fleet, "SLOWEST", 1e12)
+    monkeypatch.setattr(flower_fleet, "IDLE", 0.3)
+    monkeypatch.setattr(flower_fleet, "SLOWEST", 1e12)
     whole = request("push-object", b"x" * 300)
     _, error = passing(*[whole[start : start + 50] for start in range(0, len(whole), 50)], wait=0.1)
     assert isinstance(error, OSError)

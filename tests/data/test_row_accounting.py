@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.data.account import Account, Accounts, Cut, cut_of, cut_warnings
 from fedloom.data.examples import Instruction, Labelled, Preference
+from fedloom.data.row_accounting import Account, Accounts, Cut, cut_of, cut_warnings
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
 from fedloom.reports import row_account
 from fedloom.runs.assembly import assemble
-from fedloom.runs.division import partition_data
-from fedloom.runs.made_with import MadeWith
+from fedloom.runs.code_digests import MadeWith
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import SIMULATION, run_record
 
 

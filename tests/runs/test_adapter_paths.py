@@ -6,7 +6,7 @@ import pytest
 
 from fedloom.data.templates import alpaca
 from fedloom.errors import ModelError
-from fedloom.runs.candidates import adapter_folder, form_of, run_of
+from fedloom.runs.adapter_paths import adapter_folder, form_of, run_of
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import TEMPLATE_DATE
 from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.error_report import LINES, text_for_server
-from fedloom.deployment.permitted import (
+from fedloom.deployment.policy import REVEALING, PolicySettings
+from fedloom.deployment.policy_enforcement import (
     DECIDED,
     LEFT,
     LONGEST,
@@ -28,7 +29,6 @@ from fedloom.deployment.permitted import (
     permitted,
     require_steps,
 )
-from fedloom.deployment.policy import REVEALING, PolicySettings
 from fedloom.errors import PolicyError
 from fedloom.experiment.experiment import SECTIONS, Experiment
 from fedloom.methods import METHODS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from fedloom.models.card import base_facts, card_text, licence_of, loading
+from fedloom.models.model_card import base_facts, card_text, licence_of, loading
 
 FACTS = {
     "experiment": "run",

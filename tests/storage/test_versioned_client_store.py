@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedloom.errors import CheckpointError
-from fedloom.storage.client_versions import ClientVersions, Version
+from fedloom.storage.versioned_client_store import ClientVersions, Version
 
 
 def value(found):

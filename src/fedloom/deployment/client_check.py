@@ -29,8 +29,8 @@ from fedloom.data.tokenize import tokenize
 from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.consent import Approvals, Waiting
 from fedloom.deployment.folders import ClientFolder
-from fedloom.deployment.permitted import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.policy import REVEALING, PolicySettings
+from fedloom.deployment.policy_enforcement import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.rows import partitioned
 from fedloom.display.untrusted_text import message, named, placed
 from fedloom.errors import DataError, FedloomError, OutputError, PolicyError, first_line

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.commands.starting import starting_file
+from fedloom.commands.starter_experiment import starting_file
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import COMPARE, SECTIONS, Experiment
-from fedloom.experiment.unread import unread_in_all, unread_settings
+from fedloom.experiment.unused_settings import unread_in_all, unread_settings
 from fedloom.runs.comparison import compare, read_comparison
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import run_experiment

@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
-from fedloom.data.account import Account
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
 from fedloom.data.loading import LoadedData
+from fedloom.data.row_accounting import Account
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import partition_data
-from fedloom.runs.row_tables import show_partition
+from fedloom.runs.partition_table import show_partition
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import run_experiment
 from observers import Heard
 from sampling import drawn

@@ -16,7 +16,7 @@ from fedloom.data.examples import Text
 from fedloom.data.templates import TEMPLATES, alpaca
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import partition_data
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import prompt_of
 from fedloom.storage.run_folder import EXPERIMENT
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedloom
-from fedloom.commands.early import refuse_early
+from fedloom.commands.early_checks import refuse_early
 from fedloom.errors import FedloomError
 
 OWN = {**os.environ, "PYTHONPATH": str(Path(fedloom.__file__).parents[1])}
@@ -19,11 +19,11 @@ OWN = {**os.environ, "PYTHONPATH": str(Path(fedloom.__file__).parents[1])}
 ONE = """
 import sys
 from pathlib import Path
-from fedloom.commands.early import refuse_early
+from fedloom.commands.early_checks import refuse_early
 from fedloom.errors import FedloomError
 
 def check():
-    from fedloom.runs.run import require_startable
+    from fedloom.runs.new_folder import require_startable
     from fedloom.experiment.experiment import Experiment
     require_startable(Experiment.from_toml(sys.argv[1], sys.argv[2:]))
 

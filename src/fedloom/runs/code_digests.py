@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from fedloom.errors import CheckpointError
 from fedloom.experiment.experiment import SECTIONS, Experiment
 from fedloom.objectives.base import Objective
-from fedloom.runs.division import SOURCES, own_source
+from fedloom.runs.partitioning import SOURCES, own_source
 from fedloom.settings.plugins import Choices, plugin_error
 from fedloom.storage.run_folder import Record
 from fedloom.training.memory import is_out_of_memory

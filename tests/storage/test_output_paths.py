@@ -3,7 +3,7 @@
 import pytest
 
 from fedloom.errors import OutputError
-from fedloom.storage.targets import free_file, require_new_file, require_place
+from fedloom.storage.output_paths import free_file, require_new_file, require_place
 
 
 def test_a_new_file_in_a_folder_that_is_there(tmp_path):

@@ -13,8 +13,8 @@ from fedloom.data.loading import DataSource, LoadedData
 from fedloom.display.untrusted_text import named
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.division import partition_data
 from fedloom.runs.observers import RunObserver
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import account_tables, partition_record, partition_table
 
 

@@ -28,7 +28,7 @@ from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import TINY, ModelSettings
 from fedloom.objectives import OBJECTIVES
-from fedloom.runs.start import SENT
+from fedloom.runs.initial_adapter import SENT
 from fedloom.settings.schema import Settings
 from fedloom.settings.toml import parse_toml
 from fedloom.training.settings import Work
@@ -77,7 +77,7 @@ TAKEN = _names(
     }
 )
 """Settings that are taken as they are, beside the names of objective and method. How much is trained is
-bounded once the rows are known (:func:`require_steps`) and meanwhile (``models/allowance.py``)."""
+bounded once the rows are known (:func:`require_steps`) and meanwhile (``models/request_limits.py``)."""
 
 MOST = {
     "adapter.rank": "max_rank",

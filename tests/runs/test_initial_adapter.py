@@ -21,11 +21,11 @@ from fedloom.objectives.logps import completion_logps
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.assembly import assemble
 from fedloom.runs.comparison import compare, read_comparison
-from fedloom.runs.division import partition_data
 from fedloom.runs.forget import forget_client
+from fedloom.runs.initial_adapter import find_start, kept_start, with_adapter_settings
 from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
-from fedloom.runs.start import find_start, kept_start, with_adapter_settings
 from fedloom.settings.toml import write_toml
 from fedloom.storage.run_folder import RunFolder
 from fedloom.training.layout import Budget

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.account import Account, Accounts, added
 from fedloom.data.duplicates import near_duplicates
 from fedloom.data.examples import Example, Instruction, Labelled, Preference, as_choice
 from fedloom.data.feedback_partition import FeedbackPartition, partition_feedback, undivided
@@ -29,6 +28,7 @@ from fedloom.data.loading import (
 )
 from fedloom.data.partition import Indices, LabelDistribution, partition, shares
 from fedloom.data.public import as_task, read_public, take_public
+from fedloom.data.row_accounting import Account, Accounts, added
 from fedloom.data.sources import CLIENTS as ELSEWHERE
 from fedloom.data.sources import DataSettings
 from fedloom.data.splits import (
