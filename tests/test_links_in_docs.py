@@ -73,6 +73,9 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
+SECTIONS = "src/fedloom/reports/sections"
+
+
 def paths_in(text):
     """Return what stands in code and looks like a path of the repository."""
     words = [word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()]
@@ -86,7 +89,10 @@ def test_paths_in_contributing_are_there():
     assert len(found) > 30
     near = [
         ROOT,
-        *(ROOT / own for own in ("src/fedloom", "tests", "benchmarks", "src/fedloom/methods")),
+        *(
+            ROOT / own
+            for own in ("src/fedloom", "tests", "benchmarks", "src/fedloom/methods", SECTIONS)
+        ),
     ]
     assert [own for own in found if not any((folder / own).exists() for folder in near)] == []
 
