@@ -45,7 +45,7 @@ STRATA = {
     "methods": ("methods",),
     "accounting": ("accounting",),
     "statistics": ("statistics", "statistics/intervals.py", "statistics/difference_tests.py"),
-    "evaluation": ("evaluation/metrics.py", "evaluation/agreement.py"),
+    "evaluation": ("evaluation/metrics.py", "evaluation/judge_statistics.py"),
 }
 """Folders and files of ``src/fedloom`` by the name of what they do; those that are not there are left
 out, and a part without any is a mistake."""

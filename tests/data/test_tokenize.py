@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fedloom.data.examples import Feedback, Instruction, Labelled, Preference
-from fedloom.data.tokenize import NOTHING_LEFT, fit, tokenize
+from fedloom.data.tokenize import NOTHING_LEFT, tokenize
+from fedloom.data.truncation import truncate
 from fedloom.evaluation.generate import load_encoder
 
 
@@ -41,18 +42,18 @@ def test_both_sides_of_a_pair_share_the_prompt(encoder):
     ],
 )
 def test_truncation(prompt, completion, bos, expected):
-    left, (right,) = fit(list(range(100, 100 + prompt)), [list(range(completion))], 8, bos)
+    left, (right,) = truncate(list(range(100, 100 + prompt)), [list(range(completion))], 8, bos)
     assert (len(left), len(right)) == expected
     assert left == list(range(100, 100 + prompt))[-len(left) :]
     assert right == list(range(completion))[: len(right)]
 
 
 def test_a_start_token_survives_truncation():
-    assert fit([1, 5, 6, 7, 8], [[20, 21]], 5, 1) == ([1, 7, 8], [[20, 21]])
+    assert truncate([1, 5, 6, 7, 8], [[20, 21]], 5, 1) == ([1, 7, 8], [[20, 21]])
 
 
 def test_pairs_are_cut_alike():
-    prompt, (chosen, rejected) = fit([5, 6, 7, 8], [[1, 2, 3], [4]], 5, None)
+    prompt, (chosen, rejected) = truncate([5, 6, 7, 8], [[1, 2, 3], [4]], 5, None)
     assert prompt == [7, 8] and chosen == [1, 2, 3] and rejected == [4]
 
 

@@ -14,8 +14,8 @@ from fedloom.commands.terminal import Bars, make_console, working
 from fedloom.data.reader import require_files
 from fedloom.display.untrusted_text import visible
 from fedloom.errors import JudgeError, ModelError
-from fedloom.evaluation.agreement import Estimate
 from fedloom.evaluation.harness import require_tasks, run_harness
+from fedloom.evaluation.judge_statistics import Estimate
 from fedloom.evaluation.judges import choose
 from fedloom.evaluation.judges.validation import AuditResult, read_audit_sets
 from fedloom.evaluation.questions import load_benchmark

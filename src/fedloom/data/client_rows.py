@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.token_set import TokenSet
-from fedloom.data.tokenize import fit
+from fedloom.data.truncation import truncate
 
 Indices = NDArray[np.int64]
 
@@ -93,7 +93,7 @@ def mismatch(
     for own, other in zip(cycle, _next_others(cycle, prompts), strict=True):
         sequence, prompt = tokens.sequence(int(own))
         donor, donor_prompt = tokens.sequence(other)
-        opening, (completion,) = fit(
+        opening, (completion,) = truncate(
             sequence[:prompt].tolist(), [donor[donor_prompt:].tolist()], max_length, bos
         )
         parts[own] = np.array(opening + completion, np.int32)

@@ -1,11 +1,10 @@
-"""Examples to token ids, once, with the truncation rule stated; cached on disk.
+"""Examples to token ids, once; cached on disk.
 
 Every example becomes one sequence (two for a pair): the prompt's tokens, then the completion's, of which
 ``encode.py`` says which are trained on.
 
-Truncation to ``max_length`` tokens keeps the completion and drops the prompt's start (a leading
-``<s>`` stays); a completion that alone is too long loses its end; a sample without a trained token
-left is dropped and counted. Both sides of a pair keep the same prompt tokens.
+They are cut to ``max_length`` (``truncation.py``); an example without a trained token left is dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preferenc
 from fedloom.data.stored_rows import StoredRows, digests
 from fedloom.data.token_file import read_tokens, write_tokens
 from fedloom.data.token_set import TokenSet, Untokenized, join
+from fedloom.data.truncation import truncate
 from fedloom.errors import OutputError
 from fedloom.storage.cache import make_room, touch
 
@@ -100,23 +100,6 @@ def tokenize(
     return join(list(parts()), width)
 
 
-def fit(
-    prompt: Sequence[int], completions: Sequence[Sequence[int]], max_length: int, bos: int | None
-) -> tuple[list[int], list[list[int]]]:
-    """Cut a prompt and its completions to ``max_length`` tokens; see the module's rule.
-
-    Returns:
-        The prompt's tokens that are left (at least one) and the completions' (may be empty).
-    """
-    kept = [list(completion[: max_length - 1]) for completion in completions]
-    room = max_length - max(len(completion) for completion in kept)
-    if len(prompt) <= room:
-        return list(prompt), kept
-    if bos is not None and prompt[0] == bos and room > 1:
-        return [bos, *prompt[len(prompt) - room + 1 :]], kept
-    return list(prompt[len(prompt) - room :]), kept
-
-
 def _part(
     examples: Sequence[Example],
     start: int,
@@ -146,7 +129,7 @@ def _part(
             prompt, completions = encoded.prompt, encoded.completions
             whole = (len(prompt), [len(completion) for completion in completions])
             if prompt:
-                prompt, completions = fit(prompt, completions, max_length, bos)
+                prompt, completions = truncate(prompt, completions, max_length, bos)
             kept = zip(encoded.masks, completions, strict=True)
             trained = [mask[: len(completion)] for mask, completion in kept]
         reason = _useless(example, prompt, completions, trained, keep_alike)

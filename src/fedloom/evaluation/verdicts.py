@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from fedloom.evaluation.agreement import (
+from fedloom.evaluation.judge_statistics import (
     Estimate,
     Rating,
     bootstrap,

@@ -51,7 +51,7 @@ from fedloom.training.results import reported
 from fedloom.training.settings import Part, TrainingSettings, Work
 from fedloom.training.steps import train_locally
 from fedloom.wire.messages import Exchange, Payload
-from fedloom.wire.row_encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.wire.row_codecs import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.wire.schema import Schema, TensorSpec, prefixed
 
 VALUES, INDICES, COUNTS = "values", "indices", "counts"

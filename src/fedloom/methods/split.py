@@ -63,7 +63,7 @@ from fedloom.training.optimizers import make_optimizer
 from fedloom.training.results import Gradients, LocalResult, RemoteGradients, Totals
 from fedloom.training.steps import local_steps, squared_norm, update
 from fedloom.wire.messages import Exchange, Payload, Reply, encode
-from fedloom.wire.row_encodings import Encoding, pack_rows, row_specs, unpack_rows
+from fedloom.wire.row_codecs import Encoding, pack_rows, row_specs, unpack_rows
 from fedloom.wire.schema import FINITE, NumberSpec, Schema, TensorSpec, amount, fraction
 
 FRONT, BACK = "front", "back"

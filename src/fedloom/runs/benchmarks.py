@@ -19,8 +19,8 @@ from pydantic import Field
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.templates import Template
 from fedloom.errors import ModelError, OutputError, SettingsError
-from fedloom.evaluation.agreement import agreement, model_scores
 from fedloom.evaluation.generate import Ask, generate, load_encoder
+from fedloom.evaluation.judge_statistics import agreement, model_scores
 from fedloom.evaluation.judges.base import Judge
 from fedloom.evaluation.judges.choose import JUDGES
 from fedloom.evaluation.judges.validation import AuditResult, audit, read_audit_sets

@@ -20,7 +20,7 @@ from fedloom.data.labels import majority
 from fedloom.data.layouts import LAYOUTS
 from fedloom.data.rows import RowError
 from fedloom.errors import DataError
-from fedloom.evaluation.agreement import Estimate, bootstrap
+from fedloom.evaluation.judge_statistics import Estimate, bootstrap
 from fedloom.evaluation.judges.base import Case, Judge
 from fedloom.evaluation.questions import Question
 from fedloom.evaluation.verdicts import Begin, rate_all

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedloom.evaluation.agreement import (
+from fedloom.evaluation.judge_statistics import (
     Rating,
     agreement,
     bootstrap,

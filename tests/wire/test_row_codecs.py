@@ -5,7 +5,7 @@ import torch
 
 from fedloom.accounting.traffic import row_bytes
 from fedloom.wire.messages import Payload, decode, encode
-from fedloom.wire.row_encodings import pack_rows, row_specs, unpack_rows
+from fedloom.wire.row_codecs import pack_rows, row_specs, unpack_rows
 from fedloom.wire.schema import Schema
 
 ROWS = (
