@@ -7,8 +7,10 @@ import socket
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
+from fedloom.data.builtin import builtin_examples
 from fedloom.deployment.client_file import OwnFile
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.comparison import read_comparison
@@ -41,13 +43,13 @@ def test_the_guide_of_research(tmp_path):
     results = json.loads((folder / "results.json").read_text())
     assert [(arm["objective"], arm["runs"]) for arm in results["arms"]] == [("dpo", 5), ("kto", 5)]
     assert results["paired"][0]["units"] == 5 and (folder / "report.html").is_file()
-    (prompt, *_) = json.loads((folder / "runs/dpo-fedavg-s0/samples.json").read_text())
     # What the page says can be published holds no text of a row.
-    words = json.dumps(prompt["prompt"])[1:-1]
+    (row, *_) = builtin_examples("preferences", 1, np.random.default_rng(0))
+    assert "asks in the" in row.prompt
     for name in ("experiment.toml", "run.json", "rounds.jsonl", "costs.jsonl"):
-        assert words not in (folder / "runs/dpo-fedavg-s0" / name).read_text()
+        assert "asks in the" not in (folder / "runs/dpo-fedavg-s0" / name).read_text()
     baselines = json.loads((tmp_path / "comparisons/baselines/results.json").read_text())
-    assert [arm["method"] for arm in baselines["arms"]] == ["local", "fedavg", "prox"]
+    assert [arm["name"] for arm in baselines["arms"]] == ["local", "fedavg", "prox"]
 
 
 @pytest.mark.slow
@@ -121,7 +123,9 @@ class Federation:
             self.begin(line, place)
             self.until(lambda: "clients can join" in (place / "server.log").read_text())
         elif line.startswith("fedloom client join"):
-            self.begin(line, place)
+            client = self.begin(line, place)
+            self.until(lambda: (place / "fedloom-client").is_dir() or client.poll() is not None)
+            assert client.poll() is None, (place / "client.log").read_text()
         elif line.startswith("fedloom run"):
             self.runs = self.begin(line, place)
         elif line.startswith("fedloom client approve 3f2a"):
