@@ -38,6 +38,7 @@ COMMANDS = {
     "data show": ("data", "show"),
     "advise": ("advise",),
     "compare": ("compare",),
+    "tune": ("tune",),
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.accounting.quantities import human_count
 from fedloom.data.files import NOT_FOUND, STREAMED, read_file
 from fedloom.data.hub import hub_rows, told
 from fedloom.data.json_rows import json_value
@@ -121,7 +122,7 @@ class _Stamp:
         if not self.first:
             self.first = now
         if now != self.first:
-            sizes = f"{self.first[0]:,} bytes, now {found.st_size:,}"
+            sizes = f"{human_count(self.first[0])} bytes, now {human_count(found.st_size)}"
             raise changed(self.path, sizes if self.first[0] != found.st_size else "written again")
 
 

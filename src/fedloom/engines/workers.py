@@ -137,7 +137,7 @@ class WorkersEngine:
     local: SimulationEngine
     pool: Pool
     _round: int = -1
-    _homes: dict[int, int] = field(default_factory=dict)
+    _holders: dict[int, int] = field(default_factory=dict)
     """The worker that holds a client's session of this round."""
     _earlier: dict[int, list[tuple[Exchange, Slots]]] = field(default_factory=dict)
     """What clients with a session were asked in this round, with what they stored then."""
@@ -178,7 +178,7 @@ class WorkersEngine:
             RoundFailed: A client's work has ended its worker three times.
         """
         if exchange.round != self._round:
-            self._round, self._homes, self._earlier = exchange.round, {}, {}
+            self._round, self._holders, self._earlier = exchange.round, {}, {}
         self._serial += 1
         self.local.store.begin_exchange()
         waiting = sorted(exchange.requests, key=self._expected, reverse=True)
@@ -221,7 +221,7 @@ class WorkersEngine:
             if worker in self._busy:
                 continue
             for client in waiting:
-                if self._homes.get(client, worker) == worker:
+                if self._holders.get(client, worker) == worker:
                     waiting.remove(client)
                     self._busy[worker] = self._serial, client
                     self.pool.send(worker, self._request(exchange, worker, client))
@@ -231,7 +231,7 @@ class WorkersEngine:
         known = _reference_of(self.local.shares[client])
         has = known is None or (worker, client) in self._scored
         self._scored.add((worker, client))
-        moved = client not in self._homes
+        moved = client not in self._holders
         return ClientRequest(
             _only(exchange, client),
             client,
@@ -244,16 +244,16 @@ class WorkersEngine:
     def _note(self, worker: int, client: int, exchange: Exchange, result: ClientResult) -> None:
         """Remember where a client's session is, and how it came about."""
         if result.session:
-            self._homes[client] = worker
+            self._holders[client] = worker
             asked = _only(exchange, client), self.local.store.slots(client)
             self._earlier.setdefault(client, []).append(asked)
         else:
-            self._homes.pop(client, None)
+            self._holders.pop(client, None)
             self._earlier.pop(client, None)
 
     def _lost(self, worker: int) -> None:
         """Forget what a worker had that has ended."""
-        self._homes = {client: own for client, own in self._homes.items() if own != worker}
+        self._holders = {client: own for client, own in self._holders.items() if own != worker}
         self._scored = {(own, client) for own, client in self._scored if own != worker}
 
     def _taken(self, client: int, result: ClientResult) -> Answer:

@@ -459,8 +459,8 @@ class _Run:
 
         self.profile = Profile(self.folder.path / f"trace-{done + 1:04d}.json")
         try:
-            with self.profile.recording(server) as watched:
-                yield watched
+            with self.profile.recording(server) as recorded:
+                yield recorded
         finally:
             self.observer.stage(
                 f"profile: {self.profile.path}  (open it at https://ui.perfetto.dev or chrome://tracing)"
