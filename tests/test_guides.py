@@ -130,7 +130,7 @@ class Federation:
             self.runs = self.begin(line, place)
         elif line.startswith("fedloom client approve 3f2a"):
             run = self.until(lambda: self.waiting(place))
-            assert "let in" in shell(f"fedloom client approve {run}", place, input="y\n")
+            assert "is approved" in shell(f"fedloom client approve {run}", place, input="y\n")
         else:
             if line.startswith("fedloom audit verify"):
                 assert self.runs.wait(600) == 0, (place / "run.log").read_text()
@@ -178,6 +178,7 @@ def test_the_guide_of_a_private_deployment(tmp_path, model_folder):
     finally:
         for process in federation.kept:
             process.kill()
+            process.wait()
     assert (home / "merged/model.safetensors").is_file()
     lines = (home / "runs/experiment/rounds.jsonl").read_text().splitlines()
     assert [json.loads(line).get("rejected", []) for line in lines] == [[], [], []]
