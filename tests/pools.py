@@ -14,10 +14,11 @@ class PoolHere:
 
     Attributes:
         dies: For each request that is received, whether its worker ends without an answer.
+        idle_dies: How many workers end while they have nothing to do.
     """
 
-    def __init__(self, settings, size, seed=0, dies=()):
-        self.size, self.dies = size, list(dies)
+    def __init__(self, settings, size, seed=0, dies=(), idle_dies=0):
+        self.size, self.dies, self.idle_dies = size, list(dies), idle_dies
         self._make = lambda: assemble(settings, partition_data(settings)).local
         self._engines = [self._make() for _ in range(size)]
         self._asked = {}
@@ -30,6 +31,11 @@ class PoolHere:
         self.order.append(request.client)
 
     def receive(self):
+        idle = [own for own in range(self.size) if own not in self._asked]
+        if self.idle_dies and idle:
+            self.idle_dies -= 1
+            self._engines[idle[0]] = self._make()
+            return idle[0], "by signal 9"
         worker = int(self._rng.choice(sorted(self._asked)))
         request = self._asked.pop(worker)
         if self.dies and self.dies.pop(0):

@@ -1,13 +1,17 @@
 """A client whose memory does not suffice for a batch: it goes on with less at a time, and says so."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fedloom
+from engines.test_contract import training
 from fedloom.errors import RoundFailed
 from fedloom.models.adapters import AdapterModel
+from fedloom.runs.assembly import assemble
+from fedloom.runs.partitioning import partition_data
 from fedloom.security.audit_log import events
 from fedloom.training.memory import fitting, is_out_of_memory
 from sampling import every
@@ -87,3 +91,17 @@ def test_other_errors_are_not_tried_again():
     with pytest.raises(RuntimeError, match="shapes"):
         fitting(work, 8, "client 0")
     assert tried == [8]
+
+
+def test_nothing_of_a_step_that_was_broken_off_enters_the_next_training(experiment):
+    """Gradients of a training that failed between two passes are not added to another client's."""
+    settings = experiment(training={"local_steps": 1, "micro_batch_size": 2})
+    parts = assemble(settings, partition_data(settings))
+    engine, exchange = parts.local, training(parts)
+    (whole,) = engine.exchange(replace(exchange, requests={1: exchange.requests[1]}))
+
+    model = engine.resources[0].model
+    for parameter in model.parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    (again,) = engine.exchange(replace(exchange, requests={1: exchange.requests[1]}))
+    assert again.data == whole.data

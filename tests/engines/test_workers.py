@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from engines.test_contract import training
 from fedloom.accounting.costs import REFERENCE
 from fedloom.engines.workers import TRIES
 from fedloom.errors import RoundFailed, SettingsError
+from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
@@ -100,6 +102,25 @@ def test_work_that_ends_its_worker_three_times_ends_the_round(experiment):
     assert all(answer.error is None for answer in parts.engine.exchange(training(parts)))
 
 
+def test_a_worker_that_ends_with_nothing_to_do_is_replaced(experiment):
+    settings = experiment(training={"local_steps": 1})
+    parts, pool = with_pool(settings, size=2, idle_dies=1)
+    assert [a.client for a in parts.engine.exchange(training(parts, clients=(1,)))] == [1]
+    assert pool.idle_dies == 0
+
+
+def test_log_probs_are_sent_to_a_worker_that_only_evaluated(experiment):
+    """A worker that has had a client, and no log-probs of it, is sent them when they are known."""
+    settings = experiment(training={"local_steps": 1})
+    parts, _ = with_pool(settings, size=2, seed=1)
+    engine = parts.engine
+    list(engine.exchange(replace(training(parts, 0), action=EVALUATE)))  # nothing is scored
+    for round in (1, 2, 3, 4):
+        list(engine.exchange(training(parts, round)))
+    scored = [cost.client for cost in parts.ledger.take() if cost.phase == REFERENCE]
+    assert sorted(scored) == [0, 1, 2]
+
+
 def test_answers_to_what_was_given_up_do_not_count(experiment):
     settings = experiment(training={"local_steps": 1})
     parts, _ = with_pool(settings, size=2)
@@ -128,8 +149,11 @@ def test_a_number_that_is_none_is_refused(call, experiment, tmp_path):
     for wrong in ("0", "-2", "many", "1.5"):
         code, told = call("run", str(file), "--workers", wrong)
         assert code == 2 and "--workers" in told and wrong in told
-    with pytest.raises(SettingsError, match=r"workers = 0: give a number from 1, or \"auto\""):
-        fedloom.run(experiment(), workers=0)
+    for wrong in (0, "4", True):
+        with pytest.raises(
+            SettingsError, match=rf"workers = {wrong!r}: give a number from 1, or \"auto"
+        ):
+            fedloom.run(experiment(), workers=wrong)
 
 
 @pytest.mark.slow

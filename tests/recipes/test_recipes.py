@@ -184,7 +184,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
     small = dataclasses.replace(whole, grid_runs=tuple(cells))
     folder = compare(small, tmp_path / "out", workers=1)
     page = write_comparison(folder).read_text()
-    assert "<th>gain over</th><th>local only</th>" in page and "<th>fedavg</th>" in page
+    assert "<th>gain over</th><th>local_only</th>" in page and "<th>fedavg</th>" in page
     for cell in once.values():
         judged = {"choice": "Accuracy: share of held-out rows", "answer": "Rouge l: mean ROUGE-L"}
         kind = judged_kind(cell.experiment, cell.experiment.kind)

@@ -195,7 +195,7 @@ def test_the_other_reading_counts_each_model_and_each_batch_once(file, tmp_path)
         "Of each model that it trains, a client does 4 optimizer steps a round in every arm; methods "
         "that train several, or step several times on a batch, compute more." in page
     )
-    assert "optimizer steps from 4.0 (plain, fedavg) to 20.0 (plain, pfedme)" in page
+    assert "optimizer steps from 4 (plain, fedavg) to 20 (plain, pfedme)" in page
 
 
 @pytest.mark.slow

@@ -359,12 +359,13 @@ class ComparisonTerminal(Lines):
             self.task = self.progress.add_task("runs", total=waiting)
             self.progress.start()
 
-    def run_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+    def run_done(self, name: str, metric: str, value: float | None, done: int, of: int) -> None:
         """Print the run's result on one line and move the bar."""
         self.ended = done
         if self.silent:
             return
-        self.line(f"{done}/{of}  {name}  {metric} {value:.4f}")
+        shown = "not finite" if value is None else f"{value:.4f}"
+        self.line(f"{done}/{of}  {name}  {metric} {shown}")
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done)
 

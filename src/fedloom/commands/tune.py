@@ -56,7 +56,10 @@ def tune(
 
 def _check(path: Path, assignments: list[str] | None, *, dry_run: bool) -> None:
     """Raise what can be told before anything is timed, also that the file could not be written."""
+    from fedloom.runs.new_folder import require_rows
+
     check_rows(path, assignments)
+    require_rows(experiment_from(path, assignments), None)
     if not dry_run:
         _changed(path, {"tokens_per_pass": 1, "threads": 1})
         folder = path.resolve().parent

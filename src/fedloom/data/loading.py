@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,10 +17,11 @@ from fedloom.data.examples import Example, Preference
 from fedloom.data.partition import value_of
 from fedloom.data.reader import BadRow, Read, Reader
 from fedloom.data.row_accounting import Account, added
+from fedloom.data.row_files import written_to
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, SourceSettings
 from fedloom.data.splits import SAME_ROW, Limit, facts_of, group_keys, row_keys, same, split
 from fedloom.data.stored_rows import RowIndex, are_pairs, digests, joined, take
-from fedloom.errors import DataError, OutputError
+from fedloom.errors import DataError
 from fedloom.storage.cache import cache_folder
 
 PAIRS_OF_TEXTS = "texts to pairs (data.continuations)"
@@ -121,7 +123,7 @@ def load_examples(
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
     examples = hashlib.sha256()
-    for own in (*digests(train), *digests(test)):
+    for own in itertools.chain(digests(train), digests(test)):
         examples.update(own)
     return LoadedData(
         train,
@@ -213,16 +215,11 @@ def _store(settings: DataSettings, column: str | None) -> RowIndex:
         OutputError: It cannot be made there.
     """
     folder = cache_folder() / "rows"
-    try:
+    with written_to(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return RowIndex(
             folder, lambda row: facts_of(row, settings.group, value_of(row, column)), column
         )
-    except OSError as error:
-        raise OutputError(
-            f"data.streaming keeps where rows stand in {folder}, which cannot be written: "
-            f"{error.strerror}; set the variable FEDLOOM_CACHE to another folder"
-        ) from error
 
 
 def _training_rows(

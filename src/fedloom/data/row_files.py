@@ -7,10 +7,12 @@ it is opened and after what is read of it, and what a row gives is compared with
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -25,7 +27,7 @@ from fedloom.data.parquet_rows import parquet_rows_at
 from fedloom.data.rows import RowError
 from fedloom.data.safe_open import UnreadableError, opened
 from fedloom.display.untrusted_text import named
-from fedloom.errors import DataError
+from fedloom.errors import DataError, OutputError
 
 Numbers = NDArray[np.int64]
 
@@ -90,13 +92,14 @@ class HubRows:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Yield all rows with their numbers from 1."""
-        return told(self.name, iter(enumerate(self._set(), 1)))
+        return told(self.name, iter(enumerate(self._set, 1)))
 
     def at(self, numbers: Numbers) -> Iterator[tuple[int, Any]]:
         """Yield the rows with these numbers."""
-        rows = self._set()
+        rows = self._set
         return told(self.name, ((number, rows[number - 1]) for number in numbers.tolist()))
 
+    @cached_property
     def _set(self) -> Any:
         return hub_rows(self.name, self.split, self.subset, self.data_dir)
 
@@ -126,6 +129,22 @@ class _Stamp:
             raise changed(self.path, sizes if self.first[0] != found.st_size else "written again")
 
 
+@contextlib.contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Tell what to do where the folder of the index cannot be written, or is full.
+
+    Raises:
+        OutputError: It cannot, or is.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"data.streaming keeps where rows stand in {folder}, which cannot be written: "
+            f"{error.strerror}; set the variable FEDLOOM_CACHE to another folder"
+        ) from error
+
+
 AGAIN = "with data.streaming rows are read while a run goes on: leave the file as it is, or copy it first"
 
 
@@ -150,9 +169,10 @@ class _Lines:
         with opened(self.stamp.path) as file, tempfile.TemporaryFile(dir=self.folder) as places:
             size = 0
             for ends in line_ends(file):
-                places.write(ends.tobytes())
+                with written_to(self.folder):
+                    places.write(ends.tobytes())
+                    places.flush()
                 size += len(ends)
-            places.flush()
             if size:
                 self.places = np.memmap(places, np.int64, "r", shape=(size,))
         self.stamp.check()

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.data.examples import Example, Feedback, Labelled, Preference
-from fedloom.data.row_files import Numbers, RowFile, changed
+from fedloom.data.row_files import Numbers, RowFile, changed, written_to
 from fedloom.data.rows import RowError
 
 Keys = NDArray[np.bytes_]
@@ -128,14 +128,15 @@ class RowIndex:
         return -1 if text is None else self.texts.setdefault(text, len(self.texts))
 
     def _write(self) -> None:
-        self._file.write(np.array(self._waiting, ENTRY).tobytes())
+        with written_to(self.folder):
+            self._file.write(np.array(self._waiting, ENTRY).tobytes())
+            self._file.flush()
         self._waiting = []
 
     def entries(self) -> NDArray[Any]:
         """Return ``(examples,)`` :data:`ENTRY`, mapped."""
         if len(self._mapped) < self.count:
             self._write()
-            self._file.flush()
             self._mapped = np.memmap(self._file, ENTRY, "r", shape=(self.count,))
         return self._mapped
 

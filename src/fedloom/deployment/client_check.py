@@ -394,7 +394,10 @@ def _verdict(examined: Examined, own: OwnFile, rows: int | None) -> tuple[Render
     """Return whether this client could take part in an experiment, with every reason against it."""
     reasons = [(one.line, one.reason) for one in examined.refusals]
     if rows is not None:
-        steps, most = fewest_steps(examined.asked, rows), own.policy.max_steps
+        steps, most = (
+            fewest_steps(examined.experiment or examined.asked, rows),
+            own.policy.max_steps,
+        )
         if steps > most:
             reasons.append(
                 (

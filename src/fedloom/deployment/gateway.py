@@ -37,6 +37,7 @@ from fedloom.deployment.connections import CHUNK, Duplex, abort, notice_absence
 from fedloom.deployment.counters import Counts
 from fedloom.deployment.flower_nodes import NodeKey
 from fedloom.deployment.handshake import Claim, Distrust, Purpose
+from fedloom.deployment.processes import cannot_listen
 from fedloom.errors import (
     ConnectionFailed,
     FedloomError,
@@ -276,7 +277,7 @@ class Gateway:
             listening.listen(1024)
         except OSError as error:
             listening.close()
-            raise ConnectionFailed(f"cannot listen at {host}:{port}: {error.strerror}") from None
+            raise cannot_listen(host, port, error) from None
         listening.setblocking(False)
         self._selector.register(listening, selectors.EVENT_READ, None)
         self._thread = threading.Thread(target=self._serve, args=(listening,), daemon=True)

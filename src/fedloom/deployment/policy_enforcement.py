@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,11 @@ from fedloom.settings.toml import parse_toml
 from fedloom.training.settings import Work
 
 DEEPEST = 50
-"""Most dots before the first "=" of a line: a parser would take hours for a key of many thousands."""
+"""Most dots in a key: a parser would take hours for one of many thousands."""
+
+PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
+DEEP_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{PART}[ \t]*\.[ \t]*){{{DEEPEST + 1}}}")
+"""A key of more dots, wherever in the text it stands."""
 
 LONGEST = 256 << 10
 """Characters of an experiment's text: a share for each of ten thousand clients takes a third of that."""
@@ -207,7 +212,7 @@ def examine(
     if len(text) > LONGEST:
         reason = f"its text has {len(text)} characters, {LONGEST} are read"
         raise PolicyError(Refusal("experiment", reason))
-    if any(line.partition("=")[0].count(".") > DEEPEST for line in text.splitlines()):
+    if DEEP_KEY.search(text):
         raise PolicyError(Refusal("experiment", f"a key has more than {DEEPEST} dots"))
     try:
         source = "the experiment that the server sent"

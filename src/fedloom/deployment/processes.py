@@ -82,7 +82,7 @@ class SupervisedProcess:
             return False
         died = self.process is not None
         self._deaths += died
-        self._again = time.monotonic() + min(60.0, PAUSE * 2**self._deaths)
+        self._again = time.monotonic() + min(60.0, PAUSE * 2 ** min(self._deaths, 6))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -242,10 +242,13 @@ def require_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            what = PRIVILEGED if isinstance(error, PermissionError) else "choose another port"
-            raise ConnectionFailed(
-                f"cannot listen at {address(host, port)}: {error.strerror}; {what}"
-            ) from None
+            raise cannot_listen(host, port, error) from None
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> ConnectionFailed:
+    """Return the error of a port that is in use, or may not be used."""
+    what = PRIVILEGED if isinstance(error, PermissionError) else "choose another port"
+    return ConnectionFailed(f"cannot listen at {address(host, port)}: {error.strerror}; {what}")
 
 
 def address(host: str, port: int) -> str:

@@ -188,6 +188,9 @@ class WorkersEngine:
             while client not in results:
                 self._hand_out(exchange, waiting)
                 worker, result = self.pool.receive()
+                if worker not in self._busy:  # it was idle when it ended, and is replaced already
+                    self._lost(worker)
+                    continue
                 serial, done = self._busy.pop(worker)
                 if isinstance(result, str):
                     self._lost(worker)
@@ -230,7 +233,8 @@ class WorkersEngine:
     def _request(self, exchange: Exchange, worker: int, client: int) -> ClientRequest:
         known = _reference_of(self.local.shares[client])
         has = known is None or (worker, client) in self._scored
-        self._scored.add((worker, client))
+        if known is not None:
+            self._scored.add((worker, client))
         moved = client not in self._holders
         return ClientRequest(
             _only(exchange, client),
@@ -242,7 +246,9 @@ class WorkersEngine:
         )
 
     def _note(self, worker: int, client: int, exchange: Exchange, result: ClientResult) -> None:
-        """Remember where a client's session is, and how it came about."""
+        """Remember where a client's session and log-probs are, and how the session came about."""
+        if result.reference is not None:
+            self._scored.add((worker, client))
         if result.session:
             self._holders[client] = worker
             asked = _only(exchange, client), self.local.store.slots(client)

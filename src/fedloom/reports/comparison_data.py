@@ -115,11 +115,17 @@ def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
     record = RunFolder(folder).read_json(names.COMPARISON)
     if record is None:
         raise OutputError(f"{folder} is not a comparison: it has no {names.COMPARISON}")
-    cells = []
+    cells, diverged = [], list[str]()
     for cell in record["cells"]:
         path = folder / names.RUNS / cell["name"]
         if (path / names.SUMMARY).is_file():
-            cells.append(GridRun(cell["objective"], cell["method"], cell["seed"], read_run(path)))
+            run = read_run(path)
+            if run.summary is not None and run.summary["after"] is None:
+                diverged.append(
+                    f"{cell['name']} is left out: its {run.metric} was not finite at the end"
+                )
+                continue
+            cells.append(GridRun(cell["objective"], cell["method"], cell["seed"], run))
     if not cells:
         raise OutputError(f"no run of the comparison in {folder} has finished")
     again: dict[int, str] = {}
@@ -128,7 +134,7 @@ def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
         found = duplicates([cells[place].run for place in places])
         again |= {places[place]: f"{why}: they count as one seed" for place, why in found.items()}
     kept = [cell for place, cell in enumerate(cells) if place not in again]
-    notes, doubts = list(again.values()), all_doubts([cell.run for cell in kept])
+    notes, doubts = [*diverged, *again.values()], all_doubts([cell.run for cell in kept])
     return {**record, "finished": len(cells), "notes": notes, "doubts": doubts}, kept
 
 

@@ -155,7 +155,8 @@ class ModelBundles:
         told = []
         for client, share in shares.items():
             path, model = self.of_client(client).path, self.of_client(client).model
-            if share.tokens.width > 1 and not shares_prompts(model, 0):
+            once = shares_prompts(model, 0)  # asked of all now, while they are as they begin
+            if share.tokens.width > 1 and not once:
                 kind, adapter = type(model.model.config).__name__, self.experiment.adapter.kind
                 told.append(
                     f"{path}: the prompt of a pair is read with each answer, which takes longer: with "

@@ -224,7 +224,7 @@ class CompareObserver(Protocol):
         """
         ...
 
-    def run_done(self, name: str, metric: str, value: float, done: int, of: int) -> None:
+    def run_done(self, name: str, metric: str, value: float | None, done: int, of: int) -> None:
         """A run has ended well."""
         ...
 

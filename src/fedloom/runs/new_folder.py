@@ -36,7 +36,11 @@ def new_folder(experiment: Experiment) -> Iterator[RunFolder]:
             path.mkdir(parents=True, exist_ok=bool(chosen))
             path.chmod(0o700)  # held-out prompts and answers are in it
             break
-        except FileExistsError:  # another run was quicker
+        except FileExistsError as error:  # another run was quicker
+            if chosen:  # a link that leads nowhere
+                raise OutputError(
+                    f"output.folder {chosen!r} is there and is not a folder; choose another"
+                ) from error
             path = free_folder(experiment)
         except OSError as error:
             raise OutputError(

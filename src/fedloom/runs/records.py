@@ -501,10 +501,9 @@ def summary_record(
 
 def _judged(evaluation: Mapping[str, Any], metric: str, *, everywhere: bool) -> float | None:
     """Return a metric on the global held-out set or, where nobody was judged on that, on clients'."""
-    if everywhere:
-        return float(evaluation["global"][metric])
-    clients = evaluation["clients"]
-    return float(clients["mean"][metric]) if clients is not None else None
+    of = evaluation["global"] if everywhere else (evaluation["clients"] or {}).get("mean", {})
+    value = of.get(metric)  # none where it was not finite
+    return None if value is None else float(value)
 
 
 def tools_of(example: Example) -> Tools:

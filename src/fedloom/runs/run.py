@@ -279,6 +279,10 @@ def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> No
     Raises:
         SettingsError: It is not.
     """
+    if workers != "auto" and (type(workers) is not int or workers < 1):
+        raise SettingsError(
+            [f'workers = {workers!r}: give a number from 1, or "auto"'], "the call of run"
+        )
     if workers != 1 and (on_step is not None or profile):
         asked = "on_step" if on_step is not None else "--profile"
         raise SettingsError(

@@ -47,10 +47,18 @@ from fedloom.training.memory import client_memory
 Workers = int | Literal["auto"]
 """How many processes work on clients; "auto": as many as there are cores and memory for."""
 
+GONE = (
+    "the process that starts workers has ended (often for want of memory): give fewer workers, or go on "
+    "with one"
+)
+
 PROCESS = 250e6
 """Bytes that a forked worker has of its own before it trains, measured with tiny models (230 MB)."""
 
-HOST = "import sys; from fedloom.runs.workers import host; host(int(sys.argv[1]))"
+HOST = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "  # as here: nothing else is imported
+    "from fedloom.runs.workers import host; host(int(sys.argv[1]))"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class WorkerTask:
         start: The adapter that training goes on from.
         model: Fingerprint of the model that the run has.
         rows: Training rows of each client, as the run has them.
+        digest: SHA-256 of all rows, as the run has them.
+        probed: By client, whether its model reads prompts once and from what length on it attends
+            answer by answer, as the run found it.
     """
 
     experiment: Experiment
@@ -72,6 +83,8 @@ class WorkerTask:
     start: Start | None
     model: str = ""
     rows: Mapping[int, int] = field(default_factory=dict)
+    digest: str = ""
+    probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
 
 
 def available_cores() -> int:
@@ -113,11 +126,23 @@ def with_workers(
             user made himself cannot be given to other processes.
         FedloomError: The workers do not start.
     """
+    if host is None:
+        return parts
     workers = _number(asked, parts, task.experiment, observer)
-    if workers == 1 or host is None:
+    if workers == 1:
+        host.close()
         return parts
     observer.stage(f"starting {workers} workers")
-    host.build(replace(task, model=parts.model_digest, rows=parts.local.sizes()))
+    models = {client: own.model for client, own in parts.local.resources.items()}
+    host.build(
+        replace(
+            task,
+            model=parts.model_digest,
+            rows=parts.local.sizes(),
+            digest=parts.division.loaded.digest,
+            probed={c: (own.shared_prompts, own.tree_from) for c, own in models.items()},
+        )
+    )
     return replace(parts, engine=WorkersEngine(parts.local, ProcessPool(host, workers)))
 
 
@@ -129,17 +154,13 @@ def _number(
     Raises:
         SettingsError: They are too many for this machine's memory, or clients are elsewhere.
     """
-    if asked == 1:
-        return 1
-    if asked != "auto" and asked < 1:
-        raise SettingsError(
-            [f'workers = {asked}: give a number from 1, or "auto"'], "the call of run"
-        )
     if parts.engine is not parts.local:
         raise SettingsError(
             ["--workers is for clients in this machine; here they are elsewhere: leave it out"],
             "the command",
         )
+    if parts.model.device.type != "cpu" and asked == "auto":
+        return 1
     if parts.model.device.type != "cpu":
         raise SettingsError(
             [f"--workers {asked}: workers are for CPUs; on {parts.model.device} use one"],
@@ -194,7 +215,7 @@ class HostProcess:
         self._control, theirs = socket.socketpair()
         environment = {**os.environ, **of_this_process(), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", HOST, str(theirs.fileno())],
+            [sys.executable, "-P", "-c", HOST, str(theirs.fileno()), json.dumps(sys.path)],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -208,8 +229,12 @@ class HostProcess:
 
         Raises:
             SettingsError: What the user made himself cannot be given to other processes.
+            RoundFailed: The host has ended.
         """
+        own = [one for one in (task.objective, task.data) if type(one).__module__ == "__main__"]
         try:
+            if own:
+                raise TypeError(f"{type(own[0]).__name__} is a class of the script itself")
             content = pickle.dumps(task)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise SettingsError(
@@ -219,7 +244,10 @@ class HostProcess:
                 ],
                 "the call of run",
             ) from None
-        self._connection.send_bytes(content)
+        try:
+            self._connection.send_bytes(content)
+        except OSError:
+            raise RoundFailed(GONE) from None
 
     def fork(self, worker: int) -> tuple[Connection, str]:
         """Fork a worker; return the connection with it, and how the one before it ended.
@@ -235,14 +263,11 @@ class HostProcess:
                 raise FedloomError(answer["error"])
             _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
             return Connection(descriptors[0]), answer["ended"]
-        except (EOFError, OSError):
-            raise RoundFailed(
-                "the process that starts workers has ended (often for want of memory): give fewer "
-                "workers, or go on with one"
-            ) from None
+        except (EOFError, OSError, IndexError):
+            raise RoundFailed(GONE) from None
 
     def close(self) -> None:
-        """End it, and with it the workers."""
+        """End it, and with it the workers; a second time does nothing."""
         self._connection.close()
         self._control.close()
         try:
@@ -323,11 +348,15 @@ def _built(task: WorkerTask) -> SimulationEngine:
     Raises:
         FedloomError: Something has changed since the run was begun.
     """
-    division = partition_data(task.experiment, task.data, task.objective)
-    parts = assemble(
-        task.experiment, division, objective=task.objective, start=task.start, probe=False
-    )
-    if parts.model_digest != task.model or parts.local.sizes() != task.rows:
+    training = task.experiment.training.model_copy(update={"threads": 1})
+    experiment = replace(task.experiment, training=training)
+    division = partition_data(experiment, task.data, task.objective)
+    parts = assemble(experiment, division, objective=task.objective, start=task.start, probe=False)
+    found = parts.model_digest, parts.local.sizes(), division.loaded.digest
+    for client, (once, tree_from) in task.probed.items():
+        model = parts.local.resources[client].model
+        model.shared_prompts, model.tree_from = once, tree_from
+    if found != (task.model, task.rows, task.digest):
         raise FedloomError("model or rows have changed since the run was begun; start it again")
     return parts.local
 

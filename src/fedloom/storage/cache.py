@@ -20,7 +20,8 @@ def make_room(folder: Path, most: int, last: Path) -> None:
     What is mapped or open stays readable by who has it.
     """
     with contextlib.suppress(OSError):
-        files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
+        there = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        files = sorted(there, key=lambda file: file.stat().st_mtime)  # not what is being written
         used = sum(file.stat().st_size for file in files)
         for file in [
             *(own for own in files if own != last),

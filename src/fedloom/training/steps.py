@@ -141,6 +141,7 @@ def local_steps(
     """
     order = generator(seed, f"{purpose}batches", client, round)
     optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
+    optimizer.zero_grad()  # a training that failed in the middle of a step has left some
     totals = Totals()
     noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
     batches = epoch_batches(

@@ -244,9 +244,8 @@ class FlowerEngine:
         for client, number in self._numbers.items():
             if client in clients:
                 self._discarded.setdefault(client, []).append([segment, number])
-                self.run_description.audit(
-                    "undone", client=client, segment=segment, message_number=number
-                )
+                facts = {"client": client, "stretch": segment, "message_number": number}
+                self.run_description.audit("undone", **facts)
             else:
                 self._discarded.pop(client, None)  # it has been informed and has answered
 

@@ -31,6 +31,10 @@ INTRODUCTION = (
 )
 
 
+NOT_RECORDED = "not recorded"
+"""The framework of a run of an earlier release."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostArm(Arm):
     """An arm with what it cost.
@@ -67,7 +71,7 @@ class CostArm(Arm):
 def section(record: Record, cells: Sequence[GridRun]) -> Section | None:
     """Return what the arms cost, where scenarios or frameworks are compared."""
     found = arms(record, cells)
-    frameworks = {arm.framework for arm in found if not arm.baseline}
+    frameworks = set(_frameworks(found))
     if record.get("kind") != "scenarios" and len(frameworks) < 2:
         return None
     metric, links = cells[0].run.metric, record.get("links", {})
@@ -103,6 +107,11 @@ def arms(record: Record, cells: Sequence[GridRun]) -> list[CostArm]:
     return [_arm(scenario, name, some, links) for scenario, name, some in arms_of(record, cells)]
 
 
+def _frameworks(found: Sequence[CostArm]) -> list[str]:
+    """Return the frameworks that are compared, as far as runs have recorded theirs."""
+    return distinct(a.framework for a in found if not a.baseline and a.framework != NOT_RECORDED)
+
+
 def _arm(scenario: str, name: str, cells: Sequence[GridRun], links: dict[str, Link]) -> CostArm:
     run, role = cells[0].run, cells[0].role
     by_cell = [turns(cell.run.run, cell.run.costs) for cell in cells]
@@ -111,7 +120,7 @@ def _arm(scenario: str, name: str, cells: Sequence[GridRun], links: dict[str, Li
     rounds = sum(int(cell.summary["rounds"]) for cell in cells)
     own = "clients_" + run.metric
     baseline = role.get("kind") == "baseline"
-    framework = (run.run.get("traffic") or {}).get("framework", "not recorded")
+    framework = (run.run.get("traffic") or {}).get("framework", NOT_RECORDED)
     values = {cell.seed: cell.value for cell in cells}
     memory = [cell.run.run.get("client_memory") for cell in cells]
     return CostArm(
@@ -172,7 +181,7 @@ def verdicts(found: Sequence[CostArm]) -> list[Record]:
 
     Frameworks meet at their arm of the best mean in each scenario.
     """
-    frameworks = distinct(arm.framework for arm in found if not arm.baseline)
+    frameworks = _frameworks(found)
     best: dict[tuple[str, str], CostArm] = {}
     for arm in found:
         key = (arm.scenario, arm.framework)
