@@ -210,7 +210,13 @@ def test_ctrl_c_leaves_no_process_and_the_run_goes_on(experiment, tmp_path):
     file = tmp_path / "e.toml"
     file.write_text(settings.to_toml())
     command = [sys.executable, "-m", "fedloom", "run", str(file), "--workers", "2"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        # what a shell starts in the background, as these tests may be, ignores Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     rounds = tmp_path / "run" / "rounds.jsonl"
     deadline = time.monotonic() + 120
     while not rounds.exists() or len(rounds.read_text().splitlines()) < 3:
