@@ -90,10 +90,14 @@ class Federation:
 
     def begin(self, line, place):
         """Start a command that goes on, in its place; its words are in NAME.log."""
-        log = (place / f"{line.split()[1]}.log").open("w")
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"], cwd=place, env=environment(), stdout=log, stderr=log
-        )
+        with (place / f"{line.split()[1]}.log").open("w") as log:
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {line}"],
+                cwd=place,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+            )
         self.kept.append(process)
         return process
 
