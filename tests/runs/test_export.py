@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fedloom
+from fedloom.data.examples import Labelled
+from fedloom.data.loading import LoadedData
 from fedloom.errors import ModelError, OutputError
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.export import export
@@ -129,3 +131,27 @@ def test_who_there_is_is_said(run):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(OutputError):
         export(tmp_path)
+
+
+class Reviews:
+    """A source object with texts of two classes."""
+
+    kind = "labelled"
+
+    def load(self, rng):
+        """Return forty texts, eight of them held out."""
+        rows = [
+            Labelled(i, f"it was {word} at place {i}", word)
+            for i, word in enumerate(["fine", "poor"] * 20)
+        ]
+        return LoadedData(rows[8:], rows[:8], "labelled", "0" * 64)
+
+
+def test_a_classifier_of_a_source_object_has_its_classes(table, tmp_path):
+    """They are in run.json: nobody can make the rows of such a run again."""
+    del table["data"]
+    table |= {"objective": {"name": "classification"}, "federation": {"rounds": 1, "clients": 2}}
+    run = fedloom.run(table, data=Reviews())
+    exported = export(run.folder, target=tmp_path / "exported")
+    labels = json.loads((exported.folder / "config.json").read_text())["id2label"]
+    assert exported.classification and labels == {"0": "fine", "1": "poor"}

@@ -67,7 +67,7 @@ def export(
     folder = RunFolder(run)
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
     classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
-    classes = partition_data(experiment).classes if classification else ()
+    classes = _classes(folder, experiment) if classification else ()
     encoder, model = load_saved(experiment, classes, adapter)
     tokenizer = encoder.tokenizer
     check = ExportCheck(experiment, model, reward=reward) if experiment.output.verify else None
@@ -86,6 +86,12 @@ def export(
         del check.model
         outcome = check.verify(target, sequence=reward or classification)
     return Exported(target, own_code, reward, classification, sentence(outcome))
+
+
+def _classes(folder: RunFolder, experiment: Experiment) -> tuple[str, ...]:
+    """Return the classes of a run as it recorded them; its rows may be gone by now."""
+    recorded = (folder.read_json(names.RUN) or {}).get("classes")
+    return tuple(recorded) if recorded else partition_data(experiment).classes
 
 
 def _facts(
