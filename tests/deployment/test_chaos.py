@@ -187,7 +187,7 @@ def test_the_run_survives_all_of_it(monkeypatch, rounds):
         verified = own.call("audit", "verify", folder).stdout
     assert [record["round"] for record in found] == list(range(1, rounds + 1))
     began = [event["after"] for event in events if event["event"] == "began"]
-    assert len(began) == 3 and began == sorted(began) and "hold together" in verified
+    assert len(began) == 3 and began == sorted(began) and "are intact" in verified
     lost = [(r["round"], x["client"], x["reason"]) for r in found for x in r["rejected"]]
     bad = [reason for _, client, reason in lost if client == BAD]
     assert bad and any("NaN" in reason for reason in bad)

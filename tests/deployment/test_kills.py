@@ -62,7 +62,7 @@ def test_killed_at_random_moments(experiment, tmp_path, method, kills):
         assert there == here
         began = [event["after"] for event in events(folder, "began")]
         assert began == sorted(began) and len(began) > kills / 3
-        assert re.search("hold together", own.call("audit", "verify", folder).stdout)
+        assert re.search("are intact", own.call("audit", "verify", folder).stdout)
         for client in range(2):
             own.call("audit", "match", folder, own.folder / f"c{client}")
     print(
