@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -52,6 +53,11 @@ class TokenShare:
         """``(examples + 1,)`` where each one's positions begin: one a text, or one a completion token."""
         lengths = self.tokens.completion_lengths
         return np.concatenate([[0], np.cumsum(np.maximum(lengths, 1))]).astype(np.int64)
+
+    @cached_property
+    def paired(self) -> TokenSet | None:
+        """Each row and its mismatched completion as one example of two sequences; made once."""
+        return None if self.mismatched is None else self.tokens.paired(self.mismatched)
 
     def take(self, rows: Indices) -> TokenShare:
         """Return the examples at ``rows`` with what was computed about them; without a teacher."""

@@ -45,9 +45,8 @@ class Layout:
             by_itself: Whether each sequence is read by itself, whatever the model may.
         """
         self.model, self.share, self.budget = model, share, budget
-        self.tokens, self.paired = share.tokens, None
-        if joint and share.mismatched is not None:
-            self.tokens = self.paired = share.tokens.paired(share.mismatched)
+        self.paired = share.paired if joint else None
+        self.tokens = share.tokens if self.paired is None else self.paired
         self.shared = not by_itself and self._shares()
         self.plain = self.tokens.costs()
         self.costs = row_costs(share)  # where each sequence is read by itself

@@ -50,9 +50,9 @@ def add_reference_logps(
 
 def _layouts(model: AdapterModel, share: TokenShare, budget: Budget) -> list[Layout]:
     """Return the layout of rows and mismatched completions together, or of each by themselves."""
-    if share.mismatched is None:
+    if share.mismatched is None or share.paired is None:
         return [Layout(model, TokenShare(share.tokens), budget)]
-    together = Layout(model, TokenShare(share.tokens.paired(share.mismatched)), budget)
+    together = Layout(model, TokenShare(share.paired), budget)
     if together.shared:
         return [together]
     return [Layout(model, TokenShare(own), budget) for own in (share.tokens, share.mismatched)]
