@@ -242,7 +242,7 @@ def fewest_steps(experiment: Experiment, rows: int) -> int:
     method = make_method(experiment.method)
     federation, training = experiment.federation, experiment.training
     members = max(1, federation.clients - len(set(experiment.clients.newcomers)))
-    participations = federation.rounds * min(federation.cohort_size, members) / members
+    participations = federation.participations(members)
     work = training.work(rows, participations)
     longest = experiment.data.max_length or LONGEST_SEQUENCE
     trainings = method.trainings if training.amount_per == "model" else 1

@@ -126,6 +126,10 @@ class FederationSettings(Settings):
         """Clients drawn for each round."""
         return self.clients_per_round or self.clients
 
+    def participations(self, clients: int) -> float:
+        """Return the rounds that each of ``clients`` takes part in on average, T |S| / N."""
+        return self.rounds * min(self.cohort_size, clients) / clients
+
 
 def draw_cohort(settings: FederationSettings, round: int, there: Sequence[int]) -> tuple[int, ...]:
     """Return the clients of a round, ascending, drawn from those that are there."""

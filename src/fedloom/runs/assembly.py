@@ -134,7 +134,8 @@ def assemble(
     public, ledger = bundles.public_rows(), Ledger()
     resources = {client: bundles.resources(client, public) for client in train}
     initial = own.initial
-    method.setup(_server_side(bundles, public.get(own.key), ledger))
+    server = _server_side(bundles, public.get(own.key), ledger)
+    method.setup(server)
     evaluator, unseen_clients = _evaluation(bundles, train, remote)
     accounts, bad_rows = _accounted(bundles, public.get(own.key))
     told = pass_warnings(
@@ -154,7 +155,7 @@ def assemble(
         objective,
         experiment.training,
         experiment.federation.seed,
-        _cohort_and_participations(experiment, method)[1],
+        server.participations,
         experiment.federation.rounds,
         store or ClientStore(),
         ledger,
@@ -183,30 +184,22 @@ def assemble(
     )
 
 
-def _cohort_and_participations(experiment: Experiment, method: Method) -> tuple[int, float]:
-    """Return the clients of a round, and the rounds that each takes part in on average."""
-    federation = experiment.federation
-    unseen = set(experiment.clients.newcomers)
-    members = 1 if method.pools_data else federation.clients - len(unseen)
-    cohort = min(federation.cohort_size, members)
-    return cohort, federation.rounds * cohort / members
-
-
 def _server_side(bundles: ModelBundles, public: PublicRows | None, ledger: Ledger) -> ServerSide:
     """Return what the method has on the server beside its state."""
     experiment, own = bundles.experiment, bundles.of_server
-    cohort, participations = _cohort_and_participations(experiment, bundles.method)
+    federation, unseen = experiment.federation, set(experiment.clients.newcomers)
+    members = 1 if bundles.method.pools_data else federation.clients - len(unseen)
     return ServerSide(
         own.model,
         bundles.objective,
         experiment.training,
-        experiment.federation.seed,
-        participations,
+        federation.seed,
+        federation.participations(members),
         own.reader.max_length,
         own.width,
         public,
         ledger,
-        cohort,
+        min(federation.cohort_size, members),
         {client: key[1] for client, key in bundles.clients.items()},
         experiment.aggregation,
     )

@@ -59,7 +59,7 @@ def _ahead(
     """
     federation, training = experiment.federation, experiment.training
     every, scores = experiment.evaluation.every, parts.objective.needs_reference
-    participations = federation.rounds * min(federation.cohort_size, len(sizes)) / len(sizes)
+    participations = federation.participations(len(sizes))
     tokens = {
         client: float(row_tokens(parts.local.shares[client]).sum())
         if client in parts.local.shares
@@ -91,7 +91,7 @@ def _work(experiment: Experiment, parts: RunComponents, sizes: Mapping[int, int]
     """Return what a round trains, in rows judged at the start; see :class:`Plan`."""
     federation, training = experiment.federation, experiment.training
     judged = len(parts.division.test) + sum(map(len, parts.evaluator.client_held_out.values()))
-    participations = federation.rounds * min(federation.cohort_size, len(sizes)) / len(sizes)
+    participations = federation.participations(len(sizes))
     steps = [
         training.work(rows, participations).most_steps(rows, training.batch_size)
         for rows in sizes.values()
