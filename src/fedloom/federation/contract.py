@@ -53,6 +53,23 @@ def require_exchange(method: Method, found: object) -> Exchange:
 
 
 def require_state(method: Method, found: object, origin: str) -> State:
+    """Return the state that a method made of a round; see :func:`require_saveable`.
+
+    Raises:
+        PluginError: It is none, or none that could be saved.
+        RoundFailed: It holds NaN or infinity.
+    """
+    state = require_saveable(method, found, origin)
+    if name := not_finite_in(state):
+        raise RoundFailed(
+            f"{type(method).__name__}: {origin} made NaN or infinity of the answers, which were "
+            f"finite, in {name!r} of the state: lower training.learning_rate or the method's own "
+            "settings, or correct the method; the rounds before are saved"
+        )
+    return state
+
+
+def require_saveable(method: Method, found: object, origin: str) -> State:
     """Return a state that a method made.
 
     Args:
@@ -62,7 +79,6 @@ def require_state(method: Method, found: object, origin: str) -> State:
 
     Raises:
         PluginError: It is none, or none that could be saved.
-        RoundFailed: It holds NaN or infinity.
     """
     if not isinstance(found, State):
         raise breach(
@@ -78,16 +94,17 @@ def require_state(method: Method, found: object, origin: str) -> State:
                 method,
                 f"in the State that {origin} returned, the number {key!r} is {kind_of(number)}",
             )
-    if isinstance(found.tensors, OnDemand):
-        return found
-    for name, tensor in found.tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise RoundFailed(
-                f"{type(method).__name__}: {origin} made NaN or infinity of the answers, which were "
-                f"finite, in {name!r} of the state: lower training.learning_rate or the method's own "
-                "settings, or correct the method; the rounds before are saved"
-            )
     return found
+
+
+def not_finite_in(state: State) -> str | None:
+    """Return the name of a tensor that holds NaN or infinity; those read on demand are not looked at."""
+    if isinstance(state.tensors, OnDemand):
+        return None
+    for name, tensor in state.tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            return name
+    return None
 
 
 def fault_of(tensors: object) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from fedloom.accounting.traffic import ActivationTraffic, LogitTraffic, ParameterTraffic
-from fedloom.errors import RoundFailed
-from fedloom.federation.contract import breach, kind_of, require_state
+from fedloom.federation.contract import breach, kind_of, not_finite_in, require_saveable
 from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.method import Method
 from fedloom.tensors import State, Tensors
@@ -49,13 +48,12 @@ def first_state(method: Method, adapter: Tensors) -> State:
         PluginError: It is none that could be saved; the global adapter in it has not the tensors of
             ``adapter``; or the closed form of traffic is none.
     """
-    try:
-        state = require_state(method, method.initial_state(dict(adapter)), "initial_state(adapter)")
-    except RoundFailed:
+    state = require_saveable(method, method.initial_state(dict(adapter)), "initial_state(adapter)")
+    if not_finite_in(state) is not None:
         text = (
             "initial_state(adapter) holds NaN or infinity: correct it, or what adapter.start names"
         )
-        raise breach(method, text) from None
+        raise breach(method, text)
     shared = method.shared(state)
     if shared is not None and shared is not state.tensors:
         require_adapter(method, shared, adapter)
