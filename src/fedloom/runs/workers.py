@@ -166,9 +166,9 @@ def _number(
             [f"--workers {asked}: workers are for CPUs; on {parts.model.device} use one"],
             "the command",
         )
-    cores, each = available_cores(), _memory_of_one(parts, experiment)
-    free = psutil.virtual_memory().available - (each.weights + each.process)
-    fits = max(0, int(free // (each.training + each.process)))
+    cores, (weights, each) = available_cores(), _memory(parts, experiment)
+    free = psutil.virtual_memory().available - (weights + PROCESS)
+    fits = max(0, int(free // each))
     most = min(cores, experiment.federation.cohort_size, max(1, fits))
     if asked == "auto":
         return most
@@ -176,7 +176,7 @@ def _number(
         raise SettingsError(
             [
                 f"--workers {asked}: this machine has {free / 1e9:.1f} GB for workers and each takes "
-                f"about {(each.training + each.process) / 1e9:.1f} GB (derived): at most {fits} fit"
+                f"about {each / 1e9:.1f} GB (derived): at most {fits} fit"
             ],
             "the command",
         )
@@ -187,24 +187,15 @@ def _number(
     return asked
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Bytes: the frozen weights, training on the client that needs most, and a process itself."""
-
-    weights: float
-    training: float
-    process: float = PROCESS
-
-
-def _memory_of_one(parts: RunComponents, experiment: Experiment) -> _Memory:
-    """Return what a worker takes, derived."""
+def _memory(parts: RunComponents, experiment: Experiment) -> tuple[float, float]:
+    """Return bytes, derived: of the frozen weights, and of a worker that trains what takes most."""
     quantization, weights, training = experiment.model.quantization, 0.0, 0.0
     for client, share in parts.local.shares.items():
         model = parts.local.resources[client].model
         own = float(quantized_bytes(model.model, quantization))
         needed = client_memory(model, share, experiment.training, quantization)
         weights, training = max(weights, own), max(training, needed - own)
-    return _Memory(weights, training)
+    return weights, training + PROCESS
 
 
 class HostProcess:
@@ -315,9 +306,11 @@ def host(descriptor: int) -> None:
     connection = Connection(os.dup(descriptor))
     problem, workers = "", dict[int, int]()
     try:
-        engine = _built(pickle.loads(connection.recv_bytes()))
+        content = connection.recv_bytes()
     except (EOFError, OSError):
         os._exit(0)  # the run needs no workers, or has ended
+    try:
+        engine = _built(pickle.loads(content))
     except Exception as error:
         problem = f"workers could not be started: {error}"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not outlive a fork
