@@ -32,6 +32,7 @@ from fedloom.training.passes import StepLayout
 from fedloom.training.references import add_reference_logps
 from fedloom.training.settings import TrainingSettings, Work
 from fedloom.training.steps import train_locally
+from one_step import gradients
 
 SETS = {
     "instruction": "instructions",
@@ -81,30 +82,6 @@ def gradients_of_one_padded_batch(objective, model, share):
     finally:
         model.shared_prompts = kept
         del model.__dict__["head"]
-
-
-def gradients(objective, model, share, **settings):
-    """Return the gradients of one optimizer batch of all rows, as one vector, and what was reported."""
-    found = {}
-
-    def note(parameters):
-        found.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
-
-    start = model.read()
-    result = train_locally(
-        model,
-        share,
-        objective,
-        TrainingSettings(batch_size=len(share), max_grad_norm=0, **settings),
-        learning_rate=1e-3,
-        seed=0,
-        client=0,
-        round=1,
-        work=Work(steps=1),
-        before_step=note,
-    )
-    model.write(start)
-    return torch.cat([found[name].flatten() for name in sorted(found)]).double(), result
 
 
 def test_rows_alike_in_length_go_together():
