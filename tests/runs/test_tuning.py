@@ -1,6 +1,5 @@
 """Tuning by hand-made timings, and once by real ones: what is better, by how much, and what is written."""
 
-import os
 import tomllib
 from dataclasses import dataclass, field
 
@@ -131,7 +130,9 @@ def test_a_dry_run_and_a_gain_within_the_noise_write_nothing(tmp_path, better, d
 def test_the_command_times_an_experiment_and_its_file_stays_sound(
     experiment, tmp_path, call, monkeypatch
 ):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads of others are not to be timed here
+    monkeypatch.setattr(
+        tuning, "available_cores", lambda: 1
+    )  # threads of others are not to be timed here
     monkeypatch.setattr(tuning, "LONGEST", 0.02)
     monkeypatch.setattr(tuning, "LEAST_GAIN", -1.0)  # whatever comes out is worth it
     path = tmp_path / "x.toml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fedloom.accounting.cores import available_cores
 from fedloom.aggregation.means import weighted_mean
 from fedloom.tensors import Tensors
 
@@ -220,7 +220,7 @@ def product_error(
             down, up = (found[name].double() for name in pair)
         return _squares([p * own for p, own in zip(shares, ups, strict=True)], downs, up, down)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         both = list(pool.map(squares, factor_pairs(adapters[0]).values()))
     lost, whole = (sum(own) for own in zip(*both, strict=True)) if both else (0.0, 0.0)
     return max(lost, 0.0) ** 0.5 / whole**0.5 if whole > 0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom.accounting.cores import available_cores
 from fedloom.tensors import OnDemand, Tensors
 
 BLOCK = 1 << 19
@@ -50,7 +50,7 @@ def weighted_mean(
     if min(weights) < 0 or not sums[-1] > 0:
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
     steps = [weight / total if total else 0.0 for weight, total in zip(weights, sums, strict=True)]
-    names, threads = list(updates[0]), os.cpu_count() or 1
+    names, threads = list(updates[0]), available_cores()
     if any(isinstance(update, OnDemand) for update in updates):
         with ThreadPoolExecutor(threads) as pool:
             means = pool.map(lambda name: _one_by_one(updates, name, steps), names)

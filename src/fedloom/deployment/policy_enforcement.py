@@ -11,12 +11,12 @@ Nothing is read and nothing is loaded in this file.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedloom.accounting.cores import available_cores
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import BUILTIN_PREFIX, LONGEST_SEQUENCE, DataSettings
 from fedloom.deployment.client_file import OwnFile
@@ -505,7 +505,7 @@ class _Examiner:
         own, asked = self.own.training, self.asked.training
         threads = own.threads
         if threads is None and asked.threads is not None:  # the same bits need as many
-            threads = min(asked.threads, os.cpu_count() or 1)
+            threads = min(asked.threads, available_cores())
         device = own.device or ("cpu" if asked.device == "cpu" else "auto")
         taken = self._taken("training", asked)
         return type(asked)(**taken, device=device, threads=threads)

@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from fedloom.accounting.cores import available_cores
 from fedloom.accounting.network import Link
 from fedloom.accounting.quantities import parse_quantity
 from fedloom.data.reader import require_files
@@ -711,4 +712,4 @@ def _default_workers(comparison: Comparison) -> int:
     on_cpu = training.device == "cpu" or (
         training.device == "auto" and not torch.cuda.is_available()
     )
-    return max(1, (os.cpu_count() or 1) // (training.threads or 1)) if on_cpu else 1
+    return max(1, available_cores() // (training.threads or 1)) if on_cpu else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedloom.accounting.cores import available_cores
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.encode import TextEncoder
 from fedloom.errors import ModelError, OutputError
@@ -209,5 +209,5 @@ def _with_peft(
 
 
 def _set_threads(settings: TrainingSettings, parameters: int) -> None:
-    default = 1 if parameters < SMALL_MODEL else os.cpu_count() or 1
+    default = 1 if parameters < SMALL_MODEL else available_cores()
     torch.set_num_threads(settings.threads or default)

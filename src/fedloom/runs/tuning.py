@@ -10,7 +10,6 @@ are compared first: a value that changes them is none of speed.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from fedloom.accounting.cores import available_cores
 from fedloom.accounting.ledger import peak_memory, reset_peak_memory
 from fedloom.data.client_rows import TokenShare
 from fedloom.errors import ModelError, SettingsError
@@ -189,7 +189,7 @@ def tune(
     given = experiment.training.tokens_per_pass
     now = auto if given == "auto" else given
     tried = [TOKENS]
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     if bench.model.device.type == "cpu" and cores > 1 and experiment.training.threads is None:
         tried.append(THREADS)
     changes: dict[str, int] = {}

@@ -24,6 +24,7 @@ from typing import Literal
 import psutil
 import torch
 
+from fedloom.accounting.cores import available_cores
 from fedloom.data.loading import DataSource
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.engines.workers import (
@@ -85,11 +86,6 @@ class WorkerTask:
     rows: Mapping[int, int] = field(default_factory=dict)
     digest: str = ""
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
-
-
-def available_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
