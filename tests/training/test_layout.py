@@ -1,5 +1,6 @@
 """Passes of an optimizer batch: which rows go together, and that nothing else changes with it."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,6 +113,45 @@ def wider(shape, width):
     return replace(shape, head=replace(shape.head, inputs=width))
 
 
+def test_passes_pad_where_another_pass_would_cost_more():
+    costs, rows = np.array([121, 33, 80, 36]), np.arange(4)
+
+    def cut(each):
+        return [own.tolist() for own in passes(costs, rows, Budget(8, 256, each))]
+
+    assert cut(None) == [[0, 2], [3, 1]]  # as full as may be: 242 + 72 places
+    assert cut(16) == [[0], [2], [3, 1]]  # 121 + 80 + 72 places and three passes: 321, not 346
+    assert cut(50) == [[0, 2], [3, 1]]  # 314 + 100, not 273 + 150
+    assert cut(0) == [[0], [2], [3], [1]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_passes_cost_less(seed):
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(1, 60, 7)
+    budget = Budget(int(rng.integers(1, 8)), int(rng.integers(40, 200)), int(rng.integers(0, 40)))
+    rows = np.arange(7)
+    order = np.argsort(-costs, kind="stable")
+
+    def cost(cut):
+        return sum(len(own) * costs[own].max() + budget.each for own in cut)
+
+    def allowed(cut):
+        within = [len(own) * costs[own].max() <= max(budget.tokens, costs.min()) for own in cut]
+        return all(len(own) <= budget.rows for own in cut) and all(
+            ok or len(own) == 1 for ok, own in zip(within, cut, strict=True)
+        )
+
+    every = (
+        np.split(order, places)
+        for count in range(7)
+        for places in map(list, itertools.combinations(range(1, 7), count))
+    )
+    found = passes(costs, rows, budget)
+    assert allowed(found) and sorted(np.concatenate(found)) == rows.tolist()
+    assert cost(found) == min(cost(cut) for cut in every if allowed(cut))
+
+
 def test_the_size_of_a_pass_follows_from_settings_and_model(party):
     _, model, _ = party("sft")
     assert model.shape.head.inputs == 32
@@ -123,11 +163,12 @@ def test_the_size_of_a_pass_follows_from_settings_and_model(party):
     wide.device = torch.device("cuda")
     assert tokens_per_pass(TrainingSettings(), wide) == 8192
     assert tokens_per_pass(TrainingSettings(tokens_per_pass=77), model) == 77
-    assert budget_of(TrainingSettings(), model) == Budget(8, 2048)
+    assert budget_of(TrainingSettings(), model) == Budget(8, 2048, each=256)
+    assert budget_of(TrainingSettings(micro_batch_size=2), model) == Budget(2)
     for counted in ({"micro_batch_size": 2}, {"accumulation": 4}):
         assert budget_of(TrainingSettings(**counted), model) == Budget(2)
     assert scoring_budget(TrainingSettings(micro_batch_size=2), model) == Budget(16)
-    assert scoring_budget(TrainingSettings(batch_size=40), model) == Budget(40, 2048)
+    assert scoring_budget(TrainingSettings(batch_size=40), model) == Budget(40, 2048, each=256)
     model.whole_batches = True
     assert budget_of(TrainingSettings(), model) == Budget(8)
 

@@ -134,10 +134,11 @@ class Batch:
         tokens: Number of tokens that are not padding in ``sequences``.
         labels: ``(examples,)``: class ids (int64), or desirable (bool); ``None`` where there are none.
         reference_logps: ``(sequences,)`` log-probs of the completions under the reference model.
-        mismatched: Each example's prompt with another example's completion (KTO), or ``None``.
-        mismatched_reference_logps: ``(examples,)`` their reference log-probs.
-        joint: ``sequences``, then ``mismatched`` without a gradient, in one pass that reads once what all
-            begin with; ``None`` where they take a pass each.
+        mismatched: Passes over mismatched completions, each behind the prompt of an example of the
+            optimizer batch (KTO): one of its batches has them all. ``None`` where there are none.
+        mismatched_reference_logps: ``(mismatched completions,)`` their reference log-probs, pass by pass.
+        joint: ``sequences``, then the mismatched completion of each without a gradient, in one pass that
+            reads once what all begin with; ``mismatched`` is empty then.
         teacher: ``(positions, width)`` log-probabilities to distil from: a position is an example with
             a class, or a completion token, row by row.
     """
@@ -148,7 +149,7 @@ class Batch:
     tokens: int
     labels: Tensor | None = None
     reference_logps: Tensor | None = None
-    mismatched: Sequences | None = None
+    mismatched: tuple[Sequences, ...] | None = None
     mismatched_reference_logps: Tensor | None = None
     teacher: Tensor | None = None
     joint: Sequences | None = None

@@ -76,19 +76,18 @@ def collate(
     elif groups is not None:
         sequences = replace(sequences, shared=read_once(tokens, groups, pad).to(device))
     labels = tokens.labels[indices]
-    where = torch.from_numpy(indices)
-    mismatched = None
-    if share.mismatched is not None:
-        mismatched = pad_sequences(share.mismatched, indices, pad, device)[0]
+    mismatched: tuple[Sequences, ...] | None = None if share.mismatched is None else ()
+    if share.mismatched is not None and together is None:
+        mismatched = (pad_sequences(share.mismatched, indices, pad, device)[0],)
     return Batch(
         rows=tuple(tokens.rows[indices].tolist()),
         sequences=sequences,
         completion_tokens=completion,
         tokens=real,
         labels=_labels(labels, completion > 0, device),
-        reference_logps=_pick(share.reference_logps, torch.from_numpy(numbers), device),
+        reference_logps=pick(share.reference_logps, numbers, device),
         mismatched=mismatched,
-        mismatched_reference_logps=_pick(share.mismatched_reference_logps, where, device),
+        mismatched_reference_logps=pick(share.mismatched_reference_logps, indices, device),
         teacher=_answers(share, indices, device),
         joint=together,
     )
@@ -181,5 +180,6 @@ def _answers(share: TokenShare, indices: Indices, device: torch.device) -> Tenso
     return share.teacher.at(torch.from_numpy(np.concatenate(places))).to(device)
 
 
-def _pick(values: Tensor | None, numbers: Tensor, device: torch.device) -> Tensor | None:
-    return None if values is None else values[numbers].to(device)
+def pick(values: Tensor | None, numbers: Indices, device: torch.device) -> Tensor | None:
+    """Return the values at ``numbers``, where there are any, on a device."""
+    return None if values is None else values[torch.from_numpy(numbers)].to(device)

@@ -185,7 +185,7 @@ class KTO(StatisticObjective):
             for batch in batches
             if batch.mismatched_reference_logps is not None
         ]
-        if len(policy) < len(batches):  # a client with one row: KTO with z0 = 0
+        if not policy:  # a client with one row: KTO with z0 = 0
             return torch.zeros((), device=batches[0].sequences.input_ids.device)
         return kl_estimate(torch.cat(policy), torch.cat(reference))
 
@@ -226,7 +226,9 @@ class KTO(StatisticObjective):
 
     @torch.no_grad()
     def _mismatched(self, model: Model, batch: Batch) -> Tensor | None:
-        return None if batch.mismatched is None else completion_logps(model, batch.mismatched)
+        if not batch.mismatched:
+            return None
+        return torch.cat([completion_logps(model, own) for own in batch.mismatched])
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

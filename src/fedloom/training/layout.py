@@ -2,6 +2,8 @@
 
 Rows are sorted by length and as many are put together as fit a number of tokens, padding counted: on a
 CPU little is gained by a pass of more tokens than a few hundred, and padding costs as much as tokens do.
+Among the layouts that fit, a CPU takes the one of least cost: places, and for each pass what it costs
+beside its arithmetic.
 Rows with the same prompt become a group, whose prompt is read once, where that saves something and no
 larger pass is needed than for the longest row.
 The loss is normalised over the optimizer batch (``steps.py``), so a layout changes the order of
@@ -31,6 +33,13 @@ than a tenth of the time for a token."""
 ON_CPU_WIDER = 256
 """Tokens of a pass of wider models, likewise."""
 
+PASS_ON_CPU = ((64, 256), (128, 128), (256, 64), (512, 16))
+"""Hidden width at most, and what a pass costs beside its arithmetic, in tokens. Measured likewise:
+what a pass of few tokens takes longer than its arithmetic would, forward and backward."""
+
+PASS_ON_CPU_WIDER = 4
+"""The same of wider models."""
+
 ON_GPU = ((1024, 32768), (2048, 16384))
 """The same for any other device: a batch of usual size in one pass (derived, not measured)."""
 
@@ -52,10 +61,13 @@ class Budget:
     Attributes:
         rows: Examples.
         tokens: Tokens, those of padding counted; ``None`` for any number.
+        each: What a pass costs beside its arithmetic, in tokens; ``None`` to have as few passes as rows
+            sorted by length can be cut into, whatever the padding.
     """
 
     rows: int
     tokens: int | None = None
+    each: int | None = None
 
     def of_size(self, size: int) -> Budget:
         """Return the same with so many tokens, or examples where tokens are not counted."""
@@ -73,16 +85,23 @@ def tokens_per_pass(settings: TrainingSettings, model: AdapterModel) -> int | No
     if settings.tokens_per_pass != "auto":
         return settings.tokens_per_pass
     width = model.shape.head.inputs
-    table, wider = (
-        (ON_CPU, ON_CPU_WIDER) if model.device.type in ("cpu", "meta") else (ON_GPU, ON_GPU_WIDER)
-    )
+    table, wider = (ON_CPU, ON_CPU_WIDER) if _on_cpu(model) else (ON_GPU, ON_GPU_WIDER)
     return next((tokens for most, tokens in table if width <= most), wider)
+
+
+def _on_cpu(model: AdapterModel) -> bool:
+    return model.device.type in ("cpu", "meta")
 
 
 def budget_of(settings: TrainingSettings, model: AdapterModel) -> Budget:
     """Return what a pass of training holds at most."""
     rows = settings.batch_size if model.whole_batches else settings.micro_batch
-    return Budget(rows, tokens_per_pass(settings, model))
+    tokens = tokens_per_pass(settings, model)
+    if tokens is None or not _on_cpu(model):
+        return Budget(rows, tokens)
+    width = model.shape.head.inputs
+    each = next((own for most, own in PASS_ON_CPU if width <= most), PASS_ON_CPU_WIDER)
+    return Budget(rows, tokens, each)
 
 
 def scoring_budget(settings: TrainingSettings, model: AdapterModel) -> Budget:
@@ -234,24 +253,52 @@ def passes(
     """
     own = costs[indices]
     counts = np.ones_like(own) if sizes is None else sizes[indices]
-    if fits(int(counts.sum()), len(own), int(own.max(initial=0)), budget):
-        return [indices]
     if budget.tokens is not None:  # less than any row has would be no budget
-        budget = replace(budget, tokens=max(budget.tokens, int(own.min())))
+        budget = replace(budget, tokens=max(budget.tokens, int(own.min(initial=0))))
     order = np.argsort(-own, kind="stable")
-    found: list[Indices] = []
-    start = 0
-    while start < len(order):
-        longest = int(own[order[start]])
-        count, examples = 1, int(counts[order[start]])
-        while start + count < len(order):
-            examples += int(counts[order[start + count]])
-            if not fits(examples, count + 1, longest, budget):
+    lengths, examples = own[order].tolist(), counts[order].tolist()
+    cut = _fewest if budget.each is None else _cheapest
+    starts = cut(lengths, examples, budget)
+    if len(starts) < 2:
+        return [indices]
+    return [indices[own] for own in np.split(order, starts[1:])]
+
+
+def _fewest(lengths: list[int], examples: list[int], budget: Budget) -> list[int]:
+    """Return where passes begin that are each as full as may be; rows are given longest first."""
+    starts: list[int] = []
+    held = 0
+    for place, count in enumerate(examples):
+        held += count
+        if not starts or not fits(held, place + 1 - starts[-1], lengths[starts[-1]], budget):
+            starts.append(place)
+            held = count
+    return starts
+
+
+def _cheapest(lengths: list[int], examples: list[int], budget: Budget) -> list[int]:
+    """Return where passes begin that cost least together; rows are given longest first."""
+    assert budget.each is not None
+    least, begin = (
+        [0],
+        [0],
+    )  # of the rows before a place: their cost, and where their last pass begins
+    for end in range(1, len(lengths) + 1):
+        best, chosen, held = 0, -1, 0
+        for start in range(end - 1, -1, -1):
+            held += examples[start]
+            if start < end - 1 and not fits(held, end - start, lengths[start], budget):
                 break
-            count += 1
-        found.append(indices[order[start : start + count]])
-        start += count
-    return found
+            cost = least[start] + (end - start) * lengths[start] + budget.each
+            if chosen < 0 or cost <= best:  # of equal ones that of fewer passes
+                best, chosen = cost, start
+        least.append(best)
+        begin.append(chosen)
+    starts, end = [], len(lengths)
+    while end:
+        end = begin[end]
+        starts.append(end)
+    return starts[::-1]
 
 
 def saves(plain: int, shared: int) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from fedloom.data.batch import Batch
-from fedloom.data.batching import collate
+from fedloom.data.batching import collate, pick
 from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.training.layout import (
@@ -55,8 +56,6 @@ class Layout:
 
     def _shares(self) -> bool:
         tokens = self.tokens
-        if self.share.mismatched is not None and self.paired is None:
-            return False  # these are read beside the rows, and would be as many
         alike = tokens.width > 1 or int(tokens.prompt_numbers.max(initial=0)) + 1 < len(tokens)
         if not alike or not tokens.trained.any():  # texts of a class have no prompts
             return False
@@ -123,18 +122,32 @@ class StepLayout:
             budget: What a pass holds at most.
             graphs: Tokens whose graphs may be held before the first backward pass.
         """
-        self.graphs, self.alone = graphs, Layout(model, share, budget)
-        self.mismatched = None if share.mismatched is None else np.diff(share.mismatched.starts)
-        both = Layout(model, share, budget, joint=True) if graphs else self.alone
-        self.joint = both if both.paired is not None and both.shared else None
+        self.graphs, self.share = graphs, share
+        own = replace(share, mismatched=None, mismatched_reference_logps=None)
+        self.alone = Layout(model, own, budget)
+        self.mismatched = self.joint = None
+        if share.mismatched is not None:
+            self.mismatched = Layout(model, TokenShare(share.mismatched), budget)
+            both = Layout(model, share, budget, joint=True) if graphs else None
+            self.joint = both if both and both.paired is not None and both.shared else None
 
     def batches(self, indices: Indices) -> list[Batch]:
         """Return an optimizer batch as one batch a pass."""
-        chosen = self.alone
-        if self.joint is not None and self.mismatched is not None:
+        if self.mismatched is None:
+            return self.alone.batches(indices)
+        if self.joint is not None:
             joint, alone = self.joint.places(indices), self.alone.places(indices)
             # forward and backward over both, or over rows alone and forward over the others
-            apart = 2 * alone + int(self.mismatched[indices].sum())
+            apart = 2 * alone + self.mismatched.places(indices)
             if joint <= self.graphs and saves(apart, 2 * joint):
-                chosen = self.joint
-        return chosen.batches(indices)
+                return self.joint.batches(indices)
+        first, *others = self.alone.batches(indices)
+        beside = self.mismatched.passes(indices)
+        rows = np.concatenate([own for read in beside for own in read])
+        reference = self.share.mismatched_reference_logps
+        first = replace(
+            first,
+            mismatched=tuple(self.mismatched.batch(own).sequences for own in beside),
+            mismatched_reference_logps=pick(reference, rows, self.alone.model.device),
+        )
+        return [first, *(replace(own, mismatched=()) for own in others)]
