@@ -10,7 +10,7 @@ comparison = {
         "objectives": ["dpo", "ipo"],
         "methods": ["fedavg"],
         "seeds": [0, 1, 2],
-        "budget": "examples",  # each client computes equally much in each round, in every arm
+        "budget": "examples",  # each client computes equally much in each round, in every configuration
         "amount": 32,
     },
     "data": {"source": "builtin:preferences", "builtin_rows": 200},

@@ -1,8 +1,8 @@
-"""Comparisons whose truth is known: arms of models with drawn accuracies, judged by drawn rows.
+"""Comparisons whose truth is known: configurations of models with drawn accuracies, judged by drawn rows.
 
-A row has a difficulty, and a model (an arm at a seed) an ability: it answers a row right with probability
-Phi(ability + difficulty), difficulties being standard normal. Abilities of an arm differ over seeds.
-*These models* truly differ by the mean over their seeds of Phi(ability / sqrt(2)), *the arms* by its
+A row has a difficulty, and a model (a configuration at a seed) an ability: it answers a row right with probability
+Phi(ability + difficulty), difficulties being standard normal. Abilities of a configuration differ over seeds.
+*These models* truly differ by the mean over their seeds of Phi(ability / sqrt(2)), *the configurations* by its
 expectation over seeds: for the rows that were drawn where all seeds are judged by the same, else for all.
 """
 
@@ -24,11 +24,11 @@ class GridRun:
     """One kind of comparison.
 
     Attributes:
-        seeds: Runs of either arm.
+        seeds: Runs of either configuration.
         rows: Held-out rows.
-        accuracy: Of the left arm, about.
-        gap: By how much the right arm is truly better, in accuracy.
-        deviation: Of an arm's ability over its seeds.
+        accuracy: Of the left configuration, about.
+        gap: By how much the right configuration is truly better, in accuracy.
+        deviation: Of a configuration's ability over its seeds.
         shared: Whether all seeds are judged by the same rows.
     """
 
@@ -62,10 +62,10 @@ class Found:
         count: How many comparisons.
         rows_missed: These models: the interval leaves out their true difference.
         rows_power: These models: the interval lies above 0.
-        seeds_alarms: The arms: the interval leaves out their true difference, or claims one where there is
+        seeds_alarms: The configurations: the interval leaves out their true difference, or claims one where there is
             none; of all comparisons.
-        seeds_covered: The arms, of those that are estimable: the interval holds the true difference.
-        seeds_power: The arms: the interval lies above 0.
+        seeds_covered: The configurations, of those that are estimable: the interval holds the true difference.
+        seeds_power: The configurations: the interval lies above 0.
         estimable: Of the comparisons, over seeds.
         single_covered: One model: the interval of its accuracy holds the true one.
     """
@@ -117,8 +117,8 @@ def simulate(cell, count, seed=0):
 def table(found):
     """Return the cells as a Markdown table."""
     lines = [
-        "| seeds | rows | accuracy | difference | deviation | rows of the seeds | models: missed | arms: missed "
-        "| arms: estimable | arms: coverage | one model: coverage | models: power | arms: power |",
+        "| seeds | rows | accuracy | difference | deviation | rows of the seeds | models: missed | configurations: missed "
+        "| configurations: estimable | configurations: coverage | one model: coverage | models: power | configurations: power |",
         "| " + " | ".join(["---"] * 13) + " |",
     ]
     for own in found:
@@ -145,7 +145,7 @@ def _judged(cell, seed, won):
 
 
 def _arms(cell, middles, difficulty):
-    """The arms' true differences: the expectation over seeds' abilities, on the rows that were drawn."""
+    """The configurations' true differences: the expectation over seeds' abilities, on the rows that were drawn."""
     points, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE)
     weights = weights / weights.sum()
     rows = difficulty[:, 0, 0] if cell.shared else None

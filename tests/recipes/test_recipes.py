@@ -135,7 +135,7 @@ LONG = {
     "preferences_more",
     "preferences_real",
 }
-"""Comparisons of which a round of every arm takes three seconds and more."""
+"""Comparisons of which a round of every configuration takes three seconds and more."""
 
 
 def quick_or_slow(paths):
@@ -152,7 +152,7 @@ def test_a_comparison_is_read(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", quick_or_slow(PERSONAL), ids=lambda path: path.stem)
 def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_file, tmp_path):
-    """Every arm is run once, for a round, and every scenario by one arm, to the page."""
+    """Every configuration is run once, for a round, and every scenario by one configuration, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
     changes = {"model.path": model_folder, "federation.rounds": 1, "compare.seeds": [0]}
     changes |= {"data.builtin_rows": 160, "evaluation.client_max_examples": 10}
@@ -196,7 +196,7 @@ def test_comparison_of_personal_models(path, model_folder, mixture_folder, rows_
 @pytest.mark.slow
 @pytest.mark.parametrize("path", quick_or_slow(FRAMEWORKS), ids=lambda path: path.stem)
 def test_comparison_of_frameworks(path, rows_file, model_folder, tmp_path):
-    """Every cell is sound; every arm is run once, in the first scenario, to the page."""
+    """Every cell is sound; every configuration is run once, in the first scenario, to the page."""
     assert path.read_text().splitlines()[0] == f"# fedloom compare {path.relative_to(ROOT)}"
     recipe = read_comparison(path).grid_runs[0].experiment
     changes = {

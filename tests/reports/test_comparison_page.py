@@ -1,4 +1,4 @@
-"""What a comparison's page says of an arm, of two arms and of what clients spent, on hand values."""
+"""What a comparison's page says of a configuration, of two configurations and of what clients spent, on hand values."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -115,7 +115,9 @@ def test_where_both_differ_either_is_paired_over_the_other():
     objectives = [("dpo", "kto", None, 0.25, 2), ("dpo", "kto", "fedavg", 0.2, 1), ("dpo", "kto", "ditto", 0.3, 1)]  # fmt: skip
     methods = [("fedavg", "ditto", None, 0.15, 2), ("fedavg", "ditto", "dpo", 0.1, 1), ("fedavg", "ditto", "kto", 0.2, 1)]  # fmt: skip
     assert pairs(record, cells) == objectives + methods
-    assert pairs({**record, "kind": "scenarios"}, cells) == methods  # a scenario is no arm
+    assert (
+        pairs({**record, "kind": "scenarios"}, cells) == methods
+    )  # a scenario is no configuration
 
 
 def test_runs_judged_by_other_metrics_or_on_other_rows_are_not_paired():
@@ -194,12 +196,12 @@ def test_arms_that_differ_are_named_with_their_figures():
 
     words = comparison_words([row("fedavg", 2e9), row("ditto", 4e9)])
     assert words == (
-        "Equal in all arms: optimizer steps, examples, tokens. Not equal: compute from 2 GFLOP (dpo, "
+        "Equal in all configurations: optimizer steps, examples, tokens. Not equal: compute from 2 GFLOP (dpo, "
         "fedavg) to 4 GFLOP (dpo, ditto)."
     )
     assert "Not" not in comparison_words([row("fedavg", 1000.0), row("ditto", 1001.0)])
     assert "Not" in comparison_words([row("fedavg", 1000.0), row("ditto", 1002.0)])
     assert budget_words({"budget": "steps", "amount": 1200}) == (
-        "Of each model that it trains, a client does 1\u202f200 optimizer steps a round in every arm; "
+        "Of each model that it trains, a client does 1\u202f200 optimizer steps a round in every configuration; "
         "methods that train several, or step several times on a batch, compute more."
     )

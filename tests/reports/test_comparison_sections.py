@@ -59,7 +59,7 @@ def role(title, **own):
 
 PERSONAL = "<th>worst decile</th>"
 COSTS = "Where each framework wins"
-OUTCOMES = "Every arm</h2>"
+OUTCOMES = "Every configuration</h2>"
 
 
 def test_methods_of_one_framework_without_personal_models_have_neither(grid):

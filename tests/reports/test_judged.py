@@ -112,7 +112,7 @@ def test_arms_that_were_judged_by_other_rows_are_not_paired(folder, tmp_path):
     copy = rewrite(shutil.copytree(folder, tmp_path / "other"), 8, [0.5] * 8, [1.0] * 8)
     pair = [(read_run(folder), read_run(copy))]
     assert difference_over_rows(pair, 0.1).missing == (
-        "not estimable: the arms were judged by different rows"
+        "not estimable: the configurations were judged by different rows"
     )
 
 

@@ -192,7 +192,7 @@ def test_the_other_reading_counts_each_model_and_each_batch_once(file, tmp_path)
     }  # fmt: skip
     page = write_comparison(folder).read_text()
     assert (
-        "Of each model that it trains, a client does 4 optimizer steps a round in every arm; methods "
+        "Of each model that it trains, a client does 4 optimizer steps a round in every configuration; methods "
         "that train several, or step several times on a batch, compute more." in page
     )
     assert "optimizer steps from 4 (plain, fedavg) to 20 (plain, pfedme)" in page
@@ -211,10 +211,10 @@ def test_the_page_says_what_was_spent_and_what_is_equal(file, tmp_path):
     assert all(row["flops"]["mean"] > 0 for row in rows)
     page = write_comparison(folder).read_text()
     assert (
-        "Every client computes 4 optimizer steps a round in every arm, in all of its trainings together."
+        "Every client computes 4 optimizer steps a round in every configuration, in all of its trainings together."
         in page
     )
-    assert "Equal in all arms: optimizer steps" in page
+    assert "Equal in all configurations: optimizer steps" in page
 
 
 @pytest.mark.parametrize("amount", [{"local_tokens": 60}, {"local_examples": 8}])

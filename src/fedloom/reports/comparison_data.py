@@ -1,4 +1,4 @@
-"""The content of a comparison's folder: its record, its finished runs, and its arms over their seeds."""
+"""The content of a comparison's folder: its record, its finished runs, its configurations over seeds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class GridRun:
     """A finished run of the grid.
 
     Attributes:
-        objective: Its objective arm, or its scenario.
-        method: Its method arm.
+        objective: Its objective configuration, or its scenario.
+        method: Its method configuration.
         seed: Its seed.
         run: Its folder's content.
     """
@@ -66,7 +66,7 @@ class Arm:
 
     Attributes:
         scenario: Its name.
-        name: The arm's.
+        name: The configuration's.
         higher_is_better: The direction of its metric.
         values: The metric after the last round, by seed.
         sent: Bytes of a client in a round, both ways, measured, mean.
@@ -94,7 +94,7 @@ class Arm:
 
 
 def on_front(arm: Arm, others: Iterable[Arm], cost: Callable[[Arm], float]) -> bool:
-    """Return whether no other arm of the scenario is as good for less, or better for no more."""
+    """Return whether no other configuration of the scenario is as good for less or better for no more."""
     return not any(
         (cost(o) <= cost(arm) and o.quality > arm.quality)
         or (cost(o) < cost(arm) and o.quality >= arm.quality)
@@ -141,7 +141,7 @@ def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
 def cells_of(
     cells: Iterable[GridRun], objective: str | None = None, method: str | None = None
 ) -> list[GridRun]:
-    """Return the runs of an objective arm (or scenario), of a method arm, or of both."""
+    """Return the runs of an objective (or scenario), of a method, or of both together."""
     return [
         cell
         for cell in cells
@@ -150,7 +150,7 @@ def cells_of(
 
 
 def arms_of(record: Record, cells: Sequence[GridRun]) -> Iterator[tuple[str, str, list[GridRun]]]:
-    """Yield objective (or scenario), method and runs of every arm that has finished runs."""
+    """Yield objective (or scenario), method and runs of every configuration that has finished runs."""
     for objective in record["objectives"]:
         for method in record["methods"]:
             if some := cells_of(cells, objective, method):

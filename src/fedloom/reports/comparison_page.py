@@ -118,7 +118,7 @@ def render(record: Record, cells: Sequence[GridRun], sections: Sequence[Section]
 
 
 def spent_by_arm(record: Record, cells: Sequence[GridRun]) -> list[Record]:
-    """Return what each arm really spent per client and round."""
+    """Return what each configuration really spent per client and round."""
     found = arms_of(record, cells)
     return spent_rows((row, method, [cell.run for cell in some]) for row, method, some in found)
 

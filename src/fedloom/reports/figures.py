@@ -260,10 +260,10 @@ def pareto_scatter(
     y_label: str,
     spans: Sequence[Span] = (),
 ) -> str:
-    """Return arms by cost and quality, a line through those that no other beats in both.
+    """Return configurations by cost and quality, a line through those that no other beats in both.
 
     Args:
-        points: What the colour means, the arm's name, x, y, and whether it is on the front.
+        points: What the colour means, the configuration's name, x, y, and whether it is on the front.
         x_label: Of the x axis (less is better), logarithmic where it spans more than a decade.
         y_label: Of the y axis (more is better).
         spans: The ends of each point's interval, in the order of the points; none are drawn if empty.
@@ -333,7 +333,7 @@ def interval_chart(estimates: Mapping[str, tuple[float, float, float]], label: s
 
 
 def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -> str:
-    """Return one row of dots an arm, with a line at its mean, best arm first."""
+    """Return one row of dots a configuration, with a line at its mean, best configuration first."""
     order = sorted(rows, key=lambda name: -rows[name][1])
     every = [value for values, _ in rows.values() for value in values]
     width = max(every) - min(every) if every else 0.0

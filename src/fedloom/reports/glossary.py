@@ -419,11 +419,9 @@ INTERVALS = (
     (
         "the method",
         "seeds",
-        "Would another training say the same? Student's t over seeds, paired where two arms share "
-        "them; for "
-        "the same held-out rows, where seeds share these. Not estimable below five seeds, nor "
-        "where all "
-        "differ by the same amount.",
+        "Would another training say the same? Student's t over seeds, paired where two "
+        "configurations share them; for the same held-out rows, where seeds share these. Not "
+        "estimable below five seeds, nor where all differ by the same amount.",
     ),
     (
         "clients",

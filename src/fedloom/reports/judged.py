@@ -27,7 +27,7 @@ from fedloom.statistics.intervals import (
 )
 
 NO_ROWS = "not estimable: no scores of single rows (judged at clients, or by an earlier version)"
-OTHER_ROWS = "not estimable: the arms were judged by different rows"
+OTHER_ROWS = "not estimable: the configurations were judged by different rows"
 
 COMPANIONS = {"loss": "token_accuracy"}
 """The metric that must not go the other way unsaid; of all others it is the loss."""
@@ -138,7 +138,7 @@ def judged(run: Run) -> Judged | None:
 
 
 def over_rows(runs: Sequence[Run], values: Sequence[float]) -> Interval:
-    """Return the mean of an arm's models and its interval over rows.
+    """Return the mean of a configuration's models and its interval over rows.
 
     Args:
         runs: One a seed.
@@ -153,10 +153,10 @@ def over_rows(runs: Sequence[Run], values: Sequence[float]) -> Interval:
 
 
 def difference_over_rows(pairs: Sequence[tuple[Run, Run]], difference: float) -> Interval:
-    """Return how the models of two arms differ, over rows.
+    """Return how the models of two configurations differ, over rows.
 
     Args:
-        pairs: Runs that share seed and method, one of either arm.
+        pairs: Runs that share seed and method, one of either configuration.
         difference: Mean difference of what they reached, for where rows do not say more.
     """
     lefts, rights = ([judged(pair[side]) for pair in pairs] for side in (0, 1))
@@ -174,7 +174,7 @@ def over_seeds(values: Sequence[float], run: Run, *, differences: bool = False) 
     """Return the mean over seeds and its interval, or what would be needed for one.
 
     Args:
-        values: One a seed: a metric, or the difference of two arms in it.
+        values: One a seed: a metric, or the difference of two configurations in it.
         run: One of the runs; says which metric that is, and over how many rows.
         differences: Whether they are differences.
     """

@@ -1,4 +1,4 @@
-"""How arms of a comparison differ over the runs that are alike but for the arm."""
+"""How configurations of a comparison differ, over the runs that have all else in common."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fedloom.statistics.difference_tests import holm
 from fedloom.storage.run_folder import Record
 
 AXES = {"objectives": "objective", "methods": "method"}
-"""What arms are of, and what a run and a row of results call its own."""
+"""The two axes of a comparison, by the name of one value in a run and in a row of results."""
 
 Block = tuple[GridRun, GridRun]
-"""Two runs that differ in one arm alone."""
+"""Two runs that differ in one axis alone."""
 
 
 def paired_tables(record: Record, cells: Sequence[GridRun]) -> list[Record]:
-    """Return, for every two objective arms and every two method arms, how they differ.
+    """Return, for every two objectives and every two methods, how they differ.
 
-    There is a table for each axis (``of``). Its first part takes the mean over the arms of the other axis
-    that both finished; the second has each of these by itself (``method``, or ``objective``). ``models``
-    is the difference of these trained models, over held-out rows; ``seeds`` that of the arms trained
+    There is a table for each axis (``of``). Its first part takes the mean over what both finished of the
+    other axis; the second has each of these by itself (``method``, or ``objective``). ``models`` is the
+    difference of these trained models, over held-out rows; ``seeds`` that of the configurations trained
     again, over seeds, whose runs share data and start. p values of one column are adjusted for their
-    number (Holm), which is in ``tests``. Scenarios are situations and no arms: only methods differ in
-    them. Runs that are judged by different metrics are in no mean.
+    number (Holm), which is in ``tests``. Scenarios are situations and not configurations: only methods
+    are compared in them. Runs that are judged by different metrics are in no mean.
     """
     found = []
     for axis, other in (("objectives", "methods"), ("methods", "objectives")):
@@ -69,7 +69,7 @@ def _adjusted(rows: Sequence[Record]) -> dict[str, int]:
 
 
 def _blocks(cells: Sequence[GridRun], key: str, left: str, right: str) -> list[Block]:
-    """Return the runs of two arms that share seed, metric, whose rows it is of, and the other arm."""
+    """Return the runs on two sides of an axis that share seed, metric, rows and the other axis."""
 
     def rest(cell: GridRun) -> tuple[object, ...]:
         fixed = cell.objective if key == "method" else cell.method

@@ -1,6 +1,6 @@
-"""What the arms of a comparison really spent, per client and round, read from the costs of their runs.
+"""What the configurations of a comparison really spent, per client and round, from their runs' costs.
 
-A budget is a promise about one of these figures; the others differ between arms, and the page says so.
+A budget is a promise about one of these figures; the others differ, and the page says so.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ SPENT = {**BUDGETS, "flops": "compute"}
 """What is shown, in words."""
 
 ALIKE = 1e-3
-"""Relative difference below which two arms are said to have spent equally much."""
+"""Relative difference below which two configurations are said to have spent equally much."""
 
 
 def spent_rows(arms: Iterable[tuple[str, str, Sequence[Run]]]) -> list[Record]:
-    """Return what clients spent in a round in which they trained: lowest, mean and highest by arm.
+    """Return what clients spent in a round in which they trained: lowest, mean and highest.
 
     Args:
-        arms: Name of the objective or scenario, name of the method, and the arm's runs.
+        arms: Name of the objective or scenario, name of the method, and the runs of each configuration.
 
     Returns:
-        One row an arm, with :data:`SPENT` (optimizer steps, answers, tokens without padding, FLOPs) of
-        everything that a client computed in a round but evaluation and reference log-probs.
+        One row a configuration, with :data:`SPENT` (optimizer steps, answers, tokens without padding,
+        FLOPs) of everything that a client computed in a round but evaluation and reference log-probs.
     """
     rows = []
     for objective, method, runs in arms:
@@ -46,18 +46,21 @@ def budget_words(record: Record) -> str:
     """Return what was held equal, as a sentence."""
     budget = record["budget"]
     if budget == "as_set":
-        return "Each arm does what its own settings say: the budget is not equal."
+        return "Each configuration does what its own settings say: the budget is not equal."
     amount = f"{human_count(record['amount'])} {BUDGETS[budget]}"
     if record.get("per_model", True):  # comparisons of earlier versions counted so
         return (
-            f"Of each model that it trains, a client does {amount} a round in every arm; methods that "
-            "train several, or step several times on a batch, compute more."
+            f"Of each model that it trains, a client does {amount} a round in every configuration; "
+            "methods that train several, or step several times on a batch, compute more."
         )
-    return f"Every client computes {amount} a round in every arm, in all of its trainings together."
+    return (
+        f"Every client computes {amount} a round in every configuration, in all of its trainings "
+        "together."
+    )
 
 
 def comparison_words(rows: Sequence[Record]) -> str:
-    """Return in which of these figures the arms are equal and in which not, as a sentence or two."""
+    """Return in which of these figures the configurations are equal, as a sentence or two."""
     equal, unequal = [], []
     for what, words in SPENT.items():
         ordered = sorted(rows, key=lambda row, what=what: row[what]["mean"])  # type: ignore[misc]
@@ -69,7 +72,7 @@ def comparison_words(rows: Sequence[Record]) -> str:
                 f"{words} from {_shown(low, what)} ({_name(low)}) to {_shown(high, what)} "
                 f"({_name(high)})"
             )
-    found = [f"Equal in all arms: {', '.join(equal)}."] if equal else []
+    found = [f"Equal in all configurations: {', '.join(equal)}."] if equal else []
     return " ".join([*found, *([f"Not equal: {'; '.join(unequal)}."] if unequal else [])])
 
 

@@ -1,1 +1,1 @@
-"""Parts of pages, each by whoever has something to say: a comparison's arms, or a method of itself."""
+"""Parts of pages, each by whoever has something to say: of configurations, or a method of itself."""

@@ -22,7 +22,7 @@ DRAW: Mapping[str, Callable[[str, Sequence[Run]], Mapping[str, Any]]] = {
     "client_table": client_table.draw,
     "expert_assignment": expert_assignment.draw,
 }
-"""By kind: returns what ``templates/sections/KIND.html.j2`` shows, of the details of one arm's runs."""
+"""By kind: returns what ``templates/sections/KIND.html.j2`` shows of the details of some runs."""
 
 EARLIER = {"experts": SectionSpec("expert_assignment", "Who holds which experts", "", "experts")}
 """By its key: what is declared now and was not when runs of earlier releases were made."""
@@ -55,7 +55,7 @@ def specs_of(run: Run) -> list[SectionSpec]:
 
 
 def drawn(runs: Sequence[Run]) -> list[Drawn]:
-    """Return the sections of one run, or of an arm over its seeds."""
+    """Return the sections of one run, or of a configuration over its seeds."""
     return [_drawn(spec, runs) for spec in specs_of(runs[0])]
 
 

@@ -26,8 +26,8 @@ FRONTS = {"bytes": attrgetter("sent"), "flops": attrgetter("flops")}
 """Costs that quality is weighed against."""
 
 INTRODUCTION = (
-    "Intervals are of 95 %. Over rows: these trained models, other held-out rows. Over seeds: the arm, "
-    "trained again; not estimable below five seeds."
+    "Intervals are of 95 %. Over rows: these trained models, other held-out rows. Over seeds: the "
+    "configuration, trained again; not estimable below five seeds."
 )
 
 
@@ -37,12 +37,12 @@ NOT_RECORDED = "not recorded"
 
 @dataclass(frozen=True, kw_only=True)
 class CostArm(Arm):
-    """An arm with what it cost.
+    """A configuration with what it cost.
 
     Attributes:
         framework: FedLLM, KD-FedLLM, Split-FedLLM, or a baseline's title.
         over_rows: The metric's mean with its interval over held-out rows: these trained models.
-        over_seeds: The same over seeds: the arm, trained again.
+        over_seeds: The same over seeds: the configuration, trained again.
         clients: The mean of the clients' own models on the same set, where they keep their own.
         down: Bytes to a client in a round, measured, mean.
         up: Bytes from it.
@@ -69,7 +69,7 @@ class CostArm(Arm):
 
 
 def section(record: Record, cells: Sequence[GridRun]) -> Section | None:
-    """Return what the arms cost, where scenarios or frameworks are compared."""
+    """Return what the configurations cost, where scenarios or frameworks are compared."""
     found = arms(record, cells)
     frameworks = set(_frameworks(found))
     if record.get("kind") != "scenarios" and len(frameworks) < 2:
@@ -102,7 +102,7 @@ def section(record: Record, cells: Sequence[GridRun]) -> Section | None:
 
 
 def arms(record: Record, cells: Sequence[GridRun]) -> list[CostArm]:
-    """Return every arm of every scenario that has finished runs."""
+    """Return every configuration of every scenario that has finished runs."""
     links = {name: Link(**numbers) for name, numbers in record.get("links", {}).items()}
     return [_arm(scenario, name, some, links) for scenario, name, some in arms_of(record, cells)]
 
@@ -168,7 +168,7 @@ def _round_seconds(found: Sequence[ClientRound], link: Link) -> list[float]:
 
 
 def _marks(arm: CostArm, found: Sequence[CostArm]) -> dict[str, bool]:
-    """Return whether an arm is on its scenario's fronts; baselines are on none, and no rivals."""
+    """Return whether a configuration is on its scenario's fronts; baselines are on none."""
     rivals = [own for own in found if not own.baseline]
     return {
         f"front_{name}": not arm.baseline and on_front(arm, rivals, cost)
@@ -179,7 +179,7 @@ def _marks(arm: CostArm, found: Sequence[CostArm]) -> dict[str, bool]:
 def verdicts(found: Sequence[CostArm]) -> list[Record]:
     """Say for each framework where it wins in these measurements, as counts and as a sentence.
 
-    Frameworks meet at their arm of the best mean in each scenario.
+    Frameworks meet at their configuration of the best mean in each scenario.
     """
     frameworks = _frameworks(found)
     best: dict[tuple[str, str], CostArm] = {}
@@ -233,8 +233,9 @@ def _verdict(
     text += f"Of {total} scenario{'s' if total != 1 else ''}, it "
     text += ("; ".join(won) if won else "wins none") + ". "
     text += (
-        f"{sum(f['front_bytes'] for f in fronts)} of its {len(fronts)} arms are on a scenario's front of "
-        f"accuracy against bytes, {sum(f['front_flops'] for f in fronts)} against client compute."
+        f"{sum(f['front_bytes'] for f in fronts)} of its {len(fronts)} configurations are on a "
+        f"scenario's front of accuracy against bytes, {sum(f['front_flops'] for f in fronts)} "
+        "against client compute."
     )
     return {"framework": framework, "text": text, "wins": wins, "scenarios": total}
 
@@ -269,7 +270,7 @@ def _scenario(name: str, found: Sequence[CostArm], cells: Sequence[GridRun]) -> 
 
 
 def _summary(metric: str, arms: Sequence[Record], links: Sequence[str]) -> Summary:
-    """Return every arm of every scenario: what it reached, and what it cost a client in a round."""
+    """Return what every configuration of every scenario reached, and cost a client in a round."""
     rows: list[list[str]] = []
     for scenario in distinct(row["scenario"] for row in arms):
         rows.append([scenario])

@@ -1,4 +1,4 @@
-"""What the arms of a grid reached at the same budget, how sure that is, and how they differ."""
+"""What the configurations of a grid reached at the same budget, how sure that is, and how they differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESOURCES = ("steps", "examples", "tokens", "flops", "seconds")
 
 
 def section(record: Record, cells: Sequence[GridRun]) -> Section:
-    """Return what the arms reached, and their differences."""
+    """Return what the configurations reached, and their differences."""
     metric, rows = cells[0].run.metric, rows_of(cells[0].run)
     arms, differences = arm_rows(record, cells), paired_tables(record, cells)
     seeds = [len(some) for _, _, some in arms_of(record, cells)]
@@ -54,7 +54,7 @@ def section(record: Record, cells: Sequence[GridRun]) -> Section:
 
 
 def arm_rows(record: Record, cells: Sequence[GridRun]) -> list[Record]:
-    """Return one row an arm: its metric over seeds and its mean costs."""
+    """Return one row a configuration: its metric over seeds and its mean costs."""
     return [
         {"objective": objective, "method": method, **arm(cells_of(cells, objective, method))}
         for method in record["methods"]
@@ -64,7 +64,7 @@ def arm_rows(record: Record, cells: Sequence[GridRun]) -> list[Record]:
 
 
 def arm(some: Sequence[GridRun]) -> Record:
-    """Return what the runs of an arm reached and cost."""
+    """Return what the runs of a configuration reached and cost."""
     values = [cell.value for cell in some]
     totals = [cell.summary["totals"] for cell in some]
     return {
@@ -154,7 +154,7 @@ def _curves(record: Record, cells: Sequence[GridRun]) -> list[tuple[str, str]]:
 
 
 def _scatters(metric: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return quality against traffic and against compute, a point an arm."""
+    """Return quality against traffic and against compute, a point a configuration."""
     from fedloom.reports import figures
 
     words = metric.replace("_", " ")

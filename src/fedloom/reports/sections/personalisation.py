@@ -34,7 +34,7 @@ INTRODUCTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class ClientsArm(Arm):
-    """An arm with how its clients fare; its values are means over clients after the last round.
+    """A configuration with how its clients fare; its values are means over clients after the last round.
 
     Attributes:
         method: The name of its method.
@@ -118,7 +118,7 @@ def section(record: Record, cells: Sequence[GridRun]) -> Section | None:
 
 
 def arms(record: Record, cells: Sequence[GridRun]) -> list[ClientsArm]:
-    """Return every arm of every scenario that has finished runs."""
+    """Return every configuration of every scenario that has finished runs."""
     return [arm_of(scenario, method, some) for scenario, method, some in arms_of(record, cells)]
 
 
@@ -188,7 +188,7 @@ def _scenario(name: str, found: Sequence[ClientsArm], cells: Sequence[GridRun]) 
 
 
 def _not_told_apart(own: Sequence[ClientsArm]) -> list[str]:
-    """Return the arms whose difference from the one of the best mean, over clients, may be none."""
+    """Return the configurations that may be as good as the one of the best mean, over clients."""
     best = max(own, key=lambda a: a.quality)
     found = []
     for arm in own:
@@ -206,7 +206,7 @@ def best_round(cell: GridRun) -> float:
 
 
 def arm_of(scenario: str, name: str, cells: Sequence[GridRun]) -> ClientsArm:
-    """Return an arm from its runs."""
+    """Return a configuration from its runs."""
     metric = cells[0].run.metric
     judged = [cell.summary["clients_after"] for cell in cells]
     ids = sorted({int(client) for own in judged for client in own["each"]})
@@ -249,7 +249,7 @@ def arm_of(scenario: str, name: str, cells: Sequence[GridRun]) -> ClientsArm:
 
 
 def _summary(arms: Sequence[Record], references: Sequence[str]) -> Summary:
-    """Return what each arm's clients fare like in every scenario, on rows of their own."""
+    """Return what each configuration's clients fare like in every scenario, on rows of their own."""
     others = [name for name in references if any(name in row["gains"] for row in arms)]
     rows: list[list[str]] = []
     for scenario, metric in {row["scenario"]: row["metric"] for row in arms}.items():
