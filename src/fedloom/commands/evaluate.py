@@ -55,18 +55,7 @@ def evaluate(
     environment variable FEDLOOM_JUDGE_KEY.
     """
     given = what or []
-    chosen = sum(option is not None for option in (benchmark, judge_audit, lm_eval))
-    if chosen > 1:
-        raise typer.BadParameter("give one of --benchmark, --judge-audit and --lm-eval")
-    if not given and judge_audit is None:
-        raise typer.BadParameter(
-            "give a run folder or an experiment in TOML, or adapters with --benchmark or --lm-eval, or "
-            "--judge-audit"
-        )
-    if adapter is not None and chosen:
-        raise typer.BadParameter(
-            "--adapter goes with an experiment or run folder alone; name adapters before --benchmark"
-        )
+    _require_one_purpose(given, adapter, benchmark, judge_audit, lm_eval)
     tasks = lm_eval.split(",") if lm_eval is not None else []
     require_place(target, "--to")
     if judge_audit is None:
@@ -80,16 +69,37 @@ def evaluate(
     begin_loading(quiet=False)
     from fedloom.commands import evaluation
 
+    judges, settings = judge or [], assignments or []
     if judge_audit is not None:
-        evaluation.show_audit(judge_audit, judge or [], assignments or [], limit)
+        evaluation.show_audit(judge_audit, judges, settings, limit)
     elif benchmark is not None:
-        evaluation.show_benchmark(
-            given, benchmark, questions, judge or [], assignments or [], limit, target
-        )
+        evaluation.show_benchmark(given, benchmark, questions, judges, settings, limit, target)
     elif lm_eval is not None:
-        evaluation.show_harness(given, tasks, assignments or [], limit)
+        evaluation.show_harness(given, tasks, settings, limit)
     else:
-        evaluation.show_held_out(given, adapter, assignments or [], target)
+        evaluation.show_held_out(given, adapter, settings, target)
+
+
+def _require_one_purpose(
+    given: list[Path],
+    adapter: Path | None,
+    benchmark: str | None,
+    judge_audit: Path | None,
+    lm_eval: str | None,
+) -> None:
+    """Refuse a command line that asks for nothing, or for several things at once."""
+    chosen = sum(option is not None for option in (benchmark, judge_audit, lm_eval))
+    if chosen > 1:
+        raise typer.BadParameter("give one of --benchmark, --judge-audit and --lm-eval")
+    if not given and judge_audit is None:
+        raise typer.BadParameter(
+            "give a run folder or an experiment in TOML, or adapters with --benchmark or --lm-eval, or "
+            "--judge-audit"
+        )
+    if adapter is not None and chosen:
+        raise typer.BadParameter(
+            "--adapter goes with an experiment or run folder alone; name adapters before --benchmark"
+        )
 
 
 def _check_evaluation(

@@ -74,24 +74,31 @@ def show_row(experiment: Experiment, number: int) -> Group:
         lines.append(Text(f"it is left out: {whole.dropped[0].reason}", style="yellow"))
         return Group(*lines)
     lines += _sequences(example, whole, encoder)
+    return Group(*lines, *_truncated(example, cut, encoder, length))
+
+
+def _truncated(
+    example: Example, cut: TokenSet, encoder: TextEncoder, length: int
+) -> Sequence[Text]:
+    """Return what truncation does to an example; nothing where it is short enough.
+
+    Args:
+        example: As it was read.
+        cut: It alone, truncated; empty where it cannot be.
+        encoder: Of the model.
+        length: ``data.max_length``, in tokens.
+    """
     if not len(cut):
-        lines.append(
-            Text(
-                f"it is left out: {cut.dropped[0].reason} (data.max_length = {length})",
-                style="yellow",
-            )
-        )
-    elif cut.cut.any():
-        lost = cut.cut.sum(axis=0)
-        lines.append(
-            Text(
-                f"\ncut to data.max_length = {length}: {lost[0]} tokens of the prompt's start, "
-                f"{lost[1]} of the answer's end",
-                style="yellow",
-            )
-        )
-        lines += _sequences(example, cut, encoder)
-    return Group(*lines)
+        told = f"it is left out: {cut.dropped[0].reason} (data.max_length = {length})"
+        return [Text(told, style="yellow")]
+    if not cut.cut.any():
+        return []
+    lost = cut.cut.sum(axis=0)
+    told = (
+        f"\ncut to data.max_length = {length}: {lost[0]} tokens of the prompt's start, "
+        f"{lost[1]} of the answer's end"
+    )
+    return [Text(told, style="yellow"), *_sequences(example, cut, encoder)]
 
 
 def _legend(example: Example) -> Text:

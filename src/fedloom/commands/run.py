@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,49 +70,65 @@ def run(
 ) -> None:
     """Run an experiment, or continue one."""
     count = _workers(workers)
+    _require_engine(engine, count, profile=profile)
+    what = _What(experiment, assignments or [], resume, from_round, fresh_client or [])
+    if engine == "flower":
+        _run_between_machines(server_folder, what, quiet=quiet)
+    else:
+        _run_here(what, count, profile=profile, quiet=quiet)
+
+
+@dataclass(frozen=True)
+class _What:
+    """What to run: an experiment with its assignments, or a run folder to continue."""
+
+    experiment: Path | None
+    assignments: list[str]
+    resume: Path | None
+    from_round: int | None
+    fresh_clients: list[int]
+
+
+def _require_engine(engine: str, workers: Workers, *, profile: bool) -> None:
+    """Refuse an engine that is none, and what only the simulation has."""
     if engine not in ("simulation", "flower"):
         raise typer.BadParameter(f"{engine!r} is not an engine; there are simulation and flower")
-    if profile and engine == "flower":
-        raise typer.BadParameter("--profile is of a simulation: clients elsewhere are not recorded")
-    if engine == "flower":
-        if count != 1:
-            raise typer.BadParameter(
-                "--workers is for clients of this machine, not --engine flower"
-            )
-        _run_between_machines(
-            server_folder, experiment, assignments, resume, from_round, fresh_client, quiet=quiet
-        )
+    if engine == "simulation":
         return
-    if experiment is None and resume is None:
+    if profile:
+        raise typer.BadParameter("--profile is of a simulation: clients elsewhere are not recorded")
+    if workers != 1:
+        raise typer.BadParameter("--workers is for clients of this machine, not --engine flower")
+
+
+def _run_here(what: _What, workers: Workers, *, profile: bool, quiet: bool) -> None:
+    """Run, or continue, with all clients on this machine."""
+    if what.experiment is None and what.resume is None:
         raise typer.BadParameter("give an experiment file, or --resume FOLDER")
-    if resume is None and (from_round is not None or fresh_client):
+    if what.resume is None and (what.from_round is not None or what.fresh_clients):
         raise typer.BadParameter("--from-round and --fresh-client go with --resume FOLDER")
-    if experiment is not None:
-        require_experiment(experiment)
-    refuse_early(lambda: _check_run(experiment, assignments, resume))
+    if what.experiment is not None:
+        require_experiment(what.experiment)
+    refuse_early(lambda: _check_run(what.experiment, what.assignments, what.resume))
     observer = begin_loading(quiet)
     from fedloom.runs.run import resume_run, run_experiment
 
     with terminable():
-        if resume is not None:
+        if what.resume is not None:
             result = resume_run(
-                resume,
-                experiment,
-                assignments or [],
-                from_round=from_round,
-                fresh_clients=fresh_client or [],
+                what.resume,
+                what.experiment,
+                what.assignments,
+                from_round=what.from_round,
+                fresh_clients=what.fresh_clients,
                 observer=observer,
                 profile=profile,
-                workers=count,
+                workers=workers,
             )
         else:
-            assert experiment is not None
-            result = run_experiment(
-                _read_run(experiment, assignments),
-                observer=observer,
-                profile=profile,
-                workers=count,
-            )
+            assert what.experiment is not None
+            experiment = _read_run(what.experiment, what.assignments)
+            result = run_experiment(experiment, observer=observer, profile=profile, workers=workers)
     say(result.summary_text)
 
 
@@ -150,27 +167,19 @@ def _read_run(path: Path, assignments: list[str] | None) -> Experiment:
     return experiment
 
 
-def _run_between_machines(
-    server_folder: Path,
-    experiment: Path | None,
-    assignments: list[str] | None,
-    resume: Path | None,
-    from_round: int | None,
-    fresh_clients: list[int] | None,
-    *,
-    quiet: bool,
-) -> None:
+def _run_between_machines(server_folder: Path, what: _What, *, quiet: bool) -> None:
+    """Ask this machine's server to run, or continue, with clients on other machines; follow it."""
     from fedloom.deployment.submit import ask_for_run, before_it, follow, require_sound
 
-    if (experiment is None) == (resume is None):
+    if (what.experiment is None) == (what.resume is None):
         raise typer.BadParameter("give either an experiment file or --resume FOLDER")
     asked = ask_for_run(
         server_folder,
-        experiment,
-        assignments or [],
-        resume=resume,
-        from_round=from_round,
-        fresh_clients=fresh_clients or [],
+        what.experiment,
+        what.assignments,
+        resume=what.resume,
+        from_round=what.from_round,
+        fresh_clients=what.fresh_clients,
     )
     if waits := before_it(asked):
         say(waits)

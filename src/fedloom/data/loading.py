@@ -110,26 +110,18 @@ def load_examples(
     test_account = None
     warnings: tuple[str, ...] = ()
     if elsewhere:
-        tests = (settings.test_source,) if settings.test_source else settings.sources
-        reader = Reader(settings, settings, test_kind, judged, judged=True)
-        test = list(reader.read_all(tests, settings.test_split or "test"))
-        test_account = Account(
-            judged.seen, dict(judged.made), len(judged.bad), dict(judged.dropped), judged=len(test)
-        )
+        test, test_account = _test_rows(settings, test_kind, judged)
         taken = test if drawing is None else few(test, most, drawing)
         train, dropped, warnings = without_judged(train, taken, settings.group)
         account = account.dropping(dropped)
     elif hold_out and not settings.is_private:
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
-    examples = hashlib.sha256()
-    for own in itertools.chain(digests(train), digests(test)):
-        examples.update(own)
     return LoadedData(
         train,
         test,
         kind,
-        examples.hexdigest(),
+        _digest(train, test),
         (*read.bad, *judged.bad),
         added(account.dropped, judged.dropped),
         test_kind,
@@ -139,6 +131,23 @@ def load_examples(
         tuple(read.places),
         tuple(dict.fromkeys((*read.layouts_in_words(), *judged.layouts_in_words()))),
     )
+
+
+def _digest(train: Sequence[Example], test: Sequence[Example]) -> str:
+    """Return the SHA-256 over all examples, in hexadecimal digits."""
+    examples = hashlib.sha256()
+    for own in itertools.chain(digests(train), digests(test)):
+        examples.update(own)
+    return examples.hexdigest()
+
+
+def _test_rows(settings: DataSettings, kind: str, judged: Read) -> tuple[list[Example], Account]:
+    """Read a global held-out set of its own; return its rows and the account of them."""
+    tests = (settings.test_source,) if settings.test_source else settings.sources
+    reader = Reader(settings, settings, kind, judged, judged=True)
+    test = list(reader.read_all(tests, settings.test_split or "test"))
+    made, dropped = dict(judged.made), dict(judged.dropped)
+    return test, Account(judged.seen, made, len(judged.bad), dropped, judged=len(test))
 
 
 def without_judged(

@@ -164,29 +164,7 @@ class DataSettings(SourceSettings):
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
-        found = []
-        kinds = [kind for kind in (self.kind, self.test_kind) if kind is not None]
-        for name, part in self.parts.items():
-            section = f"data.domains.{name}" if name else "data"
-            if not part.sources:
-                found.append(f"{section}.source is an empty list")
-            if part.is_builtin and len(part.sources) > 1:
-                found.append(
-                    f"{section}.source: a built-in source cannot stand in a list with others"
-                )
-            if part.is_builtin and name:
-                found.append(f"{section}.source: a domain's rows come from files or the Hub")
-            found += [
-                text.replace("data.", f"{section}.", 1) for text in wrong_values(part.values, kinds)
-            ]
-            if part.min_margin is not None and "preference" not in kinds:
-                found.append(f"{section}.min_margin is for preferences with scores")
-            if part.is_builtin and (part.values or part.min_margin is not None):
-                found.append(
-                    f"{section}.values and min_margin are for rows that are read from files"
-                )
-            if part.continuations and self.kind != "preference":
-                found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
+        found = self._wrong_sources()
         if self.streaming:
             found += self._not_streamed()
         elsewhere = self.test_source is not None or self.test_split is not None
@@ -226,6 +204,33 @@ class DataSettings(SourceSettings):
             found.append(f"data.kind is missing: is {what} {', '.join(LAYOUTS)}?")
         if builtin and self.kind is not None and known is not None and self.kind != known:
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
+        return found
+
+    def _wrong_sources(self) -> list[str]:
+        """Return what cannot both be meant in one source, or in the source of a domain."""
+        found = []
+        kinds = [kind for kind in (self.kind, self.test_kind) if kind is not None]
+        for name, part in self.parts.items():
+            section = f"data.domains.{name}" if name else "data"
+            if not part.sources:
+                found.append(f"{section}.source is an empty list")
+            if part.is_builtin and len(part.sources) > 1:
+                found.append(
+                    f"{section}.source: a built-in source cannot stand in a list with others"
+                )
+            if part.is_builtin and name:
+                found.append(f"{section}.source: a domain's rows come from files or the Hub")
+            found += [
+                text.replace("data.", f"{section}.", 1) for text in wrong_values(part.values, kinds)
+            ]
+            if part.min_margin is not None and "preference" not in kinds:
+                found.append(f"{section}.min_margin is for preferences with scores")
+            if part.is_builtin and (part.values or part.min_margin is not None):
+                found.append(
+                    f"{section}.values and min_margin are for rows that are read from files"
+                )
+            if part.continuations and self.kind != "preference":
+                found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
         return found
 
     def _not_streamed(self) -> list[str]:

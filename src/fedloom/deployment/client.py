@@ -76,14 +76,7 @@ def join(
         card = _registered(gateway, stopping, say)
         if card is None:
             return
-        registration = Registration(
-            gateway=server,
-            number=card.number,
-            name=card.name,
-            key=str(key.resolve()),
-            authority=str(authority.resolve()) if authority else None,
-            own=str(own.resolve()) if own else None,
-        )
+        registration = _registration(server, card, key, authority, own)
         client_folder.write_registration(registration)
         node = FlowerNode(
             gateway,
@@ -92,6 +85,20 @@ def join(
             say,
         )
         _keep_going(client_folder, node, stopping, lambda: ready(registration))
+
+
+def _registration(
+    server: str, card: Card, key: Path, authority: Path | None, own: Path | None
+) -> Registration:
+    """Return what a client that is admitted writes down for its worker and for other commands."""
+    return Registration(
+        gateway=server,
+        number=card.number,
+        name=card.name,
+        key=str(key.resolve()),
+        authority=str(authority.resolve()) if authority else None,
+        own=str(own.resolve()) if own else None,
+    )
 
 
 def _means(

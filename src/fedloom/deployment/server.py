@@ -129,76 +129,40 @@ def _serve(
     server_folder: ServerFolder, serving: ServerStatus, ready: Callable[[ServerStatus], None]
 ) -> None:
     """Serve as the only server of a folder."""
-    host, port, insecure = serving.host, serving.port, serving.insecure
     settings = GatewaySettings.read(server_folder.settings)
     supervisor = Supervisor(_flower_processes(server_folder, serving))
     supervisor.end_orphans()
-    require_free(host, port)
+    require_free(serving.host, serving.port)
     bypass_for_loopback()  # Flower's own clients heed HTTPS_PROXY
-    os.umask(0o077)
-    opened = [
-        folder
-        for folder in (
-            server_folder.path,
-            server_folder.flower,
-            server_folder.streams,
-            server_folder.requests,
-            server_folder.path / "logs",
-        )
-        if make_private(folder)
-    ]
+    opened = _made_private(server_folder)
     make_authority(server_folder.flower, [HERE, "localhost"], days=INTERNAL)
     log = AuditLog(server_folder.path / FILE)
-    link = supervisor.processes[0]
-    stopping: list[int] = []
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda number, frame: stopping.append(number))
+    stopping = _signals_to_stop()
     raise_limit_of_descriptors()
     sys.setswitchinterval(TURN)
     authority = server_folder.flower / CA
-    context = ssl.create_default_context(cafile=str(authority))
-    upstream = Upstream(
-        HERE, serving.flower, context, server_folder.database, settings.flower_bytes
-    )
     with contextlib.ExitStack() as closing:
         control = closing.enter_context(
             FlowerControl(address(HERE, serving.flower), authority.read_bytes())
         )
         nodes = FlowerNodes(control, server_folder.members, server_folder.nodes, log.record)
-        gateway = Gateway(
-            server_folder.members,
-            log.record,
-            server_folder.streams,
-            upstream,
-            settings,
-            partial(report_violation, server_folder, ViolationLog(server_folder.path / VIOLATIONS)),
-            lambda: stamp_of(server_folder.path / MEMBERS),
-            nodes.of,
-        )
-        gateway.note = Limited(
-            no_op_recorder
-        )  # the next unauthenticated requests come from this process
-        gateway.listen(
-            host, port, None if insecure else (server_folder.certificate, server_folder.key)
-        )
+        gateway = _gateway(server_folder, serving, settings, nodes, log)
         closing.callback(log.record, "stopped")
         closing.callback(server_folder.started.unlink, missing_ok=True)
         closing.callback(supervisor.stop)
         closing.callback(gateway.stop)
         begin_anew(server_folder)
-        link.keep_alive()
-        wait_until_open(HERE, serving.flower, link)
-        require_unexposed(reachable(host), port, tls=not insecure, private=serving.flower)
+        _start_flower(supervisor.processes[0], serving)
         gateway.note = Limited(log.record)
         queue = RunQueue(server_folder, control, log.record, gateway.counts)
         closing.callback(queue.close)
-        certificate = None if insecure else server_folder.certificate
+        certificate = None if serving.insecure else server_folder.certificate
         health = Health(server_folder.path, certificate, supervisor, nodes, gateway)
         serving.write(server_folder.started)
-        log.record("started", port=port, tls=not insecure)
+        log.record("started", port=serving.port, tls=not serving.insecure)
         for folder in opened:
             log.record("made_private", folder=folder.name)
-        expiry = Expiry(server_folder, log, insecure=insecure)
+        expiry = Expiry(server_folder, log, insecure=serving.insecure)
         nodes.follow()
         status = partial(server_status, server_folder, serving, gateway, queue, health)
         closing.callback(_commands(server_folder, status, queue).close)
@@ -217,6 +181,64 @@ def _serve(
             expiry.look()
             health.turn()
             time.sleep(0.2)
+
+
+def _made_private(server_folder: ServerFolder) -> list[Path]:
+    """Have new files belong to this user alone; return the folders that others could read before."""
+    os.umask(0o077)
+    folders = (
+        server_folder.path,
+        server_folder.flower,
+        server_folder.streams,
+        server_folder.requests,
+        server_folder.path / "logs",
+    )
+    return [folder for folder in folders if make_private(folder)]
+
+
+def _signals_to_stop() -> list[int]:
+    """Return the list to which each SIGTERM and SIGINT is added once it comes."""
+    stopping: list[int] = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopping.append(number))
+    return stopping
+
+
+def _gateway(
+    server_folder: ServerFolder,
+    serving: ServerStatus,
+    settings: GatewaySettings,
+    nodes: FlowerNodes,
+    log: AuditLog,
+) -> Gateway:
+    """Return the gateway, listening; unauthenticated requests are not recorded yet."""
+    context = ssl.create_default_context(cafile=str(server_folder.flower / CA))
+    gateway = Gateway(
+        server_folder.members,
+        log.record,
+        server_folder.streams,
+        Upstream(HERE, serving.flower, context, server_folder.database, settings.flower_bytes),
+        settings,
+        partial(report_violation, server_folder, ViolationLog(server_folder.path / VIOLATIONS)),
+        lambda: stamp_of(server_folder.path / MEMBERS),
+        nodes.of,
+    )
+    gateway.note = Limited(no_op_recorder)  # the next of them come from this process
+    tls = None if serving.insecure else (server_folder.certificate, server_folder.key)
+    gateway.listen(serving.host, serving.port, tls)
+    return gateway
+
+
+def _start_flower(link: SupervisedProcess, serving: ServerStatus) -> None:
+    """Start Flower's server, and check that it can be reached from this machine alone.
+
+    Raises:
+        ConnectionFailed: It does not start, or other machines can reach it.
+    """
+    link.keep_alive()
+    wait_until_open(HERE, serving.flower, link)
+    host, tls = reachable(serving.host), not serving.insecure
+    require_unexposed(host, serving.port, tls=tls, private=serving.flower)
 
 
 def _commands(

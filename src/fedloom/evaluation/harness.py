@@ -101,13 +101,7 @@ def run_harness(
         )
         _check_known(names, manager.all_tasks)
         try:
-            backbone = lm_eval.models.huggingface.HFLM(
-                pretrained=model,
-                peft=str(adapter) if adapter is not None else None,
-                device=device,
-                batch_size=batch_size,
-                trust_remote_code=False,
-            )
+            backbone = _backbone(lm_eval, model, adapter, batch_size, device)
             found = lm_eval.simple_evaluate(
                 model=backbone,
                 tasks=names,
@@ -130,6 +124,17 @@ def run_harness(
         task: TaskScores(_numbers(metrics), rows.get(task, {}).get("effective"))
         for task, metrics in found["results"].items()
     }
+
+
+def _backbone(lm_eval: Any, model: str, adapter: Path | None, batch_size: int, device: str) -> Any:
+    """Return a model as lm-eval has it, with a PEFT folder on it; no code of the model is run."""
+    return lm_eval.models.huggingface.HFLM(
+        pretrained=model,
+        peft=str(adapter) if adapter is not None else None,
+        device=device,
+        batch_size=batch_size,
+        trust_remote_code=False,
+    )
 
 
 def require_tasks(tasks: Sequence[str]) -> None:

@@ -169,42 +169,22 @@ def load_backbone(
         ModelError: The folder is missing, has no weights, its architecture is not known, or it cannot
             be quantised on this device.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     silence_transformers()
     device = device or torch.device("cpu")
     check_quantization(quantization, device)
     _check_weights(path)
-    factory: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
     options |= loading_options(quantization, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classification head"))
         try:
-            shape = _configuration(path, revision)
-            _require_known(path, shape, factory)
-            has_head = any("Classification" in name for name in shape.architectures or ())
-            known = tuple(own for _, own in sorted((shape.id2label or {}).items()))
-            if has_head and known == classes:
-                _require_one_order(path, shape)
-            _set_classes(shape, classes)
-            if blocks is not None:
-                keep_blocks(shape, range(blocks))
-            loaded: tuple[nn.Module, dict[str, Any]] = factory.from_pretrained(
-                path,
-                config=shape,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # which would be random: looked at below
-                output_loading_info=True,
-                **options,
-            )
+            model, report, other_classes = _from_checkpoint(path, classes, blocks, options)
         except ModelError:
             raise
         except Exception as error:  # transformers raises whatever its architectures raise
             raise ModelError(f"cannot load the model {path}: {first_line(error)}") from error
-        model, report = loaded
         _require_whole(path, model, report, begins=head_parts(model) if classes else [])
-        if classes and has_head and known != classes:
+        if other_classes:
             _begin_head(model)  # the checkpoint's own is for other classes
     config: Any = model.config
     config.use_cache = False
@@ -215,6 +195,47 @@ def load_backbone(
     if not classes and blocks is None:
         require_causal(model, path)
     return model
+
+
+def _from_checkpoint(
+    path: str, classes: tuple[str, ...], blocks: int | None, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], bool]:
+    """Load a model with the head that is needed; weights that the checkpoint lacks are random.
+
+    Args:
+        path: Folder or Hub name.
+        classes: See :func:`load_backbone`.
+        blocks: Likewise.
+        options: Of the loader of transformers; ``revision`` among them.
+
+    Returns:
+        The model, what transformers reports of its weights, and whether the checkpoint's own
+        classification head is for other classes.
+
+    Raises:
+        ModelError: transformers has no such model, or the checkpoint's classes have no one order.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factory: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    shape = _configuration(path, options["revision"])
+    _require_known(path, shape, factory)
+    has_head = any("Classification" in name for name in shape.architectures or ())
+    known = tuple(own for _, own in sorted((shape.id2label or {}).items()))
+    if has_head and known == classes:
+        _require_one_order(path, shape)
+    _set_classes(shape, classes)
+    if blocks is not None:
+        keep_blocks(shape, range(blocks))
+    loaded: tuple[nn.Module, dict[str, Any]] = factory.from_pretrained(
+        path,
+        config=shape,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # which would be random: the caller looks at the report
+        output_loading_info=True,
+        **options,
+    )
+    return *loaded, bool(classes) and has_head and known != classes
 
 
 def _require_known(path: str, config: Any, factory: Any) -> None:

@@ -115,34 +115,40 @@ def assemble(
         DataError: A client has no row left after tokenising.
         SettingsError: A round's tokens are too few for its trainings.
     """
+    method = make_method(experiment.method)
+    objective = objective or make_objective(experiment.objective)
     bundles = ModelBundles(
-        experiment,
-        division,
-        make_method(experiment.method),
-        objective or make_objective(experiment.objective),
-        stage,
-        empty=empty,
-        only=only,
-        start=start,
+        experiment, division, method, objective, stage, empty=empty, only=only, start=start
     )
-    method, objective, own = bundles.method, bundles.objective, bundles.of_server
     stage("tokenising")
     train = {} if remote else bundles.training_shares(pooled=method.pools_data)
     _require_tokens(experiment, method, train)
     for text in bundles.read_apart(train) if probe else ():
         stage(text)
+    return _components(bundles, train, remote, store or ClientStore(), on_step)
+
+
+def _components(
+    bundles: ModelBundles,
+    train: dict[int, TokenShare],
+    remote: RemoteEngine | None,
+    store: ClientStore,
+    on_step: OnStep | None,
+) -> RunComponents:
+    """Return what the server's loop needs, built from loaded models and tokenised rows.
+
+    Raises:
+        DataError: A party that must be judged has no held-out row.
+    """
+    experiment, method, own = bundles.experiment, bundles.method, bundles.of_server
     public, ledger = bundles.public_rows(), Ledger()
     resources = {client: bundles.resources(client, public) for client in train}
     initial = own.initial
     server = _server_side(bundles, public.get(own.key), ledger)
     method.setup(server)
     evaluator, unseen_clients = _evaluation(bundles, train, remote)
-    accounts, bad_rows = _accounted(bundles, public.get(own.key))
-    told = pass_warnings(
-        experiment.training,
-        experiment.model.quantization,
-        {client: (resources[client].model, share) for client, share in train.items()},
-    )
+    models = {client: (resources[client].model, share) for client, share in train.items()}
+    accounts, bad_rows = _accounted(bundles, public.get(own.key), models)
     prompts = _prompts(bundles)
     engine = SimulationEngine(
         resources,
@@ -152,30 +158,30 @@ def assemble(
             EVALUATE: evaluator.handler(),
             UNSEEN: unseen_clients.handler(),
         },
-        objective,
+        bundles.objective,
         experiment.training,
         experiment.federation.seed,
         server.participations,
         experiment.federation.rounds,
-        store or ClientStore(),
+        store,
         ledger,
         frozenset(experiment.clients.newcomers),
-        references=references_of(only),
+        references=references_of(bundles.only),
         on_step=on_step,
     )
     return RunComponents(
-        division,
+        bundles.division,
         own.model,
         own.reader.encoder,
         initial,
         method,
-        objective,
+        bundles.objective,
         remote or engine,
         engine,
         evaluator,
         unseen_clients,
         ledger,
-        replace(accounts, warnings=(*accounts.warnings, *told)),
+        accounts,
         bad_rows,
         prompts,
         own.path,
@@ -260,9 +266,16 @@ def _prompts(bundles: ModelBundles) -> list[Example]:
 
 
 def _accounted(
-    bundles: ModelBundles, public: PublicRows | None
+    bundles: ModelBundles,
+    public: PublicRows | None,
+    models: Mapping[int, tuple[AdapterModel, TokenShare]],
 ) -> tuple[Accounts, tuple[BadRow, ...]]:
     """Return the accounts of rows after tokenising, and all malformed rows.
+
+    Args:
+        bundles: All models and the rows that they have read.
+        public: Public rows as the server's model reads them.
+        models: Model and training rows of each client, whose passes may need more memory than there is.
 
     Raises:
         DataError: With those that cannot be tokenised, too many rows are malformed.
@@ -274,6 +287,7 @@ def _accounted(
     told = cut_warnings(accounts, division.loaded.kind, bundles.of_server.reader.max_length)
     told += escaped_warnings(accounts) + bundles.warnings()
     bad = bad_rows_in_all(experiment, division, bundles.read, bundles.judged, judged.dropped)
+    told += pass_warnings(experiment.training, experiment.model.quantization, models)
     return replace(accounts, warnings=(*accounts.warnings, *told)), tuple(bad)
 
 

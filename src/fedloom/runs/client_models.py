@@ -93,7 +93,7 @@ class ModelBundles:
     ) -> None:
         self.experiment, self.division = experiment, division
         self.method, self.objective = method, objective
-        self.empty, self.start = empty, None if empty else start
+        self.empty, self.only, self.start = empty, only, None if empty else start
         self.partly = only is not None and not method.whole_at_clients
         base = (experiment.model.path, experiment.adapter.rank)
         self.clients = dict.fromkeys(range(experiment.federation.clients), base)

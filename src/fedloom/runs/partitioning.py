@@ -143,29 +143,15 @@ def partition_data(
     Raises:
         DataError: The data cannot be read, a client would be left without rows, or has others' classes.
     """
-    seed = experiment.federation.seed
-    by_files = own is None and source is None and experiment.partition.kind == "files"
-    files: dict[int, LoadedData] = {}
-    if own is not None:
-        loaded = _whole(own.data, seed, own.classes)
-        files = {own.client: loaded}
-    elif by_files:
-        loaded, files = _by_files(experiment)
-    else:
-        loaded = _loaded(experiment, source, objective)
+    loaded, files = _read(experiment, source, objective, own)
+    by_files = own is None and bool(files)
     classes = own.classes if own else None
     if classes is None:
         classes = _classes(loaded.train, loaded.test)
     limit = experiment.evaluation
     judged = list(few(loaded.test, limit.max_examples, _drawing(experiment)))
     loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
-    pools: dict[int, Sequence[Example]]
-    if own is not None:
-        pools = {own.client: loaded.train}
-    elif by_files:
-        pools = {client: read.train for client, read in files.items()}
-    else:
-        pools = _partitioned(experiment, loaded)
+    pools = _partitioned(experiment, loaded, own, files)
     sides = _sides(experiment, loaded, pools, public, apart=by_files)
     train = {c: take(pools[c], kept) for c, kept in sides.trained.items()}
     held_out = {c: list(take(pools[c], aside)) for c, aside in sides.held_out.items()}
@@ -174,28 +160,18 @@ def partition_data(
         *_split_warnings(sides, train, held_out),
         *(_overlaps(experiment, train, held_out, judged, sides) if by_files else ()),
     ]
-    test = _judged(judged, experiment)
-    feedback = None
-    answers = train
-    single = (objective or make_objective(experiment.objective)).kind == "feedback"
-    stored = {c: rows for c, rows in train.items() if isinstance(rows, StoredRows)}
-    if single and stored:
-        feedback = undivided(stored)
-    elif single:
-        together = experiment.partition.feedback == "together"
-        feedback = partition_feedback(train, None if together else generator(seed, "feedback"))
-        answers = {client: list(rows) for client, rows in feedback.rows.items()}
+    answers, feedback = _as_trained(experiment, objective, train)
     taken = 0 if public_account else len(public)
     accounts = _accounts(loaded, files, pools, sides, train, answers, taken)
     accounts = replace(accounts, public=public_account)
     if accounts.test is not None:
-        over = {OVER_MOST: len(loaded.test) - len(test)}
-        accounts = replace(accounts, test=accounts.test.dropping(over, judged=len(test)))
+        over = {OVER_MOST: len(loaded.test) - len(judged)}
+        accounts = replace(accounts, test=accounts.test.dropping(over, judged=len(judged)))
     division = PartitionedData(
         loaded,
         answers,
         {c: _judged(rows, experiment) for c, rows in held_out.items()},
-        test,
+        _judged(judged, experiment),
         classes,
         shares(list(answers.values()), experiment.partition),
         feedback,
@@ -207,9 +183,23 @@ def partition_data(
     threshold = experiment.data.near_duplicates
     if threshold is not None:
         warnings += _near(division, train, held_out, judged, threshold)
-    left_out = _left_out(accounts.source.dropped)
-    warnings = [*left_out, *warnings]
+    warnings = [*_left_out(accounts.source.dropped), *warnings]
     return replace(division, accounts=replace(accounts, warnings=tuple(warnings)))
+
+
+def _as_trained(
+    experiment: Experiment, objective: Objective | None, train: dict[int, Sequence[Example]]
+) -> tuple[dict[int, Sequence[Example]], FeedbackPartition | None]:
+    """Return the rows as the objective trains on them, and the account of pairs made single answers."""
+    if (objective or make_objective(experiment.objective)).kind != "feedback":
+        return train, None
+    stored = {c: rows for c, rows in train.items() if isinstance(rows, StoredRows)}
+    if stored:
+        return train, undivided(stored)
+    together = experiment.partition.feedback == "together"
+    rng = None if together else generator(experiment.federation.seed, "feedback")
+    feedback = partition_feedback(train, rng)
+    return {client: list(rows) for client, rows in feedback.rows.items()}, feedback
 
 
 def judged_kind(experiment: Experiment, kind: str) -> str:
@@ -231,6 +221,21 @@ def only(division: PartitionedData, client: int) -> PartitionedData:
             division.accounts, clients={client: division.accounts.clients[client]}, warnings=()
         ),
     )
+
+
+def _read(
+    experiment: Experiment,
+    source: DataSource | None,
+    objective: Objective | None,
+    own: OwnRows | None,
+) -> tuple[LoadedData, dict[int, LoadedData]]:
+    """Return all rows, and what was read of each client's own file where each has one."""
+    if own is not None:
+        loaded = _whole(own.data, experiment.federation.seed, own.classes)
+        return loaded, {own.client: loaded}
+    if source is None and experiment.partition.kind == "files":
+        return _by_files(experiment)
+    return _loaded(experiment, source, objective), {}
 
 
 def _loaded(
@@ -374,8 +379,24 @@ def _with_public(
     return loaded, as_task(public, classes, labelled=settings.labelled), account
 
 
-def _partitioned(experiment: Experiment, loaded: LoadedData) -> dict[int, Sequence[Example]]:
-    """Return the rows of each client; none where clients on other machines have their own."""
+def _partitioned(
+    experiment: Experiment,
+    loaded: LoadedData,
+    own: OwnRows | None,
+    files: Mapping[int, LoadedData],
+) -> dict[int, Sequence[Example]]:
+    """Return the rows of each client; none where clients on other machines have their own.
+
+    Args:
+        experiment: With the settings of the partition.
+        loaded: All rows, without those that were taken out as public ones.
+        own: The only client that is in this process.
+        files: What was read of each client's own file, where each has one.
+    """
+    if own is not None:
+        return {own.client: loaded.train}
+    if files:
+        return {client: read.train for client, read in files.items()}
     count, seed = experiment.federation.clients, experiment.federation.seed
     if experiment.data.is_private:
         return {client: [] for client in range(count)}

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ from fedloom.runs.new_folder import (
 )
 from fedloom.runs.observers import RunObserver, Silent
 from fedloom.runs.partition_table import say_layouts
-from fedloom.runs.partitioning import partition_data
+from fedloom.runs.partitioning import PartitionedData, partition_data
 from fedloom.runs.plan import evaluated_first, plan_of
 from fedloom.runs.records import (
     answers_of,
@@ -94,7 +94,7 @@ from fedloom.runs.resume_checks import (
 )
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
-from fedloom.runs.workers import Workers, WorkerTask, host_process, with_workers
+from fedloom.runs.workers import HostProcess, Workers, WorkerTask, host_process, with_workers
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog
 from fedloom.storage import checkpoint
@@ -111,6 +111,58 @@ from fedloom.wire.schema import Schema
 
 if TYPE_CHECKING:
     from fedloom.runs.profiling import Profile
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the caller of a run gives beside the experiment; see :func:`resume_run`."""
+
+    observer: RunObserver
+    objective: Objective | None
+    data: DataSource | None
+    remote: RemoteEngine | None
+    on_step: OnStep | None
+    profile: bool
+    workers: Workers
+
+    def __post_init__(self) -> None:
+        _require_here(self.workers, self.on_step, self.profile)
+
+    def partitioned(self, experiment: Experiment) -> PartitionedData:
+        """Read the data and partition it among the clients; report recognised layouts."""
+        division = partition_data(experiment, self.data, self.objective)
+        say_layouts(division.loaded, self.observer)
+        return division
+
+    def components(
+        self,
+        experiment: Experiment,
+        division: PartitionedData,
+        start: Start | None,
+        saved: Checkpoint | None = None,
+    ) -> RunComponents:
+        """Load the model and build what the run needs, with the client store of a checkpoint."""
+        return assemble(
+            experiment,
+            division,
+            objective=self.objective,
+            store=ClientStore(saved.clients if saved else None),
+            stage=self.observer.stage,
+            remote=self.remote,
+            start=start,
+            on_step=self.on_step,
+        )
+
+    def with_workers(
+        self,
+        parts: RunComponents,
+        host: HostProcess | None,
+        experiment: Experiment,
+        start: Start | None,
+    ) -> RunComponents:
+        """Have as many processes of this machine as are asked for work on the run's clients."""
+        task = WorkerTask(experiment, self.objective, self.data, start)
+        return with_workers(parts, self.workers, host, task, self.observer)
 
 
 @naming_plugins
@@ -130,7 +182,7 @@ def run_experiment(
     With ``profile`` a trace of where the time goes is left in the folder. With several ``workers``,
     as many processes of this machine work on clients.
     """
-    _require_here(workers, on_step, profile)
+    given = _Given(observer, objective, data, remote, on_step, profile, workers)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
     with new_folder(experiment) as folder, host_process(workers) as host:
@@ -139,33 +191,21 @@ def run_experiment(
             trackers = _open_trackers(experiment, folder)
             observer.stage("reading data")
             require_rows(experiment, remote)
-            division = partition_data(experiment, data, objective)
-            say_layouts(division.loaded, observer)
+            division = given.partitioned(experiment)
             if start is not None:
                 _require_base(experiment, start, observer)
                 start = start.kept_in(folder)
-            parts = assemble(
-                experiment,
-                division,
-                objective=objective,
-                stage=observer.stage,
-                remote=remote,
-                start=start,
-                on_step=on_step,
-            )
+            parts = given.components(experiment, division, start)
             state = first_state(parts.method, parts.initial)
             for text in unread_settings(experiment).values():
                 observer.warning(text)
-            _report_rows(parts, observer)
-            _report_start(experiment, parts.objective, observer)
+            _report_start(experiment, parts, observer)
             log = AuditLog(folder.path / audit_log.FILE)
             made = MadeWith(objective, data)
             for text in made.warnings:
                 observer.warning(text)
-            task = WorkerTask(experiment, objective, data, start)
-            parts = with_workers(parts, workers, host, task, observer)
-            run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
-            run.profiled = profile
+            parts = given.with_workers(parts, host, experiment, start)
+            run = _Run(experiment, folder, parts, given, log, made, trackers, start)
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
@@ -213,64 +253,90 @@ def resume_run(
         CheckpointError: The checkpoint is damaged or of another experiment.
         OutputError: ``path`` is not a run folder.
     """
-    _require_here(workers, on_step, profile)
     observer = observer or Silent()
+    given = _Given(observer, objective, data, remote, on_step, profile, workers)
+    folder = _begun_folder(path)
+    with folder.locked(), host_process(workers) as host:
+        for place in (folder.path, folder.checkpoints):
+            remove_temporary(place)
+        begun: Record | None = folder.read_json(names.RUN)
+        experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
+        made = _made_again(folder, begun, experiment, given)
+        log = log_of(folder)
+        trackers = _open_trackers(experiment, folder)
+        observer.stage("reading data")
+        division = given.partitioned(experiment)
+        digest = fingerprint(experiment, division, made)
+        saved = _checkpoint(folder, digest, log, from_round, fresh_clients)
+        require_same_data(folder, begun, digest)
+        laid_out = with_recorded_layout(experiment, begun)
+        parts = given.components(laid_out, division, start, saved)
+        require_same_model(folder, begun, parts)
+        _report_start(experiment, parts, observer)
+        report_versions(begun, observer)
+        _cut_back(folder, saved, observer)
+        parts = given.with_workers(parts, host, laid_out, start)
+        run = _Run(experiment, folder, parts, given, log, made, trackers, start)
+        return run.go_on(saved, begun)
+
+
+def _begun_folder(path: Path) -> RunFolder:
+    """Return the run folder at ``path``.
+
+    Raises:
+        OutputError: It is none, or no run was begun in it.
+    """
     folder = RunFolder.existing(path)
     if not folder.is_begun:
         raise OutputError(
             f"no run was begun in {path}, it holds {names.EXPERIMENT} alone: start one with "
             f"fedloom run {path / names.EXPERIMENT}"
         )
-    with folder.locked(), host_process(workers) as host:
-        for place in (folder.path, folder.checkpoints):
-            remove_temporary(place)
-        begun: Record | None = folder.read_json(names.RUN)
-        experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
-        require_same_engine(folder, begun, remote)
-        require_rows(experiment, remote)
-        made = MadeWith(objective, data)
-        made.require_same(folder.path, begun)
-        require_same_plugins(folder.path, begun, experiment)
-        log = log_of(folder)
-        trackers = _open_trackers(experiment, folder)
-        observer.stage("reading data")
-        division = partition_data(experiment, data, objective)
-        say_layouts(division.loaded, observer)
-        digest = fingerprint(experiment, division, made)
-        saved = None
-        if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
-            saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
-            require_records(folder, saved, log)
-        require_same_data(folder, begun, digest)
-        store = ClientStore(saved.clients if saved else None)
-        laid_out = with_recorded_layout(experiment, begun)
-        parts = assemble(
-            laid_out,
-            division,
-            objective=objective,
-            store=store,
-            stage=observer.stage,
-            remote=remote,
-            start=start,
-            on_step=on_step,
-        )
-        require_same_model(folder, begun, parts)
-        _report_rows(parts, observer)
-        _report_start(experiment, parts.objective, observer)
-        report_versions(begun, observer)
-        done = saved.round if saved else -1
-        if cut := record_marks.cut_back(folder, saved.records["files"] if saved else {}):
-            observer.stage(f"cut off, as these rounds are run again: {', '.join(cut)}")
-        task = WorkerTask(laid_out, objective, data, start)
-        parts = with_workers(parts, workers, host, task, observer)
-        run = _Run(experiment, folder, parts, observer, log, made, trackers, remote, start)
-        run.profiled = profile
-        run.prepare(done, begun if done >= 0 else None)
-        if saved is not None:
-            run.presence = presence_of(saved, parts)
-        state = saved.state if saved else first_state(parts.method, parts.initial)
-        observer.stage(where_it_goes_on(done, experiment.federation.rounds))
-        return run.go(state, done)
+    return folder
+
+
+def _checkpoint(
+    folder: RunFolder,
+    digest: str,
+    log: AuditLog,
+    from_round: int | None,
+    fresh_clients: Collection[int],
+) -> Checkpoint | None:
+    """Return the checkpoint that a run is continued from, ``None`` where there is none yet.
+
+    Raises:
+        CheckpointError: It is damaged or of another experiment, or a record of its rounds has changed.
+        AuditError: An entry of the log that it counts is not there.
+    """
+    if not folder.checkpoints.is_dir() or not any(folder.checkpoints.glob("round-*")):
+        return None
+    saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
+    require_records(folder, saved, log)
+    return saved
+
+
+def _cut_back(folder: RunFolder, saved: Checkpoint | None, observer: RunObserver) -> None:
+    """Remove records of rounds after the checkpoint: these are run again."""
+    if cut := record_marks.cut_back(folder, saved.records["files"] if saved else {}):
+        observer.stage(f"cut off, as these rounds are run again: {', '.join(cut)}")
+
+
+def _made_again(
+    folder: RunFolder, begun: Record | None, experiment: Experiment, given: _Given
+) -> MadeWith:
+    """Return what a run goes on with, after a check that it began with the same.
+
+    Raises:
+        SettingsError: The engine is another.
+        DataError: The engine does not have the rows where the experiment needs them.
+        CheckpointError: A class of the user or of others is another.
+    """
+    require_same_engine(folder, begun, given.remote)
+    require_rows(experiment, given.remote)
+    made = MadeWith(given.objective, given.data)
+    made.require_same(folder.path, begun)
+    require_same_plugins(folder.path, begun, experiment)
+    return made
 
 
 def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> None:
@@ -298,20 +364,19 @@ class _Run:
     experiment: Experiment
     folder: RunFolder
     parts: RunComponents
-    observer: RunObserver
+    given: _Given
     audit: AuditLog
     made: MadeWith
-    trackers: list[Tracker] = field(default_factory=list)
-    remote: RemoteEngine | None = None
-    start: Start | None = None
+    trackers: list[Tracker]
+    start: Start | None
     presence: Presence = NOBODY_YET
     last: tuple[int, State, dict[str, Any], Presence] | None = None
     saved: int = -1
-    profiled: bool = False
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
         """Begin to follow the records."""
+        self.observer, self.remote = self.given.observer, self.given.remote
         self.admission = Admission()
         self.marks = record_marks.Marks(self.folder)
         lines = self.folder.read_lines(names.COSTS)  # of rounds before a resume
@@ -365,6 +430,21 @@ class _Run:
         facts = {"run": id, "experiment": self.digest, "after": done, "clients": rows}
         self.audit.record("began", **facts, versions=versions())
         self._report_heaviest(sizes)
+
+    def go_on(self, saved: Checkpoint | None, begun: Record | None) -> Result:
+        """Continue from a checkpoint, or from the beginning where there is none; see :meth:`go`.
+
+        Args:
+            saved: The checkpoint of the last finished round.
+            begun: What ``run.json`` holds.
+        """
+        done = saved.round if saved else -1
+        self.prepare(done, begun if done >= 0 else None)
+        if saved is not None:
+            self.presence = presence_of(saved, self.parts)
+        state = saved.state if saved else first_state(self.parts.method, self.parts.initial)
+        self.observer.stage(where_it_goes_on(done, self.experiment.federation.rounds))
+        return self.go(state, done)
 
     def _for_clients(self, start: Tensors) -> Experiment:
         """Return the experiment as sent to clients: without other members and paths."""
@@ -456,7 +536,7 @@ class _Run:
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:
         """Yield the server; where a trace is asked for, one of which everything is noted."""
-        if not self.profiled:
+        if not self.given.profile:
             yield server
             return
         from fedloom.runs.profiling import Profile
@@ -651,24 +731,20 @@ def _require_base(experiment: Experiment, start: Start, observer: RunObserver) -
         observer.warning(doubt)
 
 
-def _report_start(experiment: Experiment, objective: Objective, observer: RunObserver) -> None:
-    """Report the start of a run and its reference model."""
+def _report_start(experiment: Experiment, parts: RunComponents, observer: RunObserver) -> None:
+    """Report a run's rows, what could distort its results, its start and its reference model."""
+    for source, own in row_account.sources(parts.accounts.to_record()).items():
+        observer.stage(row_account.sentence(source, own))
+    for text in parts.accounts.warnings:
+        observer.warning(text)
     name = experiment.adapter.start
     if name is not None:
         observer.stage(f"starting from the adapter {named(name)}")
-    if objective.needs_reference:
+    if parts.objective.needs_reference:
         told = f"the adapter it starts from, {named(name)}"
         observer.stage(
             f"reference: {told if experiment.reference == 'start' else 'the base model'}"
         )
-
-
-def _report_rows(parts: RunComponents, observer: RunObserver) -> None:
-    """Report the account of rows, and warn of what could distort results."""
-    for name, own in row_account.sources(parts.accounts.to_record()).items():
-        observer.stage(row_account.sentence(name, own))
-    for text in parts.accounts.warnings:
-        observer.warning(text)
 
 
 def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:

@@ -212,12 +212,16 @@ def tune(
                     bench.training = _with(bench.training, setting, trial.best.value)
     finally:
         torch.set_num_threads(before)
-    kind = type(parts.objective).__name__
-    headline = (
+    return Tuning(_headline(bench, before), tuple(trials), changes)
+
+
+def _headline(bench: _Bench, threads: int) -> str:
+    """Return what was timed, in words."""
+    kind = type(bench.objective).__name__
+    return (
         f"{kind} on client {bench.client} ({len(bench.share)} rows), {bench.steps} optimizer steps of "
-        f"{experiment.training.batch_size} a timing, {before} thread{'s' * (before > 1)}"
+        f"{bench.training.batch_size} a timing, {threads} thread{'s' * (threads > 1)}"
     )
-    return Tuning(headline, tuple(trials), changes)
 
 
 def _require_tokens_counted(experiment: Experiment) -> None:
@@ -276,29 +280,7 @@ def _try(bench: _Bench, setting: str, values: Sequence[int], seconds: float) -> 
     ends = time.perf_counter() + seconds
     candidates = [Candidate(setting, value) for value in values]
     first = candidates[0]
-    bench.steps = 1
-    one, expected = 0.0, math.nan
-    for candidate in candidates:
-        try:
-            settings = _with(bench.training, setting, candidate.value)
-            bench.run(settings)  # the first time, memory is reserved
-            took, loss = bench.run(settings)[0], bench.loss(settings)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            candidate.problem = "does not fit into memory"
-            continue
-        if candidate is first:
-            expected = loss
-        elif not abs(loss - expected) <= SAME * max(1.0, abs(expected)):
-            candidate.problem = f"its loss is {loss:.6g}, not {expected:.6g}"
-            continue
-        one = max(one, took)
-    if first.problem:
-        raise ModelError(
-            f"one optimizer step with training.{setting} = {first.value} {first.problem}: set a smaller "
-            "training.batch_size or data.max_length, or take a smaller model"
-        )
+    one = _longest_step(bench, setting, candidates)
     usable = [candidate for candidate in candidates if not candidate.problem]
     left = ends - time.perf_counter()
     timings = 2 * len(usable)
@@ -328,6 +310,40 @@ def _try(bench: _Bench, setting: str, values: Sequence[int], seconds: float) -> 
     _with(bench.training, setting, first.value)
     better = best is not first and min(best.ratios) > 1 + noise
     return Trial(tuple(candidates), noise, best if better else None)
+
+
+def _longest_step(bench: _Bench, setting: str, candidates: Sequence[Candidate]) -> float:
+    """Return the seconds of one optimizer step with the slowest value that can be used.
+
+    A value that does not fit into memory, or whose loss is not the first one's, is given its problem.
+
+    Raises:
+        ModelError: The first value does not fit into memory.
+    """
+    first, bench.steps = candidates[0], 1
+    one, expected = 0.0, math.nan
+    for candidate in candidates:
+        try:
+            settings = _with(bench.training, setting, candidate.value)
+            bench.run(settings)  # the first time, memory is reserved
+            took, loss = bench.run(settings)[0], bench.loss(settings)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            candidate.problem = "does not fit into memory"
+            continue
+        if candidate is first:
+            expected = loss
+        elif not abs(loss - expected) <= SAME * max(1.0, abs(expected)):
+            candidate.problem = f"its loss is {loss:.6g}, not {expected:.6g}"
+            continue
+        one = max(one, took)
+    if first.problem:
+        raise ModelError(
+            f"one optimizer step with training.{setting} = {first.value} {first.problem}: set a smaller "
+            "training.batch_size or data.max_length, or take a smaller model"
+        )
+    return one
 
 
 def _noise(candidates: Sequence[Candidate]) -> float:

@@ -83,17 +83,10 @@ def train_locally(
         NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
         PolicyError: It took more steps, or longer, than ``model.allowance`` has.
     """
-    objective = objective.for_client(share.tokens.labels)
-    graphs = graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
-
-    def own_gradients(parts: list[Batch], totals: Totals) -> RemoteGradients:
-        return _accumulate_gradients(model, objective, parts, totals, graphs)
-        yield  # nobody else is needed
-
     steps = local_steps(
         model,
         share,
-        own_gradients,
+        _own_gradients(model, share, objective, settings),
         settings,
         learning_rate=learning_rate,
         seed=seed,
@@ -107,6 +100,25 @@ def train_locally(
         after_step=after_step,
         on_step=on_step,
     )
+    return _finished(steps)
+
+
+def _own_gradients(
+    model: AdapterModel, share: TokenShare, objective: Objective, settings: TrainingSettings
+) -> Callable[[list[Batch], Totals], RemoteGradients]:
+    """Return what computes the gradients of an optimizer batch without another party."""
+    objective = objective.for_client(share.tokens.labels)
+    graphs = graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
+
+    def own_gradients(parts: list[Batch], totals: Totals) -> RemoteGradients:
+        return _accumulate_gradients(model, objective, parts, totals, graphs)
+        yield  # nobody else is needed
+
+    return own_gradients
+
+
+def _finished(steps: Generator[Any, Any, LocalResult]) -> LocalResult:
+    """Make steps that wait for no other party; return their result."""
     try:
         next(steps)
     except StopIteration as stop:
