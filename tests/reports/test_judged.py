@@ -56,7 +56,7 @@ def test_a_run_says_how_sure_it_is(folder):
     page = write_report([folder]).read_text()
     assert f"{found.rows} rows; 95 % over rows: {found.interval.low:.3f} to" in page
     assert "What these figures mean" in page and "<td>preference accuracy</td>" in page
-    assert "r(y+) &gt; r(y-), ties half" in page and "Bonett and Price" in page
+    assert "r(y+) &gt; r(y-), ties count half" in page and "Bonett and Price" in page
 
 
 def test_a_headline_has_colour_only_where_the_change_is_shown(folder):

@@ -74,7 +74,7 @@ HELD_OUT = (
         "sigmoid(r(y+) - r(y-)) "
         "(DPO's loss at the objective's beta, 0.1 where it has none); labelled texts: "
         "cross-entropy of the "
-        "class; choices: mean -log p of a token of the right one",
+        "class; choices: mean -log p per token of the right one",
         "nats",
         0,
         None,
@@ -84,48 +84,49 @@ HELD_OUT = (
     Metric("perplexity", "exp(loss)", "1", 1, None, "completion tokens", "held-out"),
     _share(
         "token_accuracy",
-        "the likeliest token is the one in the data",
+        "the most probable token is the one in the data",
         "completion tokens",
         "held-out, training",
     ),
     _share(
         "accuracy",
-        "labelled texts: the likeliest class is the right one; choices: the right one has the "
-        "least mean "
-        "loss a token",
+        "labelled texts: the most probable class is the right one; choices: the right one has "
+        "the lowest mean loss per token",
         "rows",
         "held-out, training",
     ),
-    _share("preference_accuracy", "r(y+) > r(y-), ties half", "pairs", "held-out"),
+    _share("preference_accuracy", "r(y+) > r(y-), ties count half", "pairs", "held-out"),
     _share(
         "implicit_accuracy",
-        "the implicit reward beta (log pi - log pi0) alone is higher for y+, ties half",
+        "the implicit reward beta (log pi - log pi0) alone is higher for y+, ties count half",
         "pairs",
         "held-out, training",
     ),
     _share(
         "explicit_accuracy",
-        "the reward head's r2 alone is higher for y+, ties half",
+        "the reward head's r2 alone is higher for y+, ties count half",
         "pairs",
         "held-out, training",
     ),
-    _share("likelihood_accuracy", "log pi(y+|x) > log pi(y-|x), ties half", "pairs", "held-out"),
+    _share(
+        "likelihood_accuracy", "log pi(y+|x) > log pi(y-|x), ties count half", "pairs", "held-out"
+    ),
     _share(
         "normalised_accuracy",
-        "mean log-probability a token under pi is higher for y+, ties half",
+        "mean log-probability per token under pi is higher for y+, ties count half",
         "pairs",
         "held-out",
     ),
     _share(
         "longer_accuracy",
-        "y+ has more tokens, ties half: what the rule 'the longer answer is the chosen one' "
+        "y+ has more tokens, ties count half: what the rule 'the longer answer is the chosen one' "
         "reaches",
         "pairs",
         "held-out",
     ),
     _share(
         "feedback_auc",
-        "r of a desirable answer > r of an undesirable one, ties half; 0.5 where one class is "
+        "r of a desirable answer > r of an undesirable one, ties count half; 0.5 where one class is "
         "missing",
         "pairs of a desirable and an undesirable answer",
         "held-out",
@@ -136,7 +137,7 @@ HELD_OUT = (
     _share("explicit_auc", "feedback_auc by the reward head alone", "as feedback_auc", "held-out"),
     _share(
         "rouge_l",
-        "ROUGE-L (F1) of the model's greedy answer against the nearest accepted one",
+        "ROUGE-L (F1) of the model's greedy answer and the most similar accepted one",
         "answers",
         "held-out",
     ),
@@ -161,7 +162,9 @@ TRAINING = (
     ),
     Metric("reward_chosen", f"r(y+), {REWARD}", "1", None, None, "pairs", "training"),
     Metric("reward_rejected", f"r(y-), {REWARD}", "1", None, None, "pairs", "training"),
-    _share("reward_accuracy", "r(y+) > r(y-), a tie is lost (as in TRL)", "pairs", "training"),
+    _share(
+        "reward_accuracy", "r(y+) > r(y-), a tie counts as lost (as in TRL)", "pairs", "training"
+    ),
     Metric(
         "token_reward_chosen",
         "beta times the mean over y+'s tokens of log pi - log pi0 (IPO), or of log pi (SimPO, "
@@ -184,7 +187,7 @@ TRAINING = (
     ),
     _share(
         "token_reward_accuracy",
-        "the token reward of y+ is higher, a tie is lost",
+        "the token reward of y+ is higher, a tie counts as lost",
         "pairs",
         "training",
     ),
@@ -223,7 +226,7 @@ TRAINING = (
     _share("without_kl", "z0 is 0, as the client has a single row", "answers", "training"),
     Metric(
         "chosen_cross_entropy",
-        "mean -log pi a token of y+ (with sft_weight)",
+        "mean -log pi per token of y+ (with sft_weight)",
         "nats",
         0,
         None,
@@ -232,7 +235,7 @@ TRAINING = (
     ),
     Metric(
         "log_odds_ratio",
-        "ORPO: the log of odds(y+) / odds(y-), odds of the mean probability a token",
+        "ORPO: the log of odds(y+) / odds(y-), odds of the mean probability per token",
         "1",
         None,
         None,
@@ -251,7 +254,7 @@ TRAINING = (
     _share("agreement", "teacher and model have the same likeliest token", "positions", "training"),
     Metric(
         "balance",
-        "the term that keeps a layer's experts equally used",
+        "the loss term for an equal use of the experts of a layer",
         "1",
         0,
         None,
@@ -260,7 +263,7 @@ TRAINING = (
     ),
     Metric(
         "skipped_steps",
-        "optimizer batches without a token that counts, on which no step was made",
+        "optimizer batches without a token that is trained on; no step was made on them",
         "steps",
         0,
         None,
@@ -282,7 +285,7 @@ TRAINING = (
 CLIENTS = (
     Metric(
         "mean",
-        "mean of the metric, every client counting alike",
+        "mean of the metric; every client has the same weight",
         "as the metric",
         None,
         None,
@@ -291,7 +294,7 @@ CLIENTS = (
     ),
     Metric(
         "worst",
-        "the metric of the client with the worst",
+        "the metric of the worst client",
         "as the metric",
         None,
         None,
@@ -309,7 +312,7 @@ CLIENTS = (
     ),
     Metric(
         "spread",
-        "standard deviation over clients (of these, not of a sample)",
+        "standard deviation over these clients (divided by n, not by n - 1)",
         "as the metric",
         0,
         None,
@@ -318,7 +321,7 @@ CLIENTS = (
     ),
     _share(
         "fairness",
-        "Jain's index (sum m)^2 / (n sum m^2); 1 where all fare alike",
+        "Jain's index (sum m)^2 / (n sum m^2); 1 if all clients have the same value",
         "clients",
         "clients",
     ),
@@ -327,11 +330,11 @@ CLIENTS = (
 JUDGES = (
     Metric(
         "score",
-        "mean over the places at which an answer was shown",
+        "mean over the positions at which an answer was shown",
         "the judge's scale",
         None,
         None,
-        "questions judged at every place",
+        "questions judged at every position",
         "judges",
     ),
     _share(
@@ -348,13 +351,13 @@ JUDGES = (
     ),
     _share(
         "first_preferred",
-        "the answer shown earlier gets the higher of two scores, ties aside",
+        "the answer shown earlier gets the higher of two scores, ties left out",
         "questions",
         "judges",
     ),
     _share(
         "longer_preferred",
-        "the longer answer gets the higher of two scores, ties aside",
+        "the longer answer gets the higher of two scores, ties left out",
         "questions",
         "judges",
     ),
@@ -371,7 +374,13 @@ JUDGES = (
 
 COSTS = (
     Metric(
-        "bytes", "encoded payloads, measured; evaluation's apart", "bytes", 0, None, "a sum", "cost"
+        "bytes",
+        "encoded payloads, measured; without those of evaluation",
+        "bytes",
+        0,
+        None,
+        "a sum",
+        "cost",
     ),
     Metric(
         "flops",
@@ -385,7 +394,7 @@ COSTS = (
     Metric("seconds", "wall-clock time, measured", "s", 0, None, "a sum", "cost"),
     Metric(
         "peak_memory",
-        "most memory that the process had, measured",
+        "the most memory that the process used, measured",
         "bytes",
         0,
         None,
@@ -399,8 +408,8 @@ GLOSSARY = {own.name: own for own in (*HELD_OUT, *TRAINING, *CLIENTS, *JUDGES, *
 
 PREFIXES = {
     "clients_": "mean over clients of what their own models reach on the global held-out set",
-    "distil_": "of distillation on public rows, at the client",
-    "after.": "of a newcomer, after its own steps",
+    "distil_": "of distillation on public rows at the clients",
+    "after.": "of an unseen client, after steps on its own rows",
 }
 """What a prefix adds to a name."""
 
@@ -408,32 +417,30 @@ INTERVALS = (
     (
         "these trained models",
         "held-out rows",
-        "Would other rows say the same of these very models? Shares: Wilson. Differences and other "
-        "means in "
-        "[0, 1]: by Student's t, one row added at either bound (Agresti and Coull; Bonett and "
-        "Price). Losses: "
-        "the linearised error of a ratio, a row being one unit however many tokens it has. Areas "
-        "under the ROC "
-        "curve: DeLong. Any number of seeds; a row is one unit however many models judged it.",
+        "Would other rows give the same result for these models? Shares: Wilson. Differences and "
+        "other means in [0, 1]: Student's t, with one row added at either bound (Agresti and Coull; "
+        "Bonett and Price). Losses: the linearised error of a ratio; a row is one unit, however many "
+        "tokens it has. Areas under the ROC curve: DeLong. For any number of seeds; a row is one "
+        "unit, however many models were evaluated on it.",
     ),
     (
         "the method",
         "seeds",
-        "Would another training say the same? Student's t over seeds, paired where two "
-        "configurations share them; for the same held-out rows, where seeds share these. Not "
-        "estimable below five seeds, nor where all differ by the same amount.",
+        "Would another training give the same result? Student's t over seeds, paired where two "
+        "configurations have the same seeds; for the same held-out rows, where all seeds have the "
+        "same. Not estimable with fewer than five seeds, or where all differ by the same amount.",
     ),
     (
         "clients",
         "clients",
-        "Would other clients fare alike? Student's t over clients. Not estimable below five.",
+        "Would other clients have the same result? Student's t over clients. Not estimable with "
+        "fewer than five.",
     ),
     (
         "judges' scores",
         "questions",
-        "Would other questions say the same? Bootstrap over questions, one question added at "
-        "either end of "
-        "the judge's scale; shares: Wilson.",
+        "Would other questions give the same result? Bootstrap over questions, with one question "
+        "added at either end of the judge's scale; shares: Wilson.",
     ),
 )
 """The intervals: what they are about, their units, and how they are made."""
@@ -455,15 +462,16 @@ def markdown() -> str:
     lines = [
         "# What every figure means",
         "",
-        "Written from `src/fedloom/reports/glossary.py` by `python -m fedloom.reports.glossary`. The "
-        "pages of runs and",
-        "comparisons hold the entries of what they show.",
+        "This page is generated from `src/fedloom/reports/glossary.py` by",
+        "`python -m fedloom.reports.glossary`. The pages of runs and comparisons contain the entries",
+        "of the figures that they show.",
         "",
         "y+ and y- are the chosen and the rejected answer to a prompt x. log pi(y|x) is the sum of "
         "the log-probabilities of",
         "the answer's tokens under the trained model, log pi0(y|x) under the model before "
         "training. The reward of an answer",
-        f"is {REWARD}; it has this one scale in training and in evaluation.",
+        f"is {REWARD}. It has the same scale in training and in",
+        "evaluation.",
     ]
     for title, own in (
         ("Held-out rows", HELD_OUT),
@@ -483,17 +491,18 @@ def markdown() -> str:
             f"| `{one.name}` | {_cell(one.formula)} | {one.unit} | {one.range} | {one.over} |"
             for one in own
         ]
-    lines += ["", "Before a name:", ""]
+    lines += ["", "Prefixes of names:", ""]
     lines += [f"- `{prefix}`: {text}" for prefix, text in PREFIXES.items()]
     lines += [
         "",
         "## Intervals",
         "",
-        "Every interval is of 95 % and says over what it is. There is none where the units cannot "
-        "carry one, and then",
-        "what would be needed stands in its place. p values of one table are adjusted for their "
-        "number (Holm 1979).",
-        "[intervals.md](intervals.md) has their coverage and power in simulated comparisons.",
+        "Every interval is a 95 % interval, and its unit is named beside it. Where there are too few "
+        "units, there",
+        "is no interval, and the text in its place says how many are needed. p values of one table "
+        "are adjusted for their",
+        "number (Holm 1979). [intervals.md](intervals.md) has coverage and power of the intervals in "
+        "simulated comparisons.",
         "",
         "| about | units | how |",
         "| --- | --- | --- |",

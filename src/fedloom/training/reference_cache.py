@@ -2,9 +2,9 @@
 
 A reference does not change over rounds, and clients, configurations of a comparison, resumed runs and
 later ones have rows and references in common. What is kept is one forward pass: its key is a SHA-256
-over all that its bits follow from: the weights themselves, precision, device, threads and version of torch, and the
-tokens of the pass. So an entry is what would be computed again, bit for bit, or it is not found. A
-file holds the passes under one model; one that is damaged counts for what is whole of it.
+over all that its bits follow from: the weights themselves, precision, device, threads and version of
+torch, and the tokens of the pass. So an entry is what would be computed again, bit for bit, or it is not
+found. A file holds the passes under one model; one that is damaged counts for what is whole of it.
 """
 
 from __future__ import annotations
