@@ -15,11 +15,8 @@ from typing import Any, BinaryIO, NoReturn, TextIO
 
 from fedloom.accounting.quantities import human_count
 from fedloom.data.rows import RowError
-from fedloom.data.safe_open import LONGEST_ROW, UnreadableError, not_utf8, require_text
+from fedloom.data.safe_open import DEEPEST, LONGEST_ROW, UnreadableError, not_utf8, require_text
 from fedloom.display.untrusted_text import short
-
-DEEPEST = 100
-"""Brackets within brackets; messages with parts are 5 deep."""
 
 LONGEST_NUMBER = 100
 """Digits of a whole number; those that name something have 39 at most (128 bits)."""

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.json_rows import DEEPEST
 from fedloom.data.rows import RowError
-from fedloom.data.safe_open import LONGEST_ROW, RATIO, UNPACKED, UnreadableError
+from fedloom.data.safe_open import DEEPEST, LONGEST_ROW, RATIO, UNPACKED, UnreadableError
 from fedloom.display.untrusted_text import short
 from fedloom.errors import first_line
 

@@ -25,6 +25,9 @@ from fedloom.errors import DataError
 LONGEST_ROW = 16 * 2**20
 """Characters of the longest row (bytes of a Parquet row): 16 Mi."""
 
+DEEPEST = 100
+"""Brackets within brackets; messages with parts are 5 deep."""
+
 UNPACKED, RATIO = 16 * 2**20, 100
 """Bytes that a compressed file may unpack to whatever its size, and how many times its size beyond that.
 Text packs to a third or a tenth, rows that say nearly the same to a fiftieth; gzip reaches 1032."""

@@ -52,7 +52,8 @@ from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.code_digests import plugin_digests
 from fedloom.runs.initial_adapter import SENT, Start, digest_of_tensors, own_models
 from fedloom.runs.model_cards import ModelCards
-from fedloom.runs.verification import Verifier, sentence
+from fedloom.runs.records import verified_sentence
+from fedloom.runs.verification import Verifier
 from fedloom.security.audit_log import FILE, AuditLog, digest_of
 from fedloom.security.certificates import issued_key, read_certificate
 from fedloom.security.keys import is_signed, read_key, secret_number, sign
@@ -401,7 +402,7 @@ class Worker:
             if self.log is not None:
                 self.log.record("differs", **about, reason=str(error))
             raise
-        LOG.info("run %s: %s", header.run[:8], sentence(outcome))
+        LOG.info("run %s: %s", header.run[:8], verified_sentence(outcome))
         if self.log is not None:
             self.log.record("verified", **about, **outcome)
 

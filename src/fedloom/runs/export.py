@@ -15,8 +15,9 @@ from fedloom.objectives import OBJECTIVES
 from fedloom.runs.model_building import client_base, model_folder, of_server
 from fedloom.runs.model_cards import UNKNOWN_PROMPT, evaluation_facts, facts_of
 from fedloom.runs.partitioning import partition_data
+from fedloom.runs.records import verified_sentence
 from fedloom.runs.saved_models import load_saved
-from fedloom.runs.verification import ExportCheck, sentence
+from fedloom.runs.verification import ExportCheck
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import RunFolder
 
@@ -85,7 +86,7 @@ def export(
     if check is not None:
         del check.model
         outcome = check.verify(target, sequence=reward or classification)
-    return Exported(target, own_code, reward, classification, sentence(outcome))
+    return Exported(target, own_code, reward, classification, verified_sentence(outcome))
 
 
 def _classes(folder: RunFolder, experiment: Experiment) -> tuple[str, ...]:

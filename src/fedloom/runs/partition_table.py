@@ -9,11 +9,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedloom.data.loading import DataSource, LoadedData
+from fedloom.data.loading import DataSource
 from fedloom.display.untrusted_text import named
 from fedloom.errors import OutputError
 from fedloom.experiment.experiment import Experiment
-from fedloom.runs.observers import RunObserver
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import account_tables, partition_record, partition_table
 
@@ -54,9 +53,3 @@ def show_partition(
     accounts = account_tables(division.accounts.to_record())
     tables = Group(*lines, partition_table(record), accounts)
     return Shown(record, tables, division.accounts.warnings)
-
-
-def say_layouts(loaded: LoadedData, observer: RunObserver) -> None:
-    """Say by which layout each file was read."""
-    for text in loaded.layouts:
-        observer.stage(named(text))

@@ -54,7 +54,6 @@ from fedloom.runs.initial_adapter import Start
 from fedloom.runs.model_building import of_server
 from fedloom.runs.partitioning import PartitionedData
 from fedloom.runs.progress import trained_tokens
-from fedloom.runs.verification import sentence
 from fedloom.statistics.intervals import Sample, change, sample_interval
 from fedloom.storage import run_folder as names
 from fedloom.training.layout import tokens_per_pass
@@ -556,7 +555,7 @@ def summary_text(summary: Mapping[str, Any], headline: PrimaryMetric, folder: Pa
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
-        *([sentence(summary["verified"])] if "verified" in summary else []),
+        *([verified_sentence(summary["verified"])] if "verified" in summary else []),
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
@@ -576,3 +575,17 @@ def _change(name: str, before: float | None, after: float | None) -> str:
     shown = ("not measured" if value is None else f"{value:.4f}" for value in (before, after))
     change = "" if before is None or after is None else f"  ({after - before:+.4f})"
     return f"held-out {name} before {next(shown)}  after {next(shown)}{change}"
+
+
+def verified_sentence(outcome: dict[str, Any]) -> str:
+    """Return in one line what a :class:`~fedloom.runs.verification.Verifier` found."""
+    if "left_out" in outcome:
+        return f"not verified: {outcome['left_out']}"
+    count = outcome["folders"]
+    what = "what was saved" if count == 1 else f"the {count} models that were saved"
+    return (
+        f"verified: {what}, loaded by {' and by '.join(outcome['loaded_by'])}, against what was trained, "
+        f"on {outcome['rows']} {outcome['rows_are']}: log-probs differ by {outcome['difference']:.1g} "
+        f"({outcome['allowed']:.1g} allowed; training moved them by {outcome['moved']:.2g}); "
+        f"{human_seconds(outcome['seconds'])}"
+    )

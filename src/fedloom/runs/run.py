@@ -61,7 +61,6 @@ from fedloom.runs.new_folder import (
     require_rows,
 )
 from fedloom.runs.observers import RunObserver, Silent
-from fedloom.runs.partition_table import say_layouts
 from fedloom.runs.partitioning import PartitionedData, partition_data
 from fedloom.runs.plan import evaluated_first, plan_of
 from fedloom.runs.records import (
@@ -129,9 +128,10 @@ class _Given:
         _require_here(self.workers, self.on_step, self.profile)
 
     def partitioned(self, experiment: Experiment) -> PartitionedData:
-        """Read the data and partition it among the clients; report recognised layouts."""
+        """Read the data and partition it among the clients; report by which layout each file was read."""
         division = partition_data(experiment, self.data, self.objective)
-        say_layouts(division.loaded, self.observer)
+        for text in division.loaded.layouts:
+            self.observer.stage(named(text))
         return division
 
     def components(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedloom.accounting.quantities import human_bytes, human_seconds
+from fedloom.accounting.quantities import human_bytes
 from fedloom.data.token_set import TokenSet
 from fedloom.errors import ModelError, VerificationError, first_line
 from fedloom.experiment.experiment import Experiment
@@ -351,17 +351,3 @@ def _free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def sentence(outcome: dict[str, Any]) -> str:
-    """Return the outcome of :meth:`Verifier.verify` in one line."""
-    if "left_out" in outcome:
-        return f"not verified: {outcome['left_out']}"
-    count = outcome["folders"]
-    what = "what was saved" if count == 1 else f"the {count} models that were saved"
-    return (
-        f"verified: {what}, loaded by {' and by '.join(outcome['loaded_by'])}, against what was trained, "
-        f"on {outcome['rows']} {outcome['rows_are']}: log-probs differ by {outcome['difference']:.1g} "
-        f"({outcome['allowed']:.1g} allowed; training moved them by {outcome['moved']:.2g}); "
-        f"{human_seconds(outcome['seconds'])}"
-    )

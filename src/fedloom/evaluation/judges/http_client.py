@@ -17,7 +17,8 @@ from typing import Any
 import httpcore
 import httpx
 
-from fedloom.data.json_rows import DEEPEST, is_deep
+from fedloom.data.json_rows import is_deep
+from fedloom.data.safe_open import DEEPEST
 from fedloom.display.untrusted_text import short
 from fedloom.errors import JudgeError
 
