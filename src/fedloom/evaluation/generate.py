@@ -91,6 +91,13 @@ def continue_tokens(
     """Return a greedy answer to each prompt given as tokens; see :func:`generate_answers`.
 
     Counted as one pass over a batch's prompts and answers.
+
+    Args:
+        model: The backbone with its adapter.
+        encoder: Of that model; decodes the answers.
+        prompts: Token ids of each prompt; of those that are too long the beginning is left out.
+        max_new_tokens: Tokens of an answer at most, and never more than half the model's context.
+        batch_size: Prompts that are answered together at most; 1 where padding would change answers.
     """
     with model.evaluating():
         return _answered(
@@ -114,8 +121,15 @@ def generate(
 ) -> list[str]:
     """Return one answer to each prompt; see :func:`generate_answers`.
 
-    An answer has at most half the context, so that a prompt keeps the other half. ``advance`` is
-    called with the number of prompts answered, batch by batch.
+    An answer has at most half the context, so that a prompt keeps the other half.
+
+    Args:
+        model: A causal model.
+        encoder: Of that model; decodes the answers.
+        asks: Prompts as token ids, each with its temperature and seed.
+        max_new_tokens: Tokens of an answer at most.
+        batch_size: Prompts that are answered together at most; 1 where padding would change answers.
+        advance: Called with the number of prompts answered, batch by batch.
     """
     return _answered(
         model,

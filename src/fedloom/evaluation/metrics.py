@@ -102,8 +102,14 @@ def instruction_metrics(token_logps: Tensor, mask: Tensor, correct: Tensor) -> d
 def rewards(log_ratios: Tensor, beta: float, explicit: Tensor | None, gamma: float) -> Tensor:
     """Return beta times the log-ratios, plus gamma times explicit rewards, ``(rows,)`` each, float64.
 
-    This is the reward of training too (DPO, KTO and those that add a reward head); of differences of
-    log-ratios and of explicit rewards it is the difference of rewards.
+    This is the reward of training too (DPO, KTO and those that add a reward head). Given differences of
+    log-ratios and of explicit rewards, it is the difference of rewards.
+
+    Args:
+        log_ratios: ``(rows,)`` log pi - log pi_ref, in nats.
+        beta: Scale of the implicit reward, above 0.
+        explicit: ``(rows,)`` outputs of the reward head; ``None`` without one.
+        gamma: Scale of the explicit reward, at least 0.
     """
     implicit = beta * log_ratios.double()
     return implicit if explicit is None else implicit + gamma * explicit.double()
@@ -119,13 +125,20 @@ def preference_metrics(
     explicit: tuple[Tensor, Tensor] | None = None,
     gamma: float = 0.0,
 ) -> dict[str, float]:
-    """Judge pairs by their summed log-probs and completion lengths in tokens, each ``(pairs,)``.
+    """Return the metrics of held-out pairs.
 
-    Where there are ``explicit`` rewards of both, ``(pairs,)`` each, the reward of an answer is beta times
-    its log-ratio and ``gamma`` times that.
+    Args:
+        chosen: ``(pairs,)`` log pi(y+|x), summed over the completion's tokens, in nats.
+        rejected: ``(pairs,)`` the same of y-.
+        reference_chosen: ``(pairs,)`` log pi_ref(y+|x).
+        reference_rejected: ``(pairs,)`` log pi_ref(y-|x).
+        lengths: Completion tokens of y+ and y-, ``(pairs,)`` each, at least 1.
+        beta: Scale of the implicit reward, above 0.
+        explicit: Outputs of the reward head for y+ and y-, ``(pairs,)`` each; ``None`` without one.
+        gamma: Scale of the explicit reward, at least 0.
 
     Returns:
-        ``preference_accuracy`` (implicit reward, ties half), ``likelihood_accuracy`` (the policy
+        ``preference_accuracy`` (implicit reward, ties count half), ``likelihood_accuracy`` (the policy
         itself gives the chosen answer the higher probability), ``normalised_accuracy`` (the same of
         mean log-probs a token, as SimPO and ORPO reward them: length does not count), ``longer_accuracy``
         (the rule that the longer answer is the chosen one: no model is asked, all must beat it),
@@ -156,7 +169,15 @@ def feedback_metrics(
     explicit: Tensor | None = None,
     gamma: float = 0.0,
 ) -> dict[str, float]:
-    """Judge single answers, each ``(rows,)``, by their rewards; see :func:`preference_metrics`.
+    """Return the metrics of held-out single answers, which are of their rewards.
+
+    Args:
+        policy: ``(rows,)`` log pi(y|x), summed over the completion's tokens, in nats.
+        reference: ``(rows,)`` log pi_ref(y|x).
+        desirable: ``(rows,)`` whether the answer is desirable.
+        beta: Scale of the implicit reward, above 0.
+        explicit: ``(rows,)`` outputs of the reward head; ``None`` without one.
+        gamma: Scale of the explicit reward, at least 0.
 
     Returns:
         ``feedback_auc`` (0.5 where one class is missing) and the mean reward of either class, as in

@@ -153,7 +153,17 @@ def _verdict_record(
 def judge_record(
     outcome: Outcome, models: list[str], benchmark: Benchmark, settings: JudgingSettings
 ) -> dict[str, Any]:
-    """Return what one judge found, and what there is to say about the judge itself."""
+    """Return what one judge found, and the judge's own figures: costs, and preferences for a position.
+
+    Args:
+        outcome: The judge's ratings, and why others are missing.
+        models: Names of those whose answers were judged.
+        benchmark: The questions, with their categories.
+        settings: With the seed of the bootstrap.
+
+    Returns:
+        A part of ``evaluation.json``: scores and differences of models with 95 % intervals over questions.
+    """
 
     def rng() -> Any:
         return generator(settings.seed, "bootstrap")

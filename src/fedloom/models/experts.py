@@ -379,7 +379,11 @@ def by_layer(tensors: Tensors, layers: Collection[str]) -> dict[str, dict[str, T
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the layer and the part that a tensor's name is made of."""
+    """Return the layer and the part that a tensor's name is made of.
+
+    Raises:
+        ValueError: It is the name of no part of a mixture of experts.
+    """
     for marker in (".experts.", ".shared.", f".{PROJECTION}"):
         at = name.rfind(marker)
         if at >= 0:

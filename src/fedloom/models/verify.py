@@ -298,6 +298,9 @@ def load_whole(
         dtype: Of the weights.
         device: Where it goes.
         sequence: Whether it is a model for sequence classification.
+
+    Raises:
+        VerificationError: It cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

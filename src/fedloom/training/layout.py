@@ -314,6 +314,13 @@ def saves(plain: int, shared: int) -> bool:
 
 
 def fits(examples: int, rows: int, longest: int, budget: Budget) -> bool:
-    """Return whether so many examples in rows padded to the longest are within a budget."""
+    """Return whether a pass is within a budget.
+
+    Args:
+        examples: In the pass, at least 1.
+        rows: Sequences that it is computed in.
+        longest: Tokens of the longest, to which all are padded.
+        budget: The most examples and padded tokens of a pass.
+    """
     within = budget.tokens is None or rows * longest <= budget.tokens
     return examples <= budget.rows and within

@@ -125,7 +125,14 @@ class Totals:
     def add(
         self, batch: Batch, metrics: dict[str, Tensor], weight: float, own: dict[str, float]
     ) -> None:
-        """Count a pass, and its metrics by ``weight`` or by the weight they have of their own."""
+        """Count a pass, and add its metrics to their weighted sums.
+
+        Args:
+            batch: The pass.
+            metrics: Scalars by name, each a mean over the pass.
+            weight: What the objective counts in the pass, at least 0: the weight of its metrics.
+            own: By name, the weights of metrics that are means over something else.
+        """
         self.examples += len(batch)
         self.tokens += batch.tokens
         self.targets += batch.completion_tokens or len(batch)
