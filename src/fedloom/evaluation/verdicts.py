@@ -162,7 +162,7 @@ def judge_record(
         settings: With the seed of the bootstrap.
 
     Returns:
-        A part of ``evaluation.json``: scores and differences of models with 95 % intervals over questions.
+        A part of ``evaluation.json``: scores and differences of models, with intervals over questions.
     """
 
     def rng() -> Any:
