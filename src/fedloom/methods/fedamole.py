@@ -108,7 +108,7 @@ class FedAMoLESettings(NamedSettings):
     min_experts_per_client: int = Field(default=2, ge=1)
     """And at least (the authors: 2, the top-k)."""
     assignment: Literal["relevance", "random", "static"] = "relevance"
-    """relevance: experts choose in every round. Ablations: drawn in every round; drawn once and kept."""
+    """relevance: by similarity, in every round. Ablations: random in every round; static, drawn once."""
     homogeneous: bool = False
     """Ablation: every client holds equally many experts, to within one."""
     embedding_fraction: float = Field(default=0.05, gt=0, lt=1)
