@@ -215,6 +215,7 @@ class Terminal(Lines):
         metric, worst = self._judged(record.evaluation)
         taken = len(record.clients) - len(record.rejected)
         missing = record.absent.keys() | record.rejected.keys() | record.paused.keys()
+        simulated = record.simulated
         return {
             "round": f"{record.round}/{self.plan.rounds}",
             "clients": self._clients(record, taken),
@@ -224,6 +225,7 @@ class Terminal(Lines):
             "worst client": _number(worst),
             "sent": f"{human_bytes(down)} down {human_bytes(up)} up" if down + up else "",
             "tokens/s": human_count(round(speed)) if speed else "",
+            **({"simulated": human_seconds(simulated.end)} if simulated is not None else {}),
             "left": self._left(record.round),
         }
 

@@ -20,6 +20,7 @@ from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.federation.admission import AdmissionSettings
+from fedloom.federation.devices import SimulationSettings
 from fedloom.federation.participants import ClientsSettings, FederationSettings
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -81,6 +82,7 @@ class Experiment:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
+    simulation: SimulationSettings = field(default_factory=SimulationSettings)
 
     @classmethod
     def from_toml(
@@ -200,6 +202,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
+    "simulation": SimulationSettings,
 }
 """Section to its settings, or to a choice of settings by name."""
 
@@ -284,6 +287,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts["partition"].contradictions(federation.clients)
         if "clients" in parts:
             found += parts["clients"].contradictions(federation.clients)
+        if "simulation" in parts:
+            found += _oversampling_contradictions(federation, parts["simulation"])
     if "evaluation" in parts and "data" in parts:
         found += _judging_contradictions(parts["evaluation"], parts["data"])
     for section in ("adapter", "public"):
@@ -308,6 +313,27 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += _feedback_contradictions(parts)
     if "data" in parts and parts["data"].streaming:
         found += _streaming_contradictions(parts)
+    return found
+
+
+def _oversampling_contradictions(
+    federation: FederationSettings, simulation: SimulationSettings
+) -> list[str]:
+    """Return why no more clients can be drawn than a round takes."""
+    extra, size = federation.extra, federation.cohort_size
+    if not extra:
+        return []
+    found = []
+    if simulation.devices is None:
+        found.append(
+            f"federation.extra = {extra} draws clients of which the latest do not count, which the "
+            "simulated clock decides: add [simulation.devices]"
+        )
+    if size + extra > federation.clients:
+        found.append(
+            f"federation.extra = {extra}: a round takes {size} of {federation.clients} clients, which "
+            f"leaves {federation.clients - size}; lower federation.clients_per_round"
+        )
     return found
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator
 
 from fedloom.aggregation.robust import cut_change, distance
@@ -300,6 +301,8 @@ class Admission:
             for name, tensor in payload.tensors.items()
             if name in sent and sent[name].shape == tensor.shape and tensor.is_floating_point()
         }
+        if exchange.replies_are_changes:
+            sent = {name: torch.zeros_like(tensor) for name, tensor in both.items()}
         norm = distance(both, sent)
         if norm <= largest:
             return payload

@@ -80,9 +80,13 @@ class FederationSettings(Settings):
     """Share of a round's clients that must give a usable answer; below it the run stops."""
     replacements: int = Field(default=0, ge=0)
     """Most replacements drawn for clients that gave no usable answer to the first request of a round."""
+    extra: int = Field(default=0, ge=0)
+    """Clients drawn for each round beyond clients_per_round; the earliest clients_per_round answers count
+    (over-sampling). It needs [simulation.devices]."""
     deadline: float = Field(default=43_200, gt=0)
     """Seconds within which a client on another machine must answer (default: twelve hours, the lifetime
-    of a Flower message); a later client is left out of the round."""
+    of a Flower message), or with [simulation.devices] of simulated time; a later client is left out of
+    the round."""
     streams: bool = True
     """Whether clients on other machines may keep a stream open; without one each exchange is a Flower
     message, which takes some seconds."""
@@ -133,6 +137,6 @@ class FederationSettings(Settings):
 
 def draw_cohort(settings: FederationSettings, round: int, there: Sequence[int]) -> tuple[int, ...]:
     """Return the clients of a round, ascending, drawn from those that are there."""
-    size = min(settings.cohort_size, len(there))
+    size = min(settings.cohort_size + settings.extra, len(there))
     drawn = generator(settings.seed, "cohort", round=round).choice(there, size=size, replace=False)
     return tuple(sorted(int(client) for client in drawn))

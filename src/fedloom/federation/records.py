@@ -60,6 +60,37 @@ class Absence:
 
 
 @dataclass(frozen=True)
+class SimulatedTime:
+    """The simulated time of a round, in seconds since the start of the run.
+
+    Attributes:
+        begin: When it began: the end of the round before.
+        end: When it was over.
+        clients: Seconds that each client which was asked took, or after which the server learned of its
+            failure.
+        staleness: Of each arrival of an asynchronous round, server updates since the client was asked.
+        in_flight: Clients still at work when the round was over.
+    """
+
+    begin: float
+    end: float
+    clients: Mapping[int, float] = field(default_factory=dict)
+    staleness: Mapping[int, int] = field(default_factory=dict)
+    in_flight: int = 0
+
+    def to_record(self) -> dict[str, Any]:
+        """Return it as plain JSON."""
+        return {
+            "begin": self.begin,
+            "end": self.end,
+            "seconds": self.end - self.begin,
+            "clients": {str(client): seconds for client, seconds in self.clients.items()},
+            "staleness": {str(client): age for client, age in self.staleness.items()},
+            "in_flight": self.in_flight,
+        }
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """What is known about one round.
 
@@ -80,6 +111,7 @@ class RoundRecord:
         seconds: Wall-clock time of the round, evaluation included.
         details: Further facts from the method, as plain JSON.
         presence: Presence, for the following rounds.
+        simulated: Its simulated time, where clients have simulated devices.
     """
 
     round: int
@@ -98,6 +130,7 @@ class RoundRecord:
     seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
     presence: Presence = NOBODY_YET
+    simulated: SimulatedTime | None = None
 
 
 class Observer(Protocol):

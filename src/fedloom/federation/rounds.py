@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.federation.admission import Admission
+from fedloom.federation.clock import SimulatedClock
 from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
 from fedloom.federation.participants import FederationSettings, draw_cohort
@@ -49,6 +50,7 @@ class Server:
         disk_buffer: Folder for answers that together are too large for memory.
         reported: Names and ranges of what clients report of a training.
         presence: Presence in earlier rounds.
+        clock: The simulated clock, where clients have simulated devices.
     """
 
     method: Method
@@ -64,6 +66,7 @@ class Server:
     disk_buffer: Path | None = None
     reported: tuple[NumberSpec, ...] = (LOSS,)
     presence: Presence = NOBODY_YET
+    clock: SimulatedClock | None = None
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -121,7 +124,8 @@ class Server:
     def _finish(self, record: RoundRecord, state: State, start: float) -> None:
         costs = tuple(self.ledger.take())
         seconds = time.perf_counter() - start
-        record = RoundRecord(**{**record.__dict__, "costs": costs, "seconds": seconds})
+        simulated = self.clock.close() if self.clock is not None else None
+        record = replace(record, costs=costs, seconds=seconds, simulated=simulated)
         self.finish(record, state)
         self.observer.round_done(record)
 
@@ -151,6 +155,8 @@ class Server:
     def _present(self, round: int, paused: Mapping[int, int], before: Presence) -> Presence:
         """Return the presence at the start of a round; the engine may first wait for a quorum."""
         reachable = self.engine.sizes()
+        if self.clock is not None:
+            reachable = self.clock.begin(round, reachable)
         return before.begun(round, self.engine.membership(), reachable, paused)
 
     def _cohort(self, round: int, presence: Presence) -> Cohort:
@@ -231,13 +237,15 @@ class _RoundExchanges:
         Clients in quarantine are not asked, even where a method asks all clients.
         """
         exchange = self.server.admission.without_paused(exchange)
+        exchange, answers, staleness = self._carried(exchange)
         replies, rejected = self.server.admission.accept(
-            self._arriving(exchange),
+            answers,
             exchange,
             self.cohort.presence.rows,
             self._keeping(exchange),
             self.server.audit,
         )
+        replies = [replace(own, staleness=staleness.get(own.client, 0)) for own in replies]
         self.rejected.update(rejected)
         self.answered.update(reply.client for reply in replies)
         self.server.engine.discard(rejected.keys())
@@ -249,6 +257,27 @@ class _RoundExchanges:
             if "examples" in reply.payload.numbers or reply.client not in self.examples:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return Replies(replies, rejected)
+
+    def _carried(self, exchange: Exchange) -> tuple[Exchange, Iterable[Answer], dict[int, int]]:
+        """Return an exchange as it is carried, its answers, and their staleness where it is not 0.
+
+        Of a buffered exchange the clients whose answers arrive become the cohort.
+        """
+        clock, ledger = self.server.clock, self.server.ledger
+        if exchange.buffered is None:
+            answers = self._arriving(exchange)
+            return exchange, clock.timed(exchange, answers, ledger) if clock else answers, {}
+        if clock is None:
+            raise RoundFailed(
+                f"round {exchange.round}: answers of an asynchronous round arrive by the simulated "
+                "clock: add [simulation.devices]"
+            )
+        arrived = clock.arrivals(exchange, self._arriving, ledger)
+        requests = {own.client: own.request for own in arrived}
+        self.cohort = replace(self.cohort, clients=tuple(sorted(requests)))
+        staleness = {own.client: exchange.round - own.round for own in arrived}
+        exchange = replace(exchange, requests=requests, buffered=None)
+        return exchange, [own.answer for own in arrived], staleness
 
     def _arriving(self, exchange: Exchange) -> Iterator[Answer]:
         """Pass answers on as they arrive, and notify the observer."""
@@ -283,9 +312,10 @@ class _RoundExchanges:
 
     def _require_quorum(self) -> None:
         """Check the quorum over all clients of the round that are not left out so far."""
-        asked = len(self.cohort.clients)
+        asked, federation = len(self.cohort.clients), self.server.federation
         usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
-        needed = max(1, math.ceil(self.server.federation.quorum * asked))
+        expected = asked - federation.extra if asked > federation.cohort_size else asked
+        needed = max(1, math.ceil(federation.quorum * expected))
         if usable < needed:
             title, alike = self.server.engine.title, dict[str, list[str]]()
             for client, why in sorted(self.rejected.items()):

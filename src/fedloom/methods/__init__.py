@@ -17,6 +17,7 @@ from fedloom.methods.fedamole import FedAMoLE, FedAMoLESettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
+from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
@@ -51,6 +52,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedadagrad": (FedAdagradSettings, FedAdagrad),
     "fedadam": (FedAdamSettings, FedAdam),
     "fedyogi": (FedYogiSettings, FedYogi),
+    "fedbuff": (FedBuffSettings, FedBuff),
     "fedavg_ft": (FedAvgFTSettings, FedAvgFT),
     "fedpdpo": (FedPDPOSettings, FedPDPO),
     "fedper": (FedPerSettings, FedPer),

@@ -66,6 +66,16 @@ class Run:
         kept = [(x, y) for x, y in found if y is not None]
         return [x for x, _ in kept], [y for _, y in kept]
 
+    def simulated_line(self, name: str) -> tuple[list[float], list[float]]:
+        """Return seconds of simulated time and a global held-out metric; nothing without a clock."""
+        found = [
+            (record["simulated"]["end"], record["evaluation"]["global"].get(name))
+            for record in self.evaluated
+            if record.get("simulated")
+        ]
+        kept = [(x, y) for x, y in found if y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
     def train_line(self, name: str = "loss") -> tuple[list[float], list[float]]:
         """Return rounds and a training metric over them."""
         kept = [

@@ -261,6 +261,10 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         )
         note = "; its band: 95 % over held-out rows" if sure[0] else ""
         charts.append((f"Held-out {words} by round{note}", chart))
+    timed = run.simulated_line(name)
+    if timed[0]:
+        chart = figures.line_chart({"": timed}, "simulated seconds", words)
+        charts.append((f"Held-out {words} by simulated time, derived", chart))
     pairs = run.run["data"]["kind"] == "preference"
     judged = "held-out pairs (DPO loss)" if pairs else "held-out"
     losses = {"training (objective)": run.train_line(), judged: run.global_line("loss")}
@@ -394,6 +398,10 @@ def _resources(run: Run) -> list[tuple[str, str, str]]:
         ("Computed in all by clients", human_flops(sum(c["flops"] or 0 for c in work)), "derived"),
         ("Tokens trained on", human_count(sum(t.tokens for t in found)), "measured"),
     ]
+    simulated = [r["simulated"] for r in run.rounds if r.get("simulated")]
+    if simulated:
+        whole = human_seconds(simulated[-1]["end"])
+        rows.append(("Simulated time of all rounds", whole, "derived"))
     server = sum(c["flops"] or 0 for c in server_costs(run.costs))
     if server:
         rows.append(("Computed in all by the server", human_flops(server), "derived"))

@@ -16,6 +16,7 @@ from fedloom.federation.engine import RemoteEngine
 from fedloom.methods import METHODS
 from fedloom.models.load import require_reachable
 from fedloom.runs.model_building import of_server
+from fedloom.runs.simulated_time import simulated_clock
 from fedloom.storage import run_folder as names
 from fedloom.storage.files import remove_temporary
 from fedloom.storage.run_folder import RunFolder
@@ -73,12 +74,14 @@ def require_startable(experiment: Experiment) -> None:
     Raises:
         OutputError: Its folder holds something already.
         DataError: A data file is not there or cannot be opened, or rows are not where they are needed.
+        SettingsError: The trace of devices has mistakes.
         ModelError: The model's folder is none.
     """
     if experiment.output.folder:
         _require_empty(free_folder(experiment), experiment.output.folder)
     require_rows(experiment, None)
     require_files(experiment.data)
+    simulated_clock(experiment)
     for path in (of_server(experiment).model.path, *_models(experiment)):
         require_reachable(path)
 

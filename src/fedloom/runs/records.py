@@ -42,6 +42,7 @@ from fedloom.data.stored_rows import are_desirable
 from fedloom.display.untrusted_text import label
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.devices import trace_digest
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Evaluation, RoundRecord
 from fedloom.methods.contract.method import Method
@@ -234,7 +235,10 @@ def fingerprint(experiment: Experiment, division: PartitionedData, made: MadeWit
     del table["output"], table["name"]
     public = hashlib.sha256(repr(division.public).encode()).hexdigest()
     own = made.to_record()
-    text = json.dumps([table, division.loaded.digest, own, public], sort_keys=True, default=str)
+    facts = [table, division.loaded.digest, own, public]
+    if (trace := trace_digest(experiment.simulation.devices)) is not None:
+        facts.append(trace)
+    text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -380,6 +384,7 @@ def round_record(
         "bytes_up": sum(cost.bytes_up for cost in costs),
         "flops": sum(cost.flops for cost in costs),
         "seconds": record.seconds,
+        "simulated": record.simulated.to_record() if record.simulated is not None else None,
         "details": dict(record.details),
     }
 
@@ -494,6 +499,7 @@ def summary_record(
         "clients_before": before["clients"],
         "clients_after": after["clients"],
         "totals": totals(costs),
+        "simulated_seconds": (rounds[-1].get("simulated") or {}).get("end"),
         "adapter": {"path": "adapter", "file": adapter.name, "sha256": digest} if adapter else None,
     }
 
@@ -555,10 +561,15 @@ def summary_text(summary: Mapping[str, Any], headline: PrimaryMetric, folder: Pa
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
+        *_simulated(summary.get("simulated_seconds")),
         *([verified_sentence(summary["verified"])] if "verified" in summary else []),
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _simulated(seconds: float | None) -> list[str]:
+    return [] if seconds is None else [f"simulated time of all rounds: {human_seconds(seconds)}"]
 
 
 def _sure(gain: Mapping[str, Any] | None) -> str:

@@ -28,6 +28,7 @@ from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
+from fedloom.federation.clock import ClockState, SimulatedClock
 from fedloom.federation.engine import RemoteEngine, RunDescription
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
@@ -91,6 +92,7 @@ from fedloom.runs.resume_checks import (
     where_it_goes_on,
     with_recorded_layout,
 )
+from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
 from fedloom.runs.workers import HostProcess, Workers, WorkerTask, host_process, with_workers
@@ -191,6 +193,7 @@ def run_experiment(
             trackers = _open_trackers(experiment, folder)
             observer.stage("reading data")
             require_rows(experiment, remote)
+            clock = simulated_clock(experiment, remote)
             division = given.partitioned(experiment)
             if start is not None:
                 _require_base(experiment, start, observer)
@@ -206,6 +209,7 @@ def run_experiment(
                 observer.warning(text)
             parts = given.with_workers(parts, host, experiment, start)
             run = _Run(experiment, folder, parts, given, log, made, trackers, start)
+            run.clock = clock
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
@@ -262,6 +266,7 @@ def resume_run(
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
         made = _made_again(folder, begun, experiment, given)
+        clock = simulated_clock(experiment, remote)
         log = log_of(folder)
         trackers = _open_trackers(experiment, folder)
         observer.stage("reading data")
@@ -277,6 +282,7 @@ def resume_run(
         _cut_back(folder, saved, observer)
         parts = given.with_workers(parts, host, laid_out, start)
         run = _Run(experiment, folder, parts, given, log, made, trackers, start)
+        run.clock = clock
         return run.go_on(saved, begun)
 
 
@@ -357,6 +363,17 @@ def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> No
         )
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """The last finished round, as it would be saved."""
+
+    round: int
+    state: State
+    records: dict[str, Any]
+    presence: Presence
+    clock: ClockState | None
+
+
 @dataclass
 class _Run:
     """One run: owns its folder, its components and its observer."""
@@ -370,7 +387,8 @@ class _Run:
     trackers: list[Tracker]
     start: Start | None
     presence: Presence = NOBODY_YET
-    last: tuple[int, State, dict[str, Any], Presence] | None = None
+    clock: SimulatedClock | None = None
+    last: _Finished | None = None
     saved: int = -1
     profile: Profile | None = None
 
@@ -442,6 +460,9 @@ class _Run:
         self.prepare(done, begun if done >= 0 else None)
         if saved is not None:
             self.presence = presence_of(saved, self.parts)
+            if self.clock is not None and saved.clock is not None:
+                restored = ClockState.restored(saved.clock, saved.in_flight)
+                self.clock = replace(self.clock, state=restored)
         state = saved.state if saved else first_state(self.parts.method, self.parts.initial)
         self.observer.stage(where_it_goes_on(done, self.experiment.federation.rounds))
         return self.go(state, done)
@@ -513,6 +534,7 @@ class _Run:
             admission=self.admission,
             reported=reported(parts.objective),
             presence=self.presence,
+            clock=self.clock,
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -571,10 +593,11 @@ class _Run:
             None  # what clients keep is neither the last round's nor this one's for a moment
         )
         self.parts.engine.finish_round()
-        self.last = (record.round, state, self._records(), record.presence)
+        clock = self.clock.state if self.clock is not None else None
+        self.last = _Finished(record.round, state, self._records(), record.presence, clock)
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
-            self._save(*self.last)
+            self._save(self.last)
 
     @cached_property
     def digest(self) -> str:
@@ -585,25 +608,35 @@ class _Run:
         """Return what the records are now."""
         return {"files": self.marks.now(), "audit": self.audit.position}
 
-    def _save(self, round: int, state: State, records: dict[str, Any], presence: Presence) -> None:
+    def _save(self, last: _Finished) -> None:
         store = self.parts.local.store
         profile = self.profile
-        with profile.span("checkpoint", round=round) if profile else contextlib.nullcontext():
+        clock, in_flight = last.clock.saved() if last.clock is not None else (None, {})
+        with profile.span("checkpoint", round=last.round) if profile else contextlib.nullcontext():
             checkpoint.save(
                 self.folder.checkpoints,
-                Checkpoint(round, state, store.flat(), self.digest, records, presence.to_table()),
+                Checkpoint(
+                    last.round,
+                    last.state,
+                    store.flat(),
+                    self.digest,
+                    last.records,
+                    last.presence.to_table(),
+                    clock,
+                    in_flight,
+                ),
                 store.changed,
             )
         store.changed.clear()
-        self.saved = round
+        self.saved = last.round
 
     def _keep_last(self) -> None:
         """Save the last finished round, if it was not due; a full disk hides no other error."""
-        if self.last is not None and self.last[0] > self.saved:
+        if self.last is not None and self.last.round > self.saved:
             try:
-                self._save(*self.last)
+                self._save(self.last)
             except OutputError as error:
-                self.observer.warning(f"round {self.last[0]} is not saved: {error}")
+                self.observer.warning(f"round {self.last.round} is not saved: {error}")
 
     def _interrupted(self) -> Interrupted:
         """Return how to resume the run."""

@@ -7,6 +7,7 @@ renamed)::
     state.json              the server's numbers, the round, presence of clients, fingerprints of the
                             experiment and the records
     client-0004.safetensors the store of client 4; linked, not copied, when unchanged
+    in_flight.safetensors   requests and answers of clients still at work, in asynchronous rounds
     manifest.json           SHA-256 of every file above
 
 The newest two are kept, so that one stays whole if the other is damaged later.
@@ -33,6 +34,8 @@ from fedloom.tensors import State, Tensors, with_own_memory
 KEPT = 2
 """Checkpoints that stay on disk."""
 
+IN_FLIGHT = "in_flight.safetensors"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -46,6 +49,8 @@ class Checkpoint:
         records: Size and hash of the run's record files when it was saved, by file name; plain JSON.
         presence: Presence of clients in the rounds so far; plain JSON, and ``None`` where an earlier
             release saved the checkpoint.
+        clock: The simulated clock; plain JSON, ``None`` where there is none.
+        in_flight: Requests and answers of clients still at work, as bytes by name.
     """
 
     round: int
@@ -54,6 +59,8 @@ class Checkpoint:
     fingerprint: str
     records: Mapping[str, Any] = field(default_factory=dict)
     presence: Mapping[str, Any] | None = None
+    clock: Mapping[str, Any] | None = None
+    in_flight: Tensors = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) -> None:
@@ -128,8 +135,17 @@ def load(
     }
     tensors = safetensors.torch.load_file(path / "state.safetensors")
     state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
-    records, presence = facts.get("records", {}), facts.get("presence")
-    return Checkpoint(facts["round"], state, clients, fingerprint, records, presence)
+    in_flight = safetensors.torch.load_file(path / IN_FLIGHT) if IN_FLIGHT in listed else {}
+    return Checkpoint(
+        facts["round"],
+        state,
+        clients,
+        fingerprint,
+        facts.get("records", {}),
+        facts.get("presence"),
+        facts.get("clock"),
+        in_flight,
+    )
 
 
 def _write_files(
@@ -149,8 +165,12 @@ def _write_files(
         "numbers": dict(state.numbers),
         "records": checkpoint.records,
         "presence": checkpoint.presence,
+        "clock": checkpoint.clock,
     }
     sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
+    if checkpoint.in_flight:
+        data = safetensors.torch.save(checkpoint.in_flight)
+        sums[IN_FLIGHT] = _write(folder / IN_FLIGHT, data)
     for client, tensors in checkpoint.clients.items():
         name = _client_file(client)
         if previous and changed is not None and client not in changed and name in before:

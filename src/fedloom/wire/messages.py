@@ -51,6 +51,19 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class Buffered:
+    """How an asynchronous exchange is carried: clients work at their own pace, some answers are taken.
+
+    Attributes:
+        size: Answers that are taken, the earliest, also to requests of earlier rounds.
+        concurrency: Clients that are at work at a time.
+    """
+
+    size: int
+    concurrency: int
+
+
+@dataclass(frozen=True)
 class Exchange:
     """One request to some clients and the schemas of both directions.
 
@@ -62,6 +75,9 @@ class Exchange:
         requests: Encoded payload for each client; equal payloads may be the same object.
         check: Checks a reply beyond its schema, given the client and its payload; raises
             :class:`MessageError` where it is wrong. That client is left out of the round.
+        buffered: How many of the clients in ``requests`` are asked at a time, and how many answers are
+            taken; ``None``: all.
+        replies_are_changes: Whether tensors of replies are changes of those that were sent.
     """
 
     action: str
@@ -70,6 +86,8 @@ class Exchange:
     reply_schema: Schema
     requests: Mapping[int, bytes]
     check: Callable[[int, Payload], None] | None = None
+    buffered: Buffered | None = None
+    replies_are_changes: bool = False
 
     @cached_property
     def digests(self) -> dict[int, str]:
@@ -118,10 +136,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer that passed every check."""
+    """An answer that passed every check.
+
+    Attributes:
+        client: Who was asked.
+        payload: Its content.
+        staleness: Server updates since the client was asked; 0 in a synchronous round.
+    """
 
     client: int
     payload: Payload
+    staleness: int = 0
 
 
 def encode(payload: Payload, schema: Schema) -> bytes:

@@ -54,6 +54,22 @@ class Federation(Protocol):
     def rounds(self) -> int:
         """Rounds in all."""
 
+    @property
+    def extra(self) -> int:
+        """Clients drawn for a round beyond those whose answers count."""
+
+    @property
+    def replacements(self) -> int:
+        """Most replacements drawn in a round."""
+
+
+class Simulation(Protocol):
+    """``[simulation]``."""
+
+    @property
+    def devices(self) -> object | None:
+        """Devices of clients."""
+
 
 class Admission(Protocol):
     """``[admission]``."""
@@ -97,6 +113,7 @@ class ExperimentView:
     admission: Admission | None = None
     training: TrainingSettings | None = None
     evaluation: Evaluation | None = None
+    simulation: Simulation | None = None
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ class MethodTraits:
         averages: Whether it takes means of adapters by ``Method.averaged``, which other rules replace.
         trainings: How often a client goes over a round's work at most in one request.
         repeats: Optimizer steps on each batch.
+        asynchronous: Whether a round takes answers that arrive one by one, by the simulated clock.
         no_start: Why it cannot start from an adapter that exists, and what can be done, where it cannot.
     """
 
@@ -42,6 +43,7 @@ class MethodTraits:
     by_rows = True
     trainings = 1
     repeats = 1
+    asynchronous = False
     no_start = ""
 
     def __init__(self, settings: Any) -> None:
