@@ -123,11 +123,14 @@ def summary_of(kind: type) -> str:
 
 
 def nested_of(kind: type[Settings]) -> Iterator[type[Settings]]:
-    """Yield the settings that lie in a section's own tables."""
-    for field in kind.model_fields.values():
-        for own in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(own, type) and issubclass(own, Settings):
-                yield own
+    """Yield the settings that lie in a section's own tables, each once."""
+    found = [
+        own
+        for field in kind.model_fields.values()
+        for own in (field.annotation, *typing.get_args(field.annotation))
+        if isinstance(own, type) and issubclass(own, Settings)
+    ]
+    yield from dict.fromkeys(found)
 
 
 def section(title: str, kind: type[Settings], level: int = 2) -> list[str]:

@@ -9,6 +9,7 @@ from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
+from fedloom.runs.simulated_time import simulated_clock
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
 
@@ -63,6 +64,7 @@ def federate():
             Silent(),
             admission,
             reported=reported(parts.objective),
+            clock=simulated_clock(experiment),
         )
         state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
         return Federation(parts, state, records)

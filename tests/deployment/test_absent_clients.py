@@ -13,7 +13,10 @@ from fedloom.wire.envelope import RequestHeader
 from loopback import builtin
 from sampling import sampled
 
-FEDERATED = sorted(METHODS.keys() - {"centralised"})
+ASYNCHRONOUS = {
+    name for name, (_, kind) in METHODS.items() if kind.asynchronous
+}  # in one process alone
+FEDERATED = sorted(METHODS.keys() - {"centralised", *ASYNCHRONOUS})
 
 FEDERATION = {
     "clients": CLIENTS, "rounds": ROUNDS, "quorum": 0.2, "require": 1, "patience": 0.2, "deadline": 0.2,

@@ -18,7 +18,10 @@ from fedloom.wire.envelope import Envelope, RequestHeader
 from loopback import client_file
 
 QUICK = ["fedavg", "split"]
-OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK})
+ASYNCHRONOUS = {
+    name for name, (_, kind) in METHODS.items() if kind.asynchronous
+}  # in one process alone
+OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK, *ASYNCHRONOUS})
 
 
 def rounds(folder):

@@ -13,7 +13,10 @@ from fedloom.methods import METHODS
 from machines import machines
 from sampling import sampled
 
-FEDERATED = sorted(METHODS.keys() - {"centralised"})
+ASYNCHRONOUS = {
+    name for name, (_, kind) in METHODS.items() if kind.asynchronous
+}  # in one process alone
+FEDERATED = sorted(METHODS.keys() - {"centralised", *ASYNCHRONOUS})
 ADAPTERS = {
     "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
     "fedmoe": {"kind": "submixture"},

@@ -22,6 +22,7 @@ from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
+from fedloom.runs.simulated_time import simulated_clock
 from fedloom.training.results import reported
 from pools import with_pool
 from sampling import sampled
@@ -34,6 +35,10 @@ METHODS = {
         "method": {"name": "split", "cut": 1},
         "objective": {"name": "sft"},
         "data": {"source": "builtin:instructions"},
+    },
+    "fedbuff": {
+        "method": {"name": "fedbuff", "concurrency": 2},
+        "federation": {"clients_per_round": 1},
     },
     "fedpdpo": {"method": {"name": "fedpdpo"}, "objective": {"name": "pdpo"}},
 }
@@ -53,6 +58,7 @@ def played(settings, parts):
         parts.ledger,
         Silent(),
         reported=reported(parts.objective),
+        clock=simulated_clock(settings),
     )
     state = server.run(parts.method.initial_state(parts.initial))
     kept = {

@@ -79,14 +79,9 @@ class FedBuff(Method):
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
-        """Yield what it does not go with: no clock, more at work than there are, what rounds undo."""
+        """Yield what it does not go with: more at work than there are, what else draws clients."""
         yield from super().check(view)
         name, concurrency, federation = view.name, view.method.concurrency, view.federation
-        if view.simulation is not None and view.simulation.devices is None:
-            yield (
-                f"method.name = {name!r} takes answers in the order of simulated time: add "
-                "[simulation.devices], with which an engine in this process runs it"
-            )
         if federation is not None:
             newcomers = view.clients.newcomers if view.clients is not None else []
             members = federation.clients - len(set(newcomers))

@@ -271,6 +271,16 @@ TRAINING = (
         "training",
     ),
     Metric(
+        "staleness",
+        "mean number of server updates between a client's request and the arrival of its answer "
+        "(asynchronous methods)",
+        "server updates",
+        0,
+        None,
+        "answers",
+        "training",
+    ),
+    Metric(
         "aggregation_error",
         "distance of the product of averaged LoRA factors to the average of products, over the "
         "latter's norm",

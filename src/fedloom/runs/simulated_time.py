@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.clock import SimulatedClock
-from fedloom.federation.devices import devices_of
+from fedloom.federation.devices import DevicesSettings, devices_of
 from fedloom.federation.engine import RemoteEngine
 from fedloom.methods import METHODS
 
@@ -15,23 +15,30 @@ def simulated_clock(
 ) -> SimulatedClock | None:
     """Return the clock of a run from its start, ``None`` where clients have no simulated devices.
 
+    An asynchronous method has one in any case, by default with devices that are all alike.
+
     Raises:
         DataError: The trace of devices is not there.
         SettingsError: It is no trace of these clients, or clients are other machines, whose devices are
             real.
     """
     settings, federation = experiment.simulation.devices, experiment.federation
-    if settings is None:
-        return None
     asynchronous = METHODS[experiment.method.name][1].asynchronous
-    if remote is not None:
-        alone = f"method.name = {experiment.method.name!r} is for simulations, and "
+    if remote is not None and (asynchronous or settings is not None):
+        what = (
+            f"method.name = {experiment.method.name!r} takes answers in the order of simulated time"
+            if asynchronous
+            else "[simulation.devices] is about clients in this process"
+        )
+        cure = "choose another method" if asynchronous else "leave the section out"
         raise SettingsError(
             [
-                f"{alone * asynchronous}[simulation.devices] is about clients in this process; with "
-                f"--engine {remote.name} they are other machines: leave the engine or the section out"
+                f"{what}, and with --engine {remote.name} clients are other machines: {cure}, or run it "
+                "with --engine simulation"
             ],
             "the command",
         )
-    devices = devices_of(settings, federation.clients, federation.seed)
+    if settings is None and not asynchronous:
+        return None
+    devices = devices_of(settings or DevicesSettings(), federation.clients, federation.seed)
     return SimulatedClock(devices, federation, asynchronous)

@@ -63,14 +63,6 @@ class Federation(Protocol):
         """Most replacements drawn in a round."""
 
 
-class Simulation(Protocol):
-    """``[simulation]``."""
-
-    @property
-    def devices(self) -> object | None:
-        """Devices of clients."""
-
-
 class Admission(Protocol):
     """``[admission]``."""
 
@@ -113,7 +105,6 @@ class ExperimentView:
     admission: Admission | None = None
     training: TrainingSettings | None = None
     evaluation: Evaluation | None = None
-    simulation: Simulation | None = None
 
     @property
     def name(self) -> str:
