@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/asynchrony.py [--target 0.6] [--seeds 0 1 2] [--write]
 
-Sixteen clients whose devices differ tenfold in speed (log-uniform), with the built-in labelled texts and a
-small Llama that was hardly trained. Eight clients are at work at a time in every configuration:
+Sixteen clients whose devices differ tenfold in speed (log-uniform), with the built-in labelled texts and
+a small Llama that was hardly trained. Eight clients are at work at a time in every configuration:
 
 - fedavg: synchronous rounds of 8
 - deadline: the same; a round waits as long as five eighths of fedavg's answers took with this seed, and
@@ -16,6 +16,7 @@ fedavg of the same seed (geometric). ``--write`` puts the table into results/asy
 """
 
 import argparse
+import contextlib
 import json
 import math
 import tempfile
@@ -89,10 +90,8 @@ class Target(Silent):
 
 def play(table: dict, target: float) -> dict:
     """Run a configuration; return when it had reached the target, after how much work."""
-    try:
+    with contextlib.suppress(Interrupted):
         run_experiment(Experiment.from_table(table), observer=Target(target))
-    except Interrupted:
-        pass
     lines = (Path(table["output"]["folder"]) / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
     reached = rounds[-1]["evaluation"]["global"]["accuracy"] >= target
@@ -130,11 +129,12 @@ def table_of(found: dict[str, list[dict]], target: float, seeds: list[int]) -> s
     """Return the result as Markdown."""
     base = [own["seconds"] for own in found["fedavg"]]
     lines = [
-        "Simulated time to a held-out accuracy of "
-        f"{target:g}: `benchmarks/asynchrony.py`, seeds {', '.join(map(str, seeds))}, 16 clients with tenfold",
-        "differences in speed, 8 at work at a time; mean and 95 % interval over seeds.",
+        f"Simulated time to a held-out accuracy of {target:g} (`benchmarks/asynchrony.py`), seeds "
+        f"{', '.join(map(str, seeds))}:",
+        "16 clients with tenfold differences in speed, 8 at work at a time; means, 95 % intervals.",
         "",
-        "| configuration | simulated seconds | times fedavg | server updates | answers used | left out | mean staleness |",
+        "| configuration | simulated seconds | times fedavg | server updates | answers used | left out "
+        "| mean staleness |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in found.items():
@@ -145,7 +145,8 @@ def table_of(found: dict[str, list[dict]], target: float, seeds: list[int]) -> s
         }
         lines.append(
             f"| {name} | {shown(seconds)} | {ratio(seconds, base) if name != 'fedavg' else '1'} | "
-            f"{mean['rounds']:.1f} | {mean['answers']:.1f} | {mean['left out']:.1f} | {mean['staleness']:.2f} |"
+            f"{mean['rounds']:.1f} | {mean['answers']:.1f} | {mean['left out']:.1f} "
+            f"| {mean['staleness']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

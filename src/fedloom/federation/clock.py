@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fedloom.accounting.costs import REFERENCE
+from fedloom.accounting.costs import REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.quantities import human_seconds
 from fedloom.accounting.traffic import Sent
@@ -288,10 +288,11 @@ class SimulatedClock:
         self, answers: Iterable[Answer], ledger: Ledger
     ) -> Iterator[tuple[Answer, float]]:
         """Yield each answer with the simulated seconds of the work that came with it."""
-        known = len(ledger.costs)
+        known, pending = len(ledger.costs), dict[int, list[Cost]]()
         for answer in answers:
-            costs = [cost for cost in ledger.costs[known:] if cost.client == answer.client]
-            known = len(ledger.costs)
+            for cost in ledger.costs[known:]:  # an engine may have worked on several clients by now
+                pending.setdefault(cost.client, []).append(cost)
+            known, costs = len(ledger.costs), pending.pop(answer.client, [])
             if answer.client in self._scored:  # after a resume it scores its rows once more
                 costs = [cost for cost in costs if cost.phase != REFERENCE]
             elif any(cost.phase == REFERENCE for cost in costs):
