@@ -81,7 +81,10 @@ def test_five_arrivals_by_hand(settings):
 
 
 def test_a_buffer_for_all_is_a_synchronous_round_with_equal_weights(settings):
-    table = settings((2, 3, 7), rounds=2)
+    table = {
+        **settings((2, 3, 7), rounds=2),
+        "data": {"source": "builtin:preferences", "builtin_rows": 45},
+    }
     found = played(Experiment.from_table(table), Schedule())
     assert moves(found) == [{0: 0, 1: 0, 2: 0}] * 2
     assert [r.simulated.end for r in found.records] == pytest.approx([7, 14])

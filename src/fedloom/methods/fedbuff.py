@@ -83,8 +83,8 @@ class FedBuff(Method):
         yield from super().check(view)
         name, concurrency, federation = view.name, view.method.concurrency, view.federation
         if federation is not None:
-            newcomers = view.clients.newcomers if view.clients is not None else []
-            members = federation.clients - len(set(newcomers))
+            unseen = view.clients.newcomers if view.clients is not None else []
+            members = federation.clients - len(set(unseen))
             if concurrency is not None and concurrency > members:
                 yield f"method.concurrency = {concurrency} is above the {members} clients that train"
             for key in ("replacements", "extra"):
