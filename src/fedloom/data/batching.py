@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -162,6 +163,42 @@ def read_once(tokens: TokenSet, groups: Sequence[Indices], pad: int) -> Reading:
         torch.from_numpy(positions),
         torch.from_numpy(branches),
         tuple(segments),
+    )
+
+
+def beside(readings: Sequence[Reading], pad: int) -> Reading:
+    """Return readings, all with branches or all without, as one: their rows below each other.
+
+    Args:
+        readings: What is read; rows are padded to the longest.
+        pad: Token id to pad with.
+    """
+    if len(readings) == 1:
+        return readings[0]
+    length = max(own.input_ids.shape[1] for own in readings)
+
+    def padded(tensors: Sequence[Tensor], value: int) -> Tensor:
+        wide = [F.pad(own, (0, length - own.shape[1]), value=value) for own in tensors]
+        return torch.cat(wide)
+
+    sources, ends, row = [], [], 0
+    for own in readings:
+        rows, columns = own.input_ids.shape
+        for found, places in ((sources, own.sources), (ends, own.ends)):
+            further = places + (places // columns) * (length - columns) + row * length
+            found.append(further)
+        row += rows
+    positions = [own.position_ids for own in readings if own.position_ids is not None]
+    branches = [own.branches for own in readings if own.branches is not None]
+    segments = [row for own in readings for row in own.segments or ()]
+    return Reading(
+        padded([own.input_ids for own in readings], pad),
+        padded([own.attention_mask for own in readings], 0),
+        torch.cat(sources),
+        torch.cat(ends),
+        padded(positions, 0) if positions else None,
+        padded(branches, -1) if branches else None,
+        tuple(segments) if branches else None,
     )
 
 

@@ -7,26 +7,30 @@ counts the bytes that would be sent, and no client sees another client's tensors
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fedloom.accounting.costs import REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
+from fedloom.engines.cohorts import answers_together
 from fedloom.errors import FedloomError, MessageError, PluginError
 from fedloom.federation.contract import fault_of, kind_of
 from fedloom.federation.presence import Membership
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Absence
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, carried_out
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.request_limits import Allowance
+from fedloom.models.stacked_lora import reason_against
 from fedloom.objectives.base import Objective
 from fedloom.settings.plugins import plugin_place
 from fedloom.storage.client_store import SEPARATOR, ClientStore
 from fedloom.tensors import Tensors
+from fedloom.training.cohort import cohort_size
 from fedloom.training.layout import budget_of, scoring_budget
 from fedloom.training.memory import fitting, largest_pass
 from fedloom.training.reference_cache import ReferenceCache
@@ -117,6 +121,8 @@ class SimulationEngine:
         allowance: Bound on the work of one request.
         references: Cache of log-probs under reference models.
         on_step: Called after each optimizer step of a client; what it raises is raised as it is.
+        cohort: How many clients are trained in lockstep.
+        alone: Actions whose handlers train a client by themselves, as far as is known.
     """
 
     resources: Mapping[int, ClientResources]
@@ -135,6 +141,8 @@ class SimulationEngine:
     allowance: Allowance = field(default_factory=Allowance)
     references: ReferenceCache | None = None
     on_step: OnStep | None = None
+    cohort: Literal["auto"] | int = 1
+    alone: set[str] = field(default_factory=set)
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -166,8 +174,47 @@ class SimulationEngine:
         if exchange.round != self._round:
             self._sessions, self._round = {}, exchange.round
         self.store.begin_exchange()
-        for client, data in exchange.requests.items():
-            yield self._answer(exchange, client, data)
+        cohorts = {client: own for own in self.cohorts(exchange) for client in own}
+        answers: dict[int, Answer] = {}
+        for client in exchange.requests:
+            if client not in answers:
+                answers |= self._answers(exchange, cohorts[client])
+            yield answers.pop(client)
+
+    def cohorts(self, exchange: Exchange) -> list[list[int]]:
+        """Return who is worked on together, in the order of the requests; it follows from these alone."""
+        found: list[list[int]] = []
+        alike: dict[int, list[int]] = {}
+        for client in exchange.requests:
+            if self._together(exchange, client):
+                alike.setdefault(id(self.resources[client].model), []).append(client)
+            else:
+                found.append([client])
+        for clients in alike.values():
+            model = self.resources[clients[0]].model
+            shares = [self.shares[client] for client in clients]
+            size = cohort_size(self.cohort, model, shares, self.training.batch_size)
+            found += [clients[start : start + size] for start in range(0, len(clients), size)]
+        return found
+
+    def _together(self, exchange: Exchange, client: int) -> bool:
+        """Return whether a client's work on a request may be done with others'."""
+        bounded = min(self.allowance.steps, self.allowance.seconds) < math.inf
+        if self.cohort == 1 or bounded or exchange.action in (EVALUATE, *self.alone):
+            return False
+        if exchange.action not in self.handlers or self.under_way(client, exchange.round):
+            return False
+        return not reason_against(self.resources[client].model)
+
+    def _answers(self, exchange: Exchange, clients: list[int]) -> dict[int, Answer]:
+        """Return the answers of clients that are worked on together, or of one."""
+        if len(clients) > 1:
+            try:
+                return answers_together(self, exchange, clients)
+            except CallbackError as raised:
+                failure = raised.error
+            raise failure
+        return {own: self.answer(exchange, own) for own in clients}
 
     def rows(self, client: int) -> int:
         """Return the training rows of a client, which may be unseen."""
@@ -199,23 +246,28 @@ class SimulationEngine:
         """Let what clients have put aside in this round count."""
         self.store.finish_round()
 
-    def _answer(self, exchange: Exchange, client: int, data: bytes) -> Answer:
+    def answer(self, exchange: Exchange, client: int) -> Answer:
+        """Carry out a request at one client."""
         try:
             if exchange.action not in self.handlers:
                 raise MessageError(
                     f"there is no action {exchange.action[:40]!r}: the method's handlers() has "
                     f"{', '.join(sorted(self.handlers))}"
                 )
-            self.allowance.begin(going_on=self.under_way(client, exchange.round))
-            self.resources[client].model.allowance = self.allowance
-            if exchange.action != EVALUATE:
-                self.add_reference(exchange.round, client)
-            return Answer(client, self._handle(exchange, client, data))
+            self.prepare(exchange, client)
+            return Answer(client, self._handle(exchange, client, exchange.requests[client]))
         except CallbackError as raised:
             failure = raised.error
         except Exception as error:  # an error at one client must not stop the others
             return Answer(client, error=self.error_text(error))
         raise failure  # here, so that it is as the user's function raised it
+
+    def prepare(self, exchange: Exchange, client: int) -> None:
+        """Have a client begin its work on a request, with its reference's log-probs known."""
+        self.allowance.begin(going_on=self.under_way(client, exchange.round))
+        self.resources[client].model.allowance = self.allowance
+        if exchange.action != EVALUATE:
+            self.add_reference(exchange.round, client)
 
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
         """Decode a request, carry it out, encode the reply, then update the client store."""
@@ -223,9 +275,7 @@ class SimulationEngine:
             cost.bytes_down, cost.exchanges = len(data), 1
             payload = decode(data, exchange.request_schema)
             client, reply = self._worked(exchange, number, payload, cost)
-            _require_sound(exchange.action, client, reply)
-            encoded = encode(reply, exchange.reply_schema)
-            cost.bytes_up = len(encoded)
+            encoded = self.encoded_reply(exchange, client, reply, cost)
         self.store.stage(number, client.store)
         return encoded
 
@@ -239,20 +289,44 @@ class SimulationEngine:
             client = self.client(number, exchange.round)
             before = client.model.flops
             try:
-                return client, self.handlers[exchange.action](client, payload)
+                reply = self.handlers[exchange.action](client, payload)
+                return client, carried_out(reply) if isinstance(reply, Generator) else reply
             except Exception:
-                if not under_way:  # discard the failed attempt
-                    self._sessions.pop(number)
+                if not under_way:
+                    self.forget_attempt(number)
                 raise
             finally:
                 cost.flops += client.model.flops - before
-                _count_training(cost, client)
+                self.count_training(cost, client)
 
         under_way = self.under_way(number, exchange.round)
         budget = budget_of(self.training, self.resources[number].model)
         whole, measure = largest_pass(budget, self.shares[number])
         size = self._fits.get(number, whole)
         return work(size) if under_way else fitting(work, size, f"client {number}", measure)
+
+    def forget_attempt(self, client: int) -> None:
+        """Discard what a failed attempt at a client's work has left for this round."""
+        self._sessions.pop(client, None)
+
+    @staticmethod
+    def encoded_reply(exchange: Exchange, client: Client, reply: Payload, cost: Cost) -> bytes:
+        """Return what a client sends back.
+
+        Raises:
+            PluginError: What its handler made is not sound.
+        """
+        _require_sound(exchange.action, client, reply)
+        encoded = encode(reply, exchange.reply_schema)
+        cost.bytes_up = len(encoded)
+        return encoded
+
+    @staticmethod
+    def count_training(cost: Cost, client: Client) -> None:
+        """Let a cost have the sums of a client's trainings of a request."""
+        if client.last is not None:
+            cost.tokens, cost.examples = client.last.tokens, client.last.examples
+            cost.steps, cost.targets = client.last.steps, client.last.targets
 
     def client(self, number: int, round: int) -> Client:
         """Return the client that a handler works on."""
@@ -326,9 +400,3 @@ def _require_sound(action: str, client: Client, reply: object) -> None:
                 f"in client.store[{slot!r}], {fault}; a slot holds a dictionary of tensors, such as "
                 f'client.store["counts"] = {{"steps": torch.tensor(3.0)}}'
             )
-
-
-def _count_training(cost: Cost, client: Client) -> None:
-    if client.last is not None:
-        cost.tokens, cost.examples = client.last.tokens, client.last.examples
-        cost.steps, cost.targets = client.last.steps, client.last.targets

@@ -32,6 +32,7 @@ from fedloom.settings.plugins import Choices
 from fedloom.settings.schema import NamedSettings, Settings, Table, parse
 from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import is_text, override, read_toml, require_section, write_toml
+from fedloom.training.cohort import SimulationSettings
 from fedloom.training.settings import TrainingSettings
 
 COMPARE = "compare"
@@ -80,6 +81,7 @@ class Experiment:
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    simulation: SimulationSettings = field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
@@ -200,6 +202,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "aggregation": AggregationSettings,
     "admission": AdmissionSettings,
     "training": TrainingSettings,
+    "simulation": SimulationSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
     "simulation": SimulationSettings,

@@ -19,7 +19,7 @@ from fedloom.methods.bases.parameter_averaging import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
 from fedloom.settings.schema import NamedSettings
@@ -70,11 +70,11 @@ class Ditto(KeepsAdapter):
         """Return the client side."""
         return {"train": self._train}
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
-        reply = train_and_upload(client, payload, Part(0, 2))
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        reply = yield from train_and_upload(client, payload, Part(0, 2))
         self.load(client, payload)
         shared = {n: t.to(client.model.device) for n, t in payload.tensors.items()}
-        client.train(
+        yield from client.training_steps(
             payload.numbers["learning_rate"],
             before_step=proximal_gradient(shared, self.strength),
             purpose="personal ",

@@ -33,7 +33,7 @@ from fedloom.methods.bases.parameter_averaging import (
     training_exchange,
 )
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging, no
 from fedloom.settings.schema import NamedSettings
@@ -157,15 +157,17 @@ class FDLoRA(KeepsAdapter):
             Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
         )
 
-    def _begin(self, client: Client, payload: Payload) -> Payload:
+    def _begin(self, client: Client, payload: Payload) -> Trainings[Payload]:
         client.model.write(client.initial)
-        result = client.train(payload.numbers["learning_rate"], purpose="private ", part=Part(0, 2))
+        result = yield from client.training_steps(
+            payload.numbers["learning_rate"], purpose="private ", part=Part(0, 2)
+        )
         client.store[PRIVATE] = client.model.read()
         return Payload(client.store[PRIVATE], {"examples": len(client.share)}, result.metrics)
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         of = self.trainings_of(client.round, client.rounds)
-        reply = train_and_upload(client, payload, Part(of - 1, of))
+        reply = yield from train_and_upload(client, payload, Part(of - 1, of))
         if client.round % self.settings.private_every == 0:
             client.store[PRIVATE] = reply.tensors
         return reply

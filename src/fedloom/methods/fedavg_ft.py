@@ -16,7 +16,7 @@ from pydantic import Field
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, train_and_upload, training_exchange
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging, no
 from fedloom.settings.schema import NamedSettings
@@ -79,16 +79,18 @@ class FedAvgFT(KeepsAdapter):
         """Return the client side."""
         return {"train": self._train, "tune": self._tune}
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         return train_and_upload(
             client, payload, Part(0, self.trainings_of(client.round, client.rounds))
         )
 
-    def _tune(self, client: Client, payload: Payload) -> Payload:
+    def _tune(self, client: Client, payload: Payload) -> Trainings[Payload]:
         client.model.write(payload.tensors)
         rate = self.settings.learning_rate or client.training.learning_rate
         of = 1 + self.settings.passes
         for number in range(self.settings.passes):
-            result = client.train(rate, purpose=f"tuning {number} ", part=Part(1 + number, of))
+            result = yield from client.training_steps(
+                rate, purpose=f"tuning {number} ", part=Part(1 + number, of)
+            )
         client.store[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

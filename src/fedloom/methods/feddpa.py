@@ -18,7 +18,7 @@ from fedloom.aggregation.lora import stacked
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, train_and_upload, training_exchange
 from fedloom.methods.bases.personal_parts import KeepsAdapter, ask_everybody
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging, no
 from fedloom.settings.schema import NamedSettings
@@ -90,17 +90,21 @@ class FedDPA(KeepsAdapter):
         both = stacked([payload.tensors, local], [1 - mix, mix]) if local else payload.tensors
         client.model.write(both)
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         of = self.trainings_of(client.round, client.rounds)
-        reply = train_and_upload(client, payload, Part(0, of))
+        reply = yield from train_and_upload(client, payload, Part(0, of))
         if self.settings.variant == "T":
             client.model.write(client.store.get(ADAPTER, client.initial))
-            client.train(payload.numbers["learning_rate"], purpose="local ", part=Part(1, 2))
+            yield from client.training_steps(
+                payload.numbers["learning_rate"], purpose="local ", part=Part(1, 2)
+            )
             client.store[ADAPTER] = client.model.read()
         return reply
 
-    def _fit(self, client: Client, payload: Payload) -> Payload:
+    def _fit(self, client: Client, payload: Payload) -> Trainings[Payload]:
         client.model.write(payload.tensors)
-        result = client.train(client.training.learning_rate, purpose="local ", part=Part(1, 2))
+        result = yield from client.training_steps(
+            client.training.learning_rate, purpose="local ", part=Part(1, 2)
+        )
         client.store[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
-from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.client import Client, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_PARTS, averaging
@@ -89,11 +89,11 @@ class FedPDPO(KeepsParts):
         """Keep whatever is not the adapter's."""
         return is_own(name)
 
-    def fit(self, client: Client, learning_rate: float) -> LocalResult:
+    def fit(self, client: Client, learning_rate: float) -> Trainings[LocalResult]:
         """Train jointly, or in turns."""
         names = client.model.parameters
         own = [name for name in names if self.keeps(name)]
         if self.settings.schedule == "joint" or not own:
-            return client.train(learning_rate)
+            return client.training_steps(learning_rate)
         common = [name for name in names if not self.keeps(name)]
         return one_after_the_other(client, learning_rate, own, common)

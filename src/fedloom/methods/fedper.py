@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedloom.methods.bases.personal_parts import KeepsParts, one_after_the_other
-from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.client import Client, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_PARTS, averaging
 from fedloom.models.heads import PersonalModules, is_head
@@ -93,7 +93,7 @@ class FedRep(FedPer):
         """Train the head and the body."""
         return 2
 
-    def fit(self, client: Client, learning_rate: float) -> LocalResult:
+    def fit(self, client: Client, learning_rate: float) -> Trainings[LocalResult]:
         """Train the head, then the body, each for the whole of the client's work."""
         names = client.model.parameters
         own = [name for name in names if self.keeps(name)]

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import proximal_gradient, training_exchange
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import averaging
 from fedloom.settings.schema import NamedSettings
@@ -55,10 +55,10 @@ class FedProx(Method):
         """Return the client side."""
         return {"train": self._train}
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         client.model.write(payload.tensors)
         start = {n: t.to(client.model.device) for n, t in payload.tensors.items()}
-        result = client.train(
+        result = yield from client.training_steps(
             payload.numbers["learning_rate"], before_step=proximal_gradient(start, self.mu)
         )
         return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedloom.methods.bases.personal_parts import KeepsParts
-from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.client import Client, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import averaging
 from fedloom.models.heads import is_head
@@ -77,9 +77,9 @@ class FFALoRA(KeepsParts):
         """Leave A out of messages: every party makes the same from the seed."""
         return ".lora_A." in name
 
-    def fit(self, client: Client, learning_rate: float) -> LocalResult:
+    def fit(self, client: Client, learning_rate: float) -> Trainings[LocalResult]:
         """Train B."""
-        return client.train(learning_rate, frozen=self._fixed(client))
+        return client.training_steps(learning_rate, frozen=self._fixed(client))
 
     def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
         """Train B."""

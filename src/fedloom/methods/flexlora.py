@@ -47,7 +47,7 @@ from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import AVERAGED, EACH_ANSWER, OWN_STEPS, TOGETHER, Declaration, no
 from fedloom.settings.schema import NamedSettings
@@ -201,9 +201,9 @@ class FlexLoRA(Method):
         requests = {client: parts[ranks[client]] for client in cohort.clients}
         return Exchange("train", cohort.round, request, reply, requests, check_ranks(ranks))
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         client.model.write(unpack(payload.tensors, client.initial))
-        result = client.train(payload.numbers["learning_rate"])
+        result = yield from client.training_steps(payload.numbers["learning_rate"])
         sent = pack(client.model.read())
         return Payload(sent, {"examples": len(client.share)}, result.metrics)
 

@@ -11,7 +11,7 @@ from typing import Literal
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, yes
 from fedloom.settings.schema import NamedSettings
@@ -90,8 +90,8 @@ class LocalOnly(Method):
         """Write the client's own adapter, or the initial one before its first training."""
         client.model.write(client.store.get(ADAPTER, client.initial))
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         self.load(client, payload)
-        result = client.train(payload.numbers["learning_rate"])
+        result = yield from client.training_steps(payload.numbers["learning_rate"])
         client.store[ADAPTER] = client.model.read()
         return Payload(numbers={"examples": len(client.share)}, metrics=result.metrics)

@@ -24,7 +24,7 @@ from torch import nn
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, proximal_gradient, training_exchange
 from fedloom.methods.bases.personal_parts import KeepsAdapter
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
 from fedloom.settings.schema import NamedSettings
@@ -84,11 +84,11 @@ class PFedMe(KeepsAdapter):
         """Return the client side."""
         return {"train": self._train}
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         own = self.settings
         client.model.write(payload.tensors)
         w = {n: t.to(client.model.device, copy=True) for n, t in payload.tensors.items()}
-        result = client.train(
+        result = yield from client.training_steps(
             payload.numbers["learning_rate"],
             before_step=proximal_gradient(w, own.strength),
             after_step=envelope_step(w, own.local_rate * own.strength, own.steps),

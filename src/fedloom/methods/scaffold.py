@@ -25,7 +25,7 @@ from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import OWN_STEPS, SEVERAL_PARTS, SUMMED, Absence, Declaration, no
@@ -118,13 +118,15 @@ class Scaffold(Method):
         size = 2 * tensor_bytes(adapter)
         return ParameterTraffic(size, size)
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         start, control = part_of(payload.tensors, ADAPTER), part_of(payload.tensors, CONTROL)
         own = client.store.get(CONTROL) or _zeros(start)
         rate = payload.numbers["learning_rate"]
         client.model.write(start)
         correction = {n: (c - own[n]).to(client.model.device) for n, c in control.items()}
-        result = client.train(rate, after_step=drift_correction(correction, rate))
+        result = yield from client.training_steps(
+            rate, after_step=drift_correction(correction, rate)
+        )
         trained = client.model.read()
         renewed = control_variate(own, control, start, trained, result.steps, rate)
         client.store[CONTROL] = renewed

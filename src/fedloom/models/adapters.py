@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -163,6 +163,8 @@ class AdapterModel:
         base: The frozen weights under LoRA's factors.
         shared_prompts: Whether what sequences begin with may be read once; ``None`` until it is asked
             (``training/shared_prompts.py``).
+        stackable: Why factors of several clients cannot be stacked, empty where they can; ``None`` until
+            it is asked (``stacked_lora.py``).
         tree_from: Places of such a row from which on attention is worked out sequence by sequence; asked
             with it.
     """
@@ -214,6 +216,7 @@ class AdapterModel:
         self.allowance = Allowance()
         self.base = FrozenWeights(model)
         self.shared_prompts: bool | None = None
+        self.stackable: str | None = None
         self.tree_from = NEVER
 
     @property
@@ -260,11 +263,15 @@ class AdapterModel:
             What it reads where it predicts completion tokens; ``None`` where it is not known how this
             model's logits follow from that: call it then.
         """
-        head = self.head
-        if head is None:
+        if self.head is None:
             return None
-        reading = sequences.reading
         self.count_reading(sequences)
+        return self.read_on(sequences.reading)
+
+    def read_on(self, reading: Reading) -> Predicting:
+        """Read sequences as far as the output layer; see :meth:`predicting`. Counts no FLOPs."""
+        head = self.head
+        assert head is not None, "who asks has looked"
         options = {} if reading.position_ids is None else {"position_ids": reading.position_ids}
         mask = reading.attention_mask
         by_sequence: AbstractContextManager[None] = nullcontext()
@@ -363,6 +370,18 @@ class AdapterModel:
             module, leaf = self._owners[name]
             module._parameters[leaf] = parameter
         self.parameters = dict(parameters)
+
+    def as_it_is(self) -> Callable[[], None]:
+        """Return a function that has the model compute with what it holds now, the objects themselves."""
+        parameters, shape, changes = self.parameters, self.shape, self.base.changes
+
+        def put_back() -> None:
+            self.hold(parameters)
+            self.shape = shape
+            if self.base.changes is not changes:
+                self.base.move(changes)
+
+        return put_back
 
     def read(self) -> Tensors:
         """Return copies of the trained tensors on the CPU; of an empty model, what stands for them."""

@@ -168,6 +168,7 @@ def _components(
         frozenset(experiment.clients.newcomers),
         references=references_of(bundles.only),
         on_step=on_step,
+        cohort=experiment.simulation.cohort,
     )
     return RunComponents(
         bundles.division,

@@ -6,8 +6,9 @@ It knows a model, rows and an objective; it knows no federation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.errors import NonFiniteLoss
 from fedloom.models.adapters import AdapterModel
-from fedloom.objectives.base import Objective, StatisticObjective
+from fedloom.objectives.base import Model, Objective, StatisticObjective
 from fedloom.randomness import derive_seed, generator
 from fedloom.tensors import Tensors
 from fedloom.training.dropout import DropoutStream
@@ -39,6 +40,50 @@ from fedloom.training.settings import TrainingSettings, Work
 
 WITHOUT_GRAPHS = 1 << 62
 """Tokens whose graphs are held where there are none."""
+
+
+class StepModel(Model, Protocol):
+    """What the loss of an optimizer batch needs of a model; see :class:`AdapterModel`."""
+
+    alone: bool
+
+    def penalty(self) -> Tensor | None:
+        """Return what is added to the loss of the passes since the last time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of one client that is yet to be made: alone, or with others (``cohort.py``).
+
+    Attributes:
+        model: Holds the start; holds the result afterwards.
+        share: The rows.
+        objective: What is minimised.
+        settings: Optimizer, batch size, steps or epochs.
+        frozen: Names of the tensors that stay as they are.
+        options: What else :func:`train_locally` is given.
+    """
+
+    model: AdapterModel
+    share: TokenShare
+    objective: Objective
+    settings: TrainingSettings
+    frozen: Collection[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def alone(self) -> LocalResult:
+        """Carry it out; see :func:`train_locally`."""
+        with self.model.frozen(self.frozen):
+            return train_locally(
+                self.model, self.share, self.objective, self.settings, **self.options
+            )
+
+    def steps(
+        self, gradients: Callable[[list[Batch], Totals], RemoteGradients]
+    ) -> Generator[Any, Any, LocalResult]:
+        """Return its steps, which wait for gradients; see :func:`local_steps`."""
+        return local_steps(self.model, self.share, gradients, self.settings, **self.options)
 
 
 def train_locally(
@@ -108,10 +153,10 @@ def _own_gradients(
 ) -> Callable[[list[Batch], Totals], RemoteGradients]:
     """Return what computes the gradients of an optimizer batch without another party."""
     objective = objective.for_client(share.tokens.labels)
-    graphs = graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
+    graphs = graphs_of(settings, model, share)
 
     def own_gradients(parts: list[Batch], totals: Totals) -> RemoteGradients:
-        return _accumulate_gradients(model, objective, parts, totals, graphs)
+        return accumulate_gradients(model, objective, parts, totals, graphs)
         yield  # nobody else is needed
 
     return own_gradients
@@ -151,15 +196,16 @@ def local_steps(
         gradients: Leaves the gradients of an optimizer batch (given as passes) in the parameters and
             returns :class:`Gradients`. What it yields is yielded, what is sent it receives.
     """
+    parameters = model.parameters  # others' may be held wherever this waits
     order = generator(seed, f"{purpose}batches", client, round)
-    optimizer = make_optimizer(model.parameters, settings, learning_rate, state)
+    optimizer = make_optimizer(parameters, settings, learning_rate, state)
     optimizer.zero_grad()  # a training that failed in the middle of a step has left some
     totals = Totals()
     noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
     batches = epoch_batches(
         len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
     )
-    graphs = graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
+    graphs = graphs_of(settings, model, share)
     lay_out = StepLayout(model, share, budget_of(settings, model), graphs)
     for indices in within(share, batches, work):
         parts = lay_out.batches(indices)
@@ -174,7 +220,7 @@ def local_steps(
                 rows = [row for part in parts for row in part.rows]
                 raise NonFiniteLoss(client, totals.steps + 1, rows, found.loss)
             update(
-                model.parameters,
+                parameters,
                 optimizer,
                 settings,
                 before_step,
@@ -185,8 +231,13 @@ def local_steps(
             if on_step is not None:
                 done = (totals.steps, found.loss, learning_rate, totals.examples, totals.tokens)
                 on_step(StepRecord(round, client, purpose.strip(), *done))
-    kept = optimizer_state(model.parameters, optimizer) if settings.keep_optimizer_state else {}
+    kept = optimizer_state(parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
+
+
+def graphs_of(settings: TrainingSettings, model: AdapterModel, share: TokenShare) -> int:
+    """Return of how many tokens the graphs may be held at a time; see :func:`graph_tokens`."""
+    return graph_tokens(settings, model, int(row_costs(share).max(initial=0)))
 
 
 def within(share: TokenShare, batches: Iterator[Indices], work: Work) -> Iterator[Indices]:
@@ -291,13 +342,13 @@ def local_loss(
         for indices in epoch_batches(len(share), settings.batch_size, order, steps=batches):
             model.allowance.step()
             parts = lay_out.batches(indices)
-            for part, _, metrics in _losses(model, objective, parts, WITHOUT_GRAPHS):
-                totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
+            for part, _, metrics in step_losses(model, objective, parts, WITHOUT_GRAPHS):
+                count(totals, objective, part, metrics)
     return totals.result({}).metrics["loss"]
 
 
-def _losses(
-    model: AdapterModel, objective: Objective, parts: list[Batch], graphs: int
+def step_losses(
+    model: StepModel, objective: Objective, parts: list[Batch], graphs: int
 ) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
     """Yield each pass with its term of the optimizer batch's loss, and its metrics.
 
@@ -328,7 +379,7 @@ def _losses(
 
 
 def _statistic_first(
-    model: AdapterModel, objective: Objective, parts: list[Batch], graphs: int
+    model: StepModel, objective: Objective, parts: list[Batch], graphs: int
 ) -> Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]:
     """Return the loss and the metrics of each pass, with what they need of all passes."""
     held = sum(part.places for part in parts) <= graphs and not model.alone
@@ -343,12 +394,13 @@ def _statistic_first(
     return lambda part: objective.loss_of(scores.pop(id(part)), part, statistic)
 
 
-def _own_weights(objective: Objective, part: Batch) -> dict[str, float]:
-    """Return what metrics of a pass are means over, where it is not the objective's weight."""
-    return {BALANCE.name: float(len(part)), **objective.metric_weights(part)}
+def count(totals: Totals, objective: Objective, part: Batch, metrics: dict[str, Tensor]) -> None:
+    """Count a pass and its metrics, each by what it is a mean over."""
+    own = {BALANCE.name: float(len(part)), **objective.metric_weights(part)}
+    totals.add(part, metrics, objective.weight(part), own)
 
 
-def _accumulate_gradients(
+def accumulate_gradients(
     model: AdapterModel, objective: Objective, parts: list[Batch], totals: Totals, graphs: int
 ) -> Gradients:
     """Add up the gradients of one optimizer batch; return what is known of them.
@@ -357,9 +409,9 @@ def _accumulate_gradients(
     over the optimizer batch however it was cut (the mistake of torchtune issue 2307).
     """
     step_loss, none = torch.zeros((), device=model.device), True
-    for part, term, metrics in _losses(model, objective, parts, graphs):
+    for part, term, metrics in step_losses(model, objective, parts, graphs):
         term.backward()  # type: ignore[no-untyped-call]
         step_loss += term.detach()
-        totals.add(part, metrics, objective.weight(part), _own_weights(objective, part))
+        count(totals, objective, part, metrics)
         none = False
     return Gradients(float(step_loss), none=none)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.client import Client, Trainings
 from fedloom.tensors import Tensors
 from fedloom.training.results import StepHook
 from fedloom.training.settings import ALONE, Part
@@ -42,10 +42,10 @@ def proximal_gradient(start: Tensors, strength: float) -> StepHook:
     return add
 
 
-def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Payload:
-    """Load the received adapter, train it, return it: the client of FedAvg."""
+def train_and_upload(client: Client, payload: Payload, part: Part = ALONE) -> Trainings[Payload]:
+    """Load the received adapter, train it, return it: the client of FedAvg, a generator."""
     client.model.write(payload.tensors)
-    result = client.train(payload.numbers["learning_rate"], part=part)
+    result = yield from client.training_steps(payload.numbers["learning_rate"], part=part)
     return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
 
 

@@ -16,7 +16,7 @@ from fedloom.methods.bases.parameter_averaging import (
     TRAIN_REPLY_NUMBERS,
     training_exchange,
 )
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import Method, ServerSide
 from fedloom.tensors import State, Tensors, tensor_bytes
 from fedloom.training.results import LocalResult
@@ -97,13 +97,13 @@ class KeepsParts(Method):
         frozen = common if len(common) < len(client.model.parameters) else []
         client.train(learning_rate, purpose="settling ", frozen=frozen, work=work)
 
-    def fit(self, client: Client, learning_rate: float) -> LocalResult:
+    def fit(self, client: Client, learning_rate: float) -> Trainings[LocalResult]:
         """Train the loaded adapter; here all of it at once."""
-        return client.train(learning_rate)
+        return client.training_steps(learning_rate)
 
-    def _train(self, client: Client, payload: Payload) -> Payload:
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         self.load(client, payload)
-        result = self.fit(client, payload.numbers["learning_rate"])
+        result = yield from self.fit(client, payload.numbers["learning_rate"])
         trained = client.model.read()
         if self.personal:
             client.store[PERSONAL] = self.own(trained)
@@ -140,11 +140,15 @@ def ask_everybody(
 
 def one_after_the_other(
     client: Client, learning_rate: float, own: Collection[str], common: Collection[str]
-) -> LocalResult:
+) -> Trainings[LocalResult]:
     """Train the personal tensors with the shared ones frozen, then the shared ones (FedRep).
 
     Each part gets the whole of the client's work, or half of it where an amount is of the round.
     """
     of = 2 if common else 1
-    first = client.train(learning_rate, purpose=PERSONAL_FIRST, frozen=common, part=Part(0, of))
-    return client.train(learning_rate, frozen=own, part=Part(1, of)) if common else first
+    first = yield from client.training_steps(
+        learning_rate, purpose=PERSONAL_FIRST, frozen=common, part=Part(0, of)
+    )
+    if not common:
+        return first
+    return (yield from client.training_steps(learning_rate, frozen=own, part=Part(1, of)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
@@ -13,8 +13,13 @@ from fedloom.objectives.base import Objective
 from fedloom.tensors import Tensors
 from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
-from fedloom.training.steps import local_loss, train_locally
+from fedloom.training.steps import Training, local_loss
 from fedloom.wire.messages import Payload
+
+Answer = TypeVar("Answer")
+
+Trainings = Generator[Training, LocalResult, Answer]
+"""Yields trainings, is sent what came of each, and returns what it was all for."""
 
 OPTIMIZER = "optimizer"
 """Slot of the client store with the optimizer's state, if it is kept."""
@@ -110,25 +115,52 @@ class Client:
             part: Which of the round's trainings it is.
             work: How much (default: what is due of a round's).
         """
+        steps = self.training_steps(
+            learning_rate,
+            before_step,
+            after_step,
+            purpose=purpose,
+            frozen=frozen,
+            repeats=repeats,
+            part=part,
+            work=work,
+        )
+        return carried_out(steps)
+
+    def training_steps(
+        self,
+        learning_rate: float,
+        before_step: StepHook | None = None,
+        after_step: StepHook | None = None,
+        *,
+        purpose: str = "",
+        frozen: Collection[str] = (),
+        repeats: int = 1,
+        part: Part = ALONE,
+        work: Work | None = None,
+    ) -> Trainings[LocalResult]:
+        """Yield what :meth:`train` would carry out, to whoever may do it for several clients at a time.
+
+        A handler that is a generator says ``result = yield from client.training_steps(rate)`` and goes on
+        when the model holds what was trained. Args are those of :meth:`train`.
+        """
         slot = f"{OPTIMIZER} {purpose}".strip()
-        with self.model.frozen(frozen):
-            result = train_locally(
-                self.model,
-                self.share,
-                self.objective,
-                self.training,
-                learning_rate=learning_rate,
-                seed=self.seed,
-                client=self.id,
-                round=self.round,
-                work=work or self.due(part, repeats),
-                purpose=purpose,
-                repeats=repeats,
-                state=self.store.get(slot),
-                before_step=before_step,
-                after_step=after_step,
-                on_step=self.on_step,
-            )
+        options = {
+            "learning_rate": learning_rate,
+            "seed": self.seed,
+            "client": self.id,
+            "round": self.round,
+            "work": work or self.due(part, repeats),
+            "purpose": purpose,
+            "repeats": repeats,
+            "state": self.store.get(slot),
+            "before_step": before_step,
+            "after_step": after_step,
+            "on_step": self.on_step,
+        }
+        result = yield Training(
+            self.model, self.share, self.objective, self.training, frozen, options
+        )
         if result.optimizer_state:
             self.store[slot] = result.optimizer_state
         self.last = result.after(self.last)
@@ -151,5 +183,22 @@ class Client:
         )
 
 
-Handler = Callable[[Client, Payload], Payload]
-"""Client side of one action."""
+Handler = Callable[[Client, Payload], Payload | Trainings[Payload]]
+"""Client side of one action: returns the reply, or yields the trainings that it needs and returns it then
+(:meth:`Client.training_steps`), so that clients of a simulation can be trained together."""
+
+
+def carried_out(steps: Trainings[Answer]) -> Answer:
+    """Carry out trainings as they are asked for, each alone; return what comes of them."""
+    result: LocalResult | None = None
+    while True:
+        try:
+            training = next(steps) if result is None else steps.send(result)
+        except StopIteration as stop:
+            answer: Answer = stop.value
+            return answer
+        try:
+            result = training.alone()
+        except BaseException as error:
+            steps.throw(error)
+            raise
