@@ -111,7 +111,7 @@ def test_with_all_parts_frozen_and_gamma_0_it_is_fedavg_of_dpo_bit_for_bit(
     def freeze(parts):
         def fit(client, rate):
             own = [name for name in client.model.parameters if is_own(name)]
-            return client.train(rate, frozen=own)
+            return client.training_steps(rate, frozen=own)
 
         parts.method.fit = fit
 

@@ -141,6 +141,7 @@ LEFT = _names(
         "federation": "members require quorum replacements extra deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
+        "simulation": "cohort",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices",

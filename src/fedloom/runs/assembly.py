@@ -17,7 +17,7 @@ from fedloom.data.examples import Example
 from fedloom.data.public import PublicRows
 from fedloom.data.reader import BadRow
 from fedloom.data.row_accounting import Accounts, cut_warnings, escaped_warnings
-from fedloom.engines.in_process import SimulationEngine
+from fedloom.engines.in_process import ClientResources, SimulationEngine
 from fedloom.errors import DataError, SettingsError
 from fedloom.evaluation.held_out import HeldOut
 from fedloom.experiment.experiment import Experiment
@@ -31,6 +31,7 @@ from fedloom.methods.contract.unseen_clients import ACTION as UNSEEN
 from fedloom.methods.contract.unseen_clients import UnseenClients
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import fingerprint
+from fedloom.models.stacked_lora import reason_against
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.runs.client_models import ModelBundles, references_of
@@ -125,7 +126,9 @@ def assemble(
     _require_tokens(experiment, method, train)
     for text in bundles.read_apart(train) if probe else ():
         stage(text)
-    return _components(bundles, train, remote, store or ClientStore(), on_step)
+    parts = _components(bundles, train, remote, store or ClientStore(), on_step)
+    told = _cohort_warnings(experiment, parts.local.resources if probe else {}, remote)
+    return replace(parts, accounts=replace(parts.accounts, warnings=parts.accounts.warnings + told))
 
 
 def _components(
@@ -189,6 +192,22 @@ def _components(
         fingerprint(own.path),
         own.reader.max_length,
     )
+
+
+def _cohort_warnings(
+    experiment: Experiment,
+    resources: Mapping[int, ClientResources],
+    remote: RemoteEngine | None,
+) -> tuple[str, ...]:
+    """Return why clients are not trained together, where that was asked for."""
+    asked = experiment.simulation.cohort
+    if asked == 1:
+        return ()
+    if remote is not None:
+        return (f"simulation.cohort = {asked!r} does nothing: clients are on other machines",)
+    models = {id(own.model): own.model for own in resources.values()}
+    reasons = sorted({reason_against(model) for model in models.values()} - {""})
+    return tuple(f"simulation.cohort: clients are trained one by one: {own}" for own in reasons)
 
 
 def _server_side(bundles: ModelBundles, public: PublicRows | None, ledger: Ledger) -> ServerSide:

@@ -95,7 +95,14 @@ from fedloom.runs.resume_checks import (
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
-from fedloom.runs.workers import HostProcess, Workers, WorkerTask, host_process, with_workers
+from fedloom.runs.workers import (
+    HostProcess,
+    Workers,
+    WorkerTask,
+    host_process,
+    require_one_by_one,
+    with_workers,
+)
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog
 from fedloom.storage import checkpoint
@@ -185,6 +192,7 @@ def run_experiment(
     as many processes of this machine work on clients.
     """
     given = _Given(observer, objective, data, remote, on_step, profile, workers)
+    require_one_by_one(workers, experiment)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
     with new_folder(experiment) as folder, host_process(workers) as host:
@@ -265,6 +273,7 @@ def resume_run(
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
+        require_one_by_one(workers, experiment)
         made = _made_again(folder, begun, experiment, given)
         clock = simulated_clock(experiment, remote)
         log = log_of(folder)

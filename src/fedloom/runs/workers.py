@@ -88,6 +88,23 @@ class WorkerTask:
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
 
 
+def require_one_by_one(asked: Workers, experiment: Experiment) -> None:
+    """Check that clients who are to be trained together are not given to several processes.
+
+    Raises:
+        SettingsError: They are.
+    """
+    cohort = experiment.simulation.cohort
+    if asked != 1 and cohort != 1:
+        raise SettingsError(
+            [
+                f"--workers {asked}: simulation.cohort = {cohort!r} trains clients together in one "
+                "process, and workers train one client each: leave out one of the two"
+            ],
+            "the command",
+        )
+
+
 @contextlib.contextmanager
 def host_process(asked: Workers) -> Iterator[HostProcess | None]:
     """Start the host process where there may be workers, so that it imports while data is read."""
