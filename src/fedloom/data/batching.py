@@ -181,7 +181,9 @@ def beside(readings: Sequence[Reading], pad: int) -> Reading:
         wide = [F.pad(own, (0, length - own.shape[1]), value=value) for own in tensors]
         return torch.cat(wide)
 
-    sources, ends, row = [], [], 0
+    sources: list[Tensor] = []
+    ends: list[Tensor] = []
+    row = 0
     for own in readings:
         rows, columns = own.input_ids.shape
         for found, places in ((sources, own.sources), (ends, own.ends)):

@@ -1,0 +1,134 @@
+"""Cohorts over the real engine: every method that waits for its trainings, failures, memory, resuming."""
+
+import logging
+
+import pytest
+import torch
+
+import fedloom
+from fedloom.engines import cohorts
+from fedloom.errors import SettingsError
+from fedloom.runs.assembly import assemble
+from fedloom.runs.partitioning import partition_data
+
+PLAIN = {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 2, "batch_size": 4}
+"""Adam divides by the gradient's own size, and so magnifies rounding."""
+
+METHODS = {
+    "fedavg": {},
+    "scaffold": {},
+    "ffa_lora": {},
+    "ditto": {"strength": 0.1},
+    "pfedme": {"steps": 2, "strength": 1.0},
+    "flexlora": {},
+}
+
+
+def settings_of(experiment, name, cohort, **sections):
+    sections = {"training": PLAIN, "adapter": {"dropout": 0.1}, **sections}
+    if name == "flexlora":  # clients 0 and 2 are alike
+        sections["clients"] = {
+            "groups": [{"clients": [0, 2], "rank": 4}, {"clients": [1], "rank": 2}]
+        }
+        sections["adapter"] = {"rank": 4, "dropout": 0.1}
+    method = {"name": name, **METHODS[name]}
+    return experiment(
+        method=method, objective={"name": "dpo"}, simulation={"cohort": cohort}, **sections
+    )
+
+
+def kept(played):
+    """Return all tensors of the server and of what clients store."""
+    stored = {
+        (c, n): t for c, own in played.parts.local.store.flat().items() for n, t in own.items()
+    }
+    return {**played.state.tensors, **stored}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_the_same_whether_clients_are_trained_together(experiment, federate, name):
+    alone = federate(settings_of(experiment, name, 1))
+    together = federate(settings_of(experiment, name, 2))
+    one, other, start = kept(alone), kept(together), alone.parts.initial
+    assert one.keys() == other.keys()
+    apart = sum((one[n] - other[n]).square().sum() for n in one)
+    moved = sum((t - start[n]).square().sum() for n, t in alone.state.tensors.items() if n in start)
+    assert float((apart / moved).sqrt()) < 1e-5 if moved else apart == 0
+    for record, found in zip(alone.records, together.records, strict=True):
+        assert found.client_train.keys() == record.client_train.keys()
+        for client, metrics in record.client_train.items():
+            assert found.client_train[client] == pytest.approx(metrics, rel=1e-3, abs=1e-4)
+        costs = [
+            sorted((c.client, c.phase, c.flops, c.tokens, c.steps, c.exchanges) for c in own.costs)
+            for own in (record, found)
+        ]
+        assert costs[0] == costs[1]
+
+
+def test_a_cohort_repeats_to_the_bit_and_goes_on_after_a_stop(experiment, tmp_path):
+    def run(folder):
+        settings = settings_of(
+            experiment, "scaffold", 2, output={"folder": str(tmp_path / folder), "verify": False}
+        )
+        return fedloom.run(settings)
+
+    run("one"), run("two")
+    fedloom.resume(tmp_path / "two", from_round=1)
+    one, two = (
+        next((tmp_path / name).rglob("adapter_model.safetensors")).read_bytes()
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+def test_where_memory_does_not_suffice_clients_are_trained_one_by_one(
+    experiment, federate, monkeypatch, caplog
+):
+    def none_left(*args):
+        raise MemoryError
+
+    alone = federate(settings_of(experiment, "fedavg", 1))
+    monkeypatch.setattr(cohorts, "train_together", none_left)
+    with caplog.at_level(logging.WARNING):
+        found = federate(settings_of(experiment, "fedavg", 2))
+    assert "memory does not suffice for 2 clients together" in caplog.text
+    for name, tensor in alone.state.tensors.items():
+        assert torch.equal(found.state.tensors[name], tensor)
+
+
+def test_a_handler_that_trains_by_itself_goes_on_as_before(experiment, federate, caplog):
+    def by_itself(parts):
+        def train(client, payload):
+            client.model.write(payload.tensors)
+            result = client.train(payload.numbers["learning_rate"])
+            return fedloom.wire.messages.Payload(
+                client.model.read(), {"examples": len(client.share)}, result.metrics
+            )
+
+        parts.local.handlers = {**parts.local.handlers, "train": train}
+
+    alone = federate(settings_of(experiment, "fedavg", 1))
+    with caplog.at_level(logging.WARNING):
+        found = federate(settings_of(experiment, "fedavg", 3), by_itself)
+    assert caplog.text.count("trained one by one") == 1
+    for name, tensor in alone.state.tensors.items():
+        assert torch.equal(found.state.tensors[name], tensor)
+
+
+def test_the_run_says_why_clients_are_trained_one_by_one(experiment):
+    settings = experiment(
+        adapter={"kind": "ia3", "rank": 8}, objective={"name": "dpo"}, simulation={"cohort": "auto"}
+    )
+    warnings = assemble(settings, partition_data(settings)).accounts.warnings
+    assert any("trained one by one: more is trained than LoRA's two" in text for text in warnings)
+
+
+@pytest.mark.parametrize("value", [0, "many", 2.5])
+def test_a_cohort_is_auto_or_a_number(experiment, value):
+    with pytest.raises(SettingsError, match=r"simulation\.cohort"):
+        experiment(simulation={"cohort": value})
+
+
+def test_cohorts_and_workers_exclude_each_other(experiment):
+    with pytest.raises(SettingsError, match=r"simulation\.cohort = 2 trains clients together"):
+        fedloom.run(settings_of(experiment, "fedavg", 2), workers=2)
