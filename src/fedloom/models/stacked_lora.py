@@ -140,7 +140,7 @@ class StackedFactors:
         finally:
             for layer in self._layers.values():
                 del layer.forward
-        states = found.states.split([len(own.sources) for own in readings])
+        states = torch.split(found.states, [len(own.sources) for own in readings])
         return [Predicting(own, found.logits, found.width, found.trained) for own in states]
 
     def take_gradients(self) -> list[dict[str, Tensor | None]]:
@@ -168,7 +168,8 @@ def _forward(name: str, layer: Any, own_pass: _Pass) -> Callable[..., Tensor]:
             states = own_pass.dropped(states, share)
         inner = torch.bmm(own_pass.by_client(states), down.transpose(1, 2))
         change = torch.bmm(inner, up.transpose(1, 2))
-        return (result + own_pass.by_row(change, states.shape[1]) * scaling).to(result.dtype)
+        summed: Tensor = result + own_pass.by_row(change, states.shape[1]) * scaling
+        return summed.to(result.dtype)
 
     return forward
 
