@@ -19,7 +19,7 @@ METHODS = {
     "scaffold": {},
     "ffa_lora": {},
     "ditto": {"strength": 0.1},
-    "pfedme": {"steps": 2, "strength": 1.0},
+    "pfedme": {"steps": 2, "strength": 1.0, "local_rate": 0.5},
     "flexlora": {},
 }
 
@@ -27,9 +27,8 @@ METHODS = {
 def settings_of(experiment, name, cohort, **sections):
     sections = {"training": PLAIN, "adapter": {"dropout": 0.1}, **sections}
     if name == "flexlora":  # clients 0 and 2 are alike
-        sections["clients"] = {
-            "groups": [{"clients": [0, 2], "rank": 4}, {"clients": [1], "rank": 2}]
-        }
+        groups = {"large": {"clients": [0, 2], "rank": 4}, "small": {"clients": [1], "rank": 2}}
+        sections["clients"] = {"groups": groups}
         sections["adapter"] = {"rank": 4, "dropout": 0.1}
     method = {"name": name, **METHODS[name]}
     return experiment(
