@@ -193,7 +193,9 @@ class AdapterModel:
             autocast: Dtype of mixed precision, ``None`` for none.
             checkpointed: Whether gradient checkpointing repeats the forward pass.
         """
-        self.model = model.train(model.training)  # a new one says so of itself and not of its layers
+        self.model = model.train(
+            model.training
+        )  # a new one says so of itself and not of its layers
         self.pad = pad
         self.autocast = autocast
         self.checkpointed = checkpointed
