@@ -30,6 +30,8 @@ def settings_of(experiment, name, cohort, **sections):
         groups = {"large": {"clients": [0, 2], "rank": 4}, "small": {"clients": [1], "rank": 2}}
         sections["clients"] = {"groups": groups}
         sections["adapter"] = {"rank": 4, "dropout": 0.1}
+    if name == "pfedme":  # four steps on each batch: a second round magnifies rounding
+        sections["federation"] = {"rounds": 1, "clients": 3}
     method = {"name": name, **METHODS[name]}
     return experiment(
         method=method, objective={"name": "dpo"}, simulation={"cohort": cohort}, **sections

@@ -91,6 +91,8 @@ def output_head(model: Any) -> OutputHead | None:
     width = int(weight.shape[0])
     if weight.is_meta:
         return OutputHead(layer, width)
+    was_training = inner.training
+    inner.eval()  # dropout draws
     known = torch.linspace(-LARGEST, LARGEST, width, device=weight.device, dtype=weight.dtype)
     try:
         row = run_on_text(inner)
@@ -104,6 +106,7 @@ def output_head(model: Any) -> OutputHead | None:
     except Exception:  # a model's code raises whatever it likes
         return None
     finally:
+        inner.train(was_training)
         if isinstance(layer, PersonalHead):
             layer.states = None
     return head if alike else None
