@@ -103,6 +103,7 @@ class StackedFactors:
             clients: Each one's parameters by name, all of the same shapes.
             trained: Names of those that passes leave gradients of.
         """
+        assert model.head is not None, "asked before layers compute otherwise"
         self.model, self.clients = model, len(clients)
         self.stacks: dict[str, Tensor] = {}
         with torch.no_grad():
