@@ -141,10 +141,9 @@ LEFT = _names(
         "federation": "members require quorum replacements extra deadline streams reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
-        "simulation": "cohort",
         "evaluation": "samples",
         "output": "folder trackers",
-        "simulation": "devices",
+        "simulation": "devices cohort",
     }
 )
 """Settings that are never taken: how rows are read is the client's to say, the others concern the

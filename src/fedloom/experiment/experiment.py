@@ -19,8 +19,8 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
+from fedloom.experiment.simulation import SimulationSettings
 from fedloom.federation.admission import AdmissionSettings
-from fedloom.federation.devices import SimulationSettings
 from fedloom.federation.participants import ClientsSettings, FederationSettings
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -32,7 +32,6 @@ from fedloom.settings.plugins import Choices
 from fedloom.settings.schema import NamedSettings, Settings, Table, parse
 from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import is_text, override, read_toml, require_section, write_toml
-from fedloom.training.cohort import SimulationSettings
 from fedloom.training.settings import TrainingSettings
 
 COMPARE = "compare"
@@ -84,7 +83,6 @@ class Experiment:
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
-    simulation: SimulationSettings = field(default_factory=SimulationSettings)
 
     @classmethod
     def from_toml(
@@ -205,7 +203,6 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "simulation": SimulationSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
-    "simulation": SimulationSettings,
 }
 """Section to its settings, or to a choice of settings by name."""
 

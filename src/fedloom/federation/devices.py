@@ -162,13 +162,6 @@ class DevicesSettings(Settings):
         return own
 
 
-class SimulationSettings(Settings):
-    """``[simulation]``: what clients in this process are like; not read between machines."""
-
-    devices: DevicesSettings | None = None
-    """Devices and links; with them each round has a simulated time (default: none)."""
-
-
 @dataclass(frozen=True)
 class Availability:
     """When a client can be asked.

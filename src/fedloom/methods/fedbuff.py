@@ -21,7 +21,7 @@ from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.server_optimizers import difference
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, no, yes
@@ -120,7 +120,7 @@ class FedBuff(Method):
         return {"train": train_and_upload_change}
 
 
-def train_and_upload_change(client: Client, payload: Payload) -> Payload:
+def train_and_upload_change(client: Client, payload: Payload) -> Trainings[Payload]:
     """Train the received adapter and return its change."""
-    reply = train_and_upload(client, payload)
+    reply = yield from train_and_upload(client, payload)
     return replace(reply, tensors=difference(reply.tensors, payload.tensors))

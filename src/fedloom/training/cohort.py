@@ -15,10 +15,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import InitVar, dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch, Predicting, Sequences
@@ -26,7 +25,6 @@ from fedloom.data.client_rows import TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.stacked_lora import StackedFactors
 from fedloom.objectives.base import Objective
-from fedloom.settings.schema import Settings
 from fedloom.training.layout import row_costs
 from fedloom.training.memory import is_out_of_memory
 from fedloom.training.results import Gradients, LocalResult, Totals
@@ -54,17 +52,6 @@ MOST = 32
 
 ALIKE = 0.75
 """Length of a pass's shortest rows at least, as a share of the longest: rows are padded to that."""
-
-
-class SimulationSettings(Settings):
-    """``[simulation]``: how clients of this machine are worked on."""
-
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
-    """Clients that are trained in lockstep, in passes over the rows of all of them: many small clients of
-    a small model train several times faster so. Results differ from those of one by one by rounding,
-    and are the same bits whenever the experiment is repeated. auto: by the model's width, the rows of a
-    step and the kind of device; 1: one client after another. Clients whose work cannot be stacked are
-    trained one by one, and the run says why. Only LoRA's factors can be stacked."""
 
 
 def tokens_together(model: AdapterModel) -> int:
