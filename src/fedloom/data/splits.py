@@ -229,7 +229,7 @@ def split(
             if not any_size:
                 chooser.least_harm(any_size=True)
     held = {client: np.flatnonzero(chooser.has(client)) for client in rows} | found
-    claimed = {client: chooser.is_taken(client) for client in rows}
+    claimed = chooser.are_taken()
     copies = tuple(found if column is None else rows)
     sides = _sides(rows, judged, limits, order, held, claimed, copies, column, over)
     return replace(sides, by_row=tuple(sorted(found)), without=tuple(chooser.empty()))
@@ -309,9 +309,11 @@ class _Chooser:
         """Return ``(rows,)`` whether a client's rows are of groups that it holds out."""
         return np.isin(self.own[client], list(self.chosen[client]))
 
-    def is_taken(self, client: int) -> NDArray[np.bool_]:
-        """Return ``(rows,)`` whether a client's rows are of groups that somebody holds out."""
-        return np.isin(self.own[client], list(self.taken()))
+    def are_taken(self) -> dict[int, NDArray[np.bool_]]:
+        """Return for each client ``(rows,)`` whether its rows are of groups that somebody holds out."""
+        taken = np.zeros(len(self.never), np.bool_)
+        taken[list(self.taken())] = True
+        return {client: taken[own] for client, own in self.own.items()}
 
     def settle(self, held: Mapping[int, int]) -> None:
         """Take note of clients that hold out so many rows otherwise."""
@@ -421,7 +423,7 @@ def _by_row(
     Rows whose prompt another client holds out are not among them: they are left out of training.
     """
     empty = chooser.empty()
-    places = {client: np.flatnonzero(~chooser.is_taken(client)) for client in rows}
+    places = {client: np.flatnonzero(~taken) for client, taken in chooser.are_taken().items()}
     whole = {client: _whole_keys(take(rows[client], own)) for client, own in places.items()}
     useful = {client: judged[client][own] for client, own in places.items()}
     own_limits = {

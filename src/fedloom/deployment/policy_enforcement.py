@@ -138,7 +138,8 @@ LEFT = _names(
         "control_tokens max_rows test_source test_split test_kind incomplete_pairs max_bad_share "
         "domains group near_duplicates values min_margin streaming",
         "public": "columns template",
-        "federation": "members require quorum replacements extra deadline streams reconnect patience",
+        "federation": "members selection require quorum replacements extra deadline streams "
+        "reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "evaluation": "samples",

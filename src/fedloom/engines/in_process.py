@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from fedloom.accounting.costs import REFERENCE, Cost
@@ -150,16 +151,23 @@ class SimulationEngine:
 
     def sizes(self) -> dict[int, int]:
         """Return the number of training rows of each client."""
+        return self._sizes
+
+    def membership(self) -> Membership:
+        """Return all clients but unseen ones: in one process no client leaves."""
+        return self._membership
+
+    @cached_property
+    def _sizes(self) -> dict[int, int]:
         return {
             client: len(share)
             for client, share in sorted(self.shares.items())
             if client not in self.unseen
         }
 
-    def membership(self) -> Membership:
-        """Return all clients but unseen ones: in one process no client leaves."""
-        rows = self.sizes()
-        return Membership(tuple(rows), rows=rows)
+    @cached_property
+    def _membership(self) -> Membership:
+        return Membership(tuple(self._sizes), rows=self._sizes)
 
     def absent(self) -> dict[int, Absence]:
         """Return no client: all clients are in this process."""

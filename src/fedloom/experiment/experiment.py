@@ -22,6 +22,8 @@ from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.experiment.simulation import SimulationSettings
 from fedloom.federation.admission import AdmissionSettings
 from fedloom.federation.participants import ClientsSettings, FederationSettings
+from fedloom.federation.selection import SELECTIONS
+from fedloom.federation.selection import problems as selection_problems
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.models.adapters import AdapterSettings
@@ -142,6 +144,7 @@ class Experiment:
             if settings is not None:
                 parts[section] = settings
         problems += _contradictions(parts)
+        problems += _foreign_selection_problems(parts, importable)
         if problems:
             raise SettingsError(problems, source)
         return cls(name=name, **parts)
@@ -250,6 +253,14 @@ def _parse_section(
     own = {key: value for key, value in table.items() if key not in foreign}
     settings, problems = parse(settings_class, own, section)
     return (None if foreign else settings), [*foreign.values(), *problems]
+
+
+def _foreign_selection_problems(parts: Mapping[str, Any], importable: Importable) -> list[str]:
+    """Return the mistakes in a selection that is not fedloom's; a client, whom it does not concern, none."""
+    chosen = parts["federation"].selection if "federation" in parts else {"name": ""}
+    if not SELECTIONS.is_foreign(chosen["name"]) or not importable("selection", chosen["name"]):
+        return []
+    return selection_problems(chosen, imports=True)
 
 
 def _foreign(

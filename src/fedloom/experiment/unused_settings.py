@@ -78,6 +78,7 @@ def _facts(experiment: Experiment) -> dict[str, object]:
         "trains again": trainings > 1 or method.repeats > 1,
         "public rows": METHODS[experiment.method.name][1].needs_public,
         "joins": bool(experiment.clients.newcomers),
+        "draws clients": experiment.federation.cohort_size < experiment.federation.clients,
         "judges clients": experiment.judges_clients,
         "generates": experiment.evaluation.judged_by == "rouge_l"
         or (causal and experiment.evaluation.samples > 0),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from fedloom.randomness import generator
+from fedloom.federation.selection import problems
 from fedloom.settings.schema import Of, Settings
 
 
@@ -74,6 +73,12 @@ class FederationSettings(Settings):
     """Between machines, clients that must be ready before a run starts: all, a number, or a share."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """Clients drawn for each round (default: all)."""
+    selection: Annotated[
+        dict[str, Any], Of("draws clients", (True,), "all clients take part in every round")
+    ] = {"name": "uniform"}
+    """How they are drawn from those that are there: a name, or a table of it and its settings. "uniform";
+    "rows": in proportion to their training rows; "availability": by when they last took part; or a class,
+    `package.module:Class`. It is not sent to clients."""
     seed: int = Field(default=0, ge=0)
     """Seed; all randomness is derived from it, the purpose, the client and the round."""
     quorum: float = Field(default=0.5, gt=0, le=1)
@@ -96,6 +101,14 @@ class FederationSettings(Settings):
     patience: float = Field(default=600, gt=0)
     """Seconds that a run waits at its start for all clients on other machines, and a round for a quorum
     of them."""
+
+    @field_validator("selection", mode="before")
+    @classmethod
+    def _name_or_table(cls, value: object) -> object:
+        chosen = {"name": value} if isinstance(value, str) else value
+        if isinstance(chosen, dict) and isinstance(chosen.get("name"), str):
+            return chosen
+        raise ValueError('must be a name, or a table with one: { name = "availability" }')
 
     @field_validator("require", mode="before")
     @classmethod
@@ -123,6 +136,7 @@ class FederationSettings(Settings):
             )
         if self.members is not None and len(set(self.members)) < len(self.members):
             found.append("federation.members names a member twice")
+        found += problems(self.selection, imports=False)
         return found
 
     @property
@@ -130,13 +144,11 @@ class FederationSettings(Settings):
         """Clients drawn for each round."""
         return self.clients_per_round or self.clients
 
+    @property
+    def drawn(self) -> int:
+        """Clients drawn for each round, those that are drawn beyond its size included."""
+        return self.cohort_size + self.extra
+
     def participations(self, clients: int) -> float:
         """Return the rounds that each of ``clients`` takes part in on average, T |S| / N."""
         return self.rounds * min(self.cohort_size, clients) / clients
-
-
-def draw_cohort(settings: FederationSettings, round: int, there: Sequence[int]) -> tuple[int, ...]:
-    """Return the clients of a round, ascending, drawn from those that are there."""
-    size = min(settings.cohort_size + settings.extra, len(there))
-    drawn = generator(settings.seed, "cohort", round=round).choice(there, size=size, replace=False)
-    return tuple(sorted(int(client) for client in drawn))

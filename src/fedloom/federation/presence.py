@@ -7,7 +7,8 @@ position among those that are present. This file does not know where clients run
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +80,11 @@ class Presence:
             reachable: Registered clients that can be reached.
             suspended: Clients in quarantine for earlier violations, each with the last round of it.
         """
+        if reachable is membership.rows and not (membership.left or self.left or suspended):
+            # all who ever were are there, as in one process: nothing is gone through client by client
+            everybody = membership.enrolled
+            rows = membership.rows
+            return replace(self, members=everybody, available=everybody, suspended={}, rows=rows)
         members = tuple(sorted(set(membership.enrolled) - membership.left))
         available = tuple(c for c in members if c in reachable and c not in suspended)
         away = self.answered_last.keys() - set(available)
@@ -106,9 +112,20 @@ class Presence:
         failed = {client for client in unanswered if client in known}
         return replace(
             self,
-            answered_last=dict(sorted(known.items())),
+            answered_last=known,
             interrupted=(self.interrupted - set(answered)) | failed,
         )
+
+    def are_available(self, clients: Iterable[int]) -> bool:
+        """Return whether all of some clients can be asked."""
+        there = self.available
+        places = ((bisect_left(there, client), client) for client in clients)
+        return all(place < len(there) and there[place] == client for place, client in places)
+
+    def without(self, clients: Collection[int]) -> Presence:
+        """Return the presence in which some of those available are not."""
+        others = set(clients)
+        return replace(self, available=tuple(c for c in self.available if c not in others))
 
     @classmethod
     def assumed(cls, membership: Membership, round: int) -> Presence:
@@ -120,11 +137,16 @@ class Presence:
             answered_last=dict.fromkeys(membership.enrolled, round), rows=dict(membership.rows)
         )
 
-    def to_table(self) -> dict[str, Any]:
-        """Return the presence as plain JSON."""
-        own = {"left": self.left, "rows": self.rows, "answered_last": self.answered_last}
+    def to_table(self, *, rows: bool = True) -> dict[str, Any]:
+        """Return the presence as plain JSON.
+
+        Args:
+            rows: Whether with the rows of clients, which an engine in one process counts anew.
+        """
+        own = {"left": self.left, "answered_last": self.answered_last}
+        own |= {"rows": self.rows} if rows else {}
         table: dict[str, Any] = {
-            name: {str(client): value for client, value in values.items()}
+            name: {str(client): value for client, value in sorted(values.items())}
             for name, values in own.items()
         }
         return {**table, "interrupted": sorted(self.interrupted)}
@@ -133,7 +155,7 @@ class Presence:
     def from_table(cls, table: Mapping[str, Any]) -> Presence:
         """Return the presence in a table of :meth:`to_table`."""
         left, rows, answered_last = (
-            {int(client): int(value) for client, value in table[name].items()}
+            {int(client): int(value) for client, value in table.get(name, {}).items()}
             for name in ("left", "rows", "answered_last")
         )
         return cls(

@@ -43,8 +43,10 @@ class Cohort:
     reported: tuple[NumberSpec, ...] = (LOSS,)
 
     @property
-    def sizes(self) -> dict[int, int]:
+    def sizes(self) -> Mapping[int, int]:
         """Training rows of each client that can be asked in this round, as it registered them."""
+        if len(self.presence.available) == len(self.presence.rows):
+            return self.presence.rows
         return {client: self.presence.rows[client] for client in self.presence.available}
 
     @property

@@ -18,11 +18,11 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.clock import SimulatedClock
 from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
-from fedloom.federation.participants import FederationSettings, draw_cohort
+from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.protocol import Cohort, Method, Replies, Round
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
-from fedloom.randomness import generator
+from fedloom.federation.selection import Selection, Uniform, UniformSettings, draw
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
@@ -51,6 +51,7 @@ class Server:
         reported: Names and ranges of what clients report of a training.
         presence: Presence in earlier rounds.
         clock: The simulated clock, where clients have simulated devices.
+        selection: Draws the clients of each round.
     """
 
     method: Method
@@ -67,6 +68,7 @@ class Server:
     reported: tuple[NumberSpec, ...] = (LOSS,)
     presence: Presence = NOBODY_YET
     clock: SimulatedClock | None = None
+    selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -160,14 +162,15 @@ class Server:
         return before.begun(round, self.engine.membership(), reachable, paused)
 
     def _cohort(self, round: int, presence: Presence) -> Cohort:
-        there, paused = presence.available, presence.suspended
-        if not there:
+        federation = self.federation
+        if not presence.available:
             raise RoundFailed(
                 f"round {round}: all clients are in quarantine for repeated violations ("
-                f"admission.offences = {self.admission.settings.offences}): {sorted(paused)}"
+                f"admission.offences = {self.admission.settings.offences}): "
+                f"{sorted(presence.suspended)}"
             )
-        clients = draw_cohort(self.federation, round, there)
-        last = round == self.federation.rounds
+        clients = draw(self.selection, presence, federation.drawn, federation.seed, round)
+        last = round == federation.rounds
         return Cohort(
             round, clients, presence, self.learning_rate(round), last=last, reported=self.reported
         )
@@ -210,11 +213,12 @@ class _RoundExchanges:
         """
         federation, cohort = self.server.federation, self.cohort
         lost = sorted(self.rejected.keys() & set(cohort.clients))
-        free = sorted(set(cohort.presence.available) - set(cohort.clients))
-        count = min(len(lost), len(free), federation.replacements)
+        free = cohort.presence.without(cohort.clients) if lost else cohort.presence
+        count = min(len(lost), len(free.available), federation.replacements)
         if count:
-            rng = generator(federation.seed, "replacement", round=cohort.round)
-            drawn = [int(client) for client in rng.choice(free, size=count, replace=False)]
+            drawn = draw(
+                self.server.selection, free, count, federation.seed, cohort.round, "replacement"
+            )
             kept = [client for client in cohort.clients if client not in lost[:count]]
             other = replace(
                 cohort, clients=tuple(sorted([*kept, *drawn])), notes={}, details={}, warnings=[]

@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from fedloom.errors import CheckpointError
 from fedloom.experiment.experiment import SECTIONS, Experiment
+from fedloom.federation.selection import KEY as SELECTION
+from fedloom.federation.selection import SELECTIONS
 from fedloom.objectives.base import Objective
 from fedloom.runs.partitioning import SOURCES, own_source
 from fedloom.settings.plugins import Choices, plugin_error
@@ -99,16 +101,18 @@ def plugins_record(experiment: Experiment) -> dict[str, dict[str, str]]:
     }
     source = own_source(experiment.data)
     found["data"] = SOURCES.provenance(source) if source is not None else None
+    found[SELECTION] = SELECTIONS.provenance(experiment.federation.selection["name"])
     return {section: own.to_record() for section, own in found.items() if own is not None}
 
 
 def plugin_digests(experiment: Experiment) -> dict[str, str]:
     """Return the SHA-256 of the file of each class that is not ours and that server and clients share.
 
-    Where rows come from is each party's own affair.
+    Where rows come from is each party's own affair, and who is drawn the server's.
     """
     found = plugins_record(experiment)
-    return {section: own["sha256"] for section, own in found.items() if section != "data"}
+    apart = ("data", SELECTION)
+    return {section: own["sha256"] for section, own in found.items() if section not in apart}
 
 
 def naming_plugins(function: Callable[Given, Found]) -> Callable[Given, Found]:
@@ -148,12 +152,10 @@ def require_same_plugins(folder: Path, run: Record | None, experiment: Experimen
     for section in sorted(before.keys() | now.keys()):
         old, new = before.get(section, {}), now.get(section, {})
         if old.get("sha256") != new.get("sha256"):
-            own = getattr(experiment, section)
-            named = (
-                f"data.source = {own.source!r}"
-                if section == "data"
-                else f"{section}.name = {own.name!r}"
-            )
+            named = {
+                "data": f"data.source = {experiment.data.source!r}",
+                SELECTION: f"{SELECTION} = {experiment.federation.selection['name']!r}",
+            }.get(section) or f"{section}.name = {getattr(experiment, section).name!r}"
             raise CheckpointError(
                 f"{folder} was begun with another {named}: its file had SHA-256 "
                 f"{old.get('sha256', '')[:12]}, {new.get('file')} has {new.get('sha256', '')[:12]}: "

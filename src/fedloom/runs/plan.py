@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from fedloom.accounting.quantities import human_count
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.participants import draw_cohort
+from fedloom.federation.presence import Presence
+from fedloom.federation.selection import draw, make_selection
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.model_building import of_server
 from fedloom.runs.observers import Plan
@@ -73,8 +74,10 @@ def _ahead(
         for client, rows in sizes.items()
     }
     new, found = set(sizes), [RoundWork(0.0)]
+    selection, presence = make_selection(federation.selection), Presence.of(sizes)
     for round in range(1, federation.rounds + 1):
-        cohort = draw_cohort(federation, round, tuple(sizes))
+        cohort = draw(selection, presence, federation.drawn, federation.seed, round)
+        presence = presence.closed(round, cohort, ())
         first = new.intersection(cohort) if scores and round > done else set()
         new -= first
         judged = float(round % every == 0 or round == federation.rounds)

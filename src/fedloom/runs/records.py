@@ -112,6 +112,7 @@ def run_record(
         "data": _data_record(experiment, parts),
         "classes": list(division.classes),
         "method": experiment.method.name,
+        "selection": experiment.federation.selection,
         "method_role": _role(parts.method),
         "sections": [asdict(own) for own in parts.method.sections],
         "client_memory": _client_memory(experiment, parts),

@@ -30,9 +30,11 @@ from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.clock import ClockState, SimulatedClock
 from fedloom.federation.engine import RemoteEngine, RunDescription
+from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
+from fedloom.federation.selection import make_selection
 from fedloom.federation.violations import of_rounds
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
@@ -399,6 +401,7 @@ class _Run:
     clock: SimulatedClock | None = None
     last: _Finished | None = None
     saved: int = -1
+    clients_in: Path | None = None
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -468,7 +471,7 @@ class _Run:
         done = saved.round if saved else -1
         self.prepare(done, begun if done >= 0 else None)
         if saved is not None:
-            self.presence = presence_of(saved, self.parts)
+            self.presence, self.clients_in = presence_of(saved, self.parts), saved.folder
             if self.clock is not None and saved.clock is not None:
                 restored = ClockState.restored(saved.clock, saved.in_flight)
                 self.clock = replace(self.clock, state=restored)
@@ -477,9 +480,10 @@ class _Run:
         return self.go(state, done)
 
     def _for_clients(self, start: Tensors) -> Experiment:
-        """Return the experiment as sent to clients: without other members and paths."""
+        """Return the experiment as sent to clients: without other members, paths and the selection."""
         own = told(self.experiment, self.start, start)
-        return replace(own, federation=own.federation.model_copy(update={"members": None}))
+        servers = {"members": None, "selection": FederationSettings().selection}
+        return replace(own, federation=own.federation.model_copy(update=servers))
 
     def _count_start(self, start: Tensors) -> None:
         """Count the bytes that each client would be sent before the first round."""
@@ -544,6 +548,7 @@ class _Run:
             reported=reported(parts.objective),
             presence=self.presence,
             clock=self.clock,
+            selection=make_selection(experiment.federation.selection),
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -622,7 +627,7 @@ class _Run:
         profile = self.profile
         clock, in_flight = last.clock.saved() if last.clock is not None else (None, {})
         with profile.span("checkpoint", round=last.round) if profile else contextlib.nullcontext():
-            checkpoint.save(
+            clients = checkpoint.save(
                 self.folder.checkpoints,
                 Checkpoint(
                     last.round,
@@ -630,14 +635,15 @@ class _Run:
                     store.flat(),
                     self.digest,
                     last.records,
-                    last.presence.to_table(),
+                    last.presence.to_table(rows=self.given.remote is not None),
                     clock,
                     in_flight,
                 ),
                 store.changed,
+                self.clients_in,
             )
-        store.changed.clear()
-        self.saved = last.round
+        store.saved(clients)
+        self.saved, self.clients_in = last.round, clients.folder
 
     def _keep_last(self) -> None:
         """Save the last finished round, if it was not due; a full disk hides no other error."""
@@ -726,7 +732,7 @@ class _Run:
         method, store = self.parts.method, self.parts.local.store
         if not (method.own_models or method.personal):
             return []
-        return [client for client in self.parts.local.sizes() if store.slots(client)]
+        return [client for client in self.parts.local.sizes() if client in store]
 
     def _own_models(self, state: State) -> Payload | None:
         """Return what clients elsewhere are sent to write models of their own with, if they have some."""

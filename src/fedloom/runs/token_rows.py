@@ -101,23 +101,20 @@ class TokenReader:
         """
         clients = self.division.train
         whole = self.tokens(joined(list(clients.values())), self.max_length)
-        start = 0
-        for client, rows in clients.items():
-            end = start + len(rows)
-            positions = np.flatnonzero((whole.index >= start) & (whole.index < end))
-            lost = [one for one in whole.dropped if start <= one.position < end]
+        ends = np.cumsum([0, *map(len, clients.values())])
+        kept = np.searchsorted(whole.index, ends)  # both ascending
+        gone = np.searchsorted([one.position for one in whole.dropped], ends)
+        for place, client in enumerate(clients):
+            positions = np.arange(kept[place], kept[place + 1])
+            lost = list(whole.dropped[gone[place] : gone[place + 1]])
             self.read[client] = cut_of(whole, positions), lost
-            start = end
         bad_rows_in_all(self.experiment, self.division, self.read, {})
-        if pooled:
-            clients = {0: joined(list(clients.values()))}
-        result, start = {}, 0
-        for client, rows in clients.items():
-            end = start + len(rows)
-            positions = np.flatnonzero((whole.index >= start) & (whole.index < end))
-            lost = [one for one in whole.dropped if start <= one.position < end]
-            start = end
+        result = {}
+        for place, client in enumerate([0] if pooled else clients):
+            own = slice(0, None) if pooled else slice(kept[place], kept[place + 1])
+            positions = np.arange(len(whole))[own]
             if not len(positions):
+                lost = list(whole.dropped) if pooled else self.read[client][1]
                 reasons = dict(Counter(one.reason for one in lost))
                 raise DataError(
                     f"client {client} has no row left after tokenising ({reasons}); raise "

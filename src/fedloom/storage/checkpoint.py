@@ -20,12 +20,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from fedloom.errors import CheckpointError, OutputError
 from fedloom.storage.files import write_atomically
@@ -35,6 +36,46 @@ KEPT = 2
 """Checkpoints that stay on disk."""
 
 IN_FLIGHT = "in_flight.safetensors"
+
+
+class SavedClients(Mapping[int, Tensors]):
+    """The stores of clients in a checkpoint; each is read from its file when it is asked for.
+
+    Attributes:
+        folder: The checkpoint's.
+    """
+
+    def __init__(self, folder: Path, clients: Collection[int]) -> None:
+        """Take the ids of the clients that have one."""
+        self.folder, self._clients = folder, dict.fromkeys(sorted(clients))
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the ids, ascending."""
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self._clients)
+
+    def __contains__(self, client: object) -> bool:
+        """Return whether a client has a store; reads nothing."""
+        return client in self._clients
+
+    def __getitem__(self, client: int) -> Tensors:
+        """Read a client's store.
+
+        Raises:
+            CheckpointError: Its file is no longer what was written.
+        """
+        if client not in self._clients:
+            raise KeyError(client)
+        file = self.folder / _client_file(client)
+        try:
+            return safetensors.torch.load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read any more: {error}; a run needs its checkpoints as long as it goes on"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -51,6 +92,7 @@ class Checkpoint:
             release saved the checkpoint.
         clock: The simulated clock; plain JSON, ``None`` where there is none.
         in_flight: Requests and answers of clients still at work, as bytes by name.
+        folder: Where it was read from, ``None`` for one that was not.
     """
 
     round: int
@@ -61,33 +103,45 @@ class Checkpoint:
     presence: Mapping[str, Any] | None = None
     clock: Mapping[str, Any] | None = None
     in_flight: Tensors = field(default_factory=dict)
+    folder: Path | None = None
 
 
-def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) -> None:
+def save(
+    folder: Path,
+    checkpoint: Checkpoint,
+    changed: set[int] | None = None,
+    before: Path | None = None,
+) -> SavedClients:
     """Write a checkpoint into ``folder`` and drop all but the newest two.
+
+    Of the clients, only the changed ones are looked at.
 
     Args:
         folder: The run's ``checkpoints`` folder; made if it is not connected.
         checkpoint: What to keep.
-        changed: Clients whose tensors differ from the newest checkpoint on disk; the files of the
-            others are linked. ``None`` writes all.
+        changed: Clients whose tensors differ from the checkpoint before; the files of the others are
+            linked. ``None`` writes all.
+        before: The checkpoint before (default: the newest on disk).
+
+    Returns:
+        The clients' stores as they are on disk now.
 
     Raises:
         OutputError: The disk is full or not writable. Earlier checkpoints stay whole.
     """
     target = folder / f"round-{checkpoint.round:04d}"
-    temporary, before = (folder / f".{target.name}{end}.{os.getpid()}" for end in ("", "-before"))
+    temporary, same = (folder / f".{target.name}{end}.{os.getpid()}" for end in ("", "-before"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write_files(temporary, checkpoint, _newest(folder), changed)
+        _write_files(temporary, checkpoint, before or _newest(folder), changed)
         _sync(temporary)
         if target.exists():
-            target.rename(before)
+            target.rename(same)
         temporary.rename(target)
         _sync(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(same, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(
@@ -96,6 +150,7 @@ def save(folder: Path, checkpoint: Checkpoint, changed: set[int] | None = None) 
         ) from error
     for path in _listed(folder)[:-KEPT]:
         shutil.rmtree(path, ignore_errors=True)
+    return SavedClients(target, checkpoint.clients.keys())
 
 
 def load(
@@ -128,11 +183,8 @@ def load(
             "weights or the data have changed since; start a new run"
         )
     listed = json.loads((path / "manifest.json").read_text()).keys() - without
-    clients = {
-        int(file.stem.removeprefix("client-")): safetensors.torch.load_file(file)
-        for file in sorted(path.glob("client-*.safetensors"))
-        if file.name in listed
-    }
+    found = (re.fullmatch(r"client-(\d+)\.safetensors", name) for name in listed)
+    clients = SavedClients(path, [int(own[1]) for own in found if own])
     tensors = safetensors.torch.load_file(path / "state.safetensors")
     state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
     in_flight = safetensors.torch.load_file(path / IN_FLIGHT) if IN_FLIGHT in listed else {}
@@ -145,6 +197,7 @@ def load(
         facts.get("presence"),
         facts.get("clock"),
         in_flight,
+        path,
     )
 
 
@@ -171,13 +224,14 @@ def _write_files(
     if checkpoint.in_flight:
         data = safetensors.torch.save(checkpoint.in_flight)
         sums[IN_FLIGHT] = _write(folder / IN_FLIGHT, data)
-    for client, tensors in checkpoint.clients.items():
+    for client in checkpoint.clients:
         name = _client_file(client)
         if previous and changed is not None and client not in changed and name in before:
             os.link(previous / name, folder / name)
             sums[name] = before[name]
         else:
-            sums[name] = _write(folder / name, safetensors.torch.save(with_own_memory(tensors)))
+            tensors = with_own_memory(checkpoint.clients[client])
+            sums[name] = _write(folder / name, safetensors.torch.save(tensors))
     _write(folder / "manifest.json", json.dumps(sums).encode())
 
 

@@ -1,0 +1,218 @@
+"""Selection: which of the clients that are there take part in a round.
+
+``[federation] selection`` names it, fedloom's own or a class of the user's
+(``fedloom.selections`` is its group of entry points). It runs on the server and is told who is there
+(:class:`~fedloom.federation.presence.Presence`); clients do not know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.errors import PluginError, SettingsError
+from fedloom.federation.presence import Presence
+from fedloom.randomness import generator
+from fedloom.settings.plugins import Choices, undefined
+from fedloom.settings.schema import NamedSettings, parse
+from fedloom.settings.suggestions import nearest
+
+KEY = "federation.selection"
+"""The setting, as messages name it."""
+
+
+class Selection:
+    """Draws the clients of a round. It keeps nothing from one round to the next.
+
+    What it may depend on, the presence holds, which checkpoints save; so a resumed run draws the same.
+    """
+
+    Settings: ClassVar[type[NamedSettings]] = NamedSettings
+
+    def __init__(self, settings: NamedSettings) -> None:
+        """Take the settings, an instance of :attr:`Settings`."""
+        self.settings = settings
+
+    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
+        """Return ``size`` different clients of ``presence.available``, in any order.
+
+        Args:
+            presence: At the start of the round; ``available`` is ascending, and ``rows`` and
+                ``answered_last`` are mappings by client id.
+            size: Number of clients, from 1 to the number of those available.
+            rng: The only source of randomness: its seed is of the experiment, the purpose and the round.
+        """
+        raise NotImplementedError
+
+
+class UniformSettings(NamedSettings):
+    """``selection = "uniform"``: every client that is there is as likely as any other."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+class Uniform(Selection):
+    """Draws uniformly, without replacement.
+
+    Source: McMahan et al. 2017, https://arxiv.org/abs/1602.05629, algorithm 1.
+    """
+
+    Settings = UniformSettings
+
+    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
+        """Return ``size`` clients; see :class:`Selection`."""
+        there = presence.available
+        places = rng.choice(len(there), size=size, replace=False)
+        return [there[place] for place in places.tolist()]
+
+
+class RowsSettings(NamedSettings):
+    """``selection = "rows"``: clients with more training rows are drawn more often."""
+
+    name: Literal["rows"] = "rows"
+
+
+class ByRows(Selection):
+    """Draws one client after another, each in proportion to its rows among those that are left.
+
+    Where a method also weights its mean by rows, large clients count twice: in how often they are drawn,
+    and in each mean. Drawn by the keys of Efraimidis and Spirakis 2006, "Weighted random sampling with a
+    reservoir", https://doi.org/10.1016/j.ipl.2005.11.003.
+    """
+
+    Settings = RowsSettings
+
+    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
+        """Return ``size`` clients; see :class:`Selection`."""
+        there = presence.available
+        rows = np.fromiter((presence.rows[client] for client in there), np.float64, len(there))
+        return _first(there, rng.standard_exponential(len(there)) / rows, size)
+
+
+class AvailabilitySettings(NamedSettings):
+    """``selection = "availability"``: by when clients last took part, for clients that come and go."""
+
+    name: Literal["availability"] = "availability"
+    prefer: Literal["rare", "steady"] = "rare"
+    """Whom to draw first: clients whose last answer that counted is longest ago, so that those that are
+    seldom there take part when they are ("rare"); or clients that have answered and have neither been
+    away nor failed since, so that fewer are lost in a round ("steady")."""
+
+
+class ByAvailability(Selection):
+    """Draws clients in the order of their last answers that counted; those that are alike, uniformly.
+
+    "rare" follows the priority for the least available learners in Abdelmoniem et al. 2023, "REFL:
+    Resource-Efficient Federated Learning", https://arxiv.org/abs/2111.01108, with the time since a client's
+    last answer in place of its predicted availability.
+    """
+
+    Settings = AvailabilitySettings
+    settings: AvailabilitySettings
+
+    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
+        """Return ``size`` clients; see :class:`Selection`."""
+        there, last, broken = presence.available, presence.answered_last, presence.interrupted
+        if self.settings.prefer == "rare":
+            ranks = (last.get(client, 0) for client in there)
+        else:
+            ranks = (int(client not in last or client in broken) for client in there)
+        order = np.fromiter(ranks, np.float64, len(there)) + rng.random(len(there))
+        return _first(there, order, size)
+
+
+def _first(there: Sequence[int], keys: NDArray[np.float64], size: int) -> list[int]:
+    """Return the ``size`` clients with the smallest keys."""
+    return [there[place] for place in np.argsort(keys, kind="stable")[:size].tolist()]
+
+
+def _lacks(kind: type[Selection]) -> list[str]:
+    return undefined(kind, ("draw",), Selection)
+
+
+SELECTIONS: Choices[Selection] = Choices(
+    "fedloom.selections",
+    {
+        "uniform": (UniformSettings, Uniform),
+        "rows": (RowsSettings, ByRows),
+        "availability": (AvailabilitySettings, ByAvailability),
+    },
+    Selection,
+    _lacks,
+)
+"""Name in ``[federation] selection`` to its settings and its class."""
+
+
+def problems(chosen: Mapping[str, Any], *, imports: bool) -> list[str]:
+    """Return the mistakes in ``federation.selection``, one line each.
+
+    Args:
+        chosen: The name and its settings.
+        imports: Whether a class that is not fedloom's may be imported; if not, it is not looked at.
+    """
+    name = chosen["name"]
+    if name not in SELECTIONS:
+        return [f"{KEY} = {name!r}: {nearest(name, SELECTIONS.names)}"]
+    if SELECTIONS.is_foreign(name) and not imports:
+        return []
+    try:
+        return parse(SELECTIONS[name][0], dict(chosen), KEY)[1]
+    except SettingsError as error:
+        return [f"{KEY} = {name!r}: {text}" for text in error.problems]
+
+
+def make_selection(chosen: Mapping[str, Any]) -> Selection:
+    """Return the selection of ``federation.selection``.
+
+    Raises:
+        SettingsError: There is none of that name, or its settings are wrong.
+        PluginError: Its class, which is not fedloom's, does not take them.
+    """
+    if found := problems(chosen, imports=True):
+        raise SettingsError(found)
+    settings, kind = SELECTIONS[chosen["name"]]
+    try:
+        return kind(settings.model_validate(dict(chosen)))
+    except TypeError as error:
+        raise PluginError(
+            f"selection {chosen['name']}: {error}: it must define __init__(self, settings), which gets "
+            "its settings and nothing else"
+        ) from error
+
+
+def draw(
+    selection: Selection,
+    presence: Presence,
+    size: int,
+    seed: int,
+    round: int,
+    purpose: str = "cohort",
+) -> tuple[int, ...]:
+    """Return the clients that a selection draws from those that are there, ascending.
+
+    Args:
+        selection: How.
+        presence: At the start of the round.
+        size: Number of clients; all are drawn where fewer are there.
+        seed: The experiment's.
+        round: From 1.
+        purpose: Of the draw, for its seed.
+
+    Raises:
+        PluginError: A class that is not fedloom's returned something else than that many of them.
+    """
+    size = min(size, len(presence.available))
+    drawn = selection.draw(presence, size, generator(seed, purpose, round=round))
+    try:
+        clients = tuple(sorted({int(client) for client in drawn}))
+    except (TypeError, ValueError):
+        clients = ()
+    if len(clients) != size or not presence.are_available(clients):
+        raise PluginError(
+            f"{type(selection).__name__}.draw returned {drawn!r:.200}: it must return {size} different "
+            "clients of presence.available"
+        )
+    return clients
