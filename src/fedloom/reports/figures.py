@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib as mpl
@@ -61,6 +61,9 @@ COLUMN = 4.4
 
 MANY_CLIENTS = 40
 """Clients that are named one by one; more are put together by what they hold most of."""
+
+CROWD = 200
+"""Clients of which none is a point of its own in a chart."""
 
 MANY_VALUES = 8
 """Values that bars can tell apart by colour."""
@@ -439,7 +442,11 @@ def before_after_chart(
         label: Of the metric.
         spans: Client to the ends of the interval of its metric after, drawn for up to
             :data:`MANY_CLIENTS`.
+
+    More than :data:`CROWD` clients are counted, by their metric before and after.
     """
+    if len(after) > CROWD:
+        return _distribution_chart(list(before.values()), list(after.values()), label)
     clients = sorted(after, key=lambda client: after[client])
     few, places = len(clients) <= MANY_CLIENTS, range(len(clients))
     with mpl.rc_context(STYLE):
@@ -471,6 +478,29 @@ def before_after_chart(
         axes.grid(visible=False, axis="y")
         ranked = f"{len(clients)} clients, by their metric after"
         _finish_axes(axes, label, "" if few else ranked)
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def _distribution_chart(before: Sequence[float], after: Sequence[float], label: str) -> str:
+    """Return how many clients have which metric, before and after; a dashed line is a median."""
+    lines = (("before", before, PALETTE[7]), ("after", after, PALETTE[0]))
+    ends = min([*before, *after]), max([*before, *after])
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        for name, values, colour in lines:
+            if values:
+                axes.hist(
+                    values,
+                    bins=20,
+                    range=ends,
+                    histtype="step",
+                    color=colour,
+                    label=name,
+                    linewidth=1.8,
+                )
+                axes.axvline(median(values), color=colour, linestyle="--", linewidth=1)
+        _finish_axes(axes, label, f"of {len(after)} clients")
         _legend(figure, axes)
         return _svg(figure)
 

@@ -37,7 +37,7 @@ def fill(template: str, **content: Any) -> str:
         "flops": human_flops,
         "seconds": human_seconds,
         "count": human_count,
-        "number": _number,
+        "number": number,
         "figure": lambda value: "-" if value is None else human_number(value),
         "signed": lambda value: "-" if value is None else f"{value:+.3f}",
         "interval": lambda own: interval(own, "{:.3f}"),
@@ -84,9 +84,10 @@ def interval(own: Interval | Mapping[str, Any] | None, form: str) -> str:
 def _estimate(own: Mapping[str, Any] | float | None) -> str:
     """Return a mean with its interval; records of earlier releases have the mean alone."""
     if not isinstance(own, Mapping):
-        return _number(own)
-    return f"{_number(own['mean'])} ({interval(own, '{:.3f}')})"
+        return number(own)
+    return f"{number(own['mean'])} ({interval(own, '{:.3f}')})"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a metric as it is read."""
     return "-" if value is None else f"{value:.3f}"

@@ -6,6 +6,7 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
 from fedloom.reports import row_account
 from fedloom.reports.client_rounds import client_costs, server_costs, turns
+from fedloom.reports.client_tables import ClientTable, quantiles
 from fedloom.reports.doubts import all_doubts, doubts_of
-from fedloom.reports.html import fill, write_page
+from fedloom.reports.html import fill, interval, number, write_page
 from fedloom.reports.judged import (
     Line,
     band_words,
@@ -31,7 +33,7 @@ from fedloom.reports.judged import (
     seeds_line,
     span,
 )
-from fedloom.reports.run_data import MANY, Run, read_run
+from fedloom.reports.run_data import Run, read_run
 from fedloom.reports.sections.by_method import drawn
 from fedloom.statistics.intervals import Interval
 from fedloom.storage.run_folder import Record
@@ -90,6 +92,7 @@ def render(runs: Sequence[Run]) -> str:
 def _view(run: Run) -> dict[str, Any]:
     """Return what the template shows of one run."""
     rejected = [(r["round"], x) for r in run.rounds for x in r["rejected"]]
+    clients = _clients(run)
     return {
         "label": run.label,
         "doubts": doubts_of(run),
@@ -99,8 +102,8 @@ def _view(run: Run) -> dict[str, Any]:
         "summary": run.summary,
         "metric": run.metric,
         "figures": _figures(run),
-        "clients": _client_rows(run),
-        "many": len(run.partition["clients"]) > MANY,
+        "clients": clients,
+        "spread": _spread(run) if clients is not None and clients.long else [],
         "holdings": _holdings(run),
         "accounts": _accounts(run),
         "resources": _resources(run),
@@ -217,6 +220,7 @@ def _worst_client(run: Run) -> Record | None:
         "interval": _client_interval(run, each[client], rows),
         "clients": len(each),
         "mean": clients["mean"][run.metric],
+        "worst_decile": clients["worst_decile"][run.metric],
         "spread": clients["spread"][run.metric],
         "over_clients": over_clients(list(each.values()), run.metric),
     }
@@ -276,10 +280,10 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         charts.append((title, figures.partition_svg(run.partition)))
     each = [_each(record, name) for record in run.evaluated]
     if each and each[-1]:
-        spans = _client_spans(run, each[-1])
-        chart = figures.before_after_chart(each[0], each[-1], words, spans)
         few = len(each[-1]) <= figures.MANY_CLIENTS
-        note = "; band: 95 % over its rows" if few and any(spans.values()) else ""
+        spans = _client_spans(run, each[-1]) if few else {}
+        chart = figures.before_after_chart(each[0], each[-1], words, spans)
+        note = "; band: 95 % over its rows" if any(spans.values()) else ""
         charts.append((f"{words.capitalize()} of each client, before and after{note}", chart))
     if run.costs:
         sent = {"down": run.cost_line("bytes_down", 1e6), "up": run.cost_line("bytes_up", 1e6)}
@@ -307,9 +311,11 @@ def _holdings(run: Run) -> Record | None:
     for own in run.partition["clients"]:
         held = sorted(own["counts"].items(), key=lambda item: -item[1])
         kept = [(value, count) for value, count in held if count]
-        rows.append({"client": own["client"], "rows": sum(own["counts"].values()), "held": kept})
+        values = ", ".join(f"{value}: {human_count(count)}" for value, count in kept)
+        rows.append([str(own["client"]), human_count(sum(own["counts"].values())), values])
+    table = ClientTable(["client", "rows", "values, most rows first"], rows, lists=True)
     column = run.partition.get("column") or "rows"
-    return {"column": column, "chart": figures.partition_svg(run.partition), "rows": rows}
+    return {"column": column, "chart": figures.partition_svg(run.partition), "table": table}
 
 
 def _client_spans(run: Run, after: Record) -> dict[str, tuple[float, float] | None]:
@@ -341,31 +347,55 @@ def _client_band(run: Run) -> tuple[list[float], list[float], list[float], list[
     )
 
 
-def _client_rows(run: Run) -> list[Record]:
+def _clients(run: Run) -> ClientTable | None:
     """Return one row a client: what it holds, took part in, scored and cost."""
+    if not run.partition["clients"]:
+        return None
     first, last = (run.evaluated[0], run.evaluated[-1]) if run.evaluated else (None, None)
     before = _each(first, run.metric) if first else {}
     after = _each(last, run.metric) if last else {}
+    rounds, costs = _participations(run), dict[int, list[Record]]()
+    for cost in client_costs(run.costs):
+        costs.setdefault(cost["client"], []).append(cost)
     rows = []
     for share in run.partition["clients"]:
-        client = share["client"]
-        costs = [c for c in run.costs if c["client"] == client and c["phase"] != "evaluate"]
+        client, reached = share["client"], after.get(str(share["client"]))
+        own = costs.get(client, [])
         rows.append(
-            {
-                "client": client,
-                "train": share["train"],
-                "held_out": share["held_out"],
-                "rounds": sum(client in record["clients"] for record in run.rounds),
-                "before": before.get(str(client)),
-                "after": after.get(str(client)),
-                "interval": _client_interval(run, after.get(str(client)), share["held_out"]),
-                "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in costs),
-                "flops": sum(c["flops"] or 0 for c in costs),
-                "seconds": sum(c["seconds"] or 0 for c in costs),
-                "memory": max((c["peak_memory"] for c in costs), default=0),
-            }
+            [
+                str(client),
+                human_count(share["train"]),
+                human_count(share["held_out"]),
+                str(rounds[client]),
+                number(before.get(str(client))),
+                number(reached),
+                interval(_client_interval(run, reached, share["held_out"]), "{:.3f}"),
+                human_bytes(sum(c["bytes_down"] + c["bytes_up"] for c in own)),
+                human_flops(sum(c["flops"] or 0 for c in own)),
+                human_seconds(sum(c["seconds"] or 0 for c in own)),
+                human_bytes(max((c["peak_memory"] for c in own), default=0)),
+            ]
         )
-    return rows
+    words = run.metric.replace("_", " ")
+    columns = f"client|training rows|held out|rounds|{words} before|after|95 %, over its rows"
+    return ClientTable([*columns.split("|"), "sent", "computed", "time", "peak memory"], rows)
+
+
+def _participations(run: Run) -> Counter[int]:
+    """Return how many rounds each client was drawn for."""
+    return Counter(client for record in run.rounds for client in record["clients"])
+
+
+def _spread(run: Run) -> list[tuple[str, list[float]]]:
+    """Return how many clients are spread: least, lower tenth, median, upper tenth and most of each."""
+    shares, rounds = run.partition["clients"], _participations(run)
+    after = _each(run.evaluated[-1], run.metric) if run.evaluated else {}
+    found = {
+        "training rows": [share["train"] for share in shares],
+        "rounds": [rounds[share["client"]] for share in shares],
+        f"{run.metric.replace('_', ' ')} after": list(after.values()),
+    }
+    return [(what, quantiles(values)) for what, values in found.items() if values]
 
 
 def _resources(run: Run) -> list[tuple[str, str, str]]:

@@ -58,7 +58,7 @@ from fedloom.runs.progress import trained_tokens
 from fedloom.statistics.intervals import Sample, change, sample_interval
 from fedloom.storage import run_folder as names
 from fedloom.training.layout import tokens_per_pass
-from fedloom.training.memory import client_memory
+from fedloom.training.memory import most_memory
 from fedloom.training.steps import row_tokens
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
@@ -182,17 +182,8 @@ def _tokens_per_pass(experiment: Experiment, parts: RunComponents) -> int | None
 def _client_memory(experiment: Experiment, parts: RunComponents) -> float | None:
     """Return bytes that training takes on the client that needs most, derived, if it is known here."""
     engine, quantization = parts.local, experiment.model.quantization
-    needed = [
-        client_memory(
-            engine.resources[client].model,
-            share,
-            experiment.training,
-            quantization,
-            engine.objective,
-        )
-        for client, share in engine.shares.items()
-    ]
-    return max(needed, default=None)
+    clients = ((engine.resources[client].model, share) for client, share in engine.shares.items())
+    return most_memory(clients, experiment.training, quantization, engine.objective)
 
 
 def _role(method: Method) -> dict[str, object]:

@@ -74,7 +74,8 @@ class SavedClients(Mapping[int, Tensors]):
             return safetensors.torch.load_file(file)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{file} cannot be read any more: {error}; a run needs its checkpoints as long as it goes on"
+                f"{file} cannot be read any more: {error}; a run needs its checkpoints while it lasts: "
+                "resume it, which says what is damaged"
             ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -112,7 +112,7 @@ def pass_warnings(
     shortest = min(int(own.min()) for own in costs.values())
     if longest <= asked:
         return []
-    needed = max(client_memory(*own, training, quantization) for own in clients.values())
+    needed = most_memory(clients.values(), training, quantization) or 0.0
     takes = (
         f"the longest has {longest} (client {client}); its pass takes about {needed / 1e9:.1f} GB"
     )
@@ -161,6 +161,43 @@ def client_memory(
         objective: One that needs a statistic of a step holds the graphs of several passes, where they are
             few enough (``layout.graph_tokens``).
     """
+    return _memory(model, share, training, _frozen_and_trained(model, quantization), objective)
+
+
+def most_memory(
+    clients: Iterable[tuple[AdapterModel, TokenShare]],
+    training: TrainingSettings,
+    quantization: Quantization,
+    objective: Objective | None = None,
+) -> float | None:
+    """Return :func:`client_memory` of the client that needs most, ``None`` of none.
+
+    The weights of a model that many clients share are counted once.
+    """
+    known: dict[int, tuple[float, int]] = {}
+    most = None
+    for model, share in clients:
+        if id(model) not in known:
+            known[id(model)] = _frozen_and_trained(model, quantization)
+        needed = _memory(model, share, training, known[id(model)], objective)
+        most = needed if most is None else max(most, needed)
+    return most
+
+
+def _frozen_and_trained(model: AdapterModel, quantization: Quantization) -> tuple[float, int]:
+    """Return the bytes of a model's weights, and how many numbers are trained."""
+    trained = sum(p.numel() for p in model.parameters.values())
+    return quantized_bytes(model.model, quantization), trained
+
+
+def _memory(
+    model: AdapterModel,
+    share: TokenShare,
+    training: TrainingSettings,
+    sizes: tuple[float, int],
+    objective: Objective | None,
+) -> float:
+    """Return what :func:`client_memory` does, given :func:`_frozen_and_trained`."""
     budget = budget_of(training, model)
     longest = int(row_costs(share).max())
     rows = min(budget.rows, len(share))
@@ -174,8 +211,8 @@ def client_memory(
     headless = isinstance(model, ClientPart) and model.ending is None
     return training_memory(
         model.shape,
-        weights=quantized_bytes(model.model, quantization),
-        trained=sum(p.numel() for p in model.parameters.values()),
+        weights=sizes[0],
+        trained=sizes[1],
         optimizer=training.optimizer,
         tokens=max(tokens, held),
         head_positions=0 if headless else tokens,

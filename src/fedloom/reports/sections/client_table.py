@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedloom.reports.run_data import MANY, Run
+from fedloom.accounting.quantities import human_number
+from fedloom.reports.client_tables import ClientTable
+from fedloom.reports.run_data import Run
 from fedloom.reports.sections.details import few, numbers_by_round
 
 MOST_ROUNDS = 12
@@ -22,9 +24,12 @@ def draw(key: str, runs: Sequence[Run]) -> dict[str, Any]:
     rounds = few(sorted(found), MOST_ROUNDS)
     clients = {client for own in found.values() for client in own}
     ordered = sorted(clients, key=lambda client: (len(client), client))  # 9 before 10
+    rows = [[client, *(_shown(found[r].get(client)) for r in rounds)] for client in ordered]
     return {
-        "rounds": rounds,
-        "rows": [(client, [found[r].get(client) for r in rounds]) for client in ordered],
+        "table": ClientTable(["client", *(f"round {round}" for round in rounds)], rows),
         "left_out": len(found) - len(rounds),
-        "many": len(clients) > MANY,
     }
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else human_number(value)
