@@ -256,7 +256,7 @@ def _parse_section(
 
 
 def _foreign_selection_problems(parts: Mapping[str, Any], importable: Importable) -> list[str]:
-    """Return the mistakes in a selection that is not fedloom's; a client, whom it does not concern, none."""
+    """Return the mistakes in a selection that is not fedloom's, where it may be imported."""
     chosen = parts["federation"].selection if "federation" in parts else {"name": ""}
     if not SELECTIONS.is_foreign(chosen["name"]) or not importable("selection", chosen["name"]):
         return []

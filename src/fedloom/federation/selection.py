@@ -106,8 +106,8 @@ class ByAvailability(Selection):
     """Draws clients in the order of their last answers that counted; those that are alike, uniformly.
 
     "rare" follows the priority for the least available learners in Abdelmoniem et al. 2023, "REFL:
-    Resource-Efficient Federated Learning", https://arxiv.org/abs/2111.01108, with the time since a client's
-    last answer in place of its predicted availability.
+    Resource-Efficient Federated Learning", https://arxiv.org/abs/2111.01108, with the time since the
+    last answer of a client in place of its predicted availability.
     """
 
     Settings = AvailabilitySettings

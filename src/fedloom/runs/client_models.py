@@ -195,7 +195,7 @@ class ModelBundles:
     def _own_start(self, client: int) -> Tensors | None:
         """Return what of an earlier run is a client's own, ``None`` where it starts as all do."""
         model = self.of_client(client).model
-        if self.start is None or model.device.type == "meta":
+        if self.start is None or model.device.type == "meta" or client not in self.start.clients:
             return None
         model.write(self.of_client(client).initial)  # own parts that it lacks are those of all
         return self.start.own(client, model)
