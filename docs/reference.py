@@ -22,6 +22,7 @@ from fedloom.deployment.client_file import OWN_SECTIONS
 from fedloom.deployment.gateway import GatewaySettings
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.selection import SELECTIONS
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.benchmarks import GenerationSettings
@@ -151,6 +152,9 @@ def settings_page() -> str:
             continue
         kind: Any = field.default_factory
         lines += section(f"[{field.name}]", kind)
+        if field.name == "federation":
+            for name, (own, _) in SELECTIONS.items():
+                lines += section(f"selection: {name}", own, 3)
         if field.name == "partition":
             lines += named("objective", OBJECTIVES) + named("method", METHODS)
     lines += ["## Beside an experiment", ""]

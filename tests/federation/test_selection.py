@@ -162,7 +162,8 @@ def test_a_run_records_its_selection_and_asks_those_that_it_draws(experiment, ow
         "name": "availability"
     }
     federation["selection"] = {"name": "chosen:Last", "step": 3}
-    again = fedloom.run(experiment(federation=federation))
+    other = {"folder": str(result.folder.parent / "other")}
+    again = fedloom.run(experiment(federation=federation, output=other))
     rounds = map(json.loads, (again.folder / "rounds.jsonl").read_text().splitlines())
     assert [record["clients"] for record in rounds] == [[], [0, 3], [0, 3]]
     run = json.loads((again.folder / "run.json").read_text())

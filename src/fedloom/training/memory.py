@@ -174,7 +174,7 @@ def most_memory(
 
     The weights of a model that many clients share are counted once.
     """
-    known: dict[int, tuple[float, int]] = {}
+    known: dict[int, tuple[int, int]] = {}
     most = None
     for model, share in clients:
         if id(model) not in known:
@@ -184,7 +184,7 @@ def most_memory(
     return most
 
 
-def _frozen_and_trained(model: AdapterModel, quantization: Quantization) -> tuple[float, int]:
+def _frozen_and_trained(model: AdapterModel, quantization: Quantization) -> tuple[int, int]:
     """Return the bytes of a model's weights, and how many numbers are trained."""
     trained = sum(p.numel() for p in model.parameters.values())
     return quantized_bytes(model.model, quantization), trained
@@ -194,7 +194,7 @@ def _memory(
     model: AdapterModel,
     share: TokenShare,
     training: TrainingSettings,
-    sizes: tuple[float, int],
+    sizes: tuple[int, int],
     objective: Objective | None,
 ) -> float:
     """Return what :func:`client_memory` does, given :func:`_frozen_and_trained`."""
