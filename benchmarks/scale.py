@@ -173,8 +173,8 @@ def markdown(rows: list[dict], given) -> str:
     """Return the table with the fitted exponents below it."""
     lines = [
         f"{given.sampled} clients a round of all there are, {given.rounds} rounds, {given.method}, four "
-        "rows a client, the tiny model, one thread. Seconds are of the CPU; memory is resident, after the "
-        "second and after the last round.",
+        "rows a client, the tiny model, one thread. Seconds are of the CPU; memory is resident, after "
+        "the second and after the last round.",
         "",
         "| clients | " + " | ".join(title for _, title in SHOWN) + " |",
         "| --- |" + " --- |" * len(SHOWN),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import types
 import typing
@@ -74,7 +75,7 @@ def type_of(annotation: Any) -> str:
         return type_of(inside[0])
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return "table, see below"
-    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "settings"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -100,6 +101,8 @@ def default_of(field: Any) -> str:
         return "see there"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if value and isinstance(value, dict):
+        return f"`{{ {', '.join(f'{key} = {json.dumps(own)}' for key, own in value.items())} }}`"
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,10 @@ class Cut:
 
     def __add__(self, other: Cut) -> Cut:
         """Return what was cut in both."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Cut(*(own + more for own, more in pairs))
+        return Cut(*(getattr(self, name) + getattr(other, name) for name in CUT_FIELDS))
+
+
+CUT_FIELDS = tuple(own.name for own in fields(Cut))
 
 
 def cut_of(tokens: TokenSet, positions: NDArray[np.int64] | None = None) -> Cut:
@@ -128,6 +130,8 @@ class Account:
 
     def losing(self, lost: Sequence[Untokenized], side: str) -> Account:
         """Return the account without rows of one side that could not be tokenised."""
+        if not lost:
+            return self
         bad = sum(one.malformed for one in lost)
         reasons = Counter(one.reason for one in lost if not one.malformed)
         left = getattr(self, side) - len(lost)
