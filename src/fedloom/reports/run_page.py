@@ -6,6 +6,7 @@ say is escaped. It reads run folders only; a run that was stopped gives a page t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
 from fedloom.reports import row_account
 from fedloom.reports.client_rounds import client_costs, server_costs, turns
-from fedloom.reports.client_tables import ClientTable, quantiles
+from fedloom.reports.client_tables import MOST, ClientTable, quantiles
 from fedloom.reports.doubts import all_doubts, doubts_of
 from fedloom.reports.html import fill, interval, number, write_page
 from fedloom.reports.judged import (
@@ -348,7 +349,10 @@ def _client_band(run: Run) -> tuple[list[float], list[float], list[float], list[
 
 
 def _clients(run: Run) -> ClientTable | None:
-    """Return one row a client: what it holds, took part in, scored and cost."""
+    """Return one row a client: what it holds, took part in, scored and cost.
+
+    A long table begins with the worst clients, and else with those that took part most often.
+    """
     if not run.partition["clients"]:
         return None
     first, last = (run.evaluated[0], run.evaluated[-1]) if run.evaluated else (None, None)
@@ -358,7 +362,15 @@ def _clients(run: Run) -> ClientTable | None:
     for cost in client_costs(run.costs):
         costs.setdefault(cost["client"], []).append(cost)
     rows = []
-    for share in run.partition["clients"]:
+    shares = run.partition["clients"]
+    if len(shares) > MOST:
+        sign = 1 if run.run["metric"]["higher_is_better"] else -1
+        worst = {int(client): sign * value for client, value in after.items()}
+        shares = sorted(
+            shares,
+            key=lambda own: (worst.get(own["client"], math.inf), -rounds[own["client"]]),
+        )
+    for share in shares:
         client, reached = share["client"], after.get(str(share["client"]))
         own = costs.get(client, [])
         rows.append(
