@@ -18,7 +18,7 @@ class PoolHere:
     """
 
     def __init__(self, settings, size, seed=0, dies=(), idle_dies=0):
-        self.size, self.dies, self.idle_dies = size, list(dies), idle_dies
+        self.ready, self.dies, self.idle_dies = range(size), list(dies), idle_dies
         self._make = lambda: assemble(settings, partition_data(settings)).local
         self._engines = [self._make() for _ in range(size)]
         self._asked = {}
@@ -31,7 +31,7 @@ class PoolHere:
         self.order.append(request.client)
 
     def receive(self):
-        idle = [own for own in range(self.size) if own not in self._asked]
+        idle = [own for own in self.ready if own not in self._asked]
         if self.idle_dies and idle:
             self.idle_dies -= 1
             self._engines[idle[0]] = self._make()

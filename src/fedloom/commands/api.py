@@ -44,7 +44,8 @@ def run(
     on_round: OnRound | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_step: OnStep | None = None,
-    workers: Workers = 1,
+    workers: Workers | None = None,
+    ray: str | None = None,
     **settings: Any,
 ) -> Result:
     """Run an experiment to its end.
@@ -62,7 +63,9 @@ def run(
         on_step: Called after each optimizer step of a client (all are in this process) with a
             :class:`~fedloom.training.results.StepRecord`: round, client, step, loss, learning rate,
             examples, tokens. What it raises ends the run, which can be resumed from the last whole round.
-        workers: Processes of this machine that work on clients, or "auto"; the results are those of one.
+        workers: Processes that work on clients, or "auto"; the results are those of one, which is the
+            default without ``ray``.
+        ray: "local", or HOST:PORT of a cluster: the workers are actors of Ray (an extra).
         settings: Other values than the experiment's, as after ``--set``: ``rounds=2``, or for keys that
             several sections have, ``evaluation={"batch_size": 8}``.
 
@@ -80,7 +83,8 @@ def run(
         data=source,
         observer=watching,
         on_step=on_step,
-        workers=workers,
+        workers=_default_workers(workers, ray),
+        ray=ray,
     )
 
 
@@ -95,7 +99,8 @@ def resume(
     on_round: OnRound | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_step: OnStep | None = None,
-    workers: Workers = 1,
+    workers: Workers | None = None,
+    ray: str | None = None,
 ) -> Result:
     """Continue a run and end with the same bits as if it had never stopped.
 
@@ -110,6 +115,7 @@ def resume(
         on_evaluation: As in :func:`run`; called for the rounds that are played now.
         on_step: As in :func:`run`; called for the steps that are made now.
         workers: As in :func:`run`; the run may have had another number.
+        ray: As in :func:`run`; also for a run that had none.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
@@ -123,7 +129,8 @@ def resume(
         data=data,
         observer=watching,
         on_step=on_step,
-        workers=workers,
+        workers=_default_workers(workers, ray),
+        ray=ray,
     )
 
 
@@ -286,6 +293,12 @@ def report(*folders: str | Path, to: str | Path | None = None) -> Path:
     if target is None and len(folders) > 1:
         target = Path("comparison.html")
     return write_page_of([Path(folder) for folder in folders], target, Silent().warning)
+
+
+def _default_workers(workers: Workers | None, ray: str | None) -> Workers:
+    if workers is not None:
+        return workers
+    return 1 if ray is None else "auto"
 
 
 def _own_source(

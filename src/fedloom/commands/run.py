@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,16 +52,29 @@ def run(
     ] = None,
     engine: Annotated[
         str,
-        typer.Option(help="simulation: all clients in this process; flower: on other machines."),
+        typer.Option(
+            help="simulation: all clients on this machine; ray: simulated by workers on Ray; flower: "
+            "clients on other machines."
+        ),
     ] = "simulation",
     workers: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="N|auto",
-            help="Processes of this machine that work on clients; auto: as many as fit. The results are "
-            "those of one process.",
+            help="Processes that work on clients; auto: as many as fit. The results are those of one "
+            "process. [default: 1; auto with --engine ray]",
+            show_default=False,
         ),
-    ] = "1",
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --engine ray: address of the cluster, as ray start --head prints it. Without it Ray "
+            "is started on this machine for this run alone.",
+            show_default=False,
+        ),
+    ] = None,
     server_folder: ServerFolderOption = SERVER_FOLDER,
     profile: Annotated[
         bool,
@@ -69,13 +83,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
-    count = _workers(workers)
-    _require_engine(engine, count, profile=profile)
+    count = _workers(workers or ("auto" if engine == "ray" else "1"))
+    _require_engine(engine, count, ray_address, profile=profile)
     what = _What(experiment, assignments or [], resume, from_round, fresh_client or [])
     if engine == "flower":
         _run_between_machines(server_folder, what, quiet=quiet)
     else:
-        _run_here(what, count, profile=profile, quiet=quiet)
+        ray = (ray_address or "local") if engine == "ray" else None
+        _run_here(what, count, ray, profile=profile, quiet=quiet)
 
 
 @dataclass(frozen=True)
@@ -89,11 +104,19 @@ class _What:
     fresh_clients: list[int]
 
 
-def _require_engine(engine: str, workers: Workers, *, profile: bool) -> None:
-    """Refuse an engine that is none, and what only the simulation has."""
-    if engine not in ("simulation", "flower"):
-        raise typer.BadParameter(f"{engine!r} is not an engine; there are simulation and flower")
-    if engine == "simulation":
+def _require_engine(
+    engine: str, workers: Workers, ray_address: str | None, *, profile: bool
+) -> None:
+    """Refuse an engine that is none or not installed, and what only others have."""
+    if engine not in ("simulation", "ray", "flower"):
+        raise typer.BadParameter(
+            f"{engine!r} is not an engine; there are simulation, ray and flower"
+        )
+    if ray_address is not None and engine != "ray":
+        raise typer.BadParameter("--ray-address goes with --engine ray")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise typer.BadParameter('--engine ray: Ray is not installed; pip install "fedloom[ray]"')
+    if engine != "flower":
         return
     if profile:
         raise typer.BadParameter("--profile is of a simulation: clients elsewhere are not recorded")
@@ -101,8 +124,10 @@ def _require_engine(engine: str, workers: Workers, *, profile: bool) -> None:
         raise typer.BadParameter("--workers is for clients of this machine, not --engine flower")
 
 
-def _run_here(what: _What, workers: Workers, *, profile: bool, quiet: bool) -> None:
-    """Run, or continue, with all clients on this machine."""
+def _run_here(
+    what: _What, workers: Workers, ray: str | None, *, profile: bool, quiet: bool
+) -> None:
+    """Run, or continue, with simulated clients, on this machine or on Ray."""
     if what.experiment is None and what.resume is None:
         raise typer.BadParameter("give an experiment file, or --resume FOLDER")
     if what.resume is None and (what.from_round is not None or what.fresh_clients):
@@ -124,11 +149,14 @@ def _run_here(what: _What, workers: Workers, *, profile: bool, quiet: bool) -> N
                 observer=observer,
                 profile=profile,
                 workers=workers,
+                ray=ray,
             )
         else:
             assert what.experiment is not None
             experiment = _read_run(what.experiment, what.assignments)
-            result = run_experiment(experiment, observer=observer, profile=profile, workers=workers)
+            result = run_experiment(
+                experiment, observer=observer, profile=profile, workers=workers, ray=ray
+            )
     say(result.summary_text)
 
 
@@ -139,6 +167,13 @@ def _workers(text: str) -> Workers:
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise typer.BadParameter(f"--workers {text!r}: give a number from 1, or auto")
+
+
+def _ray_address(address: str | None) -> str:
+    """Check that Ray is there, and read ``--ray-address``; return what ``run_experiment`` takes."""
+    if importlib.util.find_spec("ray") is None:
+        raise typer.BadParameter('--engine ray: Ray is not installed; pip install "fedloom[ray]"')
+    return address or "local"
 
 
 def _check_run(experiment: Path | None, assignments: list[str] | None, resume: Path | None) -> None:

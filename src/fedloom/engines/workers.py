@@ -4,11 +4,13 @@ The process that plays the run keeps what clients store and the ledger, and hand
 time, the longest first. A worker has the engine of ``in_process.py`` over the same rows and weights; it
 is sent a request with what the client stores, and returns the answer with what the client stores now.
 Answers are passed on in the order in which clients were asked, so nothing depends on who was quicker.
-How workers are reached is a pool's affair (:class:`Pool`); here: processes (``runs/workers.py``).
+How workers are reached is a pool's affair (:class:`Pool`): processes of this machine
+(``runs/workers.py``), or actors of Ray (``ray_pool.py``).
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -22,6 +24,7 @@ from fedloom.errors import RoundFailed
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence
 from fedloom.storage.client_store import ClientStore, Slots
+from fedloom.tensors import Tensors
 from fedloom.wire.messages import Answer, Exchange
 
 TRIES = 3
@@ -80,21 +83,22 @@ class Pool(Protocol):
     """Workers, each of which works on one request at a time."""
 
     @property
-    def size(self) -> int:
-        """How many there are."""
+    def ready(self) -> Collection[int]:
+        """The workers that there are now."""
         ...
 
     def send(self, worker: int, request: ClientRequest) -> None:
-        """Give an idle worker, from 0 to ``size`` - 1, something to do."""
+        """Give an idle worker of those that are ready something to do."""
         ...
 
     def receive(self) -> tuple[int, ClientResult | str]:
         """Wait until a worker has done its work; in place of a result, why it ended without.
 
-        One that has ended is replaced before this returns.
+        One that has ended is replaced, before this returns or later; one that comes later is returned
+        with a text, too.
 
         Raises:
-            RoundFailed: It cannot be replaced.
+            RoundFailed: It cannot be replaced, and no other is left.
         """
         ...
 
@@ -123,6 +127,23 @@ def carry_out(engine: SimulationEngine, request: ClientRequest) -> ClientResult:
         engine.fit_of(client),
         None if scored else _reference_of(engine.shares[client]),
     )
+
+
+def work_packed(engine: SimulationEngine, request: ClientRequest) -> bytes:
+    """Carry out a request in a worker; return the result pickled, for the process that asked."""
+    result = carry_out(engine, request)
+    owned = {name: _owned(own) for name, own in result.slots.items()}
+    return pickle.dumps(replace(result, slots=owned), pickle.HIGHEST_PROTOCOL)
+
+
+def _owned(tensors: Tensors) -> Tensors:
+    """Return tensors without what else lies in their storages, which would travel along."""
+    return {
+        name: tensor
+        if tensor.untyped_storage().nbytes() == tensor.nbytes
+        else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }
 
 
 @dataclass
@@ -188,7 +209,7 @@ class WorkersEngine:
             while client not in results:
                 self._hand_out(exchange, waiting)
                 worker, result = self.pool.receive()
-                if worker not in self._busy:  # it was idle when it ended, and is replaced already
+                if worker not in self._busy:  # it was idle when it ended, or has come since
                     self._lost(worker)
                     continue
                 serial, done = self._busy.pop(worker)
@@ -220,7 +241,7 @@ class WorkersEngine:
 
     def _hand_out(self, exchange: Exchange, waiting: list[int]) -> None:
         """Give every idle worker the next client that may go there."""
-        for worker in range(self.pool.size):
+        for worker in sorted(self.pool.ready):
             if worker in self._busy:
                 continue
             for client in waiting:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, Cost
 from fedloom.data.loading import DataSource
 from fedloom.display.untrusted_text import named
+from fedloom.engines.ray_pool import RayCluster
 from fedloom.errors import (
     Interrupted,
     OutputError,
@@ -66,6 +67,7 @@ from fedloom.runs.new_folder import (
 from fedloom.runs.observers import RunObserver, Silent
 from fedloom.runs.partitioning import PartitionedData, partition_data
 from fedloom.runs.plan import evaluated_first, plan_of
+from fedloom.runs.ray_workers import with_workers_of, worker_source
 from fedloom.runs.records import (
     answers_of,
     fingerprint,
@@ -97,14 +99,7 @@ from fedloom.runs.resume_checks import (
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
-from fedloom.runs.workers import (
-    HostProcess,
-    Workers,
-    WorkerTask,
-    host_process,
-    require_one_by_one,
-    with_workers,
-)
+from fedloom.runs.workers import HostProcess, Workers, WorkerTask, require_one_by_one
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog
 from fedloom.storage import checkpoint
@@ -134,9 +129,10 @@ class _Given:
     on_step: OnStep | None
     profile: bool
     workers: Workers
+    ray: str | None
 
     def __post_init__(self) -> None:
-        _require_here(self.workers, self.on_step, self.profile)
+        _require_here(self.workers, self.on_step, self.profile, self.ray)
 
     def partitioned(self, experiment: Experiment) -> PartitionedData:
         """Read the data and partition it among the clients; report by which layout each file was read."""
@@ -167,13 +163,13 @@ class _Given:
     def with_workers(
         self,
         parts: RunComponents,
-        host: HostProcess | None,
+        source: HostProcess | RayCluster | None,
         experiment: Experiment,
         start: Start | None,
     ) -> RunComponents:
-        """Have as many processes of this machine as are asked for work on the run's clients."""
+        """Have as many workers as are asked for work on the run's clients."""
         task = WorkerTask(experiment, self.objective, self.data, start)
-        return with_workers(parts, self.workers, host, task, self.observer)
+        return with_workers_of(parts, self.workers, source, task, self.observer)
 
 
 @naming_plugins
@@ -187,17 +183,19 @@ def run_experiment(
     on_step: OnStep | None = None,
     profile: bool = False,
     workers: Workers = 1,
+    ray: str | None = None,
 ) -> Result:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them.
 
     With ``profile`` a trace of where the time goes is left in the folder. With several ``workers``,
-    as many processes of this machine work on clients.
+    as many processes of this machine work on clients; with ``ray`` ("local", or the address of a
+    cluster) they are actors of Ray.
     """
-    given = _Given(observer, objective, data, remote, on_step, profile, workers)
-    require_one_by_one(workers, experiment)
+    given = _Given(observer, objective, data, remote, on_step, profile, workers, ray)
+    require_one_by_one(workers, ray, experiment)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
-    with new_folder(experiment) as folder, host_process(workers) as host:
+    with new_folder(experiment) as folder, worker_source(workers, ray) as source:
         try:
             folder.write_text(names.EXPERIMENT, experiment.to_toml())
             trackers = _open_trackers(experiment, folder)
@@ -217,7 +215,7 @@ def run_experiment(
             made = MadeWith(objective, data)
             for text in made.warnings:
                 observer.warning(text)
-            parts = given.with_workers(parts, host, experiment, start)
+            parts = given.with_workers(parts, source, experiment, start)
             run = _Run(experiment, folder, parts, given, log, made, trackers, start)
             run.clock = clock
             run.prepare(-1)
@@ -246,6 +244,7 @@ def resume_run(
     on_step: OnStep | None = None,
     profile: bool = False,
     workers: Workers = 1,
+    ray: str | None = None,
 ) -> Result:
     """Continue the run in ``path`` and end with the same bits as if it had never stopped.
 
@@ -262,20 +261,22 @@ def resume_run(
         on_step: Called after each optimizer step of a client in this process.
         profile: Whether a trace of where the time goes is left in the folder.
         workers: Processes of this machine that work on clients; the run may have had another number.
+        ray: "local", or the address of a Ray cluster whose actors are the workers; also of a run that
+            had none.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another experiment.
         OutputError: ``path`` is not a run folder.
     """
     observer = observer or Silent()
-    given = _Given(observer, objective, data, remote, on_step, profile, workers)
+    given = _Given(observer, objective, data, remote, on_step, profile, workers, ray)
     folder = _begun_folder(path)
-    with folder.locked(), host_process(workers) as host:
+    with folder.locked(), worker_source(workers, ray) as source:
         for place in (folder.path, folder.checkpoints):
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
-        require_one_by_one(workers, experiment)
+        require_one_by_one(workers, ray, experiment)
         made = _made_again(folder, begun, experiment, given)
         clock = simulated_clock(experiment, remote)
         log = log_of(folder)
@@ -291,7 +292,7 @@ def resume_run(
         _report_start(experiment, parts, observer)
         report_versions(begun, observer)
         _cut_back(folder, saved, observer)
-        parts = given.with_workers(parts, host, laid_out, start)
+        parts = given.with_workers(parts, source, laid_out, start)
         run = _Run(experiment, folder, parts, given, log, made, trackers, start)
         run.clock = clock
         return run.go_on(saved, begun)
@@ -356,7 +357,7 @@ def _made_again(
     return made
 
 
-def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> None:
+def _require_here(workers: Workers, on_step: OnStep | None, profile: bool, ray: str | None) -> None:
     """Check that what follows each step is in the process in which clients train.
 
     Raises:
@@ -366,10 +367,11 @@ def _require_here(workers: Workers, on_step: OnStep | None, profile: bool) -> No
         raise SettingsError(
             [f'workers = {workers!r}: give a number from 1, or "auto"'], "the call of run"
         )
-    if workers != 1 and (on_step is not None or profile):
+    if (workers != 1 or ray is not None) and (on_step is not None or profile):
         asked = "on_step" if on_step is not None else "--profile"
+        out = "workers" if ray is None else "Ray"
         raise SettingsError(
-            [f"{asked} follows steps in this process, and workers are others: leave out workers"],
+            [f"{asked} follows steps in this process, and workers are others: leave out {out}"],
             "the command",
         )
 

@@ -31,7 +31,7 @@ from fedloom.engines.workers import (
     ClientRequest,
     ClientResult,
     WorkersEngine,
-    carry_out,
+    work_packed,
 )
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment.experiment import Experiment
@@ -42,7 +42,6 @@ from fedloom.runs.initial_adapter import Start
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.parent_process import end_with_parent, of_this_process
 from fedloom.runs.partitioning import partition_data
-from fedloom.tensors import Tensors
 from fedloom.training.memory import client_memory
 
 Workers = int | Literal["auto"]
@@ -88,17 +87,18 @@ class WorkerTask:
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
 
 
-def require_one_by_one(asked: Workers, experiment: Experiment) -> None:
+def require_one_by_one(asked: Workers, ray: str | None, experiment: Experiment) -> None:
     """Check that clients who are to be trained together are not given to several processes.
 
     Raises:
         SettingsError: They are.
     """
     cohort = experiment.simulation.cohort
-    if asked != 1 and cohort != 1:
+    if cohort != 1 and (asked != 1 or ray is not None):
+        workers = f"--workers {asked}" if ray is None else "--engine ray"
         raise SettingsError(
             [
-                f"--workers {asked}: simulation.cohort = {cohort!r} trains clients together in one "
+                f"{workers}: simulation.cohort = {cohort!r} trains clients together in one "
                 "process, and workers train one client each: leave out one of the two"
             ],
             "the command",
@@ -146,17 +146,20 @@ def with_workers(
         host.close()
         return parts
     observer.stage(f"starting {workers} workers")
-    models = {client: own.model for client, own in parts.local.resources.items()}
-    host.build(
-        replace(
-            task,
-            model=parts.model_digest,
-            rows=parts.local.sizes(),
-            digest=parts.division.loaded.digest,
-            probed={c: (own.shared_prompts, own.tree_from) for c, own in models.items()},
-        )
-    )
+    host.build(task_with_digests(task, parts))
     return replace(parts, engine=WorkersEngine(parts.local, ProcessPool(host, workers)))
+
+
+def task_with_digests(task: WorkerTask, parts: RunComponents) -> WorkerTask:
+    """Return a task with what workers compare theirs with."""
+    models = {client: own.model for client, own in parts.local.resources.items()}
+    return replace(
+        task,
+        model=parts.model_digest,
+        rows=parts.local.sizes(),
+        digest=parts.division.loaded.digest,
+        probed={c: (own.shared_prompts, own.tree_from) for c, own in models.items()},
+    )
 
 
 def _number(
@@ -179,7 +182,7 @@ def _number(
             [f"--workers {asked}: workers are for CPUs; on {parts.model.device} use one"],
             "the command",
         )
-    cores, (weights, each) = available_cores(), _memory(parts, experiment)
+    cores, (weights, each) = available_cores(), worker_memory(parts, experiment, PROCESS)
     free = psutil.virtual_memory().available - (weights + PROCESS)
     fits = max(0, int(free // each))
     most = min(cores, experiment.federation.cohort_size, max(1, fits))
@@ -200,15 +203,44 @@ def _number(
     return asked
 
 
-def _memory(parts: RunComponents, experiment: Experiment) -> tuple[float, float]:
-    """Return bytes, derived: of the frozen weights, and of a worker that trains what takes most."""
+def worker_memory(
+    parts: RunComponents, experiment: Experiment, process: float
+) -> tuple[float, float]:
+    """Return bytes, derived: of the frozen weights, and of a worker that trains what takes most.
+
+    Args:
+        parts: What the run has.
+        experiment: The run's.
+        process: Bytes that a worker's process takes before it trains.
+    """
     quantization, weights, training = experiment.model.quantization, 0.0, 0.0
     for client, share in parts.local.shares.items():
         model = parts.local.resources[client].model
         own = float(quantized_bytes(model.model, quantization))
         needed = client_memory(model, share, experiment.training, quantization)
         weights, training = max(weights, own), max(training, needed - own)
-    return weights, training + PROCESS
+    return weights, training + process
+
+
+def packed_task(task: WorkerTask) -> bytes:
+    """Pickle what workers build.
+
+    Raises:
+        SettingsError: What the user made himself cannot be given to other processes.
+    """
+    own = [one for one in (task.objective, task.data) if type(one).__module__ == "__main__"]
+    try:
+        if own:
+            raise TypeError(f"{type(own[0]).__name__} is a class of the script itself")
+        return pickle.dumps(task)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise SettingsError(
+            [
+                f"an objective or source of your own cannot be given to workers ({error}): define "
+                "its class at the top of a module that can be imported, or run with one worker"
+            ],
+            "the call of run",
+        ) from None
 
 
 class HostProcess:
@@ -235,19 +267,7 @@ class HostProcess:
             SettingsError: What the user made himself cannot be given to other processes.
             RoundFailed: The host has ended.
         """
-        own = [one for one in (task.objective, task.data) if type(one).__module__ == "__main__"]
-        try:
-            if own:
-                raise TypeError(f"{type(own[0]).__name__} is a class of the script itself")
-            content = pickle.dumps(task)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise SettingsError(
-                [
-                    f"an objective or source of your own cannot be given to workers ({error}): define "
-                    "its class at the top of a module that can be imported, or run with one worker"
-                ],
-                "the call of run",
-            ) from None
+        content = packed_task(task)
         try:
             self._connection.send_bytes(content)
         except OSError:
@@ -286,13 +306,14 @@ class ProcessPool:
 
     def __init__(self, host: HostProcess, size: int) -> None:
         """Have the host fork them; see :meth:`HostProcess.fork`."""
-        self.size, self._host = size, host
+        self.ready, self._host = range(size), host
         self._connections = {worker: host.fork(worker)[0] for worker in range(size)}
 
     def send(self, worker: int, request: ClientRequest) -> None:
         """Give an idle worker something to do."""
         with contextlib.suppress(OSError):  # it has ended, which is noticed when it is waited for
-            self._connections[worker].send_bytes(_packed(request))
+            packed = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
+            self._connections[worker].send_bytes(packed)
 
     def receive(self) -> tuple[int, ClientResult | str]:
         """Wait until a worker has done its work, or replace one that has ended without."""
@@ -307,10 +328,6 @@ class ProcessPool:
             return worker, ended
 
 
-def _packed(value: object) -> bytes:
-    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-
-
 def host(descriptor: int) -> None:
     """Build what a run has, then fork a worker whenever one is asked for; end with the run's process."""
     end_with_parent()
@@ -323,7 +340,7 @@ def host(descriptor: int) -> None:
     except (EOFError, OSError):
         os._exit(0)  # the run needs no workers, or has ended
     try:
-        engine = _built(pickle.loads(content))
+        engine = build_engine(pickle.loads(content))
     except Exception as error:
         problem = f"workers could not be started: {error}"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not outlive a fork
@@ -348,7 +365,7 @@ def host(descriptor: int) -> None:
         theirs.close()
 
 
-def _built(task: WorkerTask) -> SimulationEngine:
+def build_engine(task: WorkerTask) -> SimulationEngine:
     """Build the engine that workers have.
 
     Raises:
@@ -380,19 +397,6 @@ def _work(engine: SimulationEngine, connection: Connection) -> None:
     end_with_parent()
     while True:
         try:
-            request: ClientRequest = pickle.loads(connection.recv_bytes())
-            result = carry_out(engine, request)
-            owned = {name: _owned(own) for name, own in result.slots.items()}
-            connection.send_bytes(_packed(replace(result, slots=owned)))
+            connection.send_bytes(work_packed(engine, pickle.loads(connection.recv_bytes())))
         except (EOFError, OSError):
             os._exit(0)
-
-
-def _owned(tensors: Tensors) -> Tensors:
-    """Return tensors without what else lies in their storages, which would travel along."""
-    return {
-        name: tensor
-        if tensor.untyped_storage().nbytes() == tensor.nbytes
-        else tensor.detach().clone()
-        for name, tensor in tensors.items()
-    }
