@@ -7,11 +7,16 @@ import torch
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.deployment.error_report import Sentence
+from fedloom.engines.ray_pool import RayCluster
+from fedloom.engines.workers import WorkersEngine
 from fedloom.federation.engine import RunDescription
 from fedloom.federation.presence import Membership
 from fedloom.methods.bases.parameter_averaging import EXAMPLES, LEARNING_RATE
 from fedloom.runs.assembly import assemble
+from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
+from fedloom.runs.ray_workers import with_ray
+from fedloom.runs.workers import WorkerTask, task_with_digests
 from fedloom.training.results import reported
 from fedloom.wire.messages import Exchange, Payload, decode
 from fedloom.wire.schema import Schema
@@ -23,8 +28,28 @@ def run_description(experiment, parts, began=(-1,), audit=lambda *a, **k: None):
     return RunDescription("0" * 32, experiment.to_toml(), classes, parts.model_digest, began, audit)
 
 
-@pytest.fixture(params=["simulation", "workers", "flower"])
-def engine(request, experiment):
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Ray on this machine, with two CPUs."""
+    pytest.importorskip("ray", reason="the extra fedloom[ray] is not installed")
+    cluster = RayCluster(None, 2)
+    yield cluster
+    cluster.close()
+
+
+def engine_on_ray(settings, cluster, once):
+    """Return a run's parts whose engine has actors of Ray, which all tests share."""
+    parts = assemble(settings, partition_data(settings))
+    task = task_with_digests(WorkerTask(settings, None, None, None), parts)
+    pool = once("actors", lambda: with_ray(parts, 2, cluster, task, Silent()).engine.pool)
+    return replace(parts, engine=WorkersEngine(parts.local, pool))
+
+
+RAY = pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.serial])
+
+
+@pytest.fixture(params=["simulation", "workers", RAY, "flower"])
+def engine(request, experiment, once):
     """An engine with three clients that is ready, and its parts."""
     settings = experiment(training={"local_steps": 1}, federation={"patience": 0.5})
     if request.param == "simulation":
@@ -32,6 +57,9 @@ def engine(request, experiment):
         return parts.engine, parts
     if request.param == "workers":
         parts, _ = with_pool(settings)
+        return parts.engine, parts
+    if request.param == "ray":
+        parts = engine_on_ray(settings, request.getfixturevalue("ray_cluster"), once)
         return parts.engine, parts
     remote = request.getfixturevalue("loopback")(3).engine(settings)
     parts = assemble(settings, partition_data(settings), remote=remote)
