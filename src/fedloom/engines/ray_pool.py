@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+import logging
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -126,6 +128,8 @@ class RayCluster:
         except ImportError as error:
             problem = [f"--engine ray: Ray is not installed ({first_line(error)}); {EXTRA}"]
             raise SettingsError(problem, "the command") from None
+        logging.getLogger("ray").addHandler(logging.NullHandler())
+        logging.getLogger("ray").propagate = False  # what matters of it is raised as well
         if ray.is_initialized():
             raise SettingsError(
                 ["this process uses Ray already: run ray.shutdown() first"], "the command"
@@ -163,8 +167,6 @@ class RayCluster:
 
     def close(self) -> None:
         """Disconnect, which ends all workers, and Ray where it was started here."""
-        import sys
-
         if "ray" in sys.modules:
             with contextlib.suppress(Exception), _own_signals():
                 sys.modules["ray"].shutdown()
