@@ -1,5 +1,7 @@
 """What every engine must do, asked of all: another one would be added here and nowhere else."""
 
+import gc
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -35,6 +37,9 @@ def ray_cluster():
     cluster = RayCluster(None, 2)
     yield cluster
     cluster.close()
+    with warnings.catch_warnings():  # Ray ends its processes and lets go of them without a look
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def engine_on_ray(settings, cluster, once):

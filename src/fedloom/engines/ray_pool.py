@@ -113,7 +113,7 @@ class RayCluster:
             here = _is_loopback(host)
         self._set({**QUIET, **(LOOPBACK if here else {})})
         if address is None:
-            self._set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()})
+            self._set({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _token()})  # it then asks for a token
             self._folder = tempfile.mkdtemp(prefix="fedloom-ray-")
         try:
             with _own_signals():
@@ -150,10 +150,12 @@ class RayCluster:
             where = self.address or "this machine"
             raise ConnectionFailed(f"Ray on {where}: {_why_not(error)}") from None
 
-    def _set(self, environment: Mapping[str, str]) -> None:
+    def _set(self, environment: Mapping[str, str | None]) -> None:
         for name, value in environment.items():
             self._before.setdefault(name, os.environ.get(name))
-            os.environ[name] = value
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """Return what Ray says of each node that is there, by its id."""
@@ -172,10 +174,7 @@ class RayCluster:
                 sys.modules["ray"].shutdown()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
-        for name, value in self._before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        self._set(self._before)
 
 
 def read_address(address: str) -> tuple[str, int]:
