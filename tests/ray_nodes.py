@@ -45,6 +45,7 @@ class Nodes:
         """End them all."""
         self._process.stdin.close()
         self._process.wait(60)
+        self._process.stdout.close()
 
 
 def main():

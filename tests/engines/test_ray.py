@@ -174,6 +174,7 @@ def test_a_killed_actor_changes_no_bit_and_ctrl_c_leaves_nothing(long, tmp_path)
     assert run.wait(60) == 130
     _, alive = psutil.wait_procs(processes, 20)
     assert not alive
+    run.stdout.close()
     fedloom.resume(tmp_path / "ray")
     same_results(tmp_path / "one", tmp_path / "ray")
 
