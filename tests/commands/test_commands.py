@@ -41,6 +41,7 @@ def test_the_commands_and_options_are_these_and_no_others():
             "--home",
             "--profile",
             "--quiet",
+            "--ray-address",
             "--resume",
             "--set",
             "--workers",

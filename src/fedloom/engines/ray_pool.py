@@ -11,6 +11,7 @@ Ray unpickles what its nodes send each other: a cluster is of one owner.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import ipaddress
@@ -113,8 +114,11 @@ class RayCluster:
             here = _is_loopback(host)
         self._set({**QUIET, **(LOOPBACK if here else {})})
         if address is None:
-            self._set({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _token()})  # it then asks for a token
+            # where no mode is set, Ray asks for the token
+            self._set({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _token()})
             self._folder = tempfile.mkdtemp(prefix="fedloom-ray-")
+            # once more at the end, as processes of a Ray that did not start end there
+            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         try:
             with _own_signals():
                 self._connect(cpus)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from fedloom.accounting.cores import available_cores
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.engines.ray_pool import Needs, RayCluster, RayPool
 from fedloom.engines.workers import WorkersEngine
@@ -25,7 +26,6 @@ from fedloom.runs.workers import (
     HostProcess,
     Workers,
     WorkerTask,
-    available_cores,
     build_engine,
     host_process,
     packed_task,
