@@ -49,6 +49,7 @@ class QuadraticClient(Client):
         frozen=(),
         repeats=1,
         part=None,
+        work=None,
     ):
         yield from ()  # needs nobody
         w = self.model.parameters["lora_w"]

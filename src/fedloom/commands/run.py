@@ -70,8 +70,8 @@ def run(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="With --engine ray: address of the cluster, as ray start --head prints it. "
-            "Without it Ray is started on this machine for this run alone.",
+            help="With --engine ray: address of the cluster, as ray start --head prints it. Without "
+            "it Ray is started on this machine for this run alone.",
             show_default=False,
         ),
     ] = None,
