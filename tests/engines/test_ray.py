@@ -112,17 +112,30 @@ def same_results(one, two):
         assert (two / file.relative_to(one)).read_bytes() == file.read_bytes(), file
 
 
-def started(file, *options, environment=None):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedloom", "run", str(file), "--engine", "ray", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        # what a shell starts in the background, as these tests may be, ignores Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+@pytest.fixture
+def started():
+    """Start a run on Ray as a process, which is ended with the test."""
+    runs = []
+
+    def start(file, *options, environment=None):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "fedloom", "run", str(file), "--engine", "ray", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            # what a shell starts in the background, as these tests may be, ignores Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        runs.append(run)
+        return run
+
+    yield start
+    for run in runs:
+        run.terminate()
+        run.wait(60)
+        run.stdout.close()
 
 
 def wait_for_rounds(run, folder, count):
@@ -154,7 +167,7 @@ def long(experiment, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_a_killed_actor_changes_no_bit_and_ctrl_c_leaves_nothing(long, tmp_path):
+def test_a_killed_actor_changes_no_bit_and_ctrl_c_leaves_nothing(long, started, tmp_path):
     pytest.importorskip("ray", reason="the extra fedloom[ray] is not installed")
     run = started(long, "--workers", "2")
     wait_for_rounds(run, tmp_path / "ray", 3)
@@ -174,14 +187,13 @@ def test_a_killed_actor_changes_no_bit_and_ctrl_c_leaves_nothing(long, tmp_path)
     assert run.wait(60) == 130
     _, alive = psutil.wait_procs(processes, 20)
     assert not alive
-    run.stdout.close()
     fedloom.resume(tmp_path / "ray")
     same_results(tmp_path / "one", tmp_path / "ray")
 
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_a_killed_node_changes_no_bit(long, tmp_path):
+def test_a_killed_node_changes_no_bit(long, started, tmp_path):
     pytest.importorskip("ray", reason="the extra fedloom[ray] is not installed")
     with short_folder() as folder:
         nodes = Nodes(1, folder)
