@@ -221,7 +221,7 @@ def batch_of(rows: Sequences, reference: torch.Tensor) -> Batch:
         int(rows.attention_mask.sum()),
         labels=labels,
         reference_logps=reference,
-        mismatched=rows,
+        mismatched=(rows,),
         mismatched_reference_logps=reference,
     )
 

@@ -207,17 +207,20 @@ class TestImage:
         pip = shlex.split(image("RUN"))
         constraints = pip[pip.index("--constraint") + 1]
         assert needed | {constraints, package.partition("/")[0]} == set(self.copied())
-        extra = re.fullmatch(r"\.\[(\w+)\]", pip[-1])[1]
-        assert pip[:2] == ["pip", "install"]
-        assert extra in project["project"]["optional-dependencies"]
+        assert pip[:2] == ["pip", "install"] and pip[-1] == ".[${EXTRAS}]"
+        extras = {image("ARG").removeprefix("EXTRAS="), "ray"}  # that of ray.yaml
+        assert "--build-arg EXTRAS=ray -t fedloom-ray ." in (CONTAINERS / "ray.yaml").read_text()
+        assert extras <= project["project"]["optional-dependencies"].keys()
         assert json.loads(image("ENTRYPOINT")) == list(project["project"]["scripts"])
         least = project["project"]["requires-python"].removeprefix(">=")
         assert image("FROM") == f"python:{least}-slim"
 
     def test_one_number_is_the_user_everywhere(self):
-        (made,) = [rest.split() for first, rest in dockerfile() if rest.startswith("useradd")]
+        (line,) = [rest for first, rest in dockerfile() if rest.startswith("useradd")]
+        made, runs = (part.split() for part in line.split("&&"))
         number = made[made.index("--uid") + 1]
         assert image("USER") == number and int(number) != 0
+        assert runs == ["install", "-d", "-o", number, f"/home/{made[-1]}/runs"]
         assert image("WORKDIR") == f"/home/{made[-1]}" and "--create-home" in made
         said = [line for line in Service("client").comments if "chown" in line]
         assert all(f"chown -R {number} " in line for line in said) and said

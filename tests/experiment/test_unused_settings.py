@@ -103,6 +103,11 @@ CASES = {
         "clients.newcomer_steps = 5 does nothing: clients.newcomers is empty",
         {"clients": {"newcomer_steps": 5, "newcomers": [2]}},
     ),
+    "federation.selection": (
+        {"federation": {"selection": "rows"}},
+        "federation.selection = {'name': 'rows'} does nothing: all clients take part in every round",
+        {"federation": {"selection": "rows", "clients": 4, "clients_per_round": 2}},
+    ),
     "public.rows": (
         {"public": {"rows": 8}},
         "public.rows = 8 does nothing: this method has no public rows",

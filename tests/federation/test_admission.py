@@ -221,10 +221,10 @@ def test_three_offences_pause_a_client_and_it_begins_anew():
 def spoiled(monkeypatch):
     """Client 1 answers with NaN in every round, and is told when it was asked."""
     asked = []
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action != "train" or client != 1:
             return found
         asked.append(exchange.round)
@@ -232,7 +232,7 @@ def spoiled(monkeypatch):
         next(iter(payload.tensors.values()))[0] = math.nan
         return Answer(client, encode(payload, exchange.reply_schema))
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     return asked
 
 
@@ -280,13 +280,13 @@ def test_a_resumed_run_remembers_offences(experiment, spoiled, tmp_path):
 
 
 def test_when_everybody_offends_the_run_stops(experiment, monkeypatch):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         return Answer(client, b"x") if exchange.action == "train" else found
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     with pytest.raises(RoundFailed, match="0 of 3 clients gave a usable answer"):
         fedloom.run(experiment(**SETTINGS))
 
@@ -415,16 +415,16 @@ def test_who_is_in_quarantine_is_asked_nothing_by_anybody(experiment, spoiled, m
 
 
 def test_an_offence_in_an_evaluation_counts(experiment, monkeypatch):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action == "evaluate" and client == 2:
             metrics = json.dumps({"preference_accuracy": 3e299})
             return Answer(client, rewritten(found.data, metrics=metrics))
         return found
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     result = fedloom.run(
         experiment(federation={"rounds": 5}, admission={"offences": 2, "pause": 2})
     )

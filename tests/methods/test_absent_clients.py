@@ -352,15 +352,15 @@ def test_a_sequential_split_run_stands_by_its_last_average_where_all_that_had_st
     table["training"] = {"learning_rate": 1e-3, "batch_size": 4}
     table["partition"] = {"kind": "size", "sizes": [1.0, 3.0]}
     table["method"] |= {"average_every": 2}
-    started, plain = [], SimulationEngine._answer
+    started, plain = [], SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
+    def answer(self, exchange, client):
         started.append((exchange.action, client))
         if client == 1 and started.count(("start", 1)) == 2:
             return Answer(client, error="the line went dead")
-        return plain(self, exchange, client, data)
+        return plain(self, exchange, client)
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     found = played(Experiment.from_table(table), Schedule())
     assert started.count(("start", 0)) == 1 and found.records[0].rejected == {
         1: "the line went dead"

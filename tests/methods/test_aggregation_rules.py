@@ -26,10 +26,10 @@ AVERAGING = sorted(name for name, (_, kind) in METHODS.items() if kind.averages)
 @pytest.fixture
 def attacked(monkeypatch):
     """Client 0 multiplies what it sends by -1000."""
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action != "train" or client:
             return found
         payload = decode(found.data, exchange.reply_schema)
@@ -38,7 +38,7 @@ def attacked(monkeypatch):
         return Answer(client, encode(payload, exchange.reply_schema))
 
     def switch():
-        monkeypatch.setattr(SimulationEngine, "_answer", answer)
+        monkeypatch.setattr(SimulationEngine, "answer", answer)
 
     return switch
 
@@ -105,13 +105,13 @@ def test_rules_that_cannot_be_kept(experiment, sections, words):
 
 
 def test_too_few_answers_for_the_rule_stop_the_run(experiment, federate, monkeypatch):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
+    def answer(self, exchange, client):
         if exchange.action == "train" and client == 4:
             return Answer(client, error="the line went dead")
-        return plain(self, exchange, client, data)
+        return plain(self, exchange, client)
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     with pytest.raises(RoundFailed, match="'krum' has too few updates: 4 of 4 updates are finite"):
         federate(experiment(**FIVE, **settings("krum")))

@@ -189,17 +189,17 @@ def test_a_client_that_missed_an_addition_is_left_out_and_brought_up_to_date(
     experiment, federate, monkeypatch
 ):
     """Client 2's addition of round 1 is lost; in round 2 it gets the whole first, and all agree again."""
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
     actions = []
 
-    def answer(self, exchange, client, data):
+    def answer(self, exchange, client):
         if exchange.round > 0:
             actions.append((exchange.round, exchange.action, client))
         if (exchange.round, exchange.action, client) == (1, "merge", 2):
             return Answer(client, error="the line went dead")
-        return plain(self, exchange, client, data)
+        return plain(self, exchange, client)
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     found = federate(experiment(method={"name": "flora"}, **PAIRS), evaluate=True)
     assert found.records[1].rejected == {2: "the line went dead"}
     assert 2 not in found.records[1].evaluation.clients  # its model would be another
@@ -231,17 +231,17 @@ def test_a_client_whose_store_is_gone_says_so_and_is_brought_up_to_date(experime
 def test_factors_of_another_rank_than_the_clients_are_refused(
     experiment, federate, monkeypatch, rows
 ):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action != "train" or client != 1:
             return found
         payload = decode(found.data, exchange.reply_schema)
         payload.tensors[FACTORS] = payload.tensors[FACTORS][:rows]
         return Answer(client, encode(payload, exchange.reply_schema))
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     for method in ("flora", "flexlora"):
         found = federate(experiment(method={"name": method}, **PAIRS))
         assert f"its factors have rank {rows}, this client's is 4" in found.records[0].rejected[1]

@@ -47,19 +47,19 @@ METHOD = {"name": "fedamole", "clients_per_expert": 2, "max_experts_per_client":
 def messages(monkeypatch):
     """Every request and answer of training, decoded: (round, client, request, reply)."""
     seen = []
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action == "train":
             assert found.error is None, found.error
-            request = decode(data, exchange.request_schema)
+            request = decode(exchange.requests[client], exchange.request_schema)
             seen.append(
                 (exchange.round, client, request, decode(found.data, exchange.reply_schema))
             )
         return found
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     return seen
 
 
@@ -185,10 +185,10 @@ def below_zero(shares):
 
 
 def failing(monkeypatch, round, clients, spoil=None):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if (exchange.action, exchange.round) != ("train", round) or client not in clients:
             return found
         if spoil is None:
@@ -197,7 +197,7 @@ def failing(monkeypatch, round, clients, spoil=None):
         spoil(payload.tensors)
         return Answer(client, encode(payload, exchange.reply_schema))
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
 
 
 def test_an_expert_whose_holders_all_fail_keeps_its_value(experiment, federate, monkeypatch):

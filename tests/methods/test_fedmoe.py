@@ -39,16 +39,16 @@ def mixture(experiment, mixture_folder, tmp_path):
 @pytest.fixture
 def messages(monkeypatch):
     seen = []
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
-        request = decode(data, exchange.request_schema)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
+        request = decode(exchange.requests[client], exchange.request_schema)
         reply = decode(found.data, exchange.reply_schema)
         seen.append((exchange.action, exchange.round, client, request, reply))
         return found
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     return seen
 
 
@@ -100,17 +100,17 @@ def test_bytes_are_the_held_experts_both_ways(mixture, federate):
 
 @pytest.mark.parametrize("value", [-1, (1 << 40) + 1])
 def test_counts_that_cannot_be_ones_leave_their_client_out(mixture, federate, monkeypatch, value):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action != "probe" or client != 1:
             return found
         payload = decode(found.data, exchange.reply_schema)
         payload.tensors["used"][0, 0] = value
         return Answer(client, encode(payload, exchange.reply_schema))
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     (record,) = federate(mixture(federation={"clients": 3, "rounds": 1})).records
     assert record.rejected == {1: "counts of tokens must be 0 to 1099511627776"}
     assert [(o.client, o.kind) for o in record.offences] == [(1, "out_of_range")]

@@ -129,17 +129,17 @@ def test_alternating_trains_either_part_with_the_other_frozen(personal, federate
 
         def watching(number, round):
             found = client(number, round)
-            train = found.train
+            steps = found.training_steps
 
             def noted(rate, **options):
                 before = found.model.read()
-                result = train(rate, **options)
+                result = yield from steps(rate, **options)
                 after = found.model.read()
                 changed = {n for n in before if not torch.equal(before[n], after[n])}
                 seen.append({is_own(name) for name in changed})
                 return result
 
-            found.train = noted
+            found.training_steps = noted
             return found
 
         parts.engine.client = watching

@@ -586,10 +586,10 @@ def test_a_full_disk_stops_cleanly_and_the_run_can_go_on(experiment, monkeypatch
     built = experiment(federation={"rounds": 3})
     save = checkpoint.save
 
-    def full(folder, state, changed=None):
+    def full(folder, state, *others):
         if state.round == 2:
             raise OutputError(f"cannot save the checkpoint {folder}: {os.strerror(errno.ENOSPC)}")
-        save(folder, state, changed)
+        return save(folder, state, *others)
 
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(OutputError, match="No space left on device"):

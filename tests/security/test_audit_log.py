@@ -122,15 +122,15 @@ def test_no_log(tmp_path):
 
 
 def test_a_run_notes_every_message_and_none_of_its_content(experiment, monkeypatch):
-    plain = SimulationEngine._answer
+    plain = SimulationEngine.answer
 
-    def answer(self, exchange, client, data):
-        found = plain(self, exchange, client, data)
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
         if exchange.action != "train" or client == 0:
             return found
         return Answer(client, b"junk") if client == 1 else Answer(client, error="it fell over")
 
-    monkeypatch.setattr(SimulationEngine, "_answer", answer)
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
     result = fedloom.run(experiment(federation={"clients": 3, "rounds": 1, "quorum": 0.3}))
     lines = read(result.folder / "audit.jsonl")
     events = [(line["event"], line.get("client")) for line in lines]

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from fedloom.accounting.costs import Cost
 from fedloom.accounting.ledger import peak_memory, reset_peak_memory
+from fedloom.engines.in_process import SimulationEngine
 from fedloom.methods.contract.client import Client, Trainings
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.stacked_lora import reason_against
@@ -23,9 +23,6 @@ from fedloom.training.cohort import Outcome, alone, likeness, tokens_together, t
 from fedloom.training.memory import is_out_of_memory
 from fedloom.training.steps import Training
 from fedloom.wire.messages import Answer, Exchange, Payload, decode
-
-if TYPE_CHECKING:
-    from fedloom.engines.in_process import SimulationEngine
 
 LOG = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from fedloom.accounting.costs import REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
-from fedloom.engines.cohorts import answers_together
 from fedloom.errors import FedloomError, MessageError, PluginError
 from fedloom.federation.contract import fault_of, kind_of
 from fedloom.federation.presence import Membership
@@ -100,6 +99,10 @@ class ClientResources:
     own_start: bool = False
 
 
+Together = Callable[["SimulationEngine", Exchange, list[int]], dict[int, Answer]]
+"""Carries out a request at several clients of one model; returns their answers."""
+
+
 @dataclass
 class SimulationEngine:
     """Runs the handlers of clients one after the other.
@@ -123,6 +126,7 @@ class SimulationEngine:
         references: Cache of log-probs under reference models.
         on_step: Called after each optimizer step of a client; what it raises is raised as it is.
         cohort: How many clients are trained in lockstep.
+        together: Has several clients carry out a request in lockstep (``cohorts.py``).
         alone: Actions whose handlers train a client by themselves, as far as is known.
     """
 
@@ -143,6 +147,7 @@ class SimulationEngine:
     references: ReferenceCache | None = None
     on_step: OnStep | None = None
     cohort: Literal["auto"] | int = 1
+    together: Together | None = None
     alone: set[str] = field(default_factory=set)
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
@@ -216,9 +221,9 @@ class SimulationEngine:
 
     def _answers(self, exchange: Exchange, clients: list[int]) -> dict[int, Answer]:
         """Return the answers of clients that are worked on together, or of one."""
-        if len(clients) > 1:
+        if len(clients) > 1 and self.together is not None:
             try:
-                return answers_together(self, exchange, clients)
+                return self.together(self, exchange, clients)
             except CallbackError as raised:
                 failure = raised.error
             raise failure

@@ -17,6 +17,7 @@ from fedloom.data.examples import Example
 from fedloom.data.public import PublicRows
 from fedloom.data.reader import BadRow
 from fedloom.data.row_accounting import Accounts, cut_warnings, escaped_warnings
+from fedloom.engines.cohorts import answers_together
 from fedloom.engines.in_process import ClientResources, SimulationEngine
 from fedloom.errors import DataError, SettingsError
 from fedloom.evaluation.held_out import HeldOut
@@ -172,6 +173,7 @@ def _components(
         references=references_of(bundles.only),
         on_step=on_step,
         cohort=experiment.simulation.cohort,
+        together=answers_together,
     )
     return RunComponents(
         bundles.division,

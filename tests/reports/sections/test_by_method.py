@@ -80,13 +80,19 @@ def test_what_a_band_is_is_said_by_the_number_of_seeds():
 def test_clients_by_rounds_with_the_first_and_last_of_many():
     values = [{"10": r, "9": r + 0.25} for r in range(1, 31)]
     content = client_table.draw("own_figure", [run(values)])
-    assert (content["rounds"][0], content["rounds"][-1], len(content["rounds"])) == (1, 30, 12)
-    assert [client for client, _ in content["rows"]] == ["9", "10"] and content["left_out"] == 18
+    columns, rows = content["table"].columns, content["table"].rows
+    assert (columns[0], columns[1], columns[-1], len(columns)) == (
+        "client",
+        "round 1",
+        "round 30",
+        13,
+    )
+    assert [row[0] for row in rows] == ["9", "10"] and content["left_out"] == 18
     page = fill("sections/client_table.html.j2", own=content)
     assert "<tr><td>9</td><td>1.25</td>" in page and "<tr><td>10</td><td>1</td>" in page
     assert "18 rounds between these are left out" in page
-    (left, _) = client_table.draw("own_figure", [run([{"1": 2, "2": 3}, {"1": 4}])])["rows"]
-    assert left == ("1", [2, 4])
+    left, other = client_table.draw("own_figure", [run([{"1": 2, "2": 3}, {"1": 4}])])["table"].rows
+    assert (left, other) == (["1", "2", "4"], ["2", "3", "-"])
 
 
 def test_a_section_is_escaped_and_says_whose_seed_it_is():
