@@ -32,7 +32,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedloom.engines.in_process import SimulationEngine
-from fedloom.engines.workers import TRIES, ClientRequest, ClientResult, work_packed
+from fedloom.engines.ray_worker import RayWorker
+from fedloom.engines.workers import TRIES, ClientRequest, ClientResult
 from fedloom.errors import ConnectionFailed, FedloomError, RoundFailed, SettingsError, first_line
 
 EXTRA = 'pip install "fedloom[ray]"'
@@ -40,8 +41,8 @@ EXTRA = 'pip install "fedloom[ray]"'
 ANSWERS = 10.0
 """Seconds within which an address must answer."""
 
-ROOM = 60.0
-"""Seconds to wait for room for a worker, where there is none at all."""
+ROOM = 120.0
+"""Seconds to wait for room for a worker, where there is none; an empty actor starts in that time."""
 
 JOINED = "its place was empty until now"
 """In place of a result: nothing was lost, and the worker can be given something to do."""
@@ -132,8 +133,7 @@ class RayCluster:
         except ImportError as error:
             problem = [f"--engine ray: Ray is not installed ({first_line(error)}); {EXTRA}"]
             raise SettingsError(problem, "the command") from None
-        logging.getLogger("ray").addHandler(logging.NullHandler())
-        logging.getLogger("ray").propagate = False  # what matters of it is raised as well
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters of it is raised as well
         if ray.is_initialized():
             raise SettingsError(
                 ["this process uses Ray already: run ray.shutdown() first"], "the command"
@@ -241,43 +241,6 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class RayWorker:
-    """What runs in an actor."""
-
-    def __init__(self) -> None:
-        """Be there; everything else takes time or may fail."""
-        self._engine: SimulationEngine | None = None
-
-    def place(self) -> tuple[str, str]:
-        """Return id and address of this node."""
-        import ray
-
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-
-    def build(self, build: Build, content: bytes) -> str:
-        """Build what the run has; return what was wrong, or nothing."""
-        try:
-            self._engine = build(content)
-        except Exception as error:
-            return (
-                str(error)
-                if isinstance(error, FedloomError)
-                else f"{type(error).__name__}: {error}"
-            )
-        return ""
-
-    def work(self, packed: bytes, state: bytes) -> bytes:
-        """Carry out a request whose encoded state came apart."""
-        assert self._engine is not None
-        request: ClientRequest = pickle.loads(packed)
-        exchange = replace(request.exchange, requests={request.client: state})
-        return work_packed(self._engine, replace(request, exchange=exchange))
-
-    def live(self) -> None:
-        """Do not end: what waits for this is told when the actor has ended."""
-        threading.Event().wait()
-
-
 class RayPool:
     """Workers that are actors.
 
@@ -302,7 +265,7 @@ class RayPool:
         """
         import ray
 
-        self._ray, self._cluster, self._build = ray, cluster, build
+        self._ray, self._cluster, self._build = ray, cluster, pickle.dumps(build)
         self._content = ray.put(content)
         self._class = ray.remote(
             num_cpus=1,
