@@ -38,7 +38,7 @@ LOCAL = "local"
 """In place of an address: Ray is started on this machine for the run alone."""
 
 PROCESS = 600e6
-"""Bytes that an actor's process takes before it loads a model, measured."""
+"""Bytes that an actor's process takes before it loads a model, estimated."""
 
 
 @contextlib.contextmanager
