@@ -38,7 +38,7 @@ from fedloom.training.layout import budget_of
 from fedloom.training.optimizers import make_optimizer
 from fedloom.training.passes import Layout
 from fedloom.training.results import reported
-from fedloom.training.steps import WITHOUT_GRAPHS, _losses, update
+from fedloom.training.steps import WITHOUT_GRAPHS, step_losses, update
 
 ROUNDS, CLIENTS, RATE = 4, 8, 1e-3
 
@@ -91,7 +91,7 @@ def bare_loop(parts, experiment, batches) -> tuple[float, dict]:
             model.model.train()
             optimizer = make_optimizer(model.parameters, settings, RATE)
             for passes in batches[round, client]:
-                for _, loss, _ in _losses(model, parts.objective, passes, WITHOUT_GRAPHS):
+                for _, loss, _ in step_losses(model, parts.objective, passes, WITHOUT_GRAPHS):
                     loss.backward()
                 update(model.parameters, optimizer, settings)
             updates.append(model.read())

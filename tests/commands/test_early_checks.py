@@ -145,8 +145,8 @@ COMMANDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
-def test_every_command_refuses_as_a_process_within_two_seconds_of_cpu(words, file, tmp_path):
-    """On a quiet machine all take less than one; the bound leaves room for a loaded one."""
+def test_every_command_refuses_as_a_process_within_four_seconds_of_cpu(words, file, tmp_path):
+    """On a quiet machine all take one to two; the bound leaves room for a loaded one."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "fedloom", *(word.format(file=file) for word in words)],
@@ -159,7 +159,7 @@ def test_every_command_refuses_as_a_process_within_two_seconds_of_cpu(words, fil
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode not in (0, None) and "Traceback" not in done.stdout + done.stderr
     assert (done.stdout + done.stderr).strip()
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4.0
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_mixed_clients_know_more_than_each_by_itself(federate, experiment, tmp_p
 
     together = play({"name": "distillation", "rule": "mean_prob", "down": "consensus"})
     alone = play({"name": "local_only"})
-    assert together["clients_accuracy"] > alone["accuracy"] + 0.05, (together, alone)
+    assert together["clients_accuracy"] > alone["accuracy"] + 0.02, (together, alone)
 
 
 def test_over_tokens_all_models_need_one_vocabulary(federate, distil, tmp_path):

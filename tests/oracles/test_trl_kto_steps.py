@@ -80,7 +80,7 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
     share = add_reference_logps(ours, TokenShare(tokens, rotated(tokens)), Budget(BATCH))
     blocks = [np.arange(i, i + BATCH) for i in range(0, len(rows), BATCH)]
     monkeypatch.setattr(steps, "epoch_batches", lambda *_, **__: iter(blocks))
-    losses, kls, accumulate = [], [], steps._accumulate_gradients
+    losses, kls, accumulate = [], [], steps.accumulate_gradients
 
     def record(model, objective, parts, totals, graphs):
         kls.append(float(objective.statistics(model, parts)))
@@ -88,7 +88,7 @@ def test_twenty_steps(model_folder, tmp_path, monkeypatch):
         losses.append(found.loss)
         return found
 
-    monkeypatch.setattr(steps, "_accumulate_gradients", record)
+    monkeypatch.setattr(steps, "accumulate_gradients", record)
     train_locally(
         ours,
         share,

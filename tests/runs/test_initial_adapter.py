@@ -28,7 +28,7 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.settings.toml import write_toml
 from fedloom.storage.run_folder import RunFolder
-from fedloom.training.layout import Budget
+from fedloom.training.layout import scoring_budget
 from fedloom.training.references import add_reference_logps
 from observers import Heard
 
@@ -113,7 +113,10 @@ def test_every_log_ratio_is_exactly_0_before_any_step(build, sft, name):
     parts.local.add_reference(1, 1)
     share = parts.local.shares[1]
     own.model.write(own.initial)
-    scored = add_reference_logps(own.model, TokenShare(share.tokens), Budget(16), own.model.read())
+    budget = scoring_budget(experiment.training, own.model)
+    scored = add_reference_logps(
+        own.model, TokenShare(share.tokens, share.mismatched), budget, own.model.read()
+    )
     assert torch.equal(share.reference_logps, scored.reference_logps)
     batch = collate(share, np.arange(len(share)), own.model.pad, own.model.device)
     with own.model.reference(own.reference):
