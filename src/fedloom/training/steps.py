@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -52,6 +52,22 @@ class StepModel(Model, Protocol):
         ...
 
 
+class StepOptions(TypedDict):
+    """What :func:`local_steps` is told of a training beside model, rows and settings."""
+
+    learning_rate: float
+    seed: int
+    client: int
+    round: int
+    work: Work
+    purpose: NotRequired[str]
+    repeats: NotRequired[int]
+    state: NotRequired[Tensors | None]
+    before_step: NotRequired[StepHook | None]
+    after_step: NotRequired[StepHook | None]
+    on_step: NotRequired[OnStep | None]
+
+
 @dataclass(frozen=True)
 class Training:
     """One training of one client that is yet to be made: alone, or with others (``cohort.py``).
@@ -62,15 +78,15 @@ class Training:
         objective: What is minimised.
         settings: Optimizer, batch size, steps or epochs.
         frozen: Names of the tensors that stay as they are.
-        options: What else :func:`train_locally` is given.
+        options: What else :func:`local_steps` is given.
     """
 
     model: AdapterModel
     share: TokenShare
     objective: Objective
     settings: TrainingSettings
-    frozen: Collection[str] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    frozen: Collection[str]
+    options: StepOptions
 
     def alone(self) -> LocalResult:
         """Carry it out; see :func:`train_locally`."""
@@ -91,18 +107,7 @@ def train_locally(
     share: TokenShare,
     objective: Objective,
     settings: TrainingSettings,
-    *,
-    learning_rate: float,
-    seed: int,
-    client: int,
-    round: int,
-    work: Work,
-    purpose: str = "",
-    repeats: int = 1,
-    state: Tensors | None = None,
-    before_step: StepHook | None = None,
-    after_step: StepHook | None = None,
-    on_step: OnStep | None = None,
+    **options: Unpack[StepOptions],
 ) -> LocalResult:
     """Train the adapter that ``model`` holds on one party's rows, in place.
 
@@ -111,41 +116,14 @@ def train_locally(
         share: The rows, with reference log-probs where the objective needs them.
         objective: What is minimised.
         settings: Optimizer, batch size, steps or epochs.
-        learning_rate: Of this round.
-        seed: The experiment's seed; order and dropout come from it, the client, the round and purpose.
-        client: Its id.
-        round: From 1.
-        work: How much is done.
-        purpose: Tells several trainings of one client in one round apart.
-        repeats: Optimizer steps on each batch, which are all made once they have begun.
-        state: The optimizer's tensors from this client's last round.
-        before_step: Called with the parameters before each optimizer step, gradients ready and not
-            yet clipped: a method adds its own term here.
-        after_step: Called with the parameters after each optimizer step.
-        on_step: Called with what is known of each step, once it is made.
+        options: As of :func:`local_steps`.
 
     Raises:
         NonFiniteLoss: The loss became NaN or infinite; the step and its rows are named.
         PolicyError: It took more steps, or longer, than ``model.allowance`` has.
     """
-    steps = local_steps(
-        model,
-        share,
-        _own_gradients(model, share, objective, settings),
-        settings,
-        learning_rate=learning_rate,
-        seed=seed,
-        client=client,
-        round=round,
-        work=work,
-        purpose=purpose,
-        repeats=repeats,
-        state=state,
-        before_step=before_step,
-        after_step=after_step,
-        on_step=on_step,
-    )
-    return _finished(steps)
+    gradients = _own_gradients(model, share, objective, settings)
+    return _finished(local_steps(model, share, gradients, settings, **options))
 
 
 def _own_gradients(
@@ -192,9 +170,24 @@ def local_steps(
 ) -> Generator[Any, Any, LocalResult]:
     """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
 
-    Args are those of :func:`train_locally`, but for:
+    Args:
+        model: As of :func:`train_locally`.
+        share: As there.
         gradients: Leaves the gradients of an optimizer batch (given as passes) in the parameters and
             returns :class:`Gradients`. What it yields is yielded, what is sent it receives.
+        settings: As of :func:`train_locally`.
+        learning_rate: Of this round.
+        seed: The experiment's seed; order and dropout come from it, the client, the round and purpose.
+        client: Its id.
+        round: From 1.
+        work: How much is done.
+        purpose: Tells several trainings of one client in one round apart.
+        repeats: Optimizer steps on each batch, which are all made once they have begun.
+        state: The optimizer's tensors from this client's last round.
+        before_step: Called with the parameters before each optimizer step, gradients ready and not
+            yet clipped: a method adds its own term here.
+        after_step: Called with the parameters after each optimizer step.
+        on_step: Called with what is known of each step, once it is made.
     """
     parameters = model.parameters  # others' may be held wherever this waits
     order = generator(seed, f"{purpose}batches", client, round)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
@@ -13,7 +13,7 @@ from fedloom.objectives.base import Objective
 from fedloom.tensors import Tensors
 from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
-from fedloom.training.steps import Training, local_loss
+from fedloom.training.steps import StepOptions, Training, local_loss
 from fedloom.wire.messages import Payload
 
 Answer = TypeVar("Answer")
@@ -23,6 +23,24 @@ Trainings = Generator[Training, LocalResult, Answer]
 
 OPTIMIZER = "optimizer"
 """Slot of the client store with the optimizer's state, if it is kept."""
+
+
+class TrainingOptions(TypedDict, total=False):
+    """What may be said of one of a client's trainings.
+
+    Attributes:
+        purpose: Tells several trainings in one round apart.
+        frozen: Names of the tensors that stay as they are.
+        repeats: Optimizer steps on each batch.
+        part: Which of the round's trainings it is.
+        work: How much (default: what is due of a round's).
+    """
+
+    purpose: str
+    frozen: Collection[str]
+    repeats: int
+    part: Part
+    work: Work | None
 
 
 @dataclass
@@ -96,36 +114,17 @@ class Client:
         learning_rate: float,
         before_step: StepHook | None = None,
         after_step: StepHook | None = None,
-        *,
-        purpose: str = "",
-        frozen: Collection[str] = (),
-        repeats: int = 1,
-        part: Part = ALONE,
-        work: Work | None = None,
+        **options: Unpack[TrainingOptions],
     ) -> LocalResult:
         """Train the adapter that the model holds on this client's rows, in place.
 
         Args:
             learning_rate: Of this round.
-            before_step: Called before each optimizer step; see :func:`train_locally`.
+            before_step: Called before each optimizer step; see :func:`local_steps`.
             after_step: Called after each optimizer step.
-            purpose: Tells several trainings in one round apart.
-            frozen: Names of the tensors that stay as they are.
-            repeats: Optimizer steps on each batch.
-            part: Which of the round's trainings it is.
-            work: How much (default: what is due of a round's).
+            options: See :class:`TrainingOptions`.
         """
-        steps = self.training_steps(
-            learning_rate,
-            before_step,
-            after_step,
-            purpose=purpose,
-            frozen=frozen,
-            repeats=repeats,
-            part=part,
-            work=work,
-        )
-        return carried_out(steps)
+        return carried_out(self.training_steps(learning_rate, before_step, after_step, **options))
 
     def training_steps(
         self,
@@ -142,10 +141,11 @@ class Client:
         """Yield what :meth:`train` would carry out, to whoever may do it for several clients at a time.
 
         A handler that is a generator says ``result = yield from client.training_steps(rate)`` and goes on
-        when the model holds what was trained. Args are those of :meth:`train`.
+        when the model holds what was trained. Args are those of :meth:`train`, and of
+        :class:`TrainingOptions`.
         """
         slot = f"{OPTIMIZER} {purpose}".strip()
-        options = {
+        options: StepOptions = {
             "learning_rate": learning_rate,
             "seed": self.seed,
             "client": self.id,
