@@ -73,7 +73,11 @@ class Layout:
 
     def places(self, indices: Indices) -> int:
         """Return how many tokens the passes of some rows have together, padding counted."""
-        return sum(self._places(own) for own in self.passes(indices))
+        return self.places_of(self.passes(indices))
+
+    def places_of(self, passes: list[list[Indices]]) -> int:
+        """Return how many tokens some passes have together, padding counted."""
+        return sum(map(self._places, passes))
 
     def batches(self, indices: Indices) -> list[Batch]:
         """Return an optimizer batch as one batch a pass."""
@@ -135,14 +139,15 @@ class StepLayout:
         """Return an optimizer batch as one batch a pass."""
         if self.mismatched is None:
             return self.alone.batches(indices)
+        own_passes, beside = self.alone.passes(indices), self.mismatched.passes(indices)
         if self.joint is not None:
-            joint, alone = self.joint.places(indices), self.alone.places(indices)
+            joint = self.joint.passes(indices)
+            places, alone = self.joint.places_of(joint), self.alone.places_of(own_passes)
             # forward and backward over both, or over rows alone and forward over the others
-            apart = 2 * alone + self.mismatched.places(indices)
-            if joint <= self.graphs and saves(apart, 2 * joint):
-                return self.joint.batches(indices)
-        first, *others = self.alone.batches(indices)
-        beside = self.mismatched.passes(indices)
+            apart = 2 * alone + self.mismatched.places_of(beside)
+            if places <= self.graphs and saves(apart, 2 * places):
+                return [self.joint.batch(own) for own in joint]
+        first, *others = map(self.alone.batch, own_passes)
         rows = np.concatenate([own for read in beside for own in read])
         reference = self.share.mismatched_reference_logps
         first = replace(
