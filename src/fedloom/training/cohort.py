@@ -25,7 +25,7 @@ from fedloom.data.client_rows import TokenShare
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.stacked_lora import StackedFactors
 from fedloom.objectives.base import Objective
-from fedloom.training.layout import row_costs
+from fedloom.training.layout import ON_GPU, ON_GPU_WIDER, of_width, on_cpu, row_costs
 from fedloom.training.memory import is_out_of_memory
 from fedloom.training.results import Gradients, LocalResult, Totals
 from fedloom.training.steps import (
@@ -42,11 +42,6 @@ ON_CPU = ((64, 1024), (128, 512), (256, 256))
 ON_CPU_WIDER = 0
 """The same of wider models, which gain nothing."""
 
-ON_GPU = ((1024, 32768), (2048, 16384))
-"""The same for any other device (derived from ``layout.py``, not measured)."""
-
-ON_GPU_WIDER = 8192
-
 MOST = 32
 """Clients of a cohort at most, where "auto" chooses."""
 
@@ -55,11 +50,10 @@ ALIKE = 0.75
 
 
 def tokens_together(model: AdapterModel) -> int:
-    """Return how many tokens a pass over several clients' rows has at most, by the table."""
-    on_cpu = model.device.type in ("cpu", "meta")
-    table, wider = (ON_CPU, ON_CPU_WIDER) if on_cpu else (ON_GPU, ON_GPU_WIDER)
-    width = model.shape.head.inputs
-    return next((tokens for most, tokens in table if width <= most), wider)
+    """Return how many tokens a pass over several clients' rows has at most: on a GPU as any pass."""
+    if on_cpu(model):
+        return of_width(model, ON_CPU, ON_CPU_WIDER)
+    return of_width(model, ON_GPU, ON_GPU_WIDER)
 
 
 def cohort_size(

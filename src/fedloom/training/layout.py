@@ -13,6 +13,7 @@ alone, never from a timing, so that whoever works out a batch again takes the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,24 +85,35 @@ def tokens_per_pass(settings: TrainingSettings, model: AdapterModel) -> int | No
         return None
     if settings.tokens_per_pass != "auto":
         return settings.tokens_per_pass
-    width = model.shape.head.inputs
-    table, wider = (ON_CPU, ON_CPU_WIDER) if _on_cpu(model) else (ON_GPU, ON_GPU_WIDER)
-    return next((tokens for most, tokens in table if width <= most), wider)
+    if on_cpu(model):
+        return of_width(model, ON_CPU, ON_CPU_WIDER)
+    return of_width(model, ON_GPU, ON_GPU_WIDER)
 
 
-def _on_cpu(model: AdapterModel) -> bool:
+def on_cpu(model: AdapterModel) -> bool:
+    """Return whether a model computes on a CPU, or is only counted."""
     return model.device.type in ("cpu", "meta")
+
+
+def of_width(model: AdapterModel, table: Sequence[tuple[int, int]], wider: int) -> int:
+    """Return what a table says of a model, by its hidden width.
+
+    Args:
+        model: Of which the width is read.
+        table: Width at most, ascending, and the number for it.
+        wider: The number for models wider than all of these.
+    """
+    width = model.shape.head.inputs
+    return next((number for most, number in table if width <= most), wider)
 
 
 def budget_of(settings: TrainingSettings, model: AdapterModel) -> Budget:
     """Return what a pass of training holds at most."""
     rows = settings.batch_size if model.whole_batches else settings.micro_batch
     tokens = tokens_per_pass(settings, model)
-    if tokens is None or not _on_cpu(model):
+    if tokens is None or not on_cpu(model):
         return Budget(rows, tokens)
-    width = model.shape.head.inputs
-    each = next((own for most, own in PASS_ON_CPU if width <= most), PASS_ON_CPU_WIDER)
-    return Budget(rows, tokens, each)
+    return Budget(rows, tokens, of_width(model, PASS_ON_CPU, PASS_ON_CPU_WIDER))
 
 
 def scoring_budget(settings: TrainingSettings, model: AdapterModel) -> Budget:
