@@ -42,7 +42,7 @@ from fedloom.runs.initial_adapter import Start
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.parent_process import end_with_parent, of_this_process
 from fedloom.runs.partitioning import partition_data
-from fedloom.training.memory import client_memory
+from fedloom.training.memory import most_memory
 
 Workers = int | Literal["auto"]
 """How many processes work on clients; "auto": as many as there are cores and memory for."""
@@ -213,13 +213,12 @@ def worker_memory(
         experiment: The run's.
         process: Bytes that a worker's process takes before it trains.
     """
-    quantization, weights, training = experiment.model.quantization, 0.0, 0.0
-    for client, share in parts.local.shares.items():
-        model = parts.local.resources[client].model
-        own = float(quantized_bytes(model.model, quantization))
-        needed = client_memory(model, share, experiment.training, quantization)
-        weights, training = max(weights, own), max(training, needed - own)
-    return weights, training + process
+    quantization, local = experiment.model.quantization, parts.local
+    clients = [(local.resources[client].model, share) for client, share in local.shares.items()]
+    models = {id(model): model for model, _ in clients}
+    weights = [quantized_bytes(model.model, quantization) for model in models.values()]
+    training = most_memory(clients, experiment.training, quantization, weights=False)
+    return float(max(weights, default=0)), (training or 0.0) + process
 
 
 def packed_task(task: WorkerTask) -> bytes:

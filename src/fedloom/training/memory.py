@@ -169,16 +169,26 @@ def most_memory(
     training: TrainingSettings,
     quantization: Quantization,
     objective: Objective | None = None,
+    *,
+    weights: bool = True,
 ) -> float | None:
     """Return :func:`client_memory` of the client that needs most, ``None`` of none.
 
-    The weights of a model that many clients share are counted once.
+    A model that many clients share is looked at once.
+
+    Args:
+        clients: Model and rows of each.
+        training: As of :func:`client_memory`.
+        quantization: As there.
+        objective: As there.
+        weights: Whether with the frozen weights.
     """
     known: dict[int, tuple[int, int]] = {}
     most = None
     for model, share in clients:
         if id(model) not in known:
-            known[id(model)] = _frozen_and_trained(model, quantization)
+            frozen, trained = _frozen_and_trained(model, quantization)
+            known[id(model)] = frozen if weights else 0, trained
         needed = _memory(model, share, training, known[id(model)], objective)
         most = needed if most is None else max(most, needed)
     return most
