@@ -216,8 +216,7 @@ def run_experiment(
             for text in made.warnings:
                 observer.warning(text)
             parts = given.with_workers(parts, source, experiment, start)
-            run = _Run(experiment, folder, parts, given, log, made, trackers, start)
-            run.clock = clock
+            run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
@@ -293,8 +292,7 @@ def resume_run(
         report_versions(begun, observer)
         _cut_back(folder, saved, observer)
         parts = given.with_workers(parts, source, laid_out, start)
-        run = _Run(experiment, folder, parts, given, log, made, trackers, start)
-        run.clock = clock
+        run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
         return run.go_on(saved, begun)
 
 
