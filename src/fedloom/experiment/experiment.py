@@ -30,6 +30,7 @@ from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPOSettings
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.settings.plugins import Choices
 from fedloom.settings.schema import NamedSettings, Settings, Table, parse
 from fedloom.settings.suggestions import nearest
@@ -81,6 +82,7 @@ class Experiment:
     federation: FederationSettings = field(default_factory=FederationSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -202,6 +204,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "federation": FederationSettings,
     "aggregation": AggregationSettings,
     "admission": AdmissionSettings,
+    "privacy": PrivacySettings,
     "training": TrainingSettings,
     "simulation": SimulationSettings,
     "evaluation": EvaluationSettings,
@@ -284,6 +287,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["training"].contradictions()
     if "admission" in parts:
         found += parts["admission"].contradictions()
+    if "privacy" in parts:
+        found += parts["privacy"].contradictions()
     if "federation" in parts:
         federation: FederationSettings = parts["federation"]
         if federation.cohort_size > federation.clients:
