@@ -22,8 +22,8 @@ class PrivacySettings(Settings):
     delta: float | None = Field(default=None, gt=0, lt=1)
     """delta of (epsilon, delta)-differential privacy: below 1 / number of units."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest Euclidean norm of what one unit adds, over all tensors together; longer ones are scaled down
-    to it."""
+    """Largest Euclidean norm of what one unit adds, over all tensors together; longer ones are scaled
+    down to it."""
     noise_multiplier: float | None = Field(default=None, ge=0)
     """Standard deviation of the noise on a sum, over the clip; 0 clips alone, which promises nothing."""
     target_epsilon: float | None = Field(default=None, gt=0)
@@ -34,7 +34,8 @@ class PrivacySettings(Settings):
     column: str | None = None
     """For unit = "row": rows with the same value in this column (a patient) are one unit."""
     seeded: bool = False
-    """Whether noise is drawn from federation.seed: reproducible, therefore not private; for simulations."""
+    """Whether noise is drawn from federation.seed: reproducible, therefore not private (for simulations
+    alone)."""
     secure_aggregation: bool = False
     """Whether the server sees sums of updates and none of a single client."""
 
