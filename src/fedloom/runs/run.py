@@ -41,6 +41,7 @@ from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
+from fedloom.privacy.noise import NoiseSource
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.code_digests import (
@@ -96,6 +97,8 @@ from fedloom.runs.resume_checks import (
     where_it_goes_on,
     with_recorded_layout,
 )
+from fedloom.runs.row_noise import forget_noise, kept_noise, new_noise
+from fedloom.runs.row_privacy import row_statement
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
@@ -146,6 +149,7 @@ class _Given:
         experiment: Experiment,
         division: PartitionedData,
         start: Start | None,
+        noise: NoiseSource | None,
         saved: Checkpoint | None = None,
     ) -> RunComponents:
         """Load the model and build what the run needs, with the client store of a checkpoint."""
@@ -158,6 +162,7 @@ class _Given:
             remote=self.remote,
             start=start,
             on_step=self.on_step,
+            noise=noise,
         )
 
     def with_workers(
@@ -166,9 +171,10 @@ class _Given:
         source: HostProcess | RayCluster | None,
         experiment: Experiment,
         start: Start | None,
+        noise: NoiseSource | None,
     ) -> RunComponents:
         """Have as many workers as are asked for work on the run's clients."""
-        task = WorkerTask(experiment, self.objective, self.data, start)
+        task = WorkerTask(experiment, self.objective, self.data, start, noise=noise)
         return with_workers_of(parts, self.workers, source, task, self.observer)
 
 
@@ -206,7 +212,8 @@ def run_experiment(
             if start is not None:
                 _require_base(experiment, start, observer)
                 start = start.kept_in(folder)
-            parts = given.components(experiment, division, start)
+            noise = new_noise(experiment, folder.path)
+            parts = given.components(experiment, division, start, noise)
             state = first_state(parts.method, parts.initial)
             for text in unread_settings(experiment).values():
                 observer.warning(text)
@@ -215,7 +222,7 @@ def run_experiment(
             made = MadeWith(objective, data)
             for text in made.warnings:
                 observer.warning(text)
-            parts = given.with_workers(parts, source, experiment, start)
+            parts = given.with_workers(parts, source, experiment, start, noise)
             run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
             run.prepare(-1)
         except RoundFailed:
@@ -224,6 +231,7 @@ def run_experiment(
             shutil.rmtree(
                 folder.path, ignore_errors=True
             )  # nothing was trained: leave nothing behind
+            forget_noise(folder.path)
             raise
         return run.go(state, -1)
 
@@ -286,12 +294,14 @@ def resume_run(
         saved = _checkpoint(folder, digest, log, from_round, fresh_clients)
         require_same_data(folder, begun, digest)
         laid_out = with_recorded_layout(experiment, begun)
-        parts = given.components(laid_out, division, start, saved)
+        finished = (folder.path / names.SUMMARY).is_file() and from_round is None
+        noise = kept_noise(experiment, folder.path, finished=finished)
+        parts = given.components(laid_out, division, start, noise, saved)
         require_same_model(folder, begun, parts)
         _report_start(experiment, parts, observer)
         report_versions(begun, observer)
         _cut_back(folder, saved, observer)
-        parts = given.with_workers(parts, source, laid_out, start)
+        parts = given.with_workers(parts, source, laid_out, start, noise)
         run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
         return run.go_on(saved, begun)
 
@@ -689,7 +699,11 @@ class _Run:
         if self.experiment.output.verify:
             self.observer.stage("verifying what was saved")
         summary["verified"] = self.verifier.verify()
+        if self.experiment.privacy.unit == "row":
+            costs = self.folder.read_lines(names.COSTS)
+            summary["privacy"] = row_statement(self.experiment, self.parts.row_privacies, costs)
         self.folder.write_json(names.SUMMARY, summary)
+        forget_noise(self.folder.path)
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
         self.audit.sync()

@@ -37,6 +37,7 @@ from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.quantize import quantized_bytes
 from fedloom.objectives.base import Objective
+from fedloom.privacy.noise import NoiseSource
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.initial_adapter import Start
 from fedloom.runs.observers import RunObserver
@@ -75,6 +76,7 @@ class WorkerTask:
         digest: SHA-256 of all rows, as the run has them.
         probed: By client, whether its model reads prompts once and from what length on it attends
             answer by answer, as the run found it.
+        noise: Where clients' noise comes from, with row-level privacy.
     """
 
     experiment: Experiment
@@ -85,6 +87,7 @@ class WorkerTask:
     rows: Mapping[int, int] = field(default_factory=dict)
     digest: str = ""
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
+    noise: NoiseSource | None = None
 
 
 def require_one_by_one(asked: Workers, ray: str | None, experiment: Experiment) -> None:
@@ -373,7 +376,14 @@ def build_engine(task: WorkerTask) -> SimulationEngine:
     training = task.experiment.training.model_copy(update={"threads": 1})
     experiment = replace(task.experiment, training=training)
     division = partition_data(experiment, task.data, task.objective)
-    parts = assemble(experiment, division, objective=task.objective, start=task.start, probe=False)
+    parts = assemble(
+        experiment,
+        division,
+        objective=task.objective,
+        start=task.start,
+        probe=False,
+        noise=task.noise,
+    )
     found = parts.model_digest, parts.local.sizes(), division.loaded.digest
     for client, (once, tree_from) in task.probed.items():
         model = parts.local.resources[client].model

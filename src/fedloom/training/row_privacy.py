@@ -128,7 +128,9 @@ class RowPrivacy:
         return int(self.units.max(initial=-1)) + 1
 
     def train(self, training: Training) -> LocalResult:
-        """Carry out a training; see :class:`Driver`. What it reports holds no metric of the rows.
+        """Carry out a training; see :class:`Driver`.
+
+        What it reports holds no metric of the rows, and of examples the number expected.
 
         Raises:
             SettingsError: The objective's loss of a row depends on others.
@@ -142,7 +144,9 @@ class RowPrivacy:
             **training.options,
             batches=own.batches(),
         )
-        return replace(finished(steps), metrics={})
+        result = finished(steps)
+        examples = result.steps * expected_batch(self.count, training.settings.batch_size)
+        return replace(result, examples=examples, metrics={})
 
 
 class PrivateSteps:

@@ -1,0 +1,230 @@
+"""Row-level privacy of a run: what each client's steps spend, and the noise that keeps them within it.
+
+A row lies at one client, so the run's epsilon is the largest of its clients' (parallel composition). A
+client's follows from its own numbers: the probability that a unit is in a batch, q = batch_size / units, and
+the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon`` each
+has a noise multiplier of its own, so that each spends the target at most, in however many rounds it takes
+part. How many units a client has is taken to be known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.data.client_rows import TokenShare
+from fedloom.data.partition import column_values
+from fedloom.errors import DataError, SettingsError
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods.contract.method import Method
+from fedloom.privacy.accounting import NEIGHBOURS, Releases, Spent, epsilon, solve_noise_multiplier
+from fedloom.privacy.noise import NoiseSource
+from fedloom.runs.partitioning import PartitionedData
+from fedloom.training.row_privacy import RowPrivacy, expected_batch, private_steps, units_of
+from fedloom.training.settings import Work
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What one client's steps are to be.
+
+    Attributes:
+        units: How many it has: rows, pairs, or values of ``privacy.column``.
+        sampling: q, the probability that a unit is in a batch.
+        steps: Of the whole run at most: as if it took part in every round.
+        noise_multiplier: z.
+    """
+
+    units: int
+    sampling: float
+    steps: int
+    noise_multiplier: float
+
+
+def seeded_noise(experiment: Experiment) -> NoiseSource:
+    """Return the source of noise that follows from the seed, where the experiment says so.
+
+    Raises:
+        SettingsError: It does not.
+    """
+    if not experiment.privacy.seeded:
+        raise SettingsError(
+            [
+                'privacy.unit = "row": there is no secret for the noise here; fedloom run draws one, and '
+                "privacy.seeded = true does without (reproducible, therefore not private)"
+            ]
+        )
+    return NoiseSource.seeded(experiment.federation.seed, "rows")
+
+
+def row_privacies(
+    experiment: Experiment,
+    division: PartitionedData,
+    method: Method,
+    shares: Mapping[int, TokenShare],
+    participations: float,
+    noise: NoiseSource,
+) -> dict[int, RowPrivacy]:
+    """Return how each client's steps hide its units.
+
+    Args:
+        experiment: With ``privacy.unit = "row"``.
+        division: The rows themselves, for ``privacy.column``.
+        method: Which says how often a client trains in a round.
+        shares: Each client's token rows.
+        participations: Rounds that a client takes part in on average.
+        noise: Where coins and noise come from.
+
+    Raises:
+        DataError: A row has no value in ``privacy.column``.
+        SettingsError: The number of steps would depend on rows, or delta is not below 1 / units.
+    """
+    own = experiment.privacy
+    units = {
+        client: units_of(share, _values(experiment, division, client, pooled=method.pools_data))
+        for client, share in shares.items()
+    }
+    plans = plan_rows(experiment, method, shares, units, participations)
+    return {
+        client: RowPrivacy(own.clip, plan.noise_multiplier, noise, units[client])
+        for client, plan in plans.items()
+    }
+
+
+def plan_rows(
+    experiment: Experiment,
+    method: Method,
+    shares: Mapping[int, TokenShare],
+    units: Mapping[int, Any],
+    participations: float,
+) -> dict[int, RowPlan]:
+    """Return what each client's steps are to be, with noise for ``target_epsilon`` where that is given.
+
+    Raises:
+        SettingsError: The number of steps would depend on rows, or delta is not below 1 / units.
+    """
+    own, batch = experiment.privacy, experiment.training.batch_size
+    assert own.delta is not None, "the section asks for it with a unit"
+    known: dict[tuple[float, int], float] = {}
+    found = {}
+    for client, share in shares.items():
+        count = int(units[client].max(initial=-1)) + 1
+        if own.delta >= 1 / count:
+            raise SettingsError(
+                [
+                    f"privacy.delta = {own.delta:g} is not below 1 / {count}, one over the units of "
+                    f"client {client}: a mechanism may then show a unit whole; give "
+                    f"{0.1 / count:.0e} or less"
+                ]
+            )
+        steps = _steps(experiment, method, client, share, count, participations)
+        sampling = expected_batch(count, batch) / count
+        if own.noise_multiplier is not None:
+            z = own.noise_multiplier
+        elif (sampling, steps) in known:
+            z = known[sampling, steps]
+        else:
+            assert own.target_epsilon is not None, "one of both is given"
+            z = known[sampling, steps] = solve_noise_multiplier(
+                own.target_epsilon, own.delta, sampling, steps, own.accountant
+            )
+        found[client] = RowPlan(count, sampling, steps, z)
+    return found
+
+
+def _steps(
+    experiment: Experiment,
+    method: Method,
+    client: int,
+    share: TokenShare,
+    units: int,
+    participations: float,
+) -> int:
+    """Return the steps of a client in all rounds at most."""
+    training, rounds = experiment.training, experiment.federation.rounds
+    if client in experiment.clients.newcomers:
+        work = Work(steps=experiment.clients.newcomer_steps)
+        return private_steps(work, units, training.batch_size, share.tokens.width)
+    work = training.work(len(share), participations)
+    each = private_steps(work, units, training.batch_size, share.tokens.width)
+    trainings = [method.trainings_of(round, rounds) for round in range(1, rounds + 1)]
+    if training.amount_per == "round":  # all of a round's trainings share it, each has a step at least
+        return sum(max(each, own) for own in trainings)
+    return sum(each * own for own in trainings)
+
+
+def _values(
+    experiment: Experiment, division: PartitionedData, client: int, *, pooled: bool
+) -> dict[int, str] | None:
+    """Return what makes rows one unit by their number, ``None`` where each is one.
+
+    Raises:
+        DataError: A row has no value there.
+    """
+    column = experiment.privacy.column
+    if column is None:
+        return None
+    clients = division.train if pooled else [client]
+    rows = [row for own in clients for row in division.train[own]]
+    try:
+        return dict(zip([row.row for row in rows], column_values(rows, column), strict=True))
+    except DataError as error:
+        raise DataError(f"privacy.column = {column!r}: {error}") from error
+
+
+def row_statement(
+    experiment: Experiment,
+    privacies: Mapping[int, RowPrivacy],
+    costs: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return what a finished run promises each unit, for its summary.
+
+    Args:
+        experiment: With ``privacy.unit = "row"``.
+        privacies: How each client's steps hid its units.
+        costs: All records of the run's costs, which tell the steps that each client really made.
+
+    Returns:
+        The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each one's
+        own, ``None`` for an epsilon that is not bounded.
+    """
+    own = experiment.privacy
+    assert own.delta is not None, "the section asks for it with a unit"
+    made: dict[int, int] = {}
+    for cost in costs:
+        made[cost["client"]] = made.get(cost["client"], 0) + cost["steps"]
+    clients: dict[str, dict[str, Any]] = {}
+    known: dict[Releases, Spent] = {}
+    for client, privacy in sorted(privacies.items()):
+        units, steps = privacy.count, made.get(client, 0)
+        sampling = expected_batch(units, experiment.training.batch_size) / units
+        releases = Releases(privacy.noise_multiplier, sampling, steps)
+        if releases not in known:
+            known[releases] = epsilon([releases], own.delta, own.accountant)
+        spent = known[releases]
+        clients[str(client)] = {
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "noise_multiplier": privacy.noise_multiplier,
+            "sampling": sampling,
+            "steps": steps,
+            "units": units,
+            "accountant": spent.accountant,
+        }
+    worst = max(
+        clients.values(), key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"]
+    )
+    return {
+        "unit": "row" if own.column is None else f"row, by {own.column}",
+        "epsilon": worst["epsilon"],
+        "delta": own.delta,
+        "noise_multiplier": worst["noise_multiplier"],
+        "clip": own.clip,
+        "sampling": worst["sampling"],
+        "steps": worst["steps"],
+        "accountant": worst["accountant"],
+        "neighbours": NEIGHBOURS,
+        "seeded": own.seeded,
+        "clients": clients,
+    }
