@@ -151,8 +151,8 @@ class NoiseStream:
         """
         from scipy.special import ndtri  # scipy takes half a second, and most runs add no noise
 
-        found: Floats = ndtri(((self.words(n) >> np.uint64(12)) + 0.5) * 2.0**-52)
-        return found
+        middles = ((self.words(n) >> np.uint64(12)) + 0.5) * 2.0**-52
+        return np.asarray(ndtri(middles), np.float64)
 
     def discrete_gaussian(self, sigma: float, n: int) -> Integers:
         """Return ``n`` draws of the discrete Gaussian, P[x] proportional to exp(-x^2 / (2 sigma^2)).
