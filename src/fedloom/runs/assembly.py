@@ -101,6 +101,7 @@ def assemble(
     on_step: OnStep | None = None,
     probe: bool = True,
     noise: NoiseSource | None = None,
+    hidden: Mapping[int, RowPrivacy] | None = None,
 ) -> RunComponents:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -119,6 +120,7 @@ def assemble(
             which this process cannot be forked.
         noise: Where the clients' noise comes from, with row-level privacy; from the seed by default,
             where the experiment says so.
+        hidden: How each client's steps hide its rows, where that was found before.
 
     Raises:
         ModelError: The model or its adapter cannot be built, or what it starts from is of another.
@@ -140,10 +142,11 @@ def assemble(
         stage(text)
     parts = _components(bundles, train, remote, store or ClientStore(), on_step)
     if experiment.privacy.unit == "row" and not empty:
-        given = noise or seeded_noise(experiment)
-        stage("accounting for row-level privacy")
-        participations = parts.local.participations
-        found = row_privacies(experiment, division, method, train, participations, given)
+        found = hidden
+        if found is None:
+            stage("accounting for row-level privacy")
+            given, often = noise or seeded_noise(experiment), parts.local.participations
+            found = row_privacies(experiment, division, method, train, often, given)
         parts.local.drivers, parts = found, replace(parts, row_privacies=found)
     told = _cohort_warnings(experiment, parts.local.resources if probe else {}, remote)
     return replace(parts, accounts=replace(parts.accounts, warnings=parts.accounts.warnings + told))

@@ -4,7 +4,8 @@ A row lies at one client, so the run's epsilon is the largest of its clients' (p
 client's follows from its own numbers: the probability that a unit is in a batch, q = batch_size / units, and
 the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon`` each
 has a noise multiplier of its own, so that each spends the target at most, in however many rounds it takes
-part. How many units a client has is taken to be known.
+part. What a finished run states are the steps that were made. How many units a client has is taken to be
+known.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.data.client_rows import TokenShare
+from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.data.partition import column_values
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods.contract.method import Method
-from fedloom.privacy.accounting import NEIGHBOURS, Releases, Spent, epsilon, solve_noise_multiplier
+from fedloom.privacy.accounting import NEIGHBOURS, Releases, epsilon, solve_noise_multiplier
 from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.runs.partitioning import PartitionedData
 from fedloom.training.row_privacy import RowPrivacy, expected_batch, private_steps, units_of
 from fedloom.training.settings import Work
+
+
+EACH_BY_ITSELF = 3
+"""Clients with different sampling or steps up to which noise is solved for each, which takes a while."""
+
+ALIKE = 1.15
+"""Beyond that, clients with numbers of units that differ by this factor at most are solved for together: as
+if each had as few as the fewest, and made as many steps as the most, so that each has noise enough."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +44,11 @@ class RowPlan:
         units: How many it has: rows, pairs, or values of ``privacy.column``.
         sampling: q, the probability that a unit is in a batch.
         steps: Of the whole run at most: as if it took part in every round.
-        noise_multiplier: z.
     """
 
     units: int
     sampling: float
     steps: int
-    noise_multiplier: float
 
 
 def seeded_noise(experiment: Experiment) -> NoiseSource:
@@ -86,51 +94,65 @@ def row_privacies(
         client: units_of(share, _values(experiment, division, client, pooled=method.pools_data))
         for client, share in shares.items()
     }
-    plans = plan_rows(experiment, method, shares, units, participations)
+    plans = {
+        client: _plan(experiment, method, client, share, units[client], participations)
+        for client, share in shares.items()
+    }
+    multipliers = noise_multipliers(plans, own)
     return {
-        client: RowPrivacy(own.clip, plan.noise_multiplier, noise, units[client])
-        for client, plan in plans.items()
+        client: RowPrivacy(own.clip, multipliers[client], noise, units[client]) for client in shares
     }
 
 
-def plan_rows(
+def _plan(
     experiment: Experiment,
     method: Method,
-    shares: Mapping[int, TokenShare],
-    units: Mapping[int, Any],
+    client: int,
+    share: TokenShare,
+    units: Indices,
     participations: float,
-) -> dict[int, RowPlan]:
-    """Return what each client's steps are to be, with noise for ``target_epsilon`` where that is given.
+) -> RowPlan:
+    """Return what a client's steps are to be.
 
     Raises:
         SettingsError: The number of steps would depend on rows, or delta is not below 1 / units.
     """
-    own, batch = experiment.privacy, experiment.training.batch_size
-    assert own.delta is not None, "the section asks for it with a unit"
-    known: dict[tuple[float, int], float] = {}
+    delta, count = experiment.privacy.delta, int(units.max(initial=-1)) + 1
+    if delta is None or delta >= 1 / count:
+        raise SettingsError(
+            [
+                f"privacy.delta = {delta} is not below 1 / {count}, one over the units of client "
+                f"{client}: a mechanism may then show a unit whole; give {0.1 / count:.0e} or less"
+            ]
+        )
+    steps = _steps(experiment, method, client, share, count, participations)
+    return RowPlan(count, expected_batch(count, experiment.training.batch_size) / count, steps)
+
+
+def noise_multipliers(plans: Mapping[int, RowPlan], privacy: PrivacySettings) -> dict[int, float]:
+    """Return each client's noise multiplier: as given, or so that it spends the target epsilon at most.
+
+    Args:
+        plans: Of each client.
+        privacy: With one of both.
+    """
+    if privacy.noise_multiplier is not None:
+        return dict.fromkeys(plans, privacy.noise_multiplier)
+    target, delta, accountant = privacy.target_epsilon, privacy.delta, privacy.accountant
+    assert target is not None and delta is not None, "one of both is given, and delta with it"
+    alike: dict[object, list[int]] = {}
+    each = len({(own.sampling, own.steps) for own in plans.values()}) <= EACH_BY_ITSELF
+    for client, plan in plans.items():
+        step = math.floor(math.log(plan.units, ALIKE))
+        alike.setdefault((plan.sampling, plan.steps) if each else step, []).append(client)
+    if accountant == "auto" and not each:
+        accountant = "rdp"  # asks for some more noise than PLD, in a tenth of the time
     found = {}
-    for client, share in shares.items():
-        count = int(units[client].max(initial=-1)) + 1
-        if own.delta >= 1 / count:
-            raise SettingsError(
-                [
-                    f"privacy.delta = {own.delta:g} is not below 1 / {count}, one over the units of "
-                    f"client {client}: a mechanism may then show a unit whole; give "
-                    f"{0.1 / count:.0e} or less"
-                ]
-            )
-        steps = _steps(experiment, method, client, share, count, participations)
-        sampling = expected_batch(count, batch) / count
-        if own.noise_multiplier is not None:
-            z = own.noise_multiplier
-        elif (sampling, steps) in known:
-            z = known[sampling, steps]
-        else:
-            assert own.target_epsilon is not None, "one of both is given"
-            z = known[sampling, steps] = solve_noise_multiplier(
-                own.target_epsilon, own.delta, sampling, steps, own.accountant
-            )
-        found[client] = RowPlan(count, sampling, steps, z)
+    for clients in alike.values():
+        sampling = max(plans[client].sampling for client in clients)
+        steps = max(plans[client].steps for client in clients)
+        z = solve_noise_multiplier(target, delta, sampling, steps, accountant)
+        found |= dict.fromkeys(clients, z)
     return found
 
 
@@ -150,7 +172,9 @@ def _steps(
     work = training.work(len(share), participations)
     each = private_steps(work, units, training.batch_size, share.tokens.width)
     trainings = [method.trainings_of(round, rounds) for round in range(1, rounds + 1)]
-    if training.amount_per == "round":  # all of a round's trainings share it, each has a step at least
+    if (
+        training.amount_per == "round"
+    ):  # all of a round's trainings share it, each has a step at least
         return sum(max(each, own) for own in trainings)
     return sum(each * own for own in trainings)
 
@@ -195,21 +219,22 @@ def row_statement(
     made: dict[int, int] = {}
     for cost in costs:
         made[cost["client"]] = made.get(cost["client"], 0) + cost["steps"]
-    clients: dict[str, dict[str, Any]] = {}
-    known: dict[Releases, Spent] = {}
+    releases = {}
     for client, privacy in sorted(privacies.items()):
-        units, steps = privacy.count, made.get(client, 0)
-        sampling = expected_batch(units, experiment.training.batch_size) / units
-        releases = Releases(privacy.noise_multiplier, sampling, steps)
-        if releases not in known:
-            known[releases] = epsilon([releases], own.delta, own.accountant)
-        spent = known[releases]
+        sampling = expected_batch(privacy.count, experiment.training.batch_size) / privacy.count
+        releases[client] = Releases(privacy.noise_multiplier, sampling, made.get(client, 0))
+    several = own.accountant == "auto" and len(set(releases.values())) > EACH_BY_ITSELF
+    accountant = "rdp" if several else own.accountant
+    known = {one: epsilon([one], own.delta, accountant) for one in set(releases.values())}
+    clients: dict[str, dict[str, Any]] = {}
+    for client, one in releases.items():
+        spent = known[one]
         clients[str(client)] = {
             "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
-            "noise_multiplier": privacy.noise_multiplier,
-            "sampling": sampling,
-            "steps": steps,
-            "units": units,
+            "noise_multiplier": one.noise_multiplier,
+            "sampling": one.sampling,
+            "steps": one.steps,
+            "units": privacies[client].count,
             "accountant": spent.accountant,
         }
     worst = max(

@@ -171,10 +171,9 @@ class _Given:
         source: HostProcess | RayCluster | None,
         experiment: Experiment,
         start: Start | None,
-        noise: NoiseSource | None,
     ) -> RunComponents:
         """Have as many workers as are asked for work on the run's clients."""
-        task = WorkerTask(experiment, self.objective, self.data, start, noise=noise)
+        task = WorkerTask(experiment, self.objective, self.data, start)
         return with_workers_of(parts, self.workers, source, task, self.observer)
 
 
@@ -222,7 +221,7 @@ def run_experiment(
             made = MadeWith(objective, data)
             for text in made.warnings:
                 observer.warning(text)
-            parts = given.with_workers(parts, source, experiment, start, noise)
+            parts = given.with_workers(parts, source, experiment, start)
             run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
             run.prepare(-1)
         except RoundFailed:
@@ -301,7 +300,7 @@ def resume_run(
         _report_start(experiment, parts, observer)
         report_versions(begun, observer)
         _cut_back(folder, saved, observer)
-        parts = given.with_workers(parts, source, laid_out, start, noise)
+        parts = given.with_workers(parts, source, laid_out, start)
         run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
         return run.go_on(saved, begun)
 

@@ -37,13 +37,13 @@ from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.quantize import quantized_bytes
 from fedloom.objectives.base import Objective
-from fedloom.privacy.noise import NoiseSource
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.initial_adapter import Start
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.parent_process import end_with_parent, of_this_process
 from fedloom.runs.partitioning import partition_data
 from fedloom.training.memory import most_memory
+from fedloom.training.row_privacy import RowPrivacy
 
 Workers = int | Literal["auto"]
 """How many processes work on clients; "auto": as many as there are cores and memory for."""
@@ -76,7 +76,7 @@ class WorkerTask:
         digest: SHA-256 of all rows, as the run has them.
         probed: By client, whether its model reads prompts once and from what length on it attends
             answer by answer, as the run found it.
-        noise: Where clients' noise comes from, with row-level privacy.
+        hidden: How each client's steps hide its rows, with row-level privacy.
     """
 
     experiment: Experiment
@@ -87,7 +87,7 @@ class WorkerTask:
     rows: Mapping[int, int] = field(default_factory=dict)
     digest: str = ""
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
-    noise: NoiseSource | None = None
+    hidden: Mapping[int, RowPrivacy] | None = None
 
 
 def require_one_by_one(asked: Workers, ray: str | None, experiment: Experiment) -> None:
@@ -161,6 +161,7 @@ def task_with_digests(task: WorkerTask, parts: RunComponents) -> WorkerTask:
         model=parts.model_digest,
         rows=parts.local.sizes(),
         digest=parts.division.loaded.digest,
+        hidden=parts.row_privacies,
         probed={c: (own.shared_prompts, own.tree_from) for c, own in models.items()},
     )
 
@@ -382,7 +383,7 @@ def build_engine(task: WorkerTask) -> SimulationEngine:
         objective=task.objective,
         start=task.start,
         probe=False,
-        noise=task.noise,
+        hidden=task.hidden,
     )
     found = parts.model_digest, parts.local.sizes(), division.loaded.digest
     for client, (once, tree_from) in task.probed.items():

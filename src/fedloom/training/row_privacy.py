@@ -226,9 +226,7 @@ class PrivateSteps:
         """Write the sum, with noise and over the expected batch, as the parameters' gradients."""
         noisy = self._noised(whole.cpu().numpy())
         means = torch.from_numpy(noisy / self.expected)
-        for name, own in zip(
-            self.model.parameters, means.split(_sizes(self.model)), strict=True
-        ):
+        for name, own in zip(self.model.parameters, means.split(_sizes(self.model)), strict=True):
             parameter = self.model.parameters[name]
             parameter.grad = own.view(parameter.shape).to(parameter.device, parameter.dtype)
 
