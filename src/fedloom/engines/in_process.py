@@ -216,7 +216,9 @@ class SimulationEngine:
     def _together(self, exchange: Exchange, client: int) -> bool:
         """Return whether a client's work on a request may be done with others'."""
         bounded = min(self.allowance.steps, self.allowance.seconds) < math.inf
-        if self.cohort == 1 or bounded or client in self.drivers or exchange.action in (EVALUATE, *self.alone):
+        if self.cohort == 1 or bounded or client in self.drivers:
+            return False
+        if exchange.action in (EVALUATE, *self.alone):
             return False
         if exchange.action not in self.handlers or self.under_way(client, exchange.round):
             return False

@@ -19,8 +19,7 @@ def lora_factors(model: AdapterModel) -> dict[str, nn.Module]:
         if not isinstance(layer, LoraLayer) or getattr(layer, "lora_variant", None):
             continue
         for factor in ("lora_A", "lora_B"):
-            modules = getattr(layer, factor)
-            own = modules["default"] if "default" in modules else None
+            own = dict(getattr(layer, factor).items()).get("default")
             if type(own) is nn.Linear and own.bias is None:
                 found[f"{name}.{factor}.weight"] = own
     return found

@@ -29,7 +29,8 @@ Head = Literal["causal", "classification"]
 class Separable:
     """Whether a batch's loss is the mean of its rows' losses, each of which follows from its row alone.
 
-    Row-level differential privacy clips each row's gradient, so it needs that (``training/row_privacy.py``).
+    Row-level differential privacy needs it, since it clips each row's gradient
+    (``training/row_privacy.py``).
 
     Attributes:
         holds: Whether it is, or can be made so (:meth:`Objective.for_rows`).
@@ -96,7 +97,7 @@ class Objective:
     separable: Separable = UNSAID
 
     def for_rows(self) -> Objective:
-        """Return the objective as a mean of losses of one row each, for row-level privacy; itself here."""
+        """Return the objective as a mean of one row's losses each, for row-level privacy; itself here."""
         return self
 
     def for_client(self, labels: NDArray[np.int64]) -> Objective:

@@ -48,6 +48,11 @@ from fedloom.training.results import OnStep
 from fedloom.training.row_privacy import RowPrivacy, separated
 from fedloom.training.steps import row_tokens
 
+ELSEWHERE = (
+    'privacy.unit = "row" is for clients in this machine as yet: clients on other machines do not take '
+    "[privacy] over from a server, and would train without it"
+)
+
 
 @dataclass(frozen=True)
 class RunComponents:
@@ -142,8 +147,10 @@ def assemble(
         stage(text)
     parts = _components(bundles, train, remote, store or ClientStore(), on_step)
     if experiment.privacy.unit == "row" and not empty:
-        found = hidden
-        if found is None:
+        if remote is not None:
+            raise SettingsError([ELSEWHERE])
+        found = hidden or {}
+        if not found:
             stage("accounting for row-level privacy")
             given, often = noise or seeded_noise(experiment), parts.local.participations
             found = row_privacies(experiment, division, method, train, often, given)

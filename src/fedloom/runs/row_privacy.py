@@ -1,8 +1,8 @@
 """Row-level privacy of a run: what each client's steps spend, and the noise that keeps them within it.
 
 A row lies at one client, so the run's epsilon is the largest of its clients' (parallel composition). A
-client's follows from its own numbers: the probability that a unit is in a batch, q = batch_size / units, and
-the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon`` each
+client's follows from its own numbers: the probability that a unit is in a batch, q = batch_size / units,
+and the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon`` each
 has a noise multiplier of its own, so that each spends the target at most, in however many rounds it takes
 part. What a finished run states are the steps that were made. How many units a client has is taken to be
 known.
@@ -27,13 +27,12 @@ from fedloom.runs.partitioning import PartitionedData
 from fedloom.training.row_privacy import RowPrivacy, expected_batch, private_steps, units_of
 from fedloom.training.settings import Work
 
-
 EACH_BY_ITSELF = 3
 """Clients with different sampling or steps up to which noise is solved for each, which takes a while."""
 
 ALIKE = 1.15
-"""Beyond that, clients with numbers of units that differ by this factor at most are solved for together: as
-if each had as few as the fewest, and made as many steps as the most, so that each has noise enough."""
+"""Beyond that, clients with numbers of units that differ by this factor at most are solved for together:
+as if each had as few as the fewest, and made as many steps as the most, so that each has noise enough."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,8 @@ def row_statement(
         costs: All records of the run's costs, which tell the steps that each client really made.
 
     Returns:
-        The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each one's
-        own, ``None`` for an epsilon that is not bounded.
+        The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each
+        one's own, ``None`` for an epsilon that is not bounded.
     """
     own = experiment.privacy
     assert own.delta is not None, "the section asks for it with a unit"

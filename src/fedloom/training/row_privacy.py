@@ -1,9 +1,10 @@
 """Steps that hide each unit of a client's rows: clipped gradients, Gaussian noise, batches by coins.
 
 DP-SGD (Abadi et al. 2016, "Deep Learning with Differential Privacy", https://arxiv.org/abs/1607.00133,
-algorithm 1), a third driver of the one loop of steps. A unit is a row of the data, all of it: a preference
-pair is one unit, its two halves' gradients are added before they are clipped, and so are the two single
-answers that a pair was made into; or all rows with one value of ``privacy.column``. In each step
+algorithm 1), a third driver of the one loop of steps. A unit is a row of the data, all of it: a
+preference pair is one unit, its two halves' gradients are added before they are clipped, and so are the
+two single answers that a pair was made into; or it is all rows with one value of ``privacy.column``. In
+each step
 
 1. each unit is in the batch by a coin of its own with probability q = min(1, batch_size / units);
 2. the gradient of each unit's loss, over all trained tensors as one vector, is scaled down to the norm C;
@@ -11,9 +12,10 @@ answers that a pair was made into; or all rows with one value of ``privacy.colum
 4. it is divided by q units, the expected size and not the real one, and the optimizer makes its step.
 
 Presence or absence of one unit moves the sum by at most C. What is not finite is left out. The sum is
-rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits tell
-nothing of the sum. Coins and noise come from the client's :class:`NoiseSource`, in a stream of their own for
-each release: the coins' is named by the adapter that training starts from, the noise's by that and the sum.
+rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits
+tell nothing of the sum. Coins and noise come from the client's :class:`NoiseSource`, in a stream of their
+own for each release: that of the coins is named by the adapter that training starts from, that of the
+noise by this and the sum.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from fedloom.training.row_gradients import (
     gradients_together,
     reason_for_one_by_one,
 )
-from fedloom.training.settings import TrainingSettings, Work
+from fedloom.training.settings import Work
 from fedloom.training.steps import Training, finished, local_steps
 
 GRID = 24
