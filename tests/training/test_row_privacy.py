@@ -153,6 +153,7 @@ def test_each_row_of_a_pass_has_its_own_gradient(parts):
     assert (together - alone).norm(dim=1).max() <= 1e-5 * alone.norm(dim=1).max()
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_gradients_of_rows_are_those_of_opacus(parts):
     from opacus import GradSampleModule
 

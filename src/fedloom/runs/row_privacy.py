@@ -2,10 +2,10 @@
 
 A row lies at one client, so the run's epsilon is the largest of its clients' (parallel composition). A
 client's follows from its own numbers: the probability that a unit is in a batch, q = batch_size / units,
-and the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon`` each
-has a noise multiplier of its own, so that each spends the target at most, in however many rounds it takes
-part. What a finished run states are the steps that were made. How many units a client has is taken to be
-known.
+and the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon``
+each has a noise multiplier of its own, so that each spends the target at most, in however many rounds it
+takes part. What a finished run states are the steps that were made. How many units a client has is taken
+to be known.
 """
 
 from __future__ import annotations
