@@ -243,8 +243,7 @@ class PrivateSteps:
             on_grid += self._stream(f"noise {self.step}", digest).discrete_gaussian(
                 sigma, len(on_grid)
             )
-        noisy: NDArray[np.float64] = on_grid * step
-        return noisy
+        return (on_grid * step).astype(np.float64)
 
     def _stream(self, what: str, digest: bytes) -> NoiseStream:
         name = " ".join(own for own in ("row", what, self.purpose) if own)
