@@ -8,8 +8,9 @@ from fedloom.accounting.quantities import human_count
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
-from fedloom.federation.selection import draw, make_selection
+from fedloom.federation.selection import draw
 from fedloom.runs.assembly import RunComponents
+from fedloom.runs.client_privacy import selection_of
 from fedloom.runs.model_building import of_server
 from fedloom.runs.observers import Plan
 from fedloom.runs.progress import RoundWork
@@ -74,7 +75,7 @@ def _ahead(
         for client, rows in sizes.items()
     }
     new, found = set(sizes), [RoundWork(0.0)]
-    selection, presence = make_selection(federation.selection), Presence.of(sizes)
+    selection, presence = selection_of(experiment), Presence.of(sizes)
     for round in range(1, federation.rounds + 1):
         cohort = draw(selection, presence, federation.drawn, federation.seed, round)
         presence = presence.closed(round, cohort, ())

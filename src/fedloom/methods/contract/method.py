@@ -37,6 +37,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalModules
 from fedloom.models.split_model import ClientPart
 from fedloom.objectives.base import Objective
+from fedloom.privacy.private_mean import PrivateMean
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
@@ -157,6 +158,7 @@ class ServerSide:
         cohort: Clients of a round.
         ranks: LoRA rank of each client.
         aggregation: How updates are put together.
+        private: Takes the mean instead, under client-level privacy.
     """
 
     model: AdapterModel
@@ -171,6 +173,7 @@ class ServerSide:
     cohort: int
     ranks: Mapping[int, int]
     aggregation: AggregationSettings
+    private: PrivateMean | None = None
 
 
 class Method(MethodTraits):
@@ -246,13 +249,19 @@ class Method(MethodTraits):
     ) -> Tensors:
         """Return what the rule makes of the adapters that clients sent back for ``start``.
 
+        Under client-level privacy it is the private mean, in which clients weigh alike; there may be no
+        reply at all then, and notes say nothing.
+
         The replies are used up: the mean is written where the first one's adapter was. If ``noted``, the
         round's notes say what averaging LoRA's factors apart loses.
 
         Raises:
             RoundFailed: Too few clients answered for the rule.
+            PrivacyError: The privacy budget would be passed.
         """
-        own = self.aggregation
+        own, private = self.aggregation, self.server.private
+        if private is not None:
+            return private.mean((reply.payload.tensors for reply in replies), start, cohort.round)
         if own.rule == "mean":
             first = replies[0].payload.tensors
             return mean_adapter(replies, cohort if noted else None, out=first, by_rows=self.by_rows)
