@@ -440,7 +440,7 @@ class _Run:
         if self.privacy is not None:
             finished = done == self.experiment.federation.rounds
             self.private = self.privacy.mean(self.folder, finished=finished)
-            self.parts.method.server.private = self.private
+            self.parts.method.private = self.private
         self.admission = Admission(
             self.experiment.admission,
             of_rounds(self.folder.read_lines(names.ROUNDS)),

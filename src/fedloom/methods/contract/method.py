@@ -158,7 +158,6 @@ class ServerSide:
         cohort: Clients of a round.
         ranks: LoRA rank of each client.
         aggregation: How updates are put together.
-        private: Takes the mean instead, under client-level privacy.
     """
 
     model: AdapterModel
@@ -173,7 +172,6 @@ class ServerSide:
     cohort: int
     ranks: Mapping[int, int]
     aggregation: AggregationSettings
-    private: PrivateMean | None = None
 
 
 class Method(MethodTraits):
@@ -191,6 +189,7 @@ class Method(MethodTraits):
         least: Settings with which replies hold the least; the others reveal more.
         sections: What a report shows of it: figures that it wrote into the rounds' ``cohort.details``.
         aggregation: The rule.
+        private: Takes the mean instead, under client-level privacy; the run gives it.
         server: What it has on the server, from :meth:`setup` on.
     """
 
@@ -202,6 +201,7 @@ class Method(MethodTraits):
     least: Mapping[str, object] = MappingProxyType({})
     sections: tuple[SectionSpec, ...] = ()
     aggregation = AggregationSettings()
+    private: PrivateMean | None = None
     server: ServerSide
 
     @classmethod
@@ -259,9 +259,10 @@ class Method(MethodTraits):
             RoundFailed: Too few clients answered for the rule.
             PrivacyError: The privacy budget would be passed.
         """
-        own, private = self.aggregation, self.server.private
-        if private is not None:
-            return private.mean((reply.payload.tensors for reply in replies), start, cohort.round)
+        if self.private is not None:
+            changed = (reply.payload.tensors for reply in replies)
+            return self.private.mean(changed, start, cohort.round)
+        own = self.aggregation
         if own.rule == "mean":
             first = replies[0].payload.tensors
             return mean_adapter(replies, cohort if noted else None, out=first, by_rows=self.by_rows)
