@@ -182,7 +182,7 @@ class AuditError(FedloomError):
 class PrivacyError(FedloomError):
     """A privacy budget would be passed, or what was spent of it is not known; no restart mends that."""
 
-    exit_code = 9
+    exit_code = 6
     restart_helps = False
 
 

@@ -235,7 +235,13 @@ def test_a_lost_ledger_stops_a_resume(private, tmp_path, monkeypatch):
 def test_twenty_rounds_killed_twice_cost_what_one_direct_call_says(private, tmp_path):
     """Real processes, ended by SIGKILL at moments that differ with every commit."""
     file, folder = tmp_path / "x.toml", tmp_path / "killed"
-    file.write_text(private(federation={"rounds": 20}, output={"folder": str(folder)}).to_toml())
+    file.write_text(
+        private(
+            federation={"rounds": 20},
+            evaluation={"every": 20, "per_client": False},
+            output={"folder": str(folder)},
+        ).to_toml()
+    )
     rng, kills = drawn("privacy kills"), 0
     while not (folder / "summary.json").exists():
         begun = (folder / "experiment.toml").exists()

@@ -27,6 +27,7 @@ def plan_of(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
     everybody = there + len(absent)
     cohort = min(federation.cohort_size, there)
     missing = ", ".join(parts.engine.title(client) for client in sorted(absent))
+    about = "about " * (experiment.privacy.unit == "client" and cohort < there)
     of = f"{there} of {everybody} clients, without {missing}" if absent else f"{there} clients"
     objective = type(parts.objective).__name__
     feedback = parts.division.feedback
@@ -38,7 +39,7 @@ def plan_of(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
         )
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
-        f"{cohort} of {of} a round",
+        f"{about}{cohort} of {of} a round",
         f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
         f"rows per client {min(sizes.values())} to {max(sizes.values())}, "
         f"{len(parts.division.test)} held out"
