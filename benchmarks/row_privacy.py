@@ -1,4 +1,4 @@
-"""A step with row-level privacy against a plain one and against Opacus's gradients, in the order A B C C B A.
+"""A step with row-level privacy against a plain one and Opacus's gradients, in the order A B C C B A.
 
     .venv/bin/python benchmarks/row_privacy.py [--objective dpo] [--width 256] [--rank 8] [--steps 6]
 

@@ -19,6 +19,7 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
+from fedloom.experiment.client_privacy import client_privacy_contradictions
 from fedloom.experiment.row_privacy import row_privacy_contradictions
 from fedloom.experiment.simulation import SimulationSettings
 from fedloom.federation.admission import AdmissionSettings
@@ -291,6 +292,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "privacy" in parts:
         found += parts["privacy"].contradictions()
         found += row_privacy_contradictions(parts)
+        found += client_privacy_contradictions(parts)
     if "federation" in parts:
         federation: FederationSettings = parts["federation"]
         if federation.cohort_size > federation.clients:

@@ -20,10 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 from fedloom.errors import SettingsError
+from fedloom.privacy.gaussian import noise_multiplier
 
 Accountant = Literal["auto", "pld", "rdp"]
 
@@ -149,6 +149,11 @@ def solve_noise_multiplier(
     high = _smallest(lambda z: within(z, "rdp"), LEAST_NOISE, MOST_NOISE)
     if accountant == "rdp":
         return high
+    if sampling == 1:  # the closed form is the least that any accountant can ask for
+        low, step = noise_multiplier(target_epsilon, delta, steps), PRECISION
+        while low * (1 + step) < high and not within(low * (1 + step), accountant):
+            step *= 2
+        return min(high, low * (1 + step))
     # PLD asks for less noise than RDP, seldom for less than two thirds of it
     low = high / 1.5
     while low > LEAST_NOISE and within(low, accountant):
@@ -177,7 +182,7 @@ def _beyond_pld(counted: Counter[tuple[float, float]], renyi: float) -> str:
 
 
 def _epsilon(
-    counted: Counter[tuple[float, float]], delta: float, make: Callable[[ModuleType], Any]
+    counted: Counter[tuple[float, float]], delta: float, make: Callable[[Any], Any]
 ) -> Spent:
     library = _library()
     accountant = make(library)
@@ -190,17 +195,17 @@ def _epsilon(
     return Spent(found, f"{kind}, dp-accounting {importlib.metadata.version('dp-accounting')}")
 
 
-def _renyi(library: ModuleType) -> Any:
+def _renyi(library: Any) -> Any:
     return library.rdp.RdpAccountant(
         neighboring_relation=library.NeighboringRelation.ADD_OR_REMOVE_ONE
     )
 
 
-def _pld(library: ModuleType) -> Any:
+def _pld(library: Any) -> Any:
     return library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
-def _library() -> ModuleType:
+def _library() -> Any:
     """Return dp-accounting, which takes some seconds to import."""
     try:
         import dp_accounting

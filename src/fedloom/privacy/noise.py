@@ -13,8 +13,9 @@ refining", https://arxiv.org/abs/2207.13793).
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Context, Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -113,6 +114,13 @@ class NoiseSource:
         """SHA-256 over key and run, which may be published: it does not tell the key."""
         return hashlib.sha256(b"fedloom commitment|" + self._key + self.run.encode()).hexdigest()
 
+    def digest(self, content: Iterable[bytes]) -> bytes:
+        """Return a hash of what is noised that tells nothing of it to those without the key: 32 bytes."""
+        keyed = hmac.new(self._key, b"fedloom digest|", "sha256")
+        for part in content:
+            keyed.update(part)
+        return keyed.digest()
+
     def stream(self, purpose: str, round: int, party: int, digest: bytes = b"") -> NoiseStream:
         """Return the numbers for one release, from their beginning.
 
@@ -141,7 +149,7 @@ class NoiseStream:
 
     def uniform(self, n: int) -> Floats:
         """Return ``n`` uniform multiples of 2^-53 in [0, 1), shape ``(n,)``."""
-        return (self.words(n) >> np.uint64(11)) * 2.0**-53
+        return (self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, n: int) -> Floats:
         """Return ``n`` standard normal numbers, shape ``(n,)``, by inversion of 52 uniform bits each.

@@ -23,7 +23,10 @@ from fedloom.methods.contract.method import Method
 from fedloom.privacy.accounting import NEIGHBOURS, Releases, epsilon, solve_noise_multiplier
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.settings import PrivacySettings
+from fedloom.privacy.statement import sentences
+from fedloom.runs.client_privacy import key_file
 from fedloom.runs.partitioning import PartitionedData
+from fedloom.storage.run_folder import RunFolder
 from fedloom.training.row_privacy import RowPrivacy, expected_batch, private_steps, units_of
 from fedloom.training.settings import Work
 
@@ -50,6 +53,40 @@ class RowPlan:
     steps: int
 
 
+RUN = "row-level"
+"""Names the run in its key's derivations: each run has a key of its own."""
+
+
+def new_noise(experiment: Experiment, folder: RunFolder) -> NoiseSource | None:
+    """Return the noise of a run that begins, ``None`` for one without row-level privacy or from the seed.
+
+    Raises:
+        OutputError: Its key cannot be written.
+    """
+    if experiment.privacy.unit != "row" or experiment.privacy.seeded:
+        return None
+    key_file(folder).unlink(missing_ok=True)  # of a run that was deleted
+    return NoiseSource.kept(key_file(folder), RUN, create=True)
+
+
+def kept_noise(experiment: Experiment, folder: RunFolder, *, finished: bool) -> NoiseSource | None:
+    """Return the noise of a run that is continued; see :func:`new_noise`.
+
+    Args:
+        experiment: The run's.
+        folder: Its folder.
+        finished: Whether nothing is trained any more, so that any noise will do.
+
+    Raises:
+        CheckpointError: The key is missing or damaged.
+    """
+    if experiment.privacy.unit != "row" or experiment.privacy.seeded:
+        return None
+    if finished:
+        return NoiseSource.fresh(RUN)
+    return NoiseSource.kept(key_file(folder), RUN, create=False)
+
+
 def seeded_noise(experiment: Experiment) -> NoiseSource:
     """Return the source of noise that follows from the seed, where the experiment says so.
 
@@ -63,7 +100,7 @@ def seeded_noise(experiment: Experiment) -> NoiseSource:
                 "privacy.seeded = true does without (reproducible, therefore not private)"
             ]
         )
-    return NoiseSource.seeded(experiment.federation.seed, "rows")
+    return NoiseSource.seeded(experiment.federation.seed, RUN)
 
 
 def row_privacies(
@@ -99,7 +136,8 @@ def row_privacies(
     }
     multipliers = noise_multipliers(plans, own)
     return {
-        client: RowPrivacy(own.clip, multipliers[client], noise, units[client]) for client in shares
+        client: RowPrivacy(own.clip, multipliers[client], noise, units[client], plan.steps)
+        for client, plan in plans.items()
     }
 
 
@@ -200,14 +238,15 @@ def _values(
 def row_statement(
     experiment: Experiment,
     privacies: Mapping[int, RowPrivacy],
-    costs: Iterable[Mapping[str, Any]] = (),
+    costs: Iterable[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return what a finished run promises each unit, for its summary.
+    """Return what a run promises each unit, for ``run.json`` and ``summary.json``.
 
     Args:
         experiment: With ``privacy.unit = "row"``.
-        privacies: How each client's steps hid its units.
-        costs: All records of the run's costs, which tell the steps that each client really made.
+        privacies: How each client's steps hide its units.
+        costs: All records of the costs of a run that is over, which tell the steps that each client made
+            (default: as many as are planned at most).
 
     Returns:
         The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each
@@ -215,13 +254,16 @@ def row_statement(
     """
     own = experiment.privacy
     assert own.delta is not None, "the section asks for it with a unit"
-    made: dict[int, int] = {}
-    for cost in costs:
-        made[cost["client"]] = made.get(cost["client"], 0) + cost["steps"]
+    made = {client: privacy.steps for client, privacy in privacies.items()}
+    if costs is not None:
+        made = dict.fromkeys(made, 0)
+        for cost in costs:
+            if cost["client"] in made:
+                made[cost["client"]] += cost["steps"]
     releases = {}
     for client, privacy in sorted(privacies.items()):
         sampling = expected_batch(privacy.count, experiment.training.batch_size) / privacy.count
-        releases[client] = Releases(privacy.noise_multiplier, sampling, made.get(client, 0))
+        releases[client] = Releases(privacy.noise_multiplier, sampling, made[client])
     several = own.accountant == "auto" and len(set(releases.values())) > EACH_BY_ITSELF
     accountant = "rdp" if several else own.accountant
     known = {one: epsilon([one], own.delta, accountant) for one in set(releases.values())}
@@ -239,8 +281,9 @@ def row_statement(
     worst = max(
         clients.values(), key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"]
     )
-    return {
-        "unit": "row" if own.column is None else f"row, by {own.column}",
+    record = {
+        "unit": "row",
+        "column": own.column,
         "epsilon": worst["epsilon"],
         "delta": own.delta,
         "noise_multiplier": worst["noise_multiplier"],
@@ -250,5 +293,20 @@ def row_statement(
         "accountant": worst["accountant"],
         "neighbours": NEIGHBOURS,
         "seeded": own.seeded,
+        "target_epsilon": own.target_epsilon,
+        "not_covered": _not_covered(experiment),
         "clients": clients,
     }
+    return {**record, "sentences": sentences(record)}
+
+
+def _not_covered(experiment: Experiment) -> list[str]:
+    """Return what row-level privacy of the steps says nothing of."""
+    found = [
+        "how many rows each client has, and what its work cost (tokens, operations, seconds)",
+        "a person with several units, or rows at several clients (their epsilons add up)",
+        "other runs on the same rows",
+    ]
+    if experiment.evaluation.per_client:
+        found.append("the held-out rows of clients (evaluation.per_client)")
+    return found

@@ -85,7 +85,7 @@ def _recording(factors: dict[str, nn.Module], rows: int) -> Iterator[_Recorded]:
         return found
 
     for name, layer in factors.items():
-        layer.forward = partial(forward, layer=layer, name=name)  # type: ignore[method-assign]
+        layer.forward = partial(forward, layer=layer, name=name)
     try:
         yield recorded
     finally:
@@ -193,9 +193,11 @@ def _score(model: AdapterModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Return a number a row that all its tokens go into."""
     logits = model(input_ids=ids, attention_mask=mask).logits.float()
     if logits.ndim == 2:  # of classes
-        return logits.log_softmax(-1)[:, 0]
+        of_class: Tensor = logits.log_softmax(-1)[:, 0]
+        return of_class
     chosen: Tensor = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (chosen * mask[:, 1:]).sum(-1)
+    chosen = (chosen * mask[:, 1:]).sum(-1)
+    return chosen
 
 
 def _equal(model: AdapterModel, found: RowGradients, place: int) -> bool:

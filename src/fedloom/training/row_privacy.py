@@ -117,12 +117,14 @@ class RowPrivacy:
         noise_multiplier: z, at least 0; with 0 gradients are clipped and nothing is promised.
         noise: The client's source of noise and coins.
         units: ``(examples,)`` unit of each example (:func:`units_of`).
+        steps: That the client makes in the whole run at most, where they are planned.
     """
 
     clip: float
     noise_multiplier: float
     noise: NoiseSource
     units: Indices
+    steps: int = 0
 
     @cached_property
     def count(self) -> int:
@@ -228,7 +230,9 @@ class PrivateSteps:
         """Write the sum, with noise and over the expected batch, as the parameters' gradients."""
         noisy = self._noised(whole.cpu().numpy())
         means = torch.from_numpy(noisy / self.expected)
-        for name, own in zip(self.model.parameters, means.split(_sizes(self.model)), strict=True):
+        for name, own in zip(
+            self.model.parameters, torch.split(means, _sizes(self.model)), strict=True
+        ):
             parameter = self.model.parameters[name]
             parameter.grad = own.view(parameter.shape).to(parameter.device, parameter.dtype)
 
