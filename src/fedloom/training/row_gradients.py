@@ -196,8 +196,7 @@ def _score(model: AdapterModel, ids: Tensor, mask: Tensor) -> Tensor:
         of_class: Tensor = logits.log_softmax(-1)[:, 0]
         return of_class
     chosen: Tensor = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    chosen = (chosen * mask[:, 1:]).sum(-1)
-    return chosen
+    return (chosen * mask[:, 1:]).sum(-1)
 
 
 def _equal(model: AdapterModel, found: RowGradients, place: int) -> bool:
