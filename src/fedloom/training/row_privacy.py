@@ -38,7 +38,7 @@ from fedloom.errors import SettingsError
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.privacy.noise import NoiseSource, NoiseStream
-from fedloom.training.layout import budget_of
+from fedloom.training.layout import Budget, budget_of
 from fedloom.training.passes import Layout
 from fedloom.training.results import Gradients, LocalResult, RemoteGradients, Totals
 from fedloom.training.row_gradients import (
@@ -324,10 +324,10 @@ class ClippedSum:
         squares = [own.norm(dim=1).double().square() for own in flat.values()]
         norms = torch.stack(squares).sum(0).sqrt()
         finite = norms.isfinite()
-        factors = (self.clip / norms.clamp(min=self.clip))[finite].float()
+        if not bool(finite.all()):
+            flat, norms = {name: own[finite] for name, own in flat.items()}, norms[finite]
+        factors = (self.clip / norms.clamp(min=self.clip)).float()
         for name, own in flat.items():
-            if not bool(finite.all()):
-                own = own[finite]
             self.sums[name] += (factors @ own.float()).double()
 
     def whole(self) -> Tensor:
@@ -348,7 +348,8 @@ def _sizes(model: AdapterModel) -> list[int]:
     return [parameter.numel() for parameter in model.parameters.values()]
 
 
-def _budget(own: PrivateSteps) -> Any:
+def _budget(own: PrivateSteps) -> Budget:
+    """Return what a pass holds: no more rows than may be added in float32, or whose gradients fit."""
     budget = budget_of(own.settings, own.model)
     fit = GRADIENTS // (4 * max(1, sum(_sizes(own.model))))
     return replace(budget, rows=max(1, min(budget.rows, MOST_ROWS, fit)))
