@@ -245,9 +245,15 @@ def test_the_key_is_needed_while_the_run_lasts(private, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_lost_ledger_stops_a_resume(private, tmp_path, monkeypatch):
     folder = stopped_after(1, private(), tmp_path / "run", monkeypatch, "saved")
-    (folder.path / "privacy.jsonl").unlink()
+    moved = (folder.path / "privacy.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(PrivacyError, match="is gone"):
+        resume_run(folder.path)
+    first = moved.read_text().splitlines()[0]
+    (folder.path / "privacy.jsonl").write_text(f"{first}\n")
     with pytest.raises(PrivacyError, match="counts 1 releases"):
         resume_run(folder.path)
+    moved.rename(folder.path / "privacy.jsonl")
+    resume_run(folder.path)
 
 
 @pytest.mark.slow
