@@ -125,5 +125,6 @@ def test_impossible_releases_are_refused(given):
 
 def test_a_missing_library_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    accounting._epsilon.cache_clear()
     with pytest.raises(SettingsError, match=r"pip install 'fedloom\[privacy\]'"):
         accounting.epsilon([Releases(1, 1, 1)], 1e-5)

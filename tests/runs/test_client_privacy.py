@@ -99,6 +99,7 @@ def test_a_run_says_what_it_promises_and_keeps_its_key_to_itself(private, tmp_pa
         assert sentence.replace("'", "&#39;") in text and text.index(sentence[:9]) < text.index(
             "Curves"
         )
+        assert sentence in (folder / "adapter" / "README.md").read_text()
     for record in lines(folder, "rounds.jsonl"):
         assert not record["train"] and not record["client_train"] and not record["details"]
     started = [line["round"] for line in lines(folder, "privacy.jsonl")[1:]]
@@ -208,6 +209,24 @@ def test_a_resume_spends_once_and_ends_with_the_same_bits(private, tmp_path, mon
 
 
 @pytest.mark.slow
+def test_other_machines_give_the_bits_of_a_simulation(private, tmp_path, loopback):
+    """With rounds for which nobody is drawn, and clients whose experiment holds nothing of privacy."""
+    found = []
+    for name, remote in (("here", False), ("there", True)):
+        own = private(
+            {"seeded": True},
+            federation={"clients": 3, "clients_per_round": 1, "rounds": 3, "seed": 3},
+            output={"folder": str(tmp_path / name)},
+        )
+        engine = loopback(3).engine(own) if remote else None
+        run_experiment(own, observer=Silent(), remote=engine)
+        found.append((weights(tmp_path / name), lines(tmp_path / name, "privacy.jsonl")))
+        cohorts = [record["clients"] for record in lines(tmp_path / name, "rounds.jsonl")[1:]]
+        assert [] in cohorts, cohorts
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 def test_the_key_is_needed_while_the_run_lasts(private, tmp_path, monkeypatch):
     folder = stopped_after(1, private(), tmp_path / "run", monkeypatch, "noise")
     key = key_file(folder)
@@ -226,9 +245,15 @@ def test_the_key_is_needed_while_the_run_lasts(private, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_lost_ledger_stops_a_resume(private, tmp_path, monkeypatch):
     folder = stopped_after(1, private(), tmp_path / "run", monkeypatch, "saved")
-    (folder.path / "privacy.jsonl").unlink()
+    moved = (folder.path / "privacy.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(PrivacyError, match="is gone"):
+        resume_run(folder.path)
+    first = moved.read_text().splitlines()[0]
+    (folder.path / "privacy.jsonl").write_text(f"{first}\n")
     with pytest.raises(PrivacyError, match="counts 1 releases"):
         resume_run(folder.path)
+    moved.rename(folder.path / "privacy.jsonl")
+    resume_run(folder.path)
 
 
 @pytest.mark.slow

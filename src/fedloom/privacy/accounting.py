@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from fedloom.errors import SettingsError
@@ -103,7 +104,8 @@ def epsilon(releases: Sequence[Releases], delta: float, accountant: Accountant =
         return Spent(0.0, "none: nothing was released")
     if min(z for z, _ in counted) == 0:
         return Spent(math.inf, "none: without noise there is no bound")
-    renyi = _epsilon(counted, delta, _renyi)
+    kinds = tuple(sorted(counted.items()))
+    renyi = _epsilon(kinds, delta, "RDP")
     reason = _beyond_pld(counted, renyi.epsilon)
     if accountant == "rdp" or (accountant == "auto" and reason):
         return renyi
@@ -111,7 +113,7 @@ def epsilon(releases: Sequence[Releases], delta: float, accountant: Accountant =
         raise SettingsError(
             [f'privacy.accountant = "pld": {reason}: use "rdp", or "auto", which does']
         )
-    numeric = _epsilon(counted, delta, _pld)
+    numeric = _epsilon(kinds, delta, "PLD")
     return min(renyi, numeric, key=lambda spent: spent.epsilon) if accountant == "auto" else numeric
 
 
@@ -181,28 +183,21 @@ def _beyond_pld(counted: Counter[tuple[float, float]], renyi: float) -> str:
     return ""
 
 
+@lru_cache(maxsize=64)
 def _epsilon(
-    counted: Counter[tuple[float, float]], delta: float, make: Callable[[Any], Any]
+    counted: tuple[tuple[tuple[float, float], int], ...], delta: float, kind: Literal["RDP", "PLD"]
 ) -> Spent:
+    """Return the epsilon of so many steps of each noise multiplier and sampling, by one accountant."""
     library = _library()
-    accountant = make(library)
+    relation = library.NeighboringRelation.ADD_OR_REMOVE_ONE
+    make = library.rdp.RdpAccountant if kind == "RDP" else library.pld.PLDAccountant
+    accountant = make(neighboring_relation=relation)
     with _quiet():
-        for (z, q), steps in sorted(counted.items()):
+        for (z, q), steps in counted:
             event: Any = library.GaussianDpEvent(z)
             accountant.compose(event if q == 1 else library.PoissonSampledDpEvent(q, event), steps)
         found = max(0.0, float(accountant.get_epsilon(delta)))
-    kind = "RDP" if make is _renyi else "PLD"
     return Spent(found, f"{kind}, dp-accounting {importlib.metadata.version('dp-accounting')}")
-
-
-def _renyi(library: Any) -> Any:
-    return library.rdp.RdpAccountant(
-        neighboring_relation=library.NeighboringRelation.ADD_OR_REMOVE_ONE
-    )
-
-
-def _pld(library: Any) -> Any:
-    return library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
 def _library() -> Any:

@@ -99,7 +99,10 @@ class ClientLevelPlan:
         try:
             plan.sum_multiplier  # noqa: B018
         except ValueError as error:
-            raise SettingsError([str(error)]) from error
+            default = " (not given: a twentieth of the clients expected)"
+            raise SettingsError(
+                [f"{error}{default * (settings.clip_count_noise is None)}"]
+            ) from error
         return plan
 
     @property

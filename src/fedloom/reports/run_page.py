@@ -97,7 +97,7 @@ def _view(run: Run) -> dict[str, Any]:
     return {
         "label": run.label,
         "doubts": doubts_of(run),
-        "privacy": ((run.summary or run.run).get("privacy") or {}).get("sentences", []),
+        "privacy": run.privacy,
         "run": run.run,
         "settings": _settings(run.experiment),
         "experiment": run.experiment,

@@ -68,22 +68,28 @@ class RunPrivacy:
             stage(sentence)
         return own
 
-    def mean(self, folder: RunFolder, *, finished: bool) -> PrivateMean:
+    def mean(self, folder: RunFolder, done: int) -> PrivateMean:
         """Return what takes the means of the run in a folder, with its key and its ledger.
 
         Args:
             folder: The run folder. Where it has no ledger yet, a key beside it is of an earlier run.
-            finished: Whether all rounds are over, after which the key is not needed.
+            done: The last finished round, -1 where there is none. After the last round the key is not
+                needed.
 
         Raises:
             CheckpointError: Releases were made, and their key is gone.
-            PrivacyError: The ledger was changed.
+            PrivacyError: The ledger was changed, or is gone.
             OutputError: Key or ledger cannot be written.
         """
         own, path, key = self._experiment, folder.path / LEDGER, key_file(folder)
+        if done >= 0 and not path.exists():
+            raise PrivacyError(
+                f"{path}: the privacy ledger of this run is gone, and rounds were finished: what was "
+                "spent is not known; put it back, or start a new run"
+            )
         if own.privacy.seeded:
             source = NoiseSource.seeded(own.federation.seed, RUN)
-        elif finished and not key.exists():
+        elif done == own.federation.rounds and not key.exists():
             return PrivateMean(self.plan, NoiseSource.fresh(RUN), PrivacyLedger(path))
         else:
             if not path.exists():
@@ -146,7 +152,8 @@ def restore(private: PrivateMean, saved: Mapping[str, Any]) -> None:
 
 def key_file(folder: RunFolder) -> Path:
     """Return where the key of a run's noise is kept: beside its folder."""
-    return folder.path.parent / f".{folder.path.name}.noise-key"
+    path = folder.path.resolve()
+    return path.parent / f".{path.name}.noise-key"
 
 
 def noise_warning(record: dict[str, Any]) -> str | None:

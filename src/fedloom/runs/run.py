@@ -445,9 +445,7 @@ class _Run:
         """
         id = known["id"] if known else uuid.uuid4().hex
         if self.privacy is not None:
-            finished = done == self.experiment.federation.rounds
-            self.private = self.privacy.mean(self.folder, finished=finished)
-            self.parts.method.private = self.private
+            self.private = self.parts.method.private = self.privacy.mean(self.folder, done)
         self.admission = Admission(
             self.experiment.admission,
             of_rounds(self.folder.read_lines(names.ROUNDS)),
