@@ -61,7 +61,9 @@ def test_a_run_says_what_it_promises_its_rows(private, tmp_path):
     assert "any one row no more than" in " ".join(own["sentences"])
     assert not key_file(RunFolder.existing(folder)).exists()  # the run is over
     for line in (folder / "rounds.jsonl").read_text().splitlines():
-        assert (json.loads(line)["train"] or {}).keys() <= {"aggregation_error"}  # of private updates
+        assert (json.loads(line)["train"] or {}).keys() <= {
+            "aggregation_error"
+        }  # of private updates
     with pytest.raises(CheckpointError, match="key of this run's noise"):
         resume_run(folder, from_round=1)
 
