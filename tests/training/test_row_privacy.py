@@ -153,6 +153,19 @@ def test_each_row_of_a_pass_has_its_own_gradient(parts):
     assert (together - alone).norm(dim=1).max() <= 1e-5 * alone.norm(dim=1).max()
 
 
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(parts):
+    objective, model, share = parts("dpo")
+    others = [row for row in range(8) if row != 3]
+    expected = clipped_sum(objective, model, share, others)
+    for value in (float("nan"), float("inf"), 3e38):
+        broken = share.reference_logps.clone()
+        broken[6] = value  # of row 3, the chosen answer
+        found = clipped_sum(objective, model, replace(share, reference_logps=broken), range(8))
+        assert (found - expected).norm() <= 1 + SLACK  # a finite one may add its clip
+        if value != 3e38:
+            assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_gradients_of_rows_are_those_of_opacus(parts):
     from opacus import GradSampleModule

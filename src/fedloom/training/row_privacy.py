@@ -320,8 +320,10 @@ class ClippedSum:
         flat = {name: gradient.flatten(1) for name, gradient in found.items()}
         if not flat:
             return
-        squares = [own.norm(dim=1).double().square() for own in flat.values()]
-        norms = torch.stack(squares).sum(0).sqrt()
+        own_norms = [
+            torch.linalg.vector_norm(own, dim=1, dtype=torch.float64) for own in flat.values()
+        ]
+        norms = torch.linalg.vector_norm(torch.stack(own_norms), dim=0)
         finite = norms.isfinite()
         if not bool(finite.all()):
             flat, norms = {name: own[finite] for name, own in flat.items()}, norms[finite]
