@@ -55,6 +55,9 @@ GRID = 24
 SLACK = 1e-4
 """By how much the noise is larger than z C, for what float32 may add to the norm of a unit's gradient."""
 
+HUGE = 1e30
+"""Norm over C above which a gradient counts as not finite: float32 has no precise factor for it."""
+
 MOST_ROWS = 32
 """Rows of a pass at most, for the rounding errors of float32 to stay below :data:`SLACK`."""
 
@@ -324,7 +327,7 @@ class ClippedSum:
             torch.linalg.vector_norm(own, dim=1, dtype=torch.float64) for own in flat.values()
         ]
         norms = torch.linalg.vector_norm(torch.stack(own_norms), dim=0)
-        finite = norms.isfinite()
+        finite = norms <= self.clip * HUGE  # and not where it is NaN
         if not bool(finite.all()):
             flat, norms = {name: own[finite] for name, own in flat.items()}, norms[finite]
         factors = (self.clip / norms.clamp(min=self.clip)).float()
