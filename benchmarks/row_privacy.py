@@ -24,6 +24,7 @@ import torch
 from opacus import GradSampleModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedloom.data.batch import Batch
 from fedloom.data.builtin import builtin_examples, pretraining_texts
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.tokenize import tokenize
@@ -34,7 +35,7 @@ from fedloom.objectives import OBJECTIVES
 from fedloom.privacy.noise import NoiseSource
 from fedloom.training.layout import Budget
 from fedloom.training.references import add_reference_logps
-from fedloom.training.results import Totals
+from fedloom.training.results import Gradients, Totals
 from fedloom.training.row_gradients import reason_for_one_by_one
 from fedloom.training.row_privacy import PrivateSteps, RowPrivacy, units_of
 from fedloom.training.settings import TrainingSettings, Work
@@ -82,29 +83,27 @@ def setup(objective: str, width: int, rank: int, rows: int) -> tuple[AdapterMode
     return model, share
 
 
-class OpacusSteps(PrivateSteps):
-    """The same steps with Opacus's per-sample gradients and floating-point noise."""
-
-    def _found(self, parts: object, totals: Totals) -> object:
-        sums = {name: torch.zeros_like(p) for name, p in self.model.parameters.items()}
-        for part in parts:
-            totals.add(part, {}, 0.0, {})
-            loss, _ = self.objective.loss(
-                self.model, part, self.objective.statistics(self.model, [part])
-            )
-            (loss * len(part)).backward()
-            each = {}
-            for name, parameter in self.model.parameters.items():
-                each[name] = parameter.grad_sample.view(-1, len(part), *parameter.shape).sum(0)
-                parameter.grad_sample = parameter.grad = None
-            norms = torch.stack([own.flatten(1).norm(dim=1) for own in each.values()]).norm(dim=0)
-            factors = (self.privacy.clip / norms).clamp(max=1)
-            for name, own in each.items():
-                sums[name] += torch.einsum("i,i...", factors, own)
+def opacus_step(self: PrivateSteps, parts: list[Batch], totals: Totals) -> Gradients:
+    """Make a step with Opacus's per-sample gradients and floating-point noise."""
+    sums = {name: torch.zeros_like(p) for name, p in self.model.parameters.items()}
+    for part in parts:
+        totals.add(part, {}, 0.0, {})
+        loss, _ = self.objective.loss(
+            self.model, part, self.objective.statistics(self.model, [part])
+        )
+        (loss * len(part)).backward()
+        each = {}
         for name, parameter in self.model.parameters.items():
-            noise = torch.randn_like(sums[name]) * self.privacy.noise_multiplier * self.privacy.clip
-            parameter.grad = (sums[name] + noise) / self.expected
-        return type("Found", (), {"none": False, "loss": 0.0, "elsewhere": 0.0})()
+            each[name] = parameter.grad_sample.view(-1, len(part), *parameter.shape).sum(0)
+            parameter.grad_sample = parameter.grad = None
+        norms = torch.stack([own.flatten(1).norm(dim=1) for own in each.values()]).norm(dim=0)
+        factors = (self.privacy.clip / norms).clamp(max=1)
+        for name, own in each.items():
+            sums[name] += torch.einsum("i,i...", factors, own)
+    for name, parameter in self.model.parameters.items():
+        noise = torch.randn_like(sums[name]) * self.privacy.noise_multiplier * self.privacy.clip
+        parameter.grad = (sums[name] + noise) / self.expected
+    return Gradients(0.0)
 
 
 def main() -> None:
@@ -144,7 +143,7 @@ def main() -> None:
             else None
         )
         if hooked is not None:
-            PrivateSteps._found = OpacusSteps._found
+            PrivateSteps._found = opacus_step
         began = time.process_time()
         result = own.alone()
         taken = time.process_time() - began

@@ -297,7 +297,8 @@ def row_statement(
         "not_covered": _not_covered(experiment),
         "clients": clients,
     }
-    return {**record, "sentences": sentences(record)}
+    of = "row" if own.column is None else f"value of {own.column!r} at a client, with all its rows,"
+    return {**record, "sentences": sentences({**record, "unit": of})}
 
 
 def _not_covered(experiment: Experiment) -> list[str]:
