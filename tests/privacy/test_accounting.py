@@ -67,6 +67,7 @@ def test_the_table_of_noise_for_a_target(q, steps, delta, target, renyi, pld):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Optimal order:UserWarning")
 def test_forty_settings_agree_with_opacus_and_the_closed_form():
     from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
     from opacus.accountants.rdp import RDPAccountant

@@ -137,38 +137,60 @@ def solve_noise_multiplier(
         SettingsError: No noise up to 1e5 times the clip is enough.
     """
 
-    def within(z: float, of: Accountant) -> bool:
-        spent = epsilon([Releases(z, sampling, steps)], delta, of)
-        return spent.epsilon <= target_epsilon
+    def spent(z: float, of: Accountant = accountant) -> float:
+        return epsilon([Releases(z, sampling, steps)], delta, of).epsilon
 
-    if not within(MOST_NOISE, "rdp"):
+    if spent(MOST_NOISE, "rdp") > target_epsilon:
         raise SettingsError(
             [
                 f"privacy.target_epsilon = {target_epsilon:g} with privacy.delta = {delta:g} cannot be "
                 f"met in {steps} releases by noise up to {MOST_NOISE:g} times the clip"
             ]
         )
-    high = _smallest(lambda z: within(z, "rdp"), LEAST_NOISE, MOST_NOISE)
     if accountant == "rdp":
-        return high
+        return _least(lambda z: spent(z, "rdp"), target_epsilon)
     if sampling == 1:  # the closed form is the least that any accountant can ask for
-        low, step = noise_multiplier(target_epsilon, delta, steps), PRECISION
-        while low * (1 + step) < high and not within(low * (1 + step), accountant):
+        low, step = noise_multiplier(target_epsilon, delta, steps), PRECISION / 16
+        while spent(low * (1 + step)) > target_epsilon:
             step *= 2
-        return min(high, low * (1 + step))
-    # PLD asks for less noise than RDP, seldom for less than two thirds of it
-    low = high / 1.5
-    while low > LEAST_NOISE and within(low, accountant):
-        high, low = low, low / 1.5
-    return _smallest(lambda z: within(z, accountant), low, high)
+        return low * (1 + step)
+    return _least(spent, target_epsilon)
 
 
-def _smallest(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return about the smallest number between two for which something holds, as it does for ``high``."""
-    while high > low * (1 + PRECISION):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+def _least(spent: Callable[[float], float], target: float) -> float:
+    """Return about the least noise multiplier that spends no more than ``target``.
+
+    By regula falsi (Illinois) on log epsilon over log z, as an epsilon may take seconds.
+
+    Args:
+        spent: From a noise multiplier to its epsilon, which is at most the target for the largest.
+        target: Above 0.
+    """
+
+    def beyond(x: float) -> float:
+        return math.log(max(spent(math.exp(x)), 1e-300) / target)
+
+    low = high = 0.0
+    at_low = at_high = beyond(0.0)
+    while at_high > 0:  # epsilon falls at least as 1 / z, and at most about as 1 / z^2
+        low, at_low, high = high, at_high, high + max(0.05, at_high)
+        at_high = beyond(high)
+    while at_low <= 0 and low > math.log(LEAST_NOISE):
+        high, at_high, low = low, at_low, low + min(-0.05, at_low / 2)
+        at_low = beyond(low)
+    latest, weight_low, weight_high = 0, at_low, at_high
+    while high - low > PRECISION and at_high < -PRECISION / 2:
+        share = min(0.99, max(0.01, weight_low / (weight_low - weight_high)))
+        middle = low + share * (high - low) + PRECISION / 4  # to the side that is enough
+        if (found := beyond(middle)) <= 0:
+            high, at_high, weight_high = middle, found, found
+            weight_low = weight_low / 2 if latest < 0 else weight_low
+            latest = -1
+        else:
+            low, weight_low = middle, found
+            weight_high = weight_high / 2 if latest > 0 else weight_high
+            latest = 1
+    return math.exp(high)
 
 
 def _beyond_pld(counted: Counter[tuple[float, float]], renyi: float) -> str:
