@@ -17,6 +17,7 @@
     ├── RoundFailed         fewer clients answered than the quorum asks for
     ├── CheckpointError     a checkpoint that is damaged or belongs to another experiment
     ├── AuditError          an audit log that is damaged
+    ├── PrivacyError        a privacy budget that is spent, or a ledger of it that is damaged
     ├── IdentityError       a key or certificate that is missing, expired, or not allowed
     ├── ConnectionFailed    another machine, or a process of our own, cannot be reached (now)
     ├── OutputError         the run folder cannot be written or read
@@ -173,6 +174,13 @@ class CheckpointError(FedloomError):
 
 class AuditError(FedloomError):
     """An audit log was changed, or is none; no restart mends that."""
+
+    exit_code = 6
+    restart_helps = False
+
+
+class PrivacyError(FedloomError):
+    """A privacy budget would be passed, or what was spent of it is not known; no restart mends that."""
 
     exit_code = 6
     restart_helps = False

@@ -67,10 +67,10 @@ TAKEN = _names(
         "objective.ipo": "reference beta",
         "objective.orpo": "beta",
         "objective.simpo": "beta gamma",
-        "objective.kto": "reference beta weights desirable_weight undesirable_weight",
+        "objective.kto": "reference beta weights desirable_weight undesirable_weight z0",
         "objective.bco": "reference beta",
         "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
-        "objective.pkto": "reference beta weights desirable_weight undesirable_weight gamma",
+        "objective.pkto": "reference beta weights desirable_weight undesirable_weight z0 gamma",
         "federation": "rounds clients_per_round seed",
         "training": "optimizer learning_rate schedule decay head_learning_rate min_learning_rate "
         "weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
@@ -142,6 +142,8 @@ LEFT = _names(
         "reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
+        "privacy": "unit delta clip noise_multiplier target_epsilon accountant column seeded "
+        "secure_aggregation clip_quantile clip_learning_rate clip_count_noise amplification",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices cohort",

@@ -37,6 +37,7 @@ from fedloom.training.reference_cache import ReferenceCache
 from fedloom.training.references import add_reference_logps
 from fedloom.training.results import OnStep, StepRecord
 from fedloom.training.settings import TrainingSettings
+from fedloom.training.steps import Driver
 from fedloom.wire.messages import Answer, Exchange, Payload, decode, encode
 
 LOG = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class SimulationEngine:
         cohort: How many clients are trained in lockstep.
         together: Has several clients carry out a request in lockstep (``cohorts.py``).
         alone: Actions whose handlers train a client by themselves, as far as is known.
+        drivers: What makes the trainings of each client, where row-level privacy hides its rows.
     """
 
     resources: Mapping[int, ClientResources]
@@ -149,6 +151,7 @@ class SimulationEngine:
     cohort: Literal["auto"] | int = 1
     together: Together | None = None
     alone: set[str] = field(default_factory=set)
+    drivers: Mapping[int, Driver] = field(default_factory=dict)
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -213,7 +216,9 @@ class SimulationEngine:
     def _together(self, exchange: Exchange, client: int) -> bool:
         """Return whether a client's work on a request may be done with others'."""
         bounded = min(self.allowance.steps, self.allowance.seconds) < math.inf
-        if self.cohort == 1 or bounded or exchange.action in (EVALUATE, *self.alone):
+        if self.cohort == 1 or bounded or client in self.drivers:
+            return False
+        if exchange.action in (EVALUATE, *self.alone):
             return False
         if exchange.action not in self.handlers or self.under_way(client, exchange.round):
             return False
@@ -370,6 +375,7 @@ class SimulationEngine:
             own_start=own.own_start,
             session=self._sessions.setdefault(number, {}),
             on_step=ending(self.on_step) if self.on_step is not None else None,
+            driver=self.drivers.get(number),
         )
 
     def add_reference(self, round: int, client: int) -> None:

@@ -19,6 +19,8 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
+from fedloom.experiment.client_privacy import client_privacy_contradictions
+from fedloom.experiment.row_privacy import row_privacy_contradictions
 from fedloom.experiment.simulation import SimulationSettings
 from fedloom.federation.admission import AdmissionSettings
 from fedloom.federation.participants import ClientsSettings, FederationSettings
@@ -30,6 +32,7 @@ from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import ModelSettings
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.dpo import DPOSettings
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.settings.plugins import Choices
 from fedloom.settings.schema import NamedSettings, Settings, Table, parse
 from fedloom.settings.suggestions import nearest
@@ -81,6 +84,7 @@ class Experiment:
     federation: FederationSettings = field(default_factory=FederationSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -202,6 +206,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "federation": FederationSettings,
     "aggregation": AggregationSettings,
     "admission": AdmissionSettings,
+    "privacy": PrivacySettings,
     "training": TrainingSettings,
     "simulation": SimulationSettings,
     "evaluation": EvaluationSettings,
@@ -284,6 +289,10 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["training"].contradictions()
     if "admission" in parts:
         found += parts["admission"].contradictions()
+    if "privacy" in parts:
+        found += parts["privacy"].contradictions()
+        found += row_privacy_contradictions(parts)
+        found += client_privacy_contradictions(parts)
     if "federation" in parts:
         federation: FederationSettings = parts["federation"]
         if federation.cohort_size > federation.clients:

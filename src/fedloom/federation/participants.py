@@ -72,7 +72,7 @@ class FederationSettings(Settings):
     require: Literal["all"] | int | float = "all"
     """Between machines, clients that must be ready before a run starts: all, a number, or a share."""
     clients_per_round: int | None = Field(default=None, ge=1)
-    """Clients drawn for each round (default: all)."""
+    """Clients drawn for each round (default: all); with privacy.unit = "client" the number expected."""
     selection: Annotated[
         dict[str, Any], Of("draws clients", (True,), "all clients take part in every round")
     ] = {"name": "uniform"}

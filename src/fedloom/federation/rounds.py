@@ -23,6 +23,7 @@ from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.protocol import Cohort, Method, Replies, Round
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
 from fedloom.federation.selection import Selection, Uniform, UniformSettings, draw
+from fedloom.privacy.private_mean import PrivateMean
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
@@ -52,6 +53,8 @@ class Server:
         presence: Presence in earlier rounds.
         clock: The simulated clock, where clients have simulated devices.
         selection: Draws the clients of each round.
+        private: Takes means under client-level privacy; with it, what clients and the method report of
+            a round stays out of the records.
     """
 
     method: Method
@@ -69,6 +72,7 @@ class Server:
     presence: Presence = NOBODY_YET
     clock: SimulatedClock | None = None
     selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
+    private: PrivateMean | None = None
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -97,6 +101,9 @@ class Server:
             absent = self._report_absent(round, absent)
             exchanges = _RoundExchanges(self, cohort)
             state, cohort = exchanges.run(state), exchanges.cohort
+            shown = self.private is None
+            if self.private is not None and state.tensors:
+                self.private.require_released(round)
             for text in cohort.warnings:
                 self.observer.warning(text)
             presence = presence.closed(
@@ -114,10 +121,10 @@ class Server:
                 exchanges.replaced,
                 absent,
                 cohort.learning_rate,
-                _mean(exchanges.metrics, exchanges.examples) | cohort.notes,
-                dict(sorted(exchanges.metrics.items())),
+                _mean(exchanges.metrics, exchanges.examples) | cohort.notes if shown else {},
+                dict(sorted(exchanges.metrics.items())) if shown else {},
                 evaluation,
-                details=cohort.details,
+                details=cohort.details if shown else {},
                 presence=presence,
             )
             self._finish(record, state, start)
@@ -317,6 +324,8 @@ class _RoundExchanges:
     def _require_quorum(self) -> None:
         """Check the quorum over all clients of the round that are not left out so far."""
         asked, federation = len(self.cohort.clients), self.server.federation
+        if not asked and self.server.private is not None:
+            return  # nobody was drawn: what is released is noise alone
         usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
         expected = asked - federation.extra if asked > federation.cohort_size else asked
         needed = max(1, math.ceil(federation.quorum * expected))

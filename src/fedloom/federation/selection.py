@@ -124,6 +124,28 @@ class ByAvailability(Selection):
         return _first(there, order, size)
 
 
+class Poisson(Selection):
+    """Draws each member by a coin of its own, so that the number of those drawn varies and may be 0.
+
+    It is what accountants assume of a cohort, and is used with ``privacy.unit = "client"`` alone. Coins
+    are those of members: a client that is away and drawn is not replaced.
+
+    Attributes:
+        rate: q, the probability of each coin, in (0, 1].
+    """
+
+    def __init__(self, rate: float) -> None:
+        """Take the probability."""
+        super().__init__(NamedSettings())
+        self.rate = rate
+
+    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
+        """Return the members whose coin fell and that are there; ``size`` is not looked at."""
+        drawn = zip(presence.members, rng.random(len(presence.members)), strict=True)
+        there = set(presence.available)
+        return [client for client, coin in drawn if coin < self.rate and client in there]
+
+
 def _first(there: Sequence[int], keys: NDArray[np.float64], size: int) -> list[int]:
     """Return the ``size`` clients with the smallest keys."""
     return [there[place] for place in np.argsort(keys, kind="stable")[:size].tolist()]
@@ -196,7 +218,7 @@ def draw(
     Args:
         selection: How.
         presence: At the start of the round.
-        size: Number of clients; all are drawn where fewer are there.
+        size: Number of clients; all are drawn where fewer are there. :class:`Poisson` has a rate instead.
         seed: The experiment's.
         round: From 1.
         purpose: Of the draw, for its seed.
@@ -210,6 +232,8 @@ def draw(
         clients = tuple(sorted({int(client) for client in drawn}))
     except (TypeError, ValueError):
         clients = ()
+    if isinstance(selection, Poisson):
+        return clients
     if len(clients) != size or not presence.are_available(clients):
         raise PluginError(
             f"{type(selection).__name__}.draw returned {drawn!r:.200}: it must return {size} different "

@@ -86,6 +86,10 @@ class FDLoRA(KeepsAdapter):
         "adapted",
         "Nelder-Mead's simplex in place of nevergrad's search",
         keeps="a private adapter",
+        client_privacy=no(
+            "before its first round a client sends an adapter that it trained alone, apart from the round"
+        ),
+        row_privacy=no("how both adapters are mixed follows from losses of rows, without noise"),
         asynchronous=no(
             "every client mixes both adapters after the last round, which all must have"
         ),

@@ -54,9 +54,9 @@ class FedBuff(Method):
         "the adapter down, its change up",
         "nothing",
         secure_aggregation=no("the server weighs each change by its staleness"),
-        client_privacy=yes(
-            "an answer is one change of parameters, which can be clipped; weights are at most 1, and the "
-            "weighted sum gets the noise"
+        client_privacy=no(
+            "a client is asked again as soon as it has answered, so that neither its coin nor how often "
+            "it is in a sum is what the accountant assumes"
         ),
         row_privacy=OWN_STEPS,
         asynchronous=yes(

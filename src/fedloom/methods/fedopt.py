@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.server_optimizers import (
     adagrad_moment,
     adam_moment,
@@ -75,6 +74,8 @@ class _FedOpt(Method):
 
     reveals = ADAPTERS_ALONE
 
+    by_rows = False
+
     def __init__(self, settings: _Adaptive) -> None:
         """Keep the constants."""
         self.eta, self.tau = settings.eta, settings.tau
@@ -88,8 +89,7 @@ class _FedOpt(Method):
         """Send the adapter, make one adaptive step along the mean change."""
         adapter = self.shared(state)
         replies = yield training_exchange(cohort, adapter)
-        adapters = [reply.payload.tensors for reply in replies]
-        mean = weighted_mean(adapters, [1.0] * len(adapters), out=adapters[0])
+        mean = self.averaged(replies, cohort, adapter)
         first, second = self.moments(
             part_of(state.tensors, FIRST),
             part_of(state.tensors, SECOND),

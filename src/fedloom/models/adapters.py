@@ -165,6 +165,8 @@ class AdapterModel:
             (``training/shared_prompts.py``).
         stackable: Why factors of several clients cannot be stacked, empty where they can; ``None`` until
             it is asked (``stacked_lora.py``).
+        row_gradients: Why gradients of each row cannot come from one pass over several, empty where they
+            can; ``None`` until it is asked (``training/row_gradients.py``).
         tree_from: Places of such a row from which on attention is worked out sequence by sequence; asked
             with it.
     """
@@ -219,6 +221,7 @@ class AdapterModel:
         self.base = FrozenWeights(model)
         self.shared_prompts: bool | None = None
         self.stackable: str | None = None
+        self.row_gradients: str | None = None
         self.tree_from = NEVER
 
     @property

@@ -191,8 +191,9 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
             ``objective``, ``method``, ``adapter``, ``rounds``, ``clients``, ``precision``,
             ``quantization``, ``dtype`` to load it in, ``task`` (causal, classification or reward),
             ``prompt`` (``format``, ``example``, ``template``), ``classes``, ``versions``,
-            ``evaluation`` (``metric``, ``before``, ``after``, ``rows``; null where there was none), and
-            of a whole model ``own_code`` and ``tokenizer_of_base``.
+            ``evaluation`` (``metric``, ``before``, ``after``, ``rows``; null where there was none),
+            ``privacy`` (sentences, where something is promised of it), and of a whole model
+            ``own_code`` and ``tokenizer_of_base``.
         kind: What the folder holds.
     """
     beside = f" and before `{CLASSIFIER}`" if facts["classes"] and kind != "model" else ""
@@ -213,6 +214,8 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
         parts += ["## Classes", "In the order of their ids, from 0:"]
         parts.append(_fenced(json.dumps(facts["classes"], ensure_ascii=False, indent=0), "json"))
     parts += ["## Evaluation", _evaluation(facts)]
+    if facts.get("privacy"):
+        parts += ["## Privacy", *(f"{sentence}." for sentence in facts["privacy"])]
     listed = ", ".join(f"{name} {own}" for name, own in facts["versions"].items())
     parts += ["## Versions", f"{listed}.", ""]
     return "\n\n".join(parts).rstrip("\n") + "\n"

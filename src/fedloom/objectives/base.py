@@ -25,6 +25,33 @@ Metrics = dict[str, Tensor]
 Head = Literal["causal", "classification"]
 
 
+@dataclass(frozen=True)
+class Separable:
+    """Whether a batch's loss is the mean of its rows' losses, each of which follows from its row alone.
+
+    Row-level differential privacy needs it, since it clips each row's gradient
+    (``training/row_privacy.py``).
+
+    Attributes:
+        holds: Whether it is, or can be made so (:meth:`Objective.for_rows`).
+        why: The reason, and what changes where it is made so.
+    """
+
+    holds: bool
+    why: str
+
+
+UNSAID = Separable(
+    False,
+    "it does not say whether a row's loss follows from that row alone; where it does, its class says so: "
+    "separable = Separable(True, reason)",
+)
+"""Of objectives that do not say it."""
+
+PAIRWISE = Separable(True, "each pair has a loss of its own; a pair is one unit")
+"""Of objectives on preference pairs."""
+
+
 class ReferenceSettings(NamedSettings):
     """What settings of objectives with a reference model have in common."""
 
@@ -55,6 +82,7 @@ class Objective:
             :meth:`loss` returns. A metric that is not declared here may not be sent.
         beta: Scale of implicit rewards, used when held-out pairs are judged.
         gamma: Scale of explicit rewards, likewise.
+        separable: Whether it goes with row-level privacy, and why.
     """
 
     kind: str = "instruction"
@@ -66,6 +94,11 @@ class Objective:
     reported: tuple[NumberSpec, ...] = (score("loss"),)
     beta: float = 0.1
     gamma: float = 0.0
+    separable: Separable = UNSAID
+
+    def for_rows(self) -> Objective:
+        """Return the objective as a mean of one row's losses each, for row-level privacy; itself here."""
+        return self
 
     def for_client(self, labels: NDArray[np.int64]) -> Objective:
         """Return the objective for a client whose rows have these labels (-1 for none); itself here."""

@@ -3,11 +3,13 @@
 Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment",
 https://arxiv.org/abs/2404.04656, equation 12. The reward shift delta is a running mean in the paper;
 here it is that of the optimizer batch (a reconstruction: clients keep no running state, and the
-result does not depend on how the batch is cut).
+result does not depend on how the batch is cut). Under row-level privacy it is 0: one row would move it,
+and with it every other row's gradient.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,7 +19,14 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, ReferenceSettings, Scores, StatisticObjective
+from fedloom.objectives.base import (
+    Metrics,
+    Model,
+    ReferenceSettings,
+    Scores,
+    Separable,
+    StatisticObjective,
+)
 from fedloom.objectives.logps import completion_logps
 from fedloom.wire.schema import amount, fraction, score
 
@@ -61,10 +70,18 @@ class BCO(StatisticObjective):
     accepts = ("feedback", "preference")
     needs_reference = True
     reported = (amount("loss"), fraction("sided_accuracy"), score("reward_shift"))
+    separable = Separable(True, "the reward shift delta is 0 in place of the batch's")
+    shifted = True
 
     def __init__(self, settings: BCOSettings | None = None) -> None:
         """Keep beta."""
         self.beta = (settings or BCOSettings()).beta
+
+    def for_rows(self) -> BCO:
+        """Return the objective with delta frozen at 0."""
+        own = copy.copy(self)
+        own.shifted = False
+        return own
 
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Return the log-probs."""
@@ -73,13 +90,17 @@ class BCO(StatisticObjective):
     @torch.no_grad()
     def statistic(self, scores: Sequence[Scores], batches: Sequence[Batch]) -> Tensor:
         """Return delta over the whole optimizer batch."""
+        if not self.shifted:
+            return torch.zeros((), device=batches[0].sequences.input_ids.device)
         rewards = [self._rewards(*own) for own in zip(scores, batches, strict=True)]
         labels = [batch.labels for batch in batches if batch.labels is not None]
         return reward_shift(torch.cat(rewards), torch.cat(labels))
 
     @torch.no_grad()
     def statistics(self, model: Model, batches: Sequence[Batch]) -> Tensor | None:
-        """Return delta, by passes of its own."""
+        """Return delta, by passes of its own where it needs any."""
+        if not self.shifted:
+            return self.statistic([], batches)
         return self.statistic([self.scores(model, batch) for batch in batches], batches)
 
     def loss_of(self, scores: Scores, batch: Batch, statistic: Tensor) -> tuple[Tensor, Metrics]:

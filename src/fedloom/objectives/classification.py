@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Head, Metrics, Model, Objective
+from fedloom.objectives.base import Head, Metrics, Model, Objective, Separable
 from fedloom.settings.schema import NamedSettings
 from fedloom.wire.schema import amount, fraction
 
@@ -36,6 +36,7 @@ class Classification(Objective):
     kind = "labelled"
     accepts = ("labelled",)
     head: Head = "classification"
+    separable = Separable(True, "each text has a loss of its own")
     reported = (amount("loss"), fraction("accuracy"))
 
     def __init__(self, settings: ClassificationSettings | None = None) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
+from fedloom.objectives.base import PAIRWISE, Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import PAIRS, completion_lengths, pair_metrics
 from fedloom.wire.schema import amount
@@ -70,6 +70,7 @@ class DPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    separable = PAIRWISE
     needs_reference = True
     reported = (amount("loss"), *PAIRS, amount("chosen_cross_entropy"))
 

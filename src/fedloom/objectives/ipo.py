@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
+from fedloom.objectives.base import PAIRWISE, Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
 from fedloom.wire.schema import amount
@@ -46,6 +46,7 @@ class IPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    separable = PAIRWISE
     needs_reference = True
     reported = (amount("loss", 1e18), *TOKEN_PAIRS)  # a square
 

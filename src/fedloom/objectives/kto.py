@@ -9,6 +9,11 @@ another row of the same client, drawn once, so its reference log-prob is compute
 batch of one row still has an estimate. A client with a single row trains with z0 = 0, and the metric
 ``without_kl`` says so; ``single_class`` is 1 for a client whose rows are all desirable or all not.
 Nothing about z0 leaves the client.
+
+With ``z0`` set it is that constant and nothing is estimated. Row-level privacy needs this, since one row
+moves the estimate, and with it every other row's gradient, without bound; z0 is 0 there where it is not
+set. (The loss is then ``apo_zero_unpaired`` of TRL.) What is lost is the reference point's rise with the
+policy's divergence: desirable rows saturate earlier, undesirable ones later.
 """
 
 from __future__ import annotations
@@ -25,7 +30,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, ReferenceSettings, Scores, StatisticObjective
+from fedloom.objectives.base import (
+    Metrics,
+    Model,
+    ReferenceSettings,
+    Scores,
+    Separable,
+    StatisticObjective,
+)
 from fedloom.objectives.logps import completion_logps
 from fedloom.wire.schema import NumberSpec, amount, fraction, score
 
@@ -43,6 +55,9 @@ class KTOSettings(ReferenceSettings):
     """Weight of desirable rows, lambda_D (paper: 1)."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of undesirable rows, lambda_U (paper: 1)."""
+    z0: float | None = Field(default=None, ge=0)
+    """Fixed reference point in place of the estimate over the batch (default: the estimate; 0 with
+    privacy.unit = "row", where it must depend on no row)."""
 
     @model_validator(mode="after")
     def _one_way_to_weigh(self) -> KTOSettings:
@@ -127,6 +142,16 @@ def kto_loss(
     return losses.mean(), metrics
 
 
+FIXED = Separable(
+    True, "the reference point z0 is objective.z0, or 0, in place of the estimate over the batch"
+)
+BALANCED = Separable(
+    False,
+    'objective.weights = "balanced" weighs each row by the client\'s counts of both classes: give '
+    "objective.desirable_weight and objective.undesirable_weight",
+)
+
+
 class KTO(StatisticObjective):
     """KTO on single answers, against the frozen base model."""
 
@@ -145,13 +170,21 @@ class KTO(StatisticObjective):
     )
 
     def __init__(self, settings: KTOSettings | None = None) -> None:
-        """Keep beta and how rows are weighed."""
+        """Keep beta, how rows are weighed and a fixed reference point."""
         settings = settings or KTOSettings()
         self.beta = settings.beta
         self.desirable_weight = settings.desirable_weight
         self.undesirable_weight = settings.undesirable_weight
         self.balanced = settings.weights == "balanced"
+        self.separable = BALANCED if self.balanced else FIXED
+        self.z0, self.needs_mismatched = settings.z0, settings.z0 is None
         self.single_class = False
+
+    def for_rows(self) -> KTO:
+        """Return the objective with a reference point that depends on no row."""
+        own = copy.copy(self)
+        own.z0, own.needs_mismatched = self.z0 or 0.0, False
+        return own
 
     def for_client(self, labels: NDArray[np.int64]) -> KTO:
         """Return the objective with a client's own weights; a client of one class is flagged."""
@@ -178,7 +211,9 @@ class KTO(StatisticObjective):
 
     @torch.no_grad()
     def statistic(self, scores: Sequence[Scores], batches: Sequence[Batch]) -> Tensor:
-        """Return z0 over the mismatched completions of the whole optimizer batch."""
+        """Return z0 over the mismatched completions of the whole optimizer batch, or as it is fixed."""
+        if self.z0 is not None:
+            return torch.tensor(self.z0, device=batches[0].sequences.input_ids.device)
         policy = [own.mismatched for own in scores if own.mismatched is not None]
         reference = [
             batch.mismatched_reference_logps

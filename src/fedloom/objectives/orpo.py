@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import PAIRWISE, Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
 from fedloom.settings.schema import NamedSettings
@@ -56,6 +56,7 @@ class ORPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    separable = PAIRWISE
     reported = (amount("loss"), *TOKEN_PAIRS, score("log_odds_ratio"))
 
     def __init__(self, settings: ORPOSettings | None = None) -> None:

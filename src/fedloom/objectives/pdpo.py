@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective, ReferenceSettings
+from fedloom.objectives.base import PAIRWISE, Metrics, Model, Objective, ReferenceSettings
 from fedloom.objectives.logps import completion_logps, completion_rewards
 from fedloom.objectives.rewards import PAIRS, completion_lengths, outcomes, pair_metrics
 from fedloom.settings.schema import Of
@@ -104,6 +104,7 @@ class PDPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    separable = PAIRWISE
     needs_reference = True
     reported = (
         amount("loss"),

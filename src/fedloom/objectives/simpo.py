@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.data.batch import Batch
-from fedloom.objectives.base import Metrics, Model, Objective
+from fedloom.objectives.base import PAIRWISE, Metrics, Model, Objective
 from fedloom.objectives.logps import completion_logps
 from fedloom.objectives.rewards import TOKEN_PAIRS, completion_lengths, token_pair_metrics
 from fedloom.settings.schema import NamedSettings
@@ -50,6 +50,7 @@ class SimPO(Objective):
 
     kind = "preference"
     accepts = ("preference",)
+    separable = PAIRWISE
     reported = (amount("loss"), *TOKEN_PAIRS)
 
     def __init__(self, settings: SimPOSettings | None = None) -> None:

@@ -134,7 +134,8 @@ def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
         found = duplicates([cells[place].run for place in places])
         again |= {places[place]: f"{why}: they count as one seed" for place, why in found.items()}
     kept = [cell for place, cell in enumerate(cells) if place not in again]
-    notes, doubts = [*diverged, *again.values()], all_doubts([cell.run for cell in kept])
+    promised = dict.fromkeys(sentence for cell in kept for sentence in cell.run.privacy)
+    notes, doubts = [*diverged, *again.values(), *promised], all_doubts([cell.run for cell in kept])
     return {**record, "finished": len(cells), "notes": notes, "doubts": doubts}, kept
 
 

@@ -54,6 +54,12 @@ class Run:
         return str(self.run["metric"]["name"])
 
     @property
+    def privacy(self) -> list[str]:
+        """What the run promises about privacy, in sentences, and what not; empty where nothing."""
+        own: Record = (self.summary or self.run).get("privacy") or {}
+        return [str(sentence) for sentence in own.get("sentences", ())]
+
+    @property
     def evaluated(self) -> list[Record]:
         """Rounds that were evaluated."""
         return [record for record in self.rounds if record["evaluation"]]

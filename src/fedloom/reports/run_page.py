@@ -97,6 +97,7 @@ def _view(run: Run) -> dict[str, Any]:
     return {
         "label": run.label,
         "doubts": doubts_of(run),
+        "privacy": run.privacy,
         "run": run.run,
         "settings": _settings(run.experiment),
         "experiment": run.experiment,

@@ -8,7 +8,7 @@ server's loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
@@ -35,15 +35,23 @@ from fedloom.models.load import fingerprint
 from fedloom.models.stacked_lora import reason_against
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
+from fedloom.privacy.noise import NoiseSource
 from fedloom.runs.client_models import ModelBundles, references_of
 from fedloom.runs.initial_adapter import Start
 from fedloom.runs.partitioning import PartitionedData, judged_kind
+from fedloom.runs.row_privacy import row_privacies, seeded_noise
 from fedloom.runs.token_rows import bad_rows_in_all
 from fedloom.storage.client_store import ClientStore
 from fedloom.tensors import Tensors
 from fedloom.training.memory import pass_warnings
 from fedloom.training.results import OnStep
+from fedloom.training.row_privacy import RowPrivacy, separated
 from fedloom.training.steps import row_tokens
+
+ELSEWHERE = (
+    'privacy.unit = "row" is for clients in this machine as yet: clients on other machines do not take '
+    "[privacy] over from a server, and would train without it"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class RunComponents:
         model_path: Folder or Hub name that the backbone came from.
         model_digest: Its fingerprint.
         max_length: Tokens of a training sequence at most.
+        row_privacies: How each client's steps hide its rows, with row-level privacy.
     """
 
     division: PartitionedData
@@ -80,6 +89,7 @@ class RunComponents:
     model_path: str
     model_digest: str
     max_length: int
+    row_privacies: Mapping[int, RowPrivacy] = field(default_factory=dict)
 
 
 def assemble(
@@ -95,6 +105,8 @@ def assemble(
     start: Start | None = None,
     on_step: OnStep | None = None,
     probe: bool = True,
+    noise: NoiseSource | None = None,
+    hidden: Mapping[int, RowPrivacy] | None = None,
 ) -> RunComponents:
     """Load the model, tokenise every client's rows and build what the server loop needs.
 
@@ -111,14 +123,20 @@ def assemble(
         on_step: Called after each optimizer step of a client in this process.
         probe: Look whether prompts can be shared, to say so where not; that computes gradients, after
             which this process cannot be forked.
+        noise: Where the clients' noise comes from, with row-level privacy; from the seed by default,
+            where the experiment says so.
+        hidden: How each client's steps hide its rows, where that was found before.
 
     Raises:
         ModelError: The model or its adapter cannot be built, or what it starts from is of another.
         DataError: A client has no row left after tokenising.
-        SettingsError: A round's tokens are too few for its trainings.
+        SettingsError: A round's tokens are too few for its trainings, or row-level privacy cannot hide
+            these rows.
     """
     method = make_method(experiment.method)
     objective = objective or make_objective(experiment.objective)
+    if experiment.privacy.unit == "row":
+        objective = separated(objective)
     bundles = ModelBundles(
         experiment, division, method, objective, stage, empty=empty, only=only, start=start
     )
@@ -128,6 +146,15 @@ def assemble(
     for text in bundles.read_apart(train) if probe else ():
         stage(text)
     parts = _components(bundles, train, remote, store or ClientStore(), on_step)
+    if experiment.privacy.unit == "row" and not empty:
+        if remote is not None:
+            raise SettingsError([ELSEWHERE])
+        found = hidden or {}
+        if not found:
+            stage("accounting for row-level privacy")
+            given, often = noise or seeded_noise(experiment), parts.local.participations
+            found = row_privacies(experiment, division, method, train, often, given)
+        parts.local.drivers, parts = found, replace(parts, row_privacies=found)
     told = _cohort_warnings(experiment, parts.local.resources if probe else {}, remote)
     return replace(parts, accounts=replace(parts.accounts, warnings=parts.accounts.warnings + told))
 

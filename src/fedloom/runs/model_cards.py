@@ -75,6 +75,8 @@ class ModelCards:
             self.experiment, client, self._base(path), self._prompt(path), parts.division.classes
         )
         found["evaluation"] = evaluation_facts(client, summary, len(parts.division.test))
+        if client is None and summary is not None and "privacy" in summary:
+            found["privacy"] = summary["privacy"]["sentences"]
         if self.objective is not None:
             found["objective"] = type(self.objective).__name__
         return found

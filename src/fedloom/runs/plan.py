@@ -8,8 +8,9 @@ from fedloom.accounting.quantities import human_count
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
-from fedloom.federation.selection import draw, make_selection
+from fedloom.federation.selection import draw
 from fedloom.runs.assembly import RunComponents
+from fedloom.runs.client_privacy import selection_of
 from fedloom.runs.model_building import of_server
 from fedloom.runs.observers import Plan
 from fedloom.runs.progress import RoundWork
@@ -26,6 +27,7 @@ def plan_of(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
     everybody = there + len(absent)
     cohort = min(federation.cohort_size, there)
     missing = ", ".join(parts.engine.title(client) for client in sorted(absent))
+    about = "about " * (experiment.privacy.unit == "client" and cohort < there)
     of = f"{there} of {everybody} clients, without {missing}" if absent else f"{there} clients"
     objective = type(parts.objective).__name__
     feedback = parts.division.feedback
@@ -37,7 +39,7 @@ def plan_of(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
         )
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
-        f"{cohort} of {of} a round",
+        f"{about}{cohort} of {of} a round",
         f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
         f"rows per client {min(sizes.values())} to {max(sizes.values())}, "
         f"{len(parts.division.test)} held out"
@@ -74,7 +76,7 @@ def _ahead(
         for client, rows in sizes.items()
     }
     new, found = set(sizes), [RoundWork(0.0)]
-    selection, presence = make_selection(federation.selection), Presence.of(sizes)
+    selection, presence = selection_of(experiment), Presence.of(sizes)
     for round in range(1, federation.rounds + 1):
         cohort = draw(selection, presence, federation.drawn, federation.seed, round)
         presence = presence.closed(round, cohort, ())

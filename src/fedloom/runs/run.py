@@ -35,14 +35,22 @@ from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
-from fedloom.federation.selection import make_selection
 from fedloom.federation.violations import of_rounds
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
+from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.private_mean import PrivateMean
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.client_privacy import (
+    RunPrivacy,
+    key_file,
+    noise_warning,
+    restore,
+    selection_of,
+)
 from fedloom.runs.code_digests import (
     MadeWith,
     naming_plugins,
@@ -96,6 +104,7 @@ from fedloom.runs.resume_checks import (
     where_it_goes_on,
     with_recorded_layout,
 )
+from fedloom.runs.row_privacy import kept_noise, new_noise, row_statement
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
@@ -146,6 +155,7 @@ class _Given:
         experiment: Experiment,
         division: PartitionedData,
         start: Start | None,
+        noise: NoiseSource | None,
         saved: Checkpoint | None = None,
     ) -> RunComponents:
         """Load the model and build what the run needs, with the client store of a checkpoint."""
@@ -158,6 +168,7 @@ class _Given:
             remote=self.remote,
             start=start,
             on_step=self.on_step,
+            noise=noise,
         )
 
     def with_workers(
@@ -199,6 +210,7 @@ def run_experiment(
         try:
             folder.write_text(names.EXPERIMENT, experiment.to_toml())
             trackers = _open_trackers(experiment, folder)
+            privacy = RunPrivacy.of(experiment, observer.stage)
             observer.stage("reading data")
             require_rows(experiment, remote)
             clock = simulated_clock(experiment, remote)
@@ -206,7 +218,8 @@ def run_experiment(
             if start is not None:
                 _require_base(experiment, start, observer)
                 start = start.kept_in(folder)
-            parts = given.components(experiment, division, start)
+            noise = new_noise(experiment, folder)
+            parts = given.components(experiment, division, start, noise)
             state = first_state(parts.method, parts.initial)
             for text in unread_settings(experiment).values():
                 observer.warning(text)
@@ -216,14 +229,16 @@ def run_experiment(
             for text in made.warnings:
                 observer.warning(text)
             parts = given.with_workers(parts, source, experiment, start)
-            run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
+            run = _Run(
+                experiment, folder, parts, given, log, made, trackers, start, privacy, clock=clock
+            )
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
         except BaseException:
-            shutil.rmtree(
-                folder.path, ignore_errors=True
-            )  # nothing was trained: leave nothing behind
+            # nothing was trained: leave nothing behind
+            shutil.rmtree(folder.path, ignore_errors=True)
+            key_file(folder).unlink(missing_ok=True)
             raise
         return run.go(state, -1)
 
@@ -280,19 +295,24 @@ def resume_run(
         clock = simulated_clock(experiment, remote)
         log = log_of(folder)
         trackers = _open_trackers(experiment, folder)
+        privacy = RunPrivacy.of(experiment, observer.stage)
         observer.stage("reading data")
         division = given.partitioned(experiment)
         digest = fingerprint(experiment, division, made)
         saved = _checkpoint(folder, digest, log, from_round, fresh_clients)
         require_same_data(folder, begun, digest)
         laid_out = with_recorded_layout(experiment, begun)
-        parts = given.components(laid_out, division, start, saved)
+        finished = (folder.path / names.SUMMARY).is_file() and from_round is None
+        noise = kept_noise(experiment, folder, finished=finished)
+        parts = given.components(laid_out, division, start, noise, saved)
         require_same_model(folder, begun, parts)
         _report_start(experiment, parts, observer)
         report_versions(begun, observer)
         _cut_back(folder, saved, observer)
         parts = given.with_workers(parts, source, laid_out, start)
-        run = _Run(experiment, folder, parts, given, log, made, trackers, start, clock=clock)
+        run = _Run(
+            experiment, folder, parts, given, log, made, trackers, start, privacy, clock=clock
+        )
         return run.go_on(saved, begun)
 
 
@@ -397,12 +417,14 @@ class _Run:
     made: MadeWith
     trackers: list[Tracker]
     start: Start | None
+    privacy: RunPrivacy | None = None
     presence: Presence = NOBODY_YET
     clock: SimulatedClock | None = None
     last: _Finished | None = None
     saved: int = -1
     clients_in: Path | None = None
     profile: Profile | None = None
+    private: PrivateMean | None = None
 
     def __post_init__(self) -> None:
         """Begin to follow the records."""
@@ -422,6 +444,8 @@ class _Run:
             known: What ``run.json`` holds, where this run goes on.
         """
         id = known["id"] if known else uuid.uuid4().hex
+        if self.privacy is not None:
+            self.private = self.parts.method.private = self.privacy.mean(self.folder, done)
         self.admission = Admission(
             self.experiment.admission,
             of_rounds(self.folder.read_lines(names.ROUNDS)),
@@ -472,6 +496,8 @@ class _Run:
         self.prepare(done, begun if done >= 0 else None)
         if saved is not None:
             self.presence, self.clients_in = presence_of(saved, self.parts), saved.folder
+            if self.private is not None:
+                restore(self.private, saved.records)
             if self.clock is not None and saved.clock is not None:
                 restored = ClockState.restored(saved.clock, saved.in_flight)
                 self.clock = replace(self.clock, state=restored)
@@ -506,7 +532,22 @@ class _Run:
                 {"client": client, "number": own.number, "name": own.name}
                 for client, own in enumerate(remote.participants)
             ]
+        if self.privacy is not None:
+            record["privacy"] = promise = self.privacy.promise(numbers=self._sent_numbers)
+            if warning := noise_warning(promise):
+                self.observer.warning(warning)
+        if parts.row_privacies:
+            record["privacy"] = promise = row_statement(self.experiment, parts.row_privacies)
+            for sentence in promise["sentences"]:
+                self.observer.stage(sentence)
         self.folder.write_json(names.RUN, record)
+
+    @property
+    def _sent_numbers(self) -> int:
+        """How many numbers a client sends back."""
+        method = self.parts.method
+        sent = method.sent_for_evaluation(first_state(method, self.parts.initial))
+        return sum(tensor.numel() for tensor in (sent or {}).values())
 
     def _report_heaviest(self, sizes: Mapping[int, int]) -> None:
         """Report the bound on a client's weight, and the clients above it."""
@@ -548,7 +589,8 @@ class _Run:
             reported=reported(parts.objective),
             presence=self.presence,
             clock=self.clock,
-            selection=make_selection(experiment.federation.selection),
+            selection=selection_of(experiment),
+            private=self.private,
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -620,7 +662,8 @@ class _Run:
 
     def _records(self) -> dict[str, Any]:
         """Return what the records are now."""
-        return {"files": self.marks.now(), "audit": self.audit.position}
+        found = {"files": self.marks.now(), "audit": self.audit.position}
+        return found if self.private is None else found | {"privacy": self.private.saved()}
 
     def _save(self, last: _Finished) -> None:
         store = self.parts.local.store
@@ -684,12 +727,18 @@ class _Run:
             summary["newcomers"] = unseen_clients_record(joined, self._primary_metric)
         if self.remote is not None:
             self.remote.end(self._own_models(state))
+        if self.privacy is not None:
+            summary["privacy"] = self.privacy.promise(self.private, self._sent_numbers)
+        if self.parts.row_privacies:
+            costs = self.folder.read_lines(names.COSTS)
+            summary["privacy"] = row_statement(self.experiment, self.parts.row_privacies, costs)
         summary["records"] = self.marks.now()
         self._write_cards(summary)
         if self.experiment.output.verify:
             self.observer.stage("verifying what was saved")
         summary["verified"] = self.verifier.verify()
         self.folder.write_json(names.SUMMARY, summary)
+        key_file(self.folder).unlink(missing_ok=True)
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
         self.audit.sync()

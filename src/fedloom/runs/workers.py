@@ -43,6 +43,7 @@ from fedloom.runs.observers import RunObserver
 from fedloom.runs.parent_process import end_with_parent, of_this_process
 from fedloom.runs.partitioning import partition_data
 from fedloom.training.memory import most_memory
+from fedloom.training.row_privacy import RowPrivacy
 
 Workers = int | Literal["auto"]
 """How many processes work on clients; "auto": as many as there are cores and memory for."""
@@ -75,6 +76,7 @@ class WorkerTask:
         digest: SHA-256 of all rows, as the run has them.
         probed: By client, whether its model reads prompts once and from what length on it attends
             answer by answer, as the run found it.
+        hidden: How each client's steps hide its rows, with row-level privacy.
     """
 
     experiment: Experiment
@@ -85,6 +87,7 @@ class WorkerTask:
     rows: Mapping[int, int] = field(default_factory=dict)
     digest: str = ""
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
+    hidden: Mapping[int, RowPrivacy] | None = None
 
 
 def require_one_by_one(asked: Workers, ray: str | None, experiment: Experiment) -> None:
@@ -158,6 +161,7 @@ def task_with_digests(task: WorkerTask, parts: RunComponents) -> WorkerTask:
         model=parts.model_digest,
         rows=parts.local.sizes(),
         digest=parts.division.loaded.digest,
+        hidden=parts.row_privacies,
         probed={c: (own.shared_prompts, own.tree_from) for c, own in models.items()},
     )
 
@@ -373,7 +377,14 @@ def build_engine(task: WorkerTask) -> SimulationEngine:
     training = task.experiment.training.model_copy(update={"threads": 1})
     experiment = replace(task.experiment, training=training)
     division = partition_data(experiment, task.data, task.objective)
-    parts = assemble(experiment, division, objective=task.objective, start=task.start, probe=False)
+    parts = assemble(
+        experiment,
+        division,
+        objective=task.objective,
+        start=task.start,
+        probe=False,
+        hidden=task.hidden,
+    )
     found = parts.model_digest, parts.local.sizes(), division.loaded.digest
     for client, (once, tree_from) in task.probed.items():
         model = parts.local.resources[client].model

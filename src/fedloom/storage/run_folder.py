@@ -7,6 +7,7 @@
     partition.json    rows and labels of each client
     rounds.jsonl      one line a round; the first is the evaluation before any training
     costs.jsonl       one line a round, client and phase
+    privacy.jsonl     with client-level privacy, one line a release: what was spent
     samples.json      held-out prompts answered before and after
     summary.json      before, after, totals, the adapter's checksum and what was verified; at the end
     adapter/          the global adapter as a PEFT folder, with its card

@@ -35,6 +35,7 @@ class Layout:
         *,
         joint: bool = False,
         by_itself: bool = False,
+        apart: bool = False,
     ) -> None:
         """Look at all rows once.
 
@@ -44,7 +45,9 @@ class Layout:
             budget: What a pass holds at most.
             joint: Whether each row is read in one pass with its mismatched completion.
             by_itself: Whether each sequence is read by itself, whatever the model may.
+            apart: Whether no prompt is read once for several examples, whose gradients are told apart.
         """
+        self.apart = apart
         self.model, self.share, self.budget = model, share, budget
         self.paired = share.paired if joint else None
         self.tokens = share.tokens if self.paired is None else self.paired
@@ -57,6 +60,8 @@ class Layout:
     def _shares(self) -> bool:
         tokens = self.tokens
         alike = tokens.width > 1 or int(tokens.prompt_numbers.max(initial=0)) + 1 < len(tokens)
+        if self.apart and tokens.width == 1:
+            return False
         if not alike or not tokens.trained.any():  # texts of a class have no prompts
             return False
         return shares_prompts(self.model, int(tokens.lengths.max(initial=0)))
@@ -65,7 +70,11 @@ class Layout:
         """Return the passes of some rows, longest first, each as the groups whose prompt is read once."""
         if not self.shared:
             return [[own] for own in passes(self.costs, indices, self.budget)]
-        found = groups(self.tokens, indices, self.budget, self.attention, self.context)
+        found = (
+            [indices[place : place + 1] for place in range(len(indices))]
+            if self.apart
+            else groups(self.tokens, indices, self.budget, self.attention, self.context)
+        )
         costs = np.array([self._read_once(own) for own in found])
         sizes = np.array([len(own) for own in found])
         cut = passes(costs, np.arange(len(found)), self.budget, sizes)

@@ -68,6 +68,14 @@ class StepOptions(TypedDict):
     on_step: NotRequired[OnStep | None]
 
 
+class Driver(Protocol):
+    """Makes trainings in another way than :func:`train_locally`: with row-level privacy."""
+
+    def train(self, training: Training) -> LocalResult:
+        """Carry out a training, in which the frozen tensors are frozen already."""
+        ...
+
+
 @dataclass(frozen=True)
 class Training:
     """One training of one client that is yet to be made: alone, or with others (``cohort.py``).
@@ -79,6 +87,7 @@ class Training:
         settings: Optimizer, batch size, steps or epochs.
         frozen: Names of the tensors that stay as they are.
         options: What else :func:`local_steps` is given.
+        driver: Makes it, where that is not :func:`train_locally`; then it is made alone.
     """
 
     model: AdapterModel
@@ -87,10 +96,13 @@ class Training:
     settings: TrainingSettings
     frozen: Collection[str]
     options: StepOptions
+    driver: Driver | None = None
 
     def alone(self) -> LocalResult:
         """Carry it out; see :func:`train_locally`."""
         with self.model.frozen(self.frozen):
+            if self.driver is not None:
+                return self.driver.train(self)
             return train_locally(
                 self.model, self.share, self.objective, self.settings, **self.options
             )
@@ -123,7 +135,7 @@ def train_locally(
         PolicyError: It took more steps, or longer, than ``model.allowance`` has.
     """
     gradients = _own_gradients(model, share, objective, settings)
-    return _finished(local_steps(model, share, gradients, settings, **options))
+    return finished(local_steps(model, share, gradients, settings, **options))
 
 
 def _own_gradients(
@@ -140,7 +152,7 @@ def _own_gradients(
     return own_gradients
 
 
-def _finished(steps: Generator[Any, Any, LocalResult]) -> LocalResult:
+def finished(steps: Generator[Any, Any, LocalResult]) -> LocalResult:
     """Make steps that wait for no other party; return their result."""
     try:
         next(steps)
@@ -167,6 +179,7 @@ def local_steps(
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
     on_step: OnStep | None = None,
+    batches: Iterator[list[Batch]] | None = None,
 ) -> Generator[Any, Any, LocalResult]:
     """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
 
@@ -188,20 +201,17 @@ def local_steps(
             yet clipped: a method adds its own term here.
         after_step: Called with the parameters after each optimizer step.
         on_step: Called with what is known of each step, once it is made.
+        batches: Each optimizer batch as its passes, in place of rows shuffled anew in each epoch.
     """
     parameters = model.parameters  # others' may be held wherever this waits
-    order = generator(seed, f"{purpose}batches", client, round)
     optimizer = make_optimizer(parameters, settings, learning_rate, state)
     optimizer.zero_grad()  # a training that failed in the middle of a step has left some
     totals = Totals()
     noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
-    batches = epoch_batches(
-        len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
-    )
-    graphs = graphs_of(settings, model, share)
-    lay_out = StepLayout(model, share, budget_of(settings, model), graphs)
-    for indices in within(share, batches, work):
-        parts = lay_out.batches(indices)
+    if batches is None:
+        order = generator(seed, f"{purpose}batches", client, round)
+        batches = _shuffled(model, share, settings, order, work)
+    for parts in batches:
         for _ in range(repeats):
             model.allowance.step()
             found = yield from noise.over(gradients(parts, totals))
@@ -226,6 +236,23 @@ def local_steps(
                 on_step(StepRecord(round, client, purpose.strip(), *done))
     kept = optimizer_state(parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
+
+
+def _shuffled(
+    model: AdapterModel,
+    share: TokenShare,
+    settings: TrainingSettings,
+    order: np.random.Generator,
+    work: Work,
+) -> Iterator[list[Batch]]:
+    """Yield each optimizer batch as its passes: rows in an order that ``order`` draws for each epoch."""
+    drawn = epoch_batches(
+        len(share), settings.batch_size, order, epochs=work.epochs, steps=work.steps
+    )
+    graphs = graphs_of(settings, model, share)
+    lay_out = StepLayout(model, share, budget_of(settings, model), graphs)
+    for indices in within(share, drawn, work):
+        yield lay_out.batches(indices)
 
 
 def graphs_of(settings: TrainingSettings, model: AdapterModel, share: TokenShare) -> int:

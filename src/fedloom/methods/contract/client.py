@@ -8,12 +8,13 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
+from fedloom.errors import PluginError
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.tensors import Tensors
 from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
-from fedloom.training.steps import StepOptions, Training, local_loss
+from fedloom.training.steps import Driver, StepOptions, Training, local_loss
 from fedloom.wire.messages import Payload
 
 Answer = TypeVar("Answer")
@@ -70,6 +71,7 @@ class Client:
         last: Results of the trainings of this request, for the ledger.
         begun: The first of them.
         on_step: Told of each step of its trainings, in a run that is watched so.
+        driver: Makes its trainings, where row-level privacy hides its rows.
     """
 
     id: int
@@ -92,6 +94,7 @@ class Client:
     last: LocalResult | None = None
     begun: Part | None = None
     on_step: OnStep | None = None
+    driver: Driver | None = None
 
     @property
     def work(self) -> Work:
@@ -159,7 +162,7 @@ class Client:
             "on_step": self.on_step,
         }
         result = yield Training(
-            self.model, self.share, self.objective, self.training, frozen, options
+            self.model, self.share, self.objective, self.training, frozen, options, self.driver
         )
         if result.optimizer_state:
             self.store[slot] = result.optimizer_state
@@ -170,7 +173,15 @@ class Client:
         """Return the mean loss of what the model holds over some batches of this client's rows.
 
         They are the same batches whenever it is asked for in a round.
+
+        Raises:
+            PluginError: Row-level privacy hides the rows, of which a loss would tell.
         """
+        if self.driver is not None:
+            raise PluginError(
+                'privacy.unit = "row": the method asks for a loss of rows, which has no noise; its '
+                "declaration should say that it does not go with row-level privacy"
+            )
         return local_loss(
             self.model,
             self.share,

@@ -37,6 +37,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalModules
 from fedloom.models.split_model import ClientPart
 from fedloom.objectives.base import Objective
+from fedloom.privacy.private_mean import PrivateMean
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
@@ -188,6 +189,7 @@ class Method(MethodTraits):
         least: Settings with which replies hold the least; the others reveal more.
         sections: What a report shows of it: figures that it wrote into the rounds' ``cohort.details``.
         aggregation: The rule.
+        private: Takes the mean instead, under client-level privacy; the run gives it.
         server: What it has on the server, from :meth:`setup` on.
     """
 
@@ -199,6 +201,7 @@ class Method(MethodTraits):
     least: Mapping[str, object] = MappingProxyType({})
     sections: tuple[SectionSpec, ...] = ()
     aggregation = AggregationSettings()
+    private: PrivateMean | None = None
     server: ServerSide
 
     @classmethod
@@ -246,12 +249,19 @@ class Method(MethodTraits):
     ) -> Tensors:
         """Return what the rule makes of the adapters that clients sent back for ``start``.
 
+        Under client-level privacy it is the private mean, in which clients weigh alike; there may be no
+        reply at all then, and notes say nothing.
+
         The replies are used up: the mean is written where the first one's adapter was. If ``noted``, the
         round's notes say what averaging LoRA's factors apart loses.
 
         Raises:
             RoundFailed: Too few clients answered for the rule.
+            PrivacyError: The privacy budget would be passed.
         """
+        if self.private is not None:
+            changed = (reply.payload.tensors for reply in replies)
+            return self.private.mean(changed, start, cohort.round)
         own = self.aggregation
         if own.rule == "mean":
             first = replies[0].payload.tensors

@@ -1,0 +1,53 @@
+"""What an experiment with client-level privacy cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedloom.methods import METHODS
+
+WHAT = 'privacy.unit = "client"'
+
+
+def client_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what contradicts ``privacy.unit = "client"`` in an experiment's valid sections by name."""
+    if "privacy" not in parts or parts["privacy"].unit != "client":
+        return
+    if "method" in parts:
+        name = parts["method"].name
+        claim = METHODS[name][1].declares.client_privacy
+        if not claim.holds:
+            yield (
+                f"{WHAT}: method.name = {name!r} cannot: {claim.why}; docs/methods.md says which "
+                "methods can"
+            )
+    if "aggregation" in parts and parts["aggregation"].rule != "mean":
+        yield (
+            f"{WHAT}: aggregation.rule = {parts['aggregation'].rule!r} is not a sum, of which one "
+            'client\'s share is bounded: use "mean", in which the clip bounds every client'
+        )
+    if "federation" in parts:
+        yield from _federation(parts)
+
+
+def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what draws clients in another way than by coins, and a delta that is too large."""
+    federation, delta = parts["federation"], parts["privacy"].delta
+    if federation.selection["name"] != "uniform":
+        yield (
+            f"{WHAT} draws each client by a coin of its own: leave out federation.selection = "
+            f"{federation.selection['name']!r}"
+        )
+    for key in ("replacements", "extra"):
+        if getattr(federation, key):
+            yield (
+                f"{WHAT} draws each client by a coin of its own, and those who give no answer add "
+                f"nothing: leave out federation.{key} = {getattr(federation, key)}"
+            )
+    if delta is not None and delta >= 1 / federation.clients:
+        yield (
+            f"privacy.delta = {delta:g} is not below 1 / federation.clients = "
+            f"{1 / federation.clients:.2g}: a mechanism may then show a client whole; give a tenth of "
+            "that, or less"
+        )

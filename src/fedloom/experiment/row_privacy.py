@@ -1,0 +1,64 @@
+"""What an experiment with row-level privacy cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedloom.methods import METHODS, make_method
+from fedloom.objectives import OBJECTIVES, make_objective
+
+WHAT = 'privacy.unit = "row"'
+
+
+def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what contradicts ``privacy.unit = "row"`` in an experiment's valid sections by name."""
+    if "privacy" not in parts or parts["privacy"].unit != "row":
+        return
+    yield from _method(parts)
+    if "objective" in parts:
+        objective = make_objective(parts["objective"])
+        if not objective.separable.holds:
+            others = [n for n, (_, kind) in OBJECTIVES.items() if kind.separable.holds]
+            yield (
+                f"{WHAT}: objective.name = {parts['objective'].name!r} couples the rows of a batch: "
+                f"{objective.separable.why} (others that go with it: {', '.join(others)})"
+            )
+    if "training" in parts and parts["training"].local_tokens is not None:
+        yield (
+            f"{WHAT}: training.local_tokens would have the number of steps depend on which rows are "
+            "drawn; give training.local_steps, local_examples or local_epochs"
+        )
+    if "adapter" in parts and parts["adapter"].kind == "experts":
+        yield (
+            f'{WHAT}: adapter.kind = "experts" asks for an even use of experts over all tokens of a '
+            "batch, so that no row's gradient is its own; use another kind"
+        )
+    if "partition" in parts and parts["partition"].feedback == "spread":
+        yield (
+            f'{WHAT}: partition.feedback = "spread" puts the two answers of a pair at two clients, each '
+            "of which would hide its own answer alone; leave it out"
+        )
+    column = parts["privacy"].column
+    if column is not None and "data" in parts and parts["data"].streaming:
+        yield (
+            f"privacy.column = {column!r}: data.streaming = true keeps the rows' other columns in their "
+            "files; leave out one of the two"
+        )
+
+
+def _method(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why the method leaves more of the rows than private steps do."""
+    if "method" not in parts:
+        return
+    name = parts["method"].name
+    claim = METHODS[name][1].declares.row_privacy
+    if not claim.holds:
+        yield (
+            f"{WHAT}: method.name = {name!r} cannot: {claim.why}; docs/methods.md says which methods can"
+        )
+    if make_method(parts["method"]).repeats > 1:
+        yield (
+            f"{WHAT}: method.name = {name!r} makes several steps on each batch, which the accountant "
+            "does not cover: it takes each batch to be drawn anew"
+        )

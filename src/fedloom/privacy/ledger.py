@@ -1,0 +1,196 @@
+"""The ledger of what a run has spent: one line a release, each hashed with the one before.
+
+A line is written, and on the disk, before the noise of its release is drawn, so that no kill can make a
+release that was not counted. A release is named by a hash under the noise key: the same release asked
+again (a round repeated after a kill) has the same noise, and is counted once; another one in the same
+round is counted beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError, PrivacyError
+from fedloom.privacy.accounting import Releases
+
+FIRST = "0" * 64
+"""What stands for the hash before the first line."""
+
+
+class PrivacyLedger:
+    """The releases of one run.
+
+    Attributes:
+        path: The file.
+        facts: What its first line says: what the releases are of.
+        entries: The lines of releases, oldest first.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Open the ledger at ``path``, or begin it.
+
+        Args:
+            path: The file.
+            facts: For its first line; those of a ledger that exists must be the same (default: whatever
+                they are).
+
+        Raises:
+            PrivacyError: It was changed, or is of another run.
+            OutputError: It cannot be written.
+        """
+        self.path, self.facts = path, dict(facts or {})
+        self.entries: list[dict[str, Any]] = []
+        self.head = FIRST
+        if not path.exists():
+            self._append({"ledger": 1, **self.facts})
+            return
+        lines = self._read()
+        if not lines:
+            self._append({"ledger": 1, **self.facts})
+            return
+        first, *self.entries = lines
+        found = {key: own for key, own in first.items() if key not in ("ledger", "hash")}
+        if facts is not None and found != self.facts:
+            raise PrivacyError(
+                f"{path} is the privacy ledger of another run, or of other settings of [privacy]: what "
+                "was spent cannot be added up; start a new run"
+            )
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """How far it has come, for a checkpoint: the number of releases, and the last line's hash."""
+        return {"releases": len(self.entries), "hash": self.head}
+
+    def require(self, position: Mapping[str, Any]) -> None:
+        """Check that the ledger holds all that it held at an earlier ``position``.
+
+        Raises:
+            PrivacyError: It does not: lines were lost.
+        """
+        count = int(position["releases"])
+        hashes = [entry["hash"] for entry in self.entries]
+        found = hashes[count - 1] if 0 < count <= len(hashes) else None
+        if count and found != position["hash"]:
+            raise PrivacyError(
+                f"{self.path}: the checkpoint counts {count} releases, which this ledger does not hold: "
+                "what was spent is not known; start a new run"
+            )
+
+    def spend(
+        self,
+        round: int,
+        noise_multiplier: float,
+        sampling: float,
+        release: bytes,
+        allowed: Callable[[list[Releases]], None] = lambda releases: None,
+    ) -> None:
+        """Write down a release, before its noise is drawn. One that is written already is the same one.
+
+        Args:
+            round: From 1.
+            noise_multiplier: z of all that the release shows together.
+            sampling: q that is accounted.
+            release: Hash under the noise key of what is noised.
+            allowed: Told of all releases with this one; raises where they are too many.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        entry = {
+            "round": round,
+            "mechanism": "discrete gaussian",
+            "noise_multiplier": noise_multiplier,
+            "sampling": sampling,
+            "release": release.hex(),
+        }
+        if any(all(old[key] == own for key, own in entry.items()) for old in self.entries):
+            return
+        allowed(_composed([*self.entries, entry]))
+        self.entries.append(self._append(entry))
+
+    @property
+    def releases(self) -> list[Releases]:
+        """All that was spent, as it is accounted."""
+        return _composed(self.entries)
+
+    def _append(self, entry: dict[str, Any]) -> dict[str, Any]:
+        entry = {**entry, "hash": _hash(self.head, entry)}
+        try:
+            found = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(found, f"{json.dumps(entry, sort_keys=True)}\n".encode())
+                os.fsync(found)
+            finally:
+                os.close(found)
+            if self.head == FIRST:
+                _sync_folder(self.path.parent)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        self.head = entry["hash"]
+        return entry
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Return all lines; cut off an unfinished last one, whose noise was not drawn."""
+        try:
+            data = self.path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                os.truncate(self.path, len(whole))
+        except OSError as error:
+            raise OutputError(f"cannot read {self.path}: {error.strerror}") from error
+        found = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = dict(json.loads(line))
+                right = entry["hash"] == _hash(self.head, entry)
+            except (ValueError, KeyError, TypeError):
+                right = False
+            if not right:
+                raise PrivacyError(
+                    f"{self.path}: line {number} is not what was written: what was spent is not known; "
+                    "start a new run"
+                )
+            self.head = entry["hash"]
+            found.append(entry)
+        return found
+
+
+def _composed(entries: list[dict[str, Any]]) -> list[Releases]:
+    """Return releases as they are accounted.
+
+    Where sampling counts, those of one round are one, as their cohort was drawn once: Gaussian releases
+    on one cohort are together one with z = (sum of z_i^-2)^(-1/2).
+    """
+    found, rounds = [], dict[tuple[int, float], list[float]]()
+    for entry in entries:
+        z, sampling = entry["noise_multiplier"], entry["sampling"]
+        if sampling == 1:
+            found.append(Releases(z, sampling, 1))
+        else:
+            rounds.setdefault((entry["round"], sampling), []).append(z)
+    for (_, sampling), own in rounds.items():
+        z = own[0] if len(own) == 1 else 0.0
+        if len(own) > 1 and min(own) > 0:
+            z = 1 / math.sqrt(sum(one**-2 for one in own))
+        found.append(Releases(z, sampling, 1))
+    return found
+
+
+def _hash(before: str, entry: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in entry.items() if key != "hash"}
+    return hashlib.sha256(f"{before}{json.dumps(content, sort_keys=True)}".encode()).hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the name of a new file in a folder be on the disk."""
+    found = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(found)
+    finally:
+        os.close(found)

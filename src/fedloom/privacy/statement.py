@@ -1,0 +1,43 @@
+"""What a run may say about privacy: one record, and the same sentences wherever it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def sentences(record: Mapping[str, Any]) -> list[str]:
+    """Return what ``summary.json`` holds under ``privacy`` in sentences: who learns what, and what not.
+
+    Args:
+        record: With unit, epsilon (``None`` where there is no bound), delta, noise_multiplier, clip,
+            sampling, steps, accountant, neighbours, seeded and not_covered.
+    """
+    found = []
+    if record["seeded"]:
+        found.append(
+            "Privacy: reproducible, therefore not private. Noise is drawn from federation.seed "
+            "(privacy.seeded = true), and whoever knows the seed can subtract it; the figures hold for "
+            "noise from a secret key"
+        )
+    epsilon, steps = record["epsilon"], record["steps"]
+    of = f"{steps} noisy sum{'s' if steps != 1 else ''} of {record['unit']}s' changes"
+    if record["unit"] != "client":
+        of = f"{steps} noisy steps at the client that spends most"
+    numbers = (
+        f"noise multiplier {record['noise_multiplier']:.4g}, clip {record['clip']:.4g}, sampling counted "
+        f"as {record['sampling']:.4g}"
+    )
+    if epsilon is None:
+        found.append(
+            f"Privacy: changes are clipped and get no noise, so that nothing is promised ({numbers})"
+        )
+    else:
+        found.append(
+            f"Privacy: whoever receives the model learns of any one {record['unit']} no more than "
+            f"(epsilon, delta) = ({epsilon:.4g}, {record['delta']:.4g}) allows; neighbours: "
+            f"{record['neighbours']}; {of}, {numbers}; accountant: {record['accountant']}"
+        )
+    if record["not_covered"]:
+        found.append(f"Not protected: {'; '.join(record['not_covered'])}")
+    return found

@@ -1,0 +1,185 @@
+"""Client-level privacy of a run: its key, its ledger, who is drawn, and what it may say in the end.
+
+The key of the noise is in a file beside the run folder, which its owner alone can read, and is removed
+when the run is over. The ledger is in the folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import PrivacyError
+from fedloom.experiment.experiment import Experiment
+from fedloom.federation.selection import Poisson, Selection, make_selection
+from fedloom.privacy.accounting import NEIGHBOURS
+from fedloom.privacy.ledger import PrivacyLedger
+from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean
+from fedloom.privacy.statement import sentences
+from fedloom.storage.run_folder import RunFolder
+
+LEDGER = "privacy.jsonl"
+"""The ledger in the run folder."""
+
+RUN = "client-level"
+"""Names the run in its key's derivations: each run has a key of its own."""
+
+
+def selection_of(experiment: Experiment) -> Selection:
+    """Return what draws the clients of each round: under client-level privacy each by its own coin."""
+    if experiment.privacy.unit == "client":
+        federation = experiment.federation
+        return Poisson(min(1.0, federation.cohort_size / _members(experiment)))
+    return make_selection(experiment.federation.selection)
+
+
+class RunPrivacy:
+    """Client-level privacy of one run.
+
+    Attributes:
+        plan: Its numbers.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Solve for the numbers of an experiment with ``privacy.unit = "client"``.
+
+        Raises:
+            SettingsError: The budget cannot be met, or a package is missing.
+        """
+        federation, members = experiment.federation, _members(experiment)
+        cohort = min(federation.cohort_size, members)
+        self._experiment = experiment
+        self.plan = ClientLevelPlan.of(experiment.privacy, members, cohort, federation.rounds)
+
+    @classmethod
+    def of(cls, experiment: Experiment, stage: Callable[[str], None]) -> RunPrivacy | None:
+        """Return that of an experiment, and say what it promises; ``None`` where there is none.
+
+        Raises:
+            SettingsError: See :meth:`__init__`.
+        """
+        if experiment.privacy.unit != "client":
+            return None
+        own = cls(experiment)
+        for sentence in own.promise()["sentences"]:
+            stage(sentence)
+        return own
+
+    def mean(self, folder: RunFolder, done: int) -> PrivateMean:
+        """Return what takes the means of the run in a folder, with its key and its ledger.
+
+        Args:
+            folder: The run folder. Where it has no ledger yet, a key beside it is of an earlier run.
+            done: The last finished round, -1 where there is none. After the last round the key is not
+                needed.
+
+        Raises:
+            CheckpointError: Releases were made, and their key is gone.
+            PrivacyError: The ledger was changed, or is gone.
+            OutputError: Key or ledger cannot be written.
+        """
+        own, path, key = self._experiment, folder.path / LEDGER, key_file(folder)
+        if done >= 0 and not path.exists():
+            raise PrivacyError(
+                f"{path}: the privacy ledger of this run is gone, and rounds were finished: what was "
+                "spent is not known; put it back, or start a new run"
+            )
+        if own.privacy.seeded:
+            source = NoiseSource.seeded(own.federation.seed, RUN)
+        elif done == own.federation.rounds and not key.exists():
+            return PrivateMean(self.plan, NoiseSource.fresh(RUN), PrivacyLedger(path))
+        else:
+            if not path.exists():
+                key.unlink(missing_ok=True)
+            source = NoiseSource.kept(key, RUN, create=not path.exists())
+        facts = {
+            "unit": "client",
+            "delta": self.plan.delta,
+            "target_epsilon": self.plan.target_epsilon,
+            "clip": self.plan.clip,
+            "members": self.plan.members,
+            "neighbours": NEIGHBOURS,
+            "seeded": own.privacy.seeded,
+            "commitment": source.commitment,
+        }
+        return PrivateMean(self.plan, source, PrivacyLedger(path, facts))
+
+    def promise(self, private: PrivateMean | None = None, numbers: int = 0) -> dict[str, Any]:
+        """Return the record of ``run.json`` and ``summary.json``.
+
+        Args:
+            private: What took the means of a run that is over (default: what is planned).
+            numbers: d, how many numbers a client sends.
+        """
+        plan = self.plan
+        spent = private.spent() if private is not None else plan.promised
+        record: dict[str, Any] = {
+            "unit": "client",
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "delta": plan.delta,
+            "noise_multiplier": plan.noise_multiplier,
+            "clip": private.clip if private is not None else plan.clip,
+            "sampling": plan.sampling,
+            "steps": len(private.ledger.entries) if private is not None else plan.rounds,
+            "accountant": spent.accountant,
+            "neighbours": NEIGHBOURS,
+            "seeded": self._experiment.privacy.seeded,
+            "drawn": plan.rate,
+            "target_epsilon": plan.target_epsilon,
+            "clip_quantile": plan.quantile,
+            "noise_to_signal": plan.noise_multiplier * math.sqrt(numbers) / plan.expected,
+            "not_covered": _not_covered(self._experiment),
+        }
+        return {**record, "sentences": sentences(record)}
+
+
+def restore(private: PrivateMean, saved: Mapping[str, Any]) -> None:
+    """Go on from the records of a checkpoint.
+
+    Raises:
+        PrivacyError: They hold nothing of it, or more than the ledger.
+    """
+    if "privacy" not in saved:
+        raise PrivacyError(
+            "the checkpoint was made without client-level privacy: what its rounds released had no "
+            "noise; start a new run"
+        )
+    private.restore(saved["privacy"])
+
+
+def key_file(folder: RunFolder) -> Path:
+    """Return where the key of a run's noise is kept: beside its folder."""
+    path = folder.path.resolve()
+    return path.parent / f".{path.name}.noise-key"
+
+
+def noise_warning(record: dict[str, Any]) -> str | None:
+    """Return that noise drowns the signal, if it is longer than the longest mean change can be."""
+    ratio = record["noise_to_signal"]
+    if ratio <= 1:
+        return None
+    return (
+        f"the noise on each round's mean is {ratio:.3g} times as long as the longest mean change can be: "
+        "fewer trained numbers, more clients a round or a larger epsilon make it shorter"
+    )
+
+
+def _members(experiment: Experiment) -> int:
+    """Return N, the clients that can be drawn."""
+    return experiment.federation.clients - len(set(experiment.clients.newcomers))
+
+
+def _not_covered(experiment: Experiment) -> list[str]:
+    """Return what client-level privacy of the model says nothing of."""
+    found = [
+        "the coordinator, which sees each client's update before it is clipped and noised",
+        "the run folder beside the model (who took part, rows and costs of each client, the audit log)",
+        "a person with rows at several clients (their epsilons add up)",
+        "other runs on the same rows",
+    ]
+    if experiment.judges_clients:
+        found.append("held-out metrics of each client on its own rows (evaluation.per_client)")
+    return found

@@ -1,0 +1,313 @@
+"""Row-level privacy of a run: what each client's steps spend, and the noise that keeps them within it.
+
+A row lies at one client, so the run's epsilon is the largest of its clients' (parallel composition). A
+client's follows from its own numbers: the probability that a unit is in a batch, q = batch_size / units,
+and the steps of all rounds. Small clients have the largest q and would pay most; with ``target_epsilon``
+each has a noise multiplier of its own, so that each spends the target at most, in however many rounds it
+takes part. What a finished run states are the steps that were made. How many units a client has is taken
+to be known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.data.client_rows import Indices, TokenShare
+from fedloom.data.partition import column_values
+from fedloom.errors import DataError, SettingsError
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods.contract.method import Method
+from fedloom.privacy.accounting import NEIGHBOURS, Releases, epsilon, solve_noise_multiplier
+from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.settings import PrivacySettings
+from fedloom.privacy.statement import sentences
+from fedloom.runs.client_privacy import key_file
+from fedloom.runs.partitioning import PartitionedData
+from fedloom.storage.run_folder import RunFolder
+from fedloom.training.row_privacy import RowPrivacy, expected_batch, private_steps, units_of
+from fedloom.training.settings import Work
+
+EACH_BY_ITSELF = 3
+"""Clients with different sampling or steps up to which noise is solved for each, which takes a while."""
+
+ALIKE = 1.15
+"""Beyond that, clients with numbers of units that differ by this factor at most are solved for together:
+as if each had as few as the fewest, and made as many steps as the most, so that each has noise enough."""
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What one client's steps are to be.
+
+    Attributes:
+        units: How many it has: rows, pairs, or values of ``privacy.column``.
+        sampling: q, the probability that a unit is in a batch.
+        steps: Of the whole run at most: as if it took part in every round.
+    """
+
+    units: int
+    sampling: float
+    steps: int
+
+
+RUN = "row-level"
+"""Names the run in its key's derivations: each run has a key of its own."""
+
+
+def new_noise(experiment: Experiment, folder: RunFolder) -> NoiseSource | None:
+    """Return the noise of a run that begins, ``None`` for one without row-level privacy or from the seed.
+
+    Raises:
+        OutputError: Its key cannot be written.
+    """
+    if experiment.privacy.unit != "row" or experiment.privacy.seeded:
+        return None
+    key_file(folder).unlink(missing_ok=True)  # of a run that was deleted
+    return NoiseSource.kept(key_file(folder), RUN, create=True)
+
+
+def kept_noise(experiment: Experiment, folder: RunFolder, *, finished: bool) -> NoiseSource | None:
+    """Return the noise of a run that is continued; see :func:`new_noise`.
+
+    Args:
+        experiment: The run's.
+        folder: Its folder.
+        finished: Whether nothing is trained any more, so that any noise will do.
+
+    Raises:
+        CheckpointError: The key is missing or damaged.
+    """
+    if experiment.privacy.unit != "row" or experiment.privacy.seeded:
+        return None
+    if finished:
+        return NoiseSource.fresh(RUN)
+    return NoiseSource.kept(key_file(folder), RUN, create=False)
+
+
+def seeded_noise(experiment: Experiment) -> NoiseSource:
+    """Return the source of noise that follows from the seed, where the experiment says so.
+
+    Raises:
+        SettingsError: It does not.
+    """
+    if not experiment.privacy.seeded:
+        raise SettingsError(
+            [
+                'privacy.unit = "row": there is no secret for the noise here; fedloom run draws one, and '
+                "privacy.seeded = true does without (reproducible, therefore not private)"
+            ]
+        )
+    return NoiseSource.seeded(experiment.federation.seed, RUN)
+
+
+def row_privacies(
+    experiment: Experiment,
+    division: PartitionedData,
+    method: Method,
+    shares: Mapping[int, TokenShare],
+    participations: float,
+    noise: NoiseSource,
+) -> dict[int, RowPrivacy]:
+    """Return how each client's steps hide its units.
+
+    Args:
+        experiment: With ``privacy.unit = "row"``.
+        division: The rows themselves, for ``privacy.column``.
+        method: Which says how often a client trains in a round.
+        shares: Each client's token rows.
+        participations: Rounds that a client takes part in on average.
+        noise: Where coins and noise come from.
+
+    Raises:
+        DataError: A row has no value in ``privacy.column``.
+        SettingsError: The number of steps would depend on rows, or delta is not below 1 / units.
+    """
+    own = experiment.privacy
+    units = {
+        client: units_of(share, _values(experiment, division, client, pooled=method.pools_data))
+        for client, share in shares.items()
+    }
+    plans = {
+        client: _plan(experiment, method, client, share, units[client], participations)
+        for client, share in shares.items()
+    }
+    multipliers = noise_multipliers(plans, own)
+    return {
+        client: RowPrivacy(own.clip, multipliers[client], noise, units[client], plan.steps)
+        for client, plan in plans.items()
+    }
+
+
+def _plan(
+    experiment: Experiment,
+    method: Method,
+    client: int,
+    share: TokenShare,
+    units: Indices,
+    participations: float,
+) -> RowPlan:
+    """Return what a client's steps are to be.
+
+    Raises:
+        SettingsError: The number of steps would depend on rows, or delta is not below 1 / units.
+    """
+    delta, count = experiment.privacy.delta, int(units.max(initial=-1)) + 1
+    if delta is None or delta >= 1 / count:
+        raise SettingsError(
+            [
+                f"privacy.delta = {delta} is not below 1 / {count}, one over the units of client "
+                f"{client}: a mechanism may then show a unit whole; give {0.1 / count:.0e} or less"
+            ]
+        )
+    steps = _steps(experiment, method, client, share, count, participations)
+    return RowPlan(count, expected_batch(count, experiment.training.batch_size) / count, steps)
+
+
+def noise_multipliers(plans: Mapping[int, RowPlan], privacy: PrivacySettings) -> dict[int, float]:
+    """Return each client's noise multiplier: as given, or so that it spends the target epsilon at most.
+
+    Args:
+        plans: Of each client.
+        privacy: With one of both.
+    """
+    if privacy.noise_multiplier is not None:
+        return dict.fromkeys(plans, privacy.noise_multiplier)
+    target, delta, accountant = privacy.target_epsilon, privacy.delta, privacy.accountant
+    assert target is not None and delta is not None, "one of both is given, and delta with it"
+    alike: dict[object, list[int]] = {}
+    each = len({(own.sampling, own.steps) for own in plans.values()}) <= EACH_BY_ITSELF
+    for client, plan in plans.items():
+        step = math.floor(math.log(plan.units, ALIKE))
+        alike.setdefault((plan.sampling, plan.steps) if each else step, []).append(client)
+    if accountant == "auto" and not each:
+        accountant = "rdp"  # asks for some more noise than PLD, in a tenth of the time
+    found: dict[int, float] = {}
+    for clients in alike.values():
+        sampling = max(plans[client].sampling for client in clients)
+        steps = max(plans[client].steps for client in clients)
+        z = solve_noise_multiplier(target, delta, sampling, steps, accountant)
+        found |= dict.fromkeys(clients, z)
+    return found
+
+
+def _steps(
+    experiment: Experiment,
+    method: Method,
+    client: int,
+    share: TokenShare,
+    units: int,
+    participations: float,
+) -> int:
+    """Return the steps of a client in all rounds at most."""
+    training, rounds = experiment.training, experiment.federation.rounds
+    if client in experiment.clients.newcomers:
+        work = Work(steps=experiment.clients.newcomer_steps)
+        return private_steps(work, units, training.batch_size, share.tokens.width)
+    work = training.work(len(share), participations)
+    each = private_steps(work, units, training.batch_size, share.tokens.width)
+    trainings = [method.trainings_of(round, rounds) for round in range(1, rounds + 1)]
+    if (
+        training.amount_per == "round"
+    ):  # all of a round's trainings share it, each has a step at least
+        return sum(max(each, own) for own in trainings)
+    return sum(each * own for own in trainings)
+
+
+def _values(
+    experiment: Experiment, division: PartitionedData, client: int, *, pooled: bool
+) -> dict[int, str] | None:
+    """Return what makes rows one unit by their number, ``None`` where each is one.
+
+    Raises:
+        DataError: A row has no value there.
+    """
+    column = experiment.privacy.column
+    if column is None:
+        return None
+    clients = division.train if pooled else [client]
+    rows = [row for own in clients for row in division.train[own]]
+    try:
+        return dict(zip([row.row for row in rows], column_values(rows, column), strict=True))
+    except DataError as error:
+        raise DataError(f"privacy.column = {column!r}: {error}") from error
+
+
+def row_statement(
+    experiment: Experiment,
+    privacies: Mapping[int, RowPrivacy],
+    costs: Iterable[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Return what a run promises each unit, for ``run.json`` and ``summary.json``.
+
+    Args:
+        experiment: With ``privacy.unit = "row"``.
+        privacies: How each client's steps hide its units.
+        costs: All records of the costs of a run that is over, which tell the steps that each client made
+            (default: as many as are planned at most).
+
+    Returns:
+        The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each
+        one's own, ``None`` for an epsilon that is not bounded.
+    """
+    own = experiment.privacy
+    assert own.delta is not None, "the section asks for it with a unit"
+    made = {client: privacy.steps for client, privacy in privacies.items()}
+    if costs is not None:
+        made = dict.fromkeys(made, 0)
+        for cost in costs:
+            if cost["client"] in made:
+                made[cost["client"]] += cost["steps"]
+    releases = {}
+    for client, privacy in sorted(privacies.items()):
+        sampling = expected_batch(privacy.count, experiment.training.batch_size) / privacy.count
+        releases[client] = Releases(privacy.noise_multiplier, sampling, made[client])
+    several = own.accountant == "auto" and len(set(releases.values())) > EACH_BY_ITSELF
+    accountant = "rdp" if several else own.accountant
+    known = {one: epsilon([one], own.delta, accountant) for one in set(releases.values())}
+    clients: dict[str, dict[str, Any]] = {}
+    for client, one in releases.items():
+        spent = known[one]
+        clients[str(client)] = {
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "noise_multiplier": one.noise_multiplier,
+            "sampling": one.sampling,
+            "steps": one.steps,
+            "units": privacies[client].count,
+            "accountant": spent.accountant,
+        }
+    worst = max(
+        clients.values(), key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"]
+    )
+    record = {
+        "unit": "row",
+        "column": own.column,
+        "epsilon": worst["epsilon"],
+        "delta": own.delta,
+        "noise_multiplier": worst["noise_multiplier"],
+        "clip": own.clip,
+        "sampling": worst["sampling"],
+        "steps": worst["steps"],
+        "accountant": worst["accountant"],
+        "neighbours": NEIGHBOURS,
+        "seeded": own.seeded,
+        "target_epsilon": own.target_epsilon,
+        "not_covered": _not_covered(experiment),
+        "clients": clients,
+    }
+    of = "row" if own.column is None else f"value of {own.column!r} at a client, with all its rows,"
+    return {**record, "sentences": sentences({**record, "unit": of})}
+
+
+def _not_covered(experiment: Experiment) -> list[str]:
+    """Return what row-level privacy of the steps says nothing of."""
+    found = [
+        "how many rows each client has, and what its work cost (tokens, operations, seconds)",
+        "a person with several units, or rows at several clients (their epsilons add up)",
+        "other runs on the same rows",
+    ]
+    if experiment.evaluation.per_client:
+        found.append("the held-out rows of clients (evaluation.per_client)")
+    return found

@@ -1,0 +1,304 @@
+"""Client-level privacy of runs: every method, empty cohorts, kills, budgets, and what pages say."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fedloom.errors import CheckpointError, PrivacyError, SettingsError
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods import METHODS
+from fedloom.privacy.accounting import Releases, epsilon
+from fedloom.reports.run_page import write_report
+from fedloom.runs import run as runs
+from fedloom.runs.client_privacy import key_file
+from fedloom.runs.observers import Silent
+from fedloom.runs.run import resume_run, run_experiment
+from fedloom.storage.run_folder import RunFolder
+from sampling import drawn, every
+
+PRIVATE = {
+    "unit": "client",
+    "delta": 1e-2,
+    "clip": 0.5,
+    "noise_multiplier": 1.0,
+    "accountant": "rdp",
+}
+SMALL = {
+    "data": {"builtin_rows": 40},
+    "federation": {"clients": 4, "clients_per_round": 2, "rounds": 2},
+    "training": {"local_steps": 1, "batch_size": 4},
+    "evaluation": {"samples": 0, "max_examples": 4, "client_max_examples": 2},
+}
+ABLE = sorted(name for name, (_, kind) in METHODS.items() if kind.declares.client_privacy.holds)
+
+
+@pytest.fixture
+def private(experiment):
+    def make(privacy=None, **sections):
+        merged = {name: {**SMALL.get(name, {}), **own} for name, own in sections.items()}
+        return experiment(**{**SMALL, **merged, "privacy": {**PRIVATE, **(privacy or {})}})
+
+    return make
+
+
+def start(words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedloom", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+class Told(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def stage(self, text):
+        self.lines.append(text)
+
+    def warning(self, text):
+        self.lines.append(text)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def weights(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_says_what_it_promises_and_keeps_its_key_to_itself(private, tmp_path):
+    observer, folder = Told(), tmp_path / "run"
+    run_experiment(private(), observer=observer)
+    own = read(folder, "summary.json")["privacy"]
+    assert own["epsilon"] == epsilon([Releases(1.0, 1, 2)], 1e-2, "rdp").epsilon
+    assert own["unit"] == "client" and own["steps"] == 2 and own["sampling"] == 1
+    assert own["accountant"].startswith("RDP, dp-accounting") and not own["seeded"]
+    assert own["neighbours"] == "add or remove one" and own["drawn"] == 0.5
+    assert (
+        observer.lines[:2] == own["sentences"] == read(folder, "run.json")["privacy"]["sentences"]
+    )
+    assert any("times as long as the longest mean change" in line for line in observer.lines)
+    assert not key_file(RunFolder.existing(folder)).exists()  # the run is over
+    text = re.sub(r"<[^>]+>", "", write_report([folder]).read_text())
+    for sentence in own["sentences"]:
+        assert sentence.replace("'", "&#39;") in text and text.index(sentence[:9]) < text.index(
+            "Curves"
+        )
+        assert sentence in (folder / "adapter" / "README.md").read_text()
+    for record in lines(folder, "rounds.jsonl"):
+        assert not record["train"] and not record["client_train"] and not record["details"]
+    started = [line["round"] for line in lines(folder, "privacy.jsonl")[1:]]
+    assert started == [1, 2]
+
+
+@pytest.mark.slow
+def test_noise_of_two_runs_differs_unless_it_is_seeded(private, tmp_path):
+    found = {}
+    for name, seeded in (("a", False), ("b", False), ("c", True), ("d", True)):
+        folder = tmp_path / name
+        run_experiment(
+            private({"seeded": seeded}, output={"folder": str(folder)}), observer=Silent()
+        )
+        found[name] = weights(folder)
+    assert len({found["a"], found["b"], found["c"]}) == 3 and found["c"] == found["d"]
+    own = read(tmp_path / "c", "summary.json")["privacy"]
+    assert "reproducible, therefore not private" in own["sentences"][0]
+
+
+@pytest.mark.parametrize("name", every(7, ABLE))
+def test_every_method_that_declares_it_takes_its_means_there(private, tmp_path, name):
+    own = private({"clip": 1e-3}, method={"name": name}, federation={"rounds": 1})
+    run_experiment(own, observer=Silent())
+    entries = lines(tmp_path / "run", "privacy.jsonl")[1:]
+    assert len(entries) == (0 if name == "local_only" else 1)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - set(ABLE)))
+def test_other_methods_are_refused_with_their_reason(private, name):
+    with pytest.raises(SettingsError) as told:
+        private(method={"name": name})
+    why = METHODS[name][1].declares.client_privacy.why
+    assert any(f"method.name = {name!r} cannot: {why}" in line for line in told.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"aggregation": {"rule": "median"}}, "aggregation.rule = 'median' is not a sum"),
+        ({"federation": {"replacements": 1}}, "leave out federation.replacements = 1"),
+        ({"federation": {"selection": "rows"}}, "leave out federation.selection = 'rows'"),
+        ({"privacy": {"delta": 0.5}}, "not below 1 / federation.clients"),
+        ({"privacy": {"amplification": True}}, "sampling hides nobody"),
+        ({"privacy": {"target_epsilon": 3.0}}, "give one of privacy.noise_multiplier"),
+        ({"privacy": {"clip_count_noise": 3.0}}, "give both"),
+    ],
+)
+def test_what_cannot_be_private_is_refused_before_anything_is_read(private, sections, words):
+    privacy = sections.pop("privacy", {})
+    with pytest.raises(SettingsError) as told:
+        private(privacy, **sections)
+    assert [line for line in told.value.problems if words in line], told.value
+
+
+def test_a_budget_that_cannot_be_met_leaves_nothing_behind(private, tmp_path):
+    own = private({"noise_multiplier": None, "target_epsilon": 1e-9, "delta": 1e-12})
+    with pytest.raises(SettingsError, match="cannot be met"):
+        run_experiment(own, observer=Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_round_for_which_nobody_is_drawn_releases_noise(private, tmp_path):
+    """About one client of four is expected, so that of three cohorts one is empty with this seed."""
+    own = private(federation={"clients": 4, "clients_per_round": 1, "rounds": 3, "seed": 3})
+    run_experiment(own, observer=Silent())
+    cohorts = [record["clients"] for record in lines(tmp_path / "run", "rounds.jsonl")[1:]]
+    assert [] in cohorts, cohorts
+    assert len(lines(tmp_path / "run", "privacy.jsonl")) == 4
+
+
+def stopped_after(round, private, folder, monkeypatch, moment):
+    """Run until a round, and stop there as a kill would: right after its noise, or after it is saved."""
+
+    class Stop(BaseException):
+        pass
+
+    kind = runs._Run
+    plain = kind._finish_round
+
+    def finish(self, record, state):
+        if record.round == round and moment == "noise":
+            raise Stop
+        plain(self, record, state)
+        if record.round == round:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "_finish_round", finish)
+        patched.setattr(kind, "_keep_last", lambda self: None)
+        with pytest.raises(Stop):
+            run_experiment(private, observer=Silent())
+    return RunFolder.existing(folder)
+
+
+@pytest.mark.parametrize("moment", every(2, ["noise", "saved"]))
+def test_a_resume_spends_once_and_ends_with_the_same_bits(private, tmp_path, monkeypatch, moment):
+    quiet, folder = tmp_path / "quiet", tmp_path / "stopped"
+    settings = {"seeded": True, "clip_quantile": 0.5, "clip_count_noise": 2.0}
+    run_experiment(private(settings, output={"folder": str(quiet)}), observer=Silent())
+    own = private(settings, output={"folder": str(folder)})
+    stopped_after(1, own, folder, monkeypatch, moment)
+    assert len(lines(folder, "privacy.jsonl")) == 2  # spent before the round was saved
+    resume_run(folder)
+    assert weights(folder) == weights(quiet)
+    assert lines(folder, "privacy.jsonl") == lines(quiet, "privacy.jsonl")
+
+
+@pytest.mark.slow
+def test_other_machines_give_the_bits_of_a_simulation(private, tmp_path, loopback):
+    """With rounds for which nobody is drawn, and clients whose experiment holds nothing of privacy."""
+    found = []
+    for name, remote in (("here", False), ("there", True)):
+        own = private(
+            {"seeded": True},
+            federation={"clients": 3, "clients_per_round": 1, "rounds": 3, "seed": 3},
+            output={"folder": str(tmp_path / name)},
+        )
+        engine = loopback(3).engine(own) if remote else None
+        run_experiment(own, observer=Silent(), remote=engine)
+        found.append((weights(tmp_path / name), lines(tmp_path / name, "privacy.jsonl")))
+        cohorts = [record["clients"] for record in lines(tmp_path / name, "rounds.jsonl")[1:]]
+        assert [] in cohorts, cohorts
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_key_is_needed_while_the_run_lasts(private, tmp_path, monkeypatch):
+    folder = stopped_after(1, private(), tmp_path / "run", monkeypatch, "noise")
+    key = key_file(folder)
+    assert stat.S_IMODE(os.stat(key).st_mode) == 0o600 and folder.path not in key.parents
+    everything = b"".join(p.read_bytes() for p in folder.path.rglob("*") if p.is_file())
+    assert key.read_text().encode() not in everything
+    moved = key.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="start a new run"):
+        resume_run(folder.path)
+    moved.rename(key)
+    resume_run(folder.path)
+    assert len(lines(folder.path, "privacy.jsonl")) == 3 and not key.exists()
+    resume_run(folder.path)  # again after its end: nothing is released
+
+
+@pytest.mark.slow
+def test_a_lost_ledger_stops_a_resume(private, tmp_path, monkeypatch):
+    folder = stopped_after(1, private(), tmp_path / "run", monkeypatch, "saved")
+    moved = (folder.path / "privacy.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(PrivacyError, match="is gone"):
+        resume_run(folder.path)
+    first = moved.read_text().splitlines()[0]
+    (folder.path / "privacy.jsonl").write_text(f"{first}\n")
+    with pytest.raises(PrivacyError, match="counts 1 releases"):
+        resume_run(folder.path)
+    moved.rename(folder.path / "privacy.jsonl")
+    resume_run(folder.path)
+
+
+@pytest.mark.slow
+def test_twenty_rounds_killed_twice_cost_what_one_direct_call_says(private, tmp_path):
+    """Real processes, ended by SIGKILL at moments that differ with every commit."""
+    file, folder = tmp_path / "x.toml", tmp_path / "killed"
+    file.write_text(
+        private(
+            federation={"rounds": 20},
+            evaluation={"every": 20, "per_client": False},
+            output={"folder": str(folder)},
+        ).to_toml()
+    )
+    rng, kills = drawn("privacy kills"), 0
+    while not (folder / "summary.json").exists():
+        begun = (folder / "experiment.toml").exists()
+        words = ["run", "--resume", folder] if begun else ["run", file]
+        with start(words) as process:
+            while kills < 2 and process.poll() is None:
+                written = folder / "privacy.jsonl"
+                if written.exists() and written.read_text().count("\n") > 4 * (kills + 1):
+                    time.sleep(rng.uniform(0, 0.5))
+                    process.kill()
+                    break
+                time.sleep(0.02)
+            process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL)
+    own = read(folder, "summary.json")["privacy"]
+    assert kills == 2 and own["steps"] == 20
+    assert own["epsilon"] == epsilon([Releases(1.0, 1, 20)], 1e-2, "rdp").epsilon
+
+
+def test_poisson_cohorts_have_the_rate_of_the_accountant(private):
+    from fedloom.federation.presence import Presence
+    from fedloom.federation.selection import draw
+    from fedloom.runs.client_privacy import selection_of
+
+    own: Experiment = private(federation={"clients": 40, "clients_per_round": 10})
+    presence = Presence.of(dict.fromkeys(range(40), 5))
+    away = presence.without([7])
+    cohorts = [draw(selection_of(own), presence, 10, 0, round) for round in range(2000)]
+    sizes = torch.tensor([len(cohort) for cohort in cohorts], dtype=torch.float64)
+    assert float(sizes.mean()) == pytest.approx(10, abs=0.25)
+    assert float(sizes.var()) == pytest.approx(7.5, rel=0.12)  # n q (1 - q)
+    each = [sum(client in cohort for cohort in cohorts) for client in range(40)]
+    assert min(each) > 420 and max(each) < 580  # 500 each, sqrt(2000 q (1 - q)) = 19
+    assert draw(selection_of(own), away, 10, 0, 3) == tuple(c for c in cohorts[3] if c != 7)
