@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.server_optimizers import (
     adagrad_moment,
     adam_moment,
@@ -87,9 +86,8 @@ class _FedOpt(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, make one adaptive step along the mean change."""
         adapter = self.shared(state)
-        replies = yield training_exchange(cohort, adapter)
-        adapters = [reply.payload.tensors for reply in replies]
-        mean = weighted_mean(adapters, [1.0] * len(adapters), out=adapters[0])
+        replies = yield training_exchange(cohort, adapter, by_rows=False)
+        mean = replies.mean(by="clients")
         first, second = self.moments(
             part_of(state.tensors, FIRST),
             part_of(state.tensors, SECOND),

@@ -35,12 +35,14 @@ from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
+from fedloom.federation.secure_exchange import SecureAggregation
 from fedloom.federation.selection import make_selection
 from fedloom.federation.violations import of_rounds
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
+from fedloom.privacy.secure_aggregation.graph import LEAST
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.code_digests import (
@@ -549,6 +551,7 @@ class _Run:
             presence=self.presence,
             clock=self.clock,
             selection=make_selection(experiment.federation.selection),
+            secure=self._secure(),
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -568,6 +571,18 @@ class _Run:
             for tracker in self.trackers:
                 tracker.close()
         return self._finish(state)
+
+    def _secure(self) -> SecureAggregation | None:
+        """Return what has replies summed, where the server may see none of them."""
+        own = self.experiment.privacy
+        if not own.secure_aggregation:
+            return None
+        self.observer.stage(
+            "secure aggregation: the server sees sums of updates of at least "
+            f"{LEAST} clients, and no single one"
+        )
+        stochastic = own.sum_rounding == "stochastic"
+        return SecureAggregation(self.admission.run or "", own.sum_bits, own.sum_bound, stochastic)
 
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:

@@ -180,7 +180,7 @@ class ServerSession:
         needed = graph.threshold_of(holders)
         if len(shares) < needed:
             raise RoundFailed(
-                f"secure aggregation: {len(shares)} of {holders} shares of client {client}'s {kind} were "
+                f"{self._where}: {len(shares)} of {holders} shares of client {client}'s {kind} were "
                 f"revealed, {needed} are needed: too many clients dropped out; the sum cannot be read"
             )
         try:
@@ -190,9 +190,13 @@ class ServerSession:
 
     def _wrong(self, client: int) -> RoundFailed:
         return RoundFailed(
-            f"secure aggregation: the shares of client {client}'s secrets do not fit its keys: it, or a "
+            f"{self._where}: the shares of client {client}'s secrets do not fit its keys: it, or a "
             "client that revealed them, sent wrong ones; the sum cannot be read"
         )
+
+    @property
+    def _where(self) -> str:
+        return f"round {self.context.round}: secure aggregation"
 
     @property
     def _needed(self) -> int:
@@ -201,6 +205,5 @@ class ServerSession:
     def _require(self, found: Collection[int], needed: int, what: str) -> None:
         if len(found) < needed:
             raise RoundFailed(
-                f"secure aggregation: {len(found)} clients {what}, at least {needed} must: the round is "
-                "given up and nothing was revealed"
+                f"{self._where}: {len(found)} clients {what}, at least {needed} must; nothing was revealed"
             )
