@@ -144,6 +144,7 @@ LEFT = _names(
         "admission": "max_value max_change on_excess max_examples offences pause",
         "evaluation": "samples",
         "output": "folder trackers",
+        "privacy": "secure_aggregation sum_bits sum_bound sum_rounding",
         "simulation": "devices cohort",
     }
 )

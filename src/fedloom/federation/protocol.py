@@ -138,8 +138,8 @@ class SummedReplies(Replies):
             alike = name.startswith(self.total.alike) if self.total.alike else False
             if name.startswith(f"{part}/" if part else "") and alike != (by == "clients"):
                 raise PluginError(
-                    f"the mean of {name!r} by {by} is not known: under privacy.secure_aggregation replies "
-                    "are summed with the weights that Exchange.alike says"
+                    f"the mean of {name!r} by {by} is not known: under privacy.secure_aggregation "
+                    "replies are summed with the weights that Exchange.alike says"
                 )
         return part_of(self.total.means, part) if part else dict(self.total.means)
 

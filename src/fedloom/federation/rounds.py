@@ -280,7 +280,9 @@ class _RoundExchanges:
         while True:
             answers = self._arriving(stage)
             _, left_out = admission.accept(answers, stage, rows, _none_of_it, self.server.audit)
-            if not counted:  # once the sum has a reply, it counts, whether or not its client goes on
+            if (
+                not counted
+            ):  # once the sum has a reply, it counts, whether or not its client goes on
                 self.rejected.update(left_out)
                 self.server.engine.discard(left_out.keys())
             counted = counted or stage.action not in PROTOCOL

@@ -30,6 +30,7 @@ from fedloom.privacy.secure_aggregation.masks import Words, packed, packed_bytes
 from fedloom.privacy.secure_aggregation.primitives import Context
 from fedloom.privacy.secure_aggregation.quantisation import Grid
 from fedloom.privacy.secure_aggregation.server import ServerSession
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.randomness import generator
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import (
@@ -278,6 +279,14 @@ class SecureAggregation:
     bound: float
     stochastic: bool
 
+    @classmethod
+    def of(cls, privacy: PrivacySettings, run: str | None) -> SecureAggregation | None:
+        """Return that of a run, ``None`` where the server may see single updates."""
+        if not privacy.secure_aggregation:
+            return None
+        stochastic = privacy.sum_rounding == "stochastic"
+        return cls(run or "", privacy.sum_bits, privacy.sum_bound, stochastic)
+
     def stages(
         self, exchange: Exchange, number: int, rows: Mapping[int, int], largest: int | None
     ) -> Stages:
@@ -301,9 +310,7 @@ class SecureAggregation:
                 f"{len(clients)} can be asked"
             )
         masking = self._masking_of(exchange, number, [rows[client] for client in clients], largest)
-        session = ServerSession(
-            Context(self.run, exchange.round, number), elements_of(masking)
-        )
+        session = ServerSession(Context(self.run, exchange.round, number), elements_of(masking))
         plain = replace(exchange, masking=masking)
         left = yield _stage(plain, KEYS, dict.fromkeys(clients, b""), session.take_keys)
         keys = session.keys()
@@ -382,9 +389,7 @@ def _stage(
     )
 
 
-def _answers(
-    exchange: Exchange, shares: Mapping[int, bytes], session: ServerSession
-) -> Exchange:
+def _answers(exchange: Exchange, shares: Mapping[int, bytes], session: ServerSession) -> Exchange:
     """Return the exchange itself, with masked answers that go into the session's sum as they come."""
     masking = _masking(exchange)
     count, width = session.elements, grid_of(masking).width

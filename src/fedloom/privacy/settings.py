@@ -25,8 +25,8 @@ class PrivacySettings(Settings):
     delta: float | None = Field(default=None, gt=0, lt=1)
     """delta of (epsilon, delta)-differential privacy: below 1 / number of units."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest Euclidean norm of what one unit adds, over all tensors together; longer ones are scaled down
-    to it."""
+    """Largest Euclidean norm of what one unit adds, over all tensors together; longer ones are scaled
+    down to it."""
     noise_multiplier: float | None = Field(default=None, ge=0)
     """Standard deviation of the noise on a sum, over the clip; 0 clips alone, which promises nothing."""
     target_epsilon: float | None = Field(default=None, gt=0)
@@ -37,7 +37,8 @@ class PrivacySettings(Settings):
     column: str | None = None
     """For unit = "row": rows with the same value in this column (a patient) are one unit."""
     seeded: bool = False
-    """Whether noise is drawn from federation.seed: reproducible, therefore not private; for simulations."""
+    """Whether noise is drawn from federation.seed: reproducible, therefore not private (for simulations
+    alone)."""
     secure_aggregation: bool = False
     """Whether the server sees sums of updates and none of a single client."""
     sum_bits: Annotated[int, SUMMED] = Field(default=16, ge=LEAST_BITS, le=MOST_BITS)
@@ -53,9 +54,8 @@ class PrivacySettings(Settings):
         """Yield what in this section contradicts itself."""
         if self.secure_aggregation and self.unit == "client":
             yield (
-                'privacy.secure_aggregation: with privacy.unit = "client" updates are clipped, and their sum '
-                'gets its noise, on the server, which then has to see each: use privacy.unit = "row", or '
-                "leave one of the two out"
+                'privacy.secure_aggregation: with privacy.unit = "client" the server clips updates, and '
+                'so has to see each: use privacy.unit = "row", or leave one of the two out'
             )
         if self.unit is None:
             for name in ("delta", "noise_multiplier", "target_epsilon", "column"):

@@ -574,15 +574,13 @@ class _Run:
 
     def _secure(self) -> SecureAggregation | None:
         """Return what has replies summed, where the server may see none of them."""
-        own = self.experiment.privacy
-        if not own.secure_aggregation:
-            return None
-        self.observer.stage(
-            "secure aggregation: the server sees sums of updates of at least "
-            f"{LEAST} clients, and no single one"
-        )
-        stochastic = own.sum_rounding == "stochastic"
-        return SecureAggregation(self.admission.run or "", own.sum_bits, own.sum_bound, stochastic)
+        found = SecureAggregation.of(self.experiment.privacy, self.admission.run)
+        if found is not None:
+            self.observer.stage(
+                f"secure aggregation: the server sees sums of the updates of {LEAST} clients or more, and "
+                "no single one"
+            )
+        return found
 
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:

@@ -13,9 +13,7 @@ AFFORDABLE = 1e11
 LoRA's factors apart loses."""
 
 
-def note_averaging_error(
-    replies: Sequence[Reply], cohort: Cohort, *, by_rows: bool = True
-) -> None:
+def note_averaging_error(replies: Sequence[Reply], cohort: Cohort, *, by_rows: bool = True) -> None:
     """Have the round's notes say what averaging LoRA's factors of these replies apart loses.
 
     Nothing is noted where their sum alone is known, or where they are so many and large that they wait on

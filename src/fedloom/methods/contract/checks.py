@@ -40,9 +40,7 @@ def tasks_only(view: ExperimentView) -> Iterator[str]:
         )
 
 
-def summed_alone(
-    kind: type[MethodTraits], claim: Claim, view: ExperimentView
-) -> Iterator[str]:
+def summed_alone(kind: type[MethodTraits], claim: Claim, view: ExperimentView) -> Iterator[str]:
     """Yield what cannot be where the server sees the sum of a round's answers alone.
 
     Args:
@@ -63,8 +61,8 @@ def summed_alone(
     yield from _rules_alone(view, opening)
     if view.evaluation is not None and view.evaluation.per_client:
         yield (
-            f"{opening} evaluation.per_client = true sends each client's own scores to the server: set it "
-            "to false"
+            f"{opening} evaluation.per_client = true sends each client's own scores to the server: set "
+            "it to false"
         )
     if view.clients is not None and view.clients.newcomers:
         yield f"{opening} clients.newcomers are judged one by one, and the server gets their scores"

@@ -73,7 +73,9 @@ class ClientSession:
             primitives.commitment(self.context, self.client, seed),
             b"",
         )
-        signature = primitives.signing_key(self.identity).sign(keys.signed(self.context, self.client))
+        signature = primitives.signing_key(self.identity).sign(
+            keys.signed(self.context, self.client)
+        )
         self._keys[self.client] = Keys(keys.encryption, keys.masking, keys.commitment, signature)
         return bytes(self._keys[self.client])
 
@@ -144,12 +146,16 @@ class ClientSession:
         self._begin("confirm")
         found = messages.entries_of(survivors, 0).keys()
         if self.client not in found or found - self._keys.keys():
-            raise MessageError("the list of survivors lacks this client, or has strange ones", "forged")
+            raise MessageError(
+                "the list of survivors lacks this client, or has strange ones", "forged"
+            )
         if any(own in self._neighbours and own not in self._received for own in found):
             raise MessageError("a neighbour is listed whose shares never came", "forged")
         needed = max(self.least, graph.LEAST, graph.threshold_of(len(self._keys)))
         if len(found) < needed:
-            raise MessageError(f"{len(found)} clients are left, {needed} are needed: nothing is revealed")
+            raise MessageError(
+                f"{len(found)} clients are left, {needed} are needed: nothing is revealed"
+            )
         self._survivors = survivors
         signed = messages.survivors_signed(self.context, survivors)
         return primitives.signing_key(self.identity).sign(signed)

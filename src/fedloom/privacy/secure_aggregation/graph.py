@@ -20,7 +20,7 @@ LEAST = 3
 """Clients of the smallest sum: that of two tells each of them the other's part."""
 
 DROPPED, COLLUDING = 1 / 3, 1 / 5
-"""Shares of the clients that may drop out, and that may collude with the server, for which k is chosen."""
+"""Shares of the clients that may drop out, and that may collude with the server: k is chosen for them."""
 
 LOST, KNOWN = 2.0**-20, 2.0**-40
 """Bounds on the chance that a round fails although no more drop out, and that some client's neighbours

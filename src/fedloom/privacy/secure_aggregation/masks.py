@@ -32,7 +32,7 @@ def add_mask(words: Words, key: bytes, *, subtract: bool = False) -> None:
     for start in range(0, len(words), _BLOCK):
         part = words[start : start + _BLOCK]
         size = 4 * len(part)
-        stream.update_into(zeros if size == len(zeros) else zeros[:size], room)
+        stream.update_into(zeros if size == len(zeros) else zeros[:size], room.data)
         combined(part, mask[: len(part)], out=part)
 
 

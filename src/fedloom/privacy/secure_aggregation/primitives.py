@@ -50,7 +50,12 @@ class Context:
 
     def bound(self, purpose: str, *more: bytes | int) -> bytes:
         """Return the bytes of a purpose in this context, each part with its length."""
-        parts: tuple[bytes | int, ...] = (purpose.encode(), self.run.encode(), self.round, self.number)
+        parts: tuple[bytes | int, ...] = (
+            purpose.encode(),
+            self.run.encode(),
+            self.round,
+            self.number,
+        )
         found = [_NAME]
         for part in (*parts, *more):
             own = part.to_bytes(8, "big") if isinstance(part, int) else part

@@ -87,7 +87,9 @@ def entries_of(data: bytes, size: int) -> dict[int, bytes]:
     for start in range(0, len(data), width):
         client = int.from_bytes(data[start : start + ID_BYTES], "big")
         if client <= last:
-            raise MessageError(f"client {client} occurs twice in a list, or out of order", "replayed")
+            raise MessageError(
+                f"client {client} occurs twice in a list, or out of order", "replayed"
+            )
         found[client] = data[start + ID_BYTES : start + width]
         last = client
     return found

@@ -111,7 +111,9 @@ class Grid:
             else:
                 scaled += rng.random(len(scaled))
                 np.floor(scaled, out=scaled)
-            np.multiply(scaled.astype(np.uint32), np.uint32(weight), out=out[start : start + _BLOCK])
+            np.multiply(
+                scaled.astype(np.uint32), np.uint32(weight), out=out[start : start + _BLOCK]
+            )
         return cut
 
     def mean(self, sums: Words, weight: int) -> NDArray[np.float64]:
@@ -134,4 +136,4 @@ class Grid:
         if not weight:
             return None
         whole = sum(digit << ((self.bits - 1) * place) for place, digit in enumerate(digits))
-        return whole / weight / 2**_FRACTION - 2.0 ** (_WHOLE - 1)
+        return float(whole / weight / 2**_FRACTION - 2.0 ** (_WHOLE - 1))

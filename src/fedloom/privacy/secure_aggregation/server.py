@@ -111,7 +111,9 @@ class ServerSession:
     def take_signature(self, client: int, data: bytes) -> None:
         """Take a client's signature over the list; clients verify it, not the server."""
         if len(data) != primitives.SIGNATURE_BYTES:
-            raise MessageError(f"a signature has {primitives.SIGNATURE_BYTES} bytes, not {len(data)}")
+            raise MessageError(
+                f"a signature has {primitives.SIGNATURE_BYTES} bytes, not {len(data)}"
+            )
         self._signatures[client] = data
 
     def signatures(self) -> bytes:
@@ -153,7 +155,9 @@ class ServerSession:
             seed = self._secret(client, "self mask")
             if primitives.commitment(self.context, client, seed) != self._keys[client].commitment:
                 raise self._wrong(client)
-            add_mask(self._sum, derived(seed, self_info(self.context, client, digest)), subtract=True)
+            add_mask(
+                self._sum, derived(seed, self_info(self.context, client, digest)), subtract=True
+            )
         for client in sorted(self._shares.keys() - self._summed):
             self._take_off(self._sum, client, digest)
         return self._sum
@@ -205,5 +209,5 @@ class ServerSession:
     def _require(self, found: Collection[int], needed: int, what: str) -> None:
         if len(found) < needed:
             raise RoundFailed(
-                f"{self._where}: {len(found)} clients {what}, at least {needed} must; nothing was revealed"
+                f"{self._where}: {len(found)} clients {what}, {needed} must; nothing was revealed"
             )

@@ -40,7 +40,9 @@ def split(secret: bytes, places: Sequence[int], threshold: int, random: bytes) -
         ValueError: An argument is not as described.
     """
     if len(secret) != SECRET_BYTES or len(random) != random_bytes(threshold):
-        raise ValueError("a secret has 32 bytes, and its sharing needs random_bytes(threshold) more")
+        raise ValueError(
+            "a secret has 32 bytes, and its sharing needs random_bytes(threshold) more"
+        )
     if not 1 <= threshold <= len(set(places)) == len(places) or min(places) < 1:
         raise ValueError(f"{threshold} of {len(places)} shares, at places {list(places)[:5]}")
     coefficients = [
