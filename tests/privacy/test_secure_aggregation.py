@@ -234,10 +234,12 @@ def test_two_lists_of_survivors_reveal_nothing():
     """Half is told that client 4 answered, half that it dropped out: for both of its secrets."""
     players = Players(6)
     players.masked(players.shares(players.keys()))
-    lists = {c: messages.ids(range(6)) if c < 3 else messages.ids((0, 1, 2, 3, 5)) for c in range(6)}
+    lists = {
+        c: messages.ids(range(6)) if c < 3 else messages.ids((0, 1, 2, 3, 5)) for c in range(6)
+    }
     signed = {c: players.clients[c].confirm(lists[c]) for c in (0, 1, 2, 3, 5)}
     for client in (0, 3):
-        with pytest.raises(MessageError, match="3 clients have signed|2 clients have signed"):
+        with pytest.raises(MessageError, match=r"[23] clients have signed"):
             players.clients[client].reveal(messages.listed(signed))
 
 

@@ -62,7 +62,9 @@ def test_shares_out_of_the_field_are_refused():
 
 @pytest.mark.parametrize("number", [3, 50, 51, 100, 200, 1000])
 def test_neighbours_are_mutual_and_join_all(number):
-    order = graph.order_of({c: hashlib.sha256(bytes([c % 256, c // 256])).digest() for c in range(number)})
+    order = graph.order_of(
+        {c: hashlib.sha256(bytes([c % 256, c // 256])).digest() for c in range(number)}
+    )
     near = {client: graph.neighbours(order, client) for client in order}
     k = graph.degree(number)
     assert all(len(set(own)) == k and client not in own for client, own in near.items())

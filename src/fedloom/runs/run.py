@@ -577,8 +577,8 @@ class _Run:
         found = SecureAggregation.of(self.experiment.privacy, self.admission.run)
         if found is not None:
             self.observer.stage(
-                f"secure aggregation: the server sees sums of the updates of {LEAST} clients or more, and "
-                "no single one"
+                f"secure aggregation: the server sees sums of the updates of {LEAST} clients or more, "
+                "and no single one"
             )
         return found
 
