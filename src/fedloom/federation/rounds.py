@@ -275,14 +275,12 @@ class _RoundExchanges:
         largest = admission.weight_bound(rows).examples
         stages = secure.stages(exchange, self.sums, rows, largest)
         self.sums += 1
-        counted = False
+        counted = False  # once the sum has a reply, it counts, whether or not its client goes on
         stage = next(stages)
         while True:
             answers = self._arriving(stage)
             _, left_out = admission.accept(answers, stage, rows, _none_of_it, self.server.audit)
-            if (
-                not counted
-            ):  # once the sum has a reply, it counts, whether or not its client goes on
+            if not counted:
                 self.rejected.update(left_out)
                 self.server.engine.discard(left_out.keys())
             counted = counted or stage.action not in PROTOCOL
