@@ -51,8 +51,7 @@ def measure(clients: int, numbers: int, rows: int, dropped: int) -> dict[str, fl
     identities = [os.urandom(32) for _ in range(clients)]
     registry = {c: primitives.identity_of(key) for c, key in enumerate(identities)}
     players = [
-        ClientSession(context, c, key, registry, os.urandom(32))
-        for c, key in enumerate(identities)
+        ClientSession(context, c, key, registry, os.urandom(32)) for c, key in enumerate(identities)
     ]
     server = ServerSession(context, numbers)
     spent: list[list[float]] = [[] for _ in players]
@@ -70,7 +69,9 @@ def measure(clients: int, numbers: int, rows: int, dropped: int) -> dict[str, fl
         values = np.random.default_rng(c).normal(0, 0.01, numbers).astype(np.float32)
         plain = np.zeros(numbers, dtype=np.uint32)
 
-        def masked(c: int = c, values: np.ndarray = values, plain: np.ndarray = plain) -> np.ndarray:
+        def masked(
+            c: int = c, values: np.ndarray = values, plain: np.ndarray = plain
+        ) -> np.ndarray:
             grid.put(values, rows, plain, np.random.default_rng(c))
             words = plain.copy()
             players[c].mask(passed[c], model, words)

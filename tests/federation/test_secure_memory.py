@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
 from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
+from fedloom.training.results import reported
 
 SERVER = """
 import sys, time
@@ -39,11 +42,9 @@ def pieces(experiment):
 
     def trained(client, payload):
         reply = yield from train(client, payload)
-        for name, tensor in reply.tensors.items():
-            if "lora_B" in name:
-                change = tensor - payload.tensors[name]
-                own = [each.flatten().numpy().tobytes() for each in (tensor, change)]
-                found.setdefault(client.id, []).extend(each[16:80] for each in own)
+        name = next(name for name in reply.tensors if "lora_B" in name)
+        both = reply.tensors[name], reply.tensors[name] - payload.tensors[name]
+        found[client.id] = [own.flatten().numpy().tobytes()[16:80] for own in both]
         return reply
 
     engine.handlers["train"] = trained
@@ -53,12 +54,10 @@ def pieces(experiment):
 
 
 def cohort_of(parts):
-    from fedloom.federation.presence import Presence
-    from fedloom.federation.protocol import Cohort
-    from fedloom.training.results import reported
-
     presence = Presence.of(parts.engine.sizes())
-    return Cohort(1, presence.members, presence, 1e-3, last=True, reported=reported(parts.objective))
+    return Cohort(
+        1, presence.members, presence, 1e-3, last=True, reported=reported(parts.objective)
+    )
 
 
 def memory(process):
