@@ -406,11 +406,39 @@ def _answers(exchange: Exchange, shares: Mapping[int, bytes], session: ServerSes
     )
 
 
+def _require_possible(exchange: Exchange, clients: tuple[int, ...], words: Words) -> None:
+    """Check that no integer of a sum is larger than its weight allows; those of noise nearly all are.
+
+    Raises:
+        RoundFailed: One is.
+    """
+    masking = _masking(exchange)
+    grid, weight, number = grid_of(masking), int(words[0]), len(clients)
+    possible = number <= weight <= number * grid.heaviest
+    place = len(words) - sum(spec.elements for spec in masking.contents.tensors)
+    for spec in masking.contents.tensors:
+        own = number if is_alike(exchange, spec.name) else weight
+        sums = words[place : place + spec.elements]
+        possible = possible and int(sums.max(initial=0)) <= own * 2 * grid.half
+        place += spec.elements
+    if not possible:
+        raise RoundFailed(
+            f"round {exchange.round}: secure aggregation: no updates have this sum: a client was sent "
+            "another model or other settings than the others, or sent numbers that it must not; the sum "
+            "is not used"
+        )
+
+
 def _total(exchange: Exchange, clients: tuple[int, ...], words: Words) -> Total:
-    """Return what a sum of answers says."""
+    """Return what a sum of answers says.
+
+    Raises:
+        RoundFailed: No answers of the clients could have this sum.
+    """
     masking = _masking(exchange)
     grid, contents = grid_of(masking), masking.contents
     weight, place = int(words[0]), 1
+    _require_possible(exchange, clients, words)
     reports = []
     for _ in range(1 + len(contents.metrics)):
         end = place + 1 + grid.digits
