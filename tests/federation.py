@@ -6,6 +6,7 @@ import pytest
 
 from fedloom.federation.admission import Admission
 from fedloom.federation.rounds import Server
+from fedloom.federation.secure_exchange import SecureAggregation
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
@@ -65,6 +66,7 @@ def federate():
             admission,
             reported=reported(parts.objective),
             clock=simulated_clock(experiment),
+            secure=SecureAggregation.of(experiment.privacy, "run"),
         )
         state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
         return Federation(parts, state, records)

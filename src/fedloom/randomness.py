@@ -1,7 +1,8 @@
 """The only source of randomness: one seed, and a purpose, a client and a round.
 
 Nothing else in the package draws a random number or keeps a generator between rounds, so the same
-experiment gives the same bits whatever the order of arrival, the number of workers, or a resume.
+experiment gives the same bits whatever the order of arrival, the number of workers, or a resume. Keys are
+another thing: they are of the operating system's randomness, and no result depends on them.
 """
 
 from __future__ import annotations

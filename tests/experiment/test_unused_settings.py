@@ -108,6 +108,19 @@ CASES = {
         "federation.selection = {'name': 'rows'} does nothing: all clients take part in every round",
         {"federation": {"selection": "rows", "clients": 4, "clients_per_round": 2}},
     ),
+    **{
+        f"privacy.{name}": (
+            {"privacy": {name: value}},
+            f"privacy.{name} = {value!r} does nothing: it is read where privacy.secure_aggregation is True, "
+            "which is False",
+            {
+                "privacy": {name: value, "secure_aggregation": True},
+                "federation": {"clients": 3},
+                "evaluation": {"per_client": False},
+            },
+        )
+        for name, value in (("sum_bits", 20), ("sum_bound", 0.5), ("sum_rounding", "nearest"))
+    },
     "public.rows": (
         {"public": {"rows": 8}},
         "public.rows = 8 does nothing: this method has no public rows",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedloom.federation.presence import Presence
-from fedloom.federation.protocol import Cohort
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.contract.client import Client, carried_out
 from fedloom.training.results import LocalResult
 from fedloom.wire.messages import Reply, decode, encode, require_finite
@@ -96,7 +96,7 @@ def play():
                         _answer(method, exchange, k, model, kept, steps, rows)
                         for k in exchange.requests
                     ]
-                    exchange = generator.send(replies)
+                    exchange = generator.send(Replies(replies))
             except StopIteration as stop:
                 state = stop.value
             states.append(state)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedloom.federation.presence import Presence
-from fedloom.federation.protocol import Cohort
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods import METHODS
 from fedloom.tensors import part_of
 from fedloom.wire.messages import Payload, Reply
@@ -67,7 +67,7 @@ def test_a_head_that_is_shared_takes_the_plain_mean(adapter):
     sent = [{n: torch.full((2,), v) for n in start} for v in (1.0, 3.0)]
     replies = [Reply(i, Payload(t, {"examples": 1})) for i, t in enumerate(sent)]
     with pytest.raises(StopIteration) as stop:
-        generator.send(replies)
+        generator.send(Replies(replies))
     shared = fedadam.shared(stop.value.value)
     assert list(shared) == [adapter, head] and shared[head].tolist() == [2.0, 2.0]
     assert 0 < shared[adapter][0] < 0.1

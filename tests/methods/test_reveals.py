@@ -7,7 +7,7 @@ import torch
 
 from fedloom.errors import PolicyError
 from fedloom.federation.presence import Presence
-from fedloom.federation.protocol import Cohort
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods import METHODS, make_method
 from fedloom.methods.distillation import COUNTS, INDICES, VALUES
 from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
@@ -154,7 +154,7 @@ def test_what_is_not_allowed_is_not_computed_and_nothing_is_kept(suited, method,
         told = answer.error
         if told is None:
             reply = Reply(0, decode(answer.data, exchange.reply_schema))
-            exchange = round.send([reply])
+            exchange = round.send(Replies([reply]))
     assert told == f"policy.{line}"
     engine.finish_round()
     assert not engine.store.flat()

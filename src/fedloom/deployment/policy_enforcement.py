@@ -143,7 +143,8 @@ LEFT = _names(
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "privacy": "unit delta clip noise_multiplier target_epsilon accountant column seeded "
-        "secure_aggregation clip_quantile clip_learning_rate clip_count_noise amplification",
+        "secure_aggregation clip_quantile clip_learning_rate clip_count_noise amplification "
+        "sum_bits sum_bound sum_rounding",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices cohort",

@@ -129,7 +129,7 @@ def answers_together(
 
 def _begin(engine: SimulationEngine, exchange: Exchange, work: _Work) -> Training | None:
     """Have a client's handler begin, with parameters of its own to write into."""
-    work.cost.bytes_down, work.cost.exchanges = len(exchange.requests[work.number]), 1
+    work.cost.bytes_down, work.cost.exchanges = exchange.bytes_down(work.number), 1
     payload = decode(exchange.requests[work.number], exchange.request_schema)
     work.model.hold(work.model.parameters_of(dict(work.model.parameters)))
     work.client = engine.client(work.number, exchange.round)

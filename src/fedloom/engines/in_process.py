@@ -22,6 +22,7 @@ from fedloom.federation.contract import fault_of, kind_of
 from fedloom.federation.presence import Membership
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Absence
+from fedloom.federation.secure_exchange import PROTOCOL, SecureClients
 from fedloom.methods.contract.client import Client, Handler, carried_out
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.request_limits import Allowance
@@ -130,6 +131,7 @@ class SimulationEngine:
         together: Has several clients carry out a request in lockstep (``cohorts.py``).
         alone: Actions whose handlers train a client by themselves, as far as is known.
         drivers: What makes the trainings of each client, where row-level privacy hides its rows.
+        secure: The clients' part in secure aggregation, where there is some.
     """
 
     resources: Mapping[int, ClientResources]
@@ -152,6 +154,7 @@ class SimulationEngine:
     together: Together | None = None
     alone: set[str] = field(default_factory=set)
     drivers: Mapping[int, Driver] = field(default_factory=dict)
+    secure: SecureClients | None = None
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -267,6 +270,8 @@ class SimulationEngine:
     def answer(self, exchange: Exchange, client: int) -> Answer:
         """Carry out a request at one client."""
         try:
+            if exchange.action in PROTOCOL and self.secure is not None:
+                return Answer(client, self._protocol_answer(self.secure, exchange, client))
             if exchange.action not in self.handlers:
                 raise MessageError(
                     f"there is no action {exchange.action[:40]!r}: the method's handlers() has "
@@ -280,6 +285,14 @@ class SimulationEngine:
             return Answer(client, error=self.error_text(error))
         raise failure  # here, so that it is as the user's function raised it
 
+    def _protocol_answer(self, secure: SecureClients, exchange: Exchange, client: int) -> bytes:
+        """Return a client's answer in a stage of secure aggregation that is no work on its rows."""
+        with self.ledger.measure(exchange.round, client, exchange.action) as cost:
+            cost.bytes_down, cost.exchanges = exchange.bytes_down(client), 1
+            encoded = secure.answer(exchange, client)
+            cost.bytes_up = len(encoded)
+        return encoded
+
     def prepare(self, exchange: Exchange, client: int) -> None:
         """Have a client begin its work on a request, with its reference's log-probs known."""
         self.allowance.begin(going_on=self.under_way(client, exchange.round))
@@ -290,7 +303,7 @@ class SimulationEngine:
     def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
         """Decode a request, carry it out, encode the reply, then update the client store."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
-            cost.bytes_down, cost.exchanges = len(data), 1
+            cost.bytes_down, cost.exchanges = exchange.bytes_down(number), 1
             payload = decode(data, exchange.request_schema)
             client, reply = self._worked(exchange, number, payload, cost)
             encoded = self.encoded_reply(exchange, client, reply, cost)
@@ -327,15 +340,19 @@ class SimulationEngine:
         """Discard what a failed attempt at a client's work has left for this round."""
         self._sessions.pop(client, None)
 
-    @staticmethod
-    def encoded_reply(exchange: Exchange, client: Client, reply: Payload, cost: Cost) -> bytes:
-        """Return what a client sends back.
+    def encoded_reply(
+        self, exchange: Exchange, client: Client, reply: Payload, cost: Cost
+    ) -> bytes:
+        """Return what a client sends back, masked where it is to be summed.
 
         Raises:
             PluginError: What its handler made is not sound.
         """
         _require_sound(exchange.action, client, reply)
-        encoded = encode(reply, exchange.reply_schema)
+        if exchange.masking is not None and self.secure is not None:
+            encoded = self.secure.masked(exchange, client.id, reply)
+        else:
+            encoded = encode(reply, exchange.reply_schema)
         cost.bytes_up = len(encoded)
         return encoded
 

@@ -23,6 +23,7 @@ from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import RoundFailed
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence
+from fedloom.federation.secure_exchange import ClientKeys
 from fedloom.storage.client_store import ClientStore, Slots
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Answer, Exchange
@@ -46,6 +47,7 @@ class ClientRequest:
         reference: Log-probs under the reference model, where they are known and this worker lacks them.
         earlier: What the client was asked in this round before, with what it stored then: carried out
             first where its session was in a worker that has ended.
+        keys: Its keys for secure aggregation, where its answer is masked.
     """
 
     exchange: Exchange
@@ -54,6 +56,7 @@ class ClientRequest:
     fits: int | None = None
     reference: Reference | None = None
     earlier: tuple[tuple[Exchange, Slots], ...] = ()
+    keys: ClientKeys | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,9 @@ def carry_out(engine: SimulationEngine, request: ClientRequest) -> ClientResult:
     if request.reference is not None:
         engine.shares[client] = _with_reference(engine.shares[client], request.reference)
     engine.remember_fit(client, request.fits)
+    secure = engine.secure
+    if secure is not None and request.keys is not None:
+        secure.given[client] = request.keys
     for earlier, slots in request.earlier:
         engine.store = ClientStore.of(client, slots)
         list(engine.exchange(earlier))
@@ -123,7 +129,8 @@ def carry_out(engine: SimulationEngine, request: ClientRequest) -> ClientResult:
         costs,
         {name: own for name, own in after.items() if own is not request.slots.get(name)},
         tuple(after),
-        engine.under_way(client, exchange.round),
+        engine.under_way(client, exchange.round)
+        or (secure is not None and secure.under_way(client)),
         engine.fit_of(client),
         None if scored else _reference_of(engine.shares[client]),
     )
@@ -256,7 +263,8 @@ class WorkersEngine:
         has = known is None or (worker, client) in self._scored
         if known is not None:
             self._scored.add((worker, client))
-        moved = client not in self._holders
+        moved, secure = client not in self._holders, self.local.secure
+        masked = secure is not None and exchange.masking is not None
         return ClientRequest(
             _only(exchange, client),
             client,
@@ -264,6 +272,7 @@ class WorkersEngine:
             self.local.fit_of(client),
             None if has else known,
             tuple(self._earlier.get(client, ())) if moved else (),
+            secure.keys_of(exchange, client) if secure is not None and masked else None,
         )
 
     def _note(self, worker: int, client: int, exchange: Exchange, result: ClientResult) -> None:
@@ -298,7 +307,12 @@ class WorkersEngine:
 
 def _only(exchange: Exchange, client: int) -> Exchange:
     """Return one client's part of an exchange; what checks replies stays here."""
-    return replace(exchange, requests={client: exchange.requests[client]}, check=None)
+    masking = exchange.masking
+    if masking is not None:
+        own = {who: data for who, data in masking.messages.items() if who == client}
+        masking = replace(masking, messages=own)
+    requests = {client: exchange.requests[client]}
+    return replace(exchange, requests=requests, check=None, masking=masking)
 
 
 def _reference_of(share: TokenShare) -> Reference | None:

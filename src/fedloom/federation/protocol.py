@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from fedloom.accounting.costs import EVALUATE as EVALUATE
+from fedloom.aggregation.means import weighted_mean
+from fedloom.errors import PluginError
 from fedloom.federation.presence import Presence
-from fedloom.tensors import State
+from fedloom.tensors import State, Tensors, part_of
 from fedloom.wire.messages import Exchange, Reply
 from fedloom.wire.schema import LOSS, NumberSpec
 
@@ -59,6 +61,10 @@ class Cohort:
         return tuple(client for client in self.clients if client in earlier)
 
 
+Weighting = Literal["rows", "clients"]
+"""What a client counts in a mean: its rows, or as much as any other."""
+
+
 class Replies(list[Reply]):
     """The replies to an exchange that passed every check, by client id ascending.
 
@@ -74,6 +80,84 @@ class Replies(list[Reply]):
     def answered(self) -> tuple[int, ...]:
         """Clients whose answers count, ascending."""
         return tuple(reply.client for reply in self)
+
+    def mean(self, part: str = "", by: Weighting = "rows") -> Tensors:
+        """Return the mean of what clients sent, which uses the replies up.
+
+        It is the same, but for the rounding of secure aggregation, where their sum alone is there.
+
+        Args:
+            part: Which of several sets of tensors (``tensors.join_parts``); all, if it is empty.
+            by: Whether clients weigh by their rows or all alike.
+        """
+        all_tensors = [reply.payload.tensors for reply in self]
+        updates = [part_of(tensors, part) for tensors in all_tensors] if part else all_tensors
+        weights = [reply.payload.numbers["examples"] if by == "rows" else 1.0 for reply in self]
+        return weighted_mean(updates, weights, out=updates[0])
+
+
+@dataclass(frozen=True)
+class Total:
+    """What is known of the replies to an exchange where their sum alone is.
+
+    Attributes:
+        clients: Whose replies are in it, ascending.
+        means: The mean of each tensor.
+        alike: What the names begin with of those whose mean is over clients alike.
+        metrics: The means of what clients report, by their rows.
+        cut: Share of the numbers that were beyond the bound of a value.
+    """
+
+    clients: tuple[int, ...]
+    means: Tensors
+    alike: tuple[str, ...]
+    metrics: Mapping[str, float]
+    cut: float
+
+
+class SummedReplies(Replies):
+    """Replies of which the sum alone is known: they have a mean, and none of them can be looked at."""
+
+    def __init__(self, total: Total, missing: Mapping[int, str]) -> None:
+        """Keep what is known."""
+        super().__init__((), missing)
+        self.total = total
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """Clients whose answers count, ascending."""
+        return self.total.clients
+
+    def mean(self, part: str = "", by: Weighting = "rows") -> Tensors:
+        """Return the mean of what clients sent.
+
+        Raises:
+            PluginError: It was summed with other weights.
+        """
+        for name in self.total.means:
+            alike = name.startswith(self.total.alike) if self.total.alike else False
+            if name.startswith(f"{part}/" if part else "") and alike != (by == "clients"):
+                raise PluginError(
+                    f"the mean of {name!r} by {by} is not known: under privacy.secure_aggregation "
+                    "replies are summed with the weights that Exchange.alike says"
+                )
+        return part_of(self.total.means, part) if part else dict(self.total.means)
+
+    def _single(self, *_: object) -> NoReturn:
+        raise PluginError(
+            "under privacy.secure_aggregation there is no single reply: a method takes replies.mean()"
+        )
+
+    def __len__(self) -> int:
+        self._single()
+
+    def __bool__(self) -> bool:
+        return bool(self.total.clients)
+
+    def __iter__(self) -> Iterator[Reply]:
+        self._single()
+
+    __getitem__ = _single
 
 
 Round = Generator[Exchange, Replies, State]

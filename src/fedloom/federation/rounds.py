@@ -20,8 +20,9 @@ from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
-from fedloom.federation.protocol import Cohort, Method, Replies, Round
+from fedloom.federation.protocol import Cohort, Method, Replies, Round, SummedReplies
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
+from fedloom.federation.secure_exchange import PROTOCOL, SecureAggregation
 from fedloom.federation.selection import Selection, Uniform, UniformSettings, draw
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.security.audit_log import Record, no_op_recorder
@@ -55,6 +56,7 @@ class Server:
         selection: Draws the clients of each round.
         private: Takes means under client-level privacy; with it, what clients and the method report of
             a round stays out of the records.
+        secure: Has replies summed of which the server sees none, where that is asked for.
     """
 
     method: Method
@@ -73,6 +75,7 @@ class Server:
     clock: SimulatedClock | None = None
     selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
     private: PrivateMean | None = None
+    secure: SecureAggregation | None = None
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -121,7 +124,9 @@ class Server:
                 exchanges.replaced,
                 absent,
                 cohort.learning_rate,
-                _mean(exchanges.metrics, exchanges.examples) | cohort.notes if shown else {},
+                _mean(exchanges.metrics, exchanges.examples) | exchanges.summed | cohort.notes
+                if shown
+                else {},
                 dict(sorted(exchanges.metrics.items())) if shown else {},
                 evaluation,
                 details=cohort.details if shown else {},
@@ -194,6 +199,8 @@ class _RoundExchanges:
         self.metrics: dict[int, dict[str, float]] = {}
         self.examples: dict[int, float] = {}
         self.answered: set[int] = set()
+        self.summed: dict[str, float] = {}
+        self.sums = 0
 
     def run(self, state: State) -> State:
         method = self.server.method
@@ -248,6 +255,8 @@ class _RoundExchanges:
         Clients in quarantine are not asked, even where a method asks all clients.
         """
         exchange = self.server.admission.without_paused(exchange)
+        if self.server.secure is not None:
+            return self._sum(self.server.secure, exchange)
         exchange, answers, staleness = self._carried(exchange)
         replies, rejected = self.server.admission.accept(
             answers,
@@ -268,6 +277,32 @@ class _RoundExchanges:
             if "examples" in reply.payload.numbers or reply.client not in self.examples:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
         return Replies(replies, rejected)
+
+    def _sum(self, secure: SecureAggregation, exchange: Exchange) -> Replies:
+        """Return the sum of the replies to an exchange, which is carried in stages."""
+        admission, rows = self.server.admission, self.cohort.presence.rows
+        largest = admission.weight_bound(rows).examples
+        stages = secure.stages(exchange, self.sums, rows, largest)
+        self.sums += 1
+        counted = False  # once the sum has a reply, it counts, whether or not its client goes on
+        stage = next(stages)
+        while True:
+            answers = self._arriving(stage)
+            _, left_out = admission.accept(answers, stage, rows, _none_of_it, self.server.audit)
+            if not counted:
+                self.rejected.update(left_out)
+                self.server.engine.discard(left_out.keys())
+            counted = counted or stage.action not in PROTOCOL
+            self._report_progress()
+            try:
+                stage = stages.send(left_out)
+            except StopIteration as stop:
+                total = stop.value
+                break
+        self._require_quorum()
+        self.answered.update(total.clients)
+        self.summed |= {**total.metrics, "cut_off": total.cut}
+        return SummedReplies(total, self.rejected)
 
     def _carried(self, exchange: Exchange) -> tuple[Exchange, Iterable[Answer], dict[int, int]]:
         """Return an exchange as it is carried, its answers, and their staleness where it is not 0.
@@ -294,7 +329,8 @@ class _RoundExchanges:
         """Pass answers on as they arrive, and notify the observer."""
         asked = len(exchange.requests)
         for done, answer in enumerate(self.server.engine.exchange(exchange), 1):
-            self.server.observer.client_done(exchange.round, answer.client, done, asked)
+            if exchange.action not in PROTOCOL:
+                self.server.observer.client_done(exchange.round, answer.client, done, asked)
             yield answer
 
     def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
@@ -338,6 +374,11 @@ class _RoundExchanges:
                 f"round {self.cohort.round}: {usable} of {asked} clients gave a usable answer, "
                 f"federation.quorum asks for {needed}. {reasons}"
             )
+
+
+def _none_of_it(client: int, payload: Payload) -> Payload:
+    """Return a payload of nothing: a masked answer has been added to the sum, and is let go of."""
+    return Payload()
 
 
 def _goes_on(exchange: Exchange, first: Exchange, replies: Replies, only_drawn: bool) -> bool:

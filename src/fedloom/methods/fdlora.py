@@ -27,6 +27,7 @@ from fedloom.aggregation.server_optimizers import difference, nesterov_momentum
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import (
     ADAPTER,
+    ALL,
     LEARNING_RATE,
     TRAIN_REPLY_NUMBERS,
     train_and_upload,
@@ -129,7 +130,7 @@ class FDLoRA(KeepsAdapter):
             adapter = self.averaged(replies, cohort, adapter)
         elif late := [c for c in cohort.clients if c not in cohort.presence.answered_last]:
             yield self._start(cohort, adapter, late)  # for their own sake: the shared one has begun
-        replies = yield training_exchange(cohort, adapter)
+        replies = yield training_exchange(cohort, adapter, by_rows=self.by_rows)
         change = difference(self.averaged(replies, cohort, adapter), adapter)
         moved, step = nesterov_momentum(before, change, self.settings.momentum)
         rate = self.settings.server_rate
@@ -159,6 +160,7 @@ class FDLoRA(KeepsAdapter):
             Payload(numbers={"learning_rate": cohort.learning_rate}),
             Schema(numbers=(LEARNING_RATE,)),
             Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
+            alike=() if self.by_rows else ALL,
         )
 
     def _begin(self, client: Client, payload: Payload) -> Trainings[Payload]:

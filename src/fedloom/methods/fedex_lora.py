@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fedloom.aggregation.lora import residual
+from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, BackboneAdditions
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.averaging import mean_adapter
+from fedloom.methods.contract.averaging import note_averaging_error
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
 from fedloom.settings.schema import NamedSettings
@@ -58,7 +59,8 @@ class FedExLoRA(BackboneAdditions):
         """Average, and say what that loses: in the record, and as factors."""
         weights = [reply.payload.numbers["examples"] for reply in replies]
         adapters = [reply.payload.tensors for reply in replies]
-        return mean_adapter(replies, cohort), residual(adapters, weights)
+        note_averaging_error(replies, cohort)
+        return weighted_mean(adapters, weights), residual(adapters, weights)
 
     def stacked(self) -> int:
         """Return the cohort's, and the mean's."""

@@ -88,7 +88,7 @@ class _FedOpt(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, make one adaptive step along the mean change."""
         adapter = self.shared(state)
-        replies = yield training_exchange(cohort, adapter)
+        replies = yield training_exchange(cohort, adapter, by_rows=self.by_rows)
         mean = self.averaged(replies, cohort, adapter)
         first, second = self.moments(
             part_of(state.tensors, FIRST),

@@ -74,7 +74,7 @@ class PFedMe(KeepsAdapter):
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send w, take (1 - beta) w + beta mean(w_k)."""
-        replies = yield training_exchange(cohort, state.tensors)
+        replies = yield training_exchange(cohort, state.tensors, by_rows=self.by_rows)
         rate, mean = self.settings.server_rate, self.averaged(replies, cohort, state.tensors)
         if rate == 1:
             return State(mean)

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.contract.client import Client, Handler, Trainings
@@ -95,13 +94,11 @@ class Scaffold(Method):
             Payload(state.tensors, {"learning_rate": cohort.learning_rate}),
             Schema.of(state.tensors, (LEARNING_RATE,)),
             Schema.of(state.tensors, TRAIN_REPLY_NUMBERS, cohort.reported),
+            alike=(f"{CONTROL}/",),
         )
-        adapters = [part_of(reply.payload.tensors, ADAPTER) for reply in replies]
-        weights = [reply.payload.numbers["examples"] for reply in replies]
-        adapter = weighted_mean(adapters, weights, out=adapters[0])
-        changes = [part_of(reply.payload.tensors, CONTROL) for reply in replies]
-        change = weighted_mean(changes, [1.0] * len(changes), out=changes[0])
-        share = len(changes) / len(cohort.presence.enrolled)  # |S| / N
+        adapter = replies.mean(ADAPTER)
+        change = replies.mean(CONTROL, by="clients")
+        share = len(replies.answered) / len(cohort.presence.enrolled)  # |S| / N
         control = {n: c + share * change[n] for n, c in part_of(state.tensors, CONTROL).items()}
         return State(join_parts(adapter=adapter, control=control))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedloom.settings.schema import Settings
+from fedloom.privacy.secure_aggregation.quantisation import LEAST_BITS, MOST_BITS
+from fedloom.settings.schema import Of, Settings
+
+SUMMED = Of("privacy.secure_aggregation", (True,))
 
 Unit = Literal["client", "row"]
 """Whose presence is hidden: all of a client, or one of its rows."""
@@ -50,9 +53,22 @@ class PrivacySettings(Settings):
     alone)."""
     secure_aggregation: bool = False
     """Whether the server sees sums of updates and none of a single client."""
+    sum_bits: Annotated[int, SUMMED] = Field(default=16, ge=LEAST_BITS, le=MOST_BITS)
+    """Bits into which secure aggregation rounds a number of an update; a message needs so many, and those
+    of the sum of the clients' weights, at most 32."""
+    sum_bound: Annotated[float, SUMMED] = Field(default=1.0, gt=0)
+    """Largest absolute value of a number in an update under secure aggregation; a larger one is cut off,
+    and the share of these is in the record. A smaller bound makes smaller steps of rounding."""
+    sum_rounding: Annotated[Literal["stochastic", "nearest"], SUMMED] = "stochastic"
+    """How secure aggregation rounds: at random so that the mean is kept, or to the nearest step."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield what in this section contradicts itself."""
+        if self.secure_aggregation and self.unit == "client":
+            yield (
+                'privacy.secure_aggregation: with privacy.unit = "client" the server clips updates, and '
+                'so has to see each: use privacy.unit = "row", or leave one of the two out'
+            )
         if self.unit is None:
             for name in ("delta", "noise_multiplier", "target_epsilon", "column"):
                 if getattr(self, name) is not None:

@@ -290,6 +290,16 @@ TRAINING = (
         "adapted matrices",
         "training",
     ),
+    Metric(
+        "cut_off",
+        "share of the numbers of updates that were beyond privacy.sum_bound and were cut to it (secure "
+        "aggregation)",
+        "1",
+        0,
+        1,
+        "numbers of updates",
+        "training",
+    ),
 )
 
 CLIENTS = (

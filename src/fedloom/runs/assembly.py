@@ -24,6 +24,7 @@ from fedloom.evaluation.held_out import HeldOut
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.engine import Engine, RemoteEngine
 from fedloom.federation.protocol import EVALUATE
+from fedloom.federation.secure_exchange import SecureClients
 from fedloom.methods import make_method
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
@@ -201,6 +202,9 @@ def _components(
         on_step=on_step,
         cohort=experiment.simulation.cohort,
         together=answers_together,
+        secure=SecureClients.fresh(train, experiment.federation.seed)
+        if experiment.privacy.secure_aggregation
+        else None,
     )
     return RunComponents(
         bundles.division,

@@ -35,6 +35,7 @@ from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
+from fedloom.federation.secure_exchange import SecureAggregation
 from fedloom.federation.violations import of_rounds
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
@@ -42,6 +43,7 @@ from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import PrivateMean
+from fedloom.privacy.secure_aggregation.graph import LEAST
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.client_privacy import (
@@ -591,6 +593,7 @@ class _Run:
             clock=self.clock,
             selection=selection_of(experiment),
             private=self.private,
+            secure=self._secure(),
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -610,6 +613,16 @@ class _Run:
             for tracker in self.trackers:
                 tracker.close()
         return self._finish(state)
+
+    def _secure(self) -> SecureAggregation | None:
+        """Return what has replies summed, where the server may see none of them."""
+        found = SecureAggregation.of(self.experiment.privacy, self.admission.run)
+        if found is not None:
+            self.observer.stage(
+                f"secure aggregation: the server sees sums of the updates of {LEAST} clients or more, "
+                "and no single one"
+            )
+        return found
 
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:

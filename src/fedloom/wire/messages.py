@@ -64,6 +64,33 @@ class Buffered:
 
 
 @dataclass(frozen=True)
+class Masking:
+    """How replies are masked, so that only their sum can be read (``federation/secure_exchange.py``).
+
+    Attributes:
+        run: Id of the run.
+        number: Which of the round's sums it is, from 0.
+        bits: Of a value.
+        bound: Largest absolute value; what is beyond is cut off.
+        clients: The most that are summed.
+        rows: Rows of the largest client that counts; a larger one weighs as this.
+        stochastic: Whether values are rounded at random, so that their mean is kept.
+        contents: Schema of a reply before it is masked.
+        messages: What each client is sent of the protocol beside its request.
+    """
+
+    run: str
+    number: int
+    bits: int
+    bound: float
+    clients: int
+    rows: int
+    stochastic: bool
+    contents: Schema
+    messages: Mapping[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Exchange:
     """One request to some clients and the schemas of both directions.
 
@@ -78,6 +105,8 @@ class Exchange:
         buffered: How many of the clients in ``requests`` are asked at a time, and how many answers are
             taken; ``None``: all.
         replies_are_changes: Whether tensors of replies are changes of those that were sent.
+        alike: What the names of tensors begin with whose mean is over clients alike, not by their rows.
+        masking: How replies are masked, where they are.
     """
 
     action: str
@@ -88,6 +117,8 @@ class Exchange:
     check: Callable[[int, Payload], None] | None = None
     buffered: Buffered | None = None
     replies_are_changes: bool = False
+    alike: tuple[str, ...] = ()
+    masking: Masking | None = None
 
     @cached_property
     def digests(self) -> dict[int, str]:
@@ -97,6 +128,11 @@ class Exchange:
             if id(data) not in found:
                 found[id(data)] = hashlib.sha256(data).hexdigest()
         return {client: found[id(data)] for client, data in self.requests.items()}
+
+    def bytes_down(self, client: int) -> int:
+        """Return the bytes that a client is sent."""
+        beside = self.masking.messages.get(client, b"") if self.masking is not None else b""
+        return len(self.requests[client]) + len(beside)
 
     @classmethod
     def broadcast(
@@ -108,10 +144,11 @@ class Exchange:
         schema: Schema,
         reply_schema: Schema,
         check: Callable[[int, Payload], None] | None = None,
+        alike: tuple[str, ...] = (),
     ) -> Exchange:
         """Ask every client the same; the payload is encoded once."""
-        data = encode(payload, schema)
-        return cls(action, round, schema, reply_schema, dict.fromkeys(clients, data), check)
+        requests = dict.fromkeys(clients, encode(payload, schema))
+        return cls(action, round, schema, reply_schema, requests, check, alike=alike)
 
 
 @dataclass(frozen=True)
@@ -159,8 +196,7 @@ def encode(payload: Payload, schema: Schema) -> bytes:
         MessageError: The payload does not fit ``schema`` (a mistake in a method, not at the peer), or a
             number is not in its range.
     """
-    _check_names(payload, schema)
-    tensors = {spec.name: _checked(payload.tensors[spec.name], spec) for spec in schema.tensors}
+    tensors = fitting_tensors(payload, schema)
     buffers = {}
     for dtype, specs in schema.groups.items():
         shape = (sum(spec.elements for spec in specs),)
@@ -171,11 +207,26 @@ def encode(payload: Payload, schema: Schema) -> bytes:
     metadata = {"schema": schema.digest}
     if schema.numbers:
         metadata["numbers"] = json.dumps([payload.numbers[spec.name] for spec in schema.numbers])
-    ranges = {spec.name: spec for spec in schema.metrics}
-    metrics = {name: v for name, v in payload.metrics.items() if ranges[name].holds(v)}
+    metrics = metrics_in_range(payload, schema)
     if metrics:
         metadata["metrics"] = json.dumps(metrics)
     return pack(buffers, metadata)
+
+
+def fitting_tensors(payload: Payload, schema: Schema) -> Tensors:
+    """Return a payload's tensors in the order of a schema.
+
+    Raises:
+        MessageError: The payload does not fit it, or a number is not in its range.
+    """
+    _check_names(payload, schema)
+    return {spec.name: _checked(payload.tensors[spec.name], spec) for spec in schema.tensors}
+
+
+def metrics_in_range(payload: Payload, schema: Schema) -> dict[str, float]:
+    """Return those of a payload's metrics that are finite and in their ranges."""
+    ranges = {spec.name: spec for spec in schema.metrics}
+    return {name: v for name, v in payload.metrics.items() if ranges[name].holds(v)}
 
 
 def decode(data: bytes, schema: Schema) -> Payload:

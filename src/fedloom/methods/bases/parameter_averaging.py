@@ -26,6 +26,10 @@ ADAPTER = "adapter"
 """Name of the adapter among the parts of a state or payload, and in the client store."""
 
 
+ALL = ("",)
+"""What the name of every tensor begins with, for ``Exchange.alike``."""
+
+
 def proximal_gradient(start: Tensors, strength: float) -> StepHook:
     """Return a hook that adds mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients.
 
@@ -54,6 +58,8 @@ def training_exchange(
     adapter: Tensors,
     more: Mapping[NumberSpec, float] | None = None,
     metrics: tuple[NumberSpec, ...] = (),
+    *,
+    by_rows: bool = True,
 ) -> Exchange:
     """Return the exchange in which the cohort trains ``adapter``; replies hold the number of examples.
 
@@ -62,6 +68,7 @@ def training_exchange(
         adapter: What is sent.
         more: Numbers that travel with the learning rate.
         metrics: Names and ranges of what clients report beside the objective's own metrics.
+        by_rows: Whether the mean of the replies is by rows; otherwise it is over clients alike.
     """
     numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
     return Exchange.broadcast(
@@ -71,4 +78,5 @@ def training_exchange(
         Payload(adapter, {spec.name: value for spec, value in numbers.items()}),
         Schema.of(adapter, tuple(numbers)),
         Schema.of(adapter, TRAIN_REPLY_NUMBERS, (*cohort.reported, *metrics)),
+        alike=() if by_rows else ALL,
     )

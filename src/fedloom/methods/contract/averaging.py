@@ -1,13 +1,11 @@
-"""Means of the adapters of clients, weighted by rows or uniformly."""
+"""Weights of clients in means of their adapters, and what averaging the factors of LoRA apart loses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fedloom.aggregation.lora import averaging_error, error_flops
-from fedloom.aggregation.means import weighted_mean
-from fedloom.federation.protocol import Cohort
-from fedloom.tensors import Tensors
+from fedloom.federation.protocol import Cohort, SummedReplies
 from fedloom.wire.messages import Reply, StoredTensors
 
 AFFORDABLE = 1e11
@@ -15,27 +13,18 @@ AFFORDABLE = 1e11
 LoRA's factors apart loses."""
 
 
-def mean_adapter(
-    replies: Sequence[Reply],
-    cohort: Cohort | None = None,
-    out: Tensors | None = None,
-    *,
-    by_rows: bool = True,
-) -> Tensors:
-    """Return the mean of the adapters that clients sent back, weighted by rows or uniformly.
+def note_averaging_error(replies: Sequence[Reply], cohort: Cohort, *, by_rows: bool = True) -> None:
+    """Have the round's notes say what averaging LoRA's factors of these replies apart loses.
 
-    It is written to ``out``, which may be the first of them, if given.
-
-    With a ``cohort`` the round's notes say what averaging LoRA's factors apart loses, unless the adapters
-    are so many and large that they wait on disk or that it takes more than :data:`AFFORDABLE`.
+    Nothing is noted where their sum alone is known, or where they are so many and large that they wait on
+    disk or that it takes more than :data:`AFFORDABLE`.
     """
+    if isinstance(replies, SummedReplies):
+        return
     adapters = [reply.payload.tensors for reply in replies]
-    weights = weights_of(replies, by_rows=by_rows)
-    stored = isinstance(adapters[0], StoredTensors)
-    if cohort is not None and not stored and error_flops(adapters) <= AFFORDABLE:
-        error = averaging_error(adapters, weights)
+    if not isinstance(adapters[0], StoredTensors) and error_flops(adapters) <= AFFORDABLE:
+        error = averaging_error(adapters, weights_of(replies, by_rows=by_rows))
         cohort.notes.update({} if error is None else {"aggregation_error": error})
-    return weighted_mean(adapters, weights, out)
 
 
 def weights_of(replies: Sequence[Reply], *, by_rows: bool) -> list[float]:

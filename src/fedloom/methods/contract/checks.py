@@ -10,6 +10,11 @@ from collections.abc import Iterator
 
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.traits import MethodTraits
+from fedloom.methods.declaration import Claim
+from fedloom.privacy.secure_aggregation.graph import LEAST
+
+MODULUS, COARSEST = 1 << 32, 16
+"""The largest modulus of a secure sum, and the fewest steps that a client's weight may have in it."""
 
 TASKS = ("sft", "classification")
 """Objectives whose loss is a mean over positions (texts or tokens) that several parties can share."""
@@ -32,6 +37,69 @@ def tasks_only(view: ExperimentView) -> Iterator[str]:
         yield (
             f"method.name = {view.name!r} works with objective.name = {' or '.join(TASKS)}, not with "
             f"{view.objective_name!r}"
+        )
+
+
+def summed_alone(kind: type[MethodTraits], claim: Claim, view: ExperimentView) -> Iterator[str]:
+    """Yield what cannot be where the server sees the sum of a round's answers alone.
+
+    Args:
+        kind: The method's class.
+        claim: What it declares of secure aggregation.
+        view: The experiment.
+    """
+    if view.privacy is None or not view.privacy.secure_aggregation:
+        return
+    opening = "privacy.secure_aggregation:"
+    if not claim.holds:
+        yield f"{opening} method.name = {view.name!r} does not go with it: {claim.why}"
+    elif kind.own_models:
+        yield (
+            f"{opening} method.name = {view.name!r} has no model but each client's own, whose scores the "
+            "server would get one by one"
+        )
+    yield from _rules_alone(view, opening)
+    if view.evaluation is not None and view.evaluation.per_client:
+        yield (
+            f"{opening} evaluation.per_client = true sends each client's own scores to the server: set "
+            "it to false"
+        )
+    if view.clients is not None and view.clients.newcomers:
+        yield f"{opening} clients.newcomers are judged one by one, and the server gets their scores"
+    if view.simulation is not None and view.simulation.devices is not None:
+        yield f"{opening} [simulation.devices] does not time its stages: leave the section out"
+    federation = view.federation
+    if federation is None:
+        return
+    if federation.cohort_size < LEAST:
+        yield (
+            f"{opening} a round has {federation.cohort_size} clients, and a sum needs {LEAST} at least: "
+            "that of two tells each of them the other's update"
+        )
+    if federation.replacements:
+        yield (
+            f"{opening} federation.replacements = {federation.replacements}: clients cannot join a sum "
+            "that has begun; leave it out"
+        )
+    most = MODULUS >> view.privacy.sum_bits
+    if federation.cohort_size * COARSEST > most:
+        yield (
+            f"privacy.sum_bits = {view.privacy.sum_bits} leaves no room in 32 bits for the weights of "
+            f"{federation.cohort_size} clients, of which there may be {most // COARSEST}: lower it"
+        )
+
+
+def _rules_alone(view: ExperimentView, opening: str) -> Iterator[str]:
+    """Yield what rules of a server cannot be where it sees no single answer."""
+    if view.aggregation is not None and view.aggregation.rule != "mean":
+        yield (
+            f"{opening} aggregation.rule = {view.aggregation.rule!r} compares single updates, which the "
+            'server does not see: use "mean"'
+        )
+    if view.admission is not None and view.admission.max_change is not None:
+        yield (
+            f"{opening} admission.max_change bounds single updates, which the server does not see: leave "
+            "it out; privacy.sum_bound bounds each number at the client"
         )
 
 

@@ -13,6 +13,7 @@ from fedloom.methods.contract.traits import MethodTraits
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import ModelSettings
 from fedloom.objectives.base import Objective
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Federation(Protocol):
         """Rounds in all."""
 
     @property
+    def cohort_size(self) -> int:
+        """Clients of a round."""
+
+    @property
     def extra(self) -> int:
         """Clients drawn for a round beyond those whose answers count."""
 
@@ -69,6 +74,14 @@ class Admission(Protocol):
     @property
     def max_change(self) -> float | None:
         """Largest norm of what a client changed."""
+
+
+class Simulation(Protocol):
+    """``[simulation]``."""
+
+    @property
+    def devices(self) -> object | None:
+        """Simulated devices."""
 
 
 class Evaluation(Protocol):
@@ -105,6 +118,8 @@ class ExperimentView:
     admission: Admission | None = None
     training: TrainingSettings | None = None
     evaluation: Evaluation | None = None
+    privacy: PrivacySettings | None = None
+    simulation: Simulation | None = None
 
     @property
     def name(self) -> str:

@@ -26,9 +26,9 @@ from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.errors import CheckpointError, RoundFailed
 from fedloom.federation.presence import Presence
-from fedloom.federation.protocol import Cohort, Round
-from fedloom.methods.contract.averaging import mean_adapter, weights_of
-from fedloom.methods.contract.checks import general
+from fedloom.federation.protocol import Cohort, Replies, Round
+from fedloom.methods.contract.averaging import note_averaging_error, weights_of
+from fedloom.methods.contract.checks import general, summed_alone
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.traits import MethodTraits
@@ -211,6 +211,7 @@ class Method(MethodTraits):
         A method that adds to it begins with ``yield from super().check(view)``.
         """
         yield from general(cls, view)
+        yield from summed_alone(cls, cls.declares.secure_aggregation, view)
 
     @classmethod
     def variants(cls, own: NamedSettings | None, view: ExperimentView) -> Iterator[Variant]:
@@ -264,8 +265,10 @@ class Method(MethodTraits):
             return self.private.mean(changed, start, cohort.round)
         own = self.aggregation
         if own.rule == "mean":
-            first = replies[0].payload.tensors
-            return mean_adapter(replies, cohort if noted else None, out=first, by_rows=self.by_rows)
+            known = replies if isinstance(replies, Replies) else Replies(replies)
+            if noted:
+                note_averaging_error(known, cohort, by_rows=self.by_rows)
+            return known.mean(by="rows" if self.by_rows else "clients")
         adapters = [reply.payload.tensors for reply in replies]
         weights = weights_of(replies, by_rows=self.by_rows)
         largest = own.max_norm or math.inf

@@ -1,0 +1,1 @@
+"""Secure aggregation: the sum of many vectors, of which a server sees nothing else. Pure."""
