@@ -107,7 +107,7 @@ class ClientLevelPlan:
 
     @property
     def expected(self) -> float:
-        """Q N, the denominator of every mean."""
+        """The number of clients that is expected in a round, q N: the denominator of every mean."""
         return self.rate * self.members
 
     @property
@@ -139,8 +139,7 @@ class ClientLevelPlan:
             raise PrivacyError(
                 f"the next release would bring epsilon to {spent:.4g}, and privacy.target_epsilon is "
                 f"{self.target_epsilon:g}: rounds were repeated with other answers, each of which costs "
-                "as a release of its own. The model of the last finished round stays within the budget; "
-                "set federation.rounds to it, or start a new run with a larger budget"
+                "as a release of its own. Nothing more is released; start a new run with a larger budget"
             )
 
 
