@@ -1,0 +1,227 @@
+"""Which tokens a client trained on, read from its update: the span test of DAGER.
+
+A linear layer Y = X W^T has the gradient dL/dW = dY^T X, so that its rows are mixtures of the rows of X,
+the layer's inputs. The inputs of the first block depend on the token alone (and on its place, where places
+are embedded), so that a token of the vocabulary can be tested: the nearer its input lies to the span of the
+update's rows, the likelier it was in the batch (Petrov et al. 2024, "DAGER: Exact Gradient Inversion for
+Large Language Models", https://arxiv.org/abs/2405.15586).
+
+Of LoRA's factors (Y = X W^T + s X A^T B^T), dA = s B^T dY^T X has r rows, which are mixtures of the rows of
+X while B is not 0; dB = s dY^T X A^T has rows in r dimensions, and tests A x where A is known. The test is
+exact where the distinct inputs of the step are at most the rows of the update and fewer than its columns.
+
+Beyond that a threshold says nothing, so tokens are ranked: among the b nearest of the vocabulary, b being
+the number of distinct tokens, each one missed is one found wrongly, and precision equals recall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-5
+"""Singular values below this share of the largest count as 0: rounding of float32 gradients of a step."""
+
+CHUNK = 65_536
+"""Candidates whose distances are worked out at a time."""
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """The space that the rows of an update span.
+
+    Attributes:
+        rank: Numerical rank; 0 of an update that is 0.
+        limit: The largest rank that a matrix of this shape has.
+        directions: ``(limit, columns)`` float64, orthonormal, the strongest first.
+    """
+
+    rank: int
+    limit: int
+    directions: Tensor
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the rank is below its limit, so that it counts the distinct inputs of the step."""
+        return 0 < self.rank < self.limit
+
+
+def row_space(update: Tensor, tolerance: float = TOLERANCE) -> RowSpace:
+    """Return the space of an update's rows.
+
+    Args:
+        update: ``(rows, columns)``: the gradient of a linear layer's weight, or its change.
+        tolerance: Share of the largest singular value below which one counts as 0.
+    """
+    _, values, directions = torch.linalg.svd(update.double(), full_matrices=False)
+    largest = float(values[0]) if len(values) else 0.0
+    rank = int((values > tolerance * largest).sum()) if largest > 0 else 0
+    return RowSpace(rank, min(update.shape), directions)
+
+
+def distances(candidates: Tensor, directions: Tensor) -> Tensor:
+    """Return how far candidates are from a space, as shares of their length.
+
+    Args:
+        candidates: ``(n, columns)``.
+        directions: ``(k, columns)`` orthonormal.
+
+    Returns:
+        ``(n,)`` float64 in [0, 1]: ``||e - R^T R e|| / ||e||``; 1 of a candidate that is 0.
+    """
+    found = []
+    for part in candidates.split(CHUNK):
+        part = part.double()
+        lengths = part.norm(dim=1)
+        rest = part - (part @ directions.T) @ directions
+        shares = rest.norm(dim=1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+        found.append(torch.where(lengths > 0, shares.clamp(max=1.0), torch.ones_like(shares)))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
+def nearest(found: Tensor, count: int) -> Tensor:
+    """Return the ids of the ``count`` candidates with the smallest distances, nearest first; equal ones by id."""
+    return torch.sort(found, stable=True).indices[:count]
+
+
+@dataclass(frozen=True)
+class TokenRecovery:
+    """What an update tells of the tokens of a training.
+
+    Attributes:
+        tokens: Distinct tokens that were trained on.
+        rank: Numerical rank of the update.
+        limit: The largest that it could have.
+        compared: How many nearest candidates are taken: the rank where it is below its limit, and else
+            the true number, which is then given to the attacker.
+        hits: How many of these were trained on.
+        guessed: How many of as many commonest tokens were trained on: what a guess without the update hits.
+        chance: How many are hit by tokens drawn at random, on average.
+        auc: Of nearness, trained-on tokens against all others; 0.5 is chance, ``None`` without both.
+        from_rank: Whether ``compared`` is known from the rank.
+    """
+
+    tokens: int
+    rank: int
+    limit: int
+    compared: int
+    hits: int
+    guessed: int
+    chance: float
+    auc: float | None
+    from_rank: bool
+
+    @property
+    def share(self) -> float:
+        """Share of the distinct tokens that were recovered, 0 to 1."""
+        return self.hits / self.tokens if self.tokens else 0.0
+
+    @property
+    def guessed_share(self) -> float:
+        """The same of the guess by frequency."""
+        return self.guessed / self.tokens if self.tokens else 0.0
+
+
+def recover_tokens(
+    update: Tensor,
+    candidates: Tensor,
+    trained: Sequence[int],
+    frequencies: Mapping[int, float],
+    tolerance: float = TOLERANCE,
+) -> TokenRecovery:
+    """Rank the vocabulary by nearness to an update's rows, and count what that finds.
+
+    Args:
+        update: ``(rows, columns)`` change of a layer's weight, or of a factor of it.
+        candidates: ``(vocabulary, columns)``, or ``(vocabulary, places, columns)`` where a token's input
+            depends on its place: what the layer reads for each token; for dB of LoRA, that times A^T.
+        trained: Distinct tokens that were trained on: the truth.
+        frequencies: How common tokens are elsewhere, for the guess.
+        tolerance: See :func:`row_space`.
+
+    Raises:
+        ValueError: The columns of update and candidates differ.
+    """
+    if update.shape[1] != candidates.shape[-1]:
+        raise ValueError(
+            f"the update has {update.shape[1]} columns and candidates {candidates.shape[-1]}"
+        )
+    space, truth = row_space(update, tolerance), torch.tensor(sorted(set(trained)))
+    vocabulary, tokens = len(candidates), len(truth)
+    known = space.is_exact and space.rank < vocabulary
+    count = space.rank if known else min(tokens, vocabulary)
+    found = _nearness(candidates, space, count)
+    if space.rank == 0:  # nothing was sent: the order of ids is no finding
+        found = torch.ones(vocabulary, dtype=torch.float64)
+        hits, auc = 0, 0.5 if 0 < tokens < vocabulary else None
+    else:
+        hits = int(torch.isin(nearest(found, count), truth).sum())
+        auc = _auc(found, truth)
+    commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
+    guessed = len(set(commonest) & set(truth.tolist()))
+    chance = count * tokens / vocabulary
+    return TokenRecovery(tokens, space.rank, space.limit, count, hits, guessed, chance, auc, known)
+
+
+def _nearness(candidates: Tensor, space: RowSpace, count: int) -> Tensor:
+    """Return each token's distance to the strongest directions, at its best place."""
+    columns = candidates.shape[-1]
+    kept = min(space.rank, max(1, count), columns - 1 or 1)
+    found = distances(candidates.reshape(-1, columns), space.directions[:kept])
+    return found.view(len(candidates), -1).amin(dim=1)
+
+
+def _auc(found: Tensor, truth: Tensor) -> float | None:
+    """Return how often a trained-on token is nearer than another one; ties count one half."""
+    inside = torch.zeros(len(found), dtype=torch.bool)
+    inside[truth] = True
+    own, other = found[inside], found[~inside].sort().values
+    if not len(own) or not len(other):
+        return None
+    above = len(other) - torch.searchsorted(other, own, right=True)
+    ties = torch.searchsorted(other, own, right=True) - torch.searchsorted(other, own)
+    return float((above + ties / 2).sum()) / (len(own) * len(other))
+
+
+def recover_rows(
+    inputs: Callable[[Tensor], Tensor],
+    directions: Tensor,
+    tokens: Sequence[int],
+    starts: Sequence[Sequence[int]],
+    length: int,
+    tolerance: float = 1e-3,
+    width: int = 32,
+) -> list[tuple[int, ...]]:
+    """Put recovered tokens together to rows, by the span test of the second block (DAGER, section 4.2).
+
+    A prefix is extended by each token whose input there lies in the span of the update's rows. What cannot
+    be extended any more is a row.
+
+    Args:
+        inputs: Of ``(n, length)`` token ids, ``(n, columns)``: what the layer reads at the last of them.
+        directions: ``(rank, columns)`` orthonormal: the span of the layer's update.
+        tokens: Those to extend by.
+        starts: What rows begin with.
+        length: Most tokens of a row.
+        tolerance: Distance from which on an extension is refused.
+        width: Prefixes that are followed at a time; the nearest are kept.
+
+    Returns:
+        Rows, each the longest way that could be gone on.
+    """
+    prefixes = [tuple(start) for start in starts]
+    rows: list[tuple[int, ...]] = []
+    for _ in range(length - min((len(own) for own in prefixes), default=length)):
+        asked = [(*own, token) for own in prefixes for token in tokens]
+        if not asked:
+            break
+        found = distances(inputs(torch.tensor(asked)), directions)
+        ahead = [asked[i] for i in nearest(found, width).tolist() if float(found[i]) < tolerance]
+        going = {own[:-1] for own in ahead}
+        rows += [own for own in prefixes if own not in going and len(own) > 1]
+        prefixes = [own for own in ahead if len(own) < length]
+        rows += [own for own in ahead if len(own) >= length]
+    return rows + prefixes
