@@ -99,12 +99,12 @@ def test_the_rank_says_how_many_tokens_there_were(embeddings: Tensor) -> None:
     common = {token: 1.0 for token in range(100)}
     found = recover_tokens(own.a, embeddings, own.tokens, common, EXACT)
     assert (found.rank, found.limit, found.compared, found.from_rank) == (16, 64, 16, True)
-    assert found.hits == found.tokens == 16 and found.share == 1.0 and found.auc == 1.0
+    assert found.recovered == found.tokens == 16 and found.share == 1.0 and found.auc == 1.0
     assert found.guessed <= 1 and found.chance == pytest.approx(16 * 16 / VOCABULARY)
     perfect = recover_tokens(own.a, embeddings, own.tokens, {t: 1.0 for t in own.tokens}, EXACT)
     assert perfect.guessed == 16
     nothing = recover_tokens(0 * own.a, embeddings, own.tokens, common)
-    assert (nothing.rank, nothing.hits, nothing.auc) == (0, 0, 0.5)
+    assert (nothing.rank, nothing.recovered, nothing.auc) == (0, 0, 0.5)
 
 
 @pytest.mark.parametrize("altered", ["sign", "bfloat16", "int8", "noise of its own size"])
@@ -119,7 +119,7 @@ def test_alterations_hide_no_tokens(embeddings: Tensor, altered: str) -> None:
     }[altered]
     found = recover_tokens(update, embeddings, own.tokens, {})
     assert found.rank == found.limit == 64 and not found.from_rank
-    assert found.hits == 16
+    assert found.recovered == 16
 
 
 def noise(like: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_noise_of_differential_privacy_hides_them(embeddings: Tensor) -> None:
         little = recover_tokens(own.a + 0.01 * size * noise(own.a), embeddings, own.tokens, {})
         assert little.share == 1.0
         much = recover_tokens(own.a + size * noise(own.a), embeddings, own.tokens, {})
-        assert much.hits <= 2
+        assert much.recovered <= 2
         aucs.append(much.auc or 0.0)
     assert 0.4 < sum(aucs) / len(aucs) < 0.6
 

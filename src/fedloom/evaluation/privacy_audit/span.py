@@ -97,8 +97,8 @@ class TokenRecovery:
         limit: The largest that it could have.
         compared: How many nearest candidates are taken: the rank where it is below its limit, and else
             the true number, which is then given to the attacker.
-        hits: How many of these were trained on.
-        guessed: How many of as many commonest tokens were trained on: what a guess without the update hits.
+        recovered: How many of these were trained on.
+        guessed: How many of as many commonest tokens were trained on: what a guess without the update recovered.
         chance: How many are hit by tokens drawn at random, on average.
         auc: Of nearness, trained-on tokens against all others; 0.5 is chance, ``None`` without both.
         from_rank: Whether ``compared`` is known from the rank.
@@ -108,7 +108,7 @@ class TokenRecovery:
     rank: int
     limit: int
     compared: int
-    hits: int
+    recovered: int
     guessed: int
     chance: float
     auc: float | None
@@ -117,7 +117,7 @@ class TokenRecovery:
     @property
     def share(self) -> float:
         """Share of the distinct tokens that were recovered, 0 to 1."""
-        return self.hits / self.tokens if self.tokens else 0.0
+        return self.recovered / self.tokens if self.tokens else 0.0
 
     @property
     def guessed_share(self) -> float:
@@ -156,14 +156,14 @@ def recover_tokens(
     found = _nearness(candidates, space, count)
     if space.rank == 0:  # nothing was sent: the order of ids is no finding
         found = torch.ones(vocabulary, dtype=torch.float64)
-        hits, auc = 0, 0.5 if 0 < tokens < vocabulary else None
+        recovered, auc = 0, 0.5 if 0 < tokens < vocabulary else None
     else:
-        hits = int(torch.isin(nearest(found, count), truth).sum())
+        recovered = int(torch.isin(nearest(found, count), truth).sum())
         auc = _auc(found, truth)
     commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
     guessed = len(set(commonest) & set(truth.tolist()))
     chance = count * tokens / vocabulary
-    return TokenRecovery(tokens, space.rank, space.limit, count, hits, guessed, chance, auc, known)
+    return TokenRecovery(tokens, space.rank, space.limit, count, recovered, guessed, chance, auc, known)
 
 
 def _nearness(candidates: Tensor, space: RowSpace, count: int) -> Tensor:
