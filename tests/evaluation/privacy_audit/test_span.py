@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedloom.evaluation.privacy_audit.span import (
+    Candidates,
     distances,
     nearest,
     recover_rows,
@@ -43,6 +44,11 @@ class Step:
 def embeddings() -> Tensor:
     """What the layer reads for each token."""
     return torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+
+
+def vocabulary(embeddings: Tensor) -> Candidates:
+    """Return what is read, the same at every place."""
+    return Candidates(embeddings[:, None])
 
 
 def step(embeddings: Tensor, rank: int, batch: int) -> Step:
@@ -97,13 +103,13 @@ def test_the_rank_says_how_many_tokens_there_were(embeddings: Tensor) -> None:
     """Below its limit, so that what is missed equals what is found wrongly; beside a guess."""
     own = step(embeddings, 64, 16)
     common = {token: 1.0 for token in range(100)}
-    found = recover_tokens(own.a, embeddings, own.tokens, common, EXACT)
+    found = recover_tokens(own.a, vocabulary(embeddings), own.tokens, common, EXACT)
     assert (found.rank, found.limit, found.compared, found.from_rank) == (16, 64, 16, True)
     assert found.recovered == found.tokens == 16 and found.share == 1.0 and found.auc == 1.0
     assert found.guessed <= 1 and found.chance == pytest.approx(16 * 16 / VOCABULARY)
-    perfect = recover_tokens(own.a, embeddings, own.tokens, {t: 1.0 for t in own.tokens}, EXACT)
+    perfect = recover_tokens(own.a, vocabulary(embeddings), own.tokens, {t: 1.0 for t in own.tokens}, EXACT)
     assert perfect.guessed == 16
-    nothing = recover_tokens(0 * own.a, embeddings, own.tokens, common)
+    nothing = recover_tokens(0 * own.a, vocabulary(embeddings), own.tokens, common)
     assert (nothing.rank, nothing.recovered, nothing.auc) == (0, 0, 0.5)
 
 
@@ -117,7 +123,7 @@ def test_alterations_hide_no_tokens(embeddings: Tensor, altered: str) -> None:
         "int8": (own.a / own.a.abs().max() * 127).round(),
         "noise of its own size": own.a + own.a.pow(2).mean().sqrt() * noise(own.a),
     }[altered]
-    found = recover_tokens(update, embeddings, own.tokens, {})
+    found = recover_tokens(update, vocabulary(embeddings), own.tokens, {})
     assert found.rank == found.limit == 64 and not found.from_rank
     assert found.recovered == 16
 
@@ -133,9 +139,9 @@ def test_noise_of_differential_privacy_hides_them(embeddings: Tensor) -> None:
     for seed in range(8):
         own = step(embeddings, 64, 16 + seed)
         size = own.a.norm()
-        little = recover_tokens(own.a + 0.01 * size * noise(own.a), embeddings, own.tokens, {})
+        little = recover_tokens(own.a + 0.01 * size * noise(own.a), vocabulary(embeddings), own.tokens, {})
         assert little.share == 1.0
-        much = recover_tokens(own.a + size * noise(own.a), embeddings, own.tokens, {})
+        much = recover_tokens(own.a + size * noise(own.a), vocabulary(embeddings), own.tokens, {})
         assert much.recovered <= 2
         aucs.append(much.auc or 0.0)
     assert 0.4 < sum(aucs) / len(aucs) < 0.6

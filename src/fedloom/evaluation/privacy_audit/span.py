@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,8 +26,11 @@ from torch import Tensor
 TOLERANCE = 1e-5
 """Singular values below this share of the largest count as 0: rounding of float32 gradients of a step."""
 
-CHUNK = 65_536
+CHUNK = 16_384
 """Candidates whose distances are worked out at a time."""
+
+FLOOR = 1e-6
+"""Of the whitening: share of the largest variance below which a direction is not enlarged further."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class RowSpace:
         rank: Numerical rank; 0 of an update that is 0.
         limit: The largest rank that a matrix of this shape has.
         directions: ``(limit, columns)`` float64, orthonormal, the strongest first.
+        values: ``(limit,)`` float64 singular values.
     """
 
     rank: int
     limit: int
     directions: Tensor
+    values: Tensor
 
     @property
     def is_exact(self) -> bool:
@@ -49,17 +55,68 @@ class RowSpace:
         return 0 < self.rank < self.limit
 
 
-def row_space(update: Tensor, tolerance: float = TOLERANCE) -> RowSpace:
+def row_space(update: Tensor, tolerance: float = TOLERANCE, rounding: float = 0.0) -> RowSpace:
     """Return the space of an update's rows.
 
     Args:
         update: ``(rows, columns)``: the gradient of a linear layer's weight, or its change.
         tolerance: Share of the largest singular value below which one counts as 0.
+        rounding: Standard deviation of the rounding in each number: singular values up to the largest
+            that this alone would have count as 0.
     """
     _, values, directions = torch.linalg.svd(update.double(), full_matrices=False)
     largest = float(values[0]) if len(values) else 0.0
-    rank = int((values > tolerance * largest).sum()) if largest > 0 else 0
-    return RowSpace(rank, min(update.shape), directions)
+    least = max(tolerance * largest, rounding * sum(side**0.5 for side in update.shape))
+    rank = int((values > least).sum()) if largest > 0 else 0
+    return RowSpace(rank, min(update.shape), directions, values)
+
+
+def rounding_of(values: Tensor) -> float:
+    """Return the standard deviation of the rounding of float32 numbers as large as these."""
+    return float(values.double().pow(2).mean().sqrt()) * 2**-24 if values.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a layer reads for each token of the vocabulary.
+
+    Attributes:
+        inputs: ``(vocabulary, places, columns)``; one place where the input does not depend on it.
+    """
+
+    inputs: Tensor
+
+    @cached_property
+    def whitening(self) -> Tensor:
+        """``(columns, columns)`` float64: makes the inputs of the vocabulary equally large in all directions.
+
+        Embeddings share a few strong directions, in which every token would be near. A linear map changes
+        nothing about which inputs a row is a mixture of.
+        """
+        flat = self.inputs.reshape(-1, self.inputs.shape[-1])
+        moment = sum(part.double().T @ part.double() for part in flat.split(CHUNK))
+        assert isinstance(moment, Tensor), "there is a token"
+        values, vectors = torch.linalg.eigh(moment / len(flat))
+        return vectors * values.clamp_min(FLOOR * float(values[-1])).rsqrt() @ vectors.T
+
+    def distances(self, space: RowSpace, count: int) -> Tensor:
+        """Return ``(vocabulary,)`` each token's distance to a space, after whitening, at its best place.
+
+        Args:
+            space: Of the rows of an update.
+            count: How many inputs are looked for, at least 1.
+        """
+        columns = self.inputs.shape[-1]
+        rows = space.directions[: space.rank] @ self.whitening
+        if not space.is_exact:  # the stronger a direction, the more of it is signal
+            rows = space.values[: space.rank, None] * rows
+        kept = min(space.rank, max(1, count), max(1, columns - 1))
+        directions = torch.linalg.svd(rows, full_matrices=False)[2][:kept]
+        flat = self.inputs.reshape(-1, columns)
+        found = [
+            distances(part.double() @ self.whitening, directions) for part in flat.split(CHUNK)
+        ]
+        return torch.cat(found).view(len(self.inputs), -1).amin(dim=1)
 
 
 def distances(candidates: Tensor, directions: Tensor) -> Tensor:
@@ -72,18 +129,15 @@ def distances(candidates: Tensor, directions: Tensor) -> Tensor:
     Returns:
         ``(n,)`` float64 in [0, 1]: ``||e - R^T R e|| / ||e||``; 1 of a candidate that is 0.
     """
-    found = []
-    for part in candidates.split(CHUNK):
-        part = part.double()
-        lengths = part.norm(dim=1)
-        rest = part - (part @ directions.T) @ directions
-        shares = rest.norm(dim=1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
-        found.append(torch.where(lengths > 0, shares.clamp(max=1.0), torch.ones_like(shares)))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+    own = candidates.double()
+    lengths = own.norm(dim=1)
+    rest = own - (own @ directions.T) @ directions
+    shares = rest.norm(dim=1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(lengths > 0, shares.clamp(max=1.0), torch.ones_like(shares))
 
 
 def nearest(found: Tensor, count: int) -> Tensor:
-    """Return the ids of the ``count`` candidates with the smallest distances, nearest first; equal ones by id."""
+    """Return the ids of the ``count`` smallest distances, nearest first; equal ones by id."""
     return torch.sort(found, stable=True).indices[:count]
 
 
@@ -127,51 +181,43 @@ class TokenRecovery:
 
 def recover_tokens(
     update: Tensor,
-    candidates: Tensor,
+    candidates: Candidates,
     trained: Sequence[int],
     frequencies: Mapping[int, float],
     tolerance: float = TOLERANCE,
+    rounding: float = 0.0,
 ) -> TokenRecovery:
     """Rank the vocabulary by nearness to an update's rows, and count what that finds.
 
     Args:
         update: ``(rows, columns)`` change of a layer's weight, or of a factor of it.
-        candidates: ``(vocabulary, columns)``, or ``(vocabulary, places, columns)`` where a token's input
-            depends on its place: what the layer reads for each token; for dB of LoRA, that times A^T.
+        candidates: What the layer reads for each token; for dB of LoRA, that times A^T.
         trained: Distinct tokens that were trained on: the truth.
         frequencies: How common tokens are elsewhere, for the guess.
         tolerance: See :func:`row_space`.
+        rounding: Likewise.
 
     Raises:
         ValueError: The columns of update and candidates differ.
     """
-    if update.shape[1] != candidates.shape[-1]:
-        raise ValueError(
-            f"the update has {update.shape[1]} columns and candidates {candidates.shape[-1]}"
-        )
-    space, truth = row_space(update, tolerance), torch.tensor(sorted(set(trained)))
-    vocabulary, tokens = len(candidates), len(truth)
+    vocabulary, _, columns = candidates.inputs.shape
+    if update.shape[1] != columns:
+        raise ValueError(f"the update has {update.shape[1]} columns and candidates {columns}")
+    space = row_space(update, tolerance, rounding)
+    truth = torch.tensor(sorted(set(trained)))
+    tokens = len(truth)
     known = space.is_exact and space.rank < vocabulary
     count = space.rank if known else min(tokens, vocabulary)
-    found = _nearness(candidates, space, count)
     if space.rank == 0:  # nothing was sent: the order of ids is no finding
-        found = torch.ones(vocabulary, dtype=torch.float64)
         recovered, auc = 0, 0.5 if 0 < tokens < vocabulary else None
     else:
+        found = candidates.distances(space, count)
         recovered = int(torch.isin(nearest(found, count), truth).sum())
         auc = _auc(found, truth)
     commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
     guessed = len(set(commonest) & set(truth.tolist()))
     chance = count * tokens / vocabulary
     return TokenRecovery(tokens, space.rank, space.limit, count, recovered, guessed, chance, auc, known)
-
-
-def _nearness(candidates: Tensor, space: RowSpace, count: int) -> Tensor:
-    """Return each token's distance to the strongest directions, at its best place."""
-    columns = candidates.shape[-1]
-    kept = min(space.rank, max(1, count), columns - 1 or 1)
-    found = distances(candidates.reshape(-1, columns), space.directions[:kept])
-    return found.view(len(candidates), -1).amin(dim=1)
 
 
 def _auc(found: Tensor, truth: Tensor) -> float | None:

@@ -27,7 +27,12 @@ from fedloom.data.reader import Read, Reader
 from fedloom.errors import DataError, ModelError, SettingsError
 from fedloom.evaluation.privacy_audit.canaries import Guessed, guess
 from fedloom.evaluation.privacy_audit.membership import Membership, infer_membership
-from fedloom.evaluation.privacy_audit.span import TokenRecovery, recover_tokens
+from fedloom.evaluation.privacy_audit.span import (
+    Candidates,
+    TokenRecovery,
+    recover_tokens,
+    rounding_of,
+)
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.engine import Engine
 from fedloom.models.adapters import AdapterModel
@@ -55,9 +60,6 @@ from fedloom.storage.run_folder import Record, RunFolder
 
 DELTA = 1e-5
 """For which the lower bound holds where the run states none."""
-
-LEAK = 0.6
-"""AUC of tokens, mean over the updates of a round, from which on the page speaks of a leak."""
 
 MOST_ROWS = 256
 """Members of a client, and rows that are none, that are scored."""
@@ -124,42 +126,53 @@ class PlantedRun:
         for update in self.engine.updates:
             own = local.resources[update.client]
             for view in self._views(own.model):
-                for title, change, candidates in _changes(update, view, own.initial):
+                for title, change, candidates, rounding in _changes(update, view, own.initial):
                     recovered = recover_tokens(
-                        change, candidates, sorted(update.tokens), common[update.client]
+                        change,
+                        candidates,
+                        sorted(update.tokens),
+                        common[update.client],
+                        rounding=rounding,
                     )
                     found.append(_token_record(update, title, recovered))
         return found
 
 
+View = tuple[tuple[str, str], Tensor, Candidates, float]
+"""Layer and tensor, its change, the candidates for it, and the rounding of its numbers."""
+
+
 def _changes(
     update: Update, view: ReadByToken, initial: Mapping[str, Tensor]
-) -> Iterator[tuple[tuple[str, str], Tensor, Tensor]]:
-    """Yield what can be tested of an update: layer and tensor, its change, and the candidates for it.
+) -> Iterator[View]:
+    """Yield what can be tested of an update.
 
     The rows of several layers that read the same are mixtures of the same inputs: together they span more.
     """
-    together: dict[str, list[Tensor]] = {}
+    together: dict[str, list[tuple[Tensor, float]]] = {}
     for name, change in update.changes.items():
-        layer, inputs = layer_of(name.rpartition("/")[2]), view.inputs
+        layer = layer_of(name.rpartition("/")[2])
         if layer not in view.layers or change.ndim != 2:
             continue
         shown, part = layer.removeprefix("base_model.model."), name.rpartition("/")[0]
+        rounding = rounding_of(update.received.get(name, change))
         if name.endswith(FACTOR_B):
             factor = name.removesuffix(FACTOR_B) + FACTOR_A
             known = update.received.get(factor, initial.get(factor.rpartition("/")[2]))
             if known is not None and known.shape[0] == change.shape[1]:
-                yield (shown, _titled("dB", part)), change, inputs @ known.float().T
+                candidates = Candidates(view.candidates.inputs @ known.float().T)
+                yield (shown, _titled("dB", part)), change, candidates, rounding
             continue
-        if change.shape[1] != inputs.shape[-1]:
+        if change.shape[1] != view.candidates.inputs.shape[-1]:
             change = change.T  # weights that are stored (in, out)
         title = _titled("dA" if name.endswith(FACTOR_A) else "dW", part)
-        yield (shown, title), change, inputs
-        if float(change.norm()) > 0:
-            together.setdefault(title, []).append(change.double() / change.double().norm())
+        yield (shown, title), change, view.candidates, rounding
+        together.setdefault(title, []).append((change, rounding))
     for title, parts in together.items():
         if len(parts) > 1:
-            yield (f"all {len(parts)}", title), torch.cat(parts), inputs
+            rounding = max(own for _, own in parts)
+            whole = torch.cat([own for own, _ in parts])
+            yield (f"all {len(parts)}", title), whole, view.candidates, rounding
 
 
 def _titled(tensor: str, part: str) -> str:
@@ -272,13 +285,13 @@ def _tokens_record(planted: PlantedRun) -> Record:
             for view in views
         ]
     views = [view for own in planted.views.values() for view in own]
-    leaks = [own for own in rounds if own["auc"] is not None and own["auc"] >= LEAK]
+    leaks = [own for own in rounds if own["share"] > own["guessed_share"]]
     return {
         "made": True,
         "updates": found,
         "rounds": rounds,
-        "places": max((own.inputs.shape[1] for own in views if own.by_place), default=None),
-        "vocabulary": max(len(own.inputs) for own in views),
+        "places": max((own.candidates.inputs.shape[1] for own in views if own.by_place), default=None),
+        "vocabulary": max(len(own.candidates.inputs) for own in views),
         "leak": bool(leaks),
         "worst": max(rounds, key=lambda own: own["share"]),
     }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedloom.evaluation.privacy_audit.span import Candidates
 from fedloom.models.adapters import AdapterModel
 
 FACTOR_A, FACTOR_B, WEIGHT = ".lora_A.weight", ".lora_B.weight", ".weight"
@@ -35,12 +36,12 @@ class ReadByToken:
 
     Attributes:
         layers: Names of the layers, all with these inputs.
-        inputs: ``(vocabulary, places, columns)``.
+        candidates: What they read for each token, at each place.
         by_place: Whether the inputs depend on the place.
     """
 
     layers: tuple[str, ...]
-    inputs: Tensor
+    candidates: Candidates
     by_place: bool
 
 
@@ -106,7 +107,7 @@ def _read(
         )
         for place in range(places)
     ]
-    return ReadByToken(layers, torch.stack(found, dim=1), by_place)
+    return ReadByToken(layers, Candidates(torch.stack(found, dim=1)), by_place)
 
 
 def _inputs(
