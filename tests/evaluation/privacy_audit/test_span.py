@@ -102,12 +102,14 @@ def test_which_tensor_tells(
 def test_the_rank_says_how_many_tokens_there_were(embeddings: Tensor) -> None:
     """Below its limit, so that what is missed equals what is found wrongly; beside a guess."""
     own = step(embeddings, 64, 16)
-    common = {token: 1.0 for token in range(100)}
+    common = dict.fromkeys(range(100), 1.0)
     found = recover_tokens(own.a, vocabulary(embeddings), own.tokens, common, EXACT)
     assert (found.rank, found.limit, found.compared, found.from_rank) == (16, 64, 16, True)
     assert found.recovered == found.tokens == 16 and found.share == 1.0 and found.auc == 1.0
     assert found.guessed <= 1 and found.chance == pytest.approx(16 * 16 / VOCABULARY)
-    perfect = recover_tokens(own.a, vocabulary(embeddings), own.tokens, {t: 1.0 for t in own.tokens}, EXACT)
+    perfect = recover_tokens(
+        own.a, vocabulary(embeddings), own.tokens, dict.fromkeys(own.tokens, 1.0), EXACT
+    )
     assert perfect.guessed == 16
     nothing = recover_tokens(0 * own.a, vocabulary(embeddings), own.tokens, common)
     assert (nothing.rank, nothing.recovered, nothing.auc) == (0, 0, 0.5)
@@ -139,7 +141,9 @@ def test_noise_of_differential_privacy_hides_them(embeddings: Tensor) -> None:
     for seed in range(8):
         own = step(embeddings, 64, 16 + seed)
         size = own.a.norm()
-        little = recover_tokens(own.a + 0.01 * size * noise(own.a), vocabulary(embeddings), own.tokens, {})
+        little = recover_tokens(
+            own.a + 0.01 * size * noise(own.a), vocabulary(embeddings), own.tokens, {}
+        )
         assert little.share == 1.0
         much = recover_tokens(own.a + size * noise(own.a), vocabulary(embeddings), own.tokens, {})
         assert much.recovered <= 2

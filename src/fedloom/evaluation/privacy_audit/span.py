@@ -217,7 +217,9 @@ def recover_tokens(
     commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
     guessed = len(set(commonest) & set(truth.tolist()))
     chance = count * tokens / vocabulary
-    return TokenRecovery(tokens, space.rank, space.limit, count, recovered, guessed, chance, auc, known)
+    return TokenRecovery(
+        tokens, space.rank, space.limit, count, recovered, guessed, chance, auc, known
+    )
 
 
 def _auc(found: Tensor, truth: Tensor) -> float | None:

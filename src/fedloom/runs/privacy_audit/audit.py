@@ -7,8 +7,7 @@ are those that their owner names: which were trained on is not taken from anywhe
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +23,7 @@ from fedloom.data.examples import Example
 from fedloom.data.loading import LoadedData
 from fedloom.data.partition import LabelDistribution
 from fedloom.data.reader import Read, Reader
-from fedloom.errors import DataError, ModelError, SettingsError
+from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.privacy_audit.canaries import Guessed, guess
 from fedloom.evaluation.privacy_audit.membership import Membership, infer_membership
 from fedloom.evaluation.privacy_audit.span import (
@@ -46,7 +45,6 @@ from fedloom.runs.partitioning import PartitionedData
 from fedloom.runs.privacy_audit.first_block import (
     FACTOR_A,
     FACTOR_B,
-    WEIGHT,
     ReadByToken,
     layer_of,
     read_by_token,
@@ -114,7 +112,7 @@ class PlantedRun:
     def _views(self, model: AdapterModel) -> list[ReadByToken]:
         """Return what the first block reads for each token; worked out once for each model."""
         if id(model) not in self.views:
-            embeddings = getattr(model.model, "get_input_embeddings")().weight
+            embeddings = model.model.get_input_embeddings().weight
             self.views[id(model)] = read_by_token(model, len(embeddings))
         return self.views[id(model)]
 
@@ -142,9 +140,7 @@ View = tuple[tuple[str, str], Tensor, Candidates, float]
 """Layer and tensor, its change, the candidates for it, and the rounding of its numbers."""
 
 
-def _changes(
-    update: Update, view: ReadByToken, initial: Mapping[str, Tensor]
-) -> Iterator[View]:
+def _changes(update: Update, view: ReadByToken, initial: Mapping[str, Tensor]) -> Iterator[View]:
     """Yield what can be tested of an update.
 
     The rows of several layers that read the same are mixtures of the same inputs: together they span more.
@@ -290,7 +286,9 @@ def _tokens_record(planted: PlantedRun) -> Record:
         "made": True,
         "updates": found,
         "rounds": rounds,
-        "places": max((own.candidates.inputs.shape[1] for own in views if own.by_place), default=None),
+        "places": max(
+            (own.candidates.inputs.shape[1] for own in views if own.by_place), default=None
+        ),
         "vocabulary": max(len(own.candidates.inputs) for own in views),
         "leak": bool(leaks),
         "worst": max(rounds, key=lambda own: own["share"]),
@@ -445,7 +443,12 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
     _require_model(experiment, known, observer)
     classes = tuple(known.get("classes") or ())
     division = PartitionedData(
-        LoadedData([], [], experiment.kind, ""), {}, {}, [], classes, LabelDistribution(None, (), ())
+        LoadedData([], [], experiment.kind, ""),
+        {},
+        {},
+        [],
+        classes,
+        LabelDistribution(None, (), ()),
     )
     observer.stage("scoring rows under the released adapter")
     record = _record(experiment, folder, "run")
@@ -485,7 +488,9 @@ def owners_rows(experiment: Experiment, path: Path) -> tuple[Rows, Rows]:
         DataError: It cannot be read, a row does not say whether it is a member, or one side is empty.
     """
     if not path.is_file():
-        raise DataError(f"there are no rows at {path}: --rows names a JSONL file of the rows' owner")
+        raise DataError(
+            f"there are no rows at {path}: --rows names a JSONL file of the rows' owner"
+        )
     settings = experiment.data.model_copy(update={"source": str(path), "max_rows": None})
     found = Reader(settings, settings, experiment.kind, Read()).read(str(path), "train")
     sides: dict[bool, Rows] = {True: {}, False: {}}

@@ -7,7 +7,7 @@ it. In a transformer these are the projections of the first block's attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from fedloom.evaluation.privacy_audit.span import Candidates
 from fedloom.models.adapters import AdapterModel
 
-FACTOR_A, FACTOR_B, WEIGHT = ".lora_A.weight", ".lora_B.weight", ".weight"
-"""Endings of trained tensors that the span test reads."""
+FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
+WHOLE = (".ln_tuning_layers.weight", ".weight")
+"""Endings of trained tensors that the span test reads: LoRA's factors, and weights trained whole."""
 
 MOST_NUMBERS = 100_000_000
 """Of the inputs of the whole vocabulary, over all places."""
@@ -51,7 +52,7 @@ class _Done(Exception):
 
 def layer_of(name: str) -> str | None:
     """Return the layer that a trained tensor belongs to, ``None`` where it is none of a layer's."""
-    for ending in (FACTOR_A, FACTOR_B, WEIGHT):
+    for ending in (FACTOR_A, FACTOR_B, *WHOLE):
         if name.endswith(ending):
             return name.removesuffix(ending)
     return None
@@ -116,11 +117,8 @@ def _inputs(
     """Return ``(rows, columns)`` what layers read at the last token of each row, of those it reaches."""
     ids = torch.tensor(rows, device=model.device)
     before = model.flops
-    with _noting(model, layers) as found, model.evaluating():
-        try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        except _Done:
-            pass
+    with _noting(model, layers) as found, model.evaluating(), suppress(_Done):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.flops = before
     return found
 

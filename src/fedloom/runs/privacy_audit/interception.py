@@ -100,12 +100,13 @@ class InterceptingEngine:
             whole = exchange.replies_are_changes or own is None or own.shape != tensor.shape
             changes[name] = tensor.clone() if whole or own is None else tensor - own
         if changes:
-            received = {n: t.clone() for n, t in sent.items() if n.rpartition("/")[2] in self.wanted}
+            received = {
+                n: t.clone() for n, t in sent.items() if n.rpartition("/")[2] in self.wanted
+            }
             steps = sum(
                 own.steps
                 for own in self.local.ledger.costs
-                if (own.round, own.client, own.phase)
-                == (exchange.round, client, exchange.action)
+                if (own.round, own.client, own.phase) == (exchange.round, client, exchange.action)
             )
             tokens = self._truth(client, read)
             self.updates.append(
