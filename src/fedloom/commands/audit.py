@@ -86,8 +86,8 @@ def privacy(
 ) -> None:
     """Attack what clients send and what is released: tokens, membership, canaries.
 
-    Of an experiment a run is made with planted rows. Of a run folder the released adapter is attacked, with
-    rows that their owner names.
+    Of an experiment a run is made with planted rows. Of a run folder the released adapter is attacked,
+    with rows that their owner names.
     """
     refuse_early(lambda: _check_privacy(what, rows, assignments))
     observer = begin_loading(quiet)
@@ -115,9 +115,10 @@ def _check_privacy(what: Path, rows: Path | None, assignments: list[str] | None)
         if rows is None:
             raise SettingsError(
                 [
-                    f"{what} is a run: its released adapter is attacked with rows that their owner names: "
-                    'give --rows FILE.jsonl, with "member": true for rows that were trained on and false '
-                    f"for others; or attack what clients send: fedloom audit privacy {what}/experiment.toml"
+                    f"{what} is a run: its released adapter is attacked with rows that their owner "
+                    'names: give --rows FILE.jsonl, with "member": true for rows that were trained on '
+                    "and false for others; or attack what clients send: fedloom audit privacy "
+                    f"{what}/experiment.toml"
                 ],
                 "the command",
             )

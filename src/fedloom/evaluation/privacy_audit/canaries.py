@@ -6,9 +6,10 @@ guessed and v guesses are right. Under (epsilon, delta)-differential privacy
 
     P[V >= v] <= P[B >= v] + 2 m delta max_i (1 / i) P[v - i <= B < v],    B ~ Bin(r, e^eps / (1 + e^eps))
 
-so that an epsilon for which the right side is below 5 % is refuted. With few canaries even perfect guesses
-prove little: the ceiling belongs beside each bound. Exposure is Carlini et al. 2019's, "The Secret Sharer",
-https://arxiv.org/abs/1802.08232: log2 of how many candidates there are less log2 of the canary's rank.
+so that an epsilon for which the right side is below 5 % is refuted. With few canaries even perfect
+guesses prove little: the ceiling belongs beside each bound. Exposure is Carlini et al. 2019's, "The
+Secret Sharer", https://arxiv.org/abs/1802.08232: log2 of how many candidates there are less log2 of the
+canary's rank.
 """
 
 from __future__ import annotations
@@ -126,6 +127,6 @@ def guess(scores: NDArray[np.float64], coins: Sequence[bool], delta: float) -> G
 
 
 def exposures(planted: NDArray[np.float64], others: NDArray[np.float64]) -> list[float]:
-    """Return the exposure of each planted canary among those that were not, in bits; ties at their worst."""
+    """Return the exposure in bits of each planted canary among the others; ties at their worst."""
     ranks = [1 + int((others >= score).sum()) for score in planted]
     return [math.log2(len(others) + 1) - math.log2(rank) for rank in ranks]

@@ -1,11 +1,12 @@
 """Who was trained on: scores of members against those of rows that were held out.
 
-A score is calibrated by a reference, so that rows that are easy for every model are not taken for members:
-of instructions the log-probability under the adapter less that under the reference; of preferences PREMIA's
-(Feng et al. 2024, "Exposing Privacy Gaps: Membership Inference Attack on Preference Data for LLM
-Alignment", https://arxiv.org/abs/2407.06443): the log-ratio of the chosen answer, that of the rejected one,
-and their difference times beta. Members must be compared with held-out rows of the same client: across
-clients, the difference of their subjects would pass for membership.
+A score is calibrated by a reference, so that rows that are easy for every model are not taken for
+members: of instructions the log-probability under the adapter less that under the reference; of
+preferences PREMIA's (Feng et al. 2024, "Exposing Privacy Gaps: Membership Inference Attack on
+Preference Data for LLM Alignment", https://arxiv.org/abs/2407.06443): the log-ratio of the chosen
+answer, that of the rejected one, and their difference times beta. Members must be compared with
+held-out rows of the same client: across clients, the difference of their subjects would pass for
+membership.
 """
 
 from __future__ import annotations
@@ -111,13 +112,11 @@ def infer_membership(
     outside = np.concatenate([others[own] for own in clients])
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
         raise ValueError("a score is not finite")
-    drawn = [
-        tuple(
-            np.concatenate([rng.choice(side[own], len(side[own])) for own in clients])
-            for side in (members, others)
-        )
-        for _ in range(RESAMPLES)
-    ]
+
+    def resampled(side: Mapping[int, Scores]) -> Scores:
+        return np.concatenate([rng.choice(side[own], len(side[own])) for own in clients])
+
+    drawn = [(resampled(members), resampled(others)) for _ in range(RESAMPLES)]
     own = [
         auc(members[client], others[client])
         for client in clients
@@ -130,7 +129,7 @@ def infer_membership(
         {
             rate: _estimate(
                 true_positive_rate(inside, outside, rate),
-                [true_positive_rate(*pair, rate) for pair in drawn],
+                [true_positive_rate(one, two, rate) for one, two in drawn],
             )
             for rate in FALSE_POSITIVE_RATES
         },

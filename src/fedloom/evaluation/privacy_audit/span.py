@@ -1,14 +1,15 @@
 """Which tokens a client trained on, read from its update: the span test of DAGER.
 
-A linear layer Y = X W^T has the gradient dL/dW = dY^T X, so that its rows are mixtures of the rows of X,
-the layer's inputs. The inputs of the first block depend on the token alone (and on its place, where places
-are embedded), so that a token of the vocabulary can be tested: the nearer its input lies to the span of the
-update's rows, the likelier it was in the batch (Petrov et al. 2024, "DAGER: Exact Gradient Inversion for
-Large Language Models", https://arxiv.org/abs/2405.15586).
+A linear layer Y = X W^T has the gradient dL/dW = dY^T X, so that its rows are mixtures of the rows of
+X, the layer's inputs. The inputs of the first block depend on the token alone (and on its place, where
+places are embedded), so that a token of the vocabulary can be tested: the nearer its input lies to the
+span of the update's rows, the likelier it was in the batch (Petrov et al. 2024, "DAGER: Exact Gradient
+Inversion for Large Language Models", https://arxiv.org/abs/2405.15586).
 
-Of LoRA's factors (Y = X W^T + s X A^T B^T), dA = s B^T dY^T X has r rows, which are mixtures of the rows of
-X while B is not 0; dB = s dY^T X A^T has rows in r dimensions, and tests A x where A is known. The test is
-exact where the distinct inputs of the step are at most the rows of the update and fewer than its columns.
+Of LoRA's factors (Y = X W^T + s X A^T B^T), dA = s B^T dY^T X has r rows, which are mixtures of the
+rows of X while B is not 0; dB = s dY^T X A^T has rows in r dimensions, and tests A x where A is known.
+The test is exact where the distinct inputs of the step are at most the rows of the update and fewer
+than its columns.
 
 Beyond that a threshold says nothing, so tokens are ranked: among the b nearest of the vocabulary, b being
 the number of distinct tokens, each one missed is one found wrongly, and precision equals recall.
@@ -88,13 +89,13 @@ class Candidates:
 
     @cached_property
     def whitening(self) -> Tensor:
-        """``(columns, columns)`` float64: makes the inputs of the vocabulary equally large in all directions.
+        """``(columns, columns)`` float64: makes the vocabulary's inputs equally large in all directions.
 
         Embeddings share a few strong directions, in which every token would be near. A linear map changes
         nothing about which inputs a row is a mixture of.
         """
         flat = self.inputs.reshape(-1, self.inputs.shape[-1])
-        moment = sum(part.double().T @ part.double() for part in flat.split(CHUNK))
+        moment = sum(part.double().T @ part.double() for part in torch.split(flat, CHUNK))
         assert isinstance(moment, Tensor), "there is a token"
         values, vectors = torch.linalg.eigh(moment / len(flat))
         return vectors * values.clamp_min(FLOOR * float(values[-1])).rsqrt() @ vectors.T
@@ -114,7 +115,8 @@ class Candidates:
         directions = torch.linalg.svd(rows, full_matrices=False)[2][:kept]
         flat = self.inputs.reshape(-1, columns)
         found = [
-            distances(part.double() @ self.whitening, directions) for part in flat.split(CHUNK)
+            distances(part.double() @ self.whitening, directions)
+            for part in torch.split(flat, CHUNK)
         ]
         return torch.cat(found).view(len(self.inputs), -1).amin(dim=1)
 
@@ -152,7 +154,7 @@ class TokenRecovery:
         compared: How many nearest candidates are taken: the rank where it is below its limit, and else
             the true number, which is then given to the attacker.
         recovered: How many of these were trained on.
-        guessed: How many of as many commonest tokens were trained on: what a guess without the update recovered.
+        guessed: How many of as many commonest tokens were trained on: a guess without the update.
         chance: How many are hit by tokens drawn at random, on average.
         auc: Of nearness, trained-on tokens against all others; 0.5 is chance, ``None`` without both.
         from_rank: Whether ``compared`` is known from the rank.
@@ -245,8 +247,8 @@ def recover_rows(
 ) -> list[tuple[int, ...]]:
     """Put recovered tokens together to rows, by the span test of the second block (DAGER, section 4.2).
 
-    A prefix is extended by each token whose input there lies in the span of the update's rows. What cannot
-    be extended any more is a row.
+    A prefix is extended by each token whose input there lies in the span of the update's rows. What
+    cannot be extended any more is a row.
 
     Args:
         inputs: Of ``(n, length)`` token ids, ``(n, columns)``: what the layer reads at the last of them.

@@ -1,8 +1,8 @@
 """Attacks on a run: which are made, with what they find, and which cannot be.
 
-Of an experiment a run is made with planted rows, what its clients send is intercepted, and the adapter that
-it releases is attacked. Of a run folder there is the released adapter alone, and the rows to attack it with
-are those that their owner names: which were trained on is not taken from anywhere else.
+Of an experiment a run is made with planted rows, what its clients send is intercepted, and the adapter
+that it releases is attacked. Of a run folder there is the released adapter alone, and the rows to
+attack it with are those that their owner names: which were trained on is not taken from anywhere else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom import __version__
 from fedloom.data.examples import Example
 from fedloom.data.loading import LoadedData
 from fedloom.data.partition import LabelDistribution
@@ -52,6 +51,7 @@ from fedloom.runs.privacy_audit.first_block import (
 from fedloom.runs.privacy_audit.interception import InterceptingEngine, Update, frequencies
 from fedloom.runs.privacy_audit.planting import AuditRows, Canary, plant
 from fedloom.runs.privacy_audit.scores import RowScores, Scorer
+from fedloom.runs.records import versions
 from fedloom.runs.run import run_experiment
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import Record, RunFolder
@@ -143,7 +143,8 @@ View = tuple[tuple[str, str], Tensor, Candidates, float]
 def _changes(update: Update, view: ReadByToken, initial: Mapping[str, Tensor]) -> Iterator[View]:
     """Yield what can be tested of an update.
 
-    The rows of several layers that read the same are mixtures of the same inputs: together they span more.
+    The rows of several layers that read the same are mixtures of the same inputs: together they span
+    more.
     """
     together: dict[str, list[tuple[Tensor, float]]] = {}
     for name, change in update.changes.items():
@@ -241,7 +242,7 @@ def _record(experiment: Experiment, folder: RunFolder, of: str) -> Record:
     summary = folder.read_json(names.SUMMARY) or {}
     privacy = experiment.privacy
     return {
-        "fedloom": __version__,
+        "fedloom": versions()["fedloom"],
         "name": experiment.name,
         "of": of,
         "run": str(folder.path),
@@ -263,8 +264,8 @@ def _tokens_record(planted: PlantedRun) -> Record:
     assert planted.parts is not None and planted.engine is not None
     if not planted.engine.wanted:
         why = (
-            "no trained layer reads something that depends on a token alone: nothing in the first block's "
-            "attention is trained (adapter.kind, targets, layers)"
+            "no trained layer reads something that depends on a token alone: nothing in the first "
+            "block's attention is trained (adapter.kind, targets, layers)"
         )
         return {"made": False, "why": why}
     if not planted.engine.updates:
@@ -280,16 +281,16 @@ def _tokens_record(planted: PlantedRun) -> Record:
             _round_line(round, view, [o for o in own if (o["layer"], o["tensor"]) == view])
             for view in views
         ]
-    views = [view for own in planted.views.values() for view in own]
+    read = [view for own in planted.views.values() for view in own]
     leaks = [own for own in rounds if own["share"] > own["guessed_share"]]
     return {
         "made": True,
         "updates": found,
         "rounds": rounds,
         "places": max(
-            (own.candidates.inputs.shape[1] for own in views if own.by_place), default=None
+            (own.candidates.inputs.shape[1] for own in read if own.by_place), default=None
         ),
-        "vocabulary": max(len(own.candidates.inputs) for own in views),
+        "vocabulary": max(len(own.candidates.inputs) for own in read),
         "leak": bool(leaks),
         "worst": max(rounds, key=lambda own: own["share"]),
     }
@@ -401,8 +402,8 @@ def _by_unit(
 def _bound_record(kind: str, own: Guessed, stated: Mapping[str, Any]) -> Record:
     """Return a bound beside what is stated.
 
-    To flip a label is to take a row out and put another in: epsilon-privacy of adding or removing a row is
-    2 epsilon-privacy of flipping one, so that half of the bound is one on epsilon.
+    To flip a label is to take a row out and put another in: epsilon-privacy of adding or removing a row
+    is 2 epsilon-privacy of flipping one, so that half of the bound is one on epsilon.
     """
     halved = kind == "label_flip" and "replace" not in str(stated.get("neighbours", ""))
     share = 0.5 if halved else 1.0
@@ -425,8 +426,8 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
 
     Args:
         run: A run folder with a global adapter.
-        rows: JSONL in a layout of the run's kind, each row with ``"member": true`` where it was trained on
-            and false where not, and with ``"client"`` where rows are of several.
+        rows: JSONL in a layout of the run's kind, each row with ``"member": true`` where it was trained
+            on and false where not, and with ``"client"`` where rows are of several.
         observer: Told of stages.
 
     Raises:
@@ -453,7 +454,7 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
     observer.stage("scoring rows under the released adapter")
     record = _record(experiment, folder, "run")
     record["rows"] = str(rows)
-    sent = "what clients sent is not in a run folder: give the experiment instead, and a run is made for it"
+    sent = "what clients sent is not in a run folder: give the experiment, and a run is made for it"
     planted = "no canaries were planted in this run: give the experiment instead"
     record["tokens"] = {"made": False, "why": sent}
     record["canaries"] = {"made": False, "why": planted}
@@ -508,7 +509,7 @@ def owners_rows(experiment: Experiment, path: Path) -> tuple[Rows, Rows]:
     if not set(sides[True]) & set(sides[False]):
         raise DataError(
             f"{path} has {sum(map(len, sides[True].values()))} members and "
-            f"{sum(map(len, sides[False].values()))} other rows, and no client with both: they are compared "
-            "within a client"
+            f"{sum(map(len, sides[False].values()))} other rows, and no client with both: they are "
+            "compared within a client"
         )
     return sides[True], sides[False]

@@ -102,8 +102,8 @@ def _read(
         torch.cat(
             [
                 _inputs(model, [layer], [[0] * place + [own] for own in tokens])[layer]
-                for tokens in torch.arange(vocabulary).split(CHUNK)
-                for tokens in [tokens.tolist()]
+                for start in range(0, vocabulary, CHUNK)
+                for tokens in [range(start, min(start + CHUNK, vocabulary))]
             ]
         )
         for place in range(places)

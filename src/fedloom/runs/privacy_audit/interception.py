@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,8 +123,6 @@ class InterceptingEngine:
         ends = tokens.starts[1:]
         inside = set(tokens.tokens.tolist())
         if len(ends):
-            import numpy as np
-
             last = np.zeros(len(tokens.tokens), bool)
             last[ends - 1] = tokens.width > 0 and bool(tokens.trained.any())
             inside = set(tokens.tokens[~last].tolist())
@@ -137,7 +136,7 @@ def _reading(models: list[AdapterModel]) -> Iterator[set[int]]:
 
     def note(module: object, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled() and inputs and not inputs[0].is_floating_point():
-            found.update(inputs[0].unique().tolist())
+            found.update(torch.unique(inputs[0]).tolist())
 
     hooks = []
     for model in models:
@@ -154,7 +153,7 @@ def frequencies(shares: Mapping[int, Any]) -> dict[int, dict[int, float]]:
     """Return, for each client, how often each token occurs in the rows of all others."""
     counts: dict[int, dict[int, float]] = {}
     for client, share in shares.items():
-        ids, times = torch.from_numpy(share.tokens.tokens).unique(return_counts=True)
+        ids, times = torch.unique(torch.from_numpy(share.tokens.tokens), return_counts=True)
         counts[client] = dict(zip(ids.tolist(), map(float, times.tolist()), strict=True))
     everything: dict[int, float] = {}
     for own in counts.values():

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedloom.data.examples import Example, Feedback, Instruction, Labelled, Preference, plain_text
+from fedloom.data.examples import Example, Feedback, Instruction, Labelled, Preference
 from fedloom.data.row_accounting import Account, Accounts, added
 from fedloom.data.splits import row_key, row_text
 from fedloom.data.stored_rows import StoredRows
@@ -98,9 +98,9 @@ def plant(
         client: [*rows, *(c.trained for c in planted if c.client == client and c.trained)]
         for client, rows in members.items()
     }
-    rows = AuditRows(members, withheld, planted)
-    accounts = _accounts(division.accounts, rows)
-    return replace(division, train=train, accounts=accounts), rows
+    found = AuditRows(members, withheld, planted)
+    accounts = _accounts(division.accounts, found)
+    return replace(division, train=train, accounts=accounts), found
 
 
 def _withhold(
@@ -152,7 +152,7 @@ def _words(division: PartitionedData, clients: Sequence[int]) -> list[str]:
         word
         for client in clients
         for row in division.train[client]
-        for word in plain_text(row_text(row)).split()
+        for word in row_text(row).split()
     }
     return sorted(found)
 
