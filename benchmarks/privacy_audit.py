@@ -1,13 +1,13 @@
-"""Tokens that are read from clients' updates: by rank, tokens of a step, local steps, optimizer and noise.
+"""Tokens read from clients' updates: by rank, tokens of a step, local steps, optimizer and noise.
 
-    .venv/bin/python benchmarks/privacy_audit.py MODEL ROWS.csv [--out benchmarks/results/privacy_audit.md]
+    python benchmarks/privacy_audit.py MODEL ROWS.csv [--out benchmarks/results/privacy_audit.md]
 
-MODEL is a pretrained causal model, ROWS a CSV with the columns text and category (Banking77). Two clients
-train by SFT for four rounds, in a row a step; what they send is attacked as ``fedloom audit privacy`` does.
-Shares are of the distinct tokens that a client trained on in a round, means over clients and rounds 2 to 4
-(in round 1 B = 0 hides A's gradient), of the view that tells most: dA of all projections together, dB, or
-the weights themselves. Noise of differential privacy is added to what was sent: its standard deviation is
-z times the norm of the tensor.
+MODEL is a pretrained causal model, ROWS a CSV with the columns text and category (Banking77). Two
+clients train by SFT for four rounds, on a row a step; what they send is attacked as ``fedloom audit
+privacy`` does. Shares are of the distinct tokens that a client trained on in a round, means over clients
+and rounds 2 to 4 (in round 1 B = 0 hides A's gradient), of the view that tells most: dA of one
+projection or of all together, dB, or the weights themselves. Noise of differential privacy is added to
+what was sent: its standard deviation is z times the norm of the tensor.
 """
 
 import argparse
@@ -81,12 +81,14 @@ def shares(run: PlantedRun, noise: float = 0.0, *, first: bool = False) -> dict[
                 )  # fmt: skip
                 line = one.share, one.guessed_share, one.auc or 0.0, one.tokens, one.from_rank
                 found.setdefault(title, []).append(tuple(map(float, line)))
-    means = {title: [fmean(column) for column in zip(*own)] for title, own in found.items()}
+    means = {
+        title: [fmean(column) for column in zip(*own, strict=True)] for title, own in found.items()
+    }
     best = max(means, key=lambda title: means[title][0])
     names = ("share", "guess", "auc", "tokens", "from_rank")
     of_a = max((own[0] for t, own in means.items() if t[1] == "dA"), default=float("nan"))
     of_b = max((own[0] for t, own in means.items() if t[1] == "dB"), default=float("nan"))
-    return {**dict(zip(names, means[best])), "dA": of_a, "dB": of_b}
+    return {**dict(zip(names, means[best], strict=True)), "dA": of_a, "dB": of_b}
 
 
 HEAD = (

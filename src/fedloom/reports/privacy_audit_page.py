@@ -86,9 +86,9 @@ def _canary_lines(own: Mapping[str, Any], stated: Mapping[str, Any] | None) -> l
     if not own["made"]:
         return [f"Canaries: not attacked, as {own['why']}"]
     lines = [
-        f"Canaries, {KINDS[kind]}: {bound['right']} of {bound['guesses']} guesses right, epsilon at "
-        f"least {bound['epsilon']:.3f} (95 %; {bound['canaries']} canaries can show {bound['ceiling']:.3f} at "
-        "most)"
+        f"Canaries, {KINDS[kind]}: {bound['right']} of {bound['guesses']} guesses right, "
+        f"epsilon at least {bound['epsilon']:.3f} (95 %; {bound['canaries']} canaries can show "
+        f"{bound['ceiling']:.3f} at most)"
         for kind, bound in own["kinds"].items()
     ]
     claimed = (stated or {}).get("epsilon")

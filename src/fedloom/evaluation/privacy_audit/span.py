@@ -18,17 +18,22 @@ the number of distinct tokens, each one missed is one found wrongly, and precisi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from fedloom.randomness import generator
 
 TOLERANCE = 1e-5
 """Singular values below this share of the largest count as 0: rounding of float32 gradients of a step."""
 
 CHUNK = 16_384
 """Candidates whose distances are worked out at a time."""
+
+DRAWS = 8
+"""Updates of noise alone that distances are compared with."""
 
 FLOOR = 1e-6
 """Of the whitening: share of the largest variance below which a direction is not enlarged further."""
@@ -86,10 +91,11 @@ class Candidates:
     """
 
     inputs: Tensor
+    _noise: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def whitening(self) -> Tensor:
-        """``(columns, columns)`` float64: makes the vocabulary's inputs equally large in all directions.
+        """``(columns, columns)`` float64: makes the vocabulary's inputs as large in all directions.
 
         Embeddings share a few strong directions, in which every token would be near. A linear map changes
         nothing about which inputs a row is a mixture of.
@@ -103,16 +109,31 @@ class Candidates:
     def distances(self, space: RowSpace, count: int) -> Tensor:
         """Return ``(vocabulary,)`` each token's distance to a space, after whitening, at its best place.
 
+        Where the space is not exact, a distance is one as a share of what it is on average to the space of
+        an update of noise alone, which is nearer to some tokens than to others.
+
         Args:
             space: Of the rows of an update.
             count: How many inputs are looked for, at least 1.
         """
+        if space.is_exact:  # all directions are signal
+            return self._to(space.directions[: space.rank], count)
+        found = self._to(space.values[: space.rank, None] * space.directions[: space.rank], count)
+        key = (space.rank, count)
+        if key not in self._noise:
+            rng = generator(0, "span of noise")
+            drawn = (
+                torch.from_numpy(rng.standard_normal((space.rank, self.inputs.shape[-1])))
+                for _ in range(DRAWS)
+            )
+            self._noise[key] = torch.stack([self._to(own, count) for own in drawn]).mean(0)
+        return found / self._noise[key].clamp_min(torch.finfo(torch.float64).tiny)
+
+    def _to(self, rows: Tensor, count: int) -> Tensor:
+        """Return the distances to the strongest ``count`` directions of some rows."""
         columns = self.inputs.shape[-1]
-        rows = space.directions[: space.rank] @ self.whitening
-        if not space.is_exact:  # the stronger a direction, the more of it is signal
-            rows = space.values[: space.rank, None] * rows
-        kept = min(space.rank, max(1, count), max(1, columns - 1))
-        directions = torch.linalg.svd(rows, full_matrices=False)[2][:kept]
+        kept = min(len(rows), max(1, count), max(1, columns - 1))
+        directions = torch.linalg.svd(rows @ self.whitening, full_matrices=False)[2][:kept]
         flat = self.inputs.reshape(-1, columns)
         found = [
             distances(part.double() @ self.whitening, directions)
