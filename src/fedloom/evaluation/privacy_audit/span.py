@@ -107,7 +107,7 @@ class Candidates:
         return vectors * values.clamp_min(FLOOR * float(values[-1])).rsqrt() @ vectors.T
 
     def distances(self, space: RowSpace, count: int) -> Tensor:
-        """Return ``(vocabulary,)`` each token's distance to a space, after whitening, at its best place.
+        """Return ``(vocabulary,)`` distances of tokens to a space, after whitening, at their best place.
 
         Where the space is not exact, a distance is one as a share of what it is on average to the space of
         an update of noise alone, which is nearer to some tokens than to others.
