@@ -23,8 +23,8 @@ import transformers
 from fedloom.evaluation.privacy_audit.span import recover_tokens
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.observers import Silent
-from fedloom.runs.privacy_audit.audit import PlantedRun, _changes
 from fedloom.runs.privacy_audit.interception import frequencies
+from fedloom.runs.privacy_audit.tokens import PlantedRun, changes
 from fedloom.runs.run import run_experiment
 
 ROUNDS = 4
@@ -70,8 +70,8 @@ def shares(run: PlantedRun, noise: float = 0.0, *, first: bool = False) -> dict[
         if (update.round == 1) != first:
             continue
         own = run.parts.local.resources[update.client]
-        for view in run._views(own.model):
-            for title, change, candidates, rounding in _changes(update, view, own.initial):
+        for view in run.views_of(own.model):
+            for title, change, candidates, rounding in changes(update, view, own.initial):
                 change = change.double()
                 drawn = torch.randn(change.shape, generator=rng, dtype=torch.float64)
                 change = change + noise * change.norm() * drawn

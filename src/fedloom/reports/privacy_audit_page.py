@@ -67,8 +67,8 @@ def _token_lines(own: Mapping[str, Any]) -> list[str]:
         f"from {worst['tensor']} of {worst['layer']} in round {worst['round']} (a guess by frequency: "
         f"{worst['guessed_share']:.0%})"
     ]
-    found = "LEAK: updates tell more of tokens than a guess does"
-    return [*lines, found if own["leak"] else "Updates tell no more of tokens than a guess does"]
+    found = "LEAK: updates tell more of tokens than a guess, or than noise would"
+    return [*lines, found if own["leak"] else "Updates tell no more of tokens than noise would"]
 
 
 def _membership_lines(own: Mapping[str, Any]) -> list[str]:

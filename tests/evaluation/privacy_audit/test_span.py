@@ -11,8 +11,6 @@ from torch import Tensor
 from fedloom.evaluation.privacy_audit.span import (
     Candidates,
     distances,
-    nearest,
-    recover_rows,
     recover_tokens,
     row_space,
 )
@@ -149,27 +147,3 @@ def test_noise_of_differential_privacy_hides_them(embeddings: Tensor) -> None:
         assert much.recovered <= 2
         aucs.append(much.auc or 0.0)
     assert 0.4 < sum(aucs) / len(aucs) < 0.6
-
-
-def test_rows_are_put_together_by_the_second_block() -> None:
-    """Inputs that depend on all tokens before: the two rows of a batch are found, and nothing else."""
-    rng = torch.Generator().manual_seed(3)
-    embedding, mixing = torch.randn(40, 64, generator=rng), torch.randn(64, 64, generator=rng) / 8
-
-    def inputs(ids: Tensor) -> Tensor:
-        """Return a recurrence over tokens, at the last one."""
-        state = torch.zeros(len(ids), 64)
-        for place in range(ids.shape[1]):
-            state = torch.tanh(state @ mixing + embedding[ids[:, place]])
-        return state
-
-    rows = [(1, 5, 9, 9, 7), (1, 5, 3, 12)]
-    read = torch.cat(
-        [inputs(torch.tensor([row[: n + 1]])) for row in rows for n in range(len(row))]
-    )
-    update = torch.randn(64, len(read), generator=rng) @ read
-    space = row_space(update)
-    tokens = sorted({token for row in rows for token in row})
-    found = recover_rows(inputs, space.directions[: space.rank], tokens, [(1,)], 8)
-    assert sorted(found) == sorted(rows)
-    assert nearest(torch.tensor([0.5, 0.1, 0.1]), 2).tolist() == [1, 2]

@@ -17,7 +17,7 @@ the number of distinct tokens, each one missed is one found wrongly, and precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -104,13 +104,15 @@ class Candidates:
         moment = sum(part.double().T @ part.double() for part in torch.split(flat, CHUNK))
         assert isinstance(moment, Tensor), "there is a token"
         values, vectors = torch.linalg.eigh(moment / len(flat))
-        return vectors * values.clamp_min(FLOOR * float(values[-1])).rsqrt() @ vectors.T
+        scales = values.clamp_min(FLOOR * float(values[-1])).rsqrt()
+        whitening: Tensor = vectors * scales @ vectors.T
+        return whitening
 
     def distances(self, space: RowSpace, count: int) -> Tensor:
         """Return ``(vocabulary,)`` distances of tokens to a space, after whitening, at their best place.
 
-        Where the space is not exact, a distance is one as a share of what it is on average to the space of
-        an update of noise alone, which is nearer to some tokens than to others.
+        Where the space is not exact, a distance is one as a share of what it is on average to the space
+        of an update of noise alone, which is nearer to some tokens than to others.
 
         Args:
             space: Of the rows of an update.
@@ -227,7 +229,7 @@ def recover_tokens(
     if update.shape[1] != columns:
         raise ValueError(f"the update has {update.shape[1]} columns and candidates {columns}")
     space = row_space(update, tolerance, rounding)
-    truth = torch.tensor(sorted(set(trained)))
+    truth = torch.tensor(sorted(set(trained)), dtype=torch.long)
     tokens = len(truth)
     known = space.is_exact and space.rank < vocabulary
     count = space.rank if known else min(tokens, vocabulary)
@@ -255,44 +257,3 @@ def _auc(found: Tensor, truth: Tensor) -> float | None:
     above = len(other) - torch.searchsorted(other, own, right=True)
     ties = torch.searchsorted(other, own, right=True) - torch.searchsorted(other, own)
     return float((above + ties / 2).sum()) / (len(own) * len(other))
-
-
-def recover_rows(
-    inputs: Callable[[Tensor], Tensor],
-    directions: Tensor,
-    tokens: Sequence[int],
-    starts: Sequence[Sequence[int]],
-    length: int,
-    tolerance: float = 1e-3,
-    width: int = 32,
-) -> list[tuple[int, ...]]:
-    """Put recovered tokens together to rows, by the span test of the second block (DAGER, section 4.2).
-
-    A prefix is extended by each token whose input there lies in the span of the update's rows. What
-    cannot be extended any more is a row.
-
-    Args:
-        inputs: Of ``(n, length)`` token ids, ``(n, columns)``: what the layer reads at the last of them.
-        directions: ``(rank, columns)`` orthonormal: the span of the layer's update.
-        tokens: Those to extend by.
-        starts: What rows begin with.
-        length: Most tokens of a row.
-        tolerance: Distance from which on an extension is refused.
-        width: Prefixes that are followed at a time; the nearest are kept.
-
-    Returns:
-        Rows, each the longest way that could be gone on.
-    """
-    prefixes = [tuple(start) for start in starts]
-    rows: list[tuple[int, ...]] = []
-    for _ in range(length - min((len(own) for own in prefixes), default=length)):
-        asked = [(*own, token) for own in prefixes for token in tokens]
-        if not asked:
-            break
-        found = distances(inputs(torch.tensor(asked)), directions)
-        ahead = [asked[i] for i in nearest(found, width).tolist() if float(found[i]) < tolerance]
-        going = {own[:-1] for own in ahead}
-        rows += [own for own in prefixes if own not in going and len(own) > 1]
-        prefixes = [own for own in ahead if len(own) < length]
-        rows += [own for own in ahead if len(own) >= length]
-    return rows + prefixes
