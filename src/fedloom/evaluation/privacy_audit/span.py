@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 CHUNK = 16_384
 """Candidates whose distances are worked out at a time."""
 
-DRAWS = 8
+DRAWS = 12
 """Updates of noise alone that distances are compared with."""
 
 FLOOR = 1e-6
@@ -108,8 +108,8 @@ class Candidates:
         whitening: Tensor = vectors * scales @ vectors.T
         return whitening
 
-    def distances(self, space: RowSpace, count: int) -> Tensor:
-        """Return ``(vocabulary,)`` distances of tokens to a space, after whitening, at their best place.
+    def distances(self, space: RowSpace, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the distances of tokens to a space, after whitening, at their best place.
 
         Where the space is not exact, a distance is one as a share of what it is on average to the space
         of an update of noise alone, which is nearer to some tokens than to others.
@@ -117,9 +117,12 @@ class Candidates:
         Args:
             space: Of the rows of an update.
             count: How many inputs are looked for, at least 1.
+
+        Returns:
+            ``(vocabulary,)``, and for a space that is not exact ``(draws, vocabulary)`` of noise alone.
         """
         if space.is_exact:  # all directions are signal
-            return self._to(space.directions[: space.rank], count)
+            return self._to(space.directions[: space.rank], count), None
         found = self._to(space.values[: space.rank, None] * space.directions[: space.rank], count)
         key = (space.rank, count)
         if key not in self._noise:
@@ -128,8 +131,10 @@ class Candidates:
                 torch.from_numpy(rng.standard_normal((space.rank, self.inputs.shape[-1])))
                 for _ in range(DRAWS)
             )
-            self._noise[key] = torch.stack([self._to(own, count) for own in drawn]).mean(0)
-        return found / self._noise[key].clamp_min(torch.finfo(torch.float64).tiny)
+            self._noise[key] = torch.stack([self._to(own, count) for own in drawn])
+        noise = self._noise[key]
+        typical = noise.mean(0).clamp_min(torch.finfo(torch.float64).tiny)
+        return found / typical, noise / typical
 
     def _to(self, rows: Tensor, count: int) -> Tensor:
         """Return the distances to the strongest ``count`` directions of some rows."""
@@ -181,6 +186,7 @@ class TokenRecovery:
         chance: How many are hit by tokens drawn at random, on average.
         auc: Of nearness, trained-on tokens against all others; 0.5 is chance, ``None`` without both.
         from_rank: Whether ``compared`` is known from the rank.
+        deviation: Standard deviation of the AUC for an update of noise alone, whose mean is 0.5.
     """
 
     tokens: int
@@ -192,6 +198,7 @@ class TokenRecovery:
     chance: float
     auc: float | None
     from_rank: bool
+    deviation: float
 
     @property
     def share(self) -> float:
@@ -233,18 +240,36 @@ def recover_tokens(
     tokens = len(truth)
     known = space.is_exact and space.rank < vocabulary
     count = space.rank if known else min(tokens, vocabulary)
+    deviation = _deviation(tokens, vocabulary)
     if space.rank == 0:  # nothing was sent: the order of ids is no finding
         recovered, auc = 0, 0.5 if 0 < tokens < vocabulary else None
     else:
-        found = candidates.distances(space, count)
+        found, noise = candidates.distances(space, count)
         recovered = int(torch.isin(nearest(found, count), truth).sum())
         auc = _auc(found, truth)
+        if noise is not None and auc is not None:
+            chance = torch.tensor([_auc(own, truth) for own in noise], dtype=torch.float64)
+            deviation = max(deviation, float((chance - 0.5).pow(2).mean().sqrt()))
     commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
     guessed = len(set(commonest) & set(truth.tolist()))
-    chance = count * tokens / vocabulary
     return TokenRecovery(
-        tokens, space.rank, space.limit, count, recovered, guessed, chance, auc, known
+        tokens,
+        space.rank,
+        space.limit,
+        count,
+        recovered,
+        guessed,
+        count * tokens / vocabulary,
+        auc,
+        known,
+        deviation,
     )
+
+
+def _deviation(tokens: int, vocabulary: int) -> float:
+    """Return the standard deviation of an AUC of scores that are independent (Mann and Whitney 1947)."""
+    others = vocabulary - tokens
+    return ((vocabulary + 1) / (12 * tokens * others)) ** 0.5 if tokens and others else 0.0
 
 
 def _auc(found: Tensor, truth: Tensor) -> float | None:

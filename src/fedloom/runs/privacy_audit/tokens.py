@@ -31,8 +31,8 @@ from fedloom.runs.privacy_audit.interception import InterceptingEngine, Update, 
 from fedloom.runs.privacy_audit.planting import AuditRows, plant
 from fedloom.storage.run_folder import Record
 
-LEAK = 0.75
-"""AUC of tokens, mean over a round's updates, from which on it is a leak; noise has 0.5."""
+LEAK = 4.0
+"""Standard deviations by which an AUC of tokens must exceed that of noise to be a leak: many are looked at."""
 
 
 @dataclass
@@ -177,7 +177,7 @@ def tokens_record(planted: PlantedRun) -> Record:
             for view in views
         ]
     read = [view for own in planted.views.values() for view in own]
-    leaks = [own for own in rounds if own["share"] > own["guessed_share"] or own["auc"] >= LEAK]
+    leaks = [own for own in rounds if own["share"] > own["guessed_share"] or own["excess"] >= LEAK]
     return {
         "made": True,
         "updates": found,
@@ -194,12 +194,14 @@ def tokens_record(planted: PlantedRun) -> Record:
 def _round_line(round: int, view: tuple[str, str], own: Sequence[Record]) -> Record:
     """Return the means over the updates of a round that are seen in one way."""
     aucs = [line["auc"] for line in own if line["auc"] is not None]
+    spread = sum(line["deviation"] ** 2 for line in own if line["auc"] is not None) ** 0.5
     return {
         "round": round,
         "layer": view[0],
         "tensor": view[1],
         "updates": len(own),
         "auc": fmean(aucs) if aucs else 0.5,
+        "excess": sum(auc - 0.5 for auc in aucs) / max(spread, 1e-12) if aucs else 0.0,
         "from_rank": all(line["from_rank"] for line in own),
         **{
             name: fmean(line[name] for line in own)
