@@ -186,7 +186,8 @@ class TokenRecovery:
         chance: How many are hit by tokens drawn at random, on average.
         auc: Of nearness, trained-on tokens against all others; 0.5 is chance, ``None`` without both.
         from_rank: Whether ``compared`` is known from the rank.
-        deviation: Standard deviation of the AUC for an update of noise alone, whose mean is 0.5.
+        noise_auc: Mean AUC for updates of noise alone.
+        deviation: Its standard deviation.
     """
 
     tokens: int
@@ -198,6 +199,7 @@ class TokenRecovery:
     chance: float
     auc: float | None
     from_rank: bool
+    noise_auc: float
     deviation: float
 
     @property
@@ -240,7 +242,7 @@ def recover_tokens(
     tokens = len(truth)
     known = space.is_exact and space.rank < vocabulary
     count = space.rank if known else min(tokens, vocabulary)
-    deviation = _deviation(tokens, vocabulary)
+    typical, deviation = 0.5, _deviation(tokens, vocabulary)
     if space.rank == 0:  # nothing was sent: the order of ids is no finding
         recovered, auc = 0, 0.5 if 0 < tokens < vocabulary else None
     else:
@@ -249,7 +251,7 @@ def recover_tokens(
         auc = _auc(found, truth)
         if noise is not None and auc is not None:
             chance = torch.tensor([_auc(own, truth) for own in noise], dtype=torch.float64)
-            deviation = max(deviation, float((chance - 0.5).pow(2).mean().sqrt()))
+            typical, deviation = float(chance.mean()), max(deviation, float(chance.std()))
     commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
     guessed = len(set(commonest) & set(truth.tolist()))
     return TokenRecovery(
@@ -262,6 +264,7 @@ def recover_tokens(
         count * tokens / vocabulary,
         auc,
         known,
+        typical,
         deviation,
     )
 

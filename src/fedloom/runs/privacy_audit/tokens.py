@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom.evaluation.privacy_audit.span import (
+    DRAWS,
     Candidates,
     TokenRecovery,
     recover_tokens,
@@ -32,7 +33,7 @@ from fedloom.runs.privacy_audit.planting import AuditRows, plant
 from fedloom.storage.run_folder import Record
 
 LEAK = 4.0
-"""Standard deviations by which an AUC of tokens must exceed that of noise to be a leak: many are looked at."""
+"""Standard deviations above noise from which on an AUC of tokens is a leak: many are looked at."""
 
 
 @dataclass
@@ -193,15 +194,17 @@ def tokens_record(planted: PlantedRun) -> Record:
 
 def _round_line(round: int, view: tuple[str, str], own: Sequence[Record]) -> Record:
     """Return the means over the updates of a round that are seen in one way."""
-    aucs = [line["auc"] for line in own if line["auc"] is not None]
-    spread = sum(line["deviation"] ** 2 for line in own if line["auc"] is not None) ** 0.5
+    judged = [line for line in own if line["auc"] is not None]
+    deviations = [line["deviation"] for line in judged]
+    spread = sum(one**2 for one in deviations) + sum(deviations) ** 2 / DRAWS  # noise is drawn once
+    above = sum(line["auc"] - line["noise_auc"] for line in judged)
     return {
         "round": round,
         "layer": view[0],
         "tensor": view[1],
         "updates": len(own),
-        "auc": fmean(aucs) if aucs else 0.5,
-        "excess": sum(auc - 0.5 for auc in aucs) / max(spread, 1e-12) if aucs else 0.0,
+        "auc": fmean(line["auc"] for line in judged) if judged else 0.5,
+        "excess": above / max(spread, 1e-12) ** 0.5,
         "from_rank": all(line["from_rank"] for line in own),
         **{
             name: fmean(line[name] for line in own)
