@@ -161,6 +161,10 @@ OTHERS = {
     "report run --to empty": "empty is a folder: name a file in it with --to",
     "audit verify gone": "gone",
     "audit match gone run": "gone",
+    "audit privacy run": "run is a run: its released adapter is attacked with rows that their owner names",
+    "audit privacy run --rows gone.jsonl": "there are no rows at gone.jsonl: --rows names a JSONL file",
+    "audit privacy gone": "gone",
+    "audit privacy good.toml --rows good.toml": "good.toml",
     "keys new good.toml": "good.toml is there already",
     "members list --home good.toml": "good.toml",
     "members allow": "give either NAME and its public key, or --folder",
@@ -224,6 +228,12 @@ MORE = {
     "audit match": (
         "", "run", "run gone", "empty empty", "good.toml good.toml", "log.jsonl log.jsonl",
         "started started", "bytes.toml run", "run started x", "--run run", "empty.toml empty.toml",
+    ),
+    "audit privacy": (
+        "", "gone", "gone.toml", "empty", "run", "started", "run --rows gone.jsonl", "started --rows good.toml",
+        "good.toml --rows gone.jsonl", "good.toml --canaries -1", "good.toml --canaries many",
+        "good.toml --rounds 0", "good.toml --set data.source=./gone.jsonl", "good.toml --set nothing",
+        "log.jsonl", "bytes.toml", "empty.toml", "run --rows log.jsonl --set federation.rounds=1", "''",
     ),
     "keys new": (
         "nope/x.key", "empty", "good.toml/x.key", "client.key", "a.key b.key", "--bits 4096", "''",

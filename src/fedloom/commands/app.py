@@ -36,7 +36,8 @@ app.add_typer(members_app, name="members")
 data_app = typer.Typer(help="The rows of an experiment.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 audit_app = typer.Typer(
-    help="The audit log: who sent what, and whether it was accepted.", no_args_is_help=True
+    help="The audit log: who sent what, and whether it was accepted; and attacks on privacy.",
+    no_args_is_help=True,
 )
 app.add_typer(audit_app, name="audit")
 

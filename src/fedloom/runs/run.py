@@ -30,7 +30,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.clock import ClockState, SimulatedClock
-from fedloom.federation.engine import RemoteEngine, RunDescription
+from fedloom.federation.engine import Engine, RemoteEngine, RunDescription
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
@@ -46,6 +46,7 @@ from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.secure_aggregation.graph import LEAST
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.auditor import Auditor
 from fedloom.runs.client_privacy import (
     RunPrivacy,
     key_file,
@@ -141,6 +142,7 @@ class _Given:
     profile: bool
     workers: Workers
     ray: str | None
+    auditor: Auditor | None = None
 
     def __post_init__(self) -> None:
         _require_here(self.workers, self.on_step, self.profile, self.ray)
@@ -150,7 +152,11 @@ class _Given:
         division = partition_data(experiment, self.data, self.objective)
         for text in division.loaded.layouts:
             self.observer.stage(named(text))
-        return division
+        return division if self.auditor is None else self.auditor.planted(division)
+
+    def engine(self, parts: RunComponents) -> Engine:
+        """Return the engine of a run's rounds, which an auditor sees the messages of."""
+        return parts.engine if self.auditor is None else self.auditor.intercepting(parts)
 
     def components(
         self,
@@ -197,14 +203,15 @@ def run_experiment(
     profile: bool = False,
     workers: Workers = 1,
     ray: str | None = None,
+    auditor: Auditor | None = None,
 ) -> Result:
     """Run an experiment in a new folder, with clients in this process or where ``remote`` has them.
 
     With ``profile`` a trace of where the time goes is left in the folder. With several ``workers``,
     as many processes of this machine work on clients; with ``ray`` ("local", or the address of a
-    cluster) they are actors of Ray.
+    cluster) they are actors of Ray. An ``auditor`` plants rows, and sees what clients send.
     """
-    given = _Given(observer, objective, data, remote, on_step, profile, workers, ray)
+    given = _Given(observer, objective, data, remote, on_step, profile, workers, ray, auditor)
     require_one_by_one(workers, ray, experiment)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
@@ -568,7 +575,7 @@ class _Run:
         experiment, parts = self.experiment, self.parts
         server = Server(
             method=parts.method,
-            engine=parts.engine,
+            engine=self.given.engine(parts),
             federation=experiment.federation,
             learning_rate=lambda round: round_learning_rate(
                 experiment.training, round, experiment.federation.rounds

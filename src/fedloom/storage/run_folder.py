@@ -56,6 +56,8 @@ ANSWERS = "answers.jsonl"
 ANSWERED = "answered.json"
 """Everything that the answers depend on: as long as it is unchanged, answers are not generated again."""
 JUDGEMENTS = "judgements.jsonl"
+AUDIT = "audit.json"
+"""What a privacy audit of a run found: everything that its page shows."""
 LOCK = ".lock"
 """The lock file of the one process that may write to a folder."""
 BLOCK = 1 << 20

@@ -1,0 +1,137 @@
+"""The page of a privacy audit: what attacks found, beside what chance and the stated epsilon allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import OutputError
+from fedloom.reports.html import fill, write_page
+from fedloom.storage import run_folder as names
+from fedloom.storage.run_folder import Record, RunFolder
+
+PAGE = "audit.html"
+
+VERDICTS = {
+    True: "PASS: the lower bounds are at or below the stated epsilon",
+    False: "FAIL: a lower bound is above the stated epsilon: what was stated does not hold",
+    None: "no epsilon was stated, so that there is nothing to compare the lower bounds with",
+}
+
+KINDS = {"insertion": "a row is there or not", "label_flip": "which label a row has"}
+
+
+def write_privacy_audit(folder: Path, target: Path | None = None) -> Path:
+    """Write the page of an audit (default: ``audit.html`` in its folder).
+
+    Raises:
+        OutputError: The folder holds no audit, or the page cannot be written.
+    """
+    record = RunFolder(folder).read_json(names.AUDIT)
+    if record is None:
+        raise OutputError(
+            f"{folder} holds no privacy audit ({names.AUDIT}): fedloom audit privacy makes one"
+        )
+    return write_page(render(record), target or folder / PAGE)
+
+
+def render(record: Record) -> str:
+    """Return the page as HTML."""
+    return fill(
+        "privacy_audit.html.j2",
+        title=f"Privacy audit: {record['name']}",
+        record=record,
+        lines=summary(record),
+        tokens=_token_chart(record["tokens"]),
+        curve=_curve(record["membership"]),
+        kinds=KINDS,
+    )
+
+
+def summary(record: Record) -> list[str]:
+    """Return the findings as sentences, for the top of the page and the terminal."""
+    return [
+        *_token_lines(record["tokens"]),
+        *_membership_lines(record["membership"]),
+        *_canary_lines(record["canaries"], record["stated"]),
+    ]
+
+
+def _token_lines(own: Mapping[str, Any]) -> list[str]:
+    if not own["made"]:
+        return [f"Tokens from updates: not attacked, as {own['why']}"]
+    worst = own["worst"]
+    lines = [
+        f"Tokens from updates: at most {worst['share']:.0%} of the distinct tokens of a client's round, "
+        f"from {worst['tensor']} of {worst['layer']} in round {worst['round']} (a guess by frequency: "
+        f"{worst['guessed_share']:.0%})"
+    ]
+    found = "LEAK: updates tell more of tokens than a guess, or than noise would"
+    return [*lines, found if own["leak"] else "Updates tell no more of tokens than noise would"]
+
+
+def _membership_lines(own: Mapping[str, Any]) -> list[str]:
+    if not own["made"]:
+        return [f"Membership: not attacked, as {own['why']}"]
+    return [
+        f"Membership by {name}: AUC {score['auc']['value']:.3f} ({score['auc']['low']:.3f} to "
+        f"{score['auc']['high']:.3f}), {score['members']} members against {score['others']} others"
+        + (" - LEAK" if score["auc"]["low"] > 0.5 else "")
+        for name, score in own["scores"].items()
+    ]
+
+
+def _canary_lines(own: Mapping[str, Any], stated: Mapping[str, Any] | None) -> list[str]:
+    if not own["made"]:
+        return [f"Canaries: not attacked, as {own['why']}"]
+    lines = [
+        f"Canaries, {KINDS[kind]}: {bound['right']} of {bound['guesses']} guesses right, "
+        f"epsilon at least {bound['epsilon']:.3f} (95 %; {bound['canaries']} canaries can show "
+        f"{bound['ceiling']:.3f} at most)"
+        for kind, bound in own["kinds"].items()
+    ]
+    claimed = (stated or {}).get("epsilon")
+    beside = f" (stated: {claimed:.3f})" if claimed is not None else ""
+    return [*lines, f"{VERDICTS[own['holds']]}{beside}"]
+
+
+def _token_chart(own: Mapping[str, Any]) -> str | None:
+    from fedloom.reports import figures
+
+    if not own["made"]:
+        return None
+    lines = _best_lines(own["rounds"])
+    return figures.line_chart(lines, "round", "share of distinct tokens", limits=(0.0, 1.02))
+
+
+def _best_lines(rounds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Return by tensor what the best layer tells in each round, and what a guess does."""
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    shown = [(own["tensor"], own["share"]) for own in rounds]
+    for tensor in dict.fromkeys(name for name, _ in shown):
+        best: dict[int, float] = {}
+        for own in rounds:
+            if own["tensor"] == tensor:
+                best[own["round"]] = max(best.get(own["round"], 0.0), own["share"])
+        lines[f"{tensor}, best layer"] = ([float(n) for n in best], list(best.values()))
+    guess = {own["round"]: own["guessed_share"] for own in rounds if not own["from_rank"]}
+    guess |= {own["round"]: own["guessed_share"] for own in rounds if own["round"] not in guess}
+    lines["guess by frequency"] = ([float(n) for n in guess], list(guess.values()))
+    return lines
+
+
+def _curve(own: Mapping[str, Any]) -> str | None:
+    from fedloom.reports import figures
+
+    if not own["made"]:
+        return None
+    lines = {
+        f"{name}, AUC {score['auc']['value']:.3f} ({score['auc']['low']:.3f} to "
+        f"{score['auc']['high']:.3f})": (score["curve"][0], score["curve"][1])
+        for name, score in own["scores"].items()
+    }
+    lines["chance"] = ([0.0, 1.0], [0.0, 1.0])
+    return figures.line_chart(
+        lines, "false positive rate", "true positive rate", limits=(0.0, 1.02)
+    )

@@ -1,0 +1,1 @@
+"""``fedloom audit privacy``: attacks on what a run really sends and releases."""

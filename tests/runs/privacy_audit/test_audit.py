@@ -1,0 +1,207 @@
+"""Audits of real runs: what leaks is found, what is noise is not, and bad input is one clear error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedloom.data.builtin import builtin_examples
+from fedloom.errors import DataError, FedloomError, ModelError
+from fedloom.reports.privacy_audit_page import render, summary
+from fedloom.runs.observers import Silent
+from fedloom.runs.partitioning import partition_data
+from fedloom.runs.privacy_audit.audit import audit_experiment, audit_run, owners_rows
+from fedloom.runs.privacy_audit.planting import ROWS_OF_A_CLIENT, plant
+from fedloom.runs.run import run_experiment
+
+ONE_STEP = {"optimizer": "sgd", "learning_rate": 0.5, "batch_size": 1, "local_steps": 1}
+
+
+@pytest.fixture
+def audited(experiment, table):
+    """Audit the small experiment with some sections changed; return the record."""
+
+    def audit(canaries=0, **sections):
+        if sections.get("adapter", {}).get("kind") == "full":
+            del table["adapter"]
+        own = experiment(**sections)
+        folder = audit_experiment(own, rounds=None, canaries=canaries, observer=Silent())
+        return json.loads((folder.path / "audit.json").read_text())
+
+    return audit
+
+
+def test_tokens_of_a_step_are_read_from_updates(audited):
+    """One SGD step on a row, rank 32: dB tells nearly all tokens from round 1, dA none while B is 0."""
+    record = audited(
+        adapter={"rank": 32},
+        training=ONE_STEP,
+        data={"source": "builtin:instructions", "max_length": 20},
+        objective={"name": "sft"},
+    )
+    tokens = record["tokens"]
+    first = [own for own in tokens["rounds"] if own["round"] == 1]
+    assert {own["tensor"] for own in first} == {"dA", "dB"}
+    assert all(own["rank"] == 0 == own["share"] for own in first if own["tensor"] == "dA")
+    of_b = [own for own in first if own["tensor"] == "dB"]
+    assert all(
+        own["from_rank"] and own["rank"] == pytest.approx(own["tokens"], abs=2) for own in of_b
+    )
+    assert max(own["share"] for own in of_b) > 0.9 > max(own["guessed_share"] for own in of_b)
+    second = [own for own in tokens["rounds"] if own["round"] == 2 and own["tensor"] == "dA"]
+    assert any(own["rank"] > 0 for own in second)
+    assert tokens["leak"] and any(line.startswith("LEAK") for line in summary(record))
+    assert not record["canaries"]["made"] and "--canaries 0" in record["canaries"]["why"]
+    page = render(record)
+    assert "<svg" in page and "DAGER" in page and "This run states no epsilon" in page
+
+
+@pytest.mark.slow
+def test_label_flips_are_read_off_a_released_adapter(audited):
+    """Twenty epochs without noise: the coins of label flips are guessed, and an epsilon is refuted."""
+    record = audited(
+        canaries=16,
+        data={"builtin_rows": 20},
+        adapter={"rank": 32},
+        training={"learning_rate": 1e-2, "batch_size": 16, "local_epochs": 20},
+        federation={"rounds": 1, "clients": 1},
+    )
+    scores = record["membership"]["scores"]
+    assert set(scores) == {"reward margin", "log-ratio of chosen", "log-ratio of rejected"}
+    kinds = record["canaries"]["kinds"]
+    assert set(kinds) == {"insertion", "label_flip"} and record["canaries"]["holds"] is None
+    flips = kinds["label_flip"]
+    assert flips["right"] == flips["guesses"] == 8
+    assert 0 < flips["epsilon"] == flips["ceiling"]
+    assert record["canaries"]["leak"]
+    assert "no epsilon was stated" in " ".join(summary(record))
+
+
+def test_a_model_that_was_trained_on_neither_tells_nothing(audited):
+    """Learning rate 1e-9: membership is chance, and no epsilon is refuted."""
+    record = audited(
+        canaries=24, training={"learning_rate": 1e-9}, federation={"rounds": 1, "clients": 2}
+    )
+    for score in record["membership"]["scores"].values():
+        assert score["auc"]["low"] <= 0.5 <= score["auc"]["high"]
+    assert all(own["epsilon"] < 0.3 for own in record["canaries"]["kinds"].values())
+
+
+def test_rows_are_planted_by_coins_and_accounted_for(experiment):
+    """Members and withheld rows are those there were; canaries follow coins; clients share one as units."""
+    own = experiment()
+    division = partition_data(own)
+    changed, rows = plant(own, division, 40)
+    for client, before in division.train.items():
+        assert {*map(id, rows.members[client])} <= {*map(id, before)}
+        assert len(rows.members[client]) + len(rows.withheld[client]) <= len(before)
+        assert rows.withheld[client] and not {id(r) for r in rows.withheld[client]} & {
+            id(r) for r in changed.train[client]
+        }
+        planted = [c for c in rows.canaries if c.client == client and c.trained is not None]
+        assert len(changed.train[client]) == len(rows.members[client]) + len(planted)
+    assert changed.accounts.closes
+    for canary in rows.canaries:
+        if canary.kind == "insertion":
+            assert (canary.trained is None) != canary.coin
+        else:
+            assert canary.trained is not None
+            assert (canary.trained.chosen == canary.row.chosen) == canary.coin
+    coins = [own.coin for own in rows.canaries]
+    assert 20 < sum(coins) < 60 and len(coins) == 80
+    assert plant(own, division, 40)[1].canaries == rows.canaries
+    unit = replace(
+        own,
+        privacy=own.privacy.model_copy(
+            update={"unit": "client", "delta": 1e-5, "noise_multiplier": 1.0}
+        ),
+    )
+    of_clients = plant(unit, division, 40)[1].canaries
+    assert len(of_clients) == len(division.train) * ROWS_OF_A_CLIENT
+    assert all(own.unit == own.client and own.kind == "insertion" for own in of_clients)
+    assert len({(own.unit, own.coin) for own in of_clients}) == len(division.train)
+
+
+def owners_file(path, count):
+    """Write rows of random words, every second one a member, and the members alone; return both paths."""
+    examples = builtin_examples("instructions", 60, np.random.default_rng(5))
+    words = sorted({word for row in examples for word in f"{row.prompt} {row.completion}".split()})
+    drawn = np.random.default_rng(6).choice(words, size=(count, 12))
+    rows = [
+        {"prompt": " ".join(own[:6]), "completion": " ".join(own[6:]), "member": n % 2 == 0}
+        for n, own in enumerate(drawn.tolist())
+    ]
+    whole, members = path / "rows.jsonl", path / "members.jsonl"
+    whole.write_text("\n".join(map(json.dumps, rows)))
+    members.write_text("\n".join(json.dumps(own) for own in rows if own["member"]))
+    return whole, members
+
+
+def test_an_adapter_that_repeats_its_rows_is_found_out(experiment, tmp_path):
+    """Sixty epochs on rows of random words: members are told from others, by the owner's rows alone.
+
+    Rows that do not say their side, are all of one side, or are attacked on another model are refused.
+    """
+    rows_file, members = owners_file(tmp_path, 24)
+    own = experiment(
+        data={"source": str(members), "kind": "instruction", "test_fraction": 0.05},
+        partition={"client_test_fraction": 0.0},
+        objective={"name": "sft"},
+        adapter={"rank": 32},
+        federation={"rounds": 1, "clients": 1},
+        training={"learning_rate": 1e-2, "batch_size": 4, "local_epochs": 60},
+    )
+    result = run_experiment(own, observer=Silent())
+    folder = audit_run(result.folder, rows_file, Silent())
+    record = json.loads((folder.path / "audit.json").read_text())
+    score = record["membership"]["scores"]["log-ratio of the answer"]
+    assert (score["members"], score["others"]) == (12, 12)
+    assert score["auc"]["low"] > 0.6 and record["membership"]["leak"]
+    assert not record["tokens"]["made"] and not record["canaries"]["made"]
+    assert "Not attacked" in render(record)
+
+    def refused(error, words, text=None, run=result.folder):
+        path = rows_file
+        if text is not None:
+            path = tmp_path / "changed.jsonl"
+            path.write_text(text)
+        with pytest.raises(error, match=words):
+            audit_run(run, path, Silent())
+
+    text = rows_file.read_text()
+    refused(DataError, "\"member\" is ''", text.replace('"member"', '"side"'))
+    refused(DataError, "no client with both", text.replace("false", "true"))
+    refused(DataError, "\"client\" is 'amy'", text.replace('"member"', '"client": "amy", "member"'))
+    with pytest.raises(DataError, match="no rows at"):
+        owners_rows(own, tmp_path / "gone.jsonl")
+    known = json.loads((result.folder / "run.json").read_text())
+    known["model"]["sha256"] = "0" * 64
+    (result.folder / "run.json").write_text(json.dumps(known))
+    refused(ModelError, "is not the model of this run")
+    (result.folder / "adapter" / "adapter_config.json").unlink()
+    refused(FedloomError, "adapter")
+
+
+def test_what_cannot_be_attacked_says_why(audited):
+    """Adapters of the last block alone read what depends on more than a token."""
+    record = audited(
+        adapter={"layers": 1}, federation={"rounds": 1, "clients": 2}, training={"local_steps": 1}
+    )
+    assert not record["tokens"]["made"] and "first block" in record["tokens"]["why"]
+    assert record["membership"]["made"]
+
+
+def test_whole_weights_tell_tokens_too(audited):
+    """kind = "full", one step: the rows of the first block's weights are mixtures of what it reads."""
+    record = audited(
+        adapter={"kind": "full", "layers": [0]},
+        training={**ONE_STEP, "learning_rate": 0.1},
+        federation={"rounds": 1, "clients": 1},
+        data={"source": "builtin:instructions", "max_length": 20},
+        objective={"name": "sft"},
+    )
+    own = record["tokens"]["worst"]
+    assert own["tensor"] == "dW" and own["from_rank"] and own["share"] > 0.9
