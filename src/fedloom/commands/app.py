@@ -6,6 +6,7 @@ Slow imports happen only when they are needed.
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -134,10 +135,10 @@ def begin_loading(quiet: bool) -> RunObserver:
 
 
 def _import_what_computes() -> None:
-    """Import it without looking for garbage, which takes a tenth of the time: imports make none."""
+    """Import it without looking for garbage, which takes a quarter of the time: imports make none."""
     gc.disable()
     try:
-        pass
+        importlib.import_module("fedloom.models")
     finally:
         gc.freeze()  # nor is any of it looked at again
         gc.enable()

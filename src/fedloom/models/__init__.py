@@ -2,6 +2,7 @@
 
 import logging
 
+from fedloom.models.lean_imports import lean_imports
 from fedloom.models.peft_backends import without_bitsandbytes
 
 # Optional libraries that peft imports where they are installed; what they could not load and we do not
@@ -9,5 +10,5 @@ from fedloom.models.peft_backends import without_bitsandbytes
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-with without_bitsandbytes():
-    import peft as peft  # here, so that it is imported without, whichever file here needs it first
+with lean_imports(), without_bitsandbytes():
+    import peft as peft  # here, so that it is imported so, whichever file here needs it first
