@@ -5,10 +5,13 @@ The public names are loaded when first used, so ``import fedloom`` costs nothing
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from fedloom.commands.api import (
         ComparisonResult,
         compare,
@@ -67,8 +70,19 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load a public name from the file it lives in."""
     if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+        return getattr(_imported(_MODULES[name]), name)
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a file without looking for garbage, which takes a quarter of the time: imports make none."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -31,7 +31,7 @@ from fedloom.errors import OutputError
 from fedloom.storage.cache import cache_folder
 from fedloom.storage.files import write_atomically
 
-KNOWN = ("5.23.", "5.24.")
+KNOWN = ("5.23.",)
 """Versions of transformers whose reading of its own files is as here expected."""
 
 READER, FUNCTION = "transformers.utils.import_utils", "create_import_structure_from_path"
@@ -50,12 +50,12 @@ Structure = dict[Any, Any]
 
 
 @contextmanager
-def lean_imports() -> Iterator[None]:
+def lean() -> Iterator[None]:
     """Import transformers with less work, unless it is imported already."""
     if "transformers" in sys.modules:
         yield
         return
-    placed = [_Later(name) for name in DEFERRED if name not in sys.modules]
+    placed = [Later(name) for name in DEFERRED if name not in sys.modules]
     finder = _Reader()
     sys.modules.update({module.__name__: module for module in placed})
     sys.meta_path.insert(0, finder)
@@ -67,7 +67,7 @@ def lean_imports() -> Iterator[None]:
             module.leave()
 
 
-class _Later(types.ModuleType):
+class Later(types.ModuleType):
     """Stands for a module while others take functions from it; these import it once they are called."""
 
     def __init__(self, name: str) -> None:
@@ -112,7 +112,7 @@ class _Reader(importlib.abc.MetaPathFinder):
         if spec is None or spec.loader is None or spec.origin is None:
             return spec
         models = Path(spec.origin).parent.parent / "models"
-        known = _cache_file(models.parent)
+        known = cache_file(models.parent)
         if known is not None:
             run = spec.loader.exec_module
 
@@ -124,7 +124,7 @@ class _Reader(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _cache_file(package: Path) -> Path | None:
+def cache_file(package: Path) -> Path | None:
     """Return where the content of an installed package is kept, ``None`` for versions not known.
 
     The name follows the list of its files that the installer wrote, with the time when it did.
@@ -168,7 +168,7 @@ def with_known(module: types.ModuleType, models: Path, file: Path) -> None:
 
 
 def encoded(structure: Structure) -> list[Any]:
-    """Return a folder's content as JSON can have it: ``[folders, [[packages, {module: names}], ...]]``."""
+    """Return a folder's content for JSON: ``[{folder: ...}, [[packages, {module: names}], ...]]``."""
     folders = {key: encoded(own) for key, own in structure.items() if isinstance(key, str)}
     files = [
         [sorted(key), {name: sorted(own) for name, own in modules.items()}]
