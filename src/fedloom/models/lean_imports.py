@@ -112,7 +112,9 @@ class _Reader(importlib.abc.MetaPathFinder):
         if spec is None or spec.loader is None or spec.origin is None:
             return spec
         models = Path(spec.origin).parent.parent / "models"
-        known = cache_file(models.parent)
+        known = None
+        with contextlib.suppress(OSError, RuntimeError):  # nowhere to look, or no home
+            known = cache_file(models.parent)
         if known is not None:
             run = spec.loader.exec_module
 
