@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from fedloom.commands.api import (
         ComparisonResult,
         compare,
@@ -67,8 +69,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load a public name from the file it lives in."""
     if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+        return getattr(_imported(_MODULES[name]), name)
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
+
+
+def _imported(name: str) -> ModuleType:
+    from fedloom.accounting.garbage import without_collection
+
+    with without_collection():
+        return importlib.import_module(name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 import fedloom
 from fedloom.commands.starter_experiment import starting_file
-from fedloom.models.peft_backends import NAME, without_bitsandbytes
+from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
 
 OTHERS = {
     "bitsandbytes": "models that it has quantised",
@@ -19,9 +19,10 @@ OTHERS = {
     "networkx": "torch's compiler",
     "pandas": "nothing of ours",
     "pyarrow": "Parquet",
-    "scipy.stats": "nothing of ours",
+    "scipy": "intervals of means, noise",
     "sklearn": "nothing of ours",
     "torch._inductor.compile_fx": "torch's compiler",
+    "torchao": "models that it has quantised",
     "trl": "tests",
 }
 """Modules that a run of a plain experiment does without, and what needs them."""
@@ -32,6 +33,8 @@ from fedloom.commands.main import main
 
 def first_step(*given, **options):
     print("loaded:", *sorted({set(OTHERS)} & sys.modules.keys()), flush=True)
+    from transformers.loss.loss_for_object_detection import linear_sum_assignment
+    print("assigned:", *linear_sum_assignment([[1, 0], [0, 1]])[1], "by", "scipy" in sys.modules, flush=True)
     os._exit(0)
 
 def importing(*given, **options):
@@ -60,28 +63,30 @@ def test_a_run_imports_nothing_before_its_first_step_that_only_others_need(model
         check=False,
         env=path,
     )
-    assert "loaded:\n" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "loaded:\nassigned: 1 0 by True\n" in done.stdout, (
+        done.stdout[-2000:] + done.stderr[-2000:]
+    )
 
 
-def test_peft_asks_again_for_bitsandbytes_where_it_was_hidden():
-    from peft.import_utils import is_bnb_available
+@pytest.mark.parametrize(
+    ("name", "asked"), [(BITSANDBYTES, "is_bnb_available"), (TORCHAO, "is_torchao_available")]
+)
+def test_peft_asks_again_for_what_was_hidden(monkeypatch, name, asked):
+    from peft import import_utils
 
-    there = is_bnb_available()
-    kept = sys.modules.pop(NAME, None)
-    try:
-        with without_bitsandbytes():
-            assert not is_bnb_available()
-            with without_bitsandbytes():  # it is one who hides it that shows it
-                assert not is_bnb_available()
-            assert not is_bnb_available()
-        assert is_bnb_available() == there and NAME not in sys.modules
-    finally:
-        if kept is not None:
-            sys.modules[NAME] = kept
+    is_available = getattr(import_utils, asked)
+    there = is_available()
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with without(name):
+        assert not is_available()
+        with without(BITSANDBYTES, TORCHAO):  # it is one who hides it that shows it
+            assert not is_available()
+        assert not is_available()
+    assert is_available() == there and name not in sys.modules
 
 
-def test_bitsandbytes_is_not_hidden_once_a_model_may_be_of_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, NAME, sys)
-    with without_bitsandbytes():
-        assert sys.modules[NAME] is sys
-    assert sys.modules[NAME] is sys
+@pytest.mark.parametrize("name", [BITSANDBYTES, TORCHAO])
+def test_nothing_is_hidden_once_a_model_may_be_of_it(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, sys)
+    with without(name):
+        assert sys.modules[name] is sys

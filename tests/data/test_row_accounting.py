@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedloom.data.examples import Instruction, Labelled, Preference
-from fedloom.data.row_accounting import Account, Accounts, Cut, cut_of, cut_warnings
+from fedloom.data.row_accounting import Account, Accounts, Cut, cut_of, cut_warnings, cuts_of
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import DataError
 from fedloom.evaluation.generate import load_encoder
@@ -63,8 +64,9 @@ def test_what_is_cut_is_counted_by_row(encoder):
     assert found.completion_tokens == end - 23  # one token of the prompt stays before it
     assert found.prompt_tokens == one + ids(encoder, short) - 1
     assert found.share == pytest.approx(2 / 3)
-    assert cut_of(tokens, tokens.index[:1]) == Cut(1, 1, 0, 1, one, 0)
-    assert cut_of(tokens, tokens.index[:1]) + cut_of(tokens, tokens.index[1:]) == found
+    first, none, others = cuts_of(tokens, np.array([0, 1, 1, 3]))
+    assert first == Cut(1, 1, 0, 1, one, 0) == cut_of(tokens.part(0, 1)) and none == Cut()
+    assert first + others == found and others == cut_of(tokens.take(np.array([1, 2])))
 
 
 def test_a_pair_is_one_row_and_its_prompt_is_cut_once(encoder):

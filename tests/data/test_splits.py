@@ -265,3 +265,15 @@ def test_in_any_federation_every_row_is_somewhere_and_no_prompt_on_both_sides():
             assert not held & prompts_of(own, found.trained[client])
         fell_back += bool(found.by_row)
     assert fell_back  # prompts were few enough at times
+
+
+def test_where_nobody_holds_rows_out_all_are_trained_on_and_a_column_is_looked_for():
+    rows = {7: [Instruction(i, f"p{i % 2}", "c", {"who": "a"}) for i in range(4)], 2: []}
+    none = {client: Limit(0, 64) for client in rows}
+    found = split(rows, none, 1)
+    assert found.trained == {7: [0, 1, 2, 3], 2: []} and found.held_out == {7: [], 2: []}
+    assert not any(sum(own.values()) for own in found.dropped.values())
+    assert not found.by_row and not found.without
+    assert split(rows, none, 1, "who") == found
+    with pytest.raises(DataError, match="no such column"):
+        split(rows, none, 1, "where")

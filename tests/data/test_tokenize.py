@@ -104,3 +104,14 @@ def test_the_cache_gives_the_same_and_survives_damage(encoder, tmp_path):
             assert np.array_equal(getattr(first, name), getattr(other, name))
     tokenize(rows, encoder, 49, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another length is another entry
+
+
+def test_a_part_is_what_its_rows_are_one_by_one_and_nothing_of_it_is_copied(encoder):
+    pairs = [Preference(row, f"Q{row}:" * (row + 1), " yes" * row, " no no") for row in range(5)]
+    tokens = tokenize(pairs, encoder, 20)
+    part, again = tokens.part(1, 4), tokens.take(np.array([3, 2, 1])).take(np.array([2, 1, 0]))
+    for name in ("index", "rows", "tokens", "trained", "starts", "prompts", "cut", "escaped", "labels"):  # fmt: skip
+        np.testing.assert_array_equal(getattr(part, name), getattr(again, name))
+        np.testing.assert_array_equal(getattr(tokens.take(np.arange(1, 4)), name), getattr(part, name))  # fmt: skip
+    assert len(part) == 3 and np.shares_memory(part.tokens, tokens.tokens)
+    assert len(tokens.part(4, 4)) == 0 == len(tokens.part(0, 0).tokens)

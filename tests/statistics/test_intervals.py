@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from fedloom.statistics.intervals import (
+    LEVEL,
+    NORMAL_QUANTILE,
     UNBOUNDED,
     Sample,
     change,
@@ -178,3 +180,7 @@ def test_an_arm_of_several_models():
     own = sample(0, 1, 1, 1, 1, 0)
     assert rows_interval([named(own)]) == sample_interval(own)
     assert rows_interval([named(own), named(own)]).units == 6
+
+
+def test_the_quantile_of_shares_is_scipys_to_the_bit():
+    assert special.ndtri(0.5 + 0.5 * LEVEL) == NORMAL_QUANTILE

@@ -1,27 +1,22 @@
-"""The public functions: what the commands do, for scripts and notebooks."""
+"""The public functions: what the commands do, for scripts and notebooks.
+
+What only one of them needs is imported where it is called: a run does not wait for judges and pages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedloom.commands.evaluation import held_out_pairs
-from fedloom.commands.terminal import ComparisonTerminal, make_console, make_observer
 from fedloom.data.loading import DataSource
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import COMPARE, Experiment
 from fedloom.experiment.keywords import changed_table, read_experiment
 from fedloom.federation.records import Evaluation, RoundRecord
 from fedloom.objectives.base import Objective
-from fedloom.reports.choose import write_page_of
-from fedloom.runs import comparison as grids
-from fedloom.runs.adapter_scores import HeldOutScores, evaluate_adapter
-from fedloom.runs.export import Exported
-from fedloom.runs.export import export as export_run
 from fedloom.runs.observers import Callbacks, RunObserver, Silent
-from fedloom.runs.partition_table import show_partition
 from fedloom.runs.result import Result
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.runs.workers import Workers
@@ -29,6 +24,10 @@ from fedloom.settings.toml import read_toml
 from fedloom.storage.output_paths import require_new_file, require_place
 from fedloom.storage.run_folder import RESULTS, RunFolder
 from fedloom.training.results import OnStep
+
+if TYPE_CHECKING:
+    from fedloom.runs.adapter_scores import HeldOutScores
+    from fedloom.runs.export import Exported
 
 OnRound = Callable[[RoundRecord], object]
 OnEvaluation = Callable[[int, Evaluation], object]
@@ -171,6 +170,10 @@ def compare(
     Raises:
         FedloomError: See ``fedloom.errors`` for the tree.
     """
+    from fedloom.commands.terminal import ComparisonTerminal, make_console
+    from fedloom.reports.choose import write_page_of
+    from fedloom.runs import comparison as grids
+
     if isinstance(comparison, Mapping):
         table, place = comparison, "the call of compare"
         name = str(table.get("name", COMPARE))
@@ -203,6 +206,9 @@ def evaluate(
         ModelError: A path is none of what may be given, or the adapter is one of another model.
         SettingsError: With every mistake in the settings.
     """
+    from fedloom.commands.evaluation import held_out_pairs
+    from fedloom.runs.adapter_scores import evaluate_adapter
+
     own = Path(adapter) if adapter is not None else None
     ((experiment, path),) = held_out_pairs([Path(what)], own, [])
     return evaluate_adapter(read_experiment(experiment, settings), path)
@@ -232,6 +238,8 @@ def partition(
         OutputError: The picture cannot be written.
         SettingsError: With every mistake in the settings.
     """
+    from fedloom.runs.partition_table import show_partition
+
     source, settings = _own_source(data, settings)
     read = read_experiment(experiment, settings)
     target = None
@@ -267,6 +275,8 @@ def export(
         ModelError: The model cannot be had, or has no such head.
         VerificationError: What was written, loaded again, is not the model that was merged.
     """
+    from fedloom.runs.export import export as export_run
+
     target = Path(to) if to is not None else None
     require_place(target, "to=")
     return export_run(Path(folder), client, target, reward=reward)
@@ -285,6 +295,8 @@ def report(*folders: str | Path, to: str | Path | None = None) -> Path:
     Raises:
         OutputError: A folder is none of these, or the page cannot be written.
     """
+    from fedloom.reports.choose import write_page_of
+
     if not folders:
         raise SettingsError(
             ["give a run folder, or the folder of a comparison"], "the call of report"
@@ -325,7 +337,13 @@ def _watching(
     on_evaluation: OnEvaluation | None,
 ) -> RunObserver:
     if observer is None:
-        observer = make_observer(make_console(), quiet=False) if progress else Silent()
+        observer = _on_terminal() if progress else Silent()
     if on_round is None and on_evaluation is None:
         return observer
     return Callbacks(observer, on_round, on_evaluation)
+
+
+def _on_terminal() -> RunObserver:
+    from fedloom.commands.terminal import make_console, make_observer
+
+    return make_observer(make_console(), quiet=False)

@@ -6,12 +6,14 @@ Slow imports happen only when they are needed.
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedloom.accounting.garbage import without_collection
 from fedloom.display.untrusted_text import message, visible
 from fedloom.errors import OutputError, SettingsError
 
@@ -135,13 +137,9 @@ def begin_loading(quiet: bool) -> RunObserver:
 
 
 def _import_what_computes() -> None:
-    """Import it without looking for garbage, which takes a tenth of the time: imports make none."""
-    gc.disable()
-    try:
-        pass
-    finally:
+    with without_collection():
+        importlib.import_module("fedloom.models")
         gc.freeze()  # nor is any of it looked at again
-        gc.enable()
 
 
 def experiment_from(path: Path, assignments: list[str] | None) -> Experiment:

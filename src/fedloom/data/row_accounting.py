@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -67,21 +67,31 @@ class Cut:
 CUT_FIELDS = tuple(own.name for own in fields(Cut))
 
 
-def cut_of(tokens: TokenSet, positions: NDArray[np.int64] | None = None) -> Cut:
-    """Count what was cut from rows, all of them or those at ``positions`` in the set."""
+def cut_of(tokens: TokenSet) -> Cut:
+    """Count what was cut from rows."""
+    return cuts_of(tokens, np.array([0, len(tokens)]))[0]
+
+
+def cuts_of(tokens: TokenSet, ends: NDArray[np.int64]) -> list[Cut]:
+    """Count what was cut from the rows of many, who stand in a set one after another.
+
+    Args:
+        tokens: The rows of all.
+        ends: ``(clients + 1,)`` ascending positions: where each one's rows begin, and the last one's end.
+    """
     cut = tokens.cut.reshape(-1, tokens.width, 2)
-    cut = cut if positions is None else cut[positions]
-    escaped = tokens.escaped if positions is None else tokens.escaped[positions]
     prompts, completions = cut[:, :, 0].max(axis=1, initial=0), cut[:, :, 1].sum(axis=1)
-    return Cut(
-        len(cut),
-        int(np.count_nonzero(prompts)),
-        int(np.count_nonzero(completions)),
-        int(np.count_nonzero(prompts + completions)),
-        int(prompts.sum()),
-        int(completions.sum()),
-        int(np.count_nonzero(escaped)),
-    )
+    counts = [
+        np.ones(len(cut), np.int64),
+        prompts > 0,
+        completions > 0,
+        prompts + completions > 0,
+        prompts,
+        completions,
+        tokens.escaped,
+    ]
+    before = np.array([np.concatenate([[0], np.cumsum(own)]) for own in counts])
+    return [Cut(*own) for own in np.diff(before[:, ends]).T.tolist()]
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,19 @@ class Account:
 
     def to_record(self) -> dict[str, Any]:
         """Return it as plain JSON."""
-        return {**asdict(self), "unaccounted": self.difference}
+        return {
+            "rows": self.rows,
+            "made": dict(self.made),
+            "malformed": self.malformed,
+            "dropped": dict(self.dropped),
+            "public": self.public,
+            "trained": self.trained,
+            "held_out": self.held_out,
+            "judged": self.judged,
+            "cut": self.cut and dict(self.cut.__dict__),
+            "held_out_cut": self.held_out_cut and dict(self.held_out_cut.__dict__),
+            "unaccounted": self.difference,
+        }
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,8 @@ def split(
     Raises:
         DataError: A row has no such column, or a client would train on nothing.
     """
+    if not any(limit.rows for limit in limits.values()):
+        return _undivided(rows, column)
     keys = {client: group_keys(own, column) for client, own in rows.items()}
     judged = {
         client: are_pairs(own) if only is not None else np.ones(len(own), np.bool_)
@@ -233,6 +235,18 @@ def split(
     copies = tuple(found if column is None else rows)
     sides = _sides(rows, judged, limits, order, held, claimed, copies, column, over)
     return replace(sides, by_row=tuple(sorted(found)), without=tuple(chooser.empty()))
+
+
+def _undivided(rows: Mapping[int, Sequence[Example]], column: str | None) -> Split:
+    """Return all rows as trained on, where nobody holds any out; checks that they have the column."""
+    if column is not None:
+        for own in rows.values():
+            group_keys(own, column)
+    return Split(
+        {client: list(range(len(own))) for client, own in rows.items()},
+        {client: [] for client in rows},
+        {client: Counter({NOT_JUDGED: 0}) for client in rows},
+    )
 
 
 def limit_of(count: int, fraction: float, most: int) -> Limit:

@@ -173,16 +173,14 @@ class TokenSet:
 
     def take(self, positions: NDArray[np.int64]) -> TokenSet:
         """Return the examples at ``positions`` (in this set), in that order."""
+        if len(positions) and (np.diff(positions) == 1).all():
+            return self.part(int(positions[0]), int(positions[-1]) + 1)
         numbers = (positions[:, None] * self.width + np.arange(self.width)).reshape(-1)
-        lengths = np.diff(self.starts)[numbers]
+        lengths = self.starts[numbers + 1] - self.starts[numbers]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        if len(numbers) and (np.diff(numbers) == 1).all():  # one after another: nothing is copied
-            own = slice(int(self.starts[numbers[0]]), int(self.starts[numbers[-1] + 1]))
-            tokens, trained = self.tokens[own], self.trained[own]
-        else:
-            pieces = [(self.sequence(number)[0], self.mask(number)) for number in numbers.tolist()]
-            tokens = np.concatenate([np.zeros(0, np.int32), *(own for own, _ in pieces)])
-            trained = np.concatenate([np.zeros(0, np.bool_), *(own for _, own in pieces)])
+        pieces = [(self.sequence(number)[0], self.mask(number)) for number in numbers.tolist()]
+        tokens = np.concatenate([np.zeros(0, np.int32), *(own for own, _ in pieces)])
+        trained = np.concatenate([np.zeros(0, np.bool_), *(own for _, own in pieces)])
         return replace(
             self,
             index=self.index[positions],
@@ -196,6 +194,26 @@ class TokenSet:
             labels=self.labels[positions],
             counted=None if self.counted is None else self.counted[numbers],
             common=None if self.common is None else self.common[positions],
+        )
+
+    def part(self, first: int, end: int) -> TokenSet:
+        """Return the examples from ``first`` to before ``end``; of the arrays nothing is copied."""
+        numbers = slice(first * self.width, end * self.width)
+        starts = self.starts[numbers.start : numbers.stop + 1]
+        own = slice(int(starts[0]), int(starts[-1]))
+        return replace(
+            self,
+            index=self.index[first:end],
+            rows=self.rows[first:end],
+            tokens=self.tokens[own],
+            trained=self.trained[own],
+            starts=starts - starts[0],
+            prompts=self.prompts[numbers],
+            cut=self.cut[numbers],
+            escaped=self.escaped[first:end],
+            labels=self.labels[first:end],
+            counted=None if self.counted is None else self.counted[numbers],
+            common=None if self.common is None else self.common[first:end],
         )
 
     def without_tokens(self) -> TokenSet:

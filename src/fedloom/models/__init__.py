@@ -2,12 +2,13 @@
 
 import logging
 
-from fedloom.models.peft_backends import without_bitsandbytes
+from fedloom.models.lean_imports import lean
+from fedloom.models.peft_backends import BITSANDBYTES, without
 
 # Optional libraries that peft imports where they are installed; what they could not load and we do not
 # use tells a user nothing.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-with without_bitsandbytes():
-    import peft as peft  # here, so that it is imported without, whichever file here needs it first
+with lean(), without(BITSANDBYTES):
+    import peft as peft  # here, so that it is imported so, whichever file here needs it first

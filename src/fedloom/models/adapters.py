@@ -58,7 +58,7 @@ from fedloom.models.configuration import BLOCKS, number, text_part
 from fedloom.models.flop_shape import block_of, model_shape
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.output_head import OutputHead, output_head
-from fedloom.models.peft_backends import without_bitsandbytes
+from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
 from fedloom.models.request_limits import Allowance
 from fedloom.models.tree_attention import NEVER, applies, tree_attention
 from fedloom.randomness import derive_seed
@@ -833,7 +833,7 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    with warnings.catch_warnings(), without_bitsandbytes():
+    with warnings.catch_warnings(), without(BITSANDBYTES, TORCHAO):
         # PEFT 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         # Of a quantised backbone: PEFT could not merge the adapter into it, which nobody asks for.

@@ -1,8 +1,8 @@
-"""PEFT without bitsandbytes, where no layer of a model can be one of its.
+"""PEFT without bitsandbytes and torchao, where no layer of a model can be one of theirs.
 
 PEFT imports bitsandbytes wherever it is installed, as it is imported itself and as it puts LoRA on a
-model, and that takes a second of every run. A model has layers of it only if something has imported it
-before, as loading a quantised model does.
+model, and then torchao as well; either takes a second of every run. A model has layers of theirs only if
+something has imported them before, as loading a quantised model does.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NAME = "bitsandbytes"
+BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 
 
 @contextmanager
-def without_bitsandbytes() -> Iterator[None]:
-    """Let bitsandbytes count as not installed, unless it is imported already."""
-    if NAME in sys.modules:
-        yield
-        return
-    sys.modules[NAME] = None  # type: ignore[assignment]
-    _forget()
+def without(*names: str) -> Iterator[None]:
+    """Let packages count as not installed, those that are not imported already."""
+    hidden = [name for name in names if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    _forget(hidden)
     try:
         yield
     finally:
-        del sys.modules[NAME]
-        _forget()
+        for name in hidden:
+            del sys.modules[name]
+        _forget(hidden)
 
 
-def _forget() -> None:
-    """Have PEFT and transformers find out again whether it is there: they remember it for good."""
+def _forget(names: list[str]) -> None:
+    """Have PEFT and transformers find out again whether they are there: they remember it for good."""
+    told = [*names, *(["bnb"] if BITSANDBYTES in names else [])]
     for module in ("peft.import_utils", "transformers.utils.import_utils"):
         for name, found in list(vars(sys.modules.get(module, object)).items()):
-            if ("bnb" in name or NAME in name) and hasattr(found, "cache_clear"):
+            if any(own in name for own in told) and hasattr(found, "cache_clear"):
                 found.cache_clear()

@@ -23,7 +23,7 @@ from fedloom.errors import ModelError
 from fedloom.models.experts import CONFIG, load_experts
 from fedloom.models.heads import FILE, attach_personal, load_personal, saved_parts
 from fedloom.models.load import load_backbone, load_tokenizer
-from fedloom.models.peft_backends import without_bitsandbytes
+from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
 
 FolderKind = Literal["model", "peft", "own parts", "experts"]
 
@@ -53,7 +53,7 @@ def put_on(backbone: nn.Module, folder: Path, kind: FolderKind) -> nn.Module:
     """
     if kind == "experts":
         return load_experts(backbone, folder)[0]
-    with warnings.catch_warnings(), without_bitsandbytes():
+    with warnings.catch_warnings(), without(BITSANDBYTES, TORCHAO):
         warnings.simplefilter("ignore")  # what they are about would show in what the model says
         model: nn.Module = peft.PeftModel.from_pretrained(backbone, str(folder))
     if kind == "own parts":

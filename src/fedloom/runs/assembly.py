@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fedloom.accounting.garbage import without_collection
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
@@ -142,7 +143,8 @@ def assemble(
         experiment, division, method, objective, stage, empty=empty, only=only, start=start
     )
     stage("tokenising")
-    train = {} if remote else bundles.training_shares(pooled=method.pools_data)
+    with without_collection():
+        train = {} if remote else bundles.training_shares(pooled=method.pools_data)
     _require_tokens(experiment, method, train)
     for text in bundles.read_apart(train) if probe else ():
         stage(text)

@@ -153,8 +153,11 @@ class ModelBundles:
     def read_apart(self, shares: Mapping[int, TokenShare]) -> list[str]:
         """Return for each model that reads the prompts of its pairs twice that it does."""
         told = []
+        rows: dict[tuple[str, int], TokenShare] = {}  # of each model the first client's
         for client, share in shares.items():
-            path, model = self.of_client(client).path, self.of_client(client).model
+            rows.setdefault(self.clients[client], share)
+        for key, share in rows.items():
+            path, model = self.bundles[key].path, self.bundles[key].model
             once = shares_prompts(model, 0)  # asked of all now, while they are as they begin
             if share.tokens.width > 1 and not once:
                 kind, adapter = type(model.model.config).__name__, self.experiment.adapter.kind

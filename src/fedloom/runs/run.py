@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, Cost
+from fedloom.accounting.garbage import without_collection
 from fedloom.data.loading import DataSource
 from fedloom.display.untrusted_text import named
 from fedloom.engines.ray_pool import RayCluster
@@ -149,7 +150,8 @@ class _Given:
 
     def partitioned(self, experiment: Experiment) -> PartitionedData:
         """Read the data and partition it among the clients; report by which layout each file was read."""
-        division = partition_data(experiment, self.data, self.objective)
+        with without_collection():
+            division = partition_data(experiment, self.data, self.objective)
         for text in division.loaded.layouts:
             self.observer.stage(named(text))
         return division if self.auditor is None else self.auditor.planted(division)
@@ -850,7 +852,8 @@ def _require_base(experiment: Experiment, start: Start, observer: RunObserver) -
 
 def _report_start(experiment: Experiment, parts: RunComponents, observer: RunObserver) -> None:
     """Report a run's rows, what could distort its results, its start and its reference model."""
-    for source, own in row_account.sources(parts.accounts.to_record()).items():
+    of_all = replace(parts.accounts, clients={}).to_record()
+    for source, own in row_account.sources(of_all).items():
         observer.stage(row_account.sentence(source, own))
     for text in parts.accounts.warnings:
         observer.warning(text)

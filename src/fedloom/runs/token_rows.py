@@ -12,7 +12,7 @@ from fedloom.data.client_rows import TokenShare, mismatch
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Example, Instruction, first_answer, last_answer, plain_text
 from fedloom.data.reader import BadRow, check_bad
-from fedloom.data.row_accounting import Cut, cut_of
+from fedloom.data.row_accounting import Cut, cuts_of
 from fedloom.data.sources import LONGEST_SEQUENCE
 from fedloom.data.stored_rows import joined
 from fedloom.data.token_set import TokenSet, Untokenized
@@ -104,23 +104,20 @@ class TokenReader:
         ends = np.cumsum([0, *map(len, clients.values())])
         kept = np.searchsorted(whole.index, ends)  # both ascending
         gone = np.searchsorted([one.position for one in whole.dropped], ends)
-        for place, client in enumerate(clients):
-            positions = np.arange(kept[place], kept[place + 1])
-            lost = list(whole.dropped[gone[place] : gone[place + 1]])
-            self.read[client] = cut_of(whole, positions), lost
+        for place, (client, cut) in enumerate(zip(clients, cuts_of(whole, kept), strict=True)):
+            self.read[client] = cut, list(whole.dropped[gone[place] : gone[place + 1]])
         bad_rows_in_all(self.experiment, self.division, self.read, {})
         result = {}
         for place, client in enumerate([0] if pooled else clients):
-            own = slice(0, None) if pooled else slice(kept[place], kept[place + 1])
-            positions = np.arange(len(whole))[own]
-            if not len(positions):
+            own = whole if pooled else whole.part(int(kept[place]), int(kept[place + 1]))
+            if not len(own):
                 lost = list(whole.dropped) if pooled else self.read[client][1]
                 reasons = dict(Counter(one.reason for one in lost))
                 raise DataError(
                     f"client {client} has no row left after tokenising ({reasons}); raise "
                     "data.max_length or partition.minimum, or use fewer clients"
                 )
-            result[client] = self._share(client, whole.take(positions))
+            result[client] = self._share(client, own)
         return result
 
     def held_out(self, rows: Sequence[Example], kind: str | None = None) -> HeldOut:

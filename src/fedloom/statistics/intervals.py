@@ -21,6 +21,9 @@ from typing import Any
 LEVEL = 0.95
 """Confidence of every interval."""
 
+NORMAL_QUANTILE = 1.959963984540054
+"""Of the normal distribution at an interval's upper end: ``scipy.special.ndtri(0.5 + LEVEL / 2)``."""
+
 LEAST = 5
 """Units below which no deviation is estimated."""
 
@@ -140,11 +143,9 @@ def share_interval(successes: float, units: int, over: str = "rows") -> Interval
 def _wilson(successes: int, units: int) -> tuple[float, float]:
     """Return Wilson's interval (Newcombe 1998, method 3), as ``scipy.stats.binomtest`` does to the bit.
 
-    That one is not called, as the import of ``scipy.stats`` takes as long as a first step.
+    That one is not called, as the import of scipy takes as long as a first step.
     """
-    from scipy.special import ndtri
-
-    z, share = float(ndtri(0.5 + 0.5 * LEVEL)), successes / units
+    z, share = NORMAL_QUANTILE, successes / units
     whole = 2 * (units + z**2)
     centre = (2 * units * share + z**2) / whole
     half = z / whole * math.sqrt(4 * units * share * (1 - share) + z**2)

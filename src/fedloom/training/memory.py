@@ -107,6 +107,8 @@ def pass_warnings(
     asked = training.tokens_per_pass
     if asked == "auto" or not clients:
         return []
+    if max(_most_places(share) for _, share in clients.values()) <= asked:
+        return []
     costs = {client: row_costs(share) for client, (_, share) in clients.items()}
     longest, client = max((int(own.max()), client) for client, own in costs.items())
     shortest = min(int(own.min()) for own in costs.values())
@@ -126,6 +128,12 @@ def pass_warnings(
         f"training rows of more tokens than training.tokens_per_pass = {asked}, each of which has a "
         f"pass of its own: {human_count(count)}; {takes}"
     ]
+
+
+def _most_places(share: TokenShare) -> int:
+    """Return, from lengths alone, what no row takes more of (``row_costs`` in ``layout.py``)."""
+    read = [own for own in (share.tokens, share.mismatched) if own is not None]
+    return max(int(np.diff(own.starts).max(initial=0)) * own.width for own in read)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
