@@ -327,7 +327,7 @@ class ClippedSum:
             torch.linalg.vector_norm(own, dim=1, dtype=torch.float64) for own in flat.values()
         ]
         norms = torch.linalg.vector_norm(torch.stack(own_norms), dim=0)
-        finite = norms <= self.clip * HUGE  # and not where it is NaN
+        finite = norms.isfinite() & (norms <= self.clip * HUGE)
         if not bool(finite.all()):
             flat, norms = {name: own[finite] for name, own in flat.items()}, norms[finite]
         factors = (self.clip / norms.clamp(min=self.clip)).float()
