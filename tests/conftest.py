@@ -12,6 +12,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 from filelock import FileLock
 
+from tiers import sort_into_tiers
+
 PLUGINS = ("federation", "judge_server", "loopback", "machines")
 
 
@@ -24,6 +26,12 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     for name in PLUGINS:
         config.pluginmanager.import_plugin(name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Put tests that take long into the tier of their time, before any are deselected."""
+    sort_into_tiers(items)
 
 
 @pytest.fixture(scope="session")

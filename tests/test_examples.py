@@ -25,7 +25,7 @@ BY_HAND = {
 """Examples that have a test file of their own."""
 
 QUICK = ("csv_columns.py", "own_source.py", "partition_picture.toml", "three_sites.py")
-"""Of which two are in the default suite: under two seconds each once torch is there."""
+"""Of which two are tried with every commit: under two seconds each once torch is there."""
 
 DEFAULT = set(drawn("examples").sample(QUICK, 2))
 
@@ -119,6 +119,12 @@ def drawn_up(own):
     assert "</svg>" in Path("partition.svg").read_text()
 
 
+def hidden(own):
+    assert own["said"]["no noise"] is None
+    assert 0 < own["said"]["epsilon 8"]["epsilon"] <= 8
+    assert own["accuracy"]["no noise"] > 0.55
+
+
 PROMISES = {
     "classification.toml": classified,
     "communication.py": travelled,
@@ -137,6 +143,7 @@ PROMISES = {
     "personal_parts.py": personal,
     "plain_peft.py": lambda own: own["answer"].index("it is"),
     "preferences_dpo.toml": lambda own: preferred("runs/preferences_dpo"),
+    "row_privacy.py": hidden,
     "report_of_runs.sh": lambda said: Path("report_of_runs/ranks.html").read_text().index("rank-8"),
     "sft_then_dpo.py": aligned,
     "three_sites.py": improved,

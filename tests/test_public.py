@@ -97,11 +97,16 @@ def test_python_in_the_readme_runs(experiment, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_readme_shows_the_starting_file_as_it_is():
-    """The settings in the README's TOML are settings of the file that `fedloom init` writes."""
+PAGES = ("README.md", "docs/privacy.md", "docs/secure_aggregation.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_that_a_page_shows_are_an_experiment(page):
     import tomllib
 
     from fedloom.experiment.experiment import Experiment
 
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
-    Experiment.from_table(tomllib.loads(text))
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    for text in blocks:
+        Experiment.from_table(tomllib.loads(text))

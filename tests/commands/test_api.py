@@ -12,7 +12,6 @@ from fedloom.data.examples import Instruction
 from fedloom.data.loading import LoadedData
 
 TABLE = {
-    "model": {"path": "tiny"},
     "data": {"source": "builtin:preferences", "builtin_rows": 60, "test_fraction": 0.2},
     "partition": {"kind": "iid"},
     "objective": {"name": "dpo"},
@@ -21,8 +20,14 @@ TABLE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def model(model_folder):
+    """The model of TABLE; the built-in one would have to be trained first."""
+    TABLE["model"] = {"path": str(model_folder)}
+
+
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("api") / "run"
     rounds, evaluations, steps = [], [], []
     result = fedloom.run(

@@ -68,6 +68,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "report": ["--force", "--to"],
         "tune": ["--dry-run", "--limit", "--set"],
         "audit match": [],
+        "audit privacy": ["--canaries", "--quiet", "--rounds", "--rows", "--set", "-q"],
         "audit verify": [],
         "certs": ["--days", "--home", "--host"],
         "keys new": [],

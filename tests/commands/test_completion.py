@@ -7,7 +7,7 @@ import pytest
     ("line", "place", "offered"),
     [
         ("fedloom memb", 1, ["members"]),
-        ("fedloom audit ", 2, ["verify", "match"]),
+        ("fedloom audit ", 2, ["verify", "match", "privacy"]),
         ("fedloom run --res", 2, ["--resume"]),
         ("fedloom run --engine f", 3, []),
     ],

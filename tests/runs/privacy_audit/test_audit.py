@@ -205,3 +205,34 @@ def test_whole_weights_tell_tokens_too(audited):
     )
     own = record["tokens"]["worst"]
     assert own["tensor"] == "dW" and own["from_rank"] and own["share"] > 0.9
+
+
+@pytest.mark.slow
+def test_noise_in_a_clients_steps_hides_what_clipping_alone_shows(audited):
+    """Row-level privacy: without noise the tokens of a step are read, with noise they are not."""
+    sections = {
+        "adapter": {"rank": 32},
+        "training": ONE_STEP,
+        "data": {"source": "builtin:instructions", "max_length": 20},
+        "objective": {"name": "sft"},
+    }
+    own = {"unit": "row", "delta": 1e-5, "seeded": True}
+    clipped = audited(**sections, privacy={**own, "noise_multiplier": 0.0})
+    assert clipped["tokens"]["leak"]
+    noisy = audited(canaries=8, **sections, privacy={**own, "noise_multiplier": 1.0})
+    assert not noisy["tokens"]["leak"]
+    stated = noisy["stated"]["epsilon"]
+    assert stated > 0 and noisy["canaries"]["holds"]
+    assert all(kind["epsilon"] <= stated for kind in noisy["canaries"]["kinds"].values())
+    assert any(line.startswith("PASS") for line in summary(noisy))
+
+
+@pytest.mark.slow
+def test_of_sums_no_client_is_attacked(audited):
+    """Secure aggregation: the server sees no update, and the audit says so in place of a number."""
+    record = audited(
+        privacy={"secure_aggregation": True},
+        federation={"rounds": 1, "clients": 3},
+        evaluation={"per_client": False},
+    )
+    assert not record["tokens"]["made"] and "secure aggregation" in record["tokens"]["why"]

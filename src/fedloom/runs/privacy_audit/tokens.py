@@ -162,6 +162,9 @@ def tokens_record(planted: PlantedRun) -> Record:
             "block's attention is trained (adapter.kind, targets, layers)"
         )
         return {"made": False, "why": why}
+    if planted.experiment.privacy.secure_aggregation:
+        why = "with secure aggregation the server sees sums of updates, and none of a single client"
+        return {"made": False, "why": why}
     if not planted.engine.updates:
         reasons = "; ".join(sorted(planted.engine.unreadable))
         why = f"no client sent a change of a trained layer{f': {reasons}' if reasons else ''}"

@@ -1,0 +1,21 @@
+"""The tables of tests that take long name tests that there are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tiers import QUICK, SLOW, spaced
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_a_name_is_that_of_a_test(name):
+    file, _, function = name.partition("::")
+    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    assert function in {own.name for own in tree.body if isinstance(own, ast.FunctionDef)}
+
+
+def test_cases_that_stay_are_spaced_evenly():
+    assert spaced(9, 3) == {0, 3, 6}
+    assert spaced(2, 5) == {0, 1}
+    assert spaced(7, 0) == set()

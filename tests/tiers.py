@@ -1,0 +1,90 @@
+"""Which tests take too long for their tier: some of their cases stay, the others are of the next one.
+
+Seconds are of one core, all cases together. A test that is not named here is of the tier that its own
+marks say.
+"""
+
+from collections import defaultdict
+
+import pytest
+
+from sampling import drawn
+
+QUICK = {
+    "accounting/test_traffic.py::test_measured_is_the_closed_form": 11,  # 33 s
+    "commands/test_api.py::test_a_table_is_compared": 0,  # 6 s
+    "commands/test_commands.py::test_evaluate_and_report": 0,  # 6 s
+    "commands/test_early_checks.py::test_a_module_of_the_user_that_needs_what_is_absent_is_not_refused": 0,
+    "deployment/test_faults.py::test_a_bad_answer_is_left_out_with_the_reason": 3,  # 31 s
+    "deployment/test_flower_fleet.py::test_what_no_honest_client_sends_is_an_offence_of_its_kind": 4,
+    "engines/test_cohorts.py::test_a_method_gives_the_same_whether_clients_are_trained_together": 2,
+    "engines/test_too_little_memory.py::test_the_rest_of_the_run_is_that_of_smaller_passes": 0,  # 8 s
+    "engines/test_workers.py::test_any_order_of_answers_and_any_death_give_the_bits_of_one_process": 1,
+    "engines/test_workers.py::test_more_workers_than_memory_are_refused_with_the_number_that_fits": 0,
+    "federation/test_admission.py::test_no_honest_client_is_over_a_generous_bound": 2,  # 10 s
+    "federation/test_reported.py::test_all_that_honest_clients_report_is_declared_and_let_in": 3,
+    "methods/contract/test_unseen_clients.py::test_they_are_in_no_round_and_judged_twice": 2,  # 13 s
+    "methods/test_aggregation_rules.py::test_every_method_that_averages_knows_the_rules": 1,  # 8 s
+    "methods/test_aggregation_rules.py::test_one_attacker_of_five_moves_the_mean_far_and_no_robust_rule": 2,
+    "methods/test_distillation.py::test_no_parameter_travels": 2,  # 12 s
+    "methods/test_fedamole.py::test_a_reply_that_does_not_fit_leaves_its_client_out": 1,  # 13 s
+    "methods/test_personalised.py::test_clients_are_judged_by_what_they_would_use": 3,  # 9 s
+    "methods/test_reveals.py::test_replies_hold_what_it_says": 3,  # 8 s
+    "methods/test_reveals.py::test_what_is_not_allowed_is_not_computed_and_nothing_is_kept": 4,  # 5 s
+    "methods/test_split.py::test_gradients_that_blow_the_server_up_leave_their_client_out": 2,  # 5 s
+    "methods/test_split.py::test_one_client_is_centralised_training_bit_for_bit": 5,  # 15 s
+    "models/test_heads.py::test_flops_are_those_torch_counts": 10,  # 6 s
+    "models/test_split_model.py::test_every_cut_gives_the_whole_models_loss_and_gradients": 5,  # 12 s
+    "recipes/test_recipes.py::test_recipe": 2,  # 19 s
+    "runs/test_benchmarks.py::test_the_three_benchmarks_end_to_end": 2,  # 8 s
+    "runs/test_comparison.py::test_a_grid_is_run_once_and_reported": 0,  # 17 s
+    "runs/test_cost_estimate.py::test_what_is_advised_is_what_a_run_does": 2,  # 14 s
+    "runs/test_export.py::test_a_plain_run_exports_its_global_model": 1,  # 10 s
+    "runs/test_run.py::test_every_method_is_judged_on_every_clients_own_rows": 2,  # 11 s
+    "runs/test_run.py::test_every_objective_runs_under_every_method": 15,  # 50 s
+    "runs/test_run.py::test_one_client_equals_centralised_bit_for_bit": 2,  # 17 s
+    "runs/test_streaming.py::test_an_adapter_is_that_of_rows_in_memory": 0,  # 8 s
+    "test_examples.py::test_example": 0,  # 5 s, and 33 s to train the tiny model
+    "test_public.py::test_python_in_the_readme_runs": 0,
+    "training/test_steps.py::test_every_objective_learns": 1,  # 12 s
+}
+"""How many cases of a test stay in the default suite, evenly spaced; the others are slow."""
+
+SLOW = {
+    "methods/test_distillation.py::test_mixed_clients_know_more_than_each_by_itself": 0,
+    "recipes/test_recipes.py::test_comparison_of_personal_models": 1,
+    "reports/sections/test_costs.py::test_a_grid_to_its_page": 0,
+    "runs/test_run.py::test_interrupted_and_resumed_equals_uninterrupted": 3,
+    "test_docs.py::test_python_on_the_page_about_the_command_line_runs": 0,
+    "test_guides.py::test_the_page_of_reproducibility": 0,
+}
+"""How many cases of a slow test stay so, drawn by the commit's hash; the others are of the full suite."""
+
+
+def sort_into_tiers(items):
+    """Mark the cases of the tests that are named above."""
+    cases = defaultdict(list)
+    for item in items:
+        name = item.nodeid.removeprefix("tests/").partition("[")[0]
+        slow, full = (item.get_closest_marker(mark) is not None for mark in ("slow", "full"))
+        if name in QUICK and not slow and not full:
+            cases[name, "quick"].append(item)
+        elif name in SLOW and slow and not full:
+            cases[name, "slow"].append(item)
+    for (name, tier), own in cases.items():
+        if tier == "quick":
+            stay = spaced(len(own), QUICK[name])
+        else:
+            stay = drawn(name).sample(range(len(own)), min(SLOW[name], len(own)))
+        for place, item in enumerate(own):
+            if place in stay:
+                continue
+            if tier == "slow":
+                item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+            item.add_marker(pytest.mark.slow if tier == "quick" else pytest.mark.full)
+
+
+def spaced(count, kept):
+    """Return ``kept`` places of ``count``, evenly spaced, the first among them."""
+    kept = min(kept, count)
+    return {place * count // kept for place in range(kept)}
