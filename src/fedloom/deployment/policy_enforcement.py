@@ -142,7 +142,7 @@ LEFT = _names(
         "reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
-        "privacy": "unit delta clip noise_multiplier target_epsilon accountant column seeded "
+        "privacy": "profile unit delta clip noise_multiplier target_epsilon accountant column seeded "
         "secure_aggregation clip_quantile clip_learning_rate clip_count_noise amplification "
         "sum_bits sum_bound sum_rounding",
         "evaluation": "samples",

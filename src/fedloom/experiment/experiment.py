@@ -168,7 +168,8 @@ class Experiment:
         table: Table = {"name": self.name}
         for section in SECTIONS:
             own = getattr(self, section)
-            table[section] = own.model_dump(exclude_defaults=not defaults)
+            whole = defaults or getattr(own, "profile", None)  # which has defaults of its own
+            table[section] = own.model_dump(exclude_defaults=not whole)
             if hasattr(own, "name"):
                 table[section]["name"] = own.name
         return table

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedloom.privacy.secure_aggregation.quantisation import LEAST_BITS, MOST_BITS
 from fedloom.settings.schema import Of, Settings
@@ -15,10 +16,33 @@ SUMMED = Of("privacy.secure_aggregation", (True,))
 Unit = Literal["client", "row"]
 """Whose presence is hidden: all of a client, or one of its rows."""
 
+Profile = Literal["research", "consortium", "regulated"]
+
+PROFILES: Mapping[Profile, Mapping[str, Any]] = MappingProxyType(
+    {
+        "research": {},
+        "consortium": {"secure_aggregation": True},
+        "regulated": {
+            "unit": "row",
+            "delta": 1e-5,
+            "target_epsilon": 8.0,
+            "secure_aggregation": True,
+        },
+    }
+)
+"""Settings of ``[privacy]`` that a profile stands for; what the file says beside it goes first."""
+
+EITHER = ("noise_multiplier", "target_epsilon")
+"""Of which one is given, and the other solved for."""
+
 
 class PrivacySettings(Settings):
     """``[privacy]``: what of the rows may be learnt from what is sent and released, and by whom."""
 
+    profile: Profile | None = None
+    """Settings of this section under one name: "research" (nothing is promised), "consortium" (sums of
+    updates alone), "regulated" (rows are hidden with epsilon 8, and sums alone); what the file says
+    beside it goes first, and the experiment of the run folder has what came of both."""
     unit: Unit | None = None
     """Whose presence differential privacy hides: "client" (clipped updates, noise on their sum) or "row"
     (clipped gradients and noise in each client's own steps); without it there is none."""
@@ -61,6 +85,16 @@ class PrivacySettings(Settings):
     and the share of these is in the record. A smaller bound makes smaller steps of rounding."""
     sum_rounding: Annotated[Literal["stochastic", "nearest"], SUMMED] = "stochastic"
     """How secure aggregation rounds: at random so that the mean is kept, or to the nearest step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_profile(cls, given: Any) -> Any:
+        """Put the profile's settings below those that are given."""
+        named = given.get("profile") if isinstance(given, Mapping) else None
+        own = dict(PROFILES.get(named, {})) if isinstance(named, str) else {}
+        if own and any(name in given for name in EITHER):
+            own = {name: value for name, value in own.items() if name not in EITHER}
+        return {**own, **given} if own else given
 
     def contradictions(self) -> Iterator[str]:
         """Yield what in this section contradicts itself."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+NOTHING = (
+    "Privacy: nothing is promised. The server sees each client's update, everybody the global adapter, "
+    "and both tell of the rows that they were trained on"
+)
+"""Of a run without noise or sums, which asked for a profile and so wants to be told."""
+
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """Return what ``summary.json`` holds under ``privacy`` in sentences: who learns what, and what not.
@@ -22,7 +28,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         )
     epsilon, steps = record["epsilon"], record["steps"]
     of = f"{steps} noisy sum{'s' if steps != 1 else ''} of {record['unit']}s' changes"
+    who = "whoever receives the model"
     if record["unit"] != "client":
+        who += ", the coordinator among them,"
         of = f"{steps} noisy steps at the client that spends most"
     numbers = (
         f"noise multiplier {record['noise_multiplier']:.4g}, clip {record['clip']:.4g}, sampling counted "
@@ -34,7 +42,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         )
     else:
         found.append(
-            f"Privacy: whoever receives the model learns of any one {record['unit']} no more than "
+            f"Privacy: {who} learns of any one {record['unit']} no more than "
             f"(epsilon, delta) = ({epsilon:.4g}, {record['delta']:.4g}) allows; neighbours: "
             f"{record['neighbours']}; {of}, {numbers}; accountant: {record['accountant']}"
         )

@@ -45,6 +45,7 @@ from fedloom.objectives.base import Objective
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.secure_aggregation.graph import LEAST
+from fedloom.privacy.statement import NOTHING
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.auditor import Auditor
@@ -551,6 +552,8 @@ class _Run:
             record["privacy"] = promise = row_statement(self.experiment, parts.row_privacies)
             for sentence in promise["sentences"]:
                 self.observer.stage(sentence)
+        if experiment.privacy.profile == "research":
+            self.observer.stage(NOTHING)
         self.folder.write_json(names.RUN, record)
 
     @property

@@ -1,0 +1,37 @@
+"""Profiles are settings under one name, and what a file says beside them goes first."""
+
+import pytest
+
+import fedloom
+from fedloom.errors import SettingsError
+from fedloom.privacy.settings import PROFILES, PrivacySettings
+
+ALONE = {"evaluation": {"per_client": False}}
+
+
+def privacy(**own):
+    return fedloom.Experiment.from_table({**ALONE, "privacy": own}).privacy
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_is_the_settings_that_it_stands_for(name):
+    plain = PrivacySettings(**PROFILES[name])
+    assert privacy(profile=name) == plain.model_copy(update={"profile": name})
+    again = fedloom.Experiment.from_table(
+        fedloom.Experiment.from_table({**ALONE, "privacy": {"profile": name}}).to_table()
+    )
+    assert again.privacy == privacy(profile=name)
+
+
+def test_what_the_file_says_goes_first():
+    own = privacy(profile="regulated", target_epsilon=2.0, secure_aggregation=False)
+    assert (own.unit, own.target_epsilon, own.secure_aggregation) == ("row", 2.0, False)
+    whole = fedloom.Experiment.from_table({**ALONE, "privacy": own.model_dump()})
+    assert fedloom.Experiment.from_table(whole.to_table(defaults=False)).privacy == own
+    own = privacy(profile="regulated", noise_multiplier=1.5)
+    assert (own.noise_multiplier, own.target_epsilon) == (1.5, None)
+
+
+def test_no_profile_of_that_name():
+    with pytest.raises(SettingsError, match="profile"):
+        privacy(profile="strict")
