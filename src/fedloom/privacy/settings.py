@@ -18,7 +18,7 @@ Unit = Literal["client", "row"]
 
 Profile = Literal["research", "consortium", "regulated"]
 
-PROFILES: Mapping[Profile, Mapping[str, Any]] = MappingProxyType(
+PROFILES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "research": {},
         "consortium": {"secure_aggregation": True},
