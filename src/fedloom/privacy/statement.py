@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedloom.privacy.secure_aggregation.graph import LEAST
+from fedloom.privacy.settings import PrivacySettings
+
 NOTHING = (
     "Privacy: nothing is promised. The server sees each client's update, everybody the global adapter, "
     "and both tell of the rows that they were trained on"
 )
 """Of a run without noise or sums, which asked for a profile and so wants to be told."""
+
+SUMS = (
+    f"Secure aggregation: the server sees sums of the updates of {LEAST} clients or more, and no single "
+    "one; what a sum tells of rows it does not hide"
+)
+
+
+def of_settings(settings: PrivacySettings) -> list[str]:
+    """Return what is said of a run for its settings alone, beside the sentences of its figures."""
+    if settings.secure_aggregation:
+        return [SUMS]
+    return [NOTHING] if settings.profile == "research" and settings.unit is None else []
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:

@@ -93,6 +93,11 @@ def _canary_lines(own: Mapping[str, Any], stated: Mapping[str, Any] | None) -> l
     ]
     claimed = (stated or {}).get("epsilon")
     beside = f" (stated: {claimed:.3f})" if claimed is not None else ""
+    most = max(bound["ceiling"] for bound in own["kinds"].values())
+    if own["holds"] and claimed is not None and most < claimed:
+        beside += (
+            f"; so few canaries could not have shown more than {most:.3f} (--canaries plants more)"
+        )
     return [*lines, f"{VERDICTS[own['holds']]}{beside}"]
 
 
@@ -102,7 +107,7 @@ def _token_chart(own: Mapping[str, Any]) -> str | None:
     if not own["made"]:
         return None
     lines = _best_lines(own["rounds"])
-    return figures.line_chart(lines, "round", "share of distinct tokens", limits=(0.0, 1.02))
+    return figures.line_chart(lines, "round", "share of tokens", limits=(0.0, 1.02))
 
 
 def _best_lines(rounds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
@@ -126,11 +131,7 @@ def _curve(own: Mapping[str, Any]) -> str | None:
 
     if not own["made"]:
         return None
-    lines = {
-        f"{name}, AUC {score['auc']['value']:.3f} ({score['auc']['low']:.3f} to "
-        f"{score['auc']['high']:.3f})": (score["curve"][0], score["curve"][1])
-        for name, score in own["scores"].items()
-    }
+    lines = {name: (score["curve"][0], score["curve"][1]) for name, score in own["scores"].items()}
     lines["chance"] = ([0.0, 1.0], [0.0, 1.0])
     return figures.line_chart(
         lines, "false positive rate", "true positive rate", limits=(0.0, 1.02)

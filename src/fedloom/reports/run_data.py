@@ -57,7 +57,8 @@ class Run:
     def privacy(self) -> list[str]:
         """What the run promises about privacy, in sentences, and what not; empty where nothing."""
         own: Record = (self.summary or self.run).get("privacy") or {}
-        return [str(sentence) for sentence in own.get("sentences", ())]
+        further = self.run.get("privacy_of_settings") or ()
+        return [str(sentence) for sentence in (*own.get("sentences", ()), *further)]
 
     @property
     def evaluated(self) -> list[Record]:

@@ -44,8 +44,7 @@ from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import PrivateMean
-from fedloom.privacy.secure_aggregation.graph import LEAST
-from fedloom.privacy.statement import NOTHING
+from fedloom.privacy.statement import of_settings
 from fedloom.reports import record_marks, row_account
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.auditor import Auditor
@@ -552,8 +551,9 @@ class _Run:
             record["privacy"] = promise = row_statement(self.experiment, parts.row_privacies)
             for sentence in promise["sentences"]:
                 self.observer.stage(sentence)
-        if experiment.privacy.profile == "research":
-            self.observer.stage(NOTHING)
+        record["privacy_of_settings"] = of_settings(experiment.privacy)
+        for sentence in record["privacy_of_settings"]:
+            self.observer.stage(sentence)
         self.folder.write_json(names.RUN, record)
 
     @property
@@ -628,13 +628,7 @@ class _Run:
 
     def _secure(self) -> SecureAggregation | None:
         """Return what has replies summed, where the server may see none of them."""
-        found = SecureAggregation.of(self.experiment.privacy, self.admission.run)
-        if found is not None:
-            self.observer.stage(
-                f"secure aggregation: the server sees sums of the updates of {LEAST} clients or more, "
-                "and no single one"
-            )
-        return found
+        return SecureAggregation.of(self.experiment.privacy, self.admission.run)
 
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:

@@ -208,7 +208,7 @@ def test_whole_weights_tell_tokens_too(audited):
 
 
 @pytest.mark.slow
-def test_noise_in_a_clients_steps_hides_what_clipping_alone_shows(audited):
+def test_noise_in_a_clients_steps_hides_what_clipping_alone_shows(audited, tmp_path):
     """Row-level privacy: without noise the tokens of a step are read, with noise they are not."""
     sections = {
         "adapter": {"rank": 32},
@@ -219,7 +219,12 @@ def test_noise_in_a_clients_steps_hides_what_clipping_alone_shows(audited):
     own = {"unit": "row", "delta": 1e-5, "seeded": True}
     clipped = audited(**sections, privacy={**own, "noise_multiplier": 0.0})
     assert clipped["tokens"]["leak"]
-    noisy = audited(canaries=8, **sections, privacy={**own, "noise_multiplier": 1.0})
+    noisy = audited(
+        canaries=8,
+        **sections,
+        privacy={**own, "noise_multiplier": 1.0},
+        output={"folder": str(tmp_path / "noisy")},
+    )
     assert not noisy["tokens"]["leak"]
     stated = noisy["stated"]["epsilon"]
     assert stated > 0 and noisy["canaries"]["holds"]
