@@ -12,7 +12,8 @@ from tiers import QUICK, SLOW, spaced
 def test_a_name_is_that_of_a_test(name):
     file, _, function = name.partition("::")
     tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
-    assert function in {own.name for own in tree.body if isinstance(own, ast.FunctionDef)}
+    found = {own.name for own in tree.body if isinstance(own, ast.FunctionDef)}
+    assert not function or function in found
 
 
 def test_cases_that_stay_are_spaced_evenly():

@@ -51,6 +51,14 @@ QUICK = {
 """How many cases of a test stay in the default suite, evenly spaced; the others are slow."""
 
 SLOW = {
+    "deployment/test_chaos.py": 0,  # 12 minutes
+    "deployment/test_deaths.py": 4,  # 35 s each
+    "deployment/test_kills.py": 1,  # 3 minutes each
+    "deployment/test_members_lives.py": 5,  # 40 s each
+    "deployment/test_methods_on_machines.py": 1,
+    "deployment/test_releases.py": 1,
+    "engines/test_ray.py": 1,  # 2 minutes each
+    "federation/test_secure_memory.py": 1,  # a minute each
     "methods/test_distillation.py::test_mixed_clients_know_more_than_each_by_itself": 0,
     "recipes/test_recipes.py::test_comparison_of_personal_models": 1,
     "reports/sections/test_costs.py::test_a_grid_to_its_page": 0,
@@ -58,7 +66,8 @@ SLOW = {
     "test_docs.py::test_python_on_the_page_about_the_command_line_runs": 0,
     "test_guides.py::test_the_page_of_reproducibility": 0,
 }
-"""How many cases of a slow test stay so, drawn by the commit's hash; the others are of the full suite."""
+"""How many cases of a slow test, or of a file's slow tests, stay so, drawn by the commit's hash; the others
+are of the full suite."""
 
 
 def sort_into_tiers(items):
@@ -69,8 +78,10 @@ def sort_into_tiers(items):
         slow, full = (item.get_closest_marker(mark) is not None for mark in ("slow", "full"))
         if name in QUICK and not slow and not full:
             cases[name, "quick"].append(item)
-        elif name in SLOW and slow and not full:
-            cases[name, "slow"].append(item)
+        file = name.partition("::")[0]
+        for own in {name, file} & SLOW.keys():
+            if slow and not full:
+                cases[own, "slow"].append(item)
     for (name, tier), own in cases.items():
         if tier == "quick":
             stay = spaced(len(own), QUICK[name])
