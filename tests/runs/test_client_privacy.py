@@ -140,6 +140,8 @@ def test_other_methods_are_refused_with_their_reason(private, name):
     ("sections", "words"),
     [
         ({"aggregation": {"rule": "median"}}, "aggregation.rule = 'median' is not a sum"),
+        ({"admission": {"max_change": 1.0}}, "the clip bounds every change"),
+        ({"method": {"name": "local_only"}}, "judged and saved as it is"),
         ({"federation": {"replacements": 1}}, "leave out federation.replacements = 1"),
         ({"federation": {"selection": "rows"}}, "leave out federation.selection = 'rows'"),
         ({"privacy": {"delta": 0.5}}, "not below 1 / federation.clients"),

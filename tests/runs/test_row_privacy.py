@@ -9,6 +9,7 @@ from fedloom.data.examples import Preference
 from fedloom.errors import CheckpointError, DataError, SettingsError
 from fedloom.objectives.base import Objective
 from fedloom.privacy.accounting import Releases, epsilon
+from fedloom.privacy.row_ledger import RowLedger
 from fedloom.privacy.settings import PrivacySettings
 from fedloom.runs.assembly import assemble
 from fedloom.runs.client_privacy import key_file
@@ -17,6 +18,7 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.row_privacy import RowPlan, noise_multipliers, row_statement
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.storage.run_folder import RunFolder
+from fedloom.training.row_privacy import GRID, ClippedSum
 
 PRIVATE = {
     "unit": "row",
@@ -79,6 +81,28 @@ def test_a_resumed_run_has_the_same_bits(private, tmp_path):
     assert promise["sentences"][0].startswith("Privacy: reproducible, therefore not private")
 
 
+def test_steps_that_are_made_again_with_other_sums_count_again(private, tmp_path, monkeypatch):
+    """A resume whose sums differ in one step of the grid has other noise on nearly the same sum."""
+    folder, whole = tmp_path / "run", ClippedSum.whole
+    run_experiment(private({"seeded": True}), observer=Silent())
+    steps = {
+        c: own["steps"] for c, own in read(folder, "summary.json")["privacy"]["clients"].items()
+    }
+    assert set(steps.values()) == {4}
+
+    def nearly(self):
+        found = whole(self)
+        found[0] += self.clip * 2.0**-GRID
+        return found
+
+    monkeypatch.setattr(ClippedSum, "whole", nearly)
+    resume_run(folder, from_round=1)
+    again = read(folder, "summary.json")["privacy"]
+    assert {c: own["steps"] for c, own in again["clients"].items()} == dict.fromkeys(steps, 6)
+    ledger = RowLedger(folder / "privacy" / "000000.txt")
+    assert len(ledger) == 6
+
+
 @pytest.mark.slow
 def test_workers_have_the_bits_of_one_process(private, tmp_path):
     seeded = private({"seeded": True}, output={"folder": str(tmp_path / "one")})
@@ -98,6 +122,9 @@ def test_workers_have_the_bits_of_one_process(private, tmp_path):
         ({"training": {"local_steps": None, "local_tokens": 99}}, "training.local_tokens"),
         ({"partition": {"feedback": "spread"}, "objective": {"name": "kto"}}, "two clients"),
         ({"adapter": {"kind": "experts"}}, "even use of experts"),
+        ({"adapter": {"dropout": 0.1}}, "one stream for all rows"),
+        ({"training": {"precision": "bf16"}}, 'use "fp32"'),
+        ({"simulation": {"devices": {"flops": "5TFLOP"}}}, "comes in time, without noise"),
     ],
 )
 def test_what_cannot_hide_rows_is_refused(private, sections, said):

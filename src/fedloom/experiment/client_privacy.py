@@ -27,6 +27,11 @@ def client_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f"{WHAT}: aggregation.rule = {parts['aggregation'].rule!r} is not a sum, of which one "
             'client\'s share is bounded: use "mean", in which the clip bounds every client'
         )
+    if "admission" in parts and parts["admission"].max_change:
+        yield (
+            f"{WHAT}: admission.max_change leaves a client out by the norm of its change; the "
+            "clip bounds every change: leave it out"
+        )
     if "federation" in parts:
         yield from _federation(parts)
 

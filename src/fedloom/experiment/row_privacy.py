@@ -34,6 +34,21 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f'{WHAT}: adapter.kind = "experts" asks for an even use of experts over all tokens of a '
             "batch, so that no row's gradient is its own; use another kind"
         )
+    if "adapter" in parts and parts["adapter"].dropout:
+        yield (
+            f"{WHAT}: adapter.dropout = {parts['adapter'].dropout} draws from one stream for all rows of "
+            "a batch, so that one row changes the others' gradients: leave it out"
+        )
+    if "training" in parts and parts["training"].precision != "fp32":
+        yield (
+            f"{WHAT}: training.precision = {parts['training'].precision!r} rounds a row by what else is "
+            'in its pass, beyond what the noise is made for: use "fp32"'
+        )
+    if "simulation" in parts and parts["simulation"].devices is not None:
+        yield (
+            f"{WHAT}: with [simulation.devices] a row decides by its length whether its client's answer "
+            "comes in time, without noise: leave one of the two out"
+        )
     if "partition" in parts and parts["partition"].feedback == "spread":
         yield (
             f'{WHAT}: partition.feedback = "spread" puts the two answers of a pair at two clients, each '

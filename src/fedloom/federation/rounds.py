@@ -360,8 +360,8 @@ class _RoundExchanges:
     def _require_quorum(self) -> None:
         """Check the quorum over all clients of the round that are not left out so far."""
         asked, federation = len(self.cohort.clients), self.server.federation
-        if not asked and self.server.private is not None:
-            return  # nobody was drawn: what is released is noise alone
+        if self.server.private is not None:
+            return  # whether a round counts must not hang on one client; without any it is noise alone
         usable = asked - len(self.rejected.keys() & set(self.cohort.clients))
         expected = asked - federation.extra if asked > federation.cohort_size else asked
         needed = max(1, math.ceil(federation.quorum * expected))

@@ -25,7 +25,7 @@ from fedloom.federation.protocol import Total
 from fedloom.privacy.secure_aggregation import primitives
 from fedloom.privacy.secure_aggregation import protocol_messages as messages
 from fedloom.privacy.secure_aggregation.client import ClientSession
-from fedloom.privacy.secure_aggregation.graph import LEAST
+from fedloom.privacy.secure_aggregation.graph import LEAST, threshold_of
 from fedloom.privacy.secure_aggregation.masks import Words, packed, packed_bytes, unpacked
 from fedloom.privacy.secure_aggregation.primitives import Context
 from fedloom.privacy.secure_aggregation.quantisation import Grid
@@ -144,6 +144,7 @@ class SecureClients:
     _context: Context | None = None
     _secrets: dict[int, bytes] = field(default_factory=dict)
     _sessions: dict[int, ClientSession] = field(default_factory=dict)
+    _ended: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, clients: Collection[int], seed: int) -> SecureClients:
@@ -185,6 +186,7 @@ class SecureClients:
             found = stage(received)
         if exchange.action == REVEALED:
             del self._sessions[client]
+            self._ended[client] = (exchange.round, _masking(exchange).number)
         return encode(_payload(MESSAGE, found), exchange.reply_schema)
 
     def masked(self, exchange: Exchange, client: int, reply: Payload) -> bytes:
@@ -245,6 +247,10 @@ class SecureClients:
         context = self._enter(exchange)
         if client in self._sessions:
             raise MessageError("a server asks for new keys in the middle of a sum", "replayed")
+        if (context.round, context.number) <= self._ended.get(client, (0, -1)):
+            raise MessageError(
+                "a server asks for a sum again that this client has ended", "replayed"
+            )
         keys = self.keys_of(exchange, client)
         own = ClientSession(context, client, keys.identity, keys.registry, keys.secret)
         self._sessions[client] = own
@@ -310,7 +316,9 @@ class SecureAggregation:
                 f"{len(clients)} can be asked"
             )
         masking = self._masking_of(exchange, number, [rows[client] for client in clients], largest)
-        session = ServerSession(Context(self.run, exchange.round, number), elements_of(masking))
+        context = Context(self.run, exchange.round, number)
+        most = threshold_of(len(clients))  # of those asked: of fewer, nothing is revealed
+        session = ServerSession(context, elements_of(masking), least=max(LEAST, most))
         plain = replace(exchange, masking=masking)
         left = yield _stage(plain, KEYS, dict.fromkeys(clients, b""), session.take_keys)
         keys = session.keys()

@@ -13,7 +13,7 @@ from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import Method, Reveal
-from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, yes
+from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, no, yes
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors
 from fedloom.wire.messages import Exchange, Payload
@@ -38,7 +38,7 @@ class LocalOnly(Method):
         "numbers alone",
         "its adapter",
         secure_aggregation=yes("no tensor travels"),
-        client_privacy=yes("no tensor travels"),
+        client_privacy=no("each client's own model is judged and saved as it is, without noise"),
         row_privacy=OWN_STEPS,
         asynchronous=yes("no client waits for another"),
         absence=Absence(

@@ -124,7 +124,9 @@ class PrivacyLedger:
         try:
             found = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(found, f"{json.dumps(entry, sort_keys=True)}\n".encode())
+                line = f"{json.dumps(entry, sort_keys=True)}\n".encode()
+                if os.write(found, line) != len(line):
+                    raise OSError(28, "No space left on device")
                 os.fsync(found)
             finally:
                 os.close(found)

@@ -14,6 +14,7 @@ from typing import Any
 from fedloom.errors import PrivacyError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.selection import Poisson, Selection, make_selection
+from fedloom.methods import METHODS
 from fedloom.privacy.accounting import NEIGHBOURS
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
@@ -180,6 +181,11 @@ def _not_covered(experiment: Experiment) -> list[str]:
         "a person with rows at several clients (their epsilons add up)",
         "other runs on the same rows",
     ]
+    keeps = METHODS[experiment.method.name][1].declares.keeps
+    if keeps != "nothing":
+        found.append(
+            f"what each client keeps ({keeps}), which a simulation saves in its run folder"
+        )
     if experiment.judges_clients:
         found.append("held-out metrics of each client on its own rows (evaluation.per_client)")
     return found

@@ -98,6 +98,13 @@ def with_ray(
         SettingsError: There is no room for as many.
         FedloomError: An actor could not be started, or has other packages, rows or weights.
     """
+    if parts.row_privacies and cluster.address is not None and not task.experiment.privacy.seeded:
+        raise SettingsError(
+            [
+                'privacy.unit = "row": the key of the noise would travel to other machines, and who has '
+                "it can subtract the noise: run it on this machine (without --ray-address)"
+            ]
+        )
     needs = _needs(parts, asked, cluster, task.experiment)
     size = _number(parts, asked, cluster, needs, task.experiment)
     nodes = len(cluster.nodes())

@@ -11,7 +11,7 @@ to be known.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.methods.contract.method import Method
 from fedloom.privacy.accounting import NEIGHBOURS, Releases, epsilon, solve_noise_multiplier
 from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.row_ledger import RowLedger
 from fedloom.privacy.settings import PrivacySettings
 from fedloom.privacy.statement import sentences
 from fedloom.runs.client_privacy import key_file
@@ -52,6 +53,9 @@ class RowPlan:
     sampling: float
     steps: int
 
+
+LEDGERS = "privacy"
+"""Folder in a run folder: a ledger for each client."""
 
 RUN = "row-level"
 """Names the run in its key's derivations: each run has a key of its own."""
@@ -235,18 +239,28 @@ def _values(
         raise DataError(f"privacy.column = {column!r}: {error}") from error
 
 
+def keep_ledgers(
+    privacies: Mapping[int, RowPrivacy], experiment: Experiment, folder: RunFolder
+) -> None:
+    """Have each client's releases be written down in the run folder, before their noise is drawn."""
+    for client, own in privacies.items():
+        allowed = own.steps if experiment.privacy.target_epsilon is not None else None
+        own.ledger = RowLedger(folder.path / LEDGERS / f"{client:06d}.txt", allowed)
+
+
 def row_statement(
     experiment: Experiment,
     privacies: Mapping[int, RowPrivacy],
-    costs: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    made: bool = False,
 ) -> dict[str, Any]:
     """Return what a run promises each unit, for ``run.json`` and ``summary.json``.
 
     Args:
         experiment: With ``privacy.unit = "row"``.
         privacies: How each client's steps hide its units.
-        costs: All records of the costs of a run that is over, which tell the steps that each client made
-            (default: as many as are planned at most).
+        made: Whether the run is over, and what counts is what the ledgers hold; else as many steps as are
+            planned at most.
 
     Returns:
         The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each
@@ -254,16 +268,16 @@ def row_statement(
     """
     own = experiment.privacy
     assert own.delta is not None, "the section asks for it with a unit"
-    made = {client: privacy.steps for client, privacy in privacies.items()}
-    if costs is not None:
-        made = dict.fromkeys(made, 0)
-        for cost in costs:
-            if cost["client"] in made:
-                made[cost["client"]] += cost["steps"]
+    steps = {client: privacy.steps for client, privacy in privacies.items()}
+    if made:
+        steps = {
+            client: privacy.steps if privacy.ledger is None else len(privacy.ledger)
+            for client, privacy in privacies.items()
+        }
     releases = {}
     for client, privacy in sorted(privacies.items()):
         sampling = expected_batch(privacy.count, experiment.training.batch_size) / privacy.count
-        releases[client] = Releases(privacy.noise_multiplier, sampling, made[client])
+        releases[client] = Releases(privacy.noise_multiplier, sampling, steps[client])
     several = own.accountant == "auto" and len(set(releases.values())) > EACH_BY_ITSELF
     accountant = "rdp" if several else own.accountant
     known = {one: epsilon([one], own.delta, accountant) for one in set(releases.values())}
@@ -304,7 +318,9 @@ def row_statement(
 def _not_covered(experiment: Experiment) -> list[str]:
     """Return what row-level privacy of the steps says nothing of."""
     found = [
-        "how many rows each client has, and what its work cost (tokens, operations, seconds)",
+        "how many rows each client has, and what its work cost (tokens, operations, seconds), from which "
+        "may be guessed whose turn a step was",
+        "the run folder beside the model (label counts, digests and accounts of rows)",
         "a person with several units, or rows at several clients (their epsilons add up)",
         "other runs on the same rows",
     ]

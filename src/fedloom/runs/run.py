@@ -108,7 +108,7 @@ from fedloom.runs.resume_checks import (
     where_it_goes_on,
     with_recorded_layout,
 )
-from fedloom.runs.row_privacy import kept_noise, new_noise, row_statement
+from fedloom.runs.row_privacy import keep_ledgers, kept_noise, new_noise, row_statement
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
@@ -231,6 +231,7 @@ def run_experiment(
                 start = start.kept_in(folder)
             noise = new_noise(experiment, folder)
             parts = given.components(experiment, division, start, noise)
+            keep_ledgers(parts.row_privacies, experiment, folder)
             state = first_state(parts.method, parts.initial)
             for text in unread_settings(experiment).values():
                 observer.warning(text)
@@ -316,6 +317,7 @@ def resume_run(
         finished = (folder.path / names.SUMMARY).is_file() and from_round is None
         noise = kept_noise(experiment, folder, finished=finished)
         parts = given.components(laid_out, division, start, noise, saved)
+        keep_ledgers(parts.row_privacies, experiment, folder)
         require_same_model(folder, begun, parts)
         _report_start(experiment, parts, observer)
         report_versions(begun, observer)
@@ -749,8 +751,7 @@ class _Run:
         if self.privacy is not None:
             summary["privacy"] = self.privacy.promise(self.private, self._sent_numbers)
         if self.parts.row_privacies:
-            costs = self.folder.read_lines(names.COSTS)
-            summary["privacy"] = row_statement(self.experiment, self.parts.row_privacies, costs)
+            summary["privacy"] = row_statement(self.experiment, self.parts.row_privacies, made=True)
         summary["records"] = self.marks.now()
         self._write_cards(summary)
         if self.experiment.output.verify:

@@ -37,6 +37,7 @@ from fedloom.errors import SettingsError
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.privacy.noise import NoiseSource, NoiseStream
+from fedloom.privacy.row_ledger import RowLedger
 from fedloom.training.layout import Budget, budget_of
 from fedloom.training.passes import Layout
 from fedloom.training.results import Gradients, LocalResult, RemoteGradients, Totals
@@ -110,7 +111,7 @@ def units_of(share: TokenShare, values: dict[int, str] | None = None) -> Indices
     return np.array([known.setdefault(key, len(known)) for key in keys], np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RowPrivacy:
     """How one client's steps hide its units.
 
@@ -120,6 +121,7 @@ class RowPrivacy:
         noise: The client's source of noise and coins.
         units: ``(examples,)`` unit of each example (:func:`units_of`).
         steps: That the client makes in the whole run at most, where they are planned.
+        ledger: What was released so far, where a run keeps it.
     """
 
     clip: float
@@ -127,6 +129,7 @@ class RowPrivacy:
     noise: NoiseSource
     units: Indices
     steps: int = 0
+    ledger: RowLedger | None = None
 
     @cached_property
     def count(self) -> int:
@@ -183,6 +186,8 @@ class PrivateSteps:
         self.start = bytes.fromhex(self.model.digest())
         self.coins = self._stream("coins", self.start)
         self.step = 0
+        if privacy.ledger is not None:
+            privacy.ledger.read()
         rows = self.share.tokens.rows.tolist()
         self.unit_of = dict(zip(rows, privacy.units.tolist(), strict=True))
         self.layout = Layout(self.model, self.share, _budget(self), apart=True)
@@ -246,6 +251,9 @@ class PrivateSteps:
         sigma = z * ((1 + SLACK) * 2.0**GRID + math.sqrt(len(whole)))
         if sigma:
             digest = hashlib.blake2b(on_grid.data, key=self.start, digest_size=32).digest()
+            if self.privacy.ledger is not None:
+                named = f"{self.purpose}|{self.round}|{self.client}|{self.step}|".encode()
+                self.privacy.ledger.spend(self.privacy.noise.digest([named, digest]))
             on_grid += self._stream(f"noise {self.step}", digest).discrete_gaussian(
                 sigma, len(on_grid)
             )

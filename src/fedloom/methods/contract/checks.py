@@ -82,10 +82,11 @@ def summed_alone(kind: type[MethodTraits], claim: Claim, view: ExperimentView) -
             "that has begun; leave it out"
         )
     most = MODULUS >> view.privacy.sum_bits
-    if federation.cohort_size * COARSEST > most:
+    asked = federation.clients  # some methods ask all of them once
+    if asked * COARSEST > most:
         yield (
             f"privacy.sum_bits = {view.privacy.sum_bits} leaves no room in 32 bits for the weights of "
-            f"{federation.cohort_size} clients, of which there may be {most // COARSEST}: lower it"
+            f"{asked} clients, of which there may be {most // COARSEST}: lower it"
         )
 
 

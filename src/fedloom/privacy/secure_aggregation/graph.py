@@ -30,7 +30,9 @@ that collude can give its secrets away."""
 def threshold_of(holders: int) -> int:
     """Return how many of ``holders`` shares give a secret: more than half.
 
-    So two halves to which a server tells different things cannot both give one (2 t > n).
+    So two halves to which a server tells different things cannot both give one (2 t > n). With c clients
+    that help such a server it takes 2 t > n + c: this holds for none of an odd number, one of an even.
+    Against a server that follows the protocol it holds for fewer than t of them.
     """
     return holders // 2 + 1
 

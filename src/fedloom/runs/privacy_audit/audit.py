@@ -215,9 +215,11 @@ def _bound_record(kind: str, own: Guessed, stated: Mapping[str, Any]) -> Record:
     """Return a bound beside what is stated.
 
     To flip a label is to take a row out and put another in: epsilon-privacy of adding or removing a row
-    is 2 epsilon-privacy of flipping one, so that half of the bound is one on epsilon.
+    is 2 epsilon-privacy of flipping one, so that half of the bound is one on epsilon. So it is where
+    the unit is a client: its coin decides what else it has, not whether it takes part.
     """
-    halved = kind == "label_flip" and "replace" not in str(stated.get("neighbours", ""))
+    replaced = kind == "label_flip" or stated.get("unit") == "client"
+    halved = replaced and "replace" not in str(stated.get("neighbours", ""))
     share = 0.5 if halved else 1.0
     epsilon = stated.get("epsilon")
     return {
