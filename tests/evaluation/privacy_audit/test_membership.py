@@ -8,6 +8,7 @@ from scipy.stats import mannwhitneyu
 
 from fedloom.evaluation.privacy_audit.membership import (
     auc,
+    auc_within,
     infer_membership,
     roc,
     true_positive_rate,
@@ -49,3 +50,11 @@ def test_equal_scores_are_chance_and_clients_are_told_apart() -> None:
         infer_membership({0: members[0]}, {1: others[1]}, rng)
     with pytest.raises(ValueError, match="finite"):
         infer_membership({0: np.array([np.inf])}, {0: others[0]}, rng)
+
+
+def test_a_difference_between_clients_is_no_membership():
+    """Client 1's scores are all higher, and it has more members: within clients there is nothing."""
+    members = {0: np.array([0.0, 1.0]), 1: np.array([10.0, 11.0, 10.0, 11.0])}
+    others = {0: np.array([0.0, 1.0]), 1: np.array([10.0, 11.0])}
+    assert auc_within(members, others) == 0.5
+    assert auc(np.concatenate([*members.values()]), np.concatenate([*others.values()])) > 0.5

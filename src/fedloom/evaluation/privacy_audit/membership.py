@@ -75,6 +75,13 @@ def auc(members: Scores, others: Scores) -> float:
     return float(below.sum()) / (2 * len(members) * len(others))
 
 
+def auc_within(members: Mapping[int, Scores], others: Mapping[int, Scores]) -> float:
+    """Return the same over pairs of one client each: a difference between clients is no membership."""
+    pairs = {own: len(members[own]) * len(others[own]) for own in members}
+    wins = sum(auc(members[own], others[own]) * count for own, count in pairs.items())
+    return wins / sum(pairs.values())
+
+
 def true_positive_rate(members: Scores, others: Scores, rate: float) -> float:
     """Return the share of members above the lowest threshold that at most ``rate`` of the others pass."""
     allowed = int(rate * len(others) + 1e-9)
@@ -113,10 +120,14 @@ def infer_membership(
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
         raise ValueError("a score is not finite")
 
-    def resampled(side: Mapping[int, Scores]) -> Scores:
-        return np.concatenate([rng.choice(side[own], len(side[own])) for own in clients])
+    def resampled(side: Mapping[int, Scores]) -> dict[int, Scores]:
+        return {own: rng.choice(side[own], len(side[own])) for own in clients}
 
     drawn = [(resampled(members), resampled(others)) for _ in range(RESAMPLES)]
+    pooled = [
+        (np.concatenate([*one.values()]), np.concatenate([*two.values()])) for one, two in drawn
+    ]
+    whole = {own: members[own] for own in clients}, {own: others[own] for own in clients}
     own = [
         auc(members[client], others[client])
         for client in clients
@@ -125,11 +136,11 @@ def infer_membership(
     return Membership(
         len(inside),
         len(outside),
-        _estimate(auc(inside, outside), [auc(*pair) for pair in drawn]),
+        _estimate(auc_within(*whole), [auc_within(*pair) for pair in drawn]),
         {
             rate: _estimate(
                 true_positive_rate(inside, outside, rate),
-                [true_positive_rate(one, two, rate) for one, two in drawn],
+                [true_positive_rate(one, two, rate) for one, two in pooled],
             )
             for rate in FALSE_POSITIVE_RATES
         },

@@ -82,10 +82,17 @@ def audit_experiment(
     else:
         observer.stage("scoring rows under the released adapter")
         scorer = Scorer(experiment, planted.parts.division, result.adapter_path)
+        costs = folder.read_lines(names.COSTS)
+        there = {cost["client"] for cost in costs if cost["steps"]}  # others' rows are no members
+        record["clients_that_trained"] = len(there)
         record["membership"] = _membership(
-            experiment, scorer, planted.rows.members, planted.rows.withheld
+            experiment,
+            scorer,
+            {own: rows for own, rows in planted.rows.members.items() if own in there},
+            planted.rows.withheld,
         )
-        record["canaries"] = _canary_record(experiment, scorer, planted.rows.canaries, record)
+        coins = [own for own in planted.rows.canaries if own.client in there]
+        record["canaries"] = _canary_record(experiment, scorer, coins, record)
     folder.write_json(names.AUDIT, record)
     return folder
 
@@ -179,7 +186,10 @@ def _canary_record(
 ) -> Record:
     """Return what the coins of canaries prove, for each kind of them."""
     if not canaries:
-        return {"made": False, "why": "no canaries were planted (--canaries 0)"}
+        return {
+            "made": False,
+            "why": "no canaries were planted at clients that trained (--canaries 0)",
+        }
     stated = record["stated"] or {}
     delta = stated.get("delta") or experiment.privacy.delta or DELTA
     kinds = {}
