@@ -173,3 +173,10 @@ def test_reported_numbers_have_their_weighted_mean(bits):
     found = grid.mean_number([sum(column) for column in zip(*columns, strict=True)])
     assert found == pytest.approx(sum(w * x for w, x in given.items()) / 6, abs=1e-5)
     assert grid.mean_number([0] * (1 + grid.digits)) is None
+
+
+@pytest.mark.parametrize("bits", [8, 14, 16, 20])
+def test_a_reported_number_that_is_cut_is_the_largest_and_not_the_smallest(bits):
+    grid = Grid(bits, 1.0, 3)
+    assert grid.mean_number(grid.put_number(1e30, 1)) == pytest.approx(2.0**22)
+    assert grid.mean_number(grid.put_number(-1e30, 1)) == -(2.0**22)

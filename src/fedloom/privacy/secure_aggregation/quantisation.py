@@ -126,6 +126,7 @@ class Grid:
             return [0] * (1 + self.digits)
         largest = 2.0 ** (_WHOLE - 1)
         whole = round((max(-largest, min(largest, value)) + largest) * 2**_FRACTION)
+        whole = min(whole, 2 ** (_WHOLE + _FRACTION) - 1)  # 2^22 itself would take one bit more
         base = self.bits - 1
         digits = [(whole >> (base * place)) & (2**base - 1) for place in range(self.digits)]
         return [weight, *(weight * digit for digit in digits)]
