@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import OutputError, PrivacyError
+from fedloom.errors import PrivacyError
 from fedloom.privacy.accounting import Releases
+from fedloom.privacy.ledger_file import append_line, whole_lines
 
 FIRST = "0" * 64
 """What stands for the hash before the first line."""
@@ -121,33 +121,14 @@ class PrivacyLedger:
 
     def _append(self, entry: dict[str, Any]) -> dict[str, Any]:
         entry = {**entry, "hash": _hash(self.head, entry)}
-        try:
-            found = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                line = f"{json.dumps(entry, sort_keys=True)}\n".encode()
-                if os.write(found, line) != len(line):
-                    raise OSError(28, "No space left on device")
-                os.fsync(found)
-            finally:
-                os.close(found)
-            if self.head == FIRST:
-                _sync_folder(self.path.parent)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        append_line(self.path, json.dumps(entry, sort_keys=True))
         self.head = entry["hash"]
         return entry
 
     def _read(self) -> list[dict[str, Any]]:
         """Return all lines; cut off an unfinished last one, whose noise was not drawn."""
-        try:
-            data = self.path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                os.truncate(self.path, len(whole))
-        except OSError as error:
-            raise OutputError(f"cannot read {self.path}: {error.strerror}") from error
         found = []
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 entry = dict(json.loads(line))
                 right = entry["hash"] == _hash(self.head, entry)
@@ -187,12 +168,3 @@ def _composed(entries: list[dict[str, Any]]) -> list[Releases]:
 def _hash(before: str, entry: Mapping[str, Any]) -> str:
     content = {key: value for key, value in entry.items() if key != "hash"}
     return hashlib.sha256(f"{before}{json.dumps(content, sort_keys=True)}".encode()).hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    """Have the name of a new file in a folder be on the disk."""
-    found = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(found)
-    finally:
-        os.close(found)

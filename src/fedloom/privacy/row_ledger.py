@@ -8,10 +8,10 @@ whichever round it repeats: the lines are never cut back.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from fedloom.errors import OutputError, PrivacyError
+from fedloom.privacy.ledger_file import append_line, whole_lines
 
 FIRST = "0" * 64
 
@@ -43,15 +43,8 @@ class RowLedger:
             OutputError: It cannot be read.
         """
         self._known, self._head = {}, FIRST
-        try:
-            data = self.path.read_bytes() if self.path.exists() else b""
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                os.truncate(self.path, len(whole))  # its noise was not drawn
-        except OSError as error:
-            raise OutputError(f"cannot read {self.path}: {error.strerror}") from error
-        for number, line in enumerate(whole.decode("ascii", "replace").splitlines(), 1):
-            release, _, chain = line.partition(" ")
+        for number, line in enumerate(whole_lines(self.path), 1):
+            release, _, chain = line.decode("ascii", "replace").partition(" ")
             if chain != _chained(self._head, release):
                 raise PrivacyError(
                     f"{self.path}: line {number} is not what was written: what was spent is not known; "
@@ -76,18 +69,11 @@ class RowLedger:
                 "checkpoint holds what was reached"
             )
         chain = _chained(self._head, name)
-        line = f"{name} {chain}\n".encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                if os.write(file, line) != len(line):
-                    raise OSError(28, "No space left on device")
-                os.fsync(file)
-            finally:
-                os.close(file)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        append_line(self.path, f"{name} {chain}")
         self._known[name], self._head = None, chain
 
 
