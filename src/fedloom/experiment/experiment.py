@@ -164,7 +164,10 @@ class Experiment:
             raise SettingsError(problems)
 
     def to_table(self, *, defaults: bool = True) -> Table:
-        """Return every setting, or those that are not at their default and what sections are named."""
+        """Return every setting, or those that are not at their default and what sections are named.
+
+        Without defaults, a section that has nothing to say is left out: an older release does not know it.
+        """
         table: Table = {"name": self.name}
         for section in SECTIONS:
             own = getattr(self, section)
@@ -172,6 +175,8 @@ class Experiment:
             table[section] = own.model_dump(exclude_defaults=not whole)
             if hasattr(own, "name"):
                 table[section]["name"] = own.name
+            if not table[section] and not defaults:
+                del table[section]
         return table
 
     def to_toml(self, *, defaults: bool = True) -> str:

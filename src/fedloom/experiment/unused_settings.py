@@ -57,7 +57,7 @@ def unread_in_all(experiments: Iterable[Experiment]) -> list[str]:
 def _given(experiment: Experiment) -> set[str]:
     """Return the settings that are not at their default."""
     table = experiment.to_table(defaults=False)
-    return {f"{section}.{key}" for section in SECTIONS for key in table[section]}
+    return {f"{section}.{key}" for section in SECTIONS for key in table.get(section, {})}
 
 
 def _facts(experiment: Experiment) -> dict[str, object]:
