@@ -21,7 +21,7 @@ def fuzzed(seed, count, folder):
         asked = [pool.submit(try_files, seed, chunk, str(folder)) for chunk in chunks]
         for chunk, answer in zip(chunks, asked, strict=True):
             try:
-                own, problems, seconds, megabytes = answer.result(timeout=CHUNK * SECONDS)
+                own, problems, seconds, megabytes = answer.result(timeout=5 * CHUNK * SECONDS)
             except Exception as error:  # a process that died takes the pool with it
                 wrong.append(f"{seed} {chunk}: {error!r}")
                 break
