@@ -23,8 +23,8 @@ check: $(VENV)/.developing  ## formatting, lint, types, layers, tests
 	$(PYTEST) $(WORKERS)
 
 slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes, a sample of the full ones
-	$(PYTEST) $(WORKERS) -m "slow and not serial"
-	$(PYTEST) -m "slow and serial"
+	$(PYTEST) $(WORKERS) -m "slow and not full and not serial"
+	$(PYTEST) -m "slow and not full and serial"
 
 full: SHELL := /bin/bash
 full: $(VENV)/.developing  ## sweeps, long fuzzing, marathons of kills: up to two hours; its log is kept

@@ -99,11 +99,16 @@ SLOW = {
     "deployment/test_methods_on_machines.py": 1,
     "deployment/test_releases.py": 1,
     "engines/test_ray.py": 1,  # 2 minutes each
+    "experiment/test_mistakes.py::test_a_mistake_is_one_message_at_once": 100,
     "federation/test_secure_memory.py": 1,  # a minute each
     "methods/test_distillation.py::test_mixed_clients_know_more_than_each_by_itself": 0,
     "recipes/test_recipes.py::test_comparison_of_personal_models": 1,
     "reports/sections/test_costs.py::test_a_grid_to_its_page": 0,
+    "runs/test_run.py::test_any_objective_interrupted_and_resumed_equals_uninterrupted": 3,
+    "runs/test_run.py::test_every_method_is_judged_on_every_clients_own_rows": 8,
+    "runs/test_run.py::test_every_objective_runs_under_every_method": 24,
     "runs/test_run.py::test_interrupted_and_resumed_equals_uninterrupted": 3,
+    "runs/test_run.py::test_one_client_equals_centralised_bit_for_bit": 3,
     "test_docs.py::test_python_on_the_page_about_the_command_line_runs": 0,
     "test_guides.py::test_the_page_of_reproducibility": 0,
 }
@@ -112,28 +117,30 @@ are of the full suite."""
 
 
 def sort_into_tiers(items):
-    """Mark the cases of the tests that are named above."""
+    """Mark the cases of the tests that are named above: first who is slow, then which of these are full."""
+    for name, own in _cases(items, QUICK, slow=False).items():
+        stay = spaced(len(own), QUICK[name])
+        for place, item in enumerate(own):
+            if place not in stay:
+                item.add_marker(pytest.mark.slow)
+    for name, own in _cases(items, SLOW, slow=True).items():
+        stay = drawn(name).sample(range(len(own)), min(SLOW[name], len(own)))
+        for place, item in enumerate(own):
+            if place not in stay:
+                item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+                item.add_marker(pytest.mark.full)
+
+
+def _cases(items, names, slow):
+    """Return the cases of each test, or of each file's tests, that is named; only slow ones, or only others."""
     cases = defaultdict(list)
     for item in items:
-        name = item.nodeid.removeprefix("tests/").partition("[")[0]
-        slow, full = (item.get_closest_marker(mark) is not None for mark in ("slow", "full"))
-        if name in QUICK and not slow and not full:
-            cases[name, "quick"].append(item)
-        file = name.partition("::")[0]
-        for own in {name, file} & SLOW.keys():
-            if slow and not full:
-                cases[own, "slow"].append(item)
-    for (name, tier), own in cases.items():
-        if tier == "quick":
-            stay = spaced(len(own), QUICK[name])
-        else:
-            stay = drawn(name).sample(range(len(own)), min(SLOW[name], len(own)))
-        for place, item in enumerate(own):
-            if place in stay:
-                continue
-            if tier == "slow":
-                item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
-            item.add_marker(pytest.mark.slow if tier == "quick" else pytest.mark.full)
+        test = item.nodeid.removeprefix("tests/").partition("[")[0]
+        is_slow, full = (item.get_closest_marker(mark) is not None for mark in ("slow", "full"))
+        if is_slow == slow and not full:
+            for name in {test, test.partition("::")[0]} & names.keys():
+                cases[name].append(item)
+    return cases
 
 
 def spaced(count, kept):

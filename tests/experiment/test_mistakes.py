@@ -353,12 +353,12 @@ ALL = [(name, given) for name, own in MORE.items() for given in own]
 
 @pytest.mark.parametrize("mistake", every(20, ALL), ids=" ".join)
 def test_a_mistake_is_one_message_at_once(call, federation_place, mistake):
-    """Without a model in less than a second of CPU, and nothing is made."""
+    """Without a model in less than two seconds of CPU, and nothing is made."""
     command, given = mistake
     before = sorted(federation_place.rglob("*"))
     start = time.process_time()
     line = told(call, *command.split(), *shlex.split(given))
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 2.0
     assert "[Errno" not in line and "Missing command" not in line
     made = set(federation_place.rglob("*")).difference(before)
     assert not {path for path in made if "lock" not in path.name}
