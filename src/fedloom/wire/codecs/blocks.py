@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,12 +92,21 @@ class Layout:
     lengths: tuple[int, ...]
     block: int
 
-    @property
+    @cached_property
     def rows(self) -> list[int]:
         """Blocks of each part."""
         return [-(-n // self.block) for n in self.lengths]
 
-    @property
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Numbers of each block, (blocks,)."""
+        found = np.full(sum(self.rows), self.block)
+        ends = np.cumsum(np.array(self.rows, np.int64)) - 1
+        over = np.array(self.lengths, np.int64) % self.block
+        found[ends[over > 0]] = over[over > 0]
+        return found
+
+    @cached_property
     def even(self) -> bool:
         """Whether every part fills its blocks."""
         return not any(n % self.block for n in self.lengths)
@@ -209,6 +219,14 @@ class BlockCodec(ValueCodec):
     def codes(self, rows: Floats, scales: Floats, uniforms: Floats | None) -> Bytes:
         """Return the codes of rows; no scale is zero, as it is 1 where all numbers are."""
 
+    def agreed(self, codes: Bytes, scales: Floats) -> Floats:
+        """Return the scales with zero where all codes of a block stand for zero; codes may be changed."""
+        return np.where((codes != self.zero).any(1), scales, np.float32(0))
+
+    def agree(self, values: Floats, scales: Floats) -> bool:
+        """Return whether scales are zero where :meth:`agreed` has them zero, given levels of blocks."""
+        return np.array_equal(values.any(1), scales > 0)
+
     def bytes_of(self, lengths: Sequence[int]) -> int:
         """Return two bytes a block and the bytes of all codes."""
         blocks = sum(-(-n // self.block) for n in lengths)
@@ -232,7 +250,7 @@ class BlockCodec(ValueCodec):
                 np.where(scale > 0, scale, np.float32(1)),
                 drawn[: len(own)] if uniforms is not None else None,
             )
-            scales[place] = np.where((found != self.zero).any(1), scale[:, 0], np.float32(0))
+            scales[place] = self.agreed(found, scale[:, 0])
             codes[place] = found
         packed = digits.pack(layout.unpadded(codes), len(self.levels))
         return np.concatenate([scale_bytes(scales), packed])
@@ -245,7 +263,7 @@ class BlockCodec(ValueCodec):
         digits.check(packed, count, len(self.levels))
         flat = digits.values(packed, count, self.levels)
         for own, place in layout.blocks(flat):
-            if not np.array_equal(own.any(1), scales[place] > 0):
+            if not self.agree(own, scales[place]):
                 raise MessageError(
                     "a scale is zero where a code is not, or every code is zero where the scale is not"
                 )
