@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedloom.wire.codecs.blocks import BlockCodec, Layout, block_of, rounded_up
+from fedloom.wire.codecs.blocks import BlockCodec, block_of, rounded_up
 from fedloom.wire.codecs.stage import Bytes, Floats, Options
 
 LEVELS = np.array(
@@ -67,14 +68,13 @@ class NF4(BlockCodec):
         """The place of 0 among them."""
         return 7
 
-    def scales(self, rows: Floats, layout: Layout, blocks: slice) -> Floats:
+    def scales(self, rows: Floats, counts: NDArray[np.int64]) -> Floats:
         """Return the largest magnitude, rounded up."""
-        return rounded_up(np.maximum(rows.max(1, keepdims=True), -rows.min(1, keepdims=True)))
+        return rounded_up(np.abs(rows).max(1))
 
-    def codes(self, rows: Floats, scales: Floats, uniforms: Floats | None) -> Bytes:
+    def codes(self, rows: Floats, uniforms: Floats | None) -> Bytes:
         """Return how many of ``BETWEEN`` lie below each number over its scale."""
-        relative = rows / scales
         found = np.zeros(rows.shape, np.uint8)
         for limit in BETWEEN:
-            found += relative > limit
+            found += rows > limit
         return found

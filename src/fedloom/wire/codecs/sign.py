@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedloom.wire.codecs.blocks import BlockCodec, Layout, block_of, rounded
+from fedloom.wire.codecs.blocks import BlockCodec, block_of, rounded
 from fedloom.wire.codecs.stage import Bytes, Floats, Options
 
 
@@ -42,12 +43,12 @@ class Sign(BlockCodec):
         """In a block of zeros every number counts as positive."""
         return 0
 
-    def scales(self, rows: Floats, layout: Layout, blocks: slice) -> Floats:
+    def scales(self, rows: Floats, counts: NDArray[np.int64]) -> Floats:
         """Return the mean magnitude of the numbers that are not padding, rounded to nearest."""
-        sums = np.abs(rows).sum(1, dtype=np.float64, keepdims=True)
-        return rounded((sums / layout.counts[blocks, None]).astype(np.float32))
+        sums = np.abs(rows).sum(1, dtype=np.float64)
+        return rounded((sums / counts).astype(np.float32))
 
-    def codes(self, rows: Floats, scales: Floats, uniforms: Floats | None) -> Bytes:
+    def codes(self, rows: Floats, uniforms: Floats | None) -> Bytes:
         """Return 1 for each negative number."""
         return (rows < 0).view(np.uint8)
 
