@@ -292,7 +292,7 @@ def _canonical(codec: str) -> str:
 
 
 def _tensor_spec(
-    name: object, shape: object, dtype: object, ragged: object, codec: object = None
+    name: object, shape: object, dtype: object, ragged: object, *codec: object
 ) -> TensorSpec:
     """Return a tensor's spec from a row of a table, checked."""
     sizes = tuple(_few(shape, MAX_RANK))
@@ -305,17 +305,17 @@ def _tensor_spec(
             "ragged must be true or false, and true only for a tensor with a dimension"
         )
     found = TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
-    if codec is None:
-        return found
-    if (
-        not isinstance(codec, str)
-        or not found.codable
-        or _canonical(codec[:MAX_TENSOR_NAME]) != codec
-    ):
+    return replace(found, codec=_codec(*codec, found)) if codec else found
+
+
+def _codec(codec: object, spec: TensorSpec) -> str:
+    """Return the codec of a row of a table, checked."""
+    known = isinstance(codec, str) and 0 < len(codec) <= MAX_TENSOR_NAME and spec.codable
+    if not isinstance(codec, str) or not known or _canonical(codec) != codec:
         raise ValueError(
             f"{str(codec)[:40]!r} is not the canonical text of a codec, of floats of a fixed shape"
         )
-    return replace(found, codec=codec)
+    return codec
 
 
 def _number_spec(name: object, lowest: object, highest: object) -> NumberSpec:

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -193,9 +193,13 @@ class Pipeline:
     def _encode_values(
         self, names: Sequence[str], tensors: Sequence[Tensor], rng: Generators | None
     ) -> tuple[bytes, Bytes]:
-        if self.random and rng is None:
-            raise MessageError(f"the codec {self} draws random numbers: give its encoder an rng")
-        generators = [rng(name) if self.random and rng is not None else None for name in names]
+        generators: list[np.random.Generator | None] = [None] * len(names)
+        if self.random:
+            if rng is None:
+                raise MessageError(
+                    f"the codec {self} draws random numbers: give its encoder an rng"
+                )
+            generators = [rng(name) for name in names]
         arrays: list[Floats] = [t.detach().cpu().float().contiguous().numpy() for t in tensors]
         if self.reduction is None:
             head, parts = b"", [own.reshape(-1) for own in arrays]
@@ -232,17 +236,19 @@ class Pipeline:
 def pipeline(text: str | Sequence[str]) -> Pipeline:
     """Return the codec of a preset's name, a canonical text, or a list of stages.
 
-    The same text gives the same object. ``"int4"`` is the preset, ``["int4"]`` the stage alone.
+    ``"int4"`` is the preset, ``["int4"]`` the stage alone.
 
     Raises:
         ValueError: A stage that there is not, with options that it has not, twice, or in a wrong order.
     """
     if isinstance(text, str):
         return _pipeline(PRESETS.get(text.strip()) or tuple(text.split(SEPARATOR)))
+    if wrong := [own for own in text if not isinstance(own, str)]:
+        raise ValueError(f"{wrong[0]!r} is no text of a stage, such as 'int4'")
     return _pipeline(tuple(text))
 
 
-@cache
+@lru_cache(1024)
 def _pipeline(texts: tuple[str, ...]) -> Pipeline:
     found: list[Stage] = [_stage(text) for text in texts if text.strip()]
     if not found:
@@ -271,8 +277,6 @@ def _pipeline(texts: tuple[str, ...]) -> Pipeline:
 
 
 def _stage(text: str) -> Stage:
-    if not isinstance(text, str):
-        raise ValueError(f"{text!r} is no text of a stage, such as 'int4'")
     options = Options(text)
     if options.stage in _BY_NAME:
         return _BY_NAME[options.stage].read(options)

@@ -31,7 +31,8 @@ class Options:
     def __init__(self, text: str) -> None:
         """Take a text apart."""
         self.text = text.strip()
-        self.stage, _, rest = self.text.partition(":")
+        stage, _, rest = self.text.partition(":")
+        self.stage = stage.strip()
         self.left = [own.strip() for own in rest.split(",")] if rest else []
 
     def flag(self, *names: str) -> str:
@@ -44,11 +45,13 @@ class Options:
 
     def whole(self, name: str, default: int, lowest: int, highest: int) -> int:
         """Return the whole number of ``name=``, within a range."""
-        value = default
-        for own in [own for own in self.left if own.startswith(f"{name}=")]:
-            self.left.remove(own)
-            value = self._whole(name, own.removeprefix(f"{name}="), lowest, highest)
-        return value
+        found = [own for own in self.left if own.startswith(f"{name}=")]
+        if not found:
+            return default
+        if len(found) > 1:
+            raise ValueError(f"{self.text!r} says {name}= twice: leave one of them out")
+        self.left.remove(found[0])
+        return self._whole(name, found[0].removeprefix(f"{name}="), lowest, highest)
 
     def count(self, name: str, lowest: int, highest: int) -> int:
         """Return the first option, a whole number within a range."""
