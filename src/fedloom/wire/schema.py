@@ -305,7 +305,9 @@ def _tensor_spec(
             "ragged must be true or false, and true only for a tensor with a dimension"
         )
     found = TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
-    return replace(found, codec=_codec(*codec, found)) if codec else found
+    if len(codec) > 1:
+        raise ValueError("a row of a tensor has at most five entries")
+    return replace(found, codec=_codec(codec[0], found)) if codec else found
 
 
 def _codec(codec: object, spec: TensorSpec) -> str:

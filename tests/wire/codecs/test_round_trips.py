@@ -67,11 +67,17 @@ def sent(tensors, codec, generators=rng):
     return data, schema, decode(data, schema).tensors
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("kind", KINDS)
+# what multiplies, or has a smaller range, does not code the largest numbers that there may be
+EVERY = [
+    (codec, kind)
+    for codec in CODECS
+    for kind in KINDS
+    if kind != "huge" or not codec.startswith(("fp16", "random_k", "low_rank"))
+]
+
+
+@pytest.mark.parametrize(("codec", "kind"), EVERY)
 def test_every_size_comes_back_in_its_shape_and_near(codec, kind):
-    if kind == "huge" and codec.startswith(("fp16", "random_k", "low_rank")):
-        pytest.skip("beyond what it codes, which another test shows")
     tensors = {f"x{size}": KINDS[kind](size) for size in SIZES} | {
         "m": KINDS[kind](600).view(20, 30)
     }

@@ -240,10 +240,10 @@ class BlockCodec(ValueCodec):
         """Return whether scales are zero where :meth:`agreed` has them zero, given levels of blocks."""
         return np.array_equal(values.any(1), scales > 0)
 
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Return two bytes a block and the bytes of all codes."""
+    def sections(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return a high byte and a low one for each block, and the bytes of all codes."""
         blocks = self._layout(lengths).blocks
-        return 2 * blocks + digits.packed_bytes(sum(lengths), len(self.levels))
+        return (blocks, blocks, digits.packed_bytes(sum(lengths), len(self.levels)))
 
     def encode(
         self, parts: Sequence[Floats], generators: Sequence[np.random.Generator | None]

@@ -67,8 +67,8 @@ _BY_NAME = {stage.name: stage for stage in STAGES}
 SEPARATOR = "|"
 """Between the stages of a canonical text."""
 
-CHECKSUM = 4
-"""Bytes of a CRC-32."""
+CHECKSUM, LENGTH = 4, 8
+"""Bytes of a CRC-32, and of the length of a section."""
 
 Generators = Callable[[str], np.random.Generator]
 """Gives the generator of a tensor's random numbers, given its name."""
@@ -125,18 +125,24 @@ class Pipeline:
         """Whether encoding needs random numbers."""
         return any(stage.random for stage in self.stages)
 
-    def raw_bytes(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
-        """Return the bytes of the values of tensors before the entropy stage."""
+    def sections(self, shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[int, ...]:
+        """Return the bytes of the values of tensors before the entropy stage, which codes each part alone.
+
+        Scales and codes, and the bytes of a float, are of different kinds: together in one frame they take
+        up to four percent more.
+        """
         if self.lossless:
-            return sum(map(math.prod, shapes)) * dtype.itemsize
+            return (sum(map(math.prod, shapes)),) * dtype.itemsize
         lengths = self._lengths(shapes)
-        return self.values.bytes_of(lengths) if self.values is not None else 4 * sum(lengths)
+        return self.values.sections(lengths) if self.values is not None else (4 * sum(lengths),)
 
     def most_bytes(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         """Return an upper bound of the bytes that tensors are coded to."""
-        raw = self.raw_bytes(shapes, dtype)
+        sections = self.sections(shapes, dtype)
         head = self.reduction.most_bytes(shapes) if self.reduction is not None else 0
-        coded = self.entropy.most_bytes(raw) if self.entropy is not None else raw
+        if self.entropy is None:
+            return head + sum(sections) + CHECKSUM
+        coded = sum(map(self.entropy.most_bytes, sections)) + LENGTH * (len(sections) - 1)
         return head + coded + CHECKSUM
 
     def encode(
@@ -159,7 +165,10 @@ class Pipeline:
             head, raw = b"", _own_bytes(tensors, shuffled=self.entropy is not None)
         else:
             head, raw = self._encode_values(names, tensors, rng)
-        coded = self.entropy.encode(raw) if self.entropy is not None else raw.tobytes()
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        coded = self._coded(
+            raw, self.sections(shapes, tensors[0].dtype if tensors else torch.float32)
+        )
         checksum = zlib.crc32(coded, zlib.crc32(head))
         return b"".join([head, coded, checksum.to_bytes(CHECKSUM, "little")])
 
@@ -179,7 +188,7 @@ class Pipeline:
         if zlib.crc32(body.data).to_bytes(CHECKSUM, "little") != data[-CHECKSUM:].tobytes():
             raise MessageError("a coded buffer does not have its checksum: it is damaged")
         head, start = (None, 0) if self.reduction is None else self.reduction.start(body, shapes)
-        raw = self._values_of(body[start:], self.raw_bytes(shapes, dtype))
+        raw = self._values_of(body[start:], self.sections(shapes, dtype))
         if self.lossless:
             return _of_own_bytes(raw, shapes, dtype, shuffled=self.entropy is not None)
         lengths = self._lengths(shapes)
@@ -217,15 +226,36 @@ class Pipeline:
         raw = np.concatenate(parts).view(np.uint8) if parts else np.empty(0, np.uint8)
         return head, raw
 
-    def _values_of(self, data: Bytes, size: int) -> Bytes:
-        """Return the bytes of the values before the entropy stage."""
-        if self.entropy is not None:
-            return self.entropy.decode(data, size)
-        if len(data) != size:
-            raise MessageError(
-                f"a coded buffer has {len(data)} bytes of values, it must have {size}"
-            )
-        return data
+    def _coded(self, raw: Bytes, sections: Sequence[int]) -> bytes:
+        """Return the bytes of values after the entropy stage, each section but the last with its length."""
+        if self.entropy is None:
+            return raw.tobytes()
+        ends = np.cumsum(sections)
+        frames = [
+            self.entropy.encode(raw[end - size : end])
+            for end, size in zip(ends, sections, strict=True)
+        ]
+        lengths = [len(frame).to_bytes(LENGTH, "little") for frame in frames[:-1]]
+        return b"".join([*lengths, *frames])
+
+    def _values_of(self, data: Bytes, sections: Sequence[int]) -> Bytes:
+        """Return the bytes of values before the entropy stage."""
+        if self.entropy is None:
+            if len(data) != sum(sections):
+                raise MessageError(
+                    f"a coded buffer has {len(data)} bytes of values, it must have {sum(sections)}"
+                )
+            return data
+        start = LENGTH * (len(sections) - 1)
+        lengths = data[:start].view("<u8").tolist() if len(data) >= start else []
+        rest = len(data) - start - sum(lengths)
+        if len(data) < start or rest < 0:
+            raise MessageError("a coded buffer is shorter than its sections")
+        whole, at = np.empty(sum(sections), np.uint8), 0
+        for size, length in zip(sections, [*lengths, rest], strict=True):
+            whole[at : at + size] = self.entropy.decode(data[start : start + length], size)
+            at, start = at + size, start + length
+        return whole
 
     def _lengths(self, shapes: Sequence[Shape]) -> list[int]:
         if self.reduction is None:

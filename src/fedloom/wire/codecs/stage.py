@@ -166,8 +166,8 @@ class ValueCodec(Stage):
     """Writes each number in fewer bits."""
 
     @abstractmethod
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Return the exact bytes of parts of these lengths."""
+    def sections(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return the exact bytes of parts of these lengths, by what they are: each is entropy-coded alone."""
 
     @abstractmethod
     def encode(
@@ -180,7 +180,7 @@ class ValueCodec(Stage):
         """Return the numbers of all parts, one after the other.
 
         Args:
-            data: As many bytes as :meth:`bytes_of` says.
+            data: As many bytes as :meth:`sections` says.
             lengths: Of the parts.
 
         Raises:
