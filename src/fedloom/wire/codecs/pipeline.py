@@ -136,6 +136,10 @@ class Pipeline:
         lengths = self._lengths(shapes)
         return self.values.sections(lengths) if self.values is not None else (4 * sum(lengths),)
 
+    def raw_bytes(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+        """Return the bytes of the values of tensors before the entropy stage."""
+        return sum(self.sections(shapes, dtype))
+
     def most_bytes(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         """Return an upper bound of the bytes that tensors are coded to."""
         sections = self.sections(shapes, dtype)
