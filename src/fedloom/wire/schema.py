@@ -246,7 +246,7 @@ class Schema:
 
     @cached_property
     def groups(self) -> dict[str, list[TensorSpec]]:
-        """The specs of fixed shape without a codec by dtype name, each group one flat buffer on the wire."""
+        """The specs of fixed shape without a codec, by dtype name: each group is one flat buffer."""
         groups: dict[str, list[TensorSpec]] = {}
         for spec in self.tensors:
             if not spec.ragged and not spec.codec:
@@ -255,7 +255,7 @@ class Schema:
 
     @cached_property
     def codec_groups(self) -> dict[str, CodecGroup]:
-        """The specs of one codec and dtype by the name of their buffer on the wire: ``c0``, ``c1``, ..."""
+        """The specs of one codec and dtype by the name of their buffer: ``c0``, ``c1``, ..."""
         groups: dict[tuple[str, torch.dtype], list[TensorSpec]] = {}
         for spec in self.tensors:
             if spec.codec:

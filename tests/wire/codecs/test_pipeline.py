@@ -1,5 +1,7 @@
 """Lists of stages: their texts, what they promise, and lists that cannot be."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -61,9 +63,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_cannot_be_is_one_clear_sentence(text):
-    with pytest.raises(ValueError) as found:
+    with pytest.raises(ValueError, match=re.escape(REFUSED[text])) as found:
         pipeline(text)
-    assert REFUSED[text] in str(found.value) and "\n" not in str(found.value)
+    assert "\n" not in str(found.value)
 
 
 def test_an_entry_that_is_no_text_is_refused():

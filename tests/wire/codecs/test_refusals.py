@@ -43,7 +43,7 @@ def with_scale(bits, first=True):
 
 
 def test_the_bytes_that_these_tests_change_are_good():
-    assert GOOD == bytes([0x3E, 0x3E, 0x13, 0x13]) + bytes([224] * 6)
+    assert bytes([0x3E, 0x3E, 0x13, 0x13]) + bytes([224] * 6) == GOOD
     decoded = INT4.decode(np.frombuffer(sealed(GOOD), np.uint8), [(12,)], torch.float32)
     assert torch.allclose(decoded[0], ONES, rtol=0.01)
 

@@ -9,9 +9,8 @@ import torch
 from fedloom.errors import MessageError
 from fedloom.randomness import generator
 from fedloom.tensors import largest_value
-from fedloom.wire.codecs import pipeline
 from fedloom.wire.messages import Payload, StoredTensors, decode, encode
-from fedloom.wire.schema import HEADER_BYTES, Schema, TensorSpec
+from fedloom.wire.schema import Schema, TensorSpec
 
 SIZES = (0, 1, 63, 64, 65, 4097)
 

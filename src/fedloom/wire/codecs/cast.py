@@ -1,4 +1,4 @@
-"""Casts to floats of 16 bits: ``bf16`` (8 bits of precision, float32's range) and ``fp16`` (11 bits, to 65504).
+"""Casts to 16 bits: ``bf16`` (8 bits of precision, float32's range), ``fp16`` (11 bits, to 65504).
 
 Rounded to nearest, ties to even.
 """

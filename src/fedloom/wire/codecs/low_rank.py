@@ -1,10 +1,10 @@
 """``low_rank:R``: a matrix as the product of two with R columns, as in PowerSGD.
 
-M, (m, n), is sent as P, (m, R), with orthonormal columns, and Q = M^T P, (n, R); P is that of the subspace of M
-after two steps of power iteration from a fixed start. More dimensions are the first one and all others.
-Tensors that would not become smaller, R (m + n) >= m n, and those of one dimension are left as they are.
-Biased: it needs error feedback. What is decoded is the sum of R products in order, number by number, so
-that it has the same bits on every machine.
+M, (m, n), is sent as P, (m, R), with orthonormal columns, and Q = M^T P, (n, R); P is that of the
+subspace of M after two steps of power iteration from a fixed start. More dimensions are the first one
+and all others. Tensors that would not become smaller, R (m + n) >= m n, and those of one dimension are
+left as they are. Biased: it needs error feedback. What is decoded is the sum of R products in order,
+number by number, so that it has the same bits on every machine.
 
 Source: Vogels, Karimireddy and Jaggi 2019, PowerSGD, arXiv:1905.13727.
 """

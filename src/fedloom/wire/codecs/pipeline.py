@@ -1,8 +1,8 @@
 """Codecs as lists of stages: ``["top_k:0.1", "int4", "zstd"]``; a preset has a name.
 
-All tensors of one codec lie in one sequence of bytes: what the first stage says of all of them, the values
-coded, and four bytes of CRC-32, so that a damaged one is not decoded to other numbers. Sizes come from
-shapes, never from the bytes.
+All tensors of one codec lie in one sequence of bytes: what the first stage says of all of them, the
+values coded, and four bytes of CRC-32, so that a damaged one is not decoded to other numbers. Sizes
+come from shapes, never from the bytes.
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ class Pipeline:
         return any(stage.random for stage in self.stages)
 
     def sections(self, shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[int, ...]:
-        """Return the bytes of the values of tensors before the entropy stage, which codes each part alone.
+        """Return the bytes of each kind of the values of tensors, before the entropy stage.
 
-        Scales and codes, and the bytes of a float, are of different kinds: together in one frame they take
-        up to four percent more.
+        Scales and codes, and the bytes of a float, differ in what is frequent: each kind is coded
+        alone, as one frame of all takes up to four percent more.
         """
         if self.lossless:
             return (sum(map(math.prod, shapes)),) * dtype.itemsize
@@ -231,7 +231,7 @@ class Pipeline:
         return head, raw
 
     def _coded(self, raw: Bytes, sections: Sequence[int]) -> bytes:
-        """Return the bytes of values after the entropy stage, each section but the last with its length."""
+        """Return the values after the entropy stage, behind the lengths of all sections but one."""
         if self.entropy is None:
             return raw.tobytes()
         ends = np.cumsum(sections)

@@ -1,10 +1,10 @@
-"""What a stage of a codec is: it keeps fewer numbers, writes numbers in fewer bits, or codes bytes in fewer.
+"""What a stage of a codec is: it keeps fewer numbers, or writes numbers or bytes in fewer bits.
 
-A pipeline has at most one stage of each kind, in this order. Each says how many bytes its output may have,
-from shapes alone, so that a decoder knows before it reads. Pure: arrays in, bytes out.
+A pipeline has at most one stage of each kind, in this order. Each says how many bytes its output may
+have, from shapes alone, so that a decoder knows before it reads. Pure: arrays in, bytes out.
 
-Numbers of a tensor are coded as float32, flat, in row-major order. A stage that splits a tensor in several
-arrays (the factors of a matrix) calls each of them a *part*.
+Numbers of a tensor are coded as float32, flat, in row-major order. A stage that splits a tensor in
+several arrays (the factors of a matrix) calls each of them a *part*.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class ValueCodec(Stage):
 
     @abstractmethod
     def sections(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Return the exact bytes of parts of these lengths, by what they are: each is entropy-coded alone."""
+        """Return the exact bytes of each kind that parts of these lengths take."""
 
     @abstractmethod
     def encode(
