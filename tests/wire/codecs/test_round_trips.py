@@ -96,6 +96,17 @@ def test_every_size_comes_back_in_its_shape_and_near(codec, kind):
     assert encode(Payload(tensors), schema, rng) == data
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_nothing_a_scalar_and_a_transposed_parameter_are_coded_too(codec):
+    _, _, back = sent({"x": torch.zeros(0), "y": torch.zeros(3, 0)}, codec)
+    assert back["x"].shape == (0,) and back["y"].shape == (3, 0)
+    own = {"s": torch.tensor(1.5), "t": torch.nn.Parameter(ordinary(600).view(20, 30)).T}
+    straight = {name: t.detach().contiguous() for name, t in own.items()}
+    data, _, back = sent(own, codec)
+    assert back["s"].shape == () and back["t"].shape == (30, 20) and not back["t"].requires_grad
+    assert data == sent(straight, codec)[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("codec", ["int8", "top_k:0.5|int4", "low_rank:2", "zstd", "bf16"])
 def test_floats_of_every_kind_come_back_as_they_were_declared(codec, dtype):
