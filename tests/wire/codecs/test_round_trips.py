@@ -148,7 +148,8 @@ def by_hand(values, largest, block, words):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_it_is_the_quantiser_written_number_by_number(stage, largest, rounding):
     for kind in ("ordinary", "zeros", "outlier", "subnormal"):
-        tensors = {f"x{size}": KINDS[kind](size) for size in SIZES}
+        sizes = SIZES if kind == "ordinary" else SIZES[:-1]
+        tensors = {f"x{size}": KINDS[kind](size) for size in sizes}
         _, _, back = sent(tensors, f"{stage}:{rounding},block=64")
         for name, own in tensors.items():
             words = None
