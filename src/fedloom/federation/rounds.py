@@ -335,7 +335,7 @@ class _RoundExchanges:
 
     def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
         """Return a function that stores payloads until all have arrived: on disk if they are large."""
-        schema, folder = exchange.reply_schema, self.server.disk_buffer
+        schema, folder = exchange.reply_schema.plain, self.server.disk_buffer
         if folder is None or len(exchange.requests) * schema.max_bytes <= DISK_BUFFER_ABOVE:
             return lambda client, payload: payload
 
