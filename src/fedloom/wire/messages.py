@@ -7,6 +7,9 @@ a dtype lie in one flat buffer in the order of the schema, whose digest travels 
 header costs a few hundred bytes whatever the number of tensors, a payload of another model is refused
 before it is decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
 
+Tensors that have a codec in the schema (``wire/codecs/``) lie in one buffer of bytes for each codec. Sizes come
+from the schema there as well.
+
 Where a method cannot know how many rows will come (the tokens of a batch, the entries of a sparse
 table), a tensor is *ragged*: its schema gives the most rows there may be, and it has a buffer of its own.
 
@@ -30,6 +33,7 @@ from torch import Tensor
 
 from fedloom.errors import MessageError, ViolationKind
 from fedloom.tensors import OnDemand, Tensors, largest_value
+from fedloom.wire.codecs import Generators
 from fedloom.wire.packing import METADATA, Buffer, buffers_of, content, header_of, pack
 from fedloom.wire.schema import (
     FINITE,
@@ -217,15 +221,22 @@ class Reply:
     staleness: int = 0
 
 
-def encode(payload: Payload, schema: Schema) -> bytes:
+def encode(payload: Payload, schema: Schema, rng: Generators | None = None) -> bytes:
     """Encode a payload as the bytes that travel.
 
     A metric that is not finite or not in its range is left out: the receiver would refuse the whole
-    message, and an honest client whose training diverges has violated nothing.
+    message, and an honest client whose training diverges has violated nothing. A sender that needs to know
+    what the receiver will see of tensors with a codec decodes these bytes.
+
+    Args:
+        payload: What is sent.
+        schema: What it holds, and in which codecs.
+        rng: Gives the generator of a tensor's random numbers, given its name; only some codecs draw any
+            (:attr:`~fedloom.wire.codecs.Pipeline.random`).
 
     Raises:
-        MessageError: The payload does not fit ``schema`` (a mistake in a method, not at the peer), or a
-            number is not in its range.
+        MessageError: The payload does not fit ``schema`` (a mistake in a method, not at the peer), a
+            number is not in its range, or a tensor with a codec is not finite.
     """
     tensors = fitting_tensors(payload, schema)
     buffers = {}
@@ -235,6 +246,12 @@ def encode(payload: Payload, schema: Schema) -> bytes:
     for key, spec in schema.ragged.items():
         tensor = tensors[spec.name]
         buffers[key] = Buffer(spec.dtype, tuple(tensor.shape), [tensor])
+    for key, group in schema.codec_groups.items():
+        own = [(spec.name, tensors[spec.name]) for spec in group.specs]
+        data = group.codec.encode([name for name, _ in own], [tensor for _, tensor in own], rng)
+        buffers[key] = Buffer(
+            torch.uint8, (len(data),), [torch.frombuffer(bytearray(data), dtype=torch.uint8)]
+        )
     metadata = {"schema": schema.digest}
     if schema.numbers:
         metadata["numbers"] = json.dumps([payload.numbers[spec.name] for spec in schema.numbers])
@@ -301,6 +318,15 @@ def decode(data: bytes, schema: Schema) -> Payload:
                 f"{spec.shape[0]} rows of {spec.shape[1:]}"
             )
         tensors[spec.name] = content(data, start, own)
+    for key, group in schema.codec_groups.items():
+        own = buffers.pop(key, None)
+        if own is None or own.dtype != torch.uint8 or len(own.shape) != 1:
+            raise MessageError(
+                f"payload must hold the tensors of {group.codec} in one buffer of bytes"
+            )
+        raw = np.frombuffer(data, np.uint8, own.size, start + own.start)
+        parts = group.codec.decode(raw, group.shapes, group.dtype)
+        tensors |= zip([spec.name for spec in group.specs], parts, strict=True)
     if buffers:
         raise MessageError(f"payload holds buffers that were not asked for: {sorted(buffers)[:5]}")
     ordered = {spec.name: tensors[spec.name] for spec in schema.tensors}
@@ -311,7 +337,9 @@ class StoredTensors(OnDemand):
     """Tensors of an encoded payload in a file; each is read on access and not kept."""
 
     def __init__(self, path: Path, schema: Schema) -> None:
-        """Find each tensor of ``schema`` in a file of bytes that :func:`decode` has accepted."""
+        """Find each tensor of ``schema``, which has no codecs, in a file that :func:`decode` has accepted."""
+        if schema.codec_groups:
+            raise ValueError("tensors with a codec cannot be read one by one: store schema.plain")
         with path.open("rb") as file:
             header, begin = header_of(file.read(8 + HEADER_BYTES), HEADER_BYTES)
         buffers = buffers_of(header, path.stat().st_size - begin)

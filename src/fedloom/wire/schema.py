@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from fedloom.errors import MessageError
 from fedloom.tensors import Tensors
+from fedloom.wire.codecs import Pipeline, pipeline
 from fedloom.wire.packing import DTYPES
 
 HEADER_BYTES = 8192
@@ -33,6 +34,9 @@ MAX_TENSORS, MAX_TENSOR_NAME = 100_000, 512
 MAX_RANK, MAX_PAYLOAD = 8, 1 << 40
 """Most dimensions of a tensor, and bytes of the largest payload that a schema may describe (1 TiB)."""
 
+MAX_CODECS = 64
+"""Most groups of tensors of one codec and dtype in a schema: each has an entry in the header."""
+
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 """Names of the dtypes in a schema that is sent."""
 
@@ -43,17 +47,50 @@ class TensorSpec:
 
     Attributes:
         ragged: Whether the first dimension is an upper bound, not the exact size.
+        codec: Canonical text of the codec (``wire/codecs/``) in which it travels; only floats of a fixed
+            shape have one. Empty: as it is.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     ragged: bool = False
+    codec: str = ""
 
     @property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def codable(self) -> bool:
+        """Whether it can have a codec."""
+        return self.dtype.is_floating_point and not self.ragged
+
+
+@dataclass(frozen=True)
+class CodecGroup:
+    """Tensors of one codec and dtype, which lie in one buffer.
+
+    Attributes:
+        codec: How they are coded.
+        dtype: Of each.
+        specs: In the order of the schema.
+    """
+
+    codec: Pipeline
+    dtype: torch.dtype
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Their shapes."""
+        return [spec.shape for spec in self.specs]
+
+    @property
+    def most_bytes(self) -> int:
+        """Upper bound of the bytes of the buffer."""
+        return self.codec.most_bytes(self.shapes, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -125,7 +162,10 @@ class Schema:
 
     def to_table(self) -> dict[str, Any]:
         """Return it as plain JSON, to be sent."""
-        rows = [[s.name, list(s.shape), _dtype_name(s.dtype), s.ragged] for s in self.tensors]
+        rows = [
+            [s.name, list(s.shape), _dtype_name(s.dtype), s.ragged, *[s.codec] * bool(s.codec)]
+            for s in self.tensors
+        ]
         return {
             "tensors": rows,
             "numbers": [[s.name, s.lowest, s.highest] for s in self.numbers],
@@ -148,6 +188,8 @@ class Schema:
                 if len({spec.name for spec in group}) < len(group):
                     raise ValueError("a name occurs twice")
             found = cls(specs, numbers, metrics)
+            if len(found.codec_groups) > MAX_CODECS:
+                raise ValueError(f"more than {MAX_CODECS} codecs")
             if found.max_bytes > MAX_PAYLOAD:
                 raise ValueError(f"{found.max_bytes} bytes, {MAX_PAYLOAD} are allowed")
         except (KeyError, TypeError, ValueError) as error:
@@ -157,7 +199,12 @@ class Schema:
     @cached_property
     def digest(self) -> str:
         """64 bits of SHA-256 over names, shapes, dtypes and numbers, as 16 hex digits."""
-        specs = [(s.name, s.shape, str(s.dtype)) + (("ragged",) * s.ragged) for s in self.tensors]
+        specs = [
+            (s.name, s.shape, str(s.dtype))
+            + ("ragged",) * s.ragged
+            + (f"codec {s.codec}",) * bool(s.codec)
+            for s in self.tensors
+        ]
         ranges = [
             [(s.name, float(s.lowest), float(s.highest)) for s in group]
             for group in (self.numbers, self.metrics)
@@ -167,16 +214,56 @@ class Schema:
     @cached_property
     def max_bytes(self) -> int:
         """Upper bound of an encoded payload in bytes."""
-        return HEADER_BYTES + sum(s.elements * s.dtype.itemsize for s in self.tensors)
+        plain = sum(s.elements * s.dtype.itemsize for s in self.tensors if not s.codec)
+        return HEADER_BYTES + plain + sum(own.most_bytes for own in self.codec_groups.values())
+
+    @cached_property
+    def plain(self) -> Schema:
+        """The same without codecs."""
+        return self.coded(lambda spec: "")
+
+    def coded(self, codec_of: Callable[[TensorSpec], str]) -> Schema:
+        """Return the same with codecs.
+
+        Args:
+            codec_of: Gives the text of the codec of a tensor, or nothing; it is asked for those that are
+                :attr:`TensorSpec.codable`.
+
+        Raises:
+            ValueError: A text that is no codec, or more than ``MAX_CODECS``.
+        """
+        found = replace(
+            self,
+            tensors=tuple(
+                replace(s, codec=_canonical(codec_of(s)) if s.codable else "") for s in self.tensors
+            ),
+        )
+        if len(found.codec_groups) > MAX_CODECS:
+            raise ValueError(
+                f"a schema has at most {MAX_CODECS} codecs, not {len(found.codec_groups)}"
+            )
+        return found
 
     @cached_property
     def groups(self) -> dict[str, list[TensorSpec]]:
-        """The specs of fixed shape by dtype name, each group one flat buffer on the wire."""
+        """The specs of fixed shape without a codec by dtype name, each group one flat buffer on the wire."""
         groups: dict[str, list[TensorSpec]] = {}
         for spec in self.tensors:
-            if not spec.ragged:
+            if not spec.ragged and not spec.codec:
                 groups.setdefault(_dtype_name(spec.dtype), []).append(spec)
         return groups
+
+    @cached_property
+    def codec_groups(self) -> dict[str, CodecGroup]:
+        """The specs of one codec and dtype by the name of their buffer on the wire: ``c0``, ``c1``, ..."""
+        groups: dict[tuple[str, torch.dtype], list[TensorSpec]] = {}
+        for spec in self.tensors:
+            if spec.codec:
+                groups.setdefault((spec.codec, spec.dtype), []).append(spec)
+        return {
+            f"c{i}": CodecGroup(pipeline(codec), dtype, tuple(specs))
+            for i, ((codec, dtype), specs) in enumerate(groups.items())
+        }
 
     @cached_property
     def ragged(self) -> dict[str, TensorSpec]:
@@ -200,7 +287,13 @@ def _name(value: object, longest: int) -> str:
     return value
 
 
-def _tensor_spec(name: object, shape: object, dtype: object, ragged: object) -> TensorSpec:
+def _canonical(codec: str) -> str:
+    return str(pipeline(codec)) if codec else ""
+
+
+def _tensor_spec(
+    name: object, shape: object, dtype: object, ragged: object, codec: object = None
+) -> TensorSpec:
     """Return a tensor's spec from a row of a table, checked."""
     sizes = tuple(_few(shape, MAX_RANK))
     if not all(type(n) is int and 0 <= n <= MAX_PAYLOAD for n in sizes):
@@ -211,7 +304,18 @@ def _tensor_spec(name: object, shape: object, dtype: object, ragged: object) -> 
         raise ValueError(
             "ragged must be true or false, and true only for a tensor with a dimension"
         )
-    return TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
+    found = TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
+    if codec is None:
+        return found
+    if (
+        not isinstance(codec, str)
+        or not found.codable
+        or _canonical(codec[:MAX_TENSOR_NAME]) != codec
+    ):
+        raise ValueError(
+            f"{str(codec)[:40]!r} is not the canonical text of a codec, of floats of a fixed shape"
+        )
+    return replace(found, codec=codec)
 
 
 def _number_spec(name: object, lowest: object, highest: object) -> NumberSpec:
