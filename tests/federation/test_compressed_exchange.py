@@ -79,16 +79,15 @@ def total(changes, client, name):
     return sum(own[name].double() for (_, who), own in changes.items() if who == client)
 
 
-def test_what_was_sent_and_what_is_left_add_up_to_all_changes(compressed, federate):
-    """Over 50 rounds in which clients are away or their answers do not count."""
+@pytest.mark.parametrize("rounds", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_what_was_sent_and_what_is_left_add_up_to_all_changes(compressed, federate, rounds):
+    """Over rounds in which clients are away or their answers do not count."""
     wire = {"up": BIASED, "error_feedback": "classic", "absence_decay": 1.0, "absence_limit": 99}
-    sent = Sent({round: (round % 3,) for round in range(3, 50, 4)})
-    settings = compressed(
-        wire, federation={"rounds": 50, "clients_per_round": 2}, data={"builtin_rows": 12}
-    )
+    sent = Sent({round: (round % 3,) for round in range(3, rounds, 4)})
+    settings = compressed(wire, federation={"rounds": rounds, "clients_per_round": 2})
     found = federate(settings, sent.watch)
     counted = {key: own for key, own in sent.changed.items() if key in sent.read}
-    assert len(counted) < len(sent.changed) < 2 * 50 + 1
+    assert len(counted) < len(sent.changed) <= 2 * rounds
     for client in range(3):
         residual = found.parts.local.store.slots(client)["[wire] residual train"]
         for name in found.adapter:
@@ -136,25 +135,31 @@ def test_server_and_clients_keep_the_same_estimates(compressed, federate):
             assert torch.allclose(own[name], sent.read[4, client][name], atol=1e-6)
 
 
+def sent_bytes(records, direction):
+    """Bytes of the training requests or replies of the last rounds."""
+    costs = [cost for record in records[2:] for cost in record.costs if cost.phase == "train"]
+    return sum(getattr(cost, direction) for cost in costs)
+
+
 @pytest.mark.parametrize(
-    ("up", "times"), [("int8", 3.5), ("int4", 6), ("small", 10)]
+    ("codec", "times"),
+    [("small", 9), *(pytest.param(*own, marks=pytest.mark.slow) for own in (("int8", 3), ("int4", 5)))],
 )
-def test_bytes_fall_and_the_loss_does_not_rise(compressed, federate, up, times):
-    sections = {"federation": {"rounds": 4}, "training": {"local_steps": 4}}
-    plain = federate(compressed({}, **sections), evaluate=True)
-    found = federate(compressed({"up": up, "down": up}, **sections), evaluate=True)
-    sizes = [[cost for r in own.records[2:] for cost in r.costs if cost.phase == "train"] for own in (plain, found)]
-    before, after = (sum(c.bytes_up for c in costs) for costs in sizes)
-    assert before > times * after
-    before, after = (sum(c.bytes_down for c in costs) for costs in sizes)
-    assert before > times * after / 2
-    loss, other = (own.records[-1].evaluation.common["loss"] for own in (plain, found))
+def test_bytes_fall_and_the_loss_does_not_rise(compressed, federate, once, codec, times):
+    """The rank is 2, so that the header of a message is a tenth of what is coded."""
+    sections = {"training": {"local_steps": 2}}
+    plain = once("plain", lambda: federate(compressed({}, **sections), evaluate=True))
+    found = federate(compressed({"up": codec, "down": codec}, **sections), evaluate=True)
+    for direction in ("bytes_up", "bytes_down"):
+        before, after = (sent_bytes(own.records, direction) for own in (plain, found))
+        assert before > times * after, direction
+    loss, other = (own.records[-1].evaluation.metrics["loss"] for own in (plain, found))
     assert other == pytest.approx(loss, rel=0.02)
 
 
 def rounding_at_random(name):
     """Sections with a method and codecs of both ways that draw random numbers."""
-    return {"method": {"name": name}, "federation": {"rounds": 3, "clients_per_round": 2}}
+    return {"method": {"name": name}, "federation": {"rounds": 2, "clients_per_round": 2}}
 
 
 def test_c_stays_the_mean_of_all_c_k(compressed, federate):
@@ -168,7 +173,7 @@ def test_c_stays_the_mean_of_all_c_k(compressed, federate):
         assert float(c.abs().max()) > 0
 
 
-@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("name", ["fedavg", pytest.param("scaffold", marks=pytest.mark.slow)])
 def test_workers_of_which_some_end_give_the_bits_of_one_process(compressed, name):
     wire = {"up": BIASED, "down": "int4", "error_feedback": "classic"}
     settings = compressed(wire, **rounding_at_random(name))
@@ -177,25 +182,28 @@ def test_workers_of_which_some_end_give_the_bits_of_one_process(compressed, name
     assert played(settings, parts) == alone
 
 
-@pytest.mark.parametrize("feedback", ["classic", "ef21"])
+def states(folder):
+    """The digest of the state after each round, by the last time that it was played."""
+    return {event["round"]: event["state"] for event in events(folder, "round")}
+
+
+@pytest.mark.parametrize("feedback", ["classic", pytest.param("ef21", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_resumed_gives_the_same_bits(compressed, tmp_path, feedback):
     wire = {"up": BIASED, "down": "int4", "error_feedback": feedback}
-    settings = {"federation": {"rounds": 4, "clients_per_round": 2}, "data": {"builtin_rows": 30}}
+    settings = {"federation": {"rounds": 4, "clients_per_round": 2}}
     whole = fedloom.run(compressed(wire, **settings))
     broken = tmp_path / "broken"
     with pytest.raises(Interrupted):
         fedloom.run(compressed(wire, **settings, output={"folder": str(broken)}), observer=Stop(5))
     resumed = resume_run(broken)
-    states = [[e["state"] for e in events(own, "round")] for own in (whole.folder, resumed.folder)]
-    assert states[0] == states[1][-len(states[0]) :] or states[0][-1] == states[1][-1]
+    assert states(whole.folder) == states(resumed.folder) and len(states(whole.folder)) == 5
     assert whole.metrics == resumed.metrics
 
 
 def test_a_client_is_sent_what_it_lacks(compressed, federate):
     """The last change, the two last ones after a round away, the whole after an answer that did not count."""
     sent = Sent({2: (1,)})
-    federation = {"rounds": 4, "clients": 3}
-    settings = compressed({"down": "int4"}, federation=federation)
+    settings = compressed({"down": "int4"}, federation={"rounds": 4, "quorum": 0.1})
     requests = {}
 
     def leave_out(parts):
@@ -262,8 +270,8 @@ def test_a_server_that_asks_for_another_codec_is_refused(compressed, federate):
         federate(compressed({"up": "int8"}), ask)
 
 
-def test_without_the_section_nothing_is_changed(compressed, federate):
-    settings = compressed({})
+def test_without_the_section_nothing_is_changed(experiment, federate):
+    settings = experiment()
     assert Compression.of(settings.wire, 0, {}) is None
     seen = []
 
