@@ -16,8 +16,8 @@ from engines.test_contract import training
 from fedloom.accounting.costs import REFERENCE
 from fedloom.engines.workers import TRIES
 from fedloom.errors import RoundFailed, SettingsError
-from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.compressed_exchange import Compression
+from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent

@@ -1,4 +1,4 @@
-"""Compressed rounds of real clients: what is sent, what each side remembers, and that bits stay the same."""
+"""Compressed rounds of real clients: what is sent, what each side remembers, the same bits in any order."""
 
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ from fedloom.runs.run import resume_run
 from fedloom.security.audit_log import events
 from fedloom.tensors import part_of, tensor_bytes
 from fedloom.wire.messages import Answer
-from runs.test_run import Stop
 from pools import with_pool
+from runs.test_run import Stop
 
 BIASED = ["ternary:nearest", "zstd"]
 
@@ -143,7 +143,10 @@ def sent_bytes(records, direction):
 
 @pytest.mark.parametrize(
     ("codec", "times"),
-    [("small", 9), *(pytest.param(*own, marks=pytest.mark.slow) for own in (("int8", 3), ("int4", 5)))],
+    [
+        ("small", 9),
+        *(pytest.param(*own, marks=pytest.mark.slow) for own in (("int8", 3), ("int4", 5))),
+    ],
 )
 def test_bytes_fall_and_the_loss_does_not_rise(compressed, federate, once, codec, times):
     """The rank is 2, so that the header of a message is a tenth of what is coded."""
@@ -167,9 +170,13 @@ def test_c_stays_the_mean_of_all_c_k(compressed, federate):
     found = federate(compressed({"up": "small"}, **rounding_at_random("scaffold")))
     control = part_of(found.state.tensors, "control")
     store = found.parts.local.store
-    own = [store.slots(client)["control"] for client in range(3) if "control" in store.slots(client)]
+    own = [
+        store.slots(client)["control"] for client in range(3) if "control" in store.slots(client)
+    ]
     for name, c in control.items():
-        assert torch.allclose(3 * c, sum(one[name] for one in own), atol=1e-4 * float(c.abs().max()))
+        assert torch.allclose(
+            3 * c, sum(one[name] for one in own), atol=1e-4 * float(c.abs().max())
+        )
         assert float(c.abs().max()) > 0
 
 
@@ -266,7 +273,7 @@ def test_a_server_that_asks_for_another_codec_is_refused(compressed, federate):
 
         parts.engine.exchange = other
 
-    with pytest.raises(fedloom.errors.RoundFailed, match="and the experiment says wire.up"):
+    with pytest.raises(fedloom.errors.RoundFailed, match=r"and the experiment says wire\.up"):
         federate(compressed({"up": "int8"}), ask)
 
 
@@ -297,7 +304,10 @@ def test_without_the_section_nothing_is_changed(experiment, federate):
         ({"wire": {"up": "int5"}}, "int5"),
         ({"wire": {"up": "int4", "error_feedback": "classic"}}, "rounds at random"),
         ({"wire": {"down": "int4", "error_feedback": "classic"}}, "loses nothing"),
-        ({"wire": {"up": "int4"}, "method": {"name": "fedex_lora"}}, "4.2 bits a number.*8 at least"),
+        (
+            {"wire": {"up": "int4"}, "method": {"name": "fedex_lora"}},
+            "4.2 bits a number.*8 at least",
+        ),
         ({"wire": {"up": "int4"}, "method": {"name": "distillation"}}, "encoding of their own"),
         ({"wire": {"up": "int4"}, "privacy": {"secure_aggregation": True}}, "masked integers"),
     ],

@@ -353,9 +353,7 @@ class SimulationEngine:
         """Discard what a failed attempt at a client's work has left for this round."""
         self._sessions.pop(client, None)
 
-    def encoded_reply(
-        self, link: ClientLink, client: Client, reply: Payload, cost: Cost
-    ) -> bytes:
+    def encoded_reply(self, link: ClientLink, client: Client, reply: Payload, cost: Cost) -> bytes:
         """Return what a client sends back, masked where it is to be summed.
 
         Raises:

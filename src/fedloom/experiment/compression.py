@@ -20,9 +20,9 @@ def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         return
     if parts["privacy"].secure_aggregation:
         yield (
-            "[wire]: under privacy.secure_aggregation answers are masked integers, which no codec makes "
-            "shorter and whose sums no codec here keeps: leave [wire] out; privacy.sum_bits says how many "
-            "bits a number has"
+            "[wire]: under privacy.secure_aggregation answers are masked integers, which no codec "
+            "makes shorter and whose sums none here keeps: leave [wire] out; privacy.sum_bits says how "
+            "many bits a number has"
         )
     if parts["privacy"].unit is not None and wire.error_feedback != "none":
         yield (
@@ -37,8 +37,8 @@ def _method(name: str, wire: WireSettings) -> Iterator[str]:
     own = METHODS[name][1].declares
     if not own.compression.holds:
         yield (
-            f"[wire]: method.name = {name!r} does not go with it: {own.compression.why}; docs/wire.md says "
-            "which methods do"
+            f"[wire]: method.name = {name!r} does not go with it: {own.compression.why}; docs/methods.md "
+            "says which methods do"
         )
         return
     for key, codec in (("up", wire.up_codec), ("down", wire.down_codec)):

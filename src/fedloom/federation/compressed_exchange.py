@@ -11,16 +11,16 @@ feedback, at the client, in its store:
 - ``classic`` (Seide et al. 2014; Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847): sends
   C(D + e); e becomes D + e - C(D + e). After m rounds without the client, e counts ``absence_decay`` to
   the power of m, and nothing after more than ``absence_limit`` rounds.
-- ``ef21`` (Richtarik et al. 2021, https://arxiv.org/abs/2106.05203): both sides keep h of the client, 0 at
-  first; it sends C(D - h), both add that to h, and h is its change. The method takes the mean over those
-  that answered, as it does of any changes; an absent client's h stays.
+- ``ef21`` (Richtarik et al. 2021, https://arxiv.org/abs/2106.05203): both sides keep h of the client, 0
+  at first; it sends C(D - h), both add that to h, and h is its change. The method takes the mean over
+  those that answered, as it does of any changes; an absent client's h stays.
 
 Down, where all clients are sent the same, the server codes the change from the model h that clients hold
-to the method's model, and h moves by what they decode. So all that hold h hold the same bits, and what the
-codec loses is part of the next change: it is the server's error feedback. A version counts the moves of h.
-A client is sent what moves its version to the present one: several earlier changes at once if it was away,
-or h itself where that is less, or where its version is not known because its last answer did not count.
-Version 0 is what every party initialises from the seed. A client checks SHA-256 of what it then holds.
+to the method's model, and h moves by what they decode. So all that hold h hold the same bits, and what
+the codec loses is part of the next change: it is the server's error feedback. A version counts the moves
+of h. A client is sent what moves its version to the present one: several earlier changes at once if it
+was away, or h itself where that is less, or where its version is not known as its last answer did not
+count. Version 0 is what every party initialises from the seed. A client checks SHA-256 of what it holds.
 
 What a client keeps here is in slots of its store that no method sees, staged with its answer, so that an
 answer that does not count moves neither side. What the server keeps is saved with each checkpoint.
@@ -45,7 +45,7 @@ from fedloom.wire.schema import Schema, TensorSpec
 from fedloom.wire.settings import WireSettings
 
 PREFIX = "[wire] "
-"""What the names begin with of tensors of messages, and slots of a client's store, that no method sees."""
+"""What names begin with of tensors of messages, and of slots of a client's store, that no method sees."""
 
 CONTROL, MISSED, UPDATES = f"{PREFIX}control", f"{PREFIX}missed ", f"{PREFIX}updates"
 """Tensors of messages: what a request says of itself, as JSON; changes that a client has missed, each an
@@ -327,8 +327,10 @@ class Compression:
         return self.settings.error_feedback == "ef21" and any(own.codec for own in reply.tensors)
 
     def _coded_down(self, exchange: Exchange) -> tuple[TensorSpec, ...]:
-        """Return the tensors of a request that are sent as changes; none where clients get different ones,
-        or where nothing comes back that could be trained from them."""
+        """Return the tensors of a request that are sent as changes.
+
+        These are none where clients are sent different ones, or where nothing of them comes back.
+        """
         codec, requests = self.settings.down_codec, exchange.requests.values()
         if codec is None or not requests or len({id(data) for data in requests}) > 1:
             return ()
@@ -372,11 +374,15 @@ class Compression:
         source, held = digest(wanted), self._held.get(action)
         if held is None:
             held = _Held(start_of(down, self.initial), 0)
-        elif {n: t.shape for n, t in held.tensors.items()} != {n: t.shape for n, t in wanted.items()}:
+        elif {n: t.shape for n, t in held.tensors.items()} != {
+            n: t.shape for n, t in wanted.items()
+        }:
             self._versions[action] = {}
             held = _Held(wanted, held.version + 1, source, unheard=UNKNOWN)
         if held.source != source:
-            change = {n: (t.float() - held.tensors[n].float()).to(t.dtype) for n, t in wanted.items()}
+            change = {
+                n: (t.float() - held.tensors[n].float()).to(t.dtype) for n, t in wanted.items()
+            }
             schema = Schema(down)
             move = encode(Payload(change), schema, self._rounding(action, held.version))
             missed, most = [*held.missed, move], _bytes_of(down)
@@ -413,7 +419,9 @@ class Compression:
             tensors |= held.tensors
         elif held is not None and missing is not None:
             specs = [_placeholder(spec) if spec.name in names else spec for spec in specs]
-            tensors |= {s.name: torch.empty(s.shape, dtype=s.dtype) for s in map(_placeholder, down)}
+            tensors |= {
+                s.name: torch.empty(s.shape, dtype=s.dtype) for s in map(_placeholder, down)
+            }
             moves = held.missed[len(held.missed) - missing :]
             blobs = {f"{MISSED}{i}": move for i, move in enumerate(moves)}
         control = _Control(
@@ -447,7 +455,9 @@ class Compression:
                 f"it has moved its estimate {updates - 1} times and the server {known} times; it begins "
                 "anew in its next round"
             )
-        after = {n: before[n] + change[n].float() if n in before else change[n].float() for n in names}
+        after = {
+            n: before[n] + change[n].float() if n in before else change[n].float() for n in names
+        }
         self._pending[client] = after, updates
         return {**change, **after}
 
@@ -477,9 +487,9 @@ class _Reader:
         change = dict(payload.tensors)
         updates = change.pop(UPDATES, None)
         if updates is not None:
-            names = [spec.name for spec in self.schema.tensors if spec.codec]
+            lossy = [spec.name for spec in self.schema.tensors if spec.codec]
             change = self.compression.estimated(
-                self.exchange.action, client, change, names, int(updates)
+                self.exchange.action, client, change, lossy, int(updates)
             )
         sent, found = self._sent_to(client), {}
         names = differences(self.exchange)
@@ -543,8 +553,8 @@ class ClientLink:
             initial: Its adapter as it is initialised.
 
         Raises:
-            MessageError: The request is none, or is coded in another way than the experiment says, or this
-                client does not hold what it is a change of.
+            MessageError: The request is none, or is coded in another way than the experiment says, or
+                this client does not hold what it is a change of.
         """
         payload = decode(exchange.requests[client], exchange.schema_of(client))
         ours = {name: own for name, own in slots.items() if is_ours(name)}
@@ -563,8 +573,8 @@ class ClientLink:
         allowed = {"", str(codec)} if codec is not None else {""}
         if others := {spec.codec for spec in self.exchange.reply_schema.tensors} - allowed:
             raise MessageError(
-                f"the server asks for a reply in {sorted(others)[0]!r}, and the experiment says wire.up = "
-                f"{self._settings.up!r}"
+                f"the server asks for a reply in {sorted(others)[0]!r}, and the experiment says "
+                f"wire.up = {self._settings.up!r}"
             )
         moves = [
             tensors.pop(f"{MISSED}{i}").numpy().tobytes()
@@ -686,9 +696,7 @@ class ClientLink:
         own = {} if control.afresh else self._ours.get(f"{ESTIMATE}{action}", {})
         return own.get(COUNT, torch.zeros(1, dtype=torch.int64))
 
-    def _remember(
-        self, action: str, wanted: Tensors, before: Tensors, decoded: Tensors
-    ) -> Tensors:
+    def _remember(self, action: str, wanted: Tensors, before: Tensors, decoded: Tensors) -> Tensors:
         """Keep what error feedback needs in the next round; return h of ``ef21``."""
         kind = self._settings.error_feedback
         if not wanted or kind == "none":

@@ -120,7 +120,9 @@ CODED_CHANGES = yes(
     "an answer is a change of parameters of which the server takes a mean, in which errors average out"
 )
 
-RAGGED = no("a client's factors have as many rows as its rank, and tensors of no fixed shape are not coded")
+RAGGED = no(
+    "a client's factors have as many rows as its rank, and tensors of no fixed shape are not coded"
+)
 
 PARTLY_HELD = no("each client is sent other experts, and a codec's errors decide who gets which")
 

@@ -17,7 +17,15 @@ from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, BackboneAdd
 from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.averaging import note_averaging_error
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import (ADDS_TO_BACKBONE, CODED_CHANGES, EACH_ANSWER, OWN_STEPS, PRODUCT_BITS, Declaration, no)
+from fedloom.methods.declaration import (
+    ADDS_TO_BACKBONE,
+    CODED_CHANGES,
+    EACH_ANSWER,
+    OWN_STEPS,
+    PRODUCT_BITS,
+    Declaration,
+    no,
+)
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Exchange, Reply

@@ -33,7 +33,15 @@ from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TR
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Reveal, ServerSide, by_place
-from fedloom.methods.declaration import (EACH_ANSWER, PARTLY_HELD, SEVERAL_PARTS, TOGETHER, Absence, Declaration, no)
+from fedloom.methods.declaration import (
+    EACH_ANSWER,
+    PARTLY_HELD,
+    SEVERAL_PARTS,
+    TOGETHER,
+    Absence,
+    Declaration,
+    no,
+)
 from fedloom.models.submixture import SubMixtureModel, block_number, part_of_experts
 from fedloom.randomness import generator
 from fedloom.settings.schema import NamedSettings

@@ -49,7 +49,15 @@ from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import (AVERAGED, EACH_ANSWER, OWN_STEPS, RAGGED, TOGETHER, Declaration, no)
+from fedloom.methods.declaration import (
+    AVERAGED,
+    EACH_ANSWER,
+    OWN_STEPS,
+    RAGGED,
+    TOGETHER,
+    Declaration,
+    no,
+)
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors
 from fedloom.wire.messages import Exchange, Payload, Reply, encode

@@ -27,7 +27,14 @@ from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY
 from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import (ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, RAGGED, Declaration, no)
+from fedloom.methods.declaration import (
+    ADDS_TO_BACKBONE,
+    EACH_ANSWER,
+    OWN_STEPS,
+    RAGGED,
+    Declaration,
+    no,
+)
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors

@@ -27,7 +27,15 @@ from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TR
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Method, Reveal
-from fedloom.methods.declaration import (OWN_STEPS, SEVERAL_PARTS, SUMMED, Absence, Declaration, no, yes)
+from fedloom.methods.declaration import (
+    OWN_STEPS,
+    SEVERAL_PARTS,
+    SUMMED,
+    Absence,
+    Declaration,
+    no,
+    yes,
+)
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
 from fedloom.training.results import StepHook

@@ -116,8 +116,8 @@ class Exchange:
         schemas: Schemas of the requests of those clients whose requests have another than
             ``request_schema``.
         plain: The exchange as its method asked for it, where it is carried in another form.
-        read: Makes of a client's reply, as bytes, the payload that the method expects, where it is carried
-            in another form.
+        read: Makes of a client's reply, as bytes, the payload that the method expects, where it is
+            carried in another form.
     """
 
     action: str

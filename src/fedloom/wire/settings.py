@@ -29,15 +29,15 @@ class WireSettings(Settings):
     """``[wire]``: codecs of the tensors that clients and server send each other."""
 
     up: Stages = []
-    """Codec of what clients send: a preset ("int8", "int4", "small", "smallest"), or a list of stages such
-    as ["top_k:0.1", "int4", "zstd"]. What travels is the change of each tensor that was received
+    """Codec of what clients send: a preset ("int8", "int4", "small", "smallest"), or a list of stages
+    such as ["top_k:0.1", "int4", "zstd"]. What travels is the change of each tensor that was received
     (default: tensors as they are)."""
     down: Stages = []
     """Codec of what all clients are sent alike: the change since the model that they have (default:
     tensors as they are)."""
     error_feedback: Annotated[Literal["none", "classic", "ef21"], COMPRESSED] = "none"
-    """What a client does about what a biased codec of wire.up loses: "classic" adds it to its next change;
-    "ef21" has server and client keep an estimate of the client's change and sends what it lacks."""
+    """What a client does about what a biased codec of wire.up loses: "classic" adds it to its next
+    change; "ef21" has server and client keep an estimate of the change and sends what it lacks."""
     absence_decay: Annotated[float, WITH_RESIDUALS] = Field(default=0.9, ge=0, le=1)
     """For error_feedback = "classic": factor on what was lost, for each round without the client."""
     absence_limit: Annotated[int, WITH_RESIDUALS] = Field(default=10, ge=0)
@@ -87,8 +87,8 @@ class WireSettings(Settings):
         up, down = self.up_codec, self.down_codec
         if up is not None and not up.lossless and not up.unbiased and self.error_feedback == "none":
             yield (
-                f"wire.up = {self.up!r} is biased: what it loses of each client's change is lost for good; "
-                'wire.error_feedback = "classic" returns it'
+                f"wire.up = {self.up!r} is biased: what it loses of each client's change is lost for "
+                'good; wire.error_feedback = "classic" returns it'
             )
         if down is not None and any(own in str(down) for own in ("top_k", "low_rank")):
             yield (
