@@ -1,7 +1,7 @@
 """Integers with a scale for each block: ``int8``, ``int4``, ``int3`` and ``ternary`` (-1, 0, 1).
 
 The scale is the block's largest magnitude over the largest integer m, rounded up to bfloat16, so that
-nothing is cut off; a number x becomes q = floor(x / s + u) with u uniform in [0, 1), whose mean is x / s, or
+nothing is cut off; a number x becomes q = floor(x / s + u) with u uniform in (0, 1), whose mean is x / s, or
 x / s rounded half to even (``nearest``). Source: QSGD (Alistarh et al. 2017, arXiv:1610.02132) with the
 largest magnitude for the norm; TernGrad (Wen et al. 2017, arXiv:1705.07878).
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedloom.wire.codecs.blocks import BlockCodec, Layout, block_of, rounded_up
+from fedloom.wire.codecs.blocks import BlockCodec, block_of, rounded_up
 from fedloom.wire.codecs.stage import Bytes, Floats, Options
 
 
@@ -48,23 +49,20 @@ class IntegerCodec(BlockCodec):
         """The code of 0 is m."""
         return self.largest
 
-    def scales(self, rows: Floats, layout: Layout, blocks: slice) -> Floats:
+    def scales(self, rows: Floats, counts: NDArray[np.int64]) -> Floats:
         """Return the largest magnitude over m, rounded up."""
-        most = np.maximum(rows.max(1, keepdims=True), -rows.min(1, keepdims=True))
-        return rounded_up(most / np.float32(self.largest))
+        return rounded_up(np.abs(rows).max(1) / np.float32(self.largest))
 
-    def codes(self, rows: Floats, scales: Floats, uniforms: Floats | None) -> Bytes:
+    def codes(self, rows: Floats, uniforms: Floats | None) -> Bytes:
         """Return q + m."""
-        levels = rows / scales
         if uniforms is None:
-            np.rint(levels, out=levels)
+            np.rint(rows, out=rows)
         else:
-            levels += uniforms
-            np.floor(levels, out=levels)
-            # m + u with u next to 1 is m + 1 in float32
-            np.minimum(levels, np.float32(self.largest), out=levels)
-        levels += np.float32(self.largest)
-        return levels.astype(np.uint8)
+            # m at most: the sum of m and the largest u is a float32
+            rows += uniforms
+            np.floor(rows, out=rows)
+        rows += np.float32(self.largest)
+        return rows.astype(np.uint8)
 
 
 class Int8(IntegerCodec):

@@ -22,6 +22,10 @@ from fedloom.errors import MessageError
 from fedloom.tensors import largest_value
 from fedloom.wire.codecs.cast import BFloat16, Float16
 from fedloom.wire.codecs.integers import Int3, Int4, Int8, Ternary
+from fedloom.wire.codecs.low_rank import LowRank
+from fedloom.wire.codecs.nf4 import NF4
+from fedloom.wire.codecs.sign import Sign
+from fedloom.wire.codecs.sparse import RandomK, TopK
 from fedloom.wire.codecs.stage import (
     LARGEST,
     Bytes,
@@ -39,10 +43,24 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "int8": ("int8", "zstd"),
     "int4": ("int4", "zstd"),
     "small": ("ternary", "zstd"),
+    "smallest": ("sign",),
 }
 """Stages of each preset, from mild to strong."""
 
-STAGES: tuple[type[Stage], ...] = (BFloat16, Float16, Int8, Int4, Int3, Ternary, Zstd)
+STAGES: tuple[type[Stage], ...] = (
+    TopK,
+    RandomK,
+    LowRank,
+    BFloat16,
+    Float16,
+    Int8,
+    Int4,
+    Int3,
+    Ternary,
+    NF4,
+    Sign,
+    Zstd,
+)
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -167,10 +185,9 @@ class Pipeline:
         lengths = self._lengths(shapes)
         flat = self.values.decode(raw, lengths) if self.values is not None else _floats(raw)
         parts: list[Floats] = np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
+        found = iter(parts)
         if self.reduction is not None:
             found = self.reduction.expand(head, parts, shapes)
-        else:
-            found = iter(parts)
         return [_as(own, shape, dtype) for own, shape in zip(found, shapes, strict=True)]
 
     def _encode_values(
@@ -184,6 +201,11 @@ class Pipeline:
             head, parts = b"", [own.reshape(-1) for own in arrays]
         else:
             parts, head = self.reduction.encode(arrays, generators)
+            most = max((largest_value(torch.from_numpy(part)) for part in parts), default=0.0)
+            if most > LARGEST:
+                raise MessageError(
+                    f"a number becomes {most:g}, at most {LARGEST:g} is coded", "out_of_range"
+                )
             each = [len(self.reduction.lengths(own.shape)) for own in arrays]
             generators = [g for g, n in zip(generators, each, strict=True) for _ in range(n)]
         if self.values is not None:
