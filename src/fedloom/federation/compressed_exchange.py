@@ -40,8 +40,8 @@ from fedloom.errors import MessageError, PluginError
 from fedloom.randomness import generator
 from fedloom.storage.checkpoint import CLIENT
 from fedloom.tensors import State, Tensors
-from fedloom.wire.messages import Exchange, Payload, decode, encode
-from fedloom.wire.schema import Schema, TensorSpec
+from fedloom.wire.messages import Exchange, Payload, decode, encode, with_metrics
+from fedloom.wire.schema import Schema, TensorSpec, amount
 from fedloom.wire.settings import WireSettings
 
 PREFIX = "[wire] "
@@ -59,6 +59,9 @@ ADAPTER = "adapter/"
 
 SINCE, COUNT = f"{PREFIX}round", f"{PREFIX}count"
 """Tensors in slots: the round of a residual, and how often h of ``ef21`` was moved."""
+
+CODING_ERROR = amount("coding_error")
+"""What a client reports of its codec: the squared error of what is read over the square of what was sent."""
 
 UNKNOWN = -1
 """Version of a client of which it is not known what it holds."""
@@ -246,6 +249,8 @@ class Compression:
             )
         if self._has_estimates(reply):
             reply = replace(reply, tensors=(*reply.tensors, TensorSpec(UPDATES, (1,), torch.int64)))
+        if any(spec.codec for spec in reply.tensors):
+            reply = replace(reply, metrics=(*reply.metrics, CODING_ERROR))
         self._pending = {}
         requests, schemas = self._requests(exchange, down)
         first = next(iter(schemas.values()), exchange.request_schema)
@@ -660,8 +665,7 @@ class ClientLink:
         tensors = {n: t.to(reply.tensors[n].dtype) for n, t in tensors.items()}
         if UPDATES in {spec.name for spec in schema.tensors}:
             tensors[UPDATES] = self._updates_before(action, control) + 1
-        data = encode(replace(reply, tensors=tensors), schema, self._rounding(action))
-        decoded = decode(data, schema).tensors
+        data, decoded = self._encoded(replace(reply, tensors=tensors), wanted)
         estimate = self._remember(action, wanted, before, decoded)
         read = {}
         for name, tensor in reply.tensors.items():
@@ -670,6 +674,20 @@ class ClientLink:
                 own = received[name].float() + own.float()
             read[name] = own.to(tensor.dtype)
         return data, replace(reply, tensors=read)
+
+    def _encoded(self, sent: Payload, wanted: Tensors) -> tuple[bytes, Tensors]:
+        """Return the bytes of what is sent, with the error of its codec, and what is read in them."""
+        schema, rounding = self.exchange.reply_schema, self._rounding(self.exchange.action)
+        data = encode(sent, schema, rounding)
+        decoded = decode(data, schema).tensors
+        if not wanted:
+            return data, decoded
+        lost = sum(float((own - decoded[n].float()).square().sum()) for n, own in wanted.items())
+        whole = sum(float(own.square().sum()) for own in wanted.values())
+        error = {CODING_ERROR.name: lost / whole if whole else 0.0}
+        if CODING_ERROR in schema.metrics:
+            data = with_metrics(data, schema, {**sent.metrics, **error})
+        return data, decoded
 
     def _rounding(self, action: str) -> Callable[[str], np.random.Generator]:
         return lambda name: generator(

@@ -47,6 +47,7 @@ from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.statement import of_settings
 from fedloom.reports import record_marks, row_account
+from fedloom.reports.compression import compression_record
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.auditor import Auditor
 from fedloom.runs.client_privacy import (
@@ -760,6 +761,10 @@ class _Run:
             summary["newcomers"] = unseen_clients_record(joined, self._primary_metric)
         if self.remote is not None:
             self.remote.end(self._own_models(state))
+        if self.experiment.wire.compresses:
+            summary["wire"] = compression_record(
+                self.folder.read_json(names.RUN) or {}, self.folder.read_lines(names.COSTS)
+            )
         if self.privacy is not None:
             summary["privacy"] = self.privacy.promise(self.private, self._sent_numbers)
         if self.parts.row_privacies:

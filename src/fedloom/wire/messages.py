@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -258,6 +258,26 @@ def encode(payload: Payload, schema: Schema, rng: Generators | None = None) -> b
     metrics = metrics_in_range(payload, schema)
     if metrics:
         metadata["metrics"] = json.dumps(metrics)
+    return pack(buffers, metadata)
+
+
+def with_metrics(data: bytes, schema: Schema, metrics: Mapping[str, float]) -> bytes:
+    """Return an encoded payload with these metrics, without encoding its tensors again.
+
+    Args:
+        data: Of :func:`encode`.
+        schema: Of the payload.
+        metrics: All its metrics; those that are not in their ranges are left out.
+    """
+    header, start = header_of(data, HEADER_BYTES)
+    buffers = {
+        name: Buffer(own.dtype, own.shape, [content(data, start, own)])
+        for name, own in buffers_of(header, len(data) - start).items()
+    }
+    metadata = dict(cast("dict[str, str]", header[METADATA]))
+    metadata.pop("metrics", None)
+    if found := metrics_in_range(Payload(metrics=metrics), schema):
+        metadata["metrics"] = json.dumps(found)
     return pack(buffers, metadata)
 
 
