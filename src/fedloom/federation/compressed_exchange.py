@@ -61,7 +61,7 @@ SINCE, COUNT = f"{PREFIX}round", f"{PREFIX}count"
 """Tensors in slots: the round of a residual, and how often h of ``ef21`` was moved."""
 
 CODING_ERROR = amount("coding_error")
-"""What a client reports of its codec: the squared error of what is read over the square of what was sent."""
+"""What a client reports of its codec: squared error of what is read over the square of what it coded."""
 
 UNKNOWN = -1
 """Version of a client of which it is not known what it holds."""

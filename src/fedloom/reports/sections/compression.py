@@ -104,7 +104,7 @@ def _arm(scenario: str, name: str, cells: Sequence[GridRun]) -> CodecArm:
         record["train"]["coding_error"]
         for cell in cells
         for record in cell.run.rounds
-        if "coding_error" in record["train"]
+        if "coding_error" in (record["train"] or {})
     ]
     numbers = (first.get("wire") or {}).get("numbers") or first["model"]["trainable"]
     values = [cell.value for cell in cells]
