@@ -8,7 +8,8 @@ import torch
 import fedloom
 from engines.test_workers import played
 from fedloom.errors import Interrupted, SettingsError
-from fedloom.federation.compressed_exchange import CONTROL, HELD, Compression
+from fedloom.federation.compressed_exchange import Compression
+from fedloom.federation.compression_messages import CONTROL, HELD
 from fedloom.methods import METHODS
 from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
@@ -158,6 +159,28 @@ def test_bytes_fall_and_the_loss_does_not_rise(compressed, federate, once, codec
         assert before > times * after, direction
     loss, other = (own.records[-1].evaluation.metrics["loss"] for own in (plain, found))
     assert other == pytest.approx(loss, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flora",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("flexlora", "hetlora", "fedex_lora")),
+    ],
+)
+def test_factors_of_any_rank_are_coded(compressed, federate, name):
+    """Clients of two ranks; the model is nearly that without a codec."""
+    own = {"method": {"name": name}, "federation": {"rounds": 3}, "adapter": {"rank": 8}}
+    if name != "fedex_lora":
+        own["clients"] = {"groups": {"small": {"clients": [0], "rank": 4}}}
+    plain, found = (
+        federate(compressed(wire, **own), evaluate=True) for wire in ({}, {"up": "int8"})
+    )
+    before, after = (sent_bytes(one.records, "bytes_up") for one in (plain, found))
+    assert before > 3 * after
+    losses = [one.records[-1].evaluation.metrics["loss"] for one in (plain, found)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert 0 < found.records[-1].train["coding_error"] < 1e-3
 
 
 def rounding_at_random(name):

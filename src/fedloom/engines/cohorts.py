@@ -16,7 +16,7 @@ from functools import partial
 from fedloom.accounting.costs import Cost
 from fedloom.accounting.ledger import peak_memory, reset_peak_memory
 from fedloom.engines.in_process import SimulationEngine
-from fedloom.federation.compressed_exchange import ClientLink
+from fedloom.federation.client_link import ClientLink
 from fedloom.methods.contract.client import Client, Trainings
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.stacked_lora import reason_against

@@ -18,7 +18,8 @@ from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.errors import FedloomError, MessageError, PluginError
-from fedloom.federation.compressed_exchange import ClientLink, of_methods
+from fedloom.federation.client_link import ClientLink
+from fedloom.federation.compression_messages import of_methods
 from fedloom.federation.contract import fault_of, kind_of
 from fedloom.federation.presence import Membership
 from fedloom.federation.protocol import EVALUATE

@@ -28,164 +28,45 @@ answer that does not count moves neither side. What the server keeps is saved wi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedloom.errors import MessageError, PluginError
+from fedloom.federation.compression_messages import (
+    CODED,
+    CODING_ERROR,
+    CONTROL,
+    MISSED,
+    UPDATES,
+    Control,
+    blob,
+    blob_spec,
+    coded,
+    coded_replies,
+    digest,
+    is_difference,
+    moved,
+    start_of,
+    unpacked_rows,
+)
 from fedloom.randomness import generator
 from fedloom.storage.checkpoint import CLIENT
-from fedloom.tensors import State, Tensors
-from fedloom.wire.messages import Exchange, Payload, decode, encode, with_metrics
-from fedloom.wire.schema import Schema, TensorSpec, amount
+from fedloom.tensors import Tensors, tensor_bytes
+from fedloom.wire.codecs import Generators
+from fedloom.wire.messages import Exchange, Payload, decode, encode
+from fedloom.wire.schema import Schema, TensorSpec
 from fedloom.wire.settings import WireSettings
-
-PREFIX = "[wire] "
-"""What names begin with of tensors of messages, and of slots of a client's store, that no method sees."""
-
-CONTROL, MISSED, UPDATES = f"{PREFIX}control", f"{PREFIX}missed ", f"{PREFIX}updates"
-"""Tensors of messages: what a request says of itself, as JSON; changes that a client has missed, each an
-encoded message; and how often a client has moved its h of ``ef21``."""
-
-HELD, RESIDUAL, ESTIMATE = f"{PREFIX}held ", f"{PREFIX}residual ", f"{PREFIX}estimate "
-"""Slots of a client's store, each before an action: the model that it holds; e; h of ``ef21``."""
-
-ADAPTER = "adapter/"
-"""What names of the adapter begin with in messages of several parts."""
-
-SINCE, COUNT = f"{PREFIX}round", f"{PREFIX}count"
-"""Tensors in slots: the round of a residual, and how often h of ``ef21`` was moved."""
-
-CODING_ERROR = amount("coding_error")
-"""What a client reports of its codec: squared error of what is read over the square of what it coded."""
 
 UNKNOWN = -1
 """Version of a client of which it is not known what it holds."""
 
-LONGEST_CONTROL = 4096
-"""Bytes of what a request says of itself, at most."""
 
-
-def is_ours(name: str) -> bool:
-    """Return whether a tensor or a slot is this layer's, and no method's."""
-    return name.startswith(PREFIX)
-
-
-def is_coded(spec: TensorSpec, settings: WireSettings) -> bool:
-    """Return whether a tensor is large enough to be coded, and of a kind that can be."""
-    if spec.ragged or not spec.dtype.is_floating_point or len(spec.shape) < 2:
-        return False
-    return spec.elements * spec.dtype.itemsize >= settings.keep_plain_below
-
-
-def coded(schema: Schema, codec: object | None, settings: WireSettings) -> Schema:
-    """Return a schema of which all tensors are coded that can be, where there is a codec."""
-    if codec is None:
-        return schema
-    return schema.coded(lambda spec: str(codec) if is_coded(spec, settings) else "")
-
-
-def differences(exchange: Exchange) -> frozenset[str]:
-    """Return the tensors of replies that are sent as changes of what was received."""
-    if exchange.replies_are_changes:
-        return frozenset()
-    sent = {spec.name: spec for spec in exchange.request_schema.tensors}
-    return _differences(sent, exchange.reply_schema, exchange.changes)
-
-
-def _differences(
-    sent: Mapping[str, TensorSpec], reply: Schema, changes: Iterable[str]
-) -> frozenset[str]:
-    openings = tuple(changes)
-    return frozenset(
-        spec.name
-        for spec in reply.tensors
-        if spec.name in sent
-        and spec.shape == sent[spec.name].shape
-        and spec.dtype.is_floating_point
-        and not spec.ragged
-        and not (openings and spec.name.startswith(openings))
-    )
-
-
-def start_of(specs: Iterable[TensorSpec], initial: Tensors) -> Tensors:
-    """Return what every party holds before the first round: the adapter as initialised, and zeros."""
-    found = {}
-    for spec in specs:
-        own = initial.get(spec.name, initial.get(spec.name.removeprefix(ADAPTER)))
-        if own is None or tuple(own.shape) != spec.shape:
-            own = torch.zeros(spec.shape)
-        found[spec.name] = own.detach().to("cpu", spec.dtype)
-    return found
-
-
-def moved(held: Tensors, change: Tensors) -> Tensors:
-    """Return what is held after a change, computed alike on every machine."""
-    return {name: (own.float() + change[name].float()).to(own.dtype) for name, own in held.items()}
-
-
-def digest(tensors: Tensors) -> str:
-    """Return SHA-256 of tensors."""
-    return State(tensors).digest()
-
-
-def _bytes_of(specs: Iterable[TensorSpec]) -> int:
-    return sum(spec.elements * spec.dtype.itemsize for spec in specs)
-
-
-def _blob(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
-def _blob_spec(name: str, data: bytes) -> TensorSpec:
-    return TensorSpec(name, (len(data),), torch.uint8)
-
-
-@dataclass(frozen=True)
-class _Control:
-    """What a request says of itself.
-
-    Attributes:
-        held: SHA-256 of what the client then holds; empty where nothing is held.
-        whole: Whether it is sent whole, and not as changes.
-        missed: How many earlier changes come with it.
-        changes: As of :class:`fedloom.wire.messages.Exchange`; ``None`` where all of a reply are changes.
-        afresh: Whether the client begins ``ef21`` anew.
-    """
-
-    held: str = ""
-    whole: bool = True
-    missed: int = 0
-    changes: tuple[str, ...] | None = ()
-    afresh: bool = False
-
-    def packed(self) -> bytes:
-        return json.dumps(self.__dict__, sort_keys=True).encode()
-
-    @classmethod
-    def read(cls, data: bytes) -> _Control:
-        """Return what a server says, checked.
-
-        Raises:
-            MessageError: It says something else.
-        """
-        try:
-            if len(data) > LONGEST_CONTROL:
-                raise ValueError("it is too long")
-            found = json.loads(data)
-            own = cls(**found)
-            changes = own.changes if own.changes is None else tuple(own.changes)
-            sound = isinstance(own.held, str) and type(own.missed) is int and own.missed >= 0
-            sound = sound and isinstance(own.whole, bool) and isinstance(own.afresh, bool)
-            if not sound or not all(isinstance(one, str) for one in changes or ()):
-                raise ValueError("a value is of another type")
-        except (ValueError, TypeError, RecursionError) as error:
-            raise MessageError(f"what a request says of its compression: {error}") from None
-        return replace(own, changes=changes)
+def is_compressed(reply: Schema) -> bool:
+    """Return whether something of a reply is coded."""
+    return any(spec.codec or spec.name.startswith(CODED) for spec in reply.tensors)
 
 
 @dataclass(frozen=True)
@@ -238,7 +119,7 @@ class Compression:
         Raises:
             PluginError: It is asynchronous, or masked.
         """
-        reply = coded(exchange.reply_schema, self.settings.up_codec, self.settings)
+        reply = coded_replies(exchange.reply_schema, self.settings.up_codec, self.settings)
         down = self._coded_down(exchange)
         if not down and reply == exchange.reply_schema:
             return exchange
@@ -249,7 +130,7 @@ class Compression:
             )
         if self._has_estimates(reply):
             reply = replace(reply, tensors=(*reply.tensors, TensorSpec(UPDATES, (1,), torch.int64)))
-        if any(spec.codec for spec in reply.tensors):
+        if is_compressed(reply):
             reply = replace(reply, metrics=(*reply.metrics, CODING_ERROR))
         self._pending = {}
         requests, schemas = self._requests(exchange, down)
@@ -294,7 +175,7 @@ class Compression:
                 "names": list(own.tensors),
             }
             tensors |= {f"held/{action}/{name}": t for name, t in own.tensors.items()}
-            tensors |= {f"missed/{action}/{i}": _blob(one) for i, one in enumerate(own.missed)}
+            tensors |= {f"missed/{action}/{i}": blob(one) for i, one in enumerate(own.missed)}
         for action, updates in self._updates.items():
             afresh = sorted(self._afresh.get(action, ()))
             counts = {str(client): count for client, count in updates.items()}
@@ -329,7 +210,7 @@ class Compression:
                 self._estimates[action][client] = found
 
     def _has_estimates(self, reply: Schema) -> bool:
-        return self.settings.error_feedback == "ef21" and any(own.codec for own in reply.tensors)
+        return self.settings.error_feedback == "ef21" and is_compressed(reply)
 
     def _coded_down(self, exchange: Exchange) -> tuple[TensorSpec, ...]:
         """Return the tensors of a request that are sent as changes.
@@ -390,7 +271,7 @@ class Compression:
             }
             schema = Schema(down)
             move = encode(Payload(change), schema, self._rounding(action, held.version))
-            missed, most = [*held.missed, move], _bytes_of(down)
+            missed, most = [*held.missed, move], tensor_bytes(wanted)
             while sum(map(len, missed)) > most and len(missed) > 1:
                 del missed[0]
             after = moved(held.tensors, decode(move, schema).tensors)
@@ -400,7 +281,7 @@ class Compression:
         self._held[action] = held
         return held
 
-    def _rounding(self, action: str, version: int) -> Callable[[str], np.random.Generator]:
+    def _rounding(self, action: str, version: int) -> Generators:
         return lambda name: generator(self.seed, f"wire down {action} {version} {name}")
 
     def _request(
@@ -429,7 +310,7 @@ class Compression:
             }
             moves = held.missed[len(held.missed) - missing :]
             blobs = {f"{MISSED}{i}": move for i, move in enumerate(moves)}
-        control = _Control(
+        control = Control(
             digest(held.tensors) if held is not None else "",
             missing is None,
             missing or 0,
@@ -437,8 +318,8 @@ class Compression:
             afresh,
         )
         blobs[CONTROL] = control.packed()
-        specs += [_blob_spec(name, own) for name, own in blobs.items()]
-        tensors |= {name: _blob(own) for name, own in blobs.items()}
+        specs += [blob_spec(name, own) for name, own in blobs.items()]
+        tensors |= {name: blob(own) for name, own in blobs.items()}
         schema = replace(exchange.request_schema, tensors=tuple(specs))
         return encode(Payload(tensors, plain.numbers, plain.metrics), schema), schema
 
@@ -489,21 +370,34 @@ class _Reader:
     def read(self, client: int, data: bytes) -> Payload:
         """Return a reply with the tensors that its schema had before it was coded."""
         payload = decode(data, self.schema)
-        change = dict(payload.tensors)
+        change = self._uncoded(payload.tensors)
         updates = change.pop(UPDATES, None)
         if updates is not None:
-            lossy = [spec.name for spec in self.schema.tensors if spec.codec]
             change = self.compression.estimated(
-                self.exchange.action, client, change, lossy, int(updates)
+                self.exchange.action, client, change, self._lossy, int(updates)
             )
         sent, found = self._sent_to(client), {}
-        names = differences(self.exchange)
+        changes = None if self.exchange.replies_are_changes else self.exchange.changes
         for spec in self.exchange.reply_schema.tensors:
             own = change[spec.name]
-            if spec.name in names:
-                own = (sent[spec.name].float() + own.float()).to(spec.dtype)
-            found[spec.name] = own if own.dtype == spec.dtype else own.to(spec.dtype)
+            if is_difference(spec.name, own, sent, changes):
+                own = sent[spec.name].float() + own.float()
+            found[spec.name] = own.to(spec.dtype)
         return replace(payload, tensors=found)
+
+    @property
+    def _lossy(self) -> list[str]:
+        """The names of the tensors that are coded."""
+        names = [s.name for s in self.schema.tensors if s.codec or s.name.startswith(CODED)]
+        return [name.removeprefix(CODED) for name in names]
+
+    def _uncoded(self, tensors: Tensors) -> Tensors:
+        """Return the tensors of a reply with those that came as bytes of their own."""
+        found, codec = dict(tensors), self.compression.settings.up_codec
+        for spec in self.exchange.reply_schema.tensors:
+            if codec is not None and f"{CODED}{spec.name}" in found:
+                found[spec.name] = unpacked_rows(found.pop(f"{CODED}{spec.name}"), spec, codec)
+        return found
 
     def _sent_to(self, client: int) -> Tensors:
         """Return what the method sent a client; decoded once where several were sent the same."""
@@ -511,222 +405,3 @@ class _Reader:
         if key not in self._sent:
             self._sent[key] = self.exchange.sent_to(client)
         return self._sent[key]
-
-
-def of_methods(slots: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """Return the slots of a client's store that its method sees."""
-    return {name: own for name, own in slots.items() if not is_ours(name)}
-
-
-@dataclass
-class ClientLink:
-    """A client's side of one request: what its method sees of it, and what is sent for its reply.
-
-    Attributes:
-        exchange: The request.
-        client: Whose it is.
-        payload: As the method's handler sees it.
-    """
-
-    exchange: Exchange
-    client: int
-    payload: Payload
-    _settings: WireSettings
-    _seed: int
-    _control: _Control | None
-    _ours: dict[str, Tensors]
-    _made: tuple[Payload, bytes, Payload] | None = None
-
-    @classmethod
-    def opened(
-        cls,
-        exchange: Exchange,
-        client: int,
-        settings: WireSettings,
-        seed: int,
-        slots: Mapping[str, Tensors],
-        initial: Tensors,
-    ) -> ClientLink:
-        """Decode a request.
-
-        Args:
-            exchange: With the request.
-            client: Whose it is.
-            settings: ``[wire]`` of this client's experiment.
-            seed: The experiment's.
-            slots: The client's store.
-            initial: Its adapter as it is initialised.
-
-        Raises:
-            MessageError: The request is none, or is coded in another way than the experiment says, or
-                this client does not hold what it is a change of.
-        """
-        payload = decode(exchange.requests[client], exchange.schema_of(client))
-        ours = {name: own for name, own in slots.items() if is_ours(name)}
-        link = cls(exchange, client, payload, settings, seed, None, ours)
-        if CONTROL in payload.tensors:
-            link._receive(initial)
-        if CONTROL not in payload.tensors and any(s.codec for s in exchange.reply_schema.tensors):
-            raise MessageError("the server asks for a coded reply and does not say what it is to")
-        return link
-
-    def _receive(self, initial: Tensors) -> None:
-        """Take what a compressed request says of itself, and the model that it moves to."""
-        tensors = dict(self.payload.tensors)
-        self._control = control = _Control.read(tensors.pop(CONTROL).numpy().tobytes())
-        codec = self._settings.up_codec
-        allowed = {"", str(codec)} if codec is not None else {""}
-        if others := {spec.codec for spec in self.exchange.reply_schema.tensors} - allowed:
-            raise MessageError(
-                f"the server asks for a reply in {sorted(others)[0]!r}, and the experiment says "
-                f"wire.up = {self._settings.up!r}"
-            )
-        moves = [
-            tensors.pop(f"{MISSED}{i}").numpy().tobytes()
-            for i in range(control.missed)
-            if f"{MISSED}{i}" in tensors
-        ]
-        if len(moves) < control.missed:
-            raise MessageError("a request lacks changes that it says it holds")
-        if control.held:
-            slot, schema = f"{HELD}{self.exchange.action}", self._schema_down(control)
-            if control.whole:
-                held = {spec.name: tensors[spec.name] for spec in schema.tensors}
-            else:
-                held = self._ours.get(slot) or start_of(schema.tensors, initial)
-                if {n: tuple(t.shape) for n, t in held.items()} != {
-                    spec.name: spec.shape for spec in schema.tensors
-                }:
-                    held = start_of(schema.tensors, initial)
-            for move in moves:
-                held = moved(held, decode(move, schema).tensors)
-            if digest(held) != control.held:
-                raise MessageError(
-                    "this client does not hold the model that the server's changes are of, as after the "
-                    "loss of its store; the server sends the whole in its next round"
-                )
-            self._ours[slot] = held
-            tensors |= held
-        self.payload = replace(self.payload, tensors=tensors)
-
-    def _schema_down(self, control: _Control) -> Schema:
-        """Return the schema of the changes of a request, as the experiment says it."""
-        specs = self.exchange.schema_of(self.client).tensors
-        if not control.whole:
-            specs = tuple(
-                TensorSpec(spec.name, spec.shape[1:], spec.dtype)
-                for spec in specs
-                if spec.shape[:1] == (0,) and not spec.ragged
-            )
-        schema = coded(Schema(specs), self._settings.down_codec, self._settings)
-        return Schema(tuple(spec for spec in schema.tensors if spec.codec))
-
-    def encoded(self, reply: Payload) -> bytes:
-        """Return the bytes of a reply."""
-        return self._coded(reply)[0]
-
-    def as_read(self, reply: Payload) -> Payload:
-        """Return a reply as the server will read it: what its codec loses is lost."""
-        return self._coded(reply)[1]
-
-    def stored(self, slots: Mapping[str, Tensors]) -> dict[str, Tensors]:
-        """Return what a client stores: what its method does, and what is kept here."""
-        return {**slots, **self._ours}
-
-    def _coded(self, reply: Payload) -> tuple[bytes, Payload]:
-        """Return a reply's bytes and what the server reads in them; once for each reply."""
-        if self._made is None or self._made[0] is not reply:
-            if self._control is None:
-                self._made = reply, encode(reply, self.exchange.reply_schema), reply
-            else:
-                self._made = reply, *self._compressed(reply, self._control)
-        return self._made[1:]
-
-    def _compressed(self, reply: Payload, control: _Control) -> tuple[bytes, Payload]:
-        schema, action = self.exchange.reply_schema, self.exchange.action
-        received = self.payload.tensors
-        known = {s.name: s for s in Schema.of(received).tensors}
-        names = _differences(known, schema, control.changes or ())
-        names = names if control.changes is not None else frozenset()
-        tensors = {}
-        for name, tensor in reply.tensors.items():
-            own = tensor.detach()
-            tensors[name] = own.float() - received[name].float() if name in names else own
-        lossy = [spec for spec in schema.tensors if spec.codec]
-        before = self._before(action, control) if lossy else {}
-        sign = -1 if self._settings.error_feedback == "ef21" else 1
-        wanted = {}
-        for spec in lossy:
-            own = tensors[spec.name].float()
-            if spec.name in before:
-                own = own + sign * before[spec.name]
-            wanted[spec.name] = own
-        tensors |= wanted
-        tensors = {n: t.to(reply.tensors[n].dtype) for n, t in tensors.items()}
-        if UPDATES in {spec.name for spec in schema.tensors}:
-            tensors[UPDATES] = self._updates_before(action, control) + 1
-        data, decoded = self._encoded(replace(reply, tensors=tensors), wanted)
-        estimate = self._remember(action, wanted, before, decoded)
-        read = {}
-        for name, tensor in reply.tensors.items():
-            own = estimate.get(name, decoded[name]).float() if name in wanted else decoded[name]
-            if name in names:
-                own = received[name].float() + own.float()
-            read[name] = own.to(tensor.dtype)
-        return data, replace(reply, tensors=read)
-
-    def _encoded(self, sent: Payload, wanted: Tensors) -> tuple[bytes, Tensors]:
-        """Return the bytes of what is sent, with the error of its codec, and what is read in them."""
-        schema, rounding = self.exchange.reply_schema, self._rounding(self.exchange.action)
-        data = encode(sent, schema, rounding)
-        decoded = decode(data, schema).tensors
-        if not wanted:
-            return data, decoded
-        lost = sum(float((own - decoded[n].float()).square().sum()) for n, own in wanted.items())
-        whole = sum(float(own.square().sum()) for own in wanted.values())
-        error = {CODING_ERROR.name: lost / whole if whole else 0.0}
-        if CODING_ERROR in schema.metrics:
-            data = with_metrics(data, schema, {**sent.metrics, **error})
-        return data, decoded
-
-    def _rounding(self, action: str) -> Callable[[str], np.random.Generator]:
-        return lambda name: generator(
-            self._seed, f"wire up {action} {name}", self.client, self.exchange.round
-        )
-
-    def _before(self, action: str, control: _Control) -> Tensors:
-        """Return e, or h of ``ef21``, as this client has it in this round."""
-        own = self._settings
-        if own.error_feedback == "ef21":
-            found = {} if control.afresh else dict(self._ours.get(f"{ESTIMATE}{action}", {}))
-            found.pop(COUNT, None)
-            return found
-        if own.error_feedback == "none":
-            return {}
-        found = dict(self._ours.get(f"{RESIDUAL}{action}", {}))
-        since = int(found.pop(SINCE, torch.tensor(self.exchange.round)))
-        absent = max(0, self.exchange.round - since - 1)
-        if absent > own.absence_limit:
-            return {}
-        return {name: tensor * own.absence_decay**absent for name, tensor in found.items()}
-
-    def _updates_before(self, action: str, control: _Control) -> torch.Tensor:
-        own = {} if control.afresh else self._ours.get(f"{ESTIMATE}{action}", {})
-        return own.get(COUNT, torch.zeros(1, dtype=torch.int64))
-
-    def _remember(self, action: str, wanted: Tensors, before: Tensors, decoded: Tensors) -> Tensors:
-        """Keep what error feedback needs in the next round; return h of ``ef21``."""
-        kind = self._settings.error_feedback
-        if not wanted or kind == "none":
-            return {}
-        if kind == "classic":
-            residual = {name: own - decoded[name].float() for name, own in wanted.items()}
-            residual[SINCE] = torch.tensor(self.exchange.round)
-            self._ours[f"{RESIDUAL}{action}"] = residual
-            return {}
-        estimate = {
-            name: before[name] + decoded[name].float() if name in before else decoded[name].float()
-            for name in wanted
-        }
-        self._ours[f"{ESTIMATE}{action}"] = {**estimate, COUNT: decoded[UPDATES]}
-        return estimate

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.federation.compressed_exchange import is_coded
+from fedloom.federation.compression_messages import is_coded
 from fedloom.tensors import Tensors, tensor_bytes
 from fedloom.wire.codecs import Pipeline
 from fedloom.wire.schema import Schema
@@ -23,14 +25,17 @@ def coded_bytes(tensors: Tensors, codec: Pipeline | None, settings: WireSettings
     if codec is None:
         return tensor_bytes(tensors)
     specs = Schema.of(tensors).tensors
-    found, groups = 0, dict[object, list[tuple[int, ...]]]()
+    found, groups = 0, dict[torch.dtype, list[tuple[int, ...]]]()
     for spec in specs:
         if is_coded(spec, settings):
             groups.setdefault(spec.dtype, []).append(spec.shape)
         else:
             found += spec.elements * spec.dtype.itemsize
     dtypes = {spec.dtype for spec in specs}
-    return found + sum(codec.raw_bytes(groups[own], own) for own in dtypes if own in groups)
+    for own in dtypes & groups.keys():
+        indices = codec.reduction.most_bytes(groups[own]) if codec.reduction is not None else 0
+        found += codec.raw_bytes(groups[own], own) + indices
+    return found
 
 
 def compressed(traffic: Traffic, adapter: Tensors, settings: WireSettings) -> Traffic:

@@ -120,9 +120,7 @@ CODED_CHANGES = yes(
     "an answer is a change of parameters of which the server takes a mean, in which errors average out"
 )
 
-RAGGED = no(
-    "a client's factors have as many rows as its rank, and tensors of no fixed shape are not coded"
-)
+CODED_PRODUCTS = yes("with 8 bits a number at least, as products of factors make errors larger")
 
 PARTLY_HELD = no("each client is sent other experts, and a codec's errors decide who gets which")
 

@@ -19,7 +19,7 @@ from fedloom.methods.contract.averaging import note_averaging_error
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import (
     ADDS_TO_BACKBONE,
-    CODED_CHANGES,
+    CODED_PRODUCTS,
     EACH_ANSWER,
     OWN_STEPS,
     PRODUCT_BITS,
@@ -52,7 +52,7 @@ class FedExLoRA(BackboneAdditions):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=no("additions to the backbone are numbered by rounds"),
-        compression=CODED_CHANGES,
+        compression=CODED_PRODUCTS,
         compression_bits=PRODUCT_BITS,
         absence=ADDS_TO_BACKBONE,
     )

@@ -51,9 +51,10 @@ from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import (
     AVERAGED,
+    CODED_CHANGES,
     EACH_ANSWER,
     OWN_STEPS,
-    RAGGED,
+    PRODUCT_BITS,
     TOGETHER,
     Declaration,
     no,
@@ -114,7 +115,8 @@ class FlexLoRA(Method):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=TOGETHER,
-        compression=RAGGED,
+        compression=CODED_CHANGES,
+        compression_bits=PRODUCT_BITS,
         absence=AVERAGED,
     )
     reveals = ADAPTERS_ALONE
@@ -232,7 +234,7 @@ class HetLoRA(FlexLoRA):
         client_privacy=no("answers are weighed by their own norms"),
         row_privacy=OWN_STEPS,
         asynchronous=TOGETHER,
-        compression=RAGGED,
+        compression=CODED_CHANGES,
         absence=AVERAGED,
     )
 

@@ -29,9 +29,10 @@ from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import (
     ADDS_TO_BACKBONE,
+    CODED_PRODUCTS,
     EACH_ANSWER,
     OWN_STEPS,
-    RAGGED,
+    PRODUCT_BITS,
     Declaration,
     no,
 )
@@ -63,7 +64,8 @@ class FLoRA(BackboneAdditions):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=no("additions to the backbone are numbered by rounds"),
-        compression=RAGGED,
+        compression=CODED_PRODUCTS,
+        compression_bits=PRODUCT_BITS,
         absence=ADDS_TO_BACKBONE,
     )
     reveals = ADAPTERS_ALONE
