@@ -1,5 +1,6 @@
 """Payloads: exact round trips, measured bytes, and everything a bad peer may send."""
 
+import hashlib
 import json
 import pickle
 import struct
@@ -42,6 +43,32 @@ def test_round_trip_is_exact_and_keeps_order_dtype_and_numbers():
         assert torch.equal(back.tensors[name], tensor)
     assert back.numbers == {"examples": 12}
     assert back.metrics == {"loss": 0.1}
+
+
+def test_a_schema_without_codecs_and_its_bytes_are_those_of_releases_before_codecs():
+    specs = (
+        TensorSpec("w", (2, 3), torch.float32),
+        TensorSpec("half", (4,), torch.bfloat16),
+        TensorSpec("ids", (3,), torch.int64),
+        TensorSpec("rows", (5, 2), torch.float32, ragged=True),
+    )
+    schema = Schema(specs, (NumberSpec("examples", 1, 100), NumberSpec("rate")), (amount("loss"),))
+    tensors = {
+        "w": torch.ones(2, 3),
+        "half": torch.ones(4, dtype=torch.bfloat16),
+        "ids": torch.arange(3),
+        "rows": torch.zeros(2, 2),
+    }
+    data = encode(Payload(tensors, {"examples": 3, "rate": 0.1}, {"loss": 1.0}), schema)
+    assert schema.digest == "c9a1351acb5e8e94" and schema.max_bytes == 8288
+    digest = hashlib.sha256(data).hexdigest()
+    assert digest == "f0d8902616472f90d74f3a9d1e320f0cbaf9d432f7c3dc5a551d03255e4ddd67"
+    assert schema.to_table()["tensors"] == [
+        ["w", [2, 3], "float32", False],
+        ["half", [4], "bfloat16", False],
+        ["ids", [3], "int64", False],
+        ["rows", [5, 2], "float32", True],
+    ]
 
 
 def test_header_is_under_half_a_kilobyte_whatever_the_number_of_tensors():

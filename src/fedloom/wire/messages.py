@@ -7,8 +7,8 @@ a dtype lie in one flat buffer in the order of the schema, whose digest travels 
 header costs a few hundred bytes whatever the number of tensors, a payload of another model is refused
 before it is decoded, bf16 stays bf16, and the ledger counts these very bytes. No pickle, ever.
 
-Tensors that have a codec in the schema (``wire/codecs/``) lie in one buffer of bytes for each codec. Sizes come
-from the schema there as well.
+Tensors that have a codec in the schema (``wire/codecs/``) lie in one buffer of bytes for each codec.
+Sizes come from the schema there as well.
 
 Where a method cannot know how many rows will come (the tokens of a batch, the entries of a sparse
 table), a tensor is *ragged*: its schema gives the most rows there may be, and it has a buffer of its own.
@@ -225,8 +225,8 @@ def encode(payload: Payload, schema: Schema, rng: Generators | None = None) -> b
     """Encode a payload as the bytes that travel.
 
     A metric that is not finite or not in its range is left out: the receiver would refuse the whole
-    message, and an honest client whose training diverges has violated nothing. A sender that needs to know
-    what the receiver will see of tensors with a codec decodes these bytes.
+    message, and an honest client whose training diverges has violated nothing. A sender that needs to
+    know what the receiver will see of tensors with a codec decodes these bytes.
 
     Args:
         payload: What is sent.
@@ -357,7 +357,7 @@ class StoredTensors(OnDemand):
     """Tensors of an encoded payload in a file; each is read on access and not kept."""
 
     def __init__(self, path: Path, schema: Schema) -> None:
-        """Find each tensor of ``schema``, which has no codecs, in a file that :func:`decode` has accepted."""
+        """Find each tensor of ``schema``, without codecs, in a file that :func:`decode` has accepted."""
         if schema.codec_groups:
             raise ValueError("tensors with a codec cannot be read one by one: store schema.plain")
         with path.open("rb") as file:

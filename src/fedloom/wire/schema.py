@@ -246,7 +246,7 @@ class Schema:
 
     @cached_property
     def groups(self) -> dict[str, list[TensorSpec]]:
-        """The specs of fixed shape without a codec by dtype name, each group one flat buffer on the wire."""
+        """The specs of fixed shape without a codec, by dtype name: each group is one flat buffer."""
         groups: dict[str, list[TensorSpec]] = {}
         for spec in self.tensors:
             if not spec.ragged and not spec.codec:
@@ -255,7 +255,7 @@ class Schema:
 
     @cached_property
     def codec_groups(self) -> dict[str, CodecGroup]:
-        """The specs of one codec and dtype by the name of their buffer on the wire: ``c0``, ``c1``, ..."""
+        """The specs of one codec and dtype by the name of their buffer: ``c0``, ``c1``, ..."""
         groups: dict[tuple[str, torch.dtype], list[TensorSpec]] = {}
         for spec in self.tensors:
             if spec.codec:
@@ -292,7 +292,7 @@ def _canonical(codec: str) -> str:
 
 
 def _tensor_spec(
-    name: object, shape: object, dtype: object, ragged: object, codec: object = None
+    name: object, shape: object, dtype: object, ragged: object, *codec: object
 ) -> TensorSpec:
     """Return a tensor's spec from a row of a table, checked."""
     sizes = tuple(_few(shape, MAX_RANK))
@@ -305,17 +305,19 @@ def _tensor_spec(
             "ragged must be true or false, and true only for a tensor with a dimension"
         )
     found = TensorSpec(_name(name, MAX_TENSOR_NAME), sizes, DTYPE_NAMES[dtype], ragged)
-    if codec is None:
-        return found
-    if (
-        not isinstance(codec, str)
-        or not found.codable
-        or _canonical(codec[:MAX_TENSOR_NAME]) != codec
-    ):
+    if len(codec) > 1:
+        raise ValueError("a row of a tensor has at most five entries")
+    return replace(found, codec=_codec(codec[0], found)) if codec else found
+
+
+def _codec(codec: object, spec: TensorSpec) -> str:
+    """Return the codec of a row of a table, checked."""
+    known = isinstance(codec, str) and 0 < len(codec) <= MAX_TENSOR_NAME and spec.codable
+    if not isinstance(codec, str) or not known or _canonical(codec) != codec:
         raise ValueError(
             f"{str(codec)[:40]!r} is not the canonical text of a codec, of floats of a fixed shape"
         )
-    return replace(found, codec=codec)
+    return codec
 
 
 def _number_spec(name: object, lowest: object, highest: object) -> NumberSpec:

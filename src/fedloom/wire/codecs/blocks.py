@@ -2,9 +2,9 @@
 
 A block is ``block`` numbers of one part in a row; the last one of a part may be shorter. Scales are
 bfloat16, which has the range of float32: deltas of LoRA have scales of 1e-6, below float16's normal
-numbers. They are written before the codes, all high bytes first and then all low ones, since the high ones
-hardly differ. A scale is zero where all codes of its block stand for zero, and only there, so that there is
-one way to write what is decoded.
+numbers. They are written before the codes, all high bytes first and then all low ones, since the high
+ones hardly differ. A scale is zero where all codes of its block stand for zero, and only there, so that
+there is one way to write what is decoded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rounded_up(values: Floats) -> Floats:
 
 
 def rounded(values: Floats) -> Floats:
-    """Return the bfloat16 nearest to each number that is not negative, ties to even; subnormals are zero."""
+    """Return the bfloat16 nearest to each number, none below 0; ties to even, subnormals to zero."""
     bits = values.view(np.uint32)
     near = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     found = (near & np.uint32(0xFFFF0000)).view(np.float32)
@@ -240,10 +240,10 @@ class BlockCodec(ValueCodec):
         """Return whether scales are zero where :meth:`agreed` has them zero, given levels of blocks."""
         return np.array_equal(values.any(1), scales > 0)
 
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Return two bytes a block and the bytes of all codes."""
+    def sections(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return a high byte and a low one for each block, and the bytes of all codes."""
         blocks = self._layout(lengths).blocks
-        return 2 * blocks + digits.packed_bytes(sum(lengths), len(self.levels))
+        return (blocks, blocks, digits.packed_bytes(sum(lengths), len(self.levels)))
 
     def encode(
         self, parts: Sequence[Floats], generators: Sequence[np.random.Generator | None]

@@ -1,4 +1,4 @@
-"""Casts to floats of 16 bits: ``bf16`` (8 bits of precision, float32's range) and ``fp16`` (11 bits, to 65504).
+"""Casts to 16 bits: ``bf16`` (8 bits of precision, float32's range), ``fp16`` (11 bits, to 65504).
 
 Rounded to nearest, ties to even.
 """
@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedloom.errors import MessageError
 from fedloom.wire.codecs.stage import Bytes, Floats, Options, ValueCodec
@@ -32,33 +33,34 @@ class Cast(ValueCodec):
     def __str__(self) -> str:
         return self.name
 
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Return two bytes a number."""
-        return 2 * sum(lengths)
+    def sections(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return a high byte and a low one for each number."""
+        return (sum(lengths), sum(lengths))
 
     def encode(
         self, parts: Sequence[Floats], generators: Sequence[np.random.Generator | None]
     ) -> Bytes:
-        """Return the numbers cast, in little-endian order."""
+        """Return the high bytes of all numbers, and then the low ones."""
         cast = [torch.from_numpy(part).to(self.dtype).view(torch.uint8) for part in parts]
-        data = torch.cat(cast).numpy() if cast else np.empty(0, np.uint8)
-        if self._not_finite(data):
+        data: Bytes = torch.cat(cast).numpy() if cast else np.empty(0, np.uint8)
+        if self._not_finite(data.view("<u2")):
             raise MessageError(
                 f"a number is beyond {torch.finfo(self.dtype).max:g}, the largest of {self.name}: use "
                 "bf16 or a quantiser",
                 "out_of_range",
             )
-        return data
+        return np.concatenate([data[1::2], data[0::2]])
 
     def decode(self, data: Bytes, lengths: Sequence[int]) -> Floats:
         """Return the numbers as float32."""
-        if self._not_finite(data):
+        half = len(data) // 2
+        words = (data[:half].astype(np.uint16) << np.uint16(8)) | data[half:]
+        if self._not_finite(words):
             raise MessageError("a coded number is NaN or infinite", "not_finite")
-        return torch.from_numpy(data.copy()).view(self.dtype).float().numpy()
+        return torch.from_numpy(words).view(self.dtype).float().numpy()
 
-    def _not_finite(self, data: Bytes) -> bool:
-        bits = data.view("<u2") & np.uint16(self.exponent)
-        return bool((bits == self.exponent).any())
+    def _not_finite(self, words: NDArray[np.uint16]) -> bool:
+        return bool(((words & np.uint16(self.exponent)) == self.exponent).any())
 
 
 class BFloat16(Cast):

@@ -1,9 +1,9 @@
 """Integers with a scale for each block: ``int8``, ``int4``, ``int3`` and ``ternary`` (-1, 0, 1).
 
 The scale is the block's largest magnitude over the largest integer m, rounded up to bfloat16, so that
-nothing is cut off; a number x becomes q = floor(x / s + u) with u uniform in (0, 1), whose mean is x / s, or
-x / s rounded half to even (``nearest``). Source: QSGD (Alistarh et al. 2017, arXiv:1610.02132) with the
-largest magnitude for the norm; TernGrad (Wen et al. 2017, arXiv:1705.07878).
+nothing is cut off; a number x becomes q = floor(x / s + u) with u uniform in (0, 1), whose mean is x /
+s, or x / s rounded half to even (``nearest``). Source: QSGD (Alistarh et al. 2017, arXiv:1610.02132)
+with the largest magnitude for the norm; TernGrad (Wen et al. 2017, arXiv:1705.07878).
 """
 
 from __future__ import annotations

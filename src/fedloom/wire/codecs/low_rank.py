@@ -1,10 +1,10 @@
 """``low_rank:R``: a matrix as the product of two with R columns, as in PowerSGD.
 
-M, (m, n), is sent as P, (m, R), with orthonormal columns, and Q = M^T P, (n, R); P is that of the subspace of M
-after two steps of power iteration from a fixed start. More dimensions are the first one and all others.
-Tensors that would not become smaller, R (m + n) >= m n, and those of one dimension are left as they are.
-Biased: it needs error feedback. What is decoded is the sum of R products in order, number by number, so
-that it has the same bits on every machine.
+M, (m, n), is sent as P, (m, R), with orthonormal columns, and Q = M^T P, (n, R); P is that of the
+subspace of M after two steps of power iteration from a fixed start. More dimensions are the first one
+and all others. Tensors that would not become smaller, R (m + n) >= m n, and those of one dimension are
+left as they are. Biased: it needs error feedback. What is decoded is the sum of R products in order,
+number by number, so that it has the same bits on every machine.
 
 Source: Vogels, Karimireddy and Jaggi 2019, PowerSGD, arXiv:1905.13727.
 """
@@ -22,6 +22,9 @@ from fedloom.wire.codecs.stage import LARGEST, Bytes, Floats, Options, Reduction
 
 MAX_RANK = 1024
 """Largest R."""
+
+ROOM = 1 << 15
+"""Numbers of a product that are worked on at a time."""
 
 ITERATIONS = 2
 """Steps of power iteration; without a start from the round before one is too few."""
@@ -110,11 +113,19 @@ def _factors(matrix: Floats, rank: int) -> list[Floats]:
 
 
 def _product(p: Floats, q: Floats) -> Floats:
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = p[:, :1] * q[:, 0]
-        for column in range(1, p.shape[1]):
-            found += p[:, column : column + 1] * q[:, column]
-        most = float(np.abs(found).max())
-    if not most <= 2 * LARGEST:
-        raise MessageError("a product of factors is not finite or too large", "out_of_range")
+    """Return P Q^T, some rows at a time.
+
+    Raises:
+        MessageError: A number is not finite, or beyond twice ``LARGEST``.
+    """
+    found = np.empty((len(p), len(q)), np.float32)
+    step = max(1, ROOM // len(q))
+    for start in range(0, len(p), step):
+        rows = found[start : start + step]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(p[start : start + step, :1], q[:, 0], out=rows)
+            for column in range(1, p.shape[1]):
+                rows += p[start : start + step, column : column + 1] * q[:, column]
+        if not float(np.abs(rows).max()) <= 2 * LARGEST:
+            raise MessageError("a product of factors is not finite or too large", "out_of_range")
     return found

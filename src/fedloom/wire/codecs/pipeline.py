@@ -1,8 +1,8 @@
 """Codecs as lists of stages: ``["top_k:0.1", "int4", "zstd"]``; a preset has a name.
 
-All tensors of one codec lie in one sequence of bytes: what the first stage says of all of them, the values
-coded, and four bytes of CRC-32, so that a damaged one is not decoded to other numbers. Sizes come from
-shapes, never from the bytes.
+All tensors of one codec lie in one sequence of bytes: what the first stage says of all of them, the
+values coded, and four bytes of CRC-32, so that a damaged one is not decoded to other numbers. Sizes
+come from shapes, never from the bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -67,8 +67,8 @@ _BY_NAME = {stage.name: stage for stage in STAGES}
 SEPARATOR = "|"
 """Between the stages of a canonical text."""
 
-CHECKSUM = 4
-"""Bytes of a CRC-32."""
+CHECKSUM, LENGTH = 4, 8
+"""Bytes of a CRC-32, and of the length of a section."""
 
 Generators = Callable[[str], np.random.Generator]
 """Gives the generator of a tensor's random numbers, given its name."""
@@ -125,18 +125,28 @@ class Pipeline:
         """Whether encoding needs random numbers."""
         return any(stage.random for stage in self.stages)
 
+    def sections(self, shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[int, ...]:
+        """Return the bytes of each kind of the values of tensors, before the entropy stage.
+
+        Scales and codes, and the bytes of a float, differ in what is frequent: each kind is coded
+        alone, as one frame of all takes up to four percent more.
+        """
+        if self.lossless:
+            return (sum(map(math.prod, shapes)),) * dtype.itemsize
+        lengths = self._lengths(shapes)
+        return self.values.sections(lengths) if self.values is not None else (4 * sum(lengths),)
+
     def raw_bytes(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         """Return the bytes of the values of tensors before the entropy stage."""
-        if self.lossless:
-            return sum(map(math.prod, shapes)) * dtype.itemsize
-        lengths = self._lengths(shapes)
-        return self.values.bytes_of(lengths) if self.values is not None else 4 * sum(lengths)
+        return sum(self.sections(shapes, dtype))
 
     def most_bytes(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         """Return an upper bound of the bytes that tensors are coded to."""
-        raw = self.raw_bytes(shapes, dtype)
+        sections = self.sections(shapes, dtype)
         head = self.reduction.most_bytes(shapes) if self.reduction is not None else 0
-        coded = self.entropy.most_bytes(raw) if self.entropy is not None else raw
+        if self.entropy is None:
+            return head + sum(sections) + CHECKSUM
+        coded = sum(map(self.entropy.most_bytes, sections)) + LENGTH * (len(sections) - 1)
         return head + coded + CHECKSUM
 
     def encode(
@@ -159,7 +169,10 @@ class Pipeline:
             head, raw = b"", _own_bytes(tensors, shuffled=self.entropy is not None)
         else:
             head, raw = self._encode_values(names, tensors, rng)
-        coded = self.entropy.encode(raw) if self.entropy is not None else raw.tobytes()
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        coded = self._coded(
+            raw, self.sections(shapes, tensors[0].dtype if tensors else torch.float32)
+        )
         checksum = zlib.crc32(coded, zlib.crc32(head))
         return b"".join([head, coded, checksum.to_bytes(CHECKSUM, "little")])
 
@@ -179,7 +192,7 @@ class Pipeline:
         if zlib.crc32(body.data).to_bytes(CHECKSUM, "little") != data[-CHECKSUM:].tobytes():
             raise MessageError("a coded buffer does not have its checksum: it is damaged")
         head, start = (None, 0) if self.reduction is None else self.reduction.start(body, shapes)
-        raw = self._values_of(body[start:], self.raw_bytes(shapes, dtype))
+        raw = self._values_of(body[start:], self.sections(shapes, dtype))
         if self.lossless:
             return _of_own_bytes(raw, shapes, dtype, shuffled=self.entropy is not None)
         lengths = self._lengths(shapes)
@@ -193,9 +206,13 @@ class Pipeline:
     def _encode_values(
         self, names: Sequence[str], tensors: Sequence[Tensor], rng: Generators | None
     ) -> tuple[bytes, Bytes]:
-        if self.random and rng is None:
-            raise MessageError(f"the codec {self} draws random numbers: give its encoder an rng")
-        generators = [rng(name) if self.random and rng is not None else None for name in names]
+        generators: list[np.random.Generator | None] = [None] * len(names)
+        if self.random:
+            if rng is None:
+                raise MessageError(
+                    f"the codec {self} draws random numbers: give its encoder an rng"
+                )
+            generators = [rng(name) for name in names]
         arrays: list[Floats] = [t.detach().cpu().float().contiguous().numpy() for t in tensors]
         if self.reduction is None:
             head, parts = b"", [own.reshape(-1) for own in arrays]
@@ -213,15 +230,36 @@ class Pipeline:
         raw = np.concatenate(parts).view(np.uint8) if parts else np.empty(0, np.uint8)
         return head, raw
 
-    def _values_of(self, data: Bytes, size: int) -> Bytes:
-        """Return the bytes of the values before the entropy stage."""
-        if self.entropy is not None:
-            return self.entropy.decode(data, size)
-        if len(data) != size:
-            raise MessageError(
-                f"a coded buffer has {len(data)} bytes of values, it must have {size}"
-            )
-        return data
+    def _coded(self, raw: Bytes, sections: Sequence[int]) -> bytes:
+        """Return the values after the entropy stage, behind the lengths of all sections but one."""
+        if self.entropy is None:
+            return raw.tobytes()
+        ends = np.cumsum(sections)
+        frames = [
+            self.entropy.encode(raw[end - size : end])
+            for end, size in zip(ends, sections, strict=True)
+        ]
+        lengths = [len(frame).to_bytes(LENGTH, "little") for frame in frames[:-1]]
+        return b"".join([*lengths, *frames])
+
+    def _values_of(self, data: Bytes, sections: Sequence[int]) -> Bytes:
+        """Return the bytes of values before the entropy stage."""
+        if self.entropy is None:
+            if len(data) != sum(sections):
+                raise MessageError(
+                    f"a coded buffer has {len(data)} bytes of values, it must have {sum(sections)}"
+                )
+            return data
+        start = LENGTH * (len(sections) - 1)
+        lengths = data[:start].view("<u8").tolist() if len(data) >= start else []
+        rest = len(data) - start - sum(lengths)
+        if len(data) < start or rest < 0:
+            raise MessageError("a coded buffer is shorter than its sections")
+        whole, at = np.empty(sum(sections), np.uint8), 0
+        for size, length in zip(sections, [*lengths, rest], strict=True):
+            whole[at : at + size] = self.entropy.decode(data[start : start + length], size)
+            at, start = at + size, start + length
+        return whole
 
     def _lengths(self, shapes: Sequence[Shape]) -> list[int]:
         if self.reduction is None:
@@ -232,17 +270,19 @@ class Pipeline:
 def pipeline(text: str | Sequence[str]) -> Pipeline:
     """Return the codec of a preset's name, a canonical text, or a list of stages.
 
-    The same text gives the same object. ``"int4"`` is the preset, ``["int4"]`` the stage alone.
+    ``"int4"`` is the preset, ``["int4"]`` the stage alone.
 
     Raises:
         ValueError: A stage that there is not, with options that it has not, twice, or in a wrong order.
     """
     if isinstance(text, str):
         return _pipeline(PRESETS.get(text.strip()) or tuple(text.split(SEPARATOR)))
+    if wrong := [own for own in text if not isinstance(own, str)]:
+        raise ValueError(f"{wrong[0]!r} is no text of a stage, such as 'int4'")
     return _pipeline(tuple(text))
 
 
-@cache
+@lru_cache(1024)
 def _pipeline(texts: tuple[str, ...]) -> Pipeline:
     found: list[Stage] = [_stage(text) for text in texts if text.strip()]
     if not found:
@@ -271,8 +311,6 @@ def _pipeline(texts: tuple[str, ...]) -> Pipeline:
 
 
 def _stage(text: str) -> Stage:
-    if not isinstance(text, str):
-        raise ValueError(f"{text!r} is no text of a stage, such as 'int4'")
     options = Options(text)
     if options.stage in _BY_NAME:
         return _BY_NAME[options.stage].read(options)

@@ -1,10 +1,10 @@
-"""Indices as gaps in Rice's code: within three percent of their entropy log2 C(d, K) / K at any share K / d.
+"""Indices as gaps in Rice's code: within three percent of their entropy, log2 C(d, K) / K each.
 
-The gap before an index is how many numbers lie between it and the one before. A gap g is its low p bits and,
-in unary, g >> p; p is that which makes a tensor's code shortest (the smaller of two). Of all tensors
-together travel: eight bytes of length of the unary bits in bytes, a byte with p for each tensor, all low
-bits, all unary bits (g >> p zeros and a one); both from the least significant bit of a byte on.
-Source: Golomb (1966), Rice and Plaunt (1971).
+The gap before an index is how many numbers lie between it and the one before. A gap g is its low p bits
+and, in unary, g >> p; p is that which makes a tensor's code shortest (the smaller of two). Of all
+tensors together travel: eight bytes of length of the unary bits in bytes, a byte with p for each
+tensor, all low bits, all unary bits (g >> p zeros and a one); both from the least significant bit of a
+byte on. Source: Golomb (1966), Rice and Plaunt (1971).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``sign``: the sign of each number, one bit, and the mean magnitude of each block.
 
 The best code of one bit with one scale in squared error: 1 - 2/pi of a Gaussian's energy is lost, less of
-AdamW's changes, whose magnitudes are alike. Biased: error feedback makes up for it. Zero counts as positive.
-Source: signSGD with norm compression (Karimireddy et al. 2019, arXiv:1901.09847), by blocks.
+AdamW's changes, whose magnitudes are alike. Biased: error feedback makes up for it. Zero counts as
+positive. Source: signSGD with norm compression (Karimireddy et al. 2019, arXiv:1901.09847), by blocks.
 """
 
 from __future__ import annotations

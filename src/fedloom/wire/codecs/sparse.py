@@ -1,9 +1,9 @@
-"""Sparsity: ``top_k:SHARE`` keeps the largest magnitudes of each tensor, ``random_k:SHARE`` some at random.
+"""Sparsity: ``top_k:SHARE`` keeps a tensor's largest magnitudes, ``random_k:SHARE`` some at random.
 
-Of d numbers K = ceil(share d) are kept. ``top_k`` sends their indices (``rice.py``); it is biased, and loses
-most of AdamW's changes, whose magnitudes are alike: it needs error feedback. ``random_k`` sends a seed of
-eight bytes in their place, and what is kept times d / K: unbiased, with d / K - 1 times the energy as
-variance. Source: Stich et al. 2018, Sparsified SGD with Memory, arXiv:1809.07599.
+Of d numbers K = ceil(share d) are kept. ``top_k`` sends their indices (``rice.py``); it is biased, and
+loses most of AdamW's changes, whose magnitudes are alike: it needs error feedback. ``random_k`` sends a
+seed of eight bytes in their place, and what is kept times d / K: unbiased, with d / K - 1 times the
+energy as variance. Source: Stich et al. 2018, Sparsified SGD with Memory, arXiv:1809.07599.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def largest(values: Floats, count: int) -> Indices:
 def chosen(seed: int, place: int, size: int, count: int) -> Indices:
     """Return ``count`` indices below ``size`` at random, increasing.
 
-    They are those of the smallest of ``size`` numbers of 32 bits from Philox with the key (seed, place), which
-    gives the same numbers in every version of numpy.
+    They are those of the smallest of ``size`` numbers of 32 bits from Philox with the key (seed,
+    place), which gives the same numbers in every version of numpy.
 
     Args:
         seed: Below 2^63.

@@ -1,10 +1,10 @@
-"""What a stage of a codec is: it keeps fewer numbers, writes numbers in fewer bits, or codes bytes in fewer.
+"""What a stage of a codec is: it keeps fewer numbers, or writes numbers or bytes in fewer bits.
 
-A pipeline has at most one stage of each kind, in this order. Each says how many bytes its output may have,
-from shapes alone, so that a decoder knows before it reads. Pure: arrays in, bytes out.
+A pipeline has at most one stage of each kind, in this order. Each says how many bytes its output may
+have, from shapes alone, so that a decoder knows before it reads. Pure: arrays in, bytes out.
 
-Numbers of a tensor are coded as float32, flat, in row-major order. A stage that splits a tensor in several
-arrays (the factors of a matrix) calls each of them a *part*.
+Numbers of a tensor are coded as float32, flat, in row-major order. A stage that splits a tensor in
+several arrays (the factors of a matrix) calls each of them a *part*.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Options:
     def __init__(self, text: str) -> None:
         """Take a text apart."""
         self.text = text.strip()
-        self.stage, _, rest = self.text.partition(":")
+        stage, _, rest = self.text.partition(":")
+        self.stage = stage.strip()
         self.left = [own.strip() for own in rest.split(",")] if rest else []
 
     def flag(self, *names: str) -> str:
@@ -44,11 +45,13 @@ class Options:
 
     def whole(self, name: str, default: int, lowest: int, highest: int) -> int:
         """Return the whole number of ``name=``, within a range."""
-        value = default
-        for own in [own for own in self.left if own.startswith(f"{name}=")]:
-            self.left.remove(own)
-            value = self._whole(name, own.removeprefix(f"{name}="), lowest, highest)
-        return value
+        found = [own for own in self.left if own.startswith(f"{name}=")]
+        if not found:
+            return default
+        if len(found) > 1:
+            raise ValueError(f"{self.text!r} says {name}= twice: leave one of them out")
+        self.left.remove(found[0])
+        return self._whole(name, found[0].removeprefix(f"{name}="), lowest, highest)
 
     def count(self, name: str, lowest: int, highest: int) -> int:
         """Return the first option, a whole number within a range."""
@@ -163,8 +166,8 @@ class ValueCodec(Stage):
     """Writes each number in fewer bits."""
 
     @abstractmethod
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Return the exact bytes of parts of these lengths."""
+    def sections(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return the exact bytes of each kind that parts of these lengths take."""
 
     @abstractmethod
     def encode(
@@ -177,7 +180,7 @@ class ValueCodec(Stage):
         """Return the numbers of all parts, one after the other.
 
         Args:
-            data: As many bytes as :meth:`bytes_of` says.
+            data: As many bytes as :meth:`sections` says.
             lengths: Of the parts.
 
         Raises:

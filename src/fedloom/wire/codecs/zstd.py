@@ -1,8 +1,8 @@
 """The entropy stage: one frame of Zstandard (RFC 8878).
 
 Its Huffman coder is within one percent of the entropy of packed codes. The decoder takes one frame whose
-header declares exactly the size that the schema gives; ``max_output_size`` of the library is no bound, since
-it is not looked at where the header declares a size.
+header declares exactly the size that the schema gives; ``max_output_size`` of the library is no bound,
+since it is not looked at where the header declares a size.
 """
 
 from __future__ import annotations
