@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -53,7 +53,8 @@ class ClientLink:
     _settings: WireSettings
     _seed: int
     _control: Control | None
-    _ours: dict[str, Tensors]
+    _kept: Mapping[str, Tensors]
+    _renewed: dict[str, Tensors] = field(default_factory=dict)
     _made: tuple[Payload, bytes, Payload] | None = None
 
     @classmethod
@@ -81,8 +82,8 @@ class ClientLink:
                 this client does not hold what it is a change of.
         """
         payload = decode(exchange.requests[client], exchange.schema_of(client))
-        ours = {name: own for name, own in slots.items() if is_ours(name)}
-        link = cls(exchange, client, payload, settings, seed, None, ours)
+        kept = {name: own for name, own in slots.items() if is_ours(name)}
+        link = cls(exchange, client, payload, settings, seed, None, kept)
         if CONTROL in payload.tensors:
             link._receive(initial)
         if CONTROL not in payload.tensors and any(s.codec for s in exchange.reply_schema.tensors):
@@ -100,19 +101,16 @@ class ClientLink:
                 f"the server asks for a reply in {sorted(others)[0]!r}, and the experiment says "
                 f"wire.up = {self._settings.up!r}"
             )
-        moves = [
-            tensors.pop(f"{MISSED}{i}").numpy().tobytes()
-            for i in range(control.missed)
-            if f"{MISSED}{i}" in tensors
-        ]
-        if len(moves) < control.missed:
+        blobs = {name for name in tensors if name.startswith(MISSED)}
+        if len(blobs) != control.missed or blobs != {f"{MISSED}{i}" for i in range(len(blobs))}:
             raise MessageError("a request lacks changes that it says it holds")
+        moves = [tensors.pop(f"{MISSED}{i}").numpy().tobytes() for i in range(len(blobs))]
         if control.held:
             slot, schema = f"{HELD}{self.exchange.action}", self._schema_down(control)
             if control.whole:
                 held = {spec.name: tensors[spec.name] for spec in schema.tensors}
             else:
-                held = self._ours.get(slot) or start_of(schema.tensors, initial)
+                held = self._kept.get(slot) or start_of(schema.tensors, initial)
                 if {n: tuple(t.shape) for n, t in held.items()} != {
                     spec.name: spec.shape for spec in schema.tensors
                 }:
@@ -124,7 +122,7 @@ class ClientLink:
                     "this client does not hold the model that the server's changes are of, as after the "
                     "loss of its store; the server sends the whole in its next round"
                 )
-            self._ours[slot] = held
+            self._renewed[slot] = held
             tensors |= held
         self.payload = replace(self.payload, tensors=tensors)
 
@@ -150,7 +148,7 @@ class ClientLink:
 
     def stored(self, slots: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """Return what a client stores: what its method does, and what is kept here."""
-        return {**slots, **self._ours}
+        return {**slots, **self._kept, **self._renewed}
 
     def _coded(self, reply: Payload) -> tuple[bytes, Payload]:
         """Return a reply's bytes and what the server reads in them; once for each reply."""
@@ -232,12 +230,12 @@ class ClientLink:
         """Return e, or h of ``ef21``, as this client has it in this round."""
         own = self._settings
         if own.error_feedback == "ef21":
-            found = {} if control.afresh else dict(self._ours.get(f"{ESTIMATE}{action}", {}))
+            found = {} if control.afresh else dict(self._kept.get(f"{ESTIMATE}{action}", {}))
             found.pop(COUNT, None)
             return found
         if own.error_feedback == "none":
             return {}
-        found = dict(self._ours.get(f"{RESIDUAL}{action}", {}))
+        found = dict(self._kept.get(f"{RESIDUAL}{action}", {}))
         since = int(found.pop(SINCE, torch.tensor(self.exchange.round)))
         absent = max(0, self.exchange.round - since - 1)
         if absent > own.absence_limit:
@@ -245,7 +243,7 @@ class ClientLink:
         return {name: tensor * own.absence_decay**absent for name, tensor in found.items()}
 
     def _updates_before(self, action: str, control: Control) -> torch.Tensor:
-        own = {} if control.afresh else self._ours.get(f"{ESTIMATE}{action}", {})
+        own = {} if control.afresh else self._kept.get(f"{ESTIMATE}{action}", {})
         return own.get(COUNT, torch.zeros(1, dtype=torch.int64))
 
     def _remember(self, action: str, wanted: Tensors, before: Tensors, decoded: Tensors) -> Tensors:
@@ -256,7 +254,7 @@ class ClientLink:
         if kind == "classic":
             residual = {name: own - decoded[name].float() for name, own in wanted.items()}
             residual[SINCE] = torch.tensor(self.exchange.round)
-            self._ours[f"{RESIDUAL}{action}"] = residual
+            self._renewed[f"{RESIDUAL}{action}"] = residual
             return {}
         estimate = {
             name: before[name] + decoded[name].float()
@@ -264,7 +262,7 @@ class ClientLink:
             else decoded[name].float()
             for name in wanted
         }
-        self._ours[f"{ESTIMATE}{action}"] = {**estimate, COUNT: decoded[UPDATES]}
+        self._renewed[f"{ESTIMATE}{action}"] = {**estimate, COUNT: decoded[UPDATES]}
         return estimate
 
 

@@ -248,7 +248,7 @@ class Compression:
             return None
         version = self._versions.get(action, {}).get(client, held.unheard)
         lacking = held.version - version
-        if version == UNKNOWN or lacking > len(held.missed):
+        if version == UNKNOWN or not 0 <= lacking <= len(held.missed):
             return None
         return lacking
 
