@@ -2,7 +2,7 @@
 
     python benchmarks/wire.py [--rounds 8] [--seeds 1] > benchmarks/results/wire.md
 
-Real rounds of a tiny transformer with LoRA of rank 16 on all layers; a client makes ten AdamW steps a round.
+Real rounds of a tiny transformer with LoRA of rank 16; a client makes ten AdamW steps in each.
 Bytes are those of encoded payloads, headers and scales included, without evaluation.
 """
 

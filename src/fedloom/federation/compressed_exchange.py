@@ -78,14 +78,14 @@ class _Held:
         version: How often it has moved.
         source: SHA-256 of the method's model that it was last moved towards.
         missed: The last of the moves, each as an encoded message; together no longer than h.
-        unheard: Version of a client that has not answered yet.
+        default: Version of a client that has not answered yet.
     """
 
     tensors: Tensors
     version: int
     source: str = ""
     missed: tuple[bytes, ...] = ()
-    unheard: int = 0
+    default: int = 0
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Compression:
             facts.setdefault("held", {})[action] = {
                 "version": own.version,
                 "source": own.source,
-                "unheard": own.unheard,
+                "default": own.default,
                 "missed": len(own.missed),
                 "clients": known,
                 "names": list(own.tensors),
@@ -193,7 +193,7 @@ class Compression:
                 own["version"],
                 own["source"],
                 tuple(one.numpy().tobytes() for one in missed),
-                own["unheard"],
+                own["default"],
             )
             self._versions[action] = {int(c): version for c, version in own["clients"].items()}
         for action, own in facts.get("estimates", {}).items():
@@ -246,7 +246,7 @@ class Compression:
         """Return how many moves a client lacks, ``None`` where it is sent the whole."""
         if held is None:
             return None
-        version = self._versions.get(action, {}).get(client, held.unheard)
+        version = self._versions.get(action, {}).get(client, held.default)
         lacking = held.version - version
         if version == UNKNOWN or not 0 <= lacking <= len(held.missed):
             return None
@@ -264,7 +264,7 @@ class Compression:
             n: t.shape for n, t in wanted.items()
         }:
             self._versions[action] = {}
-            held = _Held(wanted, held.version + 1, source, unheard=UNKNOWN)
+            held = _Held(wanted, held.version + 1, source, default=UNKNOWN)
         if held.source != source:
             change = {
                 n: (t.float() - held.tensors[n].float()).to(t.dtype) for n, t in wanted.items()
