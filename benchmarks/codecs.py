@@ -146,7 +146,7 @@ def row(text: str, numbers: dict[str, torch.Tensor], others: dict[str, torch.Ten
     over = f"{8 * size / coded[1]:.3f}" if coded is not None else ""
     speeds = (size_mb / s for s in (encoding, decoding, encoding + decoding))
     cells = [
-        f"`{pipeline(text)}`",
+        ", ".join(f"`{stage}`" for stage in pipeline(text).stages),
         f"{bits:.2f}",
         f"{32 / bits:.1f}",
         f"{4 * count / other_size:.1f}",

@@ -190,8 +190,9 @@ class Schema:
             found = cls(specs, numbers, metrics)
             if len(found.codec_groups) > MAX_CODECS:
                 raise ValueError(f"more than {MAX_CODECS} codecs")
-            if found.max_bytes > MAX_PAYLOAD:
-                raise ValueError(f"{found.max_bytes} bytes, {MAX_PAYLOAD} are allowed")
+            most = max(found.max_bytes, found.plain.max_bytes)
+            if most > MAX_PAYLOAD:
+                raise ValueError(f"{most} bytes, {MAX_PAYLOAD} are allowed")
         except (KeyError, TypeError, ValueError) as error:
             raise MessageError(f"a schema is malformed: {error}") from None
         return found
@@ -220,7 +221,7 @@ class Schema:
     @cached_property
     def plain(self) -> Schema:
         """The same without codecs."""
-        return self.coded(lambda spec: "")
+        return self.coded(lambda spec: "") if self.codec_groups else self
 
     def coded(self, codec_of: Callable[[TensorSpec], str]) -> Schema:
         """Return the same with codecs.

@@ -35,7 +35,7 @@ class WireSettings(Settings):
     down: Stages = []
     """Codec of what all clients are sent alike: the change since the model that they have (default:
     tensors as they are)."""
-    error_feedback: Annotated[Literal["none", "classic", "ef21"], COMPRESSED] = "none"
+    error_feedback: Literal["none", "classic", "ef21"] = "none"
     """What a client does about what a biased codec of wire.up loses: "classic" adds it to its next
     change; "ef21" has server and client keep an estimate of the change and sends what it lacks."""
     absence_decay: Annotated[float, WITH_RESIDUALS] = Field(default=0.9, ge=0, le=1)

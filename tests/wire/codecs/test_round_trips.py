@@ -213,6 +213,13 @@ def test_a_codec_of_what_is_no_float_of_fixed_shape_is_refused():
             Schema.from_table(table)
 
 
+def test_a_tensor_that_is_too_large_once_decoded_is_refused():
+    table = Schema.of({"x": ordinary(4)}).to_table()
+    table["tensors"] = [["x", [1 << 39], "float32", False, "random_k:1e-09"]]
+    with pytest.raises(MessageError, match="bytes, 1099511627776 are allowed"):
+        Schema.from_table(table)
+
+
 def test_more_codecs_than_a_header_holds_are_refused():
     tensors = {f"x{i}": ordinary(4) for i in range(65)}
     with pytest.raises(ValueError, match="at most 64 codecs, not 65"):
