@@ -37,7 +37,9 @@ CODECS: dict[str, dict[str, object]] = {
 """``[wire]`` of each row."""
 
 
-def played(wire: dict[str, object], folder: Path, rounds: int, seed: int, drawn: int) -> dict[str, float]:
+def played(
+    wire: dict[str, object], folder: Path, rounds: int, seed: int, drawn: int
+) -> dict[str, float]:
     """Return bytes of a client in a round, and the held-out loss after the last."""
     experiment = Experiment.from_table(
         {
