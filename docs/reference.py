@@ -240,10 +240,19 @@ def _declared() -> Iterator[str]:
 
 
 def _works() -> Iterator[str]:
-    yield "| method | secure aggregation | client-level privacy | row-level privacy | asynchronous |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield (
+        "| method | secure aggregation | client-level privacy | row-level privacy | asynchronous | "
+        "compression |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- |"
     for names, own in _alike(
-        lambda own: (own.secure_aggregation, own.client_privacy, own.row_privacy, own.asynchronous)
+        lambda own: (
+            own.secure_aggregation,
+            own.client_privacy,
+            own.row_privacy,
+            own.asynchronous,
+            own.compression,
+        )
     ):
         yield f"| {names} | {' | '.join(str(claim) for claim in own)} |"
 

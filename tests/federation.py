@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from fedloom.federation.admission import Admission
+from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.rounds import Server
 from fedloom.federation.secure_exchange import SecureAggregation
 from fedloom.runs.assembly import assemble
@@ -22,6 +23,7 @@ class Federation:
     parts: object
     state: object
     records: list
+    compression: Compression | None = None
 
     @property
     def adapter(self):
@@ -33,9 +35,12 @@ class Federation:
 
 @pytest.fixture
 def federate():
-    """Play an experiment's rounds over the real engine; ``break_`` may change it before they start."""
+    """Play an experiment's rounds over the real engine; ``break_`` may change it before they start.
 
-    def play(experiment, break_=lambda parts: None, evaluate=False):
+    ``after`` is called with each record and the parts once a round is over.
+    """
+
+    def play(experiment, break_=lambda parts: None, evaluate=False, after=lambda *_: None):
         parts = assemble(experiment, partition_data(experiment))
         break_(parts)
         records = []
@@ -43,9 +48,12 @@ def federate():
         def finish(record, state):
             parts.engine.finish_round()
             records.append(record)
+            after(record, parts)
 
         rounds = experiment.federation.rounds
         admission = Admission(experiment.admission)
+        seed = experiment.federation.seed
+        compression = Compression.of(experiment.wire, seed, parts.initial)
         server = Server(
             parts.method,
             parts.engine,
@@ -67,8 +75,9 @@ def federate():
             reported=reported(parts.objective),
             clock=simulated_clock(experiment),
             secure=SecureAggregation.of(experiment.privacy, "run"),
+            compression=compression,
         )
         state = server.run(parts.method.initial_state(parts.initial), -1 if evaluate else 0)
-        return Federation(parts, state, records)
+        return Federation(parts, state, records, compression)
 
     return play

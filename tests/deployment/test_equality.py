@@ -76,6 +76,27 @@ def test_simulation_and_machines_give_the_same(suited, loopback, tmp_path, metho
     assert bool(own) == (METHODS[method][1].own_models or METHODS[method][1].personal)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "feedback"), [("fedavg", "classic"), ("fedavg", "ef21"), ("scaffold", "classic")]
+)
+def test_compressed_rounds_are_the_same_between_machines(
+    suited, loopback, tmp_path, method, feedback
+):
+    """With clients that are away for some rounds, and what each side remembers of them."""
+    wire = {"up": ["ternary:nearest", "zstd"], "down": "int4", "error_feedback": feedback}
+    drawn = {"federation": {"rounds": 4, "clients": 3, "clients_per_round": 2}}
+    table = {**suited(method), **drawn, "wire": {**wire, "keep_plain_below": 0}}
+    here = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "here")}})
+    there = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "there")}})
+    fedloom.run(here)
+    run_experiment(there, observer=Silent(), remote=loopback(3).engine(there))
+    one, two = tmp_path / "here", tmp_path / "there"
+    assert states(one) == states(two) and len(set(states(one))) == 5
+    assert rounds(one) == rounds(two)
+    assert costs(one) == costs(two)
+
+
 @pytest.mark.parametrize(
     ("method", "noise"),
     [

@@ -16,6 +16,7 @@ from engines.test_contract import training
 from fedloom.accounting.costs import REFERENCE
 from fedloom.engines.workers import TRIES
 from fedloom.errors import RoundFailed, SettingsError
+from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.rounds import Server
 from fedloom.runs.assembly import assemble
@@ -59,6 +60,7 @@ def played(settings, parts):
         Silent(),
         reported=reported(parts.objective),
         clock=simulated_clock(settings),
+        compression=Compression.of(settings.wire, settings.federation.seed, parts.initial),
     )
     state = server.run(parts.method.initial_state(parts.initial))
     kept = {

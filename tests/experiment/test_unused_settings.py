@@ -42,6 +42,21 @@ CASES = {
         )
         for name in ("beta1", "beta2", "epsilon")
     },
+    "wire.keep_plain_below": (
+        {"wire": {"keep_plain_below": 5}},
+        "wire.keep_plain_below = 5 does nothing: [wire] gives neither up nor down, so that tensors are "
+        "sent as they are",
+        {"wire": {"keep_plain_below": 5, "up": "int8"}},
+    ),
+    **{
+        f"wire.{name}": (
+            {"wire": {name: value, "up": "int8"}},
+            f"wire.{name} = {value} does nothing: it is read where wire.error_feedback is 'classic', which "
+            "is 'none'",
+            {"wire": {name: value, "up": ["int4:nearest"], "error_feedback": "classic"}},
+        )
+        for name, value in (("absence_decay", 0.5), ("absence_limit", 5))
+    },
     "training.amount_per": (
         {"training": {"amount_per": "round", "local_steps": 4}},
         "training.amount_per = 'round' does nothing: this method trains one model once in a round",

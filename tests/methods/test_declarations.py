@@ -17,7 +17,7 @@ def test_a_method_declares_what_it_is(name):
     assert (own.framework == "FedLLM") == kind.shares_parameters
     claims = [getattr(own, field.name) for field in dataclasses.fields(own)]
     claims = [claim for claim in claims if isinstance(claim, Claim)]
-    assert len(claims) == 4 and all(claim.why for claim in claims)
+    assert len(claims) == 5 and all(claim.why for claim in claims)
     assert own.absence.away and own.title and own.travels and own.keeps
     assert bool(own.paper) == (own.fidelity != "own" or name == "fedavg_ft")
     fields = settings.model_fields.keys() - {"name"}

@@ -16,13 +16,14 @@ from functools import partial
 from fedloom.accounting.costs import Cost
 from fedloom.accounting.ledger import peak_memory, reset_peak_memory
 from fedloom.engines.in_process import SimulationEngine
+from fedloom.federation.client_link import ClientLink
 from fedloom.methods.contract.client import Client, Trainings
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.stacked_lora import reason_against
 from fedloom.training.cohort import Outcome, alone, likeness, tokens_together, train_together
 from fedloom.training.memory import is_out_of_memory
 from fedloom.training.steps import Training
-from fedloom.wire.messages import Answer, Exchange, Payload, decode
+from fedloom.wire.messages import Answer, Exchange, Payload
 
 LOG = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class _Work:
         model: What it computes with.
         cost: What it has cost so far.
         put_back: Has the model hold what this client's handler left in it.
+        link: The request, decoded.
         client: As its handler sees it.
         steps: The handler, waiting; ``None`` where it trains a client by itself.
         asked: The training that it waits for; ``None`` before it has begun, and at the end.
@@ -47,6 +49,7 @@ class _Work:
     model: AdapterModel
     cost: Cost
     put_back: Callable[[], None]
+    link: ClientLink | None = None
     client: Client | None = None
     steps: Trainings[Payload] | None = None
     asked: Training | None = None
@@ -109,7 +112,7 @@ def answers_together(
         while waiting := [work for work in works if work.asked is not None]:
             for work, outcome in zip(waiting, _trained(engine, waiting), strict=True):
                 work.take(outcome)
-        return {work.number: _answer(engine, exchange, work) for work in works}
+        return {work.number: _answer(engine, work) for work in works}
     except MemoryError:
         LOG.warning(
             "round %d: memory does not suffice for %d clients together; they are trained one by one, "
@@ -130,10 +133,10 @@ def answers_together(
 def _begin(engine: SimulationEngine, exchange: Exchange, work: _Work) -> Training | None:
     """Have a client's handler begin, with parameters of its own to write into."""
     work.cost.bytes_down, work.cost.exchanges = exchange.bytes_down(work.number), 1
-    payload = decode(exchange.requests[work.number], exchange.request_schema)
+    work.link = engine.link(exchange, work.number)
     work.model.hold(work.model.parameters_of(dict(work.model.parameters)))
-    work.client = engine.client(work.number, exchange.round)
-    reply = engine.handlers[exchange.action](work.client, payload)
+    work.client = engine.client(work.number, exchange.round, work.link)
+    reply = engine.handlers[exchange.action](work.client, work.link.payload)
     if isinstance(reply, Generator):
         work.steps = reply
         return next(work.steps)
@@ -171,18 +174,18 @@ def _trained(engine: SimulationEngine, works: Sequence[_Work]) -> list[Outcome]:
     return [found[place] for place in range(len(works))]
 
 
-def _answer(engine: SimulationEngine, exchange: Exchange, work: _Work) -> Answer:
+def _answer(engine: SimulationEngine, work: _Work) -> Answer:
     """Return a client's answer, once its handler has ended, and let what it has stored count."""
     work.cost.peak_memory = peak_memory()
-    client, reply = work.client, work.reply
+    client, reply, link = work.client, work.reply, work.link
     try:
         if client is not None:
             engine.count_training(work.cost, client)
         if work.error is not None:
             raise work.error
-        assert client is not None and reply is not None, "it has ended"
-        encoded = engine.encoded_reply(exchange, client, reply, work.cost)
-        engine.store.stage(work.number, client.store)
+        assert client is not None and reply is not None and link is not None, "it has ended"
+        encoded = engine.encoded_reply(link, client, reply, work.cost)
+        engine.store.stage(work.number, link.stored(client.store))
         return Answer(work.number, encoded)
     except Exception as error:
         engine.forget_attempt(work.number)

@@ -18,12 +18,14 @@ from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
 from fedloom.errors import FedloomError, MessageError, PluginError
+from fedloom.federation.client_link import ClientLink
+from fedloom.federation.compression_messages import of_methods
 from fedloom.federation.contract import fault_of, kind_of
 from fedloom.federation.presence import Membership
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Absence
 from fedloom.federation.secure_exchange import PROTOCOL, SecureClients
-from fedloom.methods.contract.client import Client, Handler, carried_out
+from fedloom.methods.contract.client import Client, Handler, carried_out, unchanged
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.request_limits import Allowance
 from fedloom.models.stacked_lora import reason_against
@@ -39,7 +41,8 @@ from fedloom.training.references import add_reference_logps
 from fedloom.training.results import OnStep, StepRecord
 from fedloom.training.settings import TrainingSettings
 from fedloom.training.steps import Driver
-from fedloom.wire.messages import Answer, Exchange, Payload, decode, encode
+from fedloom.wire.messages import Answer, Exchange, Payload
+from fedloom.wire.settings import WireSettings
 
 LOG = logging.getLogger(__name__)
 
@@ -132,6 +135,7 @@ class SimulationEngine:
         alone: Actions whose handlers train a client by themselves, as far as is known.
         drivers: What makes the trainings of each client, where row-level privacy hides its rows.
         secure: The clients' part in secure aggregation, where there is some.
+        wire: How tensors are compressed.
     """
 
     resources: Mapping[int, ClientResources]
@@ -155,6 +159,7 @@ class SimulationEngine:
     alone: set[str] = field(default_factory=set)
     drivers: Mapping[int, Driver] = field(default_factory=dict)
     secure: SecureClients | None = None
+    wire: WireSettings = field(default_factory=WireSettings)
     _sessions: dict[int, dict[str, Any]] = field(default_factory=dict)
     _round: int = -1
     _fits: dict[int, int] = field(default_factory=dict)
@@ -278,7 +283,7 @@ class SimulationEngine:
                     f"{', '.join(sorted(self.handlers))}"
                 )
             self.prepare(exchange, client)
-            return Answer(client, self._handle(exchange, client, exchange.requests[client]))
+            return Answer(client, self._handle(exchange, client))
         except CallbackError as raised:
             failure = raised.error
         except Exception as error:  # an error at one client must not stop the others
@@ -300,27 +305,36 @@ class SimulationEngine:
         if exchange.action != EVALUATE:
             self.add_reference(exchange.round, client)
 
-    def _handle(self, exchange: Exchange, number: int, data: bytes) -> bytes:
+    def _handle(self, exchange: Exchange, number: int) -> bytes:
         """Decode a request, carry it out, encode the reply, then update the client store."""
         with self.ledger.measure(exchange.round, number, exchange.action) as cost:
             cost.bytes_down, cost.exchanges = exchange.bytes_down(number), 1
-            payload = decode(data, exchange.request_schema)
-            client, reply = self._worked(exchange, number, payload, cost)
-            encoded = self.encoded_reply(exchange, client, reply, cost)
-        self.store.stage(number, client.store)
+            link = self.link(exchange, number)
+            client, reply = self._worked(exchange, number, link, cost)
+            encoded = self.encoded_reply(link, client, reply, cost)
+        self.store.stage(number, link.stored(client.store))
         return encoded
 
+    def link(self, exchange: Exchange, client: int) -> ClientLink:
+        """Decode a client's request.
+
+        Raises:
+            MessageError: It is none that this client can use.
+        """
+        slots, initial = self.store.slots(client), self.resources[client].initial
+        return ClientLink.opened(exchange, client, self.wire, self.seed, slots, initial)
+
     def _worked(
-        self, exchange: Exchange, number: int, payload: Payload, cost: Cost
+        self, exchange: Exchange, number: int, link: ClientLink, cost: Cost
     ) -> tuple[Client, Payload]:
         """Carry out an action; where memory does not suffice, use smaller passes from then on."""
 
         def work(size: int) -> tuple[Client, Payload]:
             self._fits[number] = size
-            client = self.client(number, exchange.round)
+            client = self.client(number, exchange.round, link)
             before = client.model.flops
             try:
-                reply = self.handlers[exchange.action](client, payload)
+                reply = self.handlers[exchange.action](client, link.payload)
                 return client, carried_out(reply) if isinstance(reply, Generator) else reply
             except Exception:
                 if not under_way:
@@ -340,19 +354,18 @@ class SimulationEngine:
         """Discard what a failed attempt at a client's work has left for this round."""
         self._sessions.pop(client, None)
 
-    def encoded_reply(
-        self, exchange: Exchange, client: Client, reply: Payload, cost: Cost
-    ) -> bytes:
+    def encoded_reply(self, link: ClientLink, client: Client, reply: Payload, cost: Cost) -> bytes:
         """Return what a client sends back, masked where it is to be summed.
 
         Raises:
             PluginError: What its handler made is not sound.
         """
+        exchange = link.exchange
         _require_sound(exchange.action, client, reply)
         if exchange.masking is not None and self.secure is not None:
             encoded = self.secure.masked(exchange, client.id, reply)
         else:
-            encoded = encode(reply, exchange.reply_schema)
+            encoded = link.encoded(reply)
         cost.bytes_up = len(encoded)
         return encoded
 
@@ -363,8 +376,8 @@ class SimulationEngine:
             cost.tokens, cost.examples = client.last.tokens, client.last.examples
             cost.steps, cost.targets = client.last.steps, client.last.targets
 
-    def client(self, number: int, round: int) -> Client:
-        """Return the client that a handler works on."""
+    def client(self, number: int, round: int, link: ClientLink | None = None) -> Client:
+        """Return the client that a handler works on, in answer to a request where there is one."""
         own = self.resources[number]
         training = self.training
         if number in self._fits:
@@ -385,7 +398,7 @@ class SimulationEngine:
             noise_seed=self.seed if self.noise_seed is None else self.noise_seed,
             participations=self.participations,
             rounds=self.rounds,
-            store=self.store.slots(number),
+            store=of_methods(self.store.slots(number)),
             max_length=own.max_length,
             width=own.width,
             public=own.public,
@@ -393,6 +406,7 @@ class SimulationEngine:
             session=self._sessions.setdefault(number, {}),
             on_step=ending(self.on_step) if self.on_step is not None else None,
             driver=self.drivers.get(number),
+            as_read=link.as_read if link is not None else unchanged,
         )
 
     def add_reference(self, round: int, client: int) -> None:

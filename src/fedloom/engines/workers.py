@@ -311,8 +311,16 @@ def _only(exchange: Exchange, client: int) -> Exchange:
     if masking is not None:
         own = {who: data for who, data in masking.messages.items() if who == client}
         masking = replace(masking, messages=own)
-    requests = {client: exchange.requests[client]}
-    return replace(exchange, requests=requests, check=None, masking=masking)
+    return replace(
+        exchange,
+        request_schema=exchange.schema_of(client),
+        requests={client: exchange.requests[client]},
+        check=None,
+        masking=masking,
+        schemas={},
+        plain=None,
+        read=None,
+    )
 
 
 def _reference_of(share: TokenShare) -> Reference | None:

@@ -20,6 +20,7 @@ from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.experiment.client_privacy import client_privacy_contradictions
+from fedloom.experiment.compression import compression_contradictions
 from fedloom.experiment.row_privacy import row_privacy_contradictions
 from fedloom.experiment.simulation import SimulationSettings
 from fedloom.federation.admission import AdmissionSettings
@@ -38,6 +39,7 @@ from fedloom.settings.schema import NamedSettings, Settings, Table, parse
 from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import is_text, override, read_toml, require_section, write_toml
 from fedloom.training.settings import TrainingSettings
+from fedloom.wire.settings import WireSettings
 
 COMPARE = "compare"
 """Section that makes an experiment file a comparison (``runs/comparison.py``)."""
@@ -85,6 +87,7 @@ class Experiment:
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    wire: WireSettings = field(default_factory=WireSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -166,8 +169,8 @@ class Experiment:
     def to_table(self, *, defaults: bool = True) -> Table:
         """Return every setting, or those that are not at their default and what sections are named.
 
-        Without defaults, a section that has nothing to say is left out: an older release may not
-        know it.
+        Without defaults, a section that has nothing to say is left out: an older release may not know
+        it.
         """
         table: Table = {"name": self.name}
         for section in SECTIONS:
@@ -214,6 +217,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "aggregation": AggregationSettings,
     "admission": AdmissionSettings,
     "privacy": PrivacySettings,
+    "wire": WireSettings,
     "training": TrainingSettings,
     "simulation": SimulationSettings,
     "evaluation": EvaluationSettings,
@@ -300,6 +304,9 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["privacy"].contradictions()
         found += row_privacy_contradictions(parts)
         found += client_privacy_contradictions(parts)
+    if "wire" in parts:
+        found += parts["wire"].contradictions()
+        found += compression_contradictions(parts)
     if "federation" in parts:
         federation: FederationSettings = parts["federation"]
         if federation.cohort_size > federation.clients:

@@ -77,6 +77,7 @@ def _facts(experiment: Experiment) -> dict[str, object]:
         "heads": not causal or bool(parts) or objective.needs_reward,
         "trains again": trainings > 1 or method.repeats > 1,
         "public rows": METHODS[experiment.method.name][1].needs_public,
+        "compresses": experiment.wire.compresses,
         "joins": bool(experiment.clients.newcomers),
         "draws clients": experiment.federation.cohort_size < experiment.federation.clients,
         "judges clients": experiment.judges_clients,

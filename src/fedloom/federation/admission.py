@@ -26,7 +26,7 @@ from fedloom.errors import MessageError, OutputError, ViolationKind
 from fedloom.federation.violations import WHY, Violation, ViolationObserver, one_line, quarantined
 from fedloom.security.audit_log import Limited, Record, digest_of, no_op_recorder
 from fedloom.settings.schema import Settings
-from fedloom.wire.messages import Answer, Exchange, Payload, Reply, decode, require_finite
+from fedloom.wire.messages import Answer, Exchange, Payload, Reply, require_finite
 
 TIMES, PART = 10, 10
 """Of the bound on a client's weight where its rows are not known: see :meth:`Admission.weight_bound`."""
@@ -267,7 +267,7 @@ class Admission:
         sizes: Mapping[int, int],
         weight_bound: int | None,
     ) -> Payload:
-        payload = decode(data, exchange.reply_schema)
+        payload = exchange.read_reply(client, data)
         largest = require_finite(payload)
         if exchange.check is not None:
             exchange.check(client, payload)
@@ -295,7 +295,7 @@ class Admission:
         self, client: int, payload: Payload, exchange: Exchange, largest: float
     ) -> Payload:
         """Return a payload that moves what was sent no further than ``largest``."""
-        sent = decode(exchange.requests[client], exchange.request_schema).tensors
+        sent = exchange.sent_to(client)
         both = {
             name: tensor
             for name, tensor in payload.tensors.items()

@@ -16,6 +16,7 @@ from fedloom.accounting.ledger import Ledger
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.federation.admission import Admission
 from fedloom.federation.clock import SimulatedClock
+from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
 from fedloom.federation.participants import FederationSettings
@@ -57,6 +58,7 @@ class Server:
         private: Takes means under client-level privacy; with it, what clients and the method report of
             a round stays out of the records.
         secure: Has replies summed of which the server sees none, where that is asked for.
+        compression: Has tensors compressed on their way, where that is asked for.
     """
 
     method: Method
@@ -76,6 +78,7 @@ class Server:
     selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
     private: PrivateMean | None = None
     secure: SecureAggregation | None = None
+    compression: Compression | None = None
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -257,6 +260,9 @@ class _RoundExchanges:
         exchange = self.server.admission.without_paused(exchange)
         if self.server.secure is not None:
             return self._sum(self.server.secure, exchange)
+        compression = self.server.compression
+        if compression is not None:
+            exchange = compression.carried(exchange)
         exchange, answers, staleness = self._carried(exchange)
         replies, rejected = self.server.admission.accept(
             answers,
@@ -269,6 +275,8 @@ class _RoundExchanges:
         self.rejected.update(rejected)
         self.answered.update(reply.client for reply in replies)
         self.server.engine.discard(rejected.keys())
+        if compression is not None:
+            compression.settle(exchange, [reply.client for reply in replies])
         self._report_progress()
         if last:
             self._require_quorum()
@@ -335,7 +343,7 @@ class _RoundExchanges:
 
     def _keeping(self, exchange: Exchange) -> Callable[[int, Payload], Payload]:
         """Return a function that stores payloads until all have arrived: on disk if they are large."""
-        schema, folder = exchange.reply_schema.plain, self.server.disk_buffer
+        schema, folder = (exchange.plain or exchange).reply_schema, self.server.disk_buffer
         if folder is None or len(exchange.requests) * schema.max_bytes <= DISK_BUFFER_ABOVE:
             return lambda client, payload: payload
 

@@ -38,6 +38,7 @@ class Centralised(Method):
         client_privacy=no("there is one client"),
         row_privacy=yes("its steps are plain gradient steps on the pooled rows"),
         asynchronous=no("there is one client"),
+        compression=no("there is one client"),
         absence=Absence("there is one client, which holds all rows", "", "", tolerated=False),
         role="baseline",
     )

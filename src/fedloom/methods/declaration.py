@@ -30,6 +30,9 @@ class Claim:
         return f"{'yes' if self.holds else 'no'}: {self.why}"
 
 
+UNDECLARED = Claim(False, "its declaration does not say that it does")
+
+
 @dataclass(frozen=True)
 class Absence:
     """What becomes of a client that is not there.
@@ -64,6 +67,8 @@ class Declaration:
         row_privacy: Whether clipping and noise in a client's own steps is enough to hide a row.
         asynchronous: Whether answers may be taken one by one, to a state that has moved on.
         absence: What becomes of a client that is not there.
+        compression: Whether what travels may be coded with a loss, as ``[wire]`` asks.
+        compression_bits: Bits that a coded number has at least, before the entropy stage.
         role: baseline: what other methods are weighed against; it is no way to train a federation.
         reference: Whether methods with personal models are weighed against it.
     """
@@ -82,6 +87,8 @@ class Declaration:
     absence: Absence
     role: Literal["method", "baseline"] = "method"
     reference: bool = False
+    compression: Claim = UNDECLARED
+    compression_bits: int = 0
 
 
 def yes(why: str) -> Claim:
@@ -108,6 +115,17 @@ SEVERAL_PARTS = no("an answer has parts that clipping one whole would bend apart
 OWN_STEPS = yes("a client's steps are plain gradient steps on its rows")
 
 OTHER_STEPS = no("a client's answer holds more of its rows than its gradient steps")
+
+CODED_CHANGES = yes(
+    "an answer is a change of parameters of which the server takes a mean, in which errors average out"
+)
+
+CODED_PRODUCTS = yes("with 8 bits a number at least, as products of factors make errors larger")
+
+PARTLY_HELD = no("each client is sent other experts, and a codec's errors decide who gets which")
+
+PRODUCT_BITS = 8
+"""Of methods that multiply what was coded, which makes errors larger."""
 
 ONE_BY_ONE = yes("an answer is a change of the shared adapter, which a later adapter can take")
 
@@ -153,6 +171,7 @@ def averaging(
     asynchronous: Claim = ONE_BY_ONE,
     absence: Absence = AVERAGED,
     reference: bool = False,
+    compression: Claim = CODED_CHANGES,
 ) -> Declaration:
     """Return what a method is whose server needs a mean of parameters alone, trained by plain steps."""
     return Declaration(
@@ -169,4 +188,5 @@ def averaging(
         asynchronous=asynchronous,
         absence=absence,
         reference=reference,
+        compression=compression,
     )

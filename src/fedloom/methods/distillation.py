@@ -112,6 +112,7 @@ class DistillationMethod(Method):
         client_privacy=no("an answer is not a change of parameters"),
         row_privacy=yes("logits are those of a model that private steps made"),
         asynchronous=TOGETHER,
+        compression=no("logits have an encoding of their own: method.encoding"),
         absence=Absence(
             "the teacher is made of those that answered",
             "learns from the next round's teacher, with its own adapter as it was",

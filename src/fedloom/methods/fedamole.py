@@ -55,6 +55,7 @@ from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Reveal, ServerSide, by_place
 from fedloom.methods.declaration import (
     EACH_ANSWER,
+    PARTLY_HELD,
     SEVERAL_PARTS,
     TOGETHER,
     Absence,
@@ -181,6 +182,7 @@ class FedAMoLE(OwnMixture):
         client_privacy=SEVERAL_PARTS,
         row_privacy=no("embeddings of rows travel; method.embedding_noise hides those rows alone"),
         asynchronous=TOGETHER,
+        compression=PARTLY_HELD,
         absence=Absence(
             "an expert is the mean over holders that answered; without one it keeps its "
             "value. The client is assigned experts by its last embeddings, by drawn ones "

@@ -62,6 +62,7 @@ class FedBuff(Method):
         asynchronous=yes(
             "changes are added to an adapter that has moved on, weighted by staleness"
         ),
+        compression=no("an answer is to an adapter of an earlier round, by whose age it counts"),
         absence=Absence(
             "its change is not in the buffer, which waits for another one",
             "gets the present adapter",

@@ -17,7 +17,15 @@ from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, BackboneAdd
 from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.averaging import note_averaging_error
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
+from fedloom.methods.declaration import (
+    ADDS_TO_BACKBONE,
+    CODED_PRODUCTS,
+    EACH_ANSWER,
+    OWN_STEPS,
+    PRODUCT_BITS,
+    Declaration,
+    no,
+)
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Exchange, Reply
@@ -44,6 +52,8 @@ class FedExLoRA(BackboneAdditions):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=no("additions to the backbone are numbered by rounds"),
+        compression=CODED_PRODUCTS,
+        compression_bits=PRODUCT_BITS,
         absence=ADDS_TO_BACKBONE,
     )
     reveals = ADAPTERS_ALONE

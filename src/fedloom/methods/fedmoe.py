@@ -35,6 +35,7 @@ from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Reveal, ServerSide, by_place
 from fedloom.methods.declaration import (
     EACH_ANSWER,
+    PARTLY_HELD,
     SEVERAL_PARTS,
     TOGETHER,
     Absence,
@@ -109,6 +110,7 @@ class FedMoE(OwnMixture):
         client_privacy=SEVERAL_PARTS,
         row_privacy=no("its probe counts what its rows use"),
         asynchronous=TOGETHER,
+        compression=PARTLY_HELD,
         absence=Absence(
             "as FedAMoLE, weighted by rows. Without a probe that counted it holds no "
             "expert and is not asked to train",

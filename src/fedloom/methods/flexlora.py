@@ -49,7 +49,16 @@ from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import AVERAGED, EACH_ANSWER, OWN_STEPS, TOGETHER, Declaration, no
+from fedloom.methods.declaration import (
+    AVERAGED,
+    CODED_CHANGES,
+    EACH_ANSWER,
+    OWN_STEPS,
+    PRODUCT_BITS,
+    TOGETHER,
+    Declaration,
+    no,
+)
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors
 from fedloom.wire.messages import Exchange, Payload, Reply, encode
@@ -106,6 +115,8 @@ class FlexLoRA(Method):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=TOGETHER,
+        compression=CODED_CHANGES,
+        compression_bits=PRODUCT_BITS,
         absence=AVERAGED,
     )
     reveals = ADAPTERS_ALONE
@@ -223,6 +234,7 @@ class HetLoRA(FlexLoRA):
         client_privacy=no("answers are weighed by their own norms"),
         row_privacy=OWN_STEPS,
         asynchronous=TOGETHER,
+        compression=CODED_CHANGES,
         absence=AVERAGED,
     )
 

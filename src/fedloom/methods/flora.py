@@ -27,7 +27,15 @@ from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY
 from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import ADDS_TO_BACKBONE, EACH_ANSWER, OWN_STEPS, Declaration, no
+from fedloom.methods.declaration import (
+    ADDS_TO_BACKBONE,
+    CODED_PRODUCTS,
+    EACH_ANSWER,
+    OWN_STEPS,
+    PRODUCT_BITS,
+    Declaration,
+    no,
+)
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors
@@ -56,6 +64,8 @@ class FLoRA(BackboneAdditions):
         client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
         row_privacy=OWN_STEPS,
         asynchronous=no("additions to the backbone are numbered by rounds"),
+        compression=CODED_PRODUCTS,
+        compression_bits=PRODUCT_BITS,
         absence=ADDS_TO_BACKBONE,
     )
     reveals = ADAPTERS_ALONE

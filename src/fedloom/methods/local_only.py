@@ -41,6 +41,7 @@ class LocalOnly(Method):
         client_privacy=no("each client's own model is judged and saved as it is, without noise"),
         row_privacy=OWN_STEPS,
         asynchronous=yes("no client waits for another"),
+        compression=yes("no tensor travels"),
         absence=Absence(
             "trains nothing in that round",
             "goes on with its own adapter",

@@ -27,7 +27,15 @@ from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TR
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Method, Reveal
-from fedloom.methods.declaration import OWN_STEPS, SEVERAL_PARTS, SUMMED, Absence, Declaration, no
+from fedloom.methods.declaration import (
+    OWN_STEPS,
+    SEVERAL_PARTS,
+    SUMMED,
+    Absence,
+    Declaration,
+    no,
+    yes,
+)
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
 from fedloom.training.results import StepHook
@@ -59,6 +67,7 @@ class Scaffold(Method):
         client_privacy=SEVERAL_PARTS,
         row_privacy=OWN_STEPS,
         asynchronous=no("c_k is renewed against the c that the client began with"),
+        compression=yes("both parts are changes, and c_k moves by what the server reads"),
         absence=Absence(
             "c moves by the changes of those that answered, over N, the number of all "
             "clients (as in the paper, not of those there): N c stays the sum of all c_k",
@@ -95,6 +104,7 @@ class Scaffold(Method):
             Schema.of(state.tensors, (LEARNING_RATE,)),
             Schema.of(state.tensors, TRAIN_REPLY_NUMBERS, cohort.reported),
             alike=(f"{CONTROL}/",),
+            changes=(f"{CONTROL}/",),
         )
         adapter = replies.mean(ADAPTER)
         change = replies.mean(CONTROL, by="clients")
@@ -126,13 +136,18 @@ class Scaffold(Method):
         )
         trained = client.model.read()
         renewed = control_variate(own, control, start, trained, result.steps, rate)
-        client.store[CONTROL] = renewed
         change = {name: c - own[name] for name, c in renewed.items()}
-        return Payload(
+        reply = Payload(
             join_parts(adapter=trained, control=change),
             {"examples": len(client.share)},
             result.metrics,
         )
+        read = client.as_read(reply)
+        if read is not reply:  # c moves by what is read, and N c stays the sum of all c_k
+            change = part_of(read.tensors, CONTROL)
+            renewed = {name: c + change[name] for name, c in own.items()}
+        client.store[CONTROL] = renewed
+        return reply
 
 
 def drift_correction(correction: Tensors, learning_rate: float) -> StepHook:

@@ -147,6 +147,9 @@ class Split(Method):
         client_privacy=no("activations are no changes of parameters"),
         row_privacy=no("activations of rows travel"),
         asynchronous=no("both halves step together"),
+        compression=no(
+            "activations have codecs of their own: method.activations, method.gradients"
+        ),
         absence=Absence(
             "its batches are lost; front halves are averaged over those that finished",
             "begins with today's front half",

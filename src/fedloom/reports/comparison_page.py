@@ -15,7 +15,7 @@ from pathlib import Path
 from fedloom.reports.comparison_data import GridRun, arms_of, distinct, read_cells
 from fedloom.reports.html import fill, write_page
 from fedloom.reports.judged import rows_of
-from fedloom.reports.sections import costs, outcomes, personalisation
+from fedloom.reports.sections import compression, costs, outcomes, personalisation
 from fedloom.reports.sections.by_method import drawn, specs_of
 from fedloom.reports.sections.section import Section, Summary
 from fedloom.reports.spent import budget_words, comparison_words, spent_rows
@@ -26,6 +26,7 @@ SECTIONS = {
     "objectives": outcomes.section,
     "scenarios": costs.section,
     "personal": personalisation.section,
+    "compression": compression.section,
 }
 """What a comparison is of, to the section that is about it."""
 

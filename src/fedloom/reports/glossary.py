@@ -300,6 +300,16 @@ TRAINING = (
         "numbers of updates",
         "training",
     ),
+    Metric(
+        "coding_error",
+        "||x - y||^2 / ||x||^2 of the changes x that a client coded and y that the server reads, with "
+        "what error feedback added to x; 2^(-2R) at least for Gaussian numbers in R bits each",
+        "1",
+        0,
+        None,
+        "clients, by their rows",
+        "training",
+    ),
 )
 
 CLIENTS = (

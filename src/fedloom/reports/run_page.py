@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.accounting.quantities import human_bytes, human_count, human_flops, human_seconds
-from fedloom.reports import row_account
+from fedloom.reports import compression, row_account
 from fedloom.reports.client_rounds import client_costs, server_costs, turns
 from fedloom.reports.client_tables import MOST, ClientTable, quantiles
 from fedloom.reports.doubts import all_doubts, doubts_of
@@ -441,6 +441,8 @@ def _resources(run: Run) -> list[tuple[str, str, str]]:
         ("Computed in all by clients", human_flops(sum(c["flops"] or 0 for c in work)), "derived"),
         ("Tokens trained on", human_count(sum(t.tokens for t in found)), "measured"),
     ]
+    if run.run.get("wire"):
+        rows += compression.rows(compression.compression_record(run.run, run.costs))
     simulated = [r["simulated"] for r in run.rounds if r.get("simulated")]
     if simulated:
         whole = human_seconds(simulated[-1]["end"])

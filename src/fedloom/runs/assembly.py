@@ -207,6 +207,7 @@ def _components(
         secure=SecureClients.fresh(train, experiment.federation.seed)
         if experiment.privacy.secure_aggregation
         else None,
+        wire=experiment.wire,
     )
     return RunComponents(
         bundles.division,

@@ -20,6 +20,7 @@ from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import TokenShare
 from fedloom.errors import FedloomError
 from fedloom.experiment.experiment import Experiment, view_of
+from fedloom.federation.compressed_traffic import compressed
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.split_model import ClientPart
@@ -31,6 +32,7 @@ from fedloom.training.layout import Budget, budget_of, scoring_budget
 from fedloom.training.memory import client_memory
 from fedloom.training.passes import Layout
 from fedloom.training.steps import within
+from fedloom.wire.settings import WireSettings
 
 CLOSE = 1.5
 """A round of FedLLM that lasts at most so many times the shortest is short enough to try it first."""
@@ -84,6 +86,8 @@ def advise(
     experiment, options = with_adapter_settings(experiment, find_start(experiment)), []
     for name, framework, changes, remark in _variants(experiment):
         stage(f"counting {name}")
+        if not METHODS[changes["method"].name][1].declares.compression.holds:
+            changes["wire"] = WireSettings()  # which it does not go with
         try:
             variant = replace(experiment, **changes)
             parts = assemble(variant, partition_data(variant), empty=True)
@@ -158,7 +162,8 @@ def _option(
     link: Link,
     memory: float,
 ) -> Estimate:
-    traffic = parts.method.traffic(parts.initial)
+    plain = parts.method.traffic(parts.initial)
+    traffic = compressed(plain, parts.initial, experiment.wire)
     worst: Estimate | None = None
     for client, share in parts.local.shares.items():
         model = parts.local.resources[client].model

@@ -42,6 +42,7 @@ from fedloom.data.stored_rows import are_desirable
 from fedloom.display.untrusted_text import label
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.compressed_traffic import compressed
 from fedloom.federation.devices import trace_digest
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Evaluation, RoundRecord
@@ -116,10 +117,27 @@ def run_record(
         "method_role": _role(parts.method),
         "sections": [asdict(own) for own in parts.method.sections],
         "client_memory": _client_memory(experiment, parts),
-        "traffic": to_record(parts.method.traffic(parts.initial)),
+        "traffic": to_record(
+            compressed(parts.method.traffic(parts.initial), parts.initial, experiment.wire)
+        ),
+        "wire": _wire_record(experiment, parts),
         "promise": parts.method.privacy_statement(),
         "metric": asdict(PRIMARY_METRICS[division.judged]),
         "fingerprint": fingerprint(experiment, division, made),
+    }
+
+
+def _wire_record(experiment: Experiment, parts: RunComponents) -> dict[str, Any] | None:
+    """Return how tensors are compressed, ``None`` where they are sent as they are."""
+    wire = experiment.wire
+    if not wire.compresses:
+        return None
+    return {
+        "up": str(wire.up_codec or ""),
+        "down": str(wire.down_codec or ""),
+        "error_feedback": wire.error_feedback,
+        "numbers": sum(tensor.numel() for tensor in parts.initial.values()),
+        "plain_traffic": to_record(parts.method.traffic(parts.initial)),
     }
 
 

@@ -31,6 +31,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.clock import ClockState, SimulatedClock
+from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.engine import Engine, RemoteEngine, RunDescription
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
@@ -46,6 +47,7 @@ from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.statement import of_settings
 from fedloom.reports import record_marks, row_account
+from fedloom.reports.compression import compression_record
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.auditor import Auditor
 from fedloom.runs.client_privacy import (
@@ -233,7 +235,7 @@ def run_experiment(
             parts = given.components(experiment, division, start, noise)
             keep_ledgers(parts.row_privacies, experiment, folder)
             state = first_state(parts.method, parts.initial)
-            for text in unread_settings(experiment).values():
+            for text in (*unread_settings(experiment).values(), *experiment.wire.warnings()):
                 observer.warning(text)
             _report_start(experiment, parts, observer)
             log = AuditLog(folder.path / audit_log.FILE)
@@ -416,6 +418,7 @@ class _Finished:
     records: dict[str, Any]
     presence: Presence
     clock: ClockState | None
+    wire: tuple[dict[str, Any], Tensors] | None
 
 
 @dataclass
@@ -443,6 +446,9 @@ class _Run:
         """Begin to follow the records."""
         self.observer, self.remote = self.given.observer, self.given.remote
         self.admission = Admission()
+        self.compression = Compression.of(
+            self.experiment.wire, self.experiment.federation.seed, self.parts.initial
+        )
         self.marks = record_marks.Marks(self.folder)
         lines = self.folder.read_lines(names.COSTS)  # of rounds before a resume
         self.scored = {line["client"] for line in lines if line["phase"] == REFERENCE}
@@ -511,6 +517,8 @@ class _Run:
             self.presence, self.clients_in = presence_of(saved, self.parts), saved.folder
             if self.private is not None:
                 restore(self.private, saved.records)
+            if self.compression is not None and saved.wire is not None:
+                self.compression.restore(saved.wire, saved.held)
             if self.clock is not None and saved.clock is not None:
                 restored = ClockState.restored(saved.clock, saved.in_flight)
                 self.clock = replace(self.clock, state=restored)
@@ -608,6 +616,7 @@ class _Run:
             selection=selection_of(experiment),
             private=self.private,
             secure=self._secure(),
+            compression=self.compression,
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -671,7 +680,8 @@ class _Run:
         )
         self.parts.engine.finish_round()
         clock = self.clock.state if self.clock is not None else None
-        self.last = _Finished(record.round, state, self._records(), record.presence, clock)
+        wire = self.compression.saved() if self.compression is not None else None
+        self.last = _Finished(record.round, state, self._records(), record.presence, clock, wire)
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
             self._save(self.last)
@@ -690,6 +700,7 @@ class _Run:
         store = self.parts.local.store
         profile = self.profile
         clock, in_flight = last.clock.saved() if last.clock is not None else (None, {})
+        wire, held = last.wire or (None, {})
         with profile.span("checkpoint", round=last.round) if profile else contextlib.nullcontext():
             clients = checkpoint.save(
                 self.folder.checkpoints,
@@ -702,6 +713,8 @@ class _Run:
                     last.presence.to_table(rows=self.given.remote is not None),
                     clock,
                     in_flight,
+                    wire=wire,
+                    held=held,
                 ),
                 store.changed,
                 self.clients_in,
@@ -748,6 +761,10 @@ class _Run:
             summary["newcomers"] = unseen_clients_record(joined, self._primary_metric)
         if self.remote is not None:
             self.remote.end(self._own_models(state))
+        if self.experiment.wire.compresses:
+            summary["wire"] = compression_record(
+                self.folder.read_json(names.RUN) or {}, self.folder.read_lines(names.COSTS)
+            )
         if self.privacy is not None:
             summary["privacy"] = self.privacy.promise(self.private, self._sent_numbers)
         if self.parts.row_privacies:

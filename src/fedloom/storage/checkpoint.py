@@ -8,6 +8,7 @@ renamed)::
                             experiment and the records
     client-0004.safetensors the store of client 4; linked, not copied, when unchanged
     in_flight.safetensors   requests and answers of clients still at work, in asynchronous rounds
+    wire.safetensors        what clients are known to hold, where tensors are compressed
     manifest.json           SHA-256 of every file above
 
 The newest two are kept, so that one stays whole if the other is damaged later.
@@ -32,10 +33,13 @@ from fedloom.errors import CheckpointError, OutputError
 from fedloom.storage.files import write_atomically
 from fedloom.tensors import State, Tensors, with_own_memory
 
+CLIENT = "client/"
+"""What names begin with, before a client's id, of tensors that are known of one client alone."""
+
 KEPT = 2
 """Checkpoints that stay on disk."""
 
-IN_FLIGHT = "in_flight.safetensors"
+IN_FLIGHT, WIRE = "in_flight.safetensors", "wire.safetensors"
 
 
 class SavedClients(Mapping[int, Tensors]):
@@ -94,6 +98,8 @@ class Checkpoint:
         clock: The simulated clock; plain JSON, ``None`` where there is none.
         in_flight: Requests and answers of clients still at work, as bytes by name.
         folder: Where it was read from, ``None`` for one that was not.
+        wire: What clients are known to hold; plain JSON, ``None`` where tensors are sent as they are.
+        held: The tensors of that.
     """
 
     round: int
@@ -105,6 +111,8 @@ class Checkpoint:
     clock: Mapping[str, Any] | None = None
     in_flight: Tensors = field(default_factory=dict)
     folder: Path | None = None
+    wire: Mapping[str, Any] | None = None
+    held: Tensors = field(default_factory=dict)
 
 
 def save(
@@ -199,6 +207,8 @@ def load(
         facts.get("clock"),
         in_flight,
         path,
+        facts.get("wire"),
+        safetensors.torch.load_file(path / WIRE) if WIRE in listed else {},
     )
 
 
@@ -220,11 +230,14 @@ def _write_files(
         "records": checkpoint.records,
         "presence": checkpoint.presence,
         "clock": checkpoint.clock,
+        "wire": checkpoint.wire,
     }
     sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
     if checkpoint.in_flight:
         data = safetensors.torch.save(checkpoint.in_flight)
         sums[IN_FLIGHT] = _write(folder / IN_FLIGHT, data)
+    if checkpoint.held:
+        sums[WIRE] = _write(folder / WIRE, safetensors.torch.save(with_own_memory(checkpoint.held)))
     for client in checkpoint.clients:
         name = _client_file(client)
         if previous and changed is not None and client not in changed and name in before:
@@ -287,6 +300,7 @@ def forget(folder: Path, client: int) -> int:
     name, found = _client_file(client), 0
     try:
         for path in _listed(folder):
+            found += _forget_held(path, client)
             if (path / name).is_file():
                 sums = json.loads((path / "manifest.json").read_text())
                 sums.pop(name, None)
@@ -297,6 +311,27 @@ def forget(folder: Path, client: int) -> int:
     except OSError as error:
         raise OutputError(f"cannot delete {name} in {folder}: {error.strerror}") from error
     return found
+
+
+def _forget_held(path: Path, client: int) -> bool:
+    """Delete from a checkpoint what a client is known to hold of its own; return whether it was there.
+
+    The file is replaced before the manifest: one of them alone is damage that is found when it is read.
+    """
+    opening = f"{CLIENT}{client:04d}/"
+    if not (path / WIRE).is_file():
+        return False
+    tensors = safetensors.torch.load_file(path / WIRE)
+    kept = {name: own for name, own in tensors.items() if not name.startswith(opening)}
+    if len(kept) == len(tensors):
+        return False
+    data = safetensors.torch.save(kept)
+    write_atomically(path / WIRE, data, mode=0o644)
+    sums = json.loads((path / "manifest.json").read_text())
+    sums[WIRE] = hashlib.sha256(data).hexdigest()
+    write_atomically(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
+    _sync(path)
+    return True
 
 
 def _client_file(client: int) -> str:

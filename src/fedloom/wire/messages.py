@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -111,6 +111,13 @@ class Exchange:
         replies_are_changes: Whether tensors of replies are changes of those that were sent.
         alike: What the names of tensors begin with whose mean is over clients alike, not by their rows.
         masking: How replies are masked, where they are.
+        changes: What the names begin with of those tensors of replies that are changes already, of
+            something that the client keeps.
+        schemas: Schemas of the requests of those clients whose requests have another than
+            ``request_schema``.
+        plain: The exchange as its method asked for it, where it is carried in another form.
+        read: Makes of a client's reply, as bytes, the payload that the method expects, where it is
+            carried in another form.
     """
 
     action: str
@@ -123,6 +130,10 @@ class Exchange:
     replies_are_changes: bool = False
     alike: tuple[str, ...] = ()
     masking: Masking | None = None
+    changes: tuple[str, ...] = ()
+    schemas: Mapping[int, Schema] = field(default_factory=dict)
+    plain: Exchange | None = None
+    read: Callable[[int, bytes], Payload] | None = None
 
     @cached_property
     def digests(self) -> dict[int, str]:
@@ -138,6 +149,23 @@ class Exchange:
         beside = self.masking.messages.get(client, b"") if self.masking is not None else b""
         return len(self.requests[client]) + len(beside)
 
+    def schema_of(self, client: int) -> Schema:
+        """Return the schema of a client's request."""
+        return self.schemas.get(client, self.request_schema)
+
+    def sent_to(self, client: int) -> Tensors:
+        """Return the tensors that a client was sent, as the method sees them."""
+        whole = self.plain or self
+        return decode(whole.requests[client], whole.request_schema).tensors
+
+    def read_reply(self, client: int, data: bytes) -> Payload:
+        """Return what a client replied, as the method expects it.
+
+        Raises:
+            MessageError: It does not fit the schema.
+        """
+        return decode(data, self.reply_schema) if self.read is None else self.read(client, data)
+
     @classmethod
     def broadcast(
         cls,
@@ -149,10 +177,13 @@ class Exchange:
         reply_schema: Schema,
         check: Callable[[int, Payload], None] | None = None,
         alike: tuple[str, ...] = (),
+        changes: tuple[str, ...] = (),
     ) -> Exchange:
         """Ask every client the same; the payload is encoded once."""
         requests = dict.fromkeys(clients, encode(payload, schema))
-        return cls(action, round, schema, reply_schema, requests, check, alike=alike)
+        return cls(
+            action, round, schema, reply_schema, requests, check, alike=alike, changes=changes
+        )
 
 
 @dataclass(frozen=True)
@@ -227,6 +258,26 @@ def encode(payload: Payload, schema: Schema, rng: Generators | None = None) -> b
     metrics = metrics_in_range(payload, schema)
     if metrics:
         metadata["metrics"] = json.dumps(metrics)
+    return pack(buffers, metadata)
+
+
+def with_metrics(data: bytes, schema: Schema, metrics: Mapping[str, float]) -> bytes:
+    """Return an encoded payload with these metrics, without encoding its tensors again.
+
+    Args:
+        data: Of :func:`encode`.
+        schema: Of the payload.
+        metrics: All its metrics; those that are not in their ranges are left out.
+    """
+    header, start = header_of(data, HEADER_BYTES)
+    buffers = {
+        name: Buffer(own.dtype, own.shape, [content(data, start, own)])
+        for name, own in buffers_of(header, len(data) - start).items()
+    }
+    metadata = dict(cast("dict[str, str]", header[METADATA]))
+    metadata.pop("metrics", None)
+    if found := metrics_in_range(Payload(metrics=metrics), schema):
+        metadata["metrics"] = json.dumps(found)
     return pack(buffers, metadata)
 
 

@@ -202,10 +202,13 @@ class FlowerEngine:
             "request": exchange.request_schema.to_table(),
             "reply": exchange.reply_schema.to_table(),
         }
+        others = {schema.digest: schema.to_table() for schema in exchange.schemas.values()}
         waiting: dict[int, _Asked] = {}
         self._numbers = {}
         for client, data in exchange.requests.items():
             own = {**facts, "payload": exchange.digests[client]}
+            if client in exchange.schemas:
+                own["request"] = others[exchange.schemas[client].digest]
             header = self._header("exchange", client).model_copy(update=own)
             self._numbers[client] = header.number
             asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)

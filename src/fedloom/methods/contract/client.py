@@ -26,6 +26,11 @@ OPTIMIZER = "optimizer"
 """Slot of the client store with the optimizer's state, if it is kept."""
 
 
+def unchanged(reply: Payload) -> Payload:
+    """Return a reply as it is."""
+    return reply
+
+
 class TrainingOptions(TypedDict, total=False):
     """What may be said of one of a client's trainings.
 
@@ -72,6 +77,8 @@ class Client:
         begun: The first of them.
         on_step: Told of each step of its trainings, in a run that is watched so.
         driver: Makes its trainings, where row-level privacy hides its rows.
+        as_read: Returns a reply as the server will read it, which ``[wire]`` may change; the handler must
+            return that very reply afterwards.
     """
 
     id: int
@@ -95,6 +102,7 @@ class Client:
     begun: Part | None = None
     on_step: OnStep | None = None
     driver: Driver | None = None
+    as_read: Callable[[Payload], Payload] = unchanged
 
     @property
     def work(self) -> Work:

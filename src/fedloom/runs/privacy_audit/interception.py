@@ -17,7 +17,7 @@ from fedloom.federation.engine import Engine
 from fedloom.federation.protocol import EVALUATE
 from fedloom.models.adapters import AdapterModel
 from fedloom.tensors import Tensors
-from fedloom.wire.messages import Answer, Exchange, decode
+from fedloom.wire.messages import Answer, Exchange
 
 CLIENTS_A_ROUND = 4
 """Clients whose answers are kept in a round, the first that are asked."""
@@ -85,8 +85,8 @@ class InterceptingEngine:
     def _keep(self, exchange: Exchange, client: int, data: bytes, read: frozenset[int]) -> None:
         """Keep what an answer changes."""
         try:
-            sent = decode(exchange.requests[client], exchange.request_schema).tensors
-            replied = decode(data, exchange.reply_schema).tensors
+            sent = exchange.sent_to(client)
+            replied = exchange.read_reply(client, data).tensors
         except MessageError as error:
             self.unreadable.add(str(error))
             return

@@ -1,0 +1,50 @@
+"""What an experiment with ``[wire]`` cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedloom.methods import METHODS
+from fedloom.wire.settings import WireSettings, bits_of
+
+
+def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what contradicts ``[wire]`` in an experiment's valid sections by name."""
+    wire: WireSettings = parts["wire"]
+    if not wire.compresses:
+        return
+    if "method" in parts:
+        yield from _method(parts["method"].name, wire)
+    if "privacy" not in parts:
+        return
+    if parts["privacy"].secure_aggregation:
+        yield (
+            "[wire]: under privacy.secure_aggregation answers are masked integers, which no codec "
+            "makes shorter and whose sums none here keeps: leave [wire] out; privacy.sum_bits says how "
+            "many bits a number has"
+        )
+    if parts["privacy"].unit is not None and wire.error_feedback != "none":
+        yield (
+            f"wire.error_feedback = {wire.error_feedback!r}: with privacy.unit = "
+            f"{parts['privacy'].unit!r} what a round lost would enter a later one, of whose privacy "
+            "account it is no part: leave it out, with a codec that rounds at random"
+        )
+
+
+def _method(name: str, wire: WireSettings) -> Iterator[str]:
+    """Yield why a method does not go with these codecs."""
+    own = METHODS[name][1].declares
+    if not own.compression.holds:
+        yield (
+            f"[wire]: method.name = {name!r} does not go with it: {own.compression.why}; docs/methods.md "
+            "says which methods do"
+        )
+        return
+    for key, codec in (("up", wire.up_codec), ("down", wire.down_codec)):
+        if codec is not None and bits_of(codec) < own.compression_bits:
+            yield (
+                f"wire.{key} = {getattr(wire, key)!r} has {bits_of(codec):.2g} bits a number, and "
+                f"method.name = {name!r} needs {own.compression_bits} at least, as products of factors "
+                'make errors larger: use "int8"'
+            )

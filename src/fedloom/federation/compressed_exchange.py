@@ -1,0 +1,407 @@
+"""Compression of an exchange: what is sent in place of tensors, on the server and at a client.
+
+A stage in the pipeline of an exchange, like ``secure_exchange.py``, between a method, which sees tensors
+as it always does, and engines, which see bytes. Codecs are in ``wire/codecs/``; here is what they are
+applied to, and what each side remembers.
+
+Up, a client sends the coded change D of each tensor that it received (of other tensors, the tensor). The
+server adds what it decodes to what the method sent. What a biased codec C loses is returned by error
+feedback, at the client, in its store:
+
+- ``classic`` (Seide et al. 2014; Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847): sends
+  C(D + e); e becomes D + e - C(D + e). After m rounds without the client, e counts ``absence_decay`` to
+  the power of m, and nothing after more than ``absence_limit`` rounds.
+- ``ef21`` (Richtarik et al. 2021, https://arxiv.org/abs/2106.05203): both sides keep h of the client, 0
+  at first; it sends C(D - h), both add that to h, and h is its change. The method takes the mean over
+  those that answered, as it does of any changes; an absent client's h stays.
+
+Down, where all clients are sent the same, the server codes the change from the model h that clients hold
+to the method's model, and h moves by what they decode. So all that hold h hold the same bits, and what
+the codec loses is part of the next change: it is the server's error feedback. A version counts the moves
+of h. A client is sent what moves its version to the present one: several earlier changes at once if it
+was away, or h itself where that is less, or where its version is not known as its last answer did not
+count. Version 0 is what every party initialises from the seed. A client checks SHA-256 of what it holds.
+
+What a client keeps here is in slots of its store that no method sees, staged with its answer, so that an
+answer that does not count moves neither side. What the server keeps is saved with each checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fedloom.errors import MessageError, PluginError
+from fedloom.federation.compression_messages import (
+    CODED,
+    CODING_ERROR,
+    CONTROL,
+    MISSED,
+    UPDATES,
+    Control,
+    blob,
+    blob_spec,
+    coded,
+    coded_replies,
+    digest,
+    is_difference,
+    moved,
+    start_of,
+    unpacked_rows,
+)
+from fedloom.randomness import generator
+from fedloom.storage.checkpoint import CLIENT
+from fedloom.tensors import Tensors, tensor_bytes
+from fedloom.wire.codecs import Generators
+from fedloom.wire.messages import Exchange, Payload, decode, encode
+from fedloom.wire.schema import Schema, TensorSpec
+from fedloom.wire.settings import WireSettings
+
+UNKNOWN = -1
+"""Version of a client of which it is not known what it holds."""
+
+
+def is_compressed(reply: Schema) -> bool:
+    """Return whether something of a reply is coded."""
+    return any(spec.codec or spec.name.startswith(CODED) for spec in reply.tensors)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The model that clients hold for one action.
+
+    Attributes:
+        tensors: h.
+        version: How often it has moved.
+        source: SHA-256 of the method's model that it was last moved towards.
+        missed: The last of the moves, each as an encoded message; together no longer than h.
+        default: Version of a client that has not answered yet.
+    """
+
+    tensors: Tensors
+    version: int
+    source: str = ""
+    missed: tuple[bytes, ...] = ()
+    default: int = 0
+
+
+@dataclass
+class Compression:
+    """The server's side in the loop of rounds.
+
+    Attributes:
+        settings: ``[wire]``.
+        seed: The experiment's, from which rounding is drawn.
+        initial: The adapter as it is initialised.
+    """
+
+    settings: WireSettings
+    seed: int
+    initial: Tensors
+    _held: dict[str, _Held] = field(default_factory=dict)
+    _versions: dict[str, dict[int, int]] = field(default_factory=dict)
+    _estimates: dict[str, dict[int, Tensors]] = field(default_factory=dict)
+    _updates: dict[str, dict[int, int]] = field(default_factory=dict)
+    _afresh: dict[str, set[int]] = field(default_factory=dict)
+    _pending: dict[int, tuple[Tensors, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: WireSettings, seed: int, initial: Tensors) -> Compression | None:
+        """Return that of a run, ``None`` where tensors are sent as they are."""
+        return cls(settings, seed, initial) if settings.compresses else None
+
+    def carried(self, exchange: Exchange) -> Exchange:
+        """Return an exchange as it is carried; itself where nothing of it is coded.
+
+        Raises:
+            PluginError: It is asynchronous, or masked.
+        """
+        reply = coded_replies(exchange.reply_schema, self.settings.up_codec, self.settings)
+        down = self._coded_down(exchange)
+        if not down and reply == exchange.reply_schema:
+            return exchange
+        if exchange.buffered is not None or exchange.masking is not None:
+            raise PluginError(
+                f"{exchange.action!r} does not go with [wire], which the method's declaration says it "
+                "does: its answers come one by one, or masked"
+            )
+        if self._has_estimates(reply):
+            reply = replace(reply, tensors=(*reply.tensors, TensorSpec(UPDATES, (1,), torch.int64)))
+        if is_compressed(reply):
+            reply = replace(reply, metrics=(*reply.metrics, CODING_ERROR))
+        self._pending = {}
+        requests, schemas = self._requests(exchange, down)
+        first = next(iter(schemas.values()), exchange.request_schema)
+        return replace(
+            exchange,
+            request_schema=first,
+            schemas={c: own for c, own in schemas.items() if own is not first},
+            reply_schema=reply,
+            requests=requests,
+            plain=exchange,
+            read=_Reader(self, exchange, reply).read,
+        )
+
+    def settle(self, exchange: Exchange, accepted: Collection[int]) -> None:
+        """Let what those hold and sent whose answers count be known; of the others it is not known."""
+        action = exchange.action
+        if exchange.plain is None:
+            return
+        if action in self._held:
+            version, known = self._held[action].version, self._versions.setdefault(action, {})
+            known |= {c: version if c in accepted else UNKNOWN for c in exchange.requests}
+        for client in self._pending.keys() & set(accepted):
+            estimate, updates = self._pending[client]
+            self._estimates.setdefault(action, {})[client] = estimate
+            self._updates.setdefault(action, {})[client] = updates
+            self._afresh.get(action, set()).discard(client)
+        self._pending = {}
+
+    def saved(self) -> tuple[dict[str, Any], Tensors]:
+        """Return what a checkpoint keeps: facts as plain JSON, and tensors."""
+        facts: dict[str, Any] = {}
+        tensors: Tensors = {}
+        for action, own in self._held.items():
+            known = {str(c): version for c, version in self._versions.get(action, {}).items()}
+            facts.setdefault("held", {})[action] = {
+                "version": own.version,
+                "source": own.source,
+                "default": own.default,
+                "missed": len(own.missed),
+                "clients": known,
+                "names": list(own.tensors),
+            }
+            tensors |= {f"held/{action}/{name}": t for name, t in own.tensors.items()}
+            tensors |= {f"missed/{action}/{i}": blob(one) for i, one in enumerate(own.missed)}
+        for action, updates in self._updates.items():
+            afresh = sorted(self._afresh.get(action, ()))
+            counts = {str(client): count for client, count in updates.items()}
+            facts.setdefault("estimates", {})[action] = {"updates": counts, "afresh": afresh}
+            for client, estimate in self._estimates[action].items():
+                tensors |= {f"{CLIENT}{client:04d}/{action}/{n}": t for n, t in estimate.items()}
+        return facts, tensors
+
+    def restore(self, facts: Mapping[str, Any], tensors: Tensors) -> None:
+        """Go on from what :meth:`saved` returned."""
+        for action, own in facts.get("held", {}).items():
+            missed = (tensors[f"missed/{action}/{i}"] for i in range(own["missed"]))
+            self._held[action] = _Held(
+                {name: tensors[f"held/{action}/{name}"] for name in own["names"]},
+                own["version"],
+                own["source"],
+                tuple(one.numpy().tobytes() for one in missed),
+                own["default"],
+            )
+            self._versions[action] = {int(c): version for c, version in own["clients"].items()}
+        for action, own in facts.get("estimates", {}).items():
+            self._updates[action] = {int(c): count for c, count in own["updates"].items()}
+            self._afresh[action] = set(own["afresh"])
+            self._estimates[action] = {}
+            for client in list(self._updates[action]):
+                opening = f"{CLIENT}{client:04d}/{action}/"
+                found = {
+                    name.removeprefix(opening): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(opening)
+                }
+                self._estimates[action][client] = found
+
+    def _has_estimates(self, reply: Schema) -> bool:
+        return self.settings.error_feedback == "ef21" and is_compressed(reply)
+
+    def _coded_down(self, exchange: Exchange) -> tuple[TensorSpec, ...]:
+        """Return the tensors of a request that are sent as changes.
+
+        These are none where clients are sent different ones, or where nothing of them comes back.
+        """
+        codec, requests = self.settings.down_codec, exchange.requests.values()
+        if codec is None or not requests or len({id(data) for data in requests}) > 1:
+            return ()
+        returned = {spec.name for spec in exchange.reply_schema.tensors}
+        schema = coded(exchange.request_schema, codec, self.settings)
+        if not returned & {spec.name for spec in schema.tensors}:
+            return ()
+        return tuple(spec for spec in schema.tensors if spec.codec)
+
+    def _requests(
+        self, exchange: Exchange, down: tuple[TensorSpec, ...]
+    ) -> tuple[dict[int, bytes], dict[int, Schema]]:
+        """Return each client's request and its schema; equal ones are the same object."""
+        held = self._advanced(exchange, down) if down else None
+        made: dict[tuple[Any, ...], tuple[bytes, Schema]] = {}
+        requests, schemas = {}, {}
+        for client, data in exchange.requests.items():
+            missing = self._missing(exchange.action, client, held)
+            afresh = client in self._afresh.get(exchange.action, ())
+            key = (missing, afresh, id(data))
+            if key not in made:
+                made[key] = self._request(exchange, data, held, missing, down, afresh=afresh)
+            requests[client], schemas[client] = made[key]
+        return requests, schemas
+
+    def _missing(self, action: str, client: int, held: _Held | None) -> int | None:
+        """Return how many moves a client lacks, ``None`` where it is sent the whole."""
+        if held is None:
+            return None
+        version = self._versions.get(action, {}).get(client, held.default)
+        lacking = held.version - version
+        if version == UNKNOWN or not 0 <= lacking <= len(held.missed):
+            return None
+        return lacking
+
+    def _advanced(self, exchange: Exchange, down: tuple[TensorSpec, ...]) -> _Held:
+        """Move the model that clients hold towards the method's, unless it was by this very model."""
+        action = exchange.action
+        sent = exchange.sent_to(next(iter(exchange.requests)))
+        wanted = {spec.name: sent[spec.name] for spec in down}
+        source, held = digest(wanted), self._held.get(action)
+        if held is None:
+            held = _Held(start_of(down, self.initial), 0)
+        elif {n: t.shape for n, t in held.tensors.items()} != {
+            n: t.shape for n, t in wanted.items()
+        }:
+            self._versions[action] = {}
+            held = _Held(wanted, held.version + 1, source, default=UNKNOWN)
+        if held.source != source:
+            change = {
+                n: (t.float() - held.tensors[n].float()).to(t.dtype) for n, t in wanted.items()
+            }
+            schema = Schema(down)
+            move = encode(Payload(change), schema, self._rounding(action, held.version))
+            missed, most = [*held.missed, move], tensor_bytes(wanted)
+            while sum(map(len, missed)) > most and len(missed) > 1:
+                del missed[0]
+            after = moved(held.tensors, decode(move, schema).tensors)
+            held = replace(
+                held, tensors=after, version=held.version + 1, source=source, missed=tuple(missed)
+            )
+        self._held[action] = held
+        return held
+
+    def _rounding(self, action: str, version: int) -> Generators:
+        return lambda name: generator(self.seed, f"wire down {action} {version} {name}")
+
+    def _request(
+        self,
+        exchange: Exchange,
+        data: bytes,
+        held: _Held | None,
+        missing: int | None,
+        down: tuple[TensorSpec, ...],
+        *,
+        afresh: bool,
+    ) -> tuple[bytes, Schema]:
+        """Return a request as it is sent, with its schema.
+
+        In place of a tensor that is sent as changes is one without elements, which says its shape.
+        """
+        plain, names = decode(data, exchange.request_schema), {spec.name for spec in down}
+        tensors, specs = dict(plain.tensors), list(exchange.request_schema.tensors)
+        blobs = {}
+        if held is not None and missing is None:
+            tensors |= held.tensors
+        elif held is not None and missing is not None:
+            specs = [_placeholder(spec) if spec.name in names else spec for spec in specs]
+            tensors |= {
+                s.name: torch.empty(s.shape, dtype=s.dtype) for s in map(_placeholder, down)
+            }
+            moves = held.missed[len(held.missed) - missing :]
+            blobs = {f"{MISSED}{i}": move for i, move in enumerate(moves)}
+        control = Control(
+            digest(held.tensors) if held is not None else "",
+            missing is None,
+            missing or 0,
+            None if exchange.replies_are_changes else exchange.changes,
+            afresh,
+        )
+        blobs[CONTROL] = control.packed()
+        specs += [blob_spec(name, own) for name, own in blobs.items()]
+        tensors |= {name: blob(own) for name, own in blobs.items()}
+        schema = replace(exchange.request_schema, tensors=tuple(specs))
+        return encode(Payload(tensors, plain.numbers, plain.metrics), schema), schema
+
+    def estimated(
+        self, action: str, client: int, change: Tensors, names: Collection[str], updates: int
+    ) -> Tensors:
+        """Return a client's change as ``ef21`` estimates it now, once it has moved its h so often.
+
+        Raises:
+            MessageError: Server and client have not moved h equally often.
+        """
+        known = self._updates.get(action, {}).get(client, 0)
+        before = self._estimates.get(action, {}).get(client, {})
+        if updates == 1:
+            before = {}  # it has begun anew, whether it was told to or its store was lost
+        elif updates != known + 1:
+            self._afresh.setdefault(action, set()).add(client)
+            raise MessageError(
+                f"it has moved its estimate {updates - 1} times and the server {known} times; it begins "
+                "anew in its next round"
+            )
+        after = {
+            n: before[n] + change[n].float() if n in before else change[n].float() for n in names
+        }
+        self._pending[client] = after, updates
+        return {**change, **after}
+
+
+def _placeholder(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.name, (0, *spec.shape), spec.dtype)
+
+
+@dataclass
+class _Reader:
+    """Makes of coded replies to an exchange what its method expects.
+
+    Attributes:
+        compression: The server's side.
+        exchange: As the method asked.
+        schema: Of a reply as it is carried.
+    """
+
+    compression: Compression
+    exchange: Exchange
+    schema: Schema
+    _sent: dict[int, Tensors] = field(default_factory=dict)
+
+    def read(self, client: int, data: bytes) -> Payload:
+        """Return a reply with the tensors that its schema had before it was coded."""
+        payload = decode(data, self.schema)
+        change = self._uncoded(payload.tensors)
+        updates = change.pop(UPDATES, None)
+        if updates is not None:
+            change = self.compression.estimated(
+                self.exchange.action, client, change, self._lossy, int(updates)
+            )
+        sent, found = self._sent_to(client), {}
+        changes = None if self.exchange.replies_are_changes else self.exchange.changes
+        for spec in self.exchange.reply_schema.tensors:
+            own = change[spec.name]
+            if is_difference(spec.name, own, sent, changes):
+                own = sent[spec.name].float() + own.float()
+            found[spec.name] = own.to(spec.dtype)
+        return replace(payload, tensors=found)
+
+    @property
+    def _lossy(self) -> list[str]:
+        """The names of the tensors that are coded."""
+        names = [s.name for s in self.schema.tensors if s.codec or s.name.startswith(CODED)]
+        return [name.removeprefix(CODED) for name in names]
+
+    def _uncoded(self, tensors: Tensors) -> Tensors:
+        """Return the tensors of a reply with those that came as bytes of their own."""
+        found, codec = dict(tensors), self.compression.settings.up_codec
+        for spec in self.exchange.reply_schema.tensors:
+            if codec is not None and f"{CODED}{spec.name}" in found:
+                found[spec.name] = unpacked_rows(found.pop(f"{CODED}{spec.name}"), spec, codec)
+        return found
+
+    def _sent_to(self, client: int) -> Tensors:
+        """Return what the method sent a client; decoded once where several were sent the same."""
+        key = id(self.exchange.requests[client])
+        if key not in self._sent:
+            self._sent[key] = self.exchange.sent_to(client)
+        return self._sent[key]

@@ -1,0 +1,209 @@
+"""What a compressed exchange sends beside a method's tensors, and the rules that both sides go by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.errors import MessageError
+from fedloom.tensors import State, Tensors
+from fedloom.wire.codecs import Generators, Pipeline
+from fedloom.wire.messages import Payload, decode, encode
+from fedloom.wire.schema import Schema, TensorSpec, amount
+from fedloom.wire.settings import WireSettings
+
+PREFIX = "[wire] "
+"""What names begin with of tensors of messages, and of slots of a client's store, that no method sees."""
+
+CONTROL, MISSED, UPDATES = f"{PREFIX}control", f"{PREFIX}missed ", f"{PREFIX}updates"
+"""Tensors of messages: what a request says of itself, as JSON; changes that a client has missed, each an
+encoded message; and how often a client has moved its h of ``ef21``."""
+
+HELD, RESIDUAL, ESTIMATE = f"{PREFIX}held ", f"{PREFIX}residual ", f"{PREFIX}estimate "
+"""Slots of a client's store, each before an action: the model that it holds; e; h of ``ef21``."""
+
+ADAPTER = "adapter/"
+"""What names of the adapter begin with in messages of several parts."""
+
+SINCE, COUNT = f"{PREFIX}round", f"{PREFIX}count"
+"""Tensors in slots: the round of a residual, and how often h of ``ef21`` was moved."""
+
+CODING_ERROR = amount("coding_error")
+"""What a client reports of its codec: squared error of what is read over the square of what it coded."""
+
+CODED = f"{PREFIX}coded "
+"""Before the name of a tensor of no fixed shape: its number of rows, and an encoded message of it."""
+
+ROWS = 4
+"""Bytes of the number of rows."""
+
+LONGEST_CONTROL = 4096
+"""Bytes of what a request says of itself, at most."""
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a tensor or a slot is of the compression, and of no method."""
+    return name.startswith(PREFIX)
+
+
+def of_methods(slots: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Return the slots of a client's store that its method sees."""
+    return {name: own for name, own in slots.items() if not is_ours(name)}
+
+
+def is_coded(spec: TensorSpec, settings: WireSettings) -> bool:
+    """Return whether a tensor is large enough to be coded, and of a kind that can be."""
+    if not spec.dtype.is_floating_point or len(spec.shape) < 2:
+        return False
+    return spec.elements * spec.dtype.itemsize >= settings.keep_plain_below
+
+
+def coded(schema: Schema, codec: Pipeline | None, settings: WireSettings) -> Schema:
+    """Return a schema of which all tensors of fixed shape are coded that can be, given a codec."""
+    if codec is None:
+        return schema
+    return schema.coded(lambda spec: str(codec) if is_coded(spec, settings) else "")
+
+
+def coded_replies(schema: Schema, codec: Pipeline | None, settings: WireSettings) -> Schema:
+    """Return :func:`coded` with tensors of no fixed shape as bytes of their own."""
+    found = coded(schema, codec, settings)
+    if codec is None:
+        return found
+    specs = tuple(
+        _blob_of(spec, codec) if spec.ragged and is_coded(spec, settings) else spec
+        for spec in found.tensors
+    )
+    return replace(found, tensors=specs)
+
+
+def _blob_of(spec: TensorSpec, codec: Pipeline) -> TensorSpec:
+    most = _alone(spec, spec.shape, codec).max_bytes
+    return TensorSpec(f"{CODED}{spec.name}", (ROWS + most,), torch.uint8, ragged=True)
+
+
+def _alone(spec: TensorSpec, shape: tuple[int, ...], codec: Pipeline) -> Schema:
+    return Schema((TensorSpec(spec.name, shape, spec.dtype, codec=str(codec)),))
+
+
+def packed_rows(name: str, tensor: Tensor, codec: Pipeline, rng: Generators) -> Tensor:
+    """Return a tensor without a fixed shape as bytes: its rows, and an encoded message of it."""
+    spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype)
+    data = encode(Payload({name: tensor}), _alone(spec, spec.shape, codec), rng)
+    return blob(len(tensor).to_bytes(ROWS, "little") + data)
+
+
+def unpacked_rows(data: Tensor, spec: TensorSpec, codec: Pipeline) -> Tensor:
+    """Return a tensor of :func:`packed_rows`, of an untrusted peer.
+
+    Args:
+        data: The bytes.
+        spec: With the most rows that it may have.
+        codec: How it is coded.
+
+    Raises:
+        MessageError: It has more rows, or is not such a tensor.
+    """
+    raw = data.numpy().tobytes()
+    rows = int.from_bytes(raw[:ROWS], "little")
+    if len(raw) < ROWS or rows > spec.shape[0]:
+        raise MessageError(
+            f"tensor {spec.name} has {rows} rows, at most {spec.shape[0]} are asked for"
+        )
+    return decode(raw[ROWS:], _alone(spec, (rows, *spec.shape[1:]), codec)).tensors[spec.name]
+
+
+def is_difference(
+    name: str, tensor: Tensor, sent: Tensors, changes: tuple[str, ...] | None
+) -> bool:
+    """Return whether a tensor of a reply is sent as the change of what was received.
+
+    Args:
+        name: Its name.
+        tensor: As it is replied, or a change of that.
+        sent: What the client was sent.
+        changes: As of :class:`Control`.
+    """
+    if changes is None or not tensor.is_floating_point() or (changes and name.startswith(changes)):
+        return False
+    return name in sent and sent[name].shape == tensor.shape
+
+
+def start_of(specs: Iterable[TensorSpec], initial: Tensors) -> Tensors:
+    """Return what every party holds before the first round: the adapter as initialised, and zeros."""
+    found = {}
+    for spec in specs:
+        own = initial.get(spec.name, initial.get(spec.name.removeprefix(ADAPTER)))
+        if own is None or tuple(own.shape) != spec.shape:
+            own = torch.zeros(spec.shape)
+        found[spec.name] = own.detach().to("cpu", spec.dtype)
+    return found
+
+
+def moved(held: Tensors, change: Tensors) -> Tensors:
+    """Return what is held after a change, computed alike on every machine."""
+    return {name: (own.float() + change[name].float()).to(own.dtype) for name, own in held.items()}
+
+
+def digest(tensors: Tensors) -> str:
+    """Return SHA-256 of tensors."""
+    return State(tensors).digest()
+
+
+def blob(data: bytes) -> Tensor:
+    """Return bytes as a tensor."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def blob_spec(name: str, data: bytes) -> TensorSpec:
+    """Return the spec of bytes as a tensor."""
+    return TensorSpec(name, (len(data),), torch.uint8)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a request says of itself.
+
+    Attributes:
+        held: SHA-256 of what the client then holds; empty where nothing is held.
+        whole: Whether it is sent whole, and not as changes.
+        missed: How many earlier changes come with it.
+        changes: As of :class:`fedloom.wire.messages.Exchange`; ``None`` where all of a reply are changes.
+        afresh: Whether the client begins ``ef21`` anew.
+    """
+
+    held: str = ""
+    whole: bool = True
+    missed: int = 0
+    changes: tuple[str, ...] | None = ()
+    afresh: bool = False
+
+    def packed(self) -> bytes:
+        """Return it as bytes."""
+        return json.dumps(self.__dict__, sort_keys=True).encode()
+
+    @classmethod
+    def read(cls, data: bytes) -> Control:
+        """Return what a server says, checked.
+
+        Raises:
+            MessageError: It says something else.
+        """
+        try:
+            if len(data) > LONGEST_CONTROL:
+                raise ValueError("it is too long")
+            found = json.loads(data)
+            own = cls(**found)
+            changes = own.changes if own.changes is None else tuple(own.changes)
+            sound = isinstance(own.held, str) and type(own.missed) is int and own.missed >= 0
+            sound = sound and isinstance(own.whole, bool) and isinstance(own.afresh, bool)
+            if not sound or not all(isinstance(one, str) for one in changes or ()):
+                raise ValueError("a value is of another type")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise MessageError(f"what a request says of its compression: {error}") from None
+        return replace(own, changes=changes)
