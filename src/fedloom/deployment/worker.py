@@ -33,6 +33,12 @@ from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.policy_enforcement import permitted, require_steps
+from fedloom.deployment.row_privacy import (
+    ClientPrivacy,
+    costs_to_report,
+    forget_key,
+    private_work,
+)
 from fedloom.deployment.rows import partitioned
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import (
@@ -69,7 +75,6 @@ from fedloom.wire.envelope import (
     Joined,
     ReplyHeader,
     RequestHeader,
-    WorkDone,
     seal,
 )
 from fedloom.wire.framing import StreamOver, listen, read_frame, reader, write_frame
@@ -105,6 +110,7 @@ class Run:
         every: Rounds between the server's checkpoints.
         secret_noise: Whether noise that hides rows is drawn from the client's key.
         policy: The client's policy when the run was prepared.
+        privacy: How its own steps hide its rows.
         moment: Segment and round of the store in memory.
         latest: The latest segment and round with a request for work; earlier ones are over.
     """
@@ -118,6 +124,7 @@ class Run:
     every: int
     secret_noise: bool
     policy: PolicySettings
+    privacy: ClientPrivacy
     moment: Version | None = None
     latest: tuple[int, int] = (0, 0)
 
@@ -218,13 +225,11 @@ class Worker:
                 return reply.model_copy(update={"joined": self._joined(run)}), b""
             if header.kind == "end":
                 self._write_model(run, header, envelope.payload)
+                forget_key(self.client_folder, run.id)
                 return reply, b""
             payload, error = self._exchanged(run, header, envelope.payload)
-            work = [
-                WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
-                for cost in run.parts.ledger.take()[-PHASES:]
-            ]
-            said = {"work": work, "error": error}
+            costs = run.parts.ledger.take()[-PHASES:]
+            said = {"work": costs_to_report(costs, run.experiment), "error": error}
             if payload:
                 said["payload"] = digest = digest_of(payload)
                 self._note("answered", header, payload, digest)
@@ -274,8 +279,12 @@ class Worker:
             with failing_as(Sentence.READING):
                 division = partitioned(experiment, own, number, tuple(header.classes))
             require_steps(experiment, own, len(division.train[number]))
-            with failing_as(Sentence.LOADING):
-                parts = assemble(experiment, division, only=number, stage=LOG.info, start=start)
+            privacy = ClientPrivacy(self.client_folder, header, experiment, own)
+            with failing_as(Sentence.LOADING), privacy.failing():
+                parts = assemble(
+                    experiment, division, only=number, stage=LOG.info, start=start, noise=privacy.noise
+                )
+            privacy.keep_ledger(parts, number, self.registration.gateway)
         except (PolicyError, ReportedError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
@@ -292,7 +301,7 @@ class Worker:
         secret = own.worker.secret_noise
         segment = len(header.began)
         self.run = Run(
-            header.run, number, segment, experiment, parts, kept, every, secret, own.policy
+            header.run, number, segment, experiment, parts, kept, every, secret, own.policy, privacy
         )
         return self.run
 
@@ -336,6 +345,7 @@ class Worker:
             version=version("fedloom"),
             protocol=PROTOCOL,
             plugins=plugin_digests(run.experiment),
+            private=private_work(parts.row_privacies.get(number)),
         )
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
@@ -351,6 +361,8 @@ class Worker:
         self._remember(run, header, header.round)
         if run.secret_noise:  # the same request gets the same noise, another request other noise
             engine.noise_seed = secret_number(self.key, run.id, header.payload)
+        stored = engine.store.flat().get(number, {})
+        run.privacy.begin_request(header, stored, going_on=going_on)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})
         (answer,) = engine.exchange(exchange)
         engine.finish_round()

@@ -1,0 +1,186 @@
+"""Row-level privacy at a client of its own: its noise's key, its ledger and its budget lie in its folder.
+
+The key is 32 bytes of this machine's entropy, drawn for one run and deleted when the server says that the run
+is over. Noise is drawn under the key and the terms of the run, so that a server which changes the noise
+multiplier or the clip gets other noise, which is charged beside the first. So it does with another request of
+the same round, or the same one to a client that has stored something else meanwhile: batches are drawn anew
+for each, as the accountant takes for granted. A key that is lost costs no privacy either: all releases under the next one are others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fedloom.accounting.costs import Cost
+from fedloom.data.splits import row_keys
+from fedloom.deployment.client_file import OwnFile
+from fedloom.deployment.error_report import ReportedError, Sentence
+from fedloom.deployment.folders import ClientFolder
+from fedloom.deployment.policy import PrivacyPolicySettings
+from fedloom.errors import CheckpointError, SettingsError
+from fedloom.experiment.experiment import Experiment
+from fedloom.privacy.client_ledger import Budget, ChargedRun, ClientLedger, digest_of_rows
+from fedloom.privacy.noise import NoiseSource
+from fedloom.runs.assembly import RunComponents
+from fedloom.runs.initial_adapter import digest_of_tensors
+from fedloom.security.audit_log import digest_of
+from fedloom.storage.files import make_private
+from fedloom.tensors import Tensors
+from fedloom.training.row_privacy import RowPrivacy, expected_batch
+from fedloom.wire.envelope import PrivateWork, RequestHeader, WorkDone
+
+FOLDER = "privacy"
+"""Folder in a client's: its ledger, and the keys of runs that are not over."""
+
+
+class ClientPrivacy:
+    """How a run hides the rows of the client that it is on the machine of.
+
+    Attributes:
+        noise: Where coins and noise come from; ``None`` where there is none, or where it follows from the
+            experiment's seed.
+    """
+
+    def __init__(
+        self, client_folder: ClientFolder, header: RequestHeader, experiment: Experiment, own: OwnFile
+    ) -> None:
+        """Draw the key of a run, or read it where it was drawn before.
+
+        Raises:
+            OutputError: It cannot be written.
+            SettingsError: The package ``cryptography`` is missing.
+        """
+        self._folder, self._run = client_folder.path / FOLDER, header.run
+        self._text = digest_of((header.experiment or "").encode())
+        self._experiment, self._own = experiment, own
+        self._hiding: tuple[RowPrivacy, str] | None = None
+        self._last = ""
+        settings = experiment.privacy
+        self.noise: NoiseSource | None = None
+        if settings.unit == "row" and not settings.seeded:
+            self.noise = _kept(_key(client_folder, header.run), header.run, self._folder)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Report rows that cannot be hidden as the experiment asks.
+
+        Raises:
+            ReportedError: They cannot; details are in the client's log.
+        """
+        try:
+            yield
+        except SettingsError as error:
+            if self._experiment.privacy.unit != "row":
+                raise
+            raise ReportedError(Sentence.HIDING) from error
+
+    def begin_request(self, header: RequestHeader, stored: Tensors, *, going_on: bool) -> None:
+        """Draw coins and noise for one request alone, and for one that is repeated whole the same again.
+
+        Args:
+            header: Of the request, with the hash of its payload.
+            stored: What this client has in its store.
+            going_on: Whether it continues the work of the request before.
+        """
+        if self._hiding is None or self.noise is None:
+            return
+        own, terms = self._hiding
+        before = self._last if going_on else ""
+        asked = (header.action, str(header.round), header.payload, digest_of_tensors(stored), before)
+        self._last = digest_of("\n".join(asked).encode())
+        own.noise = self.noise.of(f"{terms} {self._last}")
+
+    def keep_ledger(self, parts: RunComponents, client: int, server: str) -> None:
+        """Have each noisy step be written down in this client's ledger before its noise is drawn.
+
+        Args:
+            parts: The run, made ready.
+            client: This client's number in it.
+            server: HOST:PORT of the coordinator's gateway.
+
+        Raises:
+            PolicyError: The budget of the client's file does not suffice for the run.
+            PrivacyError: The ledger is damaged.
+            OutputError: It cannot be written.
+        """
+        if self.noise is None:
+            return
+        own, settings = parts.row_privacies[client], self._experiment.privacy
+        if not own.noise_multiplier:
+            return  # gradients are clipped and nothing is promised
+        rows = row_keys(parts.division.train[client]).tolist()
+        assert self._own.data is not None, "a client without rows is refused"
+        charged = ChargedRun(
+            self._run,
+            server,
+            tuple(sorted(self._own.data.all_sources)),
+            digest_of_rows(rows),
+            len(rows),
+            own.count,
+            int(np.bincount(own.units).max()),
+            settings.column,
+            settings.clip,
+            own.noise_multiplier,
+            expected_batch(own.count, self._experiment.training.batch_size) / own.count,
+            own.steps,
+        )
+        self._hiding = own, f"{self._run} {charged.name} {self._text}"
+        ledger = ClientLedger(self._folder)
+        own.ledger = ledger.begin(charged, rows, budget_of(self._own.policy.privacy))
+
+
+def budget_of(policy: PrivacyPolicySettings) -> Budget | None:
+    """Return what a client's file lets all runs spend, ``None`` for any amount."""
+    if policy.max_epsilon is None or policy.delta is None:
+        return None
+    return Budget(policy.max_epsilon, policy.delta, policy.column)
+
+
+def private_work(own: RowPrivacy | None) -> PrivateWork | None:
+    """Return what the server is told of a client's private steps."""
+    if own is None:
+        return None
+    return PrivateWork(units=own.count, noise_multiplier=own.noise_multiplier, steps=own.steps)
+
+
+def costs_to_report(costs: Iterable[Cost], experiment: Experiment) -> list[WorkDone]:
+    """Return what the server is told of work.
+
+    Tokens, operations and memory follow from which rows are in a batch, so that with row-level privacy only
+    the number of steps and expected examples are told, and the time, which the server sees anyway.
+    """
+    found = [
+        WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields}) for cost in costs
+    ]
+    if experiment.privacy.unit != "row":
+        return found
+    hidden = {"flops": 0.0, "peak_memory": 0, "tokens": 0, "targets": 0}
+    return [own.model_copy(update=hidden) for own in found]
+
+
+def forget_key(client_folder: ClientFolder, run: str) -> None:
+    """Delete the key of a run that is over."""
+    _key(client_folder, run).unlink(missing_ok=True)
+
+
+def _key(client_folder: ClientFolder, run: str) -> Path:
+    return client_folder.path / FOLDER / "keys" / run
+
+
+def _kept(path: Path, run: str, folder: Path) -> NoiseSource:
+    """Return the source whose key is at ``path``; one that is not there, or damaged, is drawn anew.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    for own in (folder, path.parent):
+        make_private(own)
+    if path.exists():
+        with contextlib.suppress(CheckpointError):
+            return NoiseSource.kept(path, run, create=False)
+        path.unlink(missing_ok=True)
+    return NoiseSource.kept(path, run, create=True)
