@@ -4,12 +4,15 @@ The key is 32 bytes of this machine's entropy, drawn for one run and deleted whe
 is over. Noise is drawn under the key and the terms of the run, so that a server which changes the noise
 multiplier or the clip gets other noise, which is charged beside the first. So it does with another request of
 the same round, or the same one to a client that has stored something else meanwhile: batches are drawn anew
-for each, as the accountant takes for granted. A key that is lost costs no privacy either: all releases under the next one are others.
+for each, as the accountant takes for granted. A key that is lost costs no privacy either: all releases under
+the next one are others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,10 +23,10 @@ from fedloom.data.splits import row_keys
 from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.error_report import ReportedError, Sentence
 from fedloom.deployment.folders import ClientFolder
-from fedloom.deployment.policy import PrivacyPolicySettings
+from fedloom.deployment.privacy_budget import FOLDER, budget_of, ledger_of
 from fedloom.errors import CheckpointError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.privacy.client_ledger import Budget, ChargedRun, ClientLedger, digest_of_rows
+from fedloom.privacy.client_ledger import ChargedRun, digest_of_rows
 from fedloom.privacy.noise import NoiseSource
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.initial_adapter import digest_of_tensors
@@ -33,36 +36,33 @@ from fedloom.tensors import Tensors
 from fedloom.training.row_privacy import RowPrivacy, expected_batch
 from fedloom.wire.envelope import PrivateWork, RequestHeader, WorkDone
 
-FOLDER = "privacy"
-"""Folder in a client's: its ledger, and the keys of runs that are not over."""
+UNUSED = 30 * 86_400.0
+"""Seconds after which the key of a run that nobody asks for is deleted."""
 
 
 class ClientPrivacy:
-    """How a run hides the rows of the client that it is on the machine of.
-
-    Attributes:
-        noise: Where coins and noise come from; ``None`` where there is none, or where it follows from the
-            experiment's seed.
-    """
+    """How a run hides the rows of the client that it is on the machine of."""
 
     def __init__(
         self, client_folder: ClientFolder, header: RequestHeader, experiment: Experiment, own: OwnFile
     ) -> None:
-        """Draw the key of a run, or read it where it was drawn before.
-
-        Raises:
-            OutputError: It cannot be written.
-            SettingsError: The package ``cryptography`` is missing.
-        """
-        self._folder, self._run = client_folder.path / FOLDER, header.run
+        """Keep what is asked; nothing is drawn yet."""
+        self._folder, self._run = client_folder, header.run
         self._text = digest_of((header.experiment or "").encode())
         self._experiment, self._own = experiment, own
-        self._hiding: tuple[RowPrivacy, str] | None = None
+        self._hiding: tuple[RowPrivacy, NoiseSource, str] | None = None
         self._last = ""
-        settings = experiment.privacy
-        self.noise: NoiseSource | None = None
-        if settings.unit == "row" and not settings.seeded:
-            self.noise = _kept(_key(client_folder, header.run), header.run, self._folder)
+
+    @property
+    def noise(self) -> NoiseSource | None:
+        """What stands for the noise until the run is let in; ``None`` where there is none of this client's.
+
+        Raises:
+            SettingsError: The package ``cryptography`` is missing.
+        """
+        settings = self._experiment.privacy
+        own = settings.unit == "row" and not settings.seeded
+        return NoiseSource.fresh(self._run) if own else None
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
@@ -86,13 +86,13 @@ class ClientPrivacy:
             stored: What this client has in its store.
             going_on: Whether it continues the work of the request before.
         """
-        if self._hiding is None or self.noise is None:
+        if self._hiding is None:
             return
-        own, terms = self._hiding
+        own, noise, terms = self._hiding
         before = self._last if going_on else ""
         asked = (header.action, str(header.round), header.payload, digest_of_tensors(stored), before)
         self._last = digest_of("\n".join(asked).encode())
-        own.noise = self.noise.of(f"{terms} {self._last}")
+        own.noise = noise.of(f"{terms} {self._last}")
 
     def keep_ledger(self, parts: RunComponents, client: int, server: str) -> None:
         """Have each noisy step be written down in this client's ledger before its noise is drawn.
@@ -107,11 +107,9 @@ class ClientPrivacy:
             PrivacyError: The ledger is damaged.
             OutputError: It cannot be written.
         """
-        if self.noise is None:
-            return
-        own, settings = parts.row_privacies[client], self._experiment.privacy
-        if not own.noise_multiplier:
-            return  # gradients are clipped and nothing is promised
+        own, settings = parts.row_privacies.get(client), self._experiment.privacy
+        if own is None or settings.seeded or not own.noise_multiplier:
+            return  # nothing is promised
         rows = row_keys(parts.division.train[client]).tolist()
         assert self._own.data is not None, "a client without rows is refused"
         charged = ChargedRun(
@@ -128,16 +126,10 @@ class ClientPrivacy:
             expected_batch(own.count, self._experiment.training.batch_size) / own.count,
             own.steps,
         )
-        self._hiding = own, f"{self._run} {charged.name} {self._text}"
-        ledger = ClientLedger(self._folder)
-        own.ledger = ledger.begin(charged, rows, budget_of(self._own.policy.privacy))
-
-
-def budget_of(policy: PrivacyPolicySettings) -> Budget | None:
-    """Return what a client's file lets all runs spend, ``None`` for any amount."""
-    if policy.max_epsilon is None or policy.delta is None:
-        return None
-    return Budget(policy.max_epsilon, policy.delta, policy.column)
+        ledger, budget = ledger_of(self._folder), budget_of(self._own.policy.privacy)
+        own.ledger = ledger.begin(charged, rows, budget)
+        noise = _kept(_key(self._folder, self._run), self._run)
+        self._hiding = own, noise, f"{self._run} {charged.name} {self._text}"
 
 
 def private_work(own: RowPrivacy | None) -> PrivateWork | None:
@@ -171,14 +163,21 @@ def _key(client_folder: ClientFolder, run: str) -> Path:
     return client_folder.path / FOLDER / "keys" / run
 
 
-def _kept(path: Path, run: str, folder: Path) -> NoiseSource:
+def _kept(path: Path, run: str) -> NoiseSource:
     """Return the source whose key is at ``path``; one that is not there, or damaged, is drawn anew.
+
+    Keys that no server has asked for in a long time go: their runs were given up.
 
     Raises:
         OutputError: It cannot be written.
     """
-    for own in (folder, path.parent):
+    for own in (path.parent.parent, path.parent):
         make_private(own)
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    for other in path.parent.iterdir():
+        if other.stat().st_mtime < time.time() - UNUSED:
+            other.unlink(missing_ok=True)
     if path.exists():
         with contextlib.suppress(CheckpointError):
             return NoiseSource.kept(path, run, create=False)

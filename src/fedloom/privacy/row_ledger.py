@@ -14,9 +14,6 @@ from pathlib import Path
 from fedloom.errors import OutputError, PrivacyError
 from fedloom.privacy.ledger_file import FIRST, append_line, whole_lines
 
-LINE = 130
-"""Bytes of a line: two SHA-256 in hexadecimal digits, a space and the end."""
-
 
 class RowLedger:
     """The releases of one client.
