@@ -50,12 +50,14 @@ class PrivacyPolicySettings(Settings):
     def contradictions(self) -> Iterator[str]:
         """Yield what in these settings contradicts itself."""
         if (self.max_epsilon is None) != (self.delta is None):
-            here, there = ("max_epsilon", "delta") if self.delta is None else ("delta", "max_epsilon")
+            here, there = (
+                ("max_epsilon", "delta") if self.delta is None else ("delta", "max_epsilon")
+            )
             yield f"policy.privacy.{here} needs policy.privacy.{there}: give both, or neither"
         if self.require == "client" and self.max_epsilon is not None:
             yield (
-                'policy.privacy.require = "client" lets in runs whose noise the coordinator adds, which no '
-                'budget here can count: use "row", or leave out max_epsilon and delta'
+                'policy.privacy.require = "client" lets in runs whose noise the coordinator adds, which '
+                'no budget here can count: use "row", or leave out max_epsilon and delta'
             )
         if self.column is not None and not self.demands_rows:
             yield (

@@ -398,12 +398,13 @@ class _Examiner:
             reason = f"privacy.column = {asked.column!r} is requested, here it is {here}"
             self.refuse("policy.privacy.column", reason)
         if asked.seeded:
-            self.refuse(line, "privacy.seeded = true: whoever has the experiment subtracts the noise")
+            self.refuse(
+                line, "privacy.seeded = true: whoever has the experiment subtracts the noise"
+            )
         if asked.noise_multiplier == 0:
             self.refuse(line, "privacy.noise_multiplier = 0 adds no noise")
-        unseen = self.client in self.asked.clients.newcomers
-        if demanded.demands_rows and (self.asked.judges_clients or unseen):
-            what = "clients.newcomers" if unseen else "evaluation.per_client"
+        if demanded.demands_rows and self.asked.judges_clients:
+            what = "evaluation.per_client = true"
             self.refuse(line, f"{what} sends exact scores on this client's own held-out rows")
 
     def _privacy(self) -> PrivacySettings:

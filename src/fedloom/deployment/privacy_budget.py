@@ -68,8 +68,8 @@ def _of_source(
         when = datetime.fromtimestamp(own.begun, UTC)
         column = "" if own.column is None else f", unit {own.column!r}"
         yield (
-            f"  run {own.run[:8]} of {own.server}, let in on {when:%Y-%m-%d}: {ledger.made(own)} of at most "
-            f"{own.steps} noisy steps, noise multiplier {own.noise_multiplier:.4g}, sampling "
+            f"  run {own.run[:8]} of {own.server}, let in on {when:%Y-%m-%d}: {ledger.made(own)} of at "
+            f"most {own.steps} noisy steps, noise multiplier {own.noise_multiplier:.4g}, sampling "
             f"{own.sampling:.4g}{column}"
         )
 
@@ -82,6 +82,6 @@ def _in_words(spent: float) -> str:
     if spent > 50:
         return "hardly anything bounds what may be concluded of a row"
     return (
-        "of one that was as likely trained on as not, whoever got all that was released can be sure with odds "
-        f"of at most {math.exp(spent):.3g} to 1"
+        "of one that was as likely trained on as not, whoever got all that was released can be sure with "
+        f"odds of at most {math.exp(spent):.3g} to 1"
     )

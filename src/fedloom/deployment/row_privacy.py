@@ -1,11 +1,11 @@
 """Row-level privacy at a client of its own: its noise's key, its ledger and its budget lie in its folder.
 
-The key is 32 bytes of this machine's entropy, drawn for one run and deleted when the server says that the run
+The key is 32 bytes of this machine's entropy, drawn for one run and deleted when the server says that it
 is over. Noise is drawn under the key and the terms of the run, so that a server which changes the noise
-multiplier or the clip gets other noise, which is charged beside the first. So it does with another request of
-the same round, or the same one to a client that has stored something else meanwhile: batches are drawn anew
-for each, as the accountant takes for granted. A key that is lost costs no privacy either: all releases under
-the next one are others.
+multiplier or the clip gets other noise, which is charged beside the first. So it does with another
+request of the same round, or the same one to a client that has stored something else meanwhile: batches
+are drawn anew for each, as the accountant takes for granted. A key that is lost costs no privacy either:
+all releases under the next one are others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class ClientPrivacy:
     """How a run hides the rows of the client that it is on the machine of."""
 
     def __init__(
-        self, client_folder: ClientFolder, header: RequestHeader, experiment: Experiment, own: OwnFile
+        self,
+        client_folder: ClientFolder,
+        header: RequestHeader,
+        experiment: Experiment,
+        own: OwnFile,
     ) -> None:
         """Keep what is asked; nothing is drawn yet."""
         self._folder, self._run = client_folder, header.run
@@ -55,7 +59,7 @@ class ClientPrivacy:
 
     @property
     def noise(self) -> NoiseSource | None:
-        """What stands for the noise until the run is let in; ``None`` where there is none of this client's.
+        """What stands for the noise until the run is let in; ``None`` where this client draws none.
 
         Raises:
             SettingsError: The package ``cryptography`` is missing.
@@ -90,7 +94,13 @@ class ClientPrivacy:
             return
         own, noise, terms = self._hiding
         before = self._last if going_on else ""
-        asked = (header.action, str(header.round), header.payload, digest_of_tensors(stored), before)
+        asked = (
+            header.action,
+            str(header.round),
+            header.payload,
+            digest_of_tensors(stored),
+            before,
+        )
         self._last = digest_of("\n".join(asked).encode())
         own.noise = noise.of(f"{terms} {self._last}")
 
@@ -142,7 +152,7 @@ def private_work(own: RowPrivacy | None) -> PrivateWork | None:
 def costs_to_report(costs: Iterable[Cost], experiment: Experiment) -> list[WorkDone]:
     """Return what the server is told of work.
 
-    Tokens, operations and memory follow from which rows are in a batch, so that with row-level privacy only
+    Tokens, operations and memory follow from which rows are in a batch, so that with row-level privacy
     the number of steps and expected examples are told, and the time, which the server sees anyway.
     """
     found = [

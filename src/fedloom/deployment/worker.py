@@ -282,7 +282,12 @@ class Worker:
             privacy = ClientPrivacy(self.client_folder, header, experiment, own)
             with failing_as(Sentence.LOADING), privacy.failing():
                 parts = assemble(
-                    experiment, division, only=number, stage=LOG.info, start=start, noise=privacy.noise
+                    experiment,
+                    division,
+                    only=number,
+                    stage=LOG.info,
+                    start=start,
+                    noise=privacy.noise,
                 )
             privacy.keep_ledger(parts, number, self.registration.gateway)
         except (PolicyError, ReportedError) as error:

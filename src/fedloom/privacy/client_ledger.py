@@ -1,14 +1,14 @@
 """What a client's rows have been charged in all runs, whichever coordinator asked for them.
 
-It lies with the client. ``ledger.jsonl`` has a line for each run that was let in, before its first noise is
-drawn: its terms, and which rows they are for; each line has the hash of the one before. ``steps/`` has a
-:class:`RowLedger` for the noisy steps of each, ``rows/`` the digests of the rows. Runs are added up that
-share a row, or name the same source: what a row was charged is never forgotten because a file was renamed,
-or has grown.
+It lies with the client. ``ledger.jsonl`` has a line for each run that was let in, before its first noise
+is drawn: its terms, and which rows they are for; each line has the hash of the one before. ``steps/``
+has a :class:`RowLedger` for the noisy steps of each, ``rows/`` the digests of the rows. Runs are added up
+that share a row, or name the same source: what a row was charged is never forgotten because a file was
+renamed, or has grown.
 
-Lines are of one unit, a row or a value of a column. Where the budget is of another, a run counts without its
-sampling, and with less noise: a row of a unit can move that unit's clipped gradient by twice the clip, and k
-rows together move a sum by k clips.
+Lines are of one unit, a row or a value of a column. Where the budget is of another, a run counts without
+its sampling, and with less noise: a row of a unit can move that unit's clipped gradient by twice the
+clip, and k rows together move a sum by k clips.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from fedloom.storage.files import make_private, write_atomically
 BUDGET = "policy.privacy.max_epsilon"
 """Line of a client's file that refuses what passes its budget."""
 
-ADVICE = "put back a copy that is no older than the last run, or take these rows into no run any more"
+ADVICE = (
+    "put back a copy that is no older than the last run, or take these rows into no run any more"
+)
 """What can be done where the ledger is damaged."""
 
 
@@ -168,7 +170,9 @@ class ClientLedger:
         own = self.made(charged) if steps is None else steps
         return self._epsilon({**self._others(charged), charged: own}, budget)
 
-    def shared(self, charged: ChargedRun, rows: Collection[bytes] | None = None) -> list[ChargedRun]:
+    def shared(
+        self, charged: ChargedRun, rows: Collection[bytes] | None = None
+    ) -> list[ChargedRun]:
         """Return the other runs with rows of this one, or of a source of it.
 
         Args:
@@ -211,8 +215,9 @@ class ClientLedger:
             Refusal(
                 BUDGET,
                 f"epsilon {before:.4g} of {budget.max_epsilon:g} is spent of these rows (delta "
-                f"{budget.delta:g}); with this run it would be {whole:.4g}: {most} of its {charged.steps} "
-                f"noisy steps at noise multiplier {charged.noise_multiplier:.4g} are left",
+                f"{budget.delta:g}); with this run it would be {whole:.4g}: there is room for "
+                f"at least {most} of its {charged.steps} noisy steps at noise multiplier "
+                f"{charged.noise_multiplier:.4g}",
             )
         )
 
@@ -228,7 +233,7 @@ class ClientLedger:
         Args:
             charged: The run.
             budget: What all runs on its rows may spend.
-            known: By what others have made, the steps that this run may; filled here.
+            known: By what others have made, the steps that this run may at least; filled here.
             count: Steps with the one more.
 
         Raises:
@@ -239,7 +244,7 @@ class ClientLedger:
         if state not in known:
             known.clear()
             known[state] = self._most(charged, others, budget)
-        if count > known[state]:
+        if count > known[state] and not self._fits({**others, charged: count}, budget):
             spent = self._epsilon({**others, charged: count - 1}, budget)
             raise PolicyError(
                 Refusal(
@@ -249,21 +254,16 @@ class ClientLedger:
                 )
             )
 
-    def _most(
-        self, charged: ChargedRun, others: Mapping[ChargedRun, int], budget: Budget
-    ) -> int:
-        """Return how many steps a run may make beside what others have."""
-
-        def fits(steps: int) -> bool:
-            return self._fits({**others, charged: steps}, budget)
-
-        if fits(charged.steps):
+    def _most(self, charged: ChargedRun, others: Mapping[ChargedRun, int], budget: Budget) -> int:
+        """Return how many steps a run may make at least beside what others have made."""
+        if self._fits({**others, charged: charged.steps}, budget):
             return charged.steps
-        low, high = -1, charged.steps
+        low, high = 0, charged.steps
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return max(0, low)
+            quick = self._epsilon({**others, charged: middle}, budget, "rdp")
+            low, high = (middle, high) if quick <= budget.max_epsilon else (low, middle)
+        return low
 
     @staticmethod
     def _epsilon(
@@ -274,7 +274,7 @@ class ClientLedger:
 
     @classmethod
     def _fits(cls, made: Mapping[ChargedRun, int], budget: Budget) -> bool:
-        """Return whether steps spend no more than a budget; the accountant that takes long is asked last."""
+        """Return whether steps spend no more than a budget; what takes long is computed last."""
         if cls._epsilon(made, budget, "rdp") <= budget.max_epsilon:
             return True
         return cls._epsilon(made, budget) <= budget.max_epsilon

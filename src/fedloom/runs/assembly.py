@@ -50,6 +50,7 @@ from fedloom.training.results import OnStep
 from fedloom.training.row_privacy import RowPrivacy, separated
 from fedloom.training.steps import row_tokens
 
+
 @dataclass(frozen=True)
 class RunComponents:
     """Everything a run needs, built.

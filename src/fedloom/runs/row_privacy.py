@@ -65,9 +65,7 @@ RUN = "row-level"
 """Names the run in its key's derivations: each run has a key of its own."""
 
 
-def new_noise(
-    experiment: Experiment, folder: RunFolder, *, elsewhere: bool
-) -> NoiseSource | None:
+def new_noise(experiment: Experiment, folder: RunFolder, *, elsewhere: bool) -> NoiseSource | None:
     """Return the noise of a run that begins, ``None`` for one without row-level privacy or from the seed.
 
     Args:

@@ -14,9 +14,9 @@ each step
 Presence or absence of one unit moves the sum by at most C. What is not finite is left out. The sum is
 rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits
 tell nothing of the sum. Coins and noise come from the client's :class:`NoiseSource`, in a stream of their
-own for each release: that of a step's coins is named by the adapter that it starts from, so that a training
-which differs in anything draws its batches anew, as the accountant takes for granted; that of the noise by the
-adapter that training starts from, and the sum.
+own for each release: that of a step's coins is named by the adapter that it starts from, so that a
+training which differs in anything draws its batches anew, as the accountant takes for granted; that of
+the noise by the adapter that training starts from, and the sum.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class PrivateSteps:
             yield [part for own in each for part in self.layout.batches(own)]
 
     def _drawn(self) -> Indices:
-        """Return the examples of the units that are in the next step's batch, each by a coin of its own."""
+        """Return the examples of the units in the next step's batch, each by a coin of its own."""
         units = self.privacy.count
         coins = self._stream(f"coins {self.step + 1}", bytes.fromhex(self.model.digest()))
         present = coins.uniform(units) * units < self.expected

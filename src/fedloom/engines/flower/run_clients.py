@@ -292,9 +292,8 @@ class RunClients:
                 f"{version('fedloom')} (protocol {PROTOCOL}): upgrade the older one"
             )
         if self.private and reply.joined.private is None:
-            return (
-                f"it has fedloom {reply.joined.version}, which would train without [privacy]: upgrade it"
-            )
+            old = reply.joined.version
+            return f"it has fedloom {old}, which would train without [privacy]: upgrade it"
         if reply.joined.model != self.model:
             return (
                 f"its model or tokenizer differs: SHA-256 {reply.joined.model[:12]}, the "
