@@ -349,6 +349,7 @@ def test_how_rows_are_hidden_here_is_taken_over_and_what_the_server_adds_is_not(
         ),
         ({"column": "patient"}, 'goes with require = "row" or max_epsilon'),
         ({"max_epsilon": 0.0, "delta": 1e-5}, "policy.privacy.max_epsilon = 0.0: must be greater"),
+        ({"requires": "row"}, "policy.privacy.requires: unknown key; did you mean 'require'"),
         ({"require": "rows"}, "policy.privacy.require = 'rows': did you mean 'row'"),
     ],
 )

@@ -276,7 +276,13 @@ def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
     once = epsilon([Releases(6.0, 8 / 28, 80)], 1e-3).epsilon
     table = {
         **private,
-        "federation": {"rounds": 4, "clients": 2, "quorum": 0.5, "patience": 60.0, "deadline": 60.0},
+        "federation": {
+            "rounds": 4,
+            "clients": 2,
+            "quorum": 0.5,
+            "patience": 60.0,
+            "deadline": 60.0,
+        },
         "training": {**private["training"], "local_steps": 20},
         "privacy": {**PRIVATE, "noise_multiplier": 6.0},
     }
@@ -304,7 +310,8 @@ def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
         assert promise["epsilon"] == pytest.approx(
             epsilon([Releases(6.0, 8 / 28, 80)], 1e-3, "rdp").epsilon
         )
-        refused = site.run(table, "second")
+        hurried = {**table["federation"], "patience": 15.0}
+        refused = site.run({**table, "federation": hurried}, "second")
         assert refused.returncode and SPENT in refused.stdout + refused.stderr
         said = own.call("client", "budget", "--home", own.folder / "c0").stdout
         assert f"epsilon {once:.4g} of {1.2 * once:g} at delta 0.001" in said

@@ -568,5 +568,5 @@ def leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 def _is_servers(name: str) -> bool:
     """Return whether a setting concerns the server alone."""
     section = name.partition(".")[0]
-    own = ("federation", "aggregation", "admission", "output")
+    own = ("federation", "aggregation", "admission", "output", "privacy")  # rows' is taken whole
     return section in own or name in ("name", "evaluation.samples")
