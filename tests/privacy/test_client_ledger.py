@@ -151,6 +151,17 @@ def test_a_step_that_was_not_written_whole_drew_no_noise(ledger):
     assert ledger.made(charged) == 2 == len(ledger.begin(charged, ROWS, None))
 
 
+def test_to_look_at_a_ledger_changes_nothing_while_another_process_writes(ledger):
+    made(ledger, run(1), 1)
+    path = ledger.folder / "ledger.jsonl"
+    with path.open("a") as file:
+        file.write('{"run": "half')
+    before = path.read_bytes()
+    assert len(ledger.runs()) == 1 and path.read_bytes() == before
+    made(ledger, run(2), 1)  # the process that writes cuts it off
+    assert len(ledger.runs()) == 2
+
+
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_a_damaged_ledger_lets_nothing_in(ledger, damage):
     made(ledger, run(1), 2)

@@ -31,8 +31,8 @@ from fedloom.privacy.noise import NoiseSource
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.initial_adapter import digest_of_tensors
 from fedloom.security.audit_log import digest_of
+from fedloom.storage.client_store import ClientStore
 from fedloom.storage.files import make_private
-from fedloom.tensors import Tensors
 from fedloom.training.row_privacy import RowPrivacy, expected_batch
 from fedloom.wire.envelope import PrivateWork, RequestHeader, WorkDone
 
@@ -82,23 +82,27 @@ class ClientPrivacy:
                 raise
             raise ReportedError(Sentence.HIDING) from error
 
-    def begin_request(self, header: RequestHeader, stored: Tensors, *, going_on: bool) -> None:
+    def begin_request(
+        self, header: RequestHeader, store: ClientStore, client: int, *, going_on: bool
+    ) -> None:
         """Draw coins and noise for one request alone, and for one that is repeated whole the same again.
 
         Args:
             header: Of the request, with the hash of its payload.
-            stored: What this client has in its store.
+            store: What this client has stored in earlier rounds.
+            client: Its number in the run.
             going_on: Whether it continues the work of the request before.
         """
         if self._hiding is None:
             return
         own, noise, terms = self._hiding
+        stored = digest_of_tensors(store.flat().get(client, {}))
         before = self._last if going_on else ""
         asked = (
             header.action,
             str(header.round),
             header.payload,
-            digest_of_tensors(stored),
+            stored,
             before,
         )
         self._last = digest_of("\n".join(asked).encode())

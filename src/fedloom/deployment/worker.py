@@ -27,6 +27,7 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 
+from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, text_for_server
 from fedloom.deployment.folders import ClientFolder
@@ -224,8 +225,8 @@ class Worker:
             if header.kind == "join":
                 return reply.model_copy(update={"joined": self._joined(run)}), b""
             if header.kind == "end":
-                self._write_model(run, header, envelope.payload)
                 forget_key(self.client_folder, run.id)
+                self._write_model(run, header, envelope.payload)
                 return reply, b""
             payload, error = self._exchanged(run, header, envelope.payload)
             costs = run.parts.ledger.take()[-PHASES:]
@@ -276,20 +277,7 @@ class Worker:
         if self._failed is not None and self._failed.again(asked):
             raise self._failed.error
         try:
-            with failing_as(Sentence.READING):
-                division = partitioned(experiment, own, number, tuple(header.classes))
-            require_steps(experiment, own, len(division.train[number]))
-            privacy = ClientPrivacy(self.client_folder, header, experiment, own)
-            with failing_as(Sentence.LOADING), privacy.failing():
-                parts = assemble(
-                    experiment,
-                    division,
-                    only=number,
-                    stage=LOG.info,
-                    start=start,
-                    noise=privacy.noise,
-                )
-            privacy.keep_ledger(parts, number, self.registration.gateway)
+            parts, privacy = self._assembled(header, experiment, own, start)
         except (PolicyError, ReportedError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
@@ -309,6 +297,32 @@ class Worker:
             header.run, number, segment, experiment, parts, kept, every, secret, own.policy, privacy
         )
         return self.run
+
+    def _assembled(
+        self, header: RequestHeader, experiment: Experiment, own: OwnFile, start: Start | None
+    ) -> tuple[RunComponents, ClientPrivacy]:
+        """Return a run with this client's rows and model, and how its steps hide its rows.
+
+        Raises:
+            PolicyError: It takes more steps, or more of the privacy budget, than the file allows.
+            ReportedError: Rows or model cannot be used.
+        """
+        number = header.client
+        with failing_as(Sentence.READING):
+            division = partitioned(experiment, own, number, tuple(header.classes))
+        require_steps(experiment, own, len(division.train[number]))
+        privacy = ClientPrivacy(self.client_folder, header, experiment, own)
+        with failing_as(Sentence.LOADING), privacy.failing():
+            parts = assemble(
+                experiment,
+                division,
+                only=number,
+                stage=LOG.info,
+                start=start,
+                noise=privacy.noise,
+            )
+        privacy.keep_ledger(parts, number, self.registration.gateway)
+        return parts, privacy
 
     def _start(
         self, header: RequestHeader, payload: bytes, experiment: Experiment, policy: PolicySettings
@@ -366,8 +380,7 @@ class Worker:
         self._remember(run, header, header.round)
         if run.secret_noise:  # the same request gets the same noise, another request other noise
             engine.noise_seed = secret_number(self.key, run.id, header.payload)
-        stored = engine.store.flat().get(number, {})
-        run.privacy.begin_request(header, stored, going_on=going_on)
+        run.privacy.begin_request(header, engine.store, number, going_on=going_on)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})
         (answer,) = engine.exchange(exchange)
         engine.finish_round()

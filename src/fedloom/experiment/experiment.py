@@ -166,7 +166,7 @@ class Experiment:
     def to_table(self, *, defaults: bool = True) -> Table:
         """Return every setting, or those that are not at their default and what sections are named.
 
-        Without defaults, a section that has nothing to say is left out: an older release does not know it.
+        Without defaults, a section that has nothing to say is left out: older releases do not know it.
         """
         table: Table = {"name": self.name}
         for section in SECTIONS:

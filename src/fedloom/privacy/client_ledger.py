@@ -119,7 +119,7 @@ class ClientLedger:
                 f"known; {ADVICE}"
             )
         found: dict[str, ChargedRun] = {}
-        for line in entries(self._path, ADVICE):
+        for line in entries(self._path, ADVICE, repair=False):
             own = {name: line[name] for name in ChargedRun.__dataclass_fields__}
             charged = ChargedRun(**{**own, "sources": tuple(own["sources"])})
             found[charged.name] = charged

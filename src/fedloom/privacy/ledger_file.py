@@ -31,8 +31,12 @@ def append_line(path: Path, line: str) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """Return all lines; cut off an unfinished last one, whose noise was not drawn.
+def whole_lines(path: Path, *, repair: bool = True) -> list[bytes]:
+    """Return all lines but an unfinished last one, whose noise was not drawn.
+
+    Args:
+        path: The file; one that is not there has none.
+        repair: Cut off the unfinished line: for the process that writes, as another may be about to.
 
     Raises:
         OutputError: It cannot be read.
@@ -40,7 +44,7 @@ def whole_lines(path: Path) -> list[bytes]:
     try:
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if repair and len(whole) < len(data):
             os.truncate(path, len(whole))
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror}") from error
@@ -58,12 +62,15 @@ def append_entry(path: Path, before: str, entry: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def entries(path: Path, advice: str = "start a new run") -> list[dict[str, Any]]:
+def entries(
+    path: Path, advice: str = "start a new run", *, repair: bool = True
+) -> list[dict[str, Any]]:
     """Return what :func:`append_entry` wrote, each with its hash.
 
     Args:
         path: The file; one that is not there has none.
         advice: What can be done where it was changed.
+        repair: As of :func:`whole_lines`.
 
     Raises:
         PrivacyError: A line is not what was written.
@@ -71,7 +78,7 @@ def entries(path: Path, advice: str = "start a new run") -> list[dict[str, Any]]
     """
     found: list[dict[str, Any]] = []
     before = FIRST
-    for number, line in enumerate(whole_lines(path), 1):
+    for number, line in enumerate(whole_lines(path, repair=repair), 1):
         try:
             entry = dict(json.loads(line))
             right = entry["hash"] == _hash(before, entry)
