@@ -310,7 +310,7 @@ def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
         assert promise["epsilon"] == pytest.approx(
             epsilon([Releases(6.0, 8 / 28, 80)], 1e-3, "rdp").epsilon
         )
-        hurried = {**table["federation"], "patience": 15.0}
+        hurried = {**table["federation"], "patience": 40.0}
         refused = site.run({**table, "federation": hurried}, "second")
         assert refused.returncode and SPENT in refused.stdout + refused.stderr
         said = own.call("client", "budget", "--home", own.folder / "c0").stdout
